@@ -1,0 +1,1 @@
+"""HTTP adapters over the service's one internal stream of chunks."""

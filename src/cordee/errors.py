@@ -1,0 +1,100 @@
+"""Every error a user can meet: what is wrong, the remedy, and how a shell or an HTTP client sees it.
+
+Raise one of these with a sentence that names the thing and says what to do. The command line prints
+the sentence and leaves with `exit_code`; the API answers `http_status` with `code` in the error body.
+Anything else that escapes is a bug and keeps its traceback.
+"""
+
+
+class CordeeError(Exception):
+    """Base of all expected errors."""
+
+    exit_code = 1
+    http_status = 500
+    code = "internal_error"
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class BadRequest(CordeeError):
+    """The request or the command line asks for something that cannot be honoured; `param` names it."""
+
+    exit_code = 2
+    http_status = 400
+    code = "invalid_request"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextExceeded(BadRequest):
+    """The prompt does not fit the context."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(CordeeError):
+    """No model of that name is in the store."""
+
+    exit_code = 3
+    http_status = 404
+    code = "model_not_found"
+
+
+class BadModelFile(CordeeError):
+    """A model file is damaged, is no GGUF, or lies about its sizes."""
+
+    exit_code = 4
+    http_status = 422
+    code = "bad_model_file"
+
+
+class UnsupportedModel(CordeeError):
+    """A sound model file that this program (or this operation) does not support."""
+
+    exit_code = 5
+    http_status = 422
+    code = "unsupported_model"
+
+
+class DoesNotFit(CordeeError):
+    """The model needs more memory than this machine has."""
+
+    exit_code = 6
+    http_status = 507
+    code = "does_not_fit"
+
+
+class StorageFailed(CordeeError):
+    """The disk is full, or a file could not be written or fetched; nothing half-written is left."""
+
+    exit_code = 7
+    http_status = 507
+    code = "storage_failed"
+
+
+class StageFailed(CordeeError):
+    """A stage could not be loaded, or keeps failing after it was replaced."""
+
+    exit_code = 8
+    http_status = 503
+    code = "stage_failed"
+
+
+class Overloaded(CordeeError):
+    """The request queue is full; try again later."""
+
+    exit_code = 9
+    http_status = 503
+    code = "overloaded"
+
+
+class SetupNeeded(CordeeError):
+    """Something this machine needs is missing; the message holds the line that installs it."""
+
+    exit_code = 10
+    http_status = 503
+    code = "setup_needed"

@@ -1,0 +1,1 @@
+"""Model files: the store, GGUF headers, slices, cards and the fit estimate. It runs no model."""
