@@ -1,0 +1,57 @@
+# The commands of the house. Each of them sets the clone up first (scripts/setup.sh), which takes minutes once
+# and nothing afterwards.
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+# The question reaches the shell in the environment, as typed: neither make nor the shell expands anything in it.
+ifdef ASK
+override ASK := $(value ASK)
+export ASK
+run: answer
+else
+run: chat
+endif
+
+bin := .venv/bin
+code := src tests bench scripts
+
+.PHONY: help setup run answer chat test test-long lint format bench docs clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
+	@echo 'CMAKE_ARGS=-DGGML_VULKAN=on (or another option of llama.cpp) before any of them chooses the build.'
+
+setup: ## make .venv: libllama, Cordée and the starter model
+	@sh scripts/setup.sh
+
+run: ## chat with the starter model; ASK="…" answers one question on standard output
+
+answer: setup
+	@exec $(bin)/cordee run starter -- "$$ASK"
+
+chat: setup
+	@exec $(bin)/cordee run starter
+
+test: lint ## all that a change must pass: lint and the short tests
+	@$(bin)/python -m pytest
+
+test-long: lint ## the short tests and those that take minutes
+	@$(bin)/python -m pytest -m ''
+
+lint: setup ## check style and formatting
+	@$(bin)/ruff check $(code)
+	@$(bin)/ruff format --check $(code)
+
+format: setup ## rewrite the sources in the house's format
+	@$(bin)/ruff check --fix $(code)
+	@$(bin)/ruff format $(code)
+
+bench: setup ## measure beside plain libllama; JSON=1 prints one object a line
+	@$(bin)/python bench/speed.py $(if $(JSON),--json)
+
+docs: setup ## write docs/cli.md from the program's own help
+	@$(bin)/python scripts/cli_reference.py
+
+clean: ## remove .venv and every cache
+	@rm -rf .venv build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find $(code) -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,36 @@
+"""What every test shares: a state folder of its own, the starter model, and reproducible property tests."""
+
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("house")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state folder of the whole run, so that no test sees or changes the user's own."""
+    home = tmp_path_factory.mktemp("cordee-home")
+    os.environ["CORDEE_HOME"] = str(home)
+    return home
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty state folder for one test."""
+    monkeypatch.setenv("CORDEE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def starter_path() -> Path:
+    """The starter model's file: CORDEE_TEST_STARTER, or where `make setup` puts it."""
+    default = Path(sys.prefix) / "share" / "cordee" / "starter.gguf"
+    path = Path(os.environ.get("CORDEE_TEST_STARTER", default))
+    if not path.is_file():
+        pytest.fail(f"{path} is missing; run `make setup`")
+    return path
