@@ -1,0 +1,290 @@
+"""The house rules, one test each. A failure lists `file:line: what is wrong`, one line for each place."""
+
+import ast
+import re
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import cordee
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "cordee"
+FILE_LINES = 600  # longer files hold more than one noun
+FUNCTION_LINES = 60  # what fits a screen
+
+PURE_ROOMS = ("generation", "cluster")
+IMPURE_MODULES = {
+    "asyncio",
+    "concurrent",
+    "datetime",
+    "multiprocessing",
+    "os",
+    "random",
+    "secrets",
+    "selectors",
+    "signal",
+    "socket",
+    "ssl",
+    "subprocess",
+    "tempfile",
+    "threading",
+    "time",
+    "uuid",
+}
+# Values without a clock behind them: times handed in, random numbers with a seed.
+PURE_NAMES = {("datetime", "datetime"), ("datetime", "timedelta"), ("random", "Random")}
+IMPURE_CALLS = {"now", "utcnow", "today", "urandom", "default_rng"}
+
+# A room may import the rooms before it (ARCHITECTURE.md); modules of no room stand first.
+ROOMS = ("errors", "files", "models", "engine", "generation", "node", "api", "cli")
+LANGUAGE_DECORATORS = {
+    "asynccontextmanager",
+    "cache",
+    "cached_property",
+    "classmethod",
+    "contextmanager",
+    "dataclass",
+    "lru_cache",
+    "overload",
+    "property",
+    "staticmethod",
+}
+ENTRY_POINTS = {"cordee", "cordee.cli.main", "cordee.node.worker"}
+
+
+@cache
+def sources(*folders: str) -> tuple[Path, ...]:
+    return tuple(sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")))
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def place(path: Path, line: int, fault: str) -> str:
+    return f"{path.relative_to(ROOT)}:{line}: {fault}"
+
+
+def hold(faults: list[str]) -> None:
+    if faults:
+        pytest.fail("\n".join(faults), pytrace=False)
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT / "src").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str, str | None]]:
+    """(line, module, name or None) of each import, wherever it stands; relative ones made absolute."""
+    package = module_name(path).split(".") if path.is_relative_to(ROOT / "src") else []
+    if package and path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, module, alias.name) for alias in node.names)
+
+
+def test_files_are_short() -> None:
+    lengths = [
+        (path, path.read_text(encoding="utf-8").count("\n")) for path in sources("src", "tests", "bench")
+    ]
+    hold([place(path, n, f"{n} lines, at most {FILE_LINES}") for path, n in lengths if n > FILE_LINES])
+
+
+def test_functions_are_short() -> None:
+    hold(
+        [
+            place(path, node.lineno, f"{node.name} has {lines} lines, at most {FUNCTION_LINES}")
+            for path in sources("src", "tests", "bench")
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and (lines := node.end_lineno - node.lineno + 1) > FUNCTION_LINES
+        ]
+    )
+
+
+def test_pure_rooms_have_no_socket_clock_or_thread() -> None:
+    faults = []
+    for path in (path for room in PURE_ROOMS for path in sources(f"src/cordee/{room}")):
+        for line, module, name in imports(path):
+            if module.split(".")[0] in IMPURE_MODULES and (module, name) not in PURE_NAMES:
+                faults.append(
+                    place(path, line, f"imports {module}{f'.{name}' if name else ''} in a pure room")
+                )
+        for node in ast.walk(tree(path)):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            seeded = node.func.attr == "default_rng" and (node.args or node.keywords)
+            shared_state = ast.unparse(node.func.value) in {"np.random", "numpy.random"}
+            if (node.func.attr in IMPURE_CALLS or shared_state) and not seeded:
+                faults.append(place(path, node.lineno, f"calls {node.func.attr}() in a pure room"))
+    hold(faults)
+
+
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == "cordee" else None
+
+
+def test_rooms_import_only_the_rooms_above_them() -> None:
+    faults = []
+    for path in sources("src"):
+        own = room_of(module_name(path))
+        if own is None:
+            continue
+        if own not in ROOMS:
+            faults.append(place(path, 1, f"{own} is no room of ARCHITECTURE.md"))
+            continue
+        for line, module, name in imports(path):
+            other = room_of(module) or (name if module == "cordee" and name in ROOMS else None)
+            if other is not None and (other not in ROOMS or ROOMS.index(other) > ROOMS.index(own)):
+                faults.append(place(path, line, f"{own} must not know {other}"))
+    hold(faults)
+
+
+def test_the_rooms_are_those_of_the_architecture() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = text.partition("## Rooms")[2].partition("\n## ")[0]
+    named = re.findall(r"`(\w+)(?:/|\.py)`", "".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)))
+    assert tuple(named) == ROOMS
+
+
+def test_no_dead_module() -> None:
+    used = set(ENTRY_POINTS)
+    for path in sources("src"):
+        own = module_name(path)
+        for _, module, name in imports(path):
+            used |= {module, f"{module}.{name}"} - {own}
+    packages = {module.rpartition(".")[0] for module in used}
+    hold(
+        [
+            place(path, 1, f"{module} is imported by no other module")
+            for path in sources("src")
+            if (module := module_name(path)) not in used | packages
+        ]
+    )
+
+
+def public_definitions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """Public functions and classes of a module, and the public methods of its classes."""
+    pending: list[ast.stmt] = list(tree(path).body)
+    for node in pending:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name[0] != "_":
+            yield node
+        if isinstance(node, ast.ClassDef):
+            pending.extend(node.body)
+
+
+@cache
+def names_used(path: Path) -> dict[str, int]:
+    """How often a module names each identifier other than by defining or importing it."""
+    counts: dict[str, int] = {}
+    for node in ast.walk(tree(path)):
+        name = (
+            node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+        )
+        if name is not None:
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def registers(decorator: ast.expr) -> bool:
+    """Whether a decorator hands the function to a library: `@main.command()` does, `@property` does not."""
+    target = decorator.func if isinstance(decorator, ast.Call) else decorator
+    name = target.attr if isinstance(target, ast.Attribute) else getattr(target, "id", "")
+    return name not in LANGUAGE_DECORATORS
+
+
+def test_nothing_public_is_unused() -> None:
+    used = set().union(*(names_used(path) for path in sources("src", "tests", "bench", "scripts")))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    used |= {target.partition(":")[2] for target in project["scripts"].values()}
+    hold(
+        [
+            place(path, node.lineno, f"{node.name} is used nowhere")
+            for path in sources("src")
+            for node in public_definitions(path)
+            if node.name not in used and not any(map(registers, node.decorator_list))
+        ]
+    )
+
+
+def documents() -> list[Path]:
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def cited_paths(text: str) -> Iterator[tuple[int, str]]:
+    """(line, path) of everything in backticks that looks like a path inside this tree."""
+    entries = {path.name for path in ROOT.iterdir() if path.name not in {".venv", ".git"}}
+    rooms = {path.name for path in PACKAGE.iterdir()}
+    for number, line in enumerate(text.splitlines(), 1):
+        for quoted in re.findall(r"`([\w.][\w./-]*)`", line):
+            first = quoted.partition("/")[0]
+            is_path = "/" in quoted and first in entries | rooms
+            if is_path or re.fullmatch(r"[\w-]+\.(md|py|sh|toml|yml)", quoted):
+                yield number, quoted
+
+
+def test_cited_paths_exist() -> None:
+    hold(
+        [
+            place(document, line, f"`{cited}` does not exist")
+            for document in documents()
+            for line, cited in cited_paths(document.read_text(encoding="utf-8"))
+            if not any((base / cited).exists() for base in (ROOT, ROOT / "src", PACKAGE, document.parent))
+        ]
+    )
+
+
+def test_dependencies_are_explained_once_each() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    wanted = sorted(re.match(r"[\w-]+", line).group() for line in wanted)
+    text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)) == wanted
+
+
+def test_pages_fetch_nothing_from_outside() -> None:
+    served = [path for suffix in ("html", "js", "css", "svg") for path in PACKAGE.rglob(f"*.{suffix}")]
+    namespaces = ("http://www.w3.org/",)  # names in SVG and XHTML, never fetched
+    hold(
+        [
+            place(path, number, f"names {url}")
+            for path in served
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+            for url in re.findall(r"(?:https?:)?//[\w.-]+\.\w+/?", line)
+            if not url.startswith(namespaces)
+        ]
+    )
+
+
+def test_the_licence_is_apache() -> None:
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License\n" in text
+    assert "Version 2.0, January 2004" in text
+
+
+def test_the_changelog_names_this_version() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## (\d+\.\d+\.\d+)", text, re.MULTILINE)
+    assert versions[:1] == [cordee.__version__]
+
+
+def test_every_source_says_what_it_is_for() -> None:
+    hold(
+        [
+            place(path, 1, "has no docstring")
+            for path in sources("src", "tests", "bench", "scripts")
+            if not ast.get_docstring(tree(path))
+        ]
+    )
