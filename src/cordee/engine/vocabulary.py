@@ -1,0 +1,145 @@
+"""The vocabulary of a GGUF through libllama: text to token ids and back, special tokens, chat template.
+
+Only the header's tokenizer is loaded (libllama's `vocab_only`), no weights; so a process that samples or
+talks to clients can hold one without holding the model.
+"""
+
+import ctypes
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+from llama_cpp import llama_cpp
+
+from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
+
+TEXT_BYTES_MAX = (
+    16 << 20
+)  # four times a million-token prompt; keeps libllama's int32 lengths far from overflow
+PIECE_BYTES = 256  # nearly all pieces are shorter; libllama says the needed size of a longer one
+PIECE_BYTES_MAX = 1 << 20  # no sound vocabulary has such a token: a damaged file
+
+TOKENIZER_NONE = 0  # enum llama_vocab_type in llama.h: LLAMA_VOCAB_TYPE_NONE
+
+
+class Vocabulary:
+    """A loaded vocabulary. `size` counts tokens; ids are 0 to size - 1. Not thread-safe while closing.
+
+    Raises:
+        BadModelFile: libllama cannot read the file.
+        UnsupportedModel: the file has no tokenizer, as a slice before the last has none.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        model = _load(self.path)
+        self._free = weakref.finalize(self, llama_cpp.llama_model_free, model)
+        self.handle = llama_cpp.llama_model_get_vocab(model)
+        if llama_cpp.llama_vocab_type(self.handle) == TOKENIZER_NONE:
+            self.close()
+            raise UnsupportedModel(
+                f"{self.path} has no tokenizer (slices before the last have none): use the whole model's file"
+            )
+        self.size = llama_cpp.llama_vocab_n_tokens(self.handle)
+        self.bos = self._special(llama_cpp.llama_vocab_bos)
+        self.eos = self._special(llama_cpp.llama_vocab_eos)
+        self.bos_text = self._text(self.bos)
+        self.eos_text = self._text(self.eos)
+        self.wants_bos = bool(llama_cpp.llama_vocab_get_add_bos(self.handle))
+        self.end_of_generation = frozenset(
+            token for token in range(self.size) if llama_cpp.llama_vocab_is_eog(self.handle, token)
+        )
+        template = llama_cpp.llama_model_chat_template(model, None)
+        self.chat_template = None if template is None else template.decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Free libllama's memory. The vocabulary is unusable afterwards; closing twice is harmless."""
+        self.handle = None
+        self._free()
+
+    def tokenize(self, text: str, *, special: bool = True, add_bos: bool) -> list[int]:
+        """Give the token ids of a text.
+
+        `special` reads control tokens written in the text, such as <|im_start|>, as tokens; without it
+        they are plain text. `add_bos` puts the model's BOS in front where the model's file wants one and
+        the text (a rendered chat template, say) does not begin with it already.
+
+        Raises:
+            BadRequest: the text is longer than TEXT_BYTES_MAX, or is no sound Unicode.
+        """
+        data = _encode(text)
+        tokens = self._tokenize(data, special)
+        if add_bos and self.wants_bos and self.bos is not None and tokens[:1] != [self.bos]:
+            tokens.insert(0, self.bos)
+        return tokens
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """Give a token's raw bytes, perhaps part of a character; b'' for control tokens unless `special`."""
+        self._check(token)
+        length = PIECE_BYTES
+        while True:
+            buffer = ctypes.create_string_buffer(length)
+            count = llama_cpp.llama_token_to_piece(self._open(), token, buffer, length, 0, special)
+            if count >= 0:
+                return buffer.raw[:count]
+            if -count > PIECE_BYTES_MAX:
+                raise BadModelFile(f"{self.path}: token {token} has an absurd length")
+            length = -count
+
+    def detokenize(self, tokens: Sequence[int]) -> bytes:
+        """Give the joined pieces of the tokens: exactly what a stream of them would send."""
+        return b"".join(self.piece(token) for token in tokens)
+
+    def is_control(self, token: int) -> bool:
+        """Tell whether a token is a control token, which no plain text gives."""
+        self._check(token)
+        return bool(llama_cpp.llama_vocab_is_control(self._open(), token))
+
+    def _tokenize(self, data: bytes, special: bool) -> list[int]:
+        room = len(data) + 2  # a token is at least a byte, but some tokenizers put a space in front
+        while True:
+            buffer = (llama_cpp.llama_token * room)()
+            count = llama_cpp.llama_tokenize(self._open(), data, len(data), buffer, room, False, special)
+            if count >= 0:
+                return buffer[:count]
+            room = -count
+
+    def _open(self) -> int:
+        if self.handle is None:
+            raise ValueError(f"the vocabulary of {self.path} is closed")
+        return self.handle
+
+    def _special(self, getter) -> int | None:
+        token = getter(self.handle)
+        return token if 0 <= token < self.size else None
+
+    def _text(self, token: int | None) -> str:
+        if token is None:
+            return ""
+        return llama_cpp.llama_vocab_get_text(self.handle, token).decode("utf-8", "replace")
+
+    def _check(self, token: int) -> None:
+        """Refuse ids outside the vocabulary: libllama would end the process."""
+        if not 0 <= token < self.size:
+            raise BadRequest(f"token id {token} is outside the model's vocabulary of {self.size} tokens")
+
+
+def _load(path: Path) -> int:
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    params.n_gpu_layers = 0
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise BadModelFile(f"{path}: libllama cannot read a vocabulary from this file; is it a sound GGUF?")
+    return model
+
+
+def _encode(text: str) -> bytes:
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRequest("the text holds half of a surrogate pair, which is no Unicode character") from None
+    if len(data) > TEXT_BYTES_MAX:
+        raise BadRequest(f"the text has {len(data)} bytes; at most {TEXT_BYTES_MAX} are accepted")
+    return data

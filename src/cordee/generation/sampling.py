@@ -1,0 +1,288 @@
+"""One sampler for every engine: a row of logits in, a token out.
+
+The order, which is llama.cpp's common one:
+
+1. grammar: only tokens that may come next are candidates;
+2. logit bias: added to the logit;
+3. penalties over the last `penalty_window` tokens of prompt and answer: a logit is divided (negative:
+   multiplied) by `repeat_penalty`, then lowered by count x `frequency_penalty` + `presence_penalty`;
+4. temperature 0: the highest logit, of equal ones the lowest id;
+5. else top-k, top-p, min-p, temperature, and a draw, all by libllama's own samplers.
+
+The draw of the i-th token of an answer is seeded by a mix of (seed, i) alone and nothing else is kept but
+what the tokens so far imply. So a sampler made with a replayed answer goes on exactly as the first would.
+Log-probabilities are of the model's own distribution: the log-softmax of the row as it came in.
+"""
+
+import ctypes
+import weakref
+from collections import Counter, deque
+from collections.abc import Sequence
+from functools import lru_cache
+from math import isfinite
+
+import numpy as np
+from llama_cpp import llama_cpp
+
+from cordee.errors import BadRequest, StageFailed
+from cordee.generation import grammar
+from cordee.generation.grammar import GrammarState, GrammarTokenizer
+from cordee.generation.request import Choice, SamplingParams
+
+# Below this a logit difference of a float32's last digits decides: greedy, without overflow by the division.
+GREEDY_BELOW = 1e-4
+PENALTY_WINDOW_MAX = 8192  # penalties walk the window's distinct tokens at each token
+LOGIT_BIAS_MAX = 1024  # entries; OpenAI accepts 300
+
+# Inclusive ranges; OpenAI's where it has the parameter.
+RANGES = {
+    "temperature": (0.0, 2.0),
+    "top_k": (0, 1 << 30),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repeat_penalty": (0.1, 10.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "presence_penalty": (-2.0, 2.0),
+    "penalty_window": (0, PENALTY_WINDOW_MAX),
+    "seed": (-(1 << 63), (1 << 63) - 1),
+    "top_logprobs": (0, 20),
+}
+LOGIT_BIAS_RANGE = (-100.0, 100.0)
+
+CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+
+
+def check(params: SamplingParams, n_vocab: int, tokenizer: GrammarTokenizer | None = None) -> None:
+    """Refuse parameters that cannot be honoured, a bad grammar among them, before the request is queued.
+
+    Raises:
+        BadRequest: names the parameter.
+        UnsupportedModel: a grammar is asked for and cannot bind this model.
+    """
+    for name, (low, high) in RANGES.items():
+        value = getattr(params, name)
+        if value is None:
+            continue
+        if not isfinite(value) or not low <= value <= high:
+            raise BadRequest(f"{name} must be from {low} to {high}, not {value}", name)
+    _check_bias(params.logit_bias, n_vocab)
+    if params.grammar is not None:
+        if tokenizer is None:
+            raise BadRequest("this model has no vocabulary here, so a grammar cannot bind it", "grammar")
+        grammar.check(params.grammar, tokenizer)
+
+
+def _check_bias(logit_bias: dict[int, float], n_vocab: int) -> None:
+    low, high = LOGIT_BIAS_RANGE
+    if len(logit_bias) > LOGIT_BIAS_MAX:
+        raise BadRequest(
+            f"logit_bias has {len(logit_bias)} entries; at most {LOGIT_BIAS_MAX} are accepted", "logit_bias"
+        )
+    for token, bias in logit_bias.items():
+        if not 0 <= token < n_vocab:
+            raise BadRequest(f"logit_bias names token {token}; the model has {n_vocab} tokens", "logit_bias")
+        if not low <= bias <= high:  # also refuses NaN
+            raise BadRequest(f"logit_bias must be from {low} to {high}, not {bias}", "logit_bias")
+
+
+class Sampler:
+    """Chooses the tokens of one stream, each when its logits are there. Not thread-safe.
+
+    `history` is the prompt; `generated` are tokens of the answer that are already chosen (a replay).
+    `params` must have passed `check`.
+
+    Raises:
+        BadRequest: the grammar is bad, or `generated` does not follow it.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        tokenizer: GrammarTokenizer | None,
+        history: Sequence[int],
+        generated: Sequence[int] = (),
+    ) -> None:
+        self.params = params
+        self._index = len(generated)
+        self._greedy = params.temperature < GREEDY_BELOW
+        self._edits = _Edits(params, history, generated)
+        self._grammar = None
+        if params.grammar is not None:
+            if tokenizer is None:
+                raise BadRequest("a grammar needs the model's vocabulary", "grammar")
+            self._grammar = GrammarState(params.grammar, tokenizer, generated)
+        self._draw: _Draw | None = None
+
+    def sample(self, logits: np.ndarray) -> Choice:
+        """Choose a token from a (n_vocab,) float32 row, which is only read, and go on to the next index.
+
+        Raises:
+            StageFailed: the row holds NaN or +inf, or allows no token.
+            BadRequest: the grammar passed its limits.
+        """
+        best = int(logits.argmax())  # NaN wins an argmax, so this one value vouches for the row
+        if not isfinite(logits[best]):
+            raise StageFailed(
+                f"the model gave the logit {logits[best]}; its weights or this build are faulty"
+            )
+        allowed = self._grammar.allowed() if self._grammar is not None else None
+        row = self._edits.apply(logits)
+        token = self._argmax(row, allowed, best) if self._greedy else self._sample(row, allowed)
+        if self._grammar is not None:
+            self._grammar.accept(token)
+        self._edits.accept(token)
+        self._index += 1
+        if self.params.top_logprobs is None:
+            return Choice(token)
+        return _with_logprobs(token, logits, self.params.top_logprobs)
+
+    def close(self) -> None:
+        """Free the native samplers. Harmless twice; dropping the sampler does the same."""
+        if self._draw is not None:
+            self._draw.close()
+
+    def _argmax(self, row: np.ndarray, allowed: np.ndarray | None, best: int) -> int:
+        if allowed is None:
+            return best if not self._edits.active else int(row.argmax())
+        ids = _ids(allowed)
+        return int(ids[row[ids].argmax()])
+
+    def _sample(self, row: np.ndarray, allowed: np.ndarray | None) -> int:
+        if self._draw is None:
+            self._draw = _Draw(self.params, len(row))
+        ids = _ids(allowed) if allowed is not None else None
+        return self._draw(row, ids, draw_seed(self.params.seed, self._index))
+
+
+def _ids(allowed: np.ndarray) -> np.ndarray:
+    """Give the ids of the tokens a grammar allows.
+
+    Raises:
+        StageFailed: there is none, which a vocabulary that spells every byte cannot lead to.
+    """
+    ids = np.flatnonzero(allowed)
+    if not len(ids):
+        raise StageFailed("the grammar allows no token of this model's vocabulary")
+    return ids
+
+
+def draw_seed(seed: int, index: int) -> int:
+    """Mix a stream's seed and a token's index to a seed of 32 bits (SplitMix64's finaliser, Steele 2014).
+
+    Never 0xFFFFFFFF, by which libllama means "seed me from the clock".
+    """
+    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return ((z ^ (z >> 31)) & 0xFFFFFFFF) % 0xFFFFFFFF
+
+
+class _Edits:
+    """Logit bias and penalties: changes to few logits of a row.
+
+    libllama's own samplers for these look each candidate up in a table; here only the few are touched.
+    """
+
+    def __init__(self, params: SamplingParams, history: Sequence[int], generated: Sequence[int]) -> None:
+        self._params = params
+        self._penalised = params.penalty_window > 0 and (
+            params.repeat_penalty != 1.0 or params.frequency_penalty != 0.0 or params.presence_penalty != 0.0
+        )
+        self.active = bool(params.logit_bias) or self._penalised
+        self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
+        self._bias = np.fromiter(params.logit_bias.values(), np.float32)
+        self._window: deque[int] = deque()
+        self._counts: Counter[int] = Counter()
+        if self._penalised:
+            for token in (*history, *generated)[-params.penalty_window :]:
+                self.accept(token)
+
+    def accept(self, token: int) -> None:
+        """Move the penalties' window on by one token."""
+        if not self._penalised:
+            return
+        self._window.append(token)
+        self._counts[token] += 1
+        if len(self._window) > self._params.penalty_window:
+            oldest = self._window.popleft()
+            self._counts[oldest] -= 1
+            if not self._counts[oldest]:
+                del self._counts[oldest]
+
+    def apply(self, logits: np.ndarray) -> np.ndarray:
+        """Give the row with its edits: a copy, or the row itself where there are none."""
+        if not self.active:
+            return logits
+        row = logits.copy()
+        row[self._bias_ids] += self._bias
+        if self._counts:
+            ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            row[ids] = self._penalise(row[ids], counts)
+        return row
+
+    def _penalise(self, values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        repeat = np.float32(self._params.repeat_penalty)
+        values = np.where(values > 0, values / repeat, values * repeat)
+        frequency = np.float32(self._params.frequency_penalty)
+        return values - (counts * frequency + np.float32(self._params.presence_penalty))
+
+
+class _Draw:
+    """libllama's chain of top-k, top-p, min-p and temperature, and a draw by a seed of its own each time."""
+
+    def __init__(self, params: SamplingParams, n_vocab: int) -> None:
+        self._candidates = np.empty(n_vocab, CANDIDATE)
+        self._chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        self.close = weakref.finalize(self, llama_cpp.llama_sampler_free, self._chain)
+        if params.top_k > 0:
+            self._add(llama_cpp.llama_sampler_init_top_k(params.top_k))
+        if params.top_p < 1.0:
+            self._add(llama_cpp.llama_sampler_init_top_p(params.top_p, 1))
+        if params.min_p > 0.0:
+            self._add(llama_cpp.llama_sampler_init_min_p(params.min_p, 1))
+        if params.temperature != 1.0:
+            self._add(llama_cpp.llama_sampler_init_temp(params.temperature))
+
+    def _add(self, sampler: int) -> None:
+        llama_cpp.llama_sampler_chain_add(self._chain, sampler)  # the chain owns it from here on
+
+    def __call__(self, row: np.ndarray, ids: np.ndarray | None, seed: int) -> int:
+        """Draw one of the (k,) candidate `ids` (None: all) of a (n_vocab,) row."""
+        if ids is None:
+            count, ids, values = len(row), _every_id(len(row)), row
+        else:
+            count, values = len(ids), row[ids]
+        self._candidates["id"][:count] = ids
+        self._candidates["logit"][:count] = values
+        array = llama_cpp.llama_token_data_array(
+            data=self._candidates.ctypes.data_as(llama_cpp.llama_token_data_p),
+            size=count,
+            selected=-1,
+            sorted=False,
+        )
+        reference = ctypes.byref(array)
+        llama_cpp.llama_sampler_apply(self._chain, reference)
+        dist = llama_cpp.llama_sampler_init_dist(seed)
+        llama_cpp.llama_sampler_apply(dist, reference)
+        llama_cpp.llama_sampler_free(dist)
+        return array.data[array.selected].id
+
+
+@lru_cache(maxsize=4)  # as many vocabularies as one process is likely to serve
+def _every_id(n_vocab: int) -> np.ndarray:
+    return np.arange(n_vocab, dtype=np.int32)
+
+
+def _with_logprobs(token: int, logits: np.ndarray, top: int) -> Choice:
+    """The choice with the log-softmax of the raw row; equal logits rank by id."""
+    shifted = logits - logits.max()
+    log_sum = np.log(np.exp(shifted).sum(dtype=np.float64))
+    best = ()
+    if top:
+        top = min(top, len(logits))
+        bar = np.partition(logits, -top)[-top]
+        ids = np.flatnonzero(logits >= bar)
+        ids = ids[np.lexsort((ids, -logits[ids]))][:top]
+        best = tuple((int(i), float(shifted[i] - log_sum)) for i in ids)
+    return Choice(token, float(shifted[token] - log_sum), best)
