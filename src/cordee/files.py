@@ -1,0 +1,91 @@
+"""Where state lives, and how a file is written so that nobody ever sees half of it."""
+
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+import platformdirs
+import psutil
+
+from cordee.errors import StorageFailed
+
+# What the system says when there is no more room: disk, quota, or the process's file size limit.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def home() -> Path:
+    """The folder of all state: `CORDEE_HOME`, else the user's data folder; made private to the user.
+
+    Raises:
+        StorageFailed: the folder cannot be made.
+    """
+    chosen = os.environ.get("CORDEE_HOME")
+    folder = Path(chosen).expanduser() if chosen else Path(platformdirs.user_data_dir("cordee"))
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageFailed(
+            f"The state folder {folder} cannot be made ({error.strerror}): "
+            "set CORDEE_HOME to a folder you may write."
+        ) from error
+    return folder
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A new file that appears under `path` only when the block ends well: complete and on disk.
+
+    It is written beside its place (same file system) and renamed. When the block fails, nothing is left
+    and what stood at `path` before is untouched. What a killed process left is swept by the next writer.
+
+    Raises:
+        StorageFailed: the disk is full, or the folder cannot be written.
+    """
+    path = Path(path)
+    _sweep(path)
+    try:
+        descriptor, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.{os.getpid()}.", suffix=".partial"
+        )
+    except OSError as error:
+        raise StorageFailed(f"{path} cannot be written ({error.strerror}): check its folder.") from error
+    partial = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise StorageFailed(
+            f"No room left on disk for {path} ({error.strerror}): free some space and try again."
+        ) from error
+    finally:
+        with suppress(FileNotFoundError):
+            partial.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in this folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(path: Path) -> None:
+    """Remove partial files of `path` whose writer no longer lives."""
+    mine = re.compile(re.escape(f".{path.name}.") + r"(\d+)\..*\.partial")
+    with suppress(FileNotFoundError):
+        for entry in path.parent.iterdir():
+            match = mine.fullmatch(entry.name)
+            if match and not psutil.pid_exists(int(match[1])):
+                entry.unlink(missing_ok=True)

@@ -1,0 +1,47 @@
+"""The roster: which model architectures may be cut, and what a cut must take care of.
+
+Its data is architectures.toml beside this file.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is known of an architecture; the fields are explained at the top of architectures.toml."""
+
+    name: str
+    certified: bool = False
+    sliding_window_period: int = 0
+    dense_first: bool = False
+    embedding_scale: Literal["none", "sqrt_n_embd", "metadata"] = "none"
+    cut_step: int = 1
+    whole_layer_counts: tuple[int, ...] = ()
+    refusal: str = ""
+
+    def obstacle(self, layers: int) -> str | None:
+        """Why a model of this architecture with so many layers cannot be cut; None if it can."""
+        if self.refusal and (not self.whole_layer_counts or layers in self.whole_layer_counts):
+            return self.refusal
+        return None
+
+
+@cache
+def roster() -> dict[str, Architecture]:
+    """All known architectures by name."""
+    table = tomllib.loads((files("cordee.models") / "architectures.toml").read_text())
+    return {name: _entry(name, fields) for name, fields in table.items()}
+
+
+def architecture(name: str) -> Architecture | None:
+    """The roster's entry of an architecture, or None if nothing is known of it."""
+    return roster().get(name)
+
+
+def _entry(name: str, fields: dict) -> Architecture:
+    counts = tuple(fields.pop("whole_layer_counts", ()))
+    return Architecture(name=name, whole_layer_counts=counts, **fields)

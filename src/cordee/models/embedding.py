@@ -1,0 +1,65 @@
+"""From token ids to the rows that enter layer 0, looked up in the model file itself.
+
+A pipeline feeds every stage with rows, so no slice needs the embedding; this is bit-equal to what libllama
+computes when it is fed tokens.
+"""
+
+import mmap
+from collections.abc import Sequence
+
+import numpy as np
+from gguf.quants import dequantize
+
+from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
+from cordee.models.architectures import architecture
+from cordee.models.gguf import Header
+from cordee.models.slices import EMBEDDING
+
+
+class Embedding:
+    """The embedding of a model; maps its bytes in the file, so memory holds only what was looked up."""
+
+    def __init__(self, header: Header) -> None:
+        """Raises UnsupportedModel or BadModelFile if the model has no embedding this program can read."""
+        tensor = header.tensor(EMBEDDING)
+        if tensor is None or len(tensor.shape) != 2:
+            raise BadModelFile(f"{header.path} has no {EMBEDDING}: it cannot turn tokens into rows.")
+        self.n_embd, self.n_vocab = tensor.shape
+        self._type = tensor.type
+        self._scale = _scale(header, self.n_embd)
+        start = tensor.offset - tensor.offset % mmap.ALLOCATIONGRANULARITY
+        with tensor.path.open("rb") as file:
+            length = tensor.offset + tensor.nbytes - start
+            self._map = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start)
+        flat = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset - start)
+        self._rows = flat.reshape(self.n_vocab, -1)
+        try:
+            self.rows([0])
+        except NotImplementedError as error:
+            raise UnsupportedModel(
+                f"{header.path.name} stores its embedding as {tensor.type.name}, which cannot be decoded: "
+                "choose another quantization."
+            ) from error
+
+    def rows(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """(n,) token ids -> (n, n_embd) float32 rows, scaled where the architecture scales them.
+
+        Raises:
+            BadRequest: a token id is outside the vocabulary.
+        """
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.n_vocab:
+            raise BadRequest(f"Token ids must be 0 to {self.n_vocab - 1}.", "tokens")
+        rows = dequantize(self._rows[ids], self._type).astype(np.float32, copy=False)
+        return rows if self._scale is None else rows * self._scale
+
+
+def _scale(header: Header, n_embd: int) -> np.float32 | None:
+    """What libllama multiplies token rows with; float32 like there, so that the products are equal."""
+    rules = architecture(header.architecture)
+    if rules is None or rules.embedding_scale == "none":
+        return None
+    if rules.embedding_scale == "sqrt_n_embd":
+        return np.sqrt(np.float32(n_embd))
+    scale = header.get(".embedding_scale", 0.0)
+    return np.float32(scale) if scale else None

@@ -1,0 +1,412 @@
+"""Cutting a model: a contiguous range of layers as a GGUF file of its own that libllama loads as it is.
+
+A slice is not just fewer layers. libllama counts layers from 0 in every file it loads, so all that depends
+on a layer's place is written out: tensor names, arrays by layer, the sliding-window pattern, the number of
+leading dense layers. Every slice but the last takes rows and gives rows: it needs no tokenizer and no
+vocabulary, but the loader wants an embedding, so it gets one of a few zero rows. The last has the head; where
+the head's weights are not those of the embedding, the embedding (which nobody reads) becomes zeros of the
+cheapest type.
+What the loader demands: llama.cpp, src/llama-model.cpp and src/models/*.cpp.
+"""
+
+import hashlib
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
+from cordee.files import atomic_file
+from cordee.models.architectures import Architecture, architecture
+from cordee.models.gguf import MAGIC, SCALARS, Array, Header, Tensor, Value
+
+# Copying reads this much at a time: large enough for full disk speed, small beside any model.
+COPY_BYTES = 4 << 20
+# Rows of the stand-in embedding in slices that have no head; any number that is not zero would do.
+STAND_IN_ROWS = 32
+# From the cheapest to the most general: the type of an embedding of zeros that the loader wants at full size.
+ZERO_TYPES = (GGMLQuantizationType.Q1_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.F16)
+
+# Arrays with one item per layer, after the architecture's prefix (llama_model_loader::get_key_or_arr).
+PER_LAYER = frozenset(
+    f".{name}"
+    for name in (
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.sliding_window_pattern",
+        "expert_feed_forward_length",
+        "expert_used_count",
+        "feed_forward_length",
+        "swiglu_clamp_exp",
+        "swiglu_clamp_shexp",
+    )
+)
+# The same for keys that have no prefix: the activation of Apertus.
+PER_LAYER_UNPREFIXED = frozenset({"xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps"})
+# Arrays that have nothing to do with layers, whatever their length.
+NOT_PER_LAYER = frozenset({".rope.dimension_sections"})
+# Tensors outside the layers that every slice needs: small, and read by the graph of each layer.
+SHARED = frozenset(
+    {
+        "output_norm.weight",
+        "output_norm.bias",
+        "rope_freqs.weight",
+        "rope_factors_long.weight",
+        "rope_factors_short.weight",
+    }
+)
+EMBEDDING = "token_embd.weight"
+HEAD = frozenset({"output.weight", "output.bias"})
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+_WINDOW_PATTERN = ".attention.sliding_window_pattern"
+
+# A metadata field to be written: a scalar, an array still in its file, or a list with its item type.
+Items = tuple[GGUFValueType, list]
+Fields = dict[str, tuple[GGUFValueType, Value | Items]]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SliceFile:
+    """A slice on disk: layers `first` to `last` (exclusive)."""
+
+    path: Path
+    first: int
+    last: int
+    digest: str  # 'sha256:' and 64 hex digits, of the whole file
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a slice: under its new name, copied from `source`, or zeros where that is None."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    nbytes: int
+    source: Tensor | None
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """All of a slice but the weights: the bytes of its header (padded), then the tensors in order."""
+
+    header: bytes
+    pieces: tuple[Piece, ...]
+    alignment: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + sum(_padded(piece.nbytes, self.alignment) for piece in self.pieces)
+
+
+def cut(
+    header: Header,
+    first: int,
+    last: int,
+    path: Path,
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> SliceFile:
+    """Write layers `first` to `last` (exclusive) of a model to `path`; all layers merge a sharded set.
+
+    Copies in a stream; memory does not depend on the model. `progress(done_bytes, total_bytes)` is called
+    after each few MiB. The same model and range give the same bytes.
+
+    Raises:
+        UnsupportedModel: the architecture is not certified for cutting (`force` overrides that), or this
+            model cannot be cut there at all.
+        BadRequest: no such layers.
+        BadModelFile: the model changed while it was read.
+        StorageFailed: no room on disk; nothing is left behind.
+    """
+    plan = plan_slice(header, first, last, force=force)
+    digest, done = hashlib.sha256(), 0
+    with atomic_file(path) as file:
+        for chunk in _chunks(plan):
+            _write_all(file, chunk)
+            digest.update(chunk)
+            done += len(chunk)
+            if progress:
+                progress(done, plan.nbytes)
+    return SliceFile(Path(path), first, last, f"sha256:{digest.hexdigest()}", done)
+
+
+def even_cuts(header: Header, stages: int) -> list[int]:
+    """Where to cut a model into stages of about equal bytes: boundaries [0, ..., layers].
+
+    The head's bytes count for the last stage: it is read for every token like a layer is.
+
+    Raises:
+        BadRequest: more stages than the model has places to cut.
+    """
+    rules = architecture(header.architecture) or Architecture(header.architecture)
+    step = rules.cut_step
+    places = [*range(0, header.layers, step), header.layers]
+    layer_bytes = [0] * header.layers
+    for tensor in header.tensors:
+        block = _BLOCK.fullmatch(tensor.name)
+        if block and int(block[1]) < header.layers:
+            layer_bytes[int(block[1])] += tensor.nbytes
+    costs = [sum(layer_bytes[a:b]) for a, b in pairwise(places)]
+    head = header.tensor(EMBEDDING if header.tied else "output.weight")
+    costs[-1] += head.nbytes if head else 0
+    sliding = _sliding_layers(header, rules)
+    best = _balanced(costs, stages, lambda start, end: any(sliding[places[start] : places[end]]))
+    if best is None:
+        raise BadRequest(f"{header.path.name} cannot be cut into {stages} stages.", "stages")
+    return [places[index] for index in best]
+
+
+def plan_slice(header: Header, first: int, last: int, *, force: bool = False) -> SlicePlan:
+    """What a slice will be, without reading a weight. Raises as `cut` does."""
+    if not 0 <= first < last <= header.layers:
+        raise BadRequest(f"{header.path.name} has the layers 0 to {header.layers}, not {first} to {last}.")
+    whole = (first, last) == (0, header.layers)
+    rules = architecture(header.architecture) or Architecture(header.architecture)
+    if not whole:
+        _check_cuttable(header, rules, first, last, force)
+    fields = _whole_fields(header) if whole else _slice_fields(header, rules, first, last)
+    pieces = _whole_pieces(header) if whole else _slice_pieces(header, first, last)
+    return SlicePlan(_header_bytes(fields, pieces, header.alignment), pieces, header.alignment)
+
+
+def _check_cuttable(header: Header, rules: Architecture, first: int, last: int, force: bool) -> None:
+    name, model = header.architecture, header.path.name
+    obstacle = rules.obstacle(header.layers)
+    if obstacle:
+        raise UnsupportedModel(f"{model} cannot be cut: {obstacle}. Run it in one stage.")
+    if not rules.certified and not force:
+        raise UnsupportedModel(
+            f"{model} has the architecture {name!r}, whose cuts nobody has checked: run it in one stage, "
+            "or override the check."
+        )
+    if last - first in rules.whole_layer_counts:
+        raise UnsupportedModel(
+            f"A slice of {last - first} layers of {model} would be taken for another model."
+        )
+    if first % rules.cut_step or (last % rules.cut_step and last != header.layers):
+        raise UnsupportedModel(f"{model} can only be cut at multiples of {rules.cut_step} layers.")
+    if not any(_sliding_layers(header, rules)[first:last]):
+        raise UnsupportedModel(
+            f"A slice of {model} needs a sliding-window layer; {first} to {last} has none."
+        )
+    if isinstance(header.metadata.get(f"{name}.attention.head_count"), Array) and not header.get(
+        ".attention.key_length"
+    ):
+        raise UnsupportedModel(f"{model} cannot be cut: its head size follows from its first layer.")
+    if "general.tensor_extra.name" in header.metadata:
+        raise UnsupportedModel(f"{model} cannot be cut: it lists tensors by their old names.")
+
+
+def _whole_fields(header: Header) -> Fields:
+    """The metadata as it is, less what belongs to a set of shards."""
+    return {
+        key: (header.types[key], value)
+        for key, value in header.metadata.items()
+        if not key.startswith("split.")
+    }
+
+
+def _slice_fields(header: Header, rules: Architecture, first: int, last: int) -> Fields:
+    """The metadata of a slice. Extra (multi-token-prediction) layers are left out: nothing here runs them."""
+    is_last, fields = last == header.layers, {}
+    for key, (kind, value) in _whole_fields(header).items():
+        if key.startswith("tokenizer.") and not is_last:
+            continue
+        if isinstance(value, Array) and _goes_by_layer(header, key, value):
+            fields[key] = (kind, (value.type, value.values()[first:last]))
+        else:
+            fields[key] = (kind, value)
+    number = GGUFValueType.UINT32
+    own: dict[str, tuple[GGUFValueType, Value | Items]] = {".block_count": (number, last - first)}
+    if not is_last:
+        fields["tokenizer.ggml.model"] = (GGUFValueType.STRING, "none")
+        own[".vocab_size"] = (number, STAND_IN_ROWS)
+    if header.extra_layers:
+        own[".nextn_predict_layers"] = (number, 0)
+    if leading := header.get(".leading_dense_block_count"):
+        own[".leading_dense_block_count"] = (number, min(max(0, leading - first), last - first))
+    if rules.sliding_window_period:
+        pattern = window_pattern(header, rules)[first:last]
+        own[_WINDOW_PATTERN] = (GGUFValueType.ARRAY, (GGUFValueType.BOOL, pattern))
+    if rules.embedding_scale == "metadata":
+        own[".embedding_scale"] = (GGUFValueType.FLOAT32, 0.0)
+    for name, layer in (("first", first), ("last", last), ("layers", header.layers)):
+        fields[f"cordee.slice.{name}"] = (number, layer)
+    return fields | {header.architecture + key: field for key, field in own.items()}
+
+
+def _goes_by_layer(header: Header, key: str, value: Array) -> bool:
+    """Whether an array of the metadata has one item per layer. In doubt there is no slice."""
+    if key.startswith(("tokenizer.", "general.")) or value.type is GGUFValueType.STRING:
+        return False
+    short = key.removeprefix(header.architecture)
+    by_layer = short in PER_LAYER or key in PER_LAYER_UNPREFIXED
+    fits = value.count in (header.layers, header.layers + header.extra_layers)
+    if by_layer and not fits:
+        raise BadModelFile(f"{header.path}: {key} has {value.count} items for {header.layers} layers.")
+    if fits and not by_layer and short not in NOT_PER_LAYER:
+        raise UnsupportedModel(f"{header.path.name} cannot be cut: {key} may or may not go by layer.")
+    return by_layer
+
+
+def window_pattern(header: Header, rules: Architecture) -> list[bool]:
+    """Which layers use the sliding window (llama_hparams::set_swa_pattern), one item per layer.
+
+    The file may give the whole pattern, or its period; else libllama's built-in period holds.
+    """
+    given = header.get(_WINDOW_PATTERN, rules.sliding_window_period)
+    if isinstance(given, list):
+        return [bool(item) for item in given]
+    if given == 0:
+        return [True] * header.layers
+    dense = 0 if rules.dense_first else given - 1
+    return [layer % given != dense for layer in range(header.layers)]
+
+
+def _sliding_layers(header: Header, rules: Architecture) -> list[bool]:
+    """Which layers count as sliding; libllama aborts on a windowed model none of whose layers slides.
+
+    Where nothing slides anyway all layers count, so that any range of them will do.
+    """
+    windowed = rules.sliding_window_period and header.get(".attention.sliding_window")
+    return window_pattern(header, rules) if windowed else [True] * header.layers
+
+
+def _whole_pieces(header: Header) -> tuple[Piece, ...]:
+    return tuple(Piece(t.name, t.shape, t.type, t.nbytes, t) for t in header.tensors)
+
+
+def _slice_pieces(header: Header, first: int, last: int) -> tuple[Piece, ...]:
+    """The tensors of a slice, in the order of the model."""
+    is_last, pieces = last == header.layers, []
+    for tensor in header.tensors:
+        block = _BLOCK.fullmatch(tensor.name)
+        if block:
+            layer = int(block[1])
+            if first <= layer < last:
+                name = f"blk.{layer - first}.{block[2]}"
+                pieces.append(Piece(name, tensor.shape, tensor.type, tensor.nbytes, tensor))
+        elif tensor.name == EMBEDDING or tensor.name in HEAD:
+            keep = is_last and (tensor.name in HEAD or header.tied)
+            pieces.append(
+                Piece(tensor.name, tensor.shape, tensor.type, tensor.nbytes, tensor)
+                if keep
+                else _stand_in(tensor, full_size=is_last)
+            )
+        elif tensor.name in SHARED:
+            pieces.append(Piece(tensor.name, tensor.shape, tensor.type, tensor.nbytes, tensor))
+        else:
+            raise UnsupportedModel(
+                f"{header.path.name} cannot be cut: where {tensor.name} belongs is unknown."
+            )
+    return tuple(pieces)
+
+
+def _stand_in(tensor: Tensor, full_size: bool) -> Piece:
+    """Zeros in the place of a tensor that the loader wants and nobody reads."""
+    if not full_size:
+        shape, kind = (*tensor.shape[:-1], STAND_IN_ROWS), GGMLQuantizationType.F32
+    else:
+        shape = tensor.shape
+        kind = next(kind for kind in ZERO_TYPES if shape[0] % GGML_QUANT_SIZES[kind][0] == 0)
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return Piece(tensor.name, shape, kind, prod(shape) // block * block_bytes, None)
+
+
+def _header_bytes(fields: Fields, pieces: Sequence[Piece], alignment: int) -> bytes:
+    """Magic, metadata and tensor list in GGUF version 3, padded to where the tensors start."""
+    out = [MAGIC, struct.pack("<IQQ", 3, len(pieces), len(fields))]
+    for key, (kind, value) in fields.items():
+        out += [_string(key), struct.pack("<I", kind), _packed(kind, value)]
+    offset = 0
+    for piece in pieces:
+        shape = struct.pack(f"<I{len(piece.shape)}Q", len(piece.shape), *piece.shape)
+        out += [_string(piece.name), shape, struct.pack("<IQ", piece.type, offset)]
+        offset += _padded(piece.nbytes, alignment)
+    header = b"".join(out)
+    return header.ljust(_padded(len(header), alignment), b"\0")
+
+
+def _packed(kind: GGUFValueType, value: Value | Items) -> bytes:
+    if isinstance(value, Array):
+        return struct.pack("<IQ", value.type, value.count) + value.raw()
+    if isinstance(value, tuple):
+        item_kind, items = value
+        return struct.pack("<IQ", item_kind, len(items)) + b"".join(map(SCALARS[item_kind].pack, items))
+    return _string(value) if kind is GGUFValueType.STRING else SCALARS[kind].pack(value)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _padded(nbytes: int, alignment: int) -> int:
+    return -(-nbytes // alignment) * alignment
+
+
+def _chunks(plan: SlicePlan) -> Iterator[bytes]:
+    """The bytes of a slice in order, at most COPY_BYTES at a time (the header apart)."""
+    yield plan.header
+    for piece in plan.pieces:
+        yield from _zeros(piece.nbytes) if piece.source is None else _tensor_bytes(piece.source)
+        yield bytes(_padded(piece.nbytes, plan.alignment) - piece.nbytes)
+
+
+def _zeros(nbytes: int) -> Iterator[bytes]:
+    for start in range(0, nbytes, COPY_BYTES):
+        yield bytes(min(COPY_BYTES, nbytes - start))
+
+
+def _tensor_bytes(tensor: Tensor) -> Iterator[bytes]:
+    try:
+        with tensor.path.open("rb", buffering=0) as file:
+            for start in range(0, tensor.nbytes, COPY_BYTES):
+                wanted = min(COPY_BYTES, tensor.nbytes - start)
+                chunk = os.pread(file.fileno(), wanted, tensor.offset + start)
+                if len(chunk) != wanted:
+                    raise BadModelFile(f"{tensor.path} became shorter while it was cut: fetch it again.")
+                yield chunk
+    except OSError as error:
+        raise BadModelFile(f"{tensor.path} cannot be read ({error.strerror}).") from error
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """Write to an unbuffered file, which may take less than it is given."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+def _balanced(costs: Sequence[int], parts: int, allowed: Callable[[int, int], bool]) -> list[int] | None:
+    """Boundaries that cut `costs` into `parts` allowed runs with the smallest possible largest sum."""
+    total = [0, *accumulate(costs)]
+    # best[end] is (largest sum, boundaries) of the first `end` costs in the parts made so far.
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [0])}
+    for _ in range(parts):
+        best = {
+            end: min(options)
+            for end in range(1, len(total))
+            if (
+                options := [
+                    (max(largest, total[end] - total[start]), [*boundaries, end])
+                    for start, (largest, boundaries) in best.items()
+                    if start < end and allowed(start, end)
+                ]
+            )
+        }
+    return best[len(costs)][1] if len(costs) in best else None

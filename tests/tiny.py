@@ -1,0 +1,275 @@
+"""Maker of tiny models: random weights, real files, for as many architectures as libllama loads.
+
+`make_tiny("qwen3", path)` writes a GGUF of a few hundred kB with everything libllama's loader asks of that
+architecture (tensor names and hyperparameters after llama.cpp's src/models/*.cpp). Seeded: the same call
+gives the same bytes. With `tokenizer="bytes"` the model has a small real vocabulary and a chat template.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf.quants import quantize
+
+EMBD, HEADS, KV_HEADS, HEAD = 128, 4, 2, 32
+FF, VOCAB, CONTEXT, WINDOW = 192, 320, 4096, 8
+EXPERTS, EXPERTS_USED, EXPERT_FF = 8, 4, 64
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an architecture has beyond or instead of a plain llama block."""
+
+    numbers: dict[str, int] = field(default_factory=dict)  # further uint32 metadata, after the prefix
+    floats: dict[str, float] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    tied: bool = False
+    embedding_gain: float = np.sqrt(EMBD)  # rows of unit variance; less where the architecture scales them
+    extra: Callable[["Maker"], None] | None = None  # further metadata or tensors of the whole model
+    attention: str = "separate"  # or "fused": one qkv tensor
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    qk_norm: str = ""  # "head", "row" (over all heads), "per_head"
+    norms: tuple[str, ...] = ("attn_norm", "ffn_norm")
+    layer_norm: bool = False  # norms have a bias, epsilon under another key
+    ffn: str = "gated"  # "gated", "plain", "fused" (gate and up in one), "experts"
+    ffn_bias: bool = False
+    shared_expert: bool = False
+    leading_dense: int = 0
+    layer: Callable[["Maker", str], None] | None = None  # further tensors of a layer
+
+
+EXPERT_NUMBERS = {
+    "expert_count": EXPERTS,
+    "expert_used_count": EXPERTS_USED,
+    "expert_feed_forward_length": EXPERT_FF,
+}
+
+
+class Maker:
+    """Writes one model."""
+
+    def __init__(self, name: str, recipe: Recipe, path: Path, layers: int, seed: int) -> None:
+        self.name, self.recipe, self.layers = name, recipe, layers
+        self.writer = GGUFWriter(path, name)
+        self.random = np.random.default_rng(seed)
+        self.quantization: GGMLQuantizationType | None = None
+
+    def number(self, key: str, value: int) -> None:
+        self.writer.add_uint32(f"{self.name}.{key}", value)
+
+    def matrix(self, name: str, *shape: int, gain: float = 1.6, exact: bool = False) -> None:
+        """A random matrix; `shape` in ggml's order; `exact` ones are never quantized."""
+        rows = self.random.standard_normal(shape[::-1]).astype(np.float32)
+        rows *= np.float32(gain / np.sqrt(shape[0]))
+        kind = None if exact else self.quantization
+        if kind is not None and self.name == "gpt-oss" and "_exps" in name:
+            kind = GGMLQuantizationType.MXFP4
+        if kind is None:
+            self.writer.add_tensor(name, rows)
+        else:
+            self.writer.add_tensor(name, quantize(rows, kind), raw_dtype=kind)
+
+    def bias(self, name: str, *shape: int) -> None:
+        self.writer.add_tensor(name, 0.1 * self.random.standard_normal(shape[::-1]).astype(np.float32))
+
+    def norm(self, name: str, *shape: int) -> None:
+        around_one = 1 + 0.1 * self.random.standard_normal(shape[::-1])
+        self.writer.add_tensor(f"{name}.weight", around_one.astype(np.float32))
+        if self.recipe.layer_norm:
+            self.bias(f"{name}.bias", *shape)
+
+    def per_layer(self, key: str, values: list, kind: GGUFValueType) -> None:
+        self.writer.add_key_value(key, values, GGUFValueType.ARRAY, sub_type=kind)
+
+    def metadata(self, tokenizer: str) -> None:
+        numbers = {
+            "block_count": self.layers,
+            "context_length": CONTEXT,
+            "embedding_length": EMBD,
+            "feed_forward_length": FF,
+            "vocab_size": VOCAB,
+            "attention.head_count": HEADS,
+            "attention.head_count_kv": KV_HEADS,
+            "attention.key_length": HEAD,
+            "attention.value_length": HEAD,
+            "rope.dimension_count": HEAD,
+        }
+        epsilon = "layer_norm_epsilon" if self.recipe.layer_norm else "layer_norm_rms_epsilon"
+        floats = {f"attention.{epsilon}": 1e-5, "rope.freq_base": 10_000.0}
+        for key, value in (numbers | self.recipe.numbers).items():
+            self.number(key, value)
+        for key, value in (floats | self.recipe.floats).items():
+            self.writer.add_float32(f"{self.name}.{key}", value)
+        for key, text in self.recipe.texts.items():
+            self.writer.add_string(f"{self.name}.{key}", text)
+        if self.recipe.leading_dense:
+            self.number("leading_dense_block_count", self.recipe.leading_dense)
+        (add_byte_tokenizer if tokenizer == "bytes" else add_no_tokenizer)(self.writer)
+
+    def tensors(self) -> None:
+        self.matrix("token_embd.weight", EMBD, VOCAB, gain=self.recipe.embedding_gain)
+        self.norm("output_norm", EMBD)
+        if not self.recipe.tied:
+            self.matrix("output.weight", EMBD, VOCAB)
+        if self.recipe.extra:
+            self.recipe.extra(self)
+        for index in range(self.layers):
+            self.attention(f"blk.{index}.")
+            self.feed_forward(f"blk.{index}.", dense=index < self.recipe.leading_dense)
+            if self.recipe.layer:
+                self.recipe.layer(self, f"blk.{index}.")
+
+    def attention(self, at: str) -> None:
+        recipe = self.recipe
+        for name in recipe.norms:
+            self.norm(at + name, EMBD)
+        widths = {"q": HEADS * HEAD, "k": KV_HEADS * HEAD, "v": KV_HEADS * HEAD}
+        if recipe.attention == "fused":
+            widths = {"qkv": sum(widths.values())}
+        for part, width in widths.items():
+            self.matrix(f"{at}attn_{part}.weight", EMBD, width)
+            if recipe.qkv_bias:
+                self.bias(f"{at}attn_{part}.bias", width)
+        self.matrix(f"{at}attn_output.weight", HEADS * HEAD, EMBD)
+        if recipe.output_bias:
+            self.bias(f"{at}attn_output.bias", EMBD)
+        shapes = {
+            "head": ((HEAD,), (HEAD,)),
+            "row": ((HEADS * HEAD,), (KV_HEADS * HEAD,)),
+            "per_head": ((HEAD, HEADS), (HEAD, KV_HEADS)),
+        }
+        if recipe.qk_norm:
+            for part, shape in zip("qk", shapes[recipe.qk_norm], strict=True):
+                around_one = 1 + 0.1 * self.random.standard_normal(shape[::-1])
+                self.writer.add_tensor(f"{at}attn_{part}_norm.weight", around_one.astype(np.float32))
+
+    def feed_forward(self, at: str, dense: bool) -> None:
+        if self.recipe.ffn == "experts" and not dense:
+            self.experts(at)
+            return
+        parts = {"ffn_gate": (EMBD, FF), "ffn_up": (EMBD, FF), "ffn_down": (FF, EMBD)}
+        if self.recipe.ffn in ("plain", "fused"):
+            del parts["ffn_gate"]
+        if self.recipe.ffn == "fused":
+            parts["ffn_up"] = (EMBD, 2 * FF)
+        for name, shape in parts.items():
+            self.matrix(f"{at}{name}.weight", *shape)
+            if self.recipe.ffn_bias:
+                self.bias(f"{at}{name}.bias", shape[1])
+
+    def experts(self, at: str) -> None:
+        width = (self.recipe.numbers | {}).get("expert_feed_forward_length", FF)
+        shapes = {"gate": (EMBD, width), "up": (EMBD, width), "down": (width, EMBD)}
+        self.matrix(f"{at}ffn_gate_inp.weight", EMBD, EXPERTS, exact=True)
+        if self.recipe.ffn_bias:
+            self.bias(f"{at}ffn_gate_inp.bias", EXPERTS)
+        for part, shape in shapes.items():
+            self.matrix(f"{at}ffn_{part}_exps.weight", *shape, EXPERTS)
+            if self.recipe.ffn_bias:
+                self.bias(f"{at}ffn_{part}_exps.bias", shape[1], EXPERTS)
+            if self.recipe.shared_expert:
+                self.matrix(f"{at}ffn_{part}_shexp.weight", *shape)
+
+
+def add_no_tokenizer(writer: GGUFWriter) -> None:
+    writer.add_string("tokenizer.ggml.model", "none")
+
+
+def add_byte_tokenizer(writer: GGUFWriter) -> None:
+    """A vocabulary in SentencePiece style: control tokens, all bytes, then some text pieces."""
+    control, unknown, byte, normal = 3, 2, 6, 1
+    tokens = ["<unk>", "<s>", "</s>"]
+    types = [unknown, control, control]
+    tokens += [f"<0x{value:02X}>" for value in range(256)]
+    types += [byte] * 256
+    tokens += ["<|im_start|>", "<|im_end|>"]
+    types += [control, control]
+    letters = "etaoinshrdlucmfwypvbgkjqxzETAOINSHRDLUCMFWYPVBGKJQXZ0123456789.,"
+    pieces = ["\N{LOWER ONE EIGHTH BLOCK}", *letters][: VOCAB - len(tokens)]
+    tokens += pieces
+    types += [normal] * len(pieces)
+    writer.add_string("tokenizer.ggml.model", "llama")
+    writer.add_array("tokenizer.ggml.tokens", tokens)
+    writer.add_array("tokenizer.ggml.scores", [-float(index) for index in range(len(tokens))])
+    writer.add_array("tokenizer.ggml.token_type", types)
+    writer.add_uint32("tokenizer.ggml.unknown_token_id", 0)
+    writer.add_uint32("tokenizer.ggml.bos_token_id", 1)
+    writer.add_uint32("tokenizer.ggml.eos_token_id", tokens.index("<|im_end|>"))
+    writer.add_bool("tokenizer.ggml.add_bos_token", True)
+    writer.add_string("tokenizer.chat_template", CHAT_TEMPLATE)
+
+
+def _apertus(maker: Maker) -> None:
+    for name in ("alpha_n", "alpha_p", "beta"):
+        values = [float(value) for value in 0.5 + maker.random.random(maker.layers)]
+        maker.per_layer(f"xielu.{name}", values, GGUFValueType.FLOAT32)
+    maker.per_layer("xielu.eps", [-1e-6] * maker.layers, GGUFValueType.FLOAT32)
+    around_one = 1 + 0.1 * maker.random.standard_normal(HEAD // 2)
+    maker.writer.add_tensor("rope_freqs.weight", around_one.astype(np.float32))
+
+
+def _attention_sinks(maker: Maker, at: str) -> None:
+    maker.bias(f"{at}attn_sinks.weight", HEADS)
+
+
+PLAIN = Recipe()
+RECIPES = {
+    "llama": replace(PLAIN, tied=True),
+    "qwen2": replace(PLAIN, tied=True, qkv_bias=True),
+    "qwen3": replace(PLAIN, qk_norm="head"),
+    "qwen3moe": replace(PLAIN, qk_norm="head", ffn="experts", numbers=EXPERT_NUMBERS),
+    "gemma3": replace(
+        PLAIN,
+        tied=True,
+        embedding_gain=1.0,
+        qk_norm="head",
+        norms=("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"),
+        numbers={"attention.sliding_window": WINDOW},
+        floats={"rope.freq_base_swa": 1000.0},
+    ),
+    "gpt-oss": replace(
+        PLAIN,
+        qkv_bias=True,
+        output_bias=True,
+        norms=("attn_norm", "post_attention_norm"),
+        ffn="experts",
+        ffn_bias=True,
+        numbers=EXPERT_NUMBERS
+        | {"attention.sliding_window": WINDOW, "rope.scaling.original_context_length": 128},
+        floats={"rope.freq_base": 150_000.0, "rope.scaling.factor": 32.0},
+        texts={"rope.scaling.type": "yarn"},
+        layer=_attention_sinks,
+    ),
+    "apertus": replace(PLAIN, qk_norm="head", ffn="plain", extra=_apertus),
+}
+ARCHITECTURES = tuple(RECIPES)
+
+
+def make_tiny(
+    architecture: str,
+    path: Path,
+    *,
+    layers: int = 6,
+    seed: int = 0,
+    quantization: GGMLQuantizationType | None = None,
+    tokenizer: str = "none",
+) -> Path:
+    """Write a tiny model of an architecture in RECIPES; `tokenizer` is 'none' or 'bytes'."""
+    maker = Maker(architecture, RECIPES[architecture], path, layers, seed)
+    maker.quantization = quantization
+    maker.metadata(tokenizer)
+    maker.tensors()
+    writer = maker.writer
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
