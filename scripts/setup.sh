@@ -5,6 +5,7 @@
 # CMAKE_ARGS=-DGGML_VULKAN=on; the choice is remembered until another is given.
 set -eu
 exec 1>&2
+unset MAKEFLAGS MFLAGS MAKEOVERRIDES # they speak to our Makefile, not to the builds below
 cd "$(dirname "$0")/.."
 here=$(pwd)
 venv=$here/.venv
@@ -114,7 +115,7 @@ install_libllama() {
     export CMAKE_ARGS="-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE='$venv/tmp/libllama.cmake' $build"
     export CMAKE_BUILD_PARALLEL_LEVEL="${CMAKE_BUILD_PARALLEL_LEVEL:-$(compilers)}"
     # shellcheck disable=SC2086
-    step "compiling libllama (some minutes, once)" "$venv/bin/python" -m pip install -v $again "$wanted"
+    step "compiling libllama" "$venv/bin/python" -m pip install -v $again "$wanted"
     printf '%s' "$build" >"$venv/cmake-args"
 }
 
@@ -148,7 +149,8 @@ if command -v flock >/dev/null; then
     is_current && exit 0
 fi
 check_machine
-say "a first set-up downloads about 250 MB and takes a few minutes; progress follows, the full log is .venv/setup.log"
+trap 'echo; say "interrupted; the same command again goes on from here"; exit 130' INT TERM HUP
+say "the first time this downloads about 300 MB and compiles for some minutes; all of it is logged in .venv/setup.log"
 mkdir -p "$venv"
 : >"$log"
 make_venv
