@@ -20,6 +20,10 @@ class Architecture:
     dense_first: bool = False
     embedding_scale: Literal["none", "sqrt_n_embd", "metadata"] = "none"
     cut_step: int = 1
+    minimum_layers: int = 1
+    dense_tensors: tuple[str, ...] = ()
+    must_be_set: tuple[str, ...] = ()
+    must_be_zero: tuple[str, ...] = ()
     whole_layer_counts: tuple[int, ...] = ()
     refusal: str = ""
 
@@ -43,5 +47,7 @@ def architecture(name: str) -> Architecture | None:
 
 
 def _entry(name: str, fields: dict) -> Architecture:
-    counts = tuple(fields.pop("whole_layer_counts", ()))
-    return Architecture(name=name, whole_layer_counts=counts, **fields)
+    return Architecture(
+        name=name,
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()},
+    )

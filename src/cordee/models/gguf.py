@@ -61,6 +61,8 @@ SCALARS = {
     GGUFValueType.FLOAT64: struct.Struct("<d"),
 }
 _U32, _U64 = SCALARS[GGUFValueType.UINT32], SCALARS[GGUFValueType.UINT64]
+# The tensors of a layer; names have at most 63 bytes, so the number stays small.
+BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 FETCH_AGAIN = "fetch the file again"
@@ -185,6 +187,10 @@ def read_header(path: Path) -> Header:
     if not isinstance(architecture, str) or not architecture:
         raise BadModelFile(f"{path} does not say its architecture (general.architecture): {CONVERT_AGAIN}.")
     blocks, extra = _layer_counts(path, architecture, first.metadata)
+    for tensor in tensors:
+        block = BLOCK.match(tensor.name)
+        if block and int(block[1]) >= blocks:
+            raise BadModelFile(f"{path} has {blocks} layers, but holds {tensor.name}: {CONVERT_AGAIN}.")
     return Header(
         path,
         architecture,

@@ -11,12 +11,11 @@ What the loader demands: llama.cpp, src/llama-model.cpp and src/models/*.cpp.
 
 import hashlib
 import os
-import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from math import prod
+from math import lcm, prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,7 +24,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.files import atomic_file
 from cordee.models.architectures import Architecture, architecture
-from cordee.models.gguf import MAGIC, SCALARS, Array, Header, Tensor, Value
+from cordee.models.gguf import BLOCK, MAGIC, SCALARS, Array, Header, Tensor, Value
 
 # Copying reads this much at a time: large enough for full disk speed, small beside any model.
 COPY_BYTES = 4 << 20
@@ -65,7 +64,6 @@ SHARED = frozenset(
 EMBEDDING = "token_embd.weight"
 HEAD = frozenset({"output.weight", "output.bias"})
 
-_BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _WINDOW_PATTERN = ".attention.sliding_window_pattern"
 
 # A metadata field to be written: a scalar, an array still in its file, or a list with its item type.
@@ -150,21 +148,24 @@ def even_cuts(header: Header, stages: int) -> list[int]:
     The head's bytes count for the last stage: it is read for every token like a layer is.
 
     Raises:
-        BadRequest: more stages than the model has places to cut.
+        BadRequest: the model has not enough places to cut.
     """
+    if stages == 1:
+        return [0, header.layers]
     rules = architecture(header.architecture) or Architecture(header.architecture)
-    step = rules.cut_step
+    step = cut_step(header, rules)
     places = [*range(0, header.layers, step), header.layers]
-    layer_bytes = [0] * header.layers
+    layer_bytes = [0] * (header.layers + header.extra_layers)
     for tensor in header.tensors:
-        block = _BLOCK.fullmatch(tensor.name)
-        if block and int(block[1]) < header.layers:
+        if block := BLOCK.fullmatch(tensor.name):
             layer_bytes[int(block[1])] += tensor.nbytes
     costs = [sum(layer_bytes[a:b]) for a, b in pairwise(places)]
     head = header.tensor(EMBEDDING if header.tied else "output.weight")
     costs[-1] += head.nbytes if head else 0
-    sliding = _sliding_layers(header, rules)
-    best = _balanced(costs, stages, lambda start, end: any(sliding[places[start] : places[end]]))
+    pattern = window_pattern(header, rules)
+    best = _balanced(
+        costs, stages, lambda a, b: not _range_fault(header, rules, pattern, places[a], places[b])
+    )
     if best is None:
         raise BadRequest(f"{header.path.name} cannot be cut into {stages} stages.", "stages")
     return [places[index] for index in best]
@@ -175,40 +176,71 @@ def plan_slice(header: Header, first: int, last: int, *, force: bool = False) ->
     if not 0 <= first < last <= header.layers:
         raise BadRequest(f"{header.path.name} has the layers 0 to {header.layers}, not {first} to {last}.")
     whole = (first, last) == (0, header.layers)
-    rules = architecture(header.architecture) or Architecture(header.architecture)
-    if not whole:
-        _check_cuttable(header, rules, first, last, force)
-    fields = _whole_fields(header) if whole else _slice_fields(header, rules, first, last)
-    pieces = _whole_pieces(header) if whole else _slice_pieces(header, first, last)
+    if whole:
+        fields, pieces = _whole_fields(header), _whole_pieces(header)
+    else:
+        rules = architecture(header.architecture) or Architecture(header.architecture)
+        _check_model(header, rules, force)
+        pattern = window_pattern(header, rules)
+        if fault := _range_fault(header, rules, pattern, first, last):
+            raise UnsupportedModel(f"{header.path.name} cannot be cut from {first} to {last}: {fault}.")
+        window = pattern[first:last] if pattern else None
+        fields = _slice_fields(header, rules, window, first, last)
+        unread = rules.dense_tensors if window and all(window) else ()
+        pieces = _slice_pieces(header, unread, first, last)
     return SlicePlan(_header_bytes(fields, pieces, header.alignment), pieces, header.alignment)
 
 
-def _check_cuttable(header: Header, rules: Architecture, first: int, last: int, force: bool) -> None:
-    name, model = header.architecture, header.path.name
-    obstacle = rules.obstacle(header.layers)
-    if obstacle:
-        raise UnsupportedModel(f"{model} cannot be cut: {obstacle}. Run it in one stage.")
+def _check_model(header: Header, rules: Architecture, force: bool) -> None:
+    """Raise UnsupportedModel if no slice of this model would be right, or nobody has checked."""
+    if fault := _model_fault(header, rules):
+        raise UnsupportedModel(f"{header.path.name} cannot be cut: {fault}. Run it in one stage.")
     if not rules.certified and not force:
         raise UnsupportedModel(
-            f"{model} has the architecture {name!r}, whose cuts nobody has checked: run it in one stage, "
-            "or override the check."
+            f"{header.path.name} has the architecture {rules.name!r}, whose cuts nobody has checked: "
+            "run it in one stage, or override the check."
         )
-    if last - first in rules.whole_layer_counts:
-        raise UnsupportedModel(
-            f"A slice of {last - first} layers of {model} would be taken for another model."
-        )
-    if first % rules.cut_step or (last % rules.cut_step and last != header.layers):
-        raise UnsupportedModel(f"{model} can only be cut at multiples of {rules.cut_step} layers.")
-    if not any(_sliding_layers(header, rules)[first:last]):
-        raise UnsupportedModel(
-            f"A slice of {model} needs a sliding-window layer; {first} to {last} has none."
-        )
-    if isinstance(header.metadata.get(f"{name}.attention.head_count"), Array) and not header.get(
-        ".attention.key_length"
-    ):
-        raise UnsupportedModel(f"{model} cannot be cut: its head size follows from its first layer.")
+
+
+def _model_fault(header: Header, rules: Architecture) -> str | None:
+    if obstacle := rules.obstacle(header.layers):
+        return obstacle
+    for key in rules.must_be_set:
+        if not header.get(key):
+            return f"its file lacks {rules.name}{key}, which libllama then computes from the number of layers"
+    for key in rules.must_be_zero:
+        if header.get(key):
+            return f"its {rules.name}{key} ties layers to the tokens or to each other"
+    if any(header.get(".rope.dimension_sections", [])):
+        return "it gives each row several positions (M-RoPE)"
+    heads_by_layer = isinstance(header.metadata.get(f"{rules.name}.attention.head_count"), Array)
+    if heads_by_layer and not header.get(".attention.key_length"):
+        return "its head size follows from its first layer"
     if "general.tensor_extra.name" in header.metadata:
-        raise UnsupportedModel(f"{model} cannot be cut: it lists tensors by their old names.")
+        return "it has settings by tensor name"
+    return None
+
+
+def _range_fault(
+    header: Header, rules: Architecture, pattern: list[bool] | None, first: int, last: int
+) -> str | None:
+    """Why these layers cannot be a slice of a model that can be cut elsewhere."""
+    # The last boundary needs no step: behind it no layer is counted.
+    step = cut_step(header, rules)
+    if first % step or (last % step and last != header.layers):
+        return f"this model can only be cut at multiples of {step} layers"
+    if last - first < rules.minimum_layers:
+        return f"a slice of this model needs at least {rules.minimum_layers} layers"
+    if last - first in rules.whole_layer_counts:
+        return f"libllama takes {last - first} layers for another model"
+    if pattern and not any(pattern[first:last]):
+        return "a slice of this model needs a layer with a sliding window"
+    return None
+
+
+def cut_step(header: Header, rules: Architecture) -> int:
+    """Boundaries must be multiples of this: the graph places rope-free or expert layers by such steps."""
+    return lcm(rules.cut_step, header.get(".interleave_moe_layer_step") or 1)
 
 
 def _whole_fields(header: Header) -> Fields:
@@ -220,7 +252,9 @@ def _whole_fields(header: Header) -> Fields:
     }
 
 
-def _slice_fields(header: Header, rules: Architecture, first: int, last: int) -> Fields:
+def _slice_fields(
+    header: Header, rules: Architecture, window: list[bool] | None, first: int, last: int
+) -> Fields:
     """The metadata of a slice. Extra (multi-token-prediction) layers are left out: nothing here runs them."""
     is_last, fields = last == header.layers, {}
     for key, (kind, value) in _whole_fields(header).items():
@@ -239,9 +273,8 @@ def _slice_fields(header: Header, rules: Architecture, first: int, last: int) ->
         own[".nextn_predict_layers"] = (number, 0)
     if leading := header.get(".leading_dense_block_count"):
         own[".leading_dense_block_count"] = (number, min(max(0, leading - first), last - first))
-    if rules.sliding_window_period:
-        pattern = window_pattern(header, rules)[first:last]
-        own[_WINDOW_PATTERN] = (GGUFValueType.ARRAY, (GGUFValueType.BOOL, pattern))
+    if window:
+        own[_WINDOW_PATTERN] = (GGUFValueType.ARRAY, (GGUFValueType.BOOL, window))
     if rules.embedding_scale == "metadata":
         own[".embedding_scale"] = (GGUFValueType.FLOAT32, 0.0)
     for name, layer in (("first", first), ("last", last), ("layers", header.layers)):
@@ -263,38 +296,30 @@ def _goes_by_layer(header: Header, key: str, value: Array) -> bool:
     return by_layer
 
 
-def window_pattern(header: Header, rules: Architecture) -> list[bool]:
-    """Which layers use the sliding window (llama_hparams::set_swa_pattern), one item per layer.
+def window_pattern(header: Header, rules: Architecture) -> list[bool] | None:
+    """Which layers use the sliding window, one item per layer; None if the model has no window.
 
-    The file may give the whole pattern, or its period; else libllama's built-in period holds.
+    The file may give the whole pattern, or its period; else libllama's built-in period holds
+    (llama_hparams::set_swa_pattern). A windowed slice without such a layer would abort libllama.
     """
     given = header.get(_WINDOW_PATTERN, rules.sliding_window_period)
     if isinstance(given, list):
         return [bool(item) for item in given]
-    if given == 0:
-        return [True] * header.layers
+    if not rules.sliding_window_period or not header.get(".attention.sliding_window"):
+        return None
     dense = 0 if rules.dense_first else given - 1
-    return [layer % given != dense for layer in range(header.layers)]
-
-
-def _sliding_layers(header: Header, rules: Architecture) -> list[bool]:
-    """Which layers count as sliding; libllama aborts on a windowed model none of whose layers slides.
-
-    Where nothing slides anyway all layers count, so that any range of them will do.
-    """
-    windowed = rules.sliding_window_period and header.get(".attention.sliding_window")
-    return window_pattern(header, rules) if windowed else [True] * header.layers
+    return [given == 0 or layer % given != dense for layer in range(header.layers)]
 
 
 def _whole_pieces(header: Header) -> tuple[Piece, ...]:
     return tuple(Piece(t.name, t.shape, t.type, t.nbytes, t) for t in header.tensors)
 
 
-def _slice_pieces(header: Header, first: int, last: int) -> tuple[Piece, ...]:
-    """The tensors of a slice, in the order of the model."""
+def _slice_pieces(header: Header, unread: Sequence[str], first: int, last: int) -> tuple[Piece, ...]:
+    """The tensors of a slice, in the order of the model; the loader refuses those it finds `unread`."""
     is_last, pieces = last == header.layers, []
     for tensor in header.tensors:
-        block = _BLOCK.fullmatch(tensor.name)
+        block = BLOCK.fullmatch(tensor.name)
         if block:
             layer = int(block[1])
             if first <= layer < last:
@@ -307,6 +332,8 @@ def _slice_pieces(header: Header, first: int, last: int) -> tuple[Piece, ...]:
                 if keep
                 else _stand_in(tensor, full_size=is_last)
             )
+        elif tensor.name in unread:
+            continue
         elif tensor.name in SHARED:
             pieces.append(Piece(tensor.name, tensor.shape, tensor.type, tensor.nbytes, tensor))
         else:
