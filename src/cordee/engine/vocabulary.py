@@ -5,9 +5,12 @@ talks to clients can hold one without holding the model.
 """
 
 import ctypes
+import itertools
 import os
+import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from llama_cpp import llama_cpp
@@ -21,6 +24,14 @@ PIECE_BYTES = 256  # nearly all pieces are shorter; libllama says the needed siz
 PIECE_BYTES_MAX = 1 << 20  # no sound vocabulary has such a token: a damaged file
 
 TOKENIZER_NONE = 0  # enum llama_vocab_type in llama.h: LLAMA_VOCAB_TYPE_NONE
+TOKENIZER_BPE = 2  # LLAMA_VOCAB_TYPE_BPE
+
+# libllama splits the text of many BPE models (gpt-oss, Mistral, DeepSeek, Falcon) by std::regex, which takes
+# about 370 bytes of stack per character of a match: 30,000 equal characters end the process with SIGSEGV. So
+# longer runs are cut: of one class after 512 (fits the smallest thread stack in use, macOS's 512 kB), of
+# anything but white space after 4096. No sentence has such runs; what is cut still spells the same text.
+LONG_RUN = re.compile(r"[^\W\d_]{512}|\d{512}|\s{512}|[^\w\s]{512}|_{512}|\S{4096}")
+CONTROLS_MAX = 1000  # libllama's search for control tokens is quadratic in their number: 80,000 take 10 s
 
 
 class Vocabulary:
@@ -68,8 +79,8 @@ class Vocabulary:
         Raises:
             BadRequest: the text is longer than TEXT_BYTES_MAX, or is no sound Unicode.
         """
-        data = _encode(text)
-        tokens = self._tokenize(data, special)
+        _encode(text)
+        tokens = [token for part in self._parts(text, special) for token in self._tokenize(part, special)]
         if add_bos and self.wants_bos and self.bos is not None and tokens[:1] != [self.bos]:
             tokens.insert(0, self.bos)
         return tokens
@@ -96,7 +107,31 @@ class Vocabulary:
         self._check(token)
         return bool(llama_cpp.llama_vocab_is_control(self._open(), token))
 
-    def _tokenize(self, data: bytes, special: bool) -> list[int]:
+    def _parts(self, text: str, special: bool) -> Iterator[str]:
+        """Cut a text into parts that libllama can take; see LONG_RUN and CONTROLS_MAX."""
+        controls = [match.span() for match in self._controls.finditer(text)] if special else []
+        cuts = [start for start, _ in controls[CONTROLS_MAX::CONTROLS_MAX]]
+        if llama_cpp.llama_vocab_type(self._open()) == TOKENIZER_BPE:
+            starts, ends = [start for start, _ in controls], [end for _, end in controls]
+            gaps = zip([0, *ends], [*starts, len(text)], strict=True)
+            cuts += [run.end() for start, end in gaps for run in LONG_RUN.finditer(text, start, end)]
+        edges = [0, *sorted(cuts), len(text)]
+        return (text[start:end] for start, end in itertools.pairwise(edges))
+
+    @cached_property
+    def _controls(self) -> re.Pattern:
+        """Matches control tokens before which a text may be cut: those that strip no space before them."""
+        texts = {self._text(token) for token in range(self.size) if self._is_cut(token)} - {""}
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+    def _is_cut(self, token: int) -> bool:
+        attributes = llama_cpp.llama_vocab_get_attr(self._open(), token)
+        return bool(attributes & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL) and not (
+            attributes & llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP
+        )
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
+        data = text.encode()
         room = len(data) + 2  # a token is at least a byte, but some tokenizers put a space in front
         while True:
             buffer = (llama_cpp.llama_token * room)()

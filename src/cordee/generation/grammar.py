@@ -18,19 +18,30 @@ from cordee.errors import BadRequest, UnsupportedModel
 from cordee.generation.request import Grammar
 
 TEXT_CHARS_MAX = 128 << 10  # OpenAI's schemas end at 120,000 characters of names
-# Bounds of what one grammar may cost, in llguidance's units; its documentation gives their speed.
+GBNF_CHARS_MAX = 16 << 10  # its reader is quadratic in the rules: 16 k take a quarter of a second
+# What one grammar may cost, in llguidance's units. The costliest found within these limits, (a{1000}){1000},
+# takes 0.2 s and 34 MB before it is refused; with llguidance's own limits 1.1 s and 170 MB.
 LIMITS = LLParserLimits(
-    initial_lexer_fuel=1_000_000,  # 20 ms of building
-    step_lexer_fuel=200_000,  # 15 ms a token
-    step_max_items=50_000,  # 3 ms a token
-    max_lexer_states=50_000,  # 100 MB
+    max_items_in_row=20_000,  # an object of 3,000 optional properties needs 12,000
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=50_000,
+    step_max_items=50_000,
+    max_lexer_states=20_000,  # 1 to 2 kB each
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-# Free whitespace lets a small model write blank lines for ever.
+# Free white space would let a small model write blank lines for ever.
 JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,40}"}
+MESSAGE_CHARS_MAX = 300  # of llguidance's reasons, some of which quote the grammar
 
-PARAMS = {"json_object": "response_format", "json_schema": "response_format"}  # others: 'grammar'
+# How messages call each kind, and the request's parameter (OpenAI's where it has one) that asks for it.
+NAMES = {
+    "json_object": ("JSON mode", "response_format"),
+    "json_schema": ("JSON schema", "response_format"),
+    "gbnf": ("GBNF grammar", "grammar"),
+    "lark": ("Lark grammar", "grammar"),
+    "regex": ("regular expression", "grammar"),
+}
 SPECIAL = b"\xff"  # llguidance's mark of a token that no text gives
 
 
@@ -90,56 +101,15 @@ def _bytes(vocabulary: TokenSource, token: int) -> bytes:
     return SPECIAL + piece if marked else piece
 
 
-def compile_grammar(grammar: Grammar) -> str:
-    """Give llguidance's form of a grammar.
-
-    Raises:
-        BadRequest: the text is too long or is none of its kind; rules are only checked by `check`.
-    """
-    param = PARAMS.get(grammar.kind, "grammar")
-    if len(grammar.text) > TEXT_CHARS_MAX:
-        raise BadRequest(
-            f"the grammar has {len(grammar.text)} characters; at most {TEXT_CHARS_MAX} are accepted", param
-        )
-    try:
-        return _FORMS[grammar.kind](grammar.text)
-    except RecursionError:
-        raise BadRequest("the grammar is nested too deeply", param) from None
-    except Exception as error:  # the GBNF reader raises its own class, the JSON reader ValueError
-        raise BadRequest(f"the {grammar.kind} cannot be read: {error}", param) from None
-
-
-def _json_schema(text: str) -> str:
-    schema = json.loads(text)
-    if not isinstance(schema, dict | bool):
-        raise ValueError("a JSON schema is an object")
-    return LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS)
-
-
-_FORMS = {
-    "json_object": lambda _: _json_schema('{"type": "object"}'),
-    "json_schema": _json_schema,
-    "gbnf": lambda text: LLMatcher.grammar_from_lark(gbnf_to_lark(text)),
-    "lark": LLMatcher.grammar_from_lark,
-    "regex": LLMatcher.grammar_from_regex,
-}
-
-
 def check(grammar: Grammar, tokenizer: GrammarTokenizer) -> None:
-    """Refuse a grammar that cannot be compiled for this vocabulary within the limits.
+    """Refuse a grammar that cannot be compiled for this vocabulary, or that no text can satisfy.
 
     Raises:
-        BadRequest: with llguidance's reason.
+        BadRequest: with the reason.
         UnsupportedModel: no grammar can bind this model.
     """
-    native = tokenizer.native
-    failed, messages = LLMatcher.validate_grammar_with_warnings(
-        compile_grammar(grammar), native, limits=LIMITS
-    )
-    if failed:
-        raise BadRequest(
-            f"the {grammar.kind} cannot be used: {messages[0]}", PARAMS.get(grammar.kind, "grammar")
-        )
+    state = GrammarState(grammar, tokenizer)
+    state.accept(int(state.allowed().argmax()))  # some costs only show in the first step
 
 
 class GrammarState:
@@ -147,22 +117,23 @@ class GrammarState:
 
     Raises:
         BadRequest: the grammar is bad, or the tokens do not follow it.
+        UnsupportedModel: no grammar can bind this model.
     """
 
     def __init__(self, grammar: Grammar, tokenizer: GrammarTokenizer, generated: Sequence[int] = ()) -> None:
         self._kind = grammar.kind
-        self._matcher = LLMatcher(tokenizer.native, compile_grammar(grammar), log_level=0, limits=LIMITS)
-        self._mask = np.zeros((tokenizer.size + 31) // 32, dtype=np.int32)
         self._size = tokenizer.size
+        self._mask = np.zeros((tokenizer.size + 31) // 32, dtype=np.int32)
+        self._matcher = LLMatcher(tokenizer.native, _compile(grammar), log_level=0, limits=LIMITS)
         self._fail_if_broken()
         for token in generated:
             self.accept(token)
 
     def allowed(self) -> np.ndarray:
-        """Give a (n_vocab,) bool array of the tokens that may come next; complete texts leave only the end.
+        """Give a (n_vocab,) bool array of the tokens that may come next; after a complete text, only ends.
 
         Raises:
-            BadRequest: the grammar passed its limits.
+            BadRequest: nothing may come next, or the grammar passed its limits.
         """
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         self._fail_if_broken()
@@ -179,8 +150,51 @@ class GrammarState:
         self._fail_if_broken()
 
     def _fail_if_broken(self) -> None:
-        if self._matcher.is_error():
-            raise BadRequest(
-                f"the {self._kind} cannot be followed: {self._matcher.get_error()}",
-                PARAMS.get(self._kind, "grammar"),
-            )
+        if not self._matcher.is_error():
+            return
+        reason = " ".join(self._matcher.get_error().replace("<non-verbose/>", "").split())
+        if reason.startswith("NoExtension"):
+            reason = "no text can satisfy it"
+        raise _refusal(self._kind, reason)
+
+
+def _compile(grammar: Grammar) -> str:
+    """Give llguidance's form of a grammar, whose rules only the matcher checks."""
+    limit = GBNF_CHARS_MAX if grammar.kind == "gbnf" else TEXT_CHARS_MAX
+    if len(grammar.text) > limit:
+        raise _refusal(grammar.kind, f"it has {len(grammar.text)} characters; at most {limit} are accepted")
+    try:
+        return _FORMS[grammar.kind](grammar.text)
+    except RecursionError:
+        raise _refusal(grammar.kind, "it is nested too deeply") from None
+    except ValueError as error:
+        raise _refusal(grammar.kind, str(error)) from error
+
+
+def _json_schema(text: str) -> str:
+    if not isinstance(json.loads(text), dict):
+        raise ValueError("a JSON schema is an object")
+    return LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS)
+
+
+def _gbnf(text: str) -> str:
+    try:
+        return LLMatcher.grammar_from_lark(gbnf_to_lark(text))
+    except RecursionError:
+        raise
+    except Exception as error:  # the reader raises bare Exception for a rule that is missing
+        raise ValueError(str(error)) from error
+
+
+_FORMS = {
+    "json_object": lambda _: _json_schema('{"type": "object"}'),
+    "json_schema": _json_schema,
+    "gbnf": _gbnf,
+    "lark": LLMatcher.grammar_from_lark,
+    "regex": LLMatcher.grammar_from_regex,
+}
+
+
+def _refusal(kind: str, reason: str) -> BadRequest:
+    name, param = NAMES[kind]
+    return BadRequest(f"the {name} cannot be used: {reason[:MESSAGE_CHARS_MAX]}", param)
