@@ -14,8 +14,9 @@ import psutil
 
 from cordee.errors import StorageFailed
 
-# What the system says when there is no more room: disk, quota, or the process's file size limit.
-NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# What the system says when writing is at fault: no more room (disk, quota, the process's file size limit),
+# a disk that fails or became read-only, or a folder in the place of the file.
+STORAGE_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EISDIR})
 
 
 def home() -> Path:
@@ -62,10 +63,11 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in STORAGE_FAULTS:
             raise
         raise StorageFailed(
-            f"No room left on disk for {path} ({error.strerror}): free some space and try again."
+            f"{path} cannot be written ({error.strerror}): free some space or choose another folder, "
+            "then try again."
         ) from error
     finally:
         with suppress(FileNotFoundError):

@@ -28,10 +28,13 @@ class Embedding:
         self._type = tensor.type
         self._scale = _scale(header, self.n_embd)
         start = tensor.offset - tensor.offset % mmap.ALLOCATIONGRANULARITY
-        with tensor.path.open("rb") as file:
-            length = tensor.offset + tensor.nbytes - start
-            self._map = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start)
-        flat = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset - start)
+        try:
+            with tensor.path.open("rb") as file:
+                length = tensor.offset + tensor.nbytes - start
+                mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start)
+        except (OSError, ValueError) as error:
+            raise BadModelFile(f"{tensor.path} cannot be read: {error}.") from error
+        flat = np.frombuffer(mapped, np.uint8, tensor.nbytes, tensor.offset - start)
         self._rows = flat.reshape(self.n_vocab, -1)
         try:
             self.rows([0])
@@ -50,7 +53,8 @@ class Embedding:
         ids = np.asarray(tokens, dtype=np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.n_vocab:
             raise BadRequest(f"Token ids must be 0 to {self.n_vocab - 1}.", "tokens")
-        rows = dequantize(self._rows[ids], self._type).astype(np.float32, copy=False)
+        with np.errstate(invalid="ignore", over="ignore"):  # broken weights give NaN, as in libllama
+            rows = dequantize(self._rows[ids], self._type).astype(np.float32, copy=False)
         return rows if self._scale is None else rows * self._scale
 
 
@@ -62,4 +66,6 @@ def _scale(header: Header, n_embd: int) -> np.float32 | None:
     if rules.embedding_scale == "sqrt_n_embd":
         return np.sqrt(np.float32(n_embd))
     scale = header.get(".embedding_scale", 0.0)
+    if not isinstance(scale, float):
+        raise BadModelFile(f"{header.path}: {header.architecture}.embedding_scale is no number.")
     return np.float32(scale) if scale else None

@@ -258,6 +258,8 @@ def _parse(reader: "_Reader") -> _Part:
     types: dict[str, GGUFValueType] = {}
     for _ in range(keys):
         key = reader.string("key", KEY_BYTES_LIMIT)
+        if not key:
+            reader.fail("has a key without a name")
         if key in metadata:
             reader.fail(f"has the key {key!r} twice", CONVERT_AGAIN)
         types[key] = reader.value_type(key)

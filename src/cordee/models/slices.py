@@ -24,7 +24,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.files import atomic_file
 from cordee.models.architectures import Architecture, architecture
-from cordee.models.gguf import BLOCK, MAGIC, SCALARS, Array, Header, Tensor, Value
+from cordee.models.gguf import BLOCK, LAYERS_LIMIT, MAGIC, SCALARS, Array, Header, Tensor, Value
 
 # Copying reads this much at a time: large enough for full disk speed, small beside any model.
 COPY_BYTES = 4 << 20
@@ -152,6 +152,8 @@ def even_cuts(header: Header, stages: int) -> list[int]:
     """
     if stages == 1:
         return [0, header.layers]
+    if not 1 < stages <= header.layers:
+        raise _too_many(header, stages)
     rules = architecture(header.architecture) or Architecture(header.architecture)
     step = cut_step(header, rules)
     places = [*range(0, header.layers, step), header.layers]
@@ -167,8 +169,16 @@ def even_cuts(header: Header, stages: int) -> list[int]:
         costs, stages, lambda a, b: not _range_fault(header, rules, pattern, places[a], places[b])
     )
     if best is None:
-        raise BadRequest(f"{header.path.name} cannot be cut into {stages} stages.", "stages")
+        raise _too_many(header, stages)
     return [places[index] for index in best]
+
+
+def _too_many(header: Header, stages: int) -> BadRequest:
+    return BadRequest(
+        f"{header.path.name} with its {header.layers} layers cannot be cut into {stages} stages: "
+        "ask for fewer.",
+        "stages",
+    )
 
 
 def plan_slice(header: Header, first: int, last: int, *, force: bool = False) -> SlicePlan:
@@ -211,7 +221,8 @@ def _model_fault(header: Header, rules: Architecture) -> str | None:
     for key in rules.must_be_zero:
         if header.get(key):
             return f"its {rules.name}{key} ties layers to the tokens or to each other"
-    if any(header.get(".rope.dimension_sections", [])):
+    sections = header.get(".rope.dimension_sections", 0)
+    if any(sections) if isinstance(sections, list) else sections:
         return "it gives each row several positions (M-RoPE)"
     heads_by_layer = isinstance(header.metadata.get(f"{rules.name}.attention.head_count"), Array)
     if heads_by_layer and not header.get(".attention.key_length"):
@@ -240,7 +251,15 @@ def _range_fault(
 
 def cut_step(header: Header, rules: Architecture) -> int:
     """Boundaries must be multiples of this: the graph places rope-free or expert layers by such steps."""
-    return lcm(rules.cut_step, header.get(".interleave_moe_layer_step") or 1)
+    return lcm(rules.cut_step, _count(header, ".interleave_moe_layer_step") or 1)
+
+
+def _count(header: Header, key: str, default: int = 0) -> int:
+    """A number of layers in the metadata."""
+    value = header.get(key, default)
+    if type(value) is not int or not 0 <= value <= LAYERS_LIMIT:
+        raise BadModelFile(f"{header.path}: {header.architecture}{key} is no number of layers.")
+    return value
 
 
 def _whole_fields(header: Header) -> Fields:
@@ -271,7 +290,7 @@ def _slice_fields(
         own[".vocab_size"] = (number, STAND_IN_ROWS)
     if header.extra_layers:
         own[".nextn_predict_layers"] = (number, 0)
-    if leading := header.get(".leading_dense_block_count"):
+    if leading := _count(header, ".leading_dense_block_count"):
         own[".leading_dense_block_count"] = (number, min(max(0, leading - first), last - first))
     if window:
         own[_WINDOW_PATTERN] = (GGUFValueType.ARRAY, (GGUFValueType.BOOL, window))
@@ -302,13 +321,14 @@ def window_pattern(header: Header, rules: Architecture) -> list[bool] | None:
     The file may give the whole pattern, or its period; else libllama's built-in period holds
     (llama_hparams::set_swa_pattern). A windowed slice without such a layer would abort libllama.
     """
-    given = header.get(_WINDOW_PATTERN, rules.sliding_window_period)
+    given = header.get(_WINDOW_PATTERN)
     if isinstance(given, list):
         return [bool(item) for item in given]
     if not rules.sliding_window_period or not header.get(".attention.sliding_window"):
         return None
-    dense = 0 if rules.dense_first else given - 1
-    return [given == 0 or layer % given != dense for layer in range(header.layers)]
+    period = _count(header, _WINDOW_PATTERN, rules.sliding_window_period)
+    dense = 0 if rules.dense_first else period - 1
+    return [period == 0 or layer % period != dense for layer in range(header.layers)]
 
 
 def _whole_pieces(header: Header) -> tuple[Piece, ...]:
