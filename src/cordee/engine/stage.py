@@ -31,13 +31,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """How a slice is loaded. `cells` is the KV cache's size in tokens, shared by all sequences."""
+    """How a slice is loaded.
 
-    cells: int = 4096
+    `context` is the KV cache's size in tokens for each of `sequences` sequences. `exact` asks for arithmetic
+    that gives a row the same bits whatever else is in its batch, where the engine can; it costs some speed.
+    `threads` None takes all cores this process may use. `devices` are names as the engine's `devices()` lists
+    them; none means the CPU alone.
+    """
+
+    context: int = 4096
     sequences: int = 8
     batch_rows: int = 512
     threads: int | None = None
     devices: tuple[str, ...] = ()
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -45,9 +52,7 @@ class StageDescription:
     """What a loaded stage is. Bytes are measured by the engine, not estimated."""
 
     architecture: str
-    first_layer: int
-    last_layer: int  # exclusive
-    is_first: bool
+    layers: int
     is_last: bool
     n_embd: int
     n_vocab: int
@@ -66,6 +71,8 @@ class Stage(Protocol):
 
     def decode(self, batch: Batch) -> np.ndarray:
         """Run the rows; give (n, n_embd) float32 rows, or on the last stage (outputs, n_vocab) logits.
+
+        At most as many rows are outputs as the stage has sequences.
 
         Raises:
             StageFailed: the engine refused the batch; the KV cache is as before the call.
