@@ -1,0 +1,486 @@
+"""The model store: whole models and the slices cut from them, each content once, never half of it.
+
+    blobs/sha256-<hex>              whole models, named by their content
+    names/<quoted name>.json        what each name stands for
+    slices/<hex>/<first>-<last>.gguf, .json   slices of the model with that digest
+    notes/<hex>.json                what was found out about a model
+    incoming/<random>/              work in progress
+
+What takes long is done in a folder under `incoming`, which its process holds locked; what is ready is
+renamed to its place under the store's own lock, which is held for moments. So other processes never
+see half a file, and whatever a killed process left behind lies in a folder nobody holds: the next one
+that adds something sweeps it. Content that no name stands for is removed by the same sweep.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TextIO
+from urllib.parse import quote
+
+import msgspec
+
+from cordee.errors import BadModelFile, BadRequest, ModelNotFound, StorageFailed
+from cordee.files import STORAGE_FAULTS, atomic_file, home
+from cordee.models.gguf import Header, read_header
+from cordee.models.slices import Progress, SliceFile, cut, plan_slice
+
+# Reading this much at a time keeps the disk at full speed and is small beside any model.
+COPY_BYTES = 4 << 20
+# File names have at most 255 bytes; `.json` and the marks of a partial file need the rest.
+QUOTED_NAME_BYTES = 200
+# The lock is held for a few renames and removals; a store on a slow disk may take a second or two.
+LOCK_SECONDS = 30.0
+LOCK_POLL_SECONDS = 0.02
+# From linux/fs.h: make a file share the blocks of another until one of them is written to.
+FICLONE = 0x40049409
+
+_NAME = re.compile(r"\w[\w.:/@+-]*")
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+
+
+class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
+    """A model in the store. `path` is its whole GGUF file of `nbytes` bytes; `added` is ISO 8601 in UTC."""
+
+    name: str
+    digest: str  # 'sha256:' and 64 hex digits, of the whole file
+    path: Path
+    nbytes: int
+    source: str
+    added: str
+    architecture: str
+    layers: int
+
+
+class _Manifest(msgspec.Struct, frozen=True):
+    """What a name's file says."""
+
+    name: str
+    digest: str
+    nbytes: int
+    source: str
+    added: str
+    architecture: str
+    layers: int
+
+
+class _SliceNote(msgspec.Struct, frozen=True):
+    """What stands beside a slice."""
+
+    digest: str
+    nbytes: int
+
+
+class Store:
+    """The models of one user. Any number of processes may use the same folder at once."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        """Open the store in `root`, else in the state folder; made if it is not there.
+
+        Raises:
+            StorageFailed: the folder cannot be made.
+        """
+        self.root = Path(root) if root else home() / "models"
+        try:
+            for name in ("blobs", "names", "slices", "notes", "incoming"):
+                (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageFailed(
+                f"{self.root} cannot be made ({error.strerror}): check its rights."
+            ) from error
+
+    def list(self) -> list[StoredModel]:
+        """All models by name.
+
+        Raises:
+            StorageFailed: an entry is damaged.
+        """
+        paths = sorted((self.root / "names").glob("*.json"))
+        manifests = [manifest for path in paths if (manifest := self._manifest(path))]
+        return sorted((self._model(manifest) for manifest in manifests), key=lambda model: model.name)
+
+    def get(self, name: str) -> StoredModel:
+        """The model of that name, its file checked to be there and of the right size.
+
+        Raises:
+            ModelNotFound: no such model; names the closest ones and the remedy.
+            BadModelFile: its file is gone or has another size.
+        """
+        manifest = self._manifest(self._name_path(name))
+        if manifest is None:
+            raise self._not_found(name)
+        model = self._model(manifest)
+        fault = None
+        try:
+            if (size := model.path.stat().st_size) != model.nbytes:
+                fault = f"has {size} bytes instead of {model.nbytes}"
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror})"
+        if fault:
+            raise BadModelFile(
+                f"The file of model {name!r} {fault}: put it back with "
+                f"`cordee pull {model.source} --name {name}`."
+            )
+        return model
+
+    def add_file(
+        self,
+        path: Path,
+        name: str,
+        progress: Progress | None = None,
+        *,
+        source: str | None = None,
+        digest: str | None = None,
+        take: Literal["copy", "link", "move"] = "copy",
+    ) -> StoredModel:
+        """Put a GGUF file into the store under `name`; a set of shards (its first file given) becomes one.
+
+        The file is copied (on file systems that can, as a clone that takes no room); `link` shares it,
+        which is only for files that nobody writes to; `move` takes it away. A name that was there before
+        stands for the new model afterwards. `digest` is that of the file where the caller has just
+        computed it, else it is read for that. `progress(done_bytes, total_bytes)`.
+
+        Raises:
+            BadRequest: the name is none.
+            BadModelFile: the file is no model, or changed meanwhile; nothing was stored.
+            StorageFailed: no room on the disk, or no rights; nothing was stored.
+        """
+        self._name_path(name)
+        header = read_header(path)
+        with _disk_faults(self.root), self._work() as folder:
+            ready = folder / "model.gguf"
+            if header.get("split.count", 1) > 1:
+                merged = cut(header, 0, header.layers, ready, progress=progress)
+                digest, nbytes = merged.digest, merged.nbytes
+            else:
+                nbytes = header.path.stat().st_size
+                digest = _take_in(header.path, ready, nbytes, digest, take, progress)
+            manifest = _Manifest(
+                name=name,
+                digest=digest,
+                nbytes=nbytes,
+                source=source or str(header.path.resolve()),
+                added=datetime.now(UTC).isoformat(timespec="seconds"),
+                architecture=header.architecture,
+                layers=header.layers,
+            )
+            with self._lock():
+                _publish(ready, self._blob(digest))
+                _write_json(self._name_path(name), manifest)
+                self._collect()
+        return self._model(manifest)
+
+    def remove(self, name: str) -> None:
+        """Forget a name; the model and its slices go with the last name that stands for it.
+
+        Raises:
+            ModelNotFound: no such model.
+        """
+        path = self._name_path(name)
+        with _disk_faults(self.root), self._lock():
+            if not path.exists():
+                raise self._not_found(name)
+            path.unlink()
+            self._collect()
+
+    def slice_for(
+        self,
+        model: StoredModel,
+        first: int,
+        last: int,
+        *,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> SliceFile:
+        """Layers `first` to `last` (exclusive) of a model, cut once and kept; all are the model itself.
+
+        A kept slice is used if it has the size and the header that cutting it now would give. A fresh one
+        is read back and compared with what was written.
+
+        Raises:
+            UnsupportedModel, BadRequest: as `cut` does.
+            BadModelFile: the model's file is gone or damaged.
+            StorageFailed: no room on the disk, or it does not keep what is written.
+        """
+        header = read_header(model.path)
+        plan = plan_slice(header, first, last, force=force)
+        if (first, last) == (0, header.layers):
+            return SliceFile(model.path, first, last, model.digest, model.nbytes)
+        path = self.root / "slices" / _hex(model.digest) / f"{first}-{last}.gguf"
+        note = _read_json(path.with_suffix(".json"), _SliceNote)
+        if note and note.nbytes == plan.nbytes and _is_slice(path, plan.header, plan.nbytes):
+            return SliceFile(path, first, last, note.digest, note.nbytes)
+        return self._cut(header, model, path, first, last, force, progress)
+
+    def _cut(
+        self,
+        header: Header,
+        model: StoredModel,
+        path: Path,
+        first: int,
+        last: int,
+        force: bool,
+        progress: Progress | None,
+    ) -> SliceFile:
+        with _disk_faults(self.root), self._work() as folder:
+            fresh = cut(header, first, last, folder / "slice.gguf", progress=progress, force=force)
+            if _digest(fresh.path) != fresh.digest:
+                raise StorageFailed(
+                    f"{self.root} does not keep what is written to it: check the disk before anything else."
+                )
+            with self._lock():
+                if not model.path.exists():  # removed while it was cut
+                    raise self._not_found(model.name)
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+                _publish(fresh.path, path)
+                _write_json(path.with_suffix(".json"), _SliceNote(fresh.digest, fresh.nbytes))
+        return SliceFile(path, first, last, fresh.digest, fresh.nbytes)
+
+    def verdict(self, digest: str, key: str) -> Any:
+        """What was noted about a model under `key` (such as a build of the engine); None if nothing was."""
+        return (_read_json(self._notes(digest), dict[str, Any]) or {}).get(key)
+
+    def set_verdict(self, digest: str, key: str, value: Any) -> None:
+        """Note something JSON-able about a model; it goes when the model goes."""
+        with _disk_faults(self.root), self._lock():
+            path = self._notes(digest)
+            _write_json(path, (_read_json(path, dict[str, Any]) or {}) | {key: value})
+
+    def _model(self, manifest: _Manifest) -> StoredModel:
+        return StoredModel(path=self._blob(manifest.digest), **msgspec.structs.asdict(manifest))
+
+    def _blob(self, digest: str) -> Path:
+        return self.root / "blobs" / f"sha256-{_hex(digest)}"
+
+    def _notes(self, digest: str) -> Path:
+        return self.root / "notes" / f"{_hex(digest)}.json"
+
+    def _name_path(self, name: str) -> Path:
+        quoted = quote(name, safe="", errors="replace")
+        if not _NAME.fullmatch(name) or len(quoted) > QUOTED_NAME_BYTES:
+            raise BadRequest(
+                f"{name!r} cannot name a model: take letters and digits, and . : / @ + - _ after the first.",
+                "model",
+            )
+        return self.root / "names" / f"{quoted}.json"
+
+    def _manifest(self, path: Path) -> _Manifest | None:
+        """What a name's file says; None if there is none."""
+        try:
+            manifest = msgspec.json.decode(path.read_bytes(), type=_Manifest)
+            _hex(manifest.digest)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError, ValueError) as error:
+            raise StorageFailed(
+                f"{path} is damaged ({error}): remove this file, then pull the model again."
+            ) from error
+        return manifest
+
+    def _not_found(self, name: str) -> ModelNotFound:
+        names = [model.name for model in self.list()]
+        close = get_close_matches(name, names, n=3, cutoff=0.5)
+        if close:
+            return ModelNotFound(f"There is no model {name!r}; did you mean {' or '.join(close)}?")
+        return ModelNotFound(
+            f"There is no model {name!r}: `cordee ls` lists those there are, `cordee pull` fetches others."
+        )
+
+    def _collect(self) -> None:
+        """Remove all content that no name stands for. The caller holds the lock."""
+        try:
+            used = {_hex(model.digest) for model in self.list()}
+        except StorageFailed:  # what a damaged entry stands for is unknown: keep everything
+            return
+        for kind in ("blobs", "slices", "notes"):
+            for entry in (self.root / kind).iterdir():
+                if re.sub(r"^sha256-|\.json$", "", entry.name) in used:
+                    continue
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+
+    @contextmanager
+    def _work(self) -> Iterator[Path]:
+        """A folder for work in progress, locked as long as this process lives; removed afterwards."""
+        incoming = self.root / "incoming"
+        folder = incoming / secrets.token_hex(8)
+        with ExitStack() as stack:
+            with self._lock():
+                for other in incoming.iterdir():
+                    if _is_abandoned(other):
+                        shutil.rmtree(other, ignore_errors=True)
+                folder.mkdir(mode=0o700)
+                mine = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, mine)
+                fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.callback(shutil.rmtree, folder)
+            yield folder
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Hold the store: no other process changes what is visible meanwhile."""
+        with (self.root / ".lock").open("a") as file:
+            _wait_for(file, self.root)
+            yield
+
+
+def _wait_for(file: TextIO, root: Path) -> None:
+    end = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise StorageFailed(f"Another process holds {root}: end it, then try again.") from None
+        time.sleep(LOCK_POLL_SECONDS)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Whether no living process holds this folder."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # its process has just finished
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _publish(ready: Path, place: Path) -> None:
+    """Give a finished file its place, so that it survives a power cut."""
+    _sync(ready)
+    ready.replace(place)
+    _sync(place.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _disk_faults(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE_FAULTS | {errno.EACCES, errno.EPERM}:
+            raise
+        raise StorageFailed(
+            f"{root} cannot be written ({error.strerror}): free some space or check its rights, "
+            "then try again."
+        ) from error
+
+
+def _hex(digest: str) -> str:
+    match = _DIGEST.fullmatch(digest)
+    if match is None:
+        raise ValueError(f"{digest!r} is no digest")
+    return match[1]
+
+
+def _take_in(
+    source: Path,
+    target: Path,
+    nbytes: int,
+    digest: str | None,
+    take: Literal["copy", "link", "move"],
+    progress: Progress | None,
+) -> str:
+    """Bring a file of `nbytes` bytes to `target` (which is on the store's file system); its digest."""
+    shared = False
+    if take != "copy":
+        with suppress(OSError):  # another file system, or one without links: copy instead
+            os.link(source, target)
+            shared = True
+    if not shared:
+        with atomic_file(target) as out:
+            if not _clone(source, out):
+                digest = _copy(source, out, nbytes, progress)
+    digest = digest or _digest(target, progress)
+    if target.stat().st_size != nbytes:
+        raise BadModelFile(f"{source} changed while it was stored: try again when it is complete.")
+    if take == "move":
+        source.unlink()
+    return digest
+
+
+def _clone(source: Path, out: BinaryIO) -> bool:
+    """Let `out` share the blocks of `source`; False where the file system cannot."""
+    with source.open("rb") as file:
+        try:
+            fcntl.ioctl(out.fileno(), FICLONE, file.fileno())
+        except OSError:
+            return False
+    return True
+
+
+def _copy(source: Path, out: BinaryIO, nbytes: int, progress: Progress | None) -> str:
+    """Copy a file and give the digest of what was written."""
+    digest, done = hashlib.sha256(), 0
+    for chunk in _chunks(source):
+        rest = memoryview(chunk)
+        while rest:
+            rest = rest[out.write(rest) :]
+        digest.update(chunk)
+        done += len(chunk)
+        if progress:
+            progress(done, nbytes)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _digest(path: Path, progress: Progress | None = None) -> str:
+    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+    for chunk in _chunks(path):
+        digest.update(chunk)
+        done += len(chunk)
+        if progress:
+            progress(done, total)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(COPY_BYTES):
+            yield chunk
+
+
+def _is_slice(path: Path, header: bytes, nbytes: int) -> bool:
+    """Whether a file has this size and starts with this header."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno()).st_size == nbytes and file.read(len(header)) == header
+    except OSError:
+        return False
+
+
+def _read_json(path: Path, kind: Any) -> Any:
+    """A small file the store can do without; None if it is not there or damaged."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with atomic_file(path) as file:
+        file.write(msgspec.json.encode(value))
