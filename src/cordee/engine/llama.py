@@ -113,7 +113,7 @@ class LlamaStage:
 
     def clear(self) -> None:
         """See `Stage.clear`."""
-        self._library.llama_memory_clear(self._memory, True)
+        self._library.llama_memory_clear(self._memory, False)  # cells without a sequence are never read
 
     def export_sequence(self, sequence: int) -> bytes:
         """See `Stage.export_sequence`."""

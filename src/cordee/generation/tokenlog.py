@@ -1,0 +1,32 @@
+"""The token log: all it takes to go on with a stream after any loss."""
+
+from collections.abc import Sequence
+
+from cordee.generation.request import SamplingParams
+
+
+class TokenLog:
+    """Prompt and generated tokens of one stream, with how they are sampled.
+
+    A stage that lost its KV cache gets the tokens again as a prefill, the sampler gets `generated` back, and
+    the stream continues as if nothing had happened.
+    """
+
+    def __init__(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
+        self.prompt = tuple(prompt)
+        self.sampling = sampling
+        self.generated: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.generated)
+
+    def append(self, token: int) -> None:
+        """Add a generated token."""
+        self.generated.append(token)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """The tokens at positions start (inclusive) to stop (exclusive)."""
+        edge = len(self.prompt)
+        if stop <= edge:
+            return list(self.prompt[start:stop])
+        return list(self.prompt[start:edge]) + self.generated[max(0, start - edge) : stop - edge]

@@ -1,0 +1,113 @@
+"""What the processes of a node say to each other, as msgspec structs; the frames are in link.py.
+
+Two kinds of link, both Unix sockets in a folder that only this user may enter:
+
+- *control*, between the pipeline and each worker: Hello, then Load -> Loaded or LoadFailed, Wire -> Wired.
+- *data*, from the service to the first worker, from worker to worker, from the last back to the service:
+  Join first, which names the placement, then Rows onwards and Tokens at the end. A message of another
+  placement than the link's is refused.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import msgspec
+
+from cordee.engine.stage import StageConfig, StageDescription
+from cordee.generation.request import Choice, SamplingParams
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """First on every control link: the id that the pipeline gave this worker."""
+
+    worker: str
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """Load this slice. `is_last`: its logits are sampled here."""
+
+    path: str
+    config: StageConfig
+    is_last: bool
+
+
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """The stage is loaded; it waits to be wired."""
+
+    description: StageDescription
+
+
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
+    """The stage cannot be loaded. `error` is the name of a class in cordee.errors."""
+
+    error: str
+    message: str
+
+
+class Wire(msgspec.Struct, frozen=True, tag=True):
+    """Forget all sequences, take rows of this placement only, send on to the socket `downstream`."""
+
+    placement: str
+    downstream: str
+
+
+class Wired(msgspec.Struct, frozen=True, tag=True):
+    """The worker sends to its downstream and waits for rows of this placement."""
+
+    placement: str
+
+
+class Join(msgspec.Struct, frozen=True, tag=True):
+    """First on every data link: what follows belongs to this placement."""
+
+    placement: str
+
+
+class Run(msgspec.Struct, frozen=True, array_like=True):
+    """Consecutive rows of a sequence in a micro-batch. `output`: the last row's logits are wanted."""
+
+    sequence: int
+    first_position: int
+    rows: int
+    output: bool
+
+
+class Opening(msgspec.Struct, frozen=True):
+    """What a sampler starts from: a token log."""
+
+    sampling: SamplingParams
+    prompt: Sequence[int]
+    generated: Sequence[int]
+
+
+class Rows(msgspec.Struct, frozen=True, tag=True):
+    """A micro-batch. The payload is int32 token ids, or float32 rows of width `n_embd` where that is not 0.
+
+    A run that starts before the end of what its sequence holds replaces the rest of it. `opens` are samplers
+    to be made first. `measure`: answer with digests of the logits, not with tokens.
+    """
+
+    placement: str
+    batch: int
+    runs: tuple[Run, ...]
+    opens: dict[int, Opening]
+    n_embd: int = 0
+    measure: bool = False
+
+
+class Tokens(msgspec.Struct, frozen=True, tag=True):
+    """A micro-batch's result, by sequence: choices, or why none could be made, or digests of logits."""
+
+    placement: str
+    batch: int
+    choices: dict[int, Choice] = {}
+    failures: dict[int, str] = {}
+    digests: dict[int, str] = {}
+
+
+Message = Hello | Load | Loaded | LoadFailed | Wire | Wired | Join | Rows | Tokens
+
+
+def placement_id(workers: Sequence[tuple[str, str]]) -> str:
+    """The id of a placement: the hash of (slice digest, worker id) of its stages, in order."""
+    return hashlib.sha256(msgspec.msgpack.encode(workers)).hexdigest()[:16]

@@ -1,0 +1,425 @@
+"""The service: one model, ready to answer. Requests in, chunks of text out.
+
+It owns the scheduler (which decides), the pipeline (which computes) and the vocabulary (which turns tokens
+into text), and is the only one who knows all three. The token logs live here, in the scheduler, so the loss
+of any stage costs a pause and nothing else. Everything runs on one event loop; nothing here blocks it for
+longer than a tokenization.
+"""
+
+import asyncio
+import itertools
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cordee.engine.stage import StageConfig
+from cordee.engine.vocabulary import Vocabulary
+from cordee.errors import CordeeError, StageFailed
+from cordee.generation import sampling, text
+from cordee.generation.grammar import GrammarTokenizer
+from cordee.generation.request import Choice, Chunk, FinishReason, Request
+from cordee.generation.scheduler import Event, Limits, MicroBatch, Scheduler
+from cordee.generation.template import ChatTemplate
+from cordee.models.embedding import Embedding
+from cordee.models.gguf import Header, read_header
+from cordee.models.slices import SliceFile, even_cuts
+from cordee.models.store import Store, StoredModel
+from cordee.node import registry, verdict
+from cordee.node.messages import Opening, Rows, Run, Tokens
+from cordee.node.pipeline import Pipeline
+
+# Unless told otherwise the KV cache has room for this many tokens in all: 0.75 GB for the starter model.
+CELLS_DEFAULT = 32768
+BATCH_ROWS = 512  # rows of a micro-batch: enough to use the processor fully, little enough not to block it
+# A stream that takes the pipeline down this often without one token in between is its cause.
+LOSSES_MAX = 3
+RATE_TOKENS = 256  # tokens that the reported rate looks back at ...
+RATE_SECONDS = 10.0  # ... and for how long
+
+
+@dataclass(frozen=True)
+class ServiceConfig:
+    """How a model is served.
+
+    `context` is tokens per stream, answer included; None takes the model's own, bounded by CELLS_DEFAULT and
+    by memory. `queue` bounds the streams that wait while `sequences` are answered. `exact` asks for the same
+    bits alone, batched and replayed. `force_cut` cuts architectures that no test has certified. `port` is
+    only shown by `ps`.
+    """
+
+    context: int | None = None
+    sequences: int = 8
+    threads: int | None = None
+    queue: int = 256
+    exact: bool = True
+    force_cut: bool = False
+    devices: tuple[str, ...] = ()
+    port: int | None = None
+
+
+class Service:
+    """A model being served. Made by `Service.start`; all methods on one event loop."""
+
+    def __init__(self, model: StoredModel, config: StageConfig, limits: Limits) -> None:
+        self.model = model
+        self.name = model.name
+        self.vocabulary = Vocabulary(model.path)
+        source = self.vocabulary.chat_template
+        self.template = (
+            None
+            if source is None
+            else ChatTemplate(source, self.vocabulary.bos_text, self.vocabulary.eos_text)
+        )
+        self.context = limits.context
+        self.batch_invariant: bool | None = None
+        self.port: int | None = None
+        self._config = config
+        self._grammar_tokenizer = GrammarTokenizer(self.vocabulary)
+        self._scheduler = Scheduler(limits, self.vocabulary.end_of_generation)
+        self._pipeline: Pipeline | None = None
+        self._embedding: Embedding | None = None
+        self._answers: dict[str, _Answer] = {}
+        self._batches: dict[int, MicroBatch] = {}
+        self._measured: dict[int, asyncio.Future[dict[int, str]]] = {}  # by negative batch number
+        self._failure: CordeeError | None = None
+        self._recent: deque[float] = deque(maxlen=RATE_TOKENS)
+        self._started = time.monotonic()
+        self._entry: Path | None = None
+
+    @classmethod
+    async def start(
+        cls,
+        model: StoredModel,
+        store: Store,
+        *,
+        stages: int = 1,
+        config: ServiceConfig | None = None,
+        report: Callable[[str], None] = lambda _: None,
+    ) -> "Service":
+        """Cut the model if need be, load its stages, find out whether it is batch-invariant.
+
+        `report` gets lines about what is being done.
+
+        Raises:
+            CordeeError: the model cannot be read, cut or loaded, or does not fit.
+        """
+        config = config or ServiceConfig()
+        header = read_header(model.path)
+        stage_config = _stage_config(header, config)
+        limits = Limits(
+            sequences=config.sequences,
+            context=stage_config.context,
+            batch_rows=stage_config.batch_rows,
+            queue=config.queue,
+        )
+        service = cls(model, stage_config, limits)
+        try:
+            slices = await asyncio.to_thread(_slices, header, model, store, stages, config.force_cut, report)
+            if len(slices) > 1:
+                service._embedding = Embedding(header)
+            service._pipeline = await Pipeline.start(slices, stage_config, service, report)
+            service.batch_invariant = await service._verdict(store, report)
+        except BaseException:
+            await service.close()
+            raise
+        service.port = config.port
+        service._publish()
+        return service
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request would be worked on now; False while a stage is being replaced."""
+        return self._pipeline is not None and self._pipeline.state == "ready"
+
+    async def generate(self, request: Request) -> AsyncIterator[Chunk]:
+        """Answer a request: chunks as they come, the last with a finish reason.
+
+        Closing the iterator cancels the stream.
+
+        Raises:
+            BadRequest, ContextExceeded, Overloaded: before the first chunk.
+            StageFailed: the stages cannot be replaced, or this stream keeps breaking them.
+        """
+        sampling.check(request.sampling, self.vocabulary.size, self._grammar_tokenizer)
+        text.check(request.stop)
+        if self._failure is not None:
+            raise self._failure
+        self._scheduler.submit(request)
+        answer = self._answers[request.id] = _Answer(request, self.vocabulary)
+        self._pump()
+        try:
+            while True:
+                chunk = await answer.next()
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        finally:
+            self._answers.pop(request.id, None)
+            self._scheduler.cancel(request.id)
+            self._pump()
+
+    def status(self) -> dict:
+        """What the service is doing, as JSON-able values; bytes and seconds in the names."""
+        pipeline = self._pipeline
+        stages = [] if pipeline is None else pipeline.stages
+        return {
+            "model": self.name,
+            "digest": self.model.digest,
+            "state": "loading" if pipeline is None else pipeline.state,
+            "placement": "" if pipeline is None else pipeline.placement,
+            "port": self.port,
+            "context": self.context,
+            "sequences": self._config.sequences,
+            "queue": self._scheduler.waiting,
+            "active": self._scheduler.active,
+            "tokens_per_second": self._rate(),
+            "batch_invariant": self.batch_invariant,
+            "uptime": time.monotonic() - self._started,
+            "stages": [
+                {
+                    "index": index,
+                    "layers": [stage.slice.first, stage.slice.last],
+                    "pid": stage.pid,
+                    "state": "ready" if stage.pid is not None else "replacing",
+                    "rss_bytes": registry.resident_bytes(stage.pid),
+                    "restarts": stage.restarts,
+                }
+                for index, stage in enumerate(stages)
+            ],
+        }
+
+    async def close(self) -> None:
+        """End the stages and every stream; closing twice is harmless."""
+        if self._entry is not None:
+            registry.withdraw(self._entry)
+        self._fail_all(StageFailed(f"the service of {self.name} is closing"))
+        if self._pipeline is not None:
+            await self._pipeline.close()
+        self.vocabulary.close()
+
+    def on_tokens(self, tokens: Tokens) -> None:
+        """Pipeline's listener: a micro-batch's result."""
+        measured = self._measured.pop(tokens.batch, None)
+        if measured is not None:
+            if not measured.done():
+                measured.set_result(tokens.digests)
+            return
+        batch = self._batches.pop(tokens.batch, None)
+        if batch is None:
+            return
+        for segment in batch.segments:
+            if segment.sample and segment.sequence in tokens.failures:
+                self._fail(segment.stream, StageFailed(tokens.failures[segment.sequence]))
+        for event in self._scheduler.complete(tokens.batch, tokens.choices):
+            self._tell(event)
+        self._pump()
+
+    def on_lost(self) -> None:
+        """Pipeline's listener: replay everything, once it is ready again."""
+        self._scheduler.lost()
+        self._batches.clear()
+        for future in self._measured.values():
+            if not future.done():
+                future.set_exception(StageFailed("a stage was lost while the model was tried out"))
+        self._measured.clear()
+        for name, answer in list(self._answers.items()):
+            answer.losses += 1
+            if answer.losses > LOSSES_MAX:
+                self._fail(name, StageFailed("the stages fail again and again at this request"))
+
+    def on_ready(self) -> None:
+        """Pipeline's listener: go on."""
+        self._failure = None
+        if self._entry is not None:
+            self._publish()
+        self._pump()
+
+    def on_failed(self, error: CordeeError) -> None:
+        """Pipeline's listener: nothing can be answered for now."""
+        self._failure = StageFailed(f"{self.name} cannot answer: {error.message}")
+        self._fail_all(self._failure)
+
+    def _pump(self) -> None:
+        """Send what the scheduler wants sent."""
+        while self.ready and (batch := self._scheduler.next_batch()) is not None:
+            self._batches[batch.id] = batch
+            runs = tuple(
+                Run(segment.sequence, segment.first_position, len(segment.tokens), segment.sample)
+                for segment in batch.segments
+            )
+            opens = {
+                sequence: Opening(log.sampling, log.prompt, list(log.generated))
+                for sequence, log in batch.opens.items()
+            }
+            tokens = [token for segment in batch.segments for token in segment.tokens]
+            self._send(batch.id, runs, tokens, opens)
+
+    def _send(
+        self,
+        batch: int,
+        runs: Sequence[Run],
+        tokens: Sequence[int],
+        opens: Mapping[int, Opening],
+        *,
+        measure: bool = False,
+    ) -> None:
+        assert self._pipeline is not None
+        n_embd = 0
+        inputs = np.asarray(tokens, dtype=np.int32)
+        if self._embedding is not None:
+            inputs = self._embedding.rows(inputs)
+            n_embd = self._embedding.n_embd
+        rows = Rows(
+            placement=self._pipeline.placement,
+            batch=batch,
+            runs=tuple(runs),
+            opens=dict(opens),
+            n_embd=n_embd,
+            measure=measure,
+        )
+        self._pipeline.send(rows, memoryview(np.ascontiguousarray(inputs)).cast("B"))
+
+    async def _verdict(self, store: Store, report: Callable[[str], None]) -> bool | None:
+        assert self._pipeline is not None
+        descriptions = [stage.description for stage in self._pipeline.stages if stage.description is not None]
+        name = verdict.key(descriptions, self._config)
+        known = store.verdict(self.model.digest, name)
+        if known is not None:
+            return known
+        report("trying out whether batches change the model's arithmetic (once for each model)")
+        try:
+            found = await verdict.measure(self._measure, self.vocabulary.size, self._config)
+        except StageFailed:
+            return None
+        if found is not None:
+            store.set_verdict(self.model.digest, name, found)
+        return found
+
+    async def _measure(self, runs: Sequence[Run], tokens: Sequence[int]) -> dict[int, str]:
+        number = -1 - len(self._measured)  # the scheduler's batches count up from 1
+        self._measured[number] = answer = asyncio.get_running_loop().create_future()
+        self._send(number, runs, tokens, {}, measure=True)
+        return await answer
+
+    def _tell(self, event: Event) -> None:
+        answer = self._answers.get(event.stream)
+        if answer is None:
+            return
+        answer.losses = 0
+        answer.cached_tokens = max(answer.cached_tokens, event.cached_tokens)
+        if event.choice is not None:
+            self._recent.append(time.monotonic())
+        answer.add(event.choice, event.finish_reason)
+        if answer.stopped:
+            self._scheduler.cancel(event.stream)
+
+    def _fail(self, stream: str, error: CordeeError) -> None:
+        self._scheduler.cancel(stream)
+        answer = self._answers.pop(stream, None)
+        if answer is not None:
+            answer.fail(error)
+
+    def _fail_all(self, error: CordeeError) -> None:
+        for stream in list(self._answers):
+            self._fail(stream, error)
+
+    def _rate(self) -> float:
+        now = time.monotonic()
+        recent = [moment for moment in self._recent if now - moment < RATE_SECONDS]
+        return len(recent) / (now - recent[0]) if len(recent) > 1 else 0.0
+
+    def _publish(self) -> None:
+        self._entry = registry.publish(self.name, self.status())
+
+
+class _Answer:
+    """A stream on its way to its client: text is made here, and waits here.
+
+    The queue needs no bound of its own: a stream never has more chunks than its context has tokens.
+    """
+
+    def __init__(self, request: Request, vocabulary: Vocabulary) -> None:
+        self.losses = 0
+        self.cached_tokens = 0
+        self._vocabulary = vocabulary
+        self._text = text.TextStream(request.stop)
+        self._prompt_tokens = len(request.prompt)
+        self._completion_tokens = 0
+        self._wants_choices = request.sampling.top_logprobs is not None
+        self._choices: list[Choice] = []
+        self._chunks: asyncio.Queue[Chunk | CordeeError] = asyncio.Queue()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the text."""
+        return self._text.stopped
+
+    def add(self, choice: Choice | None, finish_reason: FinishReason | None) -> None:
+        """Take what the scheduler says; queue a chunk if there is something to show."""
+        shown = ""
+        if choice is not None:
+            self._completion_tokens += 1
+            if self._wants_choices:
+                self._choices.append(choice)
+            shown = self._text.push(self._vocabulary.piece(choice.token))
+        if self._text.stopped:
+            finish_reason = "stop"
+        elif finish_reason is not None:
+            shown += self._text.finish()
+        if not shown and finish_reason is None:
+            return
+        self._chunks.put_nowait(
+            Chunk(
+                text=shown,
+                choices=tuple(self._choices),
+                finish_reason=finish_reason,
+                prompt_tokens=self._prompt_tokens,
+                cached_tokens=self.cached_tokens,
+                completion_tokens=self._completion_tokens,
+            )
+        )
+        self._choices.clear()
+
+    def fail(self, error: CordeeError) -> None:
+        """End the stream with an error."""
+        self._chunks.put_nowait(error)
+
+    async def next(self) -> Chunk:
+        """The next chunk; raises the error that ended the stream."""
+        item = await self._chunks.get()
+        if isinstance(item, CordeeError):
+            raise item
+        return item
+
+
+def _stage_config(header: Header, config: ServiceConfig) -> StageConfig:
+    own = header.get(".context_length", CELLS_DEFAULT)
+    context = config.context or min(own, max(1, CELLS_DEFAULT // config.sequences))
+    return StageConfig(
+        context=context,
+        sequences=config.sequences,
+        batch_rows=BATCH_ROWS,
+        threads=config.threads,
+        devices=config.devices,
+        exact=config.exact,
+    )
+
+
+def _slices(
+    header: Header,
+    model: StoredModel,
+    store: Store,
+    stages: int,
+    force: bool,
+    report: Callable[[str], None],
+) -> list[SliceFile]:
+    """The model's slices, cut where they are not on disk yet; a whole model is its own only slice."""
+    if stages == 1:
+        return [SliceFile(model.path, 0, header.layers, model.digest, model.nbytes)]
+    bounds = even_cuts(header, stages)
+    report(f"cutting {model.name} at layers {', '.join(map(str, bounds[1:-1]))}")
+    return [store.slice_for(model, first, last, force=force) for first, last in itertools.pairwise(bounds)]
