@@ -13,8 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from llama_cpp import llama_cpp
-
+from cordee.engine import libllama
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 
 TEXT_BYTES_MAX = (
@@ -44,24 +43,25 @@ class Vocabulary:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        model = _load(self.path)
-        self._free = weakref.finalize(self, llama_cpp.llama_model_free, model)
-        self.handle = llama_cpp.llama_model_get_vocab(model)
-        if llama_cpp.llama_vocab_type(self.handle) == TOKENIZER_NONE:
+        self._library = libllama.load()
+        model = self._load()
+        self._free = weakref.finalize(self, self._library.llama_model_free, model)
+        self.handle = self._library.llama_model_get_vocab(model)
+        if self._library.llama_vocab_type(self.handle) == TOKENIZER_NONE:
             self.close()
             raise UnsupportedModel(
                 f"{self.path} has no tokenizer (slices before the last have none): use the whole model's file"
             )
-        self.size = llama_cpp.llama_vocab_n_tokens(self.handle)
-        self.bos = self._special(llama_cpp.llama_vocab_bos)
-        self.eos = self._special(llama_cpp.llama_vocab_eos)
+        self.size = self._library.llama_vocab_n_tokens(self.handle)
+        self.bos = self._special(self._library.llama_vocab_bos)
+        self.eos = self._special(self._library.llama_vocab_eos)
         self.bos_text = self._text(self.bos)
         self.eos_text = self._text(self.eos)
-        self.wants_bos = bool(llama_cpp.llama_vocab_get_add_bos(self.handle))
+        self.wants_bos = bool(self._library.llama_vocab_get_add_bos(self.handle))
         self.end_of_generation = frozenset(
-            token for token in range(self.size) if llama_cpp.llama_vocab_is_eog(self.handle, token)
+            token for token in range(self.size) if self._library.llama_vocab_is_eog(self.handle, token)
         )
-        template = llama_cpp.llama_model_chat_template(model, None)
+        template = self._library.llama_model_chat_template(model, None)
         self.chat_template = None if template is None else template.decode("utf-8", "replace")
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ class Vocabulary:
         length = PIECE_BYTES
         while True:
             buffer = ctypes.create_string_buffer(length)
-            count = llama_cpp.llama_token_to_piece(self._open(), token, buffer, length, 0, special)
+            count = self._library.llama_token_to_piece(self._open(), token, buffer, length, 0, special)
             if count >= 0:
                 return buffer.raw[:count]
             if -count > PIECE_BYTES_MAX:
@@ -105,13 +105,24 @@ class Vocabulary:
     def is_control(self, token: int) -> bool:
         """Tell whether a token is a control token, which no plain text gives."""
         self._check(token)
-        return bool(llama_cpp.llama_vocab_is_control(self._open(), token))
+        return bool(self._library.llama_vocab_is_control(self._open(), token))
+
+    def _load(self) -> int:
+        params = self._library.llama_model_default_params()
+        params.vocab_only = True
+        params.n_gpu_layers = 0
+        model = self._library.llama_model_load_from_file(os.fsencode(self.path), params)
+        if not model:
+            raise BadModelFile(
+                f"{self.path}: libllama reads no vocabulary from this file; is it a sound GGUF?"
+            )
+        return model
 
     def _parts(self, text: str, special: bool) -> Iterator[str]:
         """Cut a text into parts that libllama can take; see LONG_RUN and CONTROLS_MAX."""
-        controls = [match.span() for match in self._controls.finditer(text)] if special else []
+        controls = [match.span() for match in self.control_names.finditer(text)] if special else []
         cuts = [start for start, _ in controls[CONTROLS_MAX::CONTROLS_MAX]]
-        if llama_cpp.llama_vocab_type(self._open()) == TOKENIZER_BPE:
+        if self._library.llama_vocab_type(self._open()) == TOKENIZER_BPE:
             starts, ends = [start for start, _ in controls], [end for _, end in controls]
             gaps = zip([0, *ends], [*starts, len(text)], strict=True)
             cuts += [run.end() for start, end in gaps for run in LONG_RUN.finditer(text, start, end)]
@@ -119,23 +130,17 @@ class Vocabulary:
         return (text[start:end] for start, end in itertools.pairwise(edges))
 
     @cached_property
-    def _controls(self) -> re.Pattern:
-        """Matches control tokens before which a text may be cut: those that strip no space before them."""
-        texts = {self._text(token) for token in range(self.size) if self._is_cut(token)} - {""}
-        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
-
-    def _is_cut(self, token: int) -> bool:
-        attributes = llama_cpp.llama_vocab_get_attr(self._open(), token)
-        return bool(attributes & llama_cpp.LLAMA_TOKEN_ATTR_CONTROL) and not (
-            attributes & llama_cpp.LLAMA_TOKEN_ATTR_LSTRIP
-        )
+    def control_names(self) -> re.Pattern[str]:
+        """Matches the name of any control token as it may stand in a text; of two, the longer."""
+        names = {self._text(token) for token in range(self.size) if self.is_control(token)} - {""}
+        return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
     def _tokenize(self, text: str, special: bool) -> list[int]:
         data = text.encode()
         room = len(data) + 2  # a token is at least a byte, but some tokenizers put a space in front
         while True:
-            buffer = (llama_cpp.llama_token * room)()
-            count = llama_cpp.llama_tokenize(self._open(), data, len(data), buffer, room, False, special)
+            buffer = (self._library.llama_token * room)()
+            count = self._library.llama_tokenize(self._open(), data, len(data), buffer, room, False, special)
             if count >= 0:
                 return buffer[:count]
             room = -count
@@ -152,22 +157,12 @@ class Vocabulary:
     def _text(self, token: int | None) -> str:
         if token is None:
             return ""
-        return llama_cpp.llama_vocab_get_text(self.handle, token).decode("utf-8", "replace")
+        return self._library.llama_vocab_get_text(self.handle, token).decode("utf-8", "replace")
 
     def _check(self, token: int) -> None:
         """Refuse ids outside the vocabulary: libllama would end the process."""
         if not 0 <= token < self.size:
             raise BadRequest(f"token id {token} is outside the model's vocabulary of {self.size} tokens")
-
-
-def _load(path: Path) -> int:
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    params.n_gpu_layers = 0
-    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
-    if not model:
-        raise BadModelFile(f"{path}: libllama cannot read a vocabulary from this file; is it a sound GGUF?")
-    return model
 
 
 def _encode(text: str) -> bytes:

@@ -21,8 +21,8 @@ from functools import lru_cache
 from math import isfinite
 
 import numpy as np
-from llama_cpp import llama_cpp
 
+from cordee.engine import libllama
 from cordee.errors import BadRequest, StageFailed
 from cordee.generation import grammar
 from cordee.generation.grammar import GrammarState, GrammarTokenizer
@@ -232,29 +232,31 @@ def _nucleus_bound(row: np.ndarray, top_p: float) -> tuple[np.ndarray, float]:
 
 def _chain(params: SamplingParams, top_p: float, seed: int) -> int:
     """libllama's samplers for one draw; `_apply` frees them. Making them takes microseconds."""
-    chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+    library = libllama.load()
+    chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
     if params.top_k:
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_k(params.top_k))
+        library.llama_sampler_chain_add(chain, library.llama_sampler_init_top_k(params.top_k))
     if top_p < 1.0:
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_top_p(top_p, 1))
+        library.llama_sampler_chain_add(chain, library.llama_sampler_init_top_p(top_p, 1))
     if params.min_p:
-        llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_min_p(params.min_p, 1))
-    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_temp(params.temperature))
-    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_init_dist(seed))
+        library.llama_sampler_chain_add(chain, library.llama_sampler_init_min_p(params.min_p, 1))
+    library.llama_sampler_chain_add(chain, library.llama_sampler_init_temp(params.temperature))
+    library.llama_sampler_chain_add(chain, library.llama_sampler_init_dist(seed))
     return chain
 
 
 def _apply(chain: int, candidates: np.ndarray) -> int:
-    array = llama_cpp.llama_token_data_array(
-        data=candidates.ctypes.data_as(llama_cpp.llama_token_data_p),
+    library = libllama.load()
+    array = library.llama_token_data_array(
+        data=candidates.ctypes.data_as(library.llama_token_data_p),
         size=len(candidates),
         selected=-1,
         sorted=False,
     )
     try:
-        llama_cpp.llama_sampler_apply(chain, ctypes.byref(array))
+        library.llama_sampler_apply(chain, ctypes.byref(array))
     finally:
-        llama_cpp.llama_sampler_free(chain)  # with the samplers in it
+        library.llama_sampler_free(chain)  # with the samplers in it
     return array.data[array.selected].id
 
 

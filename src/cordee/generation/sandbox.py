@@ -24,7 +24,6 @@ from jinja2 import nodes, pass_context
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
 
 WORK_MAX = 128 << 20  # a second or two, 512 MB at the very worst; a prompt of a million tokens takes a third
 STEP = 250  # a loop turn, call or filter, in copied characters
@@ -124,7 +123,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             jinja2.TemplateError, RecursionError, SyntaxError, ValueError, ArithmeticError, MemoryError:
                 it is no template, or more than Python can compile.
         """
-        tree = _Measuring().visit(self.parse(source))
+        tree = self.parse(source)
+        _bound(tree)
         tree.set_environment(self)
         return self.from_string(tree)
 
@@ -192,53 +192,35 @@ class GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class _Measuring(NodeTransformer):
-    """Puts the filters `turn`, `measure` and `glance` where time is spent or data made."""
+def _bound(tree: nodes.Template) -> None:
+    """Put the filters `turn`, `measure` and `glance` into a tree where time is spent or data made."""
+    bodies = [(body, _body_cost(body)) for body in tree.find_all(_BODIES)]
+    measured = [
+        *((node, "expr", "measure") for node in tree.find_all((nodes.Compare, nodes.Operand))),
+        *((node, "key", "measure") for node in tree.find_all(nodes.Pair)),
+        *(
+            (node, "node", "glance")
+            for node in tree.find_all(nodes.Getitem)
+            if isinstance(node.arg, nodes.Slice)
+        ),
+    ]
+    for concat in list(tree.find_all(nodes.Concat)):
+        concat.nodes = [_filter(part, "measure") for part in concat.nodes]
+    for node, field, name in measured:
+        setattr(node, field, _filter(getattr(node, field), name))
+    for body, cost in bodies:
+        body.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(cost), "turn"), lineno=body.lineno))
+        if isinstance(body, nodes.For) and body.test is not None:  # items that it drops take time too
+            body.test = nodes.And(_filter(nodes.Const(STEP), "turn"), body.test)
 
-    def visit_For(self, node: nodes.For) -> nodes.For:
-        if node.test is not None:
-            node.test = nodes.And(_filter(nodes.Const(STEP), "turn"), node.test)
-        return self._body(node)
 
-    def visit_Block(self, node: nodes.Block) -> nodes.Block:
-        return self._body(node)
+_BODIES = (nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block)  # what runs more than once
 
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:
-        return self._body(node)
 
-    def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.CallBlock:
-        return self._body(node)
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
-        self.generic_visit(node)
-        node.expr = _filter(node.expr, "measure")
-        for operand in node.ops:
-            operand.expr = _filter(operand.expr, "measure")
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Concat:
-        self.generic_visit(node)
-        node.nodes = [_filter(part, "measure") for part in node.nodes]
-        return node
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Getitem:
-        self.generic_visit(node)
-        if isinstance(node.arg, nodes.Slice):
-            node.node = _filter(node.node, "glance")
-        return node
-
-    def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
-        self.generic_visit(node)
-        node.key = _filter(node.key, "measure")
-        return node
-
-    def _body(self, node):
-        """Make each run of a body pay for its text and its nodes."""
-        self.generic_visit(node)
-        text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        cost = STEP + text + NODE * sum(1 for _ in node.find_all(nodes.Node))
-        node.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(cost), "turn"), lineno=node.lineno))
-        return node
+def _body_cost(node: nodes.Node) -> int:
+    """What one run of a body costs, beside what its parts charge: its text and its nodes."""
+    text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+    return STEP + text + NODE * sum(1 for _ in node.find_all(nodes.Node))
 
 
 def _filter(node: nodes.Expr, name: str) -> nodes.Filter:
