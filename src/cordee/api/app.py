@@ -1,0 +1,129 @@
+"""The HTTP application: its endpoints, who may ask, and how much at once."""
+
+import ipaddress
+from collections.abc import Callable, Collection, Mapping
+from datetime import datetime
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from cordee.api.failures import (
+    ClientGone,
+    ForbiddenOrigin,
+    error_response,
+    json_response,
+    on_client_gone,
+    on_failure,
+    on_http_exception,
+)
+from cordee.api.openai import OpenAI
+from cordee.api.stream import Timing
+from cordee.errors import CordeeError, Overloaded
+from cordee.node.service import Service
+
+REQUESTS_MAX = 2048  # at work at once; each costs a task, a connection and its body, whatever the queues say
+HEADER_CHARS_MAX = 100  # of a header that a message quotes
+
+
+def local_now() -> datetime:
+    """The time that chat templates print and replies carry."""
+    return datetime.now().astimezone()
+
+
+def create_app(
+    services: Mapping[str, Service],
+    *,
+    expected: Collection[str] = (),
+    clock: Callable[[], datetime] = local_now,
+    timing: Timing = Timing(),  # noqa: B008  frozen
+) -> Starlette:
+    """The application over running services, by the model's name.
+
+    `services` may be filled after the server has started: a model of `expected` that is not in it yet is
+    loading, and its requests are told to come back. Only this machine may ask.
+    """
+    openai = OpenAI(services, expected, clock, timing)
+
+    async def health(_: Request) -> Response:
+        return health_response(services, expected)
+
+    return Starlette(
+        routes=[
+            Route("/health", health),
+            Route("/v1/models", openai.models),
+            Route("/v1/models/{name:path}", openai.model),
+            Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
+            Route("/v1/completions", openai.completions, methods=["POST"]),
+        ],
+        middleware=[Middleware(Guard)],
+        exception_handlers={
+            HTTPException: on_http_exception,
+            CordeeError: on_failure,
+            ClientGone: on_client_gone,
+            Exception: on_failure,
+        },
+    )
+
+
+def health_response(services: Mapping[str, Service], expected: Collection[str]) -> Response:
+    """200 while some model can answer and none is still being loaded, else 503; with each one's state."""
+    states = {name: "ready" if service.ready else "recovering" for name, service in services.items()}
+    states = dict.fromkeys(expected, "loading") | states
+    if not states or "loading" in states.values():
+        status = "loading"
+    else:
+        status = "ok" if "ready" in states.values() else "recovering"
+    return json_response({"status": status, "models": states}, 200 if status == "ok" else 503)
+
+
+class Guard:
+    """Lets in what comes from this machine by a name of this machine, and not too much at once.
+
+    A page of another site can make a browser send requests here: by our own address, which its Origin
+    header gives away, or by a name of its own that it makes point here (DNS rebinding), which the Host
+    header does.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._at_work = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            _check_headers(Headers(scope=scope))
+            if self._at_work >= REQUESTS_MAX:
+                raise Overloaded(f"{REQUESTS_MAX} requests are being answered; try again in a moment")
+        except CordeeError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        self._at_work += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._at_work -= 1
+
+
+def _check_headers(headers: Headers) -> None:
+    for host in headers.getlist("host") or [""]:
+        if not _is_loopback(f"//{host}"):
+            raise ForbiddenOrigin(
+                f"the host {host[:HEADER_CHARS_MAX]!r} is not this machine: use http://127.0.0.1 or http://localhost"
+            )
+    for origin in headers.getlist("origin"):
+        if not _is_loopback(origin):
+            raise ForbiddenOrigin(f"pages of {origin[:HEADER_CHARS_MAX]} may not use this server")
+
+
+def _is_loopback(url: str) -> bool:
+    try:
+        name = urlsplit(url).hostname or ""
+        return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

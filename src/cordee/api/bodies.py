@@ -1,0 +1,107 @@
+"""Reading the body of a request: bounded in size, time and memory, and decoded by a schema."""
+
+import asyncio
+import re
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from cordee.api.failures import ClientGone, RequestTimeout, RequestTooLarge, WrongContentType
+from cordee.errors import BadRequest, Overloaded
+
+BODY_BYTES_MAX = 16 << 20  # as much text as a vocabulary tokenizes: four times a million-token prompt
+BODIES_BYTES_MAX = (
+    64 << 20
+)  # of all requests together while they are read; a decoded one takes several times its size
+BODY_SECONDS = 60.0  # a client on this machine sends the largest body in less than one
+
+# msgspec's messages: what is wrong, and where it is.
+PLACE = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?\Z", re.DOTALL)
+FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(?P<field>.*)`\Z", re.DOTALL)
+
+Body = TypeVar("Body")
+
+
+class Bodies:
+    """Reads request bodies, and knows how much of them is in memory at a time."""
+
+    def __init__(self) -> None:
+        self._held_bytes = 0
+
+    async def read(self, request: Request, decoder: msgspec.json.Decoder[Body]) -> Body:
+        """Give a request's body, decoded.
+
+        Raises:
+            BadRequest: it is not declared as JSON, too large, too slow, malformed, or not as the schema says.
+            Overloaded: other requests' bodies fill the memory there is for them.
+            ClientGone: the client left before it had sent all.
+        """
+        _check_headers(request)
+        held = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                async for piece in request.stream():
+                    self._hold(held, piece)
+            return decode(held, decoder)
+        except TimeoutError:
+            raise RequestTimeout(f"the request's body took more than {BODY_SECONDS:.0f} s") from None
+        except ClientDisconnect:
+            raise ClientGone from None
+        finally:
+            self._held_bytes -= len(held)
+
+    def _hold(self, held: bytearray, piece: bytes) -> None:
+        _check_size(len(held) + len(piece))
+        if self._held_bytes + len(piece) > BODIES_BYTES_MAX:
+            raise Overloaded("too much is being sent at once; try again in a moment")
+        held += piece
+        self._held_bytes += len(piece)
+
+
+def decode(body: bytes | bytearray, decoder: msgspec.json.Decoder[Body]) -> Body:
+    """Decode a JSON body.
+
+    Raises:
+        BadRequest: with msgspec's reason, and the path of the field as `param`.
+    """
+    try:
+        body.decode()  # msgspec looks at the bytes of those strings only that it keeps
+        return decoder.decode(body)
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"the body is not UTF-8: byte {error.start} is wrong") from None
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from None
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"the body is no sound JSON: {error}") from None
+    except RecursionError:
+        raise BadRequest("the body is nested too deeply") from None
+
+
+def _refusal(message: str) -> BadRequest:
+    what, path = PLACE.match(message).group("what", "path")
+    field = FIELD.match(what)
+    if field is None:
+        return BadRequest(f"{path or 'the body'}: {what[0].lower()}{what[1:]}", path)
+    param = f"{path}.{field['field']}" if path else field["field"]
+    if "unknown" in what[: field.start("field")]:
+        return BadRequest(f"{param} is no field that this server knows; docs/api.md lists them", param)
+    return BadRequest(f"{param} is missing", param)
+
+
+def _check_headers(request: Request) -> None:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise WrongContentType(
+            f"the body is declared as {kind or 'nothing'}: send JSON with 'Content-Type: application/json'"
+        )
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise WrongContentType(f"a body with Content-Encoding {encoding} is not read: send plain JSON")
+    length = request.headers.get("content-length", "0")
+    _check_size(int(length) if length.isdecimal() else 0)
+
+
+def _check_size(length: int) -> None:
+    if length > BODY_BYTES_MAX:
+        raise RequestTooLarge(f"the body is larger than {BODY_BYTES_MAX} bytes")

@@ -1,0 +1,100 @@
+"""Errors as an HTTP client sees them: OpenAI's error body, a status, and when to try again."""
+
+from typing import Any
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cordee.errors import BadRequest, CordeeError, ModelNotFound
+
+# A full queue moves on within an answer; a lost stage is replaced, and most models are loaded, in this time.
+RETRY_AFTER_SECONDS = 5
+MESSAGE_CHARS_MAX = 1000  # some messages quote the request
+
+
+class RequestTooLarge(BadRequest):
+    """The request's body is larger than this server reads."""
+
+    http_status = 413
+    code = "request_too_large"
+
+
+class WrongContentType(BadRequest):
+    """The request's body is not declared as plain JSON."""
+
+    http_status = 415
+    code = "unsupported_media_type"
+
+
+class RequestTimeout(BadRequest):
+    """The request's body did not arrive in time."""
+
+    http_status = 408
+    code = "request_timeout"
+
+
+class ForbiddenOrigin(BadRequest):
+    """A page of another site, or a host name that is not this machine's, asks."""
+
+    http_status = 403
+    code = "forbidden_origin"
+
+
+class ModelLoading(CordeeError):
+    """The model is still being loaded; try again later."""
+
+    exit_code = 9
+    http_status = 503
+    code = "model_loading"
+
+
+class ClientGone(Exception):
+    """The client closed the connection: there is nobody to answer."""
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """OpenAI's error object. What is not a `CordeeError` is a fault of ours, and its text stays here."""
+    if not isinstance(error, CordeeError):
+        return _body("the server failed at this request; its log says why", 500, None, CordeeError.code)
+    param = "model" if isinstance(error, ModelNotFound | ModelLoading) else getattr(error, "param", None)
+    return _body(error.message, error.http_status, param, error.code)
+
+
+def error_response(error: Exception) -> Response:
+    """The response to a request that failed before its answer began."""
+    status = error.http_status if isinstance(error, CordeeError) else 500
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
+    return json_response(error_body(error), status, headers)
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A JSON response."""
+    return Response(msgspec.json.encode(body), status, headers, "application/json")
+
+
+async def on_failure(_: Request, error: Exception) -> Response:
+    """Starlette's handler of every error but its own."""
+    return error_response(error)
+
+
+async def on_client_gone(_: Request, __: Exception) -> Response:
+    """Nobody reads this: the server drops what is sent to a closed connection."""
+    return Response(status_code=499)
+
+
+async def on_http_exception(request: Request, error: HTTPException) -> Response:
+    """Starlette's handler of its own errors: no such path, or not with this method."""
+    method, path = request.method, request.url.path
+    if error.status_code == 405:
+        message, code = f"{path} is not for {method}; docs/api.md lists the endpoints", "method_not_allowed"
+    else:
+        message, code = f"there is no {path} here; docs/api.md lists the endpoints", "not_found"
+    return json_response(_body(message, error.status_code, None, code), error.status_code, error.headers)
+
+
+def _body(message: str, status: int, param: str | None, code: str) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    message = message if len(message) <= MESSAGE_CHARS_MAX else message[:MESSAGE_CHARS_MAX] + "…"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,140 @@
+"""From what a client sends to token ids: messages through the model's chat template, texts, token ids."""
+
+import re
+import secrets
+from collections.abc import Sequence
+from datetime import datetime
+from weakref import WeakKeyDictionary
+
+from cordee.api.schemas import CHOICES_MAX, ChatRequest, CompletionRequest, Message, refuse
+from cordee.engine.vocabulary import Vocabulary
+from cordee.errors import BadRequest, UnsupportedModel
+from cordee.node.service import Service
+
+# A conversation about chat templates may name some; each costs a few calls of the tokenizer.
+CONTROL_TEXTS_MAX = 4096
+PRIVATE = "\U000f0000"  # a private-use character around placeholders; what makes them unique is random
+
+_controls: WeakKeyDictionary[Vocabulary, re.Pattern[str]] = WeakKeyDictionary()
+
+
+def chat_prompt(service: Service, request: ChatRequest, now: datetime) -> tuple[int, ...]:
+    """The prompt of a conversation, up to where the answer begins.
+
+    The names of control tokens in a message, such as <|im_end|>, must not become those tokens, or whoever
+    writes a message could speak in another role. So they stand as placeholders while the template is rendered
+    and the text between them is tokenized; each is then spelt out as plain text. A conversation without any
+    is tokenized in one piece, as a template's author expects.
+
+    Raises:
+        BadRequest: the messages cannot be used; `param` says which.
+        UnsupportedModel: the model has no chat template, or a broken one.
+    """
+    if service.template is None:
+        raise UnsupportedModel(f"{service.name} has no chat template: use /v1/completions")
+    hidden = _Hidden(service.vocabulary)
+    knows_developer = "developer" in service.template.source
+    messages = [_plain(message, place, hidden) for place, message in enumerate(request.messages)]
+    for message in messages:
+        if message["role"] == "developer" and not knows_developer:
+            message["role"] = "system"
+    extra = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+    return tuple(hidden.tokens(service.template.render(messages, now=now, **extra)))
+
+
+def completion_prompts(service: Service, request: CompletionRequest) -> list[tuple[int, ...]]:
+    """The prompts of a completion request, one or several.
+
+    Raises:
+        BadRequest: it is none of the forms there are, or empty.
+    """
+    prompt = request.prompt
+    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
+        prompt = [prompt]
+    if not 0 < len(prompt) <= CHOICES_MAX:
+        raise BadRequest(f"prompt must hold 1 to {CHOICES_MAX} prompts, not {len(prompt)}", "prompt")
+    if len({isinstance(each, str) for each in prompt}) > 1:
+        raise BadRequest("prompt must be a text, a list of token ids, or a list of either", "prompt")
+    return [_tokens(service.vocabulary, each) for each in prompt]
+
+
+def _tokens(vocabulary: Vocabulary, prompt: str | Sequence[int | str | list[int]] | int) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        tokens = vocabulary.tokenize(prompt, special=True, add_bos=True)
+    elif isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
+        tokens = prompt
+    else:
+        raise BadRequest("prompt must be a text, a list of token ids, or a list of either", "prompt")
+    for token in tokens:
+        if not 0 <= token < vocabulary.size:
+            raise BadRequest(f"prompt holds token {token}; the model has {vocabulary.size} tokens", "prompt")
+    if not tokens:
+        raise BadRequest("the prompt is empty: this model needs a token to begin with", "prompt")
+    return tuple(tokens)
+
+
+def _plain(message: Message, place: int, hidden: "_Hidden") -> dict[str, str]:
+    """A message as templates take it."""
+    path = f"messages[{place}]."
+    refuse(message, path)
+    plain = {"role": message.role, "content": hidden.hide(_content(message, path))}
+    return plain if message.name is None else plain | {"name": message.name}
+
+
+def _content(message: Message, path: str) -> str:
+    if message.content is None:
+        raise BadRequest(f"{path}content is missing", f"{path}content")
+    if isinstance(message.content, str):
+        return message.content
+    texts = []
+    for place, part in enumerate(message.content):
+        at = f"{path}content[{place}]."
+        if part.type != "text":
+            raise BadRequest(
+                f"{at}type: {part.type[:40]} is not supported: models here read and write text only",
+                f"{at}type",
+            )
+        refuse(part, at)
+        if part.text is None:
+            raise BadRequest(f"{at}text is missing", f"{at}text")
+        texts.append(part.text)
+    return "\n".join(texts)
+
+
+class _Hidden:
+    """The control tokens' names that stand in a conversation, hidden behind placeholders."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._mark = PRIVATE + secrets.token_hex(8)
+        self._names: list[str] = []
+
+    def hide(self, text: str) -> str:
+        return _control_names(self._vocabulary).sub(self._placeholder, text)
+
+    def _placeholder(self, match: re.Match[str]) -> str:
+        self._names.append(match.group())
+        if len(self._names) > CONTROL_TEXTS_MAX:
+            raise BadRequest(f"more than {CONTROL_TEXTS_MAX} names of control tokens are used", "messages")
+        return f"{self._mark}{len(self._names) - 1}{PRIVATE}"
+
+    def tokens(self, text: str) -> list[int]:
+        """The token ids of a rendered text, where placeholders become the names as plain text."""
+        parts = re.split(f"{self._mark}([0-9]+){PRIVATE}", text)
+        tokens = self._vocabulary.tokenize(parts[0], special=True, add_bos=True)
+        for name, literal in zip(parts[1::2], parts[2::2], strict=True):
+            tokens += self._vocabulary.tokenize(self._names[int(name)], special=False, add_bos=False)
+            tokens += self._vocabulary.tokenize(literal, special=True, add_bos=False)
+        return tokens
+
+
+def _control_names(vocabulary: Vocabulary) -> re.Pattern[str]:
+    """Matches the name of any control token of a vocabulary, of two the longer."""
+    if vocabulary not in _controls:
+        controls = filter(vocabulary.is_control, range(vocabulary.size))
+        names = {vocabulary.piece(token, special=True).decode("utf-8", "replace") for token in controls} - {
+            ""
+        }
+        longest_first = sorted(names, key=len, reverse=True)
+        _controls[vocabulary] = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    return _controls[vocabulary]

@@ -1,0 +1,177 @@
+"""OpenAI's replies: chat completions and completions, whole or as events, from the same chunks."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from cordee.api.failures import error_body
+from cordee.api.logprobs import LegacyLogprobs, chat_logprobs
+from cordee.engine.vocabulary import Vocabulary
+from cordee.generation.request import Choice, Chunk, Request
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a request asks the service for. `requests` holds `n` for each prompt, in order."""
+
+    id: str
+    created: int  # seconds since 1970
+    model: str
+    vocabulary: Vocabulary
+    requests: Sequence[Request]
+    n: int
+    logprobs: bool
+    usage_event: bool
+
+
+@dataclass
+class Answer:
+    """One answer as far as it has come."""
+
+    text: list[str] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
+    last: Chunk = field(default_factory=lambda: Chunk(text=""))
+
+    def add(self, chunk: Chunk) -> None:
+        self.text.append(chunk.text)
+        self.choices += chunk.choices
+        self.last = chunk
+
+
+class Reply:
+    """What both endpoints have in common: the frame around choices, and what was used."""
+
+    object: str
+    event_object: str
+    keep_alive = b": keep-alive\n\n"
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._last: dict[int, Chunk] = {}
+
+    def begin(self) -> Iterable[bytes]:
+        """Nothing comes before the first token."""
+        return ()
+
+    def push(self, index: int, chunk: Chunk) -> Iterable[bytes]:
+        """A chunk's event, and one more for the reason why the answer ended."""
+        self._last[index] = chunk
+        if chunk.text or chunk.choices:
+            yield self._event([self._piece(index, chunk)])
+        if chunk.finish_reason is not None:
+            yield self._event([self._finish(index, chunk.finish_reason)])
+
+    def end(self) -> Iterable[bytes]:
+        """What was used, where it was asked for, and the mark that all is told."""
+        if self.job.usage_event:
+            yield self._event([], self._usage(self._last))
+        yield DONE
+
+    def failure(self, error: Exception) -> Iterable[bytes]:
+        """The error, after which nothing comes."""
+        return (_data(error_body(error)),)
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The reply that is not streamed."""
+        choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
+        used = self._usage({index: answer.last for index, answer in enumerate(answers)})
+        return self._frame(self.object) | {"choices": choices, "usage": used}
+
+    def _frame(self, kind: str) -> dict[str, Any]:
+        job = self.job
+        return {"id": job.id, "object": kind, "created": job.created, "model": job.model}
+
+    def _event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> bytes:
+        """An event; where usage is asked for it stands in each, and is null but in the last."""
+        frame = self._frame(self.event_object) | {"choices": choices}
+        return _data(frame | {"usage": used} if self.job.usage_event else frame)
+
+    def _usage(self, last: dict[int, Chunk]) -> dict[str, Any]:
+        """Tokens by the last chunk of each answer. A prompt counts once, however many answers it got."""
+        prompts = [last[index] for index in range(0, len(last), self.job.n)]
+        prompt = sum(chunk.prompt_tokens for chunk in prompts)
+        completion = sum(chunk.completion_tokens for chunk in last.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(chunk.cached_tokens for chunk in prompts)},
+        }
+
+    def _piece(self, index: int, chunk: Chunk) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _finish(self, index: int, reason: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class ChatReply(Reply):
+    """`/v1/chat/completions`: the role comes first, the reason last, each in an event of its own."""
+
+    object = "chat.completion"
+    event_object = "chat.completion.chunk"
+
+    def begin(self) -> Iterable[bytes]:
+        """Who speaks, for every answer."""
+        for index in range(len(self.job.requests)):
+            yield self._event([_chat_delta(index, {"role": "assistant", "content": ""})])
+
+    def _piece(self, index: int, chunk: Chunk) -> dict[str, Any]:
+        return _chat_delta(index, {"content": chunk.text}, self._logprobs(chunk.choices))
+
+    def _finish(self, index: int, reason: str) -> dict[str, Any]:
+        return _chat_delta(index, {}, reason=reason)
+
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(answer.text), "refusal": None},
+            "logprobs": self._logprobs(answer.choices),
+            "finish_reason": answer.last.finish_reason,
+        }
+
+    def _logprobs(self, choices: Sequence[Choice]) -> dict[str, Any] | None:
+        return chat_logprobs(self.job.vocabulary, choices) if self.job.logprobs else None
+
+
+class CompletionReply(Reply):
+    """`/v1/completions`: text, and nothing around it."""
+
+    object = event_object = "text_completion"
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._logprobs = [LegacyLogprobs(job.vocabulary) for _ in job.requests] if job.logprobs else None
+
+    def _piece(self, index: int, chunk: Chunk) -> dict[str, Any]:
+        return self._text(index, chunk.text, chunk.choices)
+
+    def _finish(self, index: int, reason: str) -> dict[str, Any]:
+        return self._text(index, "", (), reason)
+
+    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        return self._text(index, "".join(answer.text), answer.choices, answer.last.finish_reason)
+
+    def _text(
+        self, index: int, text: str, choices: Sequence[Choice], reason: str | None = None
+    ) -> dict[str, Any]:
+        logprobs = self._logprobs[index].take(choices) if self._logprobs and (choices or text) else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _chat_delta(
+    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None = None, reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _data(value: Any) -> bytes:
+    """A server-sent event. JSON on one line needs no more framing than this."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"

@@ -1,0 +1,221 @@
+"""From the service's chunks to a client: several streams as one, heartbeats, an end when it leaves.
+
+Theory of operation. A request asks for one or several answers; each is a stream of chunks of the service.
+`Streams` runs a task for each and joins them in a short queue: a client that reads slowly holds back its own
+streams and nobody else's. Two kinds of adapter take what comes out: one collects whole answers, the other
+(`EventStream`) writes server-sent events in three phases:
+
+    accept:  wait until the service has taken every stream or refused one. A refusal here still has its own
+             HTTP status. A long prefill looks like neither, so the wait is short.
+    stream:  send the headers, then events as chunks come; where none comes for a while, a heartbeat.
+    end:     the adapter's last events; or, where the service failed, an event that holds the error.
+
+In every phase the connection is watched: when the client leaves, the tasks are cancelled, and with them the
+streams in the service.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol, Self, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from cordee.api.failures import ClientGone
+from cordee.errors import CordeeError, StageFailed
+from cordee.generation.request import Chunk, Request
+
+QUEUED_CHUNKS = 16  # between the service and a client; enough to write several at once
+SILENT_CLIENT_SECONDS = 60.0  # a client that reads nothing for so long is given up: its stream blocks a slot
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Waits that a test may want shorter. Clients and proxies give up on connections that are silent for
+    10 to 60 s; half of the least of that leaves room for a busy machine."""
+
+    keep_alive_seconds: float = 5.0
+    accept_seconds: float = 1.0
+
+
+class Generator(Protocol):
+    """The part of a service that makes answers."""
+
+    def generate(self, request: Request) -> AsyncIterator[Chunk]: ...
+
+
+class Adapter(Protocol):
+    """Turns chunks into the events of one API."""
+
+    keep_alive: bytes
+
+    def begin(self) -> Iterable[bytes]:
+        """The events before any token."""
+
+    def push(self, index: int, chunk: Chunk) -> Iterable[bytes]:
+        """The events that a chunk of the answer `index` makes; none if there is nothing to tell."""
+
+    def end(self) -> Iterable[bytes]:
+        """The events after the last token of every answer."""
+
+    def failure(self, error: Exception) -> Iterable[bytes]:
+        """The events that end a stream that failed."""
+
+
+class Streams:
+    """The answers to several requests, chunk by chunk as they come; leaving the context ends them all."""
+
+    def __init__(self, service: Generator, requests: Sequence[Request]) -> None:
+        self.open = len(requests)
+        self._service = service
+        self._requests = requests
+        self._queue: asyncio.Queue[tuple[int, Chunk | Exception]] = asyncio.Queue(QUEUED_CHUNKS)
+        self._early: deque[tuple[int, Chunk | Exception]] = deque()  # came while `accepted` waited
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [asyncio.create_task(self._pump(*each)) for each in enumerate(self._requests)]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def accepted(self, seconds: float) -> None:
+        """Wait until every stream has given something, but no longer than `seconds`.
+
+        Raises:
+            CordeeError: the service refused one of them.
+        """
+        heard: set[int] = set()
+        try:
+            async with asyncio.timeout(seconds):
+                while len(heard) < len(self._requests):
+                    item = await self._queue.get()
+                    self._early.append(item)
+                    heard.add(item[0])
+                    if isinstance(item[1], Exception):
+                        raise item[1]
+        except TimeoutError:
+            return
+
+    async def next(self, seconds: float | None = None) -> tuple[int, Chunk] | None:
+        """The next chunk and which request it answers; None where none comes for `seconds`.
+
+        Raises:
+            CordeeError: a stream failed.
+        """
+        if self._early:
+            index, chunk = self._early.popleft()
+        else:
+            try:
+                async with asyncio.timeout(seconds):
+                    index, chunk = await self._queue.get()
+            except TimeoutError:
+                return None
+        if isinstance(chunk, Exception):
+            raise chunk
+        if chunk.finish_reason == "cancelled":
+            raise StageFailed("the answer was cut off because the service is being stopped")
+        if chunk.finish_reason is not None:
+            self.open -= 1
+        return index, chunk
+
+    async def _pump(self, index: int, request: Request) -> None:
+        """Move a stream's chunks into the queue, and what it fails of."""
+        finished = False
+        try:
+            async with aclosing(self._service.generate(request)) as chunks:
+                async for chunk in chunks:
+                    finished = chunk.finish_reason is not None
+                    await self._queue.put((index, chunk))
+            if not finished:
+                raise RuntimeError("the service ended a stream without a reason")
+        except Exception as error:
+            await self._queue.put((index, error))
+
+
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Do the work while the client is there; the request's body must have been read.
+
+    Raises:
+        ClientGone: the client left first, and the work was cancelled.
+    """
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_left(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """A response of server-sent events (WHATWG HTML, section 9.2), as the tokens come.
+
+    A refusal before the first event is raised, so that it gets its own status.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, service: Generator, requests: Sequence[Request], adapter: Adapter, timing: Timing
+    ) -> None:
+        # Proxies must not gather what is meant to be seen at once (nginx: X-Accel-Buffering).
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._streams = Streams(service, requests)
+        self._adapter = adapter
+        self._timing = timing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await while_connected(receive, self._run(send))
+        except ClientGone:
+            return  # uvicorn closes what is left of the connection
+
+    async def _run(self, send: Send) -> None:
+        async with self._streams as streams:
+            await streams.accepted(self._timing.accept_seconds)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            try:
+                await _write(send, self._adapter.begin())
+                while streams.open:
+                    item = await streams.next(self._timing.keep_alive_seconds)
+                    await _write(send, self._adapter.push(*item) if item else [self._adapter.keep_alive])
+                last = self._adapter.end()
+            except CordeeError as error:
+                last = self._adapter.failure(error)
+            except ClientGone:
+                raise
+            except Exception as error:
+                await _write(send, self._adapter.failure(error), more=False)
+                raise
+        await _write(send, last, more=False)
+
+
+async def _write(send: Send, events: Iterable[bytes], more: bool = True) -> None:
+    """Send events; give up a client that reads nothing for SILENT_CLIENT_SECONDS."""
+    data = b"".join(events)
+    if not data and more:
+        return
+    try:
+        async with asyncio.timeout(SILENT_CLIENT_SECONDS):
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+    except TimeoutError:
+        raise ClientGone from None
