@@ -1,14 +1,149 @@
-"""Putting models into the store: from a file."""
+"""Putting models into the store: from a file, from the hub, or by the name of a model card."""
 
-from pathlib import Path
+import re
+import sys
+from collections.abc import Callable
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
 
+from cordee.errors import BadRequest, ModelNotFound
+from cordee.models.cards import cards
+from cordee.models.hub import HubFile, downloaded, model_files
 from cordee.models.slices import Progress
-from cordee.models.store import Store, StoredModel
+from cordee.models.store import Store, StoredModel, check_name
+
+# What to take if nobody says: the best trade of size and quality that also runs fast on a CPU.
+PREFERENCE = ("Q4_K_M", "MXFP4", "MXFP4_MOE", "Q4_0", "Q4_K_S", "Q5_K_M", "Q8_0", "F16", "BF16")
+
+_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?::(?P<quantization>[\w.-]+)|/(?P<file>.+\.gguf))?")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+_QUANTIZATION = re.compile(
+    r"(?<![a-z0-9])((?:ud-)?(?:i?q\d\w*|tq\d_\d|mxfp4(?:_moe)?|bf16|f16|f32))(?![a-z0-9])", re.IGNORECASE
+)
+# Parts of models that are no language model: the eye of one that sees, a quantizer's statistics.
+_OTHER_PARTS = ("mmproj", "imatrix")
 
 
 def pull(
-    source: str, name: str | None = None, store: Store | None = None, progress: Progress | None = None
+    source: str,
+    name: str | None = None,
+    store: Store | None = None,
+    progress: Progress | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> StoredModel:
-    """Put the model file `source` into the store under `name`, else under the file's name."""
+    """Put a model into the store under `name`, else under its card's, repository's or file's name.
+
+    `source` is a model card's name; a path to a GGUF file (the first of a set); or `owner/name`,
+    `owner/name:QUANTIZATION` or `owner/name/file.gguf` on the hub, the only case that leaves this machine:
+    `report` is then told what is fetched from where. `progress(done_bytes, total_bytes)`.
+
+    Raises:
+        ModelNotFound: nothing of that name, here or on the hub.
+        BadRequest: the repository has several models and `source` does not say which; the name is none.
+        BadModelFile: what was given or fetched is no model.
+        StorageFailed: no room on the disk, no way to the hub, or it sent something else than it promised.
+    """
+    store = store or Store()
+    if name:
+        check_name(name)
+    card = cards().get(source)
+    if card:
+        installed = Path(sys.prefix) / card.installed
+        if card.installed and installed.is_file():
+            return store.add_file(installed, name or card.name, progress, take="link")
+        return _pull_from_hub(card.source, name or card.name, store, progress, report)
     path = Path(source).expanduser()
-    return (store or Store()).add_file(path, name or path.stem, progress)
+    if path.is_file() or source.startswith(("/", ".", "~")):
+        return store.add_file(path, name or _plain(_SHARD.sub("", path.stem)), progress)
+    if not _HUB.fullmatch(source):
+        raise _nothing_like(source)
+    return _pull_from_hub(source, name, store, progress, report)
+
+
+def _pull_from_hub(
+    source: str,
+    name: str | None,
+    store: Store,
+    progress: Progress | None,
+    report: Callable[[str], None] | None,
+) -> StoredModel:
+    asked = _HUB.fullmatch(source)
+    repository, quantization, file = asked["repository"], asked["quantization"], asked["file"]
+    if name is None:
+        name = _plain(re.sub(r"-gguf$", "", repository.partition("/")[2], flags=re.IGNORECASE))
+        name += f":{quantization}" if quantization else ""
+    chosen = _choose(repository, model_files(repository), quantization, file)
+    if report:
+        size = sum(part.nbytes for part in chosen) / 1e9
+        report(f"Fetching {chosen[0].path} ({size:.1f} GB) from the hub repository {repository}")
+    with downloaded(chosen, progress) as paths:
+        return store.add_file(
+            paths[0],
+            name,
+            source=f"{repository}/{chosen[0].path}",
+            digest=f"sha256:{chosen[0].sha256}" if len(chosen) == 1 else None,
+            take="move",
+        )
+
+
+def _choose(
+    repository: str, files: list[HubFile], quantization: str | None, file: str | None
+) -> list[HubFile]:
+    """The files of one model of a repository: one, or all shards in order."""
+    models = _models(files)
+    if file:
+        wanted = [parts for parts in models.values() if any(part.path == file for part in parts)]
+    elif quantization:
+        label = quantization.upper()
+        wanted = [
+            m for stem, m in models.items() if label in (_label(stem), _label(stem).removeprefix("UD-"))
+        ]
+    else:
+        wanted = list(models.values()) if len(models) == 1 else []
+        for label in PREFERENCE:
+            wanted = wanted or [parts for stem, parts in models.items() if _label(stem) == label]
+    if len(wanted) == 1:
+        return wanted[0]
+    if not models:
+        raise ModelNotFound(f"{repository} on the hub holds no GGUF model: look for its GGUF edition.")
+    labels = [_label(stem) for stem in models]
+    known = labels if all(labels) and len(set(labels)) == len(labels) and not file else None
+    choices = [f":{label}" for label in known] if known else [f"/{m[0].path}" for m in models.values()]
+    fault = "has several models" if wanted or not (file or quantization) else "has no such model"
+    raise BadRequest(
+        f"{repository} on the hub {fault}: say which, as in {repository}{choices[0]}. "
+        f"It has {', '.join(choices)}.",
+        "source",
+    )
+
+
+def _models(files: list[HubFile]) -> dict[str, list[HubFile]]:
+    """Complete models: path without ending and shard number -> its files in order."""
+    models: dict[str, list[HubFile]] = {}
+    for file in sorted(files, key=lambda file: file.path):
+        stem = str(PurePosixPath(file.path).with_suffix(""))
+        if not any(part in PurePosixPath(stem).name.lower() for part in _OTHER_PARTS):
+            models.setdefault(_SHARD.sub("", stem), []).append(file)
+    return {stem: parts for stem, parts in models.items() if len(parts) == _part_count(parts[0])}
+
+
+def _part_count(first: HubFile) -> int:
+    match = _SHARD.search(PurePosixPath(first.path).stem)
+    return int(match[2]) if match else 1
+
+
+def _label(stem: str) -> str:
+    """The quantization that a file's name states, in capitals; empty if it states none."""
+    found = _QUANTIZATION.findall(PurePosixPath(stem).name)
+    return found[-1].upper() if found else ""
+
+
+def _plain(text: str) -> str:
+    """A name for a model made of a file's or a repository's."""
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "model"
+
+
+def _nothing_like(source: str) -> ModelNotFound:
+    close = get_close_matches(source, cards(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "cards are " + ", ".join(cards()) + "."
+    return ModelNotFound(f"{source!r} is no file, no hub repository (owner/name) and no model card: {hint}")

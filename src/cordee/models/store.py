@@ -32,6 +32,7 @@ import msgspec
 
 from cordee.errors import BadModelFile, BadRequest, ModelNotFound, StorageFailed
 from cordee.files import STORAGE_FAULTS, atomic_file, home
+from cordee.models.cards import cards
 from cordee.models.gguf import Header, read_header
 from cordee.models.slices import Progress, SliceFile, cut, plan_slice
 
@@ -248,7 +249,11 @@ class Store:
 
     def verdict(self, digest: str, key: str) -> Any:
         """What was noted about a model under `key` (such as a build of the engine); None if nothing was."""
-        return (_read_json(self._notes(digest), dict[str, Any]) or {}).get(key)
+        return self.verdicts(digest).get(key)
+
+    def verdicts(self, digest: str) -> dict[str, Any]:
+        """Everything that was noted about a model, by key."""
+        return _read_json(self._notes(digest), dict[str, Any]) or {}
 
     def set_verdict(self, digest: str, key: str, value: Any) -> None:
         """Note something JSON-able about a model; it goes when the model goes."""
@@ -266,13 +271,7 @@ class Store:
         return self.root / "notes" / f"{_hex(digest)}.json"
 
     def _name_path(self, name: str) -> Path:
-        quoted = quote(name, safe="", errors="replace")
-        if not _NAME.fullmatch(name) or len(quoted) > QUOTED_NAME_BYTES:
-            raise BadRequest(
-                f"{name!r} cannot name a model: take letters and digits, and . : / @ + - _ after the first.",
-                "model",
-            )
-        return self.root / "names" / f"{quoted}.json"
+        return self.root / "names" / f"{check_name(name)}.json"
 
     def _manifest(self, path: Path) -> _Manifest | None:
         """What a name's file says; None if there is none."""
@@ -288,8 +287,9 @@ class Store:
         return manifest
 
     def _not_found(self, name: str) -> ModelNotFound:
-        names = [model.name for model in self.list()]
-        close = get_close_matches(name, names, n=3, cutoff=0.5)
+        if name in cards():
+            return ModelNotFound(f"The model {name!r} is not here yet: `cordee pull {name}` fetches it.")
+        close = get_close_matches(name, [model.name for model in self.list()], n=3, cutoff=0.5)
         if close:
             return ModelNotFound(f"There is no model {name!r}; did you mean {' or '.join(close)}?")
         return ModelNotFound(
@@ -334,6 +334,21 @@ class Store:
         with (self.root / ".lock").open("a") as file:
             _wait_for(file, self.root)
             yield
+
+
+def check_name(name: str) -> str:
+    """The name of a model, quoted so that it is a file's name and nothing else.
+
+    Raises:
+        BadRequest: it cannot name a model.
+    """
+    quoted = quote(name, safe="", errors="replace")
+    if not _NAME.fullmatch(name) or len(quoted) > QUOTED_NAME_BYTES:
+        raise BadRequest(
+            f"{name!r} cannot name a model: take letters and digits, and . : / @ + - _ after the first.",
+            "name",
+        )
+    return quoted
 
 
 def _wait_for(file: TextIO, root: Path) -> None:

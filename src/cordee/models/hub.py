@@ -1,0 +1,237 @@
+"""The model hub: what a repository holds, and downloads that go on where they stopped.
+
+No other module asks for anything outside the network at hand. huggingface_hub does the talking: its
+`HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` hold. Its `hf_hub_download` begins again in a new process, so
+the files are fetched with the function underneath it, into partial files that are kept.
+"""
+
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars
+
+from cordee.errors import BadModelFile, BadRequest, CordeeError, ModelNotFound, StorageFailed
+from cordee.files import home
+from cordee.models.slices import Progress
+
+# The library would tell the hub, and ask it, what else runs here.
+constants.HF_HUB_DISABLE_TELEMETRY = True
+
+# A repository of a large model in all its quantizations has some hundred files; a data set has millions.
+FILES_LIMIT = 10_000
+# An interrupted download that nobody went on with for so long is given up.
+KEEP_SECONDS = 14 * 24 * 3600
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of `nbytes` bytes in a repository, and the SHA-256 (64 hex digits) that the hub promises."""
+
+    repository: str
+    path: str
+    nbytes: int
+    sha256: str
+
+
+def model_files(repository: str) -> list[HubFile]:
+    """The GGUF files of a repository.
+
+    Raises:
+        ModelNotFound: no such repository, or a private one.
+        StorageFailed: the hub cannot be reached, or wants an agreement first.
+        BadRequest: this is no name of a repository.
+    """
+    with _hub_faults(repository):
+        entries = HfApi().list_repo_tree(repository, recursive=True)
+        files = [entry for entry, _ in zip(entries, range(FILES_LIMIT), strict=False)]
+    return [
+        HubFile(repository, file.path, file.lfs.size, file.lfs.sha256)
+        for file in files
+        if isinstance(file, RepoFile) and file.lfs and file.path.lower().endswith(".gguf")
+    ]
+
+
+@contextmanager
+def downloaded(files: Sequence[HubFile], progress: Progress | None = None) -> Iterator[list[Path]]:
+    """The files, fetched and checked, in a folder that goes when the block ends well.
+
+    After an interruption what came stays, and the next call goes on from there. `progress(done_bytes,
+    total_bytes)` counts all files together.
+
+    Raises:
+        StorageFailed: the hub cannot be reached, sent something else than it promised (which is removed), or
+            there is no room.
+    """
+    downloads = home() / "downloads"
+    key = hashlib.sha256("\n".join(file.sha256 for file in files).encode()).hexdigest()[:32]
+    folder = downloads / key
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _held(folder, files[0]):
+        _sweep(downloads)
+        _require_room(folder, files)
+        paths = list(_fetch_all(files, folder, progress))
+        try:
+            yield paths
+        except BadModelFile:  # it came as promised, so it would come so again
+            shutil.rmtree(folder)
+            raise
+        shutil.rmtree(folder)
+
+
+def _fetch_all(files: Sequence[HubFile], folder: Path, progress: Progress | None) -> Iterator[Path]:
+    before, total = 0, sum(file.nbytes for file in files)
+    for file in files:
+        path = folder / PurePosixPath(file.path).name
+        if not path.exists():
+
+            def report(done: int, before: int = before) -> None:
+                if progress:
+                    progress(before + done, total)
+
+            _fetch(file, path, report)
+        before += file.nbytes
+        yield path
+
+
+def _fetch(file: HubFile, path: Path, report: Callable[[int], None]) -> None:
+    """Fetch one file; it gets its name once it is complete and has the right content."""
+    if file.nbytes > constants.MAX_HTTP_DOWNLOAD_SIZE:
+        raise StorageFailed(
+            f"{file.path} is larger than the hub gives in one piece: choose a model that comes in parts."
+        )
+    partial = path.with_name(path.name + ".partial")
+    with _hub_faults(file.repository), partial.open("ab", buffering=0) as raw, _Counted(raw, report) as out:
+        if out.tell() > file.nbytes:
+            out.truncate(0)
+            out.seek(0)
+        report(out.tell())
+        disable_progress_bars("huggingface_hub.http_get")
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+        http_get(
+            hf_hub_url(file.repository, file.path, endpoint=constants.ENDPOINT),
+            out,
+            resume_size=out.tell(),
+            headers=headers,
+            expected_size=file.nbytes,
+        )
+    with partial.open("rb") as done:
+        found = hashlib.file_digest(done, "sha256").hexdigest()
+    if found != file.sha256:
+        partial.unlink()
+        raise StorageFailed(
+            f"{file.path} came with other content than the hub promised (sha256 {found}, not {file.sha256}) "
+            "and was removed: try again."
+        )
+    partial.replace(path)
+
+
+class _Counted(io.BufferedWriter):
+    """A file that tells how long it has become."""
+
+    def __init__(self, raw: BinaryIO, report: Callable[[int], None]) -> None:
+        super().__init__(raw)
+        self._report = report
+
+    def write(self, data: bytes) -> int:
+        written = super().write(data)
+        self._report(self.tell())
+        return written
+
+
+@contextmanager
+def _held(folder: Path, file: HubFile) -> Iterator[None]:
+    """Keep other processes off a download. The mark of its last use is the folder's time."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageFailed(
+                f"Another process is fetching {file.repository}/{file.path}: wait until it has finished."
+            ) from None
+        os.utime(folder)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(downloads: Path) -> None:
+    """Remove downloads that were given up."""
+    for folder in downloads.iterdir():
+        if time.time() - folder.stat().st_mtime > KEEP_SECONDS:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_room(folder: Path, files: Sequence[HubFile]) -> None:
+    """Refuse a download the disk cannot hold, rather than fail after hours."""
+    there = sum(path.stat().st_size for path in folder.iterdir())
+    total = sum(file.nbytes for file in files)
+    needed = total - there + (total if len(files) > 1 else 0)  # shards are merged into one more file
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageFailed(
+            f"{files[0].repository} needs {needed / 1e9:.1f} GB on the disk of {folder.parent}, where "
+            f"{free / 1e9:.1f} GB are free: free some space, or set CORDEE_HOME to a folder on another disk."
+        )
+
+
+@contextmanager
+def _hub_faults(repository: str) -> Iterator[None]:
+    """Say in plain words what went wrong between us and the hub."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise StorageFailed(
+            f"{repository} is only for those who agree to its terms: do so on "
+            f"{constants.ENDPOINT}/{repository}, then set HF_TOKEN to a token of yours."
+        ) from error
+    except (RepositoryNotFoundError, EntryNotFoundError) as error:
+        raise ModelNotFound(
+            f"The hub has no {repository}, or it is private: check the spelling, or set HF_TOKEN."
+        ) from error
+    except HFValidationError as error:
+        raise BadRequest(
+            f"{repository} cannot be the name of a repository (owner/name).", "source"
+        ) from error
+    except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        raise StorageFailed(
+            f"{repository} cannot be fetched from {constants.ENDPOINT} ({_first_line(error)}): check the "
+            "connection and try again; it goes on where it stopped."
+        ) from error
+    except OSError as error:
+        raise _storage_fault(repository, error) from error
+
+
+def _storage_fault(repository: str, error: OSError) -> CordeeError:
+    if error.errno is None:  # http_get: the connection ended early or the size is wrong
+        return StorageFailed(f"{repository} came incomplete: try again; it goes on where it stopped.")
+    return StorageFailed(
+        f"{repository} cannot be kept ({error.strerror}): free some space, then try again; "
+        "it goes on where it stopped."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

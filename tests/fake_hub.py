@@ -1,0 +1,107 @@
+"""A model hub on loopback: the two kinds of requests that a download makes, and faults on demand."""
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class FakeHub:
+    """`files` are path in 'owner/name' -> content. `promised` overrides what is said of a content's digest.
+
+    `stop_after` cuts each answer of a file after so many bytes, and with `stall` then waits until that is
+    cleared; `ignore_ranges` sends whole files always; `status` answers everything with an error. `ranges`
+    collects the Range header of each file request, `strange` what no download should ask for.
+    """
+
+    files: dict[str, dict[str, bytes]]
+    promised: dict[str, str] = field(default_factory=dict)
+    stop_after: int | None = None
+    ignore_ranges: bool = False
+    status: int | None = None
+    error_code: str = ""
+    ranges: list[str | None] = field(default_factory=list)
+    tokens: set[str | None] = field(default_factory=set)
+    strange: list[str] = field(default_factory=list)
+    stall: threading.Event | None = None
+
+    def __post_init__(self) -> None:
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                hub.answer(self)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop; closing twice is harmless."""
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        self.tokens.add(request.headers["Authorization"])
+        parts = [*unquote(urlsplit(request.path).path).strip("/").split("/"), "", "", ""]
+        if self.status:
+            self._send(request, self.status, b"", {"X-Error-Code": self.error_code})
+        elif parts[:2] == ["api", "models"] and parts[4] == "tree":
+            self._send_tree(request, self.files.get("/".join(parts[2:4])))
+        elif parts[2] == "resolve":
+            self._send_file(request, self.files["/".join(parts[:2])]["/".join(parts[4:-3])])
+        else:
+            self.strange.append(request.path)
+            self._send(request, 404, b"", {})
+
+    def _send_tree(self, request: BaseHTTPRequestHandler, files: dict[str, bytes] | None) -> None:
+        if files is None:
+            self._send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
+            return
+        entries = [
+            {
+                "type": "file",
+                "path": path,
+                "size": len(content),
+                "oid": hashlib.sha1(content).hexdigest(),
+                "lfs": {
+                    "size": len(content),
+                    "oid": self.promised.get(path) or hashlib.sha256(content).hexdigest(),
+                    "pointerSize": 130,
+                },
+            }
+            for path, content in files.items()
+        ]
+        entries.append({"type": "file", "path": "README.md", "size": 5, "oid": "0" * 40})
+        entries.append({"type": "directory", "path": "docs", "oid": "0" * 40})
+        self._send(request, 200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
+
+    def _send_file(self, request: BaseHTTPRequestHandler, content: bytes) -> None:
+        asked = request.headers["Range"]
+        self.ranges.append(asked)
+        if asked and not self.ignore_ranges:
+            start = int(asked.removeprefix("bytes=").rstrip("-"))
+            where = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
+            self._send(request, 206, content[start:], where)
+        else:
+            self._send(request, 200, content, {})
+
+    def _send(self, request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict) -> None:
+        request.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            request.send_header(key, value)
+        request.end_headers()
+        is_file = "/resolve/" in request.path
+        request.wfile.write(body[: self.stop_after] if is_file else body)
+        if is_file and self.stall:
+            self.stall.wait(60)
