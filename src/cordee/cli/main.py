@@ -1,0 +1,87 @@
+"""The program `cordee`: its verbs, and how an error or a signal becomes an exit code."""
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from cordee import __version__
+from cordee.cli.doctor import doctor
+from cordee.cli.models import ls, pull, rm, show
+from cordee.cli.ps import ps
+from cordee.cli.run import run
+from cordee.cli.serve import serve
+from cordee.errors import CordeeError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def subclasses(kind: type[CordeeError]) -> list[type[CordeeError]]:
+    """All kinds of an error, those nearest to the base first."""
+    direct = kind.__subclasses__()
+    return direct + [deeper for each in direct for deeper in subclasses(each)]
+
+
+def exit_codes() -> dict[int, str]:
+    """What each exit code of the program means."""
+    codes = {0: "All went well.", 1: "Something must be fixed (`doctor`), or a fault of the program itself."}
+    for kind in subclasses(CordeeError):
+        meaning = (kind.__doc__ or "").partition("\n")[0].partition(";")[0].rstrip(".")
+        codes.setdefault(kind.exit_code, f"{meaning}.")
+    codes[INTERRUPTED] = "Interrupted with Ctrl-C."
+    codes[BROKEN_PIPE] = "Whoever read the output went away."
+    return dict(sorted(codes.items()))
+
+
+class Program(click.Group):
+    """The group of verbs; the one place where expected errors become a line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Exit codes"):
+            formatter.write_dl(
+                [(str(code), meaning.replace("`", "")) for code, meaning in exit_codes().items()]
+            )
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except CordeeError as error:
+            click.echo(f"cordee: {' '.join(error.message.split())}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+        except BrokenPipeError:
+            # The interpreter flushes once more at its end; let that go nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(BROKEN_PIPE)
+        return result
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="cordee", message="%(prog)s %(version)s")
+def cordee() -> None:
+    """Open language models on the machines you already have, alone or roped together.
+
+    Try: cordee run starter "Why do climbers rope together?"
+    """
+
+
+for verb in (run, serve, pull, ls, show, rm, ps, doctor):
+    cordee.add_command(verb)
+
+
+def main() -> None:
+    """Entry point of the program."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # an answer may hold characters the terminal cannot show
+    cordee(prog_name="cordee")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The verbs of the model store: `pull`, `ls`, `show`, `rm`."""
+
+import sys
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cordee.cli import options, output
+from cordee.errors import ModelNotFound
+
+if TYPE_CHECKING:
+    from cordee.models.cards import Card
+    from cordee.models.gguf import Header
+    from cordee.models.store import Store, StoredModel
+
+STARTER = "starter"
+
+
+def find(store: "Store", name: str) -> "StoredModel":
+    """The model of that name; one that set-up installed enters the store when it is first asked for.
+
+    Raises:
+        ModelNotFound: no such model; the message says what to do.
+    """
+    try:
+        return store.get(name)
+    except ModelNotFound:
+        from cordee.models.cards import cards
+        from cordee.models.pull import pull as fetch
+
+        card = cards().get(name)
+        if card is None or not card.installed or not (Path(sys.prefix) / card.installed).is_file():
+            raise
+        with output.progress(f"putting {name} into the store") as progress:
+            return fetch(name, store=store, progress=progress)
+
+
+@click.command()
+@click.argument("source")
+@click.option("--name", help="What to call the model; otherwise its file's or repository's name.")
+def pull(source: str, name: str | None) -> None:
+    """Put a model into the store.
+
+    SOURCE is a GGUF file, a hub repository (owner/name, or owner/name:QUANT), or the name of a model card.
+    An interrupted download goes on where it stopped. This is the only verb that uses the internet.
+    """
+    from cordee.models.pull import pull as fetch
+    from cordee.models.store import Store
+
+    with output.progress(source) as progress:
+        model = fetch(source, name, Store(), progress, report=output.note)
+    click.echo(f"{model.name}  {output.size(model.nbytes)}  {model.digest}")
+
+
+@click.command()
+@options.as_json
+def ls(as_json: bool) -> None:
+    """List the models in the store."""
+    from cordee.models.store import Store
+
+    models = Store().list()
+    if as_json:
+        output.print_json([_facts_of_file(model) for model in models])
+    elif models:
+        rows = [(m.name, output.size(m.nbytes), m.added[:10], m.source) for m in models]
+        output.print_table(("NAME", "SIZE", "ADDED", "SOURCE"), rows)
+    else:
+        output.note("No models yet. Try: cordee run starter")
+
+
+@click.command()
+@click.argument("model")
+@options.stages
+@options.as_json
+def show(model: str, stages: int, as_json: bool) -> None:
+    """Tell what a model is, and whether it fits this machine."""
+    from cordee.models.cards import cards
+    from cordee.models.gguf import read_header
+    from cordee.models.store import Store
+
+    store = Store()
+    stored = find(store, model)
+    header = read_header(stored.path)
+    facts = _facts_of_file(stored) | _facts_of_header(header, cards().get(stored.name))
+    facts["verdicts"] = store.verdicts(stored.digest)
+    if as_json:
+        output.print_json(facts)
+    else:
+        output.print_facts(_lines(facts))
+
+
+@click.command()
+@click.argument("model")
+def rm(model: str) -> None:
+    """Remove a model and its slices from the store."""
+    from cordee.models.store import Store
+
+    Store().remove(model)
+
+
+def _facts_of_file(model: "StoredModel") -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "digest": model.digest,
+        "path": str(model.path),
+        "bytes": model.nbytes,
+        "source": model.source,
+        "added": model.added,
+    }
+
+
+def _facts_of_header(header: "Header", card: "Card | None") -> dict[str, Any]:
+    """What the file says of the model: shape, size, quantisation (bytes by type); the card knows licences."""
+    kinds: Counter[str] = Counter()
+    for tensor in header.tensors:
+        kinds[tensor.type.name] += tensor.nbytes
+    return {
+        "title": card.title if card else header.get("general.name"),
+        "license": card.license if card else header.get("general.license"),
+        "notes": card.notes if card else None,
+        "architecture": header.architecture,
+        "layers": header.layers,
+        "parameters": sum(prod(tensor.shape) for tensor in header.tensors),
+        "context": header.get(".context_length"),
+        "weights_bytes": header.size_bytes,
+        "quantization_bytes": dict(kinds.most_common()),
+        "cuts": _cuts(header),
+    }
+
+
+def _cuts(header: "Header") -> dict[str, Any]:
+    """Whether the model may be cut into stages, and why not."""
+    from cordee.models.architectures import architecture
+
+    known = architecture(header.architecture)
+    if known is None or not known.certified:
+        reason = f"no test has certified cuts of {header.architecture}"
+    else:
+        reason = known.obstacle(header.layers)
+    return {"allowed": reason is None, "reason": reason}
+
+
+def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """The facts for people."""
+    weights = facts["weights_bytes"]
+    mix = (f"{name} {100 * nbytes / weights:.0f} %" for name, nbytes in facts["quantization_bytes"].items())
+    lines = [
+        ("Model", f"{facts['name']} ({facts['title'] or 'no title'})"),
+        ("Licence", facts["license"] or "not stated in the file"),
+        ("Source", f"{facts['source']}, added {facts['added'][:10]}"),
+        ("Digest", facts["digest"]),
+        ("Architecture", f"{facts['architecture']}, {facts['layers']} layers"),
+        ("Parameters", output.count(facts["parameters"])),
+        ("Weights", f"{output.size(weights)}: {', '.join(mix)}"),
+        ("Context", f"{facts['context']} tokens" if facts["context"] else "not stated in the file"),
+        ("Stages", "may be cut" if facts["cuts"]["allowed"] else f"not cut: {facts['cuts']['reason']}"),
+    ]
+    for key, same in facts["verdicts"].items():
+        lines.append(("Verdict", f"{key}: {'yes' if same else 'no'}"))
+    if facts["notes"]:
+        lines.append(("Notes", facts["notes"]))
+    return lines

@@ -1,0 +1,133 @@
+"""How the verbs show things: results on standard output, everything else on standard error."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+# Without a terminal a line of progress this often keeps a log readable.
+PLAIN_PROGRESS_SECONDS = 5.0
+
+
+def size(nbytes: float) -> str:
+    """Bytes in decimal units, as hubs and disks state them: `98.4 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+def count(number: float) -> str:
+    """A number of parameters: `135 M`, `1.7 B`."""
+    for unit, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if number >= factor:
+            value = number / factor
+            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """`7 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole // 60 % 60:02d} min"
+    return f"{whole // 86_400} d {whole // 3600 % 24} h"
+
+
+def note(text: str) -> None:
+    """A line for the person at the terminal, on standard error."""
+    click.echo(text, err=True)
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they need to be, two spaces apart: readable by people and by awk."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in (header, *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+def print_facts(facts: Sequence[tuple[str, str]]) -> None:
+    """`name: value` lines with the values under each other."""
+    width = max(len(name) for name, _ in facts) + 1
+    for name, value in facts:
+        click.echo(f"{f'{name}:':{width}} {value}".rstrip())
+
+
+@contextmanager
+def loading() -> Iterator[Callable[[str], None]]:
+    """A function that shows what is being done: one changing line on a terminal, else a line each."""
+    if not sys.stderr.isatty():
+        yield lambda text: note(f"cordee: {text}")
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
+        yield lambda text: status.update(f"{text}…")
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A function (bytes done, bytes in all) that shows percent, bytes, rate and time left."""
+    if not sys.stderr.isatty():
+        yield _PlainProgress(title)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(title, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+class _PlainProgress:
+    """Progress as lines: one every PLAIN_PROGRESS_SECONDS, and the end."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._began = self._shown = time.monotonic()
+        self._first: int | None = None  # where a resumed download starts
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = done
+        if done < total and now - self._shown < PLAIN_PROGRESS_SECONDS:
+            return
+        self._shown = now
+        rate = (done - self._first) / max(now - self._began, 1e-6)
+        line = f"{self._title}: {100 * done // max(total, 1)} % ({size(done)} of {size(total)})"
+        if rate > 0:
+            line += f", {size(rate)}/s"
+        if rate > 0 and done < total:
+            line += f", {duration((total - done) / rate)} left"
+        note(line)

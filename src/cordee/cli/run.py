@@ -1,0 +1,259 @@
+"""`cordee run`: one answer on standard output, or a chat on the terminal. Prompts stay in memory."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+import click
+
+from cordee.cli import options, output
+from cordee.errors import BadRequest, ContextExceeded
+
+if TYPE_CHECKING:
+    from cordee.cli.session import Session
+    from cordee.generation.request import Request
+
+PROMPT_BYTES = 16 << 20  # what a vocabulary tokenizes at most; a prompt from a pipe is read whole
+TEMPERATURE = 0.7
+MIN_P = 0.05  # drops tokens 20 times less likely than the best: small models ramble without it
+
+HELP = """\
+/help    this list
+/reset   forget the conversation
+/stats   tokens and speed of the last answer
+/quit    leave (so does Ctrl-D)
+Ctrl-C   stops an answer"""
+
+
+@dataclass
+class Stats:
+    """What an answer took. Times are seconds of the monotonic clock."""
+
+    began: float = field(default_factory=time.monotonic)
+    first: float | None = None
+    last: float = 0.0
+    first_tokens: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+    finish: str | None = None
+
+    def line(self) -> str:
+        wait = (self.first or self.last) - self.began
+        text = f"{self.tokens} tokens"
+        if self.first is not None and self.tokens > self.first_tokens:
+            text += f", {(self.tokens - self.first_tokens) / (self.last - self.first):.1f} tokens/s"
+        text += f"; prompt of {self.prompt_tokens} tokens"
+        if self.cached_tokens:
+            text += f" ({self.cached_tokens} already there)"
+        new = self.prompt_tokens - self.cached_tokens
+        return text + f" read in {wait:.2f} s ({new / wait:.0f} tokens/s)" if wait > 0 else text
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How to answer, as the command line asks for it; `seed` None draws another one for each answer."""
+
+    temperature: float
+    max_tokens: int | None
+    seed: int | None
+    system: str | None
+
+
+class Talk:
+    """A conversation with a session's model. A message whose answer failed is forgotten."""
+
+    def __init__(self, session: "Session", manner: Manner) -> None:
+        self._session = session
+        self._manner = manner
+        self.stats: Stats | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        system = self._manner.system
+        self._messages = [{"role": "system", "content": system}] if system else []
+
+    def answer(self, text: str) -> Iterator[str]:
+        """The pieces of the answer to the next message. What was said before Ctrl-C stays said.
+
+        Raises:
+            ContextExceeded: the conversation does not fit the context any more.
+        """
+        self._messages.append({"role": "user", "content": text})
+        pieces: list[str] = []
+        self.stats = stats = Stats()
+        try:
+            with closing(self._session.generate(self._request())) as chunks:
+                for chunk in chunks:
+                    stats.last = time.monotonic()
+                    if stats.first is None and chunk.completion_tokens:
+                        stats.first, stats.first_tokens = stats.last, chunk.completion_tokens
+                    stats.prompt_tokens, stats.cached_tokens = chunk.prompt_tokens, chunk.cached_tokens
+                    stats.tokens, stats.finish = chunk.completion_tokens, chunk.finish_reason
+                    pieces.append(chunk.text)
+                    yield chunk.text
+        finally:
+            if any(pieces):
+                self._messages.append({"role": "assistant", "content": "".join(pieces)})
+            else:
+                self._messages.pop()
+
+    def _request(self) -> "Request":
+        from cordee.generation.request import Request, SamplingParams
+
+        manner = self._manner
+        seed = int.from_bytes(os.urandom(4)) if manner.seed is None else manner.seed
+        sampling = SamplingParams(temperature=manner.temperature, min_p=MIN_P, seed=seed)
+        return Request(id="run", prompt=self._prompt(), sampling=sampling, max_tokens=manner.max_tokens)
+
+    def _prompt(self) -> tuple[int, ...]:
+        from cordee.api.prompts import chat_prompt
+        from cordee.api.schemas import ChatRequest, Message
+
+        service = self._session.service
+        if service.template is None:  # a base model goes on with the text
+            text = "\n".join(message["content"] for message in self._messages)
+            return tuple(service.vocabulary.tokenize(text, add_bos=True))
+        messages = [Message(**message) for message in self._messages]
+        return chat_prompt(service, ChatRequest(model=service.name, messages=messages), datetime.now())
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt", required=False)
+@options.stages
+@click.option(
+    "--temperature",
+    metavar="T",
+    type=click.FloatRange(0, 10),
+    default=TEMPERATURE,
+    show_default=True,
+    help="0 always takes the likeliest token.",
+)
+@click.option("--max-tokens", metavar="N", type=click.IntRange(1), help="End the answer after N tokens.")
+@click.option(
+    "--seed", metavar="N", type=click.IntRange(0, 2**32 - 1), help="The same seed gives the same answer."
+)
+@click.option("--system", metavar="TEXT", help="Instructions that come before the conversation.")
+@options.context
+@options.threads
+@click.option(
+    "--stats", is_flag=True, help="Tell tokens and speed on standard error even without a terminal."
+)
+def run(
+    model: str,
+    prompt: str | None,
+    stages: int,
+    temperature: float,
+    max_tokens: int | None,
+    seed: int | None,
+    system: str | None,
+    context: int | None,
+    threads: int | None,
+    stats: bool,
+) -> None:
+    """Answer PROMPT with MODEL, or chat.
+
+    With PROMPT, or with text from a pipe, the answer goes to standard output as it is generated, and nothing
+    else does. With neither, it is a chat. Prompts and answers are never written to disk.
+    """
+    text = _prompt(prompt)
+    from cordee.cli.models import find
+    from cordee.cli.session import Session
+    from cordee.models.store import Store
+    from cordee.node.service import ServiceConfig
+
+    store = Store()
+    stored = find(store, model)
+    config = ServiceConfig(context=context, threads=threads, sequences=1)
+    with output.loading() as report:
+        session = Session(stored, store, stages, config, report)
+    with session:
+        talk = Talk(session, Manner(temperature, max_tokens, seed, system))
+        if text is None:
+            output.note(f"{stored.name}; /help lists what you can type")
+            _chat(talk)
+        else:
+            _say(talk, text)
+            if stats or sys.stderr.isatty():
+                output.note(talk.stats.line())
+
+
+def _prompt(argument: str | None) -> str | None:
+    """The prompt from the command line or a pipe; None means a chat."""
+    if argument is None:
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            return None
+        data = sys.stdin.buffer.read(PROMPT_BYTES + 1)
+        source = "standard input"
+    else:
+        data = os.fsencode(argument)
+        source = "the command line"
+    if len(data) > PROMPT_BYTES:
+        raise BadRequest(f"The prompt is longer than {output.size(PROMPT_BYTES)}: shorten it.", "prompt")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadRequest(f"The prompt from {source} is no UTF-8 text.", "prompt") from None
+    if not text.strip():
+        raise BadRequest(f"The prompt from {source} is empty: say something.", "prompt")
+    return text
+
+
+def _say(talk: Talk, text: str) -> None:
+    """Print an answer as it comes, and why it ended if it is not whole."""
+    end = ""
+    with closing(talk.answer(text)) as pieces:
+        for piece in pieces:
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+            end = piece or end
+    if not end.endswith("\n"):
+        click.echo()
+    if talk.stats.finish == "length":
+        output.note("cordee: the answer is cut off here: --max-tokens or the context is used up")
+
+
+def _chat(talk: Talk) -> None:
+    import readline  # gives input() line editing and a history that lives in memory only
+
+    readline.set_auto_history(True)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            output.note("\n/quit or Ctrl-D leaves")
+            continue
+        if line == "/quit":
+            return
+        if line.startswith("/"):
+            _command(talk, line)
+        elif line:
+            _turn(talk, line)
+
+
+def _command(talk: Talk, line: str) -> None:
+    if line == "/reset":
+        talk.reset()
+        output.note("the conversation is forgotten")
+    elif line == "/stats":
+        output.note(talk.stats.line() if talk.stats else "no answer yet")
+    else:
+        output.note(HELP)
+
+
+def _turn(talk: Talk, line: str) -> None:
+    try:
+        _say(talk, line)
+    except KeyboardInterrupt:
+        output.note("\n(stopped)")
+    except ContextExceeded as error:
+        output.note(f"{error.message} /reset starts a new conversation.")

@@ -1,0 +1,137 @@
+"""`cordee serve`: models behind the OpenAI endpoints, for programs on this machine."""
+
+import asyncio
+import ipaddress
+import json
+import signal
+import socket
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+
+from cordee.cli import options, output
+from cordee.cli.models import STARTER, find
+from cordee.errors import BadRequest
+
+if TYPE_CHECKING:
+    from cordee.models.store import Store, StoredModel
+    from cordee.node.service import ServiceConfig
+
+PORT = 8321
+
+
+@click.command()
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@click.option(
+    "--port",
+    metavar="N",
+    type=click.IntRange(0, 65_535),
+    default=PORT,
+    show_default=True,
+    help="0 takes a free one.",
+)
+@click.option("--host", default="127.0.0.1", show_default=True, help="A loopback address.")
+@options.stages
+@options.context
+@click.option(
+    "--sequences",
+    metavar="N",
+    type=click.IntRange(1, 256),
+    default=8,
+    show_default=True,
+    help="Answers at the same time.",
+)
+@options.threads
+def serve(
+    models: tuple[str, ...],
+    port: int,
+    host: str,
+    stages: int,
+    context: int | None,
+    sequences: int,
+    threads: int | None,
+) -> None:
+    """Serve models to programs on this machine, as OpenAI's API does.
+
+    Without a MODEL it serves the starter model. Ctrl-C ends it; answers that are under way are cut off.
+    """
+    address = _loopback(host)
+    from cordee.models.store import Store
+    from cordee.node.service import ServiceConfig
+
+    store = Store()
+    stored = [find(store, name) for name in dict.fromkeys(models or (STARTER,))]
+    listener = _listen(address, port)
+    taken = listener.getsockname()[1]
+    config = ServiceConfig(context=context, sequences=sequences, threads=threads, port=taken)
+    asyncio.run(_serve(stored, store, stages, config, listener))
+
+
+def _loopback(host: str) -> str:
+    """The loopback address that `host` names."""
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        address = None
+    if address is None or not address.is_loopback:
+        raise BadRequest(
+            f"--host {host} is no loopback address: there are no API keys yet, so whoever reaches another "
+            "address could use the models. Use 127.0.0.1, and a tunnel (ssh -L) from other machines.",
+            "host",
+        )
+    return str(address)
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    """A listening socket, taken before any model is loaded: a port in use shows at once."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        return socket.create_server((address, port), family=family, backlog=2048)
+    except OSError as error:
+        raise BadRequest(
+            f"Port {port} of {address} cannot be used ({error.strerror}): choose another with --port.", "port"
+        ) from error
+
+
+async def _serve(
+    models: "list[StoredModel]", store: "Store", stages: int, config: "ServiceConfig", listener: socket.socket
+) -> None:
+    """Load the models, answer until SIGINT or SIGTERM, close everything."""
+    from cordee.api.app import create_app
+    from cordee.api.server import serve as answer
+    from cordee.node.service import Service
+
+    task = asyncio.current_task()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    services: dict[str, Service] = {}
+    # From the first moment on: who asks while a model loads is told so.
+    app = create_app(services, expected=[model.name for model in models])
+    serving = asyncio.create_task(answer(app, listener))
+    try:
+        with output.loading() as report:
+            for model in models:
+                services[model.name] = await Service.start(
+                    model, store, stages=stages, config=config, report=report
+                )
+        _greet(services, listener.getsockname()[:2])
+        await serving
+    except asyncio.CancelledError:
+        output.note("closing")
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        for service in services.values():
+            await service.close()
+
+
+def _greet(names: Iterable[str], place: tuple[str, int]) -> None:
+    """Where the models are, and a line to try them with."""
+    address, port = place
+    base = f"http://{f'[{address}]' if ':' in address else address}:{port}/v1"
+    question = {"model": next(iter(names)), "messages": [{"role": "user", "content": "Hello"}]}
+    output.note(f"Serving {', '.join(names)} at {base} (no API key). Ctrl-C ends it. Try:")
+    output.note(
+        f"curl {base}/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(question)}'"
+    )

@@ -1,0 +1,121 @@
+"""A service on an event loop in a thread of its own, for a program that waits at the keyboard.
+
+The main thread reads lines and prints; Ctrl-C reaches it alone, so it ends the answer that is being
+generated and leaves the service as it is.
+"""
+
+import asyncio
+import queue
+import signal
+import threading
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import aclosing
+from typing import Any, Self, TypeVar
+
+from cordee.generation.request import Chunk, Request
+from cordee.models.store import Store, StoredModel
+from cordee.node.service import Service, ServiceConfig
+
+Result = TypeVar("Result")
+
+# What loading leaves behind when it is interrupted is cleared away within this time, or with the process.
+CANCEL_SECONDS = 10.0
+
+
+class Session:
+    """A running service, used from the main thread; a context manager that closes it."""
+
+    def __init__(
+        self,
+        model: StoredModel,
+        store: Store,
+        stages: int,
+        config: ServiceConfig,
+        report: Callable[[str], None],
+    ) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="service", daemon=True)
+        self._thread.start()
+        try:
+            starting = Service.start(model, store, stages=stages, config=config, report=report)
+            self.service: Service = self._run(starting)
+        except BaseException:
+            self._stop()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._run(self.service.close())
+        finally:
+            self._stop()
+
+    def generate(self, request: Request) -> Iterator[Chunk]:
+        """The chunks of an answer. Closing the iterator cancels the stream.
+
+        Ctrl-C does so too, and raises KeyboardInterrupt when the stream has ended: while it is under way the
+        signal only cancels, so that it cannot strike in the middle of something.
+        """
+        # Bounded by the answer: no more chunks than the context has tokens.
+        chunks: queue.SimpleQueue[Chunk | Exception | None] = queue.SimpleQueue()
+        task = self._run(_pour(self.service.generate(request), chunks))
+        interrupted = threading.Event()
+
+        def interrupt(*_: object) -> None:
+            interrupted.set()
+            self._loop.call_soon_threadsafe(task.cancel)
+
+        before = signal.signal(signal.SIGINT, interrupt)
+        item: Chunk | Exception | None = None
+        try:
+            while (item := chunks.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+        finally:
+            self._loop.call_soon_threadsafe(task.cancel)
+            while item is not None:
+                item = chunks.get()
+            signal.signal(signal.SIGINT, before)
+
+    def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        ended = threading.Event()
+
+        async def watched() -> Result:
+            try:
+                return await coroutine
+            finally:
+                ended.set()
+
+        future = asyncio.run_coroutine_threadsafe(watched(), self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            ended.wait(CANCEL_SECONDS)
+            raise
+
+    def _stop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+async def _pour(stream: AsyncGenerator[Chunk], chunks: "queue.SimpleQueue") -> asyncio.Task:
+    """Start moving a stream's chunks, or the error that ends it, to a queue; None comes last."""
+
+    async def pour() -> None:
+        try:
+            async with aclosing(stream):
+                async for chunk in stream:
+                    chunks.put(chunk)
+        except Exception as error:
+            chunks.put(error)
+
+    task = asyncio.create_task(pour())
+    task.add_done_callback(lambda _: chunks.put(None))
+    return task
