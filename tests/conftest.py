@@ -7,6 +7,11 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from cordee.node.pipeline import EXACT_ENVIRONMENT, WORKER_ENVIRONMENT
+
+# Stages that live in the test process compute as those in workers do; read when libllama is loaded.
+os.environ |= WORKER_ENVIRONMENT | EXACT_ENVIRONMENT
+
 hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("house")
 

@@ -23,7 +23,6 @@ What makes a row's bits independent of its batch (`StageConfig.exact`), on the C
 """
 
 import ctypes
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -87,20 +86,19 @@ class LlamaStage:
         Raises:
             StageFailed: libllama refused the batch; the rows' positions are forgotten again.
         """
-        result: np.ndarray | None = None
-        selected = np.flatnonzero(batch.outputs) if self._is_last else None
-        for rows in _groups(batch, self._config.batch_rows):
-            part = self._decode_group(batch, rows)
-            if len(rows) == len(batch):
-                return part
-            if result is None:
-                count = len(batch) if selected is None else len(selected)
-                result = np.empty((count, part.shape[1]), dtype=np.float32)
-            if selected is None:
-                result[rows] = part
-            else:
-                result[np.searchsorted(selected, rows[batch.outputs[rows]])] = part
-        assert result is not None, "a batch has at least one row"
+        selected = np.flatnonzero(batch.outputs) if self._is_last else np.arange(len(batch))
+        groups = _groups(batch, self._config.batch_rows)
+        try:
+            parts = [self._decode_group(batch, rows) for rows in groups]
+        except StageFailed:
+            self._undo(batch)
+            raise
+        if len(parts) == 1 and (np.diff(groups[0]) > 0).all():
+            return parts[0]
+        result = np.empty((len(selected), parts[0].shape[1]), dtype=np.float32)
+        for rows, part in zip(groups, parts, strict=True):
+            given = rows[batch.outputs[rows]] if self._is_last else rows
+            result[np.searchsorted(selected, given)] = part
         return result
 
     def trim(self, sequence: int, length: int) -> None:
@@ -170,17 +168,18 @@ class LlamaStage:
         params.op_offload = bool(config.devices)
         params.flash_attn_type = FLASH_ATTENTION_ON
         params.type_k = TYPE_F16
-        params.type_v = TYPE_BF16 if config.exact and not config.devices else TYPE_F16
         if not self._is_last:
             self._callback = self._library.ggml_backend_sched_eval_callback(self._on_tensor)
             params.cb_eval = self._callback
-        context = self._library.llama_init_from_model(self._model, params)
-        if not context:
-            raise StageFailed(
-                f"no context of {config.sequences} x {config.context} tokens for {path.name} "
-                f"({_problems()}): choose a smaller --context"
-            )
-        return context
+        # Models with compressed attention (MLA) keep K and V in one tensor and refuse unequal types.
+        for params.type_v in (TYPE_BF16, TYPE_F16) if config.exact and not config.devices else (TYPE_F16,):
+            context = self._library.llama_init_from_model(self._model, params)
+            if context:
+                return context
+        raise StageFailed(
+            f"no context of {config.sequences} x {config.context} tokens for {path.name} "
+            f"({_problems()}): choose a smaller --context"
+        )
 
     def _describe(self) -> StageDescription:
         log = libllama.log
@@ -237,12 +236,10 @@ class LlamaStage:
         libllama.log.clear()
         status = self._library.llama_decode(self._context, native)
         if self._failure is not None or status != 0:
-            self._undo(sequences, positions)
             raise StageFailed(self._reason(status)) from self._failure
         if self._is_last:
             return self._logits(np.flatnonzero(outputs))
         if len(self._captured) != 1 or len(self._captured[0]) != len(rows):
-            self._undo(sequences, positions)
             raise StageFailed(f"{[len(part) for part in self._captured]} hidden rows came for {len(rows)}")
         return self._captured[0]
 
@@ -277,9 +274,9 @@ class LlamaStage:
             result[index] = np.ctypeslib.as_array(source, (self._n_vocab,))
         return result
 
-    def _undo(self, sequences: np.ndarray, positions: np.ndarray) -> None:
-        for sequence in np.unique(sequences):
-            first = int(positions[sequences == sequence].min())
+    def _undo(self, batch: Batch) -> None:
+        for sequence in np.unique(batch.sequences):
+            first = int(batch.positions[batch.sequences == sequence].min())
             self._library.llama_memory_seq_rm(self._memory, int(sequence), first, -1)
 
     def _reason(self, status: int) -> str:
@@ -307,32 +304,24 @@ def _chosen_devices(names: tuple[str, ...]) -> ctypes.Array:
     return (ctypes.c_void_p * (len(names) + 1))(*(known[name] for name in names), None)
 
 
-def _groups(batch: Batch, batch_rows: int) -> Iterator[np.ndarray]:
+def _groups(batch: Batch, batch_rows: int) -> list[np.ndarray]:
     """Row indices of the decode calls that a batch takes, each one micro-batch inside libllama.
 
     A call holds consecutive sequence numbers with equally many rows each, at most `batch_rows` in all; the
     rows of one sequence that exceed `batch_rows` are split.
     """
-    if len(batch) == 1 or (len(batch) <= batch_rows and (batch.sequences == batch.sequences[0]).all()):
-        yield np.arange(len(batch))
-        return
+    if len(batch) <= batch_rows and (batch.sequences == batch.sequences[0]).all():
+        return [np.arange(len(batch))]
     order = np.argsort(batch.sequences, kind="stable")
     numbers, starts = np.unique(batch.sequences[order], return_index=True)
-    runs = np.split(order, starts[1:])
-    group: list[np.ndarray] = []
-    for index, rows in enumerate(runs):
-        if len(rows) > batch_rows:
-            yield from _flushed(group)
-            yield from (rows[start : start + batch_rows] for start in range(0, len(rows), batch_rows))
-            continue
-        joins = group and numbers[index] == numbers[index - 1] + 1 and len(rows) == len(group[-1])
-        if not joins or len(rows) * (len(group) + 1) > batch_rows:
-            yield from _flushed(group)
-        group.append(rows)
-    yield from _flushed(group)
-
-
-def _flushed(group: list[np.ndarray]) -> Iterator[np.ndarray]:
-    if group:
-        yield np.concatenate(group)
-        group.clear()
+    groups: list[list[np.ndarray]] = []
+    previous = None
+    for number, rows in zip(numbers, np.split(order, starts[1:]), strict=True):
+        parts = [rows[start : start + batch_rows] for start in range(0, len(rows), batch_rows)]
+        fits = groups and len(rows) * (len(groups[-1]) + 1) <= batch_rows
+        if fits and number - 1 == previous and len(groups[-1][-1]) == len(rows):
+            groups[-1] += parts
+        else:
+            groups += [[part] for part in parts]
+        previous = number
+    return [np.concatenate(group) for group in groups]

@@ -1,0 +1,218 @@
+"""What stages cost: plain libllama, one stage, three stages, and several streams, side by side in one run.
+
+    python bench/llama.py [--model FILE] [--rounds N] [--json]
+
+Everything runs on this machine with the same build, model and number of threads, in turn within each round,
+so that a machine that changes its speed changes it for all. Rates are medians over the rounds, in tokens per
+second; a ratio is the median of the rounds' own ratios, ours to the peer's. Two peers: `libllama` with its
+default settings, and `libllama-exact` with those of an exact stage (see src/cordee/engine/llama.py), so that
+the price of stages and the price of batch-invariant arithmetic show apart.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from cordee.engine.libllama import usable_cores
+from cordee.generation.request import Request, SamplingParams
+from cordee.models.store import Store
+from cordee.node.pipeline import EXACT_ENVIRONMENT
+from cordee.node.service import Service, ServiceConfig
+from plain import Plain
+
+PROMPT_TOKENS = 32  # before decoding starts
+DECODE_TOKENS = 64
+PREFILL_TOKENS = 512
+CONTEXT = 1024
+SEQUENCES = 8
+BATCH_ROWS = 512
+STREAMS = (1, 4, 8)
+
+Rate = Callable[[], Awaitable[float]]
+
+
+def token(index: int) -> int:
+    """Some ordinary token of the starter model's vocabulary; varied, and the same in every run."""
+    return 1000 + (index * 7919) % 40_000
+
+
+class PlainPeer:
+    """Plain libllama, driven as tightly as Python can: no sampling but argmax, no service."""
+
+    def __init__(self, path: Path, *, exact: bool) -> None:
+        self._model = Plain(
+            path,
+            context=CONTEXT,
+            sequences=SEQUENCES,
+            batch_rows=BATCH_ROWS,
+            threads=usable_cores(),
+            exact=exact,
+        )
+
+    async def decode(self, streams: int) -> float:
+        """Tokens per second of so many sequences in one batch."""
+        for sequence in range(streams):
+            self._model.trim(sequence, 0)
+            rows = [(token(sequence + i), i, sequence, i == PROMPT_TOKENS - 1) for i in range(PROMPT_TOKENS)]
+            logits = self._model.decode(rows)
+        chosen = [int(logits[0].argmax())] * streams
+        start = time.perf_counter()
+        for step in range(DECODE_TOKENS):
+            rows = [(chosen[i], PROMPT_TOKENS + step, i, True) for i in range(streams)]
+            chosen = [int(row.argmax()) for row in self._model.decode(rows)]
+        return streams * DECODE_TOKENS / (time.perf_counter() - start)
+
+    async def prefill(self) -> float:
+        """Tokens per second of a prompt that nobody has seen."""
+        self._model.trim(0, 0)
+        rows = [(token(i), i, 0, i == PREFILL_TOKENS - 1) for i in range(PREFILL_TOKENS)]
+        start = time.perf_counter()
+        self._model.decode(rows)
+        return PREFILL_TOKENS / (time.perf_counter() - start)
+
+
+class ServicePeer:
+    """The service as its users have it: scheduler, worker processes, sampling, text."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._requests = 0
+
+    async def decode(self, streams: int) -> float:
+        """Tokens per second of so many concurrent streams, from the moment that all decode."""
+        results = await asyncio.gather(
+            *(self._stream(PROMPT_TOKENS, DECODE_TOKENS + 1) for _ in range(streams))
+        )
+        start = max(first for first, _, _ in results)
+        # Streams that started earlier have tokens before `start`; count what came after it.
+        tokens = sum(sum(1 for moment in moments if moment > start) for _, _, moments in results)
+        end = max(last for _, last, _ in results)
+        return tokens / (end - start)
+
+    async def prefill(self) -> float:
+        """Tokens per second up to the first token of the answer, which is the whole wait of a user."""
+        start = time.perf_counter()
+        first, _, _ = await self._stream(PREFILL_TOKENS, 1)
+        return PREFILL_TOKENS / (first - start)
+
+    async def _stream(self, prompt: int, tokens: int) -> tuple[float, float, list[float]]:
+        self._requests += 1
+        request = Request(
+            id=str(self._requests),
+            prompt=tuple(token(self._requests * 131 + i) for i in range(prompt)),
+            sampling=SamplingParams(
+                temperature=0, top_logprobs=0, logit_bias=dict.fromkeys(self._end, -100.0)
+            ),
+            max_tokens=tokens,
+        )
+        moments = []
+        async for _ in self._service.generate(request):
+            moments.append(time.perf_counter())
+        return moments[0], moments[-1], moments
+
+    @property
+    def _end(self) -> frozenset[int]:
+        return self._service.vocabulary.end_of_generation
+
+
+def cases(
+    plain: PlainPeer, exact: PlainPeer, one: ServicePeer, three: ServicePeer
+) -> dict[str, dict[str, Rate]]:
+    """Case -> contender -> what measures it once. `ours` comes first."""
+    table: dict[str, dict[str, Rate]] = {}
+    for name, ours in (("1-stage", one), ("3-stages", three)):
+        for streams in STREAMS:
+            case = f"decode-{name}" if streams == 1 else f"decode-{name}-{streams}-streams"
+            table[case] = {
+                contender: (lambda runner=runner, streams=streams: runner.decode(streams))
+                for contender, runner in (("ours", ours), ("libllama", plain), ("libllama-exact", exact))
+            }
+        table[f"prefill-{name}"] = {
+            "ours": ours.prefill,
+            "libllama": plain.prefill,
+            "libllama-exact": exact.prefill,
+        }
+    return table
+
+
+async def measure(table: dict[str, dict[str, Rate]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """All rates, interleaved; the round before the first is not counted."""
+    rates: dict[str, dict[str, list[float]]] = {
+        case: {name: [] for name in row} for case, row in table.items()
+    }
+    for number in range(-1, rounds):
+        for case, contenders in table.items():
+            for name, run in contenders.items():
+                rate = await run()
+                if number >= 0:
+                    rates[case][name].append(rate)
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+    return rates
+
+
+def lines(rates: dict[str, dict[str, list[float]]]) -> list[dict]:
+    """One object for each case and peer."""
+    found = []
+    for case, contenders in rates.items():
+        ours = contenders["ours"]
+        for peer in [name for name in contenders if name != "ours"]:
+            ratios = [left / right for left, right in zip(ours, contenders[peer], strict=True)]
+            found.append(
+                {
+                    "case": case,
+                    "ours": round(statistics.median(ours), 1),
+                    "peer": round(statistics.median(contenders[peer]), 1),
+                    "peer_name": peer,
+                    "unit": "tokens/s",
+                    "ratio": round(statistics.median(ratios), 3),
+                }
+            )
+    return found
+
+
+async def run(path: Path, rounds: int) -> list[dict]:
+    """Set up all contenders, measure, take them down."""
+    os.environ["CORDEE_HOME"] = tempfile.mkdtemp(prefix="cordee-bench-")
+    store = Store()
+    model = store.add_file(path, "bench")
+    config = ServiceConfig(context=CONTEXT, sequences=SEQUENCES)
+    services = [await Service.start(model, store, stages=stages, config=config) for stages in (1, 3)]
+    try:
+        plain, exact = PlainPeer(path, exact=False), PlainPeer(path, exact=True)
+        table = cases(plain, exact, *(ServicePeer(service) for service in services))
+        return lines(await measure(table, rounds))
+    finally:
+        for service in services:
+            await service.close()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, default=Path(sys.prefix) / "share" / "cordee" / "starter.gguf")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    options = parser.parse_args()
+    os.environ |= EXACT_ENVIRONMENT  # read once in a process; of no effect on the starter model's types
+    results = asyncio.run(run(options.model, options.rounds))
+    if options.json:
+        for line in results:
+            print(json.dumps(line))
+        return
+    print(f"{options.model.name}, {usable_cores()} threads, medians of {options.rounds} rounds, tokens/s")
+    print(f"{'case':<28}{'ours':>8}{'peer':>8}  {'peer':<16}{'ratio':>6}")
+    for line in results:
+        print(
+            f"{line['case']:<28}{line['ours']:>8}{line['peer']:>8}  {line['peer_name']:<16}{line['ratio']:>6}"
+        )
+
+
+if __name__ == "__main__":
+    main()
