@@ -1,21 +1,28 @@
 """Frames on a stream socket: a message in msgpack and, after it, a payload of raw bytes.
 
 A frame is two little-endian uint32, the lengths of message and payload, then both. Blocking functions for
-workers, coroutines for the service.
+workers, coroutines for the service. Memory is committed as bytes arrive, not as the lengths announce them.
 """
 
-import asyncio
+from __future__ import annotations
+
 import socket
 import struct
+from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 from cordee.node.messages import Message
+
+if TYPE_CHECKING:  # workers read with sockets alone and start 30 ms sooner without asyncio
+    import asyncio
 
 LENGTHS = struct.Struct("<II")
 MESSAGE_BYTES_MAX = 64 << 20  # token logs of a batch: eight full contexts of a million tokens take 40 MB
 PAYLOAD_BYTES_MAX = 1 << 30  # rows of a batch: 8,192 rows of width 16,384 are 512 MiB
-SOCKET_SECONDS = 60.0  # for one frame; the peer is a process of this machine, so longer means that it hangs
+SOCKET_SECONDS = 600.0  # for one frame; the peer may first have to finish a prefill on a slow machine
+JOINED_BYTES_MAX = 64 << 10  # up to here copying is cheaper than a second system call
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
@@ -32,9 +39,8 @@ def send(link: socket.socket, message: Message, payload: bytes | memoryview = b"
         LinkClosed: it could not be sent whole.
     """
     try:
-        link.sendall(_packed(message, payload))
-        if len(payload):
-            link.sendall(payload)
+        for part in _parts(message, payload):
+            link.sendall(part)
     except OSError as error:
         raise LinkClosed(str(error)) from error
 
@@ -52,9 +58,8 @@ def receive(link: socket.socket) -> tuple[Message, memoryview]:
 
 def write(writer: asyncio.StreamWriter, message: Message, payload: bytes | memoryview = b"") -> None:
     """Queue a frame on a stream; how much may be queued is bounded by the micro-batches in flight."""
-    writer.write(_packed(message, payload))
-    if len(payload):
-        writer.write(payload)
+    for part in _parts(message, payload):
+        writer.write(part)
 
 
 async def read(reader: asyncio.StreamReader) -> tuple[Message, bytes]:
@@ -67,13 +72,18 @@ async def read(reader: asyncio.StreamReader) -> tuple[Message, bytes]:
         message_bytes, payload_bytes = _lengths(await reader.readexactly(LENGTHS.size))
         message = _decoded(await reader.readexactly(message_bytes))
         return message, await reader.readexactly(payload_bytes)
-    except (asyncio.IncompleteReadError, OSError) as error:
+    except (EOFError, OSError) as error:  # asyncio.IncompleteReadError is an EOFError
         raise LinkClosed(str(error)) from error
 
 
-def _packed(message: Message, payload: bytes | memoryview) -> bytes:
+def _parts(message: Message, payload: bytes | memoryview) -> list[bytes | memoryview]:
+    """What to send, one after the other; a small payload goes with its message."""
+    payload = memoryview(payload).cast("B")
     encoded = _encoder.encode(message)
-    return LENGTHS.pack(len(encoded), memoryview(payload).nbytes) + encoded
+    lengths = LENGTHS.pack(len(encoded), len(payload))
+    if len(payload) <= JOINED_BYTES_MAX:
+        return [b"".join((lengths, encoded, payload))]
+    return [lengths + encoded, payload]
 
 
 def _lengths(data: bytes | memoryview) -> tuple[int, int]:
@@ -86,12 +96,15 @@ def _lengths(data: bytes | memoryview) -> tuple[int, int]:
 def _decoded(data: bytes | memoryview) -> Message:
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise LinkClosed(f"not a message: {error}") from error
 
 
 def _receive_exactly(link: socket.socket, count: int) -> memoryview:
-    view = memoryview(bytearray(count))
+    try:
+        view = memoryview(np.empty(count, np.uint8))  # its pages become memory when they are filled
+    except MemoryError as error:
+        raise LinkClosed(f"no memory for {count} bytes") from error
     filled = 0
     while filled < count:
         try:

@@ -2,7 +2,8 @@
 
 Two kinds of link, both Unix sockets in a folder that only this user may enter:
 
-- *control*, between the pipeline and each worker: Hello, then Load -> Loaded or LoadFailed, Wire -> Wired.
+- *control*, between the pipeline and each worker: Hello, then Load -> Loaded or LoadFailed, Wire -> Wired
+  or WireFailed.
 - *data*, from the service to the first worker, from worker to worker, from the last back to the service:
   Join first, which names the placement, then Rows onwards and Tokens at the end. A message of another
   placement than the link's is refused.
@@ -57,6 +58,13 @@ class Wired(msgspec.Struct, frozen=True, tag=True):
     placement: str
 
 
+class WireFailed(msgspec.Struct, frozen=True, tag=True):
+    """The worker cannot reach the downstream of this placement; it waits to be wired again."""
+
+    placement: str
+    message: str
+
+
 class Join(msgspec.Struct, frozen=True, tag=True):
     """First on every data link: what follows belongs to this placement."""
 
@@ -105,7 +113,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     digests: dict[int, str] = {}
 
 
-Message = Hello | Load | Loaded | LoadFailed | Wire | Wired | Join | Rows | Tokens
+Message = Hello | Load | Loaded | LoadFailed | Wire | Wired | WireFailed | Join | Rows | Tokens
 
 
 def placement_id(workers: Sequence[tuple[str, str]]) -> str:

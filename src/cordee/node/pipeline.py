@@ -9,20 +9,22 @@
 - A worker that ends, for whatever reason, is replaced; the others keep their loaded stages. All are then
   wired to a new placement, whose id is the hash of the slices and of who runs them, and start without any
   sequence: the listener's `on_lost` has told the scheduler to replay its token logs.
-- A worker that hangs (stopped, or silent for STALL_SECONDS with work under way) is killed, which makes it
-  one that ended.
+- A worker that hangs (stopped while something is wanted of it, or silent for STALL_SECONDS with work under
+  way) is killed, which makes it one that ended. So is one that closes its control link or garbles it.
 - Replacing is tried again after a pause that doubles up to RETRY_SECONDS_MAX, for as long as the pipeline
   lives; after FAILURES_MAX in a row its state is `failed` until one succeeds.
 """
 
 import asyncio
+import contextlib
+import logging
 import os
 import secrets
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -45,6 +47,7 @@ from cordee.node.messages import (
     Tokens,
     Wire,
     Wired,
+    WireFailed,
     placement_id,
 )
 from cordee.node.worker import rebuilt_error
@@ -53,18 +56,21 @@ State = Literal["loading", "ready", "replacing", "failed", "closed"]
 
 START_SECONDS = 60.0  # a worker's interpreter and imports, on a slow and busy machine
 LOAD_SECONDS = 3600.0  # 60 GB from a slow disk take half an hour
-WIRE_SECONDS = 60.0  # forgetting sequences clears the KV cache's memory
+JOIN_SECONDS = 10.0  # for the first message of a link, which is sent as soon as it is there
 STALL_SECONDS = 600.0  # 512 rows of prefill take this long on a machine that does one row a second
+WIRE_SECONDS = STALL_SECONDS  # a survivor first finishes what it computes for the old placement
 WATCH_SECONDS = 1.0  # how often workers that owe an answer are looked at
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.05, 30.0
 FAILURES_MAX = 3  # replacements that failed one after the other before the state says so
-CLOSE_SECONDS = 5.0  # a worker inside a long native call does not see its control link end
+CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is stopped or swapped out
 
 # libgomp's default is to spin for about a millisecond at each barrier: fastest on an idle machine, but when
 # anything else wants a core the spinners hold what the sleeper needs, and decoding falls from 120 to 5
 # tokens/s (measured on 2 cores). 1,000 spins are as fast alone and immune. Its "passive" is 2.5 times slower.
 WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 EXACT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama.py
+
+log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -85,29 +91,40 @@ class Listener(Protocol):
 
 @dataclass
 class WorkerHandle:
-    """A worker as the pipeline sees it."""
+    """A worker as the pipeline sees it. `said` are its control messages, one for each that it was sent, and
+    None once it ended."""
 
     id: str
     process: asyncio.subprocess.Process
     inbox: str
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
+    said: asyncio.Queue[Message | None] = field(default_factory=asyncio.Queue)
+    ended: bool = False
     description: StageDescription | None = None
 
     @property
     def alive(self) -> bool:
-        return self.process.returncode is None
+        return not self.ended and self.process.returncode is None
 
 
 @dataclass
 class Stage:
-    """A place in the pipeline: its slice, and the worker that runs it now. `first` to `last` (exclusive)
-    are its layers."""
+    """A place in the pipeline: its slice, and the worker that runs it now."""
 
     slice: SliceFile
     worker: WorkerHandle | None = None
     restarts: int = 0
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def alive(self) -> bool:
+        """Whether a worker is there, loaded or loading."""
+        return self.worker is not None and self.worker.alive
+
+    @property
+    def layers(self) -> str:
+        """Its layers as messages call them."""
+        return f"layers {self.slice.first} to {self.slice.last - 1}"
 
     @property
     def pid(self) -> int | None:
@@ -141,7 +158,8 @@ class Pipeline:
         self._expected: dict[str, asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]] = {}
         self._servers: list[asyncio.Server] = []
         self._first: asyncio.StreamWriter | None = None
-        self._answers: asyncio.StreamWriter | None = None
+        self._links: set[asyncio.StreamWriter] = set()  # all that were accepted
+        self._change = asyncio.Event()  # a worker ended
         self._owed = 0
         self._heard = time.monotonic()
         self._tasks: set[asyncio.Task] = set()
@@ -157,24 +175,26 @@ class Pipeline:
         """Start the workers, load their slices, wire them.
 
         Raises:
-            CordeeError: what the first worker that could not load says.
+            CordeeError: what the first worker that could not load says, or why there is none.
         """
         pipeline = cls(slices, config, listener, report)
+        pipeline._keep(pipeline._watch())
         try:
             await pipeline._listen()
             await pipeline._raise_workers()
             await pipeline._wire()
-        except BaseException:
+        except BaseException as error:
             await pipeline.close()
+            if isinstance(error, OSError):
+                raise StageFailed(f"the stages cannot be started: {error}") from error
             raise
         pipeline.state = "ready"
         pipeline._keep(pipeline._supervise())
-        pipeline._keep(pipeline._watch())
         return pipeline
 
     @property
     def placement(self) -> str:
-        """The id of the placement that is wired."""
+        """The id of the placement that is wired; empty while a stage is replaced."""
         return self._placement
 
     def send(self, rows: Rows, payload: bytes | memoryview) -> None:
@@ -191,58 +211,67 @@ class Pipeline:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for writer in (self._first, self._answers):
-            if writer is not None:
-                writer.close()
         for server in self._servers:
             server.close()
-        workers = [stage.worker for stage in self.stages if stage.worker is not None]
-        await asyncio.gather(*(_end(worker) for worker in workers))
+        await asyncio.gather(*(_end(stage.worker) for stage in self.stages if stage.worker is not None))
+        writers = self._links | ({self._first} if self._first is not None else set())
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _keep(self, coroutine) -> None:
+    def _keep(self, coroutine: Coroutine) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task of the pipeline failed", exc_info=task.exception())
+
+    def _tell(self, listener: Callable, *arguments: object) -> None:
+        """Call someone outside, whose failure must not stop the pipeline."""
+        try:
+            listener(*arguments)
+        except Exception:
+            log.exception("a listener of the pipeline failed")
 
     async def _listen(self) -> None:
         for name, accepted in (("control", self._accept_control), ("tokens", self._accept_tokens)):
             self._servers.append(await asyncio.start_unix_server(accepted, self._folder / name))
 
     async def _accept_control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            message, _ = await link.read(reader)
-        except LinkClosed:
-            writer.close()
-            return
-        expected = self._expected.pop(message.worker, None) if isinstance(message, Hello) else None
+        self._links.add(writer)
+        hello = await _opening(reader)
+        expected = self._expected.pop(hello.worker, None) if isinstance(hello, Hello) else None
         if expected is None or expected.done():
-            writer.close()
+            self._drop(writer)
         else:
             expected.set_result((reader, writer))
 
     async def _accept_tokens(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._links.add(writer)
+        join = await _opening(reader)
         try:
-            join, _ = await link.read(reader)
-            if not isinstance(join, Join) or join.placement != self._placement:
-                return
-            if self._answers is not None:
-                self._answers.close()
-            self._answers = writer
-            while True:
+            while isinstance(join, Join) and join.placement == self._placement:
                 message, _ = await link.read(reader)
                 if isinstance(message, Tokens) and message.placement == self._placement:
                     self._owed -= 1
                     self._heard = time.monotonic()
-                    self._listener.on_tokens(message)
+                    self._tell(self._listener.on_tokens, message)
         except LinkClosed:
-            pass  # the last worker ended; its exit is noticed by the supervisor
+            pass  # the last worker ended, or was wired anew
         finally:
-            writer.close()
+            self._drop(writer)
+
+    def _drop(self, writer: asyncio.StreamWriter) -> None:
+        self._links.discard(writer)
+        writer.transport.abort()
 
     async def _raise_workers(self) -> None:
         """Start and load a worker for every stage that has none alive."""
-        missing = [stage for stage in self.stages if stage.worker is None or not stage.worker.alive]
+        missing = [stage for stage in self.stages if not stage.alive]
         results = await asyncio.gather(
             *(self._raise_worker(stage) for stage in missing), return_exceptions=True
         )
@@ -251,34 +280,44 @@ class Pipeline:
                 raise result
 
     async def _raise_worker(self, stage: Stage) -> None:
-        if stage.worker is not None:
-            stage.worker.writer.close()
+        old = stage.worker
+        if old is not None:
+            await _end(old)
+            self._drop(old.writer)
         stage.worker = worker = await self._spawn()
-        stage.ended.clear()
-        self._keep(self._wait_for_end(stage, worker))
-        is_last = stage is self.stages[-1]
-        link.write(worker.writer, Load(str(stage.slice.path), self._config, is_last))
-        answer = await _answer(worker, LOAD_SECONDS)
+        self._keep(self._follow(stage, worker))
+        link.write(worker.writer, Load(str(stage.slice.path), self._config, stage is self.stages[-1]))
+        answer = await _answer(worker, (Loaded, LoadFailed), LOAD_SECONDS)
         if isinstance(answer, LoadFailed):
-            worker.process.kill()
-            await worker.process.wait()
+            await _end(worker)
             raise rebuilt_error(answer)
-        if not isinstance(answer, Loaded):
-            raise StageFailed(
-                f"layers {stage.slice.first} to {stage.slice.last - 1}: the worker did not load"
-            )
+        assert isinstance(answer, Loaded)
         worker.description = answer.description
-        self._report(
-            f"layers {stage.slice.first} to {stage.slice.last - 1} loaded (process {worker.process.pid})"
-        )
+        stage.restarts += old is not None
+        self._tell(self._report, f"{stage.layers} loaded (process {worker.process.pid})")
 
     async def _spawn(self) -> WorkerHandle:
         worker_id = secrets.token_hex(8)
         inbox = str(self._folder / worker_id)
-        environment = {**os.environ, **WORKER_ENVIRONMENT}
-        if self._config.exact:
-            environment |= EXACT_ENVIRONMENT
-        process = await asyncio.create_subprocess_exec(
+        self._expected[worker_id] = connected = asyncio.get_running_loop().create_future()
+        process = await self._start_process(worker_id, inbox)
+        ended = asyncio.ensure_future(process.wait())
+        try:
+            await asyncio.wait((connected, ended), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if not connected.done():
+                raise StageFailed(f"a stage worker did not start (status {process.returncode})")
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            raise
+        finally:
+            ended.cancel()
+            self._expected.pop(worker_id, None)
+        return WorkerHandle(worker_id, process, inbox, *connected.result())
+
+    async def _start_process(self, worker_id: str, inbox: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
             "cordee.node.worker",
@@ -287,32 +326,25 @@ class Pipeline:
             inbox,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
-            env=environment,
+            env={**os.environ, **WORKER_ENVIRONMENT, **(EXACT_ENVIRONMENT if self._config.exact else {})},
             start_new_session=True,  # the terminal's Ctrl-C is the service's to handle
         )
-        self._expected[worker_id] = connected = asyncio.get_running_loop().create_future()
-        ended = asyncio.ensure_future(process.wait())
-        try:
-            await asyncio.wait((connected, ended), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if not connected.done():
-                raise StageFailed(f"a stage worker did not start (status {process.returncode})")
-        except BaseException:
-            if process.returncode is None:
-                process.kill()
-            raise
-        finally:
-            ended.cancel()
-            self._expected.pop(worker_id, None)
-        return WorkerHandle(worker_id, process, inbox, *connected.result())
 
-    async def _wait_for_end(self, stage: Stage, worker: WorkerHandle) -> None:
-        status = await worker.process.wait()
-        if stage.worker is worker and self.state != "closed":
-            self._report(
-                f"layers {stage.slice.first} to {stage.slice.last - 1}: process {worker.process.pid} ended "
-                f"with status {status}"
-            )
-            stage.ended.set()
+    async def _follow(self, stage: Stage, worker: WorkerHandle) -> None:
+        """Hear a worker out: once its control link ends, so does its process."""
+        try:
+            while True:
+                message, _ = await link.read(worker.reader)
+                worker.said.put_nowait(message)
+        except LinkClosed:
+            worker.ended = True
+        worker.said.put_nowait(None)
+        self._change.set()
+        await _end(worker)
+        if stage.worker is worker:
+            process = worker.process
+            line = f"{stage.layers}: process {process.pid} ended with status {process.returncode}"
+            self._tell(self._report, line)
 
     async def _wire(self) -> None:
         """Join the workers to a new placement, without any sequence."""
@@ -322,85 +354,115 @@ class Pipeline:
         )
         self._owed = 0
         if self._first is not None:
-            self._first.close()
+            self._first.transport.abort()
         downstream = [worker.inbox for worker in workers[1:]] + [str(self._folder / "tokens")]
         for worker, target in zip(workers, downstream, strict=True):
             link.write(worker.writer, Wire(self._placement, target))
-        answers = await asyncio.gather(*(_answer(worker, WIRE_SECONDS) for worker in workers))
-        if any(not isinstance(answer, Wired) for answer in answers):
-            raise StageFailed("a stage was lost while the pipeline was wired")
+        # All of them answer, or end; whoever waited for less would leave readers of the others behind.
+        answers = await asyncio.gather(
+            *(_answer(worker, (Wired, WireFailed), WIRE_SECONDS, self._placement) for worker in workers),
+            return_exceptions=True,
+        )
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+            if isinstance(answer, WireFailed):
+                raise StageFailed(f"a stage was lost while the pipeline was wired ({answer.message})")
         _, self._first = await asyncio.open_unix_connection(workers[0].inbox)
         link.write(self._first, Join(self._placement))
 
     async def _supervise(self) -> None:
         """Replace workers that ended, for as long as the pipeline lives."""
         while True:
-            waits = [asyncio.ensure_future(stage.ended.wait()) for stage in self.stages]
-            try:
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for wait in waits:
-                    wait.cancel()
+            while all(stage.alive for stage in self.stages):
+                self._change.clear()
+                await self._change.wait()
             self.state = "replacing"
+            self._placement = ""  # what still comes of the old one is nobody's
             self._owed = 0
-            self._listener.on_lost()
+            self._tell(self._listener.on_lost)
             await self._replace()
             self.state = "ready"
-            self._listener.on_ready()
+            self._tell(self._listener.on_ready)
 
     async def _replace(self) -> None:
         failures, pause = 0, RETRY_SECONDS_MIN
         while True:
             try:
-                for stage in self.stages:
-                    if stage.ended.is_set():
-                        stage.restarts += 1
                 await self._raise_workers()
                 await self._wire()
                 return
-            except (CordeeError, LinkClosed, OSError, TimeoutError) as error:
+            except Exception as error:
+                if not isinstance(error, CordeeError | OSError):
+                    log.exception("replacing a stage met what it does not know")
                 failures += 1
-                self._report(f"a stage could not be replaced ({error}); trying again in {pause:.2g} s")
+                line = f"a stage could not be replaced ({error}); trying again in {pause:.2g} s"
+                self._tell(self._report, line)
                 if failures == FAILURES_MAX:
                     self.state = "failed"
                     reason = error if isinstance(error, CordeeError) else StageFailed(str(error))
-                    self._listener.on_failed(reason)
+                    self._tell(self._listener.on_failed, reason)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_SECONDS_MAX)
 
     async def _watch(self) -> None:
-        """Kill workers that hang while an answer is owed."""
+        """Kill workers that hang while something is wanted of them."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            if self._owed == 0:
+            if self.state == "ready" and self._owed == 0:
                 continue
-            silent = time.monotonic() - self._heard
+            stalled = self._owed > 0 and time.monotonic() - self._heard > STALL_SECONDS
             for stage in self.stages:
                 worker = stage.worker
-                if worker is not None and worker.alive and (silent > STALL_SECONDS or _stopped(worker)):
-                    self._report(f"process {worker.process.pid} hangs: it is replaced")
-                    worker.process.kill()
+                if worker is not None and worker.alive and (stalled or _stopped(worker)):
+                    self._tell(self._report, f"process {worker.process.pid} hangs: it is replaced")
+                    _kill(worker)
 
 
-async def _answer(worker: WorkerHandle, seconds: float) -> Message:
-    """The worker's next control message; LinkClosed if it ends first, or takes too long."""
+async def _opening(reader: asyncio.StreamReader) -> Message | None:
+    """The first message of a link; None if there is none in time."""
     try:
-        async with asyncio.timeout(seconds):
-            message, _ = await link.read(worker.reader)
-    except TimeoutError as error:
-        worker.process.kill()
-        raise LinkClosed(f"process {worker.process.pid} did not answer within {seconds:.0f} s") from error
+        async with asyncio.timeout(JOIN_SECONDS):
+            message, _ = await link.read(reader)
+    except (LinkClosed, TimeoutError):
+        return None
     return message
 
 
+async def _answer(
+    worker: WorkerHandle, kinds: tuple[type[Message], ...], seconds: float, placement: str | None = None
+) -> Message:
+    """The worker's next control message of these kinds, about this placement.
+
+    Raises:
+        StageFailed: it ended first, or took too long and was killed.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            while (message := await worker.said.get()) is not None:
+                if isinstance(message, kinds) and placement in (None, getattr(message, "placement", None)):
+                    return message
+    except TimeoutError as error:
+        _kill(worker)
+        raise StageFailed(f"process {worker.process.pid} did not answer within {seconds:.0f} s") from error
+    worker.said.put_nowait(None)  # for whoever asks next
+    raise StageFailed(f"process {worker.process.pid} ended before it answered")
+
+
 async def _end(worker: WorkerHandle) -> None:
-    worker.writer.close()
+    """End a worker: by its control link, else by force."""
+    worker.writer.transport.abort()
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
             await worker.process.wait()
     except TimeoutError:
-        worker.process.kill()
+        _kill(worker)
         await worker.process.wait()
+
+
+def _kill(worker: WorkerHandle) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        worker.process.kill()
 
 
 def _stopped(worker: WorkerHandle) -> bool:

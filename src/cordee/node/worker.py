@@ -7,15 +7,19 @@ thread does everything, since the stage is the only thing worth waiting for:
                         ^                |
                         '--- Wire again, |link lost: rows are dropped until then
 
-The process ends when its control link does, so that no worker outlives its service. A failure in the stage
-ends the process too: the pipeline replaces it, which also gets rid of whatever state made it fail.
+The process ends when its control link does, even in the middle of a decode, so that no worker outlives its
+service: a second thread waits for that and for nothing else. A failure in the stage ends the process too: the
+pipeline replaces it, which also gets rid of whatever state made it fail.
 """
 
 import hashlib
+import os
+import select
 import selectors
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +34,22 @@ from cordee.generation.request import Choice
 from cordee.generation.sampling import Sampler
 from cordee.node import link
 from cordee.node.link import LinkClosed
-from cordee.node.messages import Hello, Join, Load, Loaded, LoadFailed, Opening, Rows, Tokens, Wire, Wired
+from cordee.node.messages import (
+    Hello,
+    Join,
+    Load,
+    Loaded,
+    LoadFailed,
+    Opening,
+    Rows,
+    Tokens,
+    Wire,
+    Wired,
+    WireFailed,
+)
 
-BACKLOG = 4  # connections of a new placement while an old one is still being closed
+PEERS_MAX = 4  # that connected and are not wired yet: a new placement's while an old one is being closed
+JOIN_SECONDS = 1.0  # for the rest of a Join that began to arrive: it is one small write
 
 
 class Worker:
@@ -44,7 +61,8 @@ class Worker:
         self._upstream: socket.socket | None = None
         self._downstream: socket.socket | None = None
         self._placement = ""
-        self._early: tuple[str, socket.socket] | None = None
+        self._strangers: list[socket.socket] = []  # that connected and said nothing yet
+        self._early: dict[str, socket.socket] = {}  # by the placement that they joined
         self._path = Path()
         self._stage: Stage | None = None
         self._samplers: dict[int, Sampler] = {}
@@ -67,6 +85,8 @@ class Worker:
                     self._accept()
                 elif key.fileobj is self._upstream:
                     self._take_rows()
+                elif key.fileobj in self._strangers:
+                    self._meet(key.fileobj)
 
     def _obey(self) -> None:
         message, _ = link.receive(self._control)
@@ -97,35 +117,50 @@ class Worker:
         try:
             downstream.connect(wire.downstream)
             link.send(downstream, Join(wire.placement))
-        except (OSError, LinkClosed):
+        except (OSError, LinkClosed) as error:
             downstream.close()  # the next stage just died: another Wire follows
+            link.send(self._control, WireFailed(wire.placement, str(error)))
             return
         self._downstream = downstream
-        self._adopt_early()
+        self._adopt()
         link.send(self._control, Wired(wire.placement))
 
     def _accept(self) -> None:
+        """Let a peer in; whoever says nothing costs a place among PEERS_MAX and no time."""
+        if len(self._strangers) == PEERS_MAX:
+            self._forget(self._strangers[0]).close()
         peer, _ = self._inbox.accept()
-        peer.settimeout(link.SOCKET_SECONDS)
+        peer.settimeout(JOIN_SECONDS)
+        self._strangers.append(peer)
+        self._selector.register(peer, selectors.EVENT_READ)
+
+    def _forget(self, stranger: socket.socket) -> socket.socket:
+        self._strangers.remove(stranger)
+        self._selector.unregister(stranger)
+        return stranger
+
+    def _meet(self, stranger: socket.socket) -> None:
+        """Hear which placement a peer joins; it may have learnt of it before this worker."""
+        peer = self._forget(stranger)
         try:
             message, _ = link.receive(peer)
         except LinkClosed:
-            peer.close()
-            return
+            message = None
         if not isinstance(message, Join):
             peer.close()
             return
-        if self._early is not None:
-            self._early[1].close()
-        self._early = (message.placement, peer)
-        self._adopt_early()
+        peer.settimeout(link.SOCKET_SECONDS)
+        if len(self._early) == PEERS_MAX:
+            self._early.pop(next(iter(self._early))).close()
+        self._early[message.placement] = peer
+        self._adopt()
 
-    def _adopt_early(self) -> None:
-        """Take rows from a stage that joined; it may have learnt of the placement before this one."""
-        if self._early is None or self._early[0] != self._placement:
+    def _adopt(self) -> None:
+        """Take rows from the stage that joined this placement, if it has."""
+        if self._placement not in self._early:
             return
         self._drop_upstream()
-        self._upstream, self._early = self._early[1], None
+        self._upstream = self._early.pop(self._placement)
         self._selector.register(self._upstream, selectors.EVENT_READ)
 
     def _take_rows(self) -> None:
@@ -235,16 +270,25 @@ def rebuilt_error(failed: LoadFailed) -> CordeeError:
     return kind(failed.message)
 
 
+def _end_with(control: socket.socket) -> None:
+    """End the process when the other side of its control link is gone, whatever the main thread does."""
+    hangup = select.poll()
+    hangup.register(control, 0)  # POLLHUP alone, which cannot be left out
+    hangup.poll()
+    os._exit(0)
+
+
 def main() -> None:
     """Connect, listen, serve."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the service's to handle
     worker_id, control_path, inbox_path = sys.argv[1:]
     inbox = socket.socket(socket.AF_UNIX)
     inbox.bind(inbox_path)
-    inbox.listen(BACKLOG)
+    inbox.listen(PEERS_MAX)
     control = socket.socket(socket.AF_UNIX)
     control.connect(control_path)
     link.send(control, Hello(worker_id))
+    threading.Thread(target=_end_with, args=(control,), daemon=True).start()
     try:
         Worker(control, inbox).serve()
     except CordeeError as error:
