@@ -90,32 +90,29 @@ class ServicePeer:
         results = await asyncio.gather(
             *(self._stream(PROMPT_TOKENS, DECODE_TOKENS + 1) for _ in range(streams))
         )
-        start = max(first for first, _, _ in results)
-        # Streams that started earlier have tokens before `start`; count what came after it.
-        tokens = sum(sum(1 for moment in moments if moment > start) for _, _, moments in results)
-        end = max(last for _, last, _ in results)
-        return tokens / (end - start)
+        start = max(moments[0][0] for moments in results)
+        end = max(moments[-1][0] for moments in results)
+        before = sum(max(count for moment, count in moments if moment <= start) for moments in results)
+        return (sum(moments[-1][1] for moments in results) - before) / (end - start)
 
     async def prefill(self) -> float:
         """Tokens per second up to the first token of the answer, which is the whole wait of a user."""
         start = time.perf_counter()
-        first, _, _ = await self._stream(PREFILL_TOKENS, 1)
-        return PREFILL_TOKENS / (first - start)
+        moments = await self._stream(PREFILL_TOKENS, 1)
+        return PREFILL_TOKENS / (moments[0][0] - start)
 
-    async def _stream(self, prompt: int, tokens: int) -> tuple[float, float, list[float]]:
+    async def _stream(self, prompt: int, tokens: int) -> list[tuple[float, int]]:
+        """When chunks came, and how many tokens had been made by then."""
         self._requests += 1
         request = Request(
             id=str(self._requests),
             prompt=tuple(token(self._requests * 131 + i) for i in range(prompt)),
-            sampling=SamplingParams(
-                temperature=0, top_logprobs=0, logit_bias=dict.fromkeys(self._end, -100.0)
-            ),
+            sampling=SamplingParams(temperature=0, logit_bias=dict.fromkeys(self._end, -100.0)),
             max_tokens=tokens,
         )
-        moments = []
-        async for _ in self._service.generate(request):
-            moments.append(time.perf_counter())
-        return moments[0], moments[-1], moments
+        return [
+            (time.perf_counter(), chunk.completion_tokens) async for chunk in self._service.generate(request)
+        ]
 
     @property
     def _end(self) -> frozenset[int]:
