@@ -47,7 +47,7 @@ format: setup ## rewrite the sources in the house's format
 	@$(bin)/ruff format $(code)
 
 bench: setup ## measure beside plain libllama; JSON=1 prints one object a line
-	@$(bin)/python bench/speed.py $(if $(JSON),--json)
+	@$(bin)/python bench/llama.py $(if $(JSON),--json)
 
 docs: setup ## write docs/cli.md from the program's own help
 	@$(bin)/python scripts/cli_reference.py
