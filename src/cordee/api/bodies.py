@@ -14,6 +14,7 @@ BODY_BYTES_MAX = 16 << 20  # as much text as a vocabulary tokenizes: four times 
 BODIES_BYTES_MAX = (
     64 << 20
 )  # of all requests together while they are read; a decoded one takes several times its size
+PARAM_CHARS_MAX = 100  # an unknown field's name is whatever the client says
 BODY_SECONDS = 60.0  # a client on this machine sends the largest body in less than one
 
 # msgspec's messages: what is wrong, and where it is.
@@ -83,7 +84,7 @@ def _refusal(message: str) -> BadRequest:
     field = FIELD.match(what)
     if field is None:
         return BadRequest(f"{path or 'the body'}: {what[0].lower()}{what[1:]}", path)
-    param = f"{path}.{field['field']}" if path else field["field"]
+    param = (f"{path}.{field['field']}" if path else field["field"])[:PARAM_CHARS_MAX]
     if "unknown" in what[: field.start("field")]:
         return BadRequest(f"{param} is no field that this server knows; docs/api.md lists them", param)
     return BadRequest(f"{param} is missing", param)

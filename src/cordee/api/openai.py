@@ -171,7 +171,7 @@ def _check_length(service: Service, body: Common, prompt: Sequence[int]) -> None
     if len(prompt) >= service.context:
         raise ContextExceeded(
             f"the prompt has {len(prompt)} tokens; the context of {service.name} holds "
-            f"{service.context}, the answer included: shorten the prompt, or serve the model with a larger --context",
+            f"{service.context}, the answer included: shorten it, or serve the model with a larger --context",
             "messages" if isinstance(body, ChatRequest) else "prompt",
         )
 

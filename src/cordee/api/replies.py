@@ -1,5 +1,6 @@
 """OpenAI's replies: chat completions and completions, whole or as events, from the same chunks."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,7 @@ class Answer:
         self.last = chunk
 
 
-class Reply:
+class Reply(ABC):
     """What both endpoints have in common: the frame around choices, and what was used."""
 
     object: str
@@ -102,14 +103,17 @@ class Reply:
             "prompt_tokens_details": {"cached_tokens": sum(chunk.cached_tokens for chunk in prompts)},
         }
 
+    @abstractmethod
     def _piece(self, index: int, chunk: Chunk) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a chunk adds to a choice."""
 
+    @abstractmethod
     def _finish(self, index: int, reason: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """Why a choice ended."""
 
+    @abstractmethod
     def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        raise NotImplementedError
+        """A whole choice."""
 
 
 class ChatReply(Reply):

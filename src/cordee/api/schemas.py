@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import msgspec
 
 from cordee.errors import BadRequest
+from cordee.generation.sampling import RANGES
 from cordee.generation.text import STOPS_MAX
 
 MESSAGES_MAX = 4096  # turns of a conversation
@@ -196,7 +197,8 @@ class CompletionRequest(Common, kw_only=True):
         "a text, token ids, or a list of either; control tokens in a text are read as tokens",
     )
     logprobs: honoured(
-        int | None, "log-probabilities of the answer's tokens and of so many of the likeliest at each place"
+        Annotated[int, msgspec.Meta(ge=0, le=RANGES["top_logprobs"][1])] | None,
+        "log-probabilities of the answer's tokens and of so many of the likeliest at each place",
     ) = None
     best_of: refused("answers are not ranked; use `n`", 1) = ABSENT
     echo: refused("the prompt is not repeated", False) = ABSENT
