@@ -54,6 +54,7 @@ from cordee.node.worker import rebuilt_error
 
 State = Literal["loading", "ready", "replacing", "failed", "closed"]
 
+COMMAND = (sys.executable, "-m", "cordee.node.worker")
 START_SECONDS = 60.0  # a worker's interpreter and imports, on a slow and busy machine
 LOAD_SECONDS = 3600.0  # 60 GB from a slow disk take half an hour
 JOIN_SECONDS = 10.0  # for the first message of a link, which is sent as soon as it is there
@@ -318,9 +319,7 @@ class Pipeline:
 
     async def _start_process(self, worker_id: str, inbox: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "cordee.node.worker",
+            *COMMAND,
             worker_id,
             str(self._folder / "control"),
             inbox,
