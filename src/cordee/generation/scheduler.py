@@ -10,8 +10,8 @@ A stream's life:
                  ^                             |          |
                  '------ cancel anywhere ------'          '-- `lost`: prefill again, from the token log
 
-- **Continuous batching**: streams join and leave between micro-batches. Each has a *slot*, which is a
-  sequence number of the KV cache with a fixed context.
+- **Continuous batching**: streams join and leave between micro-batches, first come first served. Each has a
+  *slot*, which is a sequence number of the KV cache with a fixed context.
 - **Chunked prefill**: a prompt goes in chunks, so that it never blocks the others for long. The rows that a
   micro-batch has for prefill are shared out by water-filling: every prompt gets an equal share, and what
   short ones do not need goes to the long ones. So a short request starts after about its own work however
@@ -21,10 +21,11 @@ A stream's life:
   chunks of one prompt may follow each other closely.
 - **Prefix reuse**: a slot remembers the tokens of its last stream; the next turn of a chat finds its history
   there and computes only what is new.
+- **Suspects**: a stream that is set apart travels alone, which tells whether it is what breaks the pipeline.
 """
 
-from collections import deque
-from collections.abc import Collection, Mapping
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cordee.errors import BadRequest, ContextExceeded, Overloaded
@@ -34,20 +35,28 @@ from cordee.generation.tokenlog import TokenLog
 # Prefill rows that may join a micro-batch while others decode: they wait for it, so it is kept to a few
 # decode steps' worth of work.
 PREFILL_ROWS_BESIDE_DECODE = 128
-# A common prefix shorter than this is not worth giving up another slot's cached tokens for.
+# Fewer cached tokens than this are worth nothing: computing them again takes no longer than a decode step.
 PREFIX_TOKENS_MIN = 8
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a scheduler. `context` is in tokens for each of `sequences` slots; `queue` bounds the
-    streams that wait for a slot; `in_flight` the micro-batches under way."""
+    """Bounds of a scheduler. `context` is in tokens for each of `sequences` slots; `batch_rows` are at least
+    one for every sequence, so that each stream can always go on; `queue` bounds the streams that wait for a
+    slot; `in_flight` the micro-batches under way."""
 
     sequences: int
     context: int
     batch_rows: int
     queue: int
     in_flight: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sequences > self.batch_rows:
+            raise BadRequest(
+                f"{self.sequences} sequences do not fit a micro-batch of {self.batch_rows} rows: take fewer",
+                "sequences",
+            )
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What travels the pipeline as one message.
+    """What travels the pipeline as one message; at most one segment of each sequence.
 
     A segment that starts before the end of what its sequence holds replaces the rest of it. `opens` maps a
     sequence to the token log that its new sampler starts from (as it is when the batch is made).
@@ -78,29 +87,40 @@ class MicroBatch:
 class Event:
     """A stream got a token, or ended, or both. `choice` None: it ended without a token of its own.
 
-    `cached_tokens` of its prompt were found in the KV cache.
+    `cached_tokens` of its prompt were in the KV cache when it got its slot. `failure` says why its token
+    could not be chosen; the stream has ended then, without a finish reason.
     """
 
     stream: str
     choice: Choice | None
     finish_reason: FinishReason | None
     cached_tokens: int
+    failure: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
+class _Slot:
+    sequence: int
+    tokens: list[int] = field(default_factory=list)  # in the KV cache, or on their way there, by position
+    released: int = 0  # when its last stream ended, counted in ended streams
+
+
+@dataclass(eq=False)
 class _Stream:
+    """A stream that has a slot. The slot's tokens are always the beginning of its log."""
+
     request: Request
     log: TokenLog
-    sequence: int | None = None
-    computed: int = 0  # tokens of the log that were sent to the pipeline, or found there
-    cached: int = 0
-    sampling: bool = False  # a row that will give a token is under way
-    opened: bool = False
+    slot: _Slot
+    cached: int
+    opened: bool = False  # its sampler was made
+    apart: bool = False  # nothing else may be under way with it
+    sampled: int = 0  # id of the last micro-batch that gave or will give it a token
 
     @property
     def rows_left(self) -> int:
-        """Rows that can be sent now."""
-        return 0 if self.sampling else len(self.log) - self.computed
+        """Rows that can be sent now; none while its next token is under way."""
+        return len(self.log) - len(self.slot.tokens)
 
     @property
     def decodes(self) -> bool:
@@ -108,25 +128,18 @@ class _Stream:
         return self.rows_left == 1 and bool(self.log.generated)
 
 
-@dataclass
-class _Slot:
-    stream: str | None = None
-    tokens: list[int] = field(default_factory=list)  # what the KV cache holds, in order of position
-    used: int = 0  # when it was last given out, counted in admissions
-
-
 class Scheduler:
     """See the module's theory of operation. `end_of_generation` are the tokens that end an answer."""
 
     def __init__(self, limits: Limits, end_of_generation: Collection[int]) -> None:
-        self.limits = limits
+        self._limits = limits
         self._end_of_generation = frozenset(end_of_generation)
-        self._waiting: deque[_Stream] = deque()
+        self._waiting: OrderedDict[str, Request] = OrderedDict()
         self._active: dict[str, _Stream] = {}
-        self._slots = [_Slot() for _ in range(limits.sequences)]
-        self._in_flight: dict[int, MicroBatch] = {}
+        self._slots = [_Slot(sequence) for sequence in range(limits.sequences)]
+        self._in_flight: dict[int, list[_Stream]] = {}  # by micro-batch, the streams that get a token
         self._batches = 0
-        self._admissions = 0
+        self._releases = 0
 
     @property
     def waiting(self) -> int:
@@ -138,69 +151,86 @@ class Scheduler:
         """Streams that hold a slot."""
         return len(self._active)
 
-    @property
-    def in_flight(self) -> int:
-        """Micro-batches under way."""
-        return len(self._in_flight)
-
     def submit(self, request: Request) -> None:
         """Queue a stream.
 
         Raises:
-            BadRequest: the prompt is empty, or the id is in use.
+            BadRequest: the prompt is empty, no token is asked for, or the id is in use.
             ContextExceeded: prompt and at least one token do not fit the context.
-            Overloaded: the queue is full.
+            Overloaded: all slots are taken, or soon will be, and the queue is full.
         """
         if not request.prompt:
             raise BadRequest("the prompt is empty", "prompt")
-        if len(request.prompt) >= self.limits.context:
+        if request.max_tokens is not None and request.max_tokens < 1:
+            raise BadRequest(f"max_tokens is {request.max_tokens}: ask for at least 1", "max_tokens")
+        if len(request.prompt) >= self._limits.context:
             raise ContextExceeded(
-                f"the prompt has {len(request.prompt)} tokens; the context holds {self.limits.context}, "
+                f"the prompt has {len(request.prompt)} tokens; the context holds {self._limits.context}, "
                 "the answer included: shorten the prompt, or start with a larger --context",
                 "messages",
             )
-        if request.id in self._active or any(stream.request.id == request.id for stream in self._waiting):
+        if request.id in self._active or request.id in self._waiting:
             raise BadRequest(f"a stream {request.id} is already running", "id")
-        if len(self._waiting) >= self.limits.queue:
-            raise Overloaded(f"{self.limits.queue} requests are waiting already: try again later")
-        self._waiting.append(_Stream(request, TokenLog(request.prompt, request.sampling)))
+        if self.active + self.waiting >= self._limits.sequences + self._limits.queue:
+            raise Overloaded(f"{self._limits.queue} requests are waiting already: try again later")
+        self._waiting[request.id] = request
 
     def cancel(self, stream_id: str) -> None:
         """End a stream without an event; unknown ids are ignored, since it may just have finished."""
         if stream_id in self._active:
             self._release(self._active[stream_id])
         else:
-            self._waiting = deque(stream for stream in self._waiting if stream.request.id != stream_id)
+            self._waiting.pop(stream_id, None)
+
+    def set_apart(self, stream_id: str) -> None:
+        """Let nothing travel with a stream until it gets its next token: a loss is then its own doing.
+
+        Streams that are set apart go one after the other, and all others wait meanwhile. Streams without a
+        slot are ignored: they have nothing under way.
+        """
+        if stream_id in self._active:
+            self._active[stream_id].apart = True
 
     def next_batch(self) -> MicroBatch | None:
         """The next micro-batch to send; None if nothing can be sent now."""
-        if len(self._in_flight) >= self.limits.in_flight:
+        if len(self._in_flight) >= self._limits.in_flight:
             return None
-        self._admit()
-        segments = self._decode_segments()
-        segments += self._prefill_segments(self._prefill_budget(len(segments)))
+        apart = next((stream for stream in self._active.values() if stream.apart), None)
+        if apart is not None:
+            if self._in_flight:
+                return None
+            segments = [self._segment(apart, min(apart.rows_left, self._limits.batch_rows))]
+        else:
+            self._admit()
+            segments = self._decode_segments()
+            segments += self._prefill_segments(self._limits.batch_rows - len(segments))
         if not segments:
             return None
         self._batches += 1
-        batch = MicroBatch(self._batches, tuple(segments), self._take_opens(segments))
-        self._in_flight[batch.id] = batch
-        return batch
+        sampled = [self._active[segment.stream] for segment in segments if segment.sample]
+        opens = {stream.slot.sequence: stream.log for stream in sampled if not stream.opened}
+        for stream in sampled:
+            stream.opened, stream.sampled = True, self._batches
+        self._in_flight[self._batches] = sampled
+        return MicroBatch(self._batches, tuple(segments), opens)
 
-    def complete(self, batch_id: int, choices: Mapping[int, Choice]) -> list[Event]:
-        """Take a micro-batch's result: the token chosen for each sampled sequence.
+    def complete(
+        self, batch_id: int, choices: Mapping[int, Choice], failures: Mapping[int, str]
+    ) -> list[Event]:
+        """Take a micro-batch's result: the token chosen for each sampled sequence, or why there is none.
 
-        Results of batches that were lost, and tokens of streams that ended meanwhile, are dropped. A stream
-        whose token could not be chosen must have been cancelled before.
+        Results of batches that were lost, and tokens of streams that ended meanwhile, are dropped.
         """
-        batch = self._in_flight.pop(batch_id, None)
-        if batch is None:
-            return []
         events = []
-        for segment in batch.segments:
-            stream = self._active.get(segment.stream)
-            if not segment.sample or stream is None or stream.sequence != segment.sequence:
+        for stream in self._in_flight.pop(batch_id, ()):
+            sequence = stream.slot.sequence
+            if self._active.get(stream.request.id) is not stream:
                 continue
-            events.append(self._advance(stream, choices[segment.sequence]))
+            if sequence in failures:
+                self._release(stream)
+                events.append(Event(stream.request.id, None, None, stream.cached, failures[sequence]))
+            else:
+                events.append(self._advance(stream, choices[sequence]))
         return events
 
     def lost(self) -> None:
@@ -209,18 +239,17 @@ class Scheduler:
         for slot in self._slots:
             slot.tokens.clear()
         for stream in self._active.values():
-            stream.computed = 0
-            stream.sampling = stream.opened = False
+            stream.opened = False
 
     def _advance(self, stream: _Stream, choice: Choice) -> Event:
-        stream.sampling = False
+        stream.apart = False
         name = stream.request.id
         if choice.token in self._end_of_generation:
             self._release(stream)
             return Event(name, None, "stop", stream.cached)
         stream.log.append(choice.token)
         limit = stream.request.max_tokens
-        full = len(stream.log) >= self.limits.context
+        full = len(stream.log) >= self._limits.context
         if full or (limit is not None and len(stream.log.generated) >= limit):
             self._release(stream)
             return Event(name, choice, "length", stream.cached)
@@ -228,76 +257,78 @@ class Scheduler:
 
     def _release(self, stream: _Stream) -> None:
         del self._active[stream.request.id]
-        assert stream.sequence is not None
-        self._slots[stream.sequence].stream = None
+        self._releases += 1
+        stream.slot.released = self._releases
 
     def _admit(self) -> None:
-        while self._waiting and len(self._active) < self.limits.sequences:
-            stream = self._waiting.popleft()
-            sequence, cached = self._choose_slot(stream.log)
-            slot = self._slots[sequence]
-            self._admissions += 1
-            slot.stream, slot.used = stream.request.id, self._admissions
+        while self._waiting and self.active < self._limits.sequences:
+            name, request = self._waiting.popitem(last=False)
+            slot, cached = self._choose_slot(request.prompt)
             del slot.tokens[cached:]
-            stream.sequence, stream.computed, stream.cached = sequence, cached, cached
-            self._active[stream.request.id] = stream
+            self._active[name] = _Stream(request, TokenLog(request.prompt, request.sampling), slot, cached)
 
-    def _choose_slot(self, log: TokenLog) -> tuple[int, int]:
-        """The free slot with the longest useful prefix, else the longest unused; and the prefix's length."""
-        prompt = log.tokens(0, len(log))
-        free = [index for index, slot in enumerate(self._slots) if slot.stream is None]
+    def _choose_slot(self, prompt: tuple[int, ...]) -> tuple[_Slot, int]:
+        """A free slot for a prompt, and how many of the prompt's tokens it holds already.
+
+        The longest prefix decides, among slots where it saves at least as much as it throws away: chats that
+        share no more than a system prompt must not take each other's slot. Else the slot with the least to
+        lose: one without tokens worth keeping, or the one that was released first. Else the one with most
+        active neighbours, since the llama engine computes consecutive sequences in one call.
+        """
+        taken = {stream.slot.sequence for stream in self._active.values()}
+        free = [slot for slot in self._slots if slot.sequence not in taken]
         # The last token is computed in any case: its logits give the first token of the answer.
-        prefixes = {index: _common_prefix(self._slots[index].tokens, prompt[:-1]) for index in free}
-        best = max(free, key=lambda index: prefixes[index])
-        if prefixes[best] >= PREFIX_TOKENS_MIN:
-            return best, prefixes[best]
-        chosen = min(free, key=lambda index: (self._slots[index].used, index))
-        return chosen, prefixes[chosen]
+        found = {slot: _common_prefix(slot.tokens, prompt[:-1]) for slot in free}
+        useful = [
+            slot for slot in free if found[slot] >= max(PREFIX_TOKENS_MIN, len(slot.tokens) - found[slot])
+        ]
+        if useful:
+            slot = max(useful, key=lambda slot: (found[slot], -len(slot.tokens)))
+            return slot, found[slot]
+
+        def loss(slot: _Slot) -> tuple[int, int, int]:
+            worth_keeping = len(slot.tokens) >= PREFIX_TOKENS_MIN
+            neighbours = len(taken & {slot.sequence - 1, slot.sequence + 1})
+            return slot.released if worth_keeping else 0, -neighbours, slot.sequence
+
+        slot = min(free, key=loss)
+        return slot, found[slot]
 
     def _decode_segments(self) -> list[Segment]:
+        """One row each of the streams that waited longest: enough for an equal part of them in each
+        micro-batch that may be under way, but leaving some for each that is still to be sent."""
         ready = [stream for stream in self._active.values() if stream.decodes]
-        group = -(-len(self._active) // self.limits.in_flight)
-        ready.sort(key=lambda stream: stream.sequence)
-        return [self._segment(stream, 1) for stream in ready[: min(group, self.limits.batch_rows)]]
-
-    def _prefill_budget(self, decode_rows: int) -> int:
-        if not any(stream.log.generated for stream in self._active.values()):
-            return self.limits.batch_rows
-        return max(0, min(PREFILL_ROWS_BESIDE_DECODE, self.limits.batch_rows - decode_rows))
+        ready.sort(key=lambda stream: (stream.sampled, stream.slot.sequence))
+        unsent = self._limits.in_flight - len(self._in_flight)
+        rows = min(_ceil_div(self.active, self._limits.in_flight), _ceil_div(len(ready), unsent))
+        return [self._segment(stream, 1) for stream in ready[:rows]]
 
     def _prefill_segments(self, budget: int) -> list[Segment]:
+        """Water-filling of at most `budget` rows over the prompts, at least one row each."""
         streams = [stream for stream in self._active.values() if stream.rows_left and not stream.decodes]
         streams.sort(key=lambda stream: stream.rows_left)
+        if any(stream.decodes or not stream.rows_left for stream in self._active.values()):
+            budget = min(budget, max(PREFILL_ROWS_BESIDE_DECODE, len(streams)))
         segments = []
         for index, stream in enumerate(streams):
-            share = budget // (len(streams) - index)
-            rows = min(stream.rows_left, max(1, share), budget)
-            if rows == 0:
-                break
+            rows = min(stream.rows_left, budget // (len(streams) - index))
             budget -= rows
             segments.append(self._segment(stream, rows))
         return segments
 
     def _segment(self, stream: _Stream, rows: int) -> Segment:
-        assert stream.sequence is not None
-        first, stop = stream.computed, stream.computed + rows
-        tokens = stream.log.tokens(first, stop)
-        stream.computed = stop
-        stream.sampling = stop == len(stream.log)
-        self._slots[stream.sequence].tokens += tokens
-        return Segment(stream.request.id, stream.sequence, first, tokens, stream.sampling)
-
-    def _take_opens(self, segments: list[Segment]) -> dict[int, TokenLog]:
-        opens = {}
-        for segment in segments:
-            stream = self._active[segment.stream]
-            if segment.sample and not stream.opened:
-                opens[segment.sequence] = stream.log
-                stream.opened = True
-        return opens
+        slot = stream.slot
+        first = len(slot.tokens)
+        tokens = stream.log.tokens(first, first + rows)
+        slot.tokens += tokens
+        return Segment(stream.request.id, slot.sequence, first, tokens, sample=stream.rows_left == 0)
 
 
-def _common_prefix(left: list[int], right: list[int]) -> int:
+def _ceil_div(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
             return index

@@ -22,7 +22,7 @@ from cordee.errors import CordeeError, StageFailed
 from cordee.generation import sampling, text
 from cordee.generation.grammar import GrammarTokenizer
 from cordee.generation.request import Choice, Chunk, FinishReason, Request
-from cordee.generation.scheduler import Event, Limits, MicroBatch, Scheduler
+from cordee.generation.scheduler import Event, Limits, Scheduler
 from cordee.generation.template import ChatTemplate
 from cordee.models.embedding import Embedding
 from cordee.models.gguf import Header, read_header
@@ -83,7 +83,6 @@ class Service:
         self._pipeline: Pipeline | None = None
         self._embedding: Embedding | None = None
         self._answers: dict[str, _Answer] = {}
-        self._batches: dict[int, MicroBatch] = {}
         self._measured: dict[int, asyncio.Future[dict[int, str]]] = {}  # by negative batch number
         self._failure: CordeeError | None = None
         self._recent: deque[float] = deque(maxlen=RATE_TOKENS)
@@ -208,20 +207,16 @@ class Service:
             if not measured.done():
                 measured.set_result(tokens.digests)
             return
-        batch = self._batches.pop(tokens.batch, None)
-        if batch is None:
-            return
-        for segment in batch.segments:
-            if segment.sample and segment.sequence in tokens.failures:
-                self._fail(segment.stream, StageFailed(tokens.failures[segment.sequence]))
-        for event in self._scheduler.complete(tokens.batch, tokens.choices):
-            self._tell(event)
+        for event in self._scheduler.complete(tokens.batch, tokens.choices, tokens.failures):
+            if event.failure is not None:
+                self._fail(event.stream, StageFailed(event.failure))
+            else:
+                self._tell(event)
         self._pump()
 
     def on_lost(self) -> None:
         """Pipeline's listener: replay everything, once it is ready again."""
         self._scheduler.lost()
-        self._batches.clear()
         for future in self._measured.values():
             if not future.done():
                 future.set_exception(StageFailed("a stage was lost while the model was tried out"))
@@ -246,7 +241,6 @@ class Service:
     def _pump(self) -> None:
         """Send what the scheduler wants sent."""
         while self.ready and (batch := self._scheduler.next_batch()) is not None:
-            self._batches[batch.id] = batch
             runs = tuple(
                 Run(segment.sequence, segment.first_position, len(segment.tokens), segment.sample)
                 for segment in batch.segments
