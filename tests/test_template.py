@@ -254,7 +254,8 @@ LAUGHS = (
     "{% set ns = namespace(a=[1], b=[1], t=(1,)) %}{% for i in range(90) %}{% set ns.a = [ns.a, ns.a] %}"
     "{% set ns.b = [ns.b, ns.b] %}{% set ns.t = (ns.t, ns.t) %}{% endfor %}"
 )
-MILLION = "{% set ns = namespace(l=[], s='x' * 1000000) %}{% for i in range(99999) %}STEP{% endfor %}"
+MILLION = "{% set s = 'x' * 1000000 %}{% for i in range(200) %}STEP{% endfor %}"
+TEXT = "y" * 9000
 
 ESCAPES = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -350,19 +351,25 @@ MUCH_TIME = [
     "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(90) }}",
     "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "{% block a %}{{ self.a() }}{% endblock %}",
-    "{% for i in range(99999) %}" + "y" * 30_000 + "{% endfor %}",
-    "{% for i in range(99999) %}{% set x = self.b() %}{% endfor %}{% block b %}"
-    + "y" * 9000
-    + "{% endblock %}",
+    "{% for i in range(99999) %}" + TEXT + "{% endfor %}",
+    "{% for i in range(2000) %}{% set x = self.b() %}{% endfor %}{% block b %}" + TEXT + "{% endblock %}",
+    "{% macro m() %}" + TEXT + "{% endmacro %}{% for i in range(2000) %}{% set x = m() %}{% endfor %}",
+    "{% macro m() %}{% set x = caller() %}{% endmacro %}{% for i in range(2000) %}{% call m() %}"
+    + TEXT[:8000]
+    + "{% endcall %}{% endfor %}",
     *(
         MILLION.replace("STEP", step)
         for step in (
-            "{% set ns.l = ns.l + [ns.s[1:]] %}",
-            "{% set ns.l = ns.l + [ns.s|upper] %}",
-            "{% set ns.l = ns.l + [ns.s.upper()] %}",
-            "{% if ns.s == ns.s + '' %}{% endif %}",
-            "{% if 'y' in ns.s %}{% endif %}",
-            "{% set x = ns.s.count('y') %}",
+            "{% set x = s[1:] %}",
+            "{% set x = s|upper %}",
+            "{% set x = s.upper() %}",
+            "{% set x = s + 'y' %}",
+            "{% set x = s ~ 'y' %}",
+            "{% if s == 'y' %}{% endif %}",
+            "{% if 'y' in s %}{% endif %}",
+            "{% if s is lower %}{% endif %}",
+            "{% set x = s.count('y') %}",
+            "{% set x %}{{ s }}{% endset %}",
         )
     ),
 ]

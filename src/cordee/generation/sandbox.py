@@ -147,9 +147,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
             args = _text_method(owner, __obj.__name__, args)
-        elif isinstance(owner, list | tuple):
-            measure(owner)  # index and count compare
-        elif isinstance(owner, dict):
+        elif isinstance(owner, list | tuple | dict):
             glance(owner)
         elif owner is not None and type(owner).__module__ == "builtins":
             raise SecurityError(f"a method of {type(owner).__name__} is used")
