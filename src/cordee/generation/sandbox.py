@@ -25,7 +25,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Namespace
 
-WORK_MAX = 128 << 20  # a second or two, 512 MB at the very worst; a prompt of a million tokens takes a third
+WORK_MAX = 128 << 20  # 3 s and 512 MB at the very worst; a prompt of a million tokens takes a third
 STEP = 250  # a loop turn, call or filter, in copied characters
 ITEM = 64  # an item of a list or dict
 NODE = 4  # a node of the syntax tree in a loop's body
