@@ -1,13 +1,6 @@
-"""The scheduler against a fake pipeline that checks every message: streams get the tokens of their solo runs.
+"""The scheduler: streams get the tokens of their solo runs, in fair turns, and reuse what was computed."""
 
-The fake computes a token as a pure function of all tokens that the stream's sequence holds, so a row that is
-wrong, missing or there twice changes the text.
-"""
-
-import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
 from random import Random
 
 import pytest
@@ -15,167 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cordee.errors import BadRequest, ContextExceeded, Overloaded
-from cordee.generation.request import Choice, Request, SamplingParams
-from cordee.generation.scheduler import PREFILL_ROWS_BESIDE_DECODE, Event, Limits, MicroBatch, Scheduler
+from cordee.generation.request import SamplingParams
+from cordee.generation.scheduler import PREFILL_ROWS_BESIDE_DECODE, Limits
 from cordee.generation.tokenlog import TokenLog
-
-VOCABULARY = 24
-END = 0  # the token that ends an answer: one in 24
-NEVER = 1000  # an end token that never comes
-
-
-def next_token(seed: int, history: Sequence[int]) -> int:
-    return zlib.crc32(bytes([seed, *history])) % VOCABULARY
-
-
-@dataclass(eq=False)
-class Client:
-    """What the asker of one request sees."""
-
-    request: Request
-    got: list[int] = field(default_factory=list)
-    ended: str | None = None
-    cached: int | None = None  # as the events say
-    sequence: int | None = None
-    first_position: int | None = None  # of the first row that was computed for it
-    apart: bool = False
-
-
-class FakePipeline:
-    """Holds for each sequence the tokens of its KV cache and the history of its sampler."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.under_way: deque[tuple[MicroBatch, dict[int, tuple[int, list[int]]]]] = deque()
-        self.rows_sent = 0
-        self.forget()
-
-    def forget(self) -> None:
-        self.cache: dict[int, list[int]] = {sequence: [] for sequence in range(self.limits.sequences)}
-        self.samplers: dict[int, tuple[int, list[int]]] = {}
-        self.under_way.clear()
-
-    def send(self, batch: MicroBatch) -> None:
-        sequences = [segment.sequence for segment in batch.segments]
-        rows = sum(len(segment.tokens) for segment in batch.segments)
-        assert len(self.under_way) < self.limits.in_flight
-        assert 0 < rows <= self.limits.batch_rows
-        assert all(segment.tokens for segment in batch.segments)
-        assert len(set(sequences)) == len(sequences) and set(sequences) <= set(self.cache)
-        assert set(batch.opens) <= {segment.sequence for segment in batch.segments if segment.sample}
-        logs = batch.opens.items()
-        opens = {sequence: (log.sampling.seed, [*log.prompt, *log.generated]) for sequence, log in logs}
-        self.under_way.append((batch, opens))
-        self.rows_sent += rows
-
-    def answer(self) -> tuple[MicroBatch, dict[int, Choice]]:
-        """Compute the oldest micro-batch."""
-        batch, opens = self.under_way.popleft()
-        choices = {}
-        for segment in batch.segments:
-            held = self.cache[segment.sequence]
-            assert segment.first_position <= len(held), "rows are missing"
-            held[segment.first_position :] = segment.tokens
-            assert len(held) < self.limits.context
-            if not segment.sample:
-                continue
-            if segment.sequence in opens:
-                self.samplers[segment.sequence] = opens[segment.sequence]
-            seed, history = self.samplers[segment.sequence]
-            assert held == history, "the cache is not the token log"
-            token = next_token(seed, held)
-            history.append(token)
-            choices[segment.sequence] = Choice(token)
-        return batch, choices
-
-
-class World:
-    """A scheduler, a fake pipeline and clients."""
-
-    def __init__(self, limits: Limits, end: int = END) -> None:
-        self.limits = limits
-        self.end = end
-        self.scheduler = Scheduler(limits, {end})
-        self.pipeline = FakePipeline(limits)
-        self.clients: dict[str, Client] = {}  # the running ones
-
-    def submit(
-        self, name: str, prompt: Sequence[int], max_tokens: int | None = None, seed: int = 0
-    ) -> Client:
-        sampling = SamplingParams(seed=seed)
-        client = Client(Request(id=name, prompt=tuple(prompt), sampling=sampling, max_tokens=max_tokens))
-        self.scheduler.submit(client.request)
-        self.clients[name] = client
-        return client
-
-    def cancel(self, name: str) -> None:
-        self.scheduler.cancel(name)
-        self.clients.pop(name).ended = "cancelled"
-
-    def pump(self) -> list[MicroBatch]:
-        """Send all that may be sent now."""
-        sent = []
-        while (batch := self.scheduler.next_batch()) is not None:
-            self.pipeline.send(batch)
-            sent.append(batch)
-            for segment in batch.segments:
-                client = self.clients[segment.stream]
-                if client.sequence is None:
-                    taken = [other.sequence for other in self.clients.values()]
-                    assert segment.sequence not in taken, "two streams share a slot"
-                    client.sequence, client.first_position = segment.sequence, segment.first_position
-                assert client.sequence == segment.sequence
-                if any(other.apart for other in self.clients.values()):
-                    assert client.apart and len(batch.segments) == len(self.pipeline.under_way) == 1
-        assert self.pipeline.under_way or not self.clients, "deadlock"
-        return sent
-
-    def answer(self, failures: Callable[[int], bool] = lambda _: False) -> list[Event]:
-        """Let the oldest result come; `failures` tells sequences whose token cannot be chosen."""
-        batch, choices = self.pipeline.answer()
-        failed = {sequence: "no token fits" for sequence in choices if failures(sequence)}
-        chosen = {sequence: choice for sequence, choice in choices.items() if sequence not in failed}
-        events = self.scheduler.complete(batch.id, chosen, failed)
-        for event in events:
-            self.take(event)
-        return events
-
-    def take(self, event: Event) -> None:
-        """Compare an event with the next one of the stream's solo run."""
-        client = self.clients[event.stream]  # KeyError: an event for a stream that ended
-        request, said = client.request, (event.choice, event.finish_reason)
-        client.cached, client.apart = event.cached_tokens, False
-        expected = next_token(request.sampling.seed, [*request.prompt, *client.got])
-        if event.failure is not None:
-            assert said == (None, None)
-            client.ended = "failed"
-        elif expected == self.end:
-            assert said == (None, "stop")
-            client.ended = "stop"
-        else:
-            client.got.append(expected)
-            room = self.limits.context - len(request.prompt)
-            full = len(client.got) in (request.max_tokens, room)
-            client.ended = "length" if full else None
-            assert said == (Choice(expected), client.ended)
-        if client.ended:
-            del self.clients[event.stream]
-
-    def lose(self) -> None:
-        self.pipeline.forget()
-        self.scheduler.lost()
-
-    def set_apart(self, name: str) -> None:
-        self.scheduler.set_apart(name)
-        self.clients[name].apart = self.clients[name].sequence is not None
-
-    def step(self) -> list[Event]:
-        self.pump()
-        return self.answer()
-
-    def finish(self) -> None:
-        while self.clients:
-            self.step()
+from scheduler_world import NEVER, VOCABULARY, Client, World
 
 
 def tokens(rng: Random, count: int) -> list[int]:
@@ -546,13 +382,17 @@ def test_a_long_system_prompt_is_reused_where_that_costs_less_than_it_saves() ->
     assert rows == 12 + 3
 
 
-def test_the_longest_prefix_wins_even_against_neighbours() -> None:
+def test_the_longest_prefix_wins_then_the_slot_with_less_to_lose_even_against_neighbours() -> None:
     rng, world = Random(6), roomy(4)
-    first, _ = answered(world, "a", tokens(rng, 30))  # slot 0
-    answered(world, "b", tokens(rng, 30))  # slot 1
-    world.submit("x", tokens(rng, 20))  # slot 2
-    world.step()
-    assert slot_of_new(world, "longer", first + tokens(rng, 3)) == 0
+    text = tokens(rng, 50)
+    assert slot_of_new(world, "long", text[:40]) == 0
+    assert slot_of_new(world, "short", text[:30]) == 1
+    assert slot_of_new(world, "other", tokens(rng, 20)) == 2
+    world.cancel("long")
+    world.cancel("short")
+    assert slot_of_new(world, "as long", text) == 0
+    world.cancel("as long")
+    assert slot_of_new(world, "branches off", text[:30] + tokens(rng, 9)) == 1
 
 
 def test_a_new_chat_takes_an_empty_slot_then_the_one_released_first() -> None:
@@ -578,10 +418,13 @@ def test_streams_take_neighbouring_slots_so_that_their_rows_go_in_one_call() -> 
     assert slot_of_new(world, "h", tokens(rng, 5)) == 0
 
 
-def test_tokens_too_few_to_keep_do_not_decide() -> None:
+def test_a_few_cached_tokens_do_not_decide() -> None:
     rng, world = Random(9), roomy(4)
-    answered(world, "a", tokens(rng, 3), 1)
-    assert slot_of_new(world, "b", tokens(rng, 30)) == 0
+    prompts = [tokens(rng, 3) for _ in range(3)]
+    assert [slot_of_new(world, str(slot), prompts[slot]) for slot in range(3)] == [0, 1, 2]
+    world.cancel("0")
+    world.cancel("1")
+    assert slot_of_new(world, "new", prompts[0] + tokens(rng, 9)) == 1  # beside 2
 
 
 # --- the token log ----------------------------------------------------------------------------------------

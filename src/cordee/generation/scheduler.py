@@ -35,15 +35,21 @@ from cordee.generation.tokenlog import TokenLog
 # Prefill rows that may join a micro-batch while others decode: they wait for it, so it is kept to a few
 # decode steps' worth of work.
 PREFILL_ROWS_BESIDE_DECODE = 128
-# Fewer cached tokens than this are worth nothing: computing them again takes no longer than a decode step.
+# Fewer cached tokens than this do not decide which slot a stream gets: so few rows are soon computed again.
 PREFIX_TOKENS_MIN = 8
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of a scheduler. `context` is in tokens for each of `sequences` slots; `batch_rows` are at least
-    one for every sequence, so that each stream can always go on; `queue` bounds the streams that wait for a
-    slot; `in_flight` the micro-batches under way."""
+    """Bounds of a scheduler.
+
+    `context` is in tokens for each of `sequences` slots; `queue` bounds the streams that wait for a slot;
+    `in_flight` the micro-batches under way. A micro-batch has a row for every sequence at least, so that no
+    stream has to wait for others to end.
+
+    Raises:
+        BadRequest: `sequences` is more than `batch_rows`.
+    """
 
     sequences: int
     context: int
@@ -115,7 +121,6 @@ class _Stream:
     cached: int
     opened: bool = False  # its sampler was made
     apart: bool = False  # nothing else may be under way with it
-    sampled: int = 0  # id of the last micro-batch that gave or will give it a token
 
     @property
     def rows_left(self) -> int:
@@ -210,7 +215,7 @@ class Scheduler:
         sampled = [self._active[segment.stream] for segment in segments if segment.sample]
         opens = {stream.slot.sequence: stream.log for stream in sampled if not stream.opened}
         for stream in sampled:
-            stream.opened, stream.sampled = True, self._batches
+            stream.opened = True
         self._in_flight[self._batches] = sampled
         return MicroBatch(self._batches, tuple(segments), opens)
 
@@ -295,10 +300,12 @@ class Scheduler:
         return slot, found[slot]
 
     def _decode_segments(self) -> list[Segment]:
-        """One row each of the streams that waited longest: enough for an equal part of them in each
-        micro-batch that may be under way, but leaving some for each that is still to be sent."""
+        """One row each of an equal part of the streams, but leaving some for each micro-batch still unsent.
+
+        `in_flight` parts make the whole, so a stream that is left over goes with one of the next few.
+        """
         ready = [stream for stream in self._active.values() if stream.decodes]
-        ready.sort(key=lambda stream: (stream.sampled, stream.slot.sequence))
+        ready.sort(key=lambda stream: stream.slot.sequence)
         unsent = self._limits.in_flight - len(self._in_flight)
         rows = min(_ceil_div(self.active, self._limits.in_flight), _ceil_div(len(ready), unsent))
         return [self._segment(stream, 1) for stream in ready[:rows]]

@@ -1,0 +1,175 @@
+"""A world for the scheduler: clients that know their solo runs, a fake pipeline that checks every message.
+
+The fake computes a token as a pure function of all tokens that the stream's sequence holds, so a row that is
+wrong, missing or there twice changes the text.
+"""
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from cordee.generation.request import Choice, Request, SamplingParams
+from cordee.generation.scheduler import Event, Limits, MicroBatch, Scheduler
+from cordee.generation.tokenlog import TokenLog
+
+VOCABULARY = 24
+END = 0  # the token that ends an answer: one in 24
+NEVER = 1000  # an end token that never comes
+
+
+def next_token(seed: int, history: Sequence[int]) -> int:
+    return zlib.crc32(bytes([seed, *history])) % VOCABULARY
+
+
+@dataclass(eq=False)
+class Client:
+    """What the asker of one request sees."""
+
+    request: Request
+    got: list[int] = field(default_factory=list)
+    ended: str | None = None
+    cached: int | None = None  # as the events say
+    sequence: int | None = None
+    first_position: int | None = None  # of the first row that was computed for it
+    apart: bool = False
+
+
+class FakePipeline:
+    """Holds for each sequence the tokens of its KV cache and the history of its sampler."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.under_way: deque[tuple[MicroBatch, dict[int, tuple[int, list[int]]]]] = deque()
+        self.rows_sent = 0
+        self.forget()
+
+    def forget(self) -> None:
+        self.cache: dict[int, list[int]] = {sequence: [] for sequence in range(self.limits.sequences)}
+        self.samplers: dict[int, tuple[int, list[int]]] = {}
+        self.opened: set[TokenLog] = set()
+        self.under_way.clear()
+
+    def send(self, batch: MicroBatch) -> None:
+        sequences = [segment.sequence for segment in batch.segments]
+        rows = sum(len(segment.tokens) for segment in batch.segments)
+        assert len(self.under_way) < self.limits.in_flight
+        assert 0 < rows <= self.limits.batch_rows
+        assert all(segment.tokens for segment in batch.segments)
+        assert len(set(sequences)) == len(sequences) and set(sequences) <= set(self.cache)
+        assert set(batch.opens) <= {segment.sequence for segment in batch.segments if segment.sample}
+        logs = batch.opens.items()
+        opens = {sequence: (log.sampling.seed, [*log.prompt, *log.generated]) for sequence, log in logs}
+        assert self.opened.isdisjoint(batch.opens.values()), "a sampler is made once"
+        self.opened.update(batch.opens.values())
+        self.under_way.append((batch, opens))
+        self.rows_sent += rows
+
+    def answer(self) -> tuple[MicroBatch, dict[int, Choice]]:
+        """Compute the oldest micro-batch."""
+        batch, opens = self.under_way.popleft()
+        choices = {}
+        for segment in batch.segments:
+            held = self.cache[segment.sequence]
+            assert segment.first_position <= len(held), "rows are missing"
+            held[segment.first_position :] = segment.tokens
+            assert len(held) < self.limits.context
+            if not segment.sample:
+                continue
+            if segment.sequence in opens:
+                self.samplers[segment.sequence] = opens[segment.sequence]
+            seed, history = self.samplers[segment.sequence]
+            assert held == history, "the cache is not the token log"
+            token = next_token(seed, held)
+            history.append(token)
+            choices[segment.sequence] = Choice(token)
+        return batch, choices
+
+
+class World:
+    """A scheduler, a fake pipeline and clients."""
+
+    def __init__(self, limits: Limits, end: int = END) -> None:
+        self.limits = limits
+        self.end = end
+        self.scheduler = Scheduler(limits, {end})
+        self.pipeline = FakePipeline(limits)
+        self.clients: dict[str, Client] = {}  # the running ones
+
+    def submit(
+        self, name: str, prompt: Sequence[int], max_tokens: int | None = None, seed: int = 0
+    ) -> Client:
+        sampling = SamplingParams(seed=seed)
+        client = Client(Request(id=name, prompt=tuple(prompt), sampling=sampling, max_tokens=max_tokens))
+        self.scheduler.submit(client.request)
+        self.clients[name] = client
+        return client
+
+    def cancel(self, name: str) -> None:
+        self.scheduler.cancel(name)
+        self.clients.pop(name).ended = "cancelled"
+
+    def pump(self) -> list[MicroBatch]:
+        """Send all that may be sent now."""
+        sent = []
+        while (batch := self.scheduler.next_batch()) is not None:
+            self.pipeline.send(batch)
+            sent.append(batch)
+            for segment in batch.segments:
+                client = self.clients[segment.stream]
+                if client.sequence is None:
+                    taken = [other.sequence for other in self.clients.values()]
+                    assert segment.sequence not in taken, "two streams share a slot"
+                    client.sequence, client.first_position = segment.sequence, segment.first_position
+                assert client.sequence == segment.sequence
+                if any(other.apart for other in self.clients.values()):
+                    assert client.apart and len(batch.segments) == len(self.pipeline.under_way) == 1
+        assert self.pipeline.under_way or not self.clients, "deadlock"
+        return sent
+
+    def answer(self, failures: Callable[[int], bool] = lambda _: False) -> list[Event]:
+        """Let the oldest result come; `failures` tells sequences whose token cannot be chosen."""
+        batch, choices = self.pipeline.answer()
+        failed = {sequence: "no token fits" for sequence in choices if failures(sequence)}
+        chosen = {sequence: choice for sequence, choice in choices.items() if sequence not in failed}
+        events = self.scheduler.complete(batch.id, chosen, failed)
+        for event in events:
+            self.take(event)
+        return events
+
+    def take(self, event: Event) -> None:
+        """Compare an event with the next one of the stream's solo run."""
+        client = self.clients[event.stream]  # KeyError: an event for a stream that ended
+        request, said = client.request, (event.choice, event.finish_reason)
+        client.cached, client.apart = event.cached_tokens, False
+        expected = next_token(request.sampling.seed, [*request.prompt, *client.got])
+        if event.failure is not None:
+            assert said == (None, None)
+            client.ended = "failed"
+        elif expected == self.end:
+            assert said == (None, "stop")
+            client.ended = "stop"
+        else:
+            client.got.append(expected)
+            room = self.limits.context - len(request.prompt)
+            full = len(client.got) in (request.max_tokens, room)
+            client.ended = "length" if full else None
+            assert said == (Choice(expected), client.ended)
+        if client.ended:
+            del self.clients[event.stream]
+
+    def lose(self) -> None:
+        self.pipeline.forget()
+        self.scheduler.lost()
+
+    def set_apart(self, name: str) -> None:
+        self.scheduler.set_apart(name)
+        self.clients[name].apart = self.clients[name].sequence is not None
+
+    def step(self) -> list[Event]:
+        self.pump()
+        return self.answer()
+
+    def finish(self) -> None:
+        while self.clients:
+            self.step()
