@@ -8,6 +8,7 @@ longer than a tokenization.
 
 import asyncio
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from cordee.engine.stage import StageConfig
 from cordee.engine.vocabulary import Vocabulary
-from cordee.errors import CordeeError, StageFailed
+from cordee.errors import BadRequest, CordeeError, StageFailed, StorageFailed
 from cordee.generation import sampling, text
 from cordee.generation.grammar import GrammarTokenizer
 from cordee.generation.request import Choice, Chunk, FinishReason, Request
@@ -35,10 +36,14 @@ from cordee.node.pipeline import Pipeline
 # Unless told otherwise the KV cache has room for this many tokens in all: 0.75 GB for the starter model.
 CELLS_DEFAULT = 32768
 BATCH_ROWS = 512  # rows of a micro-batch: enough to use the processor fully, little enough not to block it
-# A stream that takes the pipeline down this often without one token in between is its cause.
-LOSSES_MAX = 3
+# A stream that is under way at this many losses, without a token of its own in between, may be their cause:
+# from then on it travels alone, so that no other is suspected with it ...
+LOSSES_SUSPECT = 2
+LOSSES_MAX = 3  # ... and one more loss than this ends it
 RATE_TOKENS = 256  # tokens that the reported rate looks back at ...
 RATE_SECONDS = 10.0  # ... and for how long
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,8 @@ class Service:
         self._embedding: Embedding | None = None
         self._answers: dict[str, _Answer] = {}
         self._measured: dict[int, asyncio.Future[dict[int, str]]] = {}  # by negative batch number
-        self._failure: CordeeError | None = None
+        self._under_way: dict[int, set[str]] = {}  # by micro-batch, the streams that have rows in it
+        self._failure: str | None = None  # why nothing can be answered now
         self._recent: deque[float] = deque(maxlen=RATE_TOKENS)
         self._started = time.monotonic()
         self._entry: Path | None = None
@@ -122,11 +128,11 @@ class Service:
                 service._embedding = Embedding(header)
             service._pipeline = await Pipeline.start(slices, stage_config, service, report)
             service.batch_invariant = await service._verdict(store, report)
+            service.port = config.port
+            service._publish()
         except BaseException:
             await service.close()
             raise
-        service.port = config.port
-        service._publish()
         return service
 
     @property
@@ -145,21 +151,24 @@ class Service:
         """
         sampling.check(request.sampling, self.vocabulary.size, self._grammar_tokenizer)
         text.check(request.stop)
+        if not all(0 <= token < self.vocabulary.size for token in request.prompt):
+            raise BadRequest(f"the prompt's token ids must be 0 to {self.vocabulary.size - 1}", "prompt")
         if self._failure is not None:
-            raise self._failure
+            raise StageFailed(self._failure)
         self._scheduler.submit(request)
         answer = self._answers[request.id] = _Answer(request, self.vocabulary)
-        self._pump()
         try:
+            self._pump()
             while True:
                 chunk = await answer.next()
                 yield chunk
                 if chunk.finish_reason is not None:
                     return
         finally:
-            self._answers.pop(request.id, None)
-            self._scheduler.cancel(request.id)
-            self._pump()
+            if self._answers.get(request.id) is answer:  # not a later one's of the same id
+                del self._answers[request.id]
+                self._scheduler.cancel(request.id)
+                self._pump()
 
     def status(self) -> dict:
         """What the service is doing, as JSON-able values; bytes and seconds in the names."""
@@ -193,12 +202,14 @@ class Service:
 
     async def close(self) -> None:
         """End the stages and every stream; closing twice is harmless."""
-        if self._entry is not None:
-            registry.withdraw(self._entry)
-        self._fail_all(StageFailed(f"the service of {self.name} is closing"))
+        self._failure = f"the service of {self.name} is closed"
+        self._fail_all(self._failure)
         if self._pipeline is not None:
             await self._pipeline.close()
+        self._embedding = None
         self.vocabulary.close()
+        if self._entry is not None:
+            registry.withdraw(self._entry)
 
     def on_tokens(self, tokens: Tokens) -> None:
         """Pipeline's listener: a micro-batch's result."""
@@ -207,11 +218,13 @@ class Service:
             if not measured.done():
                 measured.set_result(tokens.digests)
             return
+        self._under_way.pop(tokens.batch, None)
         for event in self._scheduler.complete(tokens.batch, tokens.choices, tokens.failures):
-            if event.failure is not None:
-                self._fail(event.stream, StageFailed(event.failure))
-            else:
+            try:
                 self._tell(event)
+            except Exception:  # a fault at one stream must not stop the others
+                log.exception("an answer could not be made")
+                self._fail(event.stream, "the answer could not be turned into text")
         self._pump()
 
     def on_lost(self) -> None:
@@ -221,21 +234,26 @@ class Service:
             if not future.done():
                 future.set_exception(StageFailed("a stage was lost while the model was tried out"))
         self._measured.clear()
-        for name, answer in list(self._answers.items()):
+        suspects = set().union(*self._under_way.values())
+        self._under_way.clear()
+        for name in suspects & self._answers.keys():
+            answer = self._answers[name]
             answer.losses += 1
             if answer.losses > LOSSES_MAX:
-                self._fail(name, StageFailed("the stages fail again and again at this request"))
+                self._fail(name, "the stages fail again and again at this request")
+            elif answer.losses >= LOSSES_SUSPECT:
+                self._scheduler.set_apart(name)
 
     def on_ready(self) -> None:
         """Pipeline's listener: go on."""
         self._failure = None
+        self._pump()
         if self._entry is not None:
             self._publish()
-        self._pump()
 
     def on_failed(self, error: CordeeError) -> None:
         """Pipeline's listener: nothing can be answered for now."""
-        self._failure = StageFailed(f"{self.name} cannot answer: {error.message}")
+        self._failure = f"{self.name} cannot answer: {error.message}"
         self._fail_all(self._failure)
 
     def _pump(self) -> None:
@@ -250,6 +268,7 @@ class Service:
                 for sequence, log in batch.opens.items()
             }
             tokens = [token for segment in batch.segments for token in segment.tokens]
+            self._under_way[batch.id] = {segment.stream for segment in batch.segments}
             self._send(batch.id, runs, tokens, opens)
 
     def _send(
@@ -289,11 +308,16 @@ class Service:
             found = await verdict.measure(self._measure, self.vocabulary.size, self._config)
         except StageFailed:
             return None
-        if found is not None:
-            store.set_verdict(self.model.digest, name, found)
+        try:
+            if found is not None:
+                store.set_verdict(self.model.digest, name, found)
+        except StorageFailed as error:
+            report(f"the result is not kept: {error.message}")
         return found
 
     async def _measure(self, runs: Sequence[Run], tokens: Sequence[int]) -> dict[int, str]:
+        if not self.ready:
+            raise StageFailed("a stage was lost while the model was tried out")
         number = -1 - len(self._measured)  # the scheduler's batches count up from 1
         self._measured[number] = answer = asyncio.get_running_loop().create_future()
         self._send(number, runs, tokens, {}, measure=True)
@@ -303,6 +327,9 @@ class Service:
         answer = self._answers.get(event.stream)
         if answer is None:
             return
+        if event.failure is not None:
+            self._fail(event.stream, event.failure)
+            return
         answer.losses = 0
         answer.cached_tokens = max(answer.cached_tokens, event.cached_tokens)
         if event.choice is not None:
@@ -311,15 +338,15 @@ class Service:
         if answer.stopped:
             self._scheduler.cancel(event.stream)
 
-    def _fail(self, stream: str, error: CordeeError) -> None:
+    def _fail(self, stream: str, reason: str) -> None:
         self._scheduler.cancel(stream)
         answer = self._answers.pop(stream, None)
         if answer is not None:
-            answer.fail(error)
+            answer.fail(StageFailed(reason))
 
-    def _fail_all(self, error: CordeeError) -> None:
+    def _fail_all(self, reason: str) -> None:
         for stream in list(self._answers):
-            self._fail(stream, error)
+            self._fail(stream, reason)
 
     def _rate(self) -> float:
         now = time.monotonic()
@@ -327,7 +354,10 @@ class Service:
         return len(recent) / (now - recent[0]) if len(recent) > 1 else 0.0
 
     def _publish(self) -> None:
-        self._entry = registry.publish(self.name, self.status())
+        try:
+            self._entry = registry.publish(self.name, self.status())
+        except (OSError, StorageFailed):
+            log.exception("`cordee ps` will not show this service as it is")
 
 
 class _Answer:
