@@ -29,8 +29,9 @@ run: ## chat with the starter model; ASK="…" answers one question on standard 
 answer: setup
 	@exec $(bin)/cordee run starter -- "$$ASK"
 
+# In a process group of its own (set -m), so that Ctrl-C stops an answer and not make.
 chat: setup
-	@exec $(bin)/cordee run starter
+	@if [ -t 0 ]; then set -m; fi; $(bin)/cordee run starter
 
 test: lint ## all that a change must pass: lint and the short tests
 	@$(bin)/python -m pytest
@@ -49,8 +50,9 @@ format: setup ## rewrite the sources in the house's format
 bench: setup ## measure beside plain libllama; JSON=1 prints one object a line
 	@$(bin)/python bench/llama.py $(if $(JSON),--json)
 
-docs: setup ## write docs/cli.md from the program's own help
+docs: setup ## write docs/cli.md, and the tables of docs/api.md, from the program itself
 	@$(bin)/python scripts/cli_reference.py
+	@$(bin)/python scripts/api_reference.py
 
 clean: ## remove .venv and every cache
 	@rm -rf .venv build src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from cordee.generation.request import Request
 
 PROMPT_BYTES = 16 << 20  # what a vocabulary tokenizes at most; a prompt from a pipe is read whole
-# With these the starter model neither rambles nor repeats itself: of 12 answers to simple questions one, and at
-# lower temperatures four, never ended without the penalty, and none with it. Greedy answers have no penalty.
+# With these the starter model neither rambles nor repeats itself: of 12 answers to simple questions one (at
+# lower temperatures four) never ended without the penalty, and none with it. Greedy answers have no penalty.
 TEMPERATURE = 0.5
 MIN_P = 0.05
 REPEAT_PENALTY = 1.1
