@@ -20,6 +20,15 @@ SECONDS = 60  # no answer of the starter model takes nearly as long, however bus
 BACKLOG = 2048  # connections that arrive at once
 SEND_BYTES = 32 << 10  # the system's buffer for each connection: a client that reads nothing shows soon
 
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HELLO = {"model": "starter", "messages": [{"role": "user", "content": "Say hello."}], "temperature": 0}
+FRANCE = {"model": "starter", "prompt": "The capital of France is", "temperature": 0}
+
+
+def user(content: Any) -> list[dict]:
+    """A conversation of one message."""
+    return [{"role": "user", "content": content}]
+
 
 class Running:
     """A server in a thread of its own. `services` are those it serves; `port` is where."""

@@ -1,7 +1,8 @@
 """The HTTP application: its endpoints, who may ask, and how much at once."""
 
 import ipaddress
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
 from datetime import datetime
 from urllib.parse import urlsplit
 
@@ -51,6 +52,11 @@ def create_app(
     """
     openai = OpenAI(services, expected, clock, timing)
 
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        openai.close()
+
     async def health(_: Request) -> Response:
         return health_response(services, expected)
 
@@ -62,6 +68,7 @@ def create_app(
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
             Route("/v1/completions", openai.completions, methods=["POST"]),
         ],
+        lifespan=lifespan,
         middleware=[Middleware(Guard)],
         exception_handlers={
             HTTPException: on_http_exception,
@@ -96,6 +103,9 @@ class Guard:
         self._at_work = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
         try:
             _check_headers(Headers(scope=scope))
             if self._at_work >= REQUESTS_MAX:

@@ -3,8 +3,9 @@
 import asyncio
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request as HttpRequest
@@ -29,7 +30,11 @@ from cordee.errors import BadRequest, ContextExceeded, ModelNotFound
 from cordee.generation.request import Grammar, Request, SamplingParams
 from cordee.node.service import Service
 
+Result = TypeVar("Result")
+
 SEEDS = 1 << 63  # seeds are int64, as OpenAI's
+# Prompts are rendered and tokenized beside the event loop: the longest takes seconds, but heartbeats go on.
+PROMPT_THREADS = 2
 NAME_CHARS_MAX = 100  # of a model's name, in a message
 SAMPLING = (
     "temperature",
@@ -57,8 +62,13 @@ class OpenAI:
         self._clock = clock
         self._timing = timing
         self._bodies = Bodies()
+        self._threads = ThreadPoolExecutor(PROMPT_THREADS, "prompts")
         self._chat = msgspec.json.Decoder(ChatRequest)
         self._completion = msgspec.json.Decoder(CompletionRequest)
+
+    def close(self) -> None:
+        """Wait until no prompt is being made: services may be closed then."""
+        self._threads.shutdown(cancel_futures=True)
 
     async def models(self, _: HttpRequest) -> Response:
         """`GET /v1/models`"""
@@ -76,7 +86,7 @@ class OpenAI:
         service = self._service(body.model)
         _check(body)
         sampling = _sampling(body, _top_logprobs(body), _grammar(body))
-        prompt = await asyncio.to_thread(chat_prompt, service, body, self._clock())
+        prompt = await self._made(chat_prompt, service, body, self._clock())
         limit = body.max_completion_tokens or body.max_tokens
         job = self._job("chatcmpl-", service, body, [prompt], sampling, limit)
         return await self._answer(request, service, body, ChatReply(job))
@@ -87,10 +97,13 @@ class OpenAI:
         service = self._service(body.model)
         _check(body)
         sampling = _sampling(body, body.logprobs, _grammar(body))
-        prompts = await asyncio.to_thread(completion_prompts, service, body)
+        prompts = await self._made(completion_prompts, service, body)
         limit = body.max_tokens or LEGACY_MAX_TOKENS
         job = self._job("cmpl-", service, body, prompts, sampling, limit)
         return await self._answer(request, service, body, CompletionReply(job))
+
+    async def _made(self, make: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, make, *arguments)
 
     def _service(self, name: str) -> Service:
         service = self._services.get(name)
