@@ -2,6 +2,8 @@
 
 import sys
 from collections import Counter
+from dataclasses import asdict
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cordee.cli import options, output
+from cordee.cli.machine import memory_bytes
 from cordee.errors import ModelNotFound
 
 if TYPE_CHECKING:
@@ -74,9 +77,11 @@ def ls(as_json: bool) -> None:
 @click.command()
 @click.argument("model")
 @options.stages
+@options.context
+@options.sequences
 @options.as_json
-def show(model: str, stages: int, as_json: bool) -> None:
-    """Tell what a model is, and whether it fits this machine."""
+def show(model: str, stages: int, context: int | None, sequences: int, as_json: bool) -> None:
+    """Tell what a model is, and whether it fits this machine when it is served like that."""
     from cordee.models.cards import cards
     from cordee.models.gguf import read_header
     from cordee.models.store import Store
@@ -86,10 +91,13 @@ def show(model: str, stages: int, as_json: bool) -> None:
     header = read_header(stored.path)
     facts = _facts_of_file(stored) | _facts_of_header(header, cards().get(stored.name))
     facts["verdicts"] = store.verdicts(stored.digest)
+    facts["fit"] = _fit(header, stages, context, sequences)
     if as_json:
         output.print_json(facts)
     else:
         output.print_facts(_lines(facts))
+        click.echo()
+        _print_stages(facts["fit"]["stages"])
 
 
 @click.command()
@@ -143,8 +151,48 @@ def _cuts(header: "Header") -> dict[str, Any]:
     return {"allowed": reason is None, "reason": reason}
 
 
+def _fit(header: "Header", stages: int, context: int | None, sequences: int) -> dict[str, Any]:
+    """What the stages would take of this machine's free memory, and whether that is enough."""
+    from cordee.engine.stage import StageConfig
+    from cordee.models.fit import verdict
+    from cordee.models.slices import even_cuts
+    from cordee.node.service import BATCH_ROWS, CELLS_DEFAULT
+
+    limit = max(1, CELLS_DEFAULT // sequences)
+    context = context or min(limit, header.get(".context_length", limit))
+    config = StageConfig(context=context, sequences=sequences, batch_rows=BATCH_ROWS)
+    found = verdict(header, config, memory_bytes()[1], stages)
+    return {
+        "fits": found.fits,
+        "advice": found.advice,
+        "need_bytes": found.need_bytes,
+        "have_bytes": found.have_bytes,
+        "context": context,
+        "sequences": sequences,
+        "longest_context": found.longest_context,
+        "stages": [
+            {"layers": layers} | asdict(fit) | {"total_bytes": fit.total_bytes}
+            for layers, fit in zip(pairwise(even_cuts(header, stages)), found.stages, strict=True)
+        ],
+    }
+
+
+def _print_stages(stages: list[dict[str, Any]]) -> None:
+    parts = ("weights", "kv", "scratch", "runtime", "total")
+    rows = [
+        (
+            f"{stage['layers'][0]}-{stage['layers'][1] - 1}",
+            *(output.size(stage[f"{part}_bytes"]) for part in parts),
+        )
+        for stage in stages
+    ]
+    output.print_table(("LAYERS", "WEIGHTS", "KV CACHE", "SCRATCH", "RUNTIME", "TOTAL"), rows)
+
+
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts for people."""
+    """The facts for people; of the verdicts those on the installed build of libllama."""
+    from cordee.engine.libllama import build
+
     weights = facts["weights_bytes"]
     mix = (f"{name} {100 * nbytes / weights:.0f} %" for name, nbytes in facts["quantization_bytes"].items())
     lines = [
@@ -159,7 +207,10 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("Stages", "may be cut" if facts["cuts"]["allowed"] else f"not cut: {facts['cuts']['reason']}"),
     ]
     for key, same in facts["verdicts"].items():
-        lines.append(("Verdict", f"{key}: {'yes' if same else 'no'}"))
+        if build() in key:
+            lines.append(("Verdict", f"{key.replace(build(), 'this build')}: {'yes' if same else 'no'}"))
+    fit = facts["fit"]
+    lines.append(("Fit", f"{fit['sequences']} answers of {fit['context']} tokens each. {fit['advice']}"))
     if facts["notes"]:
         lines.append(("Notes", facts["notes"]))
     return lines

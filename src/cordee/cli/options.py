@@ -1,5 +1,8 @@
 """Options that several verbs share."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import click
 
 stages = click.option(
@@ -13,7 +16,48 @@ stages = click.option(
 context = click.option(
     "--context", metavar="N", type=click.IntRange(16), help="Room for a prompt and its answer, in tokens."
 )
+sequences = click.option(
+    "--sequences",
+    metavar="N",
+    type=click.IntRange(1, 256),
+    default=8,
+    show_default=True,
+    help="Answers at the same time.",
+)
 threads = click.option(
     "--threads", metavar="N", type=click.IntRange(1, 1024), help="Threads of each stage; default: all cores."
 )
+fast = click.option(
+    "--fast",
+    is_flag=True,
+    help="Faster arithmetic; an answer may change when others run beside it or a stage is replaced.",
+)
+force_cut = click.option(
+    "--force-cut", is_flag=True, help="Cut a model though no test has certified cuts of its architecture."
+)
+device = click.option(
+    "--device",
+    "devices",
+    metavar="NAME",
+    multiple=True,
+    help="Compute on this device, as `cordee doctor` names it; may be repeated. Default: the processor.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def serving(command: Callable) -> Callable:
+    """Options of every verb that loads a model to answer with it."""
+    for option in (force_cut, fast, device, threads, context, stages):
+        command = option(command)
+    return command
+
+
+def configuration(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options of `serving` say, save for stages, as fields of a ServiceConfig."""
+    return {
+        "context": given["context"],
+        "threads": given["threads"],
+        "devices": given["devices"],
+        "exact": not given["fast"],
+        "force_cut": given["force_cut"],
+    }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -134,7 +134,6 @@ class Talk:
 @click.command()
 @click.argument("model")
 @click.argument("prompt", required=False)
-@options.stages
 @click.option(
     "--temperature",
     metavar="T",
@@ -155,22 +154,20 @@ class Talk:
     "--seed", metavar="N", type=click.IntRange(0, 2**32 - 1), help="The same seed gives the same answer."
 )
 @click.option("--system", metavar="TEXT", help="Instructions that come before the conversation.")
-@options.context
-@options.threads
 @click.option(
     "--stats", is_flag=True, help="Tell tokens and speed on standard error even without a terminal."
 )
+@options.serving
 def run(
     model: str,
     prompt: str | None,
+    stats: bool,
     stages: int,
     temperature: float,
     max_tokens: int,
     seed: int | None,
     system: str | None,
-    context: int | None,
-    threads: int | None,
-    stats: bool,
+    **loading: Any,
 ) -> None:
     """Answer PROMPT with MODEL, or chat.
 
@@ -185,7 +182,7 @@ def run(
 
     store = Store()
     stored = find(store, model)
-    config = ServiceConfig(context=context, threads=threads, sequences=1)
+    config = ServiceConfig(sequences=1, **options.configuration(loading))
     with output.loading() as report:
         session = Session(stored, store, stages, config, report)
     with session:

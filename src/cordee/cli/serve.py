@@ -6,7 +6,7 @@ import json
 import signal
 import socket
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -32,26 +32,9 @@ PORT = 8321
     help="0 takes a free one.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="A loopback address.")
-@options.stages
-@options.context
-@click.option(
-    "--sequences",
-    metavar="N",
-    type=click.IntRange(1, 256),
-    default=8,
-    show_default=True,
-    help="Answers at the same time.",
-)
-@options.threads
-def serve(
-    models: tuple[str, ...],
-    port: int,
-    host: str,
-    stages: int,
-    context: int | None,
-    sequences: int,
-    threads: int | None,
-) -> None:
+@options.sequences
+@options.serving
+def serve(models: tuple[str, ...], port: int, host: str, stages: int, sequences: int, **loading: Any) -> None:
     """Serve models to programs on this machine, as OpenAI's API does.
 
     Without a MODEL it serves the starter model. Ctrl-C ends it; answers that are under way are cut off.
@@ -64,7 +47,7 @@ def serve(
     stored = [find(store, name) for name in dict.fromkeys(models or (STARTER,))]
     listener = _listen(address, port)
     taken = listener.getsockname()[1]
-    config = ServiceConfig(context=context, sequences=sequences, threads=threads, port=taken)
+    config = ServiceConfig(sequences=sequences, port=taken, **options.configuration(loading))
     asyncio.run(_serve(stored, store, stages, config, listener))
 
 
