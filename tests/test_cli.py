@@ -18,6 +18,7 @@ import cli_reference
 from cordee import __version__, errors
 from cordee.cli import doctor, machine, output
 from cordee.cli.main import exit_codes, subclasses
+from cordee.engine.libllama import usable_cores
 
 PROGRAM = (sys.executable, "-m", "cordee.cli.main")
 SECONDS = 120  # a command that takes longer hangs
@@ -52,7 +53,7 @@ def test_version(home: Path) -> None:
 
 def test_every_error_has_its_exit_code_in_the_help(home: Path) -> None:
     text = cordee("--help", home=home).stdout.decode()
-    codes = {kind.exit_code for kind in subclasses(errors.CordeeError)} | {0, 130, 141}
+    codes = {kind.exit_code for kind in subclasses(errors.CordeeError)} | {0, 130, 141, 143}
     assert codes <= set(exit_codes())
     rows = {line.split()[0] for line in text.partition("Exit codes:")[2].splitlines() if line.strip()}
     assert {str(code) for code in codes} <= rows
@@ -207,6 +208,20 @@ def test_a_reader_that_goes_away_ends_it_quietly(starter_home: Path) -> None:
     assert b"Traceback" not in errors_text
 
 
+def test_sigterm_leaves_nothing_behind(starter_home: Path, tmp_path: Path) -> None:
+    command = [*PROGRAM, "run", "starter", "Count to one hundred.", "--temperature", "0"]
+    environment = os.environ | {"CORDEE_HOME": str(starter_home), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
+        process.stdout.read(1)
+        process.terminate()
+        process.stdout.read()
+    assert process.returncode == 143
+    assert list(tmp_path.iterdir()) == []
+    assert json.loads(cordee("ps", "--json", home=starter_home).stdout) == []
+
+
 class Terminal:
     """A program on a pseudo-terminal, as at a keyboard."""
 
@@ -307,7 +322,7 @@ def test_doctor_tells_what_this_machine_has(home: Path) -> None:
     done = cordee("doctor", "--json", home=home)
     facts = json.loads(done.stdout)
     assert done.returncode == int(any(finding["problem"] for finding in facts["findings"]))
-    assert facts["processor"]["cores"] == len(os.sched_getaffinity(0))
+    assert facts["processor"]["cores"] == usable_cores()
     assert facts["memory"]["total_bytes"] > facts["memory"]["available_bytes"] > 0
     assert facts["disk"]["folder"] == str(home)
     assert facts["libllama"]["devices"]

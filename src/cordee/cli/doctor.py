@@ -69,8 +69,11 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 def examine() -> tuple[dict[str, Any], list[Finding]]:
     """The facts of this machine (JSON-able) and what follows from them."""
+    from cordee.engine.libllama import usable_cores
+    from cordee.models.memory import memory
+
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    total, available = machine.memory_bytes()
+    room = memory()
     gpus = machine.gpus()
     library, findings = _library()
     disk, disk_findings = _disk()
@@ -78,17 +81,19 @@ def examine() -> tuple[dict[str, Any], list[Finding]]:
         "version": __version__,
         "system": machine.distribution(),
         "python": ".".join(map(str, sys.version_info[:3])),
-        "processor": asdict(machine.processor(cpuinfo)),
-        "memory": {"total_bytes": total, "available_bytes": available},
+        "processor": asdict(machine.processor(cpuinfo)) | {"cores": usable_cores()},
+        "memory": asdict(room),
         "disk": disk,
         "gpus": [asdict(gpu) for gpu in gpus],
         "vulkan_devices": machine.vulkan_devices(),
         "libllama": library,
     }
     findings += disk_findings
-    if available < FREE_MEMORY_BYTES:
+    if room.available_bytes < FREE_MEMORY_BYTES:
         wanted = output.size(FREE_MEMORY_BYTES)
-        what = f"Only {output.size(available)} of memory is free; the starter model needs {wanted}."
+        what = (
+            f"Only {output.size(room.available_bytes)} of memory is free; the starter model needs {wanted}."
+        )
         findings.append(Finding(what, "Close other programs.", True))
     backends = {device["backend"] for device in library["devices"]}
     for gpu in gpus:

@@ -1,14 +1,11 @@
-"""What this machine is: processor, memory, disk, graphics processors; from /proc, /sys and a few programs."""
+"""What this machine is: processor, graphics processors, system; from /proc, /sys and a few programs."""
 
-import os
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 # Instruction sets for which ggml has kernels, as Linux spells them (x86-64, then ARM).
 INSTRUCTION_SETS = (
@@ -44,10 +41,9 @@ TOOL_SECONDS = 10  # nvidia-smi wakes sleeping GPUs, which takes a few seconds
 
 @dataclass(frozen=True)
 class Processor:
-    """`cores` counts what this process may use; `instruction_sets` those of INSTRUCTION_SETS it has."""
+    """`instruction_sets` are those of INSTRUCTION_SETS that it has."""
 
     name: str
-    cores: int
     instruction_sets: tuple[str, ...]
 
 
@@ -65,21 +61,7 @@ def processor(cpuinfo: str) -> Processor:
     name = re.search(r"^(?:model name|Model|Hardware)\s*: (.+)$", cpuinfo, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*: (.+)$", cpuinfo, re.MULTILINE)
     has = set(flags[1].split()) if flags else set()
-    cores = len(os.sched_getaffinity(0))
-    return Processor(name[1] if name else "unknown", cores, tuple(s for s in INSTRUCTION_SETS if s in has))
-
-
-def memory_bytes() -> tuple[int, int]:
-    """(total, available) memory, within the limit of the control group (container) if that is smaller."""
-    memory = psutil.virtual_memory()
-    total, available = memory.total, memory.available
-    group = Path("/sys/fs/cgroup")
-    limit = _read(group / "memory.max")
-    if limit.isdigit() and int(limit) < total:
-        used = int(_read(group / "memory.current") or 0)
-        total = int(limit)
-        available = min(available, max(total - used, 0))
-    return total, available
+    return Processor(name[1] if name else "unknown", tuple(s for s in INSTRUCTION_SETS if s in has))
 
 
 def gpus(sys_folder: Path = Path("/sys")) -> list[Gpu]:

@@ -1,6 +1,7 @@
 """The program `cordee`: its verbs, and how an error or a signal becomes an exit code."""
 
 import os
+import signal
 import sys
 from typing import Any
 
@@ -16,6 +17,7 @@ from cordee.errors import CordeeError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
+TERMINATED = 143  # 128 + SIGTERM
 
 
 def subclasses(kind: type[CordeeError]) -> list[type[CordeeError]]:
@@ -32,6 +34,7 @@ def exit_codes() -> dict[int, str]:
         codes.setdefault(kind.exit_code, f"{meaning}.")
     codes[INTERRUPTED] = "Interrupted with Ctrl-C."
     codes[BROKEN_PIPE] = "Whoever read the output went away."
+    codes[TERMINATED] = "Ended by SIGTERM; `serve` closes and ends with 0."
     return dict(sorted(codes.items()))
 
 
@@ -78,6 +81,7 @@ for verb in (run, serve, pull, ls, show, rm, ps, doctor):
 
 def main() -> None:
     """Entry point of the program."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # what is begun is put away
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # an answer may hold characters the terminal cannot show
     cordee(prog_name="cordee")

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cordee.cli import options, output
-from cordee.cli.machine import memory_bytes
 from cordee.errors import ModelNotFound
 
 if TYPE_CHECKING:
@@ -155,13 +154,14 @@ def _fit(header: "Header", stages: int, context: int | None, sequences: int) -> 
     """What the stages would take of this machine's free memory, and whether that is enough."""
     from cordee.engine.stage import StageConfig
     from cordee.models.fit import verdict
+    from cordee.models.memory import memory
     from cordee.models.slices import even_cuts
     from cordee.node.service import BATCH_ROWS, CELLS_DEFAULT
 
     limit = max(1, CELLS_DEFAULT // sequences)
     context = context or min(limit, header.get(".context_length", limit))
     config = StageConfig(context=context, sequences=sequences, batch_rows=BATCH_ROWS)
-    found = verdict(header, config, memory_bytes()[1], stages)
+    found = verdict(header, config, memory().available_bytes, stages)
     return {
         "fits": found.fits,
         "advice": found.advice,

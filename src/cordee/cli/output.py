@@ -2,9 +2,10 @@
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import click
@@ -69,14 +70,26 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 
 @contextmanager
 def loading() -> Iterator[Callable[[str], None]]:
-    """A function that shows what is being done: one changing line on a terminal, else a line each."""
-    if not sys.stderr.isatty():
-        yield lambda text: note(f"cordee: {text}")
-        return
-    from rich.console import Console
+    """A function that shows what is being done: one changing line on a terminal, else a line each.
 
-    with Console(stderr=True).status("") as status:
-        yield lambda text: status.update(f"{text}…")
+    What is reported after the block, such as the loss of a stage, always gets a line.
+    """
+    with ExitStack() as stack:
+        status = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            status = stack.enter_context(Console(stderr=True).status(""))
+        ended = threading.Event()
+        stack.callback(ended.set)
+
+        def report(text: str) -> None:
+            if status is None or ended.is_set():
+                note(f"cordee: {text}")
+            else:
+                status.update(f"{text}…")
+
+        yield report
 
 
 @contextmanager

@@ -36,4 +36,4 @@ def _print(service: dict) -> None:
         )
         for stage in service["stages"]
     ]
-    output.print_table(("  STAGE", "LAYERS", "PID", "STATE", "MEMORY", "RESTARTS"), rows)
+    output.print_table(("STAGE", "LAYERS", "PID", "STATE", "MEMORY", "RESTARTS"), rows)
