@@ -1,0 +1,75 @@
+"""How much memory there is: the machine's, within the limits of the control groups (containers) we are in.
+
+The kernel's files: https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What the files of a control group are called."""
+
+    limit: str
+    usage: str
+    cache: tuple[str, str]  # in memory.stat: what the kernel gives back when it is asked to
+
+
+V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+V2 = _Names("memory.max", "memory.current", ("inactive_file", "active_file"))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`available_bytes` may be used without anything being pushed out to disk."""
+
+    total_bytes: int
+    available_bytes: int
+
+
+def memory(root: Path = Path("/")) -> Memory:
+    """The memory that this process may use; `root` is where /proc and /sys are found."""
+    machine = psutil.virtual_memory()
+    total, available = machine.total, machine.available
+    for limit, usage in _groups(root):
+        total = min(total, limit)
+        available = min(available, max(limit - usage, 0))
+    return Memory(total, available)
+
+
+def _groups(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, usage without cache) in bytes of each group that limits this process, inner to outer."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, kinds, path = line.split(":", 2)
+        if kinds == "memory":
+            names, top = V1, root / "sys/fs/cgroup/memory"
+        elif number == "0":
+            names, top = V2, root / "sys/fs/cgroup"
+        else:
+            continue
+        # Inside a container the path may be that outside of it: then only the top is there.
+        inner = top / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            limit = _read(folder / names.limit)
+            if limit.isdigit():
+                yield int(limit), _usage(folder, names)
+            if folder == top:
+                break
+
+
+def _usage(folder: Path, names: _Names) -> int:
+    stat = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines() if " " in line)
+    cache = sum(int(stat.get(name, 0)) for name in names.cache)
+    return max(0, int(_read(folder / names.usage) or 0) - cache)
+
+
+def _read(path: Path) -> str:
+    """The text of a small system file; empty if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
