@@ -55,6 +55,7 @@ class LlamaStage:
             extra_buffers = not config.exact and libllama.survives_extra_buffers()
         self._library = libllama.load()
         self._ggml = libllama.ggml()
+        self._batch_types = dict(self._library.llama_batch._fields_)
         self._config = config
         self._is_last = is_last
         self._captured: list[np.ndarray] = []
@@ -245,7 +246,7 @@ class LlamaStage:
 
     def _native_batch(self, inputs: np.ndarray, positions, counts, pointers, outputs) -> ctypes.Structure:
         """A llama_batch that points into the arrays: the caller keeps them alive over the call."""
-        types = dict(self._library.llama_batch._fields_)
+        types = self._batch_types
 
         def pointer(name: str, array: np.ndarray) -> object:
             return ctypes.cast(array.ctypes.data, types[name])

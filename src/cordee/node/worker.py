@@ -244,24 +244,26 @@ class Worker:
 
 def as_batch(message: Rows, payload: memoryview) -> Batch:
     """The engine's batch behind a message; its inputs lie in `payload`."""
-    counts = np.array([run.rows for run in message.runs], dtype=np.int32)
-    total = int(counts.sum())
-    starts = np.cumsum(counts) - counts
-    first = np.array([run.first_position for run in message.runs], dtype=np.int32)
-    outputs = np.zeros(total, dtype=bool)
-    outputs[[start + run.rows - 1 for start, run in zip(starts, message.runs, strict=True) if run.output]] = (
-        True
-    )
+    runs = message.runs
+    positions = np.array([run.first_position for run in runs], dtype=np.int32)
+    sequences = np.array([run.sequence for run in runs], dtype=np.int32)
+    outputs = np.array([run.output for run in runs], dtype=bool)
+    counts = [run.rows for run in runs]
+    if max(counts) > 1:  # else nobody prefills, and every run is its row
+        ends = np.cumsum(counts)
+        total = int(ends[-1])
+        positions = np.arange(total, dtype=np.int32) + np.repeat(
+            positions - (ends - counts).astype(np.int32), counts
+        )
+        sequences = np.repeat(sequences, counts)
+        last = outputs
+        outputs = np.zeros(total, dtype=bool)
+        outputs[ends - 1] = last
     if message.n_embd:
-        inputs = np.frombuffer(payload, dtype=np.float32).reshape(total, message.n_embd)
+        inputs = np.frombuffer(payload, dtype=np.float32).reshape(len(positions), message.n_embd)
     else:
         inputs = np.frombuffer(payload, dtype=np.int32)
-    return Batch(
-        inputs=inputs,
-        positions=(np.arange(total) - np.repeat(starts - first, counts)).astype(np.int32),
-        sequences=np.repeat(np.array([run.sequence for run in message.runs], dtype=np.int32), counts),
-        outputs=outputs,
-    )
+    return Batch(inputs, positions, sequences, outputs)
 
 
 def rebuilt_error(failed: LoadFailed) -> CordeeError:
