@@ -154,14 +154,13 @@ def _fit(header: "Header", stages: int, context: int | None, sequences: int) -> 
     """What the stages would take of this machine's free memory, and whether that is enough."""
     from cordee.engine.stage import StageConfig
     from cordee.models.fit import verdict
-    from cordee.models.memory import memory
     from cordee.models.slices import even_cuts
-    from cordee.node.service import BATCH_ROWS, CELLS_DEFAULT
+    from cordee.node import sizing
 
-    limit = max(1, CELLS_DEFAULT // sequences)
+    limit = max(1, sizing.CELLS_DEFAULT // sequences)
     context = context or min(limit, header.get(".context_length", limit))
-    config = StageConfig(context=context, sequences=sequences, batch_rows=BATCH_ROWS)
-    found = verdict(header, config, memory().available_bytes, stages)
+    config = StageConfig(context=context, sequences=sequences, batch_rows=sizing.BATCH_ROWS)
+    found = verdict(header, config, sizing.usable_memory(sizing.chosen_devices(())), stages)
     return {
         "fits": found.fits,
         "advice": found.advice,

@@ -40,7 +40,7 @@ device = click.option(
     "devices",
     metavar="NAME",
     multiple=True,
-    help="Compute on this device, as `cordee doctor` names it; may be repeated. Default: the processor.",
+    help="Compute on this device, as `cordee doctor` names it; may be repeated. Default: GPUs, else CPU.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

@@ -95,7 +95,7 @@ class StageShape:
     def fit(self, sizes: Sizes) -> Fit:
         """The stage's memory in a configuration."""
         cells = _whole_steps(sizes.context)
-        rows = min(sizes.batch_rows, max(cells, CELLS_STEP) * sizes.sequences)
+        rows = min(sizes.batch_rows, sizes.context * sizes.sequences)
         outputs = min(sizes.sequences, rows) * self.vocabulary * FLOAT_BYTES
         mask_bytes = self.masks * cells * MASK_NUMBER_BYTES
         peak_bytes = max(self.row_floats * FLOAT_BYTES * rows, outputs)
@@ -133,7 +133,7 @@ def stage_shape(header: Header, first: int, last: int) -> StageShape:
     return StageShape(
         weights_bytes=weights,
         cell_bytes=sum(_cell_bytes(header, first + i, window) for i, window in enumerate(windowed)),
-        masks=len(set(windowed)),
+        masks=len(set(windowed[1:])) or 1,  # a kind that only the first layer has is free again after it
         row_floats=max(_row_floats(header, tensors) for tensors in layers),
         n_embd=_number(header, ".embedding_length"),
         layers=last - first,

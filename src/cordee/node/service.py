@@ -22,20 +22,17 @@ from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, CordeeError, StageFailed, StorageFailed
 from cordee.generation import sampling, text
 from cordee.generation.grammar import GrammarTokenizer
-from cordee.generation.request import Choice, Chunk, FinishReason, Request
+from cordee.generation.request import Choice, Chunk, FinishReason, Request, SamplingParams
 from cordee.generation.scheduler import Event, Limits, Scheduler
 from cordee.generation.template import ChatTemplate
 from cordee.models.embedding import Embedding
 from cordee.models.gguf import Header, read_header
 from cordee.models.slices import SliceFile, even_cuts
 from cordee.models.store import Store, StoredModel
-from cordee.node import registry, verdict
+from cordee.node import registry, sizing, verdict
 from cordee.node.messages import Opening, Rows, Run, Tokens
 from cordee.node.pipeline import Pipeline
 
-# Unless told otherwise the KV cache has room for this many tokens in all: 0.75 GB for the starter model.
-CELLS_DEFAULT = 32768
-BATCH_ROWS = 512  # rows of a micro-batch: enough to use the processor fully, little enough not to block it
 # A stream that is under way at this many losses, without a token of its own in between, may be their cause:
 # from then on it travels alone, so that no other is suspected with it ...
 LOSSES_SUSPECT = 2
@@ -50,16 +47,19 @@ log = logging.getLogger(__name__)
 class ServiceConfig:
     """How a model is served.
 
-    `context` is tokens per stream, answer included; None takes the model's own, bounded by CELLS_DEFAULT and
-    by memory. `queue` bounds the streams that wait while `sequences` are answered. `exact` asks for the same
-    bits alone, batched and replayed. `force_cut` cuts architectures that no test has certified. `port` is
-    only shown by `ps`.
+    `context` is tokens per stream, answer included; None takes the model's own, bounded by
+    `sizing.CELLS_DEFAULT` and by memory. `queue` bounds the streams that wait while `sequences` are answered.
+    `in_flight` micro-batches travel the pipeline at once: on one machine more than one only makes batches
+    smaller, since the stages share its cores. `exact` asks for the same bits alone, batched and replayed.
+    `force_cut` cuts architectures that no test has certified. `devices` as `sizing.stage_config` takes them.
+    `port` is only shown by `ps`.
     """
 
     context: int | None = None
     sequences: int = 8
     threads: int | None = None
     queue: int = 256
+    in_flight: int = 1
     exact: bool = True
     force_cut: bool = False
     devices: tuple[str, ...] = ()
@@ -83,6 +83,7 @@ class Service:
         self.batch_invariant: bool | None = None
         self.port: int | None = None
         self._config = config
+        self._checking = asyncio.Lock()  # held while a thread uses the vocabulary
         self._grammar_tokenizer = GrammarTokenizer(self.vocabulary)
         self._scheduler = Scheduler(limits, self.vocabulary.end_of_generation)
         self._pipeline: Pipeline | None = None
@@ -114,12 +115,21 @@ class Service:
         """
         config = config or ServiceConfig()
         header = read_header(model.path)
-        stage_config = _stage_config(header, config)
+        stage_config = sizing.stage_config(
+            header,
+            stages=stages,
+            sequences=config.sequences,
+            context=config.context,
+            threads=config.threads,
+            devices=config.devices,
+            exact=config.exact,
+        )
         limits = Limits(
             sequences=config.sequences,
             context=stage_config.context,
             batch_rows=stage_config.batch_rows,
             queue=config.queue,
+            in_flight=config.in_flight,
         )
         service = cls(model, stage_config, limits)
         try:
@@ -149,8 +159,8 @@ class Service:
             BadRequest, ContextExceeded, Overloaded: before the first chunk.
             StageFailed: the stages cannot be replaced, or this stream keeps breaking them.
         """
-        sampling.check(request.sampling, self.vocabulary.size, self._grammar_tokenizer)
         text.check(request.stop)
+        await self._check(request.sampling)
         if not all(0 <= token < self.vocabulary.size for token in request.prompt):
             raise BadRequest(f"the prompt's token ids must be 0 to {self.vocabulary.size - 1}", "prompt")
         if self._failure is not None:
@@ -207,7 +217,8 @@ class Service:
         if self._pipeline is not None:
             await self._pipeline.close()
         self._embedding = None
-        self.vocabulary.close()
+        async with self._checking:
+            self.vocabulary.close()
         if self._entry is not None:
             registry.withdraw(self._entry)
 
@@ -255,6 +266,14 @@ class Service:
         """Pipeline's listener: nothing can be answered for now."""
         self._failure = f"{self.name} cannot answer: {error.message}"
         self._fail_all(self._failure)
+
+    async def _check(self, params: SamplingParams) -> None:
+        if params.grammar is None:
+            sampling.check(params, self.vocabulary.size, self._grammar_tokenizer)
+            return
+        async with self._checking:  # a grammar takes up to a second to compile: not on the event loop
+            if self._failure is None:
+                await asyncio.to_thread(sampling.check, params, self.vocabulary.size, self._grammar_tokenizer)
 
     def _pump(self) -> None:
         """Send what the scheduler wants sent."""
@@ -418,19 +437,6 @@ class _Answer:
         if isinstance(item, CordeeError):
             raise item
         return item
-
-
-def _stage_config(header: Header, config: ServiceConfig) -> StageConfig:
-    own = header.get(".context_length", CELLS_DEFAULT)
-    context = config.context or min(own, max(1, CELLS_DEFAULT // config.sequences))
-    return StageConfig(
-        context=context,
-        sequences=config.sequences,
-        batch_rows=BATCH_ROWS,
-        threads=config.threads,
-        devices=config.devices,
-        exact=config.exact,
-    )
 
 
 def _slices(
