@@ -1,0 +1,218 @@
+"""A worker process alone: it obeys its control link, refuses what is not for it, and ends with the link."""
+
+import contextlib
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cordee.engine.stage import StageConfig
+from cordee.generation.request import SamplingParams
+from cordee.node import link
+from cordee.node.link import LinkClosed
+from cordee.node.messages import (
+    Hello,
+    Join,
+    Load,
+    Loaded,
+    LoadFailed,
+    Message,
+    Opening,
+    Rows,
+    Run,
+    Tokens,
+    Wire,
+    Wired,
+    WireFailed,
+)
+from cordee.node.worker import PEERS_MAX, as_batch
+from streams import SECONDS, tiny_model
+
+CONFIG = StageConfig(context=128, sequences=2, threads=1)
+GREEDY = SamplingParams(temperature=0.0)
+segments = st.lists(
+    st.builds(Run, st.integers(0, 9), st.integers(0, 999), st.integers(1, 5), st.booleans()),
+    min_size=1,
+    max_size=6,
+)
+
+
+class Lone:
+    """A worker whose pipeline and neighbours the test plays."""
+
+    def __init__(self, folder: Path) -> None:
+        self.inbox, self.tokens = folder / "inbox", folder / "tokens"
+        self._listening = [listening(folder / "control"), listening(self.tokens)]
+        names = ["it", str(folder / "control"), str(self.inbox)]
+        self.process = subprocess.Popen([sys.executable, "-m", "cordee.node.worker", *names])
+        self.control = self._accepted(0)
+
+    def _accepted(self, index: int) -> socket.socket:
+        peer, _ = self._listening[index].accept()
+        peer.settimeout(SECONDS)
+        return peer
+
+    def command(self, message: Message) -> Message:
+        link.send(self.control, message)
+        answer, _ = link.receive(self.control)
+        return answer
+
+    def wire(self, placement: str) -> tuple[socket.socket, socket.socket]:
+        """Wire it from the test to the test; gives both links."""
+        assert self.command(Wire(placement, str(self.tokens))) == Wired(placement)
+        downstream = self._accepted(1)
+        assert link.receive(downstream)[0] == Join(placement)
+        upstream = self.connect()
+        link.send(upstream, Join(placement))
+        return upstream, downstream
+
+    def connect(self) -> socket.socket:
+        peer = socket.socket(socket.AF_UNIX)
+        peer.settimeout(SECONDS)
+        peer.connect(str(self.inbox))
+        return peer
+
+    def close(self) -> None:
+        self.control.close()
+        try:
+            assert self.process.wait(SECONDS) == 0
+        finally:
+            self.process.kill()
+            for each in self._listening:
+                each.close()
+
+
+def listening(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.settimeout(SECONDS)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny")).stored.path
+
+
+@pytest.fixture
+def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lone]:
+    with contextlib.closing(Lone(tmp_path_factory.mktemp("w"))) as worker:
+        hello, _ = link.receive(worker.control)
+        assert hello == Hello("it")
+        yield worker
+
+
+def prompt(placement: str, batch: int) -> tuple[Rows, bytes]:
+    """Ten tokens from the start of sequence 0, whose next one is wanted."""
+    tokens = np.arange(3, 13, dtype=np.int32)
+    opens = {0: Opening(GREEDY, tokens.tolist(), [])}
+    return Rows(placement, batch, (Run(0, 0, 10, True),), opens), tokens.tobytes()
+
+
+def answered(upstream: socket.socket, downstream: socket.socket, placement: str, batch: int) -> int:
+    """The token that comes of `prompt`."""
+    link.send(upstream, *prompt(placement, batch))
+    message, _ = link.receive(downstream)
+    assert isinstance(message, Tokens)
+    assert (message.placement, message.batch) == (placement, batch)
+    return message.choices[0].token
+
+
+def test_it_loads_answers_and_is_wired_anew(lone: Lone, model_path: Path) -> None:
+    loaded = lone.command(Load(str(model_path), CONFIG, True))
+    assert isinstance(loaded, Loaded)
+    assert loaded.description.layers == 6
+    links = lone.wire("one")
+    token = answered(*links, "one", 1)
+    assert answered(*links, "one", 2) == token
+    again = lone.wire("two")
+    with pytest.raises(LinkClosed):
+        link.receive(links[1])  # what belongs to the old placement is cut off
+    assert answered(*again, "two", 3) == token
+
+
+def test_what_cannot_be_loaded_or_reached_is_said(lone: Lone, model_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("no model")
+    failed = lone.command(Load(str(tmp_path / "text.gguf"), CONFIG, True))
+    assert isinstance(failed, LoadFailed)
+    assert failed.error == "BadModelFile"
+    lone.command(Load(str(model_path), CONFIG, True))
+    unreachable = lone.command(Wire("one", str(tmp_path / "nobody")))
+    assert isinstance(unreachable, WireFailed)
+    assert unreachable.placement == "one"
+    assert answered(*lone.wire("two"), "two", 1) > 0
+
+
+def test_rows_of_another_placement_are_refused(lone: Lone, model_path: Path) -> None:
+    lone.command(Load(str(model_path), CONFIG, True))
+    upstream, downstream = lone.wire("mine")
+    stranger = lone.connect()
+    link.send(stranger, Join("other"))
+    link.send(stranger, *prompt("other", 7))
+    assert answered(upstream, downstream, "mine", 8) > 0  # and nothing of 7 before it
+    link.send(upstream, *prompt("other", 9))
+    with pytest.raises(LinkClosed):
+        link.receive(upstream)
+    assert answered(*lone.wire("next"), "next", 10) > 0
+
+
+def test_strangers_and_garbage_do_not_stop_it(lone: Lone, model_path: Path) -> None:
+    lone.command(Load(str(model_path), CONFIG, True))
+    upstream, downstream = lone.wire("p")
+    chance = random.Random(1)
+    token = answered(upstream, downstream, "p", 1)
+    silent = []
+    for batch in range(2, 30):
+        silent.append(lone.connect())
+        noisy = lone.connect()
+        with contextlib.suppress(OSError):
+            noisy.sendall(chance.randbytes(chance.randrange(1, 200)))
+        noisy.close()
+        assert answered(upstream, downstream, "p", batch) == token
+    assert len(silent) > PEERS_MAX
+    for peer in silent:
+        peer.close()
+
+
+def test_a_stage_that_joins_before_the_wiring_is_not_lost(lone: Lone, model_path: Path) -> None:
+    lone.command(Load(str(model_path), CONFIG, True))
+    early = lone.connect()
+    link.send(early, Join("soon"))
+    link.send(early, *prompt("soon", 1))
+    assert lone.command(Wire("soon", str(lone.tokens))) == Wired("soon")
+    downstream = lone._accepted(1)
+    assert link.receive(downstream)[0] == Join("soon")
+    message, _ = link.receive(downstream)
+    assert isinstance(message, Tokens)
+    assert message.batch == 1
+
+
+def test_rows_that_make_no_sense_end_the_process(tmp_path: Path, model_path: Path) -> None:
+    worker = Lone(tmp_path)
+    link.receive(worker.control)
+    worker.command(Load(str(model_path), CONFIG, True))
+    upstream, _ = worker.wire("p")
+    rows, payload = prompt("p", 1)
+    link.send(upstream, rows, payload[:-4])
+    assert worker.process.wait(SECONDS) == 1
+    assert worker.control.recv(1) == b""  # so the pipeline hears of it
+
+
+@given(segments)
+def test_rows_stand_in_a_batch_as_their_runs_say(runs: list[Run]) -> None:
+    total = sum(run.rows for run in runs)
+    batch = as_batch(Rows("p", 1, tuple(runs), {}), memoryview(os.urandom(4 * total)))
+    rows = [(run, index) for run in runs for index in range(run.rows)]
+    assert batch.positions.tolist() == [run.first_position + index for run, index in rows]
+    assert batch.sequences.tolist() == [run.sequence for run, _ in rows]
+    assert batch.outputs.tolist() == [run.output and index == run.rows - 1 for run, index in rows]
+    assert batch.positions.dtype == batch.sequences.dtype == np.int32
