@@ -49,6 +49,7 @@ from cordee.node.messages import (
 )
 
 PEERS_MAX = 4  # that connected and are not wired yet: a new placement's while an old one is being closed
+BACKLOG = 64  # peers that knock during a decode: with a full backlog the true one would be refused
 JOIN_SECONDS = 1.0  # for the rest of a Join that began to arrive: it is one small write
 
 
@@ -286,7 +287,7 @@ def main() -> None:
     worker_id, control_path, inbox_path = sys.argv[1:]
     inbox = socket.socket(socket.AF_UNIX)
     inbox.bind(inbox_path)
-    inbox.listen(PEERS_MAX)
+    inbox.listen(BACKLOG)
     control = socket.socket(socket.AF_UNIX)
     control.connect(control_path)
     link.send(control, Hello(worker_id))
