@@ -248,15 +248,18 @@ asyncio.run(run())
 
 
 @pytest.mark.parametrize(("stages", "token"), [(3, 6), (1, HANG)], ids=["idle", "in mid-decode"])
-def test_no_worker_outlives_its_service(tmp_path: Path, breaking: None, stages: int, token: int) -> None:
+def test_no_worker_outlives_its_service(
+    tmp_path_factory: pytest.TempPathFactory, breaking: None, stages: int, token: int
+) -> None:
     script = PARENT
     if token == HANG:
         script = "import sys\nfrom cordee.node import pipeline\n" + (
             'pipeline.COMMAND = (sys.executable, "-m", "breaking_worker")\n' + PARENT
         )
     with subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path), str(stages), str(token)],
+        [sys.executable, "-c", script, str(tmp_path_factory.mktemp("m")), str(stages), str(token)],
         stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("t"))},  # what a killed service leaves
         text=True,
     ) as parent:
         assert parent.stdout is not None
