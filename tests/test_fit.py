@@ -213,7 +213,7 @@ def test_a_service_sizes_its_context_by_model_limit_and_memory(header):
     assert sized_context(header, 10**12, limit=1000, **room) == 1000
     need = verdict(header, StageConfig(context=1024, sequences=8), 0).need_bytes
     assert sized_context(header, int(need / fit.USABLE) + 1, limit=10**6, **room) == 1024
-    with pytest.raises(DoesNotFit, match=r"m\.gguf does not fit: It needs .* smaller quantization"):
+    with pytest.raises(DoesNotFit, match=r"m\.gguf does not fit\. It needs .* smaller quantization"):
         sized_context(header, 10**6, limit=10**6, **room)
 
 

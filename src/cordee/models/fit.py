@@ -283,7 +283,7 @@ def sized_context(
     shortest = min(CONTEXT_MIN, limit, own)
     found = verdict(header, _Context(shortest, sequences, batch_rows), memory_bytes, stages)
     if not found.fits:
-        raise DoesNotFit(f"{header.path.name} does not fit: {found.advice}")
+        raise DoesNotFit(f"{header.path.name} does not fit. {found.advice}")
     return min(limit, found.longest_context)
 
 

@@ -18,6 +18,7 @@ import hashlib
 import os
 import re
 import secrets
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -130,7 +131,7 @@ class Store:
         if fault:
             raise BadModelFile(
                 f"The file of model {name!r} {fault}: put it back with "
-                f"`cordee pull {model.source} --name {name}`."
+                f"`cordee pull {shlex.quote(model.source)} --name {name}`."
             )
         return model
 
