@@ -2,9 +2,9 @@
 
 How a part of a model becomes a stage (each point was found by trial; the golden tests hold it):
 
-- Hidden rows enter through `llama_batch.embd` and leave through the graph's evaluation callback, which
-  answers True only for the tensor `l_out-<last layer>`; answering False after it skips the final norm and
-  the head. `l_out` is a habit of the model graphs, not an API, so `_require_capture` checks it at load.
+- Hidden rows enter through `llama_batch.embd` and leave through the graph's evaluation callback
+  (native/capture.c), which wants the tensor `l_out-<last layer>` alone and ends the graph there, before the
+  final norm and the head. `l_out` is a habit of the model graphs, not an API: `_require_capture` checks it.
 - Every row of a stage before the last is marked as an output: otherwise libllama drops the others in its
   last layer.
 - A decode call must be one micro-batch inside libllama, or rows come out in several captures. With a KV
@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from cordee.engine import libllama
+from cordee.engine.capture import Capture
 from cordee.engine.stage import Batch, StageConfig, StageDescription
 from cordee.errors import BadModelFile, StageFailed, UnsupportedModel
 
@@ -54,12 +55,10 @@ class LlamaStage:
         if extra_buffers is None:
             extra_buffers = not config.exact and libllama.survives_extra_buffers()
         self._library = libllama.load()
-        self._ggml = libllama.ggml()
         self._batch_types = dict(self._library.llama_batch._fields_)
         self._config = config
         self._is_last = is_last
-        self._captured: list[np.ndarray] = []
-        self._failure: BaseException | None = None
+        self._capture: Capture | None = None
         self._context = None
         self._devices = _chosen_devices(config.devices)
         libllama.log.clear()
@@ -69,7 +68,8 @@ class LlamaStage:
             self._n_embd = self._library.llama_model_n_embd(self._model)
             vocabulary = self._library.llama_model_get_vocab(self._model)
             self._n_vocab = self._library.llama_vocab_n_tokens(vocabulary)
-            self._capture_name = b"l_out-%d" % (self._layers - 1)
+            if not is_last:
+                self._capture = Capture(b"l_out-%d" % (self._layers - 1), config.batch_rows, self._n_embd)
             self._context = self._make_context(path)
             self._memory = self._library.llama_get_memory(self._context)
             if not self._memory:
@@ -169,9 +169,9 @@ class LlamaStage:
         params.op_offload = bool(config.devices)
         params.flash_attn_type = FLASH_ATTENTION_ON
         params.type_k = TYPE_F16
-        if not self._is_last:
-            self._callback = self._library.ggml_backend_sched_eval_callback(self._on_tensor)
-            params.cb_eval = self._callback
+        if self._capture is not None:
+            params.cb_eval = self._library.ggml_backend_sched_eval_callback(self._capture.callback)
+            params.cb_eval_user_data = self._capture.user_data
         # Models with compressed attention (MLA) keep K and V in one tensor and refuse unequal types.
         for params.type_v in (TYPE_BF16, TYPE_F16) if config.exact and not config.devices else (TYPE_F16,):
             context = self._library.llama_init_from_model(self._model, params)
@@ -200,19 +200,6 @@ class LlamaStage:
             devices=self._config.devices or ("CPU",),
         )
 
-    def _on_tensor(self, tensor: int, asking: bool, _: object) -> bool:
-        """libllama's evaluation callback: asks which tensor is wanted, then hands it over."""
-        try:
-            if asking:
-                return self._ggml.tensor_name(tensor) == self._capture_name
-            nbytes = self._ggml.tensor_nbytes(tensor)
-            rows = np.empty((nbytes // (4 * self._n_embd), self._n_embd), dtype=np.float32)
-            self._ggml.tensor_get(tensor, rows.ctypes.data, 0, rows.nbytes)
-            self._captured.append(rows)
-        except BaseException as error:  # an exception must not cross C frames
-            self._failure = error
-        return False
-
     def _require_capture(self, path: Path) -> None:
         one = np.zeros(1, dtype=np.int32)
         row = np.zeros((1, self._n_embd), dtype=np.float32)
@@ -233,16 +220,18 @@ class LlamaStage:
         counts = np.ones(len(rows), dtype=np.int32)
         pointers = sequences.ctypes.data + 4 * np.arange(len(rows), dtype=np.uint64)
         native = self._native_batch(inputs, positions, counts, pointers, outputs)
-        self._captured, self._failure = [], None
+        if self._capture is not None:
+            self._capture.reset()
         libllama.log.clear()
         status = self._library.llama_decode(self._context, native)
-        if self._failure is not None or status != 0:
-            raise StageFailed(self._reason(status)) from self._failure
-        if self._is_last:
+        if status != 0:
+            raise StageFailed(self._reason(status))
+        if self._capture is None:
             return self._logits(np.flatnonzero(outputs))
-        if len(self._captured) != 1 or len(self._captured[0]) != len(rows):
-            raise StageFailed(f"{[len(part) for part in self._captured]} hidden rows came for {len(rows)}")
-        return self._captured[0]
+        captured = self._capture.take(len(rows))
+        if captured is None:
+            raise StageFailed(f"libllama did not give {len(rows)} hidden rows at once")
+        return captured
 
     def _native_batch(self, inputs: np.ndarray, positions, counts, pointers, outputs) -> ctypes.Structure:
         """A llama_batch that points into the arrays: the caller keeps them alive over the call."""
@@ -281,8 +270,6 @@ class LlamaStage:
             self._library.llama_memory_seq_rm(self._memory, int(sequence), first, -1)
 
     def _reason(self, status: int) -> str:
-        if self._failure is not None:
-            return f"hidden rows could not be read: {self._failure}"
         if status == NO_MEMORY_SLOT:
             return f"a sequence is longer than the context of {self._config.context} tokens"
         return f"libllama refused the batch with {status}: {_problems()}"
