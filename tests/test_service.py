@@ -85,15 +85,15 @@ def test_eight_streams_at_once_each_get_what_they_get_alone(starter: Model, alon
     assert len({answer.text for answer in alone.values()}) >= len(QUESTIONS)
 
 
-@pytest.mark.parametrize("stages", [1, 3])
-def test_streams_that_come_and_go_do_not_change_each_other(model: Model, stages: int) -> None:
+@pytest.mark.parametrize(("stages", "in_flight"), [(1, 1), (3, 1), (3, 3)])
+def test_streams_that_come_and_go_do_not_change_each_other(model: Model, stages: int, in_flight: int) -> None:
     asked = [
         request(f"s{index}", 3 + 13 * index % 97, 1 + 17 * index % 60, GREEDY if index % 2 else SEEDED)
         for index in range(40)
     ]
 
     async def run() -> None:
-        async with model.serve(stages, sequences=5) as service:
+        async with model.serve(stages, sequences=5, in_flight=in_flight) as service:
             solo = [await ask(service, each) for each in asked]
             tasks = []
             for each in asked:
