@@ -19,6 +19,7 @@ from cordee import __version__, errors
 from cordee.cli import doctor, machine, output
 from cordee.cli.main import exit_codes, subclasses
 from cordee.engine.libllama import usable_cores
+from cordee.models.memory import memory
 
 PROGRAM = (sys.executable, "-m", "cordee.cli.main")
 SECONDS = 120  # a command that takes longer hangs
@@ -176,6 +177,15 @@ def test_a_prompt_longer_than_the_context(starter_home: Path) -> None:
     done = cordee("run", "starter", "--context", "64", home=starter_home, stdin=b"rope " * 200)
     assert (done.returncode, done.stdout) == (2, b"")
     assert b"context" in done.stderr
+
+
+@pytest.mark.skipif(memory().available_bytes > 50e9, reason="256 answers of 8192 tokens fit this machine")
+def test_what_does_not_fit_is_refused_before_it_is_loaded(starter_home: Path) -> None:
+    """256 x 8192 tokens of the starter model's KV cache are 48 GB."""
+    done = cordee("serve", "--port", "0", "--sequences", "256", "--context", "8192", home=starter_home)
+    assert done.returncode == 6
+    assert b"does not fit" in done.stderr
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_the_starter_enters_an_empty_store_by_itself(home: Path) -> None:

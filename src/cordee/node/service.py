@@ -450,6 +450,20 @@ def _slices(
     """The model's slices, cut where they are not on disk yet; a whole model is its own only slice."""
     if stages == 1:
         return [SliceFile(model.path, 0, header.layers, model.digest, model.nbytes)]
-    bounds = even_cuts(header, stages)
-    report(f"cutting {model.name} at layers {', '.join(map(str, bounds[1:-1]))}")
-    return [store.slice_for(model, first, last, force=force) for first, last in itertools.pairwise(bounds)]
+    return [
+        store.slice_for(model, first, last, force=force, progress=_announced(first, last, report))
+        for first, last in itertools.pairwise(even_cuts(header, stages))
+    ]
+
+
+def _announced(first: int, last: int, report: Callable[[str], None]) -> Callable[[int, int], None]:
+    """A progress callback that says once what is being cut; slices that lie ready make no progress."""
+    told = False
+
+    def progress(done_bytes: int, total_bytes: int) -> None:
+        nonlocal told
+        if not told:
+            told = True
+            report(f"cutting layers {first} to {last - 1}: {total_bytes / 1e6:.0f} MB")
+
+    return progress
