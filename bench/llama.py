@@ -1,6 +1,6 @@
 """What stages cost: plain libllama, one stage, three stages, and several streams, side by side in one run.
 
-    python bench/llama.py [--model FILE] [--rounds N] [--json]
+    python bench/llama.py [--model FILE] [--rounds N] [--cases PREFIX] [--json]
 
 Everything runs on this machine with the same build, model and number of threads, in turn within each round,
 so that a machine that changes its speed changes it for all. Rates are medians over the rounds, in tokens per
@@ -174,7 +174,7 @@ def lines(rates: dict[str, dict[str, list[float]]]) -> list[dict]:
     return found
 
 
-async def run(path: Path, rounds: int) -> list[dict]:
+async def run(path: Path, rounds: int, prefix: str) -> list[dict]:
     """Set up all contenders, measure, take them down."""
     os.environ["CORDEE_HOME"] = tempfile.mkdtemp(prefix="cordee-bench-")
     store = Store()
@@ -184,7 +184,8 @@ async def run(path: Path, rounds: int) -> list[dict]:
     try:
         plain, exact = PlainPeer(path, exact=False), PlainPeer(path, exact=True)
         table = cases(plain, exact, *(ServicePeer(service) for service in services))
-        return lines(await measure(table, rounds))
+        wanted = {case: row for case, row in table.items() if case.startswith(prefix)}
+        return lines(await measure(wanted, rounds))
     finally:
         for service in services:
             await service.close()
@@ -195,10 +196,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path(sys.prefix) / "share" / "cordee" / "starter.gguf")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", default="", help="only those whose name begins so")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()
     os.environ |= EXACT_ENVIRONMENT  # read once in a process; of no effect on the starter model's types
-    results = asyncio.run(run(options.model, options.rounds))
+    results = asyncio.run(run(options.model, options.rounds, options.cases))
     if options.json:
         for line in results:
             print(json.dumps(line))

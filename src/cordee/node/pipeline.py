@@ -65,10 +65,11 @@ RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.05, 30.0
 FAILURES_MAX = 3  # replacements that failed one after the other before the state says so
 CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is stopped or swapped out
 
-# libgomp's default is to spin for about a millisecond at each barrier: fastest on an idle machine, but when
-# anything else wants a core the spinners hold what the sleeper needs, and decoding falls from 120 to 5
-# tokens/s (measured on 2 cores). 1,000 spins are as fast alone and immune. Its "passive" is 2.5 times slower.
-WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+# How long threads spin at a barrier before they sleep (libgomp; measured on 2 cores with the starter model).
+# The default, 300,000, is fast on an idle machine; but beside one busy process, spinners hold the core that
+# the sleeper needs, and a token takes over 200 ms. There it takes 40 ms with 1,000 spins, 91 with 4,000, 167
+# with 8,000. Alone, 4,000 are as fast as the default, 1,000 slower; the "passive" policy halves the speed.
+WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "4000"}
 EXACT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama.py
 
 log = logging.getLogger(__name__)

@@ -230,13 +230,15 @@ class Service:
                 measured.set_result(tokens.digests)
             return
         self._under_way.pop(tokens.batch, None)
-        for event in self._scheduler.complete(tokens.batch, tokens.choices, tokens.failures):
+        events = self._scheduler.complete(tokens.batch, tokens.choices, tokens.failures)
+        self._pump()  # first, so that the stages work while the text is made
+        for event in events:
             try:
                 self._tell(event)
             except Exception:  # a fault at one stream must not stop the others
                 log.exception("an answer could not be made")
                 self._fail(event.stream, "the answer could not be turned into text")
-        self._pump()
+        self._pump()  # what a stop string or a fault made room for
 
     def on_lost(self) -> None:
         """Pipeline's listener: replay everything, once it is ready again."""
