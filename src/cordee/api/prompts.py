@@ -4,18 +4,16 @@ import re
 import secrets
 from collections.abc import Sequence
 from datetime import datetime
-from weakref import WeakKeyDictionary
 
 from cordee.api.schemas import CHOICES_MAX, ChatRequest, CompletionRequest, Message, refuse
 from cordee.engine.vocabulary import Vocabulary
-from cordee.errors import BadRequest, UnsupportedModel
+from cordee.errors import BadRequest
+from cordee.generation import template
 from cordee.node.service import Service
 
 # A conversation about chat templates may name some; each costs a few calls of the tokenizer.
 CONTROL_TEXTS_MAX = 4096
 PRIVATE = "\U000f0000"  # a private-use character around placeholders; what makes them unique is random
-
-_controls: WeakKeyDictionary[Vocabulary, re.Pattern[str]] = WeakKeyDictionary()
 
 
 def chat_prompt(service: Service, request: ChatRequest, now: datetime) -> tuple[int, ...]:
@@ -31,7 +29,7 @@ def chat_prompt(service: Service, request: ChatRequest, now: datetime) -> tuple[
         UnsupportedModel: the model has no chat template, or a broken one.
     """
     if service.template is None:
-        raise UnsupportedModel(f"{service.name} has no chat template: use /v1/completions")
+        raise template.missing(service.name)
     hidden = _Hidden(service.vocabulary)
     knows_developer = "developer" in service.template.source
     messages = [_plain(message, place, hidden) for place, message in enumerate(request.messages)]
@@ -110,7 +108,7 @@ class _Hidden:
         self._names: list[str] = []
 
     def hide(self, text: str) -> str:
-        return _control_names(self._vocabulary).sub(self._placeholder, text)
+        return self._vocabulary.control_names.sub(self._placeholder, text)
 
     def _placeholder(self, match: re.Match[str]) -> str:
         self._names.append(match.group())
@@ -126,15 +124,3 @@ class _Hidden:
             tokens += self._vocabulary.tokenize(self._names[int(name)], special=False, add_bos=False)
             tokens += self._vocabulary.tokenize(literal, special=True, add_bos=False)
         return tokens
-
-
-def _control_names(vocabulary: Vocabulary) -> re.Pattern[str]:
-    """Matches the name of any control token of a vocabulary, of two the longer."""
-    if vocabulary not in _controls:
-        controls = filter(vocabulary.is_control, range(vocabulary.size))
-        names = {vocabulary.piece(token, special=True).decode("utf-8", "replace") for token in controls} - {
-            ""
-        }
-        longest_first = sorted(names, key=len, reverse=True)
-        _controls[vocabulary] = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-    return _controls[vocabulary]
