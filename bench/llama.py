@@ -6,7 +6,9 @@ Everything runs on this machine with the same build, model and number of threads
 so that a machine that changes its speed changes it for all. Rates are medians over the rounds, in tokens per
 second; a ratio is the median of the rounds' own ratios, ours to the peer's. Two peers: `libllama` with its
 default settings, and `libllama-exact` with those of an exact stage (see src/cordee/engine/llama.py), so that
-the price of stages and the price of batch-invariant arithmetic show apart.
+the price of stages and the price of batch-invariant arithmetic show apart. (With K-quants `libllama-exact`
+keeps ggml's tiled kernels, which our workers go without: they are switched for a whole process, and the other
+peer shall have its defaults.)
 """
 
 import argparse
@@ -23,7 +25,6 @@ from pathlib import Path
 from cordee.engine.libllama import usable_cores
 from cordee.generation.request import Request, SamplingParams
 from cordee.models.store import Store
-from cordee.node.pipeline import EXACT_ENVIRONMENT
 from cordee.node.service import Service, ServiceConfig
 from plain import Plain
 
@@ -176,7 +177,6 @@ def lines(rates: dict[str, dict[str, list[float]]]) -> list[dict]:
 
 async def run(path: Path, rounds: int, prefix: str) -> list[dict]:
     """Set up all contenders, measure, take them down."""
-    os.environ["CORDEE_HOME"] = tempfile.mkdtemp(prefix="cordee-bench-")
     store = Store()
     model = store.add_file(path, "bench")
     config = ServiceConfig(context=CONTEXT, sequences=SEQUENCES)
@@ -199,8 +199,9 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="only those whose name begins so")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()
-    os.environ |= EXACT_ENVIRONMENT  # read once in a process; of no effect on the starter model's types
-    results = asyncio.run(run(options.model, options.rounds, options.cases))
+    with tempfile.TemporaryDirectory(prefix="cordee-bench-") as home:
+        os.environ["CORDEE_HOME"] = home
+        results = asyncio.run(run(options.model, options.rounds, options.cases))
     if options.json:
         for line in results:
             print(json.dumps(line))

@@ -65,10 +65,10 @@ RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.05, 30.0
 FAILURES_MAX = 3  # replacements that failed one after the other before the state says so
 CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is stopped or swapped out
 
-# How long threads spin at a barrier before they sleep (libgomp; measured on 2 cores with the starter model).
+# How long threads spin at a barrier before they sleep (libgomp; single trials on 2 cores, starter model).
 # The default, 300,000, is fast on an idle machine; but beside one busy process, spinners hold the core that
 # the sleeper needs, and a token takes over 200 ms. There it takes 40 ms with 1,000 spins, 91 with 4,000, 167
-# with 8,000. Alone, 4,000 are as fast as the default, 1,000 slower; the "passive" policy halves the speed.
+# with 8,000. Alone, 4,000 are about as fast as the default, 1,000 slower; "passive" is half as fast.
 WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "4000"}
 EXACT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama.py
 

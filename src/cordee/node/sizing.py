@@ -52,7 +52,7 @@ def stage_config(
         return _sized(header, config, have_bytes, stages)
     found = fit.verdict(header, config, have_bytes, stages)
     if not found.fits:
-        raise DoesNotFit(f"{header.path.name} does not fit: {found.advice}")
+        raise DoesNotFit(f"{header.path.name} does not fit. {found.advice}")
     return config
 
 
@@ -68,8 +68,9 @@ def chosen_devices(names: tuple[str, ...]) -> list[libllama.Device]:
             raise BadRequest(
                 f"there is no device {name} here; this libllama has {', '.join(known)}", "device"
             )
-    wanted = [known[name] for name in names] if names else list(known.values())
-    return [device for device in wanted if device.kind in ACCELERATORS] if "CPU" not in names else []
+    if "CPU" in names:
+        return []
+    return [known[name] for name in names or known if known[name].kind in ACCELERATORS]
 
 
 def usable_memory(devices: list[libllama.Device]) -> int:
