@@ -15,8 +15,8 @@ StageState = Literal["fetching", "loading", "loaded", "wired", "failed"]
 class Device(msgspec.Struct, frozen=True):
     """Something that runs stages.
 
-    `memory_bytes` is what stages may take of it, reserve subtracted; `read_bytes_per_second` how fast it reads
-    weights in a decode, measured on the node.
+    `memory_bytes` is what stages may take of it, reserve subtracted; `read_bytes_per_second` how fast it
+    reads weights in a decode, measured on the node.
     """
 
     name: str
