@@ -472,3 +472,24 @@ def test_the_specimen_itself_is_sound_and_can_be_cut(specimen, tmp_path):
     header = read_header(path)
     assert plan_slice(header, *even_cuts(header, 2)[:2]).nbytes > 0
     assert len(specimen[1]) > 60
+
+
+# --- a header without its weights -------------------------------------------------------------------
+
+
+def test_a_header_alone_says_what_the_whole_file_says(tmp_path):
+    whole = make_tiny("llama", tmp_path / "whole.gguf", tokenizer="bytes")
+    full = read_header(whole)
+    alone = tmp_path / "alone.gguf"
+    for nbytes in (full.nbytes, full.nbytes + 1000):
+        alone.write_bytes(whole.read_bytes()[:nbytes])
+        with pytest.raises(BadModelFile, match="cut short"):
+            read_header(alone)
+        header = read_header(alone, weights=False)
+        places = [[(t.name, t.shape, t.offset, t.nbytes) for t in h.tensors] for h in (header, full)]
+        assert places[0] == places[1]
+        assert header.get("tokenizer.ggml.tokens") == full.get("tokenizer.ggml.tokens")
+        assert header.nbytes == full.nbytes
+    alone.write_bytes(whole.read_bytes()[: full.nbytes - 1])
+    with pytest.raises(BadModelFile, match="ends in the middle of its header"):
+        read_header(alone, weights=False)

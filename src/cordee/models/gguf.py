@@ -144,6 +144,7 @@ class Header:
     layers: int
     extra_layers: int
     alignment: int
+    nbytes: int  # of the header itself, in the first file, without the padding behind it
     _by_name: Mapping[str, Tensor] = field(repr=False, compare=False)
 
     @property
@@ -165,17 +166,18 @@ class Header:
         return value.values() if isinstance(value, Array) else value
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, weights: bool = True) -> Header:
     """Read the header of a GGUF file; of a sharded set when `path` is its first part.
 
-    Memory stays below a few MiB plus the plain strings of the header.
+    Memory stays below a few MiB plus the plain strings of the header. With `weights` off the files may end
+    anywhere behind their headers: the tensors then say where they lie in the whole file.
 
     Raises:
         BadModelFile: no such file, no GGUF, damaged, or it lies about its sizes; names file and fault.
     """
     path = Path(path)
-    first = _read_part(path)
-    parts = [first, *_other_shards(path, first.metadata)]
+    first = _read_part(path, weights)
+    parts = [first, *_other_shards(path, first.metadata, weights)]
     tensors = tuple(tensor for part in parts for tensor in part.tensors)
     by_name = {tensor.name: tensor for tensor in tensors}
     if len(by_name) != len(tensors):
@@ -200,6 +202,7 @@ def read_header(path: Path) -> Header:
         blocks - extra,
         extra,
         first.alignment,
+        first.nbytes,
         by_name,
     )
 
@@ -218,7 +221,7 @@ def _layer_counts(path: Path, architecture: str, metadata: Mapping[str, Value]) 
     return blocks, extra
 
 
-def _other_shards(path: Path, metadata: Mapping[str, Value]) -> list["_Part"]:
+def _other_shards(path: Path, metadata: Mapping[str, Value], weights: bool) -> list["_Part"]:
     """Parts 2 to N of the set whose first part is `path`."""
     count = metadata.get("split.count", 1)
     if type(count) is not int or count <= 1:
@@ -229,7 +232,7 @@ def _other_shards(path: Path, metadata: Mapping[str, Value]) -> list["_Part"]:
     if metadata.get("split.no", 0) != 0 or int(match["number"]) != 1:
         raise BadModelFile(f"{path} is not the first of its {count} shards: give {match['stem']}-00001-of-….")
     names = (f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(2, count + 1))
-    return [_read_part(path.with_name(name)) for name in names]
+    return [_read_part(path.with_name(name), weights) for name in names]
 
 
 @dataclass(frozen=True)
@@ -240,19 +243,20 @@ class _Part:
     types: dict[str, GGUFValueType]
     tensors: list[Tensor]
     alignment: int
+    nbytes: int
 
 
-def _read_part(path: Path) -> _Part:
+def _read_part(path: Path, weights: bool) -> _Part:
     try:
         with path.open("rb", buffering=0) as file:
-            return _parse(_Reader(path, file))
+            return _parse(_Reader(path, file), weights)
     except OSError as error:
         raise BadModelFile(
             f"{path} cannot be read ({error.strerror}): check the name and its rights."
         ) from error
 
 
-def _parse(reader: "_Reader") -> _Part:
+def _parse(reader: "_Reader", weights: bool) -> _Part:
     keys, tensors = _preamble(reader)
     metadata: dict[str, Value] = {}
     types: dict[str, GGUFValueType] = {}
@@ -268,8 +272,10 @@ def _parse(reader: "_Reader") -> _Part:
     if type(alignment) is not int or not 1 <= alignment <= ALIGNMENT_LIMIT or alignment & (alignment - 1):
         reader.fail(f"has the alignment {alignment}, no power of two", CONVERT_AGAIN)
     listed = [_tensor_info(reader) for _ in range(tensors)]
-    start = -(-reader.position // alignment) * alignment
-    return _Part(metadata, types, _placed(reader, listed, start, alignment), alignment)
+    nbytes = reader.position
+    start = -(-nbytes // alignment) * alignment
+    end = reader.size if weights else BYTES_LIMIT
+    return _Part(metadata, types, _placed(reader, listed, start, end, alignment), alignment, nbytes)
 
 
 def _preamble(reader: "_Reader") -> tuple[int, int]:
@@ -320,17 +326,16 @@ def _tensor_info(reader: "_Reader") -> _Listed:
     return _Listed(name, shape, kind, offset, prod(shape) // block * block_bytes)
 
 
-def _placed(reader: "_Reader", listed: list[_Listed], start: int, alignment: int) -> list[Tensor]:
-    """Check that every tensor has a name of its own and lies aligned in the file, apart from all others."""
+def _placed(reader: "_Reader", listed: list[_Listed], start: int, end: int, alignment: int) -> list[Tensor]:
+    """Check that every tensor has a name of its own and lies aligned before `end`, apart from all others."""
     if len({tensor.name for tensor in listed}) != len(listed):
         reader.fail("holds two tensors of one name", CONVERT_AGAIN)
     for tensor in listed:
         if tensor.offset % alignment:
             reader.fail(f"places {tensor.name!r} at {tensor.offset}, not aligned to {alignment}")
-        if start + tensor.offset + tensor.nbytes > reader.size:
-            end = start + tensor.offset + tensor.nbytes
+        if (wanted := start + tensor.offset + tensor.nbytes) > end:
             reader.fail(
-                f"has {reader.size:,} bytes, but {tensor.name!r} would end at {end:,}: it is cut short"
+                f"has {reader.size:,} bytes, but {tensor.name!r} would end at {wanted:,}: it is cut short"
             )
     for one, other in pairwise(sorted(listed, key=lambda tensor: tensor.offset)):
         if one.offset + one.nbytes > other.offset:
