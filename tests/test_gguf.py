@@ -374,7 +374,7 @@ def number_places(path: Path) -> list[int]:
             return super().take(count)
 
     with path.open("rb", buffering=0) as file:
-        reading._parse(Noting(path, file))
+        reading._parse(Noting(path, file), weights=True)
     return places
 
 
