@@ -9,13 +9,15 @@ class TokenLog:
     """Prompt and generated tokens of one stream, with how they are sampled.
 
     A stage that lost its KV cache gets the tokens again as a prefill, the sampler gets `generated` back, and
-    the stream continues as if nothing had happened.
+    the stream continues as if nothing had happened. `generated` are tokens that another host chose before.
     """
 
-    def __init__(self, prompt: Sequence[int], sampling: SamplingParams) -> None:
+    def __init__(
+        self, prompt: Sequence[int], sampling: SamplingParams, generated: Sequence[int] = ()
+    ) -> None:
         self.prompt = tuple(prompt)
         self.sampling = sampling
-        self.generated: list[int] = []
+        self.generated = list(generated)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.generated)

@@ -1,0 +1,328 @@
+"""The gateway's side of streams: it keeps their token logs, finds them a host, gives clients each token once.
+
+Pure: messages, routes and the clock are handed in; `drain` gives what is to be sent and what clients are to
+be told. See streams.py for the messages. A stream's life:
+
+    open -> unasked <-------------------- (the host lost it, refused it, or the route leads elsewhere)
+               | a route, and no pause         ^
+               v                               |
+             asked -> held by the host ---> tokens -> finished | failed | cancelled
+
+- **The log decides.** A token counts if it is the next one of the log and comes from the current ask, in the
+  session of the host that first confirmed that ask. So all tokens after those the ask began with come from
+  one computation, whoever else still believes to be the host; and no token is ever taken back.
+- **Everything is said again.** An Assert goes to each host every ASSERT_SECONDS, names all asks that it shall
+  work on and how many tokens of each are there; soon after something ended or is missing, too. The answer
+  brings what was lost on the way, and tells which asks are not known there (any more): those are asked again,
+  with the log as it is then.
+- **Patience is bounded.** A stream that no ready host has held for WAIT_SECONDS fails. A refusal before its
+  first token is the client's to hear, unless a host had accepted it before; any other is tried again.
+"""
+
+from dataclasses import dataclass, field
+
+from cordee.errors import BadRequest, CordeeError, Overloaded, StageFailed
+from cordee.generation.clock import AwakeClock
+from cordee.generation.request import Choice, FinishReason, Request
+from cordee.generation.streams import (
+    STREAMS_MAX,
+    Ask,
+    Assert,
+    Failure,
+    Piece,
+    Said,
+    as_error,
+)
+
+TICK_SECONDS = 0.05  # how often the shell ticks
+ASSERT_SECONDS = 1.0  # often enough to notice a loss soon, for 20 bytes a stream
+HURRY_SECONDS = 0.05  # before the extra Assert, so that one tells of many ends
+# A host of which nothing was wanted for so long is forgotten: its leases have ended long ago. Not sooner, so
+# that one request after the other stays one session.
+PEER_SECONDS = 60.0
+# How long a stream waits for a host: loading 60 GB at 100 MB/s takes as long, and a client that hears a
+# heartbeat waits longer.
+WAIT_SECONDS = 600.0
+# Between two attempts that failed alike; doubled each time, from a token's time to what a person notices.
+PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 4.0
+
+
+@dataclass(frozen=True)
+class News:
+    """What a client is to be told of its stream, in order. The last has a finish reason or an error."""
+
+    stream: str
+    choices: tuple[Choice, ...] = ()
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error: CordeeError | None = None
+
+
+@dataclass(eq=False)
+class _Peer:
+    """A host as the home of a model."""
+
+    number: int
+    node: str
+    model: str
+    due: float  # when the next Assert is
+    wanted: float  # when it last had asks
+    asserted: int = 0  # number of the last Assert ...
+    answered: int = 0  # ... and of the last that was answered
+    asks: dict[int, "_Stream"] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class _Asked:
+    """A stream's current ask."""
+
+    number: int
+    peer: _Peer
+    sent: int  # the counter when it was sent last: older asserts' answers do not know of it
+    again: float  # not to be sent again before
+    session: int | None = None  # of the host, once it has confirmed
+
+
+@dataclass(eq=False)
+class _Stream:
+    number: int
+    request: Request
+    model: str
+    waiting: float  # since when no ready host holds it
+    generated: list[int] = field(default_factory=list)
+    accepted: bool = False  # some host held it once
+    cached_tokens: int | None = None  # as the first token's host said
+    ask: _Asked | None = None
+    ask_at: float = 0.0  # not before
+    pause: float = PAUSE_SECONDS_MIN
+    refusal: CordeeError | None = None  # the last one
+
+    def paused(self) -> float:
+        """The pause before the next attempt, which makes the one after it longer."""
+        pause, self.pause = self.pause, min(2 * self.pause, PAUSE_SECONDS_MAX)
+        return pause
+
+
+class Gateway:
+    """See the module's theory of operation. Models are named by whatever `route` and `open` agree on.
+
+    `node` is this node's id; `id` is a random number of 63 bits, new for each run.
+    """
+
+    def __init__(self, node: str, id: int) -> None:
+        self._node = node
+        self._id = id
+        self._clock = AwakeClock()
+        self._counter = 0
+        self._streams: dict[str, _Stream] = {}  # by request id, oldest first
+        self._routes: dict[str, str] = {}
+        self._peers: dict[int, _Peer] = {}
+        self._messages: list[tuple[str, Ask | Assert]] = []
+        self._news: list[News] = []
+
+    @property
+    def busy(self) -> bool:
+        """Whether time matters: streams are open, or hosts hear that they are not."""
+        return bool(self._streams or self._peers)
+
+    def open(self, request: Request, model: str) -> None:
+        """Begin a stream.
+
+        Raises:
+            BadRequest: a stream of that id is open.
+            Overloaded: there are STREAMS_MAX streams already.
+        """
+        if request.id in self._streams:
+            raise BadRequest(f"a stream {request.id} is already running", "id")
+        if len(self._streams) >= STREAMS_MAX:
+            raise Overloaded(f"{STREAMS_MAX} requests are being answered or waiting: try again later")
+        stream = _Stream(self._next(), request, model, waiting=self._clock.seconds)
+        self._streams[request.id] = stream
+        self._ask(stream)
+
+    def cancel(self, stream_id: str) -> None:
+        """End a stream without news; unknown ids are ignored, since it may just have finished."""
+        stream = self._streams.pop(stream_id, None)
+        if stream is not None:
+            self._leave(stream)
+
+    def route(self, model: str, node: str | None) -> None:
+        """The host of a model is now this node, or not known. Streams at another host move."""
+        if self._routes.get(model) == node:
+            return
+        if node is None:
+            del self._routes[model]  # who is asked already may go on
+            return
+        self._routes[model] = node
+        for stream in self._streams.values():
+            if stream.model == model and (stream.ask is None or stream.ask.peer.node != node):
+                self._leave(stream)
+                self._ask(stream)
+
+    def receive(self, said: Said) -> None:
+        """Take what a host says."""
+        peer = self._peers.get(said.peer)
+        if said.gateway != self._id or peer is None:
+            return
+        for piece in said.pieces:
+            stream = peer.asks.get(piece.ask)
+            if stream is not None and self._confirmed(stream, said.session):
+                self._take(stream, piece)
+        if peer.answered < said.answers <= peer.asserted:
+            peer.answered = said.answers
+            self._answered(peer, said)
+
+    def tick(self, now: float) -> None:
+        """Let time pass; `now` in seconds. Every TICK_SECONDS while it is `busy`."""
+        self._clock.tick(now)
+        clock = self._clock.seconds
+        for stream in list(self._streams.values()):
+            if clock - stream.waiting > WAIT_SECONDS:
+                self._fail(stream, stream.refusal or _nobody(stream.model))
+            elif stream.ask is None and stream.ask_at <= clock:
+                self._ask(stream)
+        for peer in list(self._peers.values()):
+            if peer.asks:
+                peer.wanted = clock
+            elif clock - peer.wanted > PEER_SECONDS:
+                del self._peers[peer.number]
+                continue
+            if peer.due <= clock:
+                self._assert(peer)
+
+    def drain(self) -> tuple[list[tuple[str, Ask | Assert]], list[News]]:
+        """What is to be sent now, with the nodes it goes to, and what clients are to be told."""
+        drained = self._messages, self._news
+        self._messages, self._news = [], []
+        return drained
+
+    def _next(self) -> int:
+        self._counter += 1
+        return self._counter
+
+    def _ask(self, stream: _Stream) -> None:
+        """Ask the host for a stream from its log on, if there is a host."""
+        node = self._routes.get(stream.model)
+        if node is None:
+            return
+        peer = self._peer(node, stream.model)
+        number = self._next()
+        stream.ask = _Asked(number, peer, number, again=self._clock.seconds + PAUSE_SECONDS_MIN)
+        peer.asks[number] = stream
+        self._send(stream, stream.ask)
+
+    def _send(self, stream: _Stream, ask: _Asked) -> None:
+        message = Ask(
+            self._node,
+            self._id,
+            ask.peer.number,
+            stream.model,
+            ask.number,
+            stream.number,
+            stream.request,
+            tuple(stream.generated),
+        )
+        self._messages.append((ask.peer.node, message))
+
+    def _peer(self, node: str, model: str) -> _Peer:
+        for peer in self._peers.values():
+            if (peer.node, peer.model) == (node, model):
+                return peer
+        clock = self._clock.seconds
+        peer = _Peer(self._next(), node, model, due=clock + ASSERT_SECONDS, wanted=clock)
+        self._peers[peer.number] = peer
+        return peer
+
+    def _assert(self, peer: _Peer) -> None:
+        asks = tuple((number, len(stream.generated)) for number, stream in peer.asks.items())
+        peer.asserted = self._next()
+        peer.due = self._clock.seconds + ASSERT_SECONDS
+        message = Assert(self._node, self._id, peer.number, peer.model, peer.asserted, asks)
+        self._messages.append((peer.node, message))
+
+    def _hurry(self, peer: _Peer) -> None:
+        peer.due = min(peer.due, self._clock.seconds + HURRY_SECONDS)
+
+    def _leave(self, stream: _Stream) -> None:
+        """The current ask, if there is one, is void; its host hears of it soon."""
+        if stream.ask is not None:
+            del stream.ask.peer.asks[stream.ask.number]
+            self._hurry(stream.ask.peer)
+            stream.ask = None
+        stream.ask_at = self._clock.seconds
+
+    def _confirmed(self, stream: _Stream, session: int) -> bool:
+        """Whether the current ask belongs to this session of its host. If not, it is asked anew."""
+        assert stream.ask is not None
+        if stream.ask.session is None:
+            stream.ask.session = session
+        if stream.ask.session != session:
+            self._leave(stream)
+            self._ask(stream)
+            return False
+        return True
+
+    def _take(self, stream: _Stream, piece: Piece) -> None:
+        """Take what is new of a piece, if nothing is missing before it."""
+        assert stream.ask is not None
+        have = len(stream.generated)
+        if piece.first > have:
+            self._hurry(stream.ask.peer)
+            return
+        choices = piece.choices[have - piece.first :]
+        if choices:
+            if stream.cached_tokens is None:
+                stream.cached_tokens = piece.cached_tokens
+            stream.generated += [choice.token for choice in choices]
+            stream.waiting = self._clock.seconds
+            stream.accepted = True
+            stream.pause = PAUSE_SECONDS_MIN
+        if choices or piece.finish_reason is not None:
+            cached = stream.cached_tokens or 0
+            self._news.append(News(stream.request.id, choices, cached, piece.finish_reason))
+        if piece.finish_reason is not None:
+            self.cancel(stream.request.id)
+        elif piece.failure is not None:
+            self._failed(stream, piece.failure)
+
+    def _failed(self, stream: _Stream, failure: Failure) -> None:
+        error = as_error(failure)
+        transient = stream.generated or (stream.accepted and isinstance(error, Overloaded))
+        if failure.refused and transient:
+            stream.refusal = error
+            self._leave(stream)
+            stream.ask_at = self._clock.seconds + stream.paused()
+        else:
+            self._fail(stream, error)
+
+    def _fail(self, stream: _Stream, error: CordeeError) -> None:
+        self.cancel(stream.request.id)
+        self._news.append(News(stream.request.id, error=error))
+
+    def _answered(self, peer: _Peer, said: Said) -> None:
+        """An Assert's answer: the asks it named are held by the host, or unknown there."""
+        unknown = set(said.unknown)
+        for number, stream in list(peer.asks.items()):
+            ask = stream.ask
+            assert ask is not None
+            if ask.sent > said.answers:
+                continue  # on its way
+            if number not in unknown:
+                if self._confirmed(stream, said.session):
+                    stream.accepted = True
+                    stream.waiting = self._clock.seconds if said.ready else stream.waiting
+            elif ask.session is not None:
+                self._leave(stream)
+                self._ask(stream)
+            elif (
+                ask.again <= self._clock.seconds
+            ):  # the Ask was lost; the same again is no harm if it was not
+                ask.sent = self._next()
+                ask.again = self._clock.seconds + stream.paused()
+                self._send(stream, ask)
+
+
+def _nobody(model: str) -> StageFailed:
+    return StageFailed(
+        f"no machine was ready to answer with {model} for {WAIT_SECONDS:.0f} s: `cordee status` tells why"
+    )

@@ -1,0 +1,278 @@
+"""The host's side of streams: asks of many gateways become streams of one scheduler, its events go back.
+
+Pure: messages, results and the clock are handed in; `drain` gives what is to be sent. See streams.py for the
+messages. An ask's life:
+
+    Ask -> (refused | queued and generated) -> its tokens are said as they come, in one Said for each gateway
+           and step; kept until an Assert shows that they arrived, and said again where it shows the contrary
+        -> dropped: an Assert does not name it, a newer ask of its stream came, or nobody asserted anything
+           for LEASE_SECONDS
+
+- Everything about a gateway is its *session*, which lives by asserts. Whatever a fault wrote into it ends
+  with it, and a gateway that still wants something is told that its asks are unknown, and asks again.
+- Within a session an ask is started once at most: Asks that are not newer than the last Assert count only if
+  it names them; one that was replaced is older than the ask that replaced it; and one that ended, however it
+  did, is kept until it is dropped.
+- Losing the pipeline is nothing that a gateway notices: the scheduler replays its own logs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from random import Random
+
+import msgspec
+
+from cordee.errors import BadRequest, CordeeError, Overloaded, StageFailed
+from cordee.generation.clock import AwakeClock
+from cordee.generation.request import Choice, FinishReason
+from cordee.generation.scheduler import Event, MicroBatch, Scheduler
+from cordee.generation.streams import (
+    STREAMS_MAX,
+    Ask,
+    Assert,
+    Failure,
+    Piece,
+    Said,
+    failure,
+    piece,
+)
+from cordee.generation.suspects import Suspects
+
+# Streams of a gateway that asserts nothing for so long are dropped. Gateways assert every second: ten lost in
+# a row are no accident, and one that was merely stopped asks again and loses nothing but time.
+LEASE_SECONDS = 10.0
+# Gateways at a time: the nodes of a cluster, several times over, since each restart makes a new one.
+SESSIONS_MAX = 256
+# Tokens of a stream that may be unacknowledged; with an assert each second no pipeline comes near.
+WINDOW_TOKENS = 1024
+
+
+@dataclass(eq=False)
+class _Entry:
+    """An ask that is worked on, or whose end the gateway has not acknowledged."""
+
+    ask: int
+    stream: int
+    name: str  # the scheduler's id
+    base: int  # index of the first of `choices`; the gateway has all before
+    sent: int  # the first index that is to be said next
+    choices: list[Choice] = field(default_factory=list)
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    failure: Failure | None = None
+
+    @property
+    def has_news(self) -> bool:
+        ended = self.finish_reason is not None or self.failure is not None
+        return ended or self.sent < self.base + len(self.choices)
+
+    def rewind(self, have: int) -> bool:
+        """Say again what follows the first `have` tokens; False if that is not kept."""
+        kept = self.base <= have <= self.base + len(self.choices)
+        self.choices = self.choices[have - self.base :] if kept else []
+        self.base = self.sent = have
+        return kept
+
+    def take(self) -> Piece:
+        """What is to be said now."""
+        first, self.sent = self.sent, self.base + len(self.choices)
+        choices = tuple(self.choices[first - self.base :])
+        return piece(self.ask, first, choices, self.cached_tokens, self.finish_reason, self.failure)
+
+
+@dataclass(eq=False)
+class _Session:
+    """What is known of one run of a gateway, for one of its peers."""
+
+    node: str
+    gateway: int
+    peer: int
+    id: int
+    heard: float  # when it last asserted or asked, in awake seconds
+    asserted: int = 0  # number of the last Assert ...
+    wanted: frozenset[int] = frozenset()  # ... and what it named
+    entries: dict[int, _Entry] = field(default_factory=dict)  # by ask
+    news: dict[int, _Entry] = field(default_factory=dict)  # of them, those that have something to say
+    answers: int = 0  # the Assert to answer
+    unknown: tuple[int, ...] = ()  # to it
+
+    def said(self, ready: bool) -> Said | None:
+        """Everything that is to be said now; None if that is nothing."""
+        if not self.news and not self.answers:
+            return None
+        pieces = tuple(entry.take() for entry in self.news.values())
+        said = Said(self.gateway, self.peer, self.id, ready, pieces, self.answers, self.unknown)
+        self.news.clear()
+        self.answers, self.unknown = 0, ()
+        return said
+
+
+class Host:
+    """See the module's theory of operation. It owns the scheduler: all micro-batches come from here.
+
+    `n_vocab` bounds the token ids of asks. `random` gives session ids, and must differ between runs.
+    """
+
+    def __init__(self, scheduler: Scheduler, n_vocab: int, random: Random) -> None:
+        self.ready = False  # whether micro-batches can be sent; the shell sets it
+        self._scheduler = scheduler
+        self._n_vocab = n_vocab
+        self._random = random
+        self._clock = AwakeClock()
+        self._sessions: dict[tuple[str, int, int], _Session] = {}
+        self._named: dict[str, tuple[_Session, _Entry]] = {}  # by the scheduler's id
+        self._suspects = Suspects()
+
+    @property
+    def waiting(self) -> int:
+        """Streams that wait for a slot."""
+        return self._scheduler.waiting
+
+    @property
+    def active(self) -> int:
+        """Streams that hold a slot."""
+        return self._scheduler.active
+
+    def receive(self, message: Ask | Assert) -> None:
+        """Take what a gateway says."""
+        key = (message.node, message.gateway, message.peer)
+        session = self._sessions.get(key)
+        if session is None:
+            if len(self._sessions) >= SESSIONS_MAX:
+                return  # the gateway says it again; leases end
+            session = _Session(*key, self._random.getrandbits(63), self._clock.seconds)
+            self._sessions[key] = session
+        if isinstance(message, Ask):
+            self._ask(session, message)
+        else:
+            self._assert(session, message)
+
+    def tick(self, now: float) -> None:
+        """Let time pass; `now` in seconds. Several times a second."""
+        self._clock.tick(now)
+        for key, session in list(self._sessions.items()):
+            if self._clock.seconds - session.heard > LEASE_SECONDS:
+                for entry in list(session.entries.values()):
+                    self._drop(session, entry)
+                del self._sessions[key]
+
+    def next_batch(self) -> MicroBatch | None:
+        """The next micro-batch to send; None if nothing can be sent now."""
+        batch = self._scheduler.next_batch() if self.ready else None
+        if batch is not None:
+            self._suspects.sent(batch)
+        return batch
+
+    def halts(self) -> list[int]:
+        """Micro-batches that should not go round again; see `Scheduler.halts`."""
+        return self._scheduler.halts()
+
+    def complete(
+        self,
+        batch_id: int,
+        choices: Mapping[int, Choice],
+        failures: Mapping[int, str],
+        *,
+        last: bool = True,
+    ) -> None:
+        """Take a micro-batch's result, as `Scheduler.complete` does."""
+        events = self._scheduler.complete(batch_id, choices, failures, last=last)
+        self._suspects.result(batch_id, [event.stream for event in events], last=last)
+        for event in events:
+            self._tell(event)
+
+    def lost(self) -> None:
+        """The pipeline lost its state, or is wired anew: everything is computed again from the logs."""
+        self._scheduler.lost()
+        apart, ended = self._suspects.lost()
+        for name in apart:
+            self._scheduler.set_apart(name)
+        for name in ended:
+            reason = failure(StageFailed("the stages fail again and again at this request"), refused=False)
+            self._scheduler.cancel(name)
+            self._end(name, None, reason)
+
+    def drain(self) -> list[tuple[str, Said]]:
+        """What is to be sent now, and to which nodes: one message for each gateway with news."""
+        said = ((session.node, session.said(self.ready)) for session in self._sessions.values())
+        return [(node, message) for node, message in said if message is not None]
+
+    def _ask(self, session: _Session, ask: Ask) -> None:
+        stale = ask.number < session.asserted and ask.number not in session.wanted
+        if stale or ask.number in session.entries or len(session.entries) >= STREAMS_MAX:
+            return
+        for other in list(session.entries.values()):
+            if other.stream == ask.stream:
+                if other.ask > ask.number:
+                    return
+                self._drop(session, other)
+        session.heard = self._clock.seconds
+        length = len(ask.generated)
+        name = f"{session.id:x}-{ask.number}"
+        entry = _Entry(ask.number, ask.stream, name, base=length, sent=length)
+        session.entries[ask.number] = entry
+        try:
+            if not all(0 <= token < self._n_vocab for token in (*ask.request.prompt, *ask.generated)):
+                raise BadRequest(f"token ids must be 0 to {self._n_vocab - 1}", "prompt")
+            self._scheduler.submit(msgspec.structs.replace(ask.request, id=name), ask.generated)
+        except CordeeError as error:
+            entry.failure = failure(error, refused=True)
+            session.news[entry.ask] = entry
+        else:
+            self._named[name] = (session, entry)
+
+    def _assert(self, session: _Session, message: Assert) -> None:
+        if message.number <= session.asserted:
+            return  # late, or there twice
+        wanted = dict(message.asks[:STREAMS_MAX])
+        session.heard = self._clock.seconds
+        session.asserted, session.wanted = message.number, frozenset(wanted)
+        for entry in list(session.entries.values()):
+            if entry.ask not in wanted and entry.ask < message.number:
+                self._drop(session, entry)
+        unknown = []
+        for ask, have in wanted.items():
+            entry = session.entries.get(ask)
+            if entry is None:
+                unknown.append(ask)
+                continue
+            if not entry.rewind(have):
+                self._give_up(session, entry)
+            elif entry.has_news:
+                session.news[ask] = entry
+        session.answers, session.unknown = message.number, tuple(unknown)
+
+    def _tell(self, event: Event) -> None:
+        session, entry = self._named[event.stream]
+        entry.cached_tokens = event.cached_tokens
+        if event.choice is not None:
+            entry.choices.append(event.choice)
+            session.news[entry.ask] = entry
+        if event.failure is not None:
+            self._end(event.stream, None, failure(StageFailed(event.failure), refused=False))
+        elif event.finish_reason is not None:
+            self._end(event.stream, event.finish_reason, None)
+        elif len(entry.choices) > WINDOW_TOKENS:
+            self._give_up(session, entry)
+
+    def _give_up(self, session: _Session, entry: _Entry) -> None:
+        """The gateway must ask again, with what it has."""
+        self._scheduler.cancel(entry.name)
+        self._suspects.forget(entry.name)
+        self._named.pop(entry.name, None)
+        entry.finish_reason = None
+        entry.failure = failure(Overloaded("tokens were not acknowledged for too long"), refused=True)
+        session.news[entry.ask] = entry
+
+    def _end(self, name: str, finish_reason: FinishReason | None, failed: Failure | None) -> None:
+        session, entry = self._named.pop(name)
+        self._suspects.forget(name)
+        entry.finish_reason, entry.failure = finish_reason, failed
+        session.news[entry.ask] = entry
+
+    def _drop(self, session: _Session, entry: _Entry) -> None:
+        self._scheduler.cancel(entry.name)
+        self._suspects.forget(entry.name)
+        self._named.pop(entry.name, None)
+        session.news.pop(entry.ask, None)
+        del session.entries[entry.ask]

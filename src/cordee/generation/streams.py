@@ -1,0 +1,166 @@
+"""What gateways and hosts say to each other about streams, and its wire format (msgpack).
+
+A *gateway* is the node a client talks to; it keeps the token logs of its streams. The *host* of a model runs
+the scheduler. Three messages suffice, each of which may be lost, late, doubled or out of order:
+
+    gateway -> host   Ask     generate this stream, from this log on
+                      Assert  these are the asks that I still want, and how far I have each; drop all others
+    host -> gateway   Said    tokens and ends, of all streams that moved; and what an Assert named in vain
+
+So there is no message to cancel or to acknowledge: an Assert does both, and is said again and again.
+
+Numbers that keep old messages from doing harm:
+
+- `gateway` is random and new for each run of a gateway. Its asks and asserts share one counter, `number`.
+- `peer` stands for (host node, model) within a gateway, so that a Said names neither.
+- `session` is random and new whenever a host hears from a (gateway, peer) of which it holds nothing. Within a
+  session an ask is started once at most.
+"""
+
+import msgspec
+
+from cordee import errors
+from cordee.errors import BadRequest, CordeeError, StageFailed
+from cordee.generation.request import Choice, FinishReason, Request
+
+# Streams that a gateway has open at a time; a host keeps as many asks of each. A waiting stream costs its
+# prompt, 4 MB at the longest; so many are a hundred times what a household's pipeline answers at once.
+STREAMS_MAX = 1024
+MESSAGE_BYTES_MAX = 64 << 20  # an Ask with a context of a million tokens takes 5 MB, a Said of all streams 40
+
+
+class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
+    """Generate a stream whose first tokens, perhaps none, are there already: `generated`.
+
+    `node` is where to answer. `stream` is the number of the stream's first ask: an older ask of the same
+    stream is void.
+    """
+
+    node: str
+    gateway: int
+    peer: int
+    model: str
+    number: int
+    stream: int
+    request: Request
+    generated: tuple[int, ...]
+
+
+class Assert(msgspec.Struct, frozen=True, array_like=True, tag="assert"):
+    """All asks that this peer shall work on: (number, tokens of the answer that the gateway has).
+
+    Asks that are older than this message and not in it are to be dropped. A host answers with a Said.
+    """
+
+    node: str
+    gateway: int
+    peer: int
+    model: str
+    number: int
+    asks: tuple[tuple[int, int], ...]
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True):
+    """Why a stream ended without a finish reason. `error` is the name of a class in cordee.errors.
+
+    `refused`: nothing was computed for the ask, and another host, or this one later, may take it.
+    """
+
+    error: str
+    message: str
+    param: str | None
+    refused: bool
+
+
+class Piece(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens of an answer, from index `first` of the whole of it on, and its end where it follows them.
+
+    `logprobs`, where they were asked for, are a `Choice`'s of each token.
+    """
+
+    ask: int
+    first: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[tuple[float | None, tuple[tuple[int, float], ...]], ...] = ()
+    cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    failure: Failure | None = None
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """The tokens as they were chosen."""
+        if not self.logprobs:
+            return tuple(map(Choice, self.tokens))
+        return tuple(Choice(token, *said) for token, said in zip(self.tokens, self.logprobs, strict=True))
+
+
+class Said(msgspec.Struct, frozen=True, array_like=True, tag="said"):
+    """News of one host's streams for one gateway.
+
+    `answers` is the number of the Assert that this answers, or 0; then `unknown` are the asks of that Assert
+    which the host does not hold, and it holds the others. `ready`: the pipeline works on them now.
+    """
+
+    gateway: int
+    peer: int
+    session: int
+    ready: bool
+    pieces: tuple[Piece, ...]
+    answers: int = 0
+    unknown: tuple[int, ...] = ()
+
+
+Message = Ask | Assert | Said
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def encode(message: Message) -> bytes:
+    """The message as it travels."""
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """The message in `data`.
+
+    Raises:
+        BadRequest: there is none.
+    """
+    if len(data) > MESSAGE_BYTES_MAX:
+        raise BadRequest(f"a message of {len(data)} bytes is longer than any about streams")
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise BadRequest(f"not a message about streams: {error}") from error
+
+
+def failure(error: CordeeError, *, refused: bool) -> Failure:
+    """An error as it travels."""
+    return Failure(type(error).__name__, error.message, getattr(error, "param", None), refused)
+
+
+def as_error(said: Failure) -> CordeeError:
+    """The error that a host met, as an exception of this process; of an unknown class it is a StageFailed."""
+    kind = getattr(errors, said.error, None)
+    if not (isinstance(kind, type) and issubclass(kind, CordeeError)):
+        kind = StageFailed
+    if issubclass(kind, BadRequest):
+        return kind(said.message, said.param)
+    return kind(said.message)
+
+
+def piece(
+    ask: int,
+    first: int,
+    choices: tuple[Choice, ...],
+    cached_tokens: int,
+    finish_reason: FinishReason | None,
+    failed: Failure | None,
+) -> Piece:
+    """A piece of choices; log-probabilities go with them only where there are some."""
+    logprobs = ()
+    if any(choice.logprob is not None for choice in choices):
+        logprobs = tuple((choice.logprob, choice.top_logprobs) for choice in choices)
+    tokens = tuple(choice.token for choice in choices)
+    return Piece(ask, first, tokens, logprobs, cached_tokens, finish_reason, failed)
