@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from cordee.cluster.memory import PROCESS_BYTES, StageShape
 from cordee.engine.llama import LlamaStage
 from cordee.engine.stage import StageConfig
 from cordee.errors import BadModelFile, DoesNotFit
 from cordee.models import fit
 from cordee.models.architectures import architecture
-from cordee.models.fit import StageShape, estimate, sized_context, stage_shape, verdict
+from cordee.models.fit import estimate, sized_context, stage_shape, verdict
 from cordee.models.gguf import Header, read_header
 from cordee.models.memory import memory
 from cordee.models.slices import cut, even_cuts
@@ -204,7 +205,7 @@ def test_a_verdict_says_what_to_do(header):
 def test_each_stage_is_a_process_of_its_own(header):
     config = StageConfig(context=512, sequences=2)
     whole, parts = (verdict(header, config, 10**9, stages) for stages in (1, 3))
-    assert parts.need_bytes - whole.need_bytes > 2 * fit.PROCESS_BYTES
+    assert parts.need_bytes - whole.need_bytes > 2 * PROCESS_BYTES
 
 
 def test_a_service_sizes_its_context_by_model_limit_and_memory(header):

@@ -4,6 +4,9 @@ Everything here is soft state. A node says it again and again, whoever hears it 
 is no longer said is forgotten; so nothing that a fault wrote into it survives.
 """
 
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -26,12 +29,14 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class ModelShape(msgspec.Struct, frozen=True):
-    """What of a model decides where it can run; per-layer tuples have one item a layer, bytes throughout.
+    """What of a model decides where it can run; the tuples have one item a layer.
 
-    `active_bytes` of a layer are read for one token (of a mixture of experts only those chosen).
-    `embedding_bytes` lie with the host, `head_bytes` with the last stage. `cell_bytes` is the KV cache of one
-    token in each layer. `stage_bytes` is what any stage takes beside weights and KV cache, `head_extra_bytes`
-    what the last takes beside that.
+    `active_bytes` of a layer are read for one token (of a mixture of experts only those chosen), and
+    `active_head_bytes` by the last stage beside them. `cell_bytes` is the KV cache of one token in each
+    layer, `row_floats` what a row of a batch needs in the buffers of each, `windowed` whether its attention
+    has a sliding window. A stage holds `extra_bytes` beside its layers, the last one (the head) instead
+    `last_extra_bytes`, and one that is all of the model `whole_extra_bytes`; the host of a model that is cut
+    reads from `embedding_bytes`. What may be cut is told by `cuttable` and the fields behind it.
     """
 
     digest: str
@@ -41,17 +46,38 @@ class ModelShape(msgspec.Struct, frozen=True):
     layer_bytes: tuple[int, ...]
     active_bytes: tuple[int, ...]
     cell_bytes: tuple[int, ...]
+    row_floats: tuple[int, ...]
+    windowed: tuple[bool, ...]
     embedding_bytes: int
-    head_bytes: int
+    extra_bytes: int
+    last_extra_bytes: int
+    whole_extra_bytes: int
     active_head_bytes: int
-    stage_bytes: int
-    head_extra_bytes: int
     cuttable: bool = True
+    cut_step: int = 1
+    minimum_layers: int = 1
+    refused_counts: tuple[int, ...] = ()  # numbers of layers that the engine takes for another model
+
+    def __post_init__(self) -> None:
+        by_layer = (self.layer_bytes, self.active_bytes, self.cell_bytes, self.row_floats, self.windowed)
+        if {len(items) for items in by_layer} != {self.layers} or not self.layers:
+            raise ValueError("a model's shape must have one item for each of its layers")
 
     @property
     def layers(self) -> int:
         """How many layers there are."""
         return len(self.layer_bytes)
+
+    def allows(self, first: int, last: int) -> bool:
+        """Whether layers `first` to `last` (exclusive) may be a stage (the rules of models/slices.py)."""
+        if not 0 <= first < last <= self.layers:
+            return False
+        if (first, last) == (0, self.layers):
+            return True
+        on_steps = first % self.cut_step == 0 and (last % self.cut_step == 0 or last == self.layers)
+        count_allowed = last - first >= self.minimum_layers and last - first not in self.refused_counts
+        window_allowed = not any(self.windowed) or any(self.windowed[first:last])
+        return self.cuttable and on_steps and count_allowed and window_allowed
 
 
 class StagePlace(msgspec.Struct, frozen=True):
@@ -78,8 +104,8 @@ class Placement(msgspec.Struct, frozen=True):
 class StageReport(msgspec.Struct, frozen=True):
     """A stage that a node runs, or is about to.
 
-    `worker` is random and new for each process: the KV cache lives and dies with it. `endpoint` is where it
-    takes rows. `wiring` names the links it is joined by.
+    `worker` is random and names a KV cache: new with each process, and whenever the cache was lost or is in
+    doubt. `endpoint` is where it takes rows. `wiring` names the links it is joined by.
     """
 
     placement: Placement
@@ -103,7 +129,9 @@ class SliceHeld(msgspec.Struct, frozen=True):
 class Facts(msgspec.Struct, frozen=True):
     """What a node is, has and runs now.
 
-    `rtts` are seconds to other nodes and back, as measured; `build` names the engine's build (streams move
+    `api` is where it serves clients, `inbox` where the last stages of the models it hosts send their tokens.
+    What it *has* (devices' memory, disk) counts as if nothing of this cluster ran or was half fetched, so
+    that a decision does not undo itself. `rtts` are seconds to other nodes and back, as measured; `build` names the engine's build (streams move
     token-identically only between equal ones); `draining`: the node wants its stages elsewhere.
     """
 
@@ -118,3 +146,20 @@ class Facts(msgspec.Struct, frozen=True):
     slices: tuple[SliceHeld, ...]
     stages: tuple[StageReport, ...]
     draining: bool = False
+    inbox: str = ""
+
+
+@lru_cache(maxsize=4096)
+def placement_id(placement: Placement) -> str:
+    """The id of a placement: the hash of its content."""
+    return hashlib.sha256(msgspec.msgpack.encode(placement)).hexdigest()[:16]
+
+
+def wiring_id(placement: Placement, workers: Sequence[str]) -> str:
+    """The id of the links between these workers, one for each stage of the placement, in order."""
+    return _wiring_id(placement, tuple(workers))
+
+
+@lru_cache(maxsize=4096)
+def _wiring_id(placement: Placement, workers: tuple[str, ...]) -> str:
+    return hashlib.sha256(msgspec.msgpack.encode((placement_id(placement), workers))).hexdigest()[:16]

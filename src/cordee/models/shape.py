@@ -1,0 +1,87 @@
+"""From a GGUF header to what the cluster has to know of the model: sizes by layer, where it may be cut."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+from cordee.cluster.facts import ModelShape
+from cordee.errors import BadRequest, UnsupportedModel
+from cordee.models.architectures import Architecture, architecture
+from cordee.models.fit import cell_bytes, row_floats, size_of
+from cordee.models.gguf import BLOCK, Header, Tensor
+from cordee.models.slices import EMBEDDING, HEAD, cut_step, even_cuts, plan_slice, window_pattern
+
+# Part of the names of tensors that hold one slab for each expert, experts in their last dimension.
+EXPERTS = "_exps."
+
+
+def model_shape(header: Header, digest: str) -> ModelShape:
+    """The shape of a model, whose weights need not be there; `digest` is to name it in the cluster.
+
+    A stage's memory by this shape (cluster/memory.py) is what models/fit.py makes of the header.
+
+    Raises:
+        BadModelFile: the file does not say how large its parts are.
+    """
+    rules = architecture(header.architecture) or Architecture(header.architecture)
+    layers = _layers(header)
+    windowed = window_pattern(header, rules) or [False] * header.layers
+    embedding = header.tensor(EMBEDDING)
+    head = embedding if header.tied else header.tensor("output.weight")
+    head_bytes = sum(t.nbytes for t in header.tensors if t.name in HEAD)
+    extras = _extras_of_cuts(header)
+    return ModelShape(
+        digest=digest,
+        architecture=header.architecture,
+        n_embd=size_of(header, ".embedding_length"),
+        n_vocab=head.shape[-1] if head else 0,
+        layer_bytes=tuple(sum(t.nbytes for t in tensors.values()) for tensors in layers),
+        active_bytes=tuple(_active_bytes(header, i, tensors) for i, tensors in enumerate(layers)),
+        cell_bytes=tuple(cell_bytes(header, i, window) for i, window in enumerate(windowed)),
+        row_floats=tuple(row_floats(header, tensors) for tensors in layers),
+        windowed=tuple(windowed),
+        embedding_bytes=embedding.nbytes if embedding else 0,
+        extra_bytes=extras[0] if extras else 0,
+        last_extra_bytes=extras[1] if extras else 0,
+        whole_extra_bytes=sum(t.nbytes for t in header.tensors if not BLOCK.fullmatch(t.name)),
+        active_head_bytes=head_bytes + (head.nbytes if head and header.tied else 0),
+        cuttable=extras is not None,
+        cut_step=cut_step(header, rules),
+        minimum_layers=rules.minimum_layers,
+        refused_counts=rules.whole_layer_counts,
+    )
+
+
+def _layers(header: Header) -> list[dict[str, Tensor]]:
+    """The tensors of each layer that a token passes, under their names without number and `.weight`."""
+    layers: list[dict[str, Tensor]] = [{} for _ in range(header.layers)]
+    for tensor in header.tensors:
+        block = BLOCK.fullmatch(tensor.name)
+        if block and int(block[1]) < header.layers:
+            layers[int(block[1])][block[2].removesuffix(".weight")] = tensor
+    return layers
+
+
+def _active_bytes(header: Header, layer: int, tensors: Mapping[str, Tensor]) -> int:
+    """What is read of a layer for one token: of the experts so many as the router chooses."""
+    active = 0
+    for tensor in tensors.values():
+        if EXPERTS in tensor.name:
+            experts = tensor.shape[-1]
+            chosen = min(size_of(header, ".expert_used_count", layer), experts)
+            active += tensor.nbytes * chosen // experts
+        else:
+            active += tensor.nbytes
+    return active
+
+
+def _extras_of_cuts(header: Header) -> tuple[int, int] | None:
+    """What a stage without the head and one with it hold beside their layers; None if no cut is allowed."""
+    try:
+        cuts = even_cuts(header, 2)
+        first, last = (plan_slice(header, *bounds) for bounds in pairwise(cuts))
+    except (BadRequest, UnsupportedModel):
+        return None
+    return tuple(
+        sum(piece.nbytes for piece in part.pieces if not BLOCK.fullmatch(piece.name))
+        for part in (first, last)
+    )
