@@ -1,0 +1,324 @@
+"""Which placements the cluster should run: a pure function that every node evaluates on its own view.
+
+Theory of operation. Nobody is in charge and nothing is counted. What nodes *report running* is the memory of
+the cluster; `choose` only selects from it, and plans afresh where it finds nothing. For each wished model:
+
+1. Reported placements that are infeasible in this view are dropped: a node gone or revoked, a stage that
+   failed, layers not covered once, another shape or context than wished, memory short.
+2. Of the rest the best are kept, as many as there are replicas, by `Candidate.rank`:
+   serving first; then those without a draining node; then those that wait for no slice; then the better
+   class of predicted speed (coarse, so that noise never decides); then the smallest id.
+3. Replicas still missing are planned, on alive nodes that are not draining and have not just failed at it.
+4. A serving placement may get a *successor*, loaded beside it and preferred by rank once it serves: if it
+   uses a draining node, any placement without one; else only one faster by UPGRADE_RATIO. A draining node
+   whose stages fit nowhere beside the serving ones is relieved in their place, with a pause.
+
+Memory is given out in a fixed order: to all that serves, to what loads, to fresh plans, to successors, each
+by rank and model; whoever comes later gets what is left. So a new wish never takes the memory of a model that
+serves.
+
+Convergence: once views agree, all nodes select the same reported placements; the others' stages are stopped,
+so their reports vanish. A fresh plan is made only where nothing is reported; should nodes make different ones
+because their views differ for a moment, all of these are reported next, and all nodes select the same.
+
+Closure: loading what was selected only raises its rank (waiting < loading < serving), and that of no other
+placement changes meanwhile. A successor is faster by more than a class when it is taken up, so it has the
+better rank once it serves, and the way back would need the same gain again.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import msgspec
+
+from cordee.cluster.facts import Facts, ModelShape, Placement, StageReport, placement_id, wiring_id
+from cordee.cluster.view import View
+
+# A serving model is moved for this gain only; classes of speed are as wide. Predictions are good to 20 %.
+UPGRADE_RATIO = 1.5
+
+Free = dict[tuple[str, str], int]  # bytes by (node, device)
+
+
+class Planning(Protocol):
+    """What the choice asks of the planner. All of it deterministic."""
+
+    def plan(
+        self, shape: ModelShape, context: int, sequences: int, nodes: Sequence[Facts]
+    ) -> Placement | None:
+        """The best placement on these nodes, whose devices' memory is what is free; None if none fits."""
+
+    def speed(self, shape: ModelShape, placement: Placement, nodes: Mapping[str, Facts]) -> float:
+        """Predicted tokens per second of one stream."""
+
+    def stage_bytes(self, shape: ModelShape, placement: Placement, index: int) -> int:
+        """Memory of the device that a stage takes."""
+
+
+class Job(NamedTuple):
+    """A model as it is wished; placements for another context are others."""
+
+    model: str
+    context: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A placement to run; `wiring` names its links while it serves. `successor` is loaded beside it."""
+
+    placement: Placement
+    wiring: str = ""
+    successor: Placement | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A placement that is reported, or was just planned."""
+
+    placement: Placement
+    id: str
+    wiring: str
+    leaving: bool
+    waiting: bool
+    speed: float
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool, int, str]:
+        """The smallest is the best."""
+        return not self.wiring, self.leaving, self.waiting, -speed_class(self.speed), self.id
+
+
+def speed_class(speed: float) -> int:
+    """Speeds that differ by UPGRADE_RATIO are in different classes; nonsense is in the lowest."""
+    if not (speed > 0 and math.isfinite(speed)):
+        return -1000
+    return math.floor(math.log(speed) / math.log(UPGRADE_RATIO))
+
+
+class Reports:
+    """The stages that a view's nodes report, by placement and index."""
+
+    def __init__(self, facts: Mapping[str, Facts]) -> None:
+        self.by_stage: dict[tuple[str, int], StageReport] = {}
+        self.placements: dict[str, Placement] = {}
+        self.failed: set[tuple[str, str]] = set()  # (node, model)
+        for node in sorted(facts):
+            for report in facts[node].stages:
+                self._add(node, report)
+
+    def _add(self, node: str, report: StageReport) -> None:
+        stages = report.placement.stages
+        if not (0 <= report.index < len(stages) and stages[report.index].node == node):
+            return
+        name = placement_id(report.placement)
+        key = (name, report.index)
+        if report.state == "failed":
+            self.failed.add((node, report.placement.model))
+        self.placements[name] = report.placement
+        if key not in self.by_stage or report.worker < self.by_stage[key].worker:
+            self.by_stage[key] = report
+
+    def stages(self, placement: Placement) -> list[StageReport | None]:
+        """What is reported of each stage."""
+        name = placement_id(placement)
+        return [self.by_stage.get((name, index)) for index in range(len(placement.stages))]
+
+    def wiring(self, placement: Placement) -> str:
+        """The id that its links should have; empty unless all stages are loaded."""
+        workers = []
+        for report in self.stages(placement):
+            if report is None or report.state not in ("loaded", "wired"):
+                return ""
+            workers.append(report.worker)
+        return wiring_id(placement, workers)
+
+    def serving(self, placement: Placement) -> str:
+        """The wiring that all of its stages are joined by; empty if there is none."""
+        wiring = self.wiring(placement)
+        stages = self.stages(placement)
+        joined = all(report.state == "wired" and report.wiring == wiring for report in stages if report)
+        return wiring if joined else ""
+
+    def waiting(self, placement: Placement) -> bool:
+        """Whether a stage is not reported, or has no slice yet."""
+        return any(report is None or report.state == "fetching" for report in self.stages(placement))
+
+
+def covers(shape: ModelShape, placement: Placement) -> bool:
+    """Whether the stages cover all layers once, in order, and the model may be cut like that."""
+    edge = 0
+    for place in placement.stages:
+        if place.first != edge or not shape.allows(place.first, place.last):
+            return False
+        edge = place.last
+    return edge == shape.layers
+
+
+def choose(view: View, planning: Planning) -> dict[str, tuple[Chosen, ...]]:
+    """What should run for each wished model, by its name. Total: nonsense in the view is passed over."""
+    return Choice(view, planning).made()
+
+
+class Choice:
+    """One evaluation of `choose`."""
+
+    def __init__(self, view: View, planning: Planning) -> None:
+        self._view = view
+        self._planning = planning
+        self._reports = Reports(view.facts)
+        self._free: Free = {
+            (node, device.name): device.memory_bytes
+            for node, facts in view.facts.items()
+            for device in facts.devices
+        }
+        self._wanted: dict[str, Job] = {}
+        self._shapes: dict[Job, ModelShape] = {}
+        self._replicas: dict[Job, int] = {}
+        for wish in view.wishes:
+            if wish.shape is not None and wish.replicas > 0:
+                job = Job(wish.shape.digest, wish.context, wish.sequences)
+                self._wanted[wish.model] = job
+                self._shapes.setdefault(job, wish.shape)
+                self._replicas[job] = max(wish.replicas, self._replicas.get(job, 0))
+        self._kept: dict[Job, list[Candidate]] = {job: [] for job in self._shapes}
+        self._successors: dict[str, Placement] = {}  # by the id of the placement they follow
+
+    def made(self) -> dict[str, tuple[Chosen, ...]]:
+        """Choose; see the module's docstring for the steps."""
+        found = {job: self._candidates(job) for job in self._shapes}
+        for wanted in ((True, False), (True, True), (False, False)):  # (serving, leaving)
+            for job, candidates in found.items():
+                self._keep(job, [c for c in candidates if (bool(c.wiring), c.leaving) == wanted])
+        for job in self._shapes:
+            self._plan_missing(job)
+        for job, candidates in found.items():
+            self._keep(job, [c for c in candidates if not c.wiring and c.leaving])  # better than nothing
+        for job, candidates in found.items():
+            for kept in list(self._kept[job]):
+                self._succeed(job, kept, candidates)
+        return {model: self._chosen(job) for model, job in self._wanted.items()}
+
+    def _chosen(self, job: Job) -> tuple[Chosen, ...]:
+        kept = sorted(self._kept[job], key=lambda candidate: candidate.rank)
+        return tuple(Chosen(c.placement, c.wiring, self._successors.get(c.id)) for c in kept)
+
+    def _candidates(self, job: Job) -> list[Candidate]:
+        """The feasible ones of those that are reported, the best first."""
+        placements = self._reports.placements.values()
+        found = [self._candidate(job, p) for p in placements if self._feasible(job, p)]
+        return sorted(found, key=lambda candidate: candidate.rank)
+
+    def _candidate(self, job: Job, placement: Placement) -> Candidate:
+        facts = self._view.facts
+        return Candidate(
+            placement,
+            placement_id(placement),
+            self._reports.serving(placement),
+            any(facts[place.node].draining for place in placement.stages),
+            self._reports.waiting(placement),
+            self._planning.speed(self._shapes[job], placement, facts),
+        )
+
+    def _feasible(self, job: Job, placement: Placement) -> bool:
+        if Job(placement.model, placement.context, placement.sequences) != job:
+            return False
+        if any((place.node, place.device) not in self._free for place in placement.stages):
+            return False
+        if any(report is not None and report.state == "failed" for report in self._reports.stages(placement)):
+            return False
+        return covers(self._shapes[job], placement)
+
+    def _keep(self, job: Job, candidates: Sequence[Candidate]) -> None:
+        for candidate in candidates:
+            if len(self._kept[job]) >= self._replicas[job]:
+                return
+            apart = self._nodes(job).isdisjoint(place.node for place in candidate.placement.stages)
+            if apart and self._take(job, candidate.placement):
+                self._kept[job].append(candidate)
+
+    def _plan_missing(self, job: Job) -> None:
+        while len(self._kept[job]) < self._replicas[job]:
+            planned = self._plan(job, self._nodes(job))
+            if planned is None or not self._take(job, planned.placement):
+                return
+            self._kept[job].append(planned)
+
+    def _succeed(self, job: Job, kept: Candidate, candidates: Sequence[Candidate]) -> None:
+        """Find what a serving placement should be followed by, or replaced with."""
+        if not kept.wiring:
+            return
+        if kept.leaving:
+            successor = self._successor(job, kept, candidates, 0.0)
+            if successor is None:
+                self._give_back(job, kept.placement)
+                self._kept[job].remove(kept)
+                successor = self._successor(job, kept, candidates, 0.0) or kept
+                self._take(job, successor.placement)
+                self._kept[job].append(successor)
+                return
+        else:
+            successor = self._successor(job, kept, candidates, kept.speed * UPGRADE_RATIO)
+        if successor is not None and self._take(job, successor.placement):
+            self._successors[kept.id] = successor.placement
+
+    def _successor(
+        self, job: Job, kept: Candidate, candidates: Sequence[Candidate], speed: float
+    ) -> Candidate | None:
+        """The best reported placement that is at least so fast and fits; else a planned one."""
+        others = {place.node for c in self._kept[job] if c is not kept for place in c.placement.stages}
+        for candidate in candidates:
+            fast = candidate.speed >= speed and candidate.id != kept.id and not candidate.leaving
+            apart = others.isdisjoint(place.node for place in candidate.placement.stages)
+            if fast and apart and self._fits(job, candidate.placement):
+                return candidate
+        planned = self._plan(job, others)
+        if planned is None or planned.id == kept.id or not planned.speed >= speed:
+            return None
+        return planned
+
+    def _plan(self, job: Job, taken: set[str]) -> Candidate | None:
+        nodes = []
+        for node, facts in self._view.facts.items():
+            failed = (node, job.model) in self._reports.failed
+            if not (failed or facts.draining or node in self._view.suspects or node in taken):
+                nodes.append(self._with_free_memory(facts))
+        placement = self._planning.plan(self._shapes[job], job.context, job.sequences, nodes)
+        if placement is None or not self._feasible(job, placement) or not self._fits(job, placement):
+            return None
+        return self._candidate(job, placement)
+
+    def _with_free_memory(self, facts: Facts) -> Facts:
+        devices = tuple(
+            msgspec.structs.replace(device, memory_bytes=self._free[facts.node, device.name])
+            for device in facts.devices
+        )
+        return facts if devices == facts.devices else msgspec.structs.replace(facts, devices=devices)
+
+    def _nodes(self, job: Job) -> set[str]:
+        """Nodes of this model's kept placements: replicas share none, so one loss costs one."""
+        return {place.node for candidate in self._kept[job] for place in candidate.placement.stages}
+
+    def _needed(self, job: Job, placement: Placement) -> Free:
+        needed: Free = {}
+        for index, place in enumerate(placement.stages):
+            key = (place.node, place.device)
+            stage_bytes = self._planning.stage_bytes(self._shapes[job], placement, index)
+            needed[key] = needed.get(key, 0) + stage_bytes
+        return needed
+
+    def _fits(self, job: Job, placement: Placement) -> bool:
+        return all(self._free[key] >= size for key, size in self._needed(job, placement).items())
+
+    def _take(self, job: Job, placement: Placement) -> bool:
+        if not self._fits(job, placement):
+            return False
+        for key, size in self._needed(job, placement).items():
+            self._free[key] -= size
+        return True
+
+    def _give_back(self, job: Job, placement: Placement) -> None:
+        for key, size in self._needed(job, placement).items():
+            self._free[key] += size

@@ -1,0 +1,187 @@
+"""The crew: what a node's agent does next about its workers, so that they come to match its goals. Pure.
+
+Theory of operation. The agent calls `step` with its goals and with what is really there, whenever either may
+have changed and at least once a beat. It gets orders, and the reports that its facts should carry. Orders are
+what is missing between the two, computed anew each time; carrying out an order twice must do no harm.
+
+A stage goal goes through these states, which are also what is reported of it:
+
+    fetching   its slice is not on disk                                 order: fetch
+    loading    its worker is being started, or loads                    order: start
+    loaded     ready to be wired, or its links broke
+    wired      joined to its neighbours under a wiring                  order: wire, when all are loaded
+    failed     its slice could not be had, or its worker could not      nothing, for FAILED_SECONDS; the
+               load it                                                  cluster plans without this node
+
+- A worker is told apart by what it holds (`Load`), not by its placement: one that a new placement needs again
+  keeps its weights.
+- Workers without a goal are stopped, unless the goals keep them; and nothing is started on a device before
+  what is to be stopped there is gone.
+- A wiring stands for KV caches that grew together, so it is entered once: a worker that left a wiring and is
+  wanted in it again gets a new id first (`rename`), which changes the wiring for all.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from cordee.cluster.facts import Placement, SliceHeld, StageReport, placement_id
+from cordee.cluster.goals import Goals, SliceGoal, StageGoal, holds
+
+# A cause such as a full disk or too little memory does not go away by itself; trying again costs a load.
+FAILED_SECONDS = 60.0
+WIRINGS_MAX = 100  # that a worker remembers; then it gets a new id
+
+
+class Load(NamedTuple):
+    """What a worker holds, or is to hold: layers of a model on a device, with room for the KV cache."""
+
+    model: str
+    device: str
+    first: int
+    last: int
+    context: int
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A worker as it really is. `wirings` are all that it was ever wired in, since it has this id.
+
+    A worker whose links broke, to either side, is `loaded` and no longer `wired`; so is the first stage's
+    when the host stopped or restarted its scheduler.
+    """
+
+    id: str
+    load: Load
+    state: Literal["loading", "loaded", "wired"]
+    endpoint: str = ""
+    wiring: str = ""
+    wirings: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class WireOrder:
+    """Join this worker to `downstream`, with an empty KV cache; from now on it belongs to `wiring`."""
+
+    worker: str
+    wiring: str
+    downstream: str
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What is to be done, `reports` being what is to be said. `fetch` in the order of urgency."""
+
+    reports: tuple[StageReport, ...] = ()
+    fetch: tuple[SliceGoal, ...] = ()
+    stop: tuple[str, ...] = ()
+    start: tuple[Load, ...] = ()
+    rename: tuple[str, ...] = ()
+    wire: tuple[WireOrder, ...] = ()
+
+
+@dataclass(eq=False)
+class _Failure:
+    """What could not be done, until when it counts, and how it was last reported."""
+
+    until: float
+    detail: str
+    report: StageReport | None = None
+
+
+def load_of(placement: Placement, index: int) -> Load:
+    """What a stage's worker holds."""
+    place = placement.stages[index]
+    return Load(
+        placement.model, place.device, place.first, place.last, placement.context, placement.sequences
+    )
+
+
+class Crew:
+    """See the module's theory of operation. What it remembers is mended or forgotten if it is wrong."""
+
+    def __init__(self) -> None:
+        self._posts: dict[str, tuple[Placement, int]] = {}  # by worker, the stage it was last run as
+        self._failures: dict[Load, _Failure] = {}
+
+    def failed(self, load: Load, detail: str, now: float) -> None:
+        """A stage's slice could not be had, or its worker could not load it."""
+        self._failures[load] = _Failure(now + FAILED_SECONDS, detail)
+
+    def step(
+        self, goals: Goals, workers: Mapping[str, Worker], slices: Sequence[SliceHeld], now: float
+    ) -> Orders:
+        """What to do now. `workers` by id are those that live; `slices` lie on disk."""
+        self._forget(workers, now)
+        manned = self._man(goals, workers)
+        idle = workers.keys() - {worker.id for worker in manned if worker is not None} - goals.keep
+        busy = {workers[name].load.device for name in idle}
+        reports, start, rename, wire = [], [], [], []
+        for goal, worker in zip(goals.stages, manned, strict=True):
+            load = load_of(goal.placement, goal.index)
+            reports.append(self._report(goal, load, worker, slices))
+            if worker is None:
+                if reports[-1].state == "loading" and load.device not in busy:
+                    start.append(load)
+            elif goal.wiring and goal.wiring != worker.wiring and worker.state != "loading":
+                if goal.wiring in worker.wirings or len(worker.wirings) >= WIRINGS_MAX:
+                    rename.append(worker.id)
+                else:
+                    wire.append(WireOrder(worker.id, goal.wiring, goal.downstream))
+        reports += self._other_reports(goals, workers)
+        fetch = tuple(goal for goal in goals.slices if not holds(slices, goal))
+        return Orders(tuple(reports), fetch, tuple(sorted(idle)), tuple(start), tuple(rename), tuple(wire))
+
+    def _forget(self, workers: Mapping[str, Worker], now: float) -> None:
+        for load, failure in list(self._failures.items()):
+            if not 0 < failure.until - now <= FAILED_SECONDS:
+                del self._failures[load]
+        for name, (placement, index) in list(self._posts.items()):
+            stages = placement.stages
+            fits = name in workers and 0 <= index < len(stages)
+            if not fits or load_of(placement, index) != workers[name].load:
+                del self._posts[name]
+
+    def _man(self, goals: Goals, workers: Mapping[str, Worker]) -> list[Worker | None]:
+        """Give each stage goal a worker: the one that runs it, else a free one that holds the same."""
+        posts = {(placement_id(placement), index): name for name, (placement, index) in self._posts.items()}
+        wanted = [(placement_id(goal.placement), goal.index) for goal in goals.stages]
+        manned = [workers.get(posts.get(key, "")) for key in wanted]
+        free = sorted(workers.keys() - {worker.id for worker in manned if worker is not None} - goals.keep)
+        for place, goal in enumerate(goals.stages):
+            load = load_of(goal.placement, goal.index)
+            for name in free:
+                if manned[place] is None and workers[name].load == load:
+                    manned[place] = workers[name]
+                    free.remove(name)
+                    break
+        for goal, worker in zip(goals.stages, manned, strict=True):
+            if worker is not None:
+                self._posts[worker.id] = (goal.placement, goal.index)
+        return manned
+
+    def _report(
+        self, goal: StageGoal, load: Load, worker: Worker | None, slices: Sequence[SliceHeld]
+    ) -> StageReport:
+        if worker is not None:
+            return _worker_report(goal.placement, goal.index, worker)
+        failure = self._failures.get(load)
+        if failure is not None:
+            failure.report = StageReport(goal.placement, goal.index, "failed", detail=failure.detail)
+            return failure.report
+        held = holds(slices, SliceGoal(load.model, load.first, load.last))
+        return StageReport(goal.placement, goal.index, "loading" if held else "fetching")
+
+    def _other_reports(self, goals: Goals, workers: Mapping[str, Worker]) -> list[StageReport]:
+        """Of workers that are kept, and of what failed: that must be known once nobody wants it, too."""
+        kept = sorted(goals.keep & self._posts.keys())
+        wanted = {load_of(goal.placement, goal.index) for goal in goals.stages}
+        failed = [failure.report for load, failure in self._failures.items() if load not in wanted]
+        return [_worker_report(*self._posts[name], workers[name]) for name in kept] + [
+            report for report in failed if report is not None
+        ]
+
+
+def _worker_report(placement: Placement, index: int, worker: Worker) -> StageReport:
+    return StageReport(placement, index, worker.state, worker.id, worker.endpoint, worker.wiring)

@@ -1,0 +1,203 @@
+"""What one node should hold, run, wire and host now, from what the cluster chose: pure and level-triggered.
+
+Goals say how things should be, not what to do: whoever executes them compares with what is there, so a goal
+that is heard twice, or was missed, does no harm. For each placement that was chosen, and for its successor:
+
+    all stages              goal of a stage's node       goal of the host (node of the first stage)
+    not all loaded          hold its slice, run it       host it, no wiring: wait
+    all loaded              wire it to the next stage    the same
+    all wired alike         stay                         host it with that wiring: rows may flow
+
+The *wiring* is the hash of the placement and of its stages' workers (KV caches), so all nodes compute the
+same one from the facts. When one worker is replaced the wiring changes, everybody wires anew with empty
+caches, and the host replays its streams.
+
+Workers of other placements are kept as they are while the chosen one does not serve yet and memory allows:
+if the node that was lost comes back first, the old placement goes on at once. Then they are to be stopped.
+
+Once a placement serves, each of its slices is kept on a second node where disk allows, so that its loss costs
+no transfer. Who holds the copy is decided by a hash, so a change elsewhere does not move it.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cordee.cluster.choose import Chosen, Planning, Reports
+from cordee.cluster.facts import Facts, ModelShape, Placement, SliceHeld, placement_id
+from cordee.cluster.view import View
+
+DISK_RESERVE_BYTES = 2 << 30  # a copy leaves this free: the node's owner needs disk more than we need copies
+
+
+@dataclass(frozen=True, order=True)
+class SliceGoal:
+    """Layers of a model (its digest) to have on disk."""
+
+    model: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class StageGoal:
+    """A stage to run. With a `wiring`: to be joined to `downstream`, the next one's endpoint, under that name."""
+
+    placement: Placement
+    index: int
+    wiring: str = ""
+    downstream: str = ""
+
+
+@dataclass(frozen=True)
+class HostGoal:
+    """A scheduler to run. With a `wiring`: rows go to `upstream`, the endpoint of the first stage."""
+
+    placement: Placement
+    wiring: str = ""
+    upstream: str = ""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a model's streams go; it answers once there is a wiring."""
+
+    host: str
+    placement: str
+    wiring: str = ""
+
+
+@dataclass(frozen=True)
+class Goals:
+    """`slices` in the order of urgency; `keep` are ids of workers to leave alone; `routes` by model name."""
+
+    slices: tuple[SliceGoal, ...] = ()
+    stages: tuple[StageGoal, ...] = ()
+    keep: frozenset[str] = frozenset()
+    hosts: tuple[HostGoal, ...] = ()
+    routes: Mapping[str, tuple[Route, ...]] = field(default_factory=dict)
+
+
+def holds(slices: Sequence[SliceHeld], goal: SliceGoal) -> bool:
+    """Whether these layers lie in one of the slices."""
+    return any(
+        held.model == goal.model and held.first <= goal.first <= goal.last <= held.last for held in slices
+    )
+
+
+def goals(view: View, me: str, chosen: Mapping[str, tuple[Chosen, ...]], planning: Planning) -> Goals:
+    """This node's goals. `chosen` is `choose(view, planning)`."""
+    reports = Reports(view.facts)
+    picks = {placement_id(pick.placement): pick for picks in chosen.values() for pick in picks}
+    stages: list[StageGoal] = []
+    hosts: list[HostGoal] = []
+    for pick in picks.values():
+        for placement in (pick.placement, pick.successor):
+            if placement is not None:
+                stages += _stages(view, reports, placement, me)
+        if pick.placement.stages[0].node == me:
+            hosts.append(_host(reports, pick))
+    slices = [_slice(goal.placement, goal.index) for goal in stages]
+    slices += _copies(view, picks.values(), me)
+    return Goals(
+        slices=tuple(dict.fromkeys(slices)),
+        stages=tuple(stages),
+        keep=_kept(view, me, chosen, stages, planning),
+        hosts=tuple(hosts),
+        routes={model: tuple(map(_route, picks)) for model, picks in chosen.items()},
+    )
+
+
+def _slice(placement: Placement, index: int) -> SliceGoal:
+    place = placement.stages[index]
+    return SliceGoal(placement.model, place.first, place.last)
+
+
+def _stages(view: View, reports: Reports, placement: Placement, me: str) -> list[StageGoal]:
+    mine = [index for index, place in enumerate(placement.stages) if place.node == me]
+    wiring = reports.wiring(placement) if mine else ""
+    found = []
+    for index in mine:
+        if not wiring:
+            downstream = ""
+        elif index + 1 < len(placement.stages):
+            downstream = reports.by_stage[placement_id(placement), index + 1].endpoint
+        else:
+            downstream = view.facts[placement.stages[0].node].inbox
+        found.append(StageGoal(placement, index, wiring, downstream))
+    return found
+
+
+def _host(reports: Reports, pick: Chosen) -> HostGoal:
+    if not pick.wiring:
+        return HostGoal(pick.placement)
+    return HostGoal(pick.placement, pick.wiring, reports.by_stage[placement_id(pick.placement), 0].endpoint)
+
+
+def _route(pick: Chosen) -> Route:
+    return Route(pick.placement.stages[0].node, placement_id(pick.placement), pick.wiring)
+
+
+def _kept(
+    view: View,
+    me: str,
+    chosen: Mapping[str, tuple[Chosen, ...]],
+    stages: Sequence[StageGoal],
+    planning: Planning,
+) -> frozenset[str]:
+    """Workers of placements that were not chosen, while those chosen do not serve and memory is left."""
+    shapes: dict[str, ModelShape] = {}
+    for wish in view.wishes:
+        picks = chosen.get(wish.model, ())
+        if wish.shape is not None and picks and not all(pick.wiring for pick in picks):
+            shapes[wish.shape.digest] = wish.shape
+    own = view.facts[me]
+    free = {device.name: device.memory_bytes for device in own.devices}
+    all_shapes = {wish.shape.digest: wish.shape for wish in view.wishes if wish.shape is not None}
+    for goal in stages:
+        place = goal.placement.stages[goal.index]
+        free[place.device] -= planning.stage_bytes(
+            all_shapes[goal.placement.model], goal.placement, goal.index
+        )
+    wanted = {(placement_id(goal.placement), goal.index) for goal in stages}
+    keep = set()
+    for report in sorted(own.stages, key=lambda report: report.worker):
+        placement, index = report.placement, report.index
+        shape = shapes.get(placement.model)
+        running = report.state in ("loading", "loaded", "wired") and 0 <= index < len(placement.stages)
+        if shape is None or not running or (placement_id(placement), index) in wanted:
+            continue
+        device = placement.stages[index].device
+        needed = planning.stage_bytes(shape, placement, index)
+        if needed <= free.get(device, -1):
+            free[device] -= needed
+            keep.add(report.worker)
+    return frozenset(keep)
+
+
+def _copies(view: View, picks: Sequence[Chosen], me: str) -> list[SliceGoal]:
+    """Slices of serving placements that this node should hold a second copy of."""
+    found = []
+    shapes = {wish.shape.digest: wish.shape for wish in view.wishes if wish.shape is not None}
+    for pick in picks:
+        if not pick.wiring:
+            continue
+        for index, place in enumerate(pick.placement.stages):
+            goal = _slice(pick.placement, index)
+            size = sum(shapes[goal.model].layer_bytes[goal.first : goal.last])
+            if _keeper(view.facts, goal, place.node, size) == me:
+                found.append(goal)
+    return found
+
+
+def _keeper(facts: Mapping[str, Facts], goal: SliceGoal, runner: str, slice_bytes: int) -> str | None:
+    """Who holds the second copy: one who has it already, else one with the disk for it; by hash."""
+    others = [own for node, own in facts.items() if node != runner and not own.draining]
+    able = [own for own in others if holds(own.slices, goal)] or [
+        own for own in others if own.disk_free_bytes >= slice_bytes + DISK_RESERVE_BYTES
+    ]
+    return min((own.node for own in able), key=lambda node: _lot(goal, node), default=None)
+
+
+def _lot(goal: SliceGoal, node: str) -> bytes:
+    return hashlib.sha256(f"{goal.model} {goal.first} {goal.last} {node}".encode()).digest()

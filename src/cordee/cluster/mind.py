@@ -1,0 +1,126 @@
+"""The mind of a node: what it heard, what it is, and what it should do; composed of the pure parts.
+
+    beats, liveliness ----> Membership --.
+    wishes of all nodes --> Wishes       >--> View --> choose --> goals --> Crew --> orders
+    own facts ------------> Mind  -------'
+
+Pure: the shell hands in what happened with the time, and asks for the beat to send and the goals to pursue.
+`now` is a clock that never jumps, in seconds since anything; `clock` is seconds since 1970 as the machine
+believes, which may be wrong. Nothing here lasts: after a restart all but the wishes is heard again.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from cordee.cluster.choose import Chosen, Planning, choose
+from cordee.cluster.facts import Facts, ModelShape
+from cordee.cluster.goals import Goals, goals
+from cordee.cluster.view import Beat, Liveness, Membership, View
+from cordee.cluster.wishes import Wish, Wishes
+
+# Goals are computed anew when the view changed, and so often in any case: what is kept may be damaged.
+RETHINK_SECONDS = 10.0
+
+
+class Mind:
+    """See the module's theory of operation.
+
+    `session` is random and new with each start of the agent. `wishes` are those of the last run, from disk.
+    """
+
+    def __init__(self, me: str, session: str, planning: Planning, wishes: Iterable[Wish] = ()) -> None:
+        self.me = me
+        self._session = session
+        self._planning = planning
+        self._membership = Membership(me)
+        self._wishes = Wishes(wishes)
+        self._facts: Facts | None = None
+        self._offset = 0.0  # the machine's clock less `now`
+        self._revocations: dict[str, bytes] = {}
+        self._view: View | None = None
+        self._planned = -math.inf
+        self._chosen: dict[str, tuple[Chosen, ...]] = {}
+        self._goals = Goals()
+
+    @property
+    def wishes(self) -> tuple[Wish, ...]:
+        """What the cluster is wished to serve, to be kept on disk; with `replicas` 0: taken back."""
+        return self._wishes.all
+
+    @property
+    def chosen(self) -> Mapping[str, tuple[Chosen, ...]]:
+        """What the last `plan` found should run, by model."""
+        return self._chosen
+
+    def observe(
+        self, facts: Facts, now: float, clock: float, revocations: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Our own facts, the machine's clock, and the valid revocations by node; all of them, each time."""
+        self._facts = facts
+        self._offset = clock - now
+        self._revocations = dict(revocations or {})
+        self._membership.settle(self._revocations, now)
+        self._wishes.settle(self._clock(now))
+
+    def hear(self, beat: Beat, now: float) -> bool:
+        """A beat came; False if it says nothing new. Its revocations are the shell's to check first."""
+        if beat.facts.node in self._revocations or not self._membership.hear(beat, now):
+            return False
+        self._wishes.merge(beat.wishes, self._clock(now))
+        return True
+
+    def liveliness(self, node: str, alive: bool, now: float) -> None:
+        """A node's token came or went."""
+        self._membership.liveliness(node, alive, now)
+
+    def wish(
+        self,
+        model: str,
+        shape: ModelShape | None,
+        context: int,
+        sequences: int,
+        now: float,
+        replicas: int = 1,
+    ) -> None:
+        """Wish a model to be served by the cluster, or with `replicas` 0 no more."""
+        wish = Wish(model, shape, context, sequences, replicas, author=self.me)
+        self._wishes.write(wish, self._clock(now))
+
+    def nodes(self, now: float) -> dict[str, tuple[Liveness, Facts]]:
+        """All known nodes, us included, by id."""
+        known = self._membership.facts(now)
+        if self._facts is not None:
+            known[self.me] = ("alive", self._facts)
+        return dict(sorted(known.items()))
+
+    def beat(self, now: float) -> Beat:
+        """What to say now. `observe` comes first."""
+        assert self._facts is not None
+        return Beat(
+            self._session,
+            now,
+            now + self._offset,
+            self._facts,
+            self._wishes.all,
+            tuple(self._revocations[node] for node in sorted(self._revocations)),
+        )
+
+    def plan(self, now: float) -> Goals:
+        """What this node should do. `observe` comes first."""
+        view = self._look(now)
+        if view != self._view or not 0 <= now - self._planned < RETHINK_SECONDS:
+            self._chosen = choose(view, self._planning)
+            self._goals = goals(view, self.me, self._chosen, self._planning)
+            self._view, self._planned = view, now
+        return self._goals
+
+    def _look(self, now: float) -> View:
+        known = self.nodes(now)
+        return View(
+            {node: facts for node, (state, facts) in known.items() if state != "gone"},
+            frozenset(node for node, (state, _) in known.items() if state == "suspect"),
+            tuple(wish for wish in self._wishes.all if wish.replicas > 0),
+        )
+
+    def _clock(self, now: float) -> float:
+        return self._membership.clock(now + self._offset, now)

@@ -1,0 +1,109 @@
+"""What the cluster is wished to serve: one map for all, last writer wins.
+
+Theory of operation. Every node holds the whole map and says it with every beat; whoever hears one keeps, for
+each model, the wish with the greatest (stamp, author, content). Taking the greatest is associative,
+commutative and idempotent, so loss, repetition and order of messages do not matter.
+
+Stamps are seconds of the *cluster's clock*, the median of the live nodes' clocks. One clock that is a day off
+does not move it, and a stamp that a fault wrote is not believed:
+
+    stamp <= clock + AHEAD_SECONDS    as it is
+    later, or not a number            becomes `clock`: the wish counts as written now
+
+Why that converges: clocks that nodes compute differ by less than AHEAD_SECONDS once they hear each other, so
+a copy is clamped once at most, and what one node has clamped no other clamps again. From then on the greatest
+stamp in the cluster neither grows nor shrinks, and reaches every node. A wish written later wins: its stamp
+is past the one it replaces.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from cordee.cluster.facts import ModelShape
+
+# Clocks of a LAN agree better than this; a wrong stamp outlives the cluster's clock by no more.
+AHEAD_SECONDS = 60.0
+# By how much a wish's stamp passes that of the one it replaces, if the clock has not. A float of the present
+# resolves a quarter of a microsecond.
+TICK_SECONDS = 0.001
+# Models wished or taken back; the latest stay. Beats carry all of them.
+WISHES_MAX = 64
+
+
+class Wish(msgspec.Struct, frozen=True):
+    """Serve `model` (a name), or with `replicas` 0 serve it no more.
+
+    The shape comes along so that every node can plan. `context` is in tokens for each of `sequences` streams.
+    """
+
+    model: str
+    shape: ModelShape | None
+    context: int
+    sequences: int
+    replicas: int = 1
+    stamp: float = 0.0
+    author: str = ""
+
+
+class Wishes:
+    """See the module's theory of operation. `clock` is always the cluster's."""
+
+    def __init__(self, wishes: Iterable[Wish] = ()) -> None:
+        self._wishes: dict[str, Wish] = {}
+        self._sorted: tuple[Wish, ...] | None = None
+        for wish in wishes:
+            self._take(wish)
+
+    @property
+    def all(self) -> tuple[Wish, ...]:
+        """Every wish, those taken back included, by model."""
+        if self._sorted is None:
+            self._sorted = tuple(self._wishes[model] for model in sorted(self._wishes))
+        return self._sorted
+
+    def merge(self, wishes: Iterable[Wish], clock: float) -> None:
+        """Hear another node's map."""
+        for wish in wishes:
+            if wish is not self._wishes.get(wish.model):
+                self._take(_clamped(wish, clock))
+        self._forget()
+
+    def settle(self, clock: float) -> None:
+        """Clamp what is held: memory and disk may hold a wrong stamp too."""
+        for wish in self.all:
+            clamped = _clamped(wish, clock)
+            if clamped is not wish:
+                self._put(clamped)
+
+    def write(self, wish: Wish, clock: float) -> None:
+        """Replace the wish for its model, here and soon everywhere; its stamp is set."""
+        old = self._wishes.get(wish.model)
+        stamp = clock if old is None else max(clock, _clamped(old, clock).stamp + TICK_SECONDS)
+        self._put(msgspec.structs.replace(wish, stamp=stamp))
+        self._forget()
+
+    def _take(self, wish: Wish) -> None:
+        old = self._wishes.get(wish.model)
+        if old is None or (wish != old and _rank(wish) > _rank(old)):
+            self._put(wish)
+
+    def _put(self, wish: Wish) -> None:
+        self._wishes[wish.model] = wish
+        self._sorted = None
+
+    def _forget(self) -> None:
+        while len(self._wishes) > WISHES_MAX:
+            oldest = min(self._wishes.values(), key=_rank)
+            del self._wishes[oldest.model]
+            self._sorted = None
+
+
+def _clamped(wish: Wish, clock: float) -> Wish:
+    if wish.stamp <= clock + AHEAD_SECONDS:  # false for a NaN
+        return wish
+    return msgspec.structs.replace(wish, stamp=clock)
+
+
+def _rank(wish: Wish) -> tuple[float, str, bytes]:
+    return wish.stamp, wish.author, msgspec.msgpack.encode(wish)
