@@ -61,7 +61,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             os.fsync(file.fileno())
         partial.replace(path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         if error.errno not in STORAGE_FAULTS:
             raise
@@ -74,9 +74,29 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in this folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def disk_faults(root: Path) -> Iterator[None]:
+    """Turn what the system says of a full or read-only disk into StorageFailed, which names `root`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE_FAULTS | {errno.EACCES, errno.EPERM}:
+            raise
+        raise StorageFailed(
+            f"{root} cannot be written ({error.strerror}): free some space or check its rights, "
+            "then try again."
+        ) from error
+
+
+def publish(ready: Path, place: Path) -> None:
+    """Give a finished file its place on the same disk, so that it survives a power cut."""
+    _sync(ready)
+    ready.replace(place)
+    _sync(place.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

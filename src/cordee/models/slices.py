@@ -12,7 +12,7 @@ What the loader demands: llama.cpp, src/llama-model.cpp and src/models/*.cpp.
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import lcm, prod
@@ -80,7 +80,7 @@ class SliceFile:
     path: Path
     first: int
     last: int
-    digest: str  # 'sha256:' and 64 hex digits, of the whole file
+    digest: str  # 'sha256:' and 64 hex digits, of the whole file; of an assembled one, of its chunks' digests
     nbytes: int
 
 
@@ -107,6 +107,14 @@ class SlicePlan:
     def nbytes(self) -> int:
         """Size of the file."""
         return len(self.header) + sum(_padded(piece.nbytes, self.alignment) for piece in self.pieces)
+
+    def places(self) -> Iterator[tuple[Piece, int, int]]:
+        """(piece, where it begins in the file, where the next one begins): zeros fill the rest."""
+        at = len(self.header)
+        for piece in self.pieces:
+            end = at + _padded(piece.nbytes, self.alignment)
+            yield piece, at, end
+            at = end
 
 
 def cut(
@@ -199,6 +207,18 @@ def plan_slice(header: Header, first: int, last: int, *, force: bool = False) ->
         unread = rules.dense_tensors if window and all(window) else ()
         pieces = _slice_pieces(header, unread, first, last)
     return SlicePlan(_header_bytes(fields, pieces, header.alignment), pieces, header.alignment)
+
+
+def plan_outside(header: Header, names: Collection[str]) -> SlicePlan:
+    """A part without layers: the metadata as it is, and the tensors of these names.
+
+    Raises:
+        BadModelFile: the model has no such tensor.
+    """
+    if missing := sorted(set(names) - {tensor.name for tensor in header.tensors}):
+        raise BadModelFile(f"{header.path} has no {missing[0]}.")
+    pieces = tuple(piece for piece in _whole_pieces(header) if piece.name in names)
+    return SlicePlan(_header_bytes(_whole_fields(header), pieces, header.alignment), pieces, header.alignment)
 
 
 def _check_model(header: Header, rules: Architecture, force: bool) -> None:

@@ -4,6 +4,7 @@
     names/<quoted name>.json        what each name stands for
     slices/<hex>/<first>-<last>.gguf, .json   slices of the model with that digest
     notes/<hex>.json                what was found out about a model
+    sheets/<hex>/                   sheets and the parts that were assembled by them (parts.py)
     incoming/<random>/              work in progress
 
 What takes long is done in a folder under `incoming`, which its process holds locked; what is ready is
@@ -12,7 +13,6 @@ see half a file, and whatever a killed process left behind lies in a folder nobo
 that adds something sweeps it. Content that no name stands for is removed by the same sweep.
 """
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -32,7 +32,7 @@ from urllib.parse import quote
 import msgspec
 
 from cordee.errors import BadModelFile, BadRequest, ModelNotFound, StorageFailed
-from cordee.files import STORAGE_FAULTS, atomic_file, home
+from cordee.files import atomic_file, disk_faults, home, publish
 from cordee.models.cards import cards
 from cordee.models.gguf import Header, read_header
 from cordee.models.slices import Progress, SliceFile, cut, plan_slice
@@ -94,7 +94,7 @@ class Store:
         """
         self.root = Path(root) if root else home() / "models"
         try:
-            for name in ("blobs", "names", "slices", "notes", "incoming"):
+            for name in ("blobs", "names", "slices", "notes", "sheets", "incoming"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StorageFailed(
@@ -159,7 +159,7 @@ class Store:
         """
         self._name_path(name)
         header = read_header(path)
-        with _disk_faults(self.root), self._work() as folder:
+        with disk_faults(self.root), self._work() as folder:
             ready = folder / "model.gguf"
             if header.get("split.count", 1) > 1:
                 merged = cut(header, 0, header.layers, ready, progress=progress)
@@ -177,7 +177,7 @@ class Store:
                 layers=header.layers,
             )
             with self._lock():
-                _publish(ready, self._blob(digest))
+                publish(ready, self._blob(digest))
                 _write_json(self._name_path(name), manifest)
                 self._collect()
         return self._model(manifest)
@@ -189,7 +189,7 @@ class Store:
             ModelNotFound: no such model.
         """
         path = self._name_path(name)
-        with _disk_faults(self.root), self._lock():
+        with disk_faults(self.root), self._lock():
             if not path.exists():
                 raise self._not_found(name)
             path.unlink()
@@ -218,7 +218,7 @@ class Store:
         plan = plan_slice(header, first, last, force=force)
         if (first, last) == (0, header.layers):
             return SliceFile(model.path, first, last, model.digest, model.nbytes)
-        path = self.root / "slices" / _hex(model.digest) / f"{first}-{last}.gguf"
+        path = self.root / "slices" / digest_hex(model.digest) / f"{first}-{last}.gguf"
         note = _read_json(path.with_suffix(".json"), _SliceNote)
         if note and note.nbytes == plan.nbytes and _is_slice(path, plan.header, plan.nbytes):
             return SliceFile(path, first, last, note.digest, note.nbytes)
@@ -234,7 +234,7 @@ class Store:
         force: bool,
         progress: Progress | None,
     ) -> SliceFile:
-        with _disk_faults(self.root), self._work() as folder:
+        with disk_faults(self.root), self._work() as folder:
             fresh = cut(header, first, last, folder / "slice.gguf", progress=progress, force=force)
             if _digest(fresh.path) != fresh.digest:
                 raise StorageFailed(
@@ -244,7 +244,7 @@ class Store:
                 if not model.path.exists():  # removed while it was cut
                     raise self._not_found(model.name)
                 path.parent.mkdir(mode=0o700, exist_ok=True)
-                _publish(fresh.path, path)
+                publish(fresh.path, path)
                 _write_json(path.with_suffix(".json"), _SliceNote(fresh.digest, fresh.nbytes))
         return SliceFile(path, first, last, fresh.digest, fresh.nbytes)
 
@@ -258,18 +258,36 @@ class Store:
 
     def set_verdict(self, digest: str, key: str, value: Any) -> None:
         """Note something JSON-able about a model; it goes when the model goes."""
-        with _disk_faults(self.root), self._lock():
+        with disk_faults(self.root), self._lock():
             path = self._notes(digest)
             _write_json(path, (_read_json(path, dict[str, Any]) or {}) | {key: value})
+
+    def whole(self, sheet_digest: str) -> Path | None:
+        """The whole file of the model with that sheet, None if it is not here."""
+        source = self.sheet_source(sheet_digest)
+        path = self._blob(source) if source and _DIGEST.fullmatch(source) else None
+        return path if path and path.exists() else None
+
+    def sheet_source(self, sheet_digest: str) -> str | None:
+        """The digest of the whole file that a sheet was made of; None if it was made elsewhere."""
+        return _read_json(self._sheet_source(sheet_digest), str)
+
+    def set_sheet_source(self, sheet_digest: str, digest: str) -> None:
+        """Note which whole file a sheet was made of; without parts the sheet goes when the model goes."""
+        with disk_faults(self.root), self._lock():
+            _write_json(self._sheet_source(sheet_digest), digest)
+
+    def _sheet_source(self, sheet_digest: str) -> Path:
+        return self.root / "sheets" / digest_hex(sheet_digest) / "whole.json"
 
     def _model(self, manifest: _Manifest) -> StoredModel:
         return StoredModel(path=self._blob(manifest.digest), **msgspec.structs.asdict(manifest))
 
     def _blob(self, digest: str) -> Path:
-        return self.root / "blobs" / f"sha256-{_hex(digest)}"
+        return self.root / "blobs" / f"sha256-{digest_hex(digest)}"
 
     def _notes(self, digest: str) -> Path:
-        return self.root / "notes" / f"{_hex(digest)}.json"
+        return self.root / "notes" / f"{digest_hex(digest)}.json"
 
     def _name_path(self, name: str) -> Path:
         return self.root / "names" / f"{check_name(name)}.json"
@@ -278,7 +296,7 @@ class Store:
         """What a name's file says; None if there is none."""
         try:
             manifest = msgspec.json.decode(path.read_bytes(), type=_Manifest)
-            _hex(manifest.digest)
+            digest_hex(manifest.digest)
         except FileNotFoundError:
             return None
         except (OSError, msgspec.MsgspecError, ValueError) as error:
@@ -300,7 +318,7 @@ class Store:
     def _collect(self) -> None:
         """Remove all content that no name stands for. The caller holds the lock."""
         try:
-            used = {_hex(model.digest) for model in self.list()}
+            used = {digest_hex(model.digest) for model in self.list()}
         except StorageFailed:  # what a damaged entry stands for is unknown: keep everything
             return
         for kind in ("blobs", "slices", "notes"):
@@ -311,6 +329,12 @@ class Store:
                     shutil.rmtree(entry)
                 else:
                     entry.unlink()
+        for source in (self.root / "sheets").glob("*/whole.json"):
+            if (_read_json(source, str) or "").removeprefix("sha256:") in used:
+                continue
+            source.unlink()
+            if not any(source.parent.glob("*-*.gguf*")):
+                shutil.rmtree(source.parent)
 
     @contextmanager
     def _work(self) -> Iterator[Path]:
@@ -379,35 +403,8 @@ def _is_abandoned(folder: Path) -> bool:
     return True
 
 
-def _publish(ready: Path, place: Path) -> None:
-    """Give a finished file its place, so that it survives a power cut."""
-    _sync(ready)
-    ready.replace(place)
-    _sync(place.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _disk_faults(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in STORAGE_FAULTS | {errno.EACCES, errno.EPERM}:
-            raise
-        raise StorageFailed(
-            f"{root} cannot be written ({error.strerror}): free some space or check its rights, "
-            "then try again."
-        ) from error
-
-
-def _hex(digest: str) -> str:
+def digest_hex(digest: str) -> str:
+    """The hex digits of a digest, fit for a file's name; ValueError if it is none."""
     match = _DIGEST.fullmatch(digest)
     if match is None:
         raise ValueError(f"{digest!r} is no digest")
