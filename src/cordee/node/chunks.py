@@ -1,0 +1,369 @@
+"""Parts of models between nodes: who has chunks answers for them, who needs a part asks several at once.
+
+An ask names (sheet, tensor, chunk); the sheet itself is asked for in pieces, as the chunks of tensor SHEET.
+An answer is the bytes, or that they are not here, or that too many ask. Nothing that comes is believed: a
+chunk is checked against the sheet, the sheet against its digest. A neighbour that gives wrong bytes, or gives
+none in time, is dropped for the rest of the fetch and the reason is reported; its chunks are asked of others.
+What came stays on disk, so a fetch that failed or was cancelled goes on where it stopped.
+"""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import msgspec
+
+from cordee.cluster.facts import SliceHeld
+from cordee.errors import BadModelFile, CordeeError, StorageFailed
+from cordee.models.assemble import Assembly
+from cordee.models.parts import Parts
+from cordee.models.sheet import CHUNK_BYTES, SHEET_BYTES_LIMIT, Chunk, Sheet
+from cordee.models.slices import Progress, SliceFile
+
+# The tensor number under which a sheet's own bytes are asked for.
+SHEET = -1
+# Chunks in memory and on the way: four keep a link of 1 Gbit/s busy, sixteen fill several.
+IN_FLIGHT_EACH = 4
+IN_FLIGHT = 16
+# Threads that check and write what came; one does 1 GB/s.
+WRITERS = 2
+# Four chunks in this time are 3 Mbit/s: who is slower is not worth waiting for, unless nobody else has them.
+PATIENCE_SECONDS = 10.0
+LAST_PATIENCE_SECONDS = 60.0
+# How long a fetch waits before it looks for new neighbours, and before it asks a busy one again.
+LOOK_AGAIN_SECONDS = 1.0
+BUSY_SECONDS = 0.2
+# Parts that a neighbour may say it has of one model; real ones have a few.
+HELD_LIMIT = 64
+# Asks that are answered at once (each holds a chunk in memory) and that wait; more are told to come again.
+READERS = 4
+WAITING_LIMIT = 64
+# A link of 2.5 Gbit/s less a fifth for streams; reading and hashing so much takes a fifth of a core.
+SERVED_BYTES_PER_SECOND = 250e6
+
+Report = Callable[[str], None]
+Holders = Callable[[], Mapping[str, Sequence[SliceHeld]]]
+
+
+class Queries(Protocol):
+    """What is needed of the bus."""
+
+    async def query(self, key: str, payload: bytes, timeout_seconds: float) -> bytes:
+        """The answer of whoever serves `key`. Raises CordeeError or TimeoutError if there is none."""
+
+
+class Ask(msgspec.Struct, frozen=True, array_like=True):
+    """Which chunk is wanted."""
+
+    sheet: str
+    tensor: int
+    chunk: int
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """The bytes, if they are here."""
+
+    state: Literal["here", "absent", "busy"]
+    data: bytes = b""
+
+
+def chunk_key(node: str) -> str:
+    """The key under which a node answers for its chunks."""
+    return f"chunk/{node}"
+
+
+class ChunkServer:
+    """Answers for the chunks that lie here; `report` is told of damage it finds on this disk."""
+
+    def __init__(
+        self, parts: Parts, report: Report, bytes_per_second: float = SERVED_BYTES_PER_SECOND
+    ) -> None:
+        self._parts, self._report, self._bytes_per_second = parts, report, bytes_per_second
+        self._readers = asyncio.Semaphore(READERS)
+        self._waiting = 0
+        self._free_at = 0.0
+
+    async def answer(self, payload: bytes) -> bytes:
+        """The handler to serve under `chunk_key`; whatever is asked, it answers."""
+        try:
+            ask = msgspec.msgpack.decode(payload, type=Ask)
+        except msgspec.MsgspecError:
+            return msgspec.msgpack.encode(Answer("absent"))
+        if self._waiting >= WAITING_LIMIT:
+            return msgspec.msgpack.encode(Answer("busy"))
+        self._waiting += 1
+        try:
+            async with self._readers:
+                answer = await asyncio.to_thread(self._read, ask)
+                now = time.monotonic()
+                self._free_at = max(self._free_at, now) + len(answer.data) / self._bytes_per_second
+                await asyncio.sleep(self._free_at - now)
+        finally:
+            self._waiting -= 1
+        return msgspec.msgpack.encode(answer)
+
+    def _read(self, ask: Ask) -> Answer:
+        try:
+            if ask.tensor == SHEET:
+                return Answer("here", self._parts.read_sheet_piece(ask.sheet, ask.chunk))
+            return Answer("here", self._parts.read(ask.sheet, Chunk(ask.tensor, ask.chunk)))
+        except BadModelFile as error:
+            self._report(error.message)
+        except (CordeeError, OSError):
+            pass  # whoever asks is told no more than that it is not here
+        return Answer("absent")
+
+
+class ChunkClient:
+    """Fetches sheets and parts. `bytes_per_second` is what each node gave in the last fetch from it."""
+
+    def __init__(self, bus: Queries, parts: Parts, report: Report) -> None:
+        self.bytes_per_second: dict[str, float] = {}
+        self._bus, self._parts, self._report = bus, parts, report
+
+    async def sheet(self, digest: str, nodes: Iterable[str]) -> Sheet:
+        """The sheet of a model, from this disk or the first of `nodes` that gives it.
+
+        Raises:
+            StorageFailed: none of them gives it, or there is no room on disk.
+        """
+        try:
+            return await asyncio.to_thread(self._parts.sheet, digest)
+        except CordeeError:  # not here, or damaged
+            pass
+        faults = []
+        for node in nodes:
+            try:
+                return await asyncio.to_thread(
+                    self._parts.add_sheet, digest, await self._pieces(digest, node)
+                )
+            except (BadModelFile, _Lost) as error:
+                faults.append(f"node {node}: {error}")
+                self._report(f"The sheet of {digest} did not come from node {node}: {error}")
+        reasons = "; ".join(faults) or "nobody has it"
+        raise StorageFailed(f"The model {digest} is not to be had from the cluster ({reasons}).")
+
+    async def part(
+        self, digest: str, first: int, last: int, holders: Holders, progress: Progress | None = None
+    ) -> SliceFile:
+        """Layers `first` to `last` of a model whose sheet is here (0 to 0: its embedding) as a file.
+
+        `holders` says, whenever it is called, which nodes have what. `progress(done_bytes, total_bytes)`
+        counts what was here too. To cancel the task is to cancel the fetch.
+
+        Raises:
+            StorageFailed: nobody gives some of the chunks, with all reasons; no room on disk; or another
+                process assembles this part.
+            ModelNotFound, BadRequest, UnsupportedModel, BadModelFile: as `Parts.layout` does.
+        """
+        loop, cancelled = asyncio.get_running_loop(), threading.Event()
+
+        def tell(done: int, total: int) -> None:
+            if cancelled.is_set():
+                raise asyncio.CancelledError
+            if progress:
+                loop.call_soon_threadsafe(progress, done, total)
+
+        stack, pool = ExitStack(), ThreadPoolExecutor(WRITERS, "chunks")
+        try:
+            if found := await loop.run_in_executor(pool, self._parts.part, digest, first, last):
+                return found
+            opened = self._parts.assembling(digest, first, last, tell)
+            assembly = await loop.run_in_executor(pool, stack.enter_context, opened)
+            await _Fetch(self, assembly, holders, pool).run()
+            return await loop.run_in_executor(pool, assembly.finish)
+        finally:
+            cancelled.set()
+            await _certainly(asyncio.to_thread(pool.shutdown))  # no thread writes once the file is closed
+            stack.close()
+
+    async def ask(self, node: str, ask: Ask, patience_seconds: float) -> Answer:
+        """What a node answers, asked again while it is busy; raises _Lost with the reason if it does not."""
+        payload, end = msgspec.msgpack.encode(ask), time.monotonic() + patience_seconds
+        while (left := end - time.monotonic()) > 0:
+            try:
+                answer = msgspec.msgpack.decode(
+                    await self._bus.query(chunk_key(node), payload, left), type=Answer
+                )
+            except msgspec.MsgspecError as error:
+                raise _Lost(f"it answers nonsense ({error})") from error
+            except TimeoutError:
+                break
+            except CordeeError as error:
+                raise _Lost(error.message) from error
+            if answer.state != "busy":
+                return answer
+            await asyncio.sleep(BUSY_SECONDS)
+        raise _Lost(f"it gave no chunk in {patience_seconds:.0f} seconds")
+
+    async def _pieces(self, digest: str, node: str) -> bytes:
+        """A sheet as a node gives it, still to be checked."""
+        content = bytearray()
+        for index in range(SHEET_BYTES_LIMIT // CHUNK_BYTES + 1):
+            answer = await self.ask(node, Ask(digest, SHEET, index), PATIENCE_SECONDS)
+            if answer.state != "here":
+                raise _Lost("it has none")
+            content += answer.data
+            if len(answer.data) != CHUNK_BYTES:
+                return bytes(content)
+        raise _Lost("it gives more than any sheet has")
+
+    def drop(self, node: str, reason: str) -> None:
+        """Tell that a node is asked no more in this fetch."""
+        self._report(f"Node {node} is asked no more: {reason}")
+
+    def tensors(self, digest: str, held: Sequence[SliceHeld]) -> set[int]:
+        """The tensors that somebody who says so has of a model; what cannot be is nothing."""
+        found: set[int] = set()
+        for part in held[:HELD_LIMIT]:
+            if part.model == digest:
+                try:
+                    found |= self._parts.layout(digest, part.first, part.last).offsets.keys()
+                except CordeeError:
+                    continue
+        return found
+
+
+class _Lost(Exception):
+    """A node gives no answer, or none that is one; the text says why."""
+
+
+@dataclass
+class _Neighbour:
+    """What is known of a node in one fetch."""
+
+    fault: str = ""  # why it is asked no more
+    absent: set[int] = field(default_factory=set)  # tensors it turned out not to have
+    in_flight: int = 0
+    nbytes: int = 0
+    busy_seconds: float = 0.0
+    busy_since: float = 0.0
+
+    def depart(self) -> None:
+        """An ask leaves."""
+        if not self.in_flight:
+            self.busy_since = time.monotonic()
+        self.in_flight += 1
+
+    def land(self, nbytes: int) -> None:
+        """An ask is over and gave so many sound bytes."""
+        self.in_flight -= 1
+        self.nbytes += nbytes
+        if not self.in_flight:
+            self.busy_seconds += time.monotonic() - self.busy_since
+
+
+class _Fetch:
+    """What one part still needs, and who is being asked for what."""
+
+    def __init__(
+        self, client: ChunkClient, assembly: Assembly, holders: Holders, pool: ThreadPoolExecutor
+    ) -> None:
+        self._client, self._assembly, self._holders, self._pool = client, assembly, holders, pool
+        self._sheet = assembly.layout.sheet
+        self._waiting: dict[int, deque[Chunk]] = {}  # by tensor, so that nobody looks through all chunks
+        for chunk in assembly.missing:
+            self._waiting.setdefault(chunk.tensor, deque()).append(chunk)
+        self._neighbours: dict[str, _Neighbour] = {}
+        self._tensors: dict[tuple[SliceHeld, ...], set[int]] = {}
+        self._flights: dict[asyncio.Task[str], tuple[str, Chunk]] = {}
+
+    async def run(self) -> None:
+        """Until nothing is missing; see `ChunkClient.part`."""
+        try:
+            while self._assembly.missing:
+                self._launch()
+                if not self._flights:
+                    raise self._nobody()
+                done, _ = await asyncio.wait(
+                    self._flights, timeout=LOOK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    self._land(task)
+        finally:
+            for task in self._flights:
+                task.cancel()
+            await _certainly(asyncio.gather(*self._flights, return_exceptions=True))
+            for node, neighbour in self._neighbours.items():
+                if neighbour.busy_seconds and neighbour.nbytes:
+                    self._client.bytes_per_second[node] = neighbour.nbytes / neighbour.busy_seconds
+
+    def _launch(self) -> None:
+        """Ask whoever can be asked for more; those with the fewest asks first."""
+        has = {node: self._has(node, held) for node, held in self._holders().items()}
+        while len(self._flights) < IN_FLIGHT:
+            order = sorted(has, key=lambda node: (self._neighbours[node].in_flight, node))
+            for node in order:
+                tensor = next((number for number in self._waiting if number in has[node]), None)
+                if tensor is not None and self._neighbours[node].in_flight < IN_FLIGHT_EACH:
+                    others = any(tensor in tensors for other, tensors in has.items() if other != node)
+                    self._depart(node, tensor, PATIENCE_SECONDS if others else LAST_PATIENCE_SECONDS)
+                    break
+            else:
+                return
+
+    def _has(self, node: str, held: Sequence[SliceHeld]) -> set[int]:
+        """The tensors that a node may be asked for."""
+        neighbour = self._neighbours.setdefault(node, _Neighbour())
+        key = tuple(held)
+        if key not in self._tensors:
+            self._tensors[key] = self._client.tensors(self._sheet.digest, held)
+        return set() if neighbour.fault else self._tensors[key] - neighbour.absent
+
+    def _depart(self, node: str, tensor: int, patience_seconds: float) -> None:
+        chunk = self._waiting[tensor].popleft()
+        if not self._waiting[tensor]:
+            del self._waiting[tensor]
+        self._neighbours[node].depart()
+        self._flights[asyncio.create_task(self._flight(node, chunk, patience_seconds))] = (node, chunk)
+
+    async def _flight(self, node: str, chunk: Chunk, patience_seconds: float) -> str:
+        """Ask for a chunk and write it; gives the answer's state."""
+        ask = Ask(self._sheet.digest, *chunk)
+        answer = await self._client.ask(node, ask, patience_seconds)
+        if answer.state == "here":
+            put = self._assembly.put
+            await asyncio.get_running_loop().run_in_executor(
+                self._pool, put, chunk, answer.data, f"Node {node}"
+            )
+        return answer.state
+
+    def _land(self, task: asyncio.Task[str]) -> None:
+        node, chunk = self._flights.pop(task)
+        neighbour = self._neighbours[node]
+        came = chunk not in self._assembly.missing
+        neighbour.land(self._sheet.nbytes(chunk) if came else 0)
+        if not came:
+            self._waiting.setdefault(chunk.tensor, deque()).append(chunk)
+        try:
+            if task.result() == "absent":
+                neighbour.absent.add(chunk.tensor)
+        except (BadModelFile, _Lost) as error:
+            if not neighbour.fault:
+                neighbour.fault = str(error)
+                self._client.drop(node, neighbour.fault)
+
+    def _nobody(self) -> StorageFailed:
+        missing = self._assembly.missing
+        faults = [f"node {node}: {n.fault}" for node, n in self._neighbours.items() if n.fault]
+        return StorageFailed(
+            f"Nobody gives {len(missing)} chunks of {self._assembly.layout.name}, as "
+            f"{self._sheet.chunk_name(next(iter(missing)))} ({'; '.join(faults) or 'nobody has them'}): "
+            "what came is kept."
+        )
+
+
+async def _certainly(work: Awaitable[object]) -> None:
+    """Wait for something that must be over before we go on, even if we are cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            continue
