@@ -15,7 +15,7 @@ endif
 bin := .venv/bin
 code := src tests bench scripts
 
-.PHONY: help setup run answer chat test test-long lint format bench docs clean
+.PHONY: help setup run answer chat test test-long lint format bench native docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -49,6 +49,9 @@ format: setup ## rewrite the sources in the house's format
 
 bench: setup ## measure beside plain libllama; JSON=1 prints one object a line
 	@$(bin)/python bench/llama.py $(if $(JSON),--json)
+
+native: ## build the ternary engine for this machine into the package (needs a C compiler and nothing else)
+	@$(MAKE) -C native
 
 docs: setup ## write docs/cli.md, and the tables of docs/api.md, from the program itself
 	@$(bin)/python scripts/cli_reference.py

@@ -1,6 +1,39 @@
 """The one thing that pyproject.toml cannot say yet without setuptools calling it experimental."""
 
-from setuptools import Extension, setup
+from pathlib import Path
 
-# A plain shared library, loaded by ctypes: it needs a C compiler, but no headers of Python.
-setup(ext_modules=[Extension("cordee.engine._capture", ["native/capture.c"])])
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CAPTURE, TERNARY = "cordee.engine._capture", "cordee.engine._ternary"
+
+
+class Build(build_ext):
+    """Names the ternary engine without the tag of a Python version: ctypes loads it, any Python can."""
+
+    def get_ext_filename(self, name: str) -> str:
+        """Where an extension goes, relative to the package's root."""
+        return name.replace(".", "/") + ".so" if name == TERNARY else super().get_ext_filename(name)
+
+
+# Plain shared libraries, loaded by ctypes: they need a C compiler, but no headers of Python.
+setup(
+    cmdclass={"build_ext": Build},
+    ext_modules=[
+        Extension(CAPTURE, ["native/capture.c"]),
+        Extension(
+            TERNARY,
+            sorted(str(path) for path in Path("native/src").rglob("*.c")),
+            include_dirs=["native/include"],
+            depends=sorted(str(path) for path in Path("native").rglob("*.[hi]*")),
+            extra_compile_args=[
+                "-std=c11",
+                "-O3",
+                "-ffp-contract=off",
+                "-fno-math-errno",
+                "-fvisibility=hidden",
+            ],
+            extra_link_args=["-pthread", "-lm"],
+        ),
+    ],
+)

@@ -20,7 +20,7 @@ starter=$venv/share/cordee/starter.gguf
 say() { printf 'set-up: %s\n' "$*"; }
 
 # A moved clone, another Python requirement or another version of this script needs set-up again.
-fingerprint() { { printf '%s\n' "$here"; cat pyproject.toml setup.py scripts/setup.sh native/*; } | sha256sum | cut -d ' ' -f 1; }
+fingerprint() { { printf '%s\n' "$here"; cat pyproject.toml setup.py scripts/setup.sh; find native -type f -print0 | LC_ALL=C sort -z | xargs -0 cat; } | sha256sum | cut -d ' ' -f 1; }
 
 remembered_build() { cat "$venv/cmake-args" 2>/dev/null || true; }
 

@@ -62,7 +62,7 @@ SHARED = frozenset(
     }
 )
 EMBEDDING = "token_embd.weight"
-HEAD = frozenset({"output.weight", "output.bias"})
+HEAD = frozenset({"output.weight", "output.bias", "output.scale"})
 
 _WINDOW_PATTERN = ".attention.sliding_window_pattern"
 

@@ -1,0 +1,110 @@
+"""Writes a model of random ternary weights in a known shape: for measuring speed and memory, not for talking.
+
+    python bench/make_model.py --shape 2b4t -o FILE [--layout trit5] [--head int8] [--vocab N] [--layers N]
+
+The first layer is drawn at random and the others are the same weights, rotated by rows: the engine reads
+every layer's bytes all the same, and a model of two billion weights is made in seconds.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from cordee.models.ternary import TernaryModel, write
+
+SHAPES = {
+    "2b4t": TernaryModel(
+        architecture="bitnet",
+        layers=30,
+        n_embd=2560,
+        n_ff=6912,
+        n_vocab=128_256,
+        heads=20,
+        kv_heads=5,
+        head_dim=128,
+        context=4096,
+        rope_base=500_000.0,
+        activation="relu2",
+        rope="neox",
+        sub_norms=True,
+    ),
+    "7b": TernaryModel("llama", 32, 4096, 11_008, 32_000, 32, 32, 128, 4096, 10_000.0),
+    "8b": TernaryModel("llama", 32, 4096, 14_336, 128_256, 32, 8, 128, 8192, 500_000.0),
+    "falcon-e-1b": TernaryModel("llama", 24, 2048, 8192, 32_768, 16, 4, 128, 32_768, 1_000_042.0),
+    "110m": TernaryModel("llama", 12, 768, 2048, 32_000, 12, 12, 64, 1024, 10_000.0),
+    "42m": TernaryModel("llama", 8, 512, 1376, 32_000, 8, 8, 64, 1024, 10_000.0),
+    "15m": TernaryModel("llama", 6, 288, 768, 32_000, 6, 6, 48, 256, 10_000.0),
+    "260k": TernaryModel("llama", 5, 64, 172, 512, 8, 4, 8, 512, 10_000.0),
+}
+
+
+class RandomWeights:
+    """A `cordee.models.ternary.Source` of seeded random weights; the same model gives the same bytes."""
+
+    def __init__(self, model: TernaryModel, seed: int) -> None:
+        self._model = model
+        self._seed = seed
+        self._drawn: dict[str, np.ndarray] = {}
+
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """See `Source.rows`."""
+        if name in ("token_embd.weight", "output.weight"):
+            draw = np.random.default_rng((self._seed, first))  # tied: the same for both
+            return draw.standard_normal((last - first, self._model.n_embd), dtype=np.float32)
+        _, layer, matrix, _ = name.split(".")
+        weights = self._matrix(matrix)
+        return np.take(weights, range(first + int(layer), last + int(layer)), axis=0, mode="wrap")
+
+    def scales(self, name: str) -> np.ndarray:
+        """See `Source.scales`: such that a matrix keeps its input's magnitude."""
+        _, cols = self._model.matrices()[name.split(".")[2]]
+        return np.full(self._model.scales, np.sqrt(1.5 / cols), dtype=np.float32)
+
+    def vector(self, name: str) -> np.ndarray:
+        """See `Source.vector`."""
+        length = (
+            self._model.n_embd if name == "output_norm.weight" else self._model.norms()[name.split(".")[2]]
+        )
+        return np.ones(length, dtype=np.float32)
+
+    def _matrix(self, matrix: str) -> np.ndarray:
+        if matrix not in self._drawn:
+            draw = np.random.default_rng((self._seed, len(self._drawn)))
+            shape = self._model.matrices()[matrix]
+            self._drawn[matrix] = draw.integers(-1, 2, shape, dtype=np.int8)
+        return self._drawn[matrix]
+
+
+def make_model(path: Path, model: TernaryModel, seed: int = 0) -> None:
+    """Write the model to `path`."""
+    write(path, model, RandomWeights(model, seed))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("-o", dest="path", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--layout", choices=("trit2", "trit5"), default="trit2")
+    parser.add_argument("--head", choices=("int8", "int6", "int4", "trit2", "trit5"), default="int6")
+    parser.add_argument("--vocab", type=int, help="another size of the vocabulary")
+    parser.add_argument("--layers", type=int, help="another number of layers")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    model = SHAPES[options.shape]
+    model = replace(
+        model,
+        layout=options.layout,
+        head=options.head,
+        n_vocab=options.vocab or model.n_vocab,
+        layers=options.layers or model.layers,
+        embedding=GGMLQuantizationType.Q8_0 if model.n_embd % 32 == 0 else GGMLQuantizationType.F16,
+    )
+    make_model(options.path, model, options.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,252 @@
+/* Kernels for AVX2 with F16C (Haswell, Zen and later).
+ *
+ * There is no dot of bytes that sums to 32 bits: maddubs adds two products in 16 bits, which wrap unless the codes are
+ * small. Ternary fields stay where they are in the byte (codes 0..2, or 0, 4, 8: at most 2032 for two products), and
+ * sixteen such sums fit 16 bits (32,512) before they are widened. A 64-byte vector is two halves of 8 rows.
+ */
+#if defined(__x86_64__)
+#pragma GCC target("avx2,f16c")
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#define ISA(name) name##_avx2
+static inline __attribute__((always_inline)) void widen_halves(float *to, const uint16_t *p)
+{
+    _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
+    _mm256_storeu_ps(to + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8))));
+}
+#define WIDEN_HALVES(p) ({ ISA(lanes) wide; widen_halves((float *)&wide, p); wide; })
+#include "floats.inc"
+
+/* Quads whose 16-bit sums cannot wrap. */
+#define NARROW_QUADS 16u
+#define PREFETCH_BYTES 2048
+#define UNROLLED _Pragma("GCC unroll 8")
+
+INLINE __m256i quad_of(const int8_t *x)
+{
+    int32_t four;
+    memcpy(&four, x, 4);
+    return _mm256_set1_epi32(four);
+}
+
+INLINE __m256i low_bits(__m256i v, int mask)
+{
+    return _mm256_and_si256(v, _mm256_set1_epi8((char)mask));
+}
+
+INLINE __m256i half_at(const uint8_t *p)
+{
+    return _mm256_loadu_si256((const __m256i *)p);
+}
+
+/* a += pairs of 16-bit sums, widened. */
+INLINE __m256i widened(__m256i a, __m256i narrow)
+{
+    return _mm256_add_epi32(a, _mm256_madd_epi16(narrow, _mm256_set1_epi16(1)));
+}
+
+INLINE void put(int32_t *out, __m256i sum, int shift, int32_t zero)
+{
+    sum = _mm256_sub_epi32(_mm256_sra_epi32(sum, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(zero));
+    _mm256_storeu_si256((__m256i *)out, sum);
+}
+
+/* One half of a group's rows over at most NARROW_QUADS quads, for n rows of activations. */
+INLINE void trit2_strip(const uint8_t *p, uint32_t quads, const int8_t *x, size_t stride, const uint32_t n,
+                        __m256i (*sums)[2][4], uint32_t half)
+{
+    __m256i s[2][4];
+    UNROLLED for (uint32_t i = 0; i < n; i++)
+        s[i][0] = s[i][1] = s[i][2] = s[i][3] = _mm256_setzero_si256();
+    for (uint32_t q = 0; q < quads; q++) {
+        if (half == 0)
+            _mm_prefetch((const char *)p + q * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+        __m256i v = half_at(p + q * 64), w = _mm256_srli_epi16(v, 4);
+        __m256i v0 = low_bits(v, 3), v1 = low_bits(v, 12), v2 = low_bits(w, 3), v3 = low_bits(w, 12);
+        UNROLLED for (uint32_t i = 0; i < n; i++) {
+            __m256i four = quad_of(x + i * stride + q * 4);
+            s[i][0] = _mm256_add_epi16(s[i][0], _mm256_maddubs_epi16(v0, four));
+            s[i][1] = _mm256_add_epi16(s[i][1], _mm256_maddubs_epi16(v1, four));
+            s[i][2] = _mm256_add_epi16(s[i][2], _mm256_maddubs_epi16(v2, four));
+            s[i][3] = _mm256_add_epi16(s[i][3], _mm256_maddubs_epi16(v3, four));
+        }
+    }
+    UNROLLED for (uint32_t i = 0; i < n; i++)
+        UNROLLED for (uint32_t field = 0; field < 4; field++)
+            sums[i][half][field] = widened(sums[i][half][field], s[i][field]);
+}
+
+INLINE void trit2_group(const uint8_t *data, uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums,
+                        const uint32_t n, int32_t *out, size_t out_stride)
+{
+    __m256i wide[2][2][4];
+    memset(wide, 0, sizeof wide);
+    for (uint32_t q = 0; q < quads; q += NARROW_QUADS) {
+        uint32_t strip = quads - q < NARROW_QUADS ? quads - q : NARROW_QUADS;
+        for (uint32_t half = 0; half < 2; half++)
+            trit2_strip(data + (size_t)q * 64 + half * 32, strip, x + q * 4, stride, n, wide, half);
+    }
+    for (uint32_t i = 0; i < n; i++)
+        for (uint32_t half = 0; half < 2; half++)
+            for (uint32_t field = 0; field < 4; field++)
+                put(out + i * out_stride + field * 16 + half * 8, wide[i][half][field], field % 2 * 2, sums[i]);
+}
+
+static void dot_trit2(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                      const int32_t *sums, uint32_t n, int32_t *out)
+{
+    const size_t group_bytes = (size_t)quads * 64, out_stride = (size_t)groups * 64;
+    for (uint32_t g = 0; g < groups; g++) {
+        uint32_t i = 0;
+        for (; i + 2 <= n; i += 2)
+            trit2_group(data + g * group_bytes, quads, x + i * stride, stride, sums + i, 2,
+                        out + i * out_stride + g * 64, out_stride);
+        if (i < n)
+            trit2_group(data + g * group_bytes, quads, x + i * stride, stride, sums + i, 1,
+                        out + i * out_stride + g * 64, out_stride);
+    }
+}
+
+/* Code 0, 1 or 2 of the highest digit of bytes whose top bit is flipped: two comparisons count the thirds. The flip
+ * survives multiplication by 3, which lifts the next digit up: 3 (q + 128) = 3 q + 128 modulo 256. */
+INLINE __m256i top_trit(__m256i flipped)
+{
+    __m256i one = _mm256_cmpgt_epi8(flipped, _mm256_set1_epi8(85 - 128));
+    __m256i two = _mm256_cmpgt_epi8(flipped, _mm256_set1_epi8(170 - 128));
+    return _mm256_abs_epi8(_mm256_add_epi8(one, two));
+}
+
+INLINE void trit5_strip(const uint8_t *p, uint32_t quads, const int8_t *x, __m256i *sums)
+{
+    __m256i s[5];
+    UNROLLED for (uint32_t digit = 0; digit < 5; digit++)
+        s[digit] = _mm256_setzero_si256();
+    for (uint32_t q = 0; q < quads; q++) {
+        _mm_prefetch((const char *)p + q * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+        __m256i v = _mm256_xor_si256(half_at(p + q * 64), _mm256_set1_epi8((char)128)), four = quad_of(x + q * 4);
+        UNROLLED for (uint32_t digit = 0; digit < 5; digit++) {
+            s[digit] = _mm256_add_epi16(s[digit], _mm256_maddubs_epi16(top_trit(v), four));
+            v = _mm256_add_epi8(v, _mm256_add_epi8(v, v));
+        }
+    }
+    UNROLLED for (uint32_t digit = 0; digit < 5; digit++)
+        sums[digit] = widened(sums[digit], s[digit]);
+}
+
+static void dot_trit5(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                      const int32_t *sums, uint32_t n, int32_t *out)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        for (uint32_t g = 0; g < groups; g++, out += 80) {
+            const uint8_t *p = data + (size_t)g * quads * 64;
+            __m256i wide[2][5];
+            memset(wide, 0, sizeof wide);
+            for (uint32_t q = 0; q < quads; q += NARROW_QUADS) {
+                uint32_t strip = quads - q < NARROW_QUADS ? quads - q : NARROW_QUADS;
+                for (uint32_t half = 0; half < 2; half++)
+                    trit5_strip(p + (size_t)q * 64 + half * 32, strip, x + i * stride + q * 4, wide[half]);
+            }
+            for (uint32_t half = 0; half < 2; half++)
+                for (uint32_t digit = 0; digit < 5; digit++)
+                    put(out + digit * 16 + half * 8, wide[half][digit], 0, sums[i]);
+        }
+    }
+}
+
+/* Signed bytes by signed bytes: |w| with the sign moved to x; two products are at most 32,512. */
+INLINE __m256i add_signed(__m256i sum, __m256i w, __m256i x)
+{
+    return widened(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)));
+}
+
+static void dot_int8(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                     const int32_t *sums, uint32_t n, int32_t *out)
+{
+    (void)sums; /* the zero is taken off the codes, not off the sums */
+    const __m256i flip = _mm256_set1_epi8((char)128);
+    for (uint32_t i = 0; i < n; i++) {
+        for (uint32_t g = 0; g < groups; g++, out += 16) {
+            const uint8_t *p = data + (size_t)g * quads * 64;
+            __m256i a = _mm256_setzero_si256(), b = a;
+            for (uint32_t q = 0; q < quads; q++) {
+                __m256i four = quad_of(x + i * stride + q * 4);
+                _mm_prefetch((const char *)p + q * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+                a = add_signed(a, _mm256_xor_si256(half_at(p + q * 64), flip), four);
+                b = add_signed(b, _mm256_xor_si256(half_at(p + q * 64 + 32), flip), four);
+            }
+            put(out, a, 0, 0);
+            put(out + 8, b, 0, 0);
+        }
+    }
+}
+
+/* Codes of at most 6 bits: two products are at most 16,002. */
+INLINE __m256i add_unsigned(__m256i sum, __m256i code, __m256i x)
+{
+    return widened(sum, _mm256_maddubs_epi16(code, x));
+}
+
+static void dot_int6(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                     const int32_t *sums, uint32_t n, int32_t *out)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        for (uint32_t g = 0; g < groups; g++, out += 64) {
+            __m256i s[4][2];
+            memset(s, 0, sizeof s);
+            for (uint32_t q = 0; q < quads; q++) {
+                const uint8_t *p = data + ((size_t)g * quads + q) * 192;
+                const __m256i four = quad_of(x + i * stride + q * 4);
+                UNROLLED for (uint32_t half = 0; half < 2; half++) {
+                    __m256i low = half_at(p + half * 32), next = half_at(p + 64 + half * 32);
+                    __m256i high = half_at(p + 128 + half * 32);
+                    __m256i codes[4] = {
+                        _mm256_or_si256(low_bits(low, 15), low_bits(_mm256_slli_epi16(high, 4), 48)),
+                        _mm256_or_si256(low_bits(_mm256_srli_epi16(low, 4), 15),
+                                        low_bits(_mm256_slli_epi16(high, 2), 48)),
+                        _mm256_or_si256(low_bits(next, 15), low_bits(high, 48)),
+                        _mm256_or_si256(low_bits(_mm256_srli_epi16(next, 4), 15),
+                                        low_bits(_mm256_srli_epi16(high, 2), 48)),
+                    };
+                    UNROLLED for (uint32_t block = 0; block < 4; block++)
+                        s[block][half] = add_unsigned(s[block][half], codes[block], four);
+                }
+            }
+            for (uint32_t block = 0; block < 4; block++)
+                for (uint32_t half = 0; half < 2; half++)
+                    put(out + block * 16 + half * 8, s[block][half], 0, 32 * sums[i]);
+        }
+    }
+}
+
+static void dot_int4(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                     const int32_t *sums, uint32_t n, int32_t *out)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        for (uint32_t g = 0; g < groups; g++, out += 32) {
+            __m256i s[2][2];
+            memset(s, 0, sizeof s);
+            for (uint32_t q = 0; q < quads; q++) {
+                const uint8_t *p = data + ((size_t)g * quads + q) * 64;
+                const __m256i four = quad_of(x + i * stride + q * 4);
+                UNROLLED for (uint32_t half = 0; half < 2; half++) {
+                    __m256i v = half_at(p + half * 32);
+                    s[0][half] = add_unsigned(s[0][half], low_bits(v, 15), four);
+                    s[1][half] = add_unsigned(s[1][half], low_bits(_mm256_srli_epi16(v, 4), 15), four);
+                }
+            }
+            for (uint32_t block = 0; block < 2; block++)
+                for (uint32_t half = 0; half < 2; half++)
+                    put(out + block * 16 + half * 8, s[block][half], 0, 8 * sums[i]);
+        }
+    }
+}
+
+const struct kernels kernels_avx2 = {
+    .name = "avx2",
+    .dot = {dot_trit2, dot_trit5, dot_int8, dot_int6, dot_int4},
+    FLOAT_KERNELS,
+};
+#endif

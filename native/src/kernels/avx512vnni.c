@@ -1,0 +1,239 @@
+/* Kernels for AVX-512 with VNNI (Ice Lake, Zen 4 and later).
+ *
+ * The fields of a byte are never unpacked. With v = a + 4b + 16c + 64d a dot with each of v & 3, v & 15, v & 63 and v
+ * gives A, A + 4B, A + 4B + 16C, ...; the four sums are told apart by subtraction, once for each row. In base 3 a byte
+ * q stands for digits t0..t4: with q_0 = q and q_(i+1) = 3 q_i mod 256 each digit is t_i = (3 q_i - q_(i+1)) / 256,
+ * so a dot with each q_i is enough. All sums are exact modulo 2^32, and the results fit.
+ */
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+#include <immintrin.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#define ISA(name) name##_avx512vnni
+#define WIDEN_HALVES(p) ((ISA(lanes))_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
+#include "floats.inc"
+
+/* How far ahead of a stream of weights to ask for them. */
+#define PREFETCH_BYTES 2048
+
+INLINE __m512i quad_of(const int8_t *x)
+{
+    int32_t four;
+    memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+}
+
+INLINE __m512i low_bits(__m512i v, int mask)
+{
+    return _mm512_and_si512(v, _mm512_set1_epi8((char)mask));
+}
+
+INLINE __m512i ahead(const uint8_t *p)
+{
+    _mm_prefetch((const char *)p + PREFETCH_BYTES, _MM_HINT_T0);
+    return _mm512_loadu_si512(p);
+}
+
+INLINE __m512i thrice(__m512i v)
+{
+    return _mm512_add_epi8(v, _mm512_add_epi8(v, v));
+}
+
+INLINE __m512i thrice_words(__m512i v)
+{
+    return _mm512_add_epi32(v, _mm512_add_epi32(v, v));
+}
+
+#define DOT _mm512_dpbusd_epi32
+#define UNROLLED _Pragma("GCC unroll 8")
+
+/* Four bit fields: from nested sums to those of the fields, less the zero's share; 16 rows each. */
+INLINE void put_fields(const __m512i nested[4], __m512i zero, int32_t *out)
+{
+    _mm512_storeu_si512(out, _mm512_sub_epi32(nested[0], zero));
+    _mm512_storeu_si512(out + 16, _mm512_sub_epi32(_mm512_srai_epi32(_mm512_sub_epi32(nested[1], nested[0]), 2), zero));
+    _mm512_storeu_si512(out + 32, _mm512_sub_epi32(_mm512_srai_epi32(_mm512_sub_epi32(nested[2], nested[1]), 4), zero));
+    _mm512_storeu_si512(out + 48, _mm512_sub_epi32(_mm512_srai_epi32(_mm512_sub_epi32(nested[3], nested[2]), 6), zero));
+}
+
+/* `groups` groups by `n` activation rows; groups * n <= 6 sets of four sums stay in registers. */
+INLINE void trit2_tile(const uint8_t *data, const uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                       const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
+{
+    __m512i s[6][4];
+    const size_t group_bytes = (size_t)quads * 64;
+    UNROLLED for (uint32_t i = 0; i < groups * n; i++)
+        s[i][0] = s[i][1] = s[i][2] = s[i][3] = _mm512_setzero_si512();
+    for (uint32_t q = 0; q < quads; q++) {
+        UNROLLED for (uint32_t g = 0; g < groups; g++) {
+            __m512i v = ahead(data + g * group_bytes + (size_t)q * 64);
+            __m512i v0 = low_bits(v, 3), v1 = low_bits(v, 15), v2 = low_bits(v, 63);
+            UNROLLED for (uint32_t i = 0; i < n; i++) {
+                __m512i four = quad_of(x + i * stride + q * 4);
+                __m512i *t = s[g * n + i];
+                t[0] = DOT(t[0], v0, four);
+                t[1] = DOT(t[1], v1, four);
+                t[2] = DOT(t[2], v2, four);
+                t[3] = DOT(t[3], v, four);
+            }
+        }
+    }
+    UNROLLED for (uint32_t g = 0; g < groups; g++)
+        UNROLLED for (uint32_t i = 0; i < n; i++)
+            put_fields(s[g * n + i], _mm512_set1_epi32(sums[i]), out + i * out_stride + g * 64);
+}
+
+INLINE void trit5_tile(const uint8_t *data, const uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                       const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
+{
+    __m512i s[4][6];
+    const size_t group_bytes = (size_t)quads * 64;
+    UNROLLED for (uint32_t i = 0; i < groups * n; i++)
+        s[i][0] = s[i][1] = s[i][2] = s[i][3] = s[i][4] = s[i][5] = _mm512_setzero_si512();
+    for (uint32_t q = 0; q < quads; q++) {
+        UNROLLED for (uint32_t g = 0; g < groups; g++) {
+            __m512i v = ahead(data + g * group_bytes + (size_t)q * 64);
+            UNROLLED for (uint32_t digit = 0; digit < 6; digit++) {
+                UNROLLED for (uint32_t i = 0; i < n; i++)
+                    s[g * n + i][digit] = DOT(s[g * n + i][digit], v, quad_of(x + i * stride + q * 4));
+                v = thrice(v);
+            }
+        }
+    }
+    UNROLLED for (uint32_t g = 0; g < groups; g++)
+        UNROLLED for (uint32_t i = 0; i < n; i++)
+            UNROLLED for (uint32_t digit = 0; digit < 5; digit++) {
+                __m512i t = _mm512_sub_epi32(thrice_words(s[g * n + i][digit]), s[g * n + i][digit + 1]);
+                _mm512_storeu_si512(out + i * out_stride + g * 80 + digit * 16,
+                                    _mm512_sub_epi32(_mm512_srai_epi32(t, 8), _mm512_set1_epi32(sums[i])));
+            }
+}
+
+INLINE void int8_tile(const uint8_t *data, const uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                      const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
+{
+    __m512i s[4][DOT_ROWS];
+    const size_t group_bytes = (size_t)quads * 64;
+    UNROLLED for (uint32_t g = 0; g < groups; g++)
+        UNROLLED for (uint32_t i = 0; i < n; i++)
+            s[g][i] = _mm512_setzero_si512();
+    for (uint32_t q = 0; q < quads; q++) {
+        UNROLLED for (uint32_t g = 0; g < groups; g++) {
+            __m512i v = ahead(data + g * group_bytes + (size_t)q * 64);
+            UNROLLED for (uint32_t i = 0; i < n; i++)
+                s[g][i] = DOT(s[g][i], v, quad_of(x + i * stride + q * 4));
+        }
+    }
+    UNROLLED for (uint32_t g = 0; g < groups; g++)
+        UNROLLED for (uint32_t i = 0; i < n; i++)
+            _mm512_storeu_si512(out + i * out_stride + g * 16,
+                                _mm512_sub_epi32(s[g][i], _mm512_set1_epi32(128 * sums[i])));
+}
+
+/* Low nibbles of blocks 0 | 1 and 2 | 3 in two vectors, the high two bits of all four in a third. */
+INLINE void int6_tile(const uint8_t *data, const uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                      const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
+{
+    __m512i low[3][4], high[3][4];
+    (void)groups; /* always one: a group is three streams already */
+    UNROLLED for (uint32_t i = 0; i < n; i++)
+        UNROLLED for (uint32_t block = 0; block < 4; block++)
+            low[i][block] = high[i][block] = _mm512_setzero_si512();
+    for (uint32_t q = 0; q < quads; q++) {
+        const uint8_t *p = data + (size_t)q * 192;
+        __m512i a = ahead(p), b = ahead(p + 64), h = ahead(p + 128);
+        UNROLLED for (uint32_t i = 0; i < n; i++) {
+            __m512i four = quad_of(x + i * stride + q * 4);
+            low[i][0] = DOT(low[i][0], low_bits(a, 15), four);
+            low[i][1] = DOT(low[i][1], a, four);
+            low[i][2] = DOT(low[i][2], low_bits(b, 15), four);
+            low[i][3] = DOT(low[i][3], b, four);
+            high[i][0] = DOT(high[i][0], low_bits(h, 3), four);
+            high[i][1] = DOT(high[i][1], low_bits(h, 15), four);
+            high[i][2] = DOT(high[i][2], low_bits(h, 63), four);
+            high[i][3] = DOT(high[i][3], h, four);
+        }
+    }
+    UNROLLED for (uint32_t i = 0; i < n; i++) {
+        int32_t top[64];
+        put_fields(high[i], _mm512_set1_epi32(2 * sums[i]), top);
+        UNROLLED for (uint32_t block = 0; block < 4; block++) {
+            __m512i l = low[i][block];
+            if (block % 2)
+                l = _mm512_srai_epi32(_mm512_sub_epi32(l, low[i][block - 1]), 4);
+            __m512i t = _mm512_slli_epi32(_mm512_loadu_si512(top + block * 16), 4);
+            _mm512_storeu_si512(out + i * out_stride + block * 16, _mm512_add_epi32(l, t));
+        }
+    }
+}
+
+INLINE void int4_tile(const uint8_t *data, const uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                      const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
+{
+    __m512i s[12][2];
+    const size_t group_bytes = (size_t)quads * 64;
+    UNROLLED for (uint32_t i = 0; i < groups * n; i++)
+        s[i][0] = s[i][1] = _mm512_setzero_si512();
+    for (uint32_t q = 0; q < quads; q++) {
+        UNROLLED for (uint32_t g = 0; g < groups; g++) {
+            __m512i v = ahead(data + g * group_bytes + (size_t)q * 64);
+            UNROLLED for (uint32_t i = 0; i < n; i++) {
+                __m512i four = quad_of(x + i * stride + q * 4);
+                s[g * n + i][0] = DOT(s[g * n + i][0], low_bits(v, 15), four);
+                s[g * n + i][1] = DOT(s[g * n + i][1], v, four);
+            }
+        }
+    }
+    UNROLLED for (uint32_t g = 0; g < groups; g++)
+        UNROLLED for (uint32_t i = 0; i < n; i++) {
+            __m512i zero = _mm512_set1_epi32(8 * sums[i]), l = s[g * n + i][0];
+            __m512i h = _mm512_srai_epi32(_mm512_sub_epi32(s[g * n + i][1], l), 4);
+            _mm512_storeu_si512(out + i * out_stride + g * 32, _mm512_sub_epi32(l, zero));
+            _mm512_storeu_si512(out + i * out_stride + g * 32 + 16, _mm512_sub_epi32(h, zero));
+        }
+}
+
+/* A case of the rows' number: as many groups at once as registers hold, the rest one by one. */
+#define TILES(name, group_rows, n, width)                                                                            \
+    case n:                                                                                                          \
+        for (; g + width <= groups; g += width)                                                                      \
+            name##_tile(data + g * group_bytes, width, quads, x, stride, sums, n, out + g * group_rows, out_stride); \
+        for (; g < groups; g++)                                                                                      \
+            name##_tile(data + g * group_bytes, 1, quads, x, stride, sums, n, out + g * group_rows, out_stride);     \
+        break;
+
+#define DOT_FUNCTION(name, group_rows, quad_bytes, most_rows, CASES)                                         \
+    static void dot_##name(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,     \
+                           const int32_t *sums, uint32_t n, int32_t *out)                                            \
+    {                                                                                                                \
+        const size_t group_bytes = (size_t)quads * quad_bytes, out_stride = (size_t)groups * group_rows;             \
+        while (n > 0) {                                                                                              \
+            const uint32_t rows = n <= most_rows ? n : n < 2 * most_rows ? (n + 1) / 2 : most_rows;                  \
+            uint32_t g = 0;                                                                                          \
+            switch (rows) {                                                                                          \
+                CASES                                                                                                \
+            }                                                                                                        \
+            x += rows * stride, sums += rows, out += rows * out_stride, n -= rows;                                   \
+        }                                                                                                            \
+    }
+
+#define TRIT2(n, width) TILES(trit2, 64, n, width)
+DOT_FUNCTION(trit2, 64, 64, 6, TRIT2(1, 4) TRIT2(2, 2) TRIT2(3, 2) TRIT2(4, 1) TRIT2(5, 1) TRIT2(6, 1))
+#define TRIT5(n, width) TILES(trit5, 80, n, width)
+DOT_FUNCTION(trit5, 80, 64, 4, TRIT5(1, 4) TRIT5(2, 2) TRIT5(3, 1) TRIT5(4, 1))
+#define INT8(n, width) TILES(int8, 16, n, width)
+DOT_FUNCTION(int8, 16, 64, 6, INT8(1, 4) INT8(2, 4) INT8(3, 4) INT8(4, 4) INT8(5, 4) INT8(6, 4))
+#define INT6(n, width) TILES(int6, 64, n, width)
+DOT_FUNCTION(int6, 64, 192, 3, INT6(1, 1) INT6(2, 1) INT6(3, 1))
+#define INT4(n, width) TILES(int4, 32, n, width)
+DOT_FUNCTION(int4, 32, 64, 6, INT4(1, 4) INT4(2, 4) INT4(3, 4) INT4(4, 2) INT4(5, 2) INT4(6, 2))
+
+const struct kernels kernels_avx512vnni = {
+    .name = "avx512vnni",
+    .dot = {dot_trit2, dot_trit5, dot_int8, dot_int6, dot_int4},
+    FLOAT_KERNELS,
+};
+#endif

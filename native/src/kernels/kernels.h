@@ -1,0 +1,74 @@
+/* What differs from machine to machine: the inner loops, chosen once at run time.
+ *
+ * Integer dots are exact, so kernels may sum in any order. Floating-point kernels are compiled from one source
+ * (floats.inc) for each instruction set: the same operations in the same order, hence the same bits.
+ */
+#ifndef CORDEE_KERNELS_H
+#define CORDEE_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../matrix.h"
+
+/* Activation rows that a dot takes at most in one call. */
+#define DOT_ROWS 6u
+/* Groups that a dot takes at most in one call. */
+#define DOT_GROUPS 4u
+/* Positions of keys that lie side by side in the cache, and floats of the widest vector. */
+#define LANES 16u
+/* Query heads that attend together over one key/value head. */
+#define ATTENTION_HEADS 4u
+
+/* Activations of a batch as integers: `planes` signed digits in base 128, highest first, for each row. */
+struct activations {
+    int8_t *digits; /* [rows * planes][stride]; zero behind the columns */
+    int32_t *sums;  /* [rows * planes] */
+    float *scales;  /* [rows]: what an integer stands for */
+    size_t stride;
+    uint32_t planes;
+};
+
+/* out[i][row] = sum over columns of weight * x, exact; out is [n][groups * group_rows], x [n][stride] with 4 * quads
+ * used, n <= DOT_ROWS, groups <= DOT_GROUPS. x is -127..127: then no kernel's narrow sums can wrap. */
+typedef void dot_function(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                          const int32_t *sums, uint32_t n, int32_t *out);
+
+struct kernels {
+    const char *name;
+    dot_function *dot[LAYOUTS];
+
+    /* out[i] = x[i] / sqrt(mean(x^2) + epsilon) * weight[i]; out may be x. */
+    void (*normalise)(float *out, const float *x, const float *weight, uint32_t n, float epsilon);
+    /* Row `row` of activations from x[n]; zeroes the digits behind n. */
+    void (*quantise)(const struct activations *to, uint32_t row, const float *x, uint32_t n);
+    /* x[i] += y[i]. */
+    void (*add)(float *x, const float *y, uint32_t n);
+    /* gate[i] = silu(gate[i]) * up[i], or relu(gate[i])^2 * up[i]. */
+    void (*gate_silu)(float *gate, const float *up, uint32_t n);
+    void (*gate_relu2)(float *gate, const float *up, uint32_t n);
+    /* out[i] = (integer of the digits' dots) * scale, for `planes` rows of dots [planes][stride]. */
+    void (*rescale)(float *out, const int32_t *dots, size_t stride, uint32_t planes, uint32_t n, float scale);
+    /* Rotate `heads` heads of x by angles with these cosines and sines [head_dim / 2]. */
+    void (*rotate_halves)(float *x, uint32_t heads, uint32_t head_dim, const float *cosines, const float *sines);
+    void (*rotate_pairs)(float *x, uint32_t heads, uint32_t head_dim, const float *cosines, const float *sines);
+    /* Attention of `heads` <= ATTENTION_HEADS queries [heads][head_dim] over `positions` cached ones.
+     * keys: f16 [positions / LANES, rounded up][head_dim][LANES]; values: f16 [positions][value_stride], value_stride a
+     * multiple of LANES; scores: scratch [heads][positions rounded up to LANES]; out [heads][head_dim]. */
+    void (*attend)(float *out, const float *queries, uint32_t heads, uint32_t head_dim, const uint16_t *keys,
+                   const uint16_t *values, size_t value_stride, uint32_t positions, float *scores);
+};
+
+/* The kernels at that place of the list of those this CPU runs, best first; NULL past the last. */
+const struct kernels *kernels_at(uint32_t index);
+/* The kernels of that name, or NULL; the best for a name that is NULL. */
+const struct kernels *kernels_named(const char *name);
+
+extern const struct kernels kernels_scalar;
+#if defined(__x86_64__)
+#define CORDEE_X86_KERNELS 1
+extern const struct kernels kernels_avx2;
+extern const struct kernels kernels_avx512vnni;
+#endif
+
+#endif

@@ -1,0 +1,46 @@
+/* A loaded model: numbers and pointers into the mapped file. */
+#ifndef CORDEE_MODEL_H
+#define CORDEE_MODEL_H
+
+#include <stdbool.h>
+
+#include "matrix.h"
+#include "ternary.h"
+
+/* Bounds of what is believed: beyond any published model, and within what 32-bit sums hold (FORMAT.md: a nested sum of
+ * trit5 is at most 2 * 127 * 256 * columns). */
+#define LAYERS_LIMIT 512u
+#define COLUMNS_LIMIT 32768u
+#define VOCABULARY_LIMIT (1u << 22)
+#define HEADS_LIMIT 1024u
+#define HEAD_DIM_LIMIT 512u
+#define PLANES_LIMIT 3u
+
+enum gate { GATE_SILU, GATE_RELU2 };
+enum rope { ROPE_HALVES, ROPE_PAIRS };
+
+struct layer {
+    const float *attn_norm, *ffn_norm;         /* [n_embd] */
+    const float *attn_sub_norm, *ffn_sub_norm; /* [heads * head_dim], [n_ff]; NULL: none */
+    struct matrix q, k, v, o, gate, up, down;
+};
+
+struct ternary_model {
+    ternary_shape shape;
+    float epsilon, rope_base;
+    uint32_t planes, head_planes;
+    enum gate gate;
+    enum rope rope;
+    const float *rope_divisors; /* [head_dim / 2], or NULL */
+    const float *output_norm;   /* [n_embd]; NULL without a head */
+    struct matrix head;         /* [n_vocab][n_embd] */
+    const uint8_t *embedding;   /* [n_vocab] rows of that type, or NULL */
+    uint32_t embedding_type;
+    size_t embedding_row_bytes;
+    struct layer layers[]; /* [shape.layers] */
+};
+
+/* Row `token` of the embedding, as n_embd floats. */
+void model_embed(const ternary_model *model, uint32_t token, float *row);
+
+#endif

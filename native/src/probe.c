@@ -1,0 +1,39 @@
+/* The kernels one by one, for tests and measurements. */
+#include <string.h>
+
+#include "error.h"
+#include "kernels/kernels.h"
+
+const char *ternary_kernels_name(uint32_t index)
+{
+    const struct kernels *kernels = kernels_at(index);
+    return kernels != NULL ? kernels->name : NULL;
+}
+
+ternary_status ternary_kernels_dot(const char *name, const char *layout_name, const uint8_t *data, uint32_t groups,
+                                   uint32_t quads, const int8_t *x, uint32_t n, int32_t *out, ternary_error *error)
+{
+    const struct kernels *kernels = kernels_named(name);
+    const enum layout layout = layout_named(layout_name);
+    if (kernels == NULL || layout == LAYOUTS)
+        return ternary_fail(error, TERNARY_REFUSED, "no kernels %.32s or no layout %.32s here", name, layout_name);
+    const struct layout_facts *facts = &layout_facts[layout];
+    const size_t stride = (size_t)quads * 4, width = (size_t)groups * facts->group_rows;
+    for (uint32_t row = 0; row < n; row += DOT_ROWS) {
+        const uint32_t count = n - row < DOT_ROWS ? n - row : DOT_ROWS;
+        int32_t sums[DOT_ROWS] = {0}, dots[DOT_ROWS * DOT_GROUPS * LARGEST_GROUP_ROWS];
+        for (uint32_t i = 0; i < count; i++)
+            for (size_t c = 0; c < stride; c++)
+                sums[i] += x[(row + i) * stride + c];
+        for (uint32_t group = 0; group < groups; group += DOT_GROUPS) {
+            const uint32_t some = groups - group < DOT_GROUPS ? groups - group : DOT_GROUPS;
+            const uint32_t some_rows = some * facts->group_rows;
+            kernels->dot[layout](data + (size_t)group * quads * facts->quad_bytes, some, quads, x + row * stride,
+                                 stride, sums, count, dots);
+            for (uint32_t i = 0; i < count; i++)
+                memcpy(out + (row + i) * width + (size_t)group * facts->group_rows, dots + (size_t)i * some_rows,
+                       some_rows * sizeof *out);
+        }
+    }
+    return TERNARY_OK;
+}

@@ -1,0 +1,185 @@
+/* Making a session: one piece of the caller's memory is cut into all that a decode step needs. */
+#include "session.h"
+
+#include <string.h>
+
+#include "error.h"
+
+/* Cuts aligned arrays off a piece of memory; without memory it only counts. */
+struct cutter {
+    uint8_t *memory;
+    uint64_t used;
+};
+
+static void *cut(struct cutter *cutter, uint64_t count, size_t each)
+{
+    void *piece = cutter->memory != NULL ? cutter->memory + cutter->used : NULL;
+    cutter->used += (count * each + TERNARY_ALIGNMENT - 1) / TERNARY_ALIGNMENT * TERNARY_ALIGNMENT;
+    return piece;
+}
+
+static uint32_t larger(uint32_t a, uint32_t b)
+{
+    return a > b ? a : b;
+}
+
+static void set_cache_shape(struct cache *cache, const ternary_model *model, const ternary_config *config)
+{
+    *cache = (struct cache){
+        .layers = model->shape.layers,
+        .sequences = config->sequences,
+        .kv_heads = model->shape.kv_heads,
+        .head_dim = model->shape.head_dim,
+        .context = config->context,
+        .value_stride = (model->shape.head_dim + LANES - 1) / LANES * LANES,
+    };
+}
+
+/* The bound on the products below: every factor is limited, and their product is tried in floating point first. */
+static bool cache_fits(const struct cache *cache)
+{
+    double elements = (double)cache->layers * cache->sequences * cache->kv_heads;
+    elements *= ((double)cache->context + LANES) * 2 * cache->value_stride;
+    return elements * sizeof(uint16_t) < (double)(SIZE_MAX / 2);
+}
+
+static void cut_batch(struct cutter *cutter, ternary_session *session, const ternary_model *model, uint32_t rows)
+{
+    const ternary_shape *shape = &model->shape;
+    const size_t wide = (size_t)shape->heads * shape->head_dim, narrow = (size_t)shape->kv_heads * shape->head_dim;
+    const uint32_t planes = larger(model->planes, model->head_planes);
+    const uint32_t widest = larger(shape->n_ff, larger((uint32_t)wide, shape->n_embd));
+    const size_t stride = (size_t)quads_of(widest) * 4;
+    session->hidden = cut(cutter, rows * (uint64_t)shape->n_embd, sizeof(float));
+    session->queries = cut(cutter, rows * (uint64_t)wide, sizeof(float));
+    session->keys = cut(cutter, rows * (uint64_t)narrow, sizeof(float));
+    session->values = cut(cutter, rows * (uint64_t)narrow, sizeof(float));
+    session->gates = cut(cutter, rows * (uint64_t)shape->n_ff, sizeof(float));
+    session->ups = cut(cutter, rows * (uint64_t)shape->n_ff, sizeof(float));
+    session->added = cut(cutter, rows * (uint64_t)shape->n_embd, sizeof(float));
+    session->cosines = cut(cutter, rows * (uint64_t)(shape->head_dim / 2), sizeof(float));
+    session->sines = cut(cutter, rows * (uint64_t)(shape->head_dim / 2), sizeof(float));
+    session->marked = cut(cutter, rows, sizeof(uint32_t));
+    session->inputs.digits = cut(cutter, rows * (uint64_t)planes * stride, sizeof(int8_t));
+    session->inputs.sums = cut(cutter, rows * (uint64_t)planes, sizeof(int32_t));
+    session->inputs.scales = cut(cutter, rows, sizeof(float));
+    session->normal_elements = (widest + LANES - 1) / LANES * LANES;
+}
+
+/* Lays everything out; the session itself stands first. */
+static uint64_t lay_out(void *memory, ternary_session *session, const ternary_model *model,
+                        const ternary_config *config, uint64_t *kv_bytes)
+{
+    struct cutter cutter = {.memory = memory};
+    struct cache *cache = &session->cache;
+    cut(&cutter, 1, sizeof *session);
+    set_cache_shape(cache, model, config);
+    cache->lengths = cut(&cutter, config->sequences, sizeof(uint32_t));
+    session->ends = cut(&cutter, config->sequences, sizeof(uint32_t));
+    cut_batch(&cutter, session, model, config->batch_rows);
+    session->scores_elements = ((size_t)config->context + LANES - 1) / LANES * LANES * ATTENTION_HEADS;
+    session->dots = cut(&cutter, config->threads * (uint64_t)DOTS_ELEMENTS, sizeof(int32_t));
+    session->scores = cut(&cutter, config->threads * (uint64_t)session->scores_elements, sizeof(float));
+    session->normal = cut(&cutter, config->threads * (uint64_t)session->normal_elements, sizeof(float));
+    const uint64_t before = cutter.used;
+    cache->keys = cut(&cutter, cache_key_elements(cache), sizeof(uint16_t));
+    cache->values = cut(&cutter, cache_value_elements(cache), sizeof(uint16_t));
+    *kv_bytes = cutter.used - before;
+    return cutter.used;
+}
+
+static bool is_possible(const ternary_model *model, const ternary_config *config)
+{
+    struct cache cache;
+    if (config->context - 1 >= CONTEXT_LIMIT || config->sequences - 1 >= SEQUENCES_LIMIT ||
+        config->batch_rows - 1 >= BATCH_ROWS_LIMIT || config->threads - 1 >= THREADS_LIMIT)
+        return false;
+    set_cache_shape(&cache, model, config);
+    return cache_fits(&cache) && kernels_named(config->kernels) != NULL;
+}
+
+size_t ternary_session_bytes(const ternary_model *model, const ternary_config *config, size_t *kv_bytes)
+{
+    ternary_session session;
+    uint64_t kv = 0, nbytes;
+    if (!is_possible(model, config))
+        return 0;
+    nbytes = lay_out(NULL, &session, model, config, &kv);
+    if (kv_bytes != NULL)
+        *kv_bytes = (size_t)kv;
+    return nbytes <= SIZE_MAX / 2 ? (size_t)nbytes : 0;
+}
+
+ternary_status ternary_session_make(void *memory, const ternary_model *model, const ternary_config *config,
+                                    ternary_session **made, ternary_error *error)
+{
+    ternary_session *session = memory;
+    uint64_t kv_bytes;
+    *made = NULL;
+    if (ternary_session_bytes(model, config, NULL) == 0)
+        return ternary_fail(error, TERNARY_REFUSED,
+                            "the session's numbers are impossible, or this CPU has no such kernels");
+    if (config->logits && !model->shape.has_head)
+        return ternary_fail(error, TERNARY_REFUSED, "the file has no head: only hidden rows can come out of it");
+    memset(session, 0, sizeof *session);
+    session->model = model;
+    session->config = *config;
+    session->kernels = kernels_named(config->kernels);
+    lay_out(memory, session, model, config, &kv_bytes);
+    memset(session->cache.lengths, 0, config->sequences * sizeof *session->cache.lengths);
+    if (!pool_start(&session->pool, config->threads))
+        return ternary_fail(error, TERNARY_SYSTEM, "the machine gives no %u threads", config->threads);
+    *made = session;
+    return TERNARY_OK;
+}
+
+void ternary_session_end(ternary_session *session)
+{
+    pool_end(&session->pool);
+}
+
+uint32_t ternary_sequence_length(const ternary_session *session, uint32_t sequence)
+{
+    return sequence < session->config.sequences ? session->cache.lengths[sequence] : 0;
+}
+
+static ternary_status check_sequence(const ternary_session *session, uint32_t sequence, ternary_error *error)
+{
+    if (sequence < session->config.sequences)
+        return TERNARY_OK;
+    return ternary_fail(error, TERNARY_REFUSED,
+                        "there is no sequence %u among %u", sequence, session->config.sequences);
+}
+
+ternary_status ternary_sequence_trim(ternary_session *session, uint32_t sequence, uint32_t length, ternary_error *error)
+{
+    ternary_status status = check_sequence(session, sequence, error);
+    if (status == TERNARY_OK && length < session->cache.lengths[sequence])
+        session->cache.lengths[sequence] = length;
+    return status;
+}
+
+size_t ternary_sequence_bytes(const ternary_session *session, uint32_t sequence)
+{
+    return sequence < session->config.sequences ? cache_state_bytes(&session->cache, sequence) : 0;
+}
+
+ternary_status ternary_sequence_export(const ternary_session *session, uint32_t sequence, uint8_t *state,
+                                       ternary_error *error)
+{
+    ternary_status status = check_sequence(session, sequence, error);
+    if (status == TERNARY_OK)
+        cache_export(&session->cache, sequence, state);
+    return status;
+}
+
+ternary_status ternary_sequence_import(ternary_session *session, uint32_t sequence, const uint8_t *state,
+                                       size_t nbytes, ternary_error *error)
+{
+    ternary_status status = check_sequence(session, sequence, error);
+    if (status == TERNARY_OK && !cache_import(&session->cache, sequence, state, nbytes))
+        return ternary_fail(error, TERNARY_REFUSED,
+                            "the state is of another slice, or longer than the context of %u tokens",
+                    session->config.context);
+    return status;
+}

@@ -1,0 +1,42 @@
+/* A session's memory: the cache, the buffers of one batch, the threads. */
+#ifndef CORDEE_SESSION_H
+#define CORDEE_SESSION_H
+
+#include "cache.h"
+#include "kernels/kernels.h"
+#include "model.h"
+#include "pool.h"
+
+/* Sequences are numbers in a queue of people; more would be a mistake. */
+#define SEQUENCES_LIMIT 4096u
+#define BATCH_ROWS_LIMIT 8192u
+#define CONTEXT_LIMIT (1u << 20)
+
+struct ternary_session {
+    const ternary_model *model;
+    const struct kernels *kernels;
+    ternary_config config;
+    struct cache cache;
+    struct pool pool;
+    uint32_t *ends; /* [sequences]: lengths after the batch being checked */
+
+    /* Of one batch; every row belongs to one row of the batch. */
+    float *hidden;                                      /* [rows][n_embd] */
+    float *queries;                                     /* [rows][heads * head_dim]; becomes attention's result */
+    float *keys, *values;                               /* [rows][kv_heads * head_dim] */
+    float *gates, *ups;                                 /* [rows][n_ff] */
+    float *added;                                       /* [rows][n_embd]: what a block adds to the hidden rows */
+    float *cosines, *sines;                             /* [rows][head_dim / 2] */
+    uint32_t *marked;                                   /* rows whose logits are wanted */
+    struct activations inputs;                          /* of the matrix that comes next */
+    /* Of each thread. */
+    int32_t *dots;                                      /* [threads][DOTS_ELEMENTS] */
+    float *scores;                                      /* [threads][scores_elements] */
+    float *normal;                                      /* [threads][widest row] */
+    size_t scores_elements, normal_elements;
+};
+
+/* One call of a dot: DOT_ROWS rows by DOT_GROUPS groups. */
+#define DOTS_ELEMENTS ((size_t)DOT_ROWS * DOT_GROUPS * LARGEST_GROUP_ROWS)
+
+#endif

@@ -1,0 +1,294 @@
+"""Writing model files for the ternary engine: GGUF containers whose payloads lie as its kernels read them.
+
+native/FORMAT.md defines the format; native/src/model.c reads it. Writing streams: a file is made of blocks of
+rows, so memory depends on the widest row and not on the model.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.gguf_writer import WriterState
+from gguf.quants import quantize
+
+from cordee.files import atomic_file
+
+VERSION = 1
+ALIGNMENT = 64
+COLUMN_PADDING = 16
+BLOCK_ROWS = 16
+# Rows are read, packed and written so many at a time: whole groups of every layout, some MB.
+STRIP_ROWS = 320
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How weights lie in memory; see native/FORMAT.md. Weights are `-zero` to `largest`."""
+
+    name: str
+    blocks: int  # of BLOCK_ROWS rows in a group
+    quad_bytes: int
+    zero: int
+    largest: int
+
+    @property
+    def group_rows(self) -> int:
+        return self.blocks * BLOCK_ROWS
+
+    def shape(self, rows: int, cols: int) -> tuple[int, int, int]:
+        """(groups, quads, bytes of a quad) of a matrix."""
+        return -(-rows // self.group_rows), -(-cols // COLUMN_PADDING) * COLUMN_PADDING // 4, self.quad_bytes
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("trit2", 4, 64, 1, 1),
+        Layout("trit5", 5, 64, 1, 1),
+        Layout("int8", 1, 64, 128, 127),
+        Layout("int6", 4, 192, 32, 31),
+        Layout("int4", 2, 64, 8, 7),
+    )
+}
+# From five base-3 digits to the byte whose repeated multiplication by 3 lifts them out again.
+_TRIT5_BYTES = ((np.arange(243) * 256 + 242) // 243).astype(np.uint8)
+
+
+def pack(weights: np.ndarray, layout: Layout) -> np.ndarray:
+    """(rows, cols) int8 weights -> (groups, quads, quad_bytes) uint8. Padding is weight 0."""
+    groups, quads, _ = layout.shape(*weights.shape)
+    codes = np.full((groups * layout.group_rows, quads * 4), layout.zero, dtype=np.uint8)
+    codes[: weights.shape[0], : weights.shape[1]] = (weights.astype(np.int16) + layout.zero).astype(np.uint8)
+    blocks = codes.reshape(groups, layout.blocks, BLOCK_ROWS, quads, 4).transpose(1, 0, 3, 2, 4)
+    block = np.ascontiguousarray(blocks).reshape(layout.blocks, groups, quads, BLOCK_ROWS * 4)
+    if layout.name == "trit2":
+        return block[0] | block[1] << 2 | block[2] << 4 | block[3] << 6
+    if layout.name == "trit5":
+        number = block[0]  # at most 242: stays in a byte
+        for digit in block[1:]:
+            number = number * np.uint8(3) + digit
+        return _TRIT5_BYTES[number]
+    if layout.name == "int6":
+        low, high = block & 15, block >> 4
+        tops = high[0] | high[1] << 2 | high[2] << 4 | high[3] << 6
+        return np.concatenate([low[0] | low[1] << 4, low[2] | low[3] << 4, tops], axis=2)
+    return block[0] | block[1] << 4 if layout.name == "int4" else block[0]
+
+
+def unpack(payload: np.ndarray, layout: Layout, rows: int, cols: int) -> np.ndarray:
+    """The inverse of `pack`: (rows, cols) int8."""
+    groups, quads, _ = payload.shape
+    if layout.name == "trit2":
+        block = np.stack([payload >> 2 * field & 3 for field in range(4)])
+    elif layout.name == "trit5":
+        digits, rest = [], payload
+        for _ in range(5):
+            digits.append((rest.astype(np.uint16) * 3 >> 8).astype(np.uint8))
+            rest = rest * np.uint8(3)
+        block = np.stack(digits)
+    elif layout.name == "int6":
+        first, second, tops = np.split(payload, 3, axis=2)
+        low = np.stack([first & 15, first >> 4, second & 15, second >> 4])
+        block = low | np.stack([tops >> 2 * field & 3 for field in range(4)]) << 4
+    else:
+        block = np.stack([payload & 15, payload >> 4]) if layout.name == "int4" else payload[None]
+    codes = block.reshape(layout.blocks, groups, quads, BLOCK_ROWS, 4).transpose(1, 0, 3, 2, 4)
+    weights = (
+        codes.reshape(groups * layout.group_rows, quads * 4)[:rows, :cols].astype(np.int16) - layout.zero
+    )
+    return weights.astype(np.int8)
+
+
+def rounded(rows: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """(n, cols) float32 -> int8 weights of the layout and (n,) float32 scales, one a row."""
+    absmax = np.abs(rows).max(axis=1)
+    scales = np.where(absmax > 0, absmax / layout.largest, 1).astype(np.float32)
+    return np.rint(rows / scales[:, None]).astype(np.int8), scales
+
+
+@dataclass(frozen=True)
+class TernaryModel:
+    """The numbers and rules of a model, as its file states them; names as in native/FORMAT.md.
+
+    `scales` is how many scales each layer matrix has: each is for as many neighbouring rows.
+    """
+
+    architecture: str
+    layers: int
+    n_embd: int
+    n_ff: int
+    n_vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    rope_base: float
+    epsilon: float = 1e-5
+    activation: Literal["silu", "relu2"] = "silu"
+    rope: Literal["neox", "interleaved"] = "interleaved"
+    sub_norms: bool = False
+    scales: int = 1
+    layout: Literal["trit2", "trit5"] = "trit2"
+    planes: int = 1
+    head: str = "int6"
+    head_planes: int = 2
+    embedding: GGMLQuantizationType = GGMLQuantizationType.F16
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(rows, cols) of each matrix of a layer by its name, in the file's order."""
+        wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "attn_q": (wide, self.n_embd),
+            "attn_k": (narrow, self.n_embd),
+            "attn_v": (narrow, self.n_embd),
+            "attn_output": (self.n_embd, wide),
+            "ffn_gate": (self.n_ff, self.n_embd),
+            "ffn_up": (self.n_ff, self.n_embd),
+            "ffn_down": (self.n_embd, self.n_ff),
+        }
+
+    def norms(self) -> dict[str, int]:
+        """The length of each norm of a layer by its name."""
+        sub = {"attn_sub_norm": self.heads * self.head_dim, "ffn_sub_norm": self.n_ff}
+        return {"attn_norm": self.n_embd, "ffn_norm": self.n_embd} | (sub if self.sub_norms else {})
+
+
+class Source(Protocol):
+    """Where the weights come from. Names are GGUF's: "blk.3.attn_q.weight"."""
+
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows of a matrix: int8 of -1, 0, 1 for those of layers, float32 for "token_embd" and "output"."""
+
+    def scales(self, name: str) -> np.ndarray:
+        """The float32 scales of a layer's matrix."""
+
+    def vector(self, name: str) -> np.ndarray:
+        """A norm, float32."""
+
+
+def write(
+    path: Path, model: TernaryModel, source: Source, *, describe: Callable[[GGUFWriter], None] | None = None
+) -> None:
+    """Write a model file; `describe` adds tokenizer and other keys. Nothing half-written is left behind.
+
+    Raises:
+        StorageFailed: no room on disk.
+    """
+    writer = GGUFWriter(None, model.architecture)
+    _add_keys(writer, model)
+    if describe:
+        describe(writer)
+    parts = list(_parts(model, source))
+    for part in parts:
+        writer.add_tensor_info(part.name, part.shape, part.dtype, part.nbytes, raw_dtype=part.type)
+    with atomic_file(path) as raw:
+        file = io.BufferedWriter(raw)
+        writer.fout, writer.state = [file], WriterState.EMPTY  # a file that is open already
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for part in parts:
+            writer.write_padding(file, file.tell(), ALIGNMENT)
+            for array in part.arrays:
+                file.write(np.ascontiguousarray(array).data)
+        writer.write_padding(file, file.tell(), ALIGNMENT)
+        file.detach()
+
+
+def _add_keys(writer: GGUFWriter, model: TernaryModel) -> None:
+    writer.add_custom_alignment(ALIGNMENT)
+    writer.add_block_count(model.layers)
+    writer.add_context_length(model.context)
+    writer.add_embedding_length(model.n_embd)
+    writer.add_feed_forward_length(model.n_ff)
+    writer.add_head_count(model.heads)
+    writer.add_head_count_kv(model.kv_heads)
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+    writer.add_layer_norm_rms_eps(model.epsilon)
+    writer.add_rope_freq_base(model.rope_base)
+    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_vocab_size(model.n_vocab)
+    for key in ("planes", "head_planes"):
+        writer.add_uint32(f"cordee.ternary.{key}", getattr(model, key))
+    for key in ("layout", "head", "activation", "rope"):
+        writer.add_string(f"cordee.ternary.{key}", getattr(model, key))
+    writer.add_uint32("cordee.ternary.version", VERSION)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor to be written; `shape` is numpy's, slowest dimension first, in bytes for blocked types."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    type: GGMLQuantizationType
+    nbytes: int
+    arrays: Iterator[np.ndarray]
+
+
+def _part(
+    name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, nbytes: int, arrays: Iterator[np.ndarray]
+) -> _Part:
+    dtypes = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
+    dtype = np.dtype(dtypes.get(kind, np.int8 if kind is GGMLQuantizationType.I8 else np.uint8))
+    return _Part(name, shape, dtype, kind, nbytes, arrays)
+
+
+def _strips(rows: int) -> Iterator[tuple[int, int]]:
+    return ((first, min(first + STRIP_ROWS, rows)) for first in range(0, rows, STRIP_ROWS))
+
+
+def _vector(name: str, length: int, make: Callable[[], np.ndarray]) -> _Part:
+    arrays = (np.asarray(make(), dtype="<f4") for _ in range(1))
+    return _part(name, (length,), GGMLQuantizationType.F32, length * 4, arrays)
+
+
+def _payload(name: str, layout: Layout, rows: int, cols: int, arrays: Iterator[np.ndarray]) -> _Part:
+    shape = layout.shape(rows, cols)
+    return _part(name, shape, GGMLQuantizationType.I8, int(np.prod(shape, dtype=np.int64)), arrays)
+
+
+def _parts(model: TernaryModel, source: Source) -> Iterator[_Part]:
+    """All tensors in the file's order; their bytes are made when they are written."""
+    yield _embedding(model, source)
+    layout = LAYOUTS[model.layout]
+    for layer in range(model.layers):
+        for name, length in model.norms().items():
+            full = f"blk.{layer}.{name}.weight"
+            yield _vector(full, length, lambda full=full: source.vector(full))
+        for name, (rows, cols) in model.matrices().items():
+            full = f"blk.{layer}.{name}.weight"
+            strips = _packed_strips(source, full, rows, layout)
+            yield _vector(f"blk.{layer}.{name}.scale", model.scales, lambda full=full: source.scales(full))
+            yield _payload(full, layout, rows, cols, strips)
+    yield _vector("output_norm.weight", model.n_embd, lambda: source.vector("output_norm.weight"))
+    yield from _head(model, source)
+
+
+def _packed_strips(source: Source, name: str, rows: int, layout: Layout) -> Iterator[np.ndarray]:
+    return (pack(source.rows(name, first, last), layout) for first, last in _strips(rows))
+
+
+def _embedding(model: TernaryModel, source: Source) -> _Part:
+    name = "token_embd.weight"
+    strips = (quantize(source.rows(name, a, b), model.embedding) for a, b in _strips(model.n_vocab))
+    [row] = quantize(np.zeros((1, model.n_embd), dtype=np.float32), model.embedding)
+    return _part(name, (model.n_vocab, len(row)), model.embedding, model.n_vocab * row.nbytes, strips)
+
+
+def _head(model: TernaryModel, source: Source) -> Iterator[_Part]:
+    """The head's rows are read twice rather than kept: once for the scales, once for the weights."""
+    layout, rows = LAYOUTS[model.head], model.n_vocab
+
+    def strips() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return (rounded(source.rows("output.weight", a, b), layout) for a, b in _strips(rows))
+
+    yield _vector("output.scale", rows, lambda: np.concatenate([scales for _, scales in strips()]))
+    packed = (pack(weights, layout) for weights, _ in strips())
+    yield _payload("output.weight", layout, rows, model.n_embd, packed)
