@@ -36,9 +36,11 @@ WRITERS = 2
 # Four chunks in this time are 3 Mbit/s: who is slower is not worth waiting for, unless nobody else has them.
 PATIENCE_SECONDS = 10.0
 LAST_PATIENCE_SECONDS = 60.0
-# How long a fetch waits before it looks for new neighbours, and before it asks a busy one again.
+# How long a fetch waits before it looks for new neighbours, and before it asks one again.
 LOOK_AGAIN_SECONDS = 1.0
-BUSY_SECONDS = 0.2
+AGAIN_SECONDS = 0.2
+# The bus drops what is too much and blinks when it reopens; who serves nothing for so long is gone.
+SILENCE_SECONDS = 2.0
 # Parts that a neighbour may say it has of one model; real ones have a few.
 HELD_LIMIT = 64
 # Asks that are answered at once (each holds a chunk in memory) and that wait; more are told to come again.
@@ -52,10 +54,10 @@ Holders = Callable[[], Mapping[str, Sequence[SliceHeld]]]
 
 
 class Queries(Protocol):
-    """What is needed of the bus."""
+    """What is needed of the bus (`cordee.node.bus.Bus`)."""
 
-    async def query(self, key: str, payload: bytes, timeout_seconds: float) -> bytes:
-        """The answer of whoever serves `key`. Raises CordeeError or TimeoutError if there is none."""
+    async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
+        """The answers of whoever serves the key that came within `seconds`."""
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True):
@@ -185,22 +187,19 @@ class ChunkClient:
 
     async def ask(self, node: str, ask: Ask, patience_seconds: float) -> Answer:
         """What a node answers, asked again while it is busy; raises _Lost with the reason if it does not."""
-        payload, end = msgspec.msgpack.encode(ask), time.monotonic() + patience_seconds
-        while (left := end - time.monotonic()) > 0:
-            try:
-                answer = msgspec.msgpack.decode(
-                    await self._bus.query(chunk_key(node), payload, left), type=Answer
-                )
-            except msgspec.MsgspecError as error:
-                raise _Lost(f"it answers nonsense ({error})") from error
-            except TimeoutError:
-                break
-            except CordeeError as error:
-                raise _Lost(error.message) from error
-            if answer.state != "busy":
-                return answer
-            await asyncio.sleep(BUSY_SECONDS)
-        raise _Lost(f"it gave no chunk in {patience_seconds:.0f} seconds")
+        payload, begun = msgspec.msgpack.encode(ask), time.monotonic()
+        end, heard = begun + patience_seconds, begun
+        while (left := end - time.monotonic()) > 0 and time.monotonic() - heard < SILENCE_SECONDS:
+            if answers := await self._bus.query(chunk_key(node), payload, seconds=left):
+                try:
+                    answer = msgspec.msgpack.decode(answers[0], type=Answer)
+                except msgspec.MsgspecError as error:
+                    raise _Lost(f"it answers nonsense ({error})") from error
+                if answer.state != "busy":
+                    return answer
+                heard = time.monotonic()
+            await asyncio.sleep(AGAIN_SECONDS)
+        raise _Lost(f"it gave no chunk in {time.monotonic() - begun:.1f} seconds")
 
     async def _pieces(self, digest: str, node: str) -> bytes:
         """A sheet as a node gives it, still to be checked."""
