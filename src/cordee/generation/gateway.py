@@ -11,10 +11,12 @@ be told. See streams.py for the messages. A stream's life:
 - **The log decides.** A token counts if it is the next one of the log and comes from the current ask, in the
   session of the host that first confirmed that ask. So all tokens after those the ask began with come from
   one computation, whoever else still believes to be the host; and no token is ever taken back.
-- **Everything is said again.** An Assert goes to each host every ASSERT_SECONDS, names all asks that it shall
-  work on and how many tokens of each are there; soon after something ended or is missing, too. The answer
-  brings what was lost on the way, and tells which asks are not known there (any more): those are asked again,
-  with the log as it is then.
+- **Everything is said again.** An Assert goes to each host every ASSERT_SECONDS, and soon after something
+  began, ended or is missing. It names all asks that the host shall work on, and how many tokens of each are
+  there. The answer brings what was lost on the way, and tells which asks are not known there (any more):
+  those are asked again, with the log as it is then.
+- **Nothing is believed for long.** What is known of a host that answers no Assert for SILENCE_SECONDS is
+  forgotten, and its streams are asked anew: so whatever a fault wrote into these tables heals.
 - **Patience is bounded.** A stream that no ready host has held for WAIT_SECONDS fails. A refusal before its
   first token is the client's to hear, unless a host had accepted it before; any other is tried again.
 """
@@ -36,10 +38,12 @@ from cordee.generation.streams import (
 
 TICK_SECONDS = 0.05  # how often the shell ticks
 ASSERT_SECONDS = 1.0  # often enough to notice a loss soon, for 20 bytes a stream
-HURRY_SECONDS = 0.05  # before the extra Assert, so that one tells of many ends
+HURRY_SECONDS = 0.05  # before an extra Assert, so that one tells of many beginnings and ends
 # A host of which nothing was wanted for so long is forgotten: its leases have ended long ago. Not sooner, so
 # that one request after the other stays one session.
-PEER_SECONDS = 60.0
+IDLE_SECONDS = 60.0
+# As long as three leases: by then the host holds nothing of what we believe.
+SILENCE_SECONDS = 30.0
 # How long a stream waits for a host: loading 60 GB at 100 MB/s takes as long, and a client that hears a
 # heartbeat waits longer.
 WAIT_SECONDS = 600.0
@@ -67,6 +71,7 @@ class _Peer:
     model: str
     due: float  # when the next Assert is
     wanted: float  # when it last had asks
+    heard: float  # when it last answered
     asserted: int = 0  # number of the last Assert ...
     answered: int = 0  # ... and of the last that was answered
     asks: dict[int, "_Stream"] = field(default_factory=dict)
@@ -184,10 +189,10 @@ class Gateway:
         for peer in list(self._peers.values()):
             if peer.asks:
                 peer.wanted = clock
-            elif clock - peer.wanted > PEER_SECONDS:
-                del self._peers[peer.number]
-                continue
-            if peer.due <= clock:
+            silent = not 0 <= clock - peer.heard <= SILENCE_SECONDS
+            if silent or clock - peer.wanted > IDLE_SECONDS:
+                self._forget(peer)
+            elif peer.due <= clock:
                 self._assert(peer)
 
     def drain(self) -> tuple[list[tuple[str, Ask | Assert]], list[News]]:
@@ -207,8 +212,9 @@ class Gateway:
             return
         peer = self._peer(node, stream.model)
         number = self._next()
-        stream.ask = _Asked(number, peer, number, again=self._clock.seconds + PAUSE_SECONDS_MIN)
+        stream.ask = _Asked(number, peer, number, again=self._clock.seconds)
         peer.asks[number] = stream
+        self._hurry(peer)  # the answer tells whether the host has it
         self._send(stream, stream.ask)
 
     def _send(self, stream: _Stream, ask: _Asked) -> None:
@@ -229,7 +235,7 @@ class Gateway:
             if (peer.node, peer.model) == (node, model):
                 return peer
         clock = self._clock.seconds
-        peer = _Peer(self._next(), node, model, due=clock + ASSERT_SECONDS, wanted=clock)
+        peer = _Peer(self._next(), node, model, due=clock + ASSERT_SECONDS, wanted=clock, heard=clock)
         self._peers[peer.number] = peer
         return peer
 
@@ -239,6 +245,11 @@ class Gateway:
         peer.due = self._clock.seconds + ASSERT_SECONDS
         message = Assert(self._node, self._id, peer.number, peer.model, peer.asserted, asks)
         self._messages.append((peer.node, message))
+
+    def _forget(self, peer: _Peer) -> None:
+        del self._peers[peer.number]
+        for stream in list(peer.asks.values()):
+            self._leave(stream)
 
     def _hurry(self, peer: _Peer) -> None:
         peer.due = min(peer.due, self._clock.seconds + HURRY_SECONDS)
@@ -301,6 +312,7 @@ class Gateway:
 
     def _answered(self, peer: _Peer, said: Said) -> None:
         """An Assert's answer: the asks it named are held by the host, or unknown there."""
+        peer.heard = self._clock.seconds
         unknown = set(said.unknown)
         for number, stream in list(peer.asks.items()):
             ask = stream.ask
@@ -314,9 +326,8 @@ class Gateway:
             elif ask.session is not None:
                 self._leave(stream)
                 self._ask(stream)
-            elif (
-                ask.again <= self._clock.seconds
-            ):  # the Ask was lost; the same again is no harm if it was not
+            elif ask.again <= self._clock.seconds:
+                # It was lost; or if it is only late, the same again does no harm.
                 ask.sent = self._next()
                 ask.again = self._clock.seconds + stream.paused()
                 self._send(stream, ask)
