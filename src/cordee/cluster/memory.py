@@ -15,7 +15,8 @@ length in every layer):
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 from cordee.cluster.facts import ModelShape
 
@@ -33,6 +34,10 @@ ROW_COPIES = 8
 LAYER_BYTES = 70_000
 # Strings, scores, merges and their hash tables.
 TOKEN_BYTES = 220
+# Rows of a micro-batch: enough to use the processor fully, little enough not to block it.
+BATCH_ROWS = 512
+# Tables of so many models and sizes are kept: far more than a cluster serves. Each takes at most 2 MB.
+TABLES_KEPT = 32
 
 
 class Sizes(Protocol):
@@ -113,4 +118,32 @@ def stage_of(shape: ModelShape, first: int, last: int) -> StageShape:
         n_embd=shape.n_embd,
         layers=last - first,
         vocabulary=shape.n_vocab if has_head else 0,
+    )
+
+
+class Load(NamedTuple):
+    """What is asked of a model: tokens of context for each of so many answers at the same time."""
+
+    context: int
+    sequences: int
+
+    @property
+    def batch_rows(self) -> int:
+        """As node/sizing.py has it."""
+        return max(BATCH_ROWS, self.sequences)
+
+
+def needed_bytes(shape: ModelShape, load: Load, first: int, last: int) -> int:
+    """The memory of a stage; the first of several also has the embedding, which its host reads."""
+    hosting = shape.embedding_bytes if first == 0 and last < shape.layers else 0
+    return stage_of(shape, first, last).fit(load).total_bytes + hosting
+
+
+@lru_cache(maxsize=TABLES_KEPT)
+def needs(shape: ModelShape, load: Load) -> tuple[tuple[int, ...], ...]:
+    """`needs[first][last]` are the `needed_bytes` of all stages that are allowed, 0 for the others."""
+    bounds = range(shape.layers + 1)
+    return tuple(
+        tuple(needed_bytes(shape, load, first, last) if shape.allows(first, last) else 0 for last in bounds)
+        for first in bounds
     )

@@ -1,0 +1,359 @@
+"""The plan: covers the model, fits every device, is the fastest there is, and explains itself."""
+
+from collections.abc import Mapping
+from itertools import permutations, product
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace
+from cordee.cluster.memory import Load, needed_bytes
+from cordee.cluster.planner import Plan, Planner, plan
+from cordee.cluster.search import CPU_STAGE_TIME, FETCH_TIME, VISITS_MAX, Search, held_layers
+from cordee.cluster.speed import coarse, token_time
+from plans import GB, GBIT, device, machine, made_shape, named, slices
+
+LOAD = Load(context=4096, sequences=2)
+NAMES = ("ada", "bob", "cyd")
+
+
+@st.composite
+def shapes(draw) -> ModelShape:
+    layers = draw(st.integers(1, 7))
+    sizes = st.lists(st.integers(1, 4), min_size=layers, max_size=layers)
+    layer_bytes = tuple(n * GB // 2 for n in draw(sizes))
+    return made_shape(
+        layers,
+        layer_bytes=layer_bytes,
+        active_bytes=tuple(n // draw(st.sampled_from([1, 1, 4])) for n in layer_bytes),
+        windowed=tuple(draw(st.sampled_from([[False] * layers, [i % 2 == 0 for i in range(layers)]]))),
+        cuttable=draw(st.sampled_from([True, True, True, False])),
+        cut_step=draw(st.sampled_from([1, 1, 2])),
+        minimum_layers=draw(st.sampled_from([1, 1, 2])),
+    )
+
+
+@st.composite
+def clusters(draw) -> dict[str, Facts]:
+    machines = []
+    names = NAMES[: draw(st.integers(1, len(NAMES)))]
+    for name in names:
+        kinds = draw(st.sampled_from([("cpu",), ("gpu",), ("cpu", "gpu")]))
+        devices = (
+            device(draw(st.integers(0, 6)), draw(st.sampled_from([0, 10, 11, 40, 400])), kind)
+            for kind in kinds
+        )
+        ranges = draw(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 7)), max_size=2))
+        others = draw(st.dictionaries(st.sampled_from(names), st.sampled_from([0.0002, 0.001, 0.02])))
+        facts = {"rtts": others, "slices": slices(*ranges), "draining": draw(st.integers(0, 9)) == 9}
+        machines.append(machine(name, *devices, **facts))
+    return named(*machines)
+
+
+def cost(shape: ModelShape, placement: Placement, nodes: Mapping[str, Facts]) -> int:
+    """What the planner makes small: the token's time, and a little for fetching and for CPUs."""
+    total = token_time(shape, placement, nodes)
+    for place in placement.stages:
+        held = held_layers(shape, nodes[place.node])
+        total += FETCH_TIME * sum(
+            shape.layer_bytes[i] for i in range(place.first, place.last) if i not in held
+        )
+        total += CPU_STAGE_TIME if place.device == "CPU" else 0
+    return total
+
+
+def every_placement(shape: ModelShape, nodes: Mapping[str, Facts]):
+    """All placements that are feasible, by going through every one there is."""
+    devices = [
+        (facts.node, one)
+        for facts in nodes.values()
+        for one in facts.devices
+        if one.read_bytes_per_second and not facts.draining
+    ]
+    for count in range(1, min(len(devices), shape.layers) + 1):
+        for chosen in permutations(devices, count):
+            for inner in product(range(1, shape.layers), repeat=count - 1):
+                bounds = (0, *inner, shape.layers)
+                if list(bounds) == sorted(set(bounds)) and fits(shape, chosen, bounds):
+                    yield Placement(
+                        shape.digest,
+                        *LOAD,
+                        tuple(
+                            StagePlace(node, one.name, bounds[i], bounds[i + 1])
+                            for i, (node, one) in enumerate(chosen)
+                        ),
+                    )
+
+
+def fits(shape: ModelShape, chosen, bounds: tuple[int, ...]) -> bool:
+    return all(
+        shape.allows(bounds[i], bounds[i + 1])
+        and needed_bytes(shape, LOAD, bounds[i], bounds[i + 1]) <= one.memory_bytes
+        for i, (_, one) in enumerate(chosen)
+    )
+
+
+@settings(max_examples=150)
+@given(shapes(), clusters())
+def test_no_placement_is_better_than_the_plan(shape, nodes):
+    best = min((cost(shape, one, nodes) for one in every_placement(shape, nodes)), default=None)
+    found = plan(shape, nodes, LOAD)
+    if best is None:
+        assert found.placement is None
+        assert found.why.endswith((".", "it fits."))
+    else:
+        assert cost(shape, found.placement, nodes) == best
+
+
+def check(shape: ModelShape, nodes: Mapping[str, Facts], load: Load, found: Plan) -> None:
+    """A plan covers all layers once, on devices that are there, not drained, and have the room."""
+    stages = found.placement.stages
+    assert [stage.first for stage in stages] == [0, *(stage.last for stage in stages[:-1])]
+    assert stages[-1].last == shape.layers
+    assert len({(stage.node, stage.device) for stage in stages}) == len(stages)
+    for stage, told in zip(stages, found.stages, strict=True):
+        one = next(one for one in nodes[stage.node].devices if one.name == stage.device)
+        needed = needed_bytes(shape, load, stage.first, stage.last)
+        assert shape.allows(stage.first, stage.last)
+        assert needed == told.needed_bytes <= told.available_bytes == one.memory_bytes
+        assert not nodes[stage.node].draining
+    seconds = sum(stage.read_seconds + stage.hop_seconds for stage in found.stages)
+    assert found.tokens_per_second == pytest.approx(1 / seconds)
+
+
+big_shapes = st.builds(made_shape, st.integers(8, 80), st.sampled_from([GB // 4, GB]))
+
+
+@st.composite
+def big_clusters(draw) -> dict[str, Facts]:
+    count = draw(st.integers(1, 12))
+    machines = []
+    for index in range(count):
+        memory, speed = draw(st.sampled_from([(4, 20), (8, 40), (8, 300), (24, 900)]))
+        kind = "gpu" if speed > 100 else "cpu"
+        machines.append(machine(f"n{index:02d}", device(memory, speed, kind)))
+    return named(*machines)
+
+
+@settings(max_examples=60)
+@given(big_shapes, big_clusters(), st.randoms(use_true_random=False))
+def test_a_plan_is_sound_and_does_not_depend_on_the_order(shape, nodes, random):
+    found = plan(shape, nodes, LOAD)
+    if found.placement:
+        check(shape, nodes, LOAD, found)
+    shuffled = list(nodes.items())
+    random.shuffle(shuffled)
+    assert plan(shape, dict(shuffled), LOAD) == found
+    assert Planner().plan(shape, *LOAD, [facts for _, facts in shuffled]) == found.placement
+
+
+@settings(max_examples=60)
+@given(big_shapes, big_clusters(), st.data())
+def test_a_machine_that_is_not_used_might_as_well_not_be_there(shape, nodes, data):
+    found = plan(shape, nodes, LOAD)
+    used = {stage.node for stage in found.stages}
+    idle = sorted(set(nodes) - used)
+    if idle and found.placement:
+        gone = data.draw(st.sampled_from(idle))
+        left = {name: facts for name, facts in nodes.items() if name != gone}
+        assert plan(shape, left, LOAD).placement == found.placement
+
+
+@settings(max_examples=60)
+@given(big_shapes, big_clusters(), st.integers(1, 24), st.sampled_from([5, 50, 900]))
+def test_one_more_machine_never_makes_it_slower(shape, nodes, memory, speed):
+    before = plan(shape, nodes, LOAD)
+    more = nodes | named(machine("another", device(memory, speed, "gpu")))
+    assert plan(shape, more, LOAD).tokens_per_second >= before.tokens_per_second * (1 - 1e-5)
+
+
+def layers_of(found: Plan) -> list[tuple[str, int, int]]:
+    return [(stage.node, stage.first, stage.last) for stage in found.stages]
+
+
+def whys(found: Plan) -> dict[str, str]:
+    return {one.node: one.why for one in found.machines}
+
+
+def test_one_machine_that_holds_all_is_best_alone():
+    nodes = named(*(machine(name, device(20, 100)) for name in NAMES))
+    found = plan(made_shape(), nodes, LOAD)
+    assert layers_of(found) == [("ada", 0, 12)]
+    assert whys(found)["ada"] == "layers 0-11 on GPU"
+    assert whys(found)["bob"].startswith("not needed: one more stage would add about ")
+    assert found.why.startswith("It fits on ada: it needs 13.")
+
+
+def test_equal_machines_get_equal_parts():
+    nodes = named(*(machine(name, device(6, 100)) for name in NAMES))
+    assert layers_of(plan(made_shape(), nodes, LOAD)) == [("ada", 0, 4), ("bob", 4, 8), ("cyd", 8, 12)]
+
+
+def test_the_fastest_machines_get_what_they_can_hold_and_a_slow_one_is_left_out():
+    nodes = named(
+        machine("slow", device(64, 5, "cpu")),
+        machine("mid", device(9, 50)),
+        machine("fast", device(9, 500)),
+    )
+    found = plan(made_shape(), nodes, LOAD)
+    assert layers_of(found) == [("mid", 0, 4), ("fast", 4, 12)]  # the head is read by the faster one, too
+    assert whys(found)["slow"] == "slower: it reads 5.0 GB/s, all that are in at least 50.0 GB/s"
+
+
+def test_a_gpu_goes_before_the_processor():
+    both = machine("ada", device(30, 40, "cpu"), device(30, 40, "gpu"))
+    assert plan(made_shape(), named(both), LOAD).stages[0].device == "GPU"
+
+
+def test_a_processor_takes_what_the_gpu_cannot_hold():
+    both = machine("ada", device(30, 40, "cpu"), device(9, 400, "gpu"))
+    found = plan(made_shape(), named(both), LOAD)
+    assert {stage.device: stage.last - stage.first for stage in found.stages} == {"GPU": 8, "CPU": 4}
+    assert whys(found)["ada"].endswith("(host)")
+
+
+def test_machines_near_each_other_go_together():
+    rtts = {"ada": 0.0003, "bob": 0.03, "cyd": 0.0003}
+    far = {"ada": 0.03, "cyd": 0.03}
+    nodes = named(
+        machine("ada", device(9, 100), rtts=rtts),
+        machine("bob", device(9, 100), rtts=far),
+        machine("cyd", device(9, 100), rtts=rtts),
+    )
+    found = plan(made_shape(), nodes, LOAD)
+    assert {stage.node for stage in found.stages} == {"ada", "cyd"}
+    assert whys(found)["bob"] == "too far away: a hop to it takes about 15 ms"
+
+
+def test_a_slow_link_counts_as_much_as_a_far_machine():
+    slow = {"cyd": GBIT / 1000}
+    nodes = named(*(machine(name, device(9, 100)) for name in ("bob", "cyd")))
+    nodes |= named(machine("ada", device(9, 100), bytes_per_second=slow | {"bob": GBIT / 1000}))
+    assert {stage.node for stage in plan(made_shape(), nodes, LOAD).stages} == {"bob", "cyd"}
+
+
+def test_slices_stay_where_they_lie():
+    nodes = named(
+        machine("ada", device(9, 100)),
+        machine("bob", device(9, 100), slices=slices((0, 7))),
+        machine("cyd", device(9, 103), slices=slices((7, 12))),
+    )
+    found = plan(made_shape(), nodes, LOAD)
+    assert layers_of(found) == [("bob", 0, 7), ("cyd", 7, 12)]
+    assert sum(stage.fetch_bytes for stage in found.stages) == 0
+
+
+def test_a_full_disk_takes_no_new_slice():
+    nodes = named(
+        machine("ada", device(30, 100), disk_free_bytes=GB - 1),
+        machine("bob", device(30, 50), disk_free_bytes=20 * GB),
+    )
+    assert layers_of(plan(made_shape(), nodes, LOAD)) == [("bob", 0, 12)]
+    nodes["ada"] = machine("ada", device(30, 100), disk_free_bytes=0, slices=slices((0, 12)))
+    assert layers_of(plan(made_shape(), nodes, LOAD)) == [("ada", 0, 12)]
+
+
+def test_memory_that_is_promised_to_others_is_not_given_out_again():
+    nodes = named(machine("ada", device(20, 100)), machine("bob", device(20, 50)))
+    assert layers_of(plan(made_shape(), nodes, LOAD)) == [("ada", 0, 12)]
+    part = plan(made_shape(), nodes, LOAD, {("ada", "GPU"): 10 * GB})
+    assert {stage.node: stage.available_bytes for stage in part.stages} == {"bob": 20 * GB, "ada": 10 * GB}
+    assert layers_of(plan(made_shape(), nodes, LOAD, {("ada", "GPU"): 19 * GB})) == [("bob", 0, 12)]
+    everything = {("ada", "GPU"): 20 * GB, ("bob", "GPU"): 20 * GB}
+    assert plan(made_shape(), nodes, LOAD, everything).placement is None
+
+
+def test_a_drained_machine_gets_nothing():
+    nodes = named(machine("ada", device(20, 100), draining=True), machine("bob", device(20, 50)))
+    found = plan(made_shape(), nodes, LOAD)
+    assert (layers_of(found), whys(found)["ada"]) == ([("bob", 0, 12)], "it is being drained")
+
+
+def test_a_model_that_may_not_be_cut_needs_one_device():
+    halves = named(*(machine(name, device(9, 100)) for name in NAMES))
+    found = plan(made_shape(cuttable=False), halves, LOAD)
+    assert found.placement is None
+    assert found.why.startswith("It cannot be cut, so one device must hold its 13.")
+    assert "the largest has 9.0 GB: add a machine with at least 13." in found.why
+    nodes = halves | named(machine("big", device(16, 20)))
+    assert layers_of(plan(made_shape(cuttable=False), nodes, LOAD)) == [("big", 0, 12)]
+
+
+def test_too_small_says_what_is_missing():
+    found = plan(made_shape(), named(machine("ada", device(9, 100)), machine("bob", device(0.5, 100))), LOAD)
+    assert found.placement is None
+    assert found.why.startswith("It needs 13.")
+    assert "the machines have 9.5 GB: add a machine with at least " in found.why
+    assert found.why.endswith("or take a smaller quantization.")
+    assert whys(found)["ada"] == "it has room for a stage (9.0 GB)"
+    assert whys(found)["bob"].startswith("too small: a stage takes 1.")
+
+
+def test_too_long_a_context_says_which_one_fits():
+    nodes = named(machine("ada", device(14, 100)))
+    found = plan(made_shape(), nodes, Load(65_536, 4))
+    assert found.placement is None
+    context = int(found.why.partition("`--context ")[2].partition("`")[0])
+    assert context < 65_536
+    assert plan(made_shape(), nodes, Load(context, 4)).placement is not None
+
+
+def test_no_machines_at_all():
+    found = plan(made_shape(), {}, LOAD)
+    assert (found.placement, found.machines) == (None, ())
+    assert found.why.startswith("No machine has memory for it: it needs 13.")
+
+
+def test_what_a_fault_made_of_the_facts_does_no_harm():
+    nonsense = machine(
+        "bob",
+        device(-3, 100),
+        device(9, float("nan"), name="b"),
+        device(9, float("inf"), name="c"),
+        device(9, -1, name="d"),
+        rtts={"ada": float("nan"), "bob": -1.0, "nobody": 1e300},
+        bytes_per_second={"ada": float("inf")},
+        slices=slices((-5, 3), (9, 2), (4, 10**9)),
+        disk_free_bytes=-1,
+    )
+    found = plan(made_shape(), named(nonsense, machine("ada", device(20, 100))), LOAD)
+    assert layers_of(found) == [("ada", 0, 12)]
+
+
+@settings(max_examples=200)
+@given(st.floats(1, 1e15), st.integers(2, 6))
+def test_coarse_values_are_near_and_steady(value, digits):
+    rounded = coarse(value, digits)
+    assert rounded == pytest.approx(value, rel=2.0**-digits, abs=1)
+    assert coarse(rounded, digits) == rounded
+
+
+def test_noise_of_measurements_changes_nothing(monkeypatch):
+    planner, shape = Planner(), made_shape()
+    quiet = [machine(name, device(7, 100), rtts=dict.fromkeys(NAMES, 0.0004)) for name in NAMES]
+    noisy = [machine(name, device(7, 101), rtts=dict.fromkeys(NAMES, 0.00041)) for name in NAMES]
+    first = planner.plan(shape, *LOAD, quiet)
+    monkeypatch.setattr("cordee.cluster.search.Search.best", None)  # a search now would fail
+    assert planner.plan(shape, *LOAD, noisy) == first
+
+
+def test_many_unlike_machines_are_planned_within_the_bound(monkeypatch):
+    visits = []
+    extend = Search._extend
+    monkeypatch.setattr(Search, "_extend", lambda *given: (visits.append(1), extend(*given)))
+    random = Random(3)
+    nodes = named(
+        *(
+            machine(
+                f"n{i:02d}",
+                device(random.uniform(4, 24), random.uniform(20, 60), "cpu"),
+                device(random.choice([6, 8, 12]), random.choice([200, 300, 500]), "gpu"),
+                rtts={f"n{j:02d}": random.uniform(0.0002, 0.0006) for j in range(30)},
+            )
+            for i in range(30)
+        )
+    )
+    check(made_shape(80), nodes, LOAD, plan(made_shape(80), nodes, LOAD))
+    assert 0 < len(visits) <= VISITS_MAX
