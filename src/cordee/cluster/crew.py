@@ -23,25 +23,14 @@ A stage goal goes through these states, which are also what is reported of it:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from cordee.cluster.facts import Placement, SliceHeld, StageReport, placement_id
-from cordee.cluster.goals import Goals, SliceGoal, StageGoal, holds
+from cordee.cluster.goals import Goals, Load, SliceGoal, StageGoal, holds, load_of
 
 # A cause such as a full disk or too little memory does not go away by itself; trying again costs a load.
 FAILED_SECONDS = 60.0
 WIRINGS_MAX = 100  # that a worker remembers; then it gets a new id
-
-
-class Load(NamedTuple):
-    """What a worker holds, or is to hold: layers of a model on a device, with room for the KV cache."""
-
-    model: str
-    device: str
-    first: int
-    last: int
-    context: int
-    sequences: int
 
 
 @dataclass(frozen=True)
@@ -62,11 +51,10 @@ class Worker:
 
 @dataclass(frozen=True)
 class WireOrder:
-    """Join this worker to `downstream`, with an empty KV cache; from now on it belongs to `wiring`."""
+    """Join this worker to `goal.downstream`, with an empty KV cache; from now on it belongs to `goal.wiring`."""
 
     worker: str
-    wiring: str
-    downstream: str
+    goal: StageGoal
 
 
 @dataclass(frozen=True)
@@ -90,14 +78,6 @@ class _Failure:
     report: StageReport | None = None
 
 
-def load_of(placement: Placement, index: int) -> Load:
-    """What a stage's worker holds."""
-    place = placement.stages[index]
-    return Load(
-        placement.model, place.device, place.first, place.last, placement.context, placement.sequences
-    )
-
-
 class Crew:
     """See the module's theory of operation. What it remembers is mended or forgotten if it is wrong."""
 
@@ -119,16 +99,15 @@ class Crew:
         busy = {workers[name].load.device for name in idle}
         reports, start, rename, wire = [], [], [], []
         for goal, worker in zip(goals.stages, manned, strict=True):
-            load = load_of(goal.placement, goal.index)
-            reports.append(self._report(goal, load, worker, slices))
+            reports.append(self._report(goal, worker, slices))
             if worker is None:
-                if reports[-1].state == "loading" and load.device not in busy:
-                    start.append(load)
-            elif goal.wiring and goal.wiring != worker.wiring and worker.state != "loading":
+                if reports[-1].state == "loading" and goal.load.device not in busy:
+                    start.append(goal.load)
+            elif goal.wiring and (worker.state, worker.wiring) != ("wired", goal.wiring):
                 if goal.wiring in worker.wirings or len(worker.wirings) >= WIRINGS_MAX:
                     rename.append(worker.id)
                 else:
-                    wire.append(WireOrder(worker.id, goal.wiring, goal.downstream))
+                    wire.append(WireOrder(worker.id, goal))
         reports += self._other_reports(goals, workers)
         fetch = tuple(goal for goal in goals.slices if not holds(slices, goal))
         return Orders(tuple(reports), fetch, tuple(sorted(idle)), tuple(start), tuple(rename), tuple(wire))
@@ -150,9 +129,8 @@ class Crew:
         manned = [workers.get(posts.get(key, "")) for key in wanted]
         free = sorted(workers.keys() - {worker.id for worker in manned if worker is not None} - goals.keep)
         for place, goal in enumerate(goals.stages):
-            load = load_of(goal.placement, goal.index)
             for name in free:
-                if manned[place] is None and workers[name].load == load:
+                if manned[place] is None and workers[name].load == goal.load:
                     manned[place] = workers[name]
                     free.remove(name)
                     break
@@ -161,22 +139,20 @@ class Crew:
                 self._posts[worker.id] = (goal.placement, goal.index)
         return manned
 
-    def _report(
-        self, goal: StageGoal, load: Load, worker: Worker | None, slices: Sequence[SliceHeld]
-    ) -> StageReport:
+    def _report(self, goal: StageGoal, worker: Worker | None, slices: Sequence[SliceHeld]) -> StageReport:
         if worker is not None:
             return _worker_report(goal.placement, goal.index, worker)
-        failure = self._failures.get(load)
+        failure = self._failures.get(goal.load)
         if failure is not None:
             failure.report = StageReport(goal.placement, goal.index, "failed", detail=failure.detail)
             return failure.report
-        held = holds(slices, SliceGoal(load.model, load.first, load.last))
+        held = holds(slices, goal.load.slice)
         return StageReport(goal.placement, goal.index, "loading" if held else "fetching")
 
     def _other_reports(self, goals: Goals, workers: Mapping[str, Worker]) -> list[StageReport]:
         """Of workers that are kept, and of what failed: that must be known once nobody wants it, too."""
         kept = sorted(goals.keep & self._posts.keys())
-        wanted = {load_of(goal.placement, goal.index) for goal in goals.stages}
+        wanted = {goal.load for goal in goals.stages}
         failed = [failure.report for load, failure in self._failures.items() if load not in wanted]
         return [_worker_report(*self._posts[name], workers[name]) for name in kept] + [
             report for report in failed if report is not None

@@ -131,8 +131,9 @@ class Facts(msgspec.Struct, frozen=True):
 
     `api` is where it serves clients, `inbox` where the last stages of the models it hosts send their tokens.
     What it *has* (devices' memory, disk) counts as if nothing of this cluster ran or was half fetched, so
-    that a decision does not undo itself. `rtts` are seconds to other nodes and back, as measured; `build` names the engine's build (streams move
-    token-identically only between equal ones); `draining`: the node wants its stages elsewhere.
+    that a decision does not undo itself. `rtts` are seconds to other nodes and back, as measured; `build`
+    names the engine's build (streams move token-identically only between equal ones); `draining`: the node
+    wants its stages elsewhere.
     """
 
     node: str

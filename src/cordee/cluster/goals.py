@@ -22,6 +22,7 @@ no transfer. Who holds the copy is decided by a hash, so a change elsewhere does
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from cordee.cluster.choose import Chosen, Planning, Reports
 from cordee.cluster.facts import Facts, ModelShape, Placement, SliceHeld, placement_id
@@ -39,14 +40,43 @@ class SliceGoal:
     last: int
 
 
+class Load(NamedTuple):
+    """What a worker holds, or is to hold: layers of a model on a device, with room for the KV cache."""
+
+    model: str
+    device: str
+    first: int
+    last: int
+    context: int
+    sequences: int
+
+    @property
+    def slice(self) -> SliceGoal:
+        """What must be on disk to load it."""
+        return SliceGoal(self.model, self.first, self.last)
+
+
+def load_of(placement: Placement, index: int) -> Load:
+    """What a stage's worker holds."""
+    place = placement.stages[index]
+    return Load(
+        placement.model, place.device, place.first, place.last, placement.context, placement.sequences
+    )
+
+
 @dataclass(frozen=True)
 class StageGoal:
-    """A stage to run. With a `wiring`: to be joined to `downstream`, the next one's endpoint, under that name."""
+    """A stage to run. With a `wiring`: to be joined under that name to `downstream`, an endpoint."""
 
     placement: Placement
     index: int
     wiring: str = ""
     downstream: str = ""
+
+    @property
+    def load(self) -> Load:
+        """What its worker holds."""
+        return load_of(self.placement, self.index)
 
 
 @dataclass(frozen=True)
@@ -63,7 +93,7 @@ class Route:
     """Where a model's streams go; it answers once there is a wiring."""
 
     host: str
-    placement: str
+    placement: Placement
     wiring: str = ""
 
 
@@ -97,7 +127,7 @@ def goals(view: View, me: str, chosen: Mapping[str, tuple[Chosen, ...]], plannin
                 stages += _stages(view, reports, placement, me)
         if pick.placement.stages[0].node == me:
             hosts.append(_host(reports, pick))
-    slices = [_slice(goal.placement, goal.index) for goal in stages]
+    slices = [goal.load.slice for goal in stages]
     slices += _copies(view, picks.values(), me)
     return Goals(
         slices=tuple(dict.fromkeys(slices)),
@@ -106,11 +136,6 @@ def goals(view: View, me: str, chosen: Mapping[str, tuple[Chosen, ...]], plannin
         hosts=tuple(hosts),
         routes={model: tuple(map(_route, picks)) for model, picks in chosen.items()},
     )
-
-
-def _slice(placement: Placement, index: int) -> SliceGoal:
-    place = placement.stages[index]
-    return SliceGoal(placement.model, place.first, place.last)
 
 
 def _stages(view: View, reports: Reports, placement: Placement, me: str) -> list[StageGoal]:
@@ -135,7 +160,7 @@ def _host(reports: Reports, pick: Chosen) -> HostGoal:
 
 
 def _route(pick: Chosen) -> Route:
-    return Route(pick.placement.stages[0].node, placement_id(pick.placement), pick.wiring)
+    return Route(pick.placement.stages[0].node, pick.placement, pick.wiring)
 
 
 def _kept(
@@ -167,10 +192,12 @@ def _kept(
         running = report.state in ("loading", "loaded", "wired") and 0 <= index < len(placement.stages)
         if shape is None or not running or (placement_id(placement), index) in wanted:
             continue
-        device = placement.stages[index].device
+        place = placement.stages[index]
+        if not shape.allows(place.first, place.last):
+            continue
         needed = planning.stage_bytes(shape, placement, index)
-        if needed <= free.get(device, -1):
-            free[device] -= needed
+        if needed <= free.get(place.device, -1):
+            free[place.device] -= needed
             keep.add(report.worker)
     return frozenset(keep)
 
@@ -183,7 +210,7 @@ def _copies(view: View, picks: Sequence[Chosen], me: str) -> list[SliceGoal]:
         if not pick.wiring:
             continue
         for index, place in enumerate(pick.placement.stages):
-            goal = _slice(pick.placement, index)
+            goal = load_of(pick.placement, index).slice
             size = sum(shapes[goal.model].layer_bytes[goal.first : goal.last])
             if _keeper(view.facts, goal, place.node, size) == me:
                 found.append(goal)

@@ -63,11 +63,13 @@ class Mind:
         self._wishes.settle(self._clock(now))
 
     def hear(self, beat: Beat, now: float) -> bool:
-        """A beat came; False if it says nothing new. Its revocations are the shell's to check first."""
-        if beat.facts.node in self._revocations or not self._membership.hear(beat, now):
+        """A beat came; False if it changes nothing. Its revocations are the shell's to check first."""
+        if beat.facts.node in self._revocations or beat.facts.node == self.me:
             return False
-        self._wishes.merge(beat.wishes, self._clock(now))
-        return True
+        before = self._wishes.all
+        if beat.wishes != before:
+            self._wishes.merge(beat.wishes, self._clock(now))
+        return self._membership.hear(beat, now) or self._wishes.all is not before
 
     def liveliness(self, node: str, alive: bool, now: float) -> None:
         """A node's token came or went."""

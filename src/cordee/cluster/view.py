@@ -95,7 +95,7 @@ class Membership:
         self._seen: dict[str, Sighting] = {}
 
     def hear(self, beat: Beat, now: float) -> bool:
-        """Take a beat; False if it is our own or an old one."""
+        """Take a beat; False if it is our own, an old one, or changes nothing that the view shows."""
         node = beat.facts.node
         seen = self._seen.get(node)
         if node == self._me or (seen is not None and _is_old(beat, seen, now)):
@@ -106,8 +106,9 @@ class Membership:
             return True
         if beat.session != seen.beat.session:
             seen.previous, seen.replaced = seen.beat.session, now
+        same = beat.facts == seen.beat.facts and self.liveness(node, now) == "alive"
         seen.beat, seen.heard, seen.offset, seen.lost = beat, now, offset, None
-        return True
+        return not same
 
     def liveliness(self, node: str, alive: bool, now: float) -> None:
         """The bus says that a node's token came or went."""

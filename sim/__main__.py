@@ -1,0 +1,48 @@
+"""`python -m sim --seed N [--seeds COUNT]`: plays seeds on all cores, reports the failures."""
+
+import argparse
+import os
+import statistics
+import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+
+from sim.run import Broken, Outcome, play
+
+
+def attempt(seed: int) -> Outcome | str:
+    """A seed's outcome, or what was wrong."""
+    try:
+        return play(seed)
+    except Broken as error:
+        return str(error)
+
+
+def main() -> int:
+    """Exit status 1 if a seed failed."""
+    parser = argparse.ArgumentParser(prog="python -m sim", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=1, help="how many")
+    arguments = parser.parse_args()
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    failures, leases, streams = 0, [], Counter()
+    with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), len(seeds))) as pool:
+        for outcome in pool.map(attempt, seeds, chunksize=max(1, min(50, len(seeds) // 8))):
+            if isinstance(outcome, str):
+                failures += 1
+                print(outcome, flush=True)
+            else:
+                leases.append(outcome.leases)
+                streams += outcome.streams
+    if leases:
+        leases.sort()
+        print(
+            f"{len(leases)} of {len(seeds)} seeds hold; leases to convergence: median "
+            f"{statistics.median(leases):.1f}, 99 % {leases[int(len(leases) * 0.99)]:.1f}, max {leases[-1]:.1f}"
+        )
+        print("streams: " + ", ".join(f"{count} {end}" for end, count in sorted(streams.items())))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Arbitrary state at the start: memory, disk and messages under way hold anything that has the right types."""
+
+import math
+from random import Random
+from typing import TYPE_CHECKING
+
+from cordee.cluster.facts import Facts, Placement, SliceHeld, StagePlace, StageReport
+from cordee.cluster.view import Beat, Sighting
+from cordee.cluster.wishes import Wish
+from sim.agent import EPOCH
+
+if TYPE_CHECKING:
+    from sim.machine import Machine
+    from sim.scenario import Scenario
+
+STATES = ("fetching", "loading", "loaded", "wired", "failed")
+
+
+def number(random: Random, near: float = 0.0) -> float:
+    """A time, perhaps absurd."""
+    return random.choice(
+        (
+            near,
+            near + random.random() * 10,
+            near - 5,
+            near + 30,
+            near + 86400,
+            1e30,
+            -1e30,
+            math.inf,
+            math.nan,
+        )
+    )
+
+
+def placement(scenario: "Scenario") -> Placement:
+    """Stages anywhere; now and then a placement that could be."""
+    random = scenario.random
+    shape = random.choice(list(scenario.shapes.values()))
+    names = [*scenario.world.machines, "nobody"]
+    stages, first = [], 0
+    while first < shape.layers and len(stages) < 4:
+        last = random.randint(first + (random.random() < 0.9), shape.layers)
+        stages.append(StagePlace(random.choice(names), random.choice(("cpu", "cpu", "gpu0")), first, last))
+        first = last
+    model = shape.digest if random.random() < 0.9 else "unknown"
+    context = random.choice((64, 64, 64, 8))
+    return Placement(model, context, 3, tuple(stages))
+
+
+def report(scenario: "Scenario", placed: Placement) -> StageReport:
+    """What a node might say of a stage."""
+    random = scenario.random
+    index = random.randrange(-1, len(placed.stages) + 1)
+    wiring, worker = f"w{random.randrange(3)}", f"p{random.randrange(3)}"
+    return StageReport(placed, index, random.choice(STATES), worker, "n0/1.1", wiring)
+
+
+def facts(scenario: "Scenario", node: str) -> Facts:
+    """Facts of a node as it never was."""
+    random = scenario.random
+    devices = scenario.world.machines[node].devices if node in scenario.world.machines else ()
+    placed = placement(scenario)
+    reports = tuple(report(scenario, placed) for _ in range(random.randint(0, 3)))
+    slices = (SliceHeld(placed.model, 0, 2),) if random.random() < 0.5 else ()
+    return Facts(node, node, "sim", devices, 1 << 40, "", {}, {}, slices, reports, random.random() < 0.2)
+
+
+def beat(scenario: "Scenario", node: str, sessions: list[str]) -> Beat:
+    """A beat that was never sent, perhaps in the name of the true session."""
+    random = scenario.random
+    session = random.choice([*sessions, "old", "older"])
+    wishes = tuple(wish(scenario) for _ in range(random.randint(0, 2)))
+    return Beat(session, number(random, 1e5), number(random), facts(scenario, node), wishes)
+
+
+def wish(scenario: "Scenario") -> Wish:
+    """A wish that nobody had; for a true model it would serve it alike, or not at all."""
+    random = scenario.random
+    name = random.choice((*scenario.shapes, "other"))
+    shape = scenario.shapes.get(name) or random.choice(list(scenario.shapes.values()))
+    context = 64 if name != "other" else random.choice((8, 64))
+    return Wish(name, shape, context, 3, random.choice((0, 1, 1)), number(random, EPOCH), "nobody")
+
+
+def disk(scenario: "Scenario", machine: "Machine") -> None:
+    """What a machine finds on its disk."""
+    random = scenario.random
+    if random.random() < 0.5:
+        machine.wishes = tuple(wish(scenario) for _ in range(random.randint(0, 2)))
+    for shape in scenario.shapes.values():
+        if random.random() < 0.4:
+            machine.slices.add(SliceHeld(shape.digest, 0, shape.layers, whole=True))
+
+
+def everything(scenario: "Scenario") -> None:
+    """Memory of all agents, and messages under way; in half of the worlds."""
+    random, world = scenario.random, scenario.world
+    if random.random() < 0.5:
+        return
+    sessions = [agent.mind._session for agent in world.agents.values()]
+    names = [*world.machines, "ghost"]
+    for name, agent in world.agents.items():
+        seen = agent.mind._membership._seen
+        for other in names:
+            if other != name and random.random() < 0.4:
+                lost = None if random.random() < 0.5 else number(random, agent.now)
+                seen[other] = Sighting(
+                    beat(scenario, other, sessions),
+                    number(random, agent.now),
+                    number(random),
+                    lost,
+                    random.choice(sessions),
+                    number(random, agent.now),
+                )
+        for _ in range(random.randint(0, 2)):
+            agent.mind._wishes._put(wish(scenario))
+        _corrupt_crew(scenario, agent)
+    for _ in range(random.randint(0, 8)):
+        target = random.choice(list(world.machines))
+        garbage = beat(scenario, random.choice(names), sessions)
+        world.after(random.random() * 2, world.arrive, target, "beat", garbage)
+
+
+def _corrupt_crew(scenario: "Scenario", agent: object) -> None:
+    """Workers that nobody started, in wirings that never were; failures that never happened."""
+    random = scenario.random
+    for _ in range(random.randint(0, 2)):
+        placed = placement(scenario)
+        mine = [index for index, place in enumerate(placed.stages) if place.last > place.first]
+        if not mine:
+            continue
+        from cordee.cluster.goals import load_of
+
+        load = load_of(placed, random.choice(mine))
+        agent._start(load)
+        process = list(agent.workers.values())[-1]
+        if random.random() < 0.5:
+            process.wire(f"w{random.randrange(3)}", 0, len(placed.stages), "n0/1.1")
+            process.cache[0] = [random.getrandbits(30) for _ in range(5)]
+        agent.crew._posts[process.id] = (placed, random.randrange(4))
+        if random.random() < 0.3:
+            agent.crew.failed(load, "corrupted", number(random, agent.now))

@@ -1,0 +1,27 @@
+"""A machine: what it has, what its disk holds, and what is wrong with it. It outlives its agents."""
+
+from dataclasses import dataclass, field
+from cordee.cluster.facts import Device, SliceHeld
+from cordee.cluster.wishes import Wish
+
+DISK_BYTES = 100 << 30
+
+
+@dataclass(eq=False)
+class Machine:
+    """`clock_error` is by how much its clock is wrong; `since` is what its steady clock showed at the start."""
+
+    name: str
+    devices: tuple[Device, ...]
+    clock_error: float = 0.0
+    since: float = 0.0
+    stopped_until: float = 0.0  # a pause: nothing runs, messages wait
+    slow: float = 1.0  # how many times longer its disk takes
+    disk_bytes: int = DISK_BYTES
+    draining: bool = False
+    breaks_loading: bool = False  # workers fail to load
+    # On disk:
+    slices: set[SliceHeld] = field(default_factory=set)
+    wishes: tuple[Wish, ...] = ()
+    revocations: dict[str, bytes] = field(default_factory=dict)
+    boots: int = 0

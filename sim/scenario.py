@@ -1,0 +1,265 @@
+"""What a seed means: machines, models, wishes, streams, and the faults that befall them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cordee.cluster.facts import Device, ModelShape
+from cordee.cluster.view import BEAT_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS
+from cordee.generation.gateway import News
+from cordee.generation.request import Request, SamplingParams
+from sim import corrupt, stages
+from sim.agent import Agent
+from sim.machine import DISK_BYTES, Machine
+from sim.planning import SimplePlanning
+from sim.world import World
+
+FAULT_SECONDS = 12.0
+# From the end of the faults to the users' last wish: membership is right by then, and so is the cluster's clock.
+WISH_SECONDS = SILENCE_SECONDS + SUSPICION_SECONDS + BEAT_SECONDS
+CONTEXT, SEQUENCES = 64, 3
+MB = 1_000_000
+DAY = 86400.0
+
+
+@dataclass(eq=False)
+class Client:
+    """Who asked for a stream: compares every token with the undisturbed answer."""
+
+    request: Request
+    model: str
+    gateway: Agent
+    expected: list[int]
+    got: list[int] = field(default_factory=list)
+    ended: str = ""
+    wrong: str = ""
+
+    def tell(self, news: News) -> None:
+        """Take what the gateway says."""
+        if self.ended:
+            self.wrong = "news after the end"
+        self.got += [choice.token for choice in news.choices]
+        if self.got != self.expected[: len(self.got)]:
+            self.wrong = self.wrong or f"token {len(self.got) - 1} is not that of the undisturbed answer"
+        if news.error is not None:
+            self.ended = f"error: {news.error.message}"
+        elif news.finish_reason is not None:
+            self.ended = news.finish_reason
+            if self.got != self.expected:
+                self.wrong = self.wrong or "the answer ended early"
+
+
+def shape_of(name: str, layers: int, cuttable: bool = True) -> ModelShape:
+    """A model whose layers are alike, 100 MB each."""
+    return ModelShape(
+        digest=f"sheet-{name}-{layers}",
+        architecture="llama",
+        n_embd=8,
+        n_vocab=stages.VOCABULARY,
+        layer_bytes=(100 * MB,) * layers,
+        active_bytes=(100 * MB,) * layers,
+        cell_bytes=(1000,) * layers,
+        row_floats=(64,) * layers,
+        windowed=(False,) * layers,
+        embedding_bytes=MB,
+        extra_bytes=0,
+        last_extra_bytes=MB,
+        whole_extra_bytes=2 * MB,
+        active_head_bytes=MB,
+        cuttable=cuttable,
+    )
+
+
+class Scenario:
+    """One seed's world and story; `play` runs it up to the end of the faults."""
+
+    def __init__(self, seed: int) -> None:
+        self.world = World(seed)
+        self.random = self.world.random
+        self.planning = SimplePlanning()
+        self.clients: list[Client] = []
+        self.revoked: set[str] = set()
+        self.dead: set[str] = set()  # never to come back
+        self.story: list[str] = []
+        models = ("small", "large")[: 1 + (self.random.random() < 0.3)]
+        self.world.models = models
+        self.shapes = {name: shape_of(name, 4 + 2 * index) for index, name in enumerate(models)}
+        for index in range(self.random.choice((2, 3, 3, 3, 4, 4, 5))):
+            self._machine(f"n{index}")
+
+    def _machine(self, name: str) -> None:
+        random = self.random
+        devices = [Device("cpu", "cpu", random.randint(2, 7) * 101 * MB, random.choice((1e9, 2e9, 4e9)))]
+        if random.random() < 0.25:
+            devices.append(Device("gpu0", "gpu", random.randint(2, 6) * 101 * MB, 2e10))
+        machine = Machine(name, tuple(devices), since=random.random() * 1e6)
+        if random.random() < 0.2:
+            machine.clock_error = random.choice((-DAY, DAY, 3600.0, 1e9, -1e9))
+        self.world.machines[name] = machine
+
+    def play(self) -> None:
+        """From the start to the moment when the last fault is over."""
+        random, world = self.random, self.world
+        for machine in world.machines.values():
+            corrupt.disk(self, machine)
+            self.boot(machine.name)
+        corrupt.everything(self)
+        for name, shape in self.shapes.items():
+            world.after(random.random(), self._wish, name, shape)
+        if random.random() < 0.7:
+            world.loss, world.late = random.choice((0, 0.05, 0.2)), random.choice((0, 0.05, 0.3))
+            world.doubled, world.breaks = random.choice((0, 0.1)), random.choice((0, 0.0, 0.01))
+        for _ in range(random.randint(2, 5)):
+            world.after(0.5 + random.random() * FAULT_SECONDS, self._open)
+        for _ in range(random.randint(1, 7)):
+            fault = random.choice(FAULTS)
+            world.after(random.random() * FAULT_SECONDS, fault, self, random.choice(list(world.machines)))
+        world.run(FAULT_SECONDS)
+        self._calm()
+
+    def boot(self, name: str) -> None:
+        """A machine's agent starts."""
+        world = self.world
+        if name not in world.agents and name not in self.dead:
+            world.agents[name] = Agent(world, world.machines[name], self.planning)
+            world.watch(name, 0.3)
+
+    def crash(self, name: str) -> None:
+        """A machine's agent and its workers end."""
+        agent = self.world.agents.pop(name, None)
+        if agent is not None:
+            for process in agent.workers.values():
+                if process.wiring:
+                    self.world.worker_ended(process.wiring, process.index, process.stages)
+            self.world.watch(name, 0.05)
+
+    def live(self) -> list[Agent]:
+        """The agents that run and are not revoked."""
+        return [agent for name, agent in self.world.agents.items() if name not in self.revoked]
+
+    def _wish(self, name: str, shape: ModelShape) -> None:
+        agents = self.live()
+        if agents:
+            agent = self.random.choice(agents)
+            agent.mind.wish(name, shape, CONTEXT, SEQUENCES, agent.now)
+            agent.touch()
+
+    def _open(self) -> None:
+        agents = [agent for agent in self.live() if agent.machine.stopped_until <= self.world.now]
+        if not agents:
+            return
+        random = self.random
+        agent = random.choice(agents)
+        prompt = tuple(random.randrange(100, 140) for _ in range(random.randint(1, 30)))
+        seed, limit = random.randrange(1000), random.randint(1, 30)
+        request = Request(
+            id=f"s{len(self.clients)}",
+            prompt=prompt,
+            sampling=SamplingParams(seed=seed),
+            max_tokens=limit,
+        )
+        model = random.choice(self.world.models)
+        client = Client(request, model, agent, stages.solo(prompt, seed, limit, CONTEXT))
+        self.clients.append(client)
+        agent.clients[request.id] = client
+        agent.gateway.open(request, model)
+        agent._drain()
+
+    def _calm(self) -> None:
+        """The faults end; what was only down comes back, the users say again what they want."""
+        world = self.world
+        world.calm()
+        for name, machine in world.machines.items():
+            machine.slow, machine.breaks_loading = 1.0, False
+            self.boot(name)
+            world.watch(name, 0.3)
+        for name, shape in self.shapes.items():
+            world.after(WISH_SECONDS, self._wish, name, shape)
+
+
+def _crash(scenario: Scenario, name: str) -> None:
+    scenario.crash(name)
+    if scenario.random.random() < 0.3 and len(scenario.dead) < len(scenario.world.machines) - 1:
+        scenario.dead.add(name)
+    else:
+        scenario.world.after(scenario.random.random() * 6, scenario.boot, name)
+
+
+def _stop(scenario: Scenario, name: str) -> None:
+    world = scenario.world
+    seconds = min(scenario.random.choice((0.5, 2, 4, 8)), FAULT_SECONDS - world.now)
+    world.machines[name].stopped_until = world.now + seconds
+    world.watch(name)
+    world.watch(name, seconds + 0.3)
+
+
+def _cut(scenario: Scenario, name: str) -> None:
+    world, random = scenario.world, scenario.random
+    others = [other for other in world.machines if other != name]
+    pairs = {(name, random.choice(others))} if random.random() < 0.5 else {(name, other) for other in others}
+    if random.random() < 0.6:
+        pairs |= {(right, left) for left, right in pairs}
+    world.cut |= pairs
+    seconds = random.choice((1, 3, 6, 10))
+    world.watch(name)
+    world.after(seconds, world.cut.difference_update, pairs)
+    world.watch(name, seconds + 0.3)
+
+
+def _clock(scenario: Scenario, name: str) -> None:
+    scenario.world.machines[name].clock_error += scenario.random.choice((-DAY, DAY, 30.0, -30.0))
+
+
+def _slow(scenario: Scenario, name: str) -> None:
+    scenario.world.machines[name].slow = 8.0
+
+
+def _full(scenario: Scenario, name: str) -> None:
+    scenario.world.machines[name].disk_bytes = 0
+    if scenario.random.random() < 0.7:
+        scenario.world.after(
+            scenario.random.random() * 5, setattr, scenario.world.machines[name], "disk_bytes", DISK_BYTES
+        )
+
+
+def _breaks_loading(scenario: Scenario, name: str) -> None:
+    scenario.world.machines[name].breaks_loading = True
+
+
+def _kill_worker(scenario: Scenario, name: str) -> None:
+    agent = scenario.world.agents.get(name)
+    if agent is not None and agent.workers:
+        agent.end_worker(scenario.random.choice(sorted(agent.workers)))
+
+
+def _drain(scenario: Scenario, name: str) -> None:
+    machine = scenario.world.machines[name]
+    machine.draining = not machine.draining
+
+
+def _revoke(scenario: Scenario, name: str) -> None:
+    if scenario.revoked or len(scenario.live()) < 2:
+        return
+    others = [agent for agent in scenario.live() if agent.name != name]
+    if others:
+        scenario.revoked.add(name)
+        scenario.random.choice(others).machine.revocations[name] = f"revoked {name}".encode()
+
+
+FAULTS: list[Callable[[Scenario, str], None]] = [
+    _crash,
+    _crash,
+    _crash,
+    _stop,
+    _stop,
+    _cut,
+    _cut,
+    _cut,
+    _clock,
+    _slow,
+    _full,
+    _breaks_loading,
+    _kill_worker,
+    _kill_worker,
+    _drain,
+    _revoke,
+]
