@@ -90,9 +90,10 @@ class FakeHub:
         asked = request.headers["Range"]
         self.ranges.append(asked)
         if asked and not self.ignore_ranges:
-            start = int(asked.removeprefix("bytes=").rstrip("-"))
-            where = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
-            self._send(request, 206, content[start:], where)
+            start, _, end = asked.removeprefix("bytes=").partition("-")
+            last = min(int(end or len(content)), len(content) - 1)
+            where = {"Content-Range": f"bytes {start}-{last}/{len(content)}"}
+            self._send(request, 206, content[int(start) : last + 1], where)
         else:
             self._send(request, 200, content, {})
 

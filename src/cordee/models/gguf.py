@@ -207,6 +207,15 @@ def read_header(path: Path, *, weights: bool = True) -> Header:
     )
 
 
+def has_header(path: Path) -> bool:
+    """Whether a file, which may be one of a set of shards, begins with a whole and sound header."""
+    try:
+        _read_part(path, weights=False)
+    except BadModelFile:
+        return False
+    return True
+
+
 def _layer_counts(path: Path, architecture: str, metadata: Mapping[str, Value]) -> tuple[int, int]:
     """Number of layers, and how many of them at the end are for multi-token prediction."""
     key = f"{architecture}.block_count"

@@ -99,6 +99,24 @@ def downloaded(files: Sequence[HubFile], progress: Progress | None = None) -> It
         shutil.rmtree(folder)
 
 
+def fetch_range(file: HubFile, start: int, nbytes: int, sink: BinaryIO) -> None:
+    """Write `nbytes` bytes of a file on the hub, from `start`, to `sink`; only its `write` is called.
+
+    Raises:
+        StorageFailed: the hub cannot be reached, or does not give what was asked.
+        ModelNotFound: the file is gone.
+    """
+    disable_progress_bars("huggingface_hub.http_get")
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+    with _hub_faults(file.repository):
+        http_get(
+            hf_hub_url(file.repository, file.path, endpoint=constants.ENDPOINT),
+            sink,
+            headers=headers | {"Range": f"bytes={start}-{start + nbytes - 1}"},
+            expected_size=nbytes,
+        )
+
+
 def _fetch_all(files: Sequence[HubFile], folder: Path, progress: Progress | None) -> Iterator[Path]:
     before, total = 0, sum(file.nbytes for file in files)
     for file in files:

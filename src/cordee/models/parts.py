@@ -21,7 +21,7 @@ from cordee.errors import BadModelFile, CordeeError, ModelNotFound
 from cordee.files import atomic_file, disk_faults
 from cordee.models.assemble import PARTIAL, Assembly, Layout, assembling, damages, partial_path, read_chunk
 from cordee.models.gguf import read_header
-from cordee.models.sheet import CHUNK_BYTES, Chunk, Sheet, make_sheet, read_sheet
+from cordee.models.sheet import CHUNK_BYTES, Chunk, Sheet, SheetMaker, make_sheet, read_sheet
 from cordee.models.slices import Progress, SliceFile, plan_outside
 from cordee.models.store import Store, StoredModel, digest_hex
 
@@ -80,6 +80,15 @@ class Parts:
                     folder.rmdir()
         self._sheets.pop(digest, None)
         return self.sheet(digest)
+
+    def keep_made(self, maker: SheetMaker) -> Sheet:
+        """Keep a sheet that was made of a model that is not in the store.
+
+        Raises:
+            StorageFailed: no room on disk.
+        """
+        with disk_faults(self._root):
+            return self.sheet(maker.write(self._root).digest)
 
     def known(self) -> list[str]:
         """The digests of the sheets that are here."""

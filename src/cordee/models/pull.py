@@ -60,6 +60,22 @@ def pull(
     return _pull_from_hub(source, name, store, progress, report)
 
 
+def hub_files(source: str) -> list[HubFile]:
+    """The files of one model on the hub, all shards in order; `source` as `pull` takes it, or a card's name.
+
+    Raises:
+        BadRequest: the repository has several models and `source` does not say which, or this is no source.
+        ModelNotFound, StorageFailed: as `pull` does.
+    """
+    card = cards().get(source)
+    asked = _HUB.fullmatch(card.source if card else source)
+    if not asked:
+        raise BadRequest(f"{source!r} is no model of a hub repository (owner/name).", "source")
+    return _choose(
+        asked["repository"], model_files(asked["repository"]), asked["quantization"], asked["file"]
+    )
+
+
 def _pull_from_hub(
     source: str,
     name: str | None,
@@ -68,11 +84,11 @@ def _pull_from_hub(
     report: Callable[[str], None] | None,
 ) -> StoredModel:
     asked = _HUB.fullmatch(source)
-    repository, quantization, file = asked["repository"], asked["quantization"], asked["file"]
+    repository, quantization = asked["repository"], asked["quantization"]
     if name is None:
         name = _plain(re.sub(r"-gguf$", "", repository.partition("/")[2], flags=re.IGNORECASE))
         name += f":{quantization}" if quantization else ""
-    chosen = _choose(repository, model_files(repository), quantization, file)
+    chosen = hub_files(source)
     if report:
         size = sum(part.nbytes for part in chosen) / 1e9
         report(f"Fetching {chosen[0].path} ({size:.1f} GB) from the hub repository {repository}")
