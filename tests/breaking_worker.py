@@ -7,7 +7,7 @@ import time
 
 from cordee.engine.llama import LlamaStage
 from cordee.engine.stage import Batch
-from cordee.node import worker
+from cordee.node import compute, worker
 
 CRASH, REFUSE, HANG = 301, 302, 304  # tokens that verdict.measure does not try
 HANG_SECONDS = 3600.0
@@ -27,5 +27,5 @@ class BreakingStage(LlamaStage):
 
 
 if __name__ == "__main__":
-    worker.LlamaStage = BreakingStage
+    compute.LlamaStage = BreakingStage
     worker.main()

@@ -7,7 +7,7 @@ wrong, missing or there twice changes the text.
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cordee.generation.request import Choice, Request, SamplingParams
 from cordee.generation.scheduler import Event, Limits, MicroBatch, Scheduler
@@ -49,6 +49,7 @@ class FakePipeline:
         self.samplers: dict[int, tuple[int, list[int]]] = {}
         self.opened: set[TokenLog] = set()
         self.under_way.clear()
+        self.halted: set[int] = set()
 
     def send(self, batch: MicroBatch) -> None:
         sequences = [segment.sequence for segment in batch.segments]
@@ -56,6 +57,7 @@ class FakePipeline:
         assert len(self.under_way) < self.limits.in_flight
         assert 0 < rows <= self.limits.batch_rows
         assert all(segment.tokens for segment in batch.segments)
+        assert batch.steps == 1 or rows == len(batch.segments), "only decode rows may go round"
         assert len(set(sequences)) == len(sequences) and set(sequences) <= set(self.cache)
         assert set(batch.opens) <= {segment.sequence for segment in batch.segments if segment.sample}
         logs = batch.opens.items()
@@ -65,9 +67,30 @@ class FakePipeline:
         self.under_way.append((batch, opens))
         self.rows_sent += rows
 
-    def answer(self) -> tuple[MicroBatch, dict[int, Choice]]:
-        """Compute the oldest micro-batch."""
+    def answer(
+        self, end: int, failures: Callable[[int], bool]
+    ) -> tuple[MicroBatch, dict[int, Choice], dict[int, str], bool]:
+        """Compute the oldest micro-batch, and send it round again if it may go on."""
         batch, opens = self.under_way.popleft()
+        choices = self.compute(batch, opens)
+        failed = {sequence: "no token fits" for sequence in choices if failures(sequence)}
+        ended = any(choice.token == end for choice in choices.values())
+        last = batch.steps == 1 or bool(failed) or ended or batch.id in self.halted
+        if not last:
+            segments = tuple(
+                replace(
+                    segment,
+                    first_position=segment.first_position + 1,
+                    tokens=[choices[segment.sequence].token],
+                )
+                for segment in batch.segments
+            )
+            again = replace(batch, segments=segments, opens={}, steps=batch.steps - 1)
+            self.under_way.append((again, {}))
+            self.rows_sent += len(segments)
+        return batch, choices, failed, last
+
+    def compute(self, batch: MicroBatch, opens: dict[int, tuple[int, list[int]]]) -> dict[int, Choice]:
         choices = {}
         for segment in batch.segments:
             held = self.cache[segment.sequence]
@@ -83,7 +106,7 @@ class FakePipeline:
             token = next_token(seed, held)
             history.append(token)
             choices[segment.sequence] = Choice(token)
-        return batch, choices
+        return choices
 
 
 class World:
@@ -124,15 +147,16 @@ class World:
                 assert client.sequence == segment.sequence
                 if any(other.apart for other in self.clients.values()):
                     assert client.apart and len(batch.segments) == len(self.pipeline.under_way) == 1
+                    assert batch.steps == 1
+        self.pipeline.halted.update(self.scheduler.halts())
         assert self.pipeline.under_way or not self.clients, "deadlock"
         return sent
 
     def answer(self, failures: Callable[[int], bool] = lambda _: False) -> list[Event]:
         """Let the oldest result come; `failures` tells sequences whose token cannot be chosen."""
-        batch, choices = self.pipeline.answer()
-        failed = {sequence: "no token fits" for sequence in choices if failures(sequence)}
+        batch, choices, failed, last = self.pipeline.answer(self.end, failures)
         chosen = {sequence: choice for sequence, choice in choices.items() if sequence not in failed}
-        events = self.scheduler.complete(batch.id, chosen, failed)
+        events = self.scheduler.complete(batch.id, chosen, failed, last=last)
         for event in events:
             self.take(event)
         return events

@@ -440,3 +440,26 @@ def test_a_token_log_is_prompt_and_answer_in_one(prompt: list[int], generated: l
     stop = data.draw(st.integers(start, len(whole)))
     assert len(log) == len(whole)
     assert log.tokens(start, stop) == whole[start:stop]
+
+
+def test_a_newcomer_ends_a_repeated_micro_batch_with_its_next_step() -> None:
+    world = World(Limits(sequences=2, context=1000, batch_rows=8, queue=2), end=NEVER)
+    world.submit("a", [1, 2])
+    world.step()
+    (batch,) = world.pump()
+    assert batch.steps > 2
+    assert [event.stream for event in world.step()] == ["a"]  # goes round by itself
+    assert world.pump() == []
+    world.submit("b", [3])
+    world.step()  # told to halt: this step is the last
+    assert {segment.stream for batch in world.pump() for segment in batch.segments} == {"a", "b"}
+
+
+def test_a_repeated_micro_batch_that_nobody_wants_is_halted() -> None:
+    world = World(Limits(sequences=1, context=1000, batch_rows=8, queue=2), end=NEVER)
+    world.submit("a", [1, 2])
+    world.step()
+    (batch,) = world.pump()
+    world.cancel("a")
+    assert world.scheduler.halts() == [batch.id]
+    assert world.scheduler.halts() == []

@@ -265,7 +265,7 @@ def test_an_id_may_be_used_again_once_its_stream_has_ended(model: Model) -> None
 
 def test_refusals_name_the_fault_and_leave_nothing(model: Model) -> None:
     refused = [
-        (request("a", 256), ContextExceeded, "256 tokens; the context holds 256"),
+        (request("a", 4096), ContextExceeded, "4096 tokens; the context holds 4096"),
         (request("a", ()), BadRequest, "empty"),
         (request("a", (5, 320)), BadRequest, "token ids"),
         (request("a", (5, -1)), BadRequest, "token ids"),
@@ -275,8 +275,9 @@ def test_refusals_name_the_fault_and_leave_nothing(model: Model) -> None:
     ]
 
     async def run() -> None:
-        async with model.serve(sequences=1, queue=2) as service:
-            running = service.generate(request("running", 5, 200))
+        async with model.serve(sequences=1, queue=2, context=4096) as service:
+            endless = SamplingParams(logit_bias=dict.fromkeys(service.vocabulary.end_of_generation, -100.0))
+            running = service.generate(request("running", 5, 4000, endless))
             await anext(running)
             waiting = [asyncio.ensure_future(anext(service.generate(request(f"w{n}", 5)))) for n in range(2)]
             await until(lambda: service.status()["queue"] == 2)
@@ -291,7 +292,7 @@ def test_refusals_name_the_fault_and_leave_nothing(model: Model) -> None:
             await running.aclose()
             for task in waiting:
                 assert (await task).text
-            fits = await ask(service, request("a", 255, 10))
+            fits = await ask(service, request("a", 4095, 10))
             assert (len(fits.tokens), fits.finish_reason) == (1, "length")
 
     asyncio.run(run())

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from cordee.engine.stage import StageConfig
 from cordee.generation.request import SamplingParams
 from cordee.node import link
+from cordee.node.compute import as_batch
 from cordee.node.link import LinkClosed
 from cordee.node.messages import (
     Hello,
@@ -33,7 +34,7 @@ from cordee.node.messages import (
     Wired,
     WireFailed,
 )
-from cordee.node.worker import PEERS_MAX, as_batch
+from cordee.node.worker import PEERS_MAX
 from streams import SECONDS, tiny_model
 
 CONFIG = StageConfig(context=128, sequences=2, threads=1)

@@ -19,8 +19,14 @@ A stream's life:
 - **Several micro-batches in flight**: with `in_flight` n the decoding streams go in n groups, so that n
   stages work at once. A stream has at most one decode row under way, since the next needs its token; the
   chunks of one prompt may follow each other closely.
+- **Repeats**: a micro-batch of nothing but decode rows may go round by itself, each time with the tokens that
+  it gave, for a bounded number of steps; so nobody has to be asked between two tokens. It ends with the
+  first stream that ends, or when `halts` asks for that because something else wants to travel. Until it has
+  ended, the slots of its streams are not given to others.
 - **Prefix reuse**: a slot remembers the tokens of its last stream; the next turn of a chat finds its history
   there and computes only what is new.
+- **Resumed streams** begin with tokens that another host generated, or this one before the gateway missed
+  something. The next token depends on log, index and parameters alone, so they go on as if nothing had been.
 - **Suspects**: a stream that is set apart travels alone, which tells whether it is what breaks the pipeline.
 """
 
@@ -35,6 +41,9 @@ from cordee.generation.tokenlog import TokenLog
 # Prefill rows that may join a micro-batch while others decode: they wait for it, so it is kept to a few
 # decode steps' worth of work.
 PREFILL_ROWS_BESIDE_DECODE = 128
+# So often a micro-batch goes round before the scheduler looks at it again: asking is then a small part of the
+# work, and a stream that nobody wants any more, or that could not be halted, costs no more than this.
+STEPS_MAX = 32
 # Fewer cached tokens than this do not decide which slot a stream gets: so few rows are soon computed again.
 PREFIX_TOKENS_MIN = 8
 
@@ -81,12 +90,14 @@ class MicroBatch:
     """What travels the pipeline as one message; at most one segment of each sequence.
 
     A segment that starts before the end of what its sequence holds replaces the rest of it. `opens` maps a
-    sequence to the token log that its new sampler starts from (as it is when the batch is made).
+    sequence to the token log that its new sampler starts from (as it is when the batch is made). It goes
+    round up to `steps` times: each time after the first with the token of the time before, one position on.
     """
 
     id: int
     segments: tuple[Segment, ...]
     opens: dict[int, TokenLog]
+    steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,15 @@ class Event:
     finish_reason: FinishReason | None
     cached_tokens: int
     failure: str | None = None
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A micro-batch under way: the streams that get a token from it, and whether it goes round."""
+
+    streams: list["_Stream"]
+    repeats: bool
+    halted: bool = False
 
 
 @dataclass(eq=False)
@@ -139,10 +159,10 @@ class Scheduler:
     def __init__(self, limits: Limits, end_of_generation: Collection[int]) -> None:
         self._limits = limits
         self._end_of_generation = frozenset(end_of_generation)
-        self._waiting: OrderedDict[str, Request] = OrderedDict()
+        self._waiting: OrderedDict[str, tuple[Request, TokenLog]] = OrderedDict()
         self._active: dict[str, _Stream] = {}
         self._slots = [_Slot(sequence) for sequence in range(limits.sequences)]
-        self._in_flight: dict[int, list[_Stream]] = {}  # by micro-batch, the streams that get a token
+        self._in_flight: dict[int, _Flight] = {}
         self._batches = 0
         self._releases = 0
 
@@ -156,21 +176,25 @@ class Scheduler:
         """Streams that hold a slot."""
         return len(self._active)
 
-    def submit(self, request: Request) -> None:
-        """Queue a stream.
+    def submit(self, request: Request, generated: Sequence[int] = ()) -> None:
+        """Queue a stream. It goes on after the tokens `generated`, which count for all limits.
 
         Raises:
-            BadRequest: the prompt is empty, no token is asked for, or the id is in use.
-            ContextExceeded: prompt and at least one token do not fit the context.
+            BadRequest: the prompt is empty, no more token is asked for, or the id is in use.
+            ContextExceeded: prompt, `generated` and at least one token do not fit the context.
             Overloaded: all slots are taken, or soon will be, and the queue is full.
         """
         if not request.prompt:
             raise BadRequest("the prompt is empty", "prompt")
-        if request.max_tokens is not None and request.max_tokens < 1:
-            raise BadRequest(f"max_tokens is {request.max_tokens}: ask for at least 1", "max_tokens")
-        if len(request.prompt) >= self._limits.context:
+        if request.max_tokens is not None and request.max_tokens <= len(generated):
+            raise BadRequest(
+                f"max_tokens is {request.max_tokens}: ask for at least {len(generated) + 1}", "max_tokens"
+            )
+        log = TokenLog(request.prompt, request.sampling, generated)
+        if len(log) >= self._limits.context:
+            what = "the prompt has" if not generated else "the prompt and the answer so far have"
             raise ContextExceeded(
-                f"the prompt has {len(request.prompt)} tokens; the context holds {self._limits.context}, "
+                f"{what} {len(log)} tokens; the context holds {self._limits.context}, "
                 "the answer included: shorten the prompt, or start with a larger --context",
                 "messages",
             )
@@ -178,7 +202,7 @@ class Scheduler:
             raise BadRequest(f"a stream {request.id} is already running", "id")
         if self.active + self.waiting >= self._limits.sequences + self._limits.queue:
             raise Overloaded(f"{self._limits.queue} requests are waiting already: try again later")
-        self._waiting[request.id] = request
+        self._waiting[request.id] = (request, log)
 
     def cancel(self, stream_id: str) -> None:
         """End a stream without an event; unknown ids are ignored, since it may just have finished."""
@@ -216,18 +240,30 @@ class Scheduler:
         opens = {stream.slot.sequence: stream.log for stream in sampled if not stream.opened}
         for stream in sampled:
             stream.opened = True
-        self._in_flight[self._batches] = sampled
-        return MicroBatch(self._batches, tuple(segments), opens)
+        steps = self._steps(segments)
+        self._in_flight[self._batches] = _Flight(sampled, repeats=steps > 1)
+        return MicroBatch(self._batches, tuple(segments), opens, steps)
 
     def complete(
-        self, batch_id: int, choices: Mapping[int, Choice], failures: Mapping[int, str]
+        self,
+        batch_id: int,
+        choices: Mapping[int, Choice],
+        failures: Mapping[int, str],
+        *,
+        last: bool = True,
     ) -> list[Event]:
         """Take a micro-batch's result: the token chosen for each sampled sequence, or why there is none.
 
-        Results of batches that were lost, and tokens of streams that ended meanwhile, are dropped.
+        Not the `last`: it is on its way again with these tokens. Results of batches that were lost, and
+        tokens of streams that ended meanwhile, are dropped.
         """
+        flight = self._in_flight.get(batch_id)
+        if flight is None:
+            return []
+        if last:
+            del self._in_flight[batch_id]
         events = []
-        for stream in self._in_flight.pop(batch_id, ()):
+        for stream in flight.streams:
             sequence = stream.slot.sequence
             if self._active.get(stream.request.id) is not stream:
                 continue
@@ -235,8 +271,25 @@ class Scheduler:
                 self._release(stream)
                 events.append(Event(stream.request.id, None, None, stream.cached, failures[sequence]))
             else:
+                if not last:
+                    stream.slot.tokens.append(choices[sequence].token)
                 events.append(self._advance(stream, choices[sequence]))
         return events
+
+    def halts(self) -> list[int]:
+        """Micro-batches that should not go round again, each named once: their last result is then near.
+
+        That is so when other rows wait for their place, or when nobody wants their tokens any more.
+        """
+        full = len(self._in_flight) >= self._limits.in_flight
+        wanted = full and (self._others_wait() or any(stream.apart for stream in self._active.values()))
+        found = []
+        for number, flight in self._in_flight.items():
+            dead = not any(self._active.get(stream.request.id) is stream for stream in flight.streams)
+            if flight.repeats and not flight.halted and (wanted or dead):
+                flight.halted = True
+                found.append(number)
+        return found
 
     def lost(self) -> None:
         """The pipeline lost its state: every stream starts again from its token log."""
@@ -245,6 +298,27 @@ class Scheduler:
             slot.tokens.clear()
         for stream in self._active.values():
             stream.opened = False
+
+    def _steps(self, segments: Sequence[Segment]) -> int:
+        """How often a micro-batch may go round: as often as each of its streams wants a token."""
+        streams = [self._active[segment.stream] for segment in segments]
+        if any(stream.apart for stream in streams) or not all(
+            segment.sample and len(segment.tokens) == 1 for segment in segments
+        ):
+            return 1
+        return min(STEPS_MAX, *(self._tokens_left(stream) for stream in streams))
+
+    def _tokens_left(self, stream: _Stream) -> int:
+        """Tokens that a stream may still get."""
+        room = self._limits.context - len(stream.log)
+        limit = stream.request.max_tokens
+        return room if limit is None else min(room, limit - len(stream.log.generated))
+
+    def _others_wait(self) -> bool:
+        """Whether some stream could have rows in the next micro-batch that is in none now."""
+        if self._waiting and self.active < self._limits.sequences:
+            return True
+        return any(stream.rows_left for stream in self._active.values())
 
     def _advance(self, stream: _Stream, choice: Choice) -> Event:
         stream.apart = False
@@ -266,14 +340,22 @@ class Scheduler:
         stream.slot.released = self._releases
 
     def _admit(self) -> None:
-        while self._waiting and self.active < self._limits.sequences:
-            name, request = self._waiting.popitem(last=False)
-            slot, cached = self._choose_slot(request.prompt)
-            del slot.tokens[cached:]
-            self._active[name] = _Stream(request, TokenLog(request.prompt, request.sampling), slot, cached)
+        while self._waiting and (free := self._free_slots()):
+            name, (request, log) = self._waiting.popitem(last=False)
+            slot, held = self._choose_slot(log.tokens(0, len(log)), free)
+            del slot.tokens[held:]
+            self._active[name] = _Stream(request, log, slot, min(held, len(request.prompt)))
 
-    def _choose_slot(self, prompt: tuple[int, ...]) -> tuple[_Slot, int]:
-        """A free slot for a prompt, and how many of the prompt's tokens it holds already.
+    def _free_slots(self) -> list[_Slot]:
+        """Slots that no stream holds, and for which no micro-batch brings further rows by itself."""
+        taken = {stream.slot.sequence for stream in self._active.values()}
+        for flight in self._in_flight.values():
+            if flight.repeats:
+                taken |= {stream.slot.sequence for stream in flight.streams}
+        return [slot for slot in self._slots if slot.sequence not in taken]
+
+    def _choose_slot(self, tokens: Sequence[int], free: list[_Slot]) -> tuple[_Slot, int]:
+        """A free slot for a token log, and how many of its tokens it holds already.
 
         The longest prefix decides, among slots where it saves at least as much as it throws away: chats that
         share no more than a system prompt must not take each other's slot. Else the slot with the least to
@@ -281,9 +363,8 @@ class Scheduler:
         active neighbours, since the llama engine computes consecutive sequences in one call.
         """
         taken = {stream.slot.sequence for stream in self._active.values()}
-        free = [slot for slot in self._slots if slot.sequence not in taken]
-        # The last token is computed in any case: its logits give the first token of the answer.
-        found = {slot: _common_prefix(slot.tokens, prompt[:-1]) for slot in free}
+        # The last token is computed in any case: its logits give the next token of the answer.
+        found = {slot: _common_prefix(slot.tokens, tokens[:-1]) for slot in free}
         useful = [
             slot for slot in free if found[slot] >= max(PREFIX_TOKENS_MIN, len(slot.tokens) - found[slot])
         ]

@@ -3,10 +3,10 @@
 Two kinds of link, both Unix sockets in a folder that only this user may enter:
 
 - *control*, between the pipeline and each worker: Hello, then Load -> Loaded or LoadFailed, Wire -> Wired
-  or WireFailed.
-- *data*, from the service to the first worker, from worker to worker, from the last back to the service:
-  Join first, which names the placement, then Rows onwards and Tokens at the end. A message of another
-  placement than the link's is refused.
+  or WireFailed, Halt.
+- *data*, from the service to the first worker, from worker to worker, from the last back to the service and
+  to the first worker: Join first, which names the placement, then Rows onwards and Tokens at the end. A
+  message of another placement than the link's is refused.
 """
 
 import hashlib
@@ -25,11 +25,16 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Load this slice. `is_last`: its logits are sampled here."""
+    """Load this slice. `is_last`: its logits are sampled here, and `ends` are the tokens that end an answer.
+
+    `embedding` is the model file that turns token ids into rows, for the first of several stages.
+    """
 
     path: str
     config: StageConfig
     is_last: bool
+    embedding: str | None = None
+    ends: tuple[int, ...] = ()
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
@@ -46,10 +51,14 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Wire(msgspec.Struct, frozen=True, tag=True):
-    """Forget all sequences, take rows of this placement only, send on to the socket `downstream`."""
+    """Forget all sequences, take rows of this placement only, send on to the socket `downstream`.
+
+    `first` is where the last of several stages sends micro-batches that go round again.
+    """
 
     placement: str
     downstream: str
+    first: str | None = None
 
 
 class Wired(msgspec.Struct, frozen=True, tag=True):
@@ -65,10 +74,20 @@ class WireFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class Halt(msgspec.Struct, frozen=True, tag=True):
+    """To the last worker: this micro-batch shall not go round again."""
+
+    batch: int
+
+
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """First on every data link: what follows belongs to this placement."""
+    """First on every data link: what follows belongs to this placement.
+
+    `again`: it comes from the last stage, and is micro-batches that go round.
+    """
 
     placement: str
+    again: bool = False
 
 
 class Run(msgspec.Struct, frozen=True, array_like=True):
@@ -92,7 +111,9 @@ class Rows(msgspec.Struct, frozen=True, tag=True):
     """A micro-batch. The payload is int32 token ids, or float32 rows of width `n_embd` where that is not 0.
 
     A run that starts before the end of what its sequence holds replaces the rest of it. `opens` are samplers
-    to be made first. `measure`: answer with digests of the logits, not with tokens.
+    to be made first. Where `steps` is more than 1, every run is one row, and the micro-batch goes round with
+    the tokens that it gave, unless one of them ends its answer. `measure`: answer with digests of the logits,
+    not with tokens.
     """
 
     placement: str
@@ -100,20 +121,25 @@ class Rows(msgspec.Struct, frozen=True, tag=True):
     runs: tuple[Run, ...]
     opens: dict[int, Opening]
     n_embd: int = 0
+    steps: int = 1
     measure: bool = False
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
-    """A micro-batch's result, by sequence: choices, or why none could be made, or digests of logits."""
+    """A micro-batch's result, by sequence: choices, or why none could be made, or digests of logits.
+
+    Not the `last`: the micro-batch is on its way again with these tokens.
+    """
 
     placement: str
     batch: int
     choices: dict[int, Choice] = {}
     failures: dict[int, str] = {}
     digests: dict[int, str] = {}
+    last: bool = True
 
 
-Message = Hello | Load | Loaded | LoadFailed | Wire | Wired | WireFailed | Join | Rows | Tokens
+Message = Hello | Load | Loaded | LoadFailed | Wire | Wired | WireFailed | Halt | Join | Rows | Tokens
 
 
 def placement_id(workers: Sequence[tuple[str, str]]) -> str:

@@ -4,8 +4,8 @@
        |         |           |          |
        '---------'-----------'----------'--> closed
 
-- One worker process per stage. The pipeline hands rows to the first and hears tokens from the last; between
-  them rows go from worker to worker.
+- One worker process per stage. The pipeline hands micro-batches to the first and hears tokens from the last;
+  between them rows go from worker to worker, and what goes round goes from the last to the first.
 - A worker that ends, for whatever reason, is replaced; the others keep their loaded stages. All are then
   wired to a new placement, whose id is the hash of the slices and of who runs them, and start without any
   sequence: the listener's `on_lost` has told the scheduler to replay its token logs.
@@ -37,6 +37,7 @@ from cordee.models.slices import SliceFile
 from cordee.node import link
 from cordee.node.link import LinkClosed
 from cordee.node.messages import (
+    Halt,
     Hello,
     Join,
     Load,
@@ -75,11 +76,19 @@ EXACT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama.py
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Source:
+    """The model behind the slices: its file, which has the embedding, and the tokens that end an answer."""
+
+    path: Path
+    ends: tuple[int, ...]
+
+
 class Listener(Protocol):
     """Who is told what the pipeline does; called on the event loop, and must not raise."""
 
     def on_tokens(self, tokens: Tokens) -> None:
-        """A micro-batch's result came."""
+        """A result of a micro-batch came."""
 
     def on_lost(self) -> None:
         """Nothing that was sent will be answered, and all sequences are forgotten."""
@@ -147,12 +156,14 @@ class Pipeline:
         self,
         slices: Sequence[SliceFile],
         config: StageConfig,
+        source: Source,
         listener: Listener,
         report: Callable[[str], None],
     ) -> None:
         self.state: State = "loading"
         self.stages = [Stage(piece) for piece in slices]
         self._config = config
+        self._source = source
         self._listener = listener
         self._report = report
         self._placement = ""
@@ -171,15 +182,16 @@ class Pipeline:
         cls,
         slices: Sequence[SliceFile],
         config: StageConfig,
+        source: Source,
         listener: Listener,
         report: Callable[[str], None],
     ) -> "Pipeline":
-        """Start the workers, load their slices, wire them.
+        """Start the workers, load the slices of the model `source`, wire them.
 
         Raises:
             CordeeError: what the first worker that could not load says, or why there is none.
         """
-        pipeline = cls(slices, config, listener, report)
+        pipeline = cls(slices, config, source, listener, report)
         pipeline._keep(pipeline._watch())
         try:
             await pipeline._listen()
@@ -200,12 +212,18 @@ class Pipeline:
         return self._placement
 
     def send(self, rows: Rows, payload: bytes | memoryview) -> None:
-        """Send a micro-batch to the first stage; its result, or a loss, comes to the listener."""
+        """Send a micro-batch of token ids to the first stage; results, or a loss, come to the listener."""
         assert self._first is not None, "only a ready pipeline takes micro-batches"
         if self._owed == 0:
             self._heard = time.monotonic()
         self._owed += 1
         link.write(self._first, rows, payload)
+
+    def halt(self, batch: int) -> None:
+        """Ask that a micro-batch does not go round again."""
+        last = self.stages[-1].worker
+        if last is not None and last.alive:
+            link.write(last.writer, Halt(batch))
 
     async def close(self) -> None:
         """End all workers and remove the sockets; closing twice is harmless."""
@@ -259,7 +277,7 @@ class Pipeline:
             while isinstance(join, Join) and join.placement == self._placement:
                 message, _ = await link.read(reader)
                 if isinstance(message, Tokens) and message.placement == self._placement:
-                    self._owed -= 1
+                    self._owed -= message.last
                     self._heard = time.monotonic()
                     self._tell(self._listener.on_tokens, message)
         except LinkClosed:
@@ -288,7 +306,7 @@ class Pipeline:
             self._drop(old.writer)
         stage.worker = worker = await self._spawn()
         self._keep(self._follow(stage, worker))
-        link.write(worker.writer, Load(str(stage.slice.path), self._config, stage is self.stages[-1]))
+        link.write(worker.writer, self._load(stage))
         answer = await _answer(worker, (Loaded, LoadFailed), LOAD_SECONDS)
         if isinstance(answer, LoadFailed):
             await _end(worker)
@@ -297,6 +315,16 @@ class Pipeline:
         worker.description = answer.description
         stage.restarts += old is not None
         self._tell(self._report, f"{stage.layers} loaded (process {worker.process.pid})")
+
+    def _load(self, stage: Stage) -> Load:
+        cut_first = len(self.stages) > 1 and stage is self.stages[0]
+        return Load(
+            path=str(stage.slice.path),
+            config=self._config,
+            is_last=stage is self.stages[-1],
+            embedding=str(self._source.path) if cut_first else None,
+            ends=self._source.ends,
+        )
 
     async def _spawn(self) -> WorkerHandle:
         worker_id = secrets.token_hex(8)
@@ -357,7 +385,8 @@ class Pipeline:
             self._first.transport.abort()
         downstream = [worker.inbox for worker in workers[1:]] + [str(self._folder / "tokens")]
         for worker, target in zip(workers, downstream, strict=True):
-            link.write(worker.writer, Wire(self._placement, target))
+            goes_round = worker is workers[-1] and len(workers) > 1
+            link.write(worker.writer, Wire(self._placement, target, workers[0].inbox if goes_round else None))
         # All of them answer, or end; whoever waited for less would leave readers of the others behind.
         answers = await asyncio.gather(
             *(_answer(worker, (Wired, WireFailed), WIRE_SECONDS, self._placement) for worker in workers),

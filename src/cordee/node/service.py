@@ -25,13 +25,12 @@ from cordee.generation.grammar import GrammarTokenizer
 from cordee.generation.request import Choice, Chunk, FinishReason, Request, SamplingParams
 from cordee.generation.scheduler import Event, Limits, Scheduler
 from cordee.generation.template import ChatTemplate
-from cordee.models.embedding import Embedding
 from cordee.models.gguf import Header, read_header
 from cordee.models.slices import SliceFile, even_cuts
 from cordee.models.store import Store, StoredModel
 from cordee.node import registry, sizing, verdict
 from cordee.node.messages import Opening, Rows, Run, Tokens
-from cordee.node.pipeline import Pipeline
+from cordee.node.pipeline import Pipeline, Source
 
 # A stream that is under way at this many losses, without a token of its own in between, may be their cause:
 # from then on it travels alone, so that no other is suspected with it ...
@@ -87,7 +86,6 @@ class Service:
         self._grammar_tokenizer = GrammarTokenizer(self.vocabulary)
         self._scheduler = Scheduler(limits, self.vocabulary.end_of_generation)
         self._pipeline: Pipeline | None = None
-        self._embedding: Embedding | None = None
         self._answers: dict[str, _Answer] = {}
         self._measured: dict[int, asyncio.Future[dict[int, str]]] = {}  # by negative batch number
         self._under_way: dict[int, set[str]] = {}  # by micro-batch, the streams that have rows in it
@@ -134,9 +132,8 @@ class Service:
         service = cls(model, stage_config, limits)
         try:
             slices = await asyncio.to_thread(_slices, header, model, store, stages, config.force_cut, report)
-            if len(slices) > 1:
-                service._embedding = Embedding(header)
-            service._pipeline = await Pipeline.start(slices, stage_config, service, report)
+            source = Source(header.path, tuple(service.vocabulary.end_of_generation))
+            service._pipeline = await Pipeline.start(slices, stage_config, source, service, report)
             service.batch_invariant = await service._verdict(store, report)
             service.port = config.port
             service._publish()
@@ -216,21 +213,21 @@ class Service:
         self._fail_all(self._failure)
         if self._pipeline is not None:
             await self._pipeline.close()
-        self._embedding = None
         async with self._checking:
             self.vocabulary.close()
         if self._entry is not None:
             registry.withdraw(self._entry)
 
     def on_tokens(self, tokens: Tokens) -> None:
-        """Pipeline's listener: a micro-batch's result."""
+        """Pipeline's listener: a result of a micro-batch."""
         measured = self._measured.pop(tokens.batch, None)
         if measured is not None:
             if not measured.done():
                 measured.set_result(tokens.digests)
             return
-        self._under_way.pop(tokens.batch, None)
-        events = self._scheduler.complete(tokens.batch, tokens.choices, tokens.failures)
+        if tokens.last:
+            self._under_way.pop(tokens.batch, None)
+        events = self._scheduler.complete(tokens.batch, tokens.choices, tokens.failures, last=tokens.last)
         self._pump()  # first, so that the stages work while the text is made
         for event in events:
             try:
@@ -290,7 +287,10 @@ class Service:
             }
             tokens = [token for segment in batch.segments for token in segment.tokens]
             self._under_way[batch.id] = {segment.stream for segment in batch.segments}
-            self._send(batch.id, runs, tokens, opens)
+            self._send(batch.id, runs, tokens, opens, steps=batch.steps)
+        if self.ready:
+            for batch in self._scheduler.halts():
+                self._pipeline.halt(batch)
 
     def _send(
         self,
@@ -299,23 +299,19 @@ class Service:
         tokens: Sequence[int],
         opens: Mapping[int, Opening],
         *,
+        steps: int = 1,
         measure: bool = False,
     ) -> None:
         assert self._pipeline is not None
-        n_embd = 0
-        inputs = np.asarray(tokens, dtype=np.int32)
-        if self._embedding is not None:
-            inputs = self._embedding.rows(inputs)
-            n_embd = self._embedding.n_embd
         rows = Rows(
             placement=self._pipeline.placement,
             batch=batch,
             runs=tuple(runs),
             opens=dict(opens),
-            n_embd=n_embd,
+            steps=steps,
             measure=measure,
         )
-        self._pipeline.send(rows, memoryview(np.ascontiguousarray(inputs)).cast("B"))
+        self._pipeline.send(rows, memoryview(np.asarray(tokens, dtype=np.int32)).cast("B"))
 
     async def _verdict(self, store: Store, report: Callable[[str], None]) -> bool | None:
         assert self._pipeline is not None

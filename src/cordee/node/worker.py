@@ -7,12 +7,14 @@ thread does everything, since the stage is the only thing worth waiting for:
                         ^                |
                         '--- Wire again, |link lost: rows are dropped until then
 
+A micro-batch that goes round comes back to the first stage from the last, or stays here if that is the same;
+the service hears of its tokens meanwhile.
+
 The process ends when its control link does, even in the middle of a decode, so that no worker outlives its
 service: a second thread waits for that and for nothing else. A failure in the stage ends the process too: the
 pipeline replaces it, which also gets rid of whatever state made it fail.
 """
 
-import hashlib
 import os
 import select
 import selectors
@@ -20,27 +22,20 @@ import signal
 import socket
 import sys
 import threading
-from pathlib import Path
-
-import numpy as np
+from collections import deque
 
 from cordee import errors
-from cordee.engine.llama import LlamaStage
-from cordee.engine.stage import Batch, Stage
-from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError
-from cordee.generation.grammar import GrammarTokenizer
-from cordee.generation.request import Choice
-from cordee.generation.sampling import Sampler
 from cordee.node import link
+from cordee.node.compute import Compute, Result, again
 from cordee.node.link import LinkClosed
 from cordee.node.messages import (
+    Halt,
     Hello,
     Join,
     Load,
     Loaded,
     LoadFailed,
-    Opening,
     Rows,
     Tokens,
     Wire,
@@ -59,16 +54,15 @@ class Worker:
     def __init__(self, control: socket.socket, inbox: socket.socket) -> None:
         self._control = control
         self._inbox = inbox
-        self._upstream: socket.socket | None = None
+        self._upstream: dict[bool, socket.socket] = {}  # by whether what comes there goes round
         self._downstream: socket.socket | None = None
+        self._first: socket.socket | None = None  # where micro-batches go round to; None: here
+        self._round: deque[Result] = deque()  # that go round here; as many as are in flight at most
+        self._halted = 0  # the newest micro-batch that shall not go round again
         self._placement = ""
         self._strangers: list[socket.socket] = []  # that connected and said nothing yet
-        self._early: dict[str, socket.socket] = {}  # by the placement that they joined
-        self._path = Path()
-        self._stage: Stage | None = None
-        self._samplers: dict[int, Sampler] = {}
-        self._lengths: dict[int, int] = {}  # tokens that each sequence holds
-        self._tokenizer: GrammarTokenizer | None = None
+        self._early: dict[Join, socket.socket] = {}  # that joined before this worker heard of their placement
+        self._compute: Compute | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
         self._selector.register(inbox, selectors.EVENT_READ)
@@ -76,7 +70,7 @@ class Worker:
     def serve(self) -> None:
         """Do what comes in until the control link ends."""
         while True:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(0 if self._round else None):
                 if key.fileobj is self._control:
                     try:
                         self._obey()
@@ -84,10 +78,12 @@ class Worker:
                         return
                 elif key.fileobj is self._inbox:
                     self._accept()
-                elif key.fileobj is self._upstream:
-                    self._take_rows()
                 elif key.fileobj in self._strangers:
                     self._meet(key.fileobj)
+                else:
+                    self._take_rows(key.fileobj)
+            if self._round:
+                self._run(*self._round.popleft())
 
     def _obey(self) -> None:
         message, _ = link.receive(self._control)
@@ -95,34 +91,31 @@ class Worker:
             self._load(message)
         elif isinstance(message, Wire):
             self._wire(message)
+        elif isinstance(message, Halt):
+            self._halted = max(self._halted, message.batch)
 
     def _load(self, load: Load) -> None:
         try:
-            self._path = Path(load.path)
-            self._stage = LlamaStage(self._path, load.config, is_last=load.is_last)
+            self._compute = Compute(load)
         except CordeeError as error:
             link.send(self._control, LoadFailed(type(error).__name__, error.message))
             return
-        link.send(self._control, Loaded(self._stage.description))
+        link.send(self._control, Loaded(self._compute.description))
 
     def _wire(self, wire: Wire) -> None:
-        assert self._stage is not None, "Load comes before Wire"
+        assert self._compute is not None, "Load comes before Wire"
         self._drop_upstream()
         self._drop_downstream()
-        self._stage.clear()
-        self._samplers.clear()
-        self._lengths.clear()
+        self._compute.clear()
         self._placement = wire.placement
-        downstream = socket.socket(socket.AF_UNIX)
-        downstream.settimeout(link.SOCKET_SECONDS)
         try:
-            downstream.connect(wire.downstream)
-            link.send(downstream, Join(wire.placement))
-        except (OSError, LinkClosed) as error:
-            downstream.close()  # the next stage just died: another Wire follows
+            self._downstream = _joined(wire.downstream, Join(wire.placement))
+            if wire.first is not None:
+                self._first = _joined(wire.first, Join(wire.placement, again=True))
+        except (OSError, LinkClosed) as error:  # that stage just died: another Wire follows
+            self._drop_downstream()
             link.send(self._control, WireFailed(wire.placement, str(error)))
             return
-        self._downstream = downstream
         self._adopt()
         link.send(self._control, Wired(wire.placement))
 
@@ -153,118 +146,92 @@ class Worker:
         peer.settimeout(link.SOCKET_SECONDS)
         if len(self._early) == PEERS_MAX:
             self._early.pop(next(iter(self._early))).close()
-        self._early[message.placement] = peer
+        self._early[message] = peer
         self._adopt()
 
     def _adopt(self) -> None:
-        """Take rows from the stage that joined this placement, if it has."""
-        if self._placement not in self._early:
-            return
-        self._drop_upstream()
-        self._upstream = self._early.pop(self._placement)
-        self._selector.register(self._upstream, selectors.EVENT_READ)
+        """Take rows from the stages that joined this placement, as far as they have."""
+        for join in (Join(self._placement), Join(self._placement, again=True)):
+            if join in self._early:
+                self._drop(join.again)
+                self._upstream[join.again] = self._early.pop(join)
+                self._selector.register(self._upstream[join.again], selectors.EVENT_READ)
 
-    def _take_rows(self) -> None:
-        assert self._upstream is not None
+    def _take_rows(self, source: socket.socket) -> None:
+        goes_round = next((again for again, peer in self._upstream.items() if peer is source), None)
+        if goes_round is None:
+            return  # a Wire dropped it a moment ago
         try:
-            message, payload = link.receive(self._upstream)
+            message, payload = link.receive(source)
         except LinkClosed:
-            self._drop_upstream()
+            message, payload = None, memoryview(b"")
+        if isinstance(message, Rows) and message.placement == self._placement:
+            self._run(message, payload)
+        else:
+            self._drop(goes_round)
+
+    def _run(self, message: Rows, payload: memoryview) -> None:
+        assert self._compute is not None
+        answer, rows = self._compute.run(message, payload)
+        if isinstance(answer, Rows):
+            self._send(answer, rows)
             return
-        if not isinstance(message, Rows) or message.placement != self._placement:
-            self._drop_upstream()
-            return
-        answer, rows = self._compute(message, payload)
+        if message.batch > self._halted and self._compute.goes_round(message, answer):
+            self._send(Tokens(answer.placement, answer.batch, answer.choices, last=False))
+            self._send_round(*again(message, answer))
+        else:
+            self._send(answer)
+
+    def _send(self, message: Rows | Tokens, payload: bytes | memoryview = b"") -> None:
         if self._downstream is None:
             return
         try:
-            link.send(self._downstream, answer, rows)
+            link.send(self._downstream, message, payload)
         except LinkClosed:
             self._drop_downstream()
 
-    def _compute(self, message: Rows, payload: memoryview) -> tuple[Rows | Tokens, memoryview]:
-        assert self._stage is not None
-        self._trim(message)
-        batch = as_batch(message, payload)
-        result = self._stage.decode(batch)
-        if not self._stage.description.is_last:
-            forwarded = Rows(
-                placement=message.placement,
-                batch=message.batch,
-                runs=message.runs,
-                opens=message.opens,
-                n_embd=result.shape[1],
-                measure=message.measure,
-            )
-            return forwarded, memoryview(result).cast("B")
-        return self._sample(message, result), memoryview(b"")
-
-    def _trim(self, message: Rows) -> None:
-        """Make each sequence as long as its next run expects it."""
-        assert self._stage is not None
-        for run in message.runs:
-            if run.first_position < self._lengths.get(run.sequence, 0):
-                self._stage.trim(run.sequence, run.first_position)
-            self._lengths[run.sequence] = run.first_position + run.rows
-
-    def _sample(self, message: Rows, logits: np.ndarray) -> Tokens:
-        sequences = [run.sequence for run in message.runs if run.output]
-        if message.measure:
-            digests = {
-                sequence: hashlib.sha256(row.tobytes()).hexdigest()
-                for sequence, row in zip(sequences, logits, strict=True)
-            }
-            return Tokens(message.placement, message.batch, digests=digests)
-        choices: dict[int, Choice] = {}
-        failures: dict[int, str] = {}
-        for sequence, row in zip(sequences, logits, strict=True):
-            try:
-                if sequence in message.opens:
-                    self._samplers[sequence] = self._sampler(message.opens[sequence])
-                choices[sequence] = self._samplers[sequence].sample(row)
-            except CordeeError as error:
-                failures[sequence] = error.message
-        return Tokens(message.placement, message.batch, choices, failures)
-
-    def _sampler(self, opening: Opening) -> Sampler:
-        if opening.sampling.grammar is not None and self._tokenizer is None:
-            self._tokenizer = GrammarTokenizer(Vocabulary(self._path))  # slow, and most streams need none
-        return Sampler(opening.sampling, self._tokenizer, opening.prompt, opening.generated)
+    def _send_round(self, message: Rows, payload: memoryview) -> None:
+        if self._first is None:
+            self._round.append((message, payload))
+            return
+        try:
+            link.send(self._first, message, payload)
+        except LinkClosed:
+            self._drop_downstream()
 
     def _drop_upstream(self) -> None:
-        if self._upstream is not None:
-            self._selector.unregister(self._upstream)
-            self._upstream.close()
-            self._upstream = None
+        for goes_round in list(self._upstream):
+            self._drop(goes_round)
+
+    def _drop(self, goes_round: bool) -> None:
+        source = self._upstream.pop(goes_round, None)
+        if source is not None:
+            self._selector.unregister(source)
+            source.close()
 
     def _drop_downstream(self) -> None:
-        if self._downstream is not None:
-            self._downstream.close()
-            self._downstream = None
+        for peer in (self._downstream, self._first):
+            if peer is not None:
+                peer.close()
+        self._downstream = self._first = None
+        self._round.clear()
 
 
-def as_batch(message: Rows, payload: memoryview) -> Batch:
-    """The engine's batch behind a message; its inputs lie in `payload`."""
-    runs = message.runs
-    positions = np.array([run.first_position for run in runs], dtype=np.int32)
-    sequences = np.array([run.sequence for run in runs], dtype=np.int32)
-    outputs = np.array([run.output for run in runs], dtype=bool)
-    counts = [run.rows for run in runs]
-    if max(counts) > 1:  # else nobody prefills, and every run is its row
-        ends = np.cumsum(counts)
-        total = int(ends[-1])
-        positions = np.arange(total, dtype=np.int32) + np.repeat(
-            positions - (ends - counts).astype(np.int32), counts
-        )
-        sequences = np.repeat(sequences, counts)
-        last = outputs
-        outputs = np.zeros(total, dtype=bool)
-        outputs[ends - 1] = last
-    if message.n_embd:
-        inputs = np.frombuffer(payload, dtype=np.float32).reshape(len(positions), message.n_embd)
-    else:
-        inputs = np.frombuffer(payload, dtype=np.int32)
-    return Batch(inputs, positions, sequences, outputs)
+def _joined(path: str, join: Join) -> socket.socket:
+    """A link to the worker, or the service, at this path.
+
+    Raises:
+        OSError, LinkClosed: nobody takes it.
+    """
+    peer = socket.socket(socket.AF_UNIX)
+    try:
+        peer.settimeout(link.SOCKET_SECONDS)
+        peer.connect(path)
+        link.send(peer, join)
+    except BaseException:
+        peer.close()
+        raise
+    return peer
 
 
 def rebuilt_error(failed: LoadFailed) -> CordeeError:
