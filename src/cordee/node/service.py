@@ -10,7 +10,6 @@ import asyncio
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +18,14 @@ import numpy as np
 
 from cordee.engine.stage import StageConfig
 from cordee.engine.vocabulary import Vocabulary
-from cordee.errors import BadRequest, CordeeError, StageFailed, StorageFailed
-from cordee.generation import sampling, text
-from cordee.generation.grammar import GrammarTokenizer
-from cordee.generation.request import Choice, Chunk, FinishReason, Request, SamplingParams
+from cordee.errors import CordeeError, StageFailed, StorageFailed
+from cordee.generation.request import Chunk, Request
 from cordee.generation.scheduler import Event, Limits, Scheduler
-from cordee.generation.template import ChatTemplate
 from cordee.models.gguf import Header, read_header
 from cordee.models.slices import SliceFile, even_cuts
 from cordee.models.store import Store, StoredModel
 from cordee.node import registry, sizing, verdict
+from cordee.node.answers import Answer, Checks, Rate, template_of
 from cordee.node.messages import Opening, Rows, Run, Tokens
 from cordee.node.pipeline import Pipeline, Source
 
@@ -36,8 +33,6 @@ from cordee.node.pipeline import Pipeline, Source
 # from then on it travels alone, so that no other is suspected with it ...
 LOSSES_SUSPECT = 2
 LOSSES_MAX = 3  # ... and one more loss than this ends it
-RATE_TOKENS = 256  # tokens that the reported rate looks back at ...
-RATE_SECONDS = 10.0  # ... and for how long
 
 log = logging.getLogger(__name__)
 
@@ -72,25 +67,20 @@ class Service:
         self.model = model
         self.name = model.name
         self.vocabulary = Vocabulary(model.path)
-        source = self.vocabulary.chat_template
-        self.template = (
-            None
-            if source is None
-            else ChatTemplate(source, self.vocabulary.bos_text, self.vocabulary.eos_text)
-        )
+        self.template = template_of(self.vocabulary)
         self.context = limits.context
         self.batch_invariant: bool | None = None
         self.port: int | None = None
         self._config = config
-        self._checking = asyncio.Lock()  # held while a thread uses the vocabulary
-        self._grammar_tokenizer = GrammarTokenizer(self.vocabulary)
+        self._checks = Checks(self.vocabulary)
         self._scheduler = Scheduler(limits, self.vocabulary.end_of_generation)
         self._pipeline: Pipeline | None = None
-        self._answers: dict[str, _Answer] = {}
+        self._answers: dict[str, Answer] = {}
+        self._losses: dict[str, int] = {}  # by stream, since its last token
         self._measured: dict[int, asyncio.Future[dict[int, str]]] = {}  # by negative batch number
         self._under_way: dict[int, set[str]] = {}  # by micro-batch, the streams that have rows in it
         self._failure: str | None = None  # why nothing can be answered now
-        self._recent: deque[float] = deque(maxlen=RATE_TOKENS)
+        self._recent = Rate()
         self._started = time.monotonic()
         self._entry: Path | None = None
 
@@ -156,14 +146,12 @@ class Service:
             BadRequest, ContextExceeded, Overloaded: before the first chunk.
             StageFailed: the stages cannot be replaced, or this stream keeps breaking them.
         """
-        text.check(request.stop)
-        await self._check(request.sampling)
-        if not all(0 <= token < self.vocabulary.size for token in request.prompt):
-            raise BadRequest(f"the prompt's token ids must be 0 to {self.vocabulary.size - 1}", "prompt")
+        await self._checks.check(request)
         if self._failure is not None:
             raise StageFailed(self._failure)
         self._scheduler.submit(request)
-        answer = self._answers[request.id] = _Answer(request, self.vocabulary)
+        answer = self._answers[request.id] = Answer(request, self.vocabulary)
+        self._losses[request.id] = 0
         try:
             self._pump()
             while True:
@@ -173,7 +161,7 @@ class Service:
                     return
         finally:
             if self._answers.get(request.id) is answer:  # not a later one's of the same id
-                del self._answers[request.id]
+                del self._answers[request.id], self._losses[request.id]
                 self._scheduler.cancel(request.id)
                 self._pump()
 
@@ -191,7 +179,7 @@ class Service:
             "sequences": self._config.sequences,
             "queue": self._scheduler.waiting,
             "active": self._scheduler.active,
-            "tokens_per_second": self._rate(),
+            "tokens_per_second": self._recent.per_second(),
             "batch_invariant": self.batch_invariant,
             "uptime": time.monotonic() - self._started,
             "stages": [
@@ -213,8 +201,7 @@ class Service:
         self._fail_all(self._failure)
         if self._pipeline is not None:
             await self._pipeline.close()
-        async with self._checking:
-            self.vocabulary.close()
+        await self._checks.close()
         if self._entry is not None:
             registry.withdraw(self._entry)
 
@@ -247,11 +234,10 @@ class Service:
         suspects = set().union(*self._under_way.values())
         self._under_way.clear()
         for name in suspects & self._answers.keys():
-            answer = self._answers[name]
-            answer.losses += 1
-            if answer.losses > LOSSES_MAX:
+            self._losses[name] += 1
+            if self._losses[name] > LOSSES_MAX:
                 self._fail(name, "the stages fail again and again at this request")
-            elif answer.losses >= LOSSES_SUSPECT:
+            elif self._losses[name] >= LOSSES_SUSPECT:
                 self._scheduler.set_apart(name)
 
     def on_ready(self) -> None:
@@ -265,14 +251,6 @@ class Service:
         """Pipeline's listener: nothing can be answered for now."""
         self._failure = f"{self.name} cannot answer: {error.message}"
         self._fail_all(self._failure)
-
-    async def _check(self, params: SamplingParams) -> None:
-        if params.grammar is None:
-            sampling.check(params, self.vocabulary.size, self._grammar_tokenizer)
-            return
-        async with self._checking:  # a grammar takes up to a second to compile: not on the event loop
-            if self._failure is None:
-                await asyncio.to_thread(sampling.check, params, self.vocabulary.size, self._grammar_tokenizer)
 
     def _pump(self) -> None:
         """Send what the scheduler wants sent."""
@@ -347,10 +325,10 @@ class Service:
         if event.failure is not None:
             self._fail(event.stream, event.failure)
             return
-        answer.losses = 0
+        self._losses[event.stream] = 0
         answer.cached_tokens = max(answer.cached_tokens, event.cached_tokens)
         if event.choice is not None:
-            self._recent.append(time.monotonic())
+            self._recent.count()
         answer.add(event.choice, event.finish_reason)
         if answer.stopped:
             self._scheduler.cancel(event.stream)
@@ -358,6 +336,7 @@ class Service:
     def _fail(self, stream: str, reason: str) -> None:
         self._scheduler.cancel(stream)
         answer = self._answers.pop(stream, None)
+        self._losses.pop(stream, None)
         if answer is not None:
             answer.fail(StageFailed(reason))
 
@@ -365,76 +344,11 @@ class Service:
         for stream in list(self._answers):
             self._fail(stream, reason)
 
-    def _rate(self) -> float:
-        now = time.monotonic()
-        recent = [moment for moment in self._recent if now - moment < RATE_SECONDS]
-        return len(recent) / (now - recent[0]) if len(recent) > 1 else 0.0
-
     def _publish(self) -> None:
         try:
             self._entry = registry.publish(self.name, self.status())
         except (OSError, StorageFailed):
             log.exception("`cordee ps` will not show this service as it is")
-
-
-class _Answer:
-    """A stream on its way to its client: text is made here, and waits here.
-
-    The queue needs no bound of its own: a stream never has more chunks than its context has tokens.
-    """
-
-    def __init__(self, request: Request, vocabulary: Vocabulary) -> None:
-        self.losses = 0
-        self.cached_tokens = 0
-        self._vocabulary = vocabulary
-        self._text = text.TextStream(request.stop)
-        self._prompt_tokens = len(request.prompt)
-        self._completion_tokens = 0
-        self._wants_choices = request.sampling.top_logprobs is not None
-        self._choices: list[Choice] = []
-        self._chunks: asyncio.Queue[Chunk | CordeeError] = asyncio.Queue()
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string ended the text."""
-        return self._text.stopped
-
-    def add(self, choice: Choice | None, finish_reason: FinishReason | None) -> None:
-        """Take what the scheduler says; queue a chunk if there is something to show."""
-        shown = ""
-        if choice is not None:
-            self._completion_tokens += 1
-            if self._wants_choices:
-                self._choices.append(choice)
-            shown = self._text.push(self._vocabulary.piece(choice.token))
-        if self._text.stopped:
-            finish_reason = "stop"
-        elif finish_reason is not None:
-            shown += self._text.finish()
-        if not shown and finish_reason is None:
-            return
-        self._chunks.put_nowait(
-            Chunk(
-                text=shown,
-                choices=tuple(self._choices),
-                finish_reason=finish_reason,
-                prompt_tokens=self._prompt_tokens,
-                cached_tokens=self.cached_tokens,
-                completion_tokens=self._completion_tokens,
-            )
-        )
-        self._choices.clear()
-
-    def fail(self, error: CordeeError) -> None:
-        """End the stream with an error."""
-        self._chunks.put_nowait(error)
-
-    async def next(self) -> Chunk:
-        """The next chunk; raises the error that ended the stream."""
-        item = await self._chunks.get()
-        if isinstance(item, CordeeError):
-            raise item
-        return item
 
 
 def _slices(

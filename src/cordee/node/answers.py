@@ -1,0 +1,137 @@
+"""Between clients and tokens, on the node a client talks to: requests checked, tokens made text, a rate."""
+
+import asyncio
+import time
+from collections import deque
+
+from cordee.engine.vocabulary import Vocabulary
+from cordee.errors import BadRequest, CordeeError, StageFailed
+from cordee.generation import sampling, text
+from cordee.generation.grammar import GrammarTokenizer
+from cordee.generation.request import Choice, Chunk, FinishReason, Request
+from cordee.generation.template import ChatTemplate
+
+RATE_TOKENS = 256  # tokens that the reported rate looks back at ...
+RATE_SECONDS = 10.0  # ... and for how long
+
+
+def template_of(vocabulary: Vocabulary) -> ChatTemplate | None:
+    """The model's chat template; None for a base model.
+
+    Raises:
+        UnsupportedModel: there is one, and it cannot be used.
+    """
+    source = vocabulary.chat_template
+    return None if source is None else ChatTemplate(source, vocabulary.bos_text, vocabulary.eos_text)
+
+
+class Checks:
+    """Refuses requests that cannot be honoured, before they are queued. It owns the vocabulary."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._tokenizer = GrammarTokenizer(vocabulary)
+        self._lock = asyncio.Lock()  # held while a thread uses the vocabulary
+        self._closed = False
+
+    async def check(self, request: Request) -> None:
+        """A grammar takes up to a second to compile, in a thread.
+
+        Raises:
+            BadRequest: names the parameter.
+            UnsupportedModel: a grammar is asked for and cannot bind this model.
+            StageFailed: it is closed.
+        """
+        text.check(request.stop)
+        size = self._vocabulary.size
+        if not all(0 <= token < size for token in request.prompt):
+            raise BadRequest(f"the prompt's token ids must be 0 to {size - 1}", "prompt")
+        if request.sampling.grammar is None:
+            sampling.check(request.sampling, size, self._tokenizer)
+            return
+        async with self._lock:
+            if self._closed:
+                raise StageFailed("the service is closed")
+            await asyncio.to_thread(sampling.check, request.sampling, size, self._tokenizer)
+
+    async def close(self) -> None:
+        """Free the vocabulary, once nobody uses it; closing twice is harmless."""
+        self._closed = True
+        async with self._lock:
+            self._vocabulary.close()
+
+
+class Answer:
+    """A stream on its way to its client: text is made here, and waits here.
+
+    The queue needs no bound of its own: a stream never has more chunks than its context has tokens.
+    """
+
+    def __init__(self, request: Request, vocabulary: Vocabulary) -> None:
+        self.cached_tokens = 0
+        self._vocabulary = vocabulary
+        self._text = text.TextStream(request.stop)
+        self._prompt_tokens = len(request.prompt)
+        self._completion_tokens = 0
+        self._wants_choices = request.sampling.top_logprobs is not None
+        self._choices: list[Choice] = []
+        self._chunks: asyncio.Queue[Chunk | CordeeError] = asyncio.Queue()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the text."""
+        return self._text.stopped
+
+    def add(self, choice: Choice | None, finish_reason: FinishReason | None) -> None:
+        """Take a token, or the end, or both; queue a chunk if there is something to show."""
+        shown = ""
+        if choice is not None:
+            self._completion_tokens += 1
+            if self._wants_choices:
+                self._choices.append(choice)
+            shown = self._text.push(self._vocabulary.piece(choice.token))
+        if self._text.stopped:
+            finish_reason = "stop"
+        elif finish_reason is not None:
+            shown += self._text.finish()
+        if not shown and finish_reason is None:
+            return
+        self._chunks.put_nowait(
+            Chunk(
+                text=shown,
+                choices=tuple(self._choices),
+                finish_reason=finish_reason,
+                prompt_tokens=self._prompt_tokens,
+                cached_tokens=self.cached_tokens,
+                completion_tokens=self._completion_tokens,
+            )
+        )
+        self._choices.clear()
+
+    def fail(self, error: CordeeError) -> None:
+        """End the stream with an error."""
+        self._chunks.put_nowait(error)
+
+    async def next(self) -> Chunk:
+        """The next chunk; raises the error that ended the stream."""
+        item = await self._chunks.get()
+        if isinstance(item, CordeeError):
+            raise item
+        return item
+
+
+class Rate:
+    """Tokens per second of late."""
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque(maxlen=RATE_TOKENS)
+
+    def count(self, tokens: int = 1) -> None:
+        """So many tokens came now."""
+        self._recent.extend([time.monotonic()] * tokens)
+
+    def per_second(self) -> float:
+        """Over the last RATE_TOKENS tokens or RATE_SECONDS, whichever is less; 0 where that tells nothing."""
+        now = time.monotonic()
+        recent = [moment for moment in self._recent if now - moment < RATE_SECONDS]
+        return len(recent) / (now - recent[0]) if len(recent) > 1 else 0.0
