@@ -36,9 +36,10 @@ def main() -> int:
                 streams += outcome.streams
     if leases:
         leases.sort()
+        median, most = statistics.median(leases), leases[int(len(leases) * 0.99)]
         print(
-            f"{len(leases)} of {len(seeds)} seeds hold; leases to convergence: median "
-            f"{statistics.median(leases):.1f}, 99 % {leases[int(len(leases) * 0.99)]:.1f}, max {leases[-1]:.1f}"
+            f"{len(leases)} of {len(seeds)} seeds hold; leases to convergence: "
+            f"median {median:.1f}, 99 % {most:.1f}, max {leases[-1]:.1f}"
         )
         print("streams: " + ", ".join(f"{count} {end}" for end, count in sorted(streams.items())))
     return 1 if failures else 0

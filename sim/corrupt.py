@@ -1,4 +1,4 @@
-"""Arbitrary state at the start: memory, disk and messages under way hold anything that has the right types."""
+"""Arbitrary state at the start: memory, disk and messages under way hold anything of the right types."""
 
 import math
 from random import Random
@@ -86,7 +86,7 @@ def wish(scenario: "Scenario") -> Wish:
 def disk(scenario: "Scenario", machine: "Machine") -> None:
     """What a machine finds on its disk."""
     random = scenario.random
-    if random.random() < 0.5:
+    if scenario.muddled and random.random() < 0.5:
         machine.wishes = tuple(wish(scenario) for _ in range(random.randint(0, 2)))
     for shape in scenario.shapes.values():
         if random.random() < 0.4:
@@ -94,10 +94,8 @@ def disk(scenario: "Scenario", machine: "Machine") -> None:
 
 
 def everything(scenario: "Scenario") -> None:
-    """Memory of all agents, and messages under way; in half of the worlds."""
+    """Memory of all agents, and messages under way."""
     random, world = scenario.random, scenario.world
-    if random.random() < 0.5:
-        return
     sessions = [agent.mind._session for agent in world.agents.values()]
     names = [*world.machines, "ghost"]
     for name, agent in world.agents.items():

@@ -1,6 +1,7 @@
 """A machine: what it has, what its disk holds, and what is wrong with it. It outlives its agents."""
 
 from dataclasses import dataclass, field
+
 from cordee.cluster.facts import Device, SliceHeld
 from cordee.cluster.wishes import Wish
 
@@ -9,7 +10,7 @@ DISK_BYTES = 100 << 30
 
 @dataclass(eq=False)
 class Machine:
-    """`clock_error` is by how much its clock is wrong; `since` is what its steady clock showed at the start."""
+    """`clock_error`: by how much its clock is wrong; `since`: what its steady clock showed at the start."""
 
     name: str
     devices: tuple[Device, ...]

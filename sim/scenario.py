@@ -4,20 +4,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cordee.cluster.facts import Device, ModelShape
+from cordee.cluster.planner import Planner
 from cordee.cluster.view import BEAT_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS
 from cordee.generation.gateway import News
 from cordee.generation.request import Request, SamplingParams
 from sim import corrupt, stages
 from sim.agent import Agent
 from sim.machine import DISK_BYTES, Machine
-from sim.planning import SimplePlanning
 from sim.world import World
 
 FAULT_SECONDS = 12.0
-# From the end of the faults to the users' last wish: membership is right by then, and so is the cluster's clock.
+# From the end of the faults to the users' last wish: membership is right by then, so is the cluster's clock.
 WISH_SECONDS = SILENCE_SECONDS + SUSPICION_SECONDS + BEAT_SECONDS
 CONTEXT, SEQUENCES = 64, 3
 MB = 1_000_000
+LAYER_BYTES, STAGE_BYTES = 101 * MB, 60 * MB  # with the KV cache; what a stage takes beside
 DAY = 86400.0
 
 
@@ -75,11 +76,11 @@ class Scenario:
     def __init__(self, seed: int) -> None:
         self.world = World(seed)
         self.random = self.world.random
-        self.planning = SimplePlanning()
+        self.planner = Planner()
         self.clients: list[Client] = []
         self.revoked: set[str] = set()
         self.dead: set[str] = set()  # never to come back
-        self.story: list[str] = []
+        self.muddled = self.random.random() < 0.5  # corrupted state at the start
         models = ("small", "large")[: 1 + (self.random.random() < 0.3)]
         self.world.models = models
         self.shapes = {name: shape_of(name, 4 + 2 * index) for index, name in enumerate(models)}
@@ -88,21 +89,24 @@ class Scenario:
 
     def _machine(self, name: str) -> None:
         random = self.random
-        devices = [Device("cpu", "cpu", random.randint(2, 7) * 101 * MB, random.choice((1e9, 2e9, 4e9)))]
+        memory_bytes = STAGE_BYTES + random.randint(2, 7) * LAYER_BYTES
+        devices = [Device("cpu", "cpu", memory_bytes, random.choice((1e9, 2e9, 4e9)))]
         if random.random() < 0.25:
-            devices.append(Device("gpu0", "gpu", random.randint(2, 6) * 101 * MB, 2e10))
+            memory_bytes = STAGE_BYTES + random.randint(2, 6) * LAYER_BYTES
+            devices.append(Device("gpu0", "gpu", memory_bytes, 2e10))
         machine = Machine(name, tuple(devices), since=random.random() * 1e6)
-        if random.random() < 0.2:
+        if self.muddled and random.random() < 0.4:
             machine.clock_error = random.choice((-DAY, DAY, 3600.0, 1e9, -1e9))
         self.world.machines[name] = machine
 
     def play(self) -> None:
-        """From the start to the moment when the last fault is over."""
+        """From the start to the moment when the last fault is over, and users say again what they want."""
         random, world = self.random, self.world
         for machine in world.machines.values():
             corrupt.disk(self, machine)
             self.boot(machine.name)
-        corrupt.everything(self)
+        if self.muddled:
+            corrupt.everything(self)
         for name, shape in self.shapes.items():
             world.after(random.random(), self._wish, name, shape)
         if random.random() < 0.7:
@@ -115,12 +119,15 @@ class Scenario:
             world.after(random.random() * FAULT_SECONDS, fault, self, random.choice(list(world.machines)))
         world.run(FAULT_SECONDS)
         self._calm()
+        world.run(FAULT_SECONDS + (WISH_SECONDS if self.muddled else BEAT_SECONDS))
+        for name, shape in self.shapes.items():
+            self._wish(name, shape)
 
     def boot(self, name: str) -> None:
         """A machine's agent starts."""
         world = self.world
         if name not in world.agents and name not in self.dead:
-            world.agents[name] = Agent(world, world.machines[name], self.planning)
+            world.agents[name] = Agent(world, world.machines[name], self.planner)
             world.watch(name, 0.3)
 
     def crash(self, name: str) -> None:
@@ -165,15 +172,13 @@ class Scenario:
         agent._drain()
 
     def _calm(self) -> None:
-        """The faults end; what was only down comes back, the users say again what they want."""
+        """The faults end; what was only down comes back."""
         world = self.world
         world.calm()
         for name, machine in world.machines.items():
             machine.slow, machine.breaks_loading = 1.0, False
             self.boot(name)
             world.watch(name, 0.3)
-        for name, shape in self.shapes.items():
-            world.after(WISH_SECONDS, self._wish, name, shape)
 
 
 def _crash(scenario: Scenario, name: str) -> None:
@@ -207,6 +212,7 @@ def _cut(scenario: Scenario, name: str) -> None:
 
 def _clock(scenario: Scenario, name: str) -> None:
     scenario.world.machines[name].clock_error += scenario.random.choice((-DAY, DAY, 30.0, -30.0))
+    scenario.muddled = True
 
 
 def _slow(scenario: Scenario, name: str) -> None:

@@ -59,12 +59,12 @@ class Mind:
         self._facts = facts
         self._offset = clock - now
         self._revocations = dict(revocations or {})
-        self._membership.settle(self._revocations, now)
+        self._membership.settle(now)
         self._wishes.settle(self._clock(now))
 
     def hear(self, beat: Beat, now: float) -> bool:
         """A beat came; False if it changes nothing. Its revocations are the shell's to check first."""
-        if beat.facts.node in self._revocations or beat.facts.node == self.me:
+        if beat.facts.node == self.me or self._refuses(beat.facts.node):
             return False
         before = self._wishes.all
         if beat.wishes != before:
@@ -90,7 +90,7 @@ class Mind:
 
     def nodes(self, now: float) -> dict[str, tuple[Liveness, Facts]]:
         """All known nodes, us included, by id."""
-        known = self._membership.facts(now)
+        known = {node: seen for node, seen in self._membership.facts(now).items() if not self._refuses(node)}
         if self._facts is not None:
             known[self.me] = ("alive", self._facts)
         return dict(sorted(known.items()))
@@ -115,6 +115,9 @@ class Mind:
             self._goals = goals(view, self.me, self._chosen, self._planning)
             self._view, self._planned = view, now
         return self._goals
+
+    def _refuses(self, node: str) -> bool:
+        return node in self._revocations
 
     def _look(self, now: float) -> View:
         known = self.nodes(now)

@@ -8,7 +8,7 @@ liveliness token that the bus takes away when the node's links end. Neither alon
     alive     a beat is heard                                         stay               may use it
     suspect   its token is lost, or no beat for SILENCE_SECONDS       stay               do not use it
     gone      suspect for SUSPICION_SECONDS                           are infeasible     do not use it
-    (none)    gone for FORGET_SECONDS, or revoked
+    (none)    gone for FORGET_SECONDS
 
 Only the times of the last signs are stored; states are computed from them and `now`. A time that a fault put
 into the future becomes now, so it delays a verdict by one period at most.
@@ -24,7 +24,7 @@ messages' delay; and as everything that is decided is a function of the view, th
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -130,14 +130,14 @@ class Membership:
         """The other nodes, by id."""
         return {node: (self.liveness(node, now), seen.beat.facts) for node, seen in self._seen.items()}
 
-    def settle(self, revoked: Collection[str], now: float) -> None:
-        """Call it often: impossible times are mended, revoked and long gone nodes forgotten."""
+    def settle(self, now: float) -> None:
+        """Call it often: impossible times are mended, long gone nodes forgotten."""
         for node, seen in list(self._seen.items()):
             if not seen.heard <= now:  # or not a number
                 seen.heard = now
             if seen.lost is not None and not seen.lost <= now:
                 seen.lost = now
-            if node in revoked or now - seen.since() >= FORGET_SECONDS:
+            if now - seen.since() >= FORGET_SECONDS:
                 del self._seen[node]
         excess = len(self._seen) - NODES_MAX
         if excess > 0:

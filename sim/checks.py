@@ -1,0 +1,213 @@
+"""What is right: looked at from above, with the truth about every machine in hand. Empty answers are good."""
+
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+
+from cordee.cluster.choose import UPGRADE_RATIO, Chosen
+from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace, placement_id
+from cordee.cluster.goals import Load, holds, load_of
+from sim.agent import Agent
+from sim.scenario import CONTEXT, SEQUENCES, Scenario
+
+Placed = tuple[Placement, float]  # with its predicted tokens per second
+
+
+def always(scenario: Scenario) -> str:
+    """What may never be, faults or not."""
+    for client in scenario.clients:
+        if client.wrong:
+            return f"stream {client.request.id}: {client.wrong}"
+    for agent in scenario.live():
+        for pick in _picks(agent):
+            for placement in (pick.placement, pick.successor):
+                for place in placement.stages if placement is not None else ():
+                    if place.node in agent.mind._revocations:
+                        return f"{agent.name} places a stage on {place.node}, which is revoked"
+    return ""
+
+
+def interrupted(scenario: Scenario, models: frozenset[str]) -> str:
+    """Whether a model that served does not serve now."""
+    running = {
+        process.wiring
+        for agent in scenario.live()
+        for process in agent.workers.values()
+        if process.state == "wired"
+    }
+    for model in models:
+        picks = [pick for agent in scenario.live() for pick in agent.mind.chosen.get(model, ())]
+        if not any(pick.wiring in running for pick in picks):
+            return f"{model} was interrupted"
+    return ""
+
+
+def picture(scenario: Scenario) -> object:
+    """What must not change once things are settled."""
+    return [(agent.name, agent.mind.chosen, sorted(agent.workers)) for agent in scenario.live()]
+
+
+def serving(scenario: Scenario) -> dict[str, Placed]:
+    """What serves each model."""
+    agents = scenario.live()
+    facts = {agent.name: facts_of(agent) for agent in agents}
+    shapes = scenario.shapes
+    return {
+        model: (picks[0].placement, scenario.planner.speed(shapes[model], picks[0].placement, facts))
+        for agent in agents[:1]
+        for model, picks in agent.mind.chosen.items()
+        if picks and picks[0].wiring and model in shapes
+    }
+
+
+def worth_moving(scenario: Scenario, old: Placed, new: Placed) -> bool:
+    """Whether a move was for a clear gain, or away from a draining node."""
+    drained = any(scenario.world.machines[place.node].draining for place in old[0].stages)
+    return drained or new[1] >= old[1] * UPGRADE_RATIO
+
+
+def unsettled(scenario: Scenario) -> str:
+    """What is still missing."""
+    agents = scenario.live()
+    if not agents:
+        return ""
+    chosen = agents[0].mind.chosen
+    for agent in agents[1:]:
+        if agent.mind.chosen != chosen:
+            return f"{agents[0].name} and {agent.name} do not agree"
+    if any(agent.crew._failures for agent in agents):
+        return "a failure still counts"
+    return (
+        _not_running(scenario, chosen)
+        or _not_planned(scenario, agents, chosen)
+        or _leftovers(scenario, agents, chosen)
+        or _copies(scenario, agents, chosen)
+        or _open_streams(scenario)
+    )
+
+
+def _picks(agent: Agent) -> list[Chosen]:
+    return [pick for picks in agent.mind.chosen.values() for pick in picks]
+
+
+def facts_of(agent: Agent) -> Facts:
+    """What an agent says of itself."""
+    return agent.mind.nodes(agent.now)[agent.name][1]
+
+
+def _not_running(scenario: Scenario, chosen: Mapping[str, tuple[Chosen, ...]]) -> str:
+    for model, picks in chosen.items():
+        for pick in picks:
+            if not pick.wiring:
+                return f"{model} does not serve"
+            if pick.successor is not None:
+                return f"{model} is moving"
+            for index, place in enumerate(pick.placement.stages):
+                agent = scenario.world.agents.get(place.node)
+                if agent is None or place.node in scenario.revoked:
+                    return f"{model} is placed on {place.node}, which is not there"
+                found = [p for p in agent.workers.values() if p.wiring == pick.wiring and p.index == index]
+                if len(found) != 1 or found[0].load != load_of(pick.placement, index):
+                    return f"stage {index} of {model} is not wired"
+    return ""
+
+
+def _not_planned(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tuple[Chosen, ...]]) -> str:
+    """A model that could run, or could do without draining nodes, and does not."""
+    for model, shape in scenario.shapes.items():
+        picks = chosen.get(model, ())
+        if not picks and _could_run(scenario, agents, shape, None):
+            return f"{model} could run, and does not"
+        for pick in picks:
+            leaving = any(scenario.world.machines[place.node].draining for place in pick.placement.stages)
+            if leaving and _could_run(scenario, agents, shape, pick.wiring):
+                return f"{model} keeps a draining node busy"
+    return ""
+
+
+def _could_run(scenario: Scenario, agents: list[Agent], shape: ModelShape, without: str | None) -> bool:
+    """Whether the live machines have room for a model beside all that runs, save one wiring."""
+    nodes = []
+    for agent in agents:
+        free = _free(scenario, agent, without)
+        devices = tuple(replace(d, memory_bytes=free[d.name]) for d in agent.machine.devices)
+        nodes.append(replace(facts_of(agent), devices=devices))
+    return scenario.planner.plan(shape, CONTEXT, SEQUENCES, nodes) is not None
+
+
+def _free(scenario: Scenario, agent: Agent, without: str | None = None) -> dict[str, int]:
+    free = {device.name: device.memory_bytes for device in agent.machine.devices}
+    for process in agent.workers.values():
+        if process.wiring != without and process.load.device in free:
+            free[process.load.device] -= _worker_bytes(scenario, process.load)
+    return free
+
+
+def _worker_bytes(scenario: Scenario, load: Load) -> int:
+    shape = next((shape for shape in scenario.shapes.values() if shape.digest == load.model), None)
+    if shape is None:
+        return 0
+    place = StagePlace("", load.device, load.first, load.last)
+    placement = Placement(load.model, load.context, load.sequences, (place,))
+    return scenario.planner.stage_bytes(shape, placement, 0)
+
+
+def _leftovers(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tuple[Chosen, ...]]) -> str:
+    wirings = {pick.wiring for picks in chosen.values() for pick in picks}
+    for agent in agents:
+        for process in agent.workers.values():
+            if process.wiring not in wirings:
+                return f"{agent.name} runs a worker that nobody needs"
+        for pipeline in agent.pipelines.values():
+            if pipeline.wiring not in wirings:
+                return f"{agent.name} hosts what does not serve"
+        if min(_free(scenario, agent).values()) < 0:
+            return f"{agent.name} has more stages than memory"
+    return ""
+
+
+def _copies(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tuple[Chosen, ...]]) -> str:
+    """A slice that lies on one node only, though another has the disk for it."""
+    for placement in {placement_id(p.placement): p.placement for ps in chosen.values() for p in ps}.values():
+        for index, place in enumerate(placement.stages):
+            goal = load_of(placement, index).slice
+            others = [agent for agent in agents if agent.name != place.node and not agent.machine.draining]
+            held = any(holds(tuple(agent.machine.slices), goal) for agent in others)
+            if not held and any(agent.machine.disk_bytes > 0 for agent in others):
+                return f"layers {goal.first} to {goal.last} of {goal.model} lie on {place.node} only"
+    return ""
+
+
+def _open_streams(scenario: Scenario) -> str:
+    served = {model for agent in scenario.live() for model, picks in agent.mind.chosen.items() if picks}
+    for client in scenario.clients:
+        lost = not client.gateway.up or client.gateway.name in scenario.revoked
+        if not client.ended and not lost and client.model in served:
+            return f"stream {client.request.id} is not answered"
+    return ""
+
+
+def lines(scenario: Scenario) -> list[str]:
+    """One line for each node, and for each stream."""
+    found = []
+    for name, machine in scenario.world.machines.items():
+        agent = scenario.world.agents.get(name)
+        if agent is None:
+            found.append(f"  {name}: down")
+            continue
+        state = "revoked" if name in scenario.revoked else "draining" if machine.draining else "up"
+        chosen = {
+            model: [f"{placement_id(pick.placement)[:4]}/{pick.wiring[:4] or '-'}" for pick in picks]
+            for model, picks in agent.mind.chosen.items()
+        }
+        workers = [
+            f"{p.load.model}[{p.load.first}:{p.load.last}] {p.state} {p.wiring[:4]}"
+            for p in agent.workers.values()
+        ]
+        failures = [f"{load.first}:{load.last}" for load in agent.crew._failures]
+        knows = {node: state for node, (state, _) in agent.mind.nodes(agent.now).items()}
+        found.append(f"  {name}: {state}; sees {knows}; wants {chosen}; runs {workers}; failed {failures}")
+    found += [
+        f"  stream {c.request.id} at {c.gateway.name}: {c.ended or len(c.got)}" for c in scenario.clients
+    ]
+    return found

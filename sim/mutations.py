@@ -1,0 +1,146 @@
+"""Planted bugs: that each is found shows that the simulator bites.
+
+`python -m sim.mutations` plays seeds under each until one breaks, and prints which.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+from cordee.cluster import choose, crew, facts, goals, mind, view, wishes
+from cordee.generation import gateway, host, scheduler
+from sim.run import Broken, play
+
+SEEDS_MAX = 200  # each must be found within so many
+
+
+def _set(*changes: tuple[object, str, object]) -> Callable[[ExitStack], None]:
+    def plant(stack: ExitStack) -> None:
+        for target, name, value in changes:
+            stack.enter_context(patch.object(target, name, value))
+
+    return plant
+
+
+def _nothing(*_: object, **__: object) -> None:
+    return None
+
+
+def _wiring_of_placement(placement: facts.Placement, workers: object) -> str:
+    return facts.placement_id(placement)
+
+
+def _unsorted_reports(self: choose.Reports, known: dict) -> None:
+    self.by_stage, self.placements, self.failed = {}, {}, set()
+    for node, own in known.items():
+        for report in own.stages:
+            self._add(node, report)
+
+
+def _unsorted_nodes(self: mind.Mind, now: float) -> dict:
+    return {self.me: ("alive", self._facts), **self._membership.facts(now)}
+
+
+def _old_for_ever(beat: view.Beat, seen: view.Sighting, now: float) -> bool:
+    return beat.session == seen.beat.session and beat.sent <= seen.beat.sent
+
+
+def _take_any_index(self: gateway.Gateway, stream: object, piece: object) -> None:
+    stream.generated += [choice.token for choice in piece.choices]
+    self._news.append(gateway.News(stream.request.id, piece.choices, 0, piece.finish_reason))
+    if piece.finish_reason is not None:
+        self.cancel(stream.request.id)
+
+
+def _lost_without_replay(self: scheduler.Scheduler) -> None:
+    self._in_flight.clear()
+
+
+def _wishes_by_arrival(self: wishes.Wishes, wish: wishes.Wish) -> None:
+    if wish != self._wishes.get(wish.model):
+        self._put(wish)
+
+
+def _serving_once_loaded(self: choose.Reports, placement: facts.Placement) -> str:
+    return self.wiring(placement)
+
+
+def _never_forgive(self: crew.Crew, workers: object, now: float) -> None:
+    return None
+
+
+_step = crew.Crew.step
+
+
+def _never_rename(self: crew.Crew, *arguments: object) -> crew.Orders:
+    return dataclasses.replace(_step(self, *arguments), rename=())
+
+
+def _never_stop(self: crew.Crew, *arguments: object) -> crew.Orders:
+    return dataclasses.replace(_step(self, *arguments), stop=())
+
+
+MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
+    "a suspect is dead at once": _set((view, "SUSPICION_SECONDS", 0.0)),
+    "nobody is ever gone": _set((view, "SUSPICION_SECONDS", math.inf)),
+    "times from the future are believed": _set((view.Membership, "settle", _nothing)),
+    "beats sent earlier are old for ever": _set((view, "_is_old", _old_for_ever)),
+    "revoked nodes are allowed": _set((mind.Mind, "_refuses", lambda *_: False)),
+    "stamps from the future are believed": _set((wishes, "_clamped", lambda wish, clock: wish)),
+    "the last wish to arrive wins": _set((wishes.Wishes, "_take", _wishes_by_arrival)),
+    "the wiring ignores the workers": _set((choose, "wiring_id", _wiring_of_placement)),
+    "choosing by order of arrival": _set(
+        (choose.Candidate, "rank", property(lambda self: 0)),
+        (choose.Reports, "__init__", _unsorted_reports),
+        (mind.Mind, "nodes", _unsorted_nodes),
+    ),
+    "no hysteresis: always the fastest": _set((choose.Choice, "_candidates", lambda *_: [])),
+    "any gain is worth a move": _set((choose, "UPGRADE_RATIO", 1.01)),
+    "memory is given out twice": _set((choose.Choice, "_fits", lambda *_: True)),
+    "serving before the links are made": _set((choose.Reports, "serving", _serving_once_loaded)),
+    "draining nodes keep their stages": _set((choose.Choice, "_succeed", _nothing)),
+    "slices lie on one node only": _set((goals, "_copies", lambda *_: [])),
+    "failures are never forgiven": _set((crew.Crew, "_forget", _never_forgive)),
+    "a wiring left is entered again": _set((crew.Crew, "step", _never_rename)),
+    "workers are never stopped": _set((crew.Crew, "step", _never_stop)),
+    "no replay after a loss": _set((scheduler.Scheduler, "lost", _lost_without_replay)),
+    "the host does not hear of a loss": _set((host.Host, "lost", _nothing)),
+    "any index is taken": _set((gateway.Gateway, "_take", _take_any_index)),
+    "asks are sent once": _set((gateway.Gateway, "_answered", _nothing)),
+}
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    """The code with one bug."""
+    with ExitStack() as stack:
+        MUTATIONS[name](stack)
+        yield
+
+
+def found(name: str) -> tuple[int, str] | None:
+    """The first seed that shows a bug, and how it shows; None if none of SEEDS_MAX does."""
+    with planted(name):
+        for seed in range(SEEDS_MAX):
+            try:
+                play(seed)
+            except Broken as error:
+                return seed, str(error).splitlines()[0]
+    return None
+
+
+def main() -> int:
+    """Exit status 1 if a bug is not found."""
+    missed = 0
+    for name in MUTATIONS:
+        result = found(name)
+        missed += result is None
+        print(f"{name}: {'NOT FOUND' if result is None else result[1]}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
