@@ -254,6 +254,15 @@ def test_a_flipped_bit_is_found_named_and_repaired_alone(holder, node, tmp_path,
     assert node.verify(holder.digest, 0, 2) == []
 
 
+def test_a_damaged_whole_model_is_found_by_its_chunk(holder):
+    assert holder.parts.verify(holder.digest, 0, 6) == []
+    with holder.model.path.open("r+b") as file:
+        file.seek(read_header(holder.model.path).tensor("blk.4.attn_q.weight").offset)
+        file.write(b"\xff\xfe\xfd")
+    (found,) = holder.parts.verify(holder.digest, 0, 6)
+    assert found.startswith("chunk 0 of blk.4.attn_q.weight of ")
+
+
 def test_damage_is_not_passed_on(holder, node):
     path = holder.give(node, 0, 2)
     layout = node.layout(holder.digest, 0, 2)

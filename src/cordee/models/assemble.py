@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -60,10 +60,6 @@ class Layout:
     def chunks(self) -> Iterator[Chunk]:
         """The chunks of the part, in the order of its file."""
         return (chunk for tensor in self.offsets for chunk in self.sheet.chunks(tensor))
-
-    def read(self, file: int, chunk: Chunk) -> bytes | None:
-        """A chunk from a file of this layout, as `read_chunk` does."""
-        return read_chunk(self.sheet, chunk, file, self.offsets[chunk.tensor])
 
     def differences(self, file: int) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes it should have) where a file of this layout differs outside its chunks."""
@@ -146,7 +142,8 @@ class Assembly:
             for at, wanted in list(self.layout.differences(self._file)):
                 _write_at(self._file, wanted, at)
             for chunk in list(self.missing):
-                if self.layout.read(self._file, chunk) is not None:
+                at = self.layout.offsets[chunk.tensor]
+                if read_chunk(self.layout.sheet, chunk, self._file, at) is not None:
                     self._note(chunk)
 
     def _note(self, chunk: Chunk) -> None:
@@ -193,18 +190,32 @@ def damages(layout: Layout, path: Path, progress: Progress | None = None) -> lis
     Raises:
         BadModelFile: the file cannot be read.
     """
+    found = bad_chunks(layout.sheet, layout.offsets, path, progress)
+    with path.open("rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size != layout.nbytes:
+            found.append(f"the length of {layout.name}")
+        if any(True for _ in layout.differences(file.fileno())):
+            found.append(f"the header or padding of {layout.name}")
+    return found
+
+
+def bad_chunks(
+    sheet: Sheet, offsets: Mapping[int, int], path: Path, progress: Progress | None = None
+) -> list[str]:
+    """The names of the chunks that are damaged in a file where tensors begin at `offsets`.
+
+    Raises:
+        BadModelFile: the file cannot be read.
+    """
     found: list[str] = []
+    chunks = [chunk for tensor in offsets for chunk in sheet.chunks(tensor)]
+    done, total = 0, sum(map(sheet.nbytes, chunks))
     try:
         with path.open("rb", buffering=0) as file:
-            if os.fstat(file.fileno()).st_size != layout.nbytes:
-                found.append(f"the length of {layout.name}")
-            if any(True for _ in layout.differences(file.fileno())):
-                found.append(f"the header or padding of {layout.name}")
-            done, total = 0, sum(layout.sheet.nbytes(chunk) for chunk in layout.chunks())
-            for chunk in layout.chunks():
-                if layout.read(file.fileno(), chunk) is None:
-                    found.append(layout.sheet.chunk_name(chunk))
-                done += layout.sheet.nbytes(chunk)
+            for chunk in chunks:
+                if read_chunk(sheet, chunk, file.fileno(), offsets[chunk.tensor]) is None:
+                    found.append(sheet.chunk_name(chunk))
+                done += sheet.nbytes(chunk)
                 if progress:
                     progress(done, total)
     except OSError as error:

@@ -19,7 +19,16 @@ from typing import Any
 from cordee.cluster.facts import SliceHeld
 from cordee.errors import BadModelFile, CordeeError, ModelNotFound
 from cordee.files import atomic_file, disk_faults
-from cordee.models.assemble import PARTIAL, Assembly, Layout, assembling, damages, partial_path, read_chunk
+from cordee.models.assemble import (
+    PARTIAL,
+    Assembly,
+    Layout,
+    assembling,
+    bad_chunks,
+    damages,
+    partial_path,
+    read_chunk,
+)
 from cordee.models.gguf import read_header
 from cordee.models.sheet import CHUNK_BYTES, Chunk, Sheet, SheetMaker, make_sheet, read_sheet
 from cordee.models.slices import Progress, SliceFile, plan_outside
@@ -193,11 +202,14 @@ class Parts:
     def verify(self, digest: str, first: int, last: int, progress: Progress | None = None) -> list[str]:
         """Read a complete part back; the names of all that is damaged.
 
-        A damaged part is no longer held: assembling it again fetches what was damaged and nothing else.
-        Raises as `layout` does.
+        A damaged part is no longer held: assembling it again fetches what was damaged and nothing else. (A
+        damaged whole model stays: only `cordee pull` puts it back.) Raises as `layout` does.
         """
-        path = self._path(digest, first, last)
-        found = damages(self.layout(digest, first, last), path, progress)
+        layout, path = self.layout(digest, first, last), self._path(digest, first, last)
+        whole = self._store.whole(digest)
+        if whole and (first, last) == (0, layout.sheet.header.layers):
+            return bad_chunks(layout.sheet, _whole_offsets(layout.sheet), whole, progress)
+        found = damages(layout, path, progress)
         if found:
             with disk_faults(self._root):
                 path.replace(partial_path(path))
@@ -240,10 +252,13 @@ class Parts:
     def _files(self, digest: str, growing: bool = False) -> Iterator[tuple[Path, dict[int, int]]]:
         """(file, where in it each tensor begins) for everything that may hold chunks of a model."""
         if whole := self._store.whole(digest):
-            tensors = self.sheet(digest).header.tensors
-            yield whole, {number: tensor.offset for number, tensor in enumerate(tensors)}
+            yield whole, _whole_offsets(self.sheet(digest))
         for layout, path in self._found(digest) if growing else self._complete(digest):
             yield path, layout.offsets
+
+
+def _whole_offsets(sheet: Sheet) -> dict[int, int]:
+    return {number: tensor.offset for number, tensor in enumerate(sheet.header.tensors)}
 
 
 def _is_complete(layout: Layout, path: Path) -> bool:

@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from cordee.errors import StorageFailed
+from cordee.errors import BadModelFile, StorageFailed
 from cordee.files import atomic_file, disk_faults
 from cordee.models.assemble import Assembly
 from cordee.models.gguf import MAGIC, Header, has_header, read_header
@@ -59,15 +59,20 @@ class HubModel:
             for number, tensor in enumerate(self.header.tensors)
             for index in range(chunk_count(tensor))
         ]
-        done, total = 0, sum(file.nbytes for file in self._files)
+        done = 0
+
+        def take(chunk: Chunk, data: bytes) -> None:
+            nonlocal done
+            maker.add(chunk, data)
+            done += len(data)
+            if progress:
+                progress(done, self.header.size_bytes)
+
         for file in self._files:
-            carver = _Carver(0, self._regions(file, chunks), maker.add)
+            carver = _Carver(0, self._regions(file, chunks), take)
             for start in range(0, file.nbytes, SPAN_BYTES):
                 nbytes = min(SPAN_BYTES, file.nbytes - start)
                 fetch_range(file, start, nbytes, carver.up_to(start + nbytes))
-                done += nbytes
-                if progress:
-                    progress(done, total)
             if carver.digest.hexdigest() != file.sha256:
                 raise StorageFailed(f"{file.path} came with other content than the hub promised: try again.")
         return parts.keep_made(maker)
@@ -77,8 +82,13 @@ class HubModel:
 
         Raises:
             StorageFailed: the hub cannot be reached, or there is no room on disk; what came is kept.
-            BadModelFile: the hub's model is not the one of the sheet; names the chunk.
+            BadModelFile: the hub's model is not the one of the sheet; names the chunk if the headers agree.
         """
+        shapes = [
+            [(t.name, t.nbytes) for t in h.tensors] for h in (self.header, assembly.layout.sheet.header)
+        ]
+        if shapes[0] != shapes[1]:
+            raise BadModelFile(f"{self._files[0].repository} does not hold {assembly.layout.name}.")
 
         def take(chunk: Chunk, data: bytes) -> None:
             assembly.put(chunk, data, f"The hub ({self._files[0].repository})")
