@@ -56,6 +56,7 @@ class _Entry:
     name: str  # the scheduler's id
     base: int  # index of the first of `choices`; the gateway has all before
     sent: int  # the first index that is to be said next
+    heard: float  # when it was asked for, or an Assert last named it, in awake seconds
     choices: list[Choice] = field(default_factory=list)
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
@@ -150,10 +151,13 @@ class Host:
     def tick(self, now: float) -> None:
         """Let time pass; `now` in seconds. Several times a second."""
         self._clock.tick(now)
+        oldest = self._clock.seconds - LEASE_SECONDS
         for key, session in list(self._sessions.items()):
-            if self._clock.seconds - session.heard > LEASE_SECONDS:
-                for entry in list(session.entries.values()):
+            for entry in list(session.entries.values()):
+                # An ask of a number that no Assert of the gateway will ever reach is a fault's.
+                if min(entry.heard, session.heard) < oldest:
                     self._drop(session, entry)
+            if session.heard < oldest:
                 del self._sessions[key]
 
     def next_batch(self) -> MicroBatch | None:
@@ -209,7 +213,7 @@ class Host:
         session.heard = self._clock.seconds
         length = len(ask.generated)
         name = f"{session.id:x}-{ask.number}"
-        entry = _Entry(ask.number, ask.stream, name, base=length, sent=length)
+        entry = _Entry(ask.number, ask.stream, name, length, length, self._clock.seconds)
         session.entries[ask.number] = entry
         try:
             if not all(0 <= token < self._n_vocab for token in (*ask.request.prompt, *ask.generated)):
@@ -236,6 +240,7 @@ class Host:
             if entry is None:
                 unknown.append(ask)
                 continue
+            entry.heard = self._clock.seconds
             if not entry.rewind(have):
                 self._give_up(session, entry)
             elif entry.has_news:
