@@ -5,8 +5,11 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from cordee.cluster.facts import Facts, Placement, SliceHeld, StagePlace, StageReport
+from cordee.cluster.goals import load_of
 from cordee.cluster.view import Beat, Sighting
 from cordee.cluster.wishes import Wish
+from cordee.generation.request import Request
+from cordee.generation.streams import Ask, Assert
 from sim.agent import EPOCH
 
 if TYPE_CHECKING:
@@ -118,6 +121,20 @@ def everything(scenario: "Scenario") -> None:
         target = random.choice(list(world.machines))
         garbage = beat(scenario, random.choice(names), sessions)
         world.after(random.random() * 2, world.arrive, target, "beat", garbage)
+        world.after(random.random() * 4, world.arrive, target, "ask", _ask(scenario))
+
+
+def _ask(scenario: "Scenario") -> Ask | Assert:
+    """What a gateway never said, with its true id."""
+    random = scenario.random
+    agent = random.choice(list(scenario.world.agents.values()))
+    model, counter = random.choice(scenario.world.models), random.choice((1, 5, 10**18))
+    head = (agent.name, agent.gateway._id, random.randint(1, 3), model, counter)
+    if random.random() < 0.5:
+        return Assert(*head, ((random.randint(1, 9), random.randint(0, 9)),))
+    prompt = tuple(random.randrange(-1, 2000) for _ in range(random.randint(0, 90)))
+    request = Request(id=f"s{random.randint(0, 4)}", prompt=prompt, max_tokens=random.choice((None, 5)))
+    return Ask(*head, random.randint(1, 9), request, ())
 
 
 def _corrupt_crew(scenario: "Scenario", agent: object) -> None:
@@ -128,8 +145,6 @@ def _corrupt_crew(scenario: "Scenario", agent: object) -> None:
         mine = [index for index, place in enumerate(placed.stages) if place.last > place.first]
         if not mine:
             continue
-        from cordee.cluster.goals import load_of
-
         load = load_of(placed, random.choice(mine))
         agent._start(load)
         process = list(agent.workers.values())[-1]

@@ -55,6 +55,10 @@ def _take_any_index(self: gateway.Gateway, stream: object, piece: object) -> Non
         self.cancel(stream.request.id)
 
 
+def _only_hear(self: gateway.Gateway, peer: object, said: object) -> None:
+    peer.heard = self._clock.seconds
+
+
 def _lost_without_replay(self: scheduler.Scheduler) -> None:
     self._in_flight.clear()
 
@@ -109,7 +113,7 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "no replay after a loss": _set((scheduler.Scheduler, "lost", _lost_without_replay)),
     "the host does not hear of a loss": _set((host.Host, "lost", _nothing)),
     "any index is taken": _set((gateway.Gateway, "_take", _take_any_index)),
-    "asks are sent once": _set((gateway.Gateway, "_answered", _nothing)),
+    "what was lost is not asked again": _set((gateway.Gateway, "_answered", _only_hear)),
 }
 
 
