@@ -78,6 +78,7 @@ class World:
     def __init__(self, model: Path, folder: Path, nodes: str) -> None:
         self.folder, self.model, self.wire = folder, model, Wire()
         self.reports: list[str] = []
+        self.damage: list[tuple[str, str]] = []
         self.parts: dict[str, Parts] = {}
         for name in nodes:
             store = Store(folder / name)
@@ -88,9 +89,8 @@ class World:
         self.client = ChunkClient(self.wire, self.mine, self.reports.append)
 
     def serve(self, name: str, **options) -> None:
-        self.wire.handlers[chunk_key(name)] = ChunkServer(
-            self.parts[name], self.reports.append, **options
-        ).answer
+        server = ChunkServer(self.parts[name], lambda *damage: self.damage.append(damage), **options)
+        self.wire.handlers[chunk_key(name)] = server.answer
 
     def holders(self) -> dict[str, list[SliceHeld]]:
         """What each node truly has."""
@@ -291,30 +291,29 @@ def test_who_says_he_has_what_he_has_not_is_not_asked_for_it_twice(world):
     assert all(count <= chunks_module.IN_FLIGHT_EACH for count in tensors.values())
 
 
-def test_damage_on_a_neighbours_disk_is_found_there_and_fetched_elsewhere(world, tmp_path):
-    world = world("ab")
-    world.parts["b"] = Parts(Store(tmp_path / "other"))
-    mine, world.mine = world.mine, world.parts["b"]
-    world.client = ChunkClient(world.wire, world.mine, world.reports.append)
-    asyncio.run(world.fetch(0, 2, lambda: {"a": world.parts["a"].held(world.digest)}))
+def test_damage_on_a_neighbours_disk_is_found_there_and_fetched_elsewhere(world):
+    world = world("a")
+    asyncio.run(world.fetch(0, 2))
+    world.parts["b"] = world.mine
+    world.serve("b")
     path = world.mine.part(world.digest, 0, 2).path
     data = bytearray(path.read_bytes())
-    at = read_header(path).tensor("blk.1.ffn_up.weight").offset
-    data[at] ^= 1
+    data[read_header(path).tensor("blk.1.ffn_up.weight").offset] ^= 1
     path.write_bytes(data)
-    world.serve("b")
-    claims = {name: [SliceHeld(world.digest, 0, 2)] for name in "ab"}
-    world.client = ChunkClient(world.wire, mine, world.reports.append)
+    world.mine = Parts(Store(world.folder / "third"))
+    world.client = ChunkClient(world.wire, world.mine, world.reports.append)
     world.wire.asked.clear()
-    assert asyncio.run(world.fetch(0, 2, lambda: claims)) == world.cut(0, 2)
-    found = [report for report in world.reports if "chunk 0 of blk.1.ffn_up.weight" in report]
-    asked_b = any(
-        world.parts["a"].sheet(world.digest).header.tensors[tensor].name == "blk.1.ffn_up.weight"
-        and not chunk
-        for tensor, chunk in world.wire.chunks("b")
-    )
-    assert len(found) == asked_b
-    assert not any("asked no more" in report for report in world.reports)
+
+    def holders() -> dict[str, list[SliceHeld]]:
+        return {name: [SliceHeld(world.digest, 0, 2)] for name in ("ab" if world.damage else "b")}
+
+    assert asyncio.run(world.fetch(0, 2, holders)) == world.cut(0, 2)
+    ((model, text),) = world.damage
+    assert model == world.digest
+    assert "chunk 0 of blk.1.ffn_up.weight" in text
+    assert world.wire.chunks("a")
+    assert world.reports == []
+    assert len(world.parts["b"].verify(world.digest, 0, 2)) == 1
 
 
 def test_a_sheet_comes_from_the_next_one_if_the_first_lies(world):

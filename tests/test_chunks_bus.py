@@ -39,7 +39,7 @@ class Giver:
         self.parts, self.node, self.asked = Parts(store), member.node, []
         self.sheet = self.parts.sheet_of(store.add_file(starter, "starter", take="link"))
         self.held = self.parts.held(self.sheet.digest)
-        self._server = ChunkServer(self.parts, pytest.fail, bytes_per_second)
+        self._server = ChunkServer(self.parts, lambda *damage: pytest.fail(str(damage)), bytes_per_second)
 
     async def answer(self, payload: bytes) -> bytes:
         ask = msgspec.msgpack.decode(payload, type=Ask)

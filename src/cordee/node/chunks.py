@@ -81,12 +81,18 @@ def chunk_key(node: str) -> str:
 
 
 class ChunkServer:
-    """Answers for the chunks that lie here; `report` is told of damage it finds on this disk."""
+    """Answers for the chunks that lie here.
+
+    `on_damage(model, message)` is called when one is damaged on this disk: verify the parts of that model.
+    """
 
     def __init__(
-        self, parts: Parts, report: Report, bytes_per_second: float = SERVED_BYTES_PER_SECOND
+        self,
+        parts: Parts,
+        on_damage: Callable[[str, str], None],
+        bytes_per_second: float = SERVED_BYTES_PER_SECOND,
     ) -> None:
-        self._parts, self._report, self._bytes_per_second = parts, report, bytes_per_second
+        self._parts, self._on_damage, self._bytes_per_second = parts, on_damage, bytes_per_second
         self._readers = asyncio.Semaphore(READERS)
         self._waiting = 0
         self._free_at = 0.0
@@ -102,7 +108,7 @@ class ChunkServer:
         self._waiting += 1
         try:
             async with self._readers:
-                answer = await asyncio.to_thread(self._read, ask)
+                answer = await self._answer(ask)
                 now = time.monotonic()
                 self._free_at = max(self._free_at, now) + len(answer.data) / self._bytes_per_second
                 await asyncio.sleep(self._free_at - now)
@@ -110,16 +116,19 @@ class ChunkServer:
             self._waiting -= 1
         return msgspec.msgpack.encode(answer)
 
-    def _read(self, ask: Ask) -> Answer:
+    async def _answer(self, ask: Ask) -> Answer:
         try:
-            if ask.tensor == SHEET:
-                return Answer("here", self._parts.read_sheet_piece(ask.sheet, ask.chunk))
-            return Answer("here", self._parts.read(ask.sheet, Chunk(ask.tensor, ask.chunk)))
+            return Answer("here", await asyncio.to_thread(self._read, ask))
         except BadModelFile as error:
-            self._report(error.message)
+            self._on_damage(ask.sheet, error.message)
         except (CordeeError, OSError):
             pass  # whoever asks is told no more than that it is not here
         return Answer("absent")
+
+    def _read(self, ask: Ask) -> bytes:
+        if ask.tensor == SHEET:
+            return self._parts.read_sheet_piece(ask.sheet, ask.chunk)
+        return self._parts.read(ask.sheet, Chunk(ask.tensor, ask.chunk))
 
 
 class ChunkClient:
