@@ -285,7 +285,7 @@ class _Fetch:
     async def run(self) -> None:
         """Until nothing is missing; see `ChunkClient.part`."""
         try:
-            while self._assembly.missing:
+            while self._assembly.missing or self._flights:
                 self._launch()
                 if not self._flights:
                     raise self._nobody()
