@@ -1,5 +1,6 @@
 """Parts put together from chunks are the bytes of a cut, whatever falls in between; damage is named."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -284,8 +285,10 @@ def test_a_damaged_sheet_is_not_used_and_can_come_again(holder, node, tmp_path):
         again.sheet(holder.digest)
     with pytest.raises(BadModelFile, match="Another sheet came"):
         again.add_sheet(holder.digest, bytes(content))
-    with pytest.raises(BadModelFile):
-        again.add_sheet(holder.digest, b"no sheet at all, but some text")
+    for junk in (b"no sheet at all, but some text", holder.model.path.read_bytes()[:-1]):
+        with pytest.raises(BadModelFile):
+            again.add_sheet(f"sha256:{hashlib.sha256(junk).hexdigest()}", junk)
+    assert again.known() == [holder.digest]
     again.add_sheet(holder.digest, holder.sheet.path.read_bytes())
     assert again.sheet(holder.digest).digest == holder.digest
 

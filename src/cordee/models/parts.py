@@ -9,6 +9,7 @@ Everything can be read by chunk, from whichever file has it: for neighbours, and
 A chunk is hashed whenever it is read, so damage on this disk is found before it is passed on.
 """
 
+import hashlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -72,23 +73,23 @@ class Parts:
             BadModelFile: this is no sheet, or not the one of that digest; nothing was kept.
             StorageFailed: no room on disk.
         """
+        if (found := f"sha256:{hashlib.sha256(content).hexdigest()}") != digest:
+            raise BadModelFile(f"Another sheet came ({found}) instead of {digest}.")
         folder = self._folder(digest)
         with disk_faults(self._root):
             folder.mkdir(mode=0o700, exist_ok=True)
-            with atomic_file(folder / "sheet.new") as file:
+            with atomic_file(folder / "sheet") as file:
                 rest = memoryview(content)
                 while rest:
                     rest = rest[file.write(rest) :]
+            self._sheets.pop(digest, None)
             try:
-                if (found := read_sheet(folder / "sheet.new").digest) != digest:
-                    raise BadModelFile(f"Another sheet came ({found}) instead of {digest}.")
-                (folder / "sheet.new").replace(folder / "sheet")
-            finally:
-                (folder / "sheet.new").unlink(missing_ok=True)
-                with suppress(OSError):  # there is something in it
+                return self.sheet(digest)
+            except BadModelFile:  # whoever gave the digest made it of something that is no sheet
+                (folder / "sheet").unlink()
+                with suppress(OSError):  # parts are in it
                     folder.rmdir()
-        self._sheets.pop(digest, None)
-        return self.sheet(digest)
+                raise
 
     def keep_made(self, maker: SheetMaker) -> Sheet:
         """Keep a sheet that was made of a model that is not in the store.
