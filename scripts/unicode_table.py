@@ -1,8 +1,8 @@
 """Writes native/src/tokenizer_unicode.c: which characters are letters, numbers and white space.
 
-The tokenizers that models were trained with split text by \\p{L}, \\p{N} and \\s of Oniguruma; the Unicode version
-below is that of the `tokenizers` package that the tests compare with. Python's own `unicodedata` is of another
-version in most Pythons, so this takes `unicodedata2`: `pip install unicodedata2==16.0.0`.
+Models' tokenizers split text by \\p{L}, \\p{N} and \\s of Oniguruma; the Unicode version below is that of the
+`tokenizers` package that the tests compare with. Python's own `unicodedata` is of another version in most
+Pythons, so this takes `unicodedata2`: `pip install unicodedata2==16.0.0`.
 """
 
 import sys
@@ -63,6 +63,8 @@ def source() -> str:
 
 if __name__ == "__main__":
     if unicodedata2.unidata_version != VERSION:
-        sys.exit(f"unicodedata2 is of Unicode {unicodedata2.unidata_version}; install unicodedata2=={VERSION}")
+        sys.exit(
+            f"unicodedata2 is of Unicode {unicodedata2.unidata_version}; install unicodedata2=={VERSION}"
+        )
     TARGET.write_text(source(), encoding="utf-8")
     print(f"wrote {TARGET}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """The C tokenizer for tests: built by the machine's C compiler, called through ctypes.
 
-`Source` is what a caller takes from a GGUF's metadata; `Tokenizer` is native/include/tokenizer.h in Python's words.
+`Source` is what a caller takes from a GGUF's metadata; `Tokenizer` is native/include/tokenizer.h in Python.
 """
 
 import ctypes
@@ -188,3 +188,32 @@ class Tokenizer:
     def ends(self) -> tuple[int, int, int]:
         """(tokens of the vocabulary, BOS, EOS)."""
         return tuple(getattr(self.library, f"tokenizer_{name}")(self._it) for name in ("count", "bos", "eos"))
+
+
+def words(library: ctypes.CDLL, split: str, text: bytes) -> list[bytes]:
+    """A text cut by one of the library's inner pre-tokenizers, such as `word_of_gpt2`."""
+    word_end = library[split]
+    word_end.restype, word_end.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_void_p)
+    buffer = ctypes.create_string_buffer(text, len(text))
+    at = start = ctypes.addressof(buffer)
+    cut = []
+    while at < start + len(text):
+        stop = word_end(at, start + len(text))
+        cut.append(text[at - start : stop - start])
+        at = stop
+    return cut
+
+
+def case(source: Source, text: bytes) -> bytes:
+    """A vocabulary and a text as tests/tokenizer_fuzz.c reads them."""
+    parts = (
+        source.model.encode() + b"\0",
+        (source.pre or "").encode() + b"\0",
+        strings(source.tokens),
+        struct.pack(f"<{len(source.scores)}f", *source.scores) if source.scores else b"",
+        struct.pack(f"<{len(source.types)}i", *source.types) if source.types else b"",
+        strings(source.merges),
+        text,
+    )
+    counts = struct.pack("<II", len(source.tokens), len(source.merges))
+    return counts + b"".join(struct.pack("<I", len(part)) + part for part in parts)

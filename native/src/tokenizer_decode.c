@@ -29,10 +29,11 @@ tokenizer_status tokenizer_decode(const tokenizer *it, const int32_t *tokens, si
             continue;
         size_t length = piece_bytes(it, (uint32_t)tokens[i], piece);
         size_t skipped = start && it->add_space_prefix && length > 0 && piece[0] == ' ' ? 1 : 0;
-        if (length - skipped <= capacity && *nbytes <= capacity - (length - skipped))
-            memcpy((uint8_t *)bytes + *nbytes, piece + skipped, length - skipped);
-        *nbytes += length - skipped;
         start = start && length == 0;
+        length -= skipped;
+        if (length > 0 && *nbytes <= capacity && length <= capacity - *nbytes)
+            memcpy((uint8_t *)bytes + *nbytes, piece + skipped, length);
+        *nbytes += length;
     }
     if (*nbytes > capacity)
         return TOKENIZER_NO_ROOM;

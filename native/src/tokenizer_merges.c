@@ -19,7 +19,7 @@ static bool read_merge(const tokenizer *it, const uint8_t *string, size_t nbytes
 {
     uint8_t bytes[TOKENIZER_PIECE_BYTES_MAX];
     const uint8_t *space = nbytes > 0 ? memchr(string + 1, ' ', nbytes - 1) : NULL;
-    if (!space || nbytes > TOKENIZER_PIECE_BYTES_MAX)
+    if (!space || nbytes > TOKENIZER_PIECE_BYTES_MAX + 1)
         return false;
     size_t before = (size_t)(space - string);
     size_t left = from_byte_alphabet(string, before, bytes);
