@@ -1,20 +1,13 @@
 /* One decode step: a batch of rows through all layers of the file.
  *
- * All threads walk through `forward` together. Between two barriers they take pieces of work (a row, a row's head, a
- * few groups of a matrix) as they come; a piece's result does not depend on who does it.
+ * The caller's thread walks through the layers. What divides into pieces (rows, a row's heads, a few groups of a matrix)
+ * goes to the pool; a piece's result does not depend on who does it.
  */
 #include <math.h>
 #include <string.h>
 
 #include "error.h"
 #include "session.h"
-
-struct step {
-    ternary_session *session;
-    const ternary_batch *batch;
-    uint32_t marked; /* how many rows have logits */
-    float *out;
-};
 
 /* One matrix and where its results go: out [rows][stride]. */
 struct product {
@@ -25,12 +18,15 @@ struct product {
 
 #define PRODUCTS 3
 
-/* ---- Pieces of work ---- */
+struct step {
+    ternary_session *session;
+    const ternary_batch *batch;
+    uint32_t layer; /* the one being computed */
+    uint32_t rows;  /* of the products: the batch's, or those that have logits */
+    struct product products[PRODUCTS];
+};
 
-static uint32_t pieces_of(const struct matrix *matrix)
-{
-    return (matrix->groups + DOT_GROUPS - 1) / DOT_GROUPS;
-}
+/* ---- Matrices ---- */
 
 /* Turns dots of `groups` groups from `first` on into floats; rows behind the matrix's last are dropped. */
 static void put_rows(const struct kernels *kernels, const struct product *product, const struct activations *inputs,
@@ -40,28 +36,34 @@ static void put_rows(const struct kernels *kernels, const struct product *produc
     const uint32_t group_rows = layout_facts[matrix->layout].group_rows, start = first * group_rows;
     const uint32_t width = groups * group_rows;
     const uint32_t end = start + width < matrix->rows ? start + width : matrix->rows;
+    float *out = product->out + row * product->stride;
+    if (matrix->scale_rows == 1) {
+        kernels->rescale_each(out + start, dots, width, inputs->planes, end - start, matrix->scales + start,
+                              inputs->scales[row]);
+        return;
+    }
     for (uint32_t at = start; at < end;) {
         const uint32_t scale = at / matrix->scale_rows;
         const uint32_t until = (scale + 1) * matrix->scale_rows < end ? (scale + 1) * matrix->scale_rows : end;
-        kernels->rescale(product->out + row * product->stride + at, dots + (at - start), width, inputs->planes,
-                         until - at, matrix->scales[scale] * inputs->scales[row]);
+        kernels->rescale(out + at, dots + (at - start), width, inputs->planes, until - at,
+                         matrix->scales[scale] * inputs->scales[row]);
         at = until;
     }
 }
 
-/* A few groups of a matrix times all rows. */
-static void multiply_piece(const ternary_session *session, const struct product *product, uint32_t piece,
-                           uint32_t rows, int32_t *dots)
+/* A few groups of a matrix, from `first` on, times all rows. */
+static void multiply_groups(const struct step *step, const struct product *product, uint32_t first, uint32_t thread)
 {
+    const ternary_session *session = step->session;
     const struct matrix *matrix = product->matrix;
     const struct layout_facts *facts = &layout_facts[matrix->layout];
     const struct activations *inputs = &session->inputs;
-    const uint32_t first = piece * DOT_GROUPS;
     const uint32_t groups = matrix->groups - first < DOT_GROUPS ? matrix->groups - first : DOT_GROUPS;
     const uint8_t *data = matrix->data + (size_t)first * matrix->quads * facts->quad_bytes;
     const uint32_t at_once = DOT_ROWS / inputs->planes;
-    for (uint32_t row = 0; row < rows; row += at_once) {
-        const uint32_t count = rows - row < at_once ? rows - row : at_once;
+    int32_t *dots = session->dots + thread * DOTS_ELEMENTS;
+    for (uint32_t row = 0; row < step->rows; row += at_once) {
+        const uint32_t count = step->rows - row < at_once ? step->rows - row : at_once;
         const size_t digit_row = (size_t)row * inputs->planes;
         session->kernels->dot[matrix->layout](data, groups, matrix->quads, inputs->digits + digit_row * inputs->stride,
                                               inputs->stride, inputs->sums + digit_row, count * inputs->planes, dots);
@@ -71,24 +73,32 @@ static void multiply_piece(const ternary_session *session, const struct product 
     }
 }
 
-/* Matrices that share their inputs, together. */
-static void multiply(struct step *step, uint32_t thread, const struct product *products, uint32_t count, uint32_t rows)
+static uint32_t pieces_of(const struct matrix *matrix)
 {
-    ternary_session *session = step->session;
-    int32_t *dots = session->dots + thread * DOTS_ELEMENTS;
-    uint32_t all = 0, piece;
-    for (uint32_t i = 0; i < count; i++)
-        all += pieces_of(products[i].matrix);
-    while ((piece = pool_next(&session->pool)) < all) {
-        const struct product *product = products;
-        while (piece >= pieces_of(product->matrix))
-            piece -= pieces_of(product++->matrix);
-        multiply_piece(session, product, piece, rows, dots);
-    }
-    pool_barrier(&session->pool);
+    return (matrix->groups + DOT_GROUPS - 1) / DOT_GROUPS;
 }
 
-/* One row of what comes next becomes integers, normalised before if there is a norm. */
+static void multiply_piece(void *argument, uint32_t piece, uint32_t thread)
+{
+    const struct step *step = argument;
+    const struct product *product = step->products;
+    while (piece >= pieces_of(product->matrix))
+        piece -= pieces_of(product++->matrix);
+    multiply_groups(step, product, piece * DOT_GROUPS, thread);
+}
+
+/* The step's first `count` products, which share their inputs. */
+static void multiply(struct step *step, uint32_t count)
+{
+    uint32_t pieces = 0;
+    for (uint32_t i = 0; i < count; i++)
+        pieces += pieces_of(step->products[i].matrix);
+    pool_run(&step->session->pool, multiply_piece, step, pieces);
+}
+
+/* ---- Rows before a matrix ---- */
+
+/* One row becomes integers, normalised before if there is a norm. */
 static void enter(const ternary_session *session, uint32_t thread, uint32_t row, const float *x, const float *norm,
                   uint32_t n)
 {
@@ -100,20 +110,78 @@ static void enter(const ternary_session *session, uint32_t thread, uint32_t row,
     session->kernels->quantise(&session->inputs, row, x, n);
 }
 
-/* Inputs of width `n` come next. Every thread says so, and all say the same: one of them is enough. */
-static void set_inputs(ternary_session *session, uint32_t thread, uint32_t n, uint32_t planes)
+/* `work` turns each row of the batch into inputs of width n. */
+static void set_inputs(struct step *step, work_function *work, uint32_t n, uint32_t planes)
 {
-    if (thread == 0) {
-        session->inputs.stride = (size_t)quads_of(n) * 4;
-        session->inputs.planes = planes;
-    }
-    pool_barrier(&session->pool);
+    step->session->inputs.stride = (size_t)quads_of(n) * 4;
+    step->session->inputs.planes = planes;
+    pool_run(&step->session->pool, work, step, step->rows);
 }
 
-/* ---- The blocks of a layer ---- */
-
-static void rotate_and_store(const ternary_session *session, const ternary_batch *batch, uint32_t layer, uint32_t row)
+static void enter_attention(void *argument, uint32_t row, uint32_t thread)
 {
+    const struct step *step = argument;
+    const ternary_session *session = step->session;
+    const uint32_t n_embd = session->model->shape.n_embd;
+    enter(session, thread, row, session->hidden + (size_t)row * n_embd, session->model->layers[step->layer].attn_norm,
+          n_embd);
+}
+
+static void leave_attention(void *argument, uint32_t row, uint32_t thread)
+{
+    const struct step *step = argument;
+    const ternary_session *session = step->session;
+    const uint32_t wide = session->model->shape.heads * session->model->shape.head_dim;
+    enter(session, thread, row, session->queries + (size_t)row * wide,
+          session->model->layers[step->layer].attn_sub_norm, wide);
+}
+
+static void enter_feed_forward(void *argument, uint32_t row, uint32_t thread)
+{
+    const struct step *step = argument;
+    const ternary_session *session = step->session;
+    const uint32_t n_embd = session->model->shape.n_embd;
+    float *hidden = session->hidden + (size_t)row * n_embd;
+    session->kernels->add(hidden, session->added + (size_t)row * n_embd, n_embd);
+    enter(session, thread, row, hidden, session->model->layers[step->layer].ffn_norm, n_embd);
+}
+
+static void enter_down(void *argument, uint32_t row, uint32_t thread)
+{
+    const struct step *step = argument;
+    const ternary_session *session = step->session;
+    const uint32_t n_ff = session->model->shape.n_ff;
+    float *gate = session->gates + (size_t)row * n_ff, *up = session->ups + (size_t)row * n_ff;
+    const bool is_silu = session->model->gate == GATE_SILU;
+    (is_silu ? session->kernels->gate_silu : session->kernels->gate_relu2)(gate, up, n_ff);
+    enter(session, thread, row, gate, session->model->layers[step->layer].ffn_sub_norm, n_ff);
+}
+
+static void leave_layer(void *argument, uint32_t row, uint32_t thread)
+{
+    const struct step *step = argument;
+    const ternary_session *session = step->session;
+    const uint32_t n_embd = session->model->shape.n_embd;
+    (void)thread;
+    session->kernels->add(session->hidden + (size_t)row * n_embd, session->added + (size_t)row * n_embd, n_embd);
+}
+
+static void enter_head(void *argument, uint32_t row, uint32_t thread)
+{
+    const struct step *step = argument;
+    const ternary_session *session = step->session;
+    const uint32_t n_embd = session->model->shape.n_embd;
+    enter(session, thread, row, session->hidden + (size_t)session->marked[row] * n_embd, session->model->output_norm,
+          n_embd);
+}
+
+/* ---- Attention ---- */
+
+static void rotate_and_store(void *argument, uint32_t row, uint32_t thread)
+{
+    const struct step *step = argument;
+    const ternary_session *session = step->session;
+    const ternary_batch *batch = step->batch;
     const ternary_shape *shape = &session->model->shape;
     const uint32_t half = shape->head_dim / 2;
     const float *cosines = session->cosines + (size_t)row * half, *sines = session->sines + (size_t)row * half;
@@ -121,103 +189,78 @@ static void rotate_and_store(const ternary_session *session, const ternary_batch
     float *key = session->keys + (size_t)row * shape->kv_heads * shape->head_dim;
     void (*rotate)(float *, uint32_t, uint32_t, const float *, const float *) =
         session->model->rope == ROPE_HALVES ? session->kernels->rotate_halves : session->kernels->rotate_pairs;
+    (void)thread;
     rotate(query, shape->heads, shape->head_dim, cosines, sines);
     rotate(key, shape->kv_heads, shape->head_dim, cosines, sines);
-    cache_store(&session->cache, layer, (uint32_t)batch->sequences[row], (uint32_t)batch->positions[row], key,
+    cache_store(&session->cache, step->layer, (uint32_t)batch->sequences[row], (uint32_t)batch->positions[row], key,
                 session->values + (size_t)row * shape->kv_heads * shape->head_dim);
 }
 
 /* All query heads that share a key/value head, of one row. The results take the queries' place. */
-static void attend_row(const ternary_session *session, const ternary_batch *batch, uint32_t thread, uint32_t layer,
-                       uint32_t row, uint32_t kv_head)
+static void attend_piece(void *argument, uint32_t piece, uint32_t thread)
 {
+    const struct step *step = argument;
+    const ternary_session *session = step->session;
     const ternary_shape *shape = &session->model->shape;
-    const uint32_t sequence = (uint32_t)batch->sequences[row], shared = shape->heads / shape->kv_heads;
-    const uint16_t *keys = cache_keys(&session->cache, layer, sequence, kv_head);
-    const uint16_t *values = cache_values(&session->cache, layer, sequence, kv_head);
+    const uint32_t row = piece / shape->kv_heads, kv_head = piece % shape->kv_heads;
+    const uint32_t sequence = (uint32_t)step->batch->sequences[row], shared = shape->heads / shape->kv_heads;
+    const uint16_t *keys = cache_keys(&session->cache, step->layer, sequence, kv_head);
+    const uint16_t *values = cache_values(&session->cache, step->layer, sequence, kv_head);
     float *scores = session->scores + thread * session->scores_elements;
     float *queries = session->queries + ((size_t)row * shape->heads + (size_t)kv_head * shared) * shape->head_dim;
     for (uint32_t done = 0; done < shared; done += ATTENTION_HEADS) {
         const uint32_t heads = shared - done < ATTENTION_HEADS ? shared - done : ATTENTION_HEADS;
         float *some = queries + (size_t)done * shape->head_dim;
         session->kernels->attend(some, some, heads, shape->head_dim, keys, values, session->cache.value_stride,
-                                 (uint32_t)batch->positions[row] + 1, scores);
+                                 (uint32_t)step->batch->positions[row] + 1, scores);
     }
 }
 
-static void attention_block(struct step *step, uint32_t thread, uint32_t index)
+/* ---- The blocks of a layer, and the head ---- */
+
+static void attention_block(struct step *step)
 {
     ternary_session *session = step->session;
     const ternary_model *model = session->model;
-    const struct layer *layer = &model->layers[index];
+    const struct layer *layer = &model->layers[step->layer];
     const ternary_shape *shape = &model->shape;
-    const uint32_t rows = step->batch->rows, wide = shape->heads * shape->head_dim;
-    const uint32_t narrow = shape->kv_heads * shape->head_dim;
-    const struct product in[PRODUCTS] = {
-        {&layer->q, session->queries, wide}, {&layer->k, session->keys, narrow}, {&layer->v, session->values, narrow}};
-    const struct product out = {&layer->o, session->added, shape->n_embd};
-    uint32_t piece;
-    set_inputs(session, thread, shape->n_embd, model->planes);
-    while ((piece = pool_next(&session->pool)) < rows)
-        enter(session, thread, piece, session->hidden + (size_t)piece * shape->n_embd, layer->attn_norm, shape->n_embd);
-    pool_barrier(&session->pool);
-    multiply(step, thread, in, 3, rows);
-    while ((piece = pool_next(&session->pool)) < rows)
-        rotate_and_store(session, step->batch, index, piece);
-    set_inputs(session, thread, wide, model->planes);
-    while ((piece = pool_next(&session->pool)) < rows * shape->kv_heads)
-        attend_row(session, step->batch, thread, index, piece / shape->kv_heads, piece % shape->kv_heads);
-    pool_barrier(&session->pool);
-    while ((piece = pool_next(&session->pool)) < rows)
-        enter(session, thread, piece, session->queries + (size_t)piece * wide, layer->attn_sub_norm, wide);
-    pool_barrier(&session->pool);
-    multiply(step, thread, &out, 1, rows);
+    const uint32_t wide = shape->heads * shape->head_dim, narrow = shape->kv_heads * shape->head_dim;
+    set_inputs(step, enter_attention, shape->n_embd, model->planes);
+    step->products[0] = (struct product){&layer->q, session->queries, wide};
+    step->products[1] = (struct product){&layer->k, session->keys, narrow};
+    step->products[2] = (struct product){&layer->v, session->values, narrow};
+    multiply(step, 3);
+    pool_run(&session->pool, rotate_and_store, step, step->rows);
+    pool_run(&session->pool, attend_piece, step, step->rows * shape->kv_heads);
+    set_inputs(step, leave_attention, wide, model->planes);
+    step->products[0] = (struct product){&layer->o, session->added, shape->n_embd};
+    multiply(step, 1);
 }
 
-static void feed_forward_block(struct step *step, uint32_t thread, uint32_t index)
+static void feed_forward_block(struct step *step)
 {
     ternary_session *session = step->session;
     const ternary_model *model = session->model;
-    const struct layer *layer = &model->layers[index];
-    const struct kernels *kernels = session->kernels;
-    const uint32_t rows = step->batch->rows, n_embd = model->shape.n_embd, n_ff = model->shape.n_ff;
-    const struct product in[PRODUCTS] = {{&layer->gate, session->gates, n_ff}, {&layer->up, session->ups, n_ff}};
-    const struct product out = {&layer->down, session->added, n_embd};
-    uint32_t row;
-    set_inputs(session, thread, n_embd, model->planes);
-    while ((row = pool_next(&session->pool)) < rows) {
-        float *hidden = session->hidden + (size_t)row * n_embd;
-        kernels->add(hidden, session->added + (size_t)row * n_embd, n_embd);
-        enter(session, thread, row, hidden, layer->ffn_norm, n_embd);
-    }
-    pool_barrier(&session->pool);
-    multiply(step, thread, in, 2, rows);
-    set_inputs(session, thread, n_ff, model->planes);
-    while ((row = pool_next(&session->pool)) < rows) {
-        float *gate = session->gates + (size_t)row * n_ff, *up = session->ups + (size_t)row * n_ff;
-        (model->gate == GATE_SILU ? kernels->gate_silu : kernels->gate_relu2)(gate, up, n_ff);
-        enter(session, thread, row, gate, layer->ffn_sub_norm, n_ff);
-    }
-    pool_barrier(&session->pool);
-    multiply(step, thread, &out, 1, rows);
-    while ((row = pool_next(&session->pool)) < rows)
-        kernels->add(session->hidden + (size_t)row * n_embd, session->added + (size_t)row * n_embd, n_embd);
-    pool_barrier(&session->pool);
+    const struct layer *layer = &model->layers[step->layer];
+    const uint32_t n_embd = model->shape.n_embd, n_ff = model->shape.n_ff;
+    set_inputs(step, enter_feed_forward, n_embd, model->planes);
+    step->products[0] = (struct product){&layer->gate, session->gates, n_ff};
+    step->products[1] = (struct product){&layer->up, session->ups, n_ff};
+    multiply(step, 2);
+    set_inputs(step, enter_down, n_ff, model->planes);
+    step->products[0] = (struct product){&layer->down, session->added, n_embd};
+    multiply(step, 1);
+    pool_run(&session->pool, leave_layer, step, step->rows);
 }
 
-static void head_block(struct step *step, uint32_t thread)
+/* Logits of the `marked` rows. */
+static void head_block(struct step *step, uint32_t marked, float *out)
 {
-    ternary_session *session = step->session;
-    const ternary_model *model = session->model;
-    const uint32_t n_embd = model->shape.n_embd;
-    const struct product out = {&model->head, step->out, model->shape.n_vocab};
-    uint32_t piece;
-    set_inputs(session, thread, n_embd, model->head_planes);
-    while ((piece = pool_next(&session->pool)) < step->marked)
-        enter(session, thread, piece, session->hidden + (size_t)session->marked[piece] * n_embd, model->output_norm,
-              n_embd);
-    pool_barrier(&session->pool);
-    multiply(step, thread, &out, 1, step->marked);
+    const ternary_model *model = step->session->model;
+    step->rows = marked;
+    set_inputs(step, enter_head, model->shape.n_embd, model->head_planes);
+    step->products[0] = (struct product){&model->head, out, model->shape.n_vocab};
+    multiply(step, 1);
 }
 
 /* ---- The way in and out ---- */
@@ -236,33 +279,19 @@ static void set_angles(const ternary_session *session, uint32_t row, uint32_t po
     }
 }
 
-static void enter_row(const struct step *step, uint32_t row)
+static void enter_row(void *argument, uint32_t row, uint32_t thread)
 {
+    const struct step *step = argument;
     const ternary_session *session = step->session;
     const ternary_batch *batch = step->batch;
     const uint32_t n_embd = session->model->shape.n_embd;
     float *hidden = session->hidden + (size_t)row * n_embd;
+    (void)thread;
     if (batch->tokens != NULL)
         model_embed(session->model, (uint32_t)batch->tokens[row], hidden);
     else
         memcpy(hidden, batch->embeddings + (size_t)row * n_embd, n_embd * sizeof *hidden);
     set_angles(session, row, (uint32_t)batch->positions[row]);
-}
-
-static void forward(void *argument, uint32_t thread)
-{
-    struct step *step = argument;
-    ternary_session *session = step->session;
-    uint32_t row;
-    while ((row = pool_next(&session->pool)) < step->batch->rows)
-        enter_row(step, row);
-    pool_barrier(&session->pool);
-    for (uint32_t layer = 0; layer < session->model->shape.layers; layer++) {
-        attention_block(step, thread, layer);
-        feed_forward_block(step, thread, layer);
-    }
-    if (session->config.logits)
-        head_block(step, thread);
 }
 
 /* Refuses what the forward pass could not run; finds the sequences' new lengths. */
@@ -298,16 +327,24 @@ static ternary_status check(const ternary_session *session, const ternary_batch 
 
 ternary_status ternary_decode(ternary_session *session, const ternary_batch *batch, float *out, ternary_error *error)
 {
-    struct step step = {.session = session, .batch = batch, .out = out};
+    struct step step = {.session = session, .batch = batch, .rows = batch->rows};
     ternary_status status = check(session, batch, error);
+    uint32_t marked = 0;
     if (status != TERNARY_OK)
         return status;
-    for (uint32_t row = 0; row < batch->rows && session->config.logits; row++)
-        if (batch->outputs[row])
-            session->marked[step.marked++] = row;
-    pool_run(&session->pool, forward, &step);
+    pool_run(&session->pool, enter_row, &step, batch->rows);
+    for (step.layer = 0; step.layer < session->model->shape.layers; step.layer++) {
+        attention_block(&step);
+        feed_forward_block(&step);
+    }
     memcpy(session->cache.lengths, session->ends, session->config.sequences * sizeof *session->ends);
-    if (!session->config.logits)
+    if (!session->config.logits) {
         memcpy(out, session->hidden, (size_t)batch->rows * session->model->shape.n_embd * sizeof *out);
+        return TERNARY_OK;
+    }
+    for (uint32_t row = 0; row < batch->rows; row++)
+        if (batch->outputs[row])
+            session->marked[marked++] = row;
+    head_block(&step, marked, out);
     return TERNARY_OK;
 }

@@ -1,9 +1,15 @@
-/* Threads that run one function together.
+/* Threads that share out pieces of work.
  *
- * A decode step has some ten barriers a layer, so a barrier must cost well under a microsecond when all threads run;
- * but the machine is not ours alone, so whoever waits longer than SPINS sleeps until it is woken.
+ * A decode step has some five jobs a layer, each of some ten to a hundred microseconds, so a job must begin and end in
+ * well under one; but the machine is not ours alone. So nobody waits for a thread, only for pieces: the caller takes
+ * pieces like everyone, and a thread that sleeps, or that the system keeps from running, is not missed.
+ *
+ * The state counts jobs and the pieces left, in one number: who exchanges it for one piece less has that piece, and
+ * knows that the job it read belongs to it, since the next job is written only when no piece is left.
  */
 #include "pool.h"
+
+#include <sched.h>
 
 #if defined(__x86_64__) || defined(__i386__)
 #define PAUSE() __builtin_ia32_pause()
@@ -13,108 +19,117 @@
 #define PAUSE() ((void)0)
 #endif
 
-/* Some 50 microseconds: longer than a barrier takes among running threads, short beside a time slice. */
-#define SPINS 2000
+/* Some 20 to 50 microseconds: from one job to the next, short beside a time slice. */
+#define SPINS 1000
 
-static void gate_open(struct gate_wait *gate)
+/* Takes and does one piece; false if none is left. */
+static bool do_piece(struct pool *pool, uint32_t thread)
 {
-    atomic_init(&gate->value, 0);
-    atomic_init(&gate->sleepers, 0);
-    pthread_mutex_init(&gate->mutex, NULL);
-    pthread_cond_init(&gate->changed, NULL);
+    uint64_t state = atomic_load_explicit(&pool->state, memory_order_acquire);
+    for (;;) {
+        const uint32_t left = (uint32_t)state;
+        if (left == 0)
+            return false;
+        const uint32_t piece = atomic_load_explicit(&pool->count, memory_order_relaxed) - left;
+        work_function *work = atomic_load_explicit(&pool->work, memory_order_relaxed);
+        void *argument = atomic_load_explicit(&pool->argument, memory_order_relaxed);
+        if (atomic_compare_exchange_weak_explicit(&pool->state, &state, state - 1, memory_order_acquire,
+                                                  memory_order_acquire)) {
+            work(argument, piece, thread);
+            atomic_fetch_add_explicit(&pool->done, 1, memory_order_release);
+            return true;
+        }
+    }
 }
 
-static void gate_close(struct gate_wait *gate)
+static bool is_idle(struct pool *pool)
 {
-    pthread_cond_destroy(&gate->changed);
-    pthread_mutex_destroy(&gate->mutex);
+    return (uint32_t)atomic_load(&pool->state) == 0 && !atomic_load(&pool->ending);
 }
 
-static void gate_change(struct gate_wait *gate)
-{
-    /* Sequentially consistent, like the sleepers' own order: either we see the sleeper, or it sees the new value. */
-    atomic_fetch_add(&gate->value, 1);
-    if (atomic_load(&gate->sleepers) == 0)
-        return;
-    pthread_mutex_lock(&gate->mutex);
-    pthread_cond_broadcast(&gate->changed);
-    pthread_mutex_unlock(&gate->mutex);
-}
-
-static void gate_await(struct gate_wait *gate, unsigned old)
+/* A short spin, then sleep, until there is a piece to take or the end. */
+static void await_work(struct pool *pool)
 {
     for (int spin = 0; spin < SPINS; spin++) {
-        if (atomic_load_explicit(&gate->value, memory_order_acquire) != old)
+        if (!is_idle(pool))
             return;
         PAUSE();
     }
-    pthread_mutex_lock(&gate->mutex);
-    atomic_fetch_add(&gate->sleepers, 1);
-    while (atomic_load(&gate->value) == old)
-        pthread_cond_wait(&gate->changed, &gate->mutex);
-    atomic_fetch_sub(&gate->sleepers, 1);
-    pthread_mutex_unlock(&gate->mutex);
+    pthread_mutex_lock(&pool->mutex);
+    atomic_fetch_add(&pool->sleepers, 1);
+    while (is_idle(pool))
+        pthread_cond_wait(&pool->woken, &pool->mutex);
+    atomic_fetch_sub(&pool->sleepers, 1);
+    pthread_mutex_unlock(&pool->mutex);
 }
 
-void pool_barrier(struct pool *pool)
+/* Whoever sleeps has either seen what was written before, or is seen here: both sides are sequentially consistent. */
+static void wake(struct pool *pool)
 {
-    if (pool->threads == 1) {
-        atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
+    if (atomic_load(&pool->sleepers) == 0)
         return;
-    }
-    const unsigned old = atomic_load_explicit(&pool->barrier.value, memory_order_relaxed);
-    if (atomic_fetch_add(&pool->arrived, 1) + 1 < pool->threads) {
-        gate_await(&pool->barrier, old);
-        return;
-    }
-    atomic_store_explicit(&pool->arrived, 0, memory_order_relaxed);
-    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-    gate_change(&pool->barrier);
+    pthread_mutex_lock(&pool->mutex);
+    pthread_cond_broadcast(&pool->woken);
+    pthread_mutex_unlock(&pool->mutex);
 }
 
 static void *thread_main(void *argument)
 {
     struct pool *pool = argument;
     const uint32_t thread = atomic_fetch_add(&pool->numbers, 1) + 1;
-    for (unsigned seen = 0;; seen++) {
-        gate_await(&pool->start, seen);
-        if (pool->ending)
-            return NULL;
-        pool->run(pool->argument, thread);
-        pool_barrier(pool);
-    }
+    while (!atomic_load(&pool->ending))
+        if (!do_piece(pool, thread))
+            await_work(pool);
+    return NULL;
 }
 
-void pool_run(struct pool *pool, void (*run)(void *argument, uint32_t thread), void *argument)
+void pool_run(struct pool *pool, work_function *work, void *argument, uint32_t count)
 {
-    pool->run = run;
-    pool->argument = argument;
-    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
-    if (pool->threads > 1)
-        gate_change(&pool->start);
-    run(argument, 0);
-    pool_barrier(pool);
+    if (count <= 1 || pool->threads == 1) {
+        for (uint32_t piece = 0; piece < count; piece++)
+            work(argument, piece, 0);
+        return;
+    }
+    const uint64_t jobs = (atomic_load_explicit(&pool->state, memory_order_relaxed) >> 32) + 1;
+    atomic_store_explicit(&pool->work, work, memory_order_relaxed);
+    atomic_store_explicit(&pool->argument, argument, memory_order_relaxed);
+    atomic_store_explicit(&pool->count, count, memory_order_relaxed);
+    atomic_store_explicit(&pool->done, 0, memory_order_relaxed);
+    atomic_store(&pool->state, jobs << 32 | count);
+    wake(pool);
+    while (do_piece(pool, 0))
+        ;
+    for (int spin = 0; atomic_load_explicit(&pool->done, memory_order_acquire) < count; spin++) {
+        if (spin < SPINS)
+            PAUSE();
+        else
+            sched_yield(); /* whoever has the last piece may be waiting for this very core */
+    }
 }
 
 static void end_threads(struct pool *pool, uint32_t started)
 {
-    pool->ending = true;
-    gate_change(&pool->start);
+    atomic_store(&pool->ending, true);
+    wake(pool);
     for (uint32_t i = 0; i < started; i++)
         pthread_join(pool->handles[i], NULL);
-    gate_close(&pool->start);
-    gate_close(&pool->barrier);
+    pthread_cond_destroy(&pool->woken);
+    pthread_mutex_destroy(&pool->mutex);
 }
 
 bool pool_start(struct pool *pool, uint32_t threads)
 {
     pool->threads = threads;
-    pool->ending = false;
-    atomic_init(&pool->arrived, 0);
-    atomic_init(&pool->next, 0);
+    atomic_init(&pool->work, NULL);
+    atomic_init(&pool->argument, NULL);
+    atomic_init(&pool->count, 0);
+    atomic_init(&pool->state, 0);
+    atomic_init(&pool->done, 0);
     atomic_init(&pool->numbers, 0);
-    gate_open(&pool->start);
-    gate_open(&pool->barrier);
+    atomic_init(&pool->sleepers, 0);
+    atomic_init(&pool->ending, false);
+    pthread_mutex_init(&pool->mutex, NULL);
+    pthread_cond_init(&pool->woken, NULL);
     for (uint32_t i = 0; i + 1 < threads; i++) {
         if (pthread_create(&pool->handles[i], NULL, thread_main, pool) != 0) {
             end_threads(pool, i);

@@ -1,4 +1,4 @@
-/* Threads that run one function together, with barriers inside, and sleep in between. */
+/* Threads that share out pieces of work, and sleep in between. */
 #ifndef CORDEE_POOL_H
 #define CORDEE_POOL_H
 
@@ -10,24 +10,22 @@
 /* More than any machine this runs well on: the work of a small model does not divide further. */
 #define THREADS_LIMIT 256u
 
-/* Somewhere to wait for a number to change: a short spin, then sleep. */
-struct gate_wait {
-    atomic_uint value;
-    atomic_uint sleepers;
-    pthread_mutex_t mutex;
-    pthread_cond_t changed;
-};
+/* Piece `piece` of some work, on thread `thread`. */
+typedef void work_function(void *argument, uint32_t piece, uint32_t thread);
 
 struct pool {
     uint32_t threads; /* the caller's own included */
-    void (*run)(void *argument, uint32_t thread);
-    void *argument;
-    bool ending;
-    atomic_uint arrived;      /* at the current barrier */
-    atomic_uint next;         /* the next piece of work between two barriers */
-    atomic_uint numbers;      /* handed to threads as they start */
-    struct gate_wait start;   /* changes when there is work */
-    struct gate_wait barrier; /* changes when all have arrived */
+    /* The job. Written by the caller while no piece is left to take, read by whoever took one. */
+    work_function *_Atomic work;
+    void *_Atomic argument;
+    atomic_uint count;
+    _Atomic uint64_t state; /* jobs so far << 32 | pieces left to take */
+    atomic_uint done;       /* pieces of the job that are finished */
+    atomic_uint numbers;    /* handed to threads as they start */
+    atomic_uint sleepers;
+    atomic_bool ending;
+    pthread_mutex_t mutex;
+    pthread_cond_t woken;
     pthread_t handles[THREADS_LIMIT];
 };
 
@@ -35,17 +33,8 @@ struct pool {
 bool pool_start(struct pool *pool, uint32_t threads);
 void pool_end(struct pool *pool);
 
-/* Call run(argument, thread) on every thread, the caller being thread 0, and wait for all. */
-void pool_run(struct pool *pool, void (*run)(void *argument, uint32_t thread), void *argument);
-
-/* Inside a run: wait until all threads are here. Everything written before is seen after. */
-void pool_barrier(struct pool *pool);
-
-/* Inside a run: numbers 0, 1, 2, ... handed out to whoever asks, anew after each barrier. Threads that another
- * process keeps waiting get fewer. */
-static inline uint32_t pool_next(struct pool *pool)
-{
-    return atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed);
-}
+/* Call work(argument, piece, thread) for pieces 0 to count - 1, on whichever threads are awake, and return when all
+ * are done. The caller is thread 0. What was written before is seen by the pieces; what they wrote is seen after. */
+void pool_run(struct pool *pool, work_function *work, void *argument, uint32_t count);
 
 #endif

@@ -22,7 +22,6 @@ static inline __attribute__((always_inline)) void widen_halves(float *to, const 
 
 /* Quads whose 16-bit sums cannot wrap. */
 #define NARROW_QUADS 16u
-#define PREFETCH_BYTES 2048
 #define UNROLLED _Pragma("GCC unroll 8")
 
 INLINE __m256i quad_of(const int8_t *x)
@@ -63,7 +62,7 @@ INLINE void trit2_strip(const uint8_t *p, uint32_t quads, const int8_t *x, size_
         s[i][0] = s[i][1] = s[i][2] = s[i][3] = _mm256_setzero_si256();
     for (uint32_t q = 0; q < quads; q++) {
         if (half == 0)
-            _mm_prefetch((const char *)p + q * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+            _mm_prefetch((const char *)p + q * 64 + prefetch_bytes, _MM_HINT_T0);
         __m256i v = half_at(p + q * 64), w = _mm256_srli_epi16(v, 4);
         __m256i v0 = low_bits(v, 3), v1 = low_bits(v, 12), v2 = low_bits(w, 3), v3 = low_bits(w, 12);
         UNROLLED for (uint32_t i = 0; i < n; i++) {
@@ -125,7 +124,7 @@ INLINE void trit5_strip(const uint8_t *p, uint32_t quads, const int8_t *x, __m25
     UNROLLED for (uint32_t digit = 0; digit < 5; digit++)
         s[digit] = _mm256_setzero_si256();
     for (uint32_t q = 0; q < quads; q++) {
-        _mm_prefetch((const char *)p + q * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+        _mm_prefetch((const char *)p + q * 64 + prefetch_bytes, _MM_HINT_T0);
         __m256i v = _mm256_xor_si256(half_at(p + q * 64), _mm256_set1_epi8((char)128)), four = quad_of(x + q * 4);
         UNROLLED for (uint32_t digit = 0; digit < 5; digit++) {
             s[digit] = _mm256_add_epi16(s[digit], _mm256_maddubs_epi16(top_trit(v), four));
@@ -173,7 +172,7 @@ static void dot_int8(const uint8_t *data, uint32_t groups, uint32_t quads, const
             __m256i a = _mm256_setzero_si256(), b = a;
             for (uint32_t q = 0; q < quads; q++) {
                 __m256i four = quad_of(x + i * stride + q * 4);
-                _mm_prefetch((const char *)p + q * 64 + PREFETCH_BYTES, _MM_HINT_T0);
+                _mm_prefetch((const char *)p + q * 64 + prefetch_bytes, _MM_HINT_T0);
                 a = add_signed(a, _mm256_xor_si256(half_at(p + q * 64), flip), four);
                 b = add_signed(b, _mm256_xor_si256(half_at(p + q * 64 + 32), flip), four);
             }

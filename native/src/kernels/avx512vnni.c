@@ -16,9 +16,6 @@
 #define WIDEN_HALVES(p) ((ISA(lanes))_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
 #include "floats.inc"
 
-/* How far ahead of a stream of weights to ask for them. */
-#define PREFETCH_BYTES 2048
-
 INLINE __m512i quad_of(const int8_t *x)
 {
     int32_t four;
@@ -33,7 +30,7 @@ INLINE __m512i low_bits(__m512i v, int mask)
 
 INLINE __m512i ahead(const uint8_t *p)
 {
-    _mm_prefetch((const char *)p + PREFETCH_BYTES, _MM_HINT_T0);
+    _mm_prefetch((const char *)p + prefetch_bytes, _MM_HINT_T0);
     return _mm512_loadu_si512(p);
 }
 
@@ -47,7 +44,13 @@ INLINE __m512i thrice_words(__m512i v)
     return _mm512_add_epi32(v, _mm512_add_epi32(v, v));
 }
 
-#define DOT _mm512_dpbusd_epi32
+/* In assembly, because GCC 12 copies every accumulator of the intrinsic around the loop. */
+INLINE __m512i DOT(__m512i sum, __m512i codes, __m512i x)
+{
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(x));
+    return sum;
+}
+
 #define UNROLLED _Pragma("GCC unroll 8")
 
 /* Four bit fields: from nested sums to those of the fields, less the zero's share; 16 rows each. */

@@ -49,6 +49,9 @@ struct kernels {
     void (*gate_relu2)(float *gate, const float *up, uint32_t n);
     /* out[i] = (integer of the digits' dots) * scale, for `planes` rows of dots [planes][stride]. */
     void (*rescale)(float *out, const int32_t *dots, size_t stride, uint32_t planes, uint32_t n, float scale);
+    /* The same with out[i] = integer * (scales[i] * scale). */
+    void (*rescale_each)(float *out, const int32_t *dots, size_t stride, uint32_t planes, uint32_t n,
+                         const float *scales, float scale);
     /* Rotate `heads` heads of x by angles with these cosines and sines [head_dim / 2]. */
     void (*rotate_halves)(float *x, uint32_t heads, uint32_t head_dim, const float *cosines, const float *sines);
     void (*rotate_pairs)(float *x, uint32_t heads, uint32_t head_dim, const float *cosines, const float *sines);
@@ -58,6 +61,9 @@ struct kernels {
     void (*attend)(float *out, const float *queries, uint32_t heads, uint32_t head_dim, const uint16_t *keys,
                    const uint16_t *values, size_t value_stride, uint32_t positions, float *scores);
 };
+
+/* How far ahead of a stream of weights to ask for them. 0: the line that is read next anyway. */
+extern size_t prefetch_bytes;
 
 /* The kernels at that place of the list of those this CPU runs, best first; NULL past the last. */
 const struct kernels *kernels_at(uint32_t index);

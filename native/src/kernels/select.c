@@ -19,6 +19,19 @@ static int has_avx512vnni(void)
 }
 #endif
 
+/* Measured, weights of 520 MB: on a Xeon (Sapphire Rapids) 2048 was best by 10 to 75 %; on an EPYC (Zen 4) every
+ * distance cost 15 to 25 %. Set before any thread computes; always to the same value. */
+size_t prefetch_bytes = 2048;
+
+static void tune(void)
+{
+#if CORDEE_X86_KERNELS
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("amd"))
+        prefetch_bytes = 0;
+#endif
+}
+
 static int always(void)
 {
     return 1;
@@ -46,6 +59,7 @@ const struct kernels *kernels_at(uint32_t index)
 const struct kernels *kernels_named(const char *name)
 {
     const struct kernels *kernels;
+    tune();
     for (uint32_t i = 0; (kernels = kernels_at(i)) != NULL; i++)
         if (name == NULL || strcmp(kernels->name, name) == 0)
             return kernels;
