@@ -195,7 +195,7 @@ def test_nonsense_is_no_answer(world, nonsense):
 
 
 def test_a_neighbour_that_stalls_is_dropped_when_others_have_the_same(world, monkeypatch):
-    monkeypatch.setattr(chunks_module, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(chunks_module, "PATIENCE_SECONDS", 2.0)
     world = world("ab")
     world.wire.bend["a"] = lambda ask, handler, payload: (
         handler(payload) if ask.tensor == SHEET else never(ask, handler, payload)
@@ -205,11 +205,12 @@ def test_a_neighbour_that_stalls_is_dropped_when_others_have_the_same(world, mon
 
 
 def test_the_only_one_who_has_it_is_given_more_time(world, monkeypatch):
-    monkeypatch.setattr(chunks_module, "PATIENCE_SECONDS", 0.05)
     world = world("a")
+    asyncio.run(world.client.sheet(world.digest, "a"))
+    monkeypatch.setattr(chunks_module, "PATIENCE_SECONDS", 0.05)
 
     async def slow(ask: Ask, handler: Handler, payload: bytes) -> bytes:
-        await asyncio.sleep(0.0 if ask.tensor == SHEET else 0.2)
+        await asyncio.sleep(0.1)
         return await handler(payload)
 
     world.wire.bend["a"] = slow
