@@ -74,6 +74,13 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Write to an unbuffered file, which may take less at once than it is given."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
 @contextmanager
 def disk_faults(root: Path) -> Iterator[None]:
     """Turn what the system says of a full or read-only disk into StorageFailed, which names `root`."""

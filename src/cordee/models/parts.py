@@ -19,7 +19,7 @@ from typing import Any
 
 from cordee.cluster.facts import SliceHeld
 from cordee.errors import BadModelFile, CordeeError, ModelNotFound
-from cordee.files import atomic_file, disk_faults
+from cordee.files import atomic_file, disk_faults, write_all
 from cordee.models.assemble import (
     PARTIAL,
     Assembly,
@@ -79,9 +79,7 @@ class Parts:
         with disk_faults(self._root):
             folder.mkdir(mode=0o700, exist_ok=True)
             with atomic_file(folder / "sheet") as file:
-                rest = memoryview(content)
-                while rest:
-                    rest = rest[file.write(rest) :]
+                write_all(file, content)
             self._sheets.pop(digest, None)
             try:
                 return self.sheet(digest)
@@ -153,7 +151,7 @@ class Parts:
         path = self._folder(digest) / "vocabulary.gguf"
         if not path.exists() or path.read_bytes() != header:
             with atomic_file(path) as file:
-                file.write(header)
+                write_all(file, header)
         return path
 
     @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from cordee.errors import BadModelFile, StorageFailed
-from cordee.files import atomic_file, disk_faults
+from cordee.files import atomic_file, disk_faults, write_all
 from cordee.models.assemble import Assembly
 from cordee.models.gguf import MAGIC, Header, has_header, read_header
 from cordee.models.hub import HubFile, fetch_range
@@ -183,5 +183,5 @@ def _joined(header: Header, folder: Path) -> Header:
         return header
     path = folder / "joined.gguf"
     with atomic_file(path) as file:
-        file.write(plan_slice(header, 0, header.layers).header)
+        write_all(file, plan_slice(header, 0, header.layers).header)
     return read_header(path, weights=False)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cordee.errors import BadModelFile, BadRequest
-from cordee.files import atomic_file
+from cordee.files import atomic_file, write_all
 from cordee.models.gguf import FETCH_AGAIN, Header, Tensor, read_header
 from cordee.models.slices import Progress
 
@@ -122,9 +122,7 @@ class SheetMaker:
         path = folder / digest / "sheet"
         path.parent.mkdir(mode=0o700, exist_ok=True)
         with atomic_file(path) as file:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[file.write(rest) :]
+            write_all(file, content)
         return read_sheet(path)
 
 

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import lcm, prod
 from pathlib import Path
-from typing import BinaryIO
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
-from cordee.files import atomic_file
+from cordee.files import atomic_file, write_all
 from cordee.models.architectures import Architecture, architecture
 from cordee.models.gguf import BLOCK, LAYERS_LIMIT, MAGIC, SCALARS, Array, Header, Tensor, Value
 
@@ -142,7 +141,7 @@ def cut(
     digest, done = hashlib.sha256(), 0
     with atomic_file(path) as file:
         for chunk in _chunks(plan):
-            _write_all(file, chunk)
+            write_all(file, chunk)
             digest.update(chunk)
             done += len(chunk)
             if progress:
@@ -450,13 +449,6 @@ def _tensor_bytes(tensor: Tensor) -> Iterator[bytes]:
                 yield chunk
     except OSError as error:
         raise BadModelFile(f"{tensor.path} cannot be read ({error.strerror}).") from error
-
-
-def _write_all(file: BinaryIO, data: bytes) -> None:
-    """Write to an unbuffered file, which may take less than it is given."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
 
 
 def _balanced(costs: Sequence[int], parts: int, allowed: Callable[[int, int], bool]) -> list[int] | None:

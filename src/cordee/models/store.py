@@ -32,7 +32,7 @@ from urllib.parse import quote
 import msgspec
 
 from cordee.errors import BadModelFile, BadRequest, ModelNotFound, StorageFailed
-from cordee.files import atomic_file, disk_faults, home, publish
+from cordee.files import atomic_file, disk_faults, home, publish, write_all
 from cordee.models.cards import cards
 from cordee.models.gguf import Header, read_header
 from cordee.models.slices import Progress, SliceFile, cut, plan_slice
@@ -451,9 +451,7 @@ def _copy(source: Path, out: BinaryIO, nbytes: int, progress: Progress | None) -
     """Copy a file and give the digest of what was written."""
     digest, done = hashlib.sha256(), 0
     for chunk in _chunks(source):
-        rest = memoryview(chunk)
-        while rest:
-            rest = rest[out.write(rest) :]
+        write_all(out, chunk)
         digest.update(chunk)
         done += len(chunk)
         if progress:
