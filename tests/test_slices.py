@@ -416,7 +416,7 @@ def test_a_full_disk_leaves_nothing(heavy, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         file.write(data)
 
-    monkeypatch.setattr(slices, "_write_all", full)
+    monkeypatch.setattr(slices, "write_all", full)
     with pytest.raises(StorageFailed, match="free some space"):
         cut(heavy, 0, 2, tmp_path / "slice.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["heavy.gguf"]
