@@ -16,9 +16,9 @@ from breaking_worker import CRASH, HANG, REFUSE
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import StageFailed
 from cordee.generation.request import Grammar, SamplingParams
+from cordee.generation.suspects import LOSSES_MAX
 from cordee.models.store import Store
 from cordee.node import pipeline
-from cordee.node.service import LOSSES_MAX
 from streams import GREEDY, SECONDS, Model, ask, ask_all, kill, kill_at, request, tiny_model, until
 
 TESTS = Path(__file__).parent

@@ -21,6 +21,7 @@ from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError, StageFailed, StorageFailed
 from cordee.generation.request import Chunk, Request
 from cordee.generation.scheduler import Event, Limits, Scheduler
+from cordee.generation.suspects import Suspects
 from cordee.models.gguf import Header, read_header
 from cordee.models.slices import SliceFile, even_cuts
 from cordee.models.store import Store, StoredModel
@@ -28,11 +29,6 @@ from cordee.node import registry, sizing, verdict
 from cordee.node.answers import Answer, Checks, Rate, template_of
 from cordee.node.messages import Opening, Rows, Run, Tokens
 from cordee.node.pipeline import Pipeline, Source
-
-# A stream that is under way at this many losses, without a token of its own in between, may be their cause:
-# from then on it travels alone, so that no other is suspected with it ...
-LOSSES_SUSPECT = 2
-LOSSES_MAX = 3  # ... and one more loss than this ends it
 
 log = logging.getLogger(__name__)
 
@@ -76,9 +72,8 @@ class Service:
         self._scheduler = Scheduler(limits, self.vocabulary.end_of_generation)
         self._pipeline: Pipeline | None = None
         self._answers: dict[str, Answer] = {}
-        self._losses: dict[str, int] = {}  # by stream, since its last token
         self._measured: dict[int, asyncio.Future[dict[int, str]]] = {}  # by negative batch number
-        self._under_way: dict[int, set[str]] = {}  # by micro-batch, the streams that have rows in it
+        self._suspects = Suspects()
         self._failure: str | None = None  # why nothing can be answered now
         self._recent = Rate()
         self._started = time.monotonic()
@@ -151,7 +146,6 @@ class Service:
             raise StageFailed(self._failure)
         self._scheduler.submit(request)
         answer = self._answers[request.id] = Answer(request, self.vocabulary)
-        self._losses[request.id] = 0
         try:
             self._pump()
             while True:
@@ -161,8 +155,8 @@ class Service:
                     return
         finally:
             if self._answers.get(request.id) is answer:  # not a later one's of the same id
-                del self._answers[request.id], self._losses[request.id]
-                self._scheduler.cancel(request.id)
+                del self._answers[request.id]
+                self._cancel(request.id)
                 self._pump()
 
     def status(self) -> dict:
@@ -212,9 +206,8 @@ class Service:
             if not measured.done():
                 measured.set_result(tokens.digests)
             return
-        if tokens.last:
-            self._under_way.pop(tokens.batch, None)
         events = self._scheduler.complete(tokens.batch, tokens.choices, tokens.failures, last=tokens.last)
+        self._suspects.result(tokens.batch, [event.stream for event in events], last=tokens.last)
         self._pump()  # first, so that the stages work while the text is made
         for event in events:
             try:
@@ -231,14 +224,11 @@ class Service:
             if not future.done():
                 future.set_exception(StageFailed("a stage was lost while the model was tried out"))
         self._measured.clear()
-        suspects = set().union(*self._under_way.values())
-        self._under_way.clear()
-        for name in suspects & self._answers.keys():
-            self._losses[name] += 1
-            if self._losses[name] > LOSSES_MAX:
-                self._fail(name, "the stages fail again and again at this request")
-            elif self._losses[name] >= LOSSES_SUSPECT:
-                self._scheduler.set_apart(name)
+        apart, ended = self._suspects.lost()
+        for name in apart:
+            self._scheduler.set_apart(name)
+        for name in ended:
+            self._fail(name, "the stages fail again and again at this request")
 
     def on_ready(self) -> None:
         """Pipeline's listener: go on."""
@@ -264,7 +254,7 @@ class Service:
                 for sequence, log in batch.opens.items()
             }
             tokens = [token for segment in batch.segments for token in segment.tokens]
-            self._under_way[batch.id] = {segment.stream for segment in batch.segments}
+            self._suspects.sent(batch)
             self._send(batch.id, runs, tokens, opens, steps=batch.steps)
         if self.ready:
             for batch in self._scheduler.halts():
@@ -325,18 +315,20 @@ class Service:
         if event.failure is not None:
             self._fail(event.stream, event.failure)
             return
-        self._losses[event.stream] = 0
         answer.cached_tokens = max(answer.cached_tokens, event.cached_tokens)
         if event.choice is not None:
             self._recent.count()
         answer.add(event.choice, event.finish_reason)
         if answer.stopped:
-            self._scheduler.cancel(event.stream)
+            self._cancel(event.stream)
+
+    def _cancel(self, stream: str) -> None:
+        self._scheduler.cancel(stream)
+        self._suspects.forget(stream)
 
     def _fail(self, stream: str, reason: str) -> None:
-        self._scheduler.cancel(stream)
+        self._cancel(stream)
         answer = self._answers.pop(stream, None)
-        self._losses.pop(stream, None)
         if answer is not None:
             answer.fail(StageFailed(reason))
 
