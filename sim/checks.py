@@ -35,7 +35,7 @@ def interrupted(scenario: Scenario, models: frozenset[str]) -> str:
         for process in agent.workers.values()
         if process.state == "wired"
     }
-    for model in models:
+    for model in models & scenario.wished():
         picks = [pick for agent in scenario.live() for pick in agent.mind.chosen.get(model, ())]
         if not any(pick.wiring in running for pick in picks):
             return f"{model} was interrupted"
@@ -48,7 +48,7 @@ def picture(scenario: Scenario) -> object:
 
 
 def serving(scenario: Scenario) -> dict[str, Placed]:
-    """What serves each model."""
+    """What serves each model, save what uses a draining node: that moves as soon as it can."""
     agents = scenario.live()
     facts = {agent.name: facts_of(agent) for agent in agents}
     shapes = scenario.shapes
@@ -56,14 +56,17 @@ def serving(scenario: Scenario) -> dict[str, Placed]:
         model: (picks[0].placement, scenario.planner.speed(shapes[model], picks[0].placement, facts))
         for agent in agents[:1]
         for model, picks in agent.mind.chosen.items()
-        if picks and picks[0].wiring and model in shapes
+        if picks and picks[0].wiring and model in shapes and not _leaves(scenario, picks[0])
     }
 
 
-def worth_moving(scenario: Scenario, old: Placed, new: Placed) -> bool:
-    """Whether a move was for a clear gain, or away from a draining node."""
-    drained = any(scenario.world.machines[place.node].draining for place in old[0].stages)
-    return drained or new[1] >= old[1] * UPGRADE_RATIO
+def _leaves(scenario: Scenario, pick: Chosen) -> bool:
+    return any(scenario.world.machines[place.node].draining for place in pick.placement.stages)
+
+
+def worth_moving(old: Placed, new: Placed) -> bool:
+    """Whether a move was for a clear gain."""
+    return new[1] >= old[1] * UPGRADE_RATIO
 
 
 def unsettled(scenario: Scenario) -> str:
@@ -114,13 +117,12 @@ def _not_running(scenario: Scenario, chosen: Mapping[str, tuple[Chosen, ...]]) -
 
 def _not_planned(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tuple[Chosen, ...]]) -> str:
     """A model that could run, or could do without draining nodes, and does not."""
-    for model, shape in scenario.shapes.items():
-        picks = chosen.get(model, ())
+    for model in scenario.promised:
+        shape, picks = scenario.shapes[model], chosen.get(model, ())
         if not picks and _could_run(scenario, agents, shape, None):
             return f"{model} could run, and does not"
         for pick in picks:
-            leaving = any(scenario.world.machines[place.node].draining for place in pick.placement.stages)
-            if leaving and _could_run(scenario, agents, shape, pick.wiring):
+            if _leaves(scenario, pick) and _could_run(scenario, agents, shape, pick.wiring):
                 return f"{model} keeps a draining node busy"
     return ""
 
@@ -156,7 +158,7 @@ def _leftovers(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tup
     wirings = {pick.wiring for picks in chosen.values() for pick in picks}
     for agent in agents:
         for process in agent.workers.values():
-            if process.wiring not in wirings:
+            if process.wiring not in wirings and process.id not in agent.goals.keep:
                 return f"{agent.name} runs a worker that nobody needs"
         for pipeline in agent.pipelines.values():
             if pipeline.wiring not in wirings:

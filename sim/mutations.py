@@ -93,7 +93,7 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "times from the future are believed": _set((view.Membership, "settle", _nothing)),
     "beats sent earlier are old for ever": _set((view, "_is_old", _old_for_ever)),
     "revoked nodes are allowed": _set((mind.Mind, "_refuses", lambda *_: False)),
-    "stamps from the future are believed": _set((wishes, "_clamped", lambda wish, clock: wish)),
+    "stamps from the future are believed": _set((wishes, "_credible", lambda wish, clock: wish)),
     "the last wish to arrive wins": _set((wishes.Wishes, "_take", _wishes_by_arrival)),
     "the wiring ignores the workers": _set((choose, "wiring_id", _wiring_of_placement)),
     "choosing by order of arrival": _set(

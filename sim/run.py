@@ -95,11 +95,12 @@ def _blink(scenario: Scenario) -> None:
 def _return(scenario: Scenario) -> None:
     """Machines that were thought dead come back: what serves goes on, and moves for a clear gain only."""
     before = checks.serving(scenario)
+    scenario.promised = frozenset()  # their disks may hold wishes that are credible
     for name in sorted(scenario.dead):
         scenario.dead.discard(name)
         scenario.boot(name)
     _settle(scenario, scenario.world.now, frozenset(before))
     for model, (placement, speed) in checks.serving(scenario).items():
         old = before.get(model, (placement, speed))
-        if old[0] != placement and not checks.worth_moving(scenario, old, (placement, speed)):
+        if old[0] != placement and not checks.worth_moving(old, (placement, speed)):
             raise Broken(f"{model} was moved for little: {old[1]:.2f} to {speed:.2f} tokens/s")

@@ -84,6 +84,7 @@ class Scenario:
         models = ("small", "large")[: 1 + (self.random.random() < 0.3)]
         self.world.models = models
         self.shapes = {name: shape_of(name, 4 + 2 * index) for index, name in enumerate(models)}
+        self.promised = frozenset(models)  # users said last that these shall be served
         for index in range(self.random.choice((2, 3, 3, 3, 4, 4, 5))):
             self._machine(f"n{index}")
 
@@ -142,6 +143,11 @@ class Scenario:
     def live(self) -> list[Agent]:
         """The agents that run and are not revoked."""
         return [agent for name, agent in self.world.agents.items() if name not in self.revoked]
+
+    def wished(self) -> frozenset[str]:
+        """Models that all live agents know to be wished."""
+        known = [{wish.model for wish in agent.mind.wishes if wish.replicas > 0} for agent in self.live()]
+        return frozenset(set.intersection(*known) if known else ())
 
     def _wish(self, name: str, shape: ModelShape) -> None:
         agents = self.live()

@@ -8,7 +8,8 @@ the cluster; `choose` only selects from it, and plans afresh where it finds noth
 2. Of the rest the best are kept, as many as there are replicas, by `Candidate.rank`:
    serving first; then those without a draining node; then those that wait for no slice; then the better
    class of predicted speed (coarse, so that noise never decides); then the smallest id.
-3. Replicas still missing are planned, on alive nodes that are not draining and have not just failed at it.
+3. Replicas still missing are planned, on alive nodes that are not draining and have not just failed at it;
+   not by a node that has just started, since what it has not heard of yet may serve already.
 4. A serving placement may get a *successor*, loaded beside it and preferred by rank once it serves: if it
    uses a draining node, any placement without one; else only one faster by UPGRADE_RATIO. A draining node
    whose stages fit nowhere beside the serving ones is relieved in their place, with a pause.
@@ -280,6 +281,8 @@ class Choice:
         return planned
 
     def _plan(self, job: Job, taken: set[str]) -> Candidate | None:
+        if self._view.listening:
+            return None
         nodes = []
         for node, facts in self._view.facts.items():
             failed = (node, job.model) in self._reports.failed

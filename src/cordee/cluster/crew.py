@@ -51,7 +51,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class WireOrder:
-    """Join this worker to `goal.downstream`, with an empty KV cache; from now on it belongs to `goal.wiring`."""
+    """Join a worker to the goal's `downstream`, with an empty KV cache, under the goal's `wiring`."""
 
     worker: str
     goal: StageGoal

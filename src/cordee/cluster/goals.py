@@ -12,8 +12,8 @@ The *wiring* is the hash of the placement and of its stages' workers (KV caches)
 same one from the facts. When one worker is replaced the wiring changes, everybody wires anew with empty
 caches, and the host replays its streams.
 
-Workers of other placements are kept as they are while the chosen one does not serve yet and memory allows:
-if the node that was lost comes back first, the old placement goes on at once. Then they are to be stopped.
+Workers of other placements are kept as they are while none that was chosen serves and memory allows: if the
+node that was lost comes back first, the old placement goes on at once. Then they are to be stopped.
 
 Once a placement serves, each of its slices is kept on a second node where disk allows, so that its loss costs
 no transfer. Who holds the copy is decided by a hash, so a change elsewhere does not move it.
@@ -174,7 +174,7 @@ def _kept(
     shapes: dict[str, ModelShape] = {}
     for wish in view.wishes:
         picks = chosen.get(wish.model, ())
-        if wish.shape is not None and picks and not all(pick.wiring for pick in picks):
+        if wish.shape is not None and not (picks and all(pick.wiring for pick in picks)):
             shapes[wish.shape.digest] = wish.shape
     own = view.facts[me]
     free = {device.name: device.memory_bytes for device in own.devices}

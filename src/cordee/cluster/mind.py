@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from cordee.cluster.choose import Chosen, Planning, choose
 from cordee.cluster.facts import Facts, ModelShape
 from cordee.cluster.goals import Goals, goals
-from cordee.cluster.view import Beat, Liveness, Membership, View
+from cordee.cluster.view import LISTEN_SECONDS, Beat, Liveness, Membership, View
 from cordee.cluster.wishes import Wish, Wishes
 
 # Goals are computed anew when the view changed, and so often in any case: what is kept may be damaged.
@@ -39,6 +39,8 @@ class Mind:
         self._revocations: dict[str, bytes] = {}
         self._view: View | None = None
         self._planned = -math.inf
+        self._observed = -math.inf
+        self._listens_until = 0.0
         self._chosen: dict[str, tuple[Chosen, ...]] = {}
         self._goals = Goals()
 
@@ -55,7 +57,14 @@ class Mind:
     def observe(
         self, facts: Facts, now: float, clock: float, revocations: Mapping[str, bytes] | None = None
     ) -> None:
-        """Our own facts, the machine's clock, and the valid revocations by node; all of them, each time."""
+        """Our own facts, the machine's clock, and the valid revocations by node; all of them, each time.
+
+        To be called once a beat at least. After a longer silence the node listens before it plans anything.
+        """
+        stopped = not 0 <= now - self._observed <= LISTEN_SECONDS
+        if stopped or not self._listens_until <= now + LISTEN_SECONDS:
+            self._listens_until = now + LISTEN_SECONDS
+        self._observed = now
         self._facts = facts
         self._offset = clock - now
         self._revocations = dict(revocations or {})
@@ -125,6 +134,7 @@ class Mind:
             {node: facts for node, (state, facts) in known.items() if state != "gone"},
             frozenset(node for node, (state, _) in known.items() if state == "suspect"),
             tuple(wish for wish in self._wishes.all if wish.replicas > 0),
+            now < self._listens_until,
         )
 
     def _clock(self, now: float) -> float:

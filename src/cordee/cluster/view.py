@@ -41,6 +41,7 @@ LEASE_SECONDS = 3.0
 SILENCE_SECONDS = 4.0  # three beats lost in a row, and one late
 # A machine busy with something else misses a lease of 2 s now and then; moving a model costs more than this.
 SUSPICION_SECONDS = 2.0
+LISTEN_SECONDS = 3.0  # after a start: long enough to be found by all others, and to hear a beat of each
 REORDER_SECONDS = 2.0  # TCP keeps order, so only messages of a link that was just replaced come late
 FORGET_SECONDS = 3600.0  # how long a node that went is still shown
 NODES_MAX = 256  # known at once; of those that are gone the longest gone are forgotten first
@@ -63,11 +64,15 @@ class Beat(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class View:
-    """What one node knows, as far as it decides anything. `facts` are of alive and suspect nodes, by id."""
+    """What one node knows, as far as it decides anything. `facts` are of alive and suspect nodes, by id.
+
+    `listening`: the node has just started, or was stopped, and may not have heard of what runs already.
+    """
 
     facts: Mapping[str, Facts]
     suspects: frozenset[str]
     wishes: tuple[Wish, ...]
+    listening: bool = False
 
 
 @dataclass(eq=False)

@@ -8,12 +8,15 @@ Stamps are seconds of the *cluster's clock*, the median of the live nodes' clock
 does not move it, and a stamp that a fault wrote is not believed:
 
     stamp <= clock + AHEAD_SECONDS    as it is
-    later, or not a number            becomes `clock`: the wish counts as written now
+    later, or not a number            becomes 0: the wish gives way to any other for its model
+
+Not `clock`, which would let a machine that comes back after a year with a wrong stamp on its disk undo what
+was wished since.
 
 Why that converges: clocks that nodes compute differ by less than AHEAD_SECONDS once they hear each other, so
-a copy is clamped once at most, and what one node has clamped no other clamps again. From then on the greatest
-stamp in the cluster neither grows nor shrinks, and reaches every node. A wish written later wins: its stamp
-is past the one it replaces.
+what one node believes no other doubts, and time only makes it more credible. From then on the greatest stamp
+in the cluster neither grows nor shrinks, and reaches every node. A wish written later wins: its stamp is past
+the one it replaces.
 """
 
 from collections.abc import Iterable
@@ -66,20 +69,20 @@ class Wishes:
         """Hear another node's map."""
         for wish in wishes:
             if wish is not self._wishes.get(wish.model):
-                self._take(_clamped(wish, clock))
+                self._take(_credible(wish, clock))
         self._forget()
 
     def settle(self, clock: float) -> None:
-        """Clamp what is held: memory and disk may hold a wrong stamp too."""
+        """Doubt what is held: memory and disk may hold a wrong stamp too."""
         for wish in self.all:
-            clamped = _clamped(wish, clock)
-            if clamped is not wish:
-                self._put(clamped)
+            credible = _credible(wish, clock)
+            if credible is not wish:
+                self._put(credible)
 
     def write(self, wish: Wish, clock: float) -> None:
         """Replace the wish for its model, here and soon everywhere; its stamp is set."""
         old = self._wishes.get(wish.model)
-        stamp = clock if old is None else max(clock, _clamped(old, clock).stamp + TICK_SECONDS)
+        stamp = clock if old is None else max(clock, _credible(old, clock).stamp + TICK_SECONDS)
         self._put(msgspec.structs.replace(wish, stamp=stamp))
         self._forget()
 
@@ -99,10 +102,10 @@ class Wishes:
             self._sorted = None
 
 
-def _clamped(wish: Wish, clock: float) -> Wish:
+def _credible(wish: Wish, clock: float) -> Wish:
     if wish.stamp <= clock + AHEAD_SECONDS:  # false for a NaN
         return wish
-    return msgspec.structs.replace(wish, stamp=clock)
+    return msgspec.structs.replace(wish, stamp=0.0)
 
 
 def _rank(wish: Wish) -> tuple[float, str, bytes]:
