@@ -98,3 +98,19 @@ class SetupNeeded(CordeeError):
     exit_code = 10
     http_status = 503
     code = "setup_needed"
+
+
+class IdentityDamaged(CordeeError):
+    """A file of this node's cluster identity is missing or is not what it should be."""
+
+    exit_code = 11
+    http_status = 503
+    code = "identity_damaged"
+
+
+class JoinFailed(CordeeError):
+    """This machine was not let into the cluster: the code, the address or the clock is at fault."""
+
+    exit_code = 12
+    http_status = 403
+    code = "join_failed"
