@@ -7,10 +7,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from cordee.node.pipeline import EXACT_ENVIRONMENT, WORKER_ENVIRONMENT
+from cordee.node.workers import ENVIRONMENT, EXACT_ENVIRONMENT
 
 # Stages that live in the test process compute as those in workers do; read when libllama is loaded.
-os.environ |= WORKER_ENVIRONMENT | EXACT_ENVIRONMENT
+os.environ |= ENVIRONMENT | EXACT_ENVIRONMENT
 
 hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("house")

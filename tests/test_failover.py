@@ -18,7 +18,7 @@ from cordee.errors import StageFailed
 from cordee.generation.request import Grammar, SamplingParams
 from cordee.generation.suspects import LOSSES_MAX
 from cordee.models.store import Store
-from cordee.node import pipeline
+from cordee.node import workers
 from streams import GREEDY, SECONDS, Model, ask, ask_all, kill, kill_at, request, tiny_model, until
 
 TESTS = Path(__file__).parent
@@ -38,7 +38,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages that break at certain tokens."""
     paths = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    monkeypatch.setattr(pipeline, "COMMAND", (sys.executable, "-m", "breaking_worker"))
+    monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-m", "breaking_worker"))
 
 
 def test_twenty_kills_in_a_row_change_no_stream(starter_path: Path, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_stream_that_breaks_its_stage_each_time_ends_and_the_others_go_on(mode
 
 @pytest.mark.usefixtures("breaking")
 def test_a_worker_that_does_not_come_back_is_replaced(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr("cordee.node.pipeline.STALL_SECONDS", 1.0)
 
     async def run() -> None:
         async with model.serve() as service:
@@ -253,8 +253,8 @@ def test_no_worker_outlives_its_service(
 ) -> None:
     script = PARENT
     if token == HANG:
-        script = "import sys\nfrom cordee.node import pipeline\n" + (
-            'pipeline.COMMAND = (sys.executable, "-m", "breaking_worker")\n' + PARENT
+        script = "import sys\nfrom cordee.node import workers\n" + (
+            'workers.COMMAND = (sys.executable, "-m", "breaking_worker")\n' + PARENT
         )
     with subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path_factory.mktemp("m")), str(stages), str(token)],

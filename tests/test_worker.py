@@ -20,6 +20,7 @@ from cordee.node import link
 from cordee.node.compute import as_batch
 from cordee.node.link import LinkClosed
 from cordee.node.messages import (
+    Broken,
     Hello,
     Join,
     Load,
@@ -163,7 +164,18 @@ def test_rows_of_another_placement_are_refused(lone: Lone, model_path: Path) -> 
     link.send(upstream, *prompt("other", 9))
     with pytest.raises(LinkClosed):
         link.receive(upstream)
+    assert link.receive(lone.control)[0] == Broken("mine")
     assert answered(*lone.wire("next"), "next", 10) > 0
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["upstream", "downstream"])
+def test_a_link_that_ends_is_told_to_the_parent(lone: Lone, model_path: Path, side: int) -> None:
+    lone.command(Load(str(model_path), CONFIG, True))
+    links = lone.wire("mine")
+    assert answered(*links, "mine", 1) > 0
+    links[side].close()
+    assert link.receive(lone.control)[0] == Broken("mine")
+    assert answered(*lone.wire("next"), "next", 2) > 0
 
 
 def test_strangers_and_garbage_do_not_stop_it(lone: Lone, model_path: Path) -> None:

@@ -1,15 +1,15 @@
 """What the processes of a node say to each other, as msgspec structs; the frames are in link.py.
 
-Two kinds of link, both Unix sockets in a folder that only this user may enter:
+Two kinds of link. On one machine they are Unix sockets in a folder that only this user may enter; data links
+between machines are those of dataplane.py.
 
 - *control*, between the pipeline and each worker: Hello, then Load -> Loaded or LoadFailed, Wire -> Wired
-  or WireFailed, Halt.
+  or WireFailed, Halt; Broken when a link is lost.
 - *data*, from the service to the first worker, from worker to worker, from the last back to the service and
   to the first worker: Join first, which names the placement, then Rows onwards and Tokens at the end. A
   message of another placement than the link's is refused.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import msgspec
@@ -27,7 +27,8 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 class Load(msgspec.Struct, frozen=True, tag=True):
     """Load this slice. `is_last`: its logits are sampled here, and `ends` are the tokens that end an answer.
 
-    `embedding` is the model file that turns token ids into rows, for the first of several stages.
+    `embedding` is the model file that turns token ids into rows, for the first of several stages. With an
+    `identity`, a member's folder, the worker also takes rows of other machines, at the address `listen`.
     """
 
     path: str
@@ -35,12 +36,15 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     is_last: bool
     embedding: str | None = None
     ends: tuple[int, ...] = ()
+    identity: str | None = None
+    listen: str = ""
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """The stage is loaded; it waits to be wired."""
+    """The stage is loaded; it waits to be wired. `endpoint` is where other machines reach it."""
 
     description: StageDescription
+    endpoint: str = ""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
@@ -51,9 +55,10 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Wire(msgspec.Struct, frozen=True, tag=True):
-    """Forget all sequences, take rows of this placement only, send on to the socket `downstream`.
+    """Forget all sequences, take rows of this placement only, send on to `downstream`.
 
-    `first` is where the last of several stages sends micro-batches that go round again.
+    `first` is where the last of several stages sends micro-batches that go round again. Both are paths of
+    Unix sockets, or endpoints of other machines.
     """
 
     placement: str
@@ -72,6 +77,12 @@ class WireFailed(msgspec.Struct, frozen=True, tag=True):
 
     placement: str
     message: str
+
+
+class Broken(msgspec.Struct, frozen=True, tag=True):
+    """A link of this placement is gone, on either side of the worker; it waits to be wired again."""
+
+    placement: str
 
 
 class Halt(msgspec.Struct, frozen=True, tag=True):
@@ -139,9 +150,5 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     last: bool = True
 
 
-Message = Hello | Load | Loaded | LoadFailed | Wire | Wired | WireFailed | Halt | Join | Rows | Tokens
-
-
-def placement_id(workers: Sequence[tuple[str, str]]) -> str:
-    """The id of a placement: the hash of (slice digest, worker id) of its stages, in order."""
-    return hashlib.sha256(msgspec.msgpack.encode(workers)).hexdigest()[:16]
+Control = Hello | Load | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | Halt
+Message = Control | Join | Rows | Tokens

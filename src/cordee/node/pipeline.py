@@ -16,62 +16,30 @@
 """
 
 import asyncio
-import contextlib
+import hashlib
 import logging
-import os
-import secrets
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-import psutil
+import msgspec
 
 from cordee.engine.stage import StageConfig, StageDescription
 from cordee.errors import CordeeError, StageFailed
 from cordee.models.slices import SliceFile
 from cordee.node import link
 from cordee.node.link import LinkClosed
-from cordee.node.messages import (
-    Halt,
-    Hello,
-    Join,
-    Load,
-    Loaded,
-    LoadFailed,
-    Message,
-    Rows,
-    Tokens,
-    Wire,
-    Wired,
-    WireFailed,
-    placement_id,
-)
-from cordee.node.worker import rebuilt_error
+from cordee.node.messages import Join, Load, Rows, Tokens, Wire
+from cordee.node.workers import EXACT_ENVIRONMENT, Worker, Workers, opening
 
 State = Literal["loading", "ready", "replacing", "failed", "closed"]
 
-COMMAND = (sys.executable, "-m", "cordee.node.worker")
-START_SECONDS = 60.0  # a worker's interpreter and imports, on a slow and busy machine
-LOAD_SECONDS = 3600.0  # 60 GB from a slow disk take half an hour
-JOIN_SECONDS = 10.0  # for the first message of a link, which is sent as soon as it is there
 STALL_SECONDS = 600.0  # 512 rows of prefill take this long on a machine that does one row a second
-WIRE_SECONDS = STALL_SECONDS  # a survivor first finishes what it computes for the old placement
 WATCH_SECONDS = 1.0  # how often workers that owe an answer are looked at
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.05, 30.0
 FAILURES_MAX = 3  # replacements that failed one after the other before the state says so
-CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is stopped or swapped out
-
-# How long threads spin at a barrier before they sleep (libgomp; single trials on 2 cores, starter model).
-# The default, 300,000, is fast on an idle machine; but beside one busy process, spinners hold the core that
-# the sleeper needs, and a token takes over 200 ms. There it takes 40 ms with 1,000 spins, 91 with 4,000, 167
-# with 8,000. Alone, 4,000 are about as fast as the default, 1,000 slower; "passive" is half as fast.
-WORKER_ENVIRONMENT = {"GOMP_SPINCOUNT": "4000"}
-EXACT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama.py
 
 log = logging.getLogger(__name__)
 
@@ -101,30 +69,11 @@ class Listener(Protocol):
 
 
 @dataclass
-class WorkerHandle:
-    """A worker as the pipeline sees it. `said` are its control messages, one for each that it was sent, and
-    None once it ended."""
-
-    id: str
-    process: asyncio.subprocess.Process
-    inbox: str
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    said: asyncio.Queue[Message | None] = field(default_factory=asyncio.Queue)
-    ended: bool = False
-    description: StageDescription | None = None
-
-    @property
-    def alive(self) -> bool:
-        return not self.ended and self.process.returncode is None
-
-
-@dataclass
 class Stage:
     """A place in the pipeline: its slice, and the worker that runs it now."""
 
     slice: SliceFile
-    worker: WorkerHandle | None = None
+    worker: Worker | None = None
     restarts: int = 0
 
     @property
@@ -141,7 +90,7 @@ class Stage:
     def pid(self) -> int | None:
         """The process of the worker that runs it; None while there is none."""
         worker = self.worker
-        return worker.process.pid if worker is not None and worker.alive else None
+        return worker.pid if worker is not None and worker.alive else None
 
     @property
     def description(self) -> StageDescription | None:
@@ -167,12 +116,12 @@ class Pipeline:
         self._listener = listener
         self._report = report
         self._placement = ""
-        self._folder = Path(tempfile.mkdtemp(prefix="cordee-"))  # mode 0700
-        self._expected: dict[str, asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]]] = {}
-        self._servers: list[asyncio.Server] = []
+        self._workers: Workers | None = None
+        self._tokens = ""  # the socket to which the last stage sends
         self._first: asyncio.StreamWriter | None = None
-        self._links: set[asyncio.StreamWriter] = set()  # all that were accepted
-        self._change = asyncio.Event()  # a worker ended
+        self._links: set[asyncio.StreamWriter] = set()  # all that bring tokens
+        self._change = asyncio.Event()  # a worker ended, or a link broke
+        self._broken = False
         self._owed = 0
         self._heard = time.monotonic()
         self._tasks: set[asyncio.Task] = set()
@@ -194,7 +143,8 @@ class Pipeline:
         pipeline = cls(slices, config, source, listener, report)
         pipeline._keep(pipeline._watch())
         try:
-            await pipeline._listen()
+            pipeline._workers = await Workers.open()
+            pipeline._tokens = await pipeline._workers.listen("tokens", pipeline._accept_tokens)
             await pipeline._raise_workers()
             await pipeline._wire()
         except BaseException as error:
@@ -222,8 +172,8 @@ class Pipeline:
     def halt(self, batch: int) -> None:
         """Ask that a micro-batch does not go round again."""
         last = self.stages[-1].worker
-        if last is not None and last.alive:
-            link.write(last.writer, Halt(batch))
+        if last is not None:
+            last.halt(batch)
 
     async def close(self) -> None:
         """End all workers and remove the sockets; closing twice is harmless."""
@@ -231,14 +181,29 @@ class Pipeline:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for server in self._servers:
-            server.close()
-        await asyncio.gather(*(_end(stage.worker) for stage in self.stages if stage.worker is not None))
+        await asyncio.gather(*(stage.worker.end() for stage in self.stages if stage.worker is not None))
         writers = self._links | ({self._first} if self._first is not None else set())
         for writer in writers:
             writer.transport.abort()
         await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._workers is not None:
+            self._workers.close()
+
+    def on_ended(self, worker: Worker) -> None:
+        """Workers' owner: a process is gone."""
+        self._change.set()
+        for stage in self.stages:
+            if stage.worker is worker:
+                self._tell(
+                    self._report,
+                    f"{stage.layers}: process {worker.pid} ended with status {worker.status}",
+                )
+
+    def on_broken(self, worker: Worker, placement: str) -> None:
+        """Workers' owner: a link is gone; what is still true of that will be wired again."""
+        if placement == self._placement:
+            self._broken = True
+            self._change.set()
 
     def _keep(self, coroutine: Coroutine) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -257,22 +222,9 @@ class Pipeline:
         except Exception:
             log.exception("a listener of the pipeline failed")
 
-    async def _listen(self) -> None:
-        for name, accepted in (("control", self._accept_control), ("tokens", self._accept_tokens)):
-            self._servers.append(await asyncio.start_unix_server(accepted, self._folder / name))
-
-    async def _accept_control(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._links.add(writer)
-        hello = await _opening(reader)
-        expected = self._expected.pop(hello.worker, None) if isinstance(hello, Hello) else None
-        if expected is None or expected.done():
-            self._drop(writer)
-        else:
-            expected.set_result((reader, writer))
-
     async def _accept_tokens(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._links.add(writer)
-        join = await _opening(reader)
+        join = await opening(reader)
         try:
             while isinstance(join, Join) and join.placement == self._placement:
                 message, _ = await link.read(reader)
@@ -300,21 +252,19 @@ class Pipeline:
                 raise result
 
     async def _raise_worker(self, stage: Stage) -> None:
+        assert self._workers is not None
         old = stage.worker
         if old is not None:
-            await _end(old)
-            self._drop(old.writer)
-        stage.worker = worker = await self._spawn()
-        self._keep(self._follow(stage, worker))
-        link.write(worker.writer, self._load(stage))
-        answer = await _answer(worker, (Loaded, LoadFailed), LOAD_SECONDS)
-        if isinstance(answer, LoadFailed):
-            await _end(worker)
-            raise rebuilt_error(answer)
-        assert isinstance(answer, Loaded)
-        worker.description = answer.description
+            await old.end()
+        environment = EXACT_ENVIRONMENT if self._config.exact else {}
+        stage.worker = worker = await self._workers.spawn(environment, self, self._keep)
+        try:
+            await worker.load(self._load(stage))
+        except CordeeError:
+            await worker.end()
+            raise
         stage.restarts += old is not None
-        self._tell(self._report, f"{stage.layers} loaded (process {worker.process.pid})")
+        self._tell(self._report, f"{stage.layers} loaded (process {worker.pid})")
 
     def _load(self, stage: Stage) -> Load:
         cut_first = len(self.stages) > 1 and stage is self.stages[0]
@@ -326,84 +276,32 @@ class Pipeline:
             ends=self._source.ends,
         )
 
-    async def _spawn(self) -> WorkerHandle:
-        worker_id = secrets.token_hex(8)
-        inbox = str(self._folder / worker_id)
-        self._expected[worker_id] = connected = asyncio.get_running_loop().create_future()
-        process = await self._start_process(worker_id, inbox)
-        ended = asyncio.ensure_future(process.wait())
-        try:
-            await asyncio.wait((connected, ended), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if not connected.done():
-                raise StageFailed(f"a stage worker did not start (status {process.returncode})")
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            raise
-        finally:
-            ended.cancel()
-            self._expected.pop(worker_id, None)
-        return WorkerHandle(worker_id, process, inbox, *connected.result())
-
-    async def _start_process(self, worker_id: str, inbox: str) -> asyncio.subprocess.Process:
-        return await asyncio.create_subprocess_exec(
-            *COMMAND,
-            worker_id,
-            str(self._folder / "control"),
-            inbox,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            env={**os.environ, **WORKER_ENVIRONMENT, **(EXACT_ENVIRONMENT if self._config.exact else {})},
-            start_new_session=True,  # the terminal's Ctrl-C is the service's to handle
-        )
-
-    async def _follow(self, stage: Stage, worker: WorkerHandle) -> None:
-        """Hear a worker out: once its control link ends, so does its process."""
-        try:
-            while True:
-                message, _ = await link.read(worker.reader)
-                worker.said.put_nowait(message)
-        except LinkClosed:
-            worker.ended = True
-        worker.said.put_nowait(None)
-        self._change.set()
-        await _end(worker)
-        if stage.worker is worker:
-            process = worker.process
-            line = f"{stage.layers}: process {process.pid} ended with status {process.returncode}"
-            self._tell(self._report, line)
-
     async def _wire(self) -> None:
         """Join the workers to a new placement, without any sequence."""
         workers = [stage.worker for stage in self.stages if stage.worker is not None]
-        self._placement = placement_id(
-            [(stage.slice.digest, worker.id) for stage, worker in zip(self.stages, workers, strict=True)]
-        )
+        slices = [stage.slice for stage in self.stages]
+        self._placement = _placement_id(slices, workers)
+        self._broken = False
         self._owed = 0
         if self._first is not None:
             self._first.transport.abort()
-        downstream = [worker.inbox for worker in workers[1:]] + [str(self._folder / "tokens")]
-        for worker, target in zip(workers, downstream, strict=True):
-            goes_round = worker is workers[-1] and len(workers) > 1
-            link.write(worker.writer, Wire(self._placement, target, workers[0].inbox if goes_round else None))
+        first, downstream = workers[0].inbox, [worker.inbox for worker in workers[1:]]
+        wires = [Wire(self._placement, target) for target in downstream]
+        wires.append(Wire(self._placement, self._tokens, first if downstream else None))
         # All of them answer, or end; whoever waited for less would leave readers of the others behind.
         answers = await asyncio.gather(
-            *(_answer(worker, (Wired, WireFailed), WIRE_SECONDS, self._placement) for worker in workers),
-            return_exceptions=True,
+            *(worker.wire(wire) for worker, wire in zip(workers, wires, strict=True)), return_exceptions=True
         )
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise answer
-            if isinstance(answer, WireFailed):
-                raise StageFailed(f"a stage was lost while the pipeline was wired ({answer.message})")
-        _, self._first = await asyncio.open_unix_connection(workers[0].inbox)
+        _, self._first = await asyncio.open_unix_connection(first)
         link.write(self._first, Join(self._placement))
 
     async def _supervise(self) -> None:
-        """Replace workers that ended, for as long as the pipeline lives."""
+        """Replace workers that ended, and wire anew where a link broke, for as long as the pipeline lives."""
         while True:
-            while all(stage.alive for stage in self.stages):
+            while not self._broken and all(stage.alive for stage in self.stages):
                 self._change.clear()
                 await self._change.wait()
             self.state = "replacing"
@@ -443,59 +341,12 @@ class Pipeline:
             stalled = self._owed > 0 and time.monotonic() - self._heard > STALL_SECONDS
             for stage in self.stages:
                 worker = stage.worker
-                if worker is not None and worker.alive and (stalled or _stopped(worker)):
-                    self._tell(self._report, f"process {worker.process.pid} hangs: it is replaced")
-                    _kill(worker)
+                if worker is not None and worker.alive and (stalled or worker.stopped):
+                    self._tell(self._report, f"process {worker.pid} hangs: it is replaced")
+                    worker.kill()
 
 
-async def _opening(reader: asyncio.StreamReader) -> Message | None:
-    """The first message of a link; None if there is none in time."""
-    try:
-        async with asyncio.timeout(JOIN_SECONDS):
-            message, _ = await link.read(reader)
-    except (LinkClosed, TimeoutError):
-        return None
-    return message
-
-
-async def _answer(
-    worker: WorkerHandle, kinds: tuple[type[Message], ...], seconds: float, placement: str | None = None
-) -> Message:
-    """The worker's next control message of these kinds, about this placement.
-
-    Raises:
-        StageFailed: it ended first, or took too long and was killed.
-    """
-    try:
-        async with asyncio.timeout(seconds):
-            while (message := await worker.said.get()) is not None:
-                if isinstance(message, kinds) and placement in (None, getattr(message, "placement", None)):
-                    return message
-    except TimeoutError as error:
-        _kill(worker)
-        raise StageFailed(f"process {worker.process.pid} did not answer within {seconds:.0f} s") from error
-    worker.said.put_nowait(None)  # for whoever asks next
-    raise StageFailed(f"process {worker.process.pid} ended before it answered")
-
-
-async def _end(worker: WorkerHandle) -> None:
-    """End a worker: by its control link, else by force."""
-    worker.writer.transport.abort()
-    try:
-        async with asyncio.timeout(CLOSE_SECONDS):
-            await worker.process.wait()
-    except TimeoutError:
-        _kill(worker)
-        await worker.process.wait()
-
-
-def _kill(worker: WorkerHandle) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        worker.process.kill()
-
-
-def _stopped(worker: WorkerHandle) -> bool:
-    try:
-        return psutil.Process(worker.process.pid).status() == psutil.STATUS_STOPPED
-    except psutil.Error:
-        return False
+def _placement_id(slices: Sequence[SliceFile], workers: Sequence[Worker]) -> str:
+    """The hash of (slice digest, worker id) of the stages, in order."""
+    pairs = [(piece.digest, worker.id) for piece, worker in zip(slices, workers, strict=True)]
+    return hashlib.sha256(msgspec.msgpack.encode(pairs)).hexdigest()[:16]

@@ -1,19 +1,22 @@
 """A stage worker: one process, one stage. Run as `python -m cordee.node.worker ID CONTROL INBOX`.
 
-CONTROL is the pipeline's socket, INBOX the path at which this worker listens for the stage before it. One
+CONTROL is its parent's socket, INBOX the path at which this worker listens for the stage before it. One
 thread does everything, since the stage is the only thing worth waiting for:
 
     start -> Load -> loaded -> Wire -> wired: rows in, rows (or tokens) out
                         ^                |
-                        '--- Wire again, |link lost: rows are dropped until then
+                        '--- Wire again, |link lost: Broken, and rows are dropped until then
 
-A micro-batch that goes round comes back to the first stage from the last, or stays here if that is the same;
-the service hears of its tokens meanwhile.
+Rows come through the inbox from this machine, and through a door of dataplane.py from others. A micro-batch
+that goes round comes back to the first stage from the last, or stays here if that is the same; the service
+hears of its tokens meanwhile.
 
 The process ends when its control link does, even in the middle of a decode, so that no worker outlives its
-service: a second thread waits for that and for nothing else. A failure in the stage ends the process too: the
-pipeline replaces it, which also gets rid of whatever state made it fail.
+parent: a second thread waits for that and for nothing else. A failure in the stage ends the process too: the
+parent replaces it, which also gets rid of whatever state made it fail.
 """
+
+from __future__ import annotations
 
 import os
 import select
@@ -23,13 +26,15 @@ import socket
 import sys
 import threading
 from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cordee import errors
-from cordee.errors import CordeeError
+from cordee.errors import BadRequest, CordeeError
 from cordee.node import link
 from cordee.node.compute import Compute, Result, again
 from cordee.node.link import LinkClosed
 from cordee.node.messages import (
+    Broken,
     Halt,
     Hello,
     Join,
@@ -42,6 +47,9 @@ from cordee.node.messages import (
     Wired,
     WireFailed,
 )
+
+if TYPE_CHECKING:  # workers of one machine start sooner without TLS
+    from cordee.node.dataplane import Door, Guest
 
 PEERS_MAX = 4  # that connected and are not wired yet: a new placement's while an old one is being closed
 BACKLOG = 64  # peers that knock during a decode: with a full backlog the true one would be refused
@@ -60,6 +68,9 @@ class Worker:
         self._round: deque[Result] = deque()  # that go round here; as many as are in flight at most
         self._halted = 0  # the newest micro-batch that shall not go round again
         self._placement = ""
+        self._identity: Path | None = None  # of this node, where other machines take part
+        self._door: Door | None = None
+        self._guests: list[Guest] = []  # of other machines, that are still proving who they are
         self._strangers: list[socket.socket] = []  # that connected and said nothing yet
         self._early: dict[Join, socket.socket] = {}  # that joined before this worker heard of their placement
         self._compute: Compute | None = None
@@ -76,14 +87,25 @@ class Worker:
                         self._obey()
                     except LinkClosed:
                         return
-                elif key.fileobj is self._inbox:
-                    self._accept()
-                elif key.fileobj in self._strangers:
-                    self._meet(key.fileobj)
                 else:
-                    self._take_rows(key.fileobj)
+                    self._hear(key.fileobj)
             if self._round:
                 self._run(*self._round.popleft())
+
+    def _hear(self, source) -> None:
+        """Something came from somewhere else than the parent; what was dropped a moment ago is nobody's."""
+        if source is self._inbox:
+            self._accept()
+        elif source is self._door:
+            self._accept_guest()
+        elif source in self._guests:
+            self._greet(source)
+        elif source in self._strangers:
+            self._meet(source)
+        elif source in (self._downstream, self._first):
+            self._lose()  # nothing is ever said there
+        elif source in self._upstream.values():
+            self._take_rows(source)
 
     def _obey(self) -> None:
         message, _ = link.receive(self._control)
@@ -97,10 +119,25 @@ class Worker:
     def _load(self, load: Load) -> None:
         try:
             self._compute = Compute(load)
+            if load.identity is not None:
+                self._open_door(Path(load.identity), load.listen)
         except CordeeError as error:
             link.send(self._control, LoadFailed(type(error).__name__, error.message))
             return
-        link.send(self._control, Loaded(self._compute.description))
+        endpoint = "" if self._door is None else self._door.endpoint
+        link.send(self._control, Loaded(self._compute.description, endpoint))
+
+    def _open_door(self, identity: Path, host: str) -> None:
+        from cordee.node.dataplane import Door
+
+        try:
+            self._door = Door(identity, host)
+        except OSError as error:
+            raise BadRequest(
+                f"workers cannot listen on {host or 'any address'}: {error}", "listen"
+            ) from error
+        self._identity = identity
+        self._selector.register(self._door, selectors.EVENT_READ)
 
     def _wire(self, wire: Wire) -> None:
         assert self._compute is not None, "Load comes before Wire"
@@ -109,9 +146,9 @@ class Worker:
         self._compute.clear()
         self._placement = wire.placement
         try:
-            self._downstream = _joined(wire.downstream, Join(wire.placement))
+            self._downstream = self._joined(wire.downstream, Join(wire.placement))
             if wire.first is not None:
-                self._first = _joined(wire.first, Join(wire.placement, again=True))
+                self._first = self._joined(wire.first, Join(wire.placement, again=True))
         except (OSError, LinkClosed) as error:  # that stage just died: another Wire follows
             self._drop_downstream()
             link.send(self._control, WireFailed(wire.placement, str(error)))
@@ -119,23 +156,67 @@ class Worker:
         self._adopt()
         link.send(self._control, Wired(wire.placement))
 
+    def _joined(self, target: str, join: Join) -> socket.socket:
+        """A link to the worker, or the service, that is there.
+
+        Raises:
+            OSError, LinkClosed: nobody takes it.
+        """
+        if target.startswith("/"):
+            peer = socket.socket(socket.AF_UNIX)
+            peer.settimeout(link.SOCKET_SECONDS)
+            peer.connect(target)
+        else:
+            from cordee.node import dataplane
+
+            assert self._identity is not None, "who has neighbours on other machines listens for them"
+            peer = dataplane.connect(self._identity, target)
+        link.send(peer, join)
+        self._selector.register(peer, selectors.EVENT_READ)
+        return peer
+
     def _accept(self) -> None:
         """Let a peer in; whoever says nothing costs a place among PEERS_MAX and no time."""
-        if len(self._strangers) == PEERS_MAX:
-            self._forget(self._strangers[0]).close()
         peer, _ = self._inbox.accept()
-        peer.settimeout(JOIN_SECONDS)
-        self._strangers.append(peer)
+        self._let_in(peer, self._strangers)
+
+    def _let_in(self, peer, among: list) -> None:
+        if len(among) == PEERS_MAX:
+            self._forget(among[0], among).close()
+        among.append(peer)
         self._selector.register(peer, selectors.EVENT_READ)
 
-    def _forget(self, stranger: socket.socket) -> socket.socket:
-        self._strangers.remove(stranger)
-        self._selector.unregister(stranger)
-        return stranger
+    def _forget(self, peer, among: list):
+        among.remove(peer)
+        self._selector.unregister(peer)
+        return peer
+
+    def _accept_guest(self) -> None:
+        assert self._door is not None
+        try:
+            guest = self._door.accept()
+        except LinkClosed:
+            return
+        if guest is not None:
+            self._let_in(guest, self._guests)
+
+    def _greet(self, guest: Guest) -> None:
+        self._selector.unregister(guest)  # the link that it becomes has the same file descriptor
+        try:
+            peer = guest.greet()
+        except LinkClosed:
+            self._guests.remove(guest)
+            return
+        if peer is None:
+            self._selector.register(guest, selectors.EVENT_READ)
+        else:
+            self._guests.remove(guest)
+            self._let_in(peer, self._strangers)
 
     def _meet(self, stranger: socket.socket) -> None:
         """Hear which placement a peer joins; it may have learnt of it before this worker."""
-        peer = self._forget(stranger)
+        peer = self._forget(stranger, self._strangers)
+        peer.settimeout(JOIN_SECONDS)
         try:
             message, _ = link.receive(peer)
         except LinkClosed:
@@ -158,9 +239,6 @@ class Worker:
                 self._selector.register(self._upstream[join.again], selectors.EVENT_READ)
 
     def _take_rows(self, source: socket.socket) -> None:
-        goes_round = next((again for again, peer in self._upstream.items() if peer is source), None)
-        if goes_round is None:
-            return  # a Wire dropped it a moment ago
         try:
             message, payload = link.receive(source)
         except LinkClosed:
@@ -168,7 +246,7 @@ class Worker:
         if isinstance(message, Rows) and message.placement == self._placement:
             self._run(message, payload)
         else:
-            self._drop(goes_round)
+            self._lose()
 
     def _run(self, message: Rows, payload: memoryview) -> None:
         assert self._compute is not None
@@ -188,7 +266,7 @@ class Worker:
         try:
             link.send(self._downstream, message, payload)
         except LinkClosed:
-            self._drop_downstream()
+            self._lose()
 
     def _send_round(self, message: Rows, payload: memoryview) -> None:
         if self._first is None:
@@ -197,7 +275,14 @@ class Worker:
         try:
             link.send(self._first, message, payload)
         except LinkClosed:
-            self._drop_downstream()
+            self._lose()
+
+    def _lose(self) -> None:
+        """A link is gone: so is what this placement computed together."""
+        self._drop_upstream()
+        self._drop_downstream()
+        placement, self._placement = self._placement, ""
+        link.send(self._control, Broken(placement))
 
     def _drop_upstream(self) -> None:
         for goes_round in list(self._upstream):
@@ -212,32 +297,10 @@ class Worker:
     def _drop_downstream(self) -> None:
         for peer in (self._downstream, self._first):
             if peer is not None:
+                self._selector.unregister(peer)
                 peer.close()
         self._downstream = self._first = None
         self._round.clear()
-
-
-def _joined(path: str, join: Join) -> socket.socket:
-    """A link to the worker, or the service, at this path.
-
-    Raises:
-        OSError, LinkClosed: nobody takes it.
-    """
-    peer = socket.socket(socket.AF_UNIX)
-    try:
-        peer.settimeout(link.SOCKET_SECONDS)
-        peer.connect(path)
-        link.send(peer, join)
-    except BaseException:
-        peer.close()
-        raise
-    return peer
-
-
-def rebuilt_error(failed: LoadFailed) -> CordeeError:
-    """The error that a worker met, as an exception of this process."""
-    kind = getattr(errors, failed.error, CordeeError)
-    return kind(failed.message)
 
 
 def _end_with(control: socket.socket) -> None:

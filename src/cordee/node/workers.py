@@ -1,0 +1,273 @@
+"""Worker processes as their parent sees them: started, loaded, wired, watched, ended.
+
+`Workers` has the folder with their sockets; each `Worker` is one process. What a worker says of its own
+accord, that it ended or that a link of its broke, goes to the callbacks it was started with.
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import psutil
+
+from cordee import errors
+from cordee.engine.stage import StageDescription
+from cordee.errors import CordeeError, StageFailed
+from cordee.node import link
+from cordee.node.link import LinkClosed
+from cordee.node.messages import (
+    Broken,
+    Halt,
+    Hello,
+    Load,
+    Loaded,
+    LoadFailed,
+    Message,
+    Wire,
+    Wired,
+    WireFailed,
+)
+
+COMMAND = (sys.executable, "-m", "cordee.node.worker")
+START_SECONDS = 60.0  # a worker's interpreter and imports, on a slow and busy machine
+LOAD_SECONDS = 3600.0  # 60 GB from a slow disk take half an hour
+HELLO_SECONDS = 10.0  # for the first message of a link, which is sent as soon as it is there
+WIRE_SECONDS = 600.0  # a survivor first finishes what it computes: 512 rows, at one row a second
+CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is stopped or swapped out
+
+# How long threads spin at a barrier before they sleep (libgomp; single trials on 2 cores, starter model).
+# The default, 300,000, is fast on an idle machine; but beside one busy process, spinners hold the core that
+# the sleeper needs, and a token takes over 200 ms. There it takes 40 ms with 1,000 spins, 91 with 4,000, 167
+# with 8,000. Alone, 4,000 are about as fast as the default, 1,000 slower; "passive" is half as fast.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "4000"}
+EXACT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama.py
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Answer = TypeVar("Answer", bound=Message)
+
+
+class Owner(Protocol):
+    """Who is told what workers do of their own accord; called on the event loop, and must not raise."""
+
+    def on_ended(self, worker: "Worker") -> None:
+        """Its process is gone."""
+
+    def on_broken(self, worker: "Worker", placement: str) -> None:
+        """A link by which it was joined to this placement is gone."""
+
+
+class Worker:
+    """A worker process. Made by `Workers.spawn`."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, inbox: str, streams: Streams) -> None:
+        self.id = name
+        self.inbox = inbox  # the Unix socket at which it takes rows
+        self.endpoint = ""  # where other machines reach it, if it listens for them
+        self.description: StageDescription | None = None
+        self.ended = False
+        self._process = process
+        self._reader, self._writer = streams
+        self._said: asyncio.Queue[Message | None] = asyncio.Queue()  # one for each it was sent; None: ended
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is there, loaded or loading."""
+        return not self.ended and self._process.returncode is None
+
+    @property
+    def status(self) -> int | None:
+        """What its process ended with; negative: by that signal."""
+        return self._process.returncode
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its process was stopped by a signal."""
+        try:
+            return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            return False
+
+    async def load(self, load: Load) -> None:
+        """Let it load a slice.
+
+        Raises:
+            CordeeError: the slice cannot be loaded, or the process ended.
+        """
+        link.write(self._writer, load)
+        answer = await self._answer((Loaded, LoadFailed), LOAD_SECONDS)
+        if isinstance(answer, LoadFailed):
+            raise rebuilt_error(answer)
+        self.description, self.endpoint = answer.description, answer.endpoint
+
+    async def wire(self, wire: Wire) -> None:
+        """Join it to a placement, without any sequence.
+
+        Raises:
+            StageFailed: the next stage cannot be reached, or the process ended.
+        """
+        link.write(self._writer, wire)
+        kinds = (Wired, WireFailed)
+        answer = await self._answer(kinds, WIRE_SECONDS, lambda said: said.placement == wire.placement)
+        if isinstance(answer, WireFailed):
+            raise StageFailed(f"a stage cannot reach the next one ({answer.message})")
+
+    def halt(self, batch: int) -> None:
+        """Ask that a micro-batch does not go round again."""
+        if self.alive:
+            link.write(self._writer, Halt(batch))
+
+    def kill(self) -> None:
+        """End it by force; `end` waits for that."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def end(self) -> None:
+        """End it: by its control link, else by force; ending twice is harmless."""
+        self._writer.transport.abort()
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+    async def follow(self, owner: Owner) -> None:
+        """Hear it out: once its control link ends, so does its process."""
+        try:
+            while True:
+                message, _ = await link.read(self._reader)
+                if isinstance(message, Broken):
+                    owner.on_broken(self, message.placement)
+                else:
+                    self._said.put_nowait(message)
+        except LinkClosed:
+            self.ended = True
+        self._said.put_nowait(None)
+        await self.end()
+        owner.on_ended(self)
+
+    async def _answer(
+        self,
+        kinds: tuple[type[Answer], ...],
+        seconds: float,
+        fits: Callable[[Answer], bool] = lambda _: True,
+    ) -> Answer:
+        """Its next control message of these kinds that fits.
+
+        Raises:
+            StageFailed: it ended first, or took too long and was killed.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                while (message := await self._said.get()) is not None:
+                    if isinstance(message, kinds) and fits(message):
+                        return message
+        except TimeoutError as error:
+            self.kill()
+            raise StageFailed(f"process {self.pid} did not answer within {seconds:.0f} s") from error
+        self._said.put_nowait(None)  # for whoever asks next
+        raise StageFailed(f"process {self.pid} ended before it answered")
+
+
+class Workers:
+    """Starts workers. Made by `Workers.open`; all methods on one event loop."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="cordee-"))  # mode 0700
+        self._expected: dict[str, asyncio.Future[Streams]] = {}
+        self._servers: list[asyncio.Server] = []
+
+    @classmethod
+    async def open(cls) -> "Workers":
+        """A folder of sockets, and their control socket."""
+        workers = cls()
+        await workers.listen("control", workers._meet)
+        return workers
+
+    async def listen(
+        self, name: str, accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+    ) -> str:
+        """A Unix socket in the folder; its path."""
+        path = self.folder / name
+        self._servers.append(await asyncio.start_unix_server(accept, path))
+        return str(path)
+
+    async def spawn(self, environment: Mapping[str, str], owner: Owner, keep: Callable) -> Worker:
+        """Start a process; `keep` runs the coroutine that follows it.
+
+        Raises:
+            StageFailed: it does not come up.
+        """
+        name = secrets.token_hex(8)
+        inbox = str(self.folder / name)
+        self._expected[name] = connected = asyncio.get_running_loop().create_future()
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND,
+            name,
+            str(self.folder / "control"),
+            inbox,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            env={**os.environ, **ENVIRONMENT, **environment},
+            start_new_session=True,  # the terminal's Ctrl-C is its parent's to handle
+        )
+        ended = asyncio.ensure_future(process.wait())
+        try:
+            await asyncio.wait((connected, ended), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if not connected.done():
+                raise StageFailed(f"a stage worker did not start (status {process.returncode})")
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            raise
+        finally:
+            ended.cancel()
+            self._expected.pop(name, None)
+        worker = Worker(name, process, inbox, connected.result())
+        keep(worker.follow(owner))
+        return worker
+
+    def close(self) -> None:
+        """Remove the sockets; the workers are ended by whoever started them."""
+        for server in self._servers:
+            server.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        hello = await opening(reader)
+        expected = self._expected.pop(hello.worker, None) if isinstance(hello, Hello) else None
+        if expected is None or expected.done():
+            writer.transport.abort()
+        else:
+            expected.set_result((reader, writer))
+
+
+async def opening(reader: asyncio.StreamReader) -> Message | None:
+    """The first message of a link; None if there is none in time."""
+    try:
+        async with asyncio.timeout(HELLO_SECONDS):
+            message, _ = await link.read(reader)
+    except (LinkClosed, TimeoutError):
+        return None
+    return message
+
+
+def rebuilt_error(failed: LoadFailed) -> CordeeError:
+    """The error that a worker met, as an exception of this process."""
+    kind = getattr(errors, failed.error, CordeeError)
+    return kind(failed.message)
