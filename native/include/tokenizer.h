@@ -38,7 +38,7 @@ extern "C" {
 #define TOKENIZER_ALIGNMENT 8           /* of the memory for a tokenizer and of scratch memory */
 #define TOKENIZER_TOKENS_MAX (1u << 20) /* five times the largest vocabulary in use */
 #define TOKENIZER_MERGES_MAX (1u << 21)
-#define TOKENIZER_PIECE_BYTES_MAX 1024u     /* bytes of one token; runs of 256 spaces are the longest in use */
+#define TOKENIZER_PIECE_BYTES_MAX 1024u /* bytes of one token; runs of 256 spaces are the longest in use */
 #define TOKENIZER_TEXT_BYTES_MAX (16u << 20) /* of one call: four times a prompt of a million tokens */
 
 #define TOKENIZER_NONE (-1)  /* no such token */
@@ -81,8 +81,8 @@ typedef struct {
 
 typedef struct tokenizer tokenizer;
 
-/* Bytes that tokenizer_make wants; 0 if the source is refused (tokenizer_make says why). Some 70 bytes a token for
- * byte-level BPE, 12 for "llama", several hundred for "t5". */
+/* Bytes that tokenizer_make wants; 0 if the source is refused (tokenizer_make says why). Bytes a token: 40
+ * to 75 for byte-level BPE, 12 to 20 for "llama", some 120 for "t5". */
 TOKENIZER_API size_t tokenizer_bytes(const tokenizer_source *source);
 
 /* Make a tokenizer in `memory`: `nbytes` of them, aligned to TOKENIZER_ALIGNMENT, owned by the caller for as long as

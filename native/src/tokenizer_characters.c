@@ -27,7 +27,7 @@ uint32_t character_at(const uint8_t *at, const uint8_t *end, uint32_t *nbytes)
     return character;
 }
 
-enum character_class class_of(uint32_t character)
+enum character_class character_class_of(uint32_t character)
 {
     if (character >= unicode_end)
         return CLASS_OTHER;

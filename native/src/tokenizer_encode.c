@@ -46,8 +46,8 @@ size_t tokenizer_scratch_bytes(const tokenizer *it, size_t text_bytes)
 size_t tokenizer_tokens_max(const tokenizer *it, size_t text_bytes)
 {
     size_t bounded = text_bytes < TOKENIZER_TEXT_BYTES_MAX ? text_bytes : TOKENIZER_TEXT_BYTES_MAX;
-    /* Without a piece for it, a space takes the three bytes of its mark. After every special token comes one more. */
-    size_t each = it->family == FAMILY_BYTES ? 1 : 2 * sizeof escaped_space;
+    /* A special token of one byte gives itself and a space behind, which may take the three bytes of its mark. */
+    size_t each = it->family == FAMILY_BYTES ? 1 : 1 + sizeof escaped_space;
     return (bounded + 1) * each + 2;
 }
 

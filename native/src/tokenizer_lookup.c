@@ -3,7 +3,7 @@
 
 #include "tokenizer_parts.h"
 
-uint32_t table_slots(uint32_t entries)
+uint32_t lookup_slots(uint32_t entries)
 {
     uint32_t slots = 16;
     while (slots < 2 * entries)
@@ -18,7 +18,7 @@ static uint32_t stirred(uint32_t hash)
     return hash ^ hash >> 16;
 }
 
-uint32_t hash_pair(uint32_t left, uint32_t right)
+uint32_t lookup_hash(uint32_t left, uint32_t right)
 {
     return stirred(left * 0x9E3779B1u ^ stirred(right));
 }

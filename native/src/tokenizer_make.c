@@ -25,41 +25,43 @@ static const struct pre_tokenizer pre_tokenizers[] = {
     {"gpt-2", word_of_gpt2, false},      {"olmo", word_of_gpt2, false},       {"smollm", word_of_smollm, false},
 };
 
-tokenizer_status fail(tokenizer_error *error, tokenizer_status status, const char *text, uint32_t number)
+tokenizer_status tokenizer_fail(tokenizer_error *error, tokenizer_status status, const char *text)
 {
-    char digits[12];
-    size_t length = strlen(text), first = sizeof digits;
-    if (!error)
-        return status;
-    if (length > sizeof error->text - sizeof digits)
-        length = sizeof error->text - sizeof digits;
-    memcpy(error->text, text, length);
-    if (number != UINT32_MAX) {
-        do
-            digits[--first] = (char)('0' + number % 10);
-        while (number /= 10);
-        error->text[length++] = ' ';
-        memcpy(error->text + length, digits + first, sizeof digits - first);
-        length += sizeof digits - first;
+    if (error) {
+        size_t length = strlen(text);
+        memcpy(error->text, text, length + 1);
     }
-    error->text[length] = 0;
     return status;
+}
+
+tokenizer_status tokenizer_fail_at(tokenizer_error *error, const char *text, uint32_t number)
+{
+    char sentence[sizeof error->text], digits[10];
+    size_t length = strlen(text), first = sizeof digits;
+    do
+        digits[--first] = (char)('0' + number % 10);
+    while (number /= 10);
+    memcpy(sentence, text, length);
+    sentence[length++] = ' ';
+    memcpy(sentence + length, digits + first, sizeof digits - first);
+    sentence[length + sizeof digits - first] = 0;
+    return tokenizer_fail(error, TOKENIZER_BAD_FILE, sentence);
 }
 
 static tokenizer_status find_family(const tokenizer_source *source, struct survey *survey, tokenizer_error *error)
 {
     if (!source->model)
-        return fail(error, TOKENIZER_BAD_FILE, "the file names no tokenizer model", UINT32_MAX);
+        return tokenizer_fail(error, TOKENIZER_BAD_FILE, "the file names no tokenizer model");
     if (source->normalises)
-        return fail(error, TOKENIZER_UNSUPPORTED, "tokenizers with a normaliser are not supported", UINT32_MAX);
+        return tokenizer_fail(error, TOKENIZER_UNSUPPORTED, "tokenizers with a normaliser are not supported");
     if (strcmp(source->model, "llama") == 0 || strcmp(source->model, "t5") == 0) {
         survey->family = source->model[0] == 'l' ? FAMILY_SCORES : FAMILY_UNIGRAM;
         if (!source->scores)
-            return fail(error, TOKENIZER_BAD_FILE, "the tokens have no scores", UINT32_MAX);
+            return tokenizer_fail(error, TOKENIZER_BAD_FILE, "the tokens have no scores");
         return TOKENIZER_OK;
     }
     if (strcmp(source->model, "gpt2") != 0)
-        return fail(error, TOKENIZER_UNSUPPORTED, "this tokenizer model is not supported", UINT32_MAX);
+        return tokenizer_fail(error, TOKENIZER_UNSUPPORTED, "this tokenizer model is not supported");
     survey->family = FAMILY_BYTES;
     for (size_t i = 0; i < sizeof pre_tokenizers / sizeof pre_tokenizers[0]; i++)
         if (source->pre && strcmp(source->pre, pre_tokenizers[i].name) == 0) {
@@ -67,7 +69,7 @@ static tokenizer_status find_family(const tokenizer_source *source, struct surve
             survey->whole_words = pre_tokenizers[i].whole_words;
             return TOKENIZER_OK;
         }
-    return fail(error, TOKENIZER_UNSUPPORTED, "this pre-tokenizer is not supported, or none is named", UINT32_MAX);
+    return tokenizer_fail(error, TOKENIZER_UNSUPPORTED, "this pre-tokenizer is not supported, or none is named");
 }
 
 static bool is_special(int type)
@@ -84,11 +86,11 @@ static bool goes_on_after_space(const uint8_t *string, size_t nbytes)
 static tokenizer_status survey_token(const tokenizer_source *source, uint32_t token, const uint8_t *string,
                                      size_t nbytes, struct survey *survey, tokenizer_error *error)
 {
-    int type = source->types ? (int)little_u32(source->types + 4 * (size_t)token) : PIECE_NORMAL;
+    int type = source->types ? (int)piece_u32(source->types + 4 * (size_t)token) : PIECE_NORMAL;
     if (nbytes > TOKENIZER_PIECE_BYTES_MAX)
-        return fail(error, TOKENIZER_BAD_FILE, "absurdly long is token", token);
-    if (source->scores && !isfinite(little_float(source->scores + 4 * (size_t)token)))
-        return fail(error, TOKENIZER_BAD_FILE, "no finite score has token", token);
+        return tokenizer_fail_at(error, "absurdly long is token", token);
+    if (source->scores && !isfinite(piece_float(source->scores + 4 * (size_t)token)))
+        return tokenizer_fail_at(error, "no finite score has token", token);
     if (is_special(type))
         survey->specials_bytes += (uint32_t)nbytes;
     else if (survey->family == FAMILY_UNIGRAM)
@@ -106,17 +108,17 @@ static tokenizer_status survey_source(const tokenizer_source *source, struct sur
         return status;
     const tokenizer_strings *tokens = &source->tokens;
     if (tokens->count == 0 || tokens->count > TOKENIZER_TOKENS_MAX || source->merges.count > TOKENIZER_MERGES_MAX)
-        return fail(error, TOKENIZER_BAD_FILE, "the file has no tokens, or too many tokens or merges", UINT32_MAX);
+        return tokenizer_fail(error, TOKENIZER_BAD_FILE, "the file has no tokens, or too many tokens or merges");
     const uint8_t *string;
     size_t offset = 0, nbytes;
     for (uint32_t token = 0; token < tokens->count; token++) {
-        if (!next_string(tokens, &offset, &string, &nbytes) || offset > UINT32_MAX)
-            return fail(error, TOKENIZER_BAD_FILE, "the array of tokens ends within token", token);
+        if (!piece_next(tokens, &offset, &string, &nbytes) || offset > UINT32_MAX)
+            return tokenizer_fail_at(error, "the array of tokens ends within token", token);
         status = survey_token(source, token, string, nbytes, survey, error);
         if (status != TOKENIZER_OK)
             return status;
         if (survey->specials_bytes > TRIE_BYTES_MAX || survey->pieces_bytes > TRIE_BYTES_MAX)
-            return fail(error, TOKENIZER_BAD_FILE, "the tokens are too long, up to token", token);
+            return tokenizer_fail_at(error, "the tokens are too long, up to token", token);
     }
     if (survey->family != FAMILY_BYTES)
         survey->word = survey->spans_words ? word_is_all : word_of_sentencepiece;
@@ -140,8 +142,8 @@ static void *take(struct arena *arena, size_t count, size_t each_nbytes)
 /* `it` is a place to lay out: in the arena if it has a base, elsewhere if the bytes are only counted. */
 static void lay_out(tokenizer *it, struct arena *arena, const tokenizer_source *source, const struct survey *survey)
 {
-    uint32_t slots = table_slots(source->tokens.count), merges = table_slots(source->merges.count);
-    uint32_t specials = table_slots(survey->specials_bytes), pieces = table_slots(survey->pieces_bytes);
+    uint32_t slots = lookup_slots(source->tokens.count), merges = lookup_slots(source->merges.count);
+    uint32_t specials = lookup_slots(survey->specials_bytes), pieces = lookup_slots(survey->pieces_bytes);
     it->offsets = take(arena, source->tokens.count, sizeof *it->offsets);
     it->lookup.slots = take(arena, slots, sizeof *it->lookup.slots);
     it->specials.edges = take(arena, specials, sizeof *it->specials.edges);
@@ -248,10 +250,10 @@ static tokenizer_status fill_tables(tokenizer *it, const tokenizer_source *sourc
     const uint8_t *string;
     size_t offset = 0, nbytes;
     for (uint32_t token = 0; token < it->count; token++) {
-        next_string(&source->tokens, &offset, &string, &nbytes);
+        piece_next(&source->tokens, &offset, &string, &nbytes);
         it->offsets[token] = (uint32_t)(string - it->strings);
         if (!add_token(it, token, &lowest_score))
-            return fail(error, TOKENIZER_BAD_FILE, "tokens were chosen to collide: token", token);
+            return tokenizer_fail_at(error, "tokens were chosen to collide: token", token);
     }
     it->unknown_score = (isfinite(lowest_score) ? lowest_score : 0.0) - unknown_penalty;
     return it->family == FAMILY_BYTES ? merges_make(it, &source->merges, error) : TOKENIZER_OK;
@@ -266,7 +268,7 @@ tokenizer_status tokenizer_make(void *memory, size_t nbytes, const tokenizer_sou
         return status;
     size_t wanted = bytes_of(source, &survey);
     if (nbytes < wanted)
-        return fail(error, TOKENIZER_NO_ROOM, "too little memory for the tokenizer", UINT32_MAX);
+        return tokenizer_fail(error, TOKENIZER_NO_ROOM, "too little memory for the tokenizer");
     memset(memory, 0, wanted);
     struct arena arena = {memory, 0};
     tokenizer *it = take(&arena, 1, sizeof *it);

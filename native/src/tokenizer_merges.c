@@ -5,7 +5,7 @@
 
 static uint32_t *slot_of(const struct merges *merges, uint32_t left, uint32_t right)
 {
-    uint32_t at = hash_pair(left, right);
+    uint32_t at = lookup_hash(left, right);
     for (uint32_t probes = 0; probes < PROBES_MAX; probes++, at++) {
         uint32_t *slot = &merges->slots[at & merges->mask];
         if (*slot == EMPTY || (merges->all[*slot].left == left && merges->all[*slot].right == right))
@@ -14,39 +14,68 @@ static uint32_t *slot_of(const struct merges *merges, uint32_t left, uint32_t ri
     return NULL;
 }
 
-/* Read a merge, two strings with one space between. False if it names what is no plain token. */
-static bool read_merge(const tokenizer *it, const uint8_t *string, size_t nbytes, struct merge *merge)
+/* A merge's two strings, together in `pair` and with one space between in the file. */
+struct written {
+    uint8_t pair[TOKENIZER_PIECE_BYTES_MAX];
+    size_t left, both; /* bytes of the first, of both */
+};
+
+static bool read_merge(const uint8_t *string, size_t nbytes, struct written *merge)
 {
-    uint8_t bytes[TOKENIZER_PIECE_BYTES_MAX];
     const uint8_t *space = nbytes > 0 ? memchr(string + 1, ' ', nbytes - 1) : NULL;
     if (!space || nbytes > TOKENIZER_PIECE_BYTES_MAX + 1)
         return false;
-    size_t before = (size_t)(space - string);
-    size_t left = from_byte_alphabet(string, before, bytes);
-    if (left == SIZE_MAX)
-        return false;
-    size_t right = from_byte_alphabet(space + 1, nbytes - before - 1, bytes + left);
-    if (right == SIZE_MAX)
-        return false;
-    int32_t tokens[3] = {lookup_find(it, bytes, left), lookup_find(it, bytes + left, right),
-                         lookup_find(it, bytes, left + right)};
-    *merge = (struct merge){(uint32_t)tokens[0], (uint32_t)tokens[1], (uint32_t)tokens[2]};
-    return tokens[0] >= 0 && tokens[1] >= 0 && tokens[2] >= 0;
+    merge->left = (size_t)(space - string);
+    merge->both = nbytes - 1;
+    memcpy(merge->pair, string, merge->left);
+    memcpy(merge->pair + merge->left, space + 1, merge->both - merge->left);
+    return true;
+}
+
+/* The plain token that a merge's string stands for. */
+static int32_t token_of(const tokenizer *it, const uint8_t *string, size_t nbytes)
+{
+    uint8_t bytes[TOKENIZER_PIECE_BYTES_MAX];
+    size_t length = from_byte_alphabet(string, nbytes, bytes);
+    return length == SIZE_MAX ? TOKENIZER_NONE : lookup_find(it, bytes, length);
+}
+
+/* False if a string is no plain token. */
+static bool resolve_merge(const tokenizer *it, const struct written *from, struct merge *merge)
+{
+    int32_t left = token_of(it, from->pair, from->left);
+    int32_t right = token_of(it, from->pair + from->left, from->both - from->left);
+    int32_t result = token_of(it, from->pair, from->both);
+    *merge = (struct merge){(uint32_t)left, (uint32_t)right, (uint32_t)result};
+    return left >= 0 && right >= 0 && result >= 0;
+}
+
+/* Such a merge is left out: a user-defined token is found before any merging, a control token must not be merged. */
+static bool names_special(const tokenizer *it, const struct written *merge)
+{
+    return tokenizer_named(it, merge->pair, merge->left) >= 0 || tokenizer_named(it, merge->pair, merge->both) >= 0 ||
+           tokenizer_named(it, merge->pair + merge->left, merge->both - merge->left) >= 0;
 }
 
 tokenizer_status merges_make(tokenizer *it, const tokenizer_strings *strings, tokenizer_error *error)
 {
     const uint8_t *string;
+    struct written written;
     size_t offset = 0, nbytes;
     for (uint32_t rank = 0; rank < strings->count; rank++) {
         struct merge *merge = &it->merges.all[rank];
-        if (!next_string(strings, &offset, &string, &nbytes))
-            return fail(error, TOKENIZER_BAD_FILE, "the array of merges ends within merge", rank);
-        if (!read_merge(it, string, nbytes, merge))
-            return fail(error, TOKENIZER_BAD_FILE, "what is not in the vocabulary is named by merge", rank);
+        if (!piece_next(strings, &offset, &string, &nbytes))
+            return tokenizer_fail_at(error, "the array of merges ends within merge", rank);
+        if (!read_merge(string, nbytes, &written))
+            return tokenizer_fail_at(error, "no two strings are merge", rank);
+        if (!resolve_merge(it, &written, merge)) {
+            if (names_special(it, &written))
+                continue;
+            return tokenizer_fail_at(error, "what is not in the vocabulary is named by merge", rank);
+        }
         uint32_t *slot = slot_of(&it->merges, merge->left, merge->right);
         if (!slot)
-            return fail(error, TOKENIZER_BAD_FILE, "merges were chosen to collide: merge", rank);
+            return tokenizer_fail_at(error, "merges were chosen to collide: merge", rank);
         *slot = rank;
     }
     return TOKENIZER_OK;

@@ -29,7 +29,7 @@ enum character_class { CLASS_OTHER = 0, CLASS_LETTER = 1, CLASS_NUMBER = 2, CLAS
 
 /* The character at `at`, and its size in bytes; `at` < `end`. */
 uint32_t character_at(const uint8_t *at, const uint8_t *end, uint32_t *nbytes);
-enum character_class class_of(uint32_t character);
+enum character_class character_class_of(uint32_t character);
 bool is_escaped_space(const uint8_t *at, const uint8_t *end); /* U+2581, SentencePiece's mark for a space */
 
 #define UNICODE_BLOCK 128u /* characters that share a block of classes */
@@ -45,10 +45,10 @@ word_end word_of_llama3, word_of_gpt2, word_of_smollm, word_of_sentencepiece, wo
 
 /* ---- tokenizer_pieces.c: the bytes of tokens ---- */
 
-uint32_t little_u32(const uint8_t *at);
-float little_float(const uint8_t *at);
+uint32_t piece_u32(const uint8_t *at);
+float piece_float(const uint8_t *at);
 /* Move past the next string of an array. False if it does not lie within the array. */
-bool next_string(const tokenizer_strings *strings, size_t *offset, const uint8_t **string, size_t *nbytes);
+bool piece_next(const tokenizer_strings *strings, size_t *offset, const uint8_t **string, size_t *nbytes);
 /* The bytes that a string of byte-level BPE's alphabet stands for, or SIZE_MAX if it has any other character. */
 size_t from_byte_alphabet(const uint8_t *string, size_t nbytes, uint8_t *bytes);
 
@@ -67,8 +67,8 @@ struct lookup {
     uint32_t *slots; /* token, or EMPTY */
     uint32_t mask;
 };
-uint32_t table_slots(uint32_t entries); /* a power of two, at least twice `entries` */
-uint32_t hash_pair(uint32_t left, uint32_t right);
+uint32_t lookup_slots(uint32_t entries); /* a power of two, at least twice `entries` */
+uint32_t lookup_hash(uint32_t left, uint32_t right);
 bool lookup_add(tokenizer *it, uint32_t token, const uint8_t *bytes, size_t nbytes); /* false: PROBES_MAX */
 int32_t lookup_find(const tokenizer *it, const uint8_t *bytes, size_t nbytes);
 
@@ -122,8 +122,10 @@ struct tokenizer {
     double unknown_score; /* FAMILY_UNIGRAM */
 };
 
-/* Fill an error's text, if there is one to fill, and hand the status on. `number` is appended unless UINT32_MAX. */
-tokenizer_status fail(tokenizer_error *error, tokenizer_status status, const char *text, uint32_t number);
+/* Fill an error, if there is one to fill, with a text of less than 200 characters, and hand the status on. */
+tokenizer_status tokenizer_fail(tokenizer_error *error, tokenizer_status status, const char *text);
+/* The same for TOKENIZER_BAD_FILE, with the number of the token or merge behind the text. */
+tokenizer_status tokenizer_fail_at(tokenizer_error *error, const char *text, uint32_t number);
 
 /* ---- tokenizer_merge.c, tokenizer_unigram.c: one word into tokens ---- */
 

@@ -3,27 +3,27 @@
 
 #include "tokenizer_parts.h"
 
-uint32_t little_u32(const uint8_t *at)
+uint32_t piece_u32(const uint8_t *at)
 {
     return (uint32_t)at[0] | (uint32_t)at[1] << 8 | (uint32_t)at[2] << 16 | (uint32_t)at[3] << 24;
 }
 
-float little_float(const uint8_t *at)
+float piece_float(const uint8_t *at)
 {
-    uint32_t bits = little_u32(at);
+    uint32_t bits = piece_u32(at);
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-bool next_string(const tokenizer_strings *strings, size_t *offset, const uint8_t **string, size_t *nbytes)
+bool piece_next(const tokenizer_strings *strings, size_t *offset, const uint8_t **string, size_t *nbytes)
 {
     size_t left = strings->nbytes - *offset;
     if (left < 8)
         return false;
     const uint8_t *at = strings->bytes + *offset;
-    *nbytes = little_u32(at);
-    if (little_u32(at + 4) != 0 || *nbytes > left - 8)
+    *nbytes = piece_u32(at);
+    if (piece_u32(at + 4) != 0 || *nbytes > left - 8)
         return false;
     *string = at + 8;
     *offset += 8 + *nbytes;
@@ -59,7 +59,7 @@ size_t from_byte_alphabet(const uint8_t *string, size_t nbytes, uint8_t *bytes)
 const uint8_t *piece_string(const tokenizer *it, uint32_t token, size_t *nbytes)
 {
     const uint8_t *string = it->strings + it->offsets[token];
-    *nbytes = little_u32(string - 8);
+    *nbytes = piece_u32(string - 8);
     return string;
 }
 
@@ -77,13 +77,13 @@ int byte_of_piece(const tokenizer *it, uint32_t token)
 enum piece_type piece_type(const tokenizer *it, uint32_t token)
 {
     if (it->types)
-        return (enum piece_type)little_u32(it->types + 4 * (size_t)token);
+        return (enum piece_type)piece_u32(it->types + 4 * (size_t)token);
     return it->family != FAMILY_BYTES && byte_of_piece(it, token) >= 0 ? PIECE_BYTE : PIECE_NORMAL;
 }
 
 float piece_score(const tokenizer *it, uint32_t token)
 {
-    return it->scores ? little_float(it->scores + 4 * (size_t)token) : 0.0f;
+    return it->scores ? piece_float(it->scores + 4 * (size_t)token) : 0.0f;
 }
 
 static size_t unescaped(const uint8_t *string, size_t nbytes, uint8_t *bytes)

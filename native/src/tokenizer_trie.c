@@ -4,7 +4,7 @@
 /* The edge, or where it would go; NULL after PROBES_MAX. */
 static struct trie_edge *edge_of(const struct trie *trie, uint32_t node, uint8_t byte)
 {
-    uint32_t key = (node << 8 | byte) + 1, at = hash_pair(node, byte);
+    uint32_t key = (node << 8 | byte) + 1, at = lookup_hash(node, byte);
     for (uint32_t probes = 0; probes < PROBES_MAX; probes++, at++) {
         struct trie_edge *edge = &trie->edges[at & trie->mask];
         if (edge->key == 0 || edge->key == key)

@@ -21,7 +21,7 @@ static struct glance look(const uint8_t *at, const uint8_t *end)
         uint32_t nbytes;
         glance.character = character_at(at, end, &nbytes);
         glance.end = at + nbytes;
-        glance.class = (int)class_of(glance.character);
+        glance.class = (int)character_class_of(glance.character);
     }
     return glance;
 }
@@ -78,7 +78,8 @@ static const uint8_t *newlines(const uint8_t *at, const uint8_t *end)
     return stop;
 }
 
-/* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+ */
+/* (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}
+ * | ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+ */
 const uint8_t *word_of_llama3(const uint8_t *at, const uint8_t *end)
 {
     struct glance first = look(at, end), second = look(first.end, end);
