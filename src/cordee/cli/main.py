@@ -10,6 +10,7 @@ import click
 from cordee import __version__
 from cordee.cli.doctor import doctor
 from cordee.cli.models import ls, pull, rm, show
+from cordee.cli.plan import plan
 from cordee.cli.ps import ps
 from cordee.cli.run import run
 from cordee.cli.serve import serve
@@ -75,7 +76,7 @@ def cordee() -> None:
     """
 
 
-for verb in (run, serve, pull, ls, show, rm, ps, doctor):
+for verb in (run, serve, pull, ls, show, rm, plan, ps, doctor):
     cordee.add_command(verb)
 
 

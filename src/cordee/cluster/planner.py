@@ -210,7 +210,8 @@ def _why_out(
     usual = max((stage.hop_seconds for stage in stages), default=0.0) or hop / SECOND
     if hop / SECOND > FAR * usual:
         return f"too far away: a hop to it takes about {1000 * hop / SECOND:.0f} ms"
-    return f"not needed: one more stage would add about {1000 * (hop + STAGE_TIME) / SECOND:.1f} ms to each token"
+    more = 1000 * (hop + STAGE_TIME) / SECOND
+    return f"not needed: one more stage would add about {more:.1f} ms to each token"
 
 
 def _least(shape: ModelShape, load: Load) -> int:

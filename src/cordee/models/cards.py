@@ -7,6 +7,25 @@ from importlib.resources import files
 import msgspec
 
 
+class CardShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How large a model is, as its header would say; of a layer the average. So it can be planned unseen.
+
+    The fields are those of the cluster's `ModelShape`; `head_bytes` are read for every token, and of
+    `window_period` layers all but the last have a sliding window.
+    """
+
+    n_embd: int
+    n_vocab: int
+    layer_bytes: int
+    active_bytes: int
+    cell_bytes: int
+    row_floats: int
+    embedding_bytes: int
+    head_bytes: int
+    last_extra_bytes: int
+    window_period: int = 1
+
+
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is known of a model without having it.
 
@@ -28,6 +47,7 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     languages: list[str]
     notes: str
     installed: str = ""
+    shape: CardShape | None = None
 
 
 @cache

@@ -6,6 +6,7 @@ from itertools import pairwise
 from cordee.cluster.facts import ModelShape
 from cordee.errors import BadRequest, UnsupportedModel
 from cordee.models.architectures import Architecture, architecture
+from cordee.models.cards import Card
 from cordee.models.fit import cell_bytes, row_floats, size_of
 from cordee.models.gguf import BLOCK, Header, Tensor
 from cordee.models.slices import EMBEDDING, HEAD, cut_step, even_cuts, plan_slice, window_pattern
@@ -46,6 +47,34 @@ def model_shape(header: Header, digest: str) -> ModelShape:
         active_head_bytes=head_bytes + (head.nbytes if head and header.tied else 0),
         cuttable=extras is not None,
         cut_step=cut_step(header, rules),
+        minimum_layers=rules.minimum_layers,
+        refused_counts=rules.whole_layer_counts,
+    )
+
+
+def card_shape(card: Card) -> ModelShape | None:
+    """The shape of a model that is only known by its card; None if the card does not tell it."""
+    told = card.shape
+    if told is None:
+        return None
+    rules = architecture(card.architecture) or Architecture(card.architecture)
+    return ModelShape(
+        digest=card.name,
+        architecture=card.architecture,
+        n_embd=told.n_embd,
+        n_vocab=told.n_vocab,
+        layer_bytes=(told.layer_bytes,) * card.layers,
+        active_bytes=(told.active_bytes,) * card.layers,
+        cell_bytes=(told.cell_bytes,) * card.layers,
+        row_floats=(told.row_floats,) * card.layers,
+        windowed=tuple((layer + 1) % told.window_period != 0 for layer in range(card.layers)),
+        embedding_bytes=told.embedding_bytes,
+        extra_bytes=0,
+        last_extra_bytes=told.last_extra_bytes,
+        whole_extra_bytes=told.embedding_bytes + told.head_bytes,
+        active_head_bytes=told.head_bytes,
+        cuttable=rules.certified and rules.obstacle(card.layers) is None,
+        cut_step=rules.cut_step,
         minimum_layers=rules.minimum_layers,
         refused_counts=rules.whole_layer_counts,
     )

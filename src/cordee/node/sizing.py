@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from cordee.cluster.memory import BATCH_ROWS
 from cordee.engine import libllama
 from cordee.engine.stage import StageConfig
 from cordee.errors import BadRequest, DoesNotFit
@@ -11,7 +12,6 @@ from cordee.models.memory import memory
 
 # Unless told otherwise the KV cache has room for this many tokens in all: 0.75 GB for the starter model.
 CELLS_DEFAULT = 32768
-BATCH_ROWS = 512  # rows of a micro-batch: enough to use the processor fully, little enough not to block it
 ACCELERATORS = ("GPU", "IGPU")  # kinds of device that are used without being asked for
 
 

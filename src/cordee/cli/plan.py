@@ -1,0 +1,190 @@
+"""`cordee plan`: where a model would run, how it fits, how fast it would be, and why."""
+
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cordee.cli import options, output
+from cordee.errors import BadRequest, DoesNotFit, ModelNotFound
+
+if TYPE_CHECKING:
+    from cordee.cluster.facts import Facts, ModelShape
+    from cordee.cluster.memory import Load
+    from cordee.cluster.planner import Plan
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--nodes",
+    "file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Plan for the machines that this file describes.",
+)
+@options.context
+@options.sequences
+@options.as_json
+def plan(model: str, file: Path | None, context: int | None, sequences: int, as_json: bool) -> None:
+    """Tell where MODEL would run, how it fits, how fast it would be, and why.
+
+    MODEL is a model in the store, a GGUF file or just its header (the file's first megabytes, cut off
+    anywhere behind the list of tensors), or one of the cards gpt-oss-20b, gpt-oss-120b, apertus-8b and
+    apertus-70b. Without --nodes the plan is for this machine alone. Exits 6 if the model does not fit.
+
+    FILE is TOML, one table for each machine; all but name, ram and vram may be left out:
+
+    \b
+      [[machine]]
+      name = "office"           # with a count they are office-1, office-2 ...
+      count = 4
+      ram = "32 GB"
+      ram_speed = "40 GB/s"     # what the processor reads in a second
+      disk = "1 TB"             # free
+      network = "1 Gbit/s"      # the worse of two ends counts,
+      rtt = "0.5 ms"            # here too
+      [[machine.gpu]]
+      name = "RTX 4090"
+      vram = "24 GB"
+      speed = "300 GB/s"
+      count = 1
+    """
+    from cordee.cluster.memory import Load
+    from cordee.cluster.planner import plan as planned
+
+    wanted = _wanted(model)
+    nodes = _described(file) if file else _this_machine(wanted)
+    load = Load(_context(model, context, wanted.context, sequences), sequences)
+    found = planned(wanted.shape, nodes, load)
+    if as_json:
+        output.print_json(_facts(model, wanted.shape, load, found))
+    else:
+        _print(model, wanted.shape, load, found)
+    if found.placement is None:
+        raise DoesNotFit(f"{model} does not fit. {found.why}")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A model to plan; `context` is what it was made for, `stored` whether this machine has it."""
+
+    shape: "ModelShape"
+    context: int | None
+    stored: bool = False
+
+
+def _wanted(model: str) -> Wanted:
+    """A file, a model in the store, or a card."""
+    from cordee.cli.models import find
+    from cordee.models.cards import cards
+    from cordee.models.gguf import read_header
+    from cordee.models.shape import card_shape, model_shape
+    from cordee.models.store import Store
+
+    if Path(model).is_file():
+        header = read_header(Path(model), weights=False)
+        return Wanted(model_shape(header, model), header.get(".context_length"))
+    try:
+        stored = find(Store(), model)
+    except ModelNotFound:
+        card = cards().get(model)
+        shape = card_shape(card) if card else None
+        if shape is None:
+            raise
+        return Wanted(shape, card.context)
+    header = read_header(stored.path)
+    return Wanted(model_shape(header, stored.digest), header.get(".context_length"), stored=True)
+
+
+def _context(model: str, asked: int | None, own: int | None, sequences: int) -> int:
+    """What was asked for, else as much as a service takes by default."""
+    from cordee.node.sizing import CELLS_DEFAULT
+
+    if asked is not None and own is not None and asked > own:
+        raise BadRequest(f"{model} was made for at most {own} tokens, not {asked}", "context")
+    return asked or min(max(1, CELLS_DEFAULT // sequences), own or CELLS_DEFAULT)
+
+
+def _described(file: Path) -> dict[str, "Facts"]:
+    from cordee.cli.described import read_nodes
+
+    return read_nodes(file)
+
+
+def _this_machine(wanted: Wanted) -> dict[str, "Facts"]:
+    """This machine alone."""
+    from cordee.cluster.facts import Facts, SliceHeld
+    from cordee.files import home
+    from cordee.node.devices import own_devices
+
+    name = platform.node() or "localhost"
+    layers = wanted.shape.layers
+    facts = Facts(
+        node=name,
+        name=name,
+        build="",
+        devices=own_devices(),
+        disk_free_bytes=shutil.disk_usage(home()).free,
+        api="",
+        rtts={},
+        bytes_per_second={},
+        slices=(SliceHeld(wanted.shape.digest, 0, layers, whole=True),) if wanted.stored else (),
+        stages=(),
+    )
+    return {name: facts}
+
+
+def _facts(model: str, shape: "ModelShape", load: "Load", found: "Plan") -> dict[str, Any]:
+    from msgspec import to_builtins
+
+    asked = {"model": model, "architecture": shape.architecture, "layers": shape.layers} | load._asdict()
+    return asked | {"weights_bytes": _weights(shape)} | to_builtins(found)
+
+
+def _weights(shape: "ModelShape") -> int:
+    return sum(shape.layer_bytes) + shape.whole_extra_bytes
+
+
+def _print(model: str, shape: "ModelShape", load: "Load", found: "Plan") -> None:
+    """For people: the question, the stages, the machines. Why a model does not fit is the error's line."""
+    lines = [
+        ("Model", f"{model}: {shape.layers} layers, {output.size(_weights(shape))}"),
+        ("Asked", f"{load.sequences} answers at the same time, of {load.context} tokens each"),
+    ]
+    if found.placement:
+        lines.append(("Fit", found.why))
+        lines.append(("Speed", f"about {found.tokens_per_second:.3g} tokens/s for one answer"))
+    output.print_facts(lines)
+    if found.stages:
+        click.echo()
+        _print_stages(found)
+    click.echo()
+    rows = [(one.name, "in" if one.used else "out", one.why) for one in found.machines]
+    output.print_table(("MACHINE", "", "WHY"), rows)
+
+
+def _print_stages(found: "Plan") -> None:
+    rows = [
+        (
+            f"{stage.first}-{stage.last - 1}",
+            stage.name,
+            stage.device,
+            output.size(stage.fit.weights_bytes),
+            output.size(stage.fit.kv_bytes),
+            output.size(stage.needed_bytes),
+            output.size(stage.available_bytes),
+            output.size(stage.fetch_bytes),
+            f"{1000 * stage.read_seconds:.1f} ms",
+            f"{1000 * stage.hop_seconds:.2f} ms",
+        )
+        for stage in found.stages
+    ]
+    header = (
+        *("LAYERS", "MACHINE", "DEVICE", "WEIGHTS", "KV CACHE", "NEEDS", "MAY TAKE", "TO FETCH"),
+        *("A TOKEN", "HOP"),
+    )
+    output.print_table(header, rows)
