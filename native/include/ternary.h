@@ -159,6 +159,10 @@ TERNARY_API ternary_status ternary_kernels_dot(const char *kernels, const char *
                                                uint32_t groups, uint32_t quads, const int8_t *x, uint32_t n,
                                                int32_t *out, ternary_error *error);
 
+/* Read `nbytes` bytes (a multiple of 256) from four places at once and do next to nothing with them: what memory gives
+ * at best. The result only keeps the reading from being optimised away. */
+TERNARY_API uint64_t ternary_memory_read(const uint8_t *bytes, size_t nbytes);
+
 #ifdef __cplusplus
 }
 #endif

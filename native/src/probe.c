@@ -4,6 +4,24 @@
 #include "error.h"
 #include "kernels/kernels.h"
 
+uint64_t ternary_memory_read(const uint8_t *bytes, size_t nbytes)
+{
+    typedef uint64_t vector __attribute__((vector_size(64)));
+    const size_t quarter = nbytes / 4;
+    vector sums[4] = {{0}}, sum;
+    for (size_t i = 0; i < quarter; i += sizeof sum) {
+        for (int stream = 0; stream < 4; stream++) {
+            vector v;
+            memcpy(&v, bytes + (size_t)stream * quarter + i, sizeof v);
+            sums[stream] ^= v;
+        }
+    }
+    sum = sums[0] ^ sums[1] ^ sums[2] ^ sums[3];
+    for (int lane = 1; lane < 8; lane++)
+        sum[0] ^= sum[lane];
+    return sum[0];
+}
+
 const char *ternary_kernels_name(uint32_t index)
 {
     const struct kernels *kernels = kernels_at(index);

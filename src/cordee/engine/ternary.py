@@ -67,6 +67,7 @@ _FUNCTIONS = {
     "ternary_sequence_bytes": (ctypes.c_size_t, _pointer, _u32),
     "ternary_sequence_export": (ctypes.c_int, _pointer, _u32, _pointer, _pointer),
     "ternary_sequence_import": (ctypes.c_int, _pointer, _u32, ctypes.c_char_p, ctypes.c_size_t, _pointer),
+    "ternary_memory_read": (_u64, _pointer, ctypes.c_size_t),
     "ternary_kernels_name": (ctypes.c_char_p, _u32),
     "ternary_kernels_dot": (
         ctypes.c_int,

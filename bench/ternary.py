@@ -1,0 +1,227 @@
+"""The ternary engine beside llama.cpp's TQ2_0 and TQ1_0, interleaved in one run on this machine.
+
+    python bench/ternary.py [--shape 2b4t] [--models FOLDER] [--rounds N] [--cases PREFIX] [--json]
+
+Models of random weights are made in FOLDER (kept) or in a temporary one. `decode-weights` is the model with a
+vocabulary of 64: layers alone, attention over a short context and all norms included. `decode` and
+`prefill-512` are the whole model, ours with a head of 6 bits, llama.cpp's with Q6_K. `decode-avx2` holds our
+AVX2 kernels against the peer as it is (its ternary dots use no more than AVX2). `roof` is what plain reading of
+as many bytes gives: there `ours` and `peer` are GB/s, elsewhere tokens/s. One thread is timed by its CPU time,
+which other programs on the machine do not lengthen much; two by the clock. Figures are medians of the rounds; a
+ratio is the median of the rounds' own.
+"""
+
+import argparse
+import ctypes
+import json
+import mmap
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from cordee.engine.stage import Batch, StageConfig
+from cordee.engine.ternary import TernaryStage, library
+from cordee.models.ternary import TernaryModel
+from make_model import SHAPES, make_model
+from ternary_peer import LlamaPeer, write_peer
+
+PEERS = {
+    "llama.cpp-TQ2_0": GGMLQuantizationType.TQ2_0,
+    "llama.cpp-TQ1_0": GGMLQuantizationType.TQ1_0,
+}
+LAYOUTS = ("trit2", "trit5")
+WEIGHTS_VOCABULARY = 64
+PROMPT_ROWS, DECODE_ROWS, PREFILL_ROWS = 16, 8, 512
+# libgomp's threads spin for some milliseconds after their work; ours must not be timed beside them.
+SETTLE_SECONDS = 0.05
+
+
+class Ours:
+    """A model on the ternary engine."""
+
+    def __init__(self, path: Path, threads: int, rows: int, kernels: str | None = None) -> None:
+        config = StageConfig(context=1024, sequences=1, batch_rows=rows, threads=threads)
+        self._stage = TernaryStage(path, config, kernels=kernels)
+        self.weights_bytes = self._stage.description.weights_bytes
+
+    def run(self, rows: int, position: int) -> None:
+        """As LlamaPeer.run."""
+        self._stage.trim(0, position)
+        outputs = np.arange(rows) == rows - 1
+        tokens = (np.arange(rows) % 60).astype(np.int32)
+        zeros = np.zeros(rows, dtype=np.int32)
+        self._stage.decode(Batch(tokens, np.arange(position, position + rows), zeros, outputs))
+
+
+Runner = Ours | LlamaPeer
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """What to time with."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def rate(runner: Runner, rows: int, threads: int) -> float:
+    """Tokens per second: of decoding one by one behind a short prompt, or of one prompt."""
+    time.sleep(SETTLE_SECONDS)
+    now = clock(threads)
+    if rows > 1:
+        start = now()
+        runner.run(rows, 0)
+        return rows / (now() - start)
+    runner.run(PROMPT_ROWS, 0)
+    start = now()
+    for step in range(DECODE_ROWS):
+        runner.run(1, PROMPT_ROWS + step)
+    return DECODE_ROWS / (now() - start)
+
+
+class Models:
+    """The files that the cases need, made when first asked for."""
+
+    def __init__(self, folder: Path, shape: str) -> None:
+        self._folder = folder
+        self._shape = shape
+
+    def ours(self, layout: str, weights_only: bool) -> Path:
+        """Our file."""
+        path = self._path(layout, weights_only)
+        if not path.exists():
+            make_model(path, replace(self._model(weights_only), layout=layout))
+        return path
+
+    def peer(self, name: str, weights_only: bool) -> Path:
+        """llama.cpp's file."""
+        path = self._path(name, weights_only)
+        if not path.exists():
+            write_peer(path, self._model(weights_only), PEERS[name])
+        return path
+
+    def _model(self, weights_only: bool) -> TernaryModel:
+        model = replace(SHAPES[self._shape], embedding=GGMLQuantizationType.Q8_0)
+        return replace(model, n_vocab=WEIGHTS_VOCABULARY) if weights_only else model
+
+    def _path(self, name: str, weights_only: bool) -> Path:
+        return self._folder / f"{self._shape}-{'weights-' if weights_only else ''}{name}.gguf"
+
+
+def cases() -> dict[str, tuple[bool, int, int, str | None]]:
+    """Case -> (weights only, rows, threads, kernels)."""
+    return {
+        "decode-weights-1t": (True, 1, 1, None),
+        "decode-weights-2t": (True, 1, 2, None),
+        "decode-1t": (False, 1, 1, None),
+        "decode-2t": (False, 1, 2, None),
+        "decode-avx2-1t": (True, 1, 1, "avx2"),
+        "prefill-512-1t": (False, PREFILL_ROWS, 1, None),
+        "prefill-512-2t": (False, PREFILL_ROWS, 2, None),
+    }
+
+
+def compare(models: Models, case: str, rounds: int) -> list[dict]:
+    """One case: every layout of ours against every peer."""
+    weights_only, rows, threads, kernels = cases()[case]
+    most = max(rows, PROMPT_ROWS)
+    runners: dict[str, Runner] = {
+        layout: Ours(models.ours(layout, weights_only), threads, most, kernels) for layout in LAYOUTS
+    }
+    runners |= {name: LlamaPeer(models.peer(name, weights_only), threads, most) for name in PEERS}
+    found: dict[str, list[float]] = {name: [] for name in runners}
+    for number in range(-1, rounds):
+        for name, runner in runners.items():
+            value = rate(runner, rows, threads)
+            if number >= 0:
+                found[name].append(value)
+        print(f"{case}: round {number + 1} of {rounds}", file=sys.stderr)
+    return [
+        line(case, layout, found[layout], peer, found[peer], "tokens/s")
+        for layout in LAYOUTS
+        for peer in PEERS
+    ]
+
+
+def line(case: str, layout: str, ours: list[float], peer_name: str, peer: list[float], unit: str) -> dict:
+    """One result."""
+    ratios = [left / right for left, right in zip(ours, peer, strict=True)]
+    return {
+        "case": case,
+        "layout": layout,
+        "ours": round(statistics.median(ours), 2),
+        "peer": round(statistics.median(peer), 2),
+        "peer_name": peer_name,
+        "unit": unit,
+        "ratio": round(statistics.median(ratios), 3),
+    }
+
+
+def roof(models: Models, threads: int, rounds: int) -> list[dict]:
+    """Bytes of weights per second, decoding and plainly reading as many."""
+    results = []
+    now = clock(threads)
+    for layout in LAYOUTS:
+        ours = Ours(models.ours(layout, True), threads, PROMPT_ROWS)
+        nbytes = ours.weights_bytes // (256 * threads) * 256
+        memory = mmap.mmap(-1, nbytes * threads)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        np.frombuffer(memory, np.uint8)[:] = 1
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        read, decoded = [], []
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in range(rounds):
+                start = now()
+                if threads == 1:
+                    library().ternary_memory_read(address, nbytes)
+                else:
+                    parts = [address + nbytes * part for part in range(threads)]
+                    list(pool.map(library().ternary_memory_read, parts, [nbytes] * threads))
+                read.append(nbytes * threads / (now() - start) / 1e9)
+                decoded.append(rate(ours, 1, threads) * ours.weights_bytes / 1e9)
+        results.append(line(f"roof-{threads}t", layout, decoded, "plain reading", read, "GB/s"))
+    return results
+
+
+def measure(folder: Path, shape: str, rounds: int, prefix: str) -> list[dict]:
+    """All cases whose name begins with `prefix`."""
+    models = Models(folder, shape)
+    results = []
+    for case, (_, rows, _, _) in cases().items():
+        if case.startswith(prefix):
+            results += compare(models, case, rounds if rows == 1 else max(rounds // 3, 1))
+    for threads in (1, 2):
+        if f"roof-{threads}t".startswith(prefix):
+            results += roof(models, threads, rounds)
+    return results
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="2b4t")
+    parser.add_argument("--models", type=Path, help="folder that keeps the models")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--cases", default="", help="only those whose name begins so")
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="cordee-bench-") as temporary:
+        results = measure(options.models or Path(temporary), options.shape, options.rounds, options.cases)
+    if options.json:
+        for result in results:
+            print(json.dumps(result))
+        return
+    print(f"{options.shape}, medians of {options.rounds} rounds")
+    print(f"{'case':<20}{'layout':<8}{'ours':>9}{'peer':>9}  {'peer':<18}{'ratio':>6}")
+    for result in results:
+        print("{case:<20}{layout:<8}{ours:>9}{peer:>9}  {peer_name:<18}{ratio:>6}".format(**result))
+
+
+if __name__ == "__main__":
+    main()
