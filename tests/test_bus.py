@@ -18,8 +18,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 
 from cordee.errors import BadRequest
+from cordee.node import address, enrolment, identity
 from cordee.node import bus as bus_module
-from cordee.node import enrolment, identity
 from cordee.node.bus import BusOptions, Inbox, ZenohBus
 from cordee.node.identity import Identity
 from cordee.node.peers import Peers
@@ -89,14 +89,19 @@ def run(story: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(story())
 
 
-def test_three_nodes_meet_through_one_address_and_talk(tmp_path: Path) -> None:
+@pytest.mark.parametrize("listen", [LOOPBACK, "[::1]:0"])
+def test_three_nodes_meet_through_one_address_and_talk(tmp_path: Path, listen: str) -> None:
     first, second, third = cluster(tmp_path, 3)
+    try:
+        address.listener(address.parse(listen, 0)[0], 0).close()
+    except OSError:
+        pytest.skip(f"this machine has no address for {listen}")
 
     async def story() -> None:
         async with (
-            node(first, []) as a,
-            node(second, a.bus.addresses) as b,
-            node(third, a.bus.addresses) as c,
+            node(first, [], listen=listen) as a,
+            node(second, a.bus.addresses, listen=listen) as b,
+            node(third, a.bus.addresses, listen=listen) as c,
         ):
             everybody = tokens(first, second, third)
             await until(lambda: a.alive == b.alive == c.alive == everybody)

@@ -183,6 +183,13 @@ def test_common_names_are_slots_that_no_public_authority_signs() -> None:
     assert not any("." in name for name in names)
 
 
+def test_what_a_killed_process_left_is_swept(home: Path) -> None:
+    (home / ".cluster.half").mkdir(parents=True)
+    (home / ".cluster.half" / "node.key").write_text("half a key")
+    identity.found(time.time())
+    assert [path.name for path in home.iterdir()] == ["cluster"]
+
+
 def test_leaving_deletes_the_identity(home: Path) -> None:
     identity.found(time.time())
     identity.forget()

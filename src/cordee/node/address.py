@@ -8,8 +8,8 @@ import psutil
 from cordee.errors import BadRequest
 
 PORT_MAX = 65_535
-# A machine may have a wire, a radio and bridges for containers, each with two kinds of address.
-ADDRESSES_MAX = 8
+# A wire and a radio, each with two kinds of address. More would be tried by every node again and again.
+ADDRESSES_MAX = 4
 
 
 def parse(text: str, default_port: int) -> tuple[str, int]:

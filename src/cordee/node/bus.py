@@ -39,7 +39,8 @@ from cordee.node.peers import Peers
 PORT = 7330  # where a node listens unless told otherwise or taken: `--peer HOST` means this port
 LEASE_SECONDS = 3  # of silence until a link is given up
 KEEP_ALIVES = 6  # in a lease: a busy machine may miss some
-RETRY_SECONDS = (0.2, 2.0)  # first and longest pause before a peer is tried again
+# First and longest pause before an address is tried again; so is a second address of a node that is linked.
+RETRY_SECONDS = (0.2, 4.0)
 STALLED_SECONDS = 2.0  # a neighbour that takes no data for so long loses its link, and may come again
 MESSAGE_BYTES_MAX = 32 << 20  # a chunk of a slice and its header; token logs take far less
 LINKS_MAX = 512  # two for each of slots(), one from either side
@@ -443,9 +444,9 @@ class ZenohBus:
         known = [each for each in (*given, *self._peers.addresses()) if each not in self.addresses]
         return {
             "mode": "peer",
-            "listen": {"endpoints": [_locator(self._host or "[::]", self._port)]},
+            "listen": {"endpoints": [_locator(self._host, self._port)]},
             "connect": {
-                "endpoints": [f"tls/{each}" for each in dict.fromkeys(known)],
+                "endpoints": [_locator(*address.parse(each, PORT)) for each in dict.fromkeys(known)],
                 "retry": {
                     "period_init_ms": int(RETRY_SECONDS[0] * 1000),
                     "period_max_ms": int(RETRY_SECONDS[1] * 1000),
@@ -512,7 +513,19 @@ def _access(names: list[str]) -> dict[str, Any]:
 
 
 def _locator(host: str, port: int) -> str:
-    return f"tls/{host}:{port}" if host.startswith("[") else f"tls/{address.text(host, port)}"
+    """zenoh's form of an address; in brackets it takes an IPv6 address for a host name, and fails."""
+    return f"tls/{host or '[::]'}:{port}"
+
+
+def _free_port(host: str, port: int, *, fixed: bool) -> int:
+    """The port to listen on: the wanted one; unless `fixed`, any other if it is taken."""
+    for each in (port,) if fixed else (port, 0):
+        try:
+            with address.listener(host, each) as probe:
+                return probe.getsockname()[1]
+        except OSError as error:
+            reason = error.strerror or str(error)
+    raise BadRequest(f"{address.text(host, port)} cannot be listened on ({reason}): choose another --listen.")
 
 
 def _close(session: zenoh.Session) -> None:
@@ -529,14 +542,3 @@ def _is_free(host: str, port: int) -> bool:
     except OSError:
         return False
     return True
-
-
-def _free_port(host: str, port: int, *, fixed: bool) -> int:
-    """The port to listen on: the wanted one; unless `fixed`, any other if it is taken."""
-    for each in (port,) if fixed else (port, 0):
-        try:
-            with address.listener(host, each) as probe:
-                return probe.getsockname()[1]
-        except OSError as error:
-            reason = error.strerror or str(error)
-    raise BadRequest(f"{address.text(host, port)} cannot be listened on ({reason}): choose another --listen.")

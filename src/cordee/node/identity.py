@@ -46,6 +46,7 @@ AUTHORITY_SECONDS = 30 * 365 * DAY_SECONDS  # outlives the machines
 SLOT_DIGITS = 2
 SLOTS = 16**SLOT_DIGITS  # members and nodes ever removed; each costs a zenoh session 15 kB and 40 µs
 FILE_BYTES_MAX = 1 << 20  # a list of SLOTS removed nodes takes 50 kB
+PARTIAL = ".cluster."  # begins the name of a folder that is being made
 ID_DIGITS = 16
 ID_BYTES = ID_DIGITS // 2
 
@@ -217,7 +218,9 @@ def install(
         StorageFailed: the folder cannot be written.
     """
     folder = _folder()
-    partial = Path(tempfile.mkdtemp(prefix=".cluster.", dir=folder.parent))
+    for left in folder.parent.glob(f"{PARTIAL}*"):  # by a process that was killed; there is a key in it
+        shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
     try:
         _write(partial / "ca.pem", pem(authority))
         _write(partial / "node.key", _private_pem(key))
