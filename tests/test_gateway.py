@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cordee.errors import BadRequest, ContextExceeded, Overloaded, StageFailed
 from cordee.generation import streams
-from cordee.generation.gateway import WAIT_SECONDS, Gateway, News
+from cordee.generation.gateway import WAIT_SECONDS, Gateway
 from cordee.generation.host import LEASE_SECONDS, SESSIONS_MAX, WINDOW_TOKENS, Host
 from cordee.generation.request import Choice, Request, SamplingParams
 from cordee.generation.scheduler import Limits, Scheduler
@@ -146,21 +146,12 @@ def test_without_a_host_a_stream_waits_then_fails_with_a_remedy() -> None:
     assert client.ended is None
     world.pass_time(10.0)
     assert client.ended == "StageFailed"
-    error = _only_news(_waited("nowhere")).error
-    assert isinstance(error, StageFailed) and "nowhere" in error.message and "cordee status" in error.message
-
-
-def _waited(model: str) -> Gateway:
     gateway = Gateway("g", 1)
-    gateway.open(request("a"), model)
+    gateway.open(request("a"), "m")
     for second in range(int(WAIT_SECONDS) + 3):
         gateway.tick(float(second))
-    return gateway
-
-
-def _only_news(gateway: Gateway) -> News:
     (news,) = gateway.drain()[1]
-    return news
+    assert isinstance(news.error, StageFailed) and "cordee status" in news.error.message
 
 
 def test_time_in_which_the_gateway_was_stopped_is_no_waiting() -> None:
@@ -272,8 +263,8 @@ class Lone:
         self.host = Host(Scheduler(limits, {0}), 10_000, Random(1))
         self.host.ready = True
 
-    def ask(self, number: int, stream: int = 0, generated: tuple[int, ...] = (), gateway: int = 7) -> None:
-        self.host.receive(Ask("g", gateway, 1, "m", number, stream, request("x"), generated))
+    def ask(self, number: int, stream: int = 0, generated: tuple[int, ...] = (), peer: int = 1) -> None:
+        self.host.receive(Ask("g", 7, peer, "m", number, stream, request("x"), generated))
 
     def wanted(self, number: int, *asks: tuple[int, int], gateway: int = 7) -> None:
         self.host.receive(Assert("g", gateway, 1, "m", number, asks))
@@ -320,6 +311,16 @@ def test_an_ask_that_is_no_longer_wanted_is_not_begun() -> None:
     lone.ask(4, stream=4)
     lone.ask(10, stream=10)
     assert lone.host.waiting == 2
+
+
+def test_a_gateway_that_forgot_the_host_begins_afresh() -> None:
+    lone = Lone()
+    lone.ask(1)
+    lone.ask(5, peer=4)
+    lone.ask(2, peer=1)  # late
+    assert lone.host.waiting == 1
+    lone.work()
+    assert [(said.peer, said.pieces[0].ask) for said in lone.said()] == [(4, 5)]
 
 
 def test_an_older_assert_is_not_believed() -> None:

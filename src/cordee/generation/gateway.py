@@ -183,7 +183,7 @@ class Gateway:
         clock = self._clock.seconds
         for stream in list(self._streams.values()):
             if clock - stream.waiting > WAIT_SECONDS:
-                self._fail(stream, stream.refusal or _nobody(stream.model))
+                self._fail(stream, stream.refusal or _nobody())
             elif stream.ask is None and stream.ask_at <= clock:
                 self._ask(stream)
         for peer in list(self._peers.values()):
@@ -333,7 +333,5 @@ class Gateway:
                 self._send(stream, ask)
 
 
-def _nobody(model: str) -> StageFailed:
-    return StageFailed(
-        f"no machine was ready to answer with {model} for {WAIT_SECONDS:.0f} s: `cordee status` tells why"
-    )
+def _nobody() -> StageFailed:
+    return StageFailed(f"no machine was ready to answer for {WAIT_SECONDS:.0f} s: `cordee status` tells why")

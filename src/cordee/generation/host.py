@@ -109,7 +109,8 @@ class _Session:
 
 
 class Host:
-    """See the module's theory of operation. It owns the scheduler: all micro-batches come from here.
+    """See the module's theory of operation. It serves one model, and must hear of no other; it owns the
+    scheduler: all micro-batches come from here.
 
     `n_vocab` bounds the token ids of asks. `random` gives session ids, and must differ between runs.
     """
@@ -120,7 +121,7 @@ class Host:
         self._n_vocab = n_vocab
         self._random = random
         self._clock = AwakeClock()
-        self._sessions: dict[tuple[str, int, int], _Session] = {}
+        self._sessions: dict[tuple[str, int], _Session] = {}  # by node and run of its gateway
         self._named: dict[str, tuple[_Session, _Entry]] = {}  # by the scheduler's id
         self._suspects = Suspects()
 
@@ -136,13 +137,9 @@ class Host:
 
     def receive(self, message: Ask | Assert) -> None:
         """Take what a gateway says."""
-        key = (message.node, message.gateway, message.peer)
-        session = self._sessions.get(key)
+        session = self._session(message)
         if session is None:
-            if len(self._sessions) >= SESSIONS_MAX:
-                return  # the gateway says it again; leases end
-            session = _Session(*key, self._random.getrandbits(63), self._clock.seconds)
-            self._sessions[key] = session
+            return  # the gateway says it again; leases end
         if isinstance(message, Ask):
             self._ask(session, message)
         else:
@@ -200,6 +197,21 @@ class Host:
         """What is to be sent now, and to which nodes: one message for each gateway with news."""
         said = ((session.node, session.said(self.ready)) for session in self._sessions.values())
         return [(node, message) for node, message in said if message is not None]
+
+    def _session(self, message: Ask | Assert) -> _Session | None:
+        """The session that a message belongs to; None where it is over, or there is no place for another."""
+        key = (message.node, message.gateway)
+        session = self._sessions.get(key)
+        if session is not None and session.peer < message.peer:
+            # A gateway knows each host by one number at a time, and the next is greater.
+            for entry in list(session.entries.values()):
+                self._drop(session, entry)
+            del self._sessions[key]
+            session = None
+        if session is None and len(self._sessions) < SESSIONS_MAX:
+            session = _Session(*key, message.peer, self._random.getrandbits(63), self._clock.seconds)
+            self._sessions[key] = session
+        return session if session is not None and session.peer == message.peer else None
 
     def _ask(self, session: _Session, ask: Ask) -> None:
         stale = ask.number < session.asserted and ask.number not in session.wanted
