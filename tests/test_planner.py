@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from itertools import permutations, product
 from random import Random
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace
 from cordee.cluster.memory import Load, needed_bytes
 from cordee.cluster.planner import Plan, Planner, plan
-from cordee.cluster.search import CPU_STAGE_TIME, FETCH_TIME, VISITS_MAX, Search, held_layers
+from cordee.cluster.search import BEAM_WIDTH, CPU_STAGE_TIME, FETCH_TIME, VISITS_MAX, Search, held_layers
 from cordee.cluster.speed import coarse, token_time
 from plans import GB, GBIT, device, machine, made_shape, named, slices
 
@@ -95,11 +96,13 @@ def fits(shape: ModelShape, chosen, bounds: tuple[int, ...]) -> bool:
     )
 
 
+@pytest.mark.parametrize("beam_width", [BEAM_WIDTH, 0])  # the search alone finds what the first guess does
 @settings(max_examples=150)
-@given(shapes(), clusters())
-def test_no_placement_is_better_than_the_plan(shape, nodes):
+@given(shape=shapes(), nodes=clusters())
+def test_no_placement_is_better_than_the_plan(beam_width, shape, nodes):
     best = min((cost(shape, one, nodes) for one in every_placement(shape, nodes)), default=None)
-    found = plan(shape, nodes, LOAD)
+    with patch("cordee.cluster.search.BEAM_WIDTH", beam_width):
+        found = plan(shape, nodes, LOAD)
     if best is None:
         assert found.placement is None
         assert found.why.endswith((".", "it fits."))
@@ -357,3 +360,11 @@ def test_many_unlike_machines_are_planned_within_the_bound(monkeypatch):
     )
     check(made_shape(80), nodes, LOAD, plan(made_shape(80), nodes, LOAD))
     assert 0 < len(visits) <= VISITS_MAX
+
+
+@pytest.mark.parametrize("beam_width", [BEAM_WIDTH, 0])
+def test_a_cheaper_start_on_other_machines_does_not_hide_the_best(beam_width):
+    nodes = named(machine("fast", device(7.2, 500)), machine("mid", device(7.2, 50)))
+    with patch("cordee.cluster.search.BEAM_WIDTH", beam_width):
+        found = plan(made_shape(), nodes, Load(1024, 1))
+    assert layers_of(found) == [("mid", 0, 6), ("fast", 6, 12)]  # whose head is read faster
