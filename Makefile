@@ -13,9 +13,9 @@ run: chat
 endif
 
 bin := .venv/bin
-code := src tests bench scripts
+code := src tests bench scripts sim
 
-.PHONY: help setup run answer chat test test-long lint format bench native docs clean
+.PHONY: help setup run answer chat test test-long lint format bench sim native docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -46,6 +46,9 @@ lint: setup ## check style and formatting
 format: setup ## rewrite the sources in the house's format
 	@$(bin)/ruff check --fix $(code)
 	@$(bin)/ruff format $(code)
+
+sim: setup ## play whole clusters that fail: SEED=n one seed, SEEDS=count from there on (100,000 without either)
+	@$(bin)/python -m sim $(if $(SEED)$(SEEDS),--seed $(or $(SEED),0) --seeds $(or $(SEEDS),1),--seeds 100000)
 
 bench: setup ## measure beside plain libllama; JSON=1 prints one object a line
 	@$(bin)/python bench/llama.py $(if $(JSON),--json)

@@ -23,7 +23,7 @@ from sim.machine import Machine
 from sim.world import World
 
 ACT_SECONDS = 0.02  # after news, so that several count as one
-TICK_SECONDS = 0.5
+TICKS_A_BEAT = 2
 FETCH_SECONDS, LOAD_SECONDS, WIRE_SECONDS = 1.0, 0.7, 0.03
 STEP_SECONDS = 0.01  # a stage's time for a micro-batch
 BATCH_ROWS, QUEUE = 16, 100
@@ -123,7 +123,7 @@ class Agent:
         self._acting = False
         self._said: Facts | None = None
         self._spawned = 0
-        self._tick(first=True)
+        self._tick()
 
     @property
     def now(self) -> float:
@@ -137,24 +137,23 @@ class Agent:
 
     # What wakes it.
 
-    def _tick(self, first: bool = False, last_beat: float = 0.0) -> None:
-        if not (self.up or first):
+    def _tick(self, count: int = 0) -> None:
+        if count > 0 and not self.up:
             return
         wait = self.machine.stopped_until - self.world.now
         if wait > 0:
-            self.world.after(wait, self._tick, False, last_beat)
+            self.world.after(wait, self._tick, count)
             return
-        self._act()
+        if count % TICKS_A_BEAT == 0:
+            self._act()
+            self._speak()
         if self.gateway.busy:
             self.gateway.tick(self.now)
         for pipeline in self.pipelines.values():
             pipeline.host.tick(self.now)
             pipeline.pump()
         self._drain()
-        if self.world.now - last_beat >= BEAT_SECONDS - TICK_SECONDS / 2 or first:
-            last_beat = self.world.now
-            self._speak()
-        self.world.after(TICK_SECONDS, self._tick, False, last_beat)
+        self.world.after(BEAT_SECONDS / TICKS_A_BEAT, self._tick, count + 1)
 
     def touch(self) -> None:
         """Something changed: look at everything soon."""

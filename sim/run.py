@@ -95,10 +95,14 @@ def _blink(scenario: Scenario) -> None:
 def _return(scenario: Scenario) -> None:
     """Machines that were thought dead come back: what serves goes on, and moves for a clear gain only."""
     before = checks.serving(scenario)
+    known = scenario.known_revocations()
     scenario.promised = frozenset()  # their disks may hold wishes that are credible
     for name in sorted(scenario.dead):
         scenario.dead.discard(name)
         scenario.boot(name)
+    scenario.revoked = scenario.known_revocations()
+    if scenario.revoked != known:
+        before = {}  # what it used may have to go
     _settle(scenario, scenario.world.now, frozenset(before))
     for model, (placement, speed) in checks.serving(scenario).items():
         old = before.get(model, (placement, speed))

@@ -185,6 +185,11 @@ class Scenario:
             machine.slow, machine.breaks_loading = 1.0, False
             self.boot(name)
             world.watch(name, 0.3)
+        self.revoked = self.known_revocations()
+
+    def known_revocations(self) -> set[str]:
+        """Nodes whose revocation lies on the disk of a running machine that is not revoked itself."""
+        return {name for agent in self.live() for name in agent.machine.revocations}
 
 
 def _crash(scenario: Scenario, name: str) -> None:

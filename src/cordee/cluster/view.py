@@ -146,7 +146,7 @@ class Membership:
                 del self._seen[node]
         excess = len(self._seen) - NODES_MAX
         if excess > 0:
-            for node in sorted(self._seen, key=lambda node: (self._seen[node].since(now), node))[:excess]:
+            for node in sorted(self._seen, key=lambda node: (self._seen[node].since(), node))[:excess]:
                 del self._seen[node]
 
     def clock(self, own: float, now: float) -> float:

@@ -13,10 +13,10 @@ does not move it, and a stamp that a fault wrote is not believed:
 Not `clock`, which would let a machine that comes back after a year with a wrong stamp on its disk undo what
 was wished since.
 
-Why that converges: clocks that nodes compute differ by less than AHEAD_SECONDS once they hear each other, so
-what one node believes no other doubts, and time only makes it more credible. From then on the greatest stamp
-in the cluster neither grows nor shrinks, and reaches every node. A wish written later wins: its stamp is past
-the one it replaces.
+Why that converges: once nodes hear each other, the clocks that they compute differ by little, and time makes
+every stamp more credible, never less; so what one node believes all others believe that little later. From
+then on the greatest stamp in the cluster neither grows nor shrinks, and reaches every node. A wish written
+later wins: its stamp is past the one it replaces, and credible, as it is about now.
 """
 
 from collections.abc import Iterable
