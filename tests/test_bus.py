@@ -485,3 +485,24 @@ def test_nothing_is_left_when_it_closes(tmp_path: Path) -> None:
 
     run(story)
     assert threading.active_count() == before
+
+
+def test_a_refresh_that_is_cancelled_leaves_nothing_behind(tmp_path: Path) -> None:
+    first, second = cluster(tmp_path, 2)
+    before = threading.active_count()
+
+    async def story() -> None:
+        async with node(first, []) as a, node(second, a.bus.addresses) as b:
+            await until(lambda: a.alive == b.alive == tokens(first, second))
+            for patience_seconds in (0.0, 0.005, 0.02, 0.05):
+                refreshing = asyncio.create_task(b.bus.refresh())
+                await asyncio.sleep(patience_seconds)
+                refreshing.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await refreshing
+            await b.bus.refresh()
+            await hears(a, b, b"still here")
+            await until(lambda: a.alive == b.alive == tokens(first, second))
+
+    run(story)
+    assert threading.active_count() == before

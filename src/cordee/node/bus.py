@@ -19,7 +19,6 @@ Whatever is on the bus is soft state: what a full queue drops is said again by i
 
 import asyncio
 import contextlib
-import hashlib
 import json
 import threading
 from collections import deque
@@ -33,18 +32,11 @@ from zenoh.handlers import Callback
 
 from cordee.errors import BadRequest, SetupNeeded
 from cordee.node import address
-from cordee.node.identity import Identity, slot_of, slots
+from cordee.node.bus_settings import MESSAGE_BYTES_MAX, session_config
+from cordee.node.identity import Identity
 from cordee.node.peers import Peers
 
 PORT = 7330  # where a node listens unless told otherwise or taken: `--peer HOST` means this port
-LEASE_SECONDS = 3  # of silence until a link is given up
-KEEP_ALIVES = 6  # in a lease: a busy machine may miss some
-# First and longest pause before an address is tried again; so is a second address of a node that is linked.
-RETRY_SECONDS = (0.2, 4.0)
-STALLED_SECONDS = 2.0  # a neighbour that takes no data for so long loses its link, and may come again
-MESSAGE_BYTES_MAX = 32 << 20  # a chunk of a slice and its header; token logs take far less
-LINKS_MAX = 512  # two for each of slots(), one from either side
-PENDING_LINKS_MAX = 32  # whose handshake is under way
 INBOX_MESSAGES_MAX = 4096  # a second of beats and tokens of the largest cluster
 INBOX_BYTES_MAX = 64 << 20  # two of the longest messages
 OUTBOX_MESSAGES_MAX = 1024  # more means that no neighbour takes anything
@@ -54,18 +46,6 @@ REPLY_THREADS = 2  # chunks to two slow neighbours do not stop those to a third
 PORT_SECONDS = 0.01  # between looks whether a closed session's port is free
 ADDRESS_SECONDS = 2.0  # between looks at this machine's addresses
 SETTLE_SECONDS = 2.0  # after a reopening: who has not come back by then is gone
-SCOUTING_GROUP = "224.0.0.224"  # link-local: no switch needs to be asked to forward it
-SCOUTING_PORTS = (20_000, 10_000)  # the first, how many: below the ports that systems hand out
-MESSAGES = (
-    "put",
-    "query",
-    "reply",
-    "declare_subscriber",
-    "declare_queryable",
-    "liveliness_token",
-    "liveliness_query",
-    "declare_liveliness_subscriber",
-)
 
 
 class Bus(Protocol):
@@ -228,15 +208,12 @@ class ZenohBus:
         """
         async with self._turn:
             await self._end_session()
-            config = zenoh.Config.from_json5(json.dumps(self._config()))
+            for watch in self._watches:
+                watch.seen.clear()
             try:
-                session = await self._loop.run_in_executor(self._sender, zenoh.open, config)
-            except zenoh.ZError as error:
-                raise SetupNeeded(
-                    f"The bus cannot be opened on {address.text(self._host, self._port)} ({error}): "
-                    "choose another address with --listen."
-                ) from error
-            self._session = session
+                await self._open_session()
+            finally:
+                self._loop.call_later(SETTLE_SECONDS, self._settle, self._session)
             self._told_addresses = self.addresses
             self._declare_token(f"at/{self._identity.node}/{','.join(self._told_addresses)}")
             for pattern, inbox in self._subscriptions:
@@ -246,9 +223,26 @@ class ZenohBus:
             for key in self._announced:
                 self._declare_token(key)
             for watch in self._watches:
-                watch.seen.clear()
                 self._declare_watch(watch)
-            self._loop.call_later(SETTLE_SECONDS, self._settle, session)
+
+    async def _open_session(self) -> None:
+        given = [address.parse(peer, PORT) for peer in self._options.peers]
+        known = [address.parse(each, PORT) for each in self._peers.addresses()]
+        own = {address.parse(each, PORT) for each in self.addresses}
+        peers = [each for each in dict.fromkeys((*given, *known)) if each not in own]
+        settings = session_config(self._identity, self._host, self._port, peers, self._options.scouting)
+        config = zenoh.Config.from_json5(json.dumps(settings))
+        opening = asyncio.ensure_future(asyncio.to_thread(zenoh.open, config))
+        try:
+            self._session = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            self._session = await opening  # a moment later; `close` finds it and ends it
+            raise
+        except zenoh.ZError as error:
+            raise SetupNeeded(
+                f"The bus cannot be opened on {address.text(self._host, self._port)} ({error}): "
+                "choose another address with --listen."
+            ) from error
 
     def publish(self, key: str, payload: bytes) -> None:
         session = self._session
@@ -318,9 +312,9 @@ class ZenohBus:
         self._declare_watch(watch)
 
     async def close(self) -> None:
-        if self._follower is not None:
-            self._follower.cancel()
         async with self._turn:
+            if self._follower is not None:
+                self._follower.cancel()
             await self._end_session()
         for task in self._tasks:
             task.cancel()
@@ -345,11 +339,13 @@ class ZenohBus:
             await asyncio.sleep(PORT_SECONDS)
 
     async def _follow_addresses(self) -> None:
-        """Reopen the session when this machine's addresses change; zenoh keeps to those it opened with."""
+        """Reopen the session when this machine's addresses change, since zenoh keeps to those it opened with;
+        and when it could not be opened."""
         while True:
             await asyncio.sleep(ADDRESS_SECONDS)
-            if self.addresses != self._told_addresses:
-                with contextlib.suppress(SetupNeeded):  # no network at the moment: the next round tries again
+            is_stale = self._session is None or self.addresses != self._told_addresses
+            if is_stale and not self._turn.locked():
+                with contextlib.suppress(SetupNeeded):  # the next round tries again
                     await self.refresh()
 
     def _settle(self, session: zenoh.Session) -> None:
@@ -436,85 +432,6 @@ class ZenohBus:
         _, node, addresses = key.split("/")
         if alive and node != self._identity.node:
             self._peers.remember(node, addresses)
-
-    def _config(self) -> dict[str, Any]:
-        folder = self._identity.folder
-        removed = {slot_of(node) for node in self._identity.revoked}
-        given = [address.text(*address.parse(peer, PORT)) for peer in self._options.peers]
-        known = [each for each in (*given, *self._peers.addresses()) if each not in self.addresses]
-        return {
-            "mode": "peer",
-            "listen": {"endpoints": [_locator(self._host, self._port)]},
-            "connect": {
-                "endpoints": [_locator(*address.parse(each, PORT)) for each in dict.fromkeys(known)],
-                "retry": {
-                    "period_init_ms": int(RETRY_SECONDS[0] * 1000),
-                    "period_max_ms": int(RETRY_SECONDS[1] * 1000),
-                },
-            },
-            "open": {"return_conditions": {"connect_scouted": False, "declares": False}},
-            "scouting": _scouting(self._identity.cluster, self._options.scouting),
-            "access_control": _access([slot for slot in slots() if slot not in removed]),
-            "transport": {
-                "shared_memory": {"enabled": False},  # it would lie in the clear in /dev/shm
-                "unicast": {"accept_pending": PENDING_LINKS_MAX, "max_sessions": LINKS_MAX},
-                "link": {
-                    "protocols": ["tls"],
-                    "tx": {
-                        "lease": LEASE_SECONDS * 1000,
-                        "keep_alive": KEEP_ALIVES,
-                        "queue": {
-                            "congestion_control": {
-                                "block": {"wait_before_close": int(STALLED_SECONDS * 1_000_000)}
-                            }
-                        },
-                    },
-                    "rx": {"max_message_size": MESSAGE_BYTES_MAX + (64 << 10)},  # and its header
-                    "tls": {
-                        "root_ca_certificate": str(folder / "ca.pem"),
-                        "listen_certificate": str(folder / "node.pem"),
-                        "listen_private_key": str(folder / "node.key"),
-                        "connect_certificate": str(folder / "node.pem"),
-                        "connect_private_key": str(folder / "node.key"),
-                        "enable_mtls": True,
-                        "verify_name_on_connect": False,
-                        "close_link_on_expiration": True,
-                    },
-                },
-            },
-        }
-
-
-def _scouting(cluster: str, interface: str) -> dict[str, Any]:
-    first, count = SCOUTING_PORTS
-    port = first + int.from_bytes(hashlib.sha256(cluster.encode()).digest()[:4]) % count
-    multicast: dict[str, Any] = {"enabled": bool(interface), "address": f"{SCOUTING_GROUP}:{port}"}
-    if interface:
-        multicast["interface"] = interface
-    return {"delay": 0, "multicast": multicast, "gossip": {"enabled": True}}
-
-
-def _access(names: list[str]) -> dict[str, Any]:
-    """Let the bearers of these common names say and hear everything, and nobody else anything."""
-    rule = {
-        "id": "everything",
-        "messages": list(MESSAGES),
-        "flows": ["ingress", "egress"],
-        "permission": "allow",
-        "key_exprs": ["cordee/**"],
-    }
-    return {
-        "enabled": True,
-        "default_permission": "deny",
-        "rules": [rule],
-        "subjects": [{"id": "members", "cert_common_names": names}],
-        "policies": [{"rules": ["everything"], "subjects": ["members"]}],
-    }
-
-
-def _locator(host: str, port: int) -> str:
-    """zenoh's form of an address; in brackets it takes an IPv6 address for a host name, and fails."""
-    return f"tls/{host or '[::]'}:{port}"
 
 
 def _free_port(host: str, port: int, *, fixed: bool) -> int:
