@@ -119,13 +119,23 @@ static void encode_and_decode(const tokenizer *it, struct part text, unsigned fl
     free(scratch);
 }
 
+/* Often only a few bytes of a text: one word that needs all the scratch there is. */
+static struct part some_of(struct part text)
+{
+    uint32_t length = draw(30);
+    if (draw(2) || text.nbytes <= length)
+        return text;
+    return (struct part){text.bytes + draw((uint32_t)(text.nbytes - length)), length};
+}
+
 /* One round: damage the text, and with `harm` the vocabulary. */
 static void one_round(const struct fuzz_case *from, int harm, int lossless)
 {
     struct part parts[PARTS];
     for (int i = 0; i < PARTS; i++) {
         int texts = i == MODEL || i == PRE;
-        parts[i] = damaged(from->parts[i], texts ? 0 : i == TEXT ? (int)draw(40) : harm && draw(2) ? (int)draw(6) : 0);
+        int how_much = texts ? 0 : i == TEXT ? (int)draw(40) : harm && draw(2) ? (int)draw(6) : 0;
+        parts[i] = damaged(i == TEXT ? some_of(from->parts[i]) : from->parts[i], how_much);
     }
     uint32_t tokens = from->tokens - (harm && draw(4) == 0 ? draw(from->tokens) : 0);
     bool whole = parts[SCORES].nbytes == from->parts[SCORES].nbytes && parts[TYPES].nbytes == from->parts[TYPES].nbytes;
