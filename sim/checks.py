@@ -119,16 +119,18 @@ def _not_planned(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, t
     """A model that could run, or could do without draining nodes, and does not."""
     for model in scenario.promised:
         shape, picks = scenario.shapes[model], chosen.get(model, ())
-        if not picks and _could_run(scenario, agents, shape, None):
+        if not picks and _could_run(scenario, agents, shape):
             return f"{model} could run, and does not"
         for pick in picks:
-            if _leaves(scenario, pick) and _could_run(scenario, agents, shape, pick.wiring):
+            apart = {place.node for p in picks if p is not pick for place in p.placement.stages}
+            others = [agent for agent in agents if agent.name not in apart]
+            if _leaves(scenario, pick) and _could_run(scenario, others, shape, pick.wiring):
                 return f"{model} keeps a draining node busy"
     return ""
 
 
-def _could_run(scenario: Scenario, agents: list[Agent], shape: ModelShape, without: str | None) -> bool:
-    """Whether the live machines have room for a model beside all that runs, save one wiring."""
+def _could_run(scenario: Scenario, agents: list[Agent], shape: ModelShape, without: str = "") -> bool:
+    """Whether these machines have room for a model beside all that runs, save one wiring."""
     nodes = []
     for agent in agents:
         free = _free(scenario, agent, without)
@@ -137,10 +139,10 @@ def _could_run(scenario: Scenario, agents: list[Agent], shape: ModelShape, witho
     return scenario.planner.plan(shape, CONTEXT, SEQUENCES, nodes) is not None
 
 
-def _free(scenario: Scenario, agent: Agent, without: str | None = None) -> dict[str, int]:
+def _free(scenario: Scenario, agent: Agent, without: str = "") -> dict[str, int]:
     free = {device.name: device.memory_bytes for device in agent.machine.devices}
     for process in agent.workers.values():
-        if process.wiring != without and process.load.device in free:
+        if (not without or process.wiring != without) and process.load.device in free:
             free[process.load.device] -= _worker_bytes(scenario, process.load)
     return free
 

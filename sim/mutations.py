@@ -92,6 +92,7 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "nobody is ever gone": _set((view, "SUSPICION_SECONDS", math.inf)),
     "times from the future are believed": _set((view.Membership, "settle", _nothing)),
     "beats sent earlier are old for ever": _set((view, "_is_old", _old_for_ever)),
+    "a node plans before it has listened": _set((mind, "LISTEN_SECONDS", 0.0)),
     "revoked nodes are allowed": _set((mind.Mind, "_refuses", lambda *_: False)),
     "stamps from the future are believed": _set((wishes, "_credible", lambda wish, clock: wish)),
     "the last wish to arrive wins": _set((wishes.Wishes, "_take", _wishes_by_arrival)),

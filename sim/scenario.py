@@ -153,7 +153,8 @@ class Scenario:
         agents = self.live()
         if agents:
             agent = self.random.choice(agents)
-            agent.mind.wish(name, shape, CONTEXT, SEQUENCES, agent.now)
+            replicas = self.random.choice((1, 1, 1, 1, 2))
+            agent.mind.wish(name, shape, CONTEXT, SEQUENCES, agent.now, replicas)
             agent.touch()
 
     def _open(self) -> None:
