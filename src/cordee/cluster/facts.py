@@ -117,8 +117,20 @@ class StageReport(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
+class Offer(msgspec.Struct, frozen=True):
+    """A whole model on a node's disk: any node may wish it to be served, under this name.
+
+    `context` is what it is served with unless told otherwise, in tokens for each stream.
+    """
+
+    name: str
+    shape: ModelShape
+    context: int
+
+
 class SliceHeld(msgspec.Struct, frozen=True):
-    """Layers of a model that lie whole on the node's disk. With (0, layers) and `whole`, all of the model."""
+    """Layers of a model that lie whole on the node's disk. With (0, layers) and `whole`, all of the model;
+    (0, 0) is its embedding alone."""
 
     model: str
     first: int
@@ -148,6 +160,7 @@ class Facts(msgspec.Struct, frozen=True):
     stages: tuple[StageReport, ...]
     draining: bool = False
     inbox: str = ""
+    offers: tuple[Offer, ...] = ()
 
 
 @lru_cache(maxsize=4096)

@@ -24,8 +24,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cordee.cluster.choose import Chosen, Planning, Reports
-from cordee.cluster.facts import Facts, ModelShape, Placement, SliceHeld, placement_id
+from cordee.cluster.choose import Chosen, Planning, Reports, shapes_of
+from cordee.cluster.facts import Facts, Placement, SliceHeld, placement_id
 from cordee.cluster.view import View
 
 DISK_RESERVE_BYTES = 2 << 30  # a copy leaves this free: the node's owner needs disk more than we need copies
@@ -66,12 +66,16 @@ def load_of(placement: Placement, index: int) -> Load:
 
 @dataclass(frozen=True)
 class StageGoal:
-    """A stage to run. With a `wiring`: to be joined under that name to `downstream`, an endpoint."""
+    """A stage to run. With a `wiring`: to be joined under that name to `downstream`, an endpoint.
+
+    The last of several also to `first`, the endpoint of the first: micro-batches go round.
+    """
 
     placement: Placement
     index: int
     wiring: str = ""
     downstream: str = ""
+    first: str = ""
 
     @property
     def load(self) -> Load:
@@ -143,13 +147,13 @@ def _stages(view: View, reports: Reports, placement: Placement, me: str) -> list
     wiring = reports.wiring(placement) if mine else ""
     found = []
     for index in mine:
-        if not wiring:
-            downstream = ""
-        elif index + 1 < len(placement.stages):
+        downstream = first = ""
+        if wiring and index + 1 < len(placement.stages):
             downstream = reports.by_stage[placement_id(placement), index + 1].endpoint
-        else:
+        elif wiring:
             downstream = view.facts[placement.stages[0].node].inbox
-        found.append(StageGoal(placement, index, wiring, downstream))
+            first = reports.by_stage[placement_id(placement), 0].endpoint if index else ""
+        found.append(StageGoal(placement, index, wiring, downstream, first))
     return found
 
 
@@ -171,28 +175,24 @@ def _kept(
     planning: Planning,
 ) -> frozenset[str]:
     """Workers of placements that were not chosen, while those chosen do not serve and memory is left."""
-    shapes: dict[str, ModelShape] = {}
+    own, shapes = view.facts[me], shapes_of(view)
+    unserved = set()
     for wish in view.wishes:
         picks = chosen.get(wish.model, ())
         if wish.shape is not None and not (picks and all(pick.wiring for pick in picks)):
-            shapes[wish.shape.digest] = wish.shape
-    own = view.facts[me]
+            unserved.add(wish.shape.digest)
     free = {device.name: device.memory_bytes for device in own.devices}
-    all_shapes = {wish.shape.digest: wish.shape for wish in view.wishes if wish.shape is not None}
     for goal in stages:
         place = goal.placement.stages[goal.index]
-        free[place.device] -= planning.stage_bytes(
-            all_shapes[goal.placement.model], goal.placement, goal.index
-        )
+        free[place.device] -= planning.stage_bytes(shapes[goal.placement.model], goal.placement, goal.index)
     wanted = {(placement_id(goal.placement), goal.index) for goal in stages}
     keep = set()
     for report in sorted(own.stages, key=lambda report: report.worker):
         placement, index = report.placement, report.index
-        shape = shapes.get(placement.model)
         running = report.state in ("loading", "loaded", "wired") and 0 <= index < len(placement.stages)
-        if shape is None or not running or (placement_id(placement), index) in wanted:
+        if placement.model not in unserved or not running or (placement_id(placement), index) in wanted:
             continue
-        place = placement.stages[index]
+        place, shape = placement.stages[index], shapes[placement.model]
         if not shape.allows(place.first, place.last):
             continue
         needed = planning.stage_bytes(shape, placement, index)
@@ -205,7 +205,7 @@ def _kept(
 def _copies(view: View, picks: Sequence[Chosen], me: str) -> list[SliceGoal]:
     """Slices of serving placements that this node should hold a second copy of."""
     found = []
-    shapes = {wish.shape.digest: wish.shape for wish in view.wishes if wish.shape is not None}
+    shapes = shapes_of(view)
     for pick in picks:
         if not pick.wiring:
             continue

@@ -4,10 +4,10 @@ Two kinds of link. On one machine they are Unix sockets in a folder that only th
 between machines are those of dataplane.py.
 
 - *control*, between the pipeline and each worker: Hello, then Load -> Loaded or LoadFailed, Wire -> Wired
-  or WireFailed, Halt; Broken when a link is lost.
+  or WireFailed; Broken when a link is lost.
 - *data*, from the service to the first worker, from worker to worker, from the last back to the service and
-  to the first worker: Join first, which names the placement, then Rows onwards and Tokens at the end. A
-  message of another placement than the link's is refused.
+  to the first worker: Join first, which names the placement, then Rows and Halt onwards and Tokens at the
+  end. A message of another placement than the link's is refused.
 """
 
 from collections.abc import Sequence
@@ -86,8 +86,9 @@ class Broken(msgspec.Struct, frozen=True, tag=True):
 
 
 class Halt(msgspec.Struct, frozen=True, tag=True):
-    """To the last worker: this micro-batch shall not go round again."""
+    """Goes through all stages to the last: this micro-batch, and all before, shall not go round again."""
 
+    placement: str
     batch: int
 
 

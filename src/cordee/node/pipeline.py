@@ -31,7 +31,7 @@ from cordee.errors import CordeeError, StageFailed
 from cordee.models.slices import SliceFile
 from cordee.node import link
 from cordee.node.link import LinkClosed
-from cordee.node.messages import Join, Load, Rows, Tokens, Wire
+from cordee.node.messages import Halt, Join, Load, Rows, Tokens, Wire
 from cordee.node.workers import EXACT_ENVIRONMENT, Worker, Workers, opening
 
 State = Literal["loading", "ready", "replacing", "failed", "closed"]
@@ -171,9 +171,8 @@ class Pipeline:
 
     def halt(self, batch: int) -> None:
         """Ask that a micro-batch does not go round again."""
-        last = self.stages[-1].worker
-        if last is not None:
-            last.halt(batch)
+        assert self._first is not None, "only a ready pipeline has micro-batches under way"
+        link.write(self._first, Halt(self._placement, batch))
 
     async def close(self) -> None:
         """End all workers and remove the sockets; closing twice is harmless."""

@@ -18,6 +18,7 @@ parent replaces it, which also gets rid of whatever state made it fail.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import selectors
@@ -80,17 +81,17 @@ class Worker:
 
     def serve(self) -> None:
         """Do what comes in until the control link ends."""
-        while True:
-            for key, _ in self._selector.select(0 if self._round else None):
-                if key.fileobj is self._control:
-                    try:
+        with contextlib.suppress(
+            LinkClosed
+        ):  # of the control link; what ends others is handled where it is met
+            while True:
+                for key, _ in self._selector.select(0 if self._round else None):
+                    if key.fileobj is self._control:
                         self._obey()
-                    except LinkClosed:
-                        return
-                else:
-                    self._hear(key.fileobj)
-            if self._round:
-                self._run(*self._round.popleft())
+                    else:
+                        self._hear(key.fileobj)
+                if self._round:
+                    self._run(*self._round.popleft())
 
     def _hear(self, source) -> None:
         """Something came from somewhere else than the parent; what was dropped a moment ago is nobody's."""
@@ -113,8 +114,6 @@ class Worker:
             self._load(message)
         elif isinstance(message, Wire):
             self._wire(message)
-        elif isinstance(message, Halt):
-            self._halted = max(self._halted, message.batch)
 
     def _load(self, load: Load) -> None:
         try:
@@ -243,10 +242,12 @@ class Worker:
             message, payload = link.receive(source)
         except LinkClosed:
             message, payload = None, memoryview(b"")
-        if isinstance(message, Rows) and message.placement == self._placement:
+        if not isinstance(message, Rows | Halt) or message.placement != self._placement:
+            self._lose()
+        elif isinstance(message, Rows):
             self._run(message, payload)
         else:
-            self._lose()
+            self._halt(message)
 
     def _run(self, message: Rows, payload: memoryview) -> None:
         assert self._compute is not None
@@ -260,7 +261,14 @@ class Worker:
         else:
             self._send(answer)
 
-    def _send(self, message: Rows | Tokens, payload: bytes | memoryview = b"") -> None:
+    def _halt(self, message: Halt) -> None:
+        assert self._compute is not None
+        if self._compute.description.is_last:
+            self._halted = max(self._halted, message.batch)
+        else:
+            self._send(message)
+
+    def _send(self, message: Rows | Halt | Tokens, payload: bytes | memoryview = b"") -> None:
         if self._downstream is None:
             return
         try:

@@ -24,7 +24,6 @@ from cordee.node import link
 from cordee.node.link import LinkClosed
 from cordee.node.messages import (
     Broken,
-    Halt,
     Hello,
     Load,
     Loaded,
@@ -122,11 +121,6 @@ class Worker:
         answer = await self._answer(kinds, WIRE_SECONDS, lambda said: said.placement == wire.placement)
         if isinstance(answer, WireFailed):
             raise StageFailed(f"a stage cannot reach the next one ({answer.message})")
-
-    def halt(self, batch: int) -> None:
-        """Ask that a micro-batch does not go round again."""
-        if self.alive:
-            link.write(self._writer, Halt(batch))
 
     def kill(self) -> None:
         """End it by force; `end` waits for that."""
