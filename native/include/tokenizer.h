@@ -12,7 +12,8 @@
  *                                                                          tokens are taken whole, without merging
  *              gpt-2, olmo                                                 the regex of GPT-2
  *              smollm                                                      digits one by one, then that of GPT-2
- * Letters, numbers and white space are those of Unicode 16.0.0.
+ * Letters, numbers and white space are those of Unicode 16.0.0. A file that names no pre-tokenizer is refused: only
+ * its caller can know better (those of BitNet b1.58 2B-4T mean llama-bpe).
  *
  * Bytes that are no UTF-8 are text, too: each of them stands for a character that is neither letter nor number nor
  * white space (as U+FFFD is). Byte-level BPE keeps the byte, SentencePiece falls back to its byte token or to the
@@ -122,7 +123,8 @@ TOKENIZER_API uint32_t tokenizer_count(const tokenizer *it); /* ids are 0 to thi
 TOKENIZER_API int32_t tokenizer_bos(const tokenizer *it);    /* or TOKENIZER_NONE */
 TOKENIZER_API int32_t tokenizer_eos(const tokenizer *it);    /* or TOKENIZER_NONE */
 
-/* Whether text can never give this token unless TOKENIZER_CONTROL is asked for. False outside the vocabulary. */
+/* Whether this is a control token or the unknown token: neither is given for its own text, and neither decodes to
+ * any, unless TOKENIZER_CONTROL is asked for. False outside the vocabulary. */
 TOKENIZER_API bool tokenizer_is_control(const tokenizer *it, int32_t token);
 
 /* The control or user-defined token of exactly this text, such as "<|im_end|>", or TOKENIZER_NONE. */
