@@ -97,10 +97,6 @@ def _again(batch: MicroBatch, choices: dict[int, Choice]) -> MicroBatch:
     return MicroBatch(batch.id, segments, {}, batch.steps - 1)
 
 
-def _span(held: SliceHeld) -> tuple[int, int]:
-    return held.first, held.last
-
-
 def _job(placement: Placement) -> tuple[str, int, int]:
     return placement.model, placement.context, placement.sequences
 
@@ -318,10 +314,8 @@ class Agent:
 
     def _fetched(self, goal: SliceGoal) -> None:
         self._fetching.discard(goal)
-        held = {
-            layer for one in self.machine.slices if one.model == goal.model for layer in range(*_span(one))
-        }
-        if self.machine.disk_bytes > 0 or held.issuperset(range(goal.first, goal.last)):
+        held = (range(one.first, one.last) for one in self.machine.slices if one.model == goal.model)
+        if self.machine.disk_bytes > 0 or set().union(*held).issuperset(range(goal.first, goal.last)):
             self.machine.slices.add(SliceHeld(goal.model, goal.first, goal.last))
             return
         for stage in self.goals.stages:

@@ -10,7 +10,7 @@ from cordee.cluster.goals import Load, holds, load_of
 from sim.agent import Agent
 from sim.scenario import CONTEXT, SEQUENCES, Scenario
 
-Placed = tuple[Placement, float]  # with its predicted tokens per second
+Speeds = dict[str, dict[str, float]]  # predicted tokens per second by model and placement
 
 
 def always(scenario: Scenario) -> str:
@@ -35,7 +35,7 @@ def interrupted(scenario: Scenario, models: frozenset[str]) -> str:
         for process in agent.workers.values()
         if process.state == "wired"
     }
-    for model in models & scenario.wished():
+    for model in (model for model, count in scenario.wished().items() if count > 0 and model in models):
         picks = [pick for agent in scenario.live() for pick in agent.mind.chosen.get(model, ())]
         if not any(pick.wiring in running for pick in picks):
             return f"{model} was interrupted"
@@ -47,26 +47,31 @@ def picture(scenario: Scenario) -> object:
     return [(agent.name, agent.mind.chosen, sorted(agent.workers)) for agent in scenario.live()]
 
 
-def serving(scenario: Scenario) -> dict[str, Placed]:
+def serving(scenario: Scenario) -> Speeds:
     """What serves each model, save what uses a draining node: that moves as soon as it can."""
     agents = scenario.live()
     facts = {agent.name: facts_of(agent) for agent in agents}
-    shapes = scenario.shapes
-    return {
-        model: (picks[0].placement, scenario.planner.speed(shapes[model], picks[0].placement, facts))
-        for agent in agents[:1]
-        for model, picks in agent.mind.chosen.items()
-        if picks and picks[0].wiring and model in shapes and not _leaves(scenario, picks[0])
-    }
+    found: Speeds = {}
+    for model, picks in agents[0].mind.chosen.items() if agents else ():
+        for pick in picks:
+            if pick.wiring and model in scenario.shapes and not _leaves(scenario, pick):
+                speed = scenario.planner.speed(scenario.shapes[model], pick.placement, facts)
+                found.setdefault(model, {})[placement_id(pick.placement)] = speed
+    return found
+
+
+def moved_for_little(before: Speeds, after: Speeds) -> str:
+    """Whether a placement was left for one that is not clearly faster."""
+    for model in before.keys() & after.keys():
+        for left in before[model].keys() - after[model].keys():
+            old, new = before[model][left], max(after[model].values())
+            if new < old * UPGRADE_RATIO:
+                return f"{model} was moved for little: {old:.2f} to {new:.2f} tokens/s"
+    return ""
 
 
 def _leaves(scenario: Scenario, pick: Chosen) -> bool:
     return any(scenario.world.machines[place.node].draining for place in pick.placement.stages)
-
-
-def worth_moving(old: Placed, new: Placed) -> bool:
-    """Whether a move was for a clear gain."""
-    return new[1] >= old[1] * UPGRADE_RATIO
 
 
 def unsettled(scenario: Scenario) -> str:

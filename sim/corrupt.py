@@ -4,6 +4,8 @@ import math
 from random import Random
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from cordee.cluster.facts import Facts, Placement, SliceHeld, StagePlace, StageReport
 from cordee.cluster.goals import load_of
 from cordee.cluster.view import Beat, Sighting
@@ -13,6 +15,7 @@ from cordee.generation.streams import Ask, Assert
 from sim.agent import EPOCH
 
 if TYPE_CHECKING:
+    from sim.agent import Agent
     from sim.machine import Machine
     from sim.scenario import Scenario
 
@@ -82,6 +85,9 @@ def wish(scenario: "Scenario") -> Wish:
     random = scenario.random
     name = random.choice((*scenario.shapes, "other"))
     shape = scenario.shapes.get(name) or random.choice(list(scenario.shapes.values()))
+    if random.random() < 0.1:
+        digest = random.choice(list(scenario.shapes.values())).digest
+        shape = msgspec.structs.replace(shape, digest=digest)  # perhaps a wrong one
     context = 64 if name != "other" else random.choice((8, 64))
     return Wish(name, shape, context, 3, random.choice((0, 1, 1)), number(random, EPOCH), "nobody")
 
@@ -114,14 +120,23 @@ def everything(scenario: "Scenario") -> None:
                     random.choice(sessions),
                     number(random, agent.now),
                 )
-        for _ in range(random.randint(0, 2)):
-            agent.mind._wishes._put(wish(scenario))
+        _corrupt_mind(scenario, agent)
         _corrupt_crew(scenario, agent)
     for _ in range(random.randint(0, 8)):
         target = random.choice(list(world.machines))
         garbage = beat(scenario, random.choice(names), sessions)
         world.after(random.random() * 2, world.arrive, target, "beat", garbage)
         world.after(random.random() * 4, world.arrive, target, "ask", _ask(scenario))
+
+
+def _corrupt_mind(scenario: "Scenario", agent: "Agent") -> None:
+    """Wishes that nobody had, times that never were, routes that lead nowhere."""
+    random, mind = scenario.random, agent.mind
+    for _ in range(random.randint(0, 2)):
+        mind._wishes._put(wish(scenario))
+    mind._observed, mind._planned = number(random, agent.now), number(random, agent.now)
+    mind._listens_until, mind._offset = number(random, agent.now), number(random)
+    agent.gateway._routes = {model: random.choice(["nobody", agent.name]) for model in scenario.shapes}
 
 
 def _ask(scenario: "Scenario") -> Ask | Assert:
@@ -137,7 +152,7 @@ def _ask(scenario: "Scenario") -> Ask | Assert:
     return Ask(*head, random.randint(1, 9), request, ())
 
 
-def _corrupt_crew(scenario: "Scenario", agent: object) -> None:
+def _corrupt_crew(scenario: "Scenario", agent: "Agent") -> None:
     """Workers that nobody started, in wirings that never were; failures that never happened."""
     random = scenario.random
     for _ in range(random.randint(0, 2)):

@@ -16,6 +16,7 @@ class Machine:
     devices: tuple[Device, ...]
     clock_error: float = 0.0
     since: float = 0.0
+    found_at: float = 0.0  # when other machines have found it after its agent's start
     stopped_until: float = 0.0  # a pause: nothing runs, messages wait
     slow: float = 1.0  # how many times longer its disk takes
     disk_bytes: int = DISK_BYTES

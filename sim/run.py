@@ -95,7 +95,7 @@ def _blink(scenario: Scenario) -> None:
 def _return(scenario: Scenario) -> None:
     """Machines that were thought dead come back: what serves goes on, and moves for a clear gain only."""
     before = checks.serving(scenario)
-    known = scenario.known_revocations()
+    known, wished = scenario.known_revocations(), scenario.wished()
     scenario.promised = frozenset()  # their disks may hold wishes that are credible
     for name in sorted(scenario.dead):
         scenario.dead.discard(name)
@@ -104,7 +104,7 @@ def _return(scenario: Scenario) -> None:
     if scenario.revoked != known:
         before = {}  # what it used may have to go
     _settle(scenario, scenario.world.now, frozenset(before))
-    for model, (placement, speed) in checks.serving(scenario).items():
-        old = before.get(model, (placement, speed))
-        if old[0] != placement and not checks.worth_moving(old, (placement, speed)):
-            raise Broken(f"{model} was moved for little: {old[1]:.2f} to {speed:.2f} tokens/s")
+    after = checks.serving(scenario) if scenario.wished() == wished else {}
+    fault = checks.moved_for_little(before, after)
+    if fault:
+        raise Broken(fault)

@@ -11,7 +11,7 @@ from cordee.generation.request import Request, SamplingParams
 from sim import corrupt, stages
 from sim.agent import Agent
 from sim.machine import DISK_BYTES, Machine
-from sim.world import World
+from sim.world import FOUND_SECONDS, World
 
 FAULT_SECONDS = 12.0
 # From the end of the faults to the users' last wish: membership is right by then, so is the cluster's clock.
@@ -128,8 +128,10 @@ class Scenario:
         """A machine's agent starts."""
         world = self.world
         if name not in world.agents and name not in self.dead:
+            wait = self.random.random() * FOUND_SECONDS
+            world.machines[name].found_at = world.now + wait
             world.agents[name] = Agent(world, world.machines[name], self.planner)
-            world.watch(name, 0.3)
+            world.watch(name, wait)
 
     def crash(self, name: str) -> None:
         """A machine's agent and its workers end."""
@@ -144,10 +146,15 @@ class Scenario:
         """The agents that run and are not revoked."""
         return [agent for name, agent in self.world.agents.items() if name not in self.revoked]
 
-    def wished(self) -> frozenset[str]:
-        """Models that all live agents know to be wished."""
-        known = [{wish.model for wish in agent.mind.wishes if wish.replicas > 0} for agent in self.live()]
-        return frozenset(set.intersection(*known) if known else ())
+    def wished(self) -> dict[str, int]:
+        """How many replicas of each model are wished, where all live agents know it."""
+        known = [{wish.model: wish.replicas for wish in agent.mind.wishes} for agent in self.live()]
+        first = known[0] if known else {}
+        return {
+            model: count
+            for model, count in first.items()
+            if all(other.get(model) == count for other in known)
+        }
 
     def _wish(self, name: str, shape: ModelShape) -> None:
         agents = self.live()
@@ -195,7 +202,7 @@ class Scenario:
 
 def _crash(scenario: Scenario, name: str) -> None:
     scenario.crash(name)
-    if scenario.random.random() < 0.3 and len(scenario.dead) < len(scenario.world.machines) - 1:
+    if scenario.random.random() < 0.5 and len(scenario.dead) < len(scenario.world.machines) - 1:
         scenario.dead.add(name)
     else:
         scenario.world.after(scenario.random.random() * 6, scenario.boot, name)

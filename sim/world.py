@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BUS_DELAY = 0.004
 LATE_SECONDS = 1.5  # less than REORDER_SECONDS
 LINK_DELAY = 0.003
+FOUND_SECONDS = 1.5  # at most, after a start
 RESET_SECONDS = 0.05  # until a neighbour hears that a process ended
 
 
@@ -69,12 +70,18 @@ class World:
         random = self.random
         if (source, target) in self.cut or (self.loss and random.random() < self.loss):
             return
+        if target not in self.machines or (source != target and self._unfound(source, target)):
+            return
         delay = BUS_DELAY * (0.5 + random.random()) if source != target else 0.0
         if self.late and random.random() < self.late:
             delay += random.random() * LATE_SECONDS
         self.after(delay, self.arrive, target, take, message)
         if self.doubled and random.random() < self.doubled:
             self.after(random.random() * LATE_SECONDS, self.arrive, target, take, message)
+
+    def _unfound(self, left: str, right: str) -> bool:
+        """Whether one of them started just now, and the other has not found it yet."""
+        return self.now < max(self.machines[left].found_at, self.machines[right].found_at)
 
     def arrive(self, target: str, take: str, message: object) -> None:
         """A message is there; a machine that is stopped reads it once it goes on."""
@@ -92,9 +99,10 @@ class World:
     def joined(self, left: str, right: str) -> bool:
         """Whether two machines have a link now: both run, and both directions work."""
         for name in (left, right):
-            machine = self.machines[name]
-            if name not in self.agents or machine.stopped_until > self.now:
+            if name not in self.agents or self.machines[name].stopped_until > self.now:
                 return False
+        if self._unfound(left, right):
+            return False
         return (left, right) not in self.cut and (right, left) not in self.cut
 
     def watch(self, name: str, seconds: float = LEASE_SECONDS) -> None:

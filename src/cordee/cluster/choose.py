@@ -148,6 +148,12 @@ class Reports:
         return any(report is None or report.state == "fetching" for report in self.stages(placement))
 
 
+def shapes_of(view: View) -> dict[str, ModelShape]:
+    """The wished models' shapes by digest; if wishes disagree, the latest is right."""
+    by_age = sorted(view.wishes, key=lambda wish: (wish.stamp, wish.model))
+    return {wish.shape.digest: wish.shape for wish in by_age if wish.shape is not None}
+
+
 def covers(shape: ModelShape, placement: Placement) -> bool:
     """Whether the stages cover all layers once, in order, and the model may be cut like that."""
     edge = 0
@@ -175,6 +181,7 @@ class Choice:
             for node, facts in view.facts.items()
             for device in facts.devices
         }
+        shapes = shapes_of(view)
         self._wanted: dict[str, Job] = {}
         self._shapes: dict[Job, ModelShape] = {}
         self._replicas: dict[Job, int] = {}
@@ -182,7 +189,7 @@ class Choice:
             if wish.shape is not None and wish.replicas > 0:
                 job = Job(wish.shape.digest, wish.context, wish.sequences)
                 self._wanted[wish.model] = job
-                self._shapes.setdefault(job, wish.shape)
+                self._shapes[job] = shapes[job.model]
                 self._replicas[job] = max(wish.replicas, self._replicas.get(job, 0))
         self._kept: dict[Job, list[Candidate]] = {job: [] for job in self._shapes}
         self._successors: dict[str, Placement] = {}  # by the id of the placement they follow
