@@ -138,10 +138,17 @@ class ClusterGateway:
 class ClusterService:
     """A model of the cluster. `path` is a file with its vocabulary: any GGUF that has the model's header.
 
-    `context` is in tokens for each stream, as the model's wish says.
+    `context` is in tokens for each stream, as the model's wish says. `wanted` is called with each request.
     """
 
-    def __init__(self, model: StoredModel, path: Path, context: int, gateway: ClusterGateway) -> None:
+    def __init__(
+        self,
+        model: StoredModel,
+        path: Path,
+        context: int,
+        gateway: ClusterGateway,
+        wanted: Callable[[], None] = lambda: None,
+    ) -> None:
         self.model = model
         self.name = model.name
         self.vocabulary = Vocabulary(path)
@@ -150,6 +157,7 @@ class ClusterService:
         self.batch_invariant: bool | None = None
         self.port: int | None = None
         self._gateway = gateway
+        self._wanted = wanted
         self._checks = Checks(self.vocabulary)
         self._rate = Rate()
         self._started = time.monotonic()
@@ -170,6 +178,7 @@ class ClusterService:
             StageFailed: no machine could answer for long, or this request keeps breaking the stages.
         """
         await self._checks.check(request)
+        self._wanted()
         answer = Answer(request, self.vocabulary)
         self._gateway.open(request, self.model.digest, answer, self._rate.count)
         self._answers[request.id] = answer

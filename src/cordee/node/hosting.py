@@ -42,12 +42,12 @@ class Hosting:
         send: Callable[[str, Said], None],
     ) -> None:
         placement = goal.placement
-        limits = Limits(
+        self._limits = limits = Limits(
             sequences=placement.sequences,
             context=placement.context,
             batch_rows=max(BATCH_ROWS, placement.sequences),
             queue=QUEUE,
-            in_flight=min(_machines(goal), IN_FLIGHT_MAX),
+            in_flight=_in_flight(goal),
         )
         scheduler = Scheduler(limits, vocabulary.end_of_generation)
         self._host = Host(scheduler, vocabulary.size, Random(secrets.randbits(64)))
@@ -57,6 +57,11 @@ class Hosting:
         self._first: asyncio.StreamWriter | None = None
         self._joining: asyncio.Task | None = None
         self.tokens = 0  # generated since it hosts
+
+    def fits(self, goal: HostGoal) -> bool:
+        """Whether this scheduler does for a goal: its slots are as many and as long."""
+        wanted = (goal.placement.sequences, goal.placement.context, _in_flight(goal))
+        return wanted == (self._limits.sequences, self._limits.context, self._limits.in_flight)
 
     @property
     def active(self) -> int:
@@ -147,5 +152,5 @@ class Hosting:
         link.write(first, rows, memoryview(tokens).cast("B"))
 
 
-def _machines(goal: HostGoal) -> int:
-    return len({stage.node for stage in goal.placement.stages})
+def _in_flight(goal: HostGoal) -> int:
+    return min(len({stage.node for stage in goal.placement.stages}), IN_FLIGHT_MAX)

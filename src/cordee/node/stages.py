@@ -5,6 +5,8 @@ doubt (`rename`), without a new process. An order is tried once each time it is 
 `workers` and is ordered again, or is told to the owner.
 """
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import secrets
@@ -90,7 +92,7 @@ class Stages:
         self._tasks: set[asyncio.Task] = set()
 
     @classmethod
-    async def open(cls, owner: Owner, identity: Path, listen: str) -> "Stages":
+    async def open(cls, owner: Owner, identity: Path, listen: str) -> Stages:
         """A node's stages, none of them running yet."""
         stages = cls(owner, await Workers.open(), identity, listen)
         stages._keep(stages._watch())

@@ -1,0 +1,512 @@
+"""The agent: one process on each node of a cluster. It joins what is pure with what is real.
+
+    bus, disk, workers --facts--> Mind --goals--> Crew --orders--> workers, fetches
+                                    '--routes--> gateway      '--hosts--> schedulers
+
+Theory of operation. Whenever something may have changed, and every TICK_SECONDS in any case, the agent looks
+at everything (`_act`): what it has and runs becomes its facts, the mind says what it should do, the crew what
+is missing, and the orders are given. Nothing is remembered between two looks that is not looked up again, so
+a missed event costs a tick and a wrong state is mended by the next. What it says of itself goes out as a beat
+every BEAT_SECONDS and at each change.
+
+Stages are child processes; rows go from worker to worker and never through here, except to the first stage of
+a model that this node hosts, which is on the same machine.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from cordee.cluster.crew import Crew, Orders
+from cordee.cluster.facts import Facts, ModelShape, Offer, SliceHeld
+from cordee.cluster.goals import Goals, Load
+from cordee.cluster.mind import Mind
+from cordee.cluster.planner import Planner
+from cordee.cluster.view import BEAT_SECONDS, Beat
+from cordee.cluster.wishes import Wish
+from cordee.engine import libllama
+from cordee.errors import BadRequest, CordeeError, ModelNotFound
+from cordee.files import atomic_file, write_all
+from cordee.generation import streams
+from cordee.generation.streams import Said
+from cordee.models.store import Store, StoredModel
+from cordee.node import address, dataplane, enrolment, link
+from cordee.node.bus import BusOptions, ZenohBus
+from cordee.node.desk import Desk
+from cordee.node.devices import own_devices
+from cordee.node.distance import Distances
+from cordee.node.gateway import ClusterGateway, ClusterService
+from cordee.node.hosting import Hosting
+from cordee.node.identity import Identity
+from cordee.node.library import SEQUENCES, Library
+from cordee.node.link import LinkClosed
+from cordee.node.messages import Join, Tokens
+from cordee.node.stages import Files, Stages
+from cordee.node.workers import opening
+
+TICK_SECONDS = 0.5  # how often everything is looked at though nothing was heard
+GATHER_SECONDS = 0.02  # after news, so that several count as one
+HOST_SECONDS = 0.05  # how often schedulers let time pass
+RENEW_SECONDS = 3600.0  # how often the certificate's age is looked at
+WISHES_BYTES_MAX = 4 << 20  # on disk: as many as there may be, of models with hundreds of layers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AgentOptions:
+    """`name` is what people call the node, `api` where it serves clients; `bus` where it meets others."""
+
+    name: str
+    api: str
+    bus: BusOptions
+
+
+class Agent:
+    """See the module's theory of operation. Made by `Agent.start`; all methods on one event loop.
+
+    `services` are the models that clients may ask for, by name; it changes while the agent lives.
+    """
+
+    def __init__(self, identity: Identity, store: Store, bus: ZenohBus, options: AgentOptions) -> None:
+        self.services: dict[str, ClusterService] = {}
+        self.identity = identity
+        self.options = options
+        self.draining = False
+        self.goals = Goals()
+        self.crew = Crew()
+        self.bus = bus
+        self.hostings: dict[str, Hosting] = {}  # by model digest
+        self.library = Library(store, identity.node, bus, self._holders, self.changed)
+        self.distances = Distances(bus, identity.node, self.changed)
+        self.desk = Desk(identity, _host(options), lambda: bus.addresses)
+        self._wishes = identity.folder / "wishes"
+        self.mind = Mind(identity.node, secrets.token_hex(8), Planner(), _read_wishes(self._wishes))
+        self._kept = self.mind.wishes
+        self._gateway = ClusterGateway(identity.node, self._ask)
+        self._stages: Stages | None = None
+        self._inbox: asyncio.Server | None = None
+        self._links: set[asyncio.StreamWriter] = set()  # that bring tokens
+        self._facts: Facts | None = None
+        self._said: Facts | None = None
+        self._news = asyncio.Event()
+        self._tasks: set[asyncio.Task] = set()
+        self._opening: set[str] = set()  # models whose vocabulary is on its way
+
+    @classmethod
+    async def start(cls, identity: Identity, store: Store, options: AgentOptions) -> "Agent":
+        """Join the cluster.
+
+        Raises:
+            CordeeError: the identity has run out or was removed, or an address cannot be listened on.
+        """
+        now = time.time()
+        if identity.is_keeper and identity.renewal_due(now):
+            identity.renew_self(now)
+        enrolment.check(identity, now)
+        agent = cls(identity, store, await ZenohBus.open(identity, options.bus), options)
+        try:
+            await agent._open()
+        except BaseException:
+            await agent.close()
+            raise
+        return agent
+
+    @property
+    def node(self) -> str:
+        """This node's id."""
+        return self.identity.node
+
+    @property
+    def stages(self) -> Stages:
+        """The workers of this node."""
+        assert self._stages is not None, "the agent has started"
+        return self._stages
+
+    def changed(self) -> None:
+        """Something may have changed: look at everything soon."""
+        self._news.set()
+
+    def wish(
+        self, name: str, *, context: int | None = None, sequences: int = SEQUENCES, replicas: int = 1
+    ) -> None:
+        """Wish a model that some node offers to be served.
+
+        Raises:
+            ModelNotFound: no node of the cluster has it.
+        """
+        offer = self.offers().get(name)
+        if offer is None:
+            raise ModelNotFound(
+                f"No node of the cluster has a model {name!r}: `cordee pull` on one of them fetches it."
+            )
+        self._wish(name, offer.shape, context or offer.context, sequences, replicas)
+
+    def unwish(self, name: str) -> None:
+        """Wish a model to be served no more.
+
+        Raises:
+            ModelNotFound: it is not wished.
+        """
+        wish = next((wish for wish in self.mind.wishes if wish.model == name and wish.replicas), None)
+        if wish is None:
+            raise ModelNotFound(f"The cluster does not serve a model {name!r}: `cordee status` lists them.")
+        self._wish(name, wish.shape, wish.context, wish.sequences, 0)
+
+    def offers(self) -> dict[str, Offer]:
+        """The models that nodes have whole, by name; of several with one name that of the smallest digest."""
+        found: dict[str, Offer] = {}
+        for _, facts in self.mind.nodes(time.monotonic()).values():
+            for offer in facts.offers:
+                other = found.get(offer.name)
+                if other is None or offer.shape.digest < other.shape.digest:
+                    found[offer.name] = offer
+        return found
+
+    async def remove(self, node: str) -> None:
+        """Remove a node of the cluster for good.
+
+        Raises:
+            BadRequest: this node cannot, or that is no node's id.
+        """
+        if not self.identity.is_keeper:
+            raise BadRequest("Only a keeper removes nodes: do it on the node that made the cluster.", "node")
+        try:
+            self.identity.revoke(node)
+        except ValueError as error:
+            raise BadRequest(f"{node!r} is no node's id: `cordee nodes` lists them.", "node") from error
+        await self.bus.refresh()
+        self.changed()
+
+    async def close(self) -> None:
+        """Leave the cluster's sight, end all workers; closing twice is harmless."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._gateway.close()
+        for hosting in self.hostings.values():
+            hosting.leave()
+        if self._inbox is not None:
+            self._inbox.close()
+        for writer in self._links:
+            writer.transport.abort()
+        await self.library.close()
+        await self.desk.close()
+        if self._stages is not None:
+            await self._stages.close()
+        for service in self.services.values():
+            await service.close()
+        await self.bus.close()
+
+    # Stages' owner.
+
+    async def prepare(self, load: Load) -> Files:
+        """What a worker is loaded from."""
+        return await self.library.prepare(load)
+
+    def failed(self, load: Load, detail: str) -> None:
+        """A worker could not load."""
+        log.warning("layers %d to %d cannot be run: %s", load.first, load.last - 1, detail)
+        self.crew.failed(load, detail, time.monotonic())
+        self.changed()
+
+    # How it starts.
+
+    async def _open(self) -> None:
+        host = _host(self.options)
+        self._stages = await Stages.open(self, self.identity.folder, host)
+        self._inbox, inbox = await dataplane.open_door(self.identity.folder, host, self._accept)
+        devices = await asyncio.to_thread(own_devices)
+        await self.library.scan()
+        self._facts = Facts(
+            node=self.node,
+            name=self.options.name,
+            build=libllama.build(),
+            devices=devices,
+            disk_free_bytes=0,
+            api=self.options.api,
+            rtts={},
+            bytes_per_second={},
+            slices=(),
+            stages=(),
+            inbox=inbox,
+        )
+        if self.identity.is_keeper:
+            enrolment.serve_renewals(self.bus, self.identity)
+        self.bus.subscribe("beat/*", self._hear)
+        self.bus.subscribe(f"to/{self.node}/*", self._receive)
+        self.bus.watch("alive/*", self._see)
+        self.bus.announce(f"alive/{self.node}")
+        for loop in (self._act_always, self._beat_always, self._host_always, self._renew_always):
+            self._keep(loop())
+        self._keep(self.library.watch())
+        self._keep(self.distances.watch(self._others))
+
+    def _keep(self, coroutine: Coroutine) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task of the agent failed", exc_info=task.exception())
+
+    # What it hears.
+
+    def _hear(self, _: str, payload: bytes) -> None:
+        try:
+            beat = msgspec.msgpack.decode(payload, type=Beat)
+        except (msgspec.MsgspecError, ValueError):
+            return
+        if beat.facts.node in self.identity.revoked:
+            return
+        if self.identity.admit(beat.revocations):
+            self._keep(self.bus.refresh())
+        if self.mind.hear(beat, time.monotonic()):
+            self.changed()
+
+    def _see(self, key: str, alive: bool) -> None:
+        node = key.rpartition("/")[2]
+        if node != self.node:
+            self.mind.liveliness(node, alive, time.monotonic())
+            self.changed()
+
+    def _receive(self, key: str, payload: bytes) -> None:
+        if key.endswith("/said"):
+            self._gateway.receive(payload)
+            return
+        try:
+            message = streams.decode(payload)
+        except BadRequest:
+            return
+        if not isinstance(message, Said) and message.node not in self.identity.revoked:
+            hosting = self.hostings.get(message.model)
+            if hosting is not None:
+                hosting.receive(message)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A last stage brings tokens."""
+        self._links.add(writer)
+        try:
+            if isinstance(await opening(reader), Join):
+                while True:
+                    message, _ = await link.read(reader)
+                    if isinstance(message, Tokens):
+                        for hosting in self.hostings.values():
+                            hosting.take(message)
+        except LinkClosed:
+            pass  # that worker was wired anew, or ended
+        finally:
+            self._links.discard(writer)
+            writer.transport.abort()
+
+    # What it does.
+
+    async def _act_always(self) -> None:
+        while True:
+            try:
+                self._act()
+            except Exception:  # the next look starts afresh
+                log.exception("looking at everything failed")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_SECONDS):
+                    await self._news.wait()
+            await asyncio.sleep(GATHER_SECONDS)
+            self._news.clear()
+
+    def _act(self) -> None:
+        now = time.monotonic()
+        orders = Orders()
+        for _ in range(2):  # the second time with what the first makes us say
+            self._facts = facts = self._look()
+            revocations = {entry[:8].hex(): entry for entry in self.identity.revocations}
+            self.mind.observe(facts, now, time.time(), revocations)
+            self.goals = self.mind.plan(now)
+            orders = self.crew.step(self.goals, self.stages.workers, self.library.slices, now)
+            if orders.reports == facts.stages:
+                break
+            self._facts = msgspec.structs.replace(facts, stages=orders.reports)
+        self._execute(orders)
+        self._host()
+        self._route()
+        self._serve()
+        if self.mind.wishes != self._kept:
+            self._keep_wishes()
+        if self._facts != self._said:
+            self._speak()
+
+    def _look(self) -> Facts:
+        assert self._facts is not None
+        return msgspec.structs.replace(
+            self._facts,
+            disk_free_bytes=self.library.disk_free_bytes,
+            rtts=self.distances.rtts,
+            bytes_per_second=self.library.bytes_per_second,
+            slices=self.library.slices,
+            offers=self.library.offers,
+            draining=self.draining,
+        )
+
+    def _execute(self, orders: Orders) -> None:
+        self.library.abandon(orders.fetch)
+        for goal in orders.fetch:
+            self.library.fetch(goal, self._fetch_failed(goal.model, goal.first, goal.last))
+        for name in orders.stop:
+            self.stages.stop(name)
+        for load in orders.start:
+            self.stages.start(load)
+        for name in orders.rename:
+            self.stages.rename(name)
+        for order in orders.wire:
+            self.stages.wire(order)
+
+    def _fetch_failed(self, model: str, first: int, last: int) -> Callable[[str], None]:
+        def failed(detail: str) -> None:
+            for goal in self.goals.stages:
+                load = goal.load
+                if (load.model, load.first, load.last) == (model, first, last):
+                    self.failed(load, detail)
+
+        return failed
+
+    def _host(self) -> None:
+        wanted = {goal.placement.model: goal for goal in self.goals.hosts}
+        for digest in self.hostings.keys() - wanted.keys():
+            self.hostings.pop(digest).leave()
+        for digest, goal in wanted.items():
+            hosting = self.hostings.get(digest)
+            if hosting is not None and not hosting.fits(goal):
+                self.hostings.pop(digest).leave()
+                hosting = None
+            service = next((each for each in self.services.values() if each.model.digest == digest), None)
+            if hosting is None and service is not None:
+                hosting = self.hostings[digest] = Hosting(goal, service.vocabulary, self.stages, self._say)
+            if hosting is not None:
+                hosting.follow(goal)
+
+    def _route(self) -> None:
+        for name, service in self.services.items():
+            routes = self.goals.routes.get(name, ())
+            serving = next((route for route in routes if route.wiring), None)
+            digest = service.model.digest
+            host = serving.host if serving is not None else None
+            if self._gateway.routes.get(digest) != host:
+                self._gateway.route(digest, host)
+
+    def _serve(self) -> None:
+        """Have a service for every model that is offered or wished."""
+        models = {name: (offer.shape, offer.context) for name, offer in self.offers().items()}
+        models |= {
+            wish.model: (wish.shape, wish.context)
+            for wish in self.mind.wishes
+            if wish.shape is not None and wish.replicas
+        }
+        for name, service in list(self.services.items()):
+            shape, context = models.get(name, (None, 0))
+            if shape is None or (shape.digest, context) != (service.model.digest, service.context):
+                del self.services[name]
+                self._keep(service.close())
+        for name, (shape, context) in models.items():
+            if name not in self.services and name not in self._opening:
+                self._opening.add(name)
+                self._keep(self._open_service(name, shape, context))
+
+    async def _open_service(self, name: str, shape: ModelShape, context: int) -> None:
+        try:
+            path = await self.library.vocabulary(shape.digest, self._others())
+            model = StoredModel(
+                name=name,
+                digest=shape.digest,
+                path=path,
+                nbytes=sum(shape.layer_bytes),
+                source="cluster",
+                added="",
+                architecture=shape.architecture,
+                layers=shape.layers,
+            )
+            self.services[name] = ClusterService(
+                model, path, context, self._gateway, lambda: self._want(name)
+            )
+            self.changed()
+        except CordeeError as error:
+            log.warning("%s cannot be offered here yet: %s", name, error.message)
+            await asyncio.sleep(TICK_SECONDS)
+        finally:
+            self._opening.discard(name)
+
+    def _want(self, name: str) -> None:
+        """A client asks for a model: it is wished from now on."""
+        if not any(wish.model == name and wish.replicas for wish in self.mind.wishes):
+            with contextlib.suppress(ModelNotFound):
+                self.wish(name)
+
+    def _wish(self, name: str, shape: ModelShape | None, context: int, sequences: int, replicas: int) -> None:
+        self.mind.wish(name, shape, context, sequences, time.monotonic(), replicas)
+        self.changed()
+
+    def _keep_wishes(self) -> None:
+        self._kept = self.mind.wishes
+        with atomic_file(self._wishes) as file:
+            write_all(file, msgspec.msgpack.encode(self._kept))
+
+    # What it says.
+
+    async def _beat_always(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            self._speak()
+
+    def _speak(self) -> None:
+        if self._facts is None:
+            return
+        self._said = self._facts
+        self.bus.publish(f"beat/{self.node}", msgspec.msgpack.encode(self.mind.beat(time.monotonic())))
+
+    def _ask(self, node: str, data: bytes) -> None:
+        self.bus.publish(f"to/{node}/ask", data)
+
+    def _say(self, node: str, said: Said) -> None:
+        self.bus.publish(f"to/{node}/said", streams.encode(said))
+
+    async def _host_always(self) -> None:
+        while True:
+            await asyncio.sleep(HOST_SECONDS)
+            for hosting in self.hostings.values():
+                hosting.tick(time.monotonic())
+
+    async def _renew_always(self) -> None:
+        while True:
+            now = time.time()
+            if self.identity.renewal_due(now) and await enrolment.renew(self.bus, self.identity, now):
+                await self.bus.refresh()
+            await asyncio.sleep(RENEW_SECONDS)
+
+    def _others(self) -> list[str]:
+        nodes = self.mind.nodes(time.monotonic())
+        return [node for node, (state, _) in nodes.items() if state == "alive" and node != self.node]
+
+    def _holders(self) -> Mapping[str, Sequence[SliceHeld]]:
+        nodes = self.mind.nodes(time.monotonic())
+        return {node: nodes[node][1].slices for node in self._others()}
+
+
+def _host(options: AgentOptions) -> str:
+    """The host part of the address that the bus listens on: workers listen there as well."""
+    return address.parse(options.bus.listen, 0)[0] if options.bus.listen else ""
+
+
+def _read_wishes(path: Path) -> tuple[Wish, ...]:
+    """The wishes of the last run; what cannot be read is heard from the others."""
+    try:
+        data = path.read_bytes()
+        return msgspec.msgpack.decode(data, type=tuple[Wish, ...]) if len(data) <= WISHES_BYTES_MAX else ()
+    except (OSError, msgspec.MsgspecError, ValueError):
+        return ()
