@@ -59,9 +59,12 @@ class Planning(Protocol):
 
 
 class Job(NamedTuple):
-    """A model as it is wished; placements for another context are others."""
+    """A model as it is wished; placements for another context are others.
 
-    model: str
+    Wishes that disagree about a model's shape are different jobs: the one that is wrong spoils no other.
+    """
+
+    shape: ModelShape
     context: int
     sequences: int
 
@@ -70,6 +73,7 @@ class Job(NamedTuple):
 class Chosen:
     """A placement to run; `wiring` names its links while it serves. `successor` is loaded beside it."""
 
+    shape: ModelShape
     placement: Placement
     wiring: str = ""
     successor: Placement | None = None
@@ -148,12 +152,6 @@ class Reports:
         return any(report is None or report.state == "fetching" for report in self.stages(placement))
 
 
-def shapes_of(view: View) -> dict[str, ModelShape]:
-    """The wished models' shapes by digest; if wishes disagree, the latest is right."""
-    by_age = sorted(view.wishes, key=lambda wish: (wish.stamp, wish.model))
-    return {wish.shape.digest: wish.shape for wish in by_age if wish.shape is not None}
-
-
 def covers(shape: ModelShape, placement: Placement) -> bool:
     """Whether the stages cover all layers once, in order, and the model may be cut like that."""
     edge = 0
@@ -181,29 +179,27 @@ class Choice:
             for node, facts in view.facts.items()
             for device in facts.devices
         }
-        shapes = shapes_of(view)
         self._wanted: dict[str, Job] = {}
-        self._shapes: dict[Job, ModelShape] = {}
         self._replicas: dict[Job, int] = {}
         for wish in view.wishes:
             if wish.shape is not None and wish.replicas > 0:
-                job = Job(wish.shape.digest, wish.context, wish.sequences)
+                job = Job(wish.shape, wish.context, wish.sequences)
                 self._wanted[wish.model] = job
-                self._shapes[job] = shapes[job.model]
                 self._replicas[job] = max(wish.replicas, self._replicas.get(job, 0))
-        self._kept: dict[Job, list[Candidate]] = {job: [] for job in self._shapes}
+        self._kept: dict[Job, list[Candidate]] = {job: [] for job in self._replicas}
         self._successors: dict[str, Placement] = {}  # by the id of the placement they follow
 
     def made(self) -> dict[str, tuple[Chosen, ...]]:
         """Choose; see the module's docstring for the steps."""
-        found = {job: self._candidates(job) for job in self._shapes}
+        found = {job: self._candidates(job) for job in self._replicas}
         for wanted in ((True, False), (True, True), (False, False)):  # (serving, leaving)
             for job, candidates in found.items():
                 self._keep(job, [c for c in candidates if (bool(c.wiring), c.leaving) == wanted])
-        for job in self._shapes:
+        for job in self._replicas:
             self._plan_missing(job)
         for job, candidates in found.items():
-            self._keep(job, [c for c in candidates if not c.wiring and c.leaving])  # better than nothing
+            # Better than nothing, but nothing new for a node that is draining.
+            self._keep(job, [c for c in candidates if not c.wiring and c.leaving and not c.waiting])
         for job, candidates in found.items():
             for kept in list(self._kept[job]):
                 self._succeed(job, kept, candidates)
@@ -211,7 +207,7 @@ class Choice:
 
     def _chosen(self, job: Job) -> tuple[Chosen, ...]:
         kept = sorted(self._kept[job], key=lambda candidate: candidate.rank)
-        return tuple(Chosen(c.placement, c.wiring, self._successors.get(c.id)) for c in kept)
+        return tuple(Chosen(job.shape, c.placement, c.wiring, self._successors.get(c.id)) for c in kept)
 
     def _candidates(self, job: Job) -> list[Candidate]:
         """The feasible ones of those that are reported, the best first."""
@@ -227,17 +223,18 @@ class Choice:
             self._reports.serving(placement),
             any(facts[place.node].draining for place in placement.stages),
             self._reports.waiting(placement),
-            self._planning.speed(self._shapes[job], placement, facts),
+            self._planning.speed(job.shape, placement, facts),
         )
 
     def _feasible(self, job: Job, placement: Placement) -> bool:
-        if Job(placement.model, placement.context, placement.sequences) != job:
+        wished = (job.shape.digest, job.context, job.sequences)
+        if (placement.model, placement.context, placement.sequences) != wished:
             return False
         if any((place.node, place.device) not in self._free for place in placement.stages):
             return False
         if any(report is not None and report.state == "failed" for report in self._reports.stages(placement)):
             return False
-        return covers(self._shapes[job], placement)
+        return covers(job.shape, placement)
 
     def _keep(self, job: Job, candidates: Sequence[Candidate]) -> None:
         for candidate in candidates:
@@ -292,10 +289,10 @@ class Choice:
             return None
         nodes = []
         for node, facts in self._view.facts.items():
-            failed = (node, job.model) in self._reports.failed
+            failed = (node, job.shape.digest) in self._reports.failed
             if not (failed or facts.draining or node in self._view.suspects or node in taken):
                 nodes.append(self._with_free_memory(facts))
-        placement = self._planning.plan(self._shapes[job], job.context, job.sequences, nodes)
+        placement = self._planning.plan(job.shape, job.context, job.sequences, nodes)
         if placement is None or not self._feasible(job, placement) or not self._fits(job, placement):
             return None
         return self._candidate(job, placement)
@@ -315,7 +312,7 @@ class Choice:
         needed: Free = {}
         for index, place in enumerate(placement.stages):
             key = (place.node, place.device)
-            stage_bytes = self._planning.stage_bytes(self._shapes[job], placement, index)
+            stage_bytes = self._planning.stage_bytes(job.shape, placement, index)
             needed[key] = needed.get(key, 0) + stage_bytes
         return needed
 

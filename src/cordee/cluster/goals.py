@@ -24,8 +24,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from cordee.cluster.choose import Chosen, Planning, Reports, shapes_of
-from cordee.cluster.facts import Facts, Placement, SliceHeld, placement_id
+from cordee.cluster.choose import Chosen, Planning, Reports
+from cordee.cluster.facts import Facts, ModelShape, Placement, SliceHeld, placement_id
 from cordee.cluster.view import View
 
 DISK_RESERVE_BYTES = 2 << 30  # a copy leaves this free: the node's owner needs disk more than we need copies
@@ -123,12 +123,12 @@ def goals(view: View, me: str, chosen: Mapping[str, tuple[Chosen, ...]], plannin
     """This node's goals. `chosen` is `choose(view, planning)`."""
     reports = Reports(view.facts)
     picks = {placement_id(pick.placement): pick for picks in chosen.values() for pick in picks}
-    stages: list[StageGoal] = []
+    stages: dict[StageGoal, int] = {}  # and the bytes of each
     hosts: list[HostGoal] = []
     for pick in picks.values():
         for placement in (pick.placement, pick.successor):
-            if placement is not None:
-                stages += _stages(view, reports, placement, me)
+            for goal in _stages(view, reports, placement, me) if placement is not None else ():
+                stages[goal] = planning.stage_bytes(pick.shape, goal.placement, goal.index)
         if pick.placement.stages[0].node == me:
             hosts.append(_host(reports, pick))
     slices = [goal.load.slice for goal in stages]
@@ -136,7 +136,7 @@ def goals(view: View, me: str, chosen: Mapping[str, tuple[Chosen, ...]], plannin
     return Goals(
         slices=tuple(dict.fromkeys(slices)),
         stages=tuple(stages),
-        keep=_kept(view, me, chosen, stages, planning),
+        keep=_kept(view.facts[me], stages, _unserved(view, chosen), planning),
         hosts=tuple(hosts),
         routes={model: tuple(map(_route, picks)) for model, picks in chosen.items()},
     )
@@ -167,24 +167,23 @@ def _route(pick: Chosen) -> Route:
     return Route(pick.placement.stages[0].node, pick.placement, pick.wiring)
 
 
+def _unserved(view: View, chosen: Mapping[str, tuple[Chosen, ...]]) -> dict[str, ModelShape]:
+    """The wished models, by digest, of which something chosen, or everything, does not serve."""
+    return {
+        wish.shape.digest: wish.shape
+        for wish in view.wishes
+        if wish.shape is not None
+        and not (chosen.get(wish.model) and all(pick.wiring for pick in chosen[wish.model]))
+    }
+
+
 def _kept(
-    view: View,
-    me: str,
-    chosen: Mapping[str, tuple[Chosen, ...]],
-    stages: Sequence[StageGoal],
-    planning: Planning,
+    own: Facts, stages: Mapping[StageGoal, int], unserved: Mapping[str, ModelShape], planning: Planning
 ) -> frozenset[str]:
     """Workers of placements that were not chosen, while those chosen do not serve and memory is left."""
-    own, shapes = view.facts[me], shapes_of(view)
-    unserved = set()
-    for wish in view.wishes:
-        picks = chosen.get(wish.model, ())
-        if wish.shape is not None and not (picks and all(pick.wiring for pick in picks)):
-            unserved.add(wish.shape.digest)
     free = {device.name: device.memory_bytes for device in own.devices}
-    for goal in stages:
-        place = goal.placement.stages[goal.index]
-        free[place.device] -= planning.stage_bytes(shapes[goal.placement.model], goal.placement, goal.index)
+    for goal, stage_bytes in stages.items():
+        free[goal.load.device] -= stage_bytes
     wanted = {(placement_id(goal.placement), goal.index) for goal in stages}
     keep = set()
     for report in sorted(own.stages, key=lambda report: report.worker):
@@ -192,7 +191,7 @@ def _kept(
         running = report.state in ("loading", "loaded", "wired") and 0 <= index < len(placement.stages)
         if placement.model not in unserved or not running or (placement_id(placement), index) in wanted:
             continue
-        place, shape = placement.stages[index], shapes[placement.model]
+        place, shape = placement.stages[index], unserved[placement.model]
         if not shape.allows(place.first, place.last):
             continue
         needed = planning.stage_bytes(shape, placement, index)
@@ -205,13 +204,12 @@ def _kept(
 def _copies(view: View, picks: Sequence[Chosen], me: str) -> list[SliceGoal]:
     """Slices of serving placements that this node should hold a second copy of."""
     found = []
-    shapes = shapes_of(view)
     for pick in picks:
         if not pick.wiring:
             continue
         for index, place in enumerate(pick.placement.stages):
             goal = load_of(pick.placement, index).slice
-            size = sum(shapes[goal.model].layer_bytes[goal.first : goal.last])
+            size = sum(pick.shape.layer_bytes[goal.first : goal.last])
             if _keeper(view.facts, goal, place.node, size) == me:
                 found.append(goal)
     return found
