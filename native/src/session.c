@@ -77,7 +77,8 @@ static uint64_t lay_out(void *memory, ternary_session *session, const ternary_mo
     cache->lengths = cut(&cutter, config->sequences, sizeof(uint32_t));
     session->ends = cut(&cutter, config->sequences, sizeof(uint32_t));
     cut_batch(&cutter, session, model, config->batch_rows);
-    session->scores_elements = ((size_t)config->context + LANES - 1) / LANES * LANES * ATTENTION_HEADS;
+    session->scores_elements = (((size_t)config->context + LANES - 1) / LANES * LANES + cache->value_stride) *
+                               ATTENTION_HEADS;
     session->dots = cut(&cutter, config->threads * (uint64_t)DOTS_ELEMENTS, sizeof(int32_t));
     session->scores = cut(&cutter, config->threads * (uint64_t)session->scores_elements, sizeof(float));
     session->normal = cut(&cutter, config->threads * (uint64_t)session->normal_elements, sizeof(float));

@@ -12,12 +12,8 @@
 #include "kernels.h"
 
 #define ISA(name) name##_avx2
-static inline __attribute__((always_inline)) void widen_halves(float *to, const uint16_t *p)
-{
-    _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
-    _mm256_storeu_ps(to + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p + 8))));
-}
-#define WIDEN_HALVES(p) ({ ISA(lanes) wide; widen_halves((float *)&wide, p); wide; })
+#define VECTOR_FLOATS 8
+#define WIDEN_HALVES(p) ((ISA(vec))_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
 #include "floats.inc"
 
 /* Quads whose 16-bit sums cannot wrap. */

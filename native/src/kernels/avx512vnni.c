@@ -13,7 +13,8 @@
 #include "kernels.h"
 
 #define ISA(name) name##_avx512vnni
-#define WIDEN_HALVES(p) ((ISA(lanes))_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
+#define VECTOR_FLOATS 16
+#define WIDEN_HALVES(p) ((ISA(vec))_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
 #include "floats.inc"
 
 INLINE __m512i quad_of(const int8_t *x)

@@ -57,7 +57,8 @@ struct kernels {
     void (*rotate_pairs)(float *x, uint32_t heads, uint32_t head_dim, const float *cosines, const float *sines);
     /* Attention of `heads` <= ATTENTION_HEADS queries [heads][head_dim] over `positions` cached ones.
      * keys: f16 [positions / LANES, rounded up][head_dim][LANES]; values: f16 [positions][value_stride], value_stride a
-     * multiple of LANES; scores: scratch [heads][positions rounded up to LANES]; out [heads][head_dim]. */
+     * multiple of LANES; scores: scratch [heads][positions rounded up to LANES, then value_stride more]; out
+     * [heads][head_dim], may be the queries. */
     void (*attend)(float *out, const float *queries, uint32_t heads, uint32_t head_dim, const uint16_t *keys,
                    const uint16_t *values, size_t value_stride, uint32_t positions, float *scores);
 };

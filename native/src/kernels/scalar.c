@@ -4,6 +4,7 @@
 #include "kernels.h"
 
 #define ISA(name) name##_scalar
+#define VECTOR_FLOATS 4
 #include "floats.inc"
 
 /* The codes of a quad's row r (of the group) at column c. `vector` is the group's quad. */
