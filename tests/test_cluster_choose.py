@@ -18,7 +18,7 @@ from clusters import (
     where,
 )
 from cordee.cluster.choose import UPGRADE_RATIO, Reports, choose, covers, speed_class
-from cordee.cluster.facts import Device, Facts, Placement, StagePlace, StageReport, placement_id
+from cordee.cluster.facts import Device, Facts, Placement, SliceHeld, StagePlace, StageReport, placement_id
 from cordee.cluster.planner import Planner
 from cordee.cluster.view import View
 from cordee.cluster.wishes import Wish
@@ -126,6 +126,15 @@ def test_stages_wired_differently_do_not_serve() -> None:
     assert chosen(view)[0].placement == HALVES
 
 
+def test_a_stage_that_waits_for_a_slice_which_the_disk_cannot_take_is_dropped() -> None:
+    a = facts_of("a", 2, stages=running(HALVES, "loaded")["a"])
+    fetching = running(HALVES, "fetching")["b"]
+    for slices, expected in (([], []), ([SliceHeld("m", 2, 4)], [HALVES])):
+        full = facts_of("b", 2, stages=fetching, slices=slices, disk_free_bytes=0)
+        made = chosen(view_of(a, full, suspects=["a", "b"]))  # so that nothing is planned
+        assert [choice.placement for choice in made] == expected
+
+
 def test_what_a_node_says_of_anothers_stages_does_not_count() -> None:
     reports = running(HALVES)
     assert Reports({"c": facts_of("c", stages=[*reports["a"], *reports["b"]])}).placements == {}
@@ -173,6 +182,21 @@ def test_two_names_of_one_model_share_its_placement() -> None:
         facts_of("a"), wishes=[Wish(name, shape_of(), CONTEXT, SEQUENCES) for name in ("nick", "name")]
     )
     assert chosen(view, "nick") == chosen(view, "name") != ()
+
+
+def test_a_wish_with_a_wrong_shape_spoils_no_other() -> None:
+    wrong = Wish("a", msgspec.structs.replace(shape_of("x", 6), digest="m"), CONTEXT, SEQUENCES, stamp=2e9)
+    view = view_of(facts_of("a", 9, stages=running(ALL)["a"]), wishes=[wrong, wish("m")])
+    assert chosen(view, "m")[0].wiring
+    assert chosen(view, "a") == ()  # six layers where five are free
+
+
+def test_draining_nodes_get_nothing_new_even_if_nothing_else_is_possible() -> None:
+    for state, expected in (("loaded", [HALVES]), ("fetching", [])):
+        reports = running(HALVES, state)
+        a = facts_of("a", 2, stages=running(HALVES, "loaded")["a"])
+        b = facts_of("b", 2, stages=reports["b"], draining=True)
+        assert [choice.placement for choice in chosen(view_of(a, b))] == expected
 
 
 def test_wishes_taken_back_are_not_chosen() -> None:

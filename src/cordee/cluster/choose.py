@@ -4,7 +4,7 @@ Theory of operation. Nobody is in charge and nothing is counted. What nodes *rep
 the cluster; `choose` only selects from it, and plans afresh where it finds nothing. For each wished model:
 
 1. Reported placements that are infeasible in this view are dropped: a node gone or revoked, a stage that
-   failed, layers not covered once, another shape or context than wished, memory short.
+   failed, layers not covered once, another shape or context than wished, memory or disk short.
 2. Of the rest the best are kept, as many as there are replicas, by `Candidate.rank`:
    serving first; then those without a draining node; then those that wait for no slice; then the better
    class of predicted speed (coarse, so that noise never decides); then the smallest id.
@@ -34,7 +34,16 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
-from cordee.cluster.facts import Facts, ModelShape, Placement, StageReport, placement_id, wiring_id
+from cordee.cluster.facts import (
+    Facts,
+    ModelShape,
+    Placement,
+    StagePlace,
+    StageReport,
+    placement_id,
+    wiring_id,
+)
+from cordee.cluster.search import held_layers
 from cordee.cluster.view import View
 
 # A serving model is moved for this gain only; classes of speed are as wide. Predictions are good to 20 %.
@@ -232,9 +241,20 @@ class Choice:
             return False
         if any((place.node, place.device) not in self._free for place in placement.stages):
             return False
-        if any(report is not None and report.state == "failed" for report in self._reports.stages(placement)):
+        reports = self._reports.stages(placement)
+        if any(report is not None and report.state == "failed" for report in reports):
             return False
-        return covers(job.shape, placement)
+        return covers(job.shape, placement) and all(
+            (report is not None and report.state != "fetching") or self._has_disk(job.shape, place)
+            for place, report in zip(placement.stages, reports, strict=True)
+        )
+
+    def _has_disk(self, shape: ModelShape, place: StagePlace) -> bool:
+        """Whether a node has a stage's layers, or disk for those that are missing."""
+        facts = self._view.facts[place.node]
+        held = held_layers(shape, facts)
+        missing = (shape.layer_bytes[layer] for layer in range(place.first, place.last) if layer not in held)
+        return sum(missing) <= facts.disk_free_bytes
 
     def _keep(self, job: Job, candidates: Sequence[Candidate]) -> None:
         for candidate in candidates:

@@ -1,0 +1,82 @@
+"""The shell around a Host: its micro-batches go to the first stage, tokens come from the last."""
+
+from random import Random
+from typing import TYPE_CHECKING
+
+from cordee.cluster.goals import HostGoal
+from cordee.generation.host import Host
+from cordee.generation.request import Choice
+from cordee.generation.scheduler import Limits, MicroBatch, Scheduler, Segment
+from sim import stages
+
+if TYPE_CHECKING:
+    from sim.agent import Agent
+
+BATCH_ROWS, QUEUE = 16, 100
+
+
+class Pipeline:
+    """A host's scheduler and what it has under way; outlives wirings and placements of its job."""
+
+    def __init__(self, agent: "Agent", context: int, sequences: int) -> None:
+        limits = Limits(sequences, context, max(BATCH_ROWS, sequences), QUEUE, in_flight=2)
+        random = Random(agent.world.random.getrandbits(32))
+        self.host = Host(Scheduler(limits, stages.ENDS), stages.VOCABULARY, random)
+        self._agent = agent
+        self.goal: HostGoal | None = None
+        self.wiring = ""  # whose caches grew under this scheduler
+        self._under_way: dict[int, MicroBatch] = {}
+        self._halted: set[int] = set()
+
+    def follow(self, goal: HostGoal) -> None:
+        """Take up a wiring, or wait for one."""
+        self.goal = goal
+        if goal.wiring != self.wiring:
+            self.leave()
+            self.wiring = goal.wiring
+            self.host.ready = bool(goal.wiring)
+
+    def leave(self) -> None:
+        """Nothing that is under way will be answered; the wiring is never used again."""
+        if self.wiring:
+            self._agent.unwire(self.wiring)
+            self.host.lost()
+        self.wiring, self.host.ready = "", False
+        self._under_way.clear()
+        self._halted.clear()
+
+    def pump(self) -> None:
+        """Send what can be sent: rows to the first stage, news to gateways."""
+        if self.host.ready:
+            while (batch := self.host.next_batch()) is not None:
+                self._send(batch)
+            self._halted.update(self.host.halts())
+        for node, said in self.host.drain():
+            self._agent.world.send(self._agent.name, node, "said", said)
+
+    def _send(self, batch: MicroBatch) -> None:
+        assert self.goal is not None
+        self._under_way[batch.id] = batch
+        rows = stages.Rows(self.wiring, 0, self.goal.upstream, batch.id, stages.rows_of(batch))
+        self._agent.world.carry(self._agent.name, self._agent.name, self.wiring, 0, "rows", rows)
+
+    def take(self, tokens: stages.Tokens) -> None:
+        """A micro-batch came through."""
+        batch = self._under_way.get(tokens.batch)
+        if tokens.wiring != self.wiring or batch is None:
+            return
+        ended = any(choice.token in stages.ENDS for choice in tokens.choices.values())
+        last = batch.steps == 1 or ended or batch.id in self._halted
+        del self._under_way[batch.id]
+        self.host.complete(batch.id, tokens.choices, {}, last=last)
+        if not last:
+            self._send(_again(batch, tokens.choices))
+        self.pump()
+
+
+def _again(batch: MicroBatch, choices: dict[int, Choice]) -> MicroBatch:
+    segments = tuple(
+        Segment(s.stream, s.sequence, s.first_position + 1, [choices[s.sequence].token], True)
+        for s in batch.segments
+    )
+    return MicroBatch(batch.id, segments, {}, batch.steps - 1)
