@@ -148,17 +148,19 @@ def _free(scenario: Scenario, agent: Agent, without: str = "") -> dict[str, int]
     free = {device.name: device.memory_bytes for device in agent.machine.devices}
     for process in agent.workers.values():
         if (not without or process.wiring != without) and process.load.device in free:
-            free[process.load.device] -= _worker_bytes(scenario, process.load)
+            free[process.load.device] -= _worker_bytes(scenario, agent, process.load)
     return free
 
 
-def _worker_bytes(scenario: Scenario, load: Load) -> int:
-    shape = next((shape for shape in scenario.shapes.values() if shape.digest == load.model), None)
-    if shape is None:
-        return 0
+def _worker_bytes(scenario: Scenario, agent: Agent, load: Load) -> int:
+    """What a worker takes, by the shape of the wish that it is for: some wishes are wrong."""
     place = StagePlace("", load.device, load.first, load.last)
     placement = Placement(load.model, load.context, load.sequences, (place,))
-    return scenario.planner.stage_bytes(shape, placement, 0)
+    for wish in agent.mind.wishes:
+        shape = wish.shape
+        if shape is not None and shape.digest == load.model and shape.allows(load.first, load.last):
+            return scenario.planner.stage_bytes(shape, placement, 0)
+    return 0
 
 
 def _leftovers(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tuple[Chosen, ...]]) -> str:
