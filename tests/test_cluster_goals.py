@@ -194,6 +194,15 @@ def test_kept_workers_are_still_reported_as_what_they_were() -> None:
     assert [(report.placement, report.worker) for report in orders.reports] == [(HALVES, "w")]
 
 
+def test_a_kept_worker_that_holds_what_a_new_placement_needs_is_taken_over() -> None:
+    crew = Crew()
+    step(crew, only(GOAL), worker())
+    other = StageGoal(placed(("a", 0, 2), ("c", 2, 4)), 0)
+    orders = step(crew, only(other, keep="w"), worker())
+    assert (orders.start, orders.stop) == ((), ())
+    assert [(report.placement, report.worker) for report in orders.reports] == [(other.placement, "w")]
+
+
 def test_a_failure_is_reported_for_a_while_even_if_the_stage_is_wanted_no_more() -> None:
     crew = Crew()
     crew.failed(LOAD, "the disk is full", 10.0)

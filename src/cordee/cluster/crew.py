@@ -95,7 +95,9 @@ class Crew:
         """What to do now. `workers` by id are those that live; `slices` lie on disk."""
         self._forget(workers, now)
         manned = self._man(goals, workers)
-        idle = workers.keys() - {worker.id for worker in manned if worker is not None} - goals.keep
+        at_work = {worker.id for worker in manned if worker is not None}
+        kept = goals.keep - at_work
+        idle = workers.keys() - at_work - kept
         busy = {workers[name].load.device for name in idle}
         reports, start, rename, wire = [], [], [], []
         for goal, worker in zip(goals.stages, manned, strict=True):
@@ -108,7 +110,7 @@ class Crew:
                     rename.append(worker.id)
                 else:
                     wire.append(WireOrder(worker.id, goal))
-        reports += self._other_reports(goals, workers)
+        reports += self._other_reports(goals, workers, kept)
         fetch = tuple(goal for goal in goals.slices if not holds(slices, goal))
         return Orders(tuple(reports), fetch, tuple(sorted(idle)), tuple(start), tuple(rename), tuple(wire))
 
@@ -123,11 +125,15 @@ class Crew:
                 del self._posts[name]
 
     def _man(self, goals: Goals, workers: Mapping[str, Worker]) -> list[Worker | None]:
-        """Give each stage goal a worker: the one that runs it, else a free one that holds the same."""
+        """Give each stage goal a worker: the one that runs it, else another that holds the same.
+
+        Of those that are kept, too: weights that are loaded already are the shortest way to serving again.
+        """
         posts = {(placement_id(placement), index): name for name, (placement, index) in self._posts.items()}
         wanted = [(placement_id(goal.placement), goal.index) for goal in goals.stages]
         manned = [workers.get(posts.get(key, "")) for key in wanted]
-        free = sorted(workers.keys() - {worker.id for worker in manned if worker is not None} - goals.keep)
+        others = workers.keys() - {worker.id for worker in manned if worker is not None}
+        free = sorted(others, key=lambda name: (name in goals.keep, name))
         for place, goal in enumerate(goals.stages):
             for name in free:
                 if manned[place] is None and workers[name].load == goal.load:
@@ -149,12 +155,14 @@ class Crew:
         held = holds(slices, goal.load.slice)
         return StageReport(goal.placement, goal.index, "loading" if held else "fetching")
 
-    def _other_reports(self, goals: Goals, workers: Mapping[str, Worker]) -> list[StageReport]:
+    def _other_reports(
+        self, goals: Goals, workers: Mapping[str, Worker], kept: frozenset[str]
+    ) -> list[StageReport]:
         """Of workers that are kept, and of what failed: that must be known once nobody wants it, too."""
-        kept = sorted(goals.keep & self._posts.keys())
         wanted = {goal.load for goal in goals.stages}
         failed = [failure.report for load, failure in self._failures.items() if load not in wanted]
-        return [_worker_report(*self._posts[name], workers[name]) for name in kept] + [
+        posted = sorted(kept & self._posts.keys())
+        return [_worker_report(*self._posts[name], workers[name]) for name in posted] + [
             report for report in failed if report is not None
         ]
 
