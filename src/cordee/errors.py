@@ -114,3 +114,11 @@ class JoinFailed(CordeeError):
     exit_code = 12
     http_status = 403
     code = "join_failed"
+
+
+class NotRunning(CordeeError):
+    """No agent runs for this state folder; `cordee up` starts one."""
+
+    exit_code = 13
+    http_status = 503
+    code = "not_running"

@@ -8,12 +8,16 @@ from typing import Any
 import click
 
 from cordee import __version__
+from cordee.cli.convert import convert
 from cordee.cli.doctor import doctor
+from cordee.cli.members import invite, join
 from cordee.cli.models import ls, pull, rm, show
+from cordee.cli.nodes import nodes
 from cordee.cli.plan import plan
 from cordee.cli.ps import ps
 from cordee.cli.run import run
 from cordee.cli.serve import serve
+from cordee.cli.up import up
 from cordee.errors import CordeeError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -76,7 +80,7 @@ def cordee() -> None:
     """
 
 
-for verb in (run, serve, pull, ls, show, rm, plan, ps, doctor):
+for verb in (run, serve, up, invite, join, nodes, pull, ls, show, rm, convert, plan, ps, doctor):
     cordee.add_command(verb)
 
 

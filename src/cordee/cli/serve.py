@@ -45,7 +45,7 @@ def serve(models: tuple[str, ...], port: int, host: str, stages: int, sequences:
 
     store = Store()
     stored = [find(store, name) for name in dict.fromkeys(models or (STARTER,))]
-    listener = _listen(address, port)
+    listener = listen(address, port)
     taken = listener.getsockname()[1]
     config = ServiceConfig(sequences=sequences, port=taken, **options.configuration(loading))
     asyncio.run(_serve(stored, store, stages, config, listener))
@@ -66,7 +66,7 @@ def _loopback(host: str) -> str:
     return str(address)
 
 
-def _listen(address: str, port: int) -> socket.socket:
+def listen(address: str, port: int) -> socket.socket:
     """A listening socket, taken before any model is loaded: a port in use shows at once."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:

@@ -55,6 +55,7 @@ TICK_SECONDS = 0.5  # how often everything is looked at though nothing was heard
 GATHER_SECONDS = 0.02  # after news, so that several count as one
 HOST_SECONDS = 0.05  # how often schedulers let time pass
 RENEW_SECONDS = 3600.0  # how often the certificate's age is looked at
+FAREWELL_SECONDS = 0.5  # a removed node hears that it was, before nobody speaks to it any more
 WISHES_BYTES_MAX = 4 << 20  # on disk: as many as there may be, of models with hundreds of layers
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,7 @@ class Agent:
         self.identity = identity
         self.options = options
         self.draining = False
+        self.removed = asyncio.Event()  # set when this node hears that it was
         self.goals = Goals()
         self.crew = Crew()
         self.bus = bus
@@ -182,8 +184,10 @@ class Agent:
             self.identity.revoke(node)
         except ValueError as error:
             raise BadRequest(f"{node!r} is no node's id: `cordee nodes` lists them.", "node") from error
+        self._act()
+        self._speak()
+        await asyncio.sleep(FAREWELL_SECONDS)
         await self.bus.refresh()
-        self.changed()
 
     async def close(self) -> None:
         """Leave the cluster's sight, end all workers; closing twice is harmless."""
@@ -268,7 +272,10 @@ class Agent:
             return
         if beat.facts.node in self.identity.revoked:
             return
-        if self.identity.admit(beat.revocations):
+        removed = self.identity.admit(beat.revocations)
+        if self.node in removed:
+            self.removed.set()
+        elif removed:
             self._keep(self.bus.refresh())
         if self.mind.hear(beat, time.monotonic()):
             self.changed()

@@ -1,0 +1,175 @@
+"""`cordee up`: this machine as a node of a cluster, until it is told to end."""
+
+import asyncio
+import platform
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from cordee.cli import output
+from cordee.cli.serve import PORT, listen
+from cordee.errors import JoinFailed
+
+if TYPE_CHECKING:
+    from cordee.node.agent import Agent, AgentOptions
+    from cordee.node.control import Place
+    from cordee.node.identity import Identity
+
+NAME_CHARS_MAX = 64
+
+
+class Settings(msgspec.Struct, frozen=True):
+    """What is remembered of the last `cordee up`; in `cluster/settings`."""
+
+    name: str = ""
+    listen: str = ""
+
+
+@click.command()
+@click.option("--name", metavar="NAME", help="What people call this node; default: the machine's name.")
+@click.option(
+    "--listen",
+    "address",
+    metavar="ADDRESS",
+    help="Meet other nodes at this HOST or HOST:PORT; default: all interfaces, port 7330 if it is free.",
+)
+@click.option(
+    "--peer",
+    "peers",
+    metavar="ADDRESS",
+    multiple=True,
+    help="Look for a node at this address too; for networks without multicast. May be repeated.",
+)
+@click.option(
+    "--port",
+    metavar="N",
+    type=click.IntRange(0, 65_535),
+    default=PORT,
+    show_default=True,
+    help="Port of the API on 127.0.0.1; 0 takes a free one.",
+)
+@click.option(
+    "--scouting",
+    metavar="INTERFACE",
+    default="auto",
+    show_default=True,
+    help="Look for nodes by multicast on this interface; off: do not.",
+)
+def up(name: str | None, address: str | None, peers: tuple[str, ...], port: int, scouting: str) -> None:
+    """Run this machine as a node of its cluster, until Ctrl-C.
+
+    The first time it makes a new cluster, unless `cordee join` made this machine a member of one. --name and
+    --listen are remembered. Programs on this machine reach every model of the cluster at the API.
+    """
+    from cordee.node import identity
+    from cordee.node.agent import AgentOptions
+    from cordee.node.bus import BusOptions
+    from cordee.node.control import Place
+
+    listener = listen("127.0.0.1", port)
+    member = identity.load() if identity.exists() else identity.found(time.time())
+    place = Place(member.folder)
+    try:
+        settings = _settings(member, name, address)
+        api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        interface = "" if scouting == "off" else scouting
+        options = AgentOptions(settings.name, api, BusOptions(settings.listen, peers, interface))
+        left = asyncio.run(_Running(member, options, listener, place).run())
+    finally:
+        place.close()
+    if left:
+        identity.forget()
+        output.note("cordee: this machine belongs to no cluster any more")
+
+
+def _settings(member: "Identity", name: str | None, address: str | None) -> Settings:
+    """What the options say, else what they said last time; remembered from now on."""
+    from cordee.files import atomic_file, write_all
+
+    path = member.folder / "settings"
+    try:
+        old = msgspec.json.decode(path.read_bytes(), type=Settings)
+    except (OSError, msgspec.MsgspecError):
+        old = Settings()
+    chosen = Settings(
+        (name or old.name or platform.node() or member.node)[:NAME_CHARS_MAX],
+        old.listen if address is None else address,
+    )
+    if chosen != old:
+        with atomic_file(path) as file:
+            write_all(file, msgspec.json.encode(chosen))
+    return chosen
+
+
+class _Running:
+    """The agent and its two servers."""
+
+    def __init__(
+        self, member: "Identity", options: "AgentOptions", listener: socket.socket, place: "Place"
+    ) -> None:
+        self._member = member
+        self._options = options
+        self._listener = listener
+        self._place = place
+        self._left = False
+
+    async def run(self) -> bool:
+        """Serve until a signal comes, or somebody says that this node leaves or was removed.
+
+        True if it leaves. Raises JoinFailed if it was removed.
+        """
+        from cordee.models.store import Store
+        from cordee.node.agent import Agent
+
+        task = asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        agent = None
+        try:
+            agent = await Agent.start(self._member, Store(), self._options)
+            _greet(agent)
+            await self._serve(agent, task.cancel)
+        except asyncio.CancelledError:
+            output.note("cordee: closing")
+        finally:
+            if agent is not None:
+                await agent.close()
+        return self._left
+
+    async def _serve(self, agent: "Agent", cancel: Callable[[], object]) -> None:
+        from cordee.api.app import create_app
+        from cordee.api.server import serve
+        from cordee.node.control import Control
+        from cordee.node.enrolment import REFUSALS
+
+        def leave() -> None:
+            self._left = True
+            asyncio.get_running_loop().call_soon(cancel)
+
+        servers = [
+            serve(create_app(agent.services), self._listener),
+            serve(Control(agent, leave).app(), self._place.socket),
+        ]
+        tasks = [asyncio.create_task(server) for server in servers]
+        try:
+            await agent.removed.wait()
+            raise JoinFailed(REFUSALS["removed"])
+        finally:
+            for each in tasks:
+                each.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _greet(agent: "Agent") -> None:
+    """Who this is, and what to do next."""
+    output.note(f"cordee: node {agent.options.name} ({agent.node}) of cluster {agent.identity.cluster}")
+    output.note(f"cordee: API at {agent.options.api} (no API key); Ctrl-C ends the node")
+    if agent.identity.is_keeper:
+        output.note("cordee: `cordee invite` prints a code that lets another machine join")
+    else:
+        output.note("cordee: `cordee nodes` lists who is there, `cordee status` what runs where")
