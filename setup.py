@@ -30,6 +30,7 @@ setup(
                 "-std=c11",
                 "-O3",
                 "-ffp-contract=off",
+                "-fexcess-precision=fast",
                 "-fno-math-errno",
                 "-fvisibility=hidden",
             ],

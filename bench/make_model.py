@@ -61,7 +61,7 @@ class RandomWeights:
     def scales(self, name: str) -> np.ndarray:
         """See `Source.scales`: such that a matrix keeps its input's magnitude."""
         _, cols = self._model.matrices()[name.split(".")[2]]
-        return np.full(self._model.scales, np.sqrt(1.5 / cols), dtype=np.float32)
+        return np.array([np.sqrt(1.5 / cols)], dtype=np.float32)
 
     def vector(self, name: str) -> np.ndarray:
         """See `Source.vector`."""

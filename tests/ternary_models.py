@@ -46,14 +46,14 @@ FAMILIES = {
     # Llama3-8B-1.58, Falcon-E: a llama block, rotation of pairs, five weights in a byte.
     "llama": replace(_BASE, kv_heads=4, layout="trit5", rope_base=500_000.0),
     # TriLM: activations are not quantised, matrices have several scales.
-    "trilm": replace(_BASE, planes=3, scales=2),
+    "trilm": replace(_BASE, planes=3),
 }
 
 
 class Weights:
     """Seeded random weights of a model: a `cordee.models.ternary.Source`."""
 
-    def __init__(self, model: TernaryModel, seed: int) -> None:
+    def __init__(self, model: TernaryModel, seed: int, scales: int = 1) -> None:
         self.model = model
         draw = np.random.default_rng(seed)
         self.arrays: dict[str, np.ndarray] = {}
@@ -62,7 +62,7 @@ class Weights:
             for name, (rows, cols) in model.matrices().items():
                 full = f"blk.{layer}.{name}.weight"
                 self.arrays[full] = draw.integers(-1, 2, (rows, cols)).astype(np.int8)
-                around = 1 + 0.2 * draw.random(model.scales)
+                around = 1 + 0.2 * draw.random(scales)
                 self._scales[full.replace("weight", "scale")] = (around * np.sqrt(1.5 / cols)).astype("f4")
             for name, length in model.norms().items():
                 self.arrays[f"blk.{layer}.{name}.weight"] = (1 + 0.1 * draw.standard_normal(length)).astype(
@@ -92,7 +92,7 @@ class Weights:
 
 def make_ternary(family: str, path: Path, *, seed: int = 1, **changes: object) -> Weights:
     """Write a tiny model of the family; give its weights."""
-    weights = Weights(replace(FAMILIES[family], **changes), seed)
+    weights = Weights(replace(FAMILIES[family], **changes), seed, scales=2 if family == "trilm" else 1)
     write(path, weights.model, weights)
     return weights
 

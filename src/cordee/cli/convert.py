@@ -29,7 +29,8 @@ from cordee.cli import output
 def convert(source: Path, path: Path, layout: str, head: str) -> None:
     """Turn a ternary model into a file for the ternary engine.
 
-    SOURCE is a GGUF file whose layers hold nothing but -s, 0 and s: TQ1_0, TQ2_0, or F16 and others of such values.
+    SOURCE is a GGUF file whose layers hold nothing but -s, 0 and s: TQ1_0, TQ2_0, or F16 and others of such
+    values.
     """
     from cordee.models.convert import convert as run
     from cordee.models.gguf import read_header

@@ -112,10 +112,7 @@ def rounded(rows: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class TernaryModel:
-    """The numbers and rules of a model, as its file states them; names as in native/FORMAT.md.
-
-    `scales` is how many scales each layer matrix has: each is for as many neighbouring rows.
-    """
+    """The numbers and rules of a model, as its file states them; names as in native/FORMAT.md."""
 
     architecture: str
     layers: int
@@ -131,7 +128,6 @@ class TernaryModel:
     activation: Literal["silu", "relu2"] = "silu"
     rope: Literal["neox", "interleaved"] = "interleaved"
     sub_norms: bool = False
-    scales: int = 1
     layout: Literal["trit2", "trit5"] = "trit2"
     planes: int = 1
     head: str = "int6"
@@ -164,7 +160,7 @@ class Source(Protocol):
         """Rows of a matrix: int8 of -1, 0, 1 for those of layers, float32 for "token_embd" and "output"."""
 
     def scales(self, name: str) -> np.ndarray:
-        """The float32 scales of a layer's matrix."""
+        """The float32 scales of a layer's matrix: as many as divide its rows, each for as many neighbours."""
 
     def vector(self, name: str) -> np.ndarray:
         """A norm, float32."""
@@ -265,7 +261,8 @@ def _parts(model: TernaryModel, source: Source) -> Iterator[_Part]:
         for name, (rows, cols) in model.matrices().items():
             full = f"blk.{layer}.{name}.weight"
             strips = _packed_strips(source, full, rows, layout)
-            yield _vector(f"blk.{layer}.{name}.scale", model.scales, lambda full=full: source.scales(full))
+            scales = source.scales(full)
+            yield _vector(f"blk.{layer}.{name}.scale", len(scales), lambda scales=scales: scales)
             yield _payload(full, layout, rows, cols, strips)
     yield _vector("output_norm.weight", model.n_embd, lambda: source.vector("output_norm.weight"))
     yield from _head(model, source)
