@@ -61,7 +61,7 @@ def serving(scenario: Scenario) -> Speeds:
 
 
 def moved_for_little(before: Speeds, after: Speeds) -> str:
-    """Whether a placement was left, of several replicas any, and none is clearly faster than the slowest was."""
+    """Whether a placement, of several replicas any, was left though none is clearly faster than the slowest."""
     for model in before.keys() & after.keys():
         old, new = min(before[model].values()), max(after[model].values())
         if before[model].keys() - after[model].keys() and new < old * UPGRADE_RATIO:
