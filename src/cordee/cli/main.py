@@ -9,7 +9,6 @@ import click
 
 from cordee import __version__
 from cordee.cli.convert import convert
-from cordee.cli.convert import convert
 from cordee.cli.doctor import doctor
 from cordee.cli.members import invite, join
 from cordee.cli.models import ls, pull, rm, show
