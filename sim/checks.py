@@ -7,6 +7,7 @@ from msgspec.structs import replace
 from cordee.cluster.choose import UPGRADE_RATIO, Chosen
 from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace, placement_id
 from cordee.cluster.goals import Load, holds, load_of
+from cordee.cluster.wishes import Wish
 from sim.agent import Agent
 from sim.scenario import CONTEXT, SEQUENCES, Scenario
 
@@ -27,15 +28,16 @@ def always(scenario: Scenario) -> str:
     return ""
 
 
-def interrupted(scenario: Scenario, models: frozenset[str]) -> str:
-    """Whether a model that served does not serve now."""
+def interrupted(scenario: Scenario, served: Mapping[str, Wish]) -> str:
+    """Whether a model that served does not serve now, though it is wished as it was."""
     running = {
         process.wiring
         for agent in scenario.live()
         for process in agent.workers.values()
         if process.state == "wired"
     }
-    for model in (model for model, count in scenario.wished().items() if count > 0 and model in models):
+    wished = scenario.wished()
+    for model in (model for model, wish in served.items() if wished.get(model) == wish):
         picks = [pick for agent in scenario.live() for pick in agent.mind.chosen.get(model, ())]
         if not any(pick.wiring in running for pick in picks):
             return f"{model} was interrupted"
@@ -61,7 +63,7 @@ def serving(scenario: Scenario) -> Speeds:
 
 
 def moved_for_little(before: Speeds, after: Speeds) -> str:
-    """Whether a placement, of several replicas any, was left though none is clearly faster than the slowest."""
+    """Whether a placement was left though none is clearly faster than the slowest of them was."""
     for model in before.keys() & after.keys():
         old, new = min(before[model].values()), max(after[model].values())
         if before[model].keys() - after[model].keys() and new < old * UPGRADE_RATIO:

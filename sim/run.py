@@ -10,9 +10,11 @@
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cordee.cluster.view import LEASE_SECONDS, SUSPICION_SECONDS
+from cordee.cluster.wishes import Wish
 from sim import checks
 from sim.scenario import Scenario
 
@@ -21,6 +23,7 @@ from sim.scenario import Scenario
 BOUND_LEASES = 40
 STAY_LEASES = 2  # so long nothing may change then
 LOOK_SECONDS = 0.5
+NOTHING: Mapping[str, Wish] = {}
 
 
 class Broken(AssertionError):
@@ -55,8 +58,8 @@ def play(seed: int) -> Outcome:
     return Outcome(leases, ends)
 
 
-def _settle(scenario: Scenario, since: float, served: frozenset[str] = frozenset()) -> float:
-    """Let time pass until nothing changes; when that began. Models in `served` must not be interrupted."""
+def _settle(scenario: Scenario, since: float, served: Mapping[str, Wish] = NOTHING) -> float:
+    """Let time pass until nothing changes; when that began. What is `served` must not be interrupted."""
     world = scenario.world
     settled: float | None = None
     before: object = None
@@ -103,7 +106,7 @@ def _return(scenario: Scenario) -> None:
     scenario.revoked = scenario.known_revocations()
     if scenario.revoked != known:
         before = {}  # what it used may have to go
-    _settle(scenario, scenario.world.now, frozenset(before))
+    _settle(scenario, scenario.world.now, {model: wished[model] for model in before})
     after = checks.serving(scenario) if scenario.wished() == wished else {}
     fault = checks.moved_for_little(before, after)
     if fault:

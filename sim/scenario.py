@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from cordee.cluster.facts import Device, ModelShape
 from cordee.cluster.planner import Planner
 from cordee.cluster.view import BEAT_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS
+from cordee.cluster.wishes import Wish
 from cordee.generation.gateway import News
 from cordee.generation.request import Request, SamplingParams
 from sim import corrupt, stages
@@ -146,14 +149,16 @@ class Scenario:
         """The agents that run and are not revoked."""
         return [agent for name, agent in self.world.agents.items() if name not in self.revoked]
 
-    def wished(self) -> dict[str, int]:
-        """How many replicas of each model are wished, where all live agents know it."""
-        known = [{wish.model: wish.replicas for wish in agent.mind.wishes} for agent in self.live()]
-        first = known[0] if known else {}
+    def wished(self) -> dict[str, Wish]:
+        """What is wished, where all live agents know it; without its date."""
+        known = [
+            {wish.model: replace(wish, stamp=0.0, author="") for wish in agent.mind.wishes}
+            for agent in self.live()
+        ]
         return {
-            model: count
-            for model, count in first.items()
-            if all(other.get(model) == count for other in known)
+            model: wish
+            for model, wish in (known[0] if known else {}).items()
+            if all(other.get(model) == wish for other in known)
         }
 
     def _wish(self, name: str, shape: ModelShape) -> None:
