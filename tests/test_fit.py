@@ -1,5 +1,6 @@
-"""The fit estimate against what libllama and a worker process really take; verdicts; memory in containers."""
+"""The fit estimate against what libllama and a worker process really take; verdicts; containers."""
 
+import math
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import tiny
 from cordee.cluster.memory import PROCESS_BYTES, StageShape
+from cordee.engine.libllama import cpu_quota
 from cordee.engine.llama import LlamaStage
 from cordee.engine.stage import StageConfig
 from cordee.errors import BadModelFile, DoesNotFit
@@ -303,3 +305,15 @@ def test_a_group_that_is_over_its_limit_has_nothing_left(tmp_path):
     member(tmp_path, "0::/\n")
     group(tmp_path, "", memory__max=10 * MIB, memory__current=11 * MIB)
     assert memory(tmp_path).available_bytes == 0
+
+
+def test_the_narrowest_cpu_quota_counts(tmp_path):
+    assert cpu_quota(tmp_path) == math.inf
+    member(tmp_path, "4:cpu,cpuacct:/box\n0::/user/app\n")
+    group(tmp_path, "user", cpu__max="150000 100000")
+    group(tmp_path, "user/app", cpu__max="max 100000")
+    assert cpu_quota(tmp_path) == 1.5
+    group(tmp_path, "cpu/box", cpu__cfs_quota_us=50_000, cpu__cfs_period_us=100_000)
+    assert cpu_quota(tmp_path) == 0.5
+    group(tmp_path, "cpu/box", cpu__cfs_quota_us=-1)
+    assert cpu_quota(tmp_path) == 1.5

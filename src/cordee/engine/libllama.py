@@ -6,6 +6,7 @@ library's defaults with the known ones before anything is run.
 """
 
 import ctypes
+import math
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 from cordee.errors import SetupNeeded
@@ -225,26 +227,40 @@ def survives_extra_buffers() -> bool:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity and its cgroup's CPU quota, at least 1."""
+    """Cores that this process may use: its affinity and its cgroups' CPU quotas, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, _quota_cores()))
+    return max(1, round(min(cores, cpu_quota())))
 
 
-def _quota_cores() -> int:
-    unlimited = sys.maxsize
-    for quota_path, period_path in (
-        ("/sys/fs/cgroup/cpu.max", None),
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-    ):
-        try:
-            with open(quota_path) as file:
-                words = file.read().split()
-            if period_path is not None:
-                with open(period_path) as file:
-                    words += file.read().split()
-            quota, period = int(words[0]), int(words[1])
-        except (OSError, ValueError, IndexError):
+def cpu_quota(root: Path = Path("/")) -> float:
+    """Cores' worth of time that the control groups (containers) we are in grant; infinity without a limit.
+
+    The kernel's files: https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max) and
+    https://docs.kernel.org/scheduler/sched-bwc.html. `root` is where /proc and /sys are found.
+    """
+    least = math.inf
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, kinds, path = line.split(":", 2)
+        if "cpu" in kinds.split(","):
+            top, names = root / "sys/fs/cgroup/cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        elif number == "0":
+            top, names = root / "sys/fs/cgroup", ("cpu.max",)
+        else:
             continue
-        if quota > 0 < period:
-            return max(1, round(quota / period))
-    return unlimited
+        # Inside a container the path may be that outside of it: then only the top is there.
+        inner = top / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            quota, period, *_ = (*" ".join(_read(folder / name) for name in names).split(), "", "")
+            if quota.isdigit() and period.isdigit():
+                least = min(least, int(quota) / int(period))
+            if folder == top:
+                break
+    return least
+
+
+def _read(path: Path) -> str:
+    """The text of a small system file; empty if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
