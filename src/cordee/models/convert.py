@@ -1,9 +1,9 @@
 """From a ternary model in llama.cpp's formats to the ternary engine's own file, without loss.
 
-A source is ternary when each row of a layer's matrix holds nothing but -s, 0 and s: stored as TQ1_0, TQ2_0, or
-in any type that keeps such values apart (F32, F16, BF16, Q8_0, ...). The conversion finds s, or refuses naming
-the tensor. Norms are copied. The embedding is kept in half precision at least; the head, which is multiplied,
-is rounded to the layout asked for: the one thing that is not exact, and no ternary weight.
+A source is ternary when each row of a layer's matrix holds nothing but -s, 0 and s: stored as TQ1_0, TQ2_0,
+or in any type that keeps such values apart (F32, F16, BF16, Q8_0, ...). The conversion finds s, or refuses
+and names the tensor. Norms are copied. The embedding is kept in half precision at least; the head, which is
+multiplied, is rounded to the layout asked for: the one thing that is not exact, and no ternary weight.
 """
 
 from collections.abc import Callable

@@ -7,6 +7,7 @@ import numpy as np
 
 from cordee.engine.llama import LlamaStage
 from cordee.engine.stage import Batch, Stage, StageDescription
+from cordee.engine.ternary import TernaryStage, is_for_ternary
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError
 from cordee.generation.grammar import GrammarTokenizer
@@ -27,7 +28,8 @@ class Compute:
             CordeeError: it cannot be loaded.
         """
         self._path = Path(load.path)
-        self._stage: Stage = LlamaStage(self._path, load.config, is_last=load.is_last)
+        engine = TernaryStage if is_for_ternary(self._path) else LlamaStage
+        self._stage: Stage = engine(self._path, load.config, is_last=load.is_last)
         self._embedding = None if load.embedding is None else _embedding(Path(load.embedding))
         self._ends = frozenset(load.ends)
         self._samplers: dict[int, Sampler] = {}
