@@ -1,7 +1,7 @@
 """A stage worker: one process, one stage. Run as `python -m cordee.node.worker ID CONTROL INBOX`.
 
 CONTROL is its parent's socket, INBOX the path at which this worker listens for the stage before it. One
-thread does everything, since the stage is the only thing worth waiting for:
+thread does everything but to reach the neighbours, since the stage is the only thing worth waiting for:
 
     start -> Load -> loaded -> Wire -> wired: rows in, rows (or tokens) out
                         ^                |
@@ -28,6 +28,7 @@ import sys
 import threading
 from collections import deque
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from cordee.errors import BadRequest, CordeeError
@@ -75,9 +76,12 @@ class Worker:
         self._strangers: list[socket.socket] = []  # that connected and said nothing yet
         self._early: dict[Join, socket.socket] = {}  # that joined before this worker heard of their placement
         self._compute: Compute | None = None
+        self._connected: SimpleQueue[tuple[Wire, list[socket.socket], str]] = SimpleQueue()
+        self._waker, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
         self._selector.register(inbox, selectors.EVENT_READ)
+        self._selector.register(self._woken, selectors.EVENT_READ)
 
     def serve(self) -> None:
         """Do what comes in until the control link ends."""
@@ -97,6 +101,8 @@ class Worker:
         """Something came from somewhere else than the parent; what was dropped a moment ago is nobody's."""
         if source is self._inbox:
             self._accept()
+        elif source is self._woken:
+            self._take_links()
         elif source is self._door:
             self._accept_guest()
         elif source in self._guests:
@@ -144,35 +150,35 @@ class Worker:
         self._drop_downstream()
         self._compute.clear()
         self._placement = wire.placement
+        threading.Thread(target=self._connect, args=(wire,), daemon=True).start()
+
+    def _connect(self, wire: Wire) -> None:
+        """Reach the neighbours, on a thread of its own: they greet only while they are not greeting us."""
+        links: list[socket.socket] = []
+        fault = ""
         try:
-            self._downstream = self._joined(wire.downstream, Join(wire.placement))
+            links.append(_joined(self._identity, wire.downstream, Join(wire.placement)))
             if wire.first is not None:
-                self._first = self._joined(wire.first, Join(wire.placement, again=True))
+                links.append(_joined(self._identity, wire.first, Join(wire.placement, again=True)))
         except (OSError, LinkClosed) as error:  # that stage just died: another Wire follows
-            self._drop_downstream()
-            link.send(self._control, WireFailed(wire.placement, str(error)))
+            fault = str(error) or "it closed the link"
+        self._connected.put((wire, links, fault))
+        self._waker.send(b".")
+
+    def _take_links(self) -> None:
+        self._woken.recv(1)
+        wire, links, fault = self._connected.get()
+        if fault or wire.placement != self._placement or self._downstream is not None:
+            for peer in links:
+                peer.close()
+            link.send(self._control, WireFailed(wire.placement, fault or "another one was wired"))
             return
+        self._downstream = links[0]
+        self._first = links[1] if len(links) > 1 else None
+        for peer in links:
+            self._selector.register(peer, selectors.EVENT_READ)
         self._adopt()
         link.send(self._control, Wired(wire.placement))
-
-    def _joined(self, target: str, join: Join) -> socket.socket:
-        """A link to the worker, or the service, that is there.
-
-        Raises:
-            OSError, LinkClosed: nobody takes it.
-        """
-        if target.startswith("/"):
-            peer = socket.socket(socket.AF_UNIX)
-            peer.settimeout(link.SOCKET_SECONDS)
-            peer.connect(target)
-        else:
-            from cordee.node import dataplane
-
-            assert self._identity is not None, "who has neighbours on other machines listens for them"
-            peer = dataplane.connect(self._identity, target)
-        link.send(peer, join)
-        self._selector.register(peer, selectors.EVENT_READ)
-        return peer
 
     def _accept(self) -> None:
         """Let a peer in; whoever says nothing costs a place among PEERS_MAX and no time."""
@@ -230,7 +236,9 @@ class Worker:
         self._adopt()
 
     def _adopt(self) -> None:
-        """Take rows from the stages that joined this placement, as far as they have."""
+        """Take rows from the stages that joined this placement, once there is somewhere to send theirs."""
+        if self._downstream is None:
+            return
         for join in (Join(self._placement), Join(self._placement, again=True)):
             if join in self._early:
                 self._drop(join.again)
@@ -309,6 +317,25 @@ class Worker:
                 peer.close()
         self._downstream = self._first = None
         self._round.clear()
+
+
+def _joined(identity: Path | None, target: str, join: Join) -> socket.socket:
+    """A link to the worker, or the service, that is there.
+
+    Raises:
+        OSError, LinkClosed: nobody takes it.
+    """
+    if target.startswith("/"):
+        peer = socket.socket(socket.AF_UNIX)
+        peer.settimeout(link.SOCKET_SECONDS)
+        peer.connect(target)
+    else:
+        from cordee.node import dataplane
+
+        assert identity is not None, "who has neighbours on other machines listens for them"
+        peer = dataplane.connect(identity, target)
+    link.send(peer, join)
+    return peer
 
 
 def _end_with(control: socket.socket) -> None:
