@@ -90,21 +90,6 @@ INLINE void trit2_group(const uint8_t *data, uint32_t quads, const int8_t *x, si
                 put(out + i * out_stride + field * 16 + half * 8, wide[i][half][field], field % 2 * 2, sums[i]);
 }
 
-static void dot_trit2(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                      const int32_t *sums, uint32_t n, int32_t *out)
-{
-    const size_t group_bytes = (size_t)quads * 64, out_stride = (size_t)groups * 64;
-    for (uint32_t g = 0; g < groups; g++) {
-        uint32_t i = 0;
-        for (; i + 2 <= n; i += 2)
-            trit2_group(data + g * group_bytes, quads, x + i * stride, stride, sums + i, 2,
-                        out + i * out_stride + g * 64, out_stride);
-        if (i < n)
-            trit2_group(data + g * group_bytes, quads, x + i * stride, stride, sums + i, 1,
-                        out + i * out_stride + g * 64, out_stride);
-    }
-}
-
 /* Code 0, 1 or 2 of the highest digit of bytes whose top bit is flipped: two comparisons count the thirds. The flip
  * survives multiplication by 3, which lifts the next digit up: 3 (q + 128) = 3 q + 128 modulo 256. */
 INLINE __m256i top_trit(__m256i flipped)
@@ -114,42 +99,62 @@ INLINE __m256i top_trit(__m256i flipped)
     return _mm256_abs_epi8(_mm256_add_epi8(one, two));
 }
 
-INLINE void trit5_strip(const uint8_t *p, uint32_t quads, const int8_t *x, __m256i *sums)
+INLINE void trit5_strip(const uint8_t *p, uint32_t quads, const int8_t *x, size_t stride, const uint32_t n,
+                        __m256i (*sums)[2][5], uint32_t half)
 {
-    __m256i s[5];
-    UNROLLED for (uint32_t digit = 0; digit < 5; digit++)
-        s[digit] = _mm256_setzero_si256();
+    __m256i s[2][5];
+    UNROLLED for (uint32_t i = 0; i < n; i++)
+        UNROLLED for (uint32_t digit = 0; digit < 5; digit++)
+            s[i][digit] = _mm256_setzero_si256();
     for (uint32_t q = 0; q < quads; q++) {
-        _mm_prefetch((const char *)p + q * 64 + prefetch_bytes, _MM_HINT_T0);
-        __m256i v = _mm256_xor_si256(half_at(p + q * 64), _mm256_set1_epi8((char)128)), four = quad_of(x + q * 4);
+        if (half == 0)
+            _mm_prefetch((const char *)p + q * 64 + prefetch_bytes, _MM_HINT_T0);
+        __m256i v = _mm256_xor_si256(half_at(p + q * 64), _mm256_set1_epi8((char)128));
         UNROLLED for (uint32_t digit = 0; digit < 5; digit++) {
-            s[digit] = _mm256_add_epi16(s[digit], _mm256_maddubs_epi16(top_trit(v), four));
+            const __m256i trits = top_trit(v);
+            UNROLLED for (uint32_t i = 0; i < n; i++)
+                s[i][digit] = _mm256_add_epi16(
+                    s[i][digit], _mm256_maddubs_epi16(trits, quad_of(x + i * stride + q * 4)));
             v = _mm256_add_epi8(v, _mm256_add_epi8(v, v));
         }
     }
-    UNROLLED for (uint32_t digit = 0; digit < 5; digit++)
-        sums[digit] = widened(sums[digit], s[digit]);
+    UNROLLED for (uint32_t i = 0; i < n; i++)
+        UNROLLED for (uint32_t digit = 0; digit < 5; digit++)
+            sums[i][half][digit] = widened(sums[i][half][digit], s[i][digit]);
 }
 
-static void dot_trit5(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                      const int32_t *sums, uint32_t n, int32_t *out)
+INLINE void trit5_group(const uint8_t *data, uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums,
+                        const uint32_t n, int32_t *out, size_t out_stride)
 {
-    for (uint32_t i = 0; i < n; i++) {
-        for (uint32_t g = 0; g < groups; g++, out += 80) {
-            const uint8_t *p = data + (size_t)g * quads * 64;
-            __m256i wide[2][5];
-            memset(wide, 0, sizeof wide);
-            for (uint32_t q = 0; q < quads; q += NARROW_QUADS) {
-                uint32_t strip = quads - q < NARROW_QUADS ? quads - q : NARROW_QUADS;
-                for (uint32_t half = 0; half < 2; half++)
-                    trit5_strip(p + (size_t)q * 64 + half * 32, strip, x + i * stride + q * 4, wide[half]);
-            }
-            for (uint32_t half = 0; half < 2; half++)
-                for (uint32_t digit = 0; digit < 5; digit++)
-                    put(out + digit * 16 + half * 8, wide[half][digit], 0, sums[i]);
-        }
+    __m256i wide[2][2][5];
+    memset(wide, 0, sizeof wide);
+    for (uint32_t q = 0; q < quads; q += NARROW_QUADS) {
+        uint32_t strip = quads - q < NARROW_QUADS ? quads - q : NARROW_QUADS;
+        for (uint32_t half = 0; half < 2; half++)
+            trit5_strip(data + (size_t)q * 64 + half * 32, strip, x + q * 4, stride, n, wide, half);
     }
+    for (uint32_t i = 0; i < n; i++)
+        for (uint32_t half = 0; half < 2; half++)
+            for (uint32_t digit = 0; digit < 5; digit++)
+                put(out + i * out_stride + digit * 16 + half * 8, wide[i][half][digit], 0, sums[i]);
 }
+
+/* Two activation rows at a time share the fields of the weights. */
+#define PAIRS(name, group_rows)                                                                                      \
+    static void dot_##name(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,     \
+                           const int32_t *sums, uint32_t n, int32_t *out)                                            \
+    {                                                                                                                \
+        const size_t out_stride = (size_t)groups * group_rows;                                                       \
+        for (uint32_t g = 0; g < groups; g++, data += (size_t)quads * 64, out += group_rows) {                       \
+            uint32_t i = 0;                                                                                          \
+            for (; i + 2 <= n; i += 2)                                                                               \
+                name##_group(data, quads, x + i * stride, stride, sums + i, 2, out + i * out_stride, out_stride);    \
+            if (i < n)                                                                                               \
+                name##_group(data, quads, x + i * stride, stride, sums + i, 1, out + i * out_stride, out_stride);    \
+        }                                                                                                            \
+    }
+PAIRS(trit2, 64)
+PAIRS(trit5, 80)
 
 /* Signed bytes by signed bytes: |w| with the sign moved to x; two products are at most 32,512. */
 INLINE __m256i add_signed(__m256i sum, __m256i w, __m256i x)
