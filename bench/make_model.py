@@ -1,6 +1,6 @@
 """Writes a model of random ternary weights in a known shape: for measuring speed and memory, not for talking.
 
-    python bench/make_model.py --shape 2b4t -o FILE [--layout trit5] [--head int8] [--vocab N] [--layers N]
+    python bench/make_model.py --shape 2b4t -o FILE [--layout trit5] [--head int6] [--vocab N] [--layers N]
 
 The first layer is drawn at random and the others are the same weights, rotated by rows: the engine reads
 every layer's bytes all the same, and a model of two billion weights is made in seconds.
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("-o", dest="path", type=Path, required=True, metavar="FILE")
     parser.add_argument("--layout", choices=("trit2", "trit5"), default="trit2")
-    parser.add_argument("--head", choices=("int8", "int6", "int4", "trit2", "trit5"), default="int6")
+    parser.add_argument("--head", choices=("int8", "int6", "int4", "trit2", "trit5"), default="int8")
     parser.add_argument("--vocab", type=int, help="another size of the vocabulary")
     parser.add_argument("--layers", type=int, help="another number of layers")
     parser.add_argument("--seed", type=int, default=0)

@@ -130,7 +130,7 @@ class TernaryModel:
     sub_norms: bool = False
     layout: Literal["trit2", "trit5"] = "trit2"
     planes: int = 1
-    head: str = "int6"
+    head: str = "int8"
     head_planes: int = 2
     embedding: GGMLQuantizationType = GGMLQuantizationType.F16
 
