@@ -5,11 +5,10 @@
 Models of random weights are made in FOLDER (kept) or in a temporary one. `decode-weights` is the model with
 a vocabulary of 64: layers alone, attention over a short context and all norms included. `decode` and
 `prefill-512` are the whole model, ours with a head of 8 bits and a scale for each row, llama.cpp's with Q6_K,
-which is coarser and smaller (native/FORMAT.md). `decode-avx2` holds our AVX2 kernels against the peer as it is
-(its ternary dots use no more than AVX2). `roof` is what plain reading of as many bytes gives: there `ours` and
-`peer` are GB/s, elsewhere tokens/s. One thread is timed by its CPU
-time, which other programs on the machine do not lengthen much; two by the clock. Figures are medians of the
-rounds; a ratio is the median of the rounds' own.
+which is coarser and smaller. `decode-avx2` holds our AVX2 kernels against the peer as it is (its ternary dots
+use no more than AVX2). `roof` is what plain reading of as many bytes gives: there `ours` and `peer` are GB/s,
+elsewhere tokens/s. One thread is timed by its CPU time, which other programs on the machine do not lengthen
+much; two by the clock. Figures are medians of the rounds; a ratio is the median of the rounds' own.
 """
 
 import argparse
