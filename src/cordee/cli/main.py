@@ -10,13 +10,14 @@ import click
 from cordee import __version__
 from cordee.cli.convert import convert
 from cordee.cli.doctor import doctor
-from cordee.cli.members import invite, join
+from cordee.cli.members import drain, invite, join, leave, remove
 from cordee.cli.models import ls, pull, rm, show
 from cordee.cli.nodes import nodes
 from cordee.cli.plan import plan
 from cordee.cli.ps import ps
 from cordee.cli.run import run
 from cordee.cli.serve import serve
+from cordee.cli.status import share, status, unshare
 from cordee.cli.up import up
 from cordee.errors import CordeeError
 
@@ -80,7 +81,12 @@ def cordee() -> None:
     """
 
 
-for verb in (run, serve, up, invite, join, nodes, pull, ls, show, rm, convert, plan, ps, doctor):
+VERBS = (
+    *(run, serve, pull, ls, show, rm, convert, plan),
+    *(up, invite, join, nodes, status, share, unshare, drain, leave, remove),
+    *(ps, doctor),
+)
+for verb in VERBS:
     cordee.add_command(verb)
 
 

@@ -4,34 +4,40 @@ from typing import Any
 
 import click
 
-from cordee.cli import options, output
+from cordee.cli import live, options, output
+
+HEADER = ("NAME", "ID", "STATE", "MEMORY", "IN USE", "DEVICES", "RTT", "API")
 
 
 @click.command()
 @options.as_json
-def nodes(as_json: bool) -> None:
-    """List the nodes of the cluster: who is there, what each can take, how far it is."""
+@live.watch
+def nodes(as_json: bool, watch: bool) -> None:
+    """List the nodes of the cluster: who is there, what stages may take and take, how far each is."""
     from cordee.node import control
 
-    found = control.ask("GET", "/nodes")
-    if as_json:
-        output.print_json(found)
-    else:
-        output.print_table(HEADER, [_row(node) for node in found["nodes"]])
+    live.show(lambda: control.ask("GET", "/nodes"), _lines, as_json=as_json, watch=watch)
 
 
-HEADER = ("NAME", "ID", "STATE", "MEMORY", "DEVICES", "RTT", "API")
+def _lines(found: dict[str, Any]) -> list[str]:
+    rows = [_row(node) for node in found["nodes"]]
+    if any(node["watts"] is not None for node in found["nodes"]):
+        power = ["-" if node["watts"] is None else f"{node['watts']:.0f} W" for node in found["nodes"]]
+        rows = [(*row, watts) for row, watts in zip(rows, power, strict=True)]
+        return output.table((*HEADER, "POWER"), rows)
+    return output.table(HEADER, rows)
 
 
 def _row(node: dict[str, Any]) -> tuple[str, ...]:
-    state = "draining" if node["draining"] and node["state"] == "alive" else node["state"]
     rtt = node["rtt_seconds"]
+    kind = [word for word in ("keeper", "draining") if node[word]]
     return (
         f"{node['name']} (this)" if node["self"] else node["name"],
         node["id"],
-        state,
+        ", ".join([node["state"], *kind]),
         output.size(sum(device["memory_bytes"] for device in node["devices"])),
+        output.size(sum(stage["bytes"] or 0 for stage in node["stages"])),
         ", ".join(device["name"] for device in node["devices"]),
         "-" if rtt is None else f"{1000 * rtt:.1f} ms",
-        node["api"],
+        node["api"] if node["self"] else "-",
     )

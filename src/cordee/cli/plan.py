@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cordee.cli import options, output
-from cordee.errors import BadRequest, DoesNotFit, ModelNotFound
+from cordee.errors import BadRequest, DoesNotFit, ModelNotFound, NotRunning
 
 if TYPE_CHECKING:
     from cordee.cluster.facts import Facts, ModelShape
@@ -34,7 +34,8 @@ def plan(model: str, file: Path | None, context: int | None, sequences: int, as_
 
     MODEL is a model in the store, a GGUF file or just its header (the file's first megabytes, cut off
     anywhere behind the list of tensors), or one of the cards gpt-oss-20b, gpt-oss-120b, apertus-8b and
-    apertus-70b. Without --nodes the plan is for this machine alone. Exits 6 if the model does not fit.
+    apertus-70b. Without --nodes the plan is for the cluster whose node runs here, beside what runs there, or
+    else for this machine alone. Exits 6 if the model does not fit.
 
     FILE is TOML, one table for each machine; all but name, ram and vram may be left out:
 
@@ -53,19 +54,51 @@ def plan(model: str, file: Path | None, context: int | None, sequences: int, as_
       speed = "300 GB/s"
       count = 1
     """
+    answer = _by_agent(model, context, sequences) if file is None else None
+    shape, load, found = answer or _by_ourselves(model, file, context, sequences)
+    if as_json:
+        output.print_json(_facts(model, shape, load, found))
+    else:
+        _print(model, shape, load, found)
+    if found.placement is None:
+        raise DoesNotFit(f"{model} does not fit. {found.why}")
+
+
+def _by_agent(model: str, context: int | None, sequences: int) -> "tuple[ModelShape, Load, Plan] | None":
+    """Planned by the agent that runs here, for the cluster as it is; None if none runs."""
     from cordee.cluster.memory import Load
-    from cordee.cluster.planner import plan as planned
+    from cordee.node import control
+    from cordee.node.overview import Planned
+
+    def ask(shape: "ModelShape | None", context: int | None) -> "tuple[ModelShape, Load, Plan]":
+        asked = control.Plan(model, shape, context, sequences)
+        found = control.ask("POST", "/plan", asked, Planned)
+        return found.shape, Load(found.context, found.sequences), found.plan
+
+    try:
+        if not Path(model).is_file():
+            return ask(None, context)
+    except NotRunning:
+        return None
+    except ModelNotFound:  # the cluster has it not: a card, or a model under another name
+        pass
+    wanted = _wanted(model)
+    try:
+        return ask(wanted.shape, _context(model, context, wanted.context, sequences))
+    except NotRunning:
+        return None
+
+
+def _by_ourselves(
+    model: str, file: Path | None, context: int | None, sequences: int
+) -> "tuple[ModelShape, Load, Plan]":
+    from cordee.cluster.memory import Load
+    from cordee.cluster.planner import plan
 
     wanted = _wanted(model)
     nodes = _described(file) if file else _this_machine(wanted)
     load = Load(_context(model, context, wanted.context, sequences), sequences)
-    found = planned(wanted.shape, nodes, load)
-    if as_json:
-        output.print_json(_facts(model, wanted.shape, load, found))
-    else:
-        _print(model, wanted.shape, load, found)
-    if found.placement is None:
-        raise DoesNotFit(f"{model} does not fit. {found.why}")
+    return wanted.shape, load, plan(wanted.shape, nodes, load)
 
 
 @dataclass(frozen=True)

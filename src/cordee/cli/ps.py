@@ -1,30 +1,42 @@
-"""`cordee ps`: the services that run on this machine."""
+"""`cordee ps`: the services and stages that run on this machine."""
+
+from typing import Any
 
 import click
 
-from cordee.cli import options, output
+from cordee.cli import live, options, output
+from cordee.errors import NotRunning
 
 
 @click.command()
 @options.as_json
-def ps(as_json: bool) -> None:
-    """List the models that run on this machine, and their stages."""
-    from cordee.node.registry import running
-
-    services = running()
-    if as_json:
-        output.print_json(services)
-    elif services:
-        for service in services:
-            _print(service)
+@live.watch
+def ps(as_json: bool, watch: bool) -> None:
+    """List the models that run on this machine, and their stages: those of its node, too."""
+    if watch or as_json or _running():
+        live.show(_running, _lines, as_json=as_json, watch=watch)
     else:
         output.note("Nothing is running. Try: cordee serve")
 
 
-def _print(service: dict) -> None:
+def _running() -> list[dict[str, Any]]:
+    from cordee.node.control import ask
+    from cordee.node.registry import running
+
+    try:
+        return running() + ask("GET", "/services", kind=list)
+    except NotRunning:
+        return running()
+
+
+def _lines(services: list[dict[str, Any]]) -> list[str]:
+    return [line for service in services for line in _service(service)]
+
+
+def _service(service: dict[str, Any]) -> list[str]:
     where = f"port {service['port']}" if service.get("port") else "no port"
     up = output.duration(service["uptime"])
-    click.echo(f"{service['model']}: process {service['pid']}, {where}, up {up}")
+    node = f"node {service['node']}, " if "node" in service else ""
     rows = [
         (
             str(stage["index"]),
@@ -32,8 +44,10 @@ def _print(service: dict) -> None:
             str(stage["pid"] or "-"),
             stage["state"],
             "-" if stage["rss_bytes"] is None else output.size(stage["rss_bytes"]),
-            str(stage["restarts"]),
+            "-" if stage["restarts"] is None else str(stage["restarts"]),
         )
         for stage in service["stages"]
     ]
-    output.print_table(("STAGE", "LAYERS", "PID", "STATE", "MEMORY", "RESTARTS"), rows)
+    header = ("STAGE", "LAYERS", "PID", "STATE", "MEMORY", "RESTARTS")
+    head = f"{service['model']}: {node}process {service['pid']}, {where}, up {up}"
+    return [head, *output.table(header, rows)]

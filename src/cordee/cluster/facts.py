@@ -145,7 +145,7 @@ class Facts(msgspec.Struct, frozen=True):
     What it *has* (devices' memory, disk) counts as if nothing of this cluster ran or was half fetched, so
     that a decision does not undo itself. `rtts` are seconds to other nodes and back, as measured; `build`
     names the engine's build (streams move token-identically only between equal ones); `draining`: the node
-    wants its stages elsewhere.
+    wants its stages elsewhere; `keeper`: it can invite and remove nodes.
     """
 
     node: str
@@ -161,6 +161,37 @@ class Facts(msgspec.Struct, frozen=True):
     draining: bool = False
     inbox: str = ""
     offers: tuple[Offer, ...] = ()
+    keeper: bool = False
+
+
+class Hosted(msgspec.Struct, frozen=True):
+    """How busy a model is at its host: streams, and the tokens per second of all of them together."""
+
+    model: str
+    active: int
+    waiting: int
+    tokens_per_second: float
+
+
+class Fetching(msgspec.Struct, frozen=True):
+    """How far a node is with a slice."""
+
+    model: str
+    first: int
+    last: int
+    done_bytes: int
+    total_bytes: int
+
+
+class Gauges(msgspec.Struct, frozen=True):
+    """What changes all the time at a node. Nothing is decided by it: it goes beside the facts and is no news.
+
+    `watts` is what its processors take, where the machine tells.
+    """
+
+    hosted: tuple[Hosted, ...] = ()
+    fetching: tuple[Fetching, ...] = ()
+    watts: float | None = None
 
 
 @lru_cache(maxsize=4096)

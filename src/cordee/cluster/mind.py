@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from cordee.cluster.choose import Chosen, Planning, choose
-from cordee.cluster.facts import Facts, ModelShape
+from cordee.cluster.facts import Facts, Gauges, ModelShape
 from cordee.cluster.goals import Goals, goals
 from cordee.cluster.view import LISTEN_SECONDS, Beat, Liveness, Membership, View
 from cordee.cluster.wishes import Wish, Wishes
@@ -104,7 +104,11 @@ class Mind:
             known[self.me] = ("alive", self._facts)
         return dict(sorted(known.items()))
 
-    def beat(self, now: float) -> Beat:
+    def gauges(self, now: float) -> dict[str, Gauges]:
+        """What the other nodes that are alive measured last, by id."""
+        return self._membership.gauges(now)
+
+    def beat(self, now: float, gauges: Gauges = Gauges()) -> Beat:  # noqa: B008  frozen
         """What to say now. `observe` comes first."""
         assert self._facts is not None
         return Beat(
@@ -114,6 +118,7 @@ class Mind:
             self._facts,
             self._wishes.all,
             tuple(self._revocations[node] for node in sorted(self._revocations)),
+            gauges,
         )
 
     def plan(self, now: float) -> Goals:

@@ -30,7 +30,7 @@ from typing import Literal
 
 import msgspec
 
-from cordee.cluster.facts import Facts
+from cordee.cluster.facts import Facts, Gauges
 from cordee.cluster.wishes import Wish
 
 Liveness = Literal["alive", "suspect", "gone"]
@@ -60,6 +60,7 @@ class Beat(msgspec.Struct, frozen=True):
     facts: Facts
     wishes: tuple[Wish, ...] = ()
     revocations: tuple[bytes, ...] = ()
+    gauges: Gauges = Gauges()
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ class Membership:
     def facts(self, now: float) -> dict[str, tuple[Liveness, Facts]]:
         """The other nodes, by id."""
         return {node: (self.liveness(node, now), seen.beat.facts) for node, seen in self._seen.items()}
+
+    def gauges(self, now: float) -> dict[str, Gauges]:
+        """What the other nodes that are alive measured last, by id."""
+        seen = self._seen.items()
+        return {node: each.beat.gauges for node, each in seen if self.liveness(node, now) == "alive"}
 
     def settle(self, now: float) -> None:
         """Call it often: impossible times are mended, long gone nodes forgotten."""

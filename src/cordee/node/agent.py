@@ -25,8 +25,9 @@ from pathlib import Path
 import msgspec
 
 from cordee.cluster.crew import Crew, Orders
-from cordee.cluster.facts import Facts, ModelShape, Offer, SliceHeld
+from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld
 from cordee.cluster.goals import Goals, Load
+from cordee.cluster.history import History
 from cordee.cluster.mind import Mind
 from cordee.cluster.planner import Planner
 from cordee.cluster.view import BEAT_SECONDS, Beat
@@ -42,6 +43,7 @@ from cordee.node.bus import BusOptions, ZenohBus
 from cordee.node.desk import Desk
 from cordee.node.devices import own_devices
 from cordee.node.distance import Distances
+from cordee.node.energy import Meter
 from cordee.node.gateway import ClusterGateway, ClusterService
 from cordee.node.hosting import Hosting
 from cordee.node.identity import Identity
@@ -92,6 +94,9 @@ class Agent:
         self._wishes = identity.folder / "wishes"
         self.mind = Mind(identity.node, secrets.token_hex(8), Planner(), _read_wishes(self._wishes))
         self._kept = self.mind.wishes
+        self.history = History()
+        self.gauges = Gauges()
+        self._meter = Meter()
         self._gateway = ClusterGateway(identity.node, self._ask)
         self._stages: Stages | None = None
         self._inbox: asyncio.Server | None = None
@@ -172,6 +177,11 @@ class Agent:
                     found[offer.name] = offer
         return found
 
+    def drain(self, on: bool) -> None:
+        """Have the stages of this node run elsewhere, or let it take some again."""
+        self.draining = on
+        self._act()
+
     async def remove(self, node: str) -> None:
         """Remove a node of the cluster for good.
 
@@ -241,6 +251,7 @@ class Agent:
             slices=(),
             stages=(),
             inbox=inbox,
+            keeper=self.identity.is_keeper,
         )
         if self.identity.is_keeper:
             enrolment.serve_renewals(self.bus, self.identity)
@@ -265,12 +276,12 @@ class Agent:
 
     # What it hears.
 
-    def _hear(self, _: str, payload: bytes) -> None:
+    def _hear(self, key: str, payload: bytes) -> None:
         try:
             beat = msgspec.msgpack.decode(payload, type=Beat)
         except (msgspec.MsgspecError, ValueError):
             return
-        if beat.facts.node in self.identity.revoked:
+        if beat.facts.node in self.identity.revoked or key != f"beat/{beat.facts.node}":
             return
         removed = self.identity.admit(beat.revocations)
         if self.node in removed:
@@ -341,6 +352,7 @@ class Agent:
             if orders.reports == facts.stages:
                 break
             self._facts = msgspec.structs.replace(facts, stages=orders.reports)
+        self.history.note(self.mind.chosen, self.mind.nodes(now), time.time())
         self._execute(orders)
         self._host()
         self._route()
@@ -401,11 +413,11 @@ class Agent:
 
     def _route(self) -> None:
         for name, service in self.services.items():
-            routes = self.goals.routes.get(name, ())
-            serving = next((route for route in routes if route.wiring), None)
             digest = service.model.digest
-            host = serving.host if serving is not None else None
-            if self._gateway.routes.get(digest) != host:
+            current = self._gateway.routes.get(digest)
+            serving = [route.host for route in self.goals.routes.get(name, ()) if route.wiring]
+            host = current if current in serving else next(iter(serving), None)
+            if current != host:
                 self._gateway.route(digest, host)
 
     def _serve(self) -> None:
@@ -469,13 +481,26 @@ class Agent:
     async def _beat_always(self) -> None:
         while True:
             await asyncio.sleep(BEAT_SECONDS)
+            self.gauges = self._measure()
             self._speak()
 
     def _speak(self) -> None:
         if self._facts is None:
             return
         self._said = self._facts
-        self.bus.publish(f"beat/{self.node}", msgspec.msgpack.encode(self.mind.beat(time.monotonic())))
+        beat = self.mind.beat(time.monotonic(), self.gauges)
+        self.bus.publish(f"beat/{self.node}", msgspec.msgpack.encode(beat))
+
+    def _measure(self) -> Gauges:
+        hosted = [
+            Hosted(digest, hosting.active, hosting.waiting, hosting.rate.per_second())
+            for digest, hosting in self.hostings.items()
+        ]
+        fetching = [
+            Fetching(goal.model, goal.first, goal.last, *progress)
+            for goal, progress in self.library.progress.items()
+        ]
+        return Gauges(tuple(hosted), tuple(fetching), self._meter.watts())
 
     def _ask(self, node: str, data: bytes) -> None:
         self.bus.publish(f"to/{node}/ask", data)

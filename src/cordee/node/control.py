@@ -4,7 +4,8 @@ HTTP with JSON over the Unix socket `cluster/agent.sock`, which only this user m
 the agent that holds the lock on `cluster/agent.lock`; the system takes a lock from a process that ends, so a
 socket without a lock is what a dead agent left.
 
-    GET  /nodes, /status       what node/overview.py tells
+    GET  /nodes, /status       what node/overview.py tells of the cluster
+    GET  /services             and of this node's stages
     POST /plan                 where a model would run now
     POST /invite, /remove      what keepers do
     POST /share, /unshare      what the cluster serves
@@ -31,9 +32,9 @@ from cordee import errors
 from cordee.cluster.facts import ModelShape
 from cordee.errors import BadRequest, CordeeError, NotRunning
 from cordee.files import home
-from cordee.node import overview
 from cordee.node.agent import Agent
 from cordee.node.library import SEQUENCES
+from cordee.node.overview import Overview
 
 BODY_BYTES_MAX = 1 << 20  # the shape of a model with hundreds of layers takes a tenth
 ANSWER_SECONDS = 120.0  # planning a large model on many machines takes some
@@ -77,7 +78,7 @@ class Drain(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """A model of the cluster by its name, or any by its shape. Answered by cluster.planner.Plan."""
+    """A model of the cluster by its name, or any by its shape. Answered by overview.Planned."""
 
     model: str
     shape: ModelShape | None
@@ -109,6 +110,7 @@ class Control:
             routes=[
                 _route("GET", "/nodes", Empty, self._nodes),
                 _route("GET", "/status", Empty, self._status),
+                _route("GET", "/services", Empty, self._services),
                 _route("POST", "/plan", Plan, self._plan),
                 _route("POST", "/invite", Invite, self._invite),
                 _route("POST", "/remove", Remove, self._remove),
@@ -120,19 +122,24 @@ class Control:
         )
 
     async def _nodes(self, _: Empty) -> Any:
-        return overview.nodes(self._agent)
+        return Overview(self._agent).nodes()
 
     async def _status(self, _: Empty) -> Any:
-        return await overview.status(self._agent)
+        return await Overview(self._agent).status()
+
+    async def _services(self, _: Empty) -> Any:
+        return Overview(self._agent).services()
 
     async def _plan(self, asked: Plan) -> Any:
-        return await overview.plan(self._agent, asked.model, asked.shape, asked.context, asked.sequences)
+        return await Overview(self._agent).plan(asked.model, asked.shape, asked.context, asked.sequences)
 
     async def _invite(self, asked: Invite) -> Any:
         return {"code": await self._agent.desk.invite(keeper=asked.keeper)}
 
     async def _remove(self, asked: Remove) -> Any:
-        found = overview.find(self._agent, asked.node)
+        found = Overview(self._agent).find(asked.node)
+        if found["id"] == self._agent.node:
+            raise BadRequest("That is this node itself: `cordee leave` is for it.", "node")
         await self._agent.remove(found["id"])
         return found
 
@@ -147,9 +154,8 @@ class Control:
         return Empty()
 
     async def _drain(self, asked: Drain) -> Any:
-        self._agent.draining = asked.on
-        self._agent.changed()
-        return {"stays": await overview.stays(self._agent)}
+        self._agent.drain(asked.on)
+        return {"stays": await Overview(self._agent).stays()}
 
     async def _end(self, _: Empty) -> Any:
         self._leave()
@@ -249,15 +255,6 @@ def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T
     if response.status == 200:
         return msgspec.json.decode(data, type=kind)
     raise _error(data)
-
-
-def runs() -> bool:
-    """Whether an agent runs for this state folder."""
-    try:
-        ask("GET", "/nodes")
-    except NotRunning:
-        return False
-    return True
 
 
 def _error(data: bytes) -> CordeeError:

@@ -22,6 +22,7 @@ from cordee.generation.host import Host
 from cordee.generation.scheduler import Limits, MicroBatch, Scheduler
 from cordee.generation.streams import Ask, Assert, Said
 from cordee.node import link
+from cordee.node.answers import Rate
 from cordee.node.messages import Halt, Join, Opening, Rows, Run, Tokens
 from cordee.node.stages import Stages
 
@@ -56,7 +57,7 @@ class Hosting:
         self._wiring = ""
         self._first: asyncio.StreamWriter | None = None
         self._joining: asyncio.Task | None = None
-        self.tokens = 0  # generated since it hosts
+        self.rate = Rate()
 
     def fits(self, goal: HostGoal) -> bool:
         """Whether this scheduler does for a goal: its slots are as many and as long."""
@@ -110,7 +111,7 @@ class Hosting:
         """The last stage of some wiring has a result."""
         if tokens.placement != self._wiring:
             return
-        self.tokens += len(tokens.choices)
+        self.rate.count(len(tokens.choices))
         self._host.complete(tokens.batch, tokens.choices, tokens.failures, last=tokens.last)
         self.pump()
 

@@ -1,0 +1,110 @@
+"""`cordee status`, `share`, `unshare`: what the cluster serves."""
+
+import time
+from typing import Any
+
+import click
+
+from cordee.cli import live, options, output
+
+CHANGES_SHOWN = 8  # of the newest; --json has all that the node keeps
+
+
+@click.command()
+@options.as_json
+@live.watch
+def status(as_json: bool, watch: bool) -> None:
+    """Tell which models the cluster serves, who holds which layers, how fast, and what changed lately."""
+    from cordee.node import control
+
+    live.show(lambda: control.ask("GET", "/status"), _lines, as_json=as_json, watch=watch)
+
+
+@click.command()
+@click.argument("model")
+@options.context
+@options.sequences
+@click.option(
+    "--replicas",
+    metavar="N",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Run it so many times, on different nodes.",
+)
+def share(model: str, context: int | None, sequences: int, replicas: int) -> None:
+    """Have the cluster serve MODEL from now on.
+
+    A node must have it (`cordee pull`). What is asked for at the API is served without this; share it to have
+    it ready, or to say how.
+    """
+    from cordee.node import control
+
+    control.ask("POST", "/share", control.Share(model, context, sequences, replicas))
+    output.note(f"The cluster serves {model} from now on: `cordee status` shows where.")
+
+
+@click.command()
+@click.argument("model")
+def unshare(model: str) -> None:
+    """Have the cluster serve MODEL no more, until somebody asks for it."""
+    from cordee.node import control
+
+    control.ask("POST", "/unshare", control.Unshare(model))
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    if not found["models"]:
+        return ["No node has a model yet. Try: cordee pull starter"]
+    lines = [line for model in found["models"] for line in (*_model(model), "")]
+    for each in found["fetching"]:
+        first, last = each["layers"]
+        what = f"layers {first}-{last - 1}" if last else "the embedding"
+        done, total = each["done_bytes"], each["total_bytes"]
+        lines.append(
+            f"{each['node']} fetches {what} of {each['model']}: {output.size(done)} of {output.size(total)}"
+        )
+    if found["watts"] is not None:
+        lines.append(f"All nodes that tell take {found['watts']:.0f} W.")
+    for change in found["changes"][-CHANGES_SHOWN:]:
+        when = time.strftime("%H:%M:%S", time.localtime(change["clock"]))
+        lines.append(f"{when}  {change['model']}: {change['text']}")
+    return lines
+
+
+def _model(model: dict[str, Any]) -> list[str]:
+    holders = ", ".join(model["offered_by"]) or "nobody"
+    size = output.size(model["weights_bytes"])
+    head = f"{model['name']}: {model['layers']} layers, {size}, whole on {holders}"
+    if not model["wished"]:
+        return [f"{head}; not served yet: a request or `cordee share` starts it"]
+    lines = [f"{head}; {model['sequences']} answers of {model['context']} tokens"]
+    if model["state"] == "unplaced":
+        lines.append(f"  runs nowhere. {model['why']}")
+    for placement in model["placements"]:
+        lines += _placement(placement)
+    return lines
+
+
+def _placement(placement: dict[str, Any]) -> list[str]:
+    head = f"  {placement['state']}"
+    if placement["wiring"]:
+        head += (
+            f" ({placement['wiring']}): {placement['tokens_per_second'] or 0:.1f} tokens/s now, "
+            f"{placement['active']} answers under way, {placement['waiting']} waiting; "
+            f"about {placement['predicted_tokens_per_second'] or 0:.3g} tokens/s expected for one"
+        )
+    rows = [
+        (
+            f"{stage['layers'][0]}-{stage['layers'][1] - 1}",
+            stage["name"] + (" (host)" if index == 0 else ""),
+            stage["device"],
+            stage["state"] + (f": {stage['detail']}" if stage["detail"] else ""),
+        )
+        for index, stage in enumerate(placement["stages"])
+    ]
+    lines = [head, *(f"  {line}" for line in output.table(("LAYERS", "NODE", "DEVICE", "STATE"), rows))]
+    if placement["successor"]:
+        parts = [f"{s['layers'][0]}-{s['layers'][1] - 1} on {s['name']}" for s in placement["successor"]]
+        lines.append(f"  moves to {', '.join(parts)}")
+    return lines

@@ -1,0 +1,98 @@
+"""What happened to the placements of models, as one node saw it, and why: for people. Pure.
+
+The reasons are read from what is known when a change is seen. Each node has its own history; nothing is
+decided by it.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from cordee.cluster.choose import Chosen, Reports
+from cordee.cluster.facts import Facts, Placement, placement_id
+from cordee.cluster.view import Liveness
+
+CHANGES_KEPT = 64  # a page or two
+
+Nodes = Mapping[str, tuple[Liveness, Facts]]
+
+
+class Change(msgspec.Struct, frozen=True):
+    """`clock` is in seconds since 1970, as the node believes."""
+
+    clock: float
+    model: str
+    text: str
+
+
+class History:
+    """Compares what should run, each time it is told."""
+
+    def __init__(self) -> None:
+        self.changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
+        self._before: Mapping[str, tuple[Chosen, ...]] = {}
+
+    def note(self, chosen: Mapping[str, tuple[Chosen, ...]], nodes: Nodes, clock: float) -> None:
+        """What is chosen now, and what is known of the nodes."""
+        if chosen == self._before:
+            return
+        for model in sorted(chosen.keys() | self._before.keys()):
+            if model not in chosen:
+                self.changes.append(Change(clock, model, "no longer wished"))
+                continue
+            for text in _changes(_by_id(self._before.get(model, ())), _by_id(chosen[model]), nodes):
+                self.changes.append(Change(clock, model, text))
+        self._before = chosen
+
+
+def where(placement: Placement, nodes: Nodes) -> str:
+    """A placement in words: `layers 0-14 on a, 15-29 on b`."""
+    parts = [f"{place.first}-{place.last - 1} on {_name(place.node, nodes)}" for place in placement.stages]
+    return f"layers {', '.join(parts)}"
+
+
+def _by_id(picks: Iterable[Chosen]) -> dict[str, Chosen]:
+    return {placement_id(pick.placement): pick for pick in picks}
+
+
+def _changes(before: Mapping[str, Chosen], now: Mapping[str, Chosen], nodes: Nodes) -> list[str]:
+    lost = [_reason(pick.placement, nodes) for name, pick in before.items() if name not in now]
+    new = [pick for name, pick in now.items() if name not in before]
+    texts = [f"placed: {where(pick.placement, nodes)}" for pick in new]
+    if texts and lost:
+        texts[0] += f" ({lost[0]})"
+    elif lost:
+        texts.append(f"without a placement: {lost[0]}")
+    for name, pick in now.items():
+        was = before[name].wiring if name in before else ""
+        if was and not pick.wiring:
+            texts.append(f"interrupted: {_reason(pick.placement, nodes)}")
+        elif was != pick.wiring:
+            texts.append("serves")
+    return texts
+
+
+def _reason(placement: Placement, nodes: Nodes) -> str:
+    """Why a placement was given up, or serves no more."""
+    reports = Reports({node: facts for node, (_, facts) in nodes.items()}).stages(placement)
+    for place, report in zip(placement.stages, reports, strict=True):
+        name = _name(place.node, nodes)
+        state = nodes[place.node][0] if place.node in nodes else "gone"
+        if state != "alive":
+            return f"{name} is gone" if state == "gone" else f"{name} is silent"
+        if nodes[place.node][1].draining:
+            return f"{name} is being drained"
+        if report is not None and report.state == "failed":
+            return f"{name} cannot run its stage: {report.detail}"
+        if report is None or report.state in ("fetching", "loading"):
+            return f"{name} lost its stage"
+    return "links between its stages are made anew" if _loaded(reports) else "another one is better"
+
+
+def _loaded(reports: Iterable) -> bool:
+    return any(report.state == "loaded" for report in reports)
+
+
+def _name(node: str, nodes: Nodes) -> str:
+    return nodes[node][1].name if node in nodes else node

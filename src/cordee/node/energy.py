@@ -1,0 +1,71 @@
+"""What this machine's processors take, in watts, where it tells: RAPL under Linux, NVIDIA's cards by NVML."""
+
+import importlib
+import time
+from pathlib import Path
+
+RAPL = Path("/sys/class/powercap")
+
+
+class Meter:
+    """Ask it again and again: RAPL counts energy, so power is what was counted since the last time."""
+
+    def __init__(self, rapl: Path = RAPL) -> None:
+        self._domains = _readable_domains(rapl)
+        self._nvml = _nvml()
+        self._counted = self._count()
+
+    def watts(self) -> float | None:
+        """Mean power since the last call; None where nothing is told."""
+        before, self._counted = self._counted, self._count()
+        (then, old), (now, new) = before, self._counted
+        found = []
+        for domain, microjoules in new.items():
+            spent = microjoules - old.get(domain, microjoules)
+            if spent < 0:  # the counter began again
+                spent += _number(domain / "max_energy_range_uj") or 0
+            if now > then:
+                found.append(spent / 1e6 / (now - then))
+        found += self._cards()
+        return sum(found) if found else None
+
+    def _count(self) -> tuple[float, dict[Path, int]]:
+        counted = {domain: _number(domain / "energy_uj") for domain in self._domains}
+        return time.monotonic(), {domain: value for domain, value in counted.items() if value is not None}
+
+    def _cards(self) -> list[float]:
+        if self._nvml is None:
+            return []
+        try:
+            handles = map(self._nvml.nvmlDeviceGetHandleByIndex, range(self._nvml.nvmlDeviceGetCount()))
+            return [self._nvml.nvmlDeviceGetPowerUsage(handle) / 1000 for handle in handles]
+        except self._nvml.NVMLError:
+            return []
+
+
+def _readable_domains(rapl: Path) -> list[Path]:
+    """The processors' packages, not their parts; many systems let only root read them."""
+    packages = sorted(rapl.glob("*-rapl:*"))
+    return [
+        each for each in packages if each.name.count(":") == 1 and _number(each / "energy_uj") is not None
+    ]
+
+
+def _nvml():
+    """NVIDIA's module, if it is installed and finds a driver."""
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    return nvml
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
