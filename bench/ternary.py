@@ -52,6 +52,10 @@ class Ours:
         self._stage = TernaryStage(path, config, kernels=kernels)
         self.weights_bytes = self._stage.description.weights_bytes
 
+    def close(self) -> None:
+        """Free the model."""
+        self._stage.close()
+
     def run(self, rows: int, position: int) -> None:
         """As LlamaPeer.run."""
         self._stage.trim(0, position)
@@ -141,6 +145,8 @@ def compare(models: Models, case: str, rounds: int) -> list[dict]:
             if number >= 0:
                 found[name].append(value)
         print(f"{case}: round {number + 1} of {rounds}", file=sys.stderr)
+    for runner in runners.values():
+        runner.close()
     return [
         line(case, layout, found[layout], peer, found[peer], "tokens/s")
         for layout in LAYOUTS
@@ -185,6 +191,7 @@ def roof(models: Models, threads: int, rounds: int) -> list[dict]:
                     list(pool.map(library().ternary_memory_read, parts, [nbytes] * threads))
                 read.append(nbytes * threads / (now() - start) / 1e9)
                 decoded.append(rate(ours, 1, threads) * ours.weights_bytes / 1e9)
+        ours.close()
         results.append(line(f"roof-{threads}t", layout, decoded, "plain reading", read, "GB/s"))
     return results
 

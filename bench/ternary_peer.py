@@ -56,6 +56,10 @@ class LlamaPeer:
     def __init__(self, path: Path, threads: int, rows: int) -> None:
         self._model = Plain(path, context=1024, sequences=1, batch_rows=rows, threads=threads, exact=False)
 
+    def close(self) -> None:
+        """Free the model."""
+        self._model.close()
+
     def run(self, rows: int, position: int) -> None:
         """Decode so many rows behind the first `position`; the last one's logits are wanted."""
         self._model.trim(0, position)

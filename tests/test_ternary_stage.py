@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from cordee.engine.stage import Batch, StageConfig, batch_of_one
@@ -222,6 +223,19 @@ def test_what_a_stage_says_of_itself(tmp_path: Path) -> None:
     assert 0 < about.scratch_bytes < 4 << 20
     stage.close()
     stage.close()
+
+
+def test_stages_that_nobody_closes_leave_nothing_behind(tmp_path: Path) -> None:
+    """Their threads end before their memory is given back, where the next stage may come to lie."""
+    make_ternary("bitnet", tmp_path / "model.gguf", layers=1)
+    threads, expected = psutil.Process().num_threads(), None
+    for _ in range(30):
+        stage = TernaryStage(tmp_path / "model.gguf", CONFIG)
+        logits = stage.decode(batch_of_one(prompt(1, 20)))
+        assert expected is None or logits.tobytes() == expected
+        expected = logits.tobytes()
+        del stage
+    assert psutil.Process().num_threads() == threads
 
 
 def test_files_that_are_not_for_this_engine_are_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ native/include/ternary.h.
 import ctypes
 import mmap
 import os
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -139,7 +140,10 @@ class TernaryStage:
         self._config = config
         self._is_last = is_last
         self._file = _File()
-        self._session = None
+        self._session = _pointer()
+        self._memories: list[_Memory] = []  # of the model and of the session
+        # A stage that nobody closes must not leave threads behind in memory that is given back.
+        self._release = weakref.finalize(self, _release, self._file, self._session, self._memories)
         try:
             self._call("ternary_file_map", str(path).encode(), ctypes.byref(self._file))
             self._model = self._make_model()
@@ -205,15 +209,13 @@ class TernaryStage:
 
     def close(self) -> None:
         """See `Stage.close`; closing twice is harmless."""
-        if self._session is not None:
-            self._library.ternary_session_end(self._session)
-            self._session = None
-        self._library.ternary_file_unmap(ctypes.byref(self._file))
+        self._release()
 
     def _make_model(self) -> ctypes.c_void_p:
         file, model = ctypes.byref(self._file), _pointer()
-        self._model_memory = _Memory(self._library.ternary_model_bytes(file))
-        self._call("ternary_model_make", self._model_memory.address, file, ctypes.byref(model))
+        memory = _Memory(self._library.ternary_model_bytes(file))
+        self._memories.append(memory)
+        self._call("ternary_model_make", memory.address, file, ctypes.byref(model))
         return model
 
     def _make_session(self, kernels: str | None) -> StageDescription:
@@ -226,16 +228,16 @@ class TernaryStage:
             logits=self._is_last,
             kernels=kernels and kernels.encode(),
         )
-        kv_bytes, session = ctypes.c_size_t(), _pointer()
+        kv_bytes = ctypes.c_size_t()
         nbytes = self._library.ternary_session_bytes(
             self._model, ctypes.byref(native), ctypes.byref(kv_bytes)
         )
-        self._session_memory = _Memory(nbytes)
+        memory = _Memory(nbytes)
+        self._memories.append(memory)
         self._call(
             "ternary_session_make",
-            *(self._session_memory.address, self._model, ctypes.byref(native), ctypes.byref(session)),
+            *(memory.address, self._model, ctypes.byref(native), ctypes.byref(self._session)),
         )
-        self._session = session
         return StageDescription(
             architecture=self._shape.architecture.decode(),
             layers=self._shape.layers,
@@ -269,6 +271,14 @@ class TernaryStage:
         status = getattr(self._library, name)(*arguments, ctypes.byref(error))
         if status != 0:
             raise _FAILURES[status](f"{self._path.name}: {error.text.decode(errors='replace')}.")
+
+
+def _release(file: _File, session: ctypes.c_void_p, memories: list["_Memory"]) -> None:
+    """End the session, then let go of what its threads used."""
+    if session:
+        library().ternary_session_end(session)
+    memories.clear()
+    library().ternary_file_unmap(ctypes.byref(file))
 
 
 class _Memory:
