@@ -1,5 +1,6 @@
 """Options that several verbs share."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,22 @@ device = click.option(
     multiple=True,
     help="Compute on this device, as `cordee doctor` names it; may be repeated. Default: GPUs, else CPU.",
 )
+
+
+class Size(click.ParamType):
+    """An amount of memory, such as 16GB or "512 MiB"; in bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        from cordee.cli.described import SIZES
+
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", str(value).strip())
+        if not match or match[2] not in SIZES:
+            self.fail(f"{value!r} is no size: write 16GB, or another of {', '.join(SIZES)}.", param, ctx)
+        return int(float(match[1]) * SIZES[match[2]])
+
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

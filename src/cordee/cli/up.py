@@ -1,9 +1,11 @@
 """`cordee up`: this machine as a node of a cluster, until it is told to end."""
 
 import asyncio
+import os
 import platform
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ import click
 import msgspec
 
 from cordee.cli import output
+from cordee.cli.options import Size
 from cordee.cli.serve import PORT, listen
 from cordee.errors import JoinFailed
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from cordee.node.identity import Identity
 
 NAME_CHARS_MAX = 64
+READ_BYTES = 4096  # of a standard input that nobody needs, at once
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -60,7 +64,23 @@ class Settings(msgspec.Struct, frozen=True):
     show_default=True,
     help="Look for nodes by multicast on this interface; off: do not.",
 )
-def up(name: str | None, address: str | None, peers: tuple[str, ...], port: int, scouting: str) -> None:
+@click.option(
+    "--memory",
+    "lent_bytes",
+    metavar="SIZE",
+    type=Size(),
+    help="Lend stages at most so much memory of each device, such as 16GB; default: what is free now.",
+)
+@click.option("--until-eof", is_flag=True, hidden=True, help="End with standard input, too.")
+def up(
+    name: str | None,
+    address: str | None,
+    peers: tuple[str, ...],
+    port: int,
+    scouting: str,
+    lent_bytes: int | None,
+    until_eof: bool,
+) -> None:
     """Run this machine as a node of its cluster, until Ctrl-C.
 
     The first time it makes a new cluster, unless `cordee join` made this machine a member of one. --name and
@@ -78,8 +98,8 @@ def up(name: str | None, address: str | None, peers: tuple[str, ...], port: int,
         settings = _settings(member, name, address)
         api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         interface = "" if scouting == "off" else scouting
-        options = AgentOptions(settings.name, api, BusOptions(settings.listen, peers, interface))
-        left = asyncio.run(_Running(member, options, listener, place).run())
+        options = AgentOptions(settings.name, api, BusOptions(settings.listen, peers, interface), lent_bytes)
+        left = asyncio.run(_Running(member, options, listener, place).run(until_eof=until_eof))
     finally:
         place.close()
     if left:
@@ -118,9 +138,10 @@ class _Running:
         self._place = place
         self._left = False
 
-    async def run(self) -> bool:
+    async def run(self, *, until_eof: bool) -> bool:
         """Serve until a signal comes, or somebody says that this node leaves or was removed.
 
+        With `until_eof`, until the end of standard input at the latest: whoever holds its other end is gone.
         True if it leaves. Raises JoinFailed if it was removed.
         """
         from cordee.models.store import Store
@@ -129,6 +150,8 @@ class _Running:
         task = asyncio.current_task()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        if until_eof:
+            _at_eof(task.cancel)
         agent = None
         try:
             agent = await Agent.start(self._member, Store(), self._options)
@@ -163,6 +186,18 @@ class _Running:
             for each in tasks:
                 each.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _at_eof(act: Callable[[], object]) -> None:
+    """Call it when standard input, a pipe or a terminal, ends."""
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        if not os.read(sys.stdin.fileno(), READ_BYTES):
+            loop.remove_reader(sys.stdin)
+            act()
+
+    loop.add_reader(sys.stdin, read)
 
 
 def _greet(agent: "Agent") -> None:

@@ -65,11 +65,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AgentOptions:
-    """`name` is what people call the node, `api` where it serves clients; `bus` where it meets others."""
+    """`name` is what people call the node, `api` where it serves clients; `bus` where it meets others.
+
+    `lent_bytes` is the most that stages may take of each device; None: what is free when the agent starts.
+    """
 
     name: str
     api: str
     bus: BusOptions
+    lent_bytes: int | None = None
 
 
 class Agent:
@@ -237,7 +241,7 @@ class Agent:
         host = _host(self.options)
         self._stages = await Stages.open(self, self.identity.folder, host)
         self._inbox, inbox = await dataplane.open_door(self.identity.folder, host, self._accept)
-        devices = await asyncio.to_thread(own_devices)
+        devices = await asyncio.to_thread(own_devices, self.options.lent_bytes)
         await self.library.scan()
         self._facts = Facts(
             node=self.node,

@@ -3,6 +3,7 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import numpy as np
 
 from cordee.cluster.facts import Device
@@ -22,8 +23,8 @@ MEASURED_PART = 1 / 8
 MEASURE_SECONDS = 0.2
 
 
-def own_devices() -> tuple[Device, ...]:
-    """The processor and every GPU that libllama can use.
+def own_devices(lent_bytes: int | None = None) -> tuple[Device, ...]:
+    """The processor and every GPU that libllama can use; of each at most `lent_bytes` are promised.
 
     The processor is left out beside a GPU that shares its memory: the memory would be promised twice.
 
@@ -44,6 +45,11 @@ def own_devices() -> tuple[Device, ...]:
     ]
     if not any(device.kind == "IGPU" for device in libllama.devices()):
         found.append(Device("CPU", "cpu", int(room * USABLE), min(speed, cores * CORE_BYTES_PER_SECOND)))
+    if lent_bytes is not None:
+        found = [
+            msgspec.structs.replace(device, memory_bytes=min(device.memory_bytes, lent_bytes))
+            for device in found
+        ]
     return tuple(found)
 
 
