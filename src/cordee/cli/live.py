@@ -46,5 +46,5 @@ def _screen(read: Callable[[], Any], lines: Callable[[Any], Sequence[str]]) -> N
 
     with Live(console=Console(), auto_refresh=False, screen=Console().is_terminal) as live:
         while True:
-            live.update(Text("\n".join(lines(read()))), refresh=True)
+            live.update(Text("\n".join(lines(read())), no_wrap=True, overflow="ellipsis"), refresh=True)
             time.sleep(WATCH_SECONDS)

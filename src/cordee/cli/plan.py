@@ -68,11 +68,10 @@ def _by_agent(model: str, context: int | None, sequences: int) -> "tuple[ModelSh
     """Planned by the agent that runs here, for the cluster as it is; None if none runs."""
     from cordee.cluster.memory import Load
     from cordee.node import control
-    from cordee.node.overview import Planned
 
     def ask(shape: "ModelShape | None", context: int | None) -> "tuple[ModelShape, Load, Plan]":
         asked = control.Plan(model, shape, context, sequences)
-        found = control.ask("POST", "/plan", asked, Planned)
+        found = control.ask("POST", "/plan", asked, control.Planned)
         return found.shape, Load(found.context, found.sequences), found.plan
 
     try:

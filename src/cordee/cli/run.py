@@ -3,20 +3,21 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
+from click.core import ParameterSource
 
 from cordee.cli import options, output
 from cordee.errors import BadRequest, ContextExceeded
 
 if TYPE_CHECKING:
     from cordee.cli.session import Session
-    from cordee.generation.request import Request
+    from cordee.generation.request import Chunk
 
 PROMPT_BYTES = 16 << 20  # what a vocabulary tokenizes at most; a prompt from a pipe is read whole
 # With these the starter model neither rambles nor repeats itself: of 12 answers to simple questions one (at
@@ -68,12 +69,57 @@ class Manner:
     seed: int | None
     system: str | None
 
+    def sampling(self) -> dict[str, Any]:
+        """The next answer's parameters, by the names that the API has for them, too."""
+        if self.temperature == 0:
+            return {"temperature": 0.0}
+        return {
+            "temperature": self.temperature,
+            "min_p": MIN_P,
+            "repeat_penalty": REPEAT_PENALTY,
+            "seed": int.from_bytes(os.urandom(4)) if self.seed is None else self.seed,
+        }
+
+
+class Source(Protocol):
+    """What answers."""
+
+    def answer(self, messages: Sequence[Mapping[str, str]], manner: Manner) -> "Iterator[Chunk]":
+        """The chunks of an answer to a conversation. Closing the iterator cancels it."""
+
+
+class Own:
+    """A model that this process loaded."""
+
+    def __init__(self, session: "Session") -> None:
+        self._session = session
+
+    def answer(self, messages: Sequence[Mapping[str, str]], manner: Manner) -> "Iterator[Chunk]":
+        from cordee.generation.request import Request, SamplingParams
+
+        sampling = SamplingParams(**manner.sampling())
+        prompt = self._prompt(messages)
+        return self._session.generate(
+            Request(id="run", prompt=prompt, sampling=sampling, max_tokens=manner.max_tokens)
+        )
+
+    def _prompt(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        from cordee.api.prompts import chat_prompt
+        from cordee.api.schemas import ChatRequest, Message
+
+        service = self._session.service
+        if service.template is None:  # a base model goes on with the text
+            text = "\n".join(message["content"] for message in messages)
+            return tuple(service.vocabulary.tokenize(text, add_bos=True))
+        request = ChatRequest(model=service.name, messages=[Message(**message) for message in messages])
+        return chat_prompt(service, request, datetime.now())
+
 
 class Talk:
-    """A conversation with a session's model. A message whose answer failed is forgotten."""
+    """A conversation. A message whose answer failed is forgotten."""
 
-    def __init__(self, session: "Session", manner: Manner) -> None:
-        self._session = session
+    def __init__(self, source: Source, manner: Manner) -> None:
+        self._source = source
         self._manner = manner
         self.stats: Stats | None = None
         self.reset()
@@ -92,7 +138,7 @@ class Talk:
         pieces: list[str] = []
         self.stats = stats = Stats()
         try:
-            with closing(self._session.generate(self._request())) as chunks:
+            with closing(self._source.answer(self._messages, self._manner)) as chunks:
                 for chunk in chunks:
                     stats.last = time.monotonic()
                     if stats.first is None and chunk.completion_tokens:
@@ -106,29 +152,6 @@ class Talk:
                 self._messages.append({"role": "assistant", "content": "".join(pieces)})
             else:
                 self._messages.pop()
-
-    def _request(self) -> "Request":
-        from cordee.generation.request import Request, SamplingParams
-
-        manner = self._manner
-        seed = int.from_bytes(os.urandom(4)) if manner.seed is None else manner.seed
-        sampling = SamplingParams(temperature=0.0)
-        if manner.temperature > 0:
-            sampling = SamplingParams(
-                temperature=manner.temperature, min_p=MIN_P, repeat_penalty=REPEAT_PENALTY, seed=seed
-            )
-        return Request(id="run", prompt=self._prompt(), sampling=sampling, max_tokens=manner.max_tokens)
-
-    def _prompt(self) -> tuple[int, ...]:
-        from cordee.api.prompts import chat_prompt
-        from cordee.api.schemas import ChatRequest, Message
-
-        service = self._session.service
-        if service.template is None:  # a base model goes on with the text
-            text = "\n".join(message["content"] for message in self._messages)
-            return tuple(service.vocabulary.tokenize(text, add_bos=True))
-        messages = [Message(**message) for message in self._messages]
-        return chat_prompt(service, ChatRequest(model=service.name, messages=messages), datetime.now())
 
 
 @click.command()
@@ -173,8 +196,37 @@ def run(
 
     With PROMPT, or with text from a pipe, the answer goes to standard output as it is generated, and nothing
     else does. With neither, it is a chat. Prompts and answers are never written to disk.
+
+    Where a node runs here (`cordee up`), its cluster answers, if it has the model and no option says how to
+    load it.
     """
     text = _prompt(prompt)
+    manner = Manner(temperature, max_tokens, seed, system)
+    context = click.get_current_context()
+    given = [
+        name for name in ("stages", *loading) if context.get_parameter_source(name) != ParameterSource.DEFAULT
+    ]
+    with _source(model, stages, loading, by_cluster=not given) as source:
+        talk = Talk(source, manner)
+        if text is None:
+            output.note(f"{model}; /help lists what you can type")
+            _chat(talk)
+        else:
+            _say(talk, text)
+            if stats or sys.stderr.isatty():
+                output.note(talk.stats.line())
+
+
+@contextmanager
+def _source(model: str, stages: int, loading: Mapping[str, Any], *, by_cluster: bool) -> Iterator[Source]:
+    """The cluster, if it has the model and nothing is said about how to load it; else a process of ours."""
+    from cordee.cli.roped import Roped
+
+    roped = Roped.find(model) if by_cluster else None
+    if roped is not None:
+        roped.wait()
+        yield roped
+        return
     from cordee.cli.models import find
     from cordee.cli.session import Session
     from cordee.models.store import Store
@@ -186,14 +238,7 @@ def run(
     with output.loading() as report:
         session = Session(stored, store, stages, config, report)
     with session:
-        talk = Talk(session, Manner(temperature, max_tokens, seed, system))
-        if text is None:
-            output.note(f"{stored.name}; /help lists what you can type")
-            _chat(talk)
-        else:
-            _say(talk, text)
-            if stats or sys.stderr.isatty():
-                output.note(talk.stats.line())
+        yield Own(session)
 
 
 def _prompt(argument: str | None) -> str | None:

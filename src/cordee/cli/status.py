@@ -53,6 +53,15 @@ def unshare(model: str) -> None:
     control.ask("POST", "/unshare", control.Unshare(model))
 
 
+def state_of(model: dict[str, Any]) -> str:
+    """In one line, how far a wished model is."""
+    if model["state"] == "unplaced":
+        return f"{model['name']} runs nowhere. {model['why']}"
+    stages = [stage for placement in model["placements"] for stage in placement["stages"]]
+    where = ", ".join(f"{stage['name']}: {stage['state']}" for stage in stages)
+    return f"{model['name']} is {model['state']} ({where})"
+
+
 def _lines(found: dict[str, Any]) -> list[str]:
     if not found["models"]:
         return ["No node has a model yet. Try: cordee pull starter"]

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -167,7 +167,7 @@ class _Running:
     async def _serve(self, agent: "Agent", cancel: Callable[[], object]) -> None:
         from cordee.api.app import create_app
         from cordee.api.server import serve
-        from cordee.node.control import Control
+        from cordee.node.control_server import Control
         from cordee.node.enrolment import REFUSALS
 
         def leave() -> None:
@@ -175,7 +175,7 @@ class _Running:
             asyncio.get_running_loop().call_soon(cancel)
 
         servers = [
-            serve(create_app(agent.services), self._listener),
+            serve(create_app(agent.services, expected=_Names(agent)), self._listener),
             serve(Control(agent, leave).app(), self._place.socket),
         ]
         tasks = [asyncio.create_task(server) for server in servers]
@@ -186,6 +186,22 @@ class _Running:
             for each in tasks:
                 each.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _Names(Collection):
+    """The models that there will be a service for."""
+
+    def __init__(self, agent: "Agent") -> None:
+        self._agent = agent
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._agent.models()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._agent.models())
+
+    def __len__(self) -> int:
+        return len(self._agent.models())
 
 
 def _at_eof(act: Callable[[], object]) -> None:

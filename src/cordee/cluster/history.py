@@ -57,24 +57,30 @@ def _by_id(picks: Iterable[Chosen]) -> dict[str, Chosen]:
 
 
 def _changes(before: Mapping[str, Chosen], now: Mapping[str, Chosen], nodes: Nodes) -> list[str]:
-    lost = [_reason(pick.placement, nodes) for name, pick in before.items() if name not in now]
-    new = [pick for name, pick in now.items() if name not in before]
-    texts = [f"placed: {where(pick.placement, nodes)}" for pick in new]
-    if texts and lost:
-        texts[0] += f" ({lost[0]})"
+    lost = [pick.placement for name, pick in before.items() if name not in now]
+    new = [pick.placement for name, pick in now.items() if name not in before]
+    texts = [f"placed: {where(placement, nodes)}" for placement in new]
+    if new and lost:
+        better = "better" if _load(new[0]) == _load(lost[0]) else "wished otherwise"
+        texts[0] += f" ({_fault(lost[0], nodes) or better})"
     elif lost:
-        texts.append(f"without a placement: {lost[0]}")
+        texts.append(f"without a placement: {_fault(lost[0], nodes) or 'what is wished fits nowhere'}")
     for name, pick in now.items():
         was = before[name].wiring if name in before else ""
         if was and not pick.wiring:
-            texts.append(f"interrupted: {_reason(pick.placement, nodes)}")
+            fault = _fault(pick.placement, nodes) or "links between its stages are made anew"
+            texts.append(f"interrupted: {fault}")
         elif was != pick.wiring:
             texts.append("serves")
     return texts
 
 
-def _reason(placement: Placement, nodes: Nodes) -> str:
-    """Why a placement was given up, or serves no more."""
+def _load(placement: Placement) -> tuple[int, int]:
+    return placement.context, placement.sequences
+
+
+def _fault(placement: Placement, nodes: Nodes) -> str:
+    """What happened to a placement that was given up, or serves no more; empty if nothing did."""
     reports = Reports({node: facts for node, (_, facts) in nodes.items()}).stages(placement)
     for place, report in zip(placement.stages, reports, strict=True):
         name = _name(place.node, nodes)
@@ -85,13 +91,9 @@ def _reason(placement: Placement, nodes: Nodes) -> str:
             return f"{name} is being drained"
         if report is not None and report.state == "failed":
             return f"{name} cannot run its stage: {report.detail}"
-        if report is None or report.state in ("fetching", "loading"):
+        if report is not None and report.state in ("fetching", "loading"):
             return f"{name} lost its stage"
-    return "links between its stages are made anew" if _loaded(reports) else "another one is better"
-
-
-def _loaded(reports: Iterable) -> bool:
-    return any(report.state == "loaded" for report in reports)
+    return ""
 
 
 def _name(node: str, nodes: Nodes) -> str:

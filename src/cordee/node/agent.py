@@ -203,6 +203,16 @@ class Agent:
         await asyncio.sleep(FAREWELL_SECONDS)
         await self.bus.refresh()
 
+    def models(self) -> dict[str, tuple[ModelShape, int]]:
+        """Shape and context of all that clients may ask for, by name; `services` follows in a moment."""
+        offered = {name: (offer.shape, offer.context) for name, offer in self.offers().items()}
+        wished = {
+            wish.model: (wish.shape, wish.context)
+            for wish in self.mind.wishes
+            if wish.shape is not None and wish.replicas
+        }
+        return offered | wished
+
     async def close(self) -> None:
         """Leave the cluster's sight, end all workers; closing twice is harmless."""
         for task in self._tasks:
@@ -426,12 +436,7 @@ class Agent:
 
     def _serve(self) -> None:
         """Have a service for every model that is offered or wished."""
-        models = {name: (offer.shape, offer.context) for name, offer in self.offers().items()}
-        models |= {
-            wish.model: (wish.shape, wish.context)
-            for wish in self.mind.wishes
-            if wish.shape is not None and wish.replicas
-        }
+        models = self.models()
         for name, service in list(self.services.items()):
             shape, context = models.get(name, (None, 0))
             if shape is None or (shape.digest, context) != (service.model.digest, service.context):

@@ -11,32 +11,25 @@ socket without a lock is what a dead agent left.
     POST /share, /unshare      what the cluster serves
     POST /drain, /leave        what this node does for the cluster
 
-An expected error is answered as its class's code and its sentence, and raised again at the client.
+An expected error is answered as its class's code and its sentence, and raised again at the client. The side
+of the agent is control_server.py; the client's is here, and imports little.
 """
 
 import fcntl
 import http.client
 import os
 import socket
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import TextIO, TypeVar
 
 import msgspec
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
 from cordee import errors
+from cordee.cluster import planner
 from cordee.cluster.facts import ModelShape
 from cordee.errors import BadRequest, CordeeError, NotRunning
 from cordee.files import home
-from cordee.node.agent import Agent
-from cordee.node.library import SEQUENCES
-from cordee.node.overview import Overview
 
-BODY_BYTES_MAX = 1 << 20  # the shape of a model with hundreds of layers takes a tenth
 ANSWER_SECONDS = 120.0  # planning a large model on many machines takes some
 SOCKET_NAME_BYTES_MAX = 103  # what systems allow: macOS the least
 BACKLOG = 64
@@ -61,7 +54,7 @@ class Share(msgspec.Struct, frozen=True):
 
     model: str
     context: int | None = None
-    sequences: int = SEQUENCES
+    sequences: int | None = None
     replicas: int = 1
 
 
@@ -78,12 +71,21 @@ class Drain(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """A model of the cluster by its name, or any by its shape. Answered by overview.Planned."""
+    """A model of the cluster by its name, or any by its shape. Answered by Planned."""
 
     model: str
     shape: ModelShape | None
     context: int | None
     sequences: int
+
+
+class Planned(msgspec.Struct, frozen=True):
+    """A plan, and what it is for."""
+
+    shape: ModelShape
+    context: int
+    sequences: int
+    plan: planner.Plan
 
 
 class Empty(msgspec.Struct, frozen=True):
@@ -95,91 +97,6 @@ class Refusal(msgspec.Struct, frozen=True):
 
     code: str
     message: str
-
-
-class Control:
-    """The agent's side. `leave` is called when the node is to be no member any more."""
-
-    def __init__(self, agent: Agent, leave: Callable[[], None]) -> None:
-        self._agent = agent
-        self._leave = leave
-
-    def app(self) -> Starlette:
-        """The application, to be served on `Place.socket`."""
-        return Starlette(
-            routes=[
-                _route("GET", "/nodes", Empty, self._nodes),
-                _route("GET", "/status", Empty, self._status),
-                _route("GET", "/services", Empty, self._services),
-                _route("POST", "/plan", Plan, self._plan),
-                _route("POST", "/invite", Invite, self._invite),
-                _route("POST", "/remove", Remove, self._remove),
-                _route("POST", "/share", Share, self._share),
-                _route("POST", "/unshare", Unshare, self._unshare),
-                _route("POST", "/drain", Drain, self._drain),
-                _route("POST", "/leave", Empty, self._end),
-            ]
-        )
-
-    async def _nodes(self, _: Empty) -> Any:
-        return Overview(self._agent).nodes()
-
-    async def _status(self, _: Empty) -> Any:
-        return await Overview(self._agent).status()
-
-    async def _services(self, _: Empty) -> Any:
-        return Overview(self._agent).services()
-
-    async def _plan(self, asked: Plan) -> Any:
-        return await Overview(self._agent).plan(asked.model, asked.shape, asked.context, asked.sequences)
-
-    async def _invite(self, asked: Invite) -> Any:
-        return {"code": await self._agent.desk.invite(keeper=asked.keeper)}
-
-    async def _remove(self, asked: Remove) -> Any:
-        found = Overview(self._agent).find(asked.node)
-        if found["id"] == self._agent.node:
-            raise BadRequest("That is this node itself: `cordee leave` is for it.", "node")
-        await self._agent.remove(found["id"])
-        return found
-
-    async def _share(self, asked: Share) -> Any:
-        self._agent.wish(
-            asked.model, context=asked.context, sequences=asked.sequences, replicas=asked.replicas
-        )
-        return Empty()
-
-    async def _unshare(self, asked: Unshare) -> Any:
-        self._agent.unwish(asked.model)
-        return Empty()
-
-    async def _drain(self, asked: Drain) -> Any:
-        self._agent.drain(asked.on)
-        return {"stays": await Overview(self._agent).stays()}
-
-    async def _end(self, _: Empty) -> Any:
-        self._leave()
-        return Empty()
-
-
-def _route(method: str, path: str, kind: type, handler: Callable[[Any], Awaitable[Any]]) -> Route:
-    decoder = msgspec.json.Decoder(kind)
-
-    async def answer(request: Request) -> Response:
-        try:
-            body = b""
-            async for part in request.stream():
-                body += part
-                if len(body) > BODY_BYTES_MAX:
-                    raise BadRequest("the request is too long")
-            found, status = await handler(decoder.decode(body or b"{}")), 200
-        except msgspec.MsgspecError as error:
-            found, status = Refusal(BadRequest.code, str(error)), BadRequest.http_status
-        except CordeeError as error:
-            found, status = Refusal(error.code, error.message), error.http_status
-        return Response(msgspec.json.encode(found), status, media_type="application/json")
-
-    return Route(path, answer, methods=[method])
 
 
 class Place:
@@ -257,15 +174,20 @@ def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T
     raise _error(data)
 
 
+def error_of(code: str, message: str) -> CordeeError:
+    """The error that somebody else told of."""
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, CordeeError) and kind.code == code:
+            return kind(message)
+    return CordeeError(message)
+
+
 def _error(data: bytes) -> CordeeError:
     try:
         refusal = msgspec.json.decode(data, type=Refusal)
     except msgspec.MsgspecError:
         return CordeeError("The agent failed at this: what `cordee up` printed says why.")
-    for kind in vars(errors).values():
-        if isinstance(kind, type) and issubclass(kind, CordeeError) and kind.code == refusal.code:
-            return kind(refusal.message)
-    return CordeeError(refusal.message)
+    return error_of(refusal.code, refusal.message)
 
 
 class _Connection(http.client.HTTPConnection):

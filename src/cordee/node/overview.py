@@ -29,20 +29,12 @@ from cordee.cluster.memory import Load, needed_bytes
 from cordee.cluster.wishes import Wish
 from cordee.errors import BadRequest, ModelNotFound
 from cordee.node.agent import Agent
+from cordee.node.control import Planned
 from cordee.node.peers import Peers
 from cordee.node.registry import resident_bytes
 
 # A model's state is that of its furthest placement.
 STATES = ("serving", "wiring", "loading", "fetching")
-
-
-class Planned(msgspec.Struct, frozen=True):
-    """A plan, and what it is for."""
-
-    shape: ModelShape
-    context: int
-    sequences: int
-    plan: planner.Plan
 
 
 class Overview:
