@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cordee.node import dataplane, link
+from cordee.node import address, dataplane, link
 from cordee.node.dataplane import Door, Guest
 from cordee.node.identity import Identity
 from cordee.node.link import LinkClosed
@@ -195,3 +195,9 @@ def test_a_door_on_all_interfaces_is_found_at_one_of_its_addresses(tmp_path: Pat
     with pytest.raises(LinkClosed, match=r"127\.0\.0\.1:1: "):
         dataplane.connect(first.folder, "127.0.0.1:1")
     worker.ended.set()
+
+
+def test_an_endpoint_follows_its_machine_to_another_address() -> None:
+    assert address.renewed("192.0.2.7:7000,[2001:db8::7]:7000", "127.0.0.1") == "127.0.0.1:7000"
+    assert address.renewed("[2001:db8::7]:7000", "::1") == "[::1]:7000"
+    assert address.renewed("192.0.2.7:7000", "") == ",".join(address.own("", 7000))

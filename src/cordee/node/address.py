@@ -52,6 +52,15 @@ def own(host: str, port: int) -> list[str]:
     return [text(str(each), port) for each in usable[:ADDRESSES_MAX]] or [text("127.0.0.1", port)]
 
 
+def renewed(endpoint: str, host: str) -> str:
+    """An endpoint of this machine, addresses joined by commas, with those that it has by now.
+
+    `host` is where it listens: empty means all interfaces.
+    """
+    _, port = parse(endpoint.partition(",")[0], 0)
+    return ",".join(own(host, port))
+
+
 def listener(host: str, port: int) -> socket.socket:
     """A TCP socket that listens; an empty host means all interfaces, port 0 any free one.
 

@@ -381,6 +381,7 @@ class Agent:
         return msgspec.structs.replace(
             self._facts,
             disk_free_bytes=self.library.disk_free_bytes,
+            inbox=address.renewed(self._facts.inbox, _host(self.options)),
             rtts=self.distances.rtts,
             bytes_per_second=self.library.bytes_per_second,
             slices=self.library.slices,

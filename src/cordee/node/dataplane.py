@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 WELCOME = b"\x01"  # a client of TLS 1.3 is done before the server has looked at its certificate
 GREETING_SECONDS = 10.0  # to connect, shake hands and be welcomed; the other worker may be in a decode
 SILENCE_SECONDS = 3  # until a cable that was cut ends an idle link: as fast as the bus notices
+# For TCP alone, which its system answers whatever the other worker does: an address may be one that the
+# machine had before, or one that cannot be reached from here.
+CONNECT_SECONDS = 2.0
 BACKLOG = 64  # who knocks during a decode waits there
 NODE_SUFFIX = ".cordee"  # of the alternative name that holds the node's id
 
@@ -123,7 +126,7 @@ def connect(folder: Path, endpoint: str) -> ssl.SSLSocket:
 
 
 def _connect(folder: Path, where: str, until: float) -> ssl.SSLSocket:
-    plain = socket.create_connection(address.parse(where, 0), _left(until))
+    plain = socket.create_connection(address.parse(where, 0), min(CONNECT_SECONDS, _left(until)))
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(plain.close)
         _tune(plain)

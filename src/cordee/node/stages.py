@@ -20,7 +20,7 @@ from cordee.cluster.goals import Load
 from cordee.cluster.memory import BATCH_ROWS
 from cordee.engine.stage import StageConfig
 from cordee.errors import CordeeError
-from cordee.node import messages, workers
+from cordee.node import address, messages, workers
 from cordee.node.workers import EXACT_ENVIRONMENT, Workers
 
 WATCH_SECONDS = 1.0  # how often wired workers are looked at: who is stopped holds everybody up
@@ -70,10 +70,12 @@ class _Process:
     joining: asyncio.Task | None = None
     joins: str = ""  # the wiring that it is being joined to
 
-    def report(self) -> Worker:
-        """As the crew wants to know it."""
+    def report(self, listen: str) -> Worker:
+        """As the crew wants to know it; `listen` is the host at which it takes rows of other machines."""
         state = "loading" if not self.is_loaded else "wired" if self.wiring else "loaded"
         endpoint = self.worker.endpoint if self.worker is not None else ""
+        if endpoint:
+            endpoint = address.renewed(endpoint, listen)  # this machine may have moved since
         return Worker(self.id, self.load, state, endpoint, self.wiring, frozenset(self.wirings))
 
 
@@ -101,7 +103,7 @@ class Stages:
     @property
     def workers(self) -> dict[str, Worker]:
         """Those that live, by id."""
-        return {name: process.report() for name, process in self._processes.items()}
+        return {name: process.report(self._listen) for name, process in self._processes.items()}
 
     @property
     def pids(self) -> dict[str, int]:
