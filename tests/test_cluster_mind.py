@@ -3,7 +3,7 @@
 import msgspec
 
 from clusters import CONTEXT, SEQUENCES, Simple, facts_of, placed, running, shape_of
-from cordee.cluster.facts import Facts
+from cordee.cluster.facts import Facts, Gauges, Hosted
 from cordee.cluster.goals import Goals
 from cordee.cluster.mind import RETHINK_SECONDS, Mind
 from cordee.cluster.view import LISTEN_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS, Beat
@@ -40,6 +40,15 @@ def test_a_wish_made_at_one_node_is_pursued_by_another() -> None:
     a.hear(b.beat(5.1), 5.1)
     assert a.plan(5.1).stages == ()
     assert a.wishes == b.wishes
+
+
+def test_what_changes_all_the_time_is_told_and_no_news() -> None:
+    a, b = mind_of("a"), mind_of("b")
+    assert b.hear(a.beat(5.0), 5.0)
+    busy = Gauges((Hosted("m", 3, 1, 12.5),), watts=42.0)
+    assert not b.hear(a.beat(5.1, busy), 5.1)
+    assert b.gauges(5.1) == {"a": busy}
+    assert b.gauges(5.1 + SILENCE_SECONDS) == {}
 
 
 def test_a_node_listens_before_it_plans_at_the_start_and_after_it_was_stopped() -> None:

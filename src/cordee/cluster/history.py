@@ -68,7 +68,7 @@ def _changes(before: Mapping[str, Chosen], now: Mapping[str, Chosen], nodes: Nod
     for name, pick in now.items():
         was = before[name].wiring if name in before else ""
         if was and not pick.wiring:
-            fault = _fault(pick.placement, nodes) or "links between its stages are made anew"
+            fault = _fault(pick.placement, nodes, wanted=True) or "links between its stages are made anew"
             texts.append(f"interrupted: {fault}")
         elif was != pick.wiring:
             texts.append("serves")
@@ -79,8 +79,11 @@ def _load(placement: Placement) -> tuple[int, int]:
     return placement.context, placement.sequences
 
 
-def _fault(placement: Placement, nodes: Nodes) -> str:
-    """What happened to a placement that was given up, or serves no more; empty if nothing did."""
+def _fault(placement: Placement, nodes: Nodes, *, wanted: bool = False) -> str:
+    """What happened to a placement that serves no more; empty if nothing did.
+
+    Unless it is `wanted` still, a stage that is not reported was just stopped, and no fault.
+    """
     reports = Reports({node: facts for node, (_, facts) in nodes.items()}).stages(placement)
     for place, report in zip(placement.stages, reports, strict=True):
         name = _name(place.node, nodes)
@@ -91,7 +94,7 @@ def _fault(placement: Placement, nodes: Nodes) -> str:
             return f"{name} is being drained"
         if report is not None and report.state == "failed":
             return f"{name} cannot run its stage: {report.detail}"
-        if report is not None and report.state in ("fetching", "loading"):
+        if report.state in ("fetching", "loading") if report is not None else wanted:
             return f"{name} lost its stage"
     return ""
 

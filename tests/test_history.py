@@ -1,0 +1,92 @@
+"""What is told of placements that changed: what, and why."""
+
+import msgspec
+import pytest
+
+from clusters import chosen, facts_of, placed, running, view_of
+from cordee.cluster.choose import Chosen
+from cordee.cluster.facts import Facts, StageReport
+from cordee.cluster.history import CHANGES_KEPT, History, Nodes
+
+BOTH = placed(("a", 0, 2), ("b", 2, 4))
+ALONE = placed(("b", 0, 4))
+
+
+def pick(placement=BOTH, wiring: str = "w") -> Chosen:
+    [some] = chosen(view_of(facts_of("a"), facts_of("b")))
+    return Chosen(some.shape, placement, wiring)
+
+
+def nodes(**changes: object) -> Nodes:
+    """a and b, alive and running BOTH, but for a's facts or its state."""
+    state = changes.pop("state", "alive")
+    stages = running(BOTH)
+    a = msgspec.structs.replace(facts_of("a", stages=stages["a"]), **changes)
+    return {"a": (state, a), "b": ("alive", facts_of("b", stages=stages["b"]))}
+
+
+def texts(*steps: tuple[dict, Nodes]) -> list[str]:
+    history = History()
+    for clock, (picks, known) in enumerate(steps):
+        history.note({model: tuple(each) for model, each in picks.items()}, known, float(clock))
+    assert [change.clock for change in history.changes] == sorted(c.clock for c in history.changes)
+    return [change.text for change in history.changes]
+
+
+def test_from_wish_to_end() -> None:
+    told = texts(
+        ({"m": []}, nodes()), ({"m": [pick(wiring="")]}, nodes()), ({"m": [pick()]}, nodes()), ({}, nodes())
+    )
+    assert told == ["placed: layers 0-1 on a, 2-3 on b", "serves", "no longer wished"]
+
+
+FAILED = StageReport(BOTH, 0, "failed", detail="its disk is full")
+
+
+@pytest.mark.parametrize(
+    ("now", "why"),
+    [
+        ({"state": "gone"}, "a is gone"),
+        ({"state": "suspect"}, "a is silent"),
+        ({"draining": True}, "a is being drained"),
+        ({"stages": (FAILED,)}, "a cannot run its stage: its disk is full"),
+        ({"stages": (StageReport(BOTH, 0, "loading"),)}, "a lost its stage"),
+        ({}, "better"),
+    ],
+)
+def test_why_a_model_moved(now: dict, why: str) -> None:
+    told = texts(({"m": [pick()]}, nodes()), ({"m": [pick(ALONE, "")]}, nodes(**now)))
+    assert told[2:] == [f"placed: layers 0-3 on b ({why})"]
+
+
+def test_why_a_model_that_is_wished_otherwise_moved_or_runs_nowhere() -> None:
+    longer = placed(("b", 0, 4), context=128)
+    told = texts(({"m": [pick()]}, nodes()), ({"m": [pick(longer)]}, nodes()), ({"m": []}, nodes()))
+    assert told[2:] == [
+        "placed: layers 0-3 on b (wished otherwise)",
+        "serves",
+        "without a placement: what is wished fits nowhere",
+    ]
+
+
+@pytest.mark.parametrize("reports", [(StageReport(BOTH, 0, "loading"),), ()])
+def test_a_replaced_worker_interrupts(reports: tuple[StageReport, ...]) -> None:
+    lost = nodes(stages=reports)
+    steps = ({"m": [pick()]}, nodes()), ({"m": [pick(wiring="")]}, lost), ({"m": [pick(wiring="x")]}, nodes())
+    assert texts(*steps)[2:] == ["interrupted: a lost its stage", "serves"]
+
+
+def test_it_is_bounded_and_silent_while_nothing_changes() -> None:
+    history, known = History(), nodes()
+    for clock in range(CHANGES_KEPT * 3):
+        history.note({"m": (pick(wiring=str(clock // 2)),)}, known, clock)
+    assert len(history.changes) == CHANGES_KEPT
+    before = list(history.changes)
+    history.note({"m": (pick(wiring=str((CHANGES_KEPT * 3 - 1) // 2)),)}, known, 1e9)
+    assert list(history.changes) == before
+
+
+def test_nodes_that_nobody_remembers_are_told_by_their_id() -> None:
+    known: dict[str, tuple[str, Facts]] = {"b": ("alive", facts_of("b"))}
+    told = texts(({"m": [pick()]}, nodes()), ({"m": []}, known))
+    assert told[-1] == "without a placement: a is gone"
