@@ -12,8 +12,9 @@ class Build(build_ext):
     """Names the ternary engine without the tag of a Python version: ctypes loads it, any Python can."""
 
     def get_ext_filename(self, name: str) -> str:
-        """Where an extension goes, relative to the package's root."""
-        return name.replace(".", "/") + ".so" if name == TERNARY else super().get_ext_filename(name)
+        """Where an extension goes: by its whole name, or in place by the last part of it."""
+        is_ternary = name.rpartition(".")[2] == TERNARY.rpartition(".")[2]
+        return name.replace(".", "/") + ".so" if is_ternary else super().get_ext_filename(name)
 
 
 # Plain shared libraries, loaded by ctypes: they need a C compiler, but no headers of Python.
