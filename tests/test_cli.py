@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import signal
 import socket
 import subprocess
@@ -20,9 +19,7 @@ from cordee.cli import doctor, machine, output
 from cordee.cli.main import exit_codes, subclasses
 from cordee.engine.libllama import usable_cores
 from cordee.models.memory import memory
-
-PROGRAM = (sys.executable, "-m", "cordee.cli.main")
-SECONDS = 120  # a command that takes longer hangs
+from terminal import PROGRAM, SECONDS, Terminal
 
 
 @pytest.fixture(scope="module")
@@ -230,39 +227,6 @@ def test_sigterm_leaves_nothing_behind(starter_home: Path, tmp_path: Path) -> No
     assert process.returncode == 143
     assert list(tmp_path.iterdir()) == []
     assert json.loads(cordee("ps", "--json", home=starter_home).stdout) == []
-
-
-class Terminal:
-    """A program on a pseudo-terminal, as at a keyboard."""
-
-    def __init__(self, *arguments: str, home: Path) -> None:
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.environ |= {"CORDEE_HOME": str(home), "TERM": "dumb"}
-            os.execv(PROGRAM[0], [*PROGRAM, *arguments])
-        signal.alarm(SECONDS)
-        self.shown = ""
-
-    def type(self, text: str) -> None:
-        os.write(self._fd, text.encode())
-
-    def until(self, text: str) -> str:
-        """What is shown up to and with `text`."""
-        while text not in self.shown:
-            try:
-                piece = os.read(self._fd, 4096)
-            except OSError:  # Linux: the other side has closed
-                piece = b""
-            assert piece, f"ended without {text!r}: {self.shown!r}"
-            self.shown += piece.decode("utf-8", "replace")
-        before, _, self.shown = self.shown.partition(text)
-        return before + text
-
-    def exit_code(self) -> int:
-        _, status = os.waitpid(self.pid, 0)
-        signal.alarm(0)
-        os.close(self._fd)
-        return os.waitstatus_to_exitcode(status)
 
 
 def test_a_chat_remembers_stops_and_leaves(starter_home: Path) -> None:

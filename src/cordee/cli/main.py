@@ -9,6 +9,7 @@ import click
 
 from cordee import __version__
 from cordee.cli.convert import convert
+from cordee.cli.demo import demo
 from cordee.cli.doctor import doctor
 from cordee.cli.members import drain, invite, join, leave, remove
 from cordee.cli.models import ls, pull, rm, show
@@ -84,7 +85,7 @@ def cordee() -> None:
 VERBS = (
     *(run, serve, pull, ls, show, rm, convert, plan),
     *(up, invite, join, nodes, status, share, unshare, drain, leave, remove),
-    *(ps, doctor),
+    *(ps, doctor, demo),
 )
 for verb in VERBS:
     cordee.add_command(verb)
