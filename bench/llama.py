@@ -6,26 +6,30 @@ Everything runs on this machine with the same build, model and number of threads
 so that a machine that changes its speed changes it for all. Rates are medians over the rounds, in tokens per
 second; a ratio is the median of the rounds' own ratios, ours to the peer's. Two peers: `libllama` with its
 default settings, and `libllama-exact` with those of an exact stage (see src/cordee/engine/llama.py), so that
-the price of stages and the price of batch-invariant arithmetic show apart. (With K-quants `libllama-exact`
+the price of stages and the price of batch-invariant arithmetic show apart. A stage costs about the same time
+whatever it computes, so the cases named deep show the same for a model whose tokens take DEEP times as long:
+the starter's layers so many times over. (With K-quants `libllama-exact`
 keeps ggml's tiled kernels, which our workers go without: they are switched for a whole process, and the other
 peer shall have its defaults.)
 """
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 from cordee.engine.libllama import usable_cores
 from cordee.generation.request import Request, SamplingParams
 from cordee.models.store import Store
 from cordee.node.service import Service, ServiceConfig
+from deep import deepen
 from plain import Plain
 
 PROMPT_TOKENS = 32  # before decoding starts
@@ -35,6 +39,7 @@ CONTEXT = 1024
 SEQUENCES = 8
 BATCH_ROWS = 512
 STREAMS = (1, 4, 8)
+DEEP = 4
 
 Rate = Callable[[], Awaitable[float]]
 
@@ -120,24 +125,38 @@ class ServicePeer:
         return self._service.vocabulary.end_of_generation
 
 
-def cases(
-    plain: PlainPeer, exact: PlainPeer, one: ServicePeer, three: ServicePeer
-) -> dict[str, dict[str, Rate]]:
+Contenders = tuple[PlainPeer, PlainPeer, ServicePeer, ServicePeer]
+
+
+def cases(contenders: Contenders) -> dict[str, dict[str, Rate]]:
     """Case -> contender -> what measures it once. `ours` comes first."""
+    plain, exact, one, three = contenders
     table: dict[str, dict[str, Rate]] = {}
     for name, ours in (("1-stage", one), ("3-stages", three)):
         for streams in STREAMS:
             case = f"decode-{name}" if streams == 1 else f"decode-{name}-{streams}-streams"
-            table[case] = {
-                contender: (lambda runner=runner, streams=streams: runner.decode(streams))
-                for contender, runner in (("ours", ours), ("libllama", plain), ("libllama-exact", exact))
-            }
+            table[case] = decoding(streams, ours, plain, exact)
         table[f"prefill-{name}"] = {
             "ours": ours.prefill,
             "libllama": plain.prefill,
             "libllama-exact": exact.prefill,
         }
     return table
+
+
+def deep_cases(contenders: Contenders) -> dict[str, dict[str, Rate]]:
+    """The same for the deep model; one stream decodes."""
+    plain, exact, one, three = contenders
+    return {
+        "decode-1-stage-deep": decoding(1, one, plain, exact),
+        "decode-3-stages-deep": decoding(1, three, plain, exact),
+    }
+
+
+def decoding(streams: int, ours: ServicePeer, plain: PlainPeer, exact: PlainPeer) -> dict[str, Rate]:
+    """A row of the table."""
+    runners = {"ours": ours, "libllama": plain, "libllama-exact": exact}
+    return {name: (lambda runner=runner: runner.decode(streams)) for name, runner in runners.items()}
 
 
 async def measure(table: dict[str, dict[str, Rate]], rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -175,20 +194,31 @@ def lines(rates: dict[str, dict[str, list[float]]]) -> list[dict]:
     return found
 
 
-async def run(path: Path, rounds: int, prefix: str) -> list[dict]:
-    """Set up all contenders, measure, take them down."""
-    store = Store()
-    model = store.add_file(path, "bench")
+@contextlib.asynccontextmanager
+async def contending(path: Path, store: Store) -> AsyncIterator[Contenders]:
+    """All contenders with a model, set up; taken down afterwards."""
+    model = store.add_file(path, path.stem)
     config = ServiceConfig(context=CONTEXT, sequences=SEQUENCES)
     services = [await Service.start(model, store, stages=stages, config=config) for stages in (1, 3)]
     try:
-        plain, exact = PlainPeer(path, exact=False), PlainPeer(path, exact=True)
-        table = cases(plain, exact, *(ServicePeer(service) for service in services))
-        wanted = {case: row for case, row in table.items() if case.startswith(prefix)}
-        return lines(await measure(wanted, rounds))
+        one, three = (ServicePeer(service) for service in services)
+        yield PlainPeer(path, exact=False), PlainPeer(path, exact=True), one, three
     finally:
         for service in services:
             await service.close()
+
+
+async def run(path: Path, home: Path, rounds: int, prefix: str) -> list[dict]:
+    """Measure the cases whose names begin so; models are kept in `home`."""
+    deep, store, found = home / "deep.gguf", Store(), []
+    for model, table_of in ((path, cases), (deep, deep_cases)):
+        if model is deep:
+            deepen(path, deep, DEEP)
+        async with contending(model, store) as contenders:
+            table = table_of(contenders)
+            wanted = {case: row for case, row in table.items() if case.startswith(prefix)}
+            found += lines(await measure(wanted, rounds))
+    return found
 
 
 def main() -> None:
@@ -201,7 +231,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cordee-bench-") as home:
         os.environ["CORDEE_HOME"] = home
-        results = asyncio.run(run(options.model, options.rounds, options.cases))
+        results = asyncio.run(run(options.model, Path(home), options.rounds, options.cases))
     if options.json:
         for line in results:
             print(json.dumps(line))

@@ -7,9 +7,11 @@ stage takes the hidden rows of the one before; the last gives logits, every othe
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+
+EngineName = Literal["llama", "ternary"]
 
 
 @dataclass(frozen=True)

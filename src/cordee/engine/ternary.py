@@ -16,7 +16,6 @@ import numpy as np
 
 from cordee.engine.stage import Batch, StageConfig, StageDescription
 from cordee.errors import BadModelFile, CordeeError, SetupNeeded, StageFailed, UnsupportedModel
-from cordee.models.gguf import read_header
 
 BUILD = "ternary-1"  # what exported states and token-identity depend on; the native code's own version
 
@@ -110,15 +109,6 @@ def kernels() -> list[str]:
     for name in names:
         found.append(name.decode())
     return found
-
-
-def is_for_ternary(path: Path) -> bool:
-    """Whether a model file is laid out for this engine.
-
-    Raises:
-        BadModelFile: it is no model file.
-    """
-    return "cordee.ternary.version" in read_header(path).metadata
 
 
 class TernaryStage:

@@ -15,7 +15,7 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, Literal, NoReturn
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
@@ -205,6 +205,11 @@ def read_header(path: Path, *, weights: bool = True) -> Header:
         first.nbytes,
         by_name,
     )
+
+
+def engine_of(header: Header) -> Literal["llama", "ternary"]:
+    """The engine that a model's file is laid out for."""
+    return "ternary" if "cordee.ternary.version" in header.metadata else "llama"
 
 
 def has_header(path: Path) -> bool:

@@ -7,7 +7,6 @@ import numpy as np
 
 from cordee.engine.llama import LlamaStage
 from cordee.engine.stage import Batch, Stage, StageDescription
-from cordee.engine.ternary import TernaryStage, is_for_ternary
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError
 from cordee.generation.grammar import GrammarTokenizer
@@ -28,7 +27,7 @@ class Compute:
             CordeeError: it cannot be loaded.
         """
         self._path = Path(load.path)
-        engine = TernaryStage if is_for_ternary(self._path) else LlamaStage
+        engine = LlamaStage if load.engine == "llama" else _ternary_engine()
         self._stage: Stage = engine(self._path, load.config, is_last=load.is_last)
         self._embedding = None if load.embedding is None else _embedding(Path(load.embedding))
         self._ends = frozenset(load.ends)
@@ -141,6 +140,12 @@ def as_batch(message: Rows, payload: memoryview) -> Batch:
     else:
         inputs = np.frombuffer(payload, dtype=np.int32)
     return Batch(inputs, positions, sequences, outputs)
+
+
+def _ternary_engine():
+    from cordee.engine.ternary import TernaryStage  # most workers have no use for it
+
+    return TernaryStage
 
 
 def _embedding(path: Path):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from cordee.engine.stage import StageConfig, StageDescription
+from cordee.engine.stage import EngineName, StageConfig, StageDescription
 from cordee.generation.request import Choice, SamplingParams
 
 
@@ -25,7 +25,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Load this slice. `is_last`: its logits are sampled here, and `ends` are the tokens that end an answer.
+    """Load this slice into `engine`. `is_last`: its logits are sampled here; `ends` end an answer.
 
     `embedding` is the model file that turns token ids into rows, for the first of several stages. With an
     `identity`, a member's folder, the worker also takes rows of other machines, at the address `listen`.
@@ -34,6 +34,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     path: str
     config: StageConfig
     is_last: bool
+    engine: EngineName = "llama"
     embedding: str | None = None
     ends: tuple[int, ...] = ()
     identity: str | None = None

@@ -26,7 +26,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from cordee.engine.stage import StageConfig, StageDescription
+from cordee.engine.stage import EngineName, StageConfig, StageDescription
 from cordee.errors import CordeeError, StageFailed
 from cordee.models.slices import SliceFile
 from cordee.node import link
@@ -46,9 +46,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """The model behind the slices: its file, which has the embedding, and the tokens that end an answer."""
+    """The model behind the slices.
+
+    `path` is its file, which has the embedding; `engine` what it is laid out for; `ends` end an answer.
+    """
 
     path: Path
+    engine: EngineName
     ends: tuple[int, ...]
 
 
@@ -271,6 +275,7 @@ class Pipeline:
             path=str(stage.slice.path),
             config=self._config,
             is_last=stage is self.stages[-1],
+            engine=self._source.engine,
             embedding=str(self._source.path) if cut_first else None,
             ends=self._source.ends,
         )

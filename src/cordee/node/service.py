@@ -22,7 +22,7 @@ from cordee.errors import CordeeError, StageFailed, StorageFailed
 from cordee.generation.request import Chunk, Request
 from cordee.generation.scheduler import Event, Limits, Scheduler
 from cordee.generation.suspects import Suspects
-from cordee.models.gguf import Header, read_header
+from cordee.models.gguf import Header, engine_of, read_header
 from cordee.models.slices import SliceFile, even_cuts
 from cordee.models.store import Store, StoredModel
 from cordee.node import registry, sizing, verdict
@@ -117,7 +117,8 @@ class Service:
         service = cls(model, stage_config, limits)
         try:
             slices = await asyncio.to_thread(_slices, header, model, store, stages, config.force_cut, report)
-            source = Source(header.path, tuple(service.vocabulary.end_of_generation))
+            ends = tuple(service.vocabulary.end_of_generation)
+            source = Source(header.path, engine_of(header), ends)
             service._pipeline = await Pipeline.start(slices, stage_config, source, service, report)
             service.batch_invariant = await service._verdict(store, report)
             service.port = config.port

@@ -18,7 +18,7 @@ from typing import Protocol
 from cordee.cluster.crew import WireOrder, Worker
 from cordee.cluster.goals import Load
 from cordee.cluster.memory import BATCH_ROWS
-from cordee.engine.stage import StageConfig
+from cordee.engine.stage import EngineName, StageConfig
 from cordee.errors import CordeeError
 from cordee.node import address, messages, workers
 from cordee.node.workers import EXACT_ENVIRONMENT, Workers
@@ -36,6 +36,7 @@ class Files:
     that end an answer.
     """
 
+    engine: EngineName
     slice: Path
     embedding: Path | None
     is_last: bool
@@ -225,6 +226,7 @@ class Stages:
             path=str(files.slice),
             config=config,
             is_last=files.is_last,
+            engine=files.engine,
             embedding=None if files.embedding is None else str(files.embedding),
             ends=files.ends,
             identity=str(self._identity),
