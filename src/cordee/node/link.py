@@ -52,8 +52,8 @@ def receive(link: socket.socket) -> tuple[Message, memoryview]:
         LinkClosed: there is none, or not a whole one.
     """
     message_bytes, payload_bytes = _lengths(_receive_exactly(link, LENGTHS.size))
-    message = _decoded(_receive_exactly(link, message_bytes))
-    return message, _receive_exactly(link, payload_bytes)
+    rest = _receive_exactly(link, message_bytes + payload_bytes)  # in one call: each costs a hop some time
+    return _decoded(rest[:message_bytes]), rest[message_bytes:]
 
 
 def write(writer: asyncio.StreamWriter, message: Message, payload: bytes | memoryview = b"") -> None:
