@@ -120,12 +120,14 @@ class StageReport(msgspec.Struct, frozen=True):
 class Offer(msgspec.Struct, frozen=True):
     """A whole model on a node's disk: any node may wish it to be served, under this name.
 
-    `context` is what it is served with unless told otherwise, in tokens for each stream.
+    `context` is what it is served with unless told otherwise, in tokens for each stream; `source` where it
+    came from on the hub ('owner/name/file.gguf'), if it did.
     """
 
     name: str
     shape: ModelShape
     context: int
+    source: str = ""
 
 
 class SliceHeld(msgspec.Struct, frozen=True):
@@ -183,6 +185,18 @@ class Fetching(msgspec.Struct, frozen=True):
     total_bytes: int
 
 
+class Reading(msgspec.Struct, frozen=True):
+    """How far a node is with reading a whole model once, to know its chunks; then it is shared as `name`.
+
+    With a `source` ('owner/name/file.gguf') it is read from the hub, else from the node's disk.
+    """
+
+    name: str
+    source: str
+    done_bytes: int
+    total_bytes: int
+
+
 class Gauges(msgspec.Struct, frozen=True):
     """What changes all the time at a node. Nothing is decided by it: it goes beside the facts and is no news.
 
@@ -192,6 +206,7 @@ class Gauges(msgspec.Struct, frozen=True):
     hosted: tuple[Hosted, ...] = ()
     fetching: tuple[Fetching, ...] = ()
     watts: float | None = None
+    reading: tuple[Reading, ...] = ()
 
 
 @lru_cache(maxsize=4096)

@@ -15,8 +15,9 @@ caches, and the host replays its streams.
 Workers of other placements are kept as they are while none that was chosen serves and memory allows: if the
 node that was lost comes back first, the old placement goes on at once. Then they are to be stopped.
 
-Once a placement serves, each of its slices is kept on a second node where disk allows, so that its loss costs
-no transfer. Who holds the copy is decided by a hash, so a change elsewhere does not move it.
+Once a placement serves, each of its slices (and the embedding that the host of a cut model looks rows up in)
+is kept on a second node where disk allows, so that its loss costs no transfer. Who holds the copy is decided
+by a hash, so a change elsewhere does not move it.
 """
 
 import hashlib
@@ -113,9 +114,11 @@ class Goals:
 
 
 def holds(slices: Sequence[SliceHeld], goal: SliceGoal) -> bool:
-    """Whether these layers lie in one of the slices."""
+    """Whether these layers lie in one of the slices; the embedding (0 to 0) lies in no slice of layers."""
+    if goal.last == 0:
+        return any(held.model == goal.model and (held.whole or held.last == 0) for held in slices)
     return any(
-        held.model == goal.model and held.first <= goal.first <= goal.last <= held.last for held in slices
+        held.model == goal.model and held.first <= goal.first < goal.last <= held.last for held in slices
     )
 
 
@@ -207,11 +210,18 @@ def _copies(view: View, picks: Sequence[Chosen], me: str) -> list[SliceGoal]:
     for pick in picks:
         if not pick.wiring:
             continue
-        for index, place in enumerate(pick.placement.stages):
+        stages = pick.placement.stages
+        for index, place in enumerate(stages):
             goal = load_of(pick.placement, index).slice
             size = sum(pick.shape.layer_bytes[goal.first : goal.last])
             if _keeper(view.facts, goal, place.node, size) == me:
                 found.append(goal)
+        embedding = SliceGoal(pick.placement.model, 0, 0)
+        if (
+            len(stages) > 1
+            and _keeper(view.facts, embedding, stages[0].node, pick.shape.embedding_bytes) == me
+        ):
+            found.append(embedding)
     return found
 
 

@@ -92,9 +92,10 @@ class Mind:
         sequences: int,
         now: float,
         replicas: int = 1,
+        source: str = "",
     ) -> None:
         """Wish a model to be served by the cluster, or with `replicas` 0 no more."""
-        wish = Wish(model, shape, context, sequences, replicas, author=self.me)
+        wish = Wish(model, shape, context, sequences, replicas, author=self.me, source=source)
         self._wishes.write(wish, self._clock(now))
 
     def nodes(self, now: float) -> dict[str, tuple[Liveness, Facts]]:

@@ -32,12 +32,16 @@ AHEAD_SECONDS = 60.0
 TICK_SECONDS = 0.001
 # Models wished or taken back; the latest stay. Beats carry all of them.
 WISHES_MAX = 64
+# The name of a repository has at most 96 characters, the path of a file in it seldom more than 100.
+SOURCE_CHARS_MAX = 400
 
 
 class Wish(msgspec.Struct, frozen=True):
     """Serve `model` (a name), or with `replicas` 0 serve it no more.
 
     The shape comes along so that every node can plan. `context` is in tokens for each of `sequences` streams.
+    `source` is where on the hub ('owner/name/file.gguf') the model may be fetched from, if nobody here has
+    it; without one nobody asks anything outside for it.
     """
 
     model: str
@@ -47,6 +51,7 @@ class Wish(msgspec.Struct, frozen=True):
     replicas: int = 1
     stamp: float = 0.0
     author: str = ""
+    source: str = ""
 
 
 class Wishes:
@@ -73,7 +78,7 @@ class Wishes:
         self._forget()
 
     def settle(self, clock: float) -> None:
-        """Doubt what is held: memory and disk may hold a wrong stamp too."""
+        """Doubt what is held: memory and disk may hold what no node would write, too."""
         for wish in self.all:
             credible = _credible(wish, clock)
             if credible is not wish:
@@ -103,6 +108,8 @@ class Wishes:
 
 
 def _credible(wish: Wish, clock: float) -> Wish:
+    if len(wish.source) > SOURCE_CHARS_MAX:
+        wish = msgspec.structs.replace(wish, source="")
     if wish.stamp <= clock + AHEAD_SECONDS:  # false for a NaN
         return wish
     return msgspec.structs.replace(wish, stamp=0.0)
