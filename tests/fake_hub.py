@@ -13,8 +13,9 @@ class FakeHub:
     """`files` are path in 'owner/name' -> content. `promised` overrides what is said of a content's digest.
 
     `stop_after` cuts each answer of a file after so many bytes, and with `stall` then waits until that is
-    cleared; `ignore_ranges` sends whole files always; `status` answers everything with an error. `ranges`
-    collects the Range header of each file request, `strange` what no download should ask for.
+    cleared; `ignore_ranges` sends whole files always; `status` answers everything with an error; so many file
+    answers as `corrupt` says have a wrong byte in the middle. `ranges` collects the Range header of each file
+    request, `sent` is how many bytes of files went out, `strange` what no download should ask for.
     """
 
     files: dict[str, dict[str, bytes]]
@@ -27,6 +28,8 @@ class FakeHub:
     tokens: set[str | None] = field(default_factory=set)
     strange: list[str] = field(default_factory=list)
     stall: threading.Event | None = None
+    corrupt: int = 0
+    sent: int = 0
 
     def __post_init__(self) -> None:
         hub = self
@@ -103,6 +106,12 @@ class FakeHub:
             request.send_header(key, value)
         request.end_headers()
         is_file = "/resolve/" in request.path
-        request.wfile.write(body[: self.stop_after] if is_file else body)
+        if is_file and self.corrupt:
+            self.corrupt -= 1
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+        body = body[: self.stop_after] if is_file else body
+        request.wfile.write(body)
+        self.sent += len(body) if is_file else 0
         if is_file and self.stall:
             self.stall.wait(60)

@@ -90,7 +90,7 @@ def test_a_part_is_fetched_by_its_ranges_alone(served, model, parts, tmp_path):
     digest = source.sheet(parts).digest
     hub.ranges.clear()
     with parts.assembling(digest, 2, 4) as assembly:
-        source.fill(assembly)
+        source.fill(assembly, list(assembly.missing))
         path = assembly.finish().path
     assert path.read_bytes() == cut(read_header(model), 2, 4, tmp_path / "cut.gguf").path.read_bytes()
     spans = [[int(end) for end in asked.removeprefix("bytes=").split("-")] for asked in hub.ranges]
@@ -114,7 +114,7 @@ def test_shards_have_the_sheet_of_the_file_they_become(served, model, parts, tmp
     sheet = source.sheet(parts)
     assert sheet.digest == local_sheet(first, tmp_path)
     with parts.assembling(sheet.digest, 0, 3, None) as assembly:
-        source.fill(assembly)
+        source.fill(assembly, list(assembly.missing))
         part = assembly.finish().path.read_bytes()
     assert part == cut(read_header(first), 0, 3, tmp_path / "cut.gguf").path.read_bytes()
 
@@ -128,11 +128,11 @@ def test_a_broken_connection_is_taken_up_and_a_lost_one_keeps_what_came(served, 
     hub.files["o/m"]["a.gguf"] = model.read_bytes()[:-1]
     with parts.assembling(digest, 0, 6) as assembly, pytest.raises(StorageFailed, match="try again"):
         total = len(assembly.missing)
-        source.fill(assembly)
+        source.fill(assembly, list(assembly.missing))
     hub.files["o/m"]["a.gguf"] = model.read_bytes()
     with parts.assembling(digest, 0, 6) as assembly:
         assert len(assembly.missing) < total / 2
-        source.fill(assembly)
+        source.fill(assembly, list(assembly.missing))
         assembly.finish()
     assert parts.verify(digest, 0, 6) == []
 
@@ -154,7 +154,7 @@ def test_a_model_that_changed_on_the_hub_is_not_mixed_with_the_old_one(served, m
     hub.files["o/m"]["a.gguf"] = bytes(data)
     wrong = r"The hub \(o/m\) gave wrong bytes for chunk 0 of blk\.3\.ffn_up\.weight of "
     with parts.assembling(digest, 2, 4) as assembly, pytest.raises(BadModelFile, match=wrong):
-        source.fill(assembly)
+        source.fill(assembly, list(assembly.missing))
 
 
 def test_another_model_on_the_hub_is_not_asked_for_chunks(served, model, parts, tmp_path):
@@ -167,7 +167,7 @@ def test_another_model_on_the_hub_is_not_asked_for_chunks(served, model, parts, 
         parts.assembling(digest, 2, 4) as assembly,
         pytest.raises(BadModelFile, match="does not hold layers"),
     ):
-        other.fill(assembly)
+        other.fill(assembly, list(assembly.missing))
     assert hub.ranges == []
 
 
@@ -180,7 +180,7 @@ def test_a_hub_without_ranges_is_not_read_to_its_end(served, model, parts, tmp_p
         parts.assembling(digest, 2, 4) as assembly,
         pytest.raises(StorageFailed, match="more than the range"),
     ):
-        source.fill(assembly)
+        source.fill(assembly, list(assembly.missing))
 
 
 @pytest.mark.parametrize("content", [b"no model at all, only some text" * 999, b"GGUF" + b"\xff" * 50_000])

@@ -76,6 +76,12 @@ class StorageFailed(CordeeError):
     code = "storage_failed"
 
 
+class HubUnreachable(StorageFailed):
+    """The model hub cannot be reached, or the connection broke."""
+
+    code = "hub_unreachable"
+
+
 class StageFailed(CordeeError):
     """A stage could not be loaded, or keeps failing after it was replaced."""
 

@@ -31,7 +31,14 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars
 
-from cordee.errors import BadModelFile, BadRequest, CordeeError, ModelNotFound, StorageFailed
+from cordee.errors import (
+    BadModelFile,
+    BadRequest,
+    CordeeError,
+    HubUnreachable,
+    ModelNotFound,
+    StorageFailed,
+)
 from cordee.files import home
 from cordee.models.slices import Progress
 
@@ -103,7 +110,8 @@ def fetch_range(file: HubFile, start: int, nbytes: int, sink: BinaryIO) -> None:
     """Write `nbytes` bytes of a file on the hub, from `start`, to `sink`; only its `write` is called.
 
     Raises:
-        StorageFailed: the hub cannot be reached, or does not give what was asked.
+        HubUnreachable: it cannot be reached, or the connection broke.
+        StorageFailed: the hub does not give what was asked.
         ModelNotFound: the file is gone.
     """
     disable_progress_bars("huggingface_hub.http_get")
@@ -233,7 +241,7 @@ def _hub_faults(repository: str) -> Iterator[None]:
             f"{repository} cannot be the name of a repository (owner/name).", "source"
         ) from error
     except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:
-        raise StorageFailed(
+        raise HubUnreachable(
             f"{repository} cannot be fetched from {constants.ENDPOINT} ({_first_line(error)}): check the "
             "connection and try again; it goes on where it stopped."
         ) from error
@@ -243,7 +251,7 @@ def _hub_faults(repository: str) -> Iterator[None]:
 
 def _storage_fault(repository: str, error: OSError) -> CordeeError:
     if error.errno is None:  # http_get: the connection ended early or the size is wrong
-        return StorageFailed(f"{repository} came incomplete: try again; it goes on where it stopped.")
+        return HubUnreachable(f"{repository} came incomplete: try again; it goes on where it stopped.")
     return StorageFailed(
         f"{repository} cannot be kept ({error.strerror}): free some space, then try again; "
         "it goes on where it stopped."

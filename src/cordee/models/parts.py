@@ -10,6 +10,7 @@ A chunk is hashed whenever it is read, so damage on this disk is found before it
 """
 
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from cordee.cluster.disk import Part
 from cordee.cluster.facts import SliceHeld
 from cordee.errors import BadModelFile, CordeeError, ModelNotFound
 from cordee.files import atomic_file, disk_faults, write_all
@@ -37,6 +39,10 @@ from cordee.models.store import Store, StoredModel, digest_hex
 
 # A node runs a handful of models in a few parts each; the layout of a last part holds the vocabulary.
 LAYOUTS_KEPT = 32
+# A sheet takes a tenth of a megabyte, and the digests of a large model two more.
+SHEETS_KEPT = 256
+# What `st_blocks` counts in, whatever the file system.
+STAT_BLOCK_BYTES = 512
 
 _PART = re.compile(r"(\d+)-(\d+)\.gguf")
 
@@ -57,10 +63,9 @@ class Parts:
             BadModelFile: the model's file is damaged.
             StorageFailed: no room on disk.
         """
-        for digest in self.known():
-            if self._store.sheet_source(digest) == model.digest:
-                with suppress(BadModelFile):
-                    return self.sheet(digest)
+        if found := self.made().get(model.digest):
+            with suppress(BadModelFile):
+                return self.sheet(found)
         with disk_faults(self._root):
             sheet = make_sheet(read_header(model.path), self._root, progress)
             self._store.set_sheet_source(sheet.digest, model.digest)
@@ -102,6 +107,11 @@ class Parts:
         """The digests of the sheets that are here."""
         return sorted(f"sha256:{path.parent.name}" for path in self._root.glob("*/sheet"))
 
+    def made(self) -> dict[str, str]:
+        """The digests of sheets that were made of models of the store, by the whole model's digest."""
+        sources = {digest: self._store.sheet_source(digest) for digest in self.known()}
+        return {source: digest for digest, source in sources.items() if source}
+
     def sheet(self, digest: str) -> Sheet:
         """The sheet of that digest.
 
@@ -117,14 +127,14 @@ class Parts:
         sheet = read_sheet(path)
         if sheet.digest != digest:
             raise BadModelFile(f"{path} is damaged: fetch it again.")
-        _remember(self._sheets, digest, sheet)
+        _remember(self._sheets, digest, sheet, SHEETS_KEPT)
         return sheet
 
     def layout(self, digest: str, first: int, last: int) -> Layout:
         """The layout of a part. Raises as `sheet` and `Layout` do."""
         key = (digest, first, last)
         if key not in self._layouts:
-            _remember(self._layouts, key, Layout(self.sheet(digest), first, last))
+            _remember(self._layouts, key, Layout(self.sheet(digest), first, last), LAYOUTS_KEPT)
         return self._layouts[key]
 
     def held(self, digest: str) -> list[SliceHeld]:
@@ -134,16 +144,37 @@ class Parts:
         ranges = dict.fromkeys([*whole, *((part.first, part.last) for part, _ in self._complete(digest))])
         return [SliceHeld(digest, first, last, (first, last) == (0, layers)) for first, last in ranges]
 
+    def lying(self, digest: str) -> tuple[list[Part], list[Part]]:
+        """What of a model was assembled here, complete and growing; `used` is in seconds since 1970.
+
+        A growing part takes what has come of it. Raises as `sheet` does.
+        """
+        complete, growing = [], []
+        for layout, path in self._found(digest):
+            with suppress(OSError):  # finished or removed meanwhile
+                stat = path.stat()
+                part = Part(
+                    SliceHeld(digest, layout.first, layout.last),
+                    stat.st_blocks * STAT_BLOCK_BYTES,
+                    stat.st_mtime,
+                )
+                (growing if path.suffix == PARTIAL else complete).append(part)
+        return complete, growing
+
     def part(self, digest: str, first: int, last: int) -> SliceFile | None:
         """A part as a file, None if it is not here complete. All layers, or none, may be the whole model.
 
-        Raises as `layout` does.
+        To ask for it is to use it: see `lying`. Raises as `layout` does.
         """
         layout = self.layout(digest, first, last)
         if (first, last) in ((0, layout.sheet.header.layers), (0, 0)) and (path := self._store.whole(digest)):
             return SliceFile(path, first, last, layout.file(path).digest, path.stat().st_size)
         path = self._path(digest, first, last)
-        return layout.file(path) if _is_complete(layout, path) else None
+        if not _is_complete(layout, path):
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return layout.file(path)
 
     def vocabulary(self, digest: str) -> Path:
         """A file for `Vocabulary`: a model without weights, made from the sheet. Raises as `sheet` does."""
@@ -278,8 +309,8 @@ def _copy(assembly: Assembly, source: Path, offsets: dict[int, int]) -> None:
                 assembly.put(chunk, data, str(source))
 
 
-def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
+def _remember(memory: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
     """Keep a value; the oldest goes when there are too many."""
     memory[key] = value
-    while len(memory) > LAYOUTS_KEPT:
-        del memory[next(iter(memory))]
+    while len(memory) > limit:
+        memory.pop(next(iter(memory)), None)  # another thread may have been faster

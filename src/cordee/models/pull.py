@@ -60,6 +60,20 @@ def pull(
     return _pull_from_hub(source, name, store, progress, report)
 
 
+def is_on_hub(source: str) -> bool:
+    """Whether `source` may be a model of the hub, or a card of one."""
+    return source in cards() or bool(_HUB.fullmatch(source))
+
+
+def hub_name(source: str) -> str:
+    """What a model of the hub is called, unless it is told otherwise; a card's model like the card."""
+    if source in cards():
+        return source
+    asked = _HUB.fullmatch(source)
+    name = _plain(re.sub(r"-gguf$", "", asked["repository"].partition("/")[2], flags=re.IGNORECASE))
+    return f"{name}:{asked['quantization']}" if asked["quantization"] else name
+
+
 def hub_files(source: str) -> list[HubFile]:
     """The files of one model on the hub, all shards in order; `source` as `pull` takes it, or a card's name.
 
@@ -83,19 +97,15 @@ def _pull_from_hub(
     progress: Progress | None,
     report: Callable[[str], None] | None,
 ) -> StoredModel:
-    asked = _HUB.fullmatch(source)
-    repository, quantization = asked["repository"], asked["quantization"]
-    if name is None:
-        name = _plain(re.sub(r"-gguf$", "", repository.partition("/")[2], flags=re.IGNORECASE))
-        name += f":{quantization}" if quantization else ""
     chosen = hub_files(source)
+    repository = chosen[0].repository
     if report:
         size = sum(part.nbytes for part in chosen) / 1e9
         report(f"Fetching {chosen[0].path} ({size:.1f} GB) from the hub repository {repository}")
     with downloaded(chosen, progress) as paths:
         return store.add_file(
             paths[0],
-            name,
+            name or hub_name(source),
             source=f"{repository}/{chosen[0].path}",
             digest=f"sha256:{chosen[0].sha256}" if len(chosen) == 1 else None,
             take="move",

@@ -8,10 +8,11 @@ A set of shards gets the sheet of the one file that the store would make of it.
 
 import hashlib
 import io
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from cordee.errors import BadModelFile, StorageFailed
+from cordee.errors import BadModelFile, HubUnreachable, StorageFailed
 from cordee.files import atomic_file, disk_faults, write_all
 from cordee.models.assemble import Assembly
 from cordee.models.gguf import MAGIC, Header, has_header, read_header
@@ -25,6 +26,11 @@ FIRST_BYTES = 4 << 20
 # One request fetches so much at most (the hub refuses to give 50 GB at once) and passes over gaps so long.
 SPAN_BYTES = 1 << 30
 GAP_BYTES = 1 << 20
+# A pass of hours is not given up for a connection that is gone for some minutes (a router that restarts); a
+# part is, as neighbours may have it and whoever wants it asks again. The hub client tries for seconds itself.
+PASS_TRIES = 60
+FILL_TRIES = 2
+AGAIN_SECONDS = 10.0
 
 Region = tuple[int, int, Chunk]  # where in a file a chunk begins, its length, and which it is
 
@@ -49,8 +55,12 @@ class HubModel:
     def sheet(self, parts: Parts, progress: Progress | None = None) -> Sheet:
         """Pass over the whole model and keep its sheet. `progress(done_bytes, total_bytes)`.
 
+        A connection that breaks is taken up where it broke, for PASS_TRIES; `progress` is called meanwhile,
+        too, so that it may end the pass by raising.
+
         Raises:
-            StorageFailed: the hub cannot be reached, or gave something else than it promised.
+            HubUnreachable: it cannot be reached.
+            StorageFailed: the hub gave something else than it promised.
             BadModelFile: the model is too large for a sheet.
         """
         maker = SheetMaker(self.header)
@@ -61,27 +71,30 @@ class HubModel:
         ]
         done = 0
 
+        def tell() -> None:
+            if progress:
+                progress(done, self.header.size_bytes)
+
         def take(chunk: Chunk, data: bytes) -> None:
             nonlocal done
             maker.add(chunk, data)
             done += len(data)
-            if progress:
-                progress(done, self.header.size_bytes)
+            tell()
 
         for file in self._files:
             carver = _Carver(0, self._regions(file, chunks), take)
             for start in range(0, file.nbytes, SPAN_BYTES):
-                nbytes = min(SPAN_BYTES, file.nbytes - start)
-                fetch_range(file, start, nbytes, carver.up_to(start + nbytes))
+                _stream(file, carver, min(start + SPAN_BYTES, file.nbytes), PASS_TRIES, tell)
             if carver.digest.hexdigest() != file.sha256:
                 raise StorageFailed(f"{file.path} came with other content than the hub promised: try again.")
         return parts.keep_made(maker)
 
-    def fill(self, assembly: Assembly) -> None:
-        """Fetch all that a part still misses.
+    def fill(self, assembly: Assembly, chunks: Sequence[Chunk]) -> None:
+        """Fetch these chunks of a part, all or some of what it misses.
 
         Raises:
-            StorageFailed: the hub cannot be reached, or there is no room on disk; what came is kept.
+            HubUnreachable: it cannot be reached; what came is kept.
+            StorageFailed: the hub does not give ranges, or there is no room on disk.
             BadModelFile: the hub's model is not the one of the sheet; names the chunk if the headers agree.
         """
         shapes = [
@@ -94,9 +107,9 @@ class HubModel:
             assembly.put(chunk, data, f"The hub ({self._files[0].repository})")
 
         for file in self._files:
-            for span in _spans(self._regions(file, list(assembly.missing))):
-                start, end = span[0][0], span[-1][0] + span[-1][1]
-                fetch_range(file, start, end - start, _Carver(start, span, take).up_to(end))
+            for span in _spans(self._regions(file, chunks)):
+                end = span[-1][0] + span[-1][1]
+                _stream(file, _Carver(span[0][0], span, take), end, FILL_TRIES, lambda: None)
 
     def _regions(self, file: HubFile, chunks: Sequence[Chunk]) -> list[Region]:
         """Where in a file those of the chunks lie that are in it, in order."""
@@ -121,6 +134,11 @@ class _Carver(io.RawIOBase):
         self._at, self._end = start, start  # where in the file `_kept` begins; where the stretch ends
         self._kept = bytearray()
 
+    @property
+    def reached(self) -> int:
+        """Where in the file the bytes that are still to come begin."""
+        return self._at + len(self._kept)
+
     def up_to(self, end: int) -> "_Carver":
         """Take the stretch up to `end` from now on."""
         self._end = end
@@ -131,11 +149,11 @@ class _Carver(io.RawIOBase):
 
     def write(self, data: bytes) -> int:
         """Raises StorageFailed if more comes than was asked for, as from a server without ranges."""
-        if self._at + len(self._kept) + len(data) > self._end:
+        if self.reached + len(data) > self._end:
             raise StorageFailed("The hub gives more than the range it was asked for: pull the whole model.")
         self.digest.update(data)
         self._kept += data
-        while self._next and self._next[0] + self._next[1] <= self._at + len(self._kept):
+        while self._next and self._next[0] + self._next[1] <= self.reached:
             start, nbytes, chunk = self._next
             self._take(chunk, bytes(self._kept[start - self._at : start - self._at + nbytes]))
             self._next = next(self._regions, None)
@@ -144,6 +162,21 @@ class _Carver(io.RawIOBase):
         del self._kept[:gone]
         self._at += gone
         return len(data)
+
+
+def _stream(file: HubFile, carver: _Carver, end: int, tries: int, tell: Callable[[], None]) -> None:
+    """Have the carver take a file up to `end`, `tries` times without a byte if the connection breaks."""
+    failed = 0
+    while carver.reached < end:
+        before = carver.reached
+        try:
+            fetch_range(file, before, end - before, carver.up_to(end))
+        except HubUnreachable:
+            failed = 1 if carver.reached > before else failed + 1
+            if failed >= tries:
+                raise
+            tell()
+            time.sleep(AGAIN_SECONDS)
 
 
 def _spans(regions: Sequence[Region]) -> Iterator[list[Region]]:

@@ -21,7 +21,7 @@ import secrets
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -101,15 +101,24 @@ class Store:
                 f"{self.root} cannot be made ({error.strerror}): check its rights."
             ) from error
 
-    def list(self) -> list[StoredModel]:
-        """All models by name.
+    def list(self, report: Callable[[str], None] | None = None) -> list[StoredModel]:
+        """All models by name. With a `report` damaged entries are told to it and passed over.
 
         Raises:
             StorageFailed: an entry is damaged.
         """
-        paths = sorted((self.root / "names").glob("*.json"))
-        manifests = [manifest for path in paths if (manifest := self._manifest(path))]
-        return sorted((self._model(manifest) for manifest in manifests), key=lambda model: model.name)
+        models = []
+        for path in (self.root / "names").glob("*.json"):
+            try:
+                manifest = self._manifest(path)
+            except StorageFailed as error:
+                if report is None:
+                    raise
+                report(error.message)
+                continue
+            if manifest is not None:
+                models.append(self._model(manifest))
+        return sorted(models, key=lambda model: model.name)
 
     def get(self, name: str) -> StoredModel:
         """The model of that name, its file checked to be there and of the right size.

@@ -1,5 +1,8 @@
 """Parts of models between nodes: who has chunks answers for them, who needs a part asks several at once.
 
+Chunks that no neighbour has may come from outside (the hub), where a fetch is told of one; it is believed no
+more than a neighbour.
+
 An ask names (sheet, tensor, chunk); the sheet itself is asked for in pieces, as the chunks of tensor SHEET.
 An answer is the bytes, or that they are not here, or that too many ask. Nothing that comes is believed: a
 chunk is checked against the sheet, the sheet against its digest. A neighbour that gives wrong bytes, or gives
@@ -31,6 +34,10 @@ SHEET = -1
 # Chunks in memory and on the way: four keep a link of 1 Gbit/s busy, sixteen fill several.
 IN_FLIGHT_EACH = 4
 IN_FLIGHT = 16
+# So much comes from outside before the neighbours are looked at again: some seconds of a fast connection.
+OUTSIDE_BYTES = 128 << 20
+# How often a fetch asks outside for chunks that came wrong: a fault on the way is gone the next time.
+OUTSIDE_TRIES = 3
 # Threads that check and write what came; one does 1 GB/s.
 WRITERS = 2
 # Four chunks in this time are 3 Mbit/s: who is slower is not worth waiting for, unless nobody else has them.
@@ -58,6 +65,13 @@ class Queries(Protocol):
 
     async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
         """The answers of whoever serves the key that came within `seconds`."""
+
+
+class Outside(Protocol):
+    """Where chunks come from that no neighbour has (`cordee.models.remote.HubModel`)."""
+
+    def fill(self, assembly: Assembly, chunks: Sequence[Chunk]) -> None:
+        """Bring chunks that are missing, in a thread. Raises CordeeError; what came is kept."""
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True):
@@ -132,11 +146,13 @@ class ChunkServer:
 
 
 class ChunkClient:
-    """Fetches sheets and parts. `bytes_per_second` is what each node gave in the last fetch from it."""
+    """Fetches sheets and parts. `bytes_per_second` is what each node gave in the last fetch from it; `report`
+    is told whatever went wrong on the way."""
 
     def __init__(self, bus: Queries, parts: Parts, report: Report) -> None:
         self.bytes_per_second: dict[str, float] = {}
-        self._bus, self._parts, self._report = bus, parts, report
+        self.report = report
+        self._bus, self._parts = bus, parts
 
     async def sheet(self, digest: str, nodes: Iterable[str]) -> Sheet:
         """The sheet of a model, from this disk or the first of `nodes` that gives it.
@@ -156,17 +172,24 @@ class ChunkClient:
                 )
             except (BadModelFile, _Lost) as error:
                 faults.append(f"node {node}: {error}")
-                self._report(f"The sheet of {digest} did not come from node {node}: {error}")
+                self.report(f"The sheet of {digest} did not come from node {node}: {error}")
         reasons = "; ".join(faults) or "nobody has it"
         raise StorageFailed(f"The model {digest} is not to be had from the cluster ({reasons}).")
 
     async def part(
-        self, digest: str, first: int, last: int, holders: Holders, progress: Progress | None = None
+        self,
+        digest: str,
+        first: int,
+        last: int,
+        holders: Holders,
+        progress: Progress | None = None,
+        outside: Callable[[], Outside] | None = None,
     ) -> SliceFile:
         """Layers `first` to `last` of a model whose sheet is here (0 to 0: its embedding) as a file.
 
-        `holders` says, whenever it is called, which nodes have what. `progress(done_bytes, total_bytes)`
-        counts what was here too. To cancel the task is to cancel the fetch.
+        `holders` says, whenever it is called, which nodes have what; what none of them has comes from
+        `outside` (opened in a thread, once it is needed). `progress(done_bytes, total_bytes)` counts what was
+        here too. To cancel the task is to cancel the fetch.
 
         Raises:
             StorageFailed: nobody gives some of the chunks, with all reasons; no room on disk; or another
@@ -181,13 +204,13 @@ class ChunkClient:
             if progress:
                 loop.call_soon_threadsafe(progress, done, total)
 
-        stack, pool = ExitStack(), ThreadPoolExecutor(WRITERS, "chunks")
+        stack, pool = ExitStack(), ThreadPoolExecutor(WRITERS + 1, "chunks")  # one waits for outside
         try:
             if found := await loop.run_in_executor(pool, self._parts.part, digest, first, last):
                 return found
             opened = self._parts.assembling(digest, first, last, tell)
             assembly = await loop.run_in_executor(pool, stack.enter_context, opened)
-            await _Fetch(self, assembly, holders, pool).run()
+            await _Fetch(self, assembly, holders, pool, outside).run()
             return await loop.run_in_executor(pool, assembly.finish)
         finally:
             cancelled.set()
@@ -221,10 +244,6 @@ class ChunkClient:
             if len(answer.data) != CHUNK_BYTES:
                 return bytes(content)
         raise _Lost("it gives more than any sheet has")
-
-    def drop(self, node: str, reason: str) -> None:
-        """Tell that a node is asked no more in this fetch."""
-        self._report(f"Node {node} is asked no more: {reason}")
 
     def tensors(self, digest: str, held: Sequence[SliceHeld]) -> set[int]:
         """The tensors that somebody who says so has of a model; what cannot be is nothing."""
@@ -271,7 +290,12 @@ class _Fetch:
     """What one part still needs, and who is being asked for what."""
 
     def __init__(
-        self, client: ChunkClient, assembly: Assembly, holders: Holders, pool: ThreadPoolExecutor
+        self,
+        client: ChunkClient,
+        assembly: Assembly,
+        holders: Holders,
+        pool: ThreadPoolExecutor,
+        outside: Callable[[], Outside] | None,
     ) -> None:
         self._client, self._assembly, self._holders, self._pool = client, assembly, holders, pool
         self._sheet = assembly.layout.sheet
@@ -281,30 +305,44 @@ class _Fetch:
         self._neighbours: dict[str, _Neighbour] = {}
         self._tensors: dict[tuple[SliceHeld, ...], set[int]] = {}
         self._flights: dict[asyncio.Task[str], tuple[str, Chunk]] = {}
+        self._open, self._outside = outside, None
+        self._outside_fault = "" if outside else "not asked"  # why nothing more comes from outside
+        self._outside_tries = OUTSIDE_TRIES
+        self._outing: asyncio.Task[None] | None = None
+        self._outing_chunks: list[Chunk] = []
 
     async def run(self) -> None:
         """Until nothing is missing; see `ChunkClient.part`."""
         try:
-            while self._assembly.missing or self._flights:
+            while self._assembly.missing or self._under_way:
                 self._launch()
-                if not self._flights:
+                if not self._under_way:
                     raise self._nobody()
                 done, _ = await asyncio.wait(
-                    self._flights, timeout=LOOK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                    self._under_way, timeout=LOOK_AGAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED
                 )
                 for task in done:
-                    self._land(task)
+                    if task is self._outing:
+                        self._land_outing(task)
+                    else:
+                        self._land(task)
         finally:
-            for task in self._flights:
+            for task in self._under_way:
                 task.cancel()
-            await _certainly(asyncio.gather(*self._flights, return_exceptions=True))
+            await _certainly(asyncio.gather(*self._under_way, return_exceptions=True))
             for node, neighbour in self._neighbours.items():
                 if neighbour.busy_seconds and neighbour.nbytes:
                     self._client.bytes_per_second[node] = neighbour.nbytes / neighbour.busy_seconds
 
+    @property
+    def _under_way(self) -> list[asyncio.Task]:
+        return [*self._flights, *([self._outing] if self._outing else [])]
+
     def _launch(self) -> None:
-        """Ask whoever can be asked for more; those with the fewest asks first."""
+        """Ask whoever can be asked for more; those with the fewest asks first. Outside, what nobody has."""
         has = {node: self._has(node, held) for node, held in self._holders().items()}
+        if self._outing is None and not self._outside_fault:
+            self._go_outside(set().union(*has.values()))
         while len(self._flights) < IN_FLIGHT:
             order = sorted(has, key=lambda node: (self._neighbours[node].in_flight, node))
             for node in order:
@@ -355,11 +393,49 @@ class _Fetch:
         except (BadModelFile, _Lost) as error:
             if not neighbour.fault:
                 neighbour.fault = str(error)
-                self._client.drop(node, neighbour.fault)
+                self._client.report(f"Node {node} is asked no more: {neighbour.fault}")
+
+    def _go_outside(self, held: set[int]) -> None:
+        """Take some of what no neighbour has out of the line, and have it fetched."""
+        chunks, nbytes = self._outing_chunks, 0
+        for tensor in [number for number in self._waiting if number not in held]:
+            while self._waiting[tensor] and nbytes < OUTSIDE_BYTES:
+                chunks.append(self._waiting[tensor].popleft())
+                nbytes += self._sheet.nbytes(chunks[-1])
+            if not self._waiting[tensor]:
+                del self._waiting[tensor]
+            if nbytes >= OUTSIDE_BYTES:
+                break
+        if chunks:
+            loop = asyncio.get_running_loop()
+            self._outing = asyncio.ensure_future(loop.run_in_executor(self._pool, self._fill, tuple(chunks)))
+
+    def _fill(self, chunks: Sequence[Chunk]) -> None:
+        if self._outside is None:
+            assert self._open is not None, "nobody goes outside without a way"
+            self._outside = self._open()
+        self._outside.fill(self._assembly, chunks)
+
+    def _land_outing(self, outing: asyncio.Task[None]) -> None:
+        for chunk in self._outing_chunks:
+            if chunk in self._assembly.missing:
+                self._waiting.setdefault(chunk.tensor, deque()).append(chunk)
+        self._outing, self._outing_chunks = None, []
+        try:
+            outing.result()
+        except BadModelFile as error:
+            self._client.report(error.message)
+            self._outside_tries -= 1
+            self._outside_fault = "" if self._outside_tries else error.message
+        except CordeeError as error:
+            self._outside_fault = error.message
+            self._client.report(f"Nothing more from outside: {error.message}")
 
     def _nobody(self) -> StorageFailed:
         missing = self._assembly.missing
         faults = [f"node {node}: {n.fault}" for node, n in self._neighbours.items() if n.fault]
+        if self._open:
+            faults.append(f"outside: {self._outside_fault}")
         return StorageFailed(
             f"Nobody gives {len(missing)} chunks of {self._assembly.layout.name}, as "
             f"{self._sheet.chunk_name(next(iter(missing)))} ({'; '.join(faults) or 'nobody has them'}): "
