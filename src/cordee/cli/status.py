@@ -1,12 +1,16 @@
 """`cordee status`, `share`, `unshare`: what the cluster serves."""
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cordee.cli import live, options, output
 
+if TYPE_CHECKING:
+    from cordee.node import control
+
+POLL_SECONDS = 0.5
 CHANGES_SHOWN = 8  # of the newest; --json has all that the node keeps
 
 
@@ -35,13 +39,21 @@ def status(as_json: bool, watch: bool) -> None:
 def share(model: str, context: int | None, sequences: int, replicas: int) -> None:
     """Have the cluster serve MODEL from now on.
 
-    A node must have it (`cordee pull`). What is asked for at the API is served without this; share it to have
-    it ready, or to say how.
+    MODEL is one that a node has (`cordee pull`); what is asked for at the API is served without this, share
+    it to have it ready, or to say how.
+
+    Or it is one of the hub (owner/name, owner/name:QUANTIZATION or owner/name/file.gguf) that no machine has
+    the disk for: this node reads it there once, to know its parts, and then each node fetches only the layers
+    that it runs. Ctrl-C leaves the node reading; `cordee unshare` stops it. Where one machine has the disk
+    for all of it, `cordee pull` there takes half the traffic.
     """
     from cordee.node import control
 
-    control.ask("POST", "/share", control.Share(model, context, sequences, replicas))
-    output.note(f"The cluster serves {model} from now on: `cordee status` shows where.")
+    asked = control.Share(model, context, sequences, replicas)
+    shared = control.ask("POST", "/share", asked, control.Shared)
+    if shared.reading is not None:
+        shared = _follow(model, shared.reading.source)
+    output.note(f"The cluster serves {shared.name} from now on: `cordee status` shows where.")
 
 
 @click.command()
@@ -51,6 +63,20 @@ def unshare(model: str) -> None:
     from cordee.node import control
 
     control.ask("POST", "/unshare", control.Unshare(model))
+
+
+def _follow(model: str, source: str) -> "control.Shared":
+    """Show how far a node is with reading a model from the hub, until it is shared."""
+    from cordee.node import control
+
+    with output.progress(f"Reading {source} from the hub") as progress:
+        while True:
+            time.sleep(POLL_SECONDS)
+            asked = control.Share(model, follow=True)
+            shared = control.ask("POST", "/share", asked, control.Shared)
+            if shared.reading is None:
+                return shared
+            progress(shared.reading.done_bytes, shared.reading.total_bytes)
 
 
 def state_of(model: dict[str, Any]) -> str:
@@ -63,7 +89,7 @@ def state_of(model: dict[str, Any]) -> str:
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
-    if not found["models"]:
+    if not found["models"] and not found["reading"]:
         return ["No node has a model yet. Try: cordee pull starter"]
     lines = [line for model in found["models"] for line in (*_model(model), "")]
     for each in found["fetching"]:
@@ -73,6 +99,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"{each['node']} fetches {what} of {each['model']}: {output.size(done)} of {output.size(total)}"
         )
+    for each in found["reading"]:
+        where = "from the hub" if each["source"] else "from its disk"
+        done, total = output.size(each["done_bytes"]), output.size(each["total_bytes"])
+        lines.append(f"{each['node']} reads {each['name']} once, {where}: {done} of {total}")
     if found["watts"] is not None:
         lines.append(f"All nodes that tell take {found['watts']:.0f} W.")
     for change in found["changes"][-CHANGES_SHOWN:]:

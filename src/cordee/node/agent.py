@@ -18,7 +18,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ import msgspec
 
 from cordee.cluster.crew import Crew, Orders
 from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld
-from cordee.cluster.goals import Goals, Load
+from cordee.cluster.goals import Goals, Load, SliceGoal
 from cordee.cluster.history import History
 from cordee.cluster.mind import Mind
 from cordee.cluster.planner import Planner
@@ -47,9 +47,10 @@ from cordee.node.energy import Meter
 from cordee.node.gateway import ClusterGateway, ClusterService
 from cordee.node.hosting import Hosting
 from cordee.node.identity import Identity
-from cordee.node.library import SEQUENCES, Library
+from cordee.node.library import Library
 from cordee.node.link import LinkClosed
 from cordee.node.messages import Join, Tokens
+from cordee.node.shelf import SEQUENCES
 from cordee.node.stages import Files, Stages
 from cordee.node.workers import opening
 
@@ -92,7 +93,7 @@ class Agent:
         self.crew = Crew()
         self.bus = bus
         self.hostings: dict[str, Hosting] = {}  # by model digest
-        self.library = Library(store, identity.node, bus, self._holders, self.changed)
+        self.library = Library(store, identity.node, bus, self)
         self.distances = Distances(bus, identity.node, self.changed)
         self.desk = Desk(identity, _host(options), lambda: bus.addresses)
         self._wishes = identity.folder / "wishes"
@@ -158,7 +159,8 @@ class Agent:
             raise ModelNotFound(
                 f"No node of the cluster has a model {name!r}: `cordee pull` on one of them fetches it."
             )
-        self._wish(name, offer.shape, context or offer.context, sequences, replicas)
+        self.mind.wish(name, offer.shape, context or offer.context, sequences, time.monotonic(), replicas)
+        self.changed()
 
     def unwish(self, name: str) -> None:
         """Wish a model to be served no more.
@@ -169,7 +171,10 @@ class Agent:
         wish = next((wish for wish in self.mind.wishes if wish.model == name and wish.replicas), None)
         if wish is None:
             raise ModelNotFound(f"The cluster does not serve a model {name!r}: `cordee status` lists them.")
-        self._wish(name, wish.shape, wish.context, wish.sequences, 0)
+        self.mind.wish(
+            name, wish.shape, wish.context, wish.sequences, time.monotonic(), replicas=0, source=wish.source
+        )
+        self.changed()
 
     def offers(self) -> dict[str, Offer]:
         """The models that nodes have whole, by name; of several with one name that of the smallest digest."""
@@ -245,6 +250,30 @@ class Agent:
         self.crew.failed(load, detail, time.monotonic())
         self.changed()
 
+    # Library's owner.
+
+    def holders(self) -> Mapping[str, Sequence[SliceHeld]]:
+        """What the other live nodes have on disk."""
+        nodes = self.mind.nodes(time.monotonic())
+        return {node: nodes[node][1].slices for node in self._others()}
+
+    def sources(self) -> Mapping[str, str]:
+        """Where on the hub models may be fetched from, by digest."""
+        wishes = self.mind.wishes
+        return {
+            wish.shape.digest: wish.source for wish in wishes if wish.replicas and wish.shape and wish.source
+        }
+
+    def wanted(self) -> set[SliceGoal]:
+        """All that this node is to hold, or runs."""
+        return {*self.goals.slices, *(worker.load.slice for worker in self.stages.workers.values())}
+
+    def fetch_failed(self, goal: SliceGoal, detail: str) -> None:
+        """A slice could not be had."""
+        for stage in self.goals.stages:
+            if stage.load.slice == goal:
+                self.failed(stage.load, detail)
+
     # How it starts.
 
     async def _open(self) -> None:
@@ -252,7 +281,7 @@ class Agent:
         self._stages = await Stages.open(self, self.identity.folder, host)
         self._inbox, inbox = await dataplane.open_door(self.identity.folder, host, self._accept)
         devices = await asyncio.to_thread(own_devices, self.options.lent_bytes)
-        await self.library.scan()
+        await self.library.open()
         self._facts = Facts(
             node=self.node,
             name=self.options.name,
@@ -390,9 +419,7 @@ class Agent:
         )
 
     def _execute(self, orders: Orders) -> None:
-        self.library.abandon(orders.fetch)
-        for goal in orders.fetch:
-            self.library.fetch(goal, self._fetch_failed(goal.model, goal.first, goal.last))
+        self.library.pursue(orders.fetch)
         for name in orders.stop:
             self.stages.stop(name)
         for load in orders.start:
@@ -401,15 +428,6 @@ class Agent:
             self.stages.rename(name)
         for order in orders.wire:
             self.stages.wire(order)
-
-    def _fetch_failed(self, model: str, first: int, last: int) -> Callable[[str], None]:
-        def failed(detail: str) -> None:
-            for goal in self.goals.stages:
-                load = goal.load
-                if (load.model, load.first, load.last) == (model, first, last):
-                    self.failed(load, detail)
-
-        return failed
 
     def _host(self) -> None:
         wanted = {goal.placement.model: goal for goal in self.goals.hosts}
@@ -450,7 +468,7 @@ class Agent:
 
     async def _open_service(self, name: str, shape: ModelShape, context: int) -> None:
         try:
-            path = await self.library.vocabulary(shape.digest, self._others())
+            path = await self.library.vocabulary(shape.digest)
             model = StoredModel(
                 name=name,
                 digest=shape.digest,
@@ -476,10 +494,6 @@ class Agent:
         if not any(wish.model == name and wish.replicas for wish in self.mind.wishes):
             with contextlib.suppress(ModelNotFound):
                 self.wish(name)
-
-    def _wish(self, name: str, shape: ModelShape | None, context: int, sequences: int, replicas: int) -> None:
-        self.mind.wish(name, shape, context, sequences, time.monotonic(), replicas)
-        self.changed()
 
     def _keep_wishes(self) -> None:
         self._kept = self.mind.wishes
@@ -510,7 +524,7 @@ class Agent:
             Fetching(goal.model, goal.first, goal.last, *progress)
             for goal, progress in self.library.progress.items()
         ]
-        return Gauges(tuple(hosted), tuple(fetching), self._meter.watts())
+        return Gauges(tuple(hosted), tuple(fetching), self._meter.watts(), self.library.reading)
 
     def _ask(self, node: str, data: bytes) -> None:
         self.bus.publish(f"to/{node}/ask", data)
@@ -534,10 +548,6 @@ class Agent:
     def _others(self) -> list[str]:
         nodes = self.mind.nodes(time.monotonic())
         return [node for node, (state, _) in nodes.items() if state == "alive" and node != self.node]
-
-    def _holders(self) -> Mapping[str, Sequence[SliceHeld]]:
-        nodes = self.mind.nodes(time.monotonic())
-        return {node: nodes[node][1].slices for node in self._others()}
 
 
 def _host(options: AgentOptions) -> str:

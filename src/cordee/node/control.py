@@ -26,7 +26,7 @@ import msgspec
 
 from cordee import errors
 from cordee.cluster import planner
-from cordee.cluster.facts import ModelShape
+from cordee.cluster.facts import ModelShape, Reading
 from cordee.errors import BadRequest, CordeeError, NotRunning
 from cordee.files import home
 
@@ -50,12 +50,20 @@ class Remove(msgspec.Struct, frozen=True):
 
 
 class Share(msgspec.Struct, frozen=True):
-    """See Agent.wish."""
+    """See Sharing.share. With `follow` nothing is begun: it asks how far that is. Answered by Shared."""
 
     model: str
     context: int | None = None
     sequences: int | None = None
     replicas: int = 1
+    follow: bool = False
+
+
+class Shared(msgspec.Struct, frozen=True):
+    """The name under which a model is shared; with a `reading` it will be, once it was read."""
+
+    name: str
+    reading: Reading | None = None
 
 
 class Unshare(msgspec.Struct, frozen=True):

@@ -12,8 +12,8 @@ from starlette.routing import Route
 from cordee.errors import BadRequest, CordeeError
 from cordee.node.agent import Agent
 from cordee.node.control import Drain, Empty, Invite, Plan, Refusal, Remove, Share, Unshare
-from cordee.node.library import SEQUENCES
 from cordee.node.overview import Overview
+from cordee.node.sharing import Sharing
 
 BODY_BYTES_MAX = 1 << 20  # the shape of a model with hundreds of layers takes a tenth
 
@@ -65,12 +65,10 @@ class Control:
         return found
 
     async def _share(self, asked: Share) -> Any:
-        sequences = asked.sequences or SEQUENCES
-        self._agent.wish(asked.model, context=asked.context, sequences=sequences, replicas=asked.replicas)
-        return Empty()
+        return await Sharing(self._agent).share(asked)
 
     async def _unshare(self, asked: Unshare) -> Any:
-        self._agent.unwish(asked.model)
+        Sharing(self._agent).unshare(asked.model)
         return Empty()
 
     async def _drain(self, asked: Drain) -> Any:

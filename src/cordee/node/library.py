@@ -1,101 +1,136 @@
-"""What lies on a node's disk of the cluster's models, and what is being fetched.
+"""The models of the cluster on this node: what lies here (shelf.py), and what is being fetched.
 
-The whole models of this node's store are *offered* to the cluster; slices of others come from neighbours, by
-chunks (chunks.py). Reading the disk happens in threads; everything else on one event loop.
+Slices come from neighbours by chunks (chunks.py), and what no neighbour has from the hub, if the model was
+shared from there (outside.py). Reading the disk happens in threads; everything else on one event loop.
 """
 
 import asyncio
 import logging
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
+from weakref import WeakValueDictionary
 
-from cordee.cluster.facts import Offer, SliceHeld
+from cordee.cluster.facts import Offer, Reading, SliceHeld
 from cordee.cluster.goals import Load, SliceGoal
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError
+from cordee.models.gguf import engine_of
 from cordee.models.parts import Parts
-from cordee.models.shape import model_shape
+from cordee.models.remote import HubModel
+from cordee.models.sheet import Sheet
 from cordee.models.store import Store
 from cordee.node.bus import Bus
 from cordee.node.chunks import ChunkClient, ChunkServer, chunk_key
-from cordee.node.sizing import CELLS_DEFAULT
+from cordee.node.outside import Hub
+from cordee.node.shelf import SCAN_SECONDS, Shelf
 from cordee.node.stages import Files
 
-SCAN_SECONDS = 5.0  # how often the store is looked at: `cordee pull` may have added a model
 FETCHES_MAX = 2  # slices fetched at once: each asks several neighbours already
-SEQUENCES = 8  # streams that a model is served for, unless it is wished otherwise
-OFFERS_MAX = 32  # beats carry them all
-# Free space is told in steps, so that every log line on disk is no news to the cluster.
-DISK_STEP_BYTES = 256 << 20
-
-Holders = Callable[[], Mapping[str, Sequence[SliceHeld]]]
+# A fetch that failed is tried again after that long: a neighbour may have started, the hub answer again.
+AGAIN_SECONDS = 10.0
+ENDS_MAX = 64  # models whose end tokens are remembered
 
 log = logging.getLogger(__name__)
 
 
+class Owner(Protocol):
+    """Who knows the cluster; called on the event loop."""
+
+    def holders(self) -> Mapping[str, Sequence[SliceHeld]]:
+        """What the other live nodes have on disk."""
+
+    def sources(self) -> Mapping[str, str]:
+        """Where on the hub models may be fetched from, by digest: those that are wished from there."""
+
+    def wanted(self) -> Collection[SliceGoal]:
+        """All that this node is to hold, or runs."""
+
+    def changed(self) -> None:
+        """There is something new to tell."""
+
+    def fetch_failed(self, goal: SliceGoal, detail: str) -> None:
+        """A slice could not be had."""
+
+
 class Library:
-    """See the module's docstring.
+    """See the module's docstring."""
 
-    `holders` says which other nodes have what; `changed` is called when there is something new to tell.
-    """
-
-    def __init__(
-        self, store: Store, node: str, bus: Bus, holders: Holders, changed: Callable[[], None]
-    ) -> None:
-        self.offers: tuple[Offer, ...] = ()
-        self.slices: tuple[SliceHeld, ...] = ()
-        self.disk_free_bytes = 0
+    def __init__(self, store: Store, node: str, bus: Bus, owner: Owner) -> None:
         self.progress: dict[SliceGoal, tuple[int, int]] = {}  # bytes done and in all, of what is fetched now
-        self._store = store
+        self._node = node
+        self._owner = owner
         self._parts = Parts(store)
+        self._shelf = Shelf(store, self._parts, owner.changed)
+        self.hub = Hub(self._parts)
         self._client = ChunkClient(bus, self._parts, log.warning)
-        self._holders = holders
-        self._changed = changed
         self._fetches: dict[SliceGoal, asyncio.Task] = {}
-        self._verifying: dict[str, asyncio.Task] = {}
+        self._not_before: dict[SliceGoal, float] = {}
+        self._locks: WeakValueDictionary[SliceGoal, asyncio.Lock] = WeakValueDictionary()
         self._ends: dict[str, tuple[int, ...]] = {}
-        bus.serve(chunk_key(node), ChunkServer(self._parts, self._on_damage).answer)
+        bus.serve(chunk_key(node), ChunkServer(self._parts, self._shelf.damaged).answer)
+
+    @property
+    def offers(self) -> tuple[Offer, ...]:
+        """The whole models that lie here."""
+        return self._shelf.offers
+
+    @property
+    def slices(self) -> tuple[SliceHeld, ...]:
+        """The layers that lie here."""
+        return self._shelf.slices
+
+    @property
+    def disk_free_bytes(self) -> int:
+        """What the disk could take, if nothing was half fetched."""
+        return self._shelf.disk_free_bytes
+
+    @property
+    def reading(self) -> tuple[Reading, ...]:
+        """The models that are read once, to be offered or shared."""
+        return (*self._shelf.reading.values(), *self.hub.reading)
 
     @property
     def bytes_per_second(self) -> dict[str, float]:
         """What each node gave when it was last fetched from."""
         return self._client.bytes_per_second
 
+    async def open(self) -> None:
+        """Look at the disk for the first time."""
+        await self._shelf.open()
+
     async def watch(self) -> None:
-        """Look at the disk, again and again."""
+        """Look at the disk, again and again, and keep it from running full."""
         while True:
-            await self.scan()
             await asyncio.sleep(SCAN_SECONDS)
+            try:
+                await self._shelf.scan()
+                await self._shelf.tidy(self._node, self._owner.wanted(), self._owner.holders())
+            except (CordeeError, OSError) as error:  # the disk may answer again
+                log.warning("the disk cannot be looked at: %s", error)
 
-    async def scan(self) -> None:
-        """Look at the disk. A model that was just added is read once, for its sheet."""
-        found = await asyncio.to_thread(self._scan)
-        if found != (self.offers, self.slices, self.disk_free_bytes):
-            self.offers, self.slices, self.disk_free_bytes = found
-            self._changed()
-
-    async def vocabulary(self, digest: str, nodes: Iterable[str]) -> Path:
-        """A file for `Vocabulary`; the model's sheet comes from one of `nodes` if it is not here.
+    async def vocabulary(self, digest: str) -> Path:
+        """A file for `Vocabulary`; the model's sheet comes from another node if it is not here.
 
         Raises:
             CordeeError: nobody gives it.
         """
-        await self._client.sheet(digest, nodes)
+        await self._sheet(digest)
         return await asyncio.to_thread(self._parts.vocabulary, digest)
 
-    def fetch(self, goal: SliceGoal, failed: Callable[[str], None]) -> None:
-        """Begin to fetch a slice, unless that is under way, or enough others are."""
-        if goal in self._fetches or len(self._fetches) >= FETCHES_MAX:
-            return
-        task = asyncio.get_running_loop().create_task(self._fetch(goal, failed))
-        self._fetches[goal] = task
-        task.add_done_callback(lambda _: self._fetches.pop(goal, None))
-
-    def abandon(self, wanted: Iterable[SliceGoal]) -> None:
-        """End all fetches but those wanted; what came is kept."""
-        for goal in self._fetches.keys() - set(wanted):
+    def pursue(self, goals: Sequence[SliceGoal]) -> None:
+        """Fetch these slices, the first ones first, and no others; what came of others is kept."""
+        now = time.monotonic()
+        self._not_before = {goal: at for goal, at in self._not_before.items() if at > now}
+        chosen = [goal for goal in goals if goal not in self._not_before][:FETCHES_MAX]
+        for goal in self._fetches.keys() - set(chosen):
             self._fetches[goal].cancel()
+        for goal in chosen:
+            if goal not in self._fetches and len(self._fetches) < FETCHES_MAX:
+                task = asyncio.get_running_loop().create_task(self._fetch(goal))
+                self._fetches[goal] = task
+                task.add_done_callback(lambda _, goal=goal: self._fetches.pop(goal, None))
 
     async def prepare(self, load: Load) -> Files:
         """The files of a load; what is missing is assembled or fetched.
@@ -104,76 +139,68 @@ class Library:
             CordeeError: it cannot be had.
         """
         part = await self._part(load.slice)
-        layers = (await self._client.sheet(load.model, self._holders())).header.layers
+        header = (await self._sheet(load.model)).header
+        layers = header.layers
         is_cut_first = load.first == 0 and load.last < layers
         embedding = await self._part(SliceGoal(load.model, 0, 0)) if is_cut_first else None
-        return Files(part, embedding, load.last == layers, await self._ends_of(load.model))
+        return Files(engine_of(header), part, embedding, load.last == layers, await self._ends_of(load.model))
 
     async def close(self) -> None:
         """End all fetches."""
-        tasks = [*self._fetches.values(), *self._verifying.values()]
-        for task in tasks:
+        for task in self._fetches.values():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._fetches.values(), return_exceptions=True)
+        await self.hub.close()
+        await self._shelf.close()
 
-    async def _fetch(self, goal: SliceGoal, failed: Callable[[str], None]) -> None:
+    async def _fetch(self, goal: SliceGoal) -> None:
         try:
             await self._part(goal)
         except CordeeError as error:
-            failed(error.message)
-        finally:
-            self.progress.pop(goal, None)
-            await self.scan()
+            self._not_before[goal] = time.monotonic() + AGAIN_SECONDS
+            self._owner.fetch_failed(goal, error.message)
+        await self._shelf.scan()
 
     async def _part(self, goal: SliceGoal) -> Path:
-        holders = self._holders()
-        await self._client.sheet(goal.model, [node for node, held in holders.items() if held])
-
         def progress(done_bytes: int, total_bytes: int) -> None:
             self.progress[goal] = (done_bytes, total_bytes)
 
-        part = await self._client.part(goal.model, goal.first, goal.last, self._holders, progress)
-        self.progress.pop(goal, None)
+        await self._sheet(goal.model)
+        # Two that want the same part at once do not stand in each other's way: one of them fetches it.
+        async with self._locks.setdefault(goal, asyncio.Lock()):
+            try:
+                part = await self._client.part(
+                    goal.model,
+                    goal.first,
+                    goal.last,
+                    self._owner.holders,
+                    progress,
+                    self._outside(goal.model),
+                )
+            finally:
+                self.progress.pop(goal, None)
         return part.path
+
+    def _outside(self, digest: str) -> Callable[[], HubModel] | None:
+        source = self._owner.sources().get(digest)
+        return None if source is None else lambda: self.hub.open(source)
+
+    async def _sheet(self, digest: str) -> Sheet:
+        """A model's sheet, from whoever has it: first those that hold some of the model."""
+        nodes: Iterable[tuple[str, Sequence[SliceHeld]]] = self._owner.holders().items()
+        holding = {node: any(held.model == digest for held in slices) for node, slices in nodes}
+        return await self._client.sheet(digest, sorted(holding, key=lambda node: not holding[node]))
 
     async def _ends_of(self, digest: str) -> tuple[int, ...]:
         if digest not in self._ends:
-            path = await asyncio.to_thread(self._parts.vocabulary, digest)
-            vocabulary = Vocabulary(path)
-            self._ends[digest] = tuple(vocabulary.end_of_generation)
-            vocabulary.close()
+            self._ends[digest] = await asyncio.to_thread(self._read_ends, digest)
+            while len(self._ends) > ENDS_MAX:
+                del self._ends[next(iter(self._ends))]
         return self._ends[digest]
 
-    def _scan(self) -> tuple[tuple[Offer, ...], tuple[SliceHeld, ...], int]:
-        offers = []
+    def _read_ends(self, digest: str) -> tuple[int, ...]:
+        vocabulary = Vocabulary(self._parts.vocabulary(digest))
         try:
-            for model in self._store.list()[:OFFERS_MAX]:
-                sheet = self._parts.sheet_of(model)
-                own = sheet.header.get(".context_length") or CELLS_DEFAULT
-                context = min(own, CELLS_DEFAULT // SEQUENCES)
-                offers.append(Offer(model.name, model_shape(sheet.header, sheet.digest), context))
-        except CordeeError as error:
-            log.warning("a model of the store is not offered: %s", error.message)
-        slices: list[SliceHeld] = []
-        for digest in self._parts.known():
-            try:
-                slices += self._parts.held(digest)
-            except CordeeError as error:
-                log.warning("what lies here of model %s cannot be used: %s", digest, error.message)
-        free = shutil.disk_usage(self._store.root).free
-        ordered = sorted(slices, key=lambda held: (held.model, held.first, held.last))
-        return tuple(offers), tuple(ordered), free - free % DISK_STEP_BYTES
-
-    def _on_damage(self, digest: str, message: str) -> None:
-        """A chunk on this disk is not what its sheet says: look at all of the model's parts."""
-        log.warning("%s", message)
-        if digest not in self._verifying:
-            self._verifying[digest] = task = asyncio.get_running_loop().create_task(self._verify(digest))
-            task.add_done_callback(lambda _: self._verifying.pop(digest, None))
-
-    async def _verify(self, digest: str) -> None:
-        for held in self.slices:
-            if held.model == digest:
-                for name in await asyncio.to_thread(self._parts.verify, digest, held.first, held.last):
-                    log.warning("damaged on this disk: %s", name)
-        await self.scan()
+            return tuple(vocabulary.end_of_generation)
+        finally:
+            vocabulary.close()

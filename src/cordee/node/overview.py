@@ -96,6 +96,11 @@ class Overview:
                 for node, gauges in self._gauges.items()
                 for each in gauges.fetching
             ],
+            "reading": [
+                {"node": self._name(node)} | msgspec.to_builtins(each)
+                for node, gauges in self._gauges.items()
+                for each in gauges.reading
+            ],
             "changes": msgspec.to_builtins(list(self._agent.history.changes)),
             "watts": sum(watts) if watts else None,
         }
@@ -145,7 +150,8 @@ class Overview:
                 why = "There is no other node that is not drained."
             elif pick is not None:
                 load = Load(pick.placement.context, pick.placement.sequences)
-                why = (await self._plan(pick.shape, load)).why
+                elsewhere = await self._plan(pick.shape, load)
+                why = "" if elsewhere.placement is not None else elsewhere.why
             found.append({"model": stage["model"], "layers": stage["layers"], "why": why})
         return found
 
