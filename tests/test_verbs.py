@@ -1,6 +1,7 @@
 """The verbs of a cluster as people use them: real nodes on this machine, the starter model cut over two."""
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,7 +70,9 @@ def test_a_model_that_fits_no_node_is_answered_through_each(nodes: list[Node]) -
     assert len({stage["node"] for stage in placed}) == 2
     assert [stage["state"] for stage in placed] == ["wired", "wired"]
     assert (placed[0]["layers"][0], placed[-1]["layers"][1]) == (0, 30)
-    assert "serves" in [change["text"] for change in nodes[0].told("status")["changes"]]
+    told = nodes[0].told("status")
+    assert [model["state"] for model in told["models"]] == ["serving"]
+    assert "serves" in [change["text"] for change in told["changes"]]
 
 
 def test_ps_shows_the_stages_of_this_machine(nodes: list[Node]) -> None:
@@ -104,6 +107,15 @@ def test_status_says_why_a_model_runs_nowhere(nodes: list[Node]) -> None:
     nodes[0].do("unshare", "starter")
     until(lambda: not nodes[2].model("starter")["wished"])
     assert nodes[0].cordee("unshare", "starter").returncode == 3
+
+
+def test_a_watched_verb_goes_on_until_ctrl_c(rope: Rope) -> None:
+    watched = rope.nodes["a"].start("nodes", "--watch", "--json")
+    lines = [json.loads(watched.stdout.readline()) for _ in range(2)]
+    watched.send_signal(signal.SIGINT)
+    assert watched.wait(60) == 0
+    assert [[node["name"] for node in line["nodes"]] for line in lines] == [["a", "b", "c"]] * 2
+    watched.stdout.close()
 
 
 def test_one_agent_for_a_folder(rope: Rope) -> None:
