@@ -99,6 +99,12 @@ def test_plan_is_for_the_cluster_as_it_is(nodes: list[Node]) -> None:
     assert "the machines have 0.4 GB" in refused.stderr  # beside what runs
 
 
+def test_no_model_is_shared_for_more_than_it_was_made_for(nodes: list[Node]) -> None:
+    refused = nodes[2].cordee("share", "starter", "--context", 8193)
+    assert (refused.returncode, "at most 8192 tokens" in refused.stderr) == (2, True)
+    assert nodes[2].model("starter")["context"] == 1024
+
+
 def test_status_says_why_a_model_runs_nowhere(nodes: list[Node]) -> None:
     nodes[0].do("share", "starter", "--context", 8192, "--sequences", 16)
     until(lambda: nodes[2].model("starter")["state"] == "unplaced")

@@ -11,6 +11,7 @@ import time
 from cordee.cluster.facts import ModelShape, Reading
 from cordee.cluster.wishes import Wish
 from cordee.errors import BadRequest, DoesNotFit, ModelNotFound
+from cordee.models.gguf import read_header
 from cordee.models.hub import HubFile
 from cordee.models.pull import hub_files, hub_name, is_on_hub
 from cordee.models.shape import model_shape
@@ -33,12 +34,14 @@ class Sharing:
 
         Raises:
             ModelNotFound: no node of the cluster has it, and it is not on the hub.
-            BadRequest: the repository has several models, or the name is another model's.
+            BadRequest: the repository has several models, the name is another model's, or the model was not made
+                for such a context.
             DoesNotFit: the cluster's machines could not run it.
             StorageFailed: the hub cannot be reached.
             CordeeError: what ended the pass that is asked for with `follow`.
         """
         agent, model = self._agent, asked.model
+        await self._require_context(model, asked.context)
         if model in agent.offers():
             return self._offered(model, asked)
         wish = self._known(model)
@@ -137,6 +140,16 @@ class Sharing:
         gauges = self._agent.mind.gauges(time.monotonic()).values()
         readings = [*self._agent.library.reading, *(each for gauge in gauges for each in gauge.reading)]
         return next((each for each in readings if each.name == name and each.source), None)
+
+    async def _require_context(self, name: str, context: int | None) -> None:
+        """Refuse what a model was not made for, as far as its header is here already."""
+        service = self._agent.services.get(name)
+        if service is None or context is None:
+            return
+        header = await asyncio.to_thread(read_header, service.vocabulary.path, weights=False)
+        own = header.get(".context_length")
+        if own is not None and context > own:
+            raise BadRequest(f"{name} was made for at most {own} tokens, not {context}", "context")
 
     async def _require_fit(self, name: str, shape: ModelShape, context: int, sequences: int) -> None:
         found = (await Overview(self._agent).plan(name, shape, context, sequences)).plan
