@@ -235,10 +235,10 @@ class Chat:
         line = input("> ").strip()
         if line == "/quit":
             raise EOFError
-        if line == "/reset" or not line.startswith("/"):
-            self._note("first the answer: wait for its end, or stop it with Ctrl-C" if line else "")
-        else:
+        if line in ("/kill", "/nodes", "/help"):
             self._command(line)
+        elif line:
+            self._note("first the answer: wait for its end, or stop it with Ctrl-C")
 
     def _show(self, answer: Answer, pieces: list[str]) -> None:
         for when, chunk in answer.take():

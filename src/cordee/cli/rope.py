@@ -35,7 +35,7 @@ CONTEXT, SEQUENCES = 4096, 2
 LENT_PART = 1.05
 START_SECONDS = 60.0  # until the nodes know each other, on a slow and busy machine
 END_SECONDS = 10.0  # for nodes to end their stages and links
-RETURN_SECONDS = 4.0  # for which a felled node lies: longer than the others take to go on without it
+RETURN_SECONDS = 8.0  # for which a felled node lies: longer than the others take to go on without it
 POLL_SECONDS = 0.1
 LOG_BYTES_SHOWN = 400  # of a node that does not start
 
