@@ -19,7 +19,7 @@ from cordee.models.sheet import Sheet
 from cordee.node.agent import Agent
 from cordee.node.control import Share, Shared
 from cordee.node.overview import Overview
-from cordee.node.shelf import SEQUENCES, default_context
+from cordee.node.shelf import SEQUENCES
 
 
 class Sharing:
@@ -34,8 +34,8 @@ class Sharing:
 
         Raises:
             ModelNotFound: no node of the cluster has it, and it is not on the hub.
-            BadRequest: the repository has several models, the name is another model's, or the model was not made
-                for such a context.
+            BadRequest: the repository has several models, the name is another model's, or the context is
+                longer than the model was made for.
             DoesNotFit: the cluster's machines could not run it.
             StorageFailed: the hub cannot be reached.
             CordeeError: what ended the pass that is asked for with `follow`.
@@ -83,10 +83,9 @@ class Sharing:
                 "node gives this one another name.",
                 "model",
             )
-        header = (await asyncio.to_thread(agent.library.hub.open, source)).header
-        context = asked.context or default_context(header)
-        sequences = asked.sequences or SEQUENCES
-        await self._require_fit(name, await asyncio.to_thread(model_shape, header, name), context, sequences)
+        shape, own_context = await asyncio.to_thread(agent.library.hub.shape, source, name)
+        context, sequences = asked.context or own_context, asked.sequences or SEQUENCES
+        await self._require_fit(name, shape, context, sequences)
 
         def wish_it(sheet: Sheet) -> None:
             self._wish(
