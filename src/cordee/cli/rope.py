@@ -69,6 +69,17 @@ class Node:
                     each.kill()
         self.process.wait()
 
+    def wait_for_former(self) -> None:
+        """Wait for an agent that a killed demo left, and that is about to end."""
+        ends = time.monotonic() + END_SECONDS
+        with contextlib.suppress(FileNotFoundError):
+            while time.monotonic() < ends:
+                try:
+                    with _locked(self.home / "cluster" / "agent.lock"):
+                        return
+                except BadRequest:
+                    time.sleep(POLL_SECONDS)
+
     def last_words(self) -> str:
         """The end of what it said, in one line."""
         with contextlib.suppress(OSError):
@@ -107,11 +118,14 @@ class Rope:
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.enter_context(_locked(self._folder / "lock"))
             # Here lie the sockets of stages; what a felled node leaves of them goes with it.
             self._sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="cordee-demo-"))
             os.environ["CORDEE_HOME"] = str(self.gateway.home)
             stack.callback(self._end)
+            for node in self._nodes:
+                node.wait_for_former()
             try:
                 self._begin()
             except CordeeError as error:  # folders of before may be damaged or out of date
@@ -274,8 +288,7 @@ def layers_of(stages: Sequence[dict[str, Any]]) -> str:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file; raises BadRequest if somebody else does."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """Hold a lock on a file in a folder that is there; raises BadRequest if somebody else does."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
