@@ -2,6 +2,7 @@
 
     chunk_peer.py serve STORE PEER…                     prints its addresses, then serves until killed
     chunk_peer.py fetch STORE PEER NODE DIGEST FIRST LAST   prints the bytes that are there, line by line
+    chunk_peer.py hub STORE SOURCE DIGEST FIRST LAST        the same from the hub alone, without a cluster
 
 Its identity is that in CORDEE_HOME.
 """
@@ -16,6 +17,7 @@ from cordee.models.store import Store
 from cordee.node import identity
 from cordee.node.bus import BusOptions, ZenohBus
 from cordee.node.chunks import ChunkClient, ChunkServer, chunk_key
+from cordee.node.outside import Hub
 
 # Slow enough for a kill to come in the middle, whatever else the machine does.
 BYTES_PER_SECOND = 10e6
@@ -41,5 +43,25 @@ async def fetch(root: str, peer: str, node: str, digest: str, first: str, last: 
     await bus.close()
 
 
+async def hub(root: str, source: str, digest: str, first: str, last: str) -> None:
+    parts = Parts(Store(Path(root)))
+    client = ChunkClient(Nobody(), parts, lambda text: print(text, file=sys.stderr))
+    await client.part(
+        digest,
+        int(first),
+        int(last),
+        dict,
+        lambda done, _: print(done, flush=True),
+        lambda: Hub(parts).open(source),
+    )
+
+
+class Nobody:
+    """A bus without neighbours."""
+
+    async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
+        raise AssertionError("nobody has anything")
+
+
 if __name__ == "__main__":
-    asyncio.run({"serve": serve, "fetch": fetch}[sys.argv[1]](*sys.argv[2:]))
+    asyncio.run({"serve": serve, "fetch": fetch, "hub": hub}[sys.argv[1]](*sys.argv[2:]))

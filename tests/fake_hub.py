@@ -3,9 +3,17 @@
 import hashlib
 import json
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
+
+PIECE_BYTES = 1 << 20
+SLOW_SECONDS = 0.05
 
 
 @dataclass
@@ -14,8 +22,9 @@ class FakeHub:
 
     `stop_after` cuts each answer of a file after so many bytes, and with `stall` then waits until that is
     cleared; `ignore_ranges` sends whole files always; `status` answers everything with an error; so many file
-    answers as `corrupt` says have a wrong byte in the middle. `ranges` collects the Range header of each file
-    request, `sent` is how many bytes of files went out, `strange` what no download should ask for.
+    answers as `corrupt` says have a wrong byte in the middle; `slow` sends 20 MB/s. `ranges` collects the
+    Range header of each file request, `sent` is how many bytes of files went out, `strange` collects what no
+    download should ask for.
     """
 
     files: dict[str, dict[str, bytes]]
@@ -29,6 +38,7 @@ class FakeHub:
     strange: list[str] = field(default_factory=list)
     stall: threading.Event | None = None
     corrupt: int = 0
+    slow: bool = False
     sent: int = 0
 
     def __post_init__(self) -> None:
@@ -47,6 +57,15 @@ class FakeHub:
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
+
+    def use(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """Be the only hub that this process knows, for a test."""
+        monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1500)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.setattr(time, "sleep", lambda _: None)  # the library waits between tries
 
     def close(self) -> None:
         """Stop; closing twice is harmless."""
@@ -111,7 +130,11 @@ class FakeHub:
             middle = len(body) // 2
             body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
         body = body[: self.stop_after] if is_file else body
-        request.wfile.write(body)
-        self.sent += len(body) if is_file else 0
+        for start in range(0, len(body), PIECE_BYTES):
+            piece = body[start : start + PIECE_BYTES]
+            request.wfile.write(piece)
+            self.sent += len(piece) if is_file else 0
+            if self.slow:
+                threading.Event().wait(SLOW_SECONDS)
         if is_file and self.stall:
             self.stall.wait(60)

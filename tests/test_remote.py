@@ -1,11 +1,9 @@
 """A model on the hub that no disk here holds whole: its sheet in one pass, its parts by byte ranges."""
 
 import hashlib
-import time
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
 
 from cordee.errors import BadModelFile, BadRequest, ModelNotFound, StorageFailed
 from cordee.models import parts as parts_module
@@ -41,12 +39,7 @@ def served(tmp_path, monkeypatch):
     def serve(files: dict[str, bytes]) -> FakeHub:
         hub = FakeHub({"o/m": files})
         hubs.append(hub)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1500)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setattr(time, "sleep", lambda _: None)  # the library waits between tries
+        hub.use(monkeypatch, tmp_path)
         return hub
 
     yield serve

@@ -95,7 +95,8 @@ class HubModel:
         Raises:
             HubUnreachable: it cannot be reached; what came is kept.
             StorageFailed: the hub does not give ranges, or there is no room on disk.
-            BadModelFile: the hub's model is not the one of the sheet; names the chunk if the headers agree.
+            BadModelFile: the hub's model is not the one of the sheet; names the first wrong chunk if the
+                headers agree. All chunks that are right are kept.
         """
         shapes = [
             [(t.name, t.nbytes) for t in h.tensors] for h in (self.header, assembly.layout.sheet.header)
@@ -103,13 +104,20 @@ class HubModel:
         if shapes[0] != shapes[1]:
             raise BadModelFile(f"{self._files[0].repository} does not hold {assembly.layout.name}.")
 
+        wrong: list[BadModelFile] = []
+
         def take(chunk: Chunk, data: bytes) -> None:
-            assembly.put(chunk, data, f"The hub ({self._files[0].repository})")
+            try:
+                assembly.put(chunk, data, f"The hub ({self._files[0].repository})")
+            except BadModelFile as error:  # what comes after it may be right
+                wrong.append(error)
 
         for file in self._files:
             for span in _spans(self._regions(file, chunks)):
                 end = span[-1][0] + span[-1][1]
                 _stream(file, _Carver(span[0][0], span, take), end, FILL_TRIES, lambda: None)
+        if wrong:
+            raise wrong[0]
 
     def _regions(self, file: HubFile, chunks: Sequence[Chunk]) -> list[Region]:
         """Where in a file those of the chunks lie that are in it, in order."""

@@ -8,18 +8,21 @@ fetched by anybody and checked by everybody.
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cordee.cluster.facts import Reading
-from cordee.errors import CordeeError, Overloaded
+from cordee.cluster.facts import ModelShape, Reading
+from cordee.errors import BadRequest, CordeeError, Overloaded
+from cordee.models.hub import HubFile
 from cordee.models.parts import Parts
 from cordee.models.pull import hub_files
 from cordee.models.remote import HubModel
+from cordee.models.shape import model_shape
 from cordee.models.sheet import Sheet
-from cordee.node.shelf import Stopped
+from cordee.node.shelf import Stopped, default_context
 
 PASSES_MAX = 2  # at once: one fills most connections already
 FAULTS_MAX = 16  # of passes that failed, kept for whoever asks how they went
@@ -35,7 +38,7 @@ class _Pass:
 
 
 class Hub:
-    """See the module's docstring. All methods on one event loop, except `open`."""
+    """See the module's docstring. `open` and `shape` are for threads, all else for one event loop."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -48,14 +51,26 @@ class Hub:
         return [each.reading for each in self._passes.values()]
 
     def open(self, source: str) -> HubModel:
-        """A model on the hub ('owner/name/file.gguf'), with its header; takes seconds.
+        """A model on the hub ('owner/name/file.gguf'), to fill parts from; takes seconds.
 
         Raises:
             CordeeError: the hub cannot be reached or has no such model.
         """
-        log.warning("asking the hub for %s", source)
-        with TemporaryDirectory(prefix="cordee-") as folder:
-            return HubModel(hub_files(source), Path(folder))
+        with _opened(source) as model:
+            return model
+
+    def shape(self, source: str, name: str, context: int | None) -> tuple[ModelShape, int]:
+        """What a model would be in the cluster (with `name` for a digest), and for None its default context.
+
+        Raises:
+            BadRequest: the model was made for a shorter context.
+            CordeeError: as `open` does.
+        """
+        with _opened(source) as model:
+            own = model.header.get(".context_length")
+            if own is not None and context is not None and context > own:
+                raise BadRequest(f"{name} was made for at most {own} tokens, not {context}", "context")
+            return model_shape(model.header, name), context or default_context(model.header)
 
     def read(self, name: str, source: str, nbytes: int, then: Callable[[Sheet], None]) -> Reading:
         """Begin to read a model for its sheet, unless that is under way; `then` it is to be wished.
@@ -115,5 +130,18 @@ class Hub:
 
     def _pass(self, source: str, progress: Callable[[int, int], None]) -> Sheet:
         log.warning("reading %s from the hub once, to know its chunks; nothing of it is kept", source)
-        with TemporaryDirectory(prefix="cordee-") as folder:
-            return HubModel(hub_files(source), Path(folder)).sheet(self._parts, progress)
+        with _opened(source) as model:
+            return model.sheet(self._parts, progress)
+
+
+def files(source: str) -> list[HubFile]:
+    """The files of a model on the hub, as `hub_files`, and told."""
+    log.warning("asking the hub for %s", source)
+    return hub_files(source)
+
+
+@contextmanager
+def _opened(source: str) -> Iterator[HubModel]:
+    """A model on the hub; its header can be read inside the block, ranges of its weights later too."""
+    with TemporaryDirectory(prefix="cordee-") as folder:
+        yield HubModel(files(source), Path(folder))

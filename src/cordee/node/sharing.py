@@ -13,9 +13,10 @@ from cordee.cluster.wishes import Wish
 from cordee.errors import BadRequest, DoesNotFit, ModelNotFound
 from cordee.models.gguf import read_header
 from cordee.models.hub import HubFile
-from cordee.models.pull import hub_files, hub_name, is_on_hub
+from cordee.models.pull import hub_name, is_on_hub
 from cordee.models.shape import model_shape
 from cordee.models.sheet import Sheet
+from cordee.node import outside
 from cordee.node.agent import Agent
 from cordee.node.control import Share, Shared
 from cordee.node.overview import Overview
@@ -58,7 +59,7 @@ class Sharing:
             return Shared(name, reading)
         if asked.follow:
             return self._ended(name)
-        return await self._from_hub(name, await asyncio.to_thread(hub_files, model), asked)
+        return await self._from_hub(name, await asyncio.to_thread(outside.files, model), asked)
 
     def unshare(self, model: str) -> None:
         """Wish a model no more, or end its pass. Raises ModelNotFound if it is not wished."""
@@ -83,8 +84,8 @@ class Sharing:
                 "node gives this one another name.",
                 "model",
             )
-        shape, own_context = await asyncio.to_thread(agent.library.hub.shape, source, name)
-        context, sequences = asked.context or own_context, asked.sequences or SEQUENCES
+        shape, context = await asyncio.to_thread(agent.library.hub.shape, source, name, asked.context)
+        sequences = asked.sequences or SEQUENCES
         await self._require_fit(name, shape, context, sequences)
 
         def wish_it(sheet: Sheet) -> None:
