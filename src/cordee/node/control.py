@@ -160,7 +160,7 @@ def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T
 
     Raises:
         NotRunning: none does.
-        CordeeError: whatever the agent raised.
+        CordeeError: it does not answer; or whatever it raised.
     """
     connection = _Connection(_socket_path(home() / "cluster"))
     try:
@@ -168,9 +168,7 @@ def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T
         response = connection.getresponse()
         data = response.read()
     except TimeoutError as error:
-        raise NotRunning(
-            "The agent that runs here does not answer: end it and start `cordee up` again."
-        ) from error
+        raise CordeeError("The agent here does not answer: end it, then `cordee up` again.") from error
     except (OSError, http.client.HTTPException) as error:
         raise NotRunning(
             "No agent runs here: start it with `cordee up` in another terminal, then try again."
