@@ -117,9 +117,9 @@ class Node:
 
 
 class Rope:
-    """Nodes of one cluster; the first has the model file and is the keeper."""
+    """Nodes of one cluster; the first has the model file (if there is one) and is the keeper."""
 
-    def __init__(self, folder: Path, model: Path, *options: object) -> None:
+    def __init__(self, folder: Path, model: Path | None, *options: object) -> None:
         self._folder = folder
         self._model = model
         self._options = options
@@ -135,7 +135,8 @@ class Rope:
             node.do("join", next(iter(self.nodes.values())).do("invite").strip())
             listen = "127.0.0.1:0"
         else:
-            Store(home / "models").add_file(self._model, "starter", take="link")
+            if self._model is not None:
+                Store(home / "models").add_file(self._model, "starter", take="link")
             listen = f"127.0.0.1:{self.port}"
         self.nodes[name] = node
         node.up("--name", name, "--listen", listen, *self._options, *options)

@@ -1,0 +1,109 @@
+"""`cordee share owner/name` with real nodes: nobody has a disk for the model, the hub gives it once."""
+
+import os
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from cordee.models.gguf import read_header
+from cordee.models.parts import Parts
+from cordee.models.remote import FIRST_BYTES
+from cordee.models.store import Store
+from fake_hub import FakeHub
+from rope import Node, Rope, until
+from test_verbs import MEMORY, SERVED
+
+HELLO = [{"role": "user", "content": "Say hello."}]
+
+
+@pytest.fixture(scope="module")
+def hub(starter_path: Path) -> Iterator[FakeHub]:
+    made = FakeHub({"o/Small-GGUF": {"small-Q4_K_M.gguf": starter_path.read_bytes()}})
+    before = dict(os.environ)
+    os.environ |= {"HF_ENDPOINT": made.endpoint, "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"}
+    yield made
+    made.close()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def rope(tmp_path_factory: pytest.TempPathFactory, hub: FakeHub) -> Iterator[Rope]:
+    made = Rope(tmp_path_factory.mktemp("rope"), None, "--memory", MEMORY, "--scouting", "off")
+    try:
+        for name in "abc":
+            made.add(name, "--peer", f"127.0.0.1:{made.port}")
+        yield made
+    finally:
+        made.close()
+
+
+def hello(node: Node, model: str) -> str:
+    with node.client() as client:
+        done = client.chat.completions.create(model=model, messages=HELLO, max_tokens=8, temperature=0)
+    return done.choices[0].message.content
+
+
+def fetched(hub: FakeHub, start: int, end: int) -> int:
+    """How many bytes between two places of the file the hub was asked for."""
+    spans = [tuple(map(int, re.findall(r"\d+", asked))) for asked in hub.ranges]
+    return sum(max(0, min(last + 1, end) - max(first, start)) for first, last in spans)
+
+
+def holders(rope: Rope, first: int, last: int) -> list[str]:
+    """The nodes whose disks hold a part."""
+    found = []
+    for name, node in rope.nodes.items():
+        parts = Parts(Store(node.home / "models"))
+        held = [(held.first, held.last) for digest in parts.known() for held in parts.held(digest)]
+        if (first, last) in held:
+            found.append(name)
+    return found
+
+
+def test_a_model_of_the_hub_is_shared_fetched_once_and_outlives_hub_and_host(
+    rope: Rope, hub: FakeHub, starter_path: Path
+) -> None:
+    a, b, c = rope.nodes.values()
+    refused = b.cordee("share", "o/Small-GGUF", "--context", 2048, "--sequences", 64)
+    assert refused.returncode == 6, refused.stderr
+    assert "is not read from the hub, as the cluster could not run it" in refused.stderr
+    assert fetched(hub, 0, 1 << 40) <= FIRST_BYTES  # its header
+
+    shared = b.cordee("share", "o/Small-GGUF", *SERVED)
+    assert shared.returncode == 0, shared.stderr
+    assert "serves Small from now on" in shared.stderr
+    assert re.search(r"reading o/Small-GGUF/small-Q4_K_M\.gguf from the hub once", b.said)
+    until(lambda: all(node.model("Small")["state"] == "serving" for node in rope.nodes.values()))
+    answers = {hello(node, "Small") for node in rope.nodes.values()}
+    assert len(answers) == 1
+
+    layers = [tensor for tensor in read_header(starter_path).tensors if tensor.name.startswith("blk.")]
+    start, end = layers[0].offset, layers[-1].offset + layers[-1].nbytes
+    times = fetched(hub, start, end) / (end - start)
+    assert 2 <= times < 2.1 + 3 * FIRST_BYTES / (end - start)  # the pass, and once by the nodes together
+
+    [placement] = a.model("Small")["placements"]
+    ranges = [tuple(stage["layers"]) for stage in placement["stages"]]
+    assert len(ranges) == 2
+    asked = len(hub.ranges)
+    until(lambda: all(len(holders(rope, *each)) >= 2 for each in [*ranges, (0, 0)]))
+    assert len(hub.ranges) == asked
+    assert all(right[0] == left[1] for left, right in pairwise(ranges))
+
+    hub.close()
+    host = next(node for node in (a, b, c) if node.id == placement["host"])
+    host.process.kill()
+    host.process.wait()
+    others = [node for node in (a, b, c) if node is not host]
+    until(lambda: all(_host(node) not in ("", placement["host"]) for node in others))
+    assert {hello(node, "Small") for node in others} == answers
+
+
+def _host(node: Node) -> str:
+    """Who hosts the model, once it serves."""
+    model = node.model("Small")
+    return model["placements"][0]["host"] if model["state"] == "serving" else ""
