@@ -17,7 +17,7 @@ from cordee.node.devices import own_devices
 from terminal import PROGRAM, SECONDS, Terminal
 
 QUESTION = "Tell me a story about three climbers on a mountain."
-OPTIONS = ("--temperature", "0", "--max-tokens", "220")
+OPTIONS = ("--temperature", "0", "--max-tokens", "120")
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
@@ -75,11 +75,8 @@ def test_an_answer_goes_on_when_a_node_is_felled_in_its_middle(demo_home: Path) 
     assert parts[0] == 0, "somebody holds the first layers"
     assert len(parts) > 1, "and somebody else the others"
     undisturbed = asked(chat, kill=False)
-    assert len(undisturbed) > 300
+    assert len(undisturbed) > 200
     assert asked(chat, kill=True) == undisturbed
-    chat.type("/kill\n")  # between answers, perhaps before the first is back
-    chat.until("> ")
-    assert asked(chat, kill=False) == undisturbed
     chat.type("/quit\n")
     assert chat.exit_code() == 0
     assert processes(demo_home) == []
