@@ -80,13 +80,16 @@ def create_app(
 
 
 def health_response(services: Mapping[str, Service], expected: Collection[str]) -> Response:
-    """200 while some model can answer and none is still being loaded, else 503; with each one's state."""
-    states = {name: "ready" if service.ready else "recovering" for name, service in services.items()}
-    states = dict.fromkeys(expected, "loading") | states
+    """200 while some model can answer and none is still being loaded, else 503; with each one's state.
+
+    A model of the cluster that nobody has asked for yet is idle, which is as good as ready.
+    """
+    states = dict.fromkeys(expected, "loading") | {name: each.health for name, each in services.items()}
     if not states or "loading" in states.values():
         status = "loading"
     else:
-        status = "ok" if "ready" in states.values() else "recovering"
+        good = any(state in ("ready", "idle") for state in states.values())
+        status = "ok" if good else "recovering"
     return json_response({"status": status, "models": states}, 200 if status == "ok" else 503)
 
 

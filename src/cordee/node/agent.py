@@ -448,6 +448,7 @@ class Agent:
         for name, service in self.services.items():
             digest = service.model.digest
             current = self._gateway.routes.get(digest)
+            service.is_wished = name in self.goals.routes
             serving = [route.host for route in self.goals.routes.get(name, ()) if route.wiring]
             host = current if current in serving else next(iter(serving), None)
             if current != host:

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Literal
 
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, CordeeError, StageFailed
@@ -156,6 +157,7 @@ class ClusterService:
         self.context = context
         self.batch_invariant: bool | None = None
         self.port: int | None = None
+        self.is_wished = False  # whether the cluster is to serve it
         self._gateway = gateway
         self._wanted = wanted
         self._checks = Checks(self.vocabulary)
@@ -167,6 +169,13 @@ class ClusterService:
     def ready(self) -> bool:
         """Whether a host is known that would work on a request now."""
         return self.model.digest in self._gateway.routes
+
+    @property
+    def health(self) -> Literal["ready", "recovering", "idle"]:
+        """What `/health` says of it."""
+        if self.ready:
+            return "ready"
+        return "recovering" if self.is_wished else "idle"
 
     async def generate(self, request: Request) -> AsyncIterator[Chunk]:
         """Answer a request: chunks as they come, the last with a finish reason.

@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -132,6 +133,11 @@ class Service:
     def ready(self) -> bool:
         """Whether a request would be worked on now; False while a stage is being replaced."""
         return self._pipeline is not None and self._pipeline.state == "ready"
+
+    @property
+    def health(self) -> Literal["ready", "recovering"]:
+        """What `/health` says of it."""
+        return "ready" if self.ready else "recovering"
 
     async def generate(self, request: Request) -> AsyncIterator[Chunk]:
         """Answer a request: chunks as they come, the last with a finish reason.
