@@ -14,7 +14,7 @@ from clusters import (
 from cordee.cluster.choose import choose
 from cordee.cluster.crew import FAILED_SECONDS, WIRINGS_MAX, Crew, Orders, Worker
 from cordee.cluster.facts import SliceHeld, StageReport, wiring_id
-from cordee.cluster.goals import DISK_RESERVE_BYTES, Goals, Load, SliceGoal, StageGoal, goals, load_of
+from cordee.cluster.goals import DISK_RESERVE_BYTES, Goals, Load, SliceGoal, StageGoal, goals, holds, load_of
 from cordee.cluster.view import View
 
 HALVES = placed(("a", 0, 2), ("b", 2, 4))
@@ -90,6 +90,13 @@ def test_each_slice_of_what_serves_is_kept_twice_by_one_other_node() -> None:
     loading = running(HALVES, "loading")
     waiting = [facts_of(node, 2, stages=loading.get(node, ()), speed=50) for node in "abcd"]
     assert all(goals_of(view_of(*waiting), node).slices == () for node in "cd")
+
+
+def test_the_embedding_lies_in_no_slice_of_layers() -> None:
+    embedding = SliceGoal("m", 0, 0)
+    assert not holds([SliceHeld("m", 0, 2), SliceHeld("n", 0, 0)], embedding)
+    assert holds([SliceHeld("m", 0, 0)], embedding)
+    assert holds([WHOLE], embedding)
 
 
 def test_a_copy_that_lies_somewhere_stays_and_full_disks_get_none() -> None:

@@ -6,7 +6,14 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.cluster.wishes import AHEAD_SECONDS, TICK_SECONDS, WISHES_MAX, Wish, Wishes
+from cordee.cluster.wishes import (
+    AHEAD_SECONDS,
+    SOURCE_CHARS_MAX,
+    TICK_SECONDS,
+    WISHES_MAX,
+    Wish,
+    Wishes,
+)
 
 NOW = 1.8e9
 DAY = 86400.0
@@ -26,6 +33,7 @@ wishes = st.builds(
     replicas=st.integers(0, 2),
     stamp=stamps,
     author=st.sampled_from("xyz"),
+    source=st.sampled_from(("", "o/m/a.gguf", "o" * (SOURCE_CHARS_MAX + 1))),
 )
 maps = st.lists(wishes, max_size=6)
 
@@ -48,6 +56,7 @@ def test_arbitrary_maps_converge_and_the_next_wish_wins(held: list[list[Wish]], 
     gossip(nodes, clocks, random)
     assert all(node.all == nodes[0].all for node in nodes)
     assert all(wish.stamp <= max(clocks) + AHEAD_SECONDS for wish in nodes[0].all)
+    assert all(len(wish.source) <= SOURCE_CHARS_MAX for wish in nodes[0].all)
     writer = random.randrange(len(nodes))
     nodes[writer].write(Wish("a", None, 77, 1, author="w"), clocks[writer])
     gossip(nodes, clocks, random)

@@ -147,7 +147,8 @@ class Parts:
     def lying(self, digest: str) -> tuple[list[Part], list[Part]]:
         """What of a model was assembled here, complete and growing; `used` is in seconds since 1970.
 
-        A growing part takes what has come of it. Raises as `sheet` does.
+        A growing part takes what has come of it; a file that is no part of this length is like one. Raises as
+        `sheet` does.
         """
         complete, growing = [], []
         for layout, path in self._found(digest):
@@ -158,7 +159,8 @@ class Parts:
                     stat.st_blocks * STAT_BLOCK_BYTES,
                     stat.st_mtime,
                 )
-                (growing if path.suffix == PARTIAL else complete).append(part)
+                is_complete = path.suffix != PARTIAL and stat.st_size == layout.nbytes
+                (complete if is_complete else growing).append(part)
         return complete, growing
 
     def part(self, digest: str, first: int, last: int) -> SliceFile | None:

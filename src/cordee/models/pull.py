@@ -61,14 +61,12 @@ def pull(
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether `source` may be a model of the hub, or a card of one."""
-    return source in cards() or bool(_HUB.fullmatch(source))
+    """Whether `source` names a model of the hub ('owner/name…'), which a card's name alone does not."""
+    return bool(_HUB.fullmatch(source))
 
 
 def hub_name(source: str) -> str:
-    """What a model of the hub is called, unless it is told otherwise; a card's model like the card."""
-    if source in cards():
-        return source
+    """What a model of the hub ('owner/name…') is called, unless it is told otherwise."""
     asked = _HUB.fullmatch(source)
     name = _plain(re.sub(r"-gguf$", "", asked["repository"].partition("/")[2], flags=re.IGNORECASE))
     return f"{name}:{asked['quantization']}" if asked["quantization"] else name

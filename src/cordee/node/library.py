@@ -193,14 +193,10 @@ class Library:
 
     async def _ends_of(self, digest: str) -> tuple[int, ...]:
         if digest not in self._ends:
-            self._ends[digest] = await asyncio.to_thread(self._read_ends, digest)
+            path = await asyncio.to_thread(self._parts.vocabulary, digest)
+            vocabulary = Vocabulary(path)  # libllama is not for several threads: this one also serves with it
+            self._ends[digest] = tuple(vocabulary.end_of_generation)
+            vocabulary.close()
             while len(self._ends) > ENDS_MAX:
                 del self._ends[next(iter(self._ends))]
         return self._ends[digest]
-
-    def _read_ends(self, digest: str) -> tuple[int, ...]:
-        vocabulary = Vocabulary(self._parts.vocabulary(digest))
-        try:
-            return tuple(vocabulary.end_of_generation)
-        finally:
-            vocabulary.close()

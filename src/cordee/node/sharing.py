@@ -31,7 +31,7 @@ class Sharing:
 
     async def share(self, asked: Share) -> Shared:
         """Wish a model by its name in the cluster; or one of the hub ('owner/name', or with ':QUANTIZATION'
-        or '/file.gguf'; or a card's name), which then has the name that `cordee pull` gives it.
+        or '/file.gguf'), which then has the name that `cordee pull` gives it.
 
         Raises:
             ModelNotFound: no node of the cluster has it, and it is not on the hub.
