@@ -1,18 +1,19 @@
 """A model on the hub that no disk here holds whole: its sheet in one pass, its parts by byte ranges."""
 
 import hashlib
+import time
 from pathlib import Path
 
 import pytest
 
-from cordee.errors import BadModelFile, BadRequest, ModelNotFound, StorageFailed
+from cordee.errors import BadModelFile, BadRequest, HubUnreachable, ModelNotFound, StorageFailed
 from cordee.models import parts as parts_module
 from cordee.models import remote as remote_module
 from cordee.models import sheet as sheets
 from cordee.models.gguf import read_header
 from cordee.models.parts import Parts
 from cordee.models.pull import hub_files
-from cordee.models.remote import HubModel
+from cordee.models.remote import PASS_TRIES, HubModel
 from cordee.models.slices import cut
 from cordee.models.store import Store
 from fake_hub import FakeHub
@@ -128,6 +129,32 @@ def test_a_broken_connection_is_taken_up_and_a_lost_one_keeps_what_came(served, 
         source.fill(assembly, list(assembly.missing))
         assembly.finish()
     assert parts.verify(digest, 0, 6) == []
+
+
+def test_a_pass_outlives_a_hub_that_is_gone_for_minutes(served, model, parts, tmp_path, monkeypatch):
+    hub = served({"a.gguf": model.read_bytes()})
+    source = remote(tmp_path)
+    waits = []
+
+    def wait(_seconds: float) -> None:
+        waits.append(hub.status)
+        hub.status = 503 if len(waits) < PASS_TRIES - 1 else None
+
+    def fall(done_bytes: int, total_bytes: int) -> None:
+        if not waits and done_bytes > total_bytes // 2:
+            hub.status = 503
+
+    monkeypatch.setattr(time, "sleep", wait)
+    monkeypatch.setattr(remote_module, "SPAN_BYTES", 50_000)
+    hub.ranges.clear()
+    assert source.sheet(parts, fall).digest == local_sheet(model, tmp_path)
+    assert waits == [503] * (PASS_TRIES - 1)
+    assert len(hub.ranges) == -(-model.stat().st_size // 50_000)  # nothing was read twice
+    monkeypatch.setattr(remote_module, "PASS_TRIES", 3)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    hub.status = 503
+    with pytest.raises(HubUnreachable, match="cannot be fetched from"):
+        source.sheet(parts)
 
 
 def test_other_content_than_promised_makes_no_sheet(served, model, parts, tmp_path):

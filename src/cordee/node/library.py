@@ -156,9 +156,9 @@ class Library:
     async def _fetch(self, goal: SliceGoal) -> None:
         try:
             await self._part(goal)
-        except CordeeError as error:
+        except (CordeeError, OSError) as error:
             self._not_before[goal] = time.monotonic() + AGAIN_SECONDS
-            self._owner.fetch_failed(goal, error.message)
+            self._owner.fetch_failed(goal, str(error))
         await self._shelf.scan()
 
     async def _part(self, goal: SliceGoal) -> Path:
