@@ -1,17 +1,28 @@
 """`cordee share owner/name` with real nodes: nobody has a disk for the model, the hub gives it once."""
 
+import asyncio
 import os
 import re
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from clusters import shape_of
+from cordee.cluster.facts import Gauges, Offer, Reading
+from cordee.cluster.wishes import Wish
+from cordee.errors import BadRequest, ModelNotFound
 from cordee.models.gguf import read_header
+from cordee.models.hub import HubFile
 from cordee.models.parts import Parts
 from cordee.models.remote import FIRST_BYTES
 from cordee.models.store import Store
+from cordee.node import outside
+from cordee.node.control import Share, Shared
+from cordee.node.sharing import Sharing
+from cordee.node.shelf import SEQUENCES
 from fake_hub import FakeHub
 from rope import Node, Rope, until
 from test_verbs import MEMORY, SERVED
@@ -101,6 +112,61 @@ def test_a_model_of_the_hub_is_shared_fetched_once_and_outlives_hub_and_host(
     others = [node for node in (a, b, c) if node is not host]
     until(lambda: all(_host(node) not in ("", placement["host"]) for node in others))
     assert {hello(node, "Small") for node in others} == answers
+
+
+class Told:
+    """An agent that knows some offers and wishes; what is wished of it is kept, a pass is an error."""
+
+    def __init__(self, offers: list[Offer], wishes: list[Wish]) -> None:
+        self.services: dict[str, object] = {}
+        self.library = SimpleNamespace(reading=())
+        self.mind = self
+        self.wishes = wishes
+        self.wished: list[tuple[object, ...]] = []
+        self._offers = {offer.name: offer for offer in offers}
+
+    def offers(self) -> dict[str, Offer]:
+        return self._offers
+
+    def gauges(self, _now: float) -> dict[str, Gauges]:
+        return {"b": Gauges(reading=(Reading("Third", "o/Third-GGUF/third.gguf", 5, 10),))}
+
+    def wish(self, name, shape, context, sequences, _now, replicas=1, source="") -> None:
+        self.wished.append((name, shape.digest, context, sequences, replicas, source))
+
+    def changed(self) -> None:
+        pass
+
+
+def test_no_pass_is_made_for_what_is_known_under_way_or_has_a_taken_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def files(source: str) -> list[HubFile]:
+        repository = source.partition(":")[0]
+        return [HubFile(repository, "file.gguf", 10, "0" * 64)]
+
+    monkeypatch.setattr(outside, "files", files)
+    pulled = Offer("mine", shape_of("p"), 64, "o/Pulled-GGUF/file.gguf")
+    taken_back = Wish("Old", shape_of("o"), 32, 2, 0, source="o/Old-GGUF/file.gguf")
+    agent = Told([pulled, Offer("Taken", shape_of("t"), 64)], [taken_back])
+
+    def share(model: str, **more) -> Shared:
+        return asyncio.run(Sharing(agent).share(Share(model, **more)))
+
+    assert share("o/Pulled-GGUF:Q8_0") == Shared("mine")
+    assert share("o/Old-GGUF", context=16) == Shared("Old")
+    assert share("Old") == Shared("Old")
+    assert agent.wished == [
+        ("mine", "p", 64, SEQUENCES, 1, "o/Pulled-GGUF/file.gguf"),
+        ("Old", "o", 16, 2, 1, "o/Old-GGUF/file.gguf"),
+        ("Old", "o", 32, 2, 1, "o/Old-GGUF/file.gguf"),
+    ]
+    with pytest.raises(BadRequest, match="another model called Taken"):
+        share("x/Taken-GGUF")
+    assert share("o/Third-GGUF").reading.done_bytes == 5  # another node reads it
+    with pytest.raises(ModelNotFound, match="one of the hub"):
+        share("nothing")
+    assert len(agent.wished) == 3
 
 
 def _host(node: Node) -> str:

@@ -47,7 +47,7 @@ class Sharing:
             return self._offered(model, asked)
         wish = self._known(model)
         if wish is not None:
-            return self._again(wish, asked)
+            return self._again(wish, asked, wish.source)
         if not is_on_hub(model):
             raise ModelNotFound(
                 f"No node of the cluster has a model {model!r}: `cordee pull` on one of them fetches it; one "
@@ -73,11 +73,11 @@ class Sharing:
         source = f"{files[0].repository}/{files[0].path}"
         offers = agent.offers()
         for offer in offers.values():
-            if offer.source == source:  # some node pulled it
-                return self._offered(offer.name, asked)
+            if offer.source == source:  # some node pulled it, and gives it; the hub does if that node is gone
+                return self._again(Wish(offer.name, offer.shape, offer.context, SEQUENCES), asked, source)
         for wish in agent.mind.wishes:
             if wish.source == source and wish.shape is not None:
-                return self._again(wish, asked)
+                return self._again(wish, asked, source)
         if name in offers or self._named(name):
             raise BadRequest(
                 f"The cluster has another model called {name}: `cordee pull {asked.model} --name NAME` on a "
@@ -109,11 +109,11 @@ class Sharing:
             self._agent.wish(name, context=asked.context, sequences=sequences, replicas=asked.replicas)
         return Shared(name)
 
-    def _again(self, wish: Wish, asked: Share) -> Shared:
+    def _again(self, wish: Wish, asked: Share, source: str) -> Shared:
         """Its chunks are known."""
         if not asked.follow:
             context, sequences = asked.context or wish.context, asked.sequences or wish.sequences
-            self._wish(Wish(wish.model, wish.shape, context, sequences, asked.replicas, source=wish.source))
+            self._wish(Wish(wish.model, wish.shape, context, sequences, asked.replicas, source=source))
         return Shared(wish.model)
 
     def _ended(self, name: str) -> Shared:
