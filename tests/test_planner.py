@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace
+from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace, StageReport
 from cordee.cluster.memory import Load, needed_bytes
 from cordee.cluster.planner import Plan, Planner, plan
 from cordee.cluster.search import BEAM_WIDTH, CPU_STAGE_TIME, FETCH_TIME, VISITS_MAX, Search, held_layers
@@ -368,3 +368,14 @@ def test_a_cheaper_start_on_other_machines_does_not_hide_the_best(beam_width):
     with patch("cordee.cluster.search.BEAM_WIDTH", beam_width):
         found = plan(made_shape(), nodes, Load(1024, 1))
     assert layers_of(found) == [("mid", 0, 6), ("fast", 6, 12)]  # whose head is read faster
+
+
+def test_what_is_in_memory_stays_where_it_is():
+    """Of three machines one fell; the survivor's stage is the model's second half, and stays so."""
+    load, room = Load(4096, 8), device(9, 100)
+    fallen = Placement("m", 4096, 8, (StagePlace("bob", "GPU", 0, 6), StagePlace("ada", "GPU", 6, 12)))
+    loaded = (StageReport(fallen, 1, "loaded", "w1"),)
+    disk = slices((0, 12))
+    nodes = named(machine("ada", room, slices=disk, stages=loaded), machine("cyd", room, slices=disk))
+    assert layers_of(plan(made_shape(), nodes, load)) == [("cyd", 0, 6), ("ada", 6, 12)]
+    assert layers_of(plan(made_shape(), nodes, Load(2048, 8)))[0][0] == "ada"  # that stage is no use there

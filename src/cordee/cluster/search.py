@@ -2,7 +2,8 @@
 
 The time of a token is a sum over stages and hops (cluster/speed.py), so the fewest and fastest devices that
 hold the model are best, and a machine that would slow the others down is never in. To that time come small
-costs that decide between near-equals: bytes of slices that would have to be fetched, and stages on CPUs.
+costs that decide between near-equals: bytes of slices that would have to be fetched, or only loaded, and
+stages on CPUs.
 
 Every candidate's cost depends on nothing but its own machines, and the search is exact: what it finds is the
 same whatever other machines there are, and more machines never make it worse. The order in which candidates
@@ -23,6 +24,7 @@ from cordee.cluster.speed import (
     STAGE_TIME,
     byte_time,
     hop_time,
+    loaded_places,
     read_bytes,
     return_time,
 )
@@ -33,6 +35,8 @@ BEAM_WIDTH = 8  # partial pipelines that the first guess keeps
 # Fetching costs time once: at 1 Gbit/s a byte takes 8 ns, shared by the million tokens that a placement is
 # expected to make. So a placement of slices that are there wins over one that is faster by 1 % or so.
 FETCH_TIME = 8  # femtoseconds for each byte
+# Loading is the same at a disk's pace: the survivors of a loss keep the stages that they have.
+LOAD_TIME = 1  # femtoseconds for each byte
 # On equal speed a GPU is better: it also reads prompts faster.
 CPU_STAGE_TIME = MICROSECOND
 
@@ -83,6 +87,8 @@ class _Ability:
         self.layers_max = max((last - first for first, last in spans), default=0)
         self.reads_max = max((self.reads[first] - self.reads[last] for first, last in spans), default=0)
         self.held = tuple(sorted(held))
+        self.loaded = loaded_stages(shape, load, unit)
+        self._layer_bytes = [0, *accumulate(shape.layer_bytes)]
 
     def _ends_from(self, first: int) -> list[int]:
         """Where a stage that starts there may end, the longest first."""
@@ -95,9 +101,12 @@ class _Ability:
         ]
 
     def time(self, first: int, last: int) -> int:
-        """Femtoseconds that a stage adds to a token, the cost of fetching included."""
+        """Femtoseconds that a stage adds to a token, the costs of fetching and loading included."""
         read = (self.reads[first] - self.reads[last]) * self.unit.byte_time
-        return self.unit.fixed_time + read + (self.missing[last] - self.missing[first]) * FETCH_TIME
+        fetched = (self.missing[last] - self.missing[first]) * FETCH_TIME
+        loads = (first, last) not in self.loaded
+        loaded = (self._layer_bytes[last] - self._layer_bytes[first]) * LOAD_TIME if loads else 0
+        return self.unit.fixed_time + read + fetched + loaded
 
     def fullness(self, first: int, last: int) -> int:
         """How much of its memory a stage would take, in millionths."""
@@ -111,6 +120,16 @@ def held_layers(shape: ModelShape, facts: Facts) -> frozenset[int]:
         for held in facts.slices
         if held.model == shape.digest
         for layer in range(max(0, held.first), min(held.last, shape.layers))
+    )
+
+
+def loaded_stages(shape: ModelShape, load: Load, unit: Unit) -> frozenset[tuple[int, int]]:
+    """The layers of each stage that a worker of this device holds in memory."""
+    return frozenset(
+        (place.first, place.last)
+        for placement, place in loaded_places(shape.digest, unit.facts)
+        if (placement.context, placement.sequences) == (load.context, load.sequences)
+        and (place.node, place.device) == (unit.facts.node, unit.device.name)
     )
 
 
@@ -159,7 +178,8 @@ class _Links:
                 for i in members
             )
             disk = able[members[0]].unit.facts.disk_free_bytes
-            key = (self.classes[members[0]], kinds, able[members[0]].held, disk)
+            loaded = tuple(able[i].loaded for i in members)
+            key = (self.classes[members[0]], kinds, able[members[0]].held, loaded, disk)
             for number in members:
                 twins[number] = known.get(key, ())
             known[key] = (*known.get(key, ()), _mask(members))

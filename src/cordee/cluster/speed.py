@@ -9,11 +9,11 @@ All is integer arithmetic on coarse values, so that every node of a cluster comp
 and the noise of a measurement does not show. Times are femtoseconds: fine enough for a byte, and exact.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import msgspec
 
-from cordee.cluster.facts import Device, Facts, ModelShape, Placement
+from cordee.cluster.facts import Device, Facts, ModelShape, Placement, StagePlace, StageReport
 
 SECOND = 10**15  # in femtoseconds
 MICROSECOND = SECOND // 10**6
@@ -67,10 +67,28 @@ def settled(shape: ModelShape, facts: Facts, nodes: Collection[str]) -> Facts:
                 key=lambda held: (held.first, held.last),
             )
         ),
-        stages=(),
+        stages=_loaded(shape, facts),
         name="",
         api="",
     )
+
+
+def loaded_places(digest: str, facts: Facts) -> Iterator[tuple[Placement, StagePlace]]:
+    """What of a model a node has in memory, with the placement that it was loaded for."""
+    for report in facts.stages:
+        placement, index = report.placement, report.index
+        is_loaded = report.state in ("loaded", "wired") and 0 <= index < len(placement.stages)
+        if is_loaded and placement.model == digest:
+            yield placement, placement.stages[index]
+
+
+def _loaded(shape: ModelShape, facts: Facts) -> tuple[StageReport, ...]:
+    """The same as reports, one for all workers that hold the same."""
+    found = {
+        StageReport(msgspec.structs.replace(placement, stages=(place,)), 0, "loaded")
+        for placement, place in loaded_places(shape.digest, facts)
+    }
+    return tuple(sorted(found, key=msgspec.msgpack.encode))
 
 
 def byte_time(device: Device) -> int:
