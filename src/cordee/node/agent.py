@@ -20,6 +20,7 @@ import secrets
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
@@ -476,7 +477,7 @@ class Agent:
                 path=path,
                 nbytes=sum(shape.layer_bytes),
                 source="cluster",
-                added="",
+                added=datetime.now(UTC).isoformat(timespec="seconds"),  # to this node
                 architecture=shape.architecture,
                 layers=shape.layers,
             )
