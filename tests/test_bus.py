@@ -14,8 +14,6 @@ from typing import Any
 import psutil
 import pytest
 import zenoh
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
 
 from cordee.errors import BadRequest
 from cordee.node import address, enrolment, identity
@@ -23,6 +21,7 @@ from cordee.node import bus as bus_module
 from cordee.node.bus import BusOptions, Inbox, ZenohBus
 from cordee.node.identity import Identity
 from cordee.node.peers import Peers
+from intruders import intruder, intruder_certificate
 from members import DAY_SECONDS, at_home, cluster, founder, newcomer
 
 LOOPBACK = "127.0.0.1:0"
@@ -257,54 +256,6 @@ def test_members_renew_over_the_bus(tmp_path: Path) -> None:
     run(story)
 
 
-def intruder_certificate(kind: str, folder: Path, keeper: Identity, removed: Identity) -> Path:
-    """A folder with ca.pem, node.pem and node.key of somebody who is no member."""
-    key = identity.new_key()
-    name = identity.slot_of(keeper.node) if kind in ("foreign", "self-made") else "www.example.com"
-    past = time.time() - 40 * DAY_SECONDS
-    if kind == "removed":
-        return removed.folder
-    if kind == "foreign":
-        return founder(folder / "foreign").folder
-    if kind == "expired":
-        return newcomer(folder / "expired", keeper, past).folder
-    issuer = identity._name(name) if kind == "self-made" else keeper.authority.subject
-    builder = identity._certificate(key.public_key(), name, issuer, time.time(), DAY_SECONDS)
-    builder = builder.add_extension(
-        x509.SubjectAlternativeName([x509.DNSName("www.example.com")]), critical=False
-    )
-    signed = builder.sign(key if kind == "self-made" else keeper.authority_key, hashes.SHA256())
-    made = folder / kind
-    made.mkdir()
-    (made / "ca.pem").write_bytes((keeper.folder / "ca.pem").read_bytes())
-    (made / "node.pem").write_bytes(identity.pem(signed))
-    private = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (made / "node.key").write_bytes(key.private_bytes(*private))
-    return made
-
-
-def intruder(folder: Path, ours: Identity, where: list[str], port: int) -> zenoh.Session:
-    """A session without scruples: it says yes to everybody and has no access control."""
-    tls = {
-        f"{side}_{what}": str(folder / file)
-        for side in ("listen", "connect")
-        for what, file in (("certificate", "node.pem"), ("private_key", "node.key"))
-    }
-    tls |= {
-        "root_ca_certificate": str(ours.folder / "ca.pem"),
-        "enable_mtls": True,
-        "verify_name_on_connect": False,
-    }
-    config = {
-        "mode": "peer",
-        "listen": {"endpoints": [f"tls/127.0.0.1:{port}"]},
-        "connect": {"endpoints": [f"tls/{each}" for each in where]},
-        "scouting": {"multicast": {"enabled": False}},
-        "transport": {"link": {"tls": tls}},
-    }
-    return zenoh.open(zenoh.Config.from_json5(json.dumps(config)))
-
-
 @pytest.mark.parametrize("kind", ["foreign", "expired", "self-made", "removed", "public"])
 def test_intruders_see_nothing_and_are_not_heard(tmp_path: Path, kind: str) -> None:
     """They connect to a member, and a member connects to them, as after a forged answer to its multicast.
@@ -324,7 +275,7 @@ def test_intruders_see_nothing_and_are_not_heard(tmp_path: Path, kind: str) -> N
         async with node(keeper, [f"127.0.0.1:{port}"]) as a, node(member, a.bus.addresses) as b:
             await until(lambda: a.alive == b.alive == tokens(keeper, member))
             session = await asyncio.to_thread(
-                intruder, folder, keeper, [*a.bus.addresses, *b.bus.addresses], port
+                intruder, folder, keeper.folder / "ca.pem", [*a.bus.addresses, *b.bus.addresses], port
             )
             try:
                 session.declare_subscriber("cordee/**", lambda sample: seen.append(str(sample.key_expr)))
@@ -360,7 +311,9 @@ def test_that_intruder_would_hear_everything_with_a_members_certificate(tmp_path
 
     async def story() -> None:
         async with node(keeper, []) as a:
-            session = await asyncio.to_thread(intruder, member.folder, keeper, a.bus.addresses, 0)
+            session = await asyncio.to_thread(
+                intruder, member.folder, keeper.folder / "ca.pem", a.bus.addresses, 0
+            )
             try:
                 session.declare_subscriber(
                     "cordee/**", lambda sample: seen.append(sample.payload.to_string())

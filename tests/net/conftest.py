@@ -1,0 +1,56 @@
+"""A rope of four hosts, and a stranger, for all tests of this folder; skipped where there can be none."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import cordee
+from netlab import MEGABYTE, Lab, Unable, check_able
+from netrope import MACHINE, Node, Rope
+
+DISK_BYTES = 64 * MEGABYTE  # of one host, to be filled
+
+
+@pytest.fixture(scope="session", autouse=True)
+def able() -> None:
+    try:
+        check_able()
+    except Unable as error:
+        pytest.skip(f"no hosts: {error}")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """Five hosts; the fourth has a small disk, the fifth is for strangers."""
+    # Not pytest's own folder: the names of sockets are bounded.
+    folder = Path(tempfile.mkdtemp(prefix="lab"))
+    os.environ["PYTHONPATH"] = str(Path(cordee.__file__).parents[1])
+    machines = [MACHINE] * 3 + [replace(MACHINE, disk_bytes=DISK_BYTES)] + [MACHINE]
+    try:
+        with Lab(folder, machines) as lab:
+            yield lab
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def rope(lab: Lab) -> Rope:
+    """A cluster of the first four hosts that serves the model."""
+    rope = Rope(lab, 4)
+    rope.build()
+    return rope
+
+
+@pytest.fixture
+def stranger(lab: Lab) -> Iterator[Node]:
+    """The fifth host, which is in no cluster."""
+    node = Node(lab.hosts[4])
+    yield node
+    node.host.kill()
+    shutil.rmtree(node.host.home)
+    node.host.home.mkdir()

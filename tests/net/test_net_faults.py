@@ -1,0 +1,72 @@
+"""Eight answers stream while something happens to a machine that has a part of the model: none is harmed.
+
+Every answer has to be, letter for letter, what it is on a cluster that nobody disturbs.
+"""
+
+import random
+
+import pytest
+
+import netfaults
+from netfaults import Fault
+from netrope import Node, Rope
+
+FIRST, LAST = 0, -1  # stages: the first one's node is the host, with the scheduler
+FAULTS = [
+    (netfaults.crash, LAST),
+    (netfaults.kill, FIRST),
+    (netfaults.pause, FIRST),
+    (netfaults.cut, LAST),
+    (netfaults.short_cut, FIRST),
+    (netfaults.move, FIRST),
+    (netfaults.garbage, LAST),
+    (netfaults.wrong_clock, FIRST),
+]
+LONG_FAULTS = 50
+SEED = 20
+
+
+def strike(rope: Rope, fault: Fault, victim: Node, draw: random.Random) -> None:
+    """Let a fault happen to a node while streams run through all others; then wait until all is well."""
+    gateways = [node for node in rope.nodes if node is not victim]
+    with rope.streams(gateways):
+        mended = fault(rope, victim, draw)
+        mended.__enter__()
+    mended.__exit__(None, None, None)
+    rope.settle()
+
+
+@pytest.mark.parametrize(("fault", "stage"), FAULTS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_answers_hold_when_a_machine_of_theirs_fails(rope: Rope, fault: Fault, stage: int) -> None:
+    if fault is netfaults.wrong_clock and not netfaults.fake_clock("+1d"):
+        pytest.skip("needs libfaketime (Debian: libfaketime)")
+    strike(rope, fault, rope.stages()[stage], random.Random(SEED))
+
+
+def test_answers_hold_when_a_disk_runs_full(rope: Rope) -> None:
+    """And the node of the full disk may be needed at once, since another is lost."""
+    small = rope.nodes[3]
+    with netfaults.full_disk(rope, small, random.Random(SEED)):
+        victim = next(node for node in reversed(rope.stages()) if node is not small)
+        strike(rope, netfaults.kill, victim, random.Random(SEED))
+    rope.settle()
+
+
+def test_answers_hold_when_a_second_cluster_starts_on_the_same_network(rope: Rope, stranger: Node) -> None:
+    with rope.streams(rope.nodes):
+        stranger.up()
+        assert stranger.ask("/nodes")["cluster"] != rope.first.ask("/nodes")["cluster"]
+    assert set(stranger.states()) == {stranger.id}
+    assert stranger.id not in rope.first.states()
+
+
+@pytest.mark.long
+def test_answers_hold_through_fifty_faults_in_a_row(rope: Rope) -> None:
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    kinds = [*dict.fromkeys(fault for fault, _ in FAULTS), netfaults.kill_worker]
+    for number in range(LONG_FAULTS):
+        fault, victim = draw.choice(kinds), draw.choice(rope.nodes)
+        print(f"{number}: {fault.__name__} of {victim.host.name}", flush=True)
+        strike(rope, fault, victim, draw)
