@@ -24,7 +24,7 @@ def able() -> None:
         pytest.skip(f"no hosts: {error}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     """Five hosts; the fourth has a small disk, the fifth is for strangers."""
     # Not pytest's own folder: the names of sockets are bounded.
@@ -38,10 +38,10 @@ def lab() -> Iterator[Lab]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def rope(lab: Lab) -> Rope:
     """A cluster of the first four hosts that serves the model."""
-    rope = Rope(lab, 4)
+    rope = Rope(lab, lab.hosts[:4])
     rope.build()
     return rope
 

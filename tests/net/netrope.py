@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
@@ -35,14 +36,15 @@ ENDS = {"2": -100, "260": -100}  # the model's text is random; it shall not end 
 class Node:
     """A host as a node of the cluster."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, *options: str) -> None:
         self.host = host
+        self.options = options  # of `cordee up`
         self.id = ""
         self.process: Popen | None = None
 
-    def up(self, *options: str) -> None:
+    def up(self) -> None:
         """`cordee up`, and wait until its agent answers."""
-        self.process = self.host.start(*CORDEE, "up", "--name", self.host.name, *options)
+        self.process = self.host.start(*CORDEE, "up", "--name", self.host.name, *self.options)
         until(lambda: self.runs, f"{self.host.name} is up; {self.tail()}")
         self.id = self.ask("/nodes")["node"]
 
@@ -153,21 +155,20 @@ class Stream(threading.Thread):
 
 
 class Rope:
-    """Nodes on the hosts of a lab; the first founds the cluster and has the model."""
+    """Nodes on hosts of a lab; the first founds the cluster and has the model.
 
-    def __init__(self, lab: Lab, count: int | None = None) -> None:
+    `steps` are what was done to build it, and how many seconds each took.
+    """
+
+    def __init__(self, lab: Lab, hosts: Sequence[Host]) -> None:
         self.lab = lab
-        self.nodes = [Node(host) for host in lab.hosts[:count]]
+        self.nodes = [Node(host) for host in hosts]
         self.first = self.nodes[0]
         self.undisturbed: dict[int, str] = {}
+        self.steps: list[tuple[str, float]] = []
 
-    def found(self) -> None:
+    def found(self, model: Path) -> None:
         """The first node, from nothing."""
-        path = self.lab.folder / "tiny.gguf"
-        # Of a type whose arithmetic does not depend on who else is answered: f32's does.
-        model = make_tiny(
-            "llama", path, layers=LAYERS, quantization=GGMLQuantizationType.Q8_0, tokenizer="bytes"
-        )
         self.first.verb("pull", str(model), "--name", MODEL)
         self.first.up()
 
@@ -179,14 +180,27 @@ class Rope:
 
     def build(self) -> None:
         """The whole cluster, serving, with its undisturbed answers known."""
-        self.found()
+        model = make_model(self.lab.folder / "tiny.gguf")
+        with self._step("first node: pull the model, up"):
+            self.found(model)
         for node in self.nodes[1:]:
-            self.join(node)
+            with self._step(f"node {node.host.name}: invite, join, up"):
+                self.join(node)
+        with self._step("the last node hears of the model"):
+            until(self.nodes[-1].offers, "the last node offers the model")
+        with self._step("first token: slices travel, stages load"):
+            finish(self._started(Stream(self.nodes[-1], 0, tokens=1)))
+        with self._step(f"{STREAMS} answers of {TOKENS} tokens"):
+            for stream in self.start(self.nodes):
+                finish(stream)
+                self.undisturbed[stream.number] = stream.text
         self.settle()
-        streams = self.start([self.first])
-        for stream in streams:
-            finish(stream)
-            self.undisturbed[stream.number] = stream.text
+
+    @contextlib.contextmanager
+    def _step(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.steps.append((what, time.monotonic() - began))
 
     def settle(self) -> None:
         """Wait until every node that is up sees every other, and the model is served and nothing moves."""
@@ -201,7 +215,6 @@ class Rope:
             still = not any(placement and placement["successor"] for _, placement in views)
             return alive and still and len(wirings) == 1 and "" not in wirings
 
-        Stream(self.first, 0, tokens=1).run()  # whoever asks for a model wishes it
         until(settled, "all nodes see each other, and the model is served")
 
     def stages(self) -> list[Node]:
@@ -211,12 +224,26 @@ class Rope:
         assert placement is not None
         return [nodes[stage["node"]] for stage in placement["stages"]]
 
+    def report(self) -> str:
+        """What each node that is up believes, and says."""
+        lines = []
+        for node in self.nodes:
+            with contextlib.suppress(OSError):
+                lines += [
+                    f"{node.host.name} ({node.id})",
+                    str(node.states()),
+                    str(node.placement()),
+                    node.tail(),
+                ]
+        return "\n".join(lines)
+
     def start(self, gateways: Sequence[Node]) -> list[Stream]:
         """STREAMS streams through these nodes in turn."""
-        streams = [Stream(gateways[number % len(gateways)], number) for number in range(STREAMS)]
-        for stream in streams:
-            stream.start()
-        return streams
+        return [self._started(Stream(gateways[number % len(gateways)], number)) for number in range(STREAMS)]
+
+    def _started(self, stream: Stream) -> Stream:
+        stream.start()
+        return stream
 
     @contextlib.contextmanager
     def streams(self, gateways: Sequence[Node]) -> Iterator[list[Stream]]:
@@ -228,9 +255,20 @@ class Rope:
         )
         yield streams
         for stream in streams:
-            finish(stream)
+            try:
+                finish(stream)
+            except AssertionError as error:
+                error.add_note(self.report())
+                raise
             wanted = self.undisturbed[stream.number]
             assert stream.text == wanted, f"stream {stream.number} differs: {stream.text!r}, not {wanted!r}"
+
+
+def make_model(path: Path) -> Path:
+    """A model that is as large as MACHINE says; its text is random letters."""
+    # Of a type whose arithmetic does not depend on who else is answered: f32's does.
+    kind = GGMLQuantizationType.Q8_0
+    return make_tiny("llama", path, layers=LAYERS, quantization=kind, tokenizer="bytes")
 
 
 def finish(stream: Stream) -> None:
