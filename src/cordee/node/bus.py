@@ -20,6 +20,7 @@ Whatever is on the bus is soft state: what a full queue drops is said again by i
 import asyncio
 import contextlib
 import json
+import os
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -32,7 +33,7 @@ from zenoh.handlers import Callback
 
 from cordee.errors import BadRequest, SetupNeeded
 from cordee.node import address
-from cordee.node.bus_settings import MESSAGE_BYTES_MAX, session_config
+from cordee.node.bus_settings import MESSAGE_BYTES_MAX, RUNTIME, session_config
 from cordee.node.identity import Identity
 from cordee.node.peers import Peers
 
@@ -232,6 +233,7 @@ class ZenohBus:
         peers = [each for each in dict.fromkeys((*given, *known)) if each not in own]
         settings = session_config(self._identity, self._host, self._port, peers, self._options.scouting)
         config = zenoh.Config.from_json5(json.dumps(settings))
+        os.environ.setdefault(*RUNTIME)
         opening = asyncio.ensure_future(asyncio.to_thread(zenoh.open, config))
         try:
             self._session = await asyncio.shield(opening)

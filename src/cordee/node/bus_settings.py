@@ -15,6 +15,11 @@ RETRY_SECONDS = (0.2, 4.0)
 STALLED_SECONDS = 2.0  # a neighbour that takes no data for so long loses its link, and may come again
 MESSAGE_BYTES_MAX = 32 << 20  # a chunk of a slice and its header; token logs take far less
 LINKS_MAX = 512  # two for each of slots(), one from either side
+# zenoh reads what comes in on two threads, unless told so in the environment before its first session. But a
+# link whose node fell silent keeps one of them in the system's close() for 10 s (zenoh sets SO_LINGER so), and
+# a lost node had two links: the bus would be deaf to all others meanwhile. With so many threads 32 nodes may
+# be lost at once; a thread costs 20 kB.
+RUNTIME = ("ZENOH_RUNTIME", "(rx: (worker_threads: 64))")
 PENDING_LINKS_MAX = 32  # whose handshake is under way
 SCOUTING_GROUP = "224.0.0.224"  # link-local: no switch needs to be asked to forward it
 SCOUTING_PORTS = (20_000, 10_000)  # the first, how many: below the ports that systems hand out
