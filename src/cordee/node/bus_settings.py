@@ -16,7 +16,7 @@ STALLED_SECONDS = 2.0  # a neighbour that takes no data for so long loses its li
 MESSAGE_BYTES_MAX = 32 << 20  # a chunk of a slice and its header; token logs take far less
 LINKS_MAX = 512  # two for each of slots(), one from either side
 # zenoh reads what comes in on two threads, unless told so in the environment before its first session. But a
-# link whose node fell silent keeps one of them in the system's close() for 10 s (zenoh sets SO_LINGER so), and
+# link whose node fell silent keeps one of them in the system's close() for 10 s (zenoh sets SO_LINGER), and
 # a lost node had two links: the bus would be deaf to all others meanwhile. With so many threads 32 nodes may
 # be lost at once; a thread costs 20 kB.
 RUNTIME = ("ZENOH_RUNTIME", "(rx: (worker_threads: 64))")
