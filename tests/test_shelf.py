@@ -13,6 +13,7 @@ from cordee.cluster.goals import DISK_RESERVE_BYTES, Load, SliceGoal
 from cordee.errors import StorageFailed
 from cordee.models.parts import Parts
 from cordee.models.store import Store
+from cordee.node import library as library_module
 from cordee.node import shelf as shelf_module
 from cordee.node.library import FETCHES_MAX, Library
 from cordee.node.shelf import DISK_STEP_BYTES, GROWING_KEEP_SECONDS, Shelf
@@ -322,6 +323,32 @@ def test_two_that_want_the_same_part_at_once_both_get_it(model: Path, tmp_path: 
         files = await asyncio.gather(*map(library.prepare, loads))
         assert len({(each.slice, each.embedding) for each in files}) == 1
         assert not any(each.is_last for each in files)
+        await library.close()
+
+    asyncio.run(story())
+
+
+def test_who_has_just_started_waits_until_it_hears_who_has_the_layers(tmp_path: Path, monkeypatch) -> None:
+    """Otherwise a node that comes back would fail at a stage for a minute, only because it was the first."""
+    heard: dict[str, list[SliceHeld]] = {"b": [SliceHeld("m", 0, 2)]}
+    alone = Alone()
+    monkeypatch.setattr(alone, "holders", lambda: heard)
+
+    async def story() -> None:
+        library = Library(Store(tmp_path / "store"), "a", alone, alone)
+        asked: list[str] = []
+
+        async def sheet(digest: str) -> None:
+            asked.append(digest)
+            raise StorageFailed("asked for")
+
+        monkeypatch.setattr(library, "_sheet", sheet)
+        library.pursue([SliceGoal("m", 1, 3)])
+        await asyncio.sleep(3 * library_module.LOOK_SECONDS)
+        assert not asked
+        heard["c"] = [SliceHeld("m", 2, 4)]
+        await until(lambda: alone.failed)
+        assert asked == ["m"]
         await library.close()
 
     asyncio.run(story())

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 from cordee.cluster.facts import Offer, Reading, SliceHeld
 from cordee.cluster.goals import Load, SliceGoal
+from cordee.cluster.view import LISTEN_SECONDS
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError
 from cordee.models.gguf import engine_of
@@ -30,6 +31,10 @@ from cordee.node.stages import Files
 FETCHES_MAX = 2  # slices fetched at once: each asks several neighbours already
 # A fetch that failed is tried again after that long: a neighbour may have started, the hub answer again.
 AGAIN_SECONDS = 10.0
+# For layers that no neighbour is known to have: who has just started, or was cut off, may not have heard of
+# all of them yet. And how often that is looked at.
+HEARING_SECONDS = LISTEN_SECONDS
+LOOK_SECONDS = 0.1
 ENDS_MAX = 64  # models whose end tokens are remembered
 
 log = logging.getLogger(__name__)
@@ -165,6 +170,7 @@ class Library:
         def progress(done_bytes: int, total_bytes: int) -> None:
             self.progress[goal] = (done_bytes, total_bytes)
 
+        await self._until_held(goal)
         await self._sheet(goal.model)
         # Two that want the same part at once do not stand in each other's way: one of them fetches it.
         async with self._locks.setdefault(goal, asyncio.Lock()):
@@ -180,6 +186,23 @@ class Library:
             finally:
                 self.progress.pop(goal, None)
         return part.path
+
+    async def _until_held(self, goal: SliceGoal) -> None:
+        """Wait a little while for somebody to be known who has each of the layers."""
+        until = time.monotonic() + HEARING_SECONDS
+        while not self._is_held(goal) and time.monotonic() < until:
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _is_held(self, goal: SliceGoal) -> bool:
+        known = [*self.slices, *(held for slices in self._owner.holders().values() for held in slices)]
+        held = [each for each in known if each.model == goal.model]
+        if goal.model in self._owner.sources():
+            return True
+        if goal.last == 0:
+            return any(each.whole or each.last == 0 for each in held)
+        return all(
+            any(each.first <= layer < each.last for each in held) for layer in range(goal.first, goal.last)
+        )
 
     def _outside(self, digest: str) -> Callable[[], HubModel] | None:
         source = self._owner.sources().get(digest)
