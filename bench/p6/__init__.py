@@ -1,0 +1,1 @@
+"""Measuring a Pentium II without one: see README.md beside this file."""
