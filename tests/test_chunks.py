@@ -280,6 +280,37 @@ def test_a_cancelled_fetch_goes_on_where_it_stopped(world):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("chunks")]
 
 
+def test_who_is_cancelled_while_he_tidies_up_is_cancelled(world, monkeypatch):
+    """A stage that was stopped at that moment lived on: its worker kept memory that was given to another."""
+    world, pools = world("a"), []
+    loop = task = None
+
+    class Pool(chunks_module.ThreadPoolExecutor):
+        def shutdown(self, *arguments, **options) -> None:
+            if self._thread_name_prefix == "chunks":
+                pools.append(self)
+                loop.call_soon_threadsafe(task.cancel)
+                cancelled.wait(30)
+            super().shutdown(*arguments, **options)
+
+    monkeypatch.setattr(chunks_module, "ThreadPoolExecutor", Pool)
+    cancelled = threading.Event()
+
+    async def stopped() -> None:
+        nonlocal loop, task
+        loop = asyncio.get_running_loop()
+        await world.client.sheet(world.digest, "a")
+        task = asyncio.create_task(world.client.part(world.digest, 0, 2, world.holders))
+        while not pools:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.01)
+        cancelled.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(stopped())
+
+
 def test_who_says_he_has_what_he_has_not_is_not_asked_for_it_twice(world):
     world = world("ab")
     world.parts["b"].forget(world.digest)

@@ -214,8 +214,10 @@ class ChunkClient:
             return await loop.run_in_executor(pool, assembly.finish)
         finally:
             cancelled.set()
-            await _certainly(asyncio.to_thread(pool.shutdown))  # no thread writes once the file is closed
-            stack.close()
+            try:
+                await _certainly(asyncio.to_thread(pool.shutdown))  # no thread writes once the file is closed
+            finally:
+                stack.close()
 
     async def ask(self, node: str, ask: Ask, patience_seconds: float) -> Answer:
         """What a node answers, asked again while it is busy; raises _Lost with the reason if it does not."""
@@ -444,10 +446,14 @@ class _Fetch:
 
 
 async def _certainly(work: Awaitable[object]) -> None:
-    """Wait for something that must be over before we go on, even if we are cancelled meanwhile."""
+    """Wait for something that must be over before we go on, even if we are cancelled meanwhile: then
+    afterwards. (Who was cancelled and goes on is a process that nobody knows of any more.)"""
     task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
             await asyncio.shield(task)
-        except asyncio.CancelledError:
-            continue
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
