@@ -12,20 +12,39 @@ from gguf.quants import dequantize, quantize
 from cordee.cli.main import cordee
 from cordee.engine.stage import StageConfig, batch_of_one
 from cordee.engine.ternary import TernaryStage
-from cordee.errors import UnsupportedModel
+from cordee.errors import BadModelFile, UnsupportedModel
 from cordee.models.convert import convert
-from cordee.models.gguf import read_header
+from cordee.models.gguf import BitnetType, Header, read_header
 from cordee.models.ternary import LAYOUTS, unpack
 from ternary_models import FAMILIES, Reference, Weights
 from tiny import add_byte_tokenizer
 
+NARROW = {"n_embd": 32, "n_ff": 64, "heads": 2, "kv_heads": 1, "head_dim": 16}
 CHANGES = {"n_embd": 256, "n_ff": 512, "heads": 8, "kv_heads": 8, "head_dim": 32, "layers": 2}
 
 
-def write_source(path: Path, weights: Weights, kind: GGMLQuantizationType, *, spoil: str = "") -> None:
-    """The model as llama.cpp stores it; `spoil` names a matrix that gets a second magnitude."""
+def i2_s(weights: np.ndarray, scale: float) -> np.ndarray:
+    """bitnet.cpp's bytes of a matrix: 128 weights in 32, then 32 with the scale."""
+    block = (weights + 1).astype(np.uint8).reshape(-1, 4, 32)
+    packed = block[:, 0] << 6 | block[:, 1] << 4 | block[:, 2] << 2 | block[:, 3]
+    tail = np.zeros(32, dtype=np.uint8)
+    tail[:4] = np.array([scale], dtype="<f4").view(np.uint8)
+    return np.concatenate([packed.reshape(-1), tail])
+
+
+def write_source(
+    path: Path,
+    weights: Weights,
+    kind: GGMLQuantizationType | BitnetType,
+    *,
+    spoil: str = "",
+    architecture: str = "",
+    plain: bool = False,
+) -> None:
+    """The model as llama.cpp or bitnet.cpp stores it; `spoil` names a matrix that gets a second magnitude, a
+    `plain` one says of its tokenizer nothing but the kind."""
     model = weights.model
-    writer = GGUFWriter(path, model.architecture)
+    writer = GGUFWriter(path, architecture or model.architecture)
     writer.add_block_count(model.layers)
     writer.add_context_length(model.context)
     writer.add_embedding_length(model.n_embd)
@@ -34,10 +53,17 @@ def write_source(path: Path, weights: Weights, kind: GGMLQuantizationType, *, sp
     writer.add_head_count_kv(model.kv_heads)
     writer.add_layer_norm_rms_eps(model.epsilon)
     writer.add_rope_freq_base(model.rope_base)
-    add_byte_tokenizer(writer)
+    if plain:
+        writer.add_tokenizer_model("gpt2")
+    else:
+        add_byte_tokenizer(writer)
     for name, array in weights.arrays.items():
         if "blk" in name and array.ndim == 2:
             _, layer, matrix, _ = name.split(".")
+            if kind is BitnetType.I2_S:
+                stored = i2_s(array, weights.scales(name)[0]).view(np.int8)
+                writer.add_tensor(name, stored, raw_shape=array.shape, raw_dtype=kind)
+                continue
             # llama.cpp keeps scales in f16: what can be stored there comes out again.
             scales = weights.scales(name)
             scales[:] = scales.astype(np.float16)
@@ -53,6 +79,17 @@ def write_source(path: Path, weights: Weights, kind: GGMLQuantizationType, *, sp
     writer.close()
 
 
+def payload_of(header: Header, name: str) -> np.ndarray:
+    tensor = header.tensor(name)
+    return np.fromfile(tensor.path, np.uint8, tensor.nbytes, offset=tensor.offset)
+
+
+def matrix_of(header: Header, name: str, rows: int, cols: int) -> np.ndarray:
+    """A layer's matrix in a file of ours: int8 of -1, 0, 1."""
+    layout = LAYOUTS[header.get("cordee.ternary.layout")]
+    return unpack(payload_of(header, name).reshape(layout.shape(rows, cols)), layout, rows, cols)
+
+
 def weights_of(family: str) -> Weights:
     return Weights(replace(FAMILIES[family], **CHANGES), 3)
 
@@ -63,32 +100,76 @@ def test_no_weight_is_lost(kind: str, layout: str, tmp_path: Path) -> None:
     weights = weights_of("llama")
     write_source(tmp_path / "source.gguf", weights, GGMLQuantizationType[kind])
     source = read_header(tmp_path / "source.gguf")
-    model = convert(source, tmp_path / "ours.gguf", layout=layout)
+    model = convert(tmp_path / "source.gguf", tmp_path / "ours.gguf", layout=layout)
     ours = read_header(tmp_path / "ours.gguf")
-
-    def payload(name: str) -> np.ndarray:
-        tensor = ours.tensor(name)
-        return np.fromfile(tensor.path, np.uint8, tensor.nbytes, offset=tensor.offset)
-
     for layer in range(model.layers):
         for matrix, (rows, cols) in model.matrices().items():
             name = f"blk.{layer}.{matrix}.weight"
             original = source.tensor(name)
             stored = np.fromfile(original.path, np.uint8, original.nbytes, offset=original.offset)
             expected = dequantize(stored.reshape(rows, -1), original.type)
-            shaped = payload(name).reshape(LAYOUTS[layout].shape(rows, cols))
-            [scale] = payload(name.replace("weight", "scale")).view(np.float32)
-            assert (unpack(shaped, LAYOUTS[layout], rows, cols) * scale == expected).all()
+            [scale] = payload_of(ours, name.replace("weight", "scale")).view(np.float32)
+            assert (matrix_of(ours, name, rows, cols) * scale == expected).all()
             assert len(np.unique(expected)) == 3
     assert ours.get("tokenizer.ggml.tokens") == source.get("tokenizer.ggml.tokens")
     assert ours.get("tokenizer.chat_template") == source.get("tokenizer.chat_template")
+
+
+@pytest.mark.parametrize("columns", (256, 96))
+def test_no_weight_of_bitnet_cpps_own_format_is_lost(columns: int, tmp_path: Path) -> None:
+    """Its blocks run on from row to row where rows are no multiple of 128."""
+    changes = CHANGES | {"n_embd": columns, "heads": columns // 32, "kv_heads": columns // 32, "n_ff": 512}
+    weights = Weights(replace(FAMILIES["bitnet"], **changes), 3)
+    write_source(tmp_path / "source.gguf", weights, BitnetType.I2_S, architecture="bitnet-b1.58")
+    model = convert(tmp_path / "source.gguf", tmp_path / "ours.gguf")
+    ours = read_header(tmp_path / "ours.gguf")
+    assert (ours.architecture, model.sub_norms, model.planes) == ("bitnet", True, 1)
+    for name, expected in weights.arrays.items():
+        if "blk" in name and expected.ndim == 2:
+            assert (matrix_of(ours, name, *expected.shape) == expected).all()
+            assert payload_of(ours, name.replace("weight", "scale")).view("<f4") == weights.scales(name)
+            assert len(np.unique(expected)) == 3
+
+
+@pytest.mark.parametrize(
+    ("offset", "content", "message"),
+    [
+        (0, b"\xff", r"blk\.1\.ffn_up\.weight holds a code that stands for no weight"),
+        (-32, np.float32(np.nan).tobytes(), r"blk\.1\.ffn_up\.weight has the scale nan"),
+        (-32, bytes(4), r"blk\.1\.ffn_up\.weight has the scale 0"),
+    ],
+)
+def test_a_damaged_file_of_bitnet_cpp_is_named(
+    offset: int, content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "source.gguf"
+    write_source(path, weights_of("llama"), BitnetType.I2_S)
+    tensor = read_header(path).tensor("blk.1.ffn_up.weight")
+    whole = bytearray(path.read_bytes())
+    at = tensor.offset + offset % tensor.nbytes
+    whole[at : at + len(content)] = content
+    path.write_bytes(whole)
+    with pytest.raises(BadModelFile, match=message):
+        convert(path, tmp_path / "ours.gguf")
+    path.write_bytes(whole[: tensor.offset + tensor.nbytes - 1])
+    with pytest.raises(BadModelFile, match="cut short"):
+        convert(path, tmp_path / "ours.gguf")
+
+
+def test_a_vocabulary_that_does_not_say_how_it_splits_is_llama_3s(tmp_path: Path) -> None:
+    """BitNet b1.58 2B 4T's own GGUF does not."""
+    weights = Weights(replace(FAMILIES["bitnet"], n_vocab=128_256, layers=1, **NARROW), 3)
+    path = tmp_path / "source.gguf"
+    write_source(path, weights, BitnetType.I2_S, architecture="bitnet-b1.58", plain=True)
+    assert convert(path, tmp_path / "ours.gguf").activation == "relu2"
+    assert read_header(tmp_path / "ours.gguf").get("tokenizer.ggml.pre") == "llama-bpe"
 
 
 @pytest.mark.parametrize("family", ("llama", "bitnet-silu"))
 def test_a_converted_model_computes_what_the_source_means(family: str, tmp_path: Path) -> None:
     weights = weights_of(family)
     write_source(tmp_path / "source.gguf", weights, GGMLQuantizationType.TQ2_0)
-    convert(read_header(tmp_path / "source.gguf"), tmp_path / "ours.gguf")
+    convert(tmp_path / "source.gguf", tmp_path / "ours.gguf")
     stage = TernaryStage(
         tmp_path / "ours.gguf", StageConfig(context=64, sequences=1, batch_rows=64, threads=1)
     )
@@ -105,9 +186,9 @@ def test_what_is_not_ternary_is_refused_by_name(starter_path: Path, tmp_path: Pa
     name = "blk.1.ffn_up.weight"
     write_source(tmp_path / "source.gguf", weights, GGMLQuantizationType.F32, spoil=name)
     with pytest.raises(UnsupportedModel, match=r"blk\.1\.ffn_up\.weight is not ternary: row 7"):
-        convert(read_header(tmp_path / "source.gguf"), tmp_path / "ours.gguf")
+        convert(tmp_path / "source.gguf", tmp_path / "ours.gguf")
     with pytest.raises(UnsupportedModel, match=r"blk\.0\.attn_q\.weight is not ternary"):
-        convert(read_header(starter_path), tmp_path / "ours.gguf")
+        convert(starter_path, tmp_path / "ours.gguf")
     assert not (tmp_path / "ours.gguf").exists()
 
 

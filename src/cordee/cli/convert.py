@@ -8,7 +8,7 @@ from cordee.cli import output
 
 
 @click.command()
-@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.option(
     "-o", "path", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The file to write."
 )
@@ -26,15 +26,21 @@ from cordee.cli import output
     show_default=True,
     help="Precision of the head, which is rounded; the ternary weights never are.",
 )
-def convert(source: Path, path: Path, layout: str, head: str) -> None:
+@click.option(
+    "--pre",
+    metavar="NAME",
+    help="GGUF's name of the pre-tokenizer, for a checkpoint that splits text in a way not known here.",
+)
+def convert(source: Path, path: Path, layout: str, head: str, pre: str | None) -> None:
     """Turn a ternary model into a file for the ternary engine.
 
-    SOURCE is a GGUF file whose layers hold nothing but -s, 0 and s: TQ1_0, TQ2_0, or F16 and others of such
-    values.
+    SOURCE is a GGUF file whose layers hold nothing but -s, 0 and s (TQ1_0, TQ2_0, I2_S, or F16 and others
+    of such values), or a checkpoint of the hub: a folder with config.json, safetensors and tokenizer, whose
+    matrices are packed, ternary floats, or the masters of a b1.58 model. No ternary weight and no scale is
+    changed; a model that is not ternary is refused.
     """
     from cordee.models.convert import convert as run
-    from cordee.models.gguf import read_header
 
     with output.progress(source.name) as progress:
-        model = run(read_header(source), path, layout=layout, head=head, progress=progress)
+        model = run(source, path, layout=layout, head=head, pre=pre, progress=progress)
     click.echo(f"{path}  {model.architecture}, {model.layers} layers  {output.size(path.stat().st_size)}")

@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import IntEnum
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -116,13 +117,23 @@ class Array:
 Value = int | float | bool | str | Array
 
 
+class BitnetType(IntEnum):
+    """Types that bitnet.cpp added to ggml's; libllama loads none of them. See `models/ternary_gguf.py`."""
+
+    I2_S = 36
+
+
+# Weights share bytes in blocks of so many; behind the last block stand so many bytes with the scale.
+I2_BLOCK, I2_TAIL_BYTES = 128, 32
+
+
 @dataclass(frozen=True)
 class Tensor:
     """A tensor and where its bytes are. `shape` is in ggml's order, fastest dimension first."""
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: GGMLQuantizationType | BitnetType
     path: Path
     offset: int  # absolute in `path`
     nbytes: int
@@ -316,7 +327,7 @@ class _Listed:
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: GGMLQuantizationType | BitnetType
     offset: int
     nbytes: int
 
@@ -328,12 +339,18 @@ def _tensor_info(reader: "_Reader") -> _Listed:
         reader.fail(f"has a tensor {name!r} of {dimensions} dimensions")
     shape = tuple(reader.u64() for _ in range(dimensions))
     number, offset = reader.u32(), reader.u64()
+    if 0 in shape or prod(shape) >= BYTES_LIMIT:
+        reader.fail(f"claims an impossible shape {shape} for {name!r}")
+    if number == BitnetType.I2_S:
+        if prod(shape) % I2_BLOCK:
+            reader.fail(
+                f"stores {name!r} as I2_S, but its {prod(shape)} weights fill no blocks of {I2_BLOCK}"
+            )
+        return _Listed(name, shape, BitnetType.I2_S, offset, prod(shape) // 4 + I2_TAIL_BYTES)
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
         reader.fail(f"stores {name!r} as type {number}, which is unknown", "choose another quantization")
-    if 0 in shape or prod(shape) >= BYTES_LIMIT:
-        reader.fail(f"claims an impossible shape {shape} for {name!r}")
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape[0] % block:
         reader.fail(f"stores {name!r} as {kind.name} in rows of {shape[0]}, no multiple of {block}")

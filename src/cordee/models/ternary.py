@@ -5,7 +5,7 @@ rows, so memory depends on the widest row and not on the model.
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -21,6 +21,7 @@ VERSION = 1
 ALIGNMENT = 64
 COLUMN_PADDING = 16
 BLOCK_ROWS = 16
+EMBEDDING, HEAD, OUTPUT_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
 # Rows are read, packed and written so many at a time: whole groups of every layout, some MB.
 STRIP_ROWS = 320
 
@@ -128,7 +129,7 @@ class TernaryModel:
     activation: Literal["silu", "relu2"] = "silu"
     rope: Literal["neox", "interleaved"] = "interleaved"
     sub_norms: bool = False
-    layout: Literal["trit2", "trit5"] = "trit2"
+    layout: Literal["trit2", "trit5", "pentium2"] = "trit2"
     planes: int = 1
     head: str = "int8"
     head_planes: int = 2
@@ -167,9 +168,15 @@ class Source(Protocol):
 
 
 def write(
-    path: Path, model: TernaryModel, source: Source, *, describe: Callable[[GGUFWriter], None] | None = None
+    path: Path,
+    model: TernaryModel,
+    source: Source,
+    *,
+    describe: Callable[[GGUFWriter], None] | None = None,
+    parts: Iterable["Part"] | None = None,
 ) -> None:
     """Write a model file; `describe` adds tokenizer and other keys. Nothing half-written is left behind.
+    `parts` are its tensors where they are not those of the usual layouts (ternary_p2.py).
 
     Raises:
         StorageFailed: no room on disk.
@@ -178,18 +185,18 @@ def write(
     _add_keys(writer, model)
     if describe:
         describe(writer)
-    parts = list(_parts(model, source))
-    for part in parts:
-        writer.add_tensor_info(part.name, part.shape, part.dtype, part.nbytes, raw_dtype=part.type)
+    parts = list(_parts(model, source) if parts is None else parts)
+    for each in parts:
+        writer.add_tensor_info(each.name, each.shape, each.dtype, each.nbytes, raw_dtype=each.type)
     with atomic_file(path) as raw:
         file = io.BufferedWriter(raw)
         writer.fout, writer.state = [file], WriterState.EMPTY  # a file that is open already
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for part in parts:
+        for each in parts:
             writer.write_padding(file, file.tell(), ALIGNMENT)
-            for array in part.arrays:
+            for array in each.arrays:
                 file.write(np.ascontiguousarray(array).data)
         writer.write_padding(file, file.tell(), ALIGNMENT)
         file.detach()
@@ -217,7 +224,7 @@ def _add_keys(writer: GGUFWriter, model: TernaryModel) -> None:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A tensor to be written; `shape` is numpy's, slowest dimension first, in bytes for blocked types."""
 
     name: str
@@ -228,64 +235,77 @@ class _Part:
     arrays: Iterator[np.ndarray]
 
 
-def _part(
+def part(
     name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, nbytes: int, arrays: Iterator[np.ndarray]
-) -> _Part:
+) -> Part:
+    """A tensor of that type; `shape` as in `Part`."""
     dtypes = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
     dtype = np.dtype(dtypes.get(kind, np.int8 if kind is GGMLQuantizationType.I8 else np.uint8))
-    return _Part(name, shape, dtype, kind, nbytes, arrays)
+    return Part(name, shape, dtype, kind, nbytes, arrays)
 
 
-def _strips(rows: int) -> Iterator[tuple[int, int]]:
+def strips(rows: int) -> Iterator[tuple[int, int]]:
+    """(first, last) of each strip of a matrix of so many rows."""
     return ((first, min(first + STRIP_ROWS, rows)) for first in range(0, rows, STRIP_ROWS))
 
 
-def _vector(name: str, length: int, make: Callable[[], np.ndarray]) -> _Part:
+def vector_part(name: str, length: int, make: Callable[[], np.ndarray]) -> Part:
+    """A vector of floats, made when it is written."""
     arrays = (np.asarray(make(), dtype="<f4") for _ in range(1))
-    return _part(name, (length,), GGMLQuantizationType.F32, length * 4, arrays)
+    return part(name, (length,), GGMLQuantizationType.F32, length * 4, arrays)
 
 
-def _payload(name: str, layout: Layout, rows: int, cols: int, arrays: Iterator[np.ndarray]) -> _Part:
+def _payload(name: str, layout: Layout, rows: int, cols: int, arrays: Iterator[np.ndarray]) -> Part:
     shape = layout.shape(rows, cols)
-    return _part(name, shape, GGMLQuantizationType.I8, int(np.prod(shape, dtype=np.int64)), arrays)
+    return part(name, shape, GGMLQuantizationType.I8, int(np.prod(shape, dtype=np.int64)), arrays)
 
 
-def _parts(model: TernaryModel, source: Source) -> Iterator[_Part]:
+def _parts(model: TernaryModel, source: Source) -> Iterator[Part]:
     """All tensors in the file's order; their bytes are made when they are written."""
     yield _embedding(model, source)
     layout = LAYOUTS[model.layout]
     for layer in range(model.layers):
         for name, length in model.norms().items():
             full = f"blk.{layer}.{name}.weight"
-            yield _vector(full, length, lambda full=full: source.vector(full))
+            yield vector_part(full, length, lambda full=full: source.vector(full))
         for name, (rows, cols) in model.matrices().items():
             full = f"blk.{layer}.{name}.weight"
-            strips = _packed_strips(source, full, rows, layout)
+            packed = _packed(source, full, rows, layout)
             scales = source.scales(full)
-            yield _vector(f"blk.{layer}.{name}.scale", len(scales), lambda scales=scales: scales)
-            yield _payload(full, layout, rows, cols, strips)
-    yield _vector("output_norm.weight", model.n_embd, lambda: source.vector("output_norm.weight"))
+            yield vector_part(f"blk.{layer}.{name}.scale", len(scales), lambda scales=scales: scales)
+            yield _payload(full, layout, rows, cols, packed)
+    yield vector_part(OUTPUT_NORM, model.n_embd, lambda: source.vector(OUTPUT_NORM))
     yield from _head(model, source)
 
 
-def _packed_strips(source: Source, name: str, rows: int, layout: Layout) -> Iterator[np.ndarray]:
-    return (pack(source.rows(name, first, last), layout) for first, last in _strips(rows))
+def _packed(source: Source, name: str, rows: int, layout: Layout) -> Iterator[np.ndarray]:
+    return (pack(source.rows(name, first, last), layout) for first, last in strips(rows))
 
 
-def _embedding(model: TernaryModel, source: Source) -> _Part:
-    name = "token_embd.weight"
-    strips = (quantize(source.rows(name, a, b), model.embedding) for a, b in _strips(model.n_vocab))
+def exact_type(source: Source, rows: int) -> GGMLQuantizationType:
+    """F16 where it holds every value of an embedding of so many rows exactly, else F32."""
+
+    def exact(values: np.ndarray) -> bool:
+        with np.errstate(over="ignore"):
+            return np.array_equal(values.astype(np.float16).astype(np.float32), values)
+
+    found = all(exact(source.rows(EMBEDDING, first, last)) for first, last in strips(rows))
+    return GGMLQuantizationType.F16 if found else GGMLQuantizationType.F32
+
+
+def _embedding(model: TernaryModel, source: Source) -> Part:
+    encoded = (quantize(source.rows(EMBEDDING, a, b), model.embedding) for a, b in strips(model.n_vocab))
     [row] = quantize(np.zeros((1, model.n_embd), dtype=np.float32), model.embedding)
-    return _part(name, (model.n_vocab, len(row)), model.embedding, model.n_vocab * row.nbytes, strips)
+    return part(EMBEDDING, (model.n_vocab, len(row)), model.embedding, model.n_vocab * row.nbytes, encoded)
 
 
-def _head(model: TernaryModel, source: Source) -> Iterator[_Part]:
+def _head(model: TernaryModel, source: Source) -> Iterator[Part]:
     """The head's rows are read twice rather than kept: once for the scales, once for the weights."""
     layout, rows = LAYOUTS[model.head], model.n_vocab
 
-    def strips() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        return (rounded(source.rows("output.weight", a, b), layout) for a, b in _strips(rows))
+    def codes() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return (rounded(source.rows(HEAD, a, b), layout) for a, b in strips(rows))
 
-    yield _vector("output.scale", rows, lambda: np.concatenate([scales for _, scales in strips()]))
-    packed = (pack(weights, layout) for weights, _ in strips())
-    yield _payload("output.weight", layout, rows, model.n_embd, packed)
+    yield vector_part("output.scale", rows, lambda: np.concatenate([scales for _, scales in codes()]))
+    packed = (pack(weights, layout) for weights, _ in codes())
+    yield _payload(HEAD, layout, rows, model.n_embd, packed)
