@@ -1,8 +1,9 @@
-"""Somebody who is no member, on a host of the lab: `net_intruder.py FOLDER AUTHORITY CLUSTER HOST:PORT...`
+"""People who are no members, on a host of the lab: `net_intruder.py AUTHORITY CLUSTER FOLDER,... DOOR...`
 
-FOLDER holds his node.pem and node.key, AUTHORITY is the certificate that signs the cluster's. He listens on
-the bus of every node, speaks on it, and knocks at every port he was told. Prints {"heard": keys, "replies":
-count, "said": what was said to him, by port}.
+Each FOLDER holds somebody's node.pem and node.key, AUTHORITY is the certificate that signs the cluster's, a
+DOOR is HOST:PORT. They listen on the bus of every node, speak on it, and knock at every door; so does
+somebody without any papers. Prints, by the folder's name (or "none"), what each of them learned:
+{"heard": keys, "replies": count, "said": what was said to him by door}.
 """
 
 import contextlib
@@ -11,7 +12,10 @@ import socket
 import ssl
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import zenoh
 
 from intruders import intruder
 
@@ -19,36 +23,71 @@ BUS_PORT = "7330"
 LISTEN_SECONDS = 2.5  # two beats of every node
 KNOCK_SECONDS = 0.5
 BYTES_MAX = 4096
+HANDS = 16  # doors that are knocked at, at once
 
 
 def main() -> None:
-    folder, authority, cluster, *doors = sys.argv[1:]
-    heard: list[str] = []
+    authority, cluster, folders, *doors = sys.argv[1:]
     buses = [door for door in doors if door.endswith(f":{BUS_PORT}")]
-    session = intruder(Path(folder), Path(authority), buses, 0)
-    try:
-        session.declare_subscriber("cordee/**", lambda sample: heard.append(str(sample.key_expr)))
-        session.liveliness().declare_subscriber(
-            "cordee/**", lambda sample: heard.append(str(sample.key_expr)), history=True
-        )
-        said = {door: knock(Path(folder), door).hex() for door in doors}
+    forged = f"cordee/{cluster}/beat/forged"
+    people = {_name(folder): folder for folder in map(Path, folders.split(","))}
+    with contextlib.ExitStack() as stack:
+        heard: dict[str, list[str]] = {}
+        sessions = {}
+        for name, folder in people.items():
+            sessions[name] = intruder(folder, Path(authority), buses, 0)
+            stack.callback(sessions[name].close)
+            heard[name] = listen(sessions[name])
+        said = {name: knock_at_all(doors, folder) for name, folder in {**people, "none": None}.items()}
         for _ in range(10):
             time.sleep(LISTEN_SECONDS / 10)
-            session.put(f"cordee/{cluster}/beat/forged", b"forged")
-        replies = len(list(session.get("cordee/**", timeout=KNOCK_SECONDS)))
-    finally:
-        session.close()
-    forged = f"cordee/{cluster}/beat/forged"
-    print(json.dumps({"heard": [key for key in heard if key != forged], "replies": replies, "said": said}))
+            for session in sessions.values():
+                session.put(forged, b"forged")
+        replies = {
+            name: len(list(session.get("cordee/**", timeout=KNOCK_SECONDS)))
+            for name, session in sessions.items()
+        }
+    learned = {
+        name: {
+            "heard": [key for key in heard.get(name, []) if key != forged],
+            "replies": replies.get(name, 0),
+            "said": said[name],
+        }
+        for name in said
+    }
+    print(json.dumps(learned))
 
 
-def knock(folder: Path, door: str) -> bytes:
-    """What is said inside of TLS at a door to who shows these papers."""
+def _name(folder: Path) -> str:
+    return folder.parent.name if folder.name == "cluster" else folder.name
+
+
+def listen(session: zenoh.Session) -> list[str]:
+    """The keys of all that is heard from now on."""
+    keys: list[str] = []
+
+    def note(sample: zenoh.Sample) -> None:
+        keys.append(str(sample.key_expr))
+
+    session.declare_subscriber("cordee/**", note)
+    session.liveliness().declare_subscriber("cordee/**", note, history=True)
+    return keys
+
+
+def knock_at_all(doors: list[str], folder: Path | None) -> dict[str, str]:
+    """`knock` at all of them at once."""
+    with ThreadPoolExecutor(HANDS) as hands:
+        return dict(zip(doors, hands.map(lambda door: knock(folder, door), doors), strict=True))
+
+
+def knock(folder: Path | None, door: str) -> str:
+    """What is said inside of TLS at a door to who shows these papers, in hexadecimal."""
     host, _, port = door.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
-    context.load_cert_chain(folder / "node.pem", folder / "node.key")
+    if folder is not None:
+        context.load_cert_chain(folder / "node.pem", folder / "node.key")
     said = b""
     with (
         contextlib.suppress(OSError),
@@ -58,7 +97,7 @@ def knock(folder: Path, door: str) -> bytes:
         link.settimeout(KNOCK_SECONDS)
         while part := link.recv(BYTES_MAX):
             said += part
-    return said
+    return said.hex()
 
 
 main()

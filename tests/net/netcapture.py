@@ -12,7 +12,8 @@ from netlab import Lab, inside
 ALL_PROTOCOLS = 3  # ETH_P_ALL
 FRAME_BYTES_MAX = 1 << 16
 BUFFER_BYTES = 64 << 20  # of the tap: what passes while Python is busy
-IPV4, IPV6 = 0x0800, 0x86DD
+IPV4, ARP, IPV6 = 0x0800, 0x0806, 0x86DD
+PROTOCOLS = {socket.IPPROTO_TCP, socket.IPPROTO_UDP, socket.IPPROTO_ICMPV6, socket.IPPROTO_IGMP}
 SYN = 2
 TLS_HANDSHAKE, TLS_APPLICATION = 22, 23  # types of TLS records
 TLS_TYPES = range(20, 25)
@@ -78,6 +79,27 @@ def conversations(frames: list[bytes]) -> list[bytes]:
     return [said for said in unique.values() if said]
 
 
+def datagrams(frames: list[bytes]) -> list[tuple[set[int], bytes]]:
+    """(ports of both sides, payload) of each frame that is UDP."""
+    found = []
+    for frame in frames:
+        packet = _packet(frame, socket.IPPROTO_UDP)
+        if packet is not None:
+            _, datagram = packet
+            ports = {int.from_bytes(datagram[0:2]), int.from_bytes(datagram[2:4])}
+            found.append((ports, datagram[8 : int.from_bytes(datagram[4:6])]))
+    return found
+
+
+def is_known(frame: bytes) -> bool:
+    """Whether a frame is TCP, UDP, or what finds and keeps neighbours (ARP, ICMPv6, IGMP)."""
+    kind = int.from_bytes(frame[12:14])
+    protocol = frame[23] if kind == IPV4 else frame[20] if kind == IPV6 else None
+    if protocol == socket.IPPROTO_HOPOPTS:  # before ICMPv6 that tells which groups are listened to
+        protocol = frame[54]
+    return kind == ARP or protocol in PROTOCOLS
+
+
 def is_tls(said: bytes) -> bool:
     """Whether a side of a connection said nothing but TLS records, the first of them a handshake's."""
     if said[0] != TLS_HANDSHAKE:
@@ -92,19 +114,23 @@ def is_tls(said: bytes) -> bool:
 
 def _segment(frame: bytes) -> tuple[bytes, int, int, bytes] | None:
     """(flow, sequence number, flags, payload) of a frame that is TCP."""
-    kind = int.from_bytes(frame[12:14])
-    if kind == IPV4 and frame[23] == socket.IPPROTO_TCP:
-        start, end = 14 + (frame[14] & 15) * 4, 14 + int.from_bytes(frame[16:18])
-        hosts = frame[26:34]
-    elif kind == IPV6 and frame[20] == socket.IPPROTO_TCP:
-        start, end = 54, 54 + int.from_bytes(frame[18:20])
-        hosts = frame[22:54]
-    else:
+    packet = _packet(frame, socket.IPPROTO_TCP)
+    if packet is None:
         return None
-    payload = frame[start + (frame[start + 12] >> 4) * 4 : end]
+    hosts, segment = packet
     return (
-        hosts + frame[start : start + 4],
-        int.from_bytes(frame[start + 4 : start + 8]),
-        frame[start + 13],
-        payload,
+        hosts + segment[:4],
+        int.from_bytes(segment[4:8]),
+        segment[13],
+        segment[(segment[12] >> 4) * 4 :],
     )
+
+
+def _packet(frame: bytes, protocol: int) -> tuple[bytes, bytes] | None:
+    """(both hosts, what is in it) of a frame of this protocol."""
+    kind = int.from_bytes(frame[12:14])
+    if kind == IPV4 and frame[23] == protocol:
+        return frame[26:34], frame[14 + (frame[14] & 15) * 4 : 14 + int.from_bytes(frame[16:18])]
+    if kind == IPV6 and frame[20] == protocol:
+        return frame[22:54], frame[54 : 54 + int.from_bytes(frame[18:20])]
+    return None

@@ -1,6 +1,7 @@
 """What can happen to a machine: `strike` while streams run, `mend` afterwards."""
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +40,7 @@ def kill_worker(rope: Rope, node: Node, random: Random) -> Iterator[None]:
     """The worker alone is killed, as by a system that ran out of memory."""
     for pid in node.host.pids:
         if b"cordee.node.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            signal.pidfd_send_signal(_pidfd(pid), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
     yield
 
 
@@ -50,6 +51,13 @@ def pause(rope: Rope, node: Node, random: Random, seconds: float = 7.0) -> Itera
     time.sleep(seconds)
     node.host.signal(signal.SIGCONT)
     yield
+
+
+@contextlib.contextmanager
+def long_pause(rope: Rope, node: Node, random: Random) -> Iterator[None]:
+    """It stands still until nobody waits for it any more, and comes back to another world."""
+    with pause(rope, node, random, seconds=30.0):
+        yield
 
 
 @contextlib.contextmanager
@@ -113,6 +121,20 @@ def wrong_clock(rope: Rope, node: Node, random: Random) -> Iterator[None]:
     node.up()
 
 
+# What fifty faults in a row are drawn from.
+RANDOM: tuple[Fault, ...] = (
+    crash,
+    kill,
+    kill_worker,
+    pause,
+    cut,
+    short_cut,
+    move,
+    garbage,
+    wrong_clock,
+)
+
+
 def fake_clock(offset: str) -> dict[str, str]:
     """The environment of a process whose clock is off; empty where there is no libfaketime."""
     libraries = sorted(Path("/").glob(FAKETIME.lstrip("/")))
@@ -120,9 +142,3 @@ def fake_clock(offset: str) -> dict[str, str]:
         return {}
     # The clock that only counts stays true, as on a machine whose date is wrong.
     return {"LD_PRELOAD": str(libraries[0]), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-
-
-def _pidfd(pid: int) -> int:
-    import os
-
-    return os.pidfd_open(pid)

@@ -111,14 +111,27 @@ class Host:
         Raises:
             AssertionError: it failed, or took too long.
         """
+        status, printed, complained = self._ran(arguments, environment, seconds)
+        assert status == 0, f"{self.name}: {arguments} said {complained}"
+        return printed
+
+    def refused(self, *arguments: str) -> str:
+        """Run a program of this Python that must fail; what it complained of."""
+        status, printed, complained = self._ran(arguments, {}, PATIENCE_SECONDS)
+        assert status != 0, f"{self.name}: {arguments} was done and said {printed}"
+        return complained
+
+    def _ran(
+        self, arguments: Sequence[str], environment: dict[str, str], seconds: float
+    ) -> tuple[int, str, str]:
+        """Run a program to its end: its status, what it printed, what it complained of."""
         child = self.popen(arguments, environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
             printed, complained = child.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             child.kill()
             printed, complained = child.communicate()
-        assert child.returncode == 0, f"{self.name}: {arguments} said {complained.decode()}"
-        return printed.decode()
+        return child.returncode, printed.decode(), complained.decode()
 
     @property
     def pids(self) -> list[int]:

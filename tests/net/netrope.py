@@ -229,10 +229,12 @@ class Rope:
         lines = []
         for node in self.nodes:
             with contextlib.suppress(OSError):
+                own = next(each for each in node.ask("/nodes")["nodes"] if each["self"])
                 lines += [
-                    f"{node.host.name} ({node.id})",
+                    f"{node.host.name} ({node.id}), processes {node.host.pids}",
                     str(node.states()),
                     str(node.placement()),
+                    str({key: own[key] for key in ("devices", "stages", "disk_free_bytes")}),
                     node.tail(),
                 ]
         return "\n".join(lines)

@@ -14,15 +14,18 @@ from netrope import Node, Rope
 FIRST, LAST = 0, -1  # stages: the first one's node is the host, with the scheduler
 FAULTS = [
     (netfaults.crash, LAST),
-    (netfaults.kill, FIRST),
-    (netfaults.pause, FIRST),
-    (netfaults.cut, LAST),
-    (netfaults.short_cut, FIRST),
     (netfaults.move, FIRST),
     (netfaults.garbage, LAST),
+]
+LONG_FAULTS = [
+    (netfaults.kill, FIRST),
+    (netfaults.kill_worker, FIRST),
+    (netfaults.long_pause, FIRST),
+    (netfaults.cut, LAST),
+    (netfaults.short_cut, FIRST),
     (netfaults.wrong_clock, FIRST),
 ]
-LONG_FAULTS = 50
+IN_A_ROW = 50
 SEED = 20
 
 
@@ -36,7 +39,15 @@ def strike(rope: Rope, fault: Fault, victim: Node, draw: random.Random) -> None:
     rope.settle()
 
 
-@pytest.mark.parametrize(("fault", "stage"), FAULTS, ids=lambda value: getattr(value, "__name__", str(value)))
+def id_of(value: object) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize(
+    ("fault", "stage"),
+    [*FAULTS, *(pytest.param(*each, marks=pytest.mark.long) for each in LONG_FAULTS)],
+    ids=id_of,
+)
 def test_answers_hold_when_a_machine_of_theirs_fails(rope: Rope, fault: Fault, stage: int) -> None:
     if fault is netfaults.wrong_clock and not netfaults.fake_clock("+1d"):
         pytest.skip("needs libfaketime (Debian: libfaketime)")
@@ -65,8 +76,7 @@ def test_answers_hold_through_fifty_faults_in_a_row(rope: Rope) -> None:
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     draw = random.Random(seed)
-    kinds = [*dict.fromkeys(fault for fault, _ in FAULTS), netfaults.kill_worker]
-    for number in range(LONG_FAULTS):
-        fault, victim = draw.choice(kinds), draw.choice(rope.nodes)
+    for number in range(IN_A_ROW):
+        fault, victim = draw.choice(netfaults.RANDOM), draw.choice(rope.nodes)
         print(f"{number}: {fault.__name__} of {victim.host.name}", flush=True)
         strike(rope, fault, victim, draw)

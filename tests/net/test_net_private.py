@@ -2,21 +2,27 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from cordee.node import identity
+from cordee.node.bus_settings import SCOUTING_PORTS
 from cordee.node.dataplane import WELCOME
+from cordee.node.desk import MISSES_MAX
+from cordee.node.enrolment import SECRET_BYTES, read_code
 from cordee.node.identity import Identity
 from intruders import intruder_certificate
 from members import at_home, newcomer
-from netcapture import captured, conversations, is_tls
+from netcapture import captured, conversations, datagrams, is_known, is_tls
 from netlab import NETWORK, Host, Lab, run
-from netrope import Node, Rope, Stream, finish, until
+from netrope import CORDEE, MODEL, Node, Rope, Stream, finish, until
 
+STRANGERS = ("foreign", "expired", "self-made", "removed")
 MARK = "the owls are not what they seem"
 TOKENS = 60
 
@@ -40,16 +46,35 @@ def test_who_listens_on_the_wire_reads_neither_questions_nor_answers(rope: Rope)
         assert secret.encode() not in wire
 
 
-def test_every_conversation_between_nodes_is_tls(rope: Rope) -> None:
-    """From its first byte on; a node is lost and comes back meanwhile, so that all kinds of links begin."""
+@pytest.fixture(scope="module")
+def traffic(rope: Rope) -> list[bytes]:
+    """What passes while a node is lost and comes back, so that all kinds of links begin."""
     with captured(rope.lab) as frames:
         node = rope.stages()[-1]
         node.host.kill()
         node.up()
         rope.settle()
-    said = conversations(frames)
+    return frames
+
+
+def test_every_conversation_between_nodes_is_tls(rope: Rope, traffic: list[bytes]) -> None:
+    """From its first byte on."""
+    said = conversations(traffic)
     assert len(said) > len(rope.nodes)  # at least one link of the node to each other
     assert all(is_tls(each) for each in said)
+
+
+def test_beside_tls_the_wire_has_only_the_search_for_nodes(rope: Rope, traffic: list[bytes]) -> None:
+    """And that names nobody: who searches says nothing, and is answered a random id and addresses."""
+    assert all(map(is_known, traffic))
+    first, count = SCOUTING_PORTS
+    found = datagrams(traffic)
+    searches = [ports for ports, _ in found if ports & set(range(first, first + count))]
+    searchers = set().union(*searches)
+    assert searches
+    assert all(ports & searchers for ports, _ in found)
+    names = [MODEL, rope.first.ask("/nodes")["cluster"], *(node.id for node in rope.nodes)]
+    assert not any(name.encode() in payload for name in names for _, payload in found)
 
 
 def _pieces(text: str) -> list[str]:
@@ -79,35 +104,40 @@ def removed(rope: Rope, lab: Lab) -> Identity:
     return replace(member, folder=kept / "cluster")
 
 
-@pytest.mark.parametrize("kind", ["foreign", "expired", "self-made", "removed"])
-def test_who_is_no_member_learns_nothing(
-    rope: Rope, stranger: Node, keeper: Identity, removed: Identity, tmp_path: Path, kind: str
-) -> None:
-    """He knows every port of every node, and speaks the cluster's own protocols."""
-    folder = intruder_certificate(kind, tmp_path, keeper, removed)
-    learned = knocks(rope, stranger, keeper, folder)
-    assert learned["heard"] == [] and learned["replies"] == 0
-    assert set(learned["said"].values()) == {""}
+@pytest.fixture(scope="module")
+def learned(
+    rope: Rope, lab: Lab, keeper: Identity, removed: Identity, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """What each kind of stranger learns who knows every port of every node; and what a member would."""
+    folder = tmp_path_factory.mktemp("papers")
+    strangers = [intruder_certificate(kind, folder, keeper, removed) for kind in STRANGERS]
+    member = newcomer(folder / "member", keeper).folder
+    return knocks(rope, lab.hosts[-1], keeper, strangers) | knocks(rope, lab.hosts[-1], keeper, [member])
 
 
-def test_a_member_would_have_learned_it(rope: Rope, stranger: Node, keeper: Identity, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [*STRANGERS, "none"])
+def test_who_is_no_member_learns_nothing(learned: dict[str, dict[str, Any]], kind: str) -> None:
+    """Neither on the bus nor at the doors of the data plane nor anywhere else."""
+    assert learned[kind]["heard"] == [] and learned[kind]["replies"] == 0
+    assert set(learned[kind]["said"].values()) == {""}
+
+
+def test_a_member_would_have_learned_it(learned: dict[str, dict[str, Any]]) -> None:
     """The counterpart of the test above: without it that one could not fail."""
-    learned = knocks(rope, stranger, keeper, newcomer(tmp_path / "member", keeper).folder)
-    assert any("/beat/" in key for key in learned["heard"])
-    assert WELCOME.hex() in learned["said"].values()
+    assert any("/beat/" in key for key in learned["member"]["heard"])
+    assert WELCOME.hex() in learned["member"]["said"].values()
 
 
-def knocks(rope: Rope, stranger: Node, keeper: Identity, folder: Path) -> dict[str, Any]:
-    """What somebody with these papers learns on the cluster's network."""
+def knocks(rope: Rope, where: Host, keeper: Identity, papers: list[Path]) -> dict[str, dict[str, Any]]:
+    """What people with these papers learn on the cluster's network."""
     doors = [f"{node.host.address}:{port}" for node in rope.nodes for port in ports(node.host)]
     assert len(doors) >= 2 * len(rope.nodes) + 1  # each has the bus and its inbox, and somebody a stage
     tests = Path(__file__).parents[1]
     authority = str(keeper.folder / "ca.pem")
     script = str(Path(__file__).with_name("net_intruder.py"))
     path = os.pathsep.join([os.environ["PYTHONPATH"], str(tests)])
-    return json.loads(
-        stranger.host.run(script, str(folder), authority, keeper.cluster, *doors, PYTHONPATH=path)
-    )
+    folders = ",".join(map(str, papers))
+    return json.loads(where.run(script, authority, keeper.cluster, folders, *doors, PYTHONPATH=path))
 
 
 def ports(host: Host) -> list[int]:
@@ -115,3 +145,22 @@ def ports(host: Host) -> list[int]:
     listening = run("ip", "netns", "exec", host.namespace, "ss", "--no-header", "-tln").splitlines()
     where = [line.split()[3].rpartition(":") for line in listening]
     return [int(port) for address, _, port in where if not address.startswith("127.")]
+
+
+def test_a_code_is_good_once_and_cannot_be_guessed(rope: Rope, stranger: Node) -> None:
+    """A machine that tries is not listened to any more, whatever it then comes with."""
+    join, host = (*CORDEE, "join"), stranger.host
+    code = rope.first.verb("invite").strip()
+    stranger.verb("join", code)
+    shutil.rmtree(host.home / "cluster")
+    assert "used already" in host.refused(*join, code)
+    for _ in range(MISSES_MAX):
+        guess = replace_secret(code, os.urandom(SECRET_BYTES))
+        assert "not (or no longer) known" in host.refused(*join, guess)
+    assert "Too many wrong codes" in host.refused(*join, replace_secret(code, os.urandom(SECRET_BYTES)))
+    assert "Too many wrong codes" in host.refused(*join, rope.first.verb("invite").strip())
+
+
+def replace_secret(code: str, secret: bytes) -> str:
+    """A code of the same cluster and endpoint with another secret."""
+    return msgspec.structs.replace(read_code(code), secret=secret).text()
