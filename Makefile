@@ -15,7 +15,7 @@ endif
 bin := .venv/bin
 code := src tests bench scripts sim
 
-.PHONY: help setup run answer chat test test-long lint format bench sim native docs clean
+.PHONY: help setup run answer chat test test-long lint format bench sim native tiny docs clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -56,6 +56,9 @@ bench: setup ## measure beside plain libllama; JSON=1 prints one object a line
 
 native: ## build the ternary engine for this machine into the package (needs a C compiler and nothing else)
 	@$(MAKE) -C native
+
+tiny: ## cross-build cordee-tiny for machines of 1997: build/pentium2 (Linux) and build/windows
+	@$(MAKE) -C native tiny
 
 docs: setup ## write docs/cli.md, and the tables of docs/api.md, from the program itself
 	@$(bin)/python scripts/cli_reference.py

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
 from cordee.models.ternary import TernaryModel, write
+from cordee.models.ternary_p2 import LAYOUT, write_pentium2
 
 SHAPES = {
     "2b4t": TernaryModel(
@@ -53,6 +54,8 @@ class RandomWeights:
         """See `Source.rows`."""
         if name in ("token_embd.weight", "output.weight"):
             draw = np.random.default_rng((self._seed, first))  # tied: the same for both
+            if self._model.layout == LAYOUT:
+                return draw.integers(-1, 2, (last - first, self._model.n_embd)).astype(np.float32)
             return draw.standard_normal((last - first, self._model.n_embd), dtype=np.float32)
         _, layer, matrix, _ = name.split(".")
         weights = self._matrix(matrix)
@@ -78,9 +81,32 @@ class RandomWeights:
         return self._drawn[matrix]
 
 
+def add_vocabulary(writer: GGUFWriter, size: int) -> None:
+    """SentencePiece's kind of tokenizer with `size` (512 at least) tokens: bytes, letters, made-up words."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    made_up = [f"▁{a}{b}{c}" for a in letters for b in letters for c in letters]
+    made_up += [f"{word}{letter}" for word in made_up for letter in letters]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens = [*special, "▁", *letters, *made_up][:size]
+    kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL] + [TokenType.BYTE] * 256
+    writer.add_tokenizer_model("llama")
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(index) for index in range(size)])
+    writer.add_token_types(kinds + [TokenType.NORMAL] * (size - len(kinds)))
+
+
 def make_model(path: Path, model: TernaryModel, seed: int = 0) -> None:
-    """Write the model to `path`."""
-    write(path, model, RandomWeights(model, seed))
+    """Write the model to `path`. In the layout `pentium2` its embedding and head are ternary, too, and it has
+    a tokenizer, since the program for that machine reads text.
+    """
+    if model.layout != LAYOUT:
+        return write(path, model, RandomWeights(model, seed))
+    return write_pentium2(
+        path, model, RandomWeights(model, seed), describe=lambda writer: add_vocabulary(writer, model.n_vocab)
+    )
 
 
 def main() -> None:
@@ -88,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("-o", dest="path", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--layout", choices=("trit2", "trit5"), default="trit2")
+    parser.add_argument("--layout", choices=("trit2", "trit5", LAYOUT), default="trit2")
     parser.add_argument("--head", choices=("int8", "int6", "int4", "trit2", "trit5"), default="int8")
     parser.add_argument("--vocab", type=int, help="another size of the vocabulary")
     parser.add_argument("--layers", type=int, help="another number of layers")

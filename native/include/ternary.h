@@ -88,6 +88,9 @@ TERNARY_API ternary_status ternary_model_make(void *memory, const ternary_file *
 
 TERNARY_API void ternary_model_shape(const ternary_model *model, ternary_shape *shape);
 
+/* The bytes of the file that hold a layer's matrices; layer `layers` is the head. */
+TERNARY_API ternary_file ternary_model_layer(const ternary_model *model, uint32_t layer);
+
 /* ---- The session ---- */
 
 typedef struct {
@@ -108,6 +111,13 @@ TERNARY_API size_t ternary_session_bytes(const ternary_model *model, const terna
 TERNARY_API ternary_status ternary_session_make(void *memory, const ternary_model *model,
                                                 const ternary_config *config, ternary_session **session,
                                                 ternary_error *error);
+
+/* Told that the weights of a layer are read next: layer `layers` is the head. */
+typedef void ternary_watcher(void *argument, uint32_t layer);
+
+/* Call `watcher`, on the caller's thread, before each layer of each ternary_decode; NULL: nobody. For a program whose
+ * model is larger than its memory. */
+TERNARY_API void ternary_session_watch(ternary_session *session, ternary_watcher *watcher, void *argument);
 
 /* End the session's threads. The memory is the caller's again. */
 TERNARY_API void ternary_session_end(ternary_session *session);

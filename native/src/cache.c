@@ -5,10 +5,12 @@
 
 #include "half.h"
 #include "kernels/kernels.h"
+#include "p2_attention.h"
 
-/* "CTKV", version 1, layers, kv_heads, head_dim, positions: little endian 32-bit words. */
+/* "CTKV", version, layers, kv_heads, head_dim, positions: little endian 32-bit words. */
 #define STATE_WORDS 6
 #define STATE_MAGIC 0x564b5443u
+#define STATE_VERSION(cache) ((cache)->key_scales != NULL ? 2u : 1u) /* 2: p2_export */
 
 static size_t blocks_of(const struct cache *cache)
 {
@@ -80,6 +82,8 @@ static uint32_t word_at(const uint8_t *bytes)
 
 static size_t state_bytes(const struct cache *cache, uint32_t positions)
 {
+    if (cache->key_scales != NULL)
+        return STATE_WORDS * 4 + p2_state_bytes(cache, positions);
     const size_t elements = (size_t)cache->layers * positions * cache->kv_heads * cache->head_dim * 2;
     return STATE_WORDS * 4 + elements * sizeof(uint16_t);
 }
@@ -92,9 +96,14 @@ size_t cache_state_bytes(const struct cache *cache, uint32_t sequence)
 void cache_export(const struct cache *cache, uint32_t sequence, uint8_t *state)
 {
     const uint32_t positions = cache->lengths[sequence], dims = cache->head_dim;
-    const uint32_t words[STATE_WORDS] = {STATE_MAGIC, 1, cache->layers, cache->kv_heads, dims, positions};
+    const uint32_t words[STATE_WORDS] = {STATE_MAGIC, STATE_VERSION(cache), cache->layers, cache->kv_heads, dims,
+                                        positions};
     for (int i = 0; i < STATE_WORDS; i++, state += 4)
         put_word(state, words[i]);
+    if (cache->key_scales != NULL) {
+        p2_export(cache, sequence, state);
+        return;
+    }
     for (uint32_t layer = 0; layer < cache->layers; layer++)
         for (uint32_t p = 0; p < positions; p++)
             for (uint32_t head = 0; head < cache->kv_heads; head++) {
@@ -109,7 +118,7 @@ void cache_export(const struct cache *cache, uint32_t sequence, uint8_t *state)
 bool cache_import(const struct cache *cache, uint32_t sequence, const uint8_t *state, size_t nbytes)
 {
     const uint32_t dims = cache->head_dim;
-    const uint32_t words[STATE_WORDS - 1] = {STATE_MAGIC, 1, cache->layers, cache->kv_heads, dims};
+    const uint32_t words[STATE_WORDS - 1] = {STATE_MAGIC, STATE_VERSION(cache), cache->layers, cache->kv_heads, dims};
     if (nbytes < STATE_WORDS * 4)
         return false;
     for (int i = 0; i < STATE_WORDS - 1; i++)
@@ -119,6 +128,11 @@ bool cache_import(const struct cache *cache, uint32_t sequence, const uint8_t *s
     if (positions > cache->context || nbytes != state_bytes(cache, positions))
         return false;
     state += STATE_WORDS * 4;
+    cache->lengths[sequence] = positions;
+    if (cache->key_scales != NULL) {
+        p2_import(cache, sequence, positions, state);
+        return true;
+    }
     for (uint32_t layer = 0; layer < cache->layers; layer++)
         for (uint32_t p = 0; p < positions; p++)
             for (uint32_t head = 0; head < cache->kv_heads; head++) {
@@ -130,6 +144,5 @@ bool cache_import(const struct cache *cache, uint32_t sequence, const uint8_t *s
                 memset(value + dims, 0, (cache->value_stride - dims) * sizeof *value);
                 state += dims * sizeof *key;
             }
-    cache->lengths[sequence] = positions;
     return true;
 }

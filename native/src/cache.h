@@ -15,6 +15,7 @@ struct cache {
     uint32_t context;      /* positions of a sequence */
     uint32_t value_stride; /* head_dim, padded to LANES */
     uint16_t *keys, *values;
+    float *key_scales, *value_scales; /* of integers instead of f16 (p2_attention.h), or NULL */
     uint32_t *lengths; /* [sequences]: positions in use */
 };
 

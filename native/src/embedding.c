@@ -4,6 +4,7 @@
 #include "gguf.h"
 #include "half.h"
 #include "model.h"
+#include "p2_lookup.h"
 
 /* Blocks of 32 int8 behind an f16 scale. */
 static void from_q8_0(const uint8_t *blocks, uint32_t n, float *row)
@@ -21,6 +22,10 @@ void model_embed(const ternary_model *model, uint32_t token, float *row)
 {
     const uint8_t *bytes = model->embedding + token * model->embedding_row_bytes;
     const uint32_t n = model->shape.n_embd;
+    if (model->codes.data != NULL) {
+        lookup_row(&model->codes, token, row);
+        return;
+    }
     if (model->embedding_type == GGUF_TENSOR_F32) {
         memcpy(row, bytes, n * sizeof *row);
     } else if (model->embedding_type == GGUF_TENSOR_Q8_0) {

@@ -7,6 +7,8 @@
 #include <string.h>
 
 #include "error.h"
+#include "p2_floats.h"
+#include "p2_precision.h"
 #include "session.h"
 
 /* One matrix and where its results go: out [rows][stride]. */
@@ -23,6 +25,7 @@ struct step {
     const ternary_batch *batch;
     uint32_t layer; /* the one being computed */
     uint32_t rows;  /* of the products: the batch's, or those that have logits */
+    uint32_t count; /* of the products */
     struct product products[PRODUCTS];
 };
 
@@ -87,10 +90,30 @@ static void multiply_piece(void *argument, uint32_t piece, uint32_t thread)
     multiply_groups(step, product, piece * DOT_GROUPS, thread);
 }
 
+/* One row times the step's products in the layout `pentium2`, which share tables. */
+static void look_up_row(void *argument, uint32_t row, uint32_t thread)
+{
+    const struct step *step = argument;
+    const ternary_session *session = step->session;
+    const struct matrix *matrices[PRODUCTS];
+    float *outs[PRODUCTS];
+    for (uint32_t i = 0; i < step->count; i++) {
+        matrices[i] = step->products[i].matrix;
+        outs[i] = step->products[i].out + row * step->products[i].stride;
+    }
+    lookup_multiply(session->lookup, matrices, outs, step->count, session->inputs.digits + row * session->inputs.stride,
+                    session->inputs.scales[row], session->tables + thread * (LOOKUP_TILE * LOOKUP_ENTRIES));
+}
+
 /* The step's first `count` products, which share their inputs. */
 static void multiply(struct step *step, uint32_t count)
 {
     uint32_t pieces = 0;
+    if (step->session->model->by_lookup) {
+        step->count = count;
+        pool_run(&step->session->pool, look_up_row, step, step->rows);
+        return;
+    }
     for (uint32_t i = 0; i < count; i++)
         pieces += pieces_of(step->products[i].matrix);
     pool_run(&step->session->pool, multiply_piece, step, pieces);
@@ -192,8 +215,9 @@ static void rotate_and_store(void *argument, uint32_t row, uint32_t thread)
     (void)thread;
     rotate(query, shape->heads, shape->head_dim, cosines, sines);
     rotate(key, shape->kv_heads, shape->head_dim, cosines, sines);
-    cache_store(&session->cache, step->layer, (uint32_t)batch->sequences[row], (uint32_t)batch->positions[row], key,
-                session->values + (size_t)row * shape->kv_heads * shape->head_dim);
+    (session->model->by_lookup ? p2_cache_store : cache_store)(
+        &session->cache, step->layer, (uint32_t)batch->sequences[row], (uint32_t)batch->positions[row], key,
+        session->values + (size_t)row * shape->kv_heads * shape->head_dim);
 }
 
 /* All query heads that share a key/value head, of one row. The results take the queries' place. */
@@ -208,6 +232,11 @@ static void attend_piece(void *argument, uint32_t piece, uint32_t thread)
     const uint16_t *values = cache_values(&session->cache, step->layer, sequence, kv_head);
     float *scores = session->scores + thread * session->scores_elements;
     float *queries = session->queries + ((size_t)row * shape->heads + (size_t)kv_head * shared) * shape->head_dim;
+    if (session->model->by_lookup) {
+        p2_attend(session->lookup, &session->cache, step->layer, sequence, kv_head, shared, queries,
+                  (uint32_t)step->batch->positions[row] + 1, scores);
+        return;
+    }
     for (uint32_t done = 0; done < shared; done += ATTENTION_HEADS) {
         const uint32_t heads = shared - done < ATTENTION_HEADS ? shared - done : ATTENTION_HEADS;
         float *some = queries + (size_t)done * shape->head_dim;
@@ -270,6 +299,11 @@ static void set_angles(const ternary_session *session, uint32_t row, uint32_t po
 {
     const ternary_model *model = session->model;
     const uint32_t half = model->shape.head_dim / 2;
+    if (model->by_lookup) {
+        p2_angles(session->cosines + (size_t)row * half, session->sines + (size_t)row * half, half, model->rope_base,
+                  model->rope_divisors, position);
+        return;
+    }
     for (uint32_t i = 0; i < half; i++) {
         double frequency = pow(model->rope_base, -(double)i / half);
         if (model->rope_divisors != NULL)
@@ -325,26 +359,46 @@ static ternary_status check(const ternary_session *session, const ternary_batch 
     return TERNARY_OK;
 }
 
-ternary_status ternary_decode(ternary_session *session, const ternary_batch *batch, float *out, ternary_error *error)
+static void announce(const struct step *step)
+{
+    if (step->session->watcher != NULL)
+        step->session->watcher(step->session->watcher_argument, step->layer);
+}
+
+static void run(ternary_session *session, const ternary_batch *batch, float *out)
 {
     struct step step = {.session = session, .batch = batch, .rows = batch->rows};
-    ternary_status status = check(session, batch, error);
     uint32_t marked = 0;
-    if (status != TERNARY_OK)
-        return status;
     pool_run(&session->pool, enter_row, &step, batch->rows);
     for (step.layer = 0; step.layer < session->model->shape.layers; step.layer++) {
+        announce(&step);
         attention_block(&step);
         feed_forward_block(&step);
     }
     memcpy(session->cache.lengths, session->ends, session->config.sequences * sizeof *session->ends);
     if (!session->config.logits) {
         memcpy(out, session->hidden, (size_t)batch->rows * session->model->shape.n_embd * sizeof *out);
-        return TERNARY_OK;
+        return;
     }
     for (uint32_t row = 0; row < batch->rows; row++)
         if (batch->outputs[row])
             session->marked[marked++] = row;
+    if (marked == 0)
+        return;
+    announce(&step);
     head_block(&step, marked, out);
+}
+
+ternary_status ternary_decode(ternary_session *session, const ternary_batch *batch, float *out, ternary_error *error)
+{
+    /* Not inlined: the compiler might move arithmetic across the change of precision. */
+    static void (*const volatile run_apart)(ternary_session *, const ternary_batch *, float *) = run;
+    const ternary_status status = check(session, batch, error);
+    if (status != TERNARY_OK)
+        return status;
+    const uint16_t before = session->model->by_lookup ? precision_set(PRECISION_SINGLE) : 0;
+    run_apart(session, batch, out);
+    if (session->model->by_lookup)
+        precision_restore(before);
     return TERNARY_OK;
 }

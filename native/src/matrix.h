@@ -7,6 +7,9 @@
 
 enum layout { LAYOUT_TRIT2, LAYOUT_TRIT5, LAYOUT_INT8, LAYOUT_INT6, LAYOUT_INT4, LAYOUTS };
 
+/* Beside those: multiplied by look-up, with no groups or quads (p2_lookup.h). */
+#define LAYOUT_PENTIUM2 ((enum layout)(LAYOUTS + 1))
+
 /* Columns are padded so that kernels may take four quads at a time. */
 #define COLUMN_PADDING 16u
 #define BLOCK_ROWS 16u

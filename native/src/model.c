@@ -7,6 +7,7 @@
 
 #include "error.h"
 #include "gguf.h"
+#include "p2_lookup.h"
 
 /* The file being read, and where to complain. */
 struct loading {
@@ -63,13 +64,18 @@ static ternary_status read_rules(struct loading *loading)
                             "the file's ternary layout has version %u, not 1", version);
     gguf_text(gguf, "cordee.ternary.layout", layout, sizeof layout);
     loading->layout = layout_named(layout);
+    if (strcmp(layout, "pentium2") == 0) {
+        loading->layout = LAYOUT_PENTIUM2;
+        model->by_lookup = true;
+    }
     const uint32_t gate = choice(gguf, "cordee.ternary.activation", gates, 2);
     const uint32_t rope = choice(gguf, "cordee.ternary.rope", ropes, 2);
     model->planes = model->head_planes = 0;
     gguf_number(gguf, "cordee.ternary.planes", &model->planes);
     gguf_number(gguf, "cordee.ternary.head_planes", &model->head_planes);
     if (loading->layout == LAYOUTS || gate == 2 || rope == 2 || model->planes - 1 >= PLANES_LIMIT ||
-        model->head_planes - 1 >= PLANES_LIMIT)
+        model->head_planes - 1 >= PLANES_LIMIT ||
+        (model->by_lookup && (model->planes != 1 || model->head_planes != 1)))
         return ternary_fail(loading->error, TERNARY_UNSUPPORTED,
                             "a cordee.ternary key is missing or has an unknown value");
     model->gate = gate == 0 ? GATE_SILU : GATE_RELU2;
@@ -133,9 +139,37 @@ static ternary_status read_scales(struct loading *loading, const char *name, str
     return read_vector(loading, name, (uint32_t)count, false, &matrix->scales);
 }
 
+static const char *layout_name(enum layout layout)
+{
+    return layout == LAYOUT_PENTIUM2 ? "pentium2" : layout_facts[layout].name;
+}
+
+/* A matrix of that layout and size, without its data. */
+static struct matrix empty_matrix(enum layout layout, uint32_t rows, uint32_t cols)
+{
+    struct matrix matrix = {.layout = layout, .rows = rows, .cols = cols};
+    if (layout < LAYOUTS) {
+        matrix.quads = quads_of(cols);
+        matrix.groups = groups_of(layout, rows);
+    }
+    return matrix;
+}
+
+/* What a decode step reads of it. */
+static uint64_t payload_bytes(const struct matrix *matrix)
+{
+    if (matrix->layout == LAYOUT_PENTIUM2)
+        return (uint64_t)lookup_row_bytes(matrix->cols) * matrix->rows;
+    return (uint64_t)matrix->groups * matrix->quads * layout_facts[matrix->layout].quad_bytes;
+}
+
 /* Whether a tensor is the packed payload of such a matrix. */
 static bool is_payload(const struct gguf_tensor *tensor, const struct matrix *matrix)
 {
+    if (matrix->layout == LAYOUT_PENTIUM2)
+        return tensor->type == GGUF_TENSOR_I8 && tensor->dimensions == 2 &&
+               tensor->shape[0] == lookup_row_bytes(matrix->cols) && tensor->shape[1] == matrix->rows &&
+               tensor->room >= payload_bytes(matrix);
     const uint64_t quad_bytes = layout_facts[matrix->layout].quad_bytes;
     return tensor->type == GGUF_TENSOR_I8 && tensor->dimensions == 3 && tensor->shape[0] == quad_bytes &&
            tensor->shape[1] == matrix->quads && tensor->shape[2] == matrix->groups &&
@@ -147,19 +181,16 @@ static ternary_status read_matrix(struct loading *loading, uint32_t layer, const
 {
     char full[64];
     struct gguf_tensor tensor;
-    *matrix = (struct matrix){.layout = loading->layout, .rows = rows, .cols = cols};
-    matrix->quads = quads_of(cols);
-    matrix->groups = groups_of(matrix->layout, rows);
+    *matrix = empty_matrix(loading->layout, rows, cols);
     snprintf(full, sizeof full, "blk.%u.%s.weight", layer, name);
     if (!gguf_find_tensor(&loading->gguf, full, &tensor))
         return ternary_fail(loading->error, TERNARY_BAD_FILE, "the file has no tensor %s", full);
     if (!is_payload(&tensor, matrix))
         return ternary_fail(loading->error, TERNARY_BAD_FILE,
                             "%s is not %u x %u in layout %s, or lies beyond the file's end",
-                    full, rows, cols, layout_facts[matrix->layout].name);
+                    full, rows, cols, layout_name(matrix->layout));
     matrix->data = tensor.data;
-    loading->model->shape.weights_bytes +=
-        (uint64_t)matrix->groups * matrix->quads * layout_facts[matrix->layout].quad_bytes;
+    loading->model->shape.weights_bytes += payload_bytes(matrix);
     snprintf(full, sizeof full, "blk.%u.%s.scale", layer, name);
     return read_scales(loading, full, matrix);
 }
@@ -202,13 +233,19 @@ static ternary_status read_layer(struct loading *loading, uint32_t index)
 }
 
 /* Slices hold stand-ins under these names: what is no embedding of n_vocab rows is none. */
-static void read_embedding(struct loading *loading)
+static ternary_status read_embedding(struct loading *loading)
 {
     ternary_model *model = loading->model;
     const uint64_t n_embd = model->shape.n_embd;
     struct gguf_tensor tensor;
     if (model->shape.n_vocab == 0 || !gguf_find_tensor(&loading->gguf, "token_embd.weight", &tensor))
-        return;
+        return TERNARY_OK;
+    model->codes = empty_matrix(LAYOUT_PENTIUM2, model->shape.n_vocab, model->shape.n_embd);
+    if (is_payload(&tensor, &model->codes)) {
+        model->codes.data = tensor.data;
+        model->shape.has_embedding = 1;
+        return read_scales(loading, "token_embd.scale", &model->codes);
+    }
     uint64_t row_bytes = 0;
     if (tensor.type == GGUF_TENSOR_F32)
         row_bytes = n_embd * 4;
@@ -218,11 +255,24 @@ static void read_embedding(struct loading *loading)
         row_bytes = n_embd / 32 * 34;
     if (row_bytes == 0 || tensor.dimensions != 2 || tensor.shape[0] != n_embd ||
         tensor.shape[1] != model->shape.n_vocab || tensor.room / row_bytes < model->shape.n_vocab)
-        return;
+        return TERNARY_OK;
     model->embedding = tensor.data;
     model->embedding_type = tensor.type;
     model->embedding_row_bytes = (size_t)row_bytes;
     model->shape.has_embedding = 1;
+    return TERNARY_OK;
+}
+
+/* A head of the layout `pentium2` that is not there is the embedding, if that has this layout, too. */
+static ternary_status tie_head(struct loading *loading)
+{
+    ternary_model *model = loading->model;
+    if (model->codes.data == NULL)
+        return TERNARY_OK;
+    model->head = model->codes;
+    model->shape.has_head = 1;
+    model->shape.weights_bytes += payload_bytes(&model->head);
+    return read_vector(loading, "output_norm.weight", model->head.cols, false, &model->output_norm);
 }
 
 static ternary_status read_head(struct loading *loading)
@@ -232,16 +282,17 @@ static ternary_status read_head(struct loading *loading)
     struct gguf_tensor tensor;
     char layout[32] = "";
     gguf_text(&loading->gguf, "cordee.ternary.head", layout, sizeof layout);
-    *head = (struct matrix){.layout = layout_named(layout), .rows = model->shape.n_vocab, .cols = model->shape.n_embd};
-    if (head->layout == LAYOUTS)
+    *head = empty_matrix(model->by_lookup ? LAYOUT_PENTIUM2 : layout_named(layout), model->shape.n_vocab,
+                         model->shape.n_embd);
+    if (head->layout == LAYOUTS || (model->by_lookup && strcmp(layout, "pentium2") != 0))
         return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "the head's layout '%s' is unknown", layout);
-    head->quads = quads_of(head->cols);
-    head->groups = groups_of(head->layout, head->rows);
+    if (model->by_lookup && !gguf_find_tensor(&loading->gguf, "output.weight", &tensor))
+        return tie_head(loading);
     if (head->rows == 0 || !gguf_find_tensor(&loading->gguf, "output.weight", &tensor) || !is_payload(&tensor, head))
         return TERNARY_OK;
     head->data = tensor.data;
     model->shape.has_head = 1;
-    model->shape.weights_bytes += (uint64_t)head->groups * head->quads * layout_facts[head->layout].quad_bytes;
+    model->shape.weights_bytes += payload_bytes(head);
     ternary_status status = read_scales(loading, "output.scale", head);
     return status == TERNARY_OK
                ? read_vector(loading, "output_norm.weight", head->cols, false, &model->output_norm)
@@ -295,11 +346,27 @@ ternary_status ternary_model_make(void *memory, const ternary_file *file, ternar
     for (uint32_t i = 0; i < layers && status == TERNARY_OK; i++)
         status = read_layer(&loading, i);
     if (status == TERNARY_OK) {
-        read_embedding(&loading);
-        status = read_head(&loading);
+        status = read_embedding(&loading);
+        if (status == TERNARY_OK)
+            status = read_head(&loading);
     }
     *made = status == TERNARY_OK ? model : NULL;
     return status;
+}
+
+ternary_file ternary_model_layer(const ternary_model *model, uint32_t layer)
+{
+    if (layer >= model->shape.layers)
+        return (ternary_file){model->head.data, (size_t)payload_bytes(&model->head)};
+    const struct layer *at = &model->layers[layer];
+    const struct matrix *const matrices[] = {&at->q, &at->k, &at->v, &at->o, &at->gate, &at->up, &at->down};
+    const uint8_t *first = at->q.data, *end = first;
+    for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) {
+        const uint8_t *stop = matrices[i]->data + payload_bytes(matrices[i]);
+        first = matrices[i]->data < first ? matrices[i]->data : first;
+        end = stop > end ? stop : end;
+    }
+    return (ternary_file){first, (size_t)(end - first)};
 }
 
 void ternary_model_shape(const ternary_model *model, ternary_shape *shape)

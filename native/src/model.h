@@ -29,12 +29,14 @@ struct ternary_model {
     ternary_shape shape;
     float epsilon, rope_base;
     uint32_t planes, head_planes;
+    bool by_lookup; /* all matrices have the layout `pentium2`, and attention is in integers */
     enum gate gate;
     enum rope rope;
     const float *rope_divisors; /* [head_dim / 2], or NULL */
     const float *output_norm;   /* [n_embd]; NULL without a head */
     struct matrix head;         /* [n_vocab][n_embd] */
-    const uint8_t *embedding;   /* [n_vocab] rows of that type, or NULL */
+    struct matrix codes;        /* an embedding in the layout `pentium2`; data NULL: none */
+    const uint8_t *embedding;   /* [n_vocab] rows of that type, or NULL: none, or in codes */
     uint32_t embedding_type;
     size_t embedding_row_bytes;
     struct layer layers[]; /* [shape.layers] */

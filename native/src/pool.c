@@ -9,6 +9,26 @@
  */
 #include "pool.h"
 
+#if defined(CORDEE_ONE_THREAD)
+/* For machines without threads, or with nothing to gain by them. */
+bool pool_start(struct pool *pool, uint32_t threads)
+{
+    pool->threads = threads;
+    return threads == 1;
+}
+
+void pool_end(struct pool *pool)
+{
+    (void)pool;
+}
+
+void pool_run(struct pool *pool, work_function *work, void *argument, uint32_t count)
+{
+    (void)pool;
+    for (uint32_t piece = 0; piece < count; piece++)
+        work(argument, piece, 0);
+}
+#else
 #include <sched.h>
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -143,3 +163,4 @@ void pool_end(struct pool *pool)
 {
     end_threads(pool, pool->threads - 1);
 }
+#endif

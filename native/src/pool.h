@@ -2,8 +2,10 @@
 #ifndef CORDEE_POOL_H
 #define CORDEE_POOL_H
 
+#if !defined(CORDEE_ONE_THREAD)
 #include <pthread.h>
 #include <stdatomic.h>
+#endif
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -13,6 +15,11 @@
 /* Piece `piece` of some work, on thread `thread`. */
 typedef void work_function(void *argument, uint32_t piece, uint32_t thread);
 
+#if defined(CORDEE_ONE_THREAD)
+struct pool {
+    uint32_t threads;
+};
+#else
 struct pool {
     uint32_t threads; /* the caller's own included */
     /* The job. Written by the caller while no piece is left to take, read by whoever took one. */
@@ -28,6 +35,7 @@ struct pool {
     pthread_cond_t woken;
     pthread_t handles[THREADS_LIMIT];
 };
+#endif
 
 /* Start threads - 1 threads; false if the machine gives none (those that started are ended again). */
 bool pool_start(struct pool *pool, uint32_t threads);

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "error.h"
+#include "p2_floats.h"
 
 /* Cuts aligned arrays off a piece of memory; without memory it only counts. */
 struct cutter {
@@ -30,7 +31,7 @@ static void set_cache_shape(struct cache *cache, const ternary_model *model, con
         .sequences = config->sequences,
         .kv_heads = model->shape.kv_heads,
         .head_dim = model->shape.head_dim,
-        .context = config->context,
+        .context = config->context + (model->by_lookup ? config->context % 2 : 0), /* values lie in pairs there */
         .value_stride = (model->shape.head_dim + LANES - 1) / LANES * LANES,
     };
 }
@@ -66,6 +67,16 @@ static void cut_batch(struct cutter *cutter, ternary_session *session, const ter
     session->normal_elements = (widest + LANES - 1) / LANES * LANES;
 }
 
+/* What files of the layout `pentium2` want besides. */
+static void cut_lookup(struct cutter *cutter, ternary_session *session, uint32_t threads)
+{
+    struct cache *cache = &session->cache;
+    const uint64_t scales = (uint64_t)cache->layers * cache->sequences * cache->kv_heads * cache->context;
+    session->tables = cut(cutter, threads * (uint64_t)(LOOKUP_TILE * LOOKUP_ENTRIES), sizeof(int16_t));
+    cache->key_scales = cut(cutter, scales, sizeof(float));
+    cache->value_scales = cut(cutter, scales, sizeof(float));
+}
+
 /* Lays everything out; the session itself stands first. */
 static uint64_t lay_out(void *memory, ternary_session *session, const ternary_model *model,
                         const ternary_config *config, uint64_t *kv_bytes)
@@ -77,8 +88,12 @@ static uint64_t lay_out(void *memory, ternary_session *session, const ternary_mo
     cache->lengths = cut(&cutter, config->sequences, sizeof(uint32_t));
     session->ends = cut(&cutter, config->sequences, sizeof(uint32_t));
     cut_batch(&cutter, session, model, config->batch_rows);
+    if (model->by_lookup)
+        cut_lookup(&cutter, session, config->threads);
     session->scores_elements = (((size_t)config->context + LANES - 1) / LANES * LANES + cache->value_stride) *
                                ATTENTION_HEADS;
+    if (model->by_lookup)
+        session->scores_elements = p2_scratch_floats(cache);
     session->dots = cut(&cutter, config->threads * (uint64_t)DOTS_ELEMENTS, sizeof(int32_t));
     session->scores = cut(&cutter, config->threads * (uint64_t)session->scores_elements, sizeof(float));
     session->normal = cut(&cutter, config->threads * (uint64_t)session->normal_elements, sizeof(float));
@@ -94,6 +109,8 @@ static bool is_possible(const ternary_model *model, const ternary_config *config
     struct cache cache;
     if (config->context - 1 >= CONTEXT_LIMIT || config->sequences - 1 >= SEQUENCES_LIMIT ||
         config->batch_rows - 1 >= BATCH_ROWS_LIMIT || config->threads - 1 >= THREADS_LIMIT)
+        return false;
+    if (model->by_lookup && config->context > P2_CONTEXT_LIMIT)
         return false;
     set_cache_shape(&cache, model, config);
     return cache_fits(&cache) && kernels_named(config->kernels) != NULL;
@@ -125,13 +142,20 @@ ternary_status ternary_session_make(void *memory, const ternary_model *model, co
     memset(session, 0, sizeof *session);
     session->model = model;
     session->config = *config;
-    session->kernels = kernels_named(config->kernels);
+    session->kernels = model->by_lookup ? &kernels_p2 : kernels_named(config->kernels);
+    session->lookup = lookup_kernels_named(config->kernels);
     lay_out(memory, session, model, config, &kv_bytes);
     memset(session->cache.lengths, 0, config->sequences * sizeof *session->cache.lengths);
     if (!pool_start(&session->pool, config->threads))
         return ternary_fail(error, TERNARY_SYSTEM, "the machine gives no %u threads", config->threads);
     *made = session;
     return TERNARY_OK;
+}
+
+void ternary_session_watch(ternary_session *session, ternary_watcher *watcher, void *argument)
+{
+    session->watcher = watcher;
+    session->watcher_argument = argument;
 }
 
 void ternary_session_end(ternary_session *session)

@@ -5,6 +5,7 @@
 #include "cache.h"
 #include "kernels/kernels.h"
 #include "model.h"
+#include "p2_attention.h"
 #include "pool.h"
 
 /* Sequences are numbers in a queue of people; more would be a mistake. */
@@ -15,8 +16,11 @@
 struct ternary_session {
     const ternary_model *model;
     const struct kernels *kernels;
+    const struct lookup_kernels *lookup; /* for files of the layout `pentium2` */
     ternary_config config;
     struct cache cache;
+    ternary_watcher *watcher; /* told before a layer is computed, or NULL */
+    void *watcher_argument;
     struct pool pool;
     uint32_t *ends; /* [sequences]: lengths after the batch being checked */
 
@@ -33,6 +37,7 @@ struct ternary_session {
     int32_t *dots;                                      /* [threads][DOTS_ELEMENTS] */
     float *scores;                                      /* [threads][scores_elements] */
     float *normal;                                      /* [threads][widest row] */
+    int16_t *tables;                                    /* [threads][LOOKUP_TILE * LOOKUP_ENTRIES], for look-up */
     size_t scores_elements, normal_elements;
 };
 

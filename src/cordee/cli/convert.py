@@ -27,11 +27,16 @@ from cordee.cli import output
     help="Precision of the head, which is rounded; the ternary weights never are.",
 )
 @click.option(
+    "--target",
+    type=click.Choice(["pentium2"]),
+    help="An old machine: five weights a byte as it looks sums up, embedding and head ternary, too.",
+)
+@click.option(
     "--pre",
     metavar="NAME",
     help="GGUF's name of the pre-tokenizer, for a checkpoint that splits text in a way not known here.",
 )
-def convert(source: Path, path: Path, layout: str, head: str, pre: str | None) -> None:
+def convert(source: Path, path: Path, layout: str, head: str, target: str | None, pre: str | None) -> None:
     """Turn a ternary model into a file for the ternary engine.
 
     SOURCE is a GGUF file whose layers hold nothing but -s, 0 and s (TQ1_0, TQ2_0, I2_S, or F16 and others
@@ -42,5 +47,13 @@ def convert(source: Path, path: Path, layout: str, head: str, pre: str | None) -
     from cordee.models.convert import convert as run
 
     with output.progress(source.name) as progress:
-        model = run(source, path, layout=layout, head=head, pre=pre, progress=progress)
+        model = run(
+            source,
+            path,
+            layout=layout,
+            head=head,
+            for_pentium2=target == "pentium2",
+            pre=pre,
+            progress=progress,
+        )
     click.echo(f"{path}  {model.architecture}, {model.layers} layers  {output.size(path.stat().st_size)}")

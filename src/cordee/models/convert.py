@@ -18,6 +18,7 @@ from cordee.models.checkpoint import Checkpoint
 from cordee.models.gguf import FETCH_AGAIN, read_header
 from cordee.models.ternary import EMBEDDING, HEAD, OUTPUT_NORM, Source, TernaryModel, strips, write
 from cordee.models.ternary_gguf import GgufSource
+from cordee.models.ternary_p2 import write_pentium2
 
 Progress = Callable[[int, int], None]
 
@@ -44,12 +45,14 @@ def convert(
     *,
     layout: Literal["trit2", "trit5"] = "trit2",
     head: str = "int8",
+    for_pentium2: bool = False,
     pre: str | None = None,
     progress: Progress | None = None,
 ) -> TernaryModel:
     """Write the model of `source` to `path` in our layout: of a GGUF file, a folder with config.json and
     safetensors, or the safetensors file in one. `pre` names the pre-tokenizer of a checkpoint whose own is
-    unknown. `progress(bytes_checked, bytes)` tells how far the check of the matrices is, which takes most of
+    unknown. `for_pentium2` means the layout of ternary_p2.py, for which embedding and head must be ternary,
+    too. `progress(bytes_checked, bytes)` tells how far the check of the matrices is, which takes most of
     the time.
 
     Memory depends on the widest matrix's rows, not on the model.
@@ -75,7 +78,7 @@ def convert(
         if progress:
             progress(done, total)
     _check_floats(opened, model)
-    write(path, model, opened, describe=opened.describe)
+    (write_pentium2 if for_pentium2 else write)(path, model, opened, describe=opened.describe)
     return model
 
 

@@ -1,0 +1,36 @@
+/* Attention in integers, for files of the layout `pentium2`: a key/value cache of 13-bit integers with a scale for each
+ * position and head, in struct cache's memory.
+ *
+ * Of each layer, sequence and head: keys [position / 8][dimension / 2][position % 8][dimension % 2] and values
+ * [position / 2][value_stride][position % 2], so that both of attention's sums are lookup_kernels.sum_columns.
+ *
+ * No sum wraps: see CODE_MAX and SHARE_SUM in the .c file. */
+#ifndef CORDEE_P2_ATTENTION_H
+#define CORDEE_P2_ATTENTION_H
+
+#include <stdbool.h>
+
+#include "cache.h"
+#include "p2_lookup.h"
+
+/* Positions beyond which rounding shares of a head's attention could add up to more than 16 bits. */
+#define P2_CONTEXT_LIMIT 32768u
+
+/* Store a position: key and value are [kv_heads][head_dim]. */
+void p2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t position, const float *key,
+                    const float *value);
+
+/* Floats of scratch that p2_attend wants for a cache. */
+size_t p2_scratch_floats(const struct cache *cache);
+
+/* Attention of `heads` queries [heads][head_dim] over the first `positions` of a head's cache; the results take the
+ * queries' place. */
+void p2_attend(const struct lookup_kernels *kernels, const struct cache *cache, uint32_t layer, uint32_t sequence,
+               uint32_t kv_head, uint32_t heads, float *queries, uint32_t positions, float *scratch);
+
+/* As cache_export and cache_import: for each layer, position and head the key, the value and their scales. */
+size_t p2_state_bytes(const struct cache *cache, uint32_t positions);
+void p2_export(const struct cache *cache, uint32_t sequence, uint8_t *state);
+void p2_import(const struct cache *cache, uint32_t sequence, uint32_t positions, const uint8_t *state);
+
+#endif

@@ -1,0 +1,138 @@
+/* Multiplying by look-up: the loops over tiles and matrices, and the plain kernels, which are the truth. */
+#include "p2_lookup.h"
+
+#include <string.h>
+
+/* A code is d0 + 3 d1 + 9 d2 + 28 (d3 + 3 d4) with digits weight + 1: the 27 sums of the first three, and one place that
+ * is never used, are seven vectors of four, which other digits shift as a whole. */
+#define LOW_CODES 28u
+
+static int32_t weight_of(uint32_t code, uint32_t place)
+{
+    static const uint8_t divisors[LOOKUP_WEIGHTS] = {1, 3, 9, 1, 3};
+    return (int32_t)((place < 3 ? code % LOW_CODES : code / LOW_CODES) / divisors[place] % 3) - 1;
+}
+
+static void tabulate(int16_t *table, const int8_t *x)
+{
+    int16_t low[LOW_CODES];
+    for (uint32_t i = 0; i < LOW_CODES; i++)
+        low[i] = (int16_t)(((int)(i % 3) - 1) * x[0] + ((int)(i / 3 % 3) - 1) * x[1] + ((int)(i / 9 % 3) - 1) * x[2]);
+    for (int fifth = -1; fifth <= 1; fifth++)
+        for (int fourth = -1; fourth <= 1; fourth++)
+            for (uint32_t i = 0; i < LOW_CODES; i++)
+                *table++ = (int16_t)(low[i] + fourth * x[3] + fifth * x[4]);
+}
+
+static void add_rows(int32_t *out, const uint8_t *codes, uint32_t rows, uint32_t groups, const int16_t *tables)
+{
+    for (uint32_t row = 0; row < rows; row++, codes += groups) {
+        int32_t sum = 0;
+        for (uint32_t group = 0; group < groups; group++)
+            sum += tables[group * LOOKUP_ENTRIES + codes[group]];
+        out[row] += sum;
+    }
+}
+
+static void sum_columns(int32_t *out, const int16_t *matrix, uint32_t blocks, uint32_t block_stride, uint32_t pairs,
+                        uint32_t pair_stride, const int16_t *x)
+{
+    for (uint32_t block = 0; block < blocks; block++, out += LOOKUP_COLUMNS, matrix += block_stride) {
+        const int16_t *m = matrix;
+        uint32_t sums[LOOKUP_COLUMNS] = {0}; /* without a sign: what is no number may wrap */
+        for (uint32_t i = 0; i < pairs; i++, m += pair_stride)
+            for (uint32_t c = 0; c < LOOKUP_COLUMNS; c++)
+                sums[c] += (uint32_t)(x[2 * i] * m[2 * c]) + (uint32_t)(x[2 * i + 1] * m[2 * c + 1]);
+        memcpy(out, sums, sizeof sums);
+    }
+}
+
+const struct lookup_kernels lookup_plain = {"scalar", tabulate, add_rows, sum_columns};
+
+/* The tables of `groups` groups from `first` on; behind the last column activations are 0. */
+static void tabulate_tile(const struct lookup_kernels *kernels, int16_t *tables, const int8_t *x, uint32_t cols,
+                          uint32_t first, uint32_t groups)
+{
+    for (uint32_t group = 0; group < groups; group++, tables += LOOKUP_ENTRIES) {
+        const uint32_t at = (first + group) * LOOKUP_WEIGHTS;
+        int8_t last[LOOKUP_WEIGHTS] = {0};
+        if (at + LOOKUP_WEIGHTS <= cols) {
+            kernels->tabulate(tables, x + at);
+        } else {
+            if (at < cols)
+                memcpy(last, x + at, cols - at);
+            kernels->tabulate(tables, last);
+        }
+    }
+}
+
+/* Sums become floats where they lie: a 32-bit integer and a float take the same room. */
+static void rescale(float *out, const struct matrix *matrix, float scale)
+{
+    const float only = matrix->scales[0] * scale;
+    for (uint32_t row = 0; row < matrix->rows; row++) {
+        int32_t sum;
+        memcpy(&sum, out + row, sizeof sum);
+        const float row_scale = matrix->scale_rows == matrix->rows ? only
+                                : matrix->scale_rows == 1          ? matrix->scales[row] * scale
+                                                                   : matrix->scales[row / matrix->scale_rows] * scale;
+        out[row] = (float)sum * row_scale;
+    }
+}
+
+void lookup_multiply(const struct lookup_kernels *kernels, const struct matrix *const *matrices, float *const *outs,
+                     uint32_t count, const int8_t *x, float scale, int16_t *tables)
+{
+    const uint32_t groups = lookup_row_bytes(matrices[0]->cols);
+    for (uint32_t m = 0; m < count; m++)
+        memset(outs[m], 0, matrices[m]->rows * sizeof *outs[m]);
+    for (uint32_t first = 0; first < groups; first += LOOKUP_TILE) {
+        const uint32_t some = groups - first < LOOKUP_TILE ? groups - first : LOOKUP_TILE;
+        tabulate_tile(kernels, tables, x, matrices[0]->cols, first, some);
+        for (uint32_t m = 0; m < count; m++)
+            kernels->add_rows((int32_t *)(void *)outs[m], matrices[m]->data + (size_t)first * matrices[m]->rows,
+                              matrices[m]->rows, some, tables);
+    }
+    for (uint32_t m = 0; m < count; m++)
+        rescale(outs[m], matrices[m], scale);
+}
+
+void lookup_row(const struct matrix *matrix, uint32_t row, float *out)
+{
+    const uint32_t groups = lookup_row_bytes(matrix->cols);
+    const float scale = matrix->scales[row / matrix->scale_rows];
+    for (uint32_t i = 0; i < matrix->cols; i++) {
+        const uint32_t group = i / LOOKUP_WEIGHTS, first = group / LOOKUP_TILE * LOOKUP_TILE;
+        const uint32_t some = groups - first < LOOKUP_TILE ? groups - first : LOOKUP_TILE;
+        const uint8_t *tile = matrix->data + (size_t)first * matrix->rows;
+        const uint8_t code = tile[(size_t)row * some + (group - first)];
+        out[i] = (float)weight_of(code, i % LOOKUP_WEIGHTS) * scale;
+    }
+}
+
+#if defined(__i386__)
+/* Whether the CPU can say what it can (an 80386 cannot: bit 21 of its flags stays as it is), and says MMX. */
+static int has_mmx(void)
+{
+    uint32_t before, after, a, b, c, d;
+    __asm__ volatile("pushfl\n\tpopl %0\n\tmovl %0, %1\n\txorl $0x200000, %1\n\tpushl %1\n\tpopfl\n\t"
+                     "pushfl\n\tpopl %1\n\tpushl %0\n\tpopfl"
+                     : "=&r"(before), "=&r"(after)
+                     :
+                     : "cc");
+    if (((before ^ after) & 0x200000) == 0)
+        return 0;
+    __asm__ volatile("cpuid" : "=a"(a), "=b"(b), "=c"(c), "=d"(d) : "a"(1));
+    return (d >> 23 & 1) != 0;
+}
+#endif
+
+const struct lookup_kernels *lookup_kernels_named(const char *name)
+{
+#if defined(__i386__)
+    if ((name == NULL || strcmp(name, lookup_plain.name) != 0) && has_mmx())
+        return &lookup_mmx;
+#endif
+    (void)name;
+    return &lookup_plain;
+}
