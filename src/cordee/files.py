@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -74,6 +75,31 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder of files that appears under `path` only when the block ends well: complete and on disk.
+
+    `path` must be new, or an empty folder. As with `atomic_file` nothing is left when the block fails, and
+    what a killed process left is swept.
+
+    Raises:
+        StorageFailed: the disk is full, the folder above cannot be written, or `path` is in the way.
+    """
+    _sweep(path)
+    with disk_faults(path):
+        prefix = f".{path.name}.{os.getpid()}."
+        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix, suffix=".partial"))
+        try:
+            yield partial
+            partial.chmod(0o755)
+            for entry in (*partial.iterdir(), partial):
+                _sync(entry)
+            partial.replace(path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 def write_all(file: BinaryIO, data: bytes) -> None:
     """Write to an unbuffered file, which may take less at once than it is given."""
     rest = memoryview(data)
@@ -117,4 +143,4 @@ def _sweep(path: Path) -> None:
         for entry in path.parent.iterdir():
             match = mine.fullmatch(entry.name)
             if match and not psutil.pid_exists(int(match[1])):
-                entry.unlink(missing_ok=True)
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)

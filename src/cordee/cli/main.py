@@ -11,6 +11,7 @@ from cordee import __version__
 from cordee.cli.convert import convert
 from cordee.cli.demo import demo
 from cordee.cli.doctor import doctor
+from cordee.cli.export import export
 from cordee.cli.members import drain, invite, join, leave, remove
 from cordee.cli.models import ls, pull, rm, show
 from cordee.cli.nodes import nodes
@@ -83,7 +84,7 @@ def cordee() -> None:
 
 
 VERBS = (
-    *(run, serve, pull, ls, show, rm, convert, plan),
+    *(run, serve, pull, ls, show, rm, convert, export, plan),
     *(up, invite, join, nodes, status, share, unshare, drain, leave, remove),
     *(ps, doctor, demo),
 )

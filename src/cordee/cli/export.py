@@ -1,0 +1,42 @@
+"""The verb `export`: a folder to copy to a machine that cannot have Cordée itself."""
+
+from pathlib import Path
+
+import click
+
+from cordee.cli import output
+from cordee.cli.models import find
+
+
+@click.command()
+@click.option(
+    "--for",
+    "target",
+    type=click.Choice(["pentium2"]),
+    required=True,
+    help="The machine: a PC with a Pentium II or later, under Linux or Windows.",
+)
+@click.argument("model")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--any-size", is_flag=True, help="Write more than a CD holds, too.")
+@click.option(
+    "--programs",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="The build folder in which `make tiny` left the programs, if it is not this program's own.",
+)
+def export(target: str, model: str, folder: Path, any_size: bool, programs: Path | None) -> None:
+    """Write all that an old machine needs to run MODEL into FOLDER, which must be new or empty.
+
+    MODEL is a file that `cordee convert --target pentium2` wrote, or the name of such a model in the store.
+    The folder holds programs, model, how to begin (in French and English), and checksums.
+    """
+    from cordee.models.export import CD_BYTES
+    from cordee.models.export import export as run
+    from cordee.models.gguf import read_header
+    from cordee.models.store import Store
+
+    path = Path(model) if Path(model).is_file() else find(Store(), model).path
+    with output.progress(folder.name) as progress:
+        limit = None if any_size else CD_BYTES
+        nbytes = run(read_header(path), folder, programs=programs, limit_bytes=limit, progress=progress)
+    click.echo(f"{folder}  {output.size(nbytes)} on a CD; README.TXT in it says how to begin")
