@@ -62,10 +62,11 @@ def check_tools() -> None:
 
 def run(command: Sequence[str | Path], **options: object) -> str:
     """The command's output. Raises RuntimeError with what it said if it failed."""
-    done = subprocess.run(command, text=True, capture_output=True, timeout=TIMEOUT_SECONDS, **options)
+    done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, **options)
     if done.returncode:
-        raise RuntimeError(f"{Path(command[0]).name} ended with {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
+        said = done.stderr.decode(errors="replace").strip()
+        raise RuntimeError(f"{Path(command[0]).name} ended with {done.returncode}: {said}")
+    return done.stdout.decode(errors="replace")
 
 
 class Machine:

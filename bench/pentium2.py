@@ -1,0 +1,204 @@
+"""What a Pentium II of 350 MHz would make of our program and of the same model as plain float loops.
+
+    python bench/pentium2.py [--cases PREFIX] [--model FILE ...] [--json] [--csv FILE]
+
+Nothing is timed: instructions are counted under qemu-user, and a trace of one token drives a timing model of
+the processor, its caches and its memory (bench/p6): figures are the same on every machine, in every run.
+
+Shapes have random weights; `--model` adds models that were trained. A case is SHAPE-POSITION: the token at
+that position of a text, everything included (attention over all before it, the choice of the next token).
+`tokens/s` assumes memory of 55 clocks latency and 28 clocks a line, `tokens/s, slow memory` 70 and 45; a
+processor with nothing else to do; the model in memory.
+
+The peer (bench/p6/floats.c) does the same in single precision, compiled as well as gcc can (-O3 -ffast-math).
+The cases called calibration hold the timing model against a real machine: there `ours` is what it says of the
+float loops compiled without optimisation, and `peer` what llama98.c, such a program built without any flag,
+was reported to do on a Pentium II 350 with 128 MB (39.31 tokens/s on stories260K, 1.03 on stories15M).
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cordee.models.gguf import read_header
+from cordee.models.ternary_p2 import LAYOUT
+from make_model import SHAPES, make_model
+from p6.machine import HERE, NORMAL, PESSIMISTIC, Call, Machine, MissingTool, run
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = ROOT / "build" / "pentium2" / "cordee-tiny"
+POSITIONS = (4, 128, 250)
+TARGET = ("-m32", "-march=pentium2", "-mmmx", "-mno-sse", "-mfpmath=387", "-static", "-no-pie")
+BUILDS = {"float-O3": ("-O3", "-ffast-math"), "float-O0": ("-O0",)}
+PEER = "float-O3"
+# Published of llama98.c on a real machine; the middle of a story, whose length was not told.
+MEASURED = {"260k": 39.31, "15m": 1.03}
+MEASURED_POSITION = 128
+# Shape of bench/make_model.py -> vocabularies.
+VOCABULARIES = {"260k": (512,), "15m": (32_000, 4096), "110m": (32_000,)}
+FIELDS = ("case", "ours", "peer", "peer_name", "unit", "ratio")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What both programs need to know."""
+
+    name: str
+    dim: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    context: int
+    model: Path
+
+    @property
+    def peer_arguments(self) -> list[str]:
+        numbers = (
+            self.dim,
+            self.hidden,
+            self.layers,
+            self.heads,
+            self.kv_heads,
+            self.vocabulary,
+            self.context,
+        )
+        return [str(number) for number in numbers]
+
+    @property
+    def positions(self) -> Iterator[int]:
+        return (position for position in POSITIONS if position < self.context - 1)
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token on the modelled machine, with either memory."""
+
+    normal: Call
+    slow: Call
+
+
+def figures(ours: Token, peer: Token) -> Iterator[tuple[str, float, float]]:
+    """(unit, ours, the peer's)."""
+    for unit, field in (
+        ("instructions/token", "instructions"),
+        ("L1 misses/token", "l1_misses"),
+        ("DRAM lines/token", "dram_lines"),
+    ):
+        yield unit, getattr(ours.normal, field), getattr(peer.normal, field)
+    yield "tokens/s", round(ours.normal.per_second, 2), round(peer.normal.per_second, 2)
+    yield "tokens/s, slow memory", round(ours.slow.per_second, 2), round(peer.slow.per_second, 2)
+
+
+def line(case: str, ours: float, peer: float, peer_name: str, unit: str) -> dict:
+    """One result."""
+    return dict(zip(FIELDS, (case, ours, peer, peer_name, unit, round(ours / peer, 4)), strict=True))
+
+
+class Bench:
+    """Programs and models, in the folder of a Machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        for name, flags in BUILDS.items():
+            run(["gcc", "-std=gnu11", *TARGET, *flags, "-o", machine.folder / name, HERE / "floats.c", "-lm"])
+
+    def shapes(self, models: list[Path]) -> Iterator[Shape]:
+        """The random ones, made when it is their turn, and the trained ones."""
+        for name, vocabularies in VOCABULARIES.items():
+            for vocabulary in vocabularies:
+                usual = SHAPES[name].n_vocab
+                label = name if vocabulary == usual else f"{name}-vocab{vocabulary}"
+                path = self._machine.folder / f"{label}.gguf"
+                make_model(path, replace(SHAPES[name], layout=LAYOUT, n_vocab=vocabulary))
+                yield shape_of(label, path)
+        for path in models:
+            yield shape_of(path.stem, path)
+
+    def ours(self, shape: Shape, position: int) -> Token:
+        """Our program at a position: its call of that number and one, since it begins with a single token."""
+        command = [PROGRAM, shape.model, "", "-n", str(position + 3), "--greedy"]
+        return self._token(command, position + 1)
+
+    def peer(self, shape: Shape, position: int, build: str = PEER) -> Token:
+        """The float program, which begins one position before."""
+        program = self._machine.folder / build
+        return self._token([program, *shape.peer_arguments, str(position - 1), "3"], 2)
+
+    def _token(self, command: list[str | Path], call: int) -> Token:
+        self._machine.counts(command, call)
+        return Token(*(self._machine.time(command, call, memory) for memory in (NORMAL, PESSIMISTIC)))
+
+
+def shape_of(name: str, path: Path) -> Shape:
+    """What a model file is."""
+    header = read_header(path)
+    heads = header.get(".attention.head_count")
+    return Shape(
+        name=name,
+        dim=header.get(".embedding_length"),
+        hidden=header.get(".feed_forward_length"),
+        layers=header.layers,
+        heads=heads,
+        kv_heads=header.get(".attention.head_count_kv", heads),
+        vocabulary=header.get(".vocab_size"),
+        context=header.get(".context_length"),
+        model=path,
+    )
+
+
+def calibration(bench: Bench, shape: Shape) -> Iterator[dict]:
+    """The timing model beside a real machine."""
+    token = bench.peer(shape, MEASURED_POSITION, "float-O0")
+    for unit, call in (("tokens/s", token.normal), ("tokens/s, slow memory", token.slow)):
+        case, said = f"calibration-{shape.name}", round(call.per_second, 2)
+        yield line(case, said, MEASURED[shape.name], "llama98.c, real machine", unit)
+
+
+def measure(bench: Bench, models: list[Path], prefix: str) -> Iterator[dict]:
+    """All cases whose names begin so."""
+    for shape in bench.shapes(models):
+        if shape.name in MEASURED and f"calibration-{shape.name}".startswith(prefix):
+            yield from calibration(bench, shape)
+        for position in shape.positions:
+            case = f"{shape.name}-{position}"
+            if case.startswith(prefix):
+                found = figures(bench.ours(shape, position), bench.peer(shape, position))
+                for unit, ours, peer in found:
+                    yield line(case, ours, peer, PEER, unit)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cases", default="", help="only those whose name begins so")
+    parser.add_argument("--model", type=Path, nargs="*", default=[], help="trained models to add")
+    parser.add_argument("--csv", type=Path, help="write the results there, too")
+    parser.add_argument("--json", action="store_true", help="one object a line")
+    options = parser.parse_args()
+    if not PROGRAM.is_file():
+        subprocess.run(["make", "-C", ROOT, "tiny"], check=True, stdout=sys.stderr)
+    results = []
+    try:
+        with Machine() as machine:
+            for result in measure(Bench(machine), options.model, options.cases):
+                results.append(result)
+                row = "{case:<20}{unit:<24}{ours:>12}{peer:>14}  {peer_name:<24}{ratio:>8}"
+                print(json.dumps(result) if options.json else row.format(**result), flush=True)
+    except MissingTool as missing:
+        sys.exit(f"bench/pentium2.py: something is missing here; this line installs it: {missing}")
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(results)
+
+
+if __name__ == "__main__":
+    main()
