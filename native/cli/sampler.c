@@ -15,12 +15,19 @@ struct candidate {
     int32_t token;
 };
 
+/* As integers, bits of floats are ordered like the numbers unless both are negative: so floats are compared only while
+ * nothing positive was found, and where the bits are larger. */
 static int32_t likeliest(const float *logits, uint32_t n)
 {
     uint32_t best = 0;
-    for (uint32_t i = 1; i < n; i++)
-        if (logits[i] > logits[best])
+    int32_t most = INT32_MIN, bits;
+    for (uint32_t i = 1; i < n; i++) {
+        memcpy(&bits, logits + i, sizeof bits);
+        if (bits > most && logits[i] > logits[best]) {
             best = i;
+            most = bits > 0 ? bits : INT32_MIN;
+        }
+    }
     return (int32_t)best;
 }
 

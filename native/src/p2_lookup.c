@@ -49,6 +49,9 @@ static void sum_columns(int32_t *out, const int16_t *matrix, uint32_t blocks, ui
 
 const struct lookup_kernels lookup_plain = {"scalar", tabulate, add_rows, sum_columns};
 
+/* The code of five weights 0, which rows are padded with. */
+#define PADDING (1 + 3 + 9 + LOW_CODES * (1 + 3))
+
 /* The tables of `groups` groups from `first` on; behind the last column activations are 0. */
 static void tabulate_tile(const struct lookup_kernels *kernels, int16_t *tables, const int8_t *x, uint32_t cols,
                           uint32_t first, uint32_t groups)
@@ -58,26 +61,36 @@ static void tabulate_tile(const struct lookup_kernels *kernels, int16_t *tables,
         int8_t last[LOOKUP_WEIGHTS] = {0};
         if (at + LOOKUP_WEIGHTS <= cols) {
             kernels->tabulate(tables, x + at);
+        } else if (at >= cols) {
+            tables[PADDING] = 0;
         } else {
-            if (at < cols)
-                memcpy(last, x + at, cols - at);
+            memcpy(last, x + at, cols - at);
             kernels->tabulate(tables, last);
         }
     }
 }
 
-/* Sums become floats where they lie: a 32-bit integer and a float take the same room. */
-static void rescale(float *out, const struct matrix *matrix, float scale)
+/* Sums, in the room of the floats that they become. */
+typedef int32_t __attribute__((may_alias)) sum_in_place;
+
+static void rescale(float *out, uint32_t rows, float scale)
 {
-    const float only = matrix->scales[0] * scale;
-    for (uint32_t row = 0; row < matrix->rows; row++) {
-        int32_t sum;
-        memcpy(&sum, out + row, sizeof sum);
-        const float row_scale = matrix->scale_rows == matrix->rows ? only
-                                : matrix->scale_rows == 1          ? matrix->scales[row] * scale
-                                                                   : matrix->scales[row / matrix->scale_rows] * scale;
-        out[row] = (float)sum * row_scale;
+    const sum_in_place *sums = (const sum_in_place *)(const void *)out;
+    _Pragma("GCC unroll 4") for (uint32_t row = 0; row < rows; row++)
+        out[row] = (float)sums[row] * scale;
+}
+
+static void rescale_rows(float *out, const struct matrix *matrix, float scale)
+{
+    const uint32_t each = matrix->scale_rows, count = matrix->rows / each;
+    if (each > 1) {
+        for (uint32_t i = 0; i < count; i++)
+            rescale(out + (size_t)i * each, each, matrix->scales[i] * scale);
+        return;
     }
+    const sum_in_place *sums = (const sum_in_place *)(const void *)out;
+    for (uint32_t row = 0; row < count; row++)
+        out[row] = (float)sums[row] * (matrix->scales[row] * scale);
 }
 
 void lookup_multiply(const struct lookup_kernels *kernels, const struct matrix *const *matrices, float *const *outs,
@@ -94,7 +107,7 @@ void lookup_multiply(const struct lookup_kernels *kernels, const struct matrix *
                               matrices[m]->rows, some, tables);
     }
     for (uint32_t m = 0; m < count; m++)
-        rescale(outs[m], matrices[m], scale);
+        rescale_rows(outs[m], matrices[m], scale);
 }
 
 void lookup_row(const struct matrix *matrix, uint32_t row, float *out)

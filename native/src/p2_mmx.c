@@ -46,64 +46,68 @@ static NOINLINE void tabulate(int16_t *table, const int8_t *activations)
                      : "memory", MMX_REGISTERS);
 }
 
-/* Four bytes of a row at `o`, looked up and added to %dx; eax, ebx and ecx hold their codes already, and get the
- * next four's from `next`. One operation on memory between two on registers is what a P6 decodes at once. */
-#define FOUR_GROUPS(o, next)                                                                                          \
-    "addw 512*" #o "(%[tables], %%ebx, 2), %%dx\n\tshrl $16, %%eax\n\tmovzbl %%al, %%ebx\n\t"                        \
-    "addw 512*" #o "+512(%[tables], %%ecx, 2), %%dx\n\tmovzbl %%ah, %%ecx\n\tmovl " #next "(%[codes]), %%eax\n\t"    \
-    "addw 512*" #o "+1024(%[tables], %%ebx, 2), %%dx\n\tmovzbl %%al, %%ebx\n\t"                                      \
-    "addw 512*" #o "+1536(%[tables], %%ecx, 2), %%dx\n\tmovzbl %%ah, %%ecx\n\t"
-/* Rows of `bytes` codes, from codes up to end. Reads four bytes behind the last row. */
-#define ROWS(bytes, groups)                                                                                          \
+/* Four bytes of a row at `o`, looked up in tables from `t` on and added to %dx; eax, ebx and ecx hold their codes already,
+ * and get those of the next four. One operation on memory between two on registers is what a P6 decodes at once. */
+#define FOUR_GROUPS(o, t)                                                                                            \
+    "addw " #t "(%[tables], %%ebx, 2), %%dx\n\tshrl $16, %%eax\n\tmovzbl %%al, %%ebx\n\t"                           \
+    "addw " #t "+512(%[tables], %%ecx, 2), %%dx\n\tmovzbl %%ah, %%ecx\n\tmovl " #o "+4(%[codes]), %%eax\n\t"       \
+    "addw " #t "+1024(%[tables], %%ebx, 2), %%dx\n\tmovzbl %%al, %%ebx\n\t"                                         \
+    "addw " #t "+1536(%[tables], %%ecx, 2), %%dx\n\tmovzbl %%ah, %%ecx\n\t"
+#define GROUPS_4(o) FOUR_GROUPS(o, 0)
+#define GROUPS_8(o) GROUPS_4(o) FOUR_GROUPS(o + 4, 2048)
+#define GROUPS_12(o) GROUPS_8(o) FOUR_GROUPS(o + 8, 4096)
+#define GROUPS_16(o) GROUPS_12(o) FOUR_GROUPS(o + 12, 6144)
+#define GROUPS_20(o) GROUPS_16(o) FOUR_GROUPS(o + 16, 8192)
+#define ADD_SUM(o) "movswl %%dx, %%edx\n\taddl %%edx, " #o "(%%ebp)\n\t"
+
+/* Rows done between two looks ahead: their codes are the cache lines that are asked for at once. */
+#define BLOCK 16u
+#define LINE_BYTES 32u
+
+/* Rows of `bytes` codes, an even number of them. Reads four bytes behind the last one.
+ *
+ * The lines of the next rows are asked for by reading a byte of each: this CPU has no prefetch. Reads wait for one
+ * another's data, but their ways to memory overlap; many at once wait for little more than the memory itself. */
+#define ROWS(bytes)                                                                                                  \
     static NOINLINE void rows_##bytes(int32_t *out, const uint8_t *codes, const uint8_t *end, const int16_t *tables)  \
     {                                                                                                                \
         __asm__ volatile("pushl %%edx\n\tpushl %%ebp\n\tmovl %%eax, %%ebp\n\t"                                       \
                          "movl (%[codes]), %%eax\n\tmovzbl %%al, %%ebx\n\tmovzbl %%ah, %%ecx\n"                      \
-                         "1:\n\txorl %%edx, %%edx\n\t" groups "movswl %%dx, %%edx\n\taddl $" #bytes ", %[codes]\n\t" \
-                         "addl %%edx, (%%ebp)\n\taddl $4, %%ebp\n\tcmpl 4(%%esp), %[codes]\n\tjb 1b\n\t"             \
+                         "1:\n\txorl %%edx, %%edx\n\t" GROUPS_##bytes(0) ADD_SUM(0)                                 \
+                         "xorl %%edx, %%edx\n\t" GROUPS_##bytes(bytes) ADD_SUM(4)                                    \
+                         "addl $2*" #bytes ", %[codes]\n\taddl $8, %%ebp\n\tcmpl 4(%%esp), %[codes]\n\tjb 1b\n\t"   \
                          "popl %%ebp\n\taddl $4, %%esp"                                                              \
                          : [codes] "+S"(codes), "+a"(out), "+d"(end)                                                 \
                          : [tables] "D"(tables)                                                                      \
                          : "ebx", "ecx", "memory", "cc");                                                            \
+    }                                                                                                                \
+                                                                                                                     \
+    static void blocks_##bytes(int32_t *out, const uint8_t *codes, uint32_t rows, const int16_t *tables)               \
+    {                                                                                                                \
+        const uint32_t whole = rows / BLOCK * BLOCK;                                                                 \
+        for (uint32_t row = 0; row < whole; row += BLOCK, codes += BLOCK * bytes) {                                  \
+            if (row + BLOCK < whole) {                                                                               \
+                _Pragma("GCC unroll 10") for (uint32_t o = 0; o < BLOCK * bytes; o += LINE_BYTES)                    \
+                    (void)*(const volatile uint8_t *)(codes + BLOCK * bytes + o);                                    \
+            }                                                                                                        \
+            rows_##bytes(out + row, codes, codes + BLOCK * bytes, tables);                                           \
+        }                                                                                                            \
+        if (rows > whole)                                                                                            \
+            rows_##bytes(out + whole, codes, codes + (rows - whole) * bytes, tables);                                \
     }
-ROWS(4, FOUR_GROUPS(0, 4))
-ROWS(8, FOUR_GROUPS(0, 4) FOUR_GROUPS(4, 8))
-ROWS(12, FOUR_GROUPS(0, 4) FOUR_GROUPS(4, 8) FOUR_GROUPS(8, 12))
-ROWS(16, FOUR_GROUPS(0, 4) FOUR_GROUPS(4, 8) FOUR_GROUPS(8, 12) FOUR_GROUPS(12, 16))
-ROWS(20, FOUR_GROUPS(0, 4) FOUR_GROUPS(4, 8) FOUR_GROUPS(8, 12) FOUR_GROUPS(12, 16) FOUR_GROUPS(16, 20))
-
-/* Rows between two looks ahead: their codes are the cache lines that are asked for at once. */
-#define BLOCK 16u
-#define LINE_BYTES 32u
-
-/* Asks for the cache lines from `codes` up to `end` by reading a byte of each: this CPU has no prefetch, but goes on
- * while a load is under way. */
-static inline void touch(const uint8_t *codes, const uint8_t *end)
-{
-    for (; codes < end; codes += LINE_BYTES)
-        (void)*(const volatile uint8_t *)codes;
-}
+ROWS(4)
+ROWS(8)
+ROWS(12)
+ROWS(16)
+ROWS(20)
 
 static void add_rows(int32_t *out, const uint8_t *codes, uint32_t rows, uint32_t groups, const int16_t *tables)
 {
-    static void (*const known[])(int32_t *, const uint8_t *, const uint8_t *, const int16_t *) = {
-        rows_4, rows_8, rows_12, rows_16, rows_20};
-    void (*const run)(int32_t *, const uint8_t *, const uint8_t *, const int16_t *) = known[groups / 4 - 1];
-    const uint32_t block_bytes = BLOCK * groups;
-    uint32_t left = rows - 1; /* the last is done apart: no kernel reads behind the matrix */
-    for (; left > 0; out += BLOCK, codes += block_bytes) {
-        const uint32_t some = left < BLOCK ? left : BLOCK;
-        const uint8_t *end = codes + some * groups;
-        left -= some;
-        touch(end, end + (left < BLOCK ? left : BLOCK) * groups);
-        run(out, codes, end, tables);
-        if (left == 0) {
-            out += some;
-            codes = end;
-            break;
-        }
-    }
-    lookup_plain.add_rows(out, codes, 1, groups, tables);
+    static void (*const blocks[])(int32_t *, const uint8_t *, uint32_t, const int16_t *) = {
+        blocks_4, blocks_8, blocks_12, blocks_16, blocks_20};
+    const uint32_t even = (rows - 1) / 2 * 2; /* the last one or two are done apart: nothing reads behind the matrix */
+    blocks[groups / 4 - 1](out, codes, even, tables);
+    lookup_plain.add_rows(out + even, codes + (size_t)even * groups, rows - even, groups, tables);
 }
 
 /* Two columns of a pair: products of both rows are added by the instruction itself. */
