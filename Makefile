@@ -15,10 +15,10 @@ endif
 bin := .venv/bin
 code := src tests bench scripts sim
 
-.PHONY: help setup run answer chat test test-long lint format bench sim native tiny docs clean
+.PHONY: help setup run answer chat test test-long lint format bench sim native tiny docs clean test-pentium2
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
 	@echo 'CMAKE_ARGS=-DGGML_VULKAN=on (or another option of llama.cpp) before any of them chooses the build.'
 
 setup: ## make .venv: libllama, Cordée and the starter model
@@ -39,6 +39,10 @@ test: lint ## all that a change must pass: lint and the short tests
 
 test-long: lint ## the short tests and those that take minutes
 	@$(bin)/python -m pytest -m ''
+
+test-pentium2: setup ## boot the emulated PC of 1997 (fetched once) and all that is about it; LONG=1 the long tests, too
+	@sh scripts/old_machine.sh
+	@$(bin)/python -m pytest $(if $(LONG),-m '') tests/test_pentium2_*.py
 
 lint: setup ## check style and formatting
 	@$(bin)/ruff check $(code)

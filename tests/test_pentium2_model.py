@@ -1,12 +1,11 @@
 """The timing model of the Pentium II (bench/p6) says of small loops what the manuals say of them."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from p6.machine import NORMAL, PESSIMISTIC, Call, Machine, Memory
+from p6.machine import NORMAL, PESSIMISTIC, Call, Machine, Memory, MissingTool
 
 ROUNDS = 2000
 PROGRAM = """
@@ -42,10 +41,11 @@ LOOPS = {
 
 @pytest.fixture(scope="module")
 def machine() -> Machine:
-    if shutil.which("qemu-i386") is None:
-        pytest.skip("no emulator: apt-get install -y qemu-user")
-    with Machine() as machine:
-        yield machine
+    try:
+        with Machine() as machine:
+            yield machine
+    except MissingTool as missing:
+        pytest.skip(f"this needs: {missing}")
 
 
 def measure(machine: Machine, folder: Path, body: str, memory: Memory = NORMAL) -> Call:

@@ -17,6 +17,7 @@ from p6.uops import write_table
 HERE = Path(__file__).parent
 HERTZ = 350e6
 QEMU = ("qemu-i386", "-cpu", "pentium2")
+QEMU_VERSIONS = ("7.", "8.")
 # Two passes over the slowest case, which is a float program without optimisation.
 TIMEOUT_SECONDS = 1800
 
@@ -49,15 +50,18 @@ class Call:
 
 
 class MissingTool(Exception):
-    """Something that measuring needs is not installed; the message has the line that installs it."""
+    """Something that measuring needs is not here; the message is the line that installs it, or says what."""
 
 
 def check_tools() -> None:
     """Raises MissingTool."""
-    needed = {"qemu-i386": "qemu-user", "gcc": "gcc", "nm": "binutils"}
+    needed = {"qemu-i386": "qemu-user", "gcc": "gcc-multilib", "nm": "binutils"}
     missing = [package for tool, package in needed.items() if shutil.which(tool) is None]
     if missing:
         raise MissingTool(f"apt-get install -y {' '.join(missing)}")
+    version = run(["qemu-i386", "--version"]).split()[2]
+    if not version.startswith(QEMU_VERSIONS):
+        raise MissingTool(f"qemu-user 7 or 8, whose interface for plugins calls.c speaks; this is {version}")
 
 
 def run(command: Sequence[str | Path], **options: object) -> str:

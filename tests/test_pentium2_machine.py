@@ -1,0 +1,117 @@
+"""`cordee-tiny` on a whole emulated PC of 1997: it says what the modern engine says, in the memory of then.
+
+`make test-pentium2` fetches the machine and runs these. The short tests share one boot; in the long ones it
+has a disk, with models that fill the memory or are larger.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cordee.engine.stage import StageConfig, batch_of_one
+from cordee.engine.ternary import TernaryStage
+from cordee.engine.vocabulary import Vocabulary
+from cordee.models.ternary_p2 import LAYOUT, write_pentium2
+from make_model import SHAPES, RandomWeights, add_vocabulary, make_model
+from old_machine import Finding, boot, need_machine, old_program, sse_program
+
+BEGINNING = "once upon a time there was a small cat"
+TOKENS = 40
+ILLEGAL_INSTRUCTION = 128 + 4  # as shells have it
+
+
+class Restless(RandomWeights):
+    """Random weights whose head is not the embedding: with both the same, a model repeats what it hears."""
+
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        return (
+            super().rows(name, first + 10**6, last + 10**6)
+            if name == "output.weight"
+            else super().rows(name, first, last)
+        )
+
+
+def said_by_the_modern_engine(path: Path, beginning: str, count: int) -> str:
+    """The text that follows, always by the likeliest token, on this machine's own engine."""
+    vocabulary = Vocabulary(path)
+    stage = TernaryStage(path, StageConfig(context=256, sequences=1, batch_rows=64, threads=1))
+    heard = vocabulary.tokenize(beginning, add_bos=True)
+    said = [int(stage.decode(batch_of_one(heard, 0, 0))[0].argmax())]
+    while len(said) < count:
+        row = stage.decode(batch_of_one(said[-1:], len(heard) + len(said) - 1, 0))
+        said.append(int(row[0].argmax()))
+    stage.close()
+    assert len(set(said)) > count // 3, "this model is too monotonous to tell engines apart"
+    return b"".join(map(vocabulary.piece, said)).decode(errors="surrogateescape")
+
+
+def tokens_per_second(finding: Finding) -> float:
+    return float(re.search(r"written, ([\d.]+) tokens/s", finding.text)[1])
+
+
+def memory_megabytes(finding: Finding) -> float:
+    return float(re.search(r"memory ([\d.]+) MB", finding.text)[1])
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    restless = replace(SHAPES["260k"], layout=LAYOUT)
+    write_pentium2(
+        folder / "restless.gguf",
+        restless,
+        Restless(restless, 0),
+        describe=lambda writer: add_vocabulary(writer, restless.n_vocab),
+    )
+    for shape in ("15m", "110m"):
+        make_model(folder / f"{shape}.gguf", replace(SHAPES[shape], layout=LAYOUT))
+    return {path.stem: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def found(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finding]:
+    """What the machine said, all in one boot."""
+    need_machine()
+    files = {path.name: path for path in models.values()}
+    files |= {"cordee-tiny": old_program(), "sse": sse_program()}
+    commands = {
+        "processor": "busybox cat /proc/cpuinfo",
+        "sse": "/sse",
+        "selftest": "/cordee-tiny --selftest",
+        "text": f'/cordee-tiny restless.gguf "{BEGINNING}" -n {TOKENS} --greedy 2>/dev/null',
+        "15m": '/cordee-tiny 15m.gguf "" -n 12 --greedy',
+        "110m": '/cordee-tiny 110m.gguf "" -n 3 --greedy',
+    }
+    return boot(tmp_path_factory.mktemp("machine"), files, commands)
+
+
+def test_the_machine_is_a_pentium_2_without_sse(found: dict[str, Finding]) -> None:
+    flags = re.search(r"^flags\s*: (.*)$", found["processor"].text, re.MULTILINE)[1].split()
+    assert "Pentium II" in found["processor"].text
+    assert "mmx" in flags and "sse" not in flags
+    assert found["sse"].status == ILLEGAL_INSTRUCTION
+
+
+def test_the_program_finds_that_the_machine_computes_right(found: dict[str, Finding]) -> None:
+    assert found["selftest"].status == 0, found["selftest"].text
+    assert "mmx" in found["selftest"].text
+
+
+def test_it_says_what_the_modern_engine_says(found: dict[str, Finding], models: dict[str, Path]) -> None:
+    text = said_by_the_modern_engine(models["restless"], BEGINNING, TOKENS)
+    assert found["text"] == Finding(0, BEGINNING + text)
+
+
+def test_a_model_of_15_million_weights_takes_little_of_the_machine(found: dict[str, Finding]) -> None:
+    assert found["15m"].status == 0
+    assert memory_megabytes(found["15m"]) <= 6
+    # Two nanoseconds an instruction: at most 12 million of them for a token.
+    assert tokens_per_second(found["15m"]) > 40
+
+
+def test_a_model_of_110_million_weights_runs_inside_128_megabytes(found: dict[str, Finding]) -> None:
+    assert found["110m"].status == 0
+    assert memory_megabytes(found["110m"]) < 40
