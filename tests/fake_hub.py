@@ -91,22 +91,21 @@ class FakeHub:
             self._send(request, 404, b"", {"X-Error-Code": "RepoNotFound"})
             return
         entries = [
-            {
-                "type": "file",
-                "path": path,
-                "size": len(content),
-                "oid": hashlib.sha1(content).hexdigest(),
-                "lfs": {
-                    "size": len(content),
-                    "oid": self.promised.get(path) or hashlib.sha256(content).hexdigest(),
-                    "pointerSize": 130,
-                },
-            }
+            {"type": "file", "path": path, "size": len(content)} | self._promise(path, content)
             for path, content in files.items()
         ]
         entries.append({"type": "file", "path": "README.md", "size": 5, "oid": "0" * 40})
         entries.append({"type": "directory", "path": "docs", "oid": "0" * 40})
         self._send(request, 200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
+
+    def _promise(self, path: str, content: bytes) -> dict:
+        """The digest of a file: git's own of JSON files, which lie in git, SHA-256 of all others."""
+        told = self.promised.get(path)
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        if path.endswith(".json"):
+            return {"oid": told or blob}
+        lfs = {"oid": told or hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        return {"oid": blob, "lfs": lfs}
 
     def _send_file(self, request: BaseHTTPRequestHandler, content: bytes) -> None:
         asked = request.headers["Range"]

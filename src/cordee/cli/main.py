@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cordee import __version__
+from cordee.cli.bench import bench
 from cordee.cli.convert import convert
 from cordee.cli.demo import demo
 from cordee.cli.doctor import doctor
@@ -86,7 +87,7 @@ def cordee() -> None:
 VERBS = (
     *(run, serve, pull, ls, show, rm, convert, export, plan),
     *(up, invite, join, nodes, status, share, unshare, drain, leave, remove),
-    *(ps, doctor, demo),
+    *(ps, doctor, bench, demo),
 )
 for verb in VERBS:
     cordee.add_command(verb)

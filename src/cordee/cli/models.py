@@ -46,8 +46,10 @@ def find(store: "Store", name: str) -> "StoredModel":
 def pull(source: str, name: str | None) -> None:
     """Put a model into the store.
 
-    SOURCE is a GGUF file, a hub repository (owner/name, or owner/name:QUANT), or the name of a model card.
-    An interrupted download goes on where it stopped. This is the only verb that uses the internet.
+    SOURCE is a GGUF file, the folder of a ternary checkpoint (config.json, safetensors, tokenizer), a hub
+    repository (owner/name, or owner/name:QUANT), or the name of a model card. Ternary models become files for
+    the ternary engine on the way (see convert). An interrupted download goes on where it stopped. This is the
+    only verb that uses the internet.
     """
     from cordee.models.pull import pull as fetch
     from cordee.models.store import Store

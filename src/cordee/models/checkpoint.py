@@ -69,14 +69,17 @@ class Quantization:
 
 
 class Checkpoint:
-    """See `cordee.models.convert.Convertible`. `source` is a folder, or a safetensors file in one."""
+    """See `cordee.models.convert.Convertible`. `source` is a folder, or a safetensors file in one; after the
+    folder the model is called if it has no `title`.
+    """
 
-    def __init__(self, source: Path, pre: str | None = None) -> None:
+    def __init__(self, source: Path, pre: str | None = None, title: str | None = None) -> None:
         """Raises BadModelFile or UnsupportedModel."""
         self._folder = source if source.is_dir() else source.parent
+        self._title = title or self._folder.resolve().name
         self._config = read_json(self._folder / "config.json")
         self._tensors = stored_tensors(source)
-        self._quantization = _quantization(self._config, self._folder)
+        self._quantization = quantization(self._config, self._title)
         self._tied = self._is_tied()
         self._pre = pre
         self._scales: dict[str, np.ndarray] = {}
@@ -88,9 +91,7 @@ class Checkpoint:
         n_embd = self._size("hidden_size")
         activation = self._config.get("hidden_act", "silu")
         if activation not in ACTIVATIONS:
-            raise UnsupportedModel(
-                f"{self._folder.name} has the activation {activation}, which is not known here."
-            )
+            raise UnsupportedModel(f"{self._title} has the activation {activation}, which is not known here.")
         architecture = self._architecture()
         table = self._stored(EMBEDDING)
         if len(table.shape) != 2 or table.shape[1] != n_embd or not table.shape[0]:
@@ -105,7 +106,7 @@ class Checkpoint:
             kv_heads=self._size("num_key_value_heads", default=heads),
             head_dim=self._size("head_dim", default=n_embd // heads),
             context=self._size("max_position_embeddings", default=2048),
-            rope_base=_rope_base(self._config, self._folder),
+            rope_base=_rope_base(self._config, self._title),
             epsilon=self._number("rms_norm_eps"),
             activation=ACTIVATIONS[activation],
             rope="neox",
@@ -153,7 +154,7 @@ class Checkpoint:
 
     def describe(self, writer: GGUFWriter) -> None:
         """See `Convertible.describe`."""
-        writer.add_name(self._folder.name)
+        writer.add_name(self._title)
         add_tokenizer(writer, self._folder, self._stored(EMBEDDING).shape[0], self._pre)
 
     def _found_scales(self, name: str, stored: StoredTensor, rows: int) -> np.ndarray:
@@ -196,7 +197,7 @@ class Checkpoint:
         name = found[0] if isinstance(found, list) and found else None
         if name not in ARCHITECTURES:
             raise UnsupportedModel(
-                f"{self._folder.name} is of class {name}; the ternary engine runs {', '.join(ARCHITECTURES)}."
+                f"{self._title} is of class {name}; the ternary engine runs {', '.join(ARCHITECTURES)}."
             )
         return ARCHITECTURES[name]
 
@@ -226,9 +227,7 @@ class Checkpoint:
         known = {name for our in ours for name in _hub_names(our)}
         for name in self._tensors:
             if name not in known and name.removesuffix("_scale") not in known and not name.endswith(BUFFERS):
-                raise UnsupportedModel(
-                    f"{self._folder.name} has {name}, which the ternary engine does not use."
-                )
+                raise UnsupportedModel(f"{self._title} has {name}, which the ternary engine does not use.")
 
     def _number(self, key: str) -> float:
         value = self._config.get(key)
@@ -252,18 +251,21 @@ def _hub_names(name: str) -> list[str]:
     return [f"model.layers.{layer}.{hub}.weight" for hub in IN_LAYERS[part]]
 
 
-def _quantization(config: dict[str, Any], folder: Path) -> Quantization:
+def quantization(config: dict[str, Any], title: str) -> Quantization:
+    """What the config.json of a model of that name says of its matrices.
+
+    Raises:
+        UnsupportedModel: they are of a kind that the ternary engine has not.
+    """
     found = config.get("quantization_config")
     if not found:
         first = config.get("architectures") == ["BitnetForCausalLM"]
         return Quantization(declared=first, masters=first, divides=True)
     if not isinstance(found, dict) or found.get("quant_method") != "bitnet":
         method = found.get("quant_method") if isinstance(found, dict) else found
-        raise UnsupportedModel(f"{folder.name} is quantised by {method}, which is not ternary here.")
+        raise UnsupportedModel(f"{title} is quantised by {method}, which is not ternary here.")
     if found.get("use_rms_norm"):
-        raise UnsupportedModel(
-            f"{folder.name} has a norm before each matrix, which the ternary engine has not."
-        )
+        raise UnsupportedModel(f"{title} has a norm before each matrix, which the ternary engine has not.")
     own = found.get("linear_class", "bitlinear") == "autobitlinear"
     return Quantization(
         declared=True,
@@ -272,17 +274,17 @@ def _quantization(config: dict[str, Any], folder: Path) -> Quantization:
     )
 
 
-def _rope_base(config: dict[str, Any], folder: Path) -> float:
+def _rope_base(config: dict[str, Any], title: str) -> float:
     """Newer configurations have it among other parameters of the rotation, none of which is known here."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
-        raise BadModelFile(f"{folder}: config.json has no parameters of rotation: {FETCH_AGAIN}.")
+        raise BadModelFile(f"{title}: config.json has no parameters of rotation: {FETCH_AGAIN}.")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default" and not (kind == "linear" and parameters.get("factor") == 1):
-        raise UnsupportedModel(f"{folder.name} rotates by {kind}, which is not known to the ternary engine.")
+        raise UnsupportedModel(f"{title} rotates by {kind}, which is not known to the ternary engine.")
     base = config.get("rope_theta") or parameters.get("rope_theta") or 10_000.0
     if not isinstance(base, int | float) or not np.isfinite(base) or base <= 0:
-        raise BadModelFile(f"{folder}: config.json has the rope_theta {base}: {FETCH_AGAIN}.")
+        raise BadModelFile(f"{title}: config.json has the rope_theta {base}: {FETCH_AGAIN}.")
     return float(base)
 
 

@@ -47,13 +47,14 @@ def convert(
     head: str = "int8",
     for_pentium2: bool = False,
     pre: str | None = None,
+    title: str | None = None,
     progress: Progress | None = None,
 ) -> TernaryModel:
     """Write the model of `source` to `path` in our layout: of a GGUF file, a folder with config.json and
-    safetensors, or the safetensors file in one. `pre` names the pre-tokenizer of a checkpoint whose own is
-    unknown. `for_pentium2` means the layout of ternary_p2.py, for which embedding and head must be ternary,
-    too. `progress(bytes_checked, bytes)` tells how far the check of the matrices is, which takes most of
-    the time.
+    safetensors, or the safetensors file in one. Of a checkpoint `pre` names the pre-tokenizer where its own
+    is unknown, and `title` is what it is called. `for_pentium2` means the layout of ternary_p2.py, for which
+    embedding and head must be ternary, too. `progress(bytes_checked, bytes)` tells how far the check of the
+    matrices is, which takes most of the time.
 
     Memory depends on the widest matrix's rows, not on the model.
 
@@ -64,7 +65,7 @@ def convert(
         StorageFailed: no room on disk.
     """
     is_checkpoint = source.is_dir() or source.suffix == ".safetensors"
-    opened: Convertible = Checkpoint(source, pre) if is_checkpoint else GgufSource(read_header(source))
+    opened: Convertible = Checkpoint(source, pre, title) if is_checkpoint else GgufSource(read_header(source))
     model = opened.model(layout, head)
     shapes = {
         f"blk.{layer}.{name}.weight": shape

@@ -53,16 +53,19 @@ KEEP_SECONDS = 14 * 24 * 3600
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of `nbytes` bytes in a repository, and the SHA-256 (64 hex digits) that the hub promises."""
+    """A file of `nbytes` bytes in a repository, and the SHA-256 (64 hex digits) that the hub promises; or
+    git's own SHA-1 (40) for small files, which lie in git itself.
+    """
 
     repository: str
     path: str
     nbytes: int
     sha256: str
+    git_sha1: str = ""
 
 
-def model_files(repository: str) -> list[HubFile]:
-    """The GGUF files of a repository.
+def repository_files(repository: str) -> list[HubFile]:
+    """All files of a repository.
 
     Raises:
         ModelNotFound: no such repository, or a private one.
@@ -74,8 +77,10 @@ def model_files(repository: str) -> list[HubFile]:
         files = [entry for entry, _ in zip(entries, range(FILES_LIMIT), strict=False)]
     return [
         HubFile(repository, file.path, file.lfs.size, file.lfs.sha256)
+        if file.lfs
+        else HubFile(repository, file.path, file.size, "", file.blob_id)
         for file in files
-        if isinstance(file, RepoFile) and file.lfs and file.path.lower().endswith(".gguf")
+        if isinstance(file, RepoFile)
     ]
 
 
@@ -91,7 +96,7 @@ def downloaded(files: Sequence[HubFile], progress: Progress | None = None) -> It
             there is no room.
     """
     downloads = home() / "downloads"
-    key = hashlib.sha256("\n".join(file.sha256 for file in files).encode()).hexdigest()[:32]
+    key = hashlib.sha256("\n".join(file.sha256 or file.git_sha1 for file in files).encode()).hexdigest()[:32]
     folder = downloads / key
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _held(folder, files[0]):
@@ -161,15 +166,24 @@ def _fetch(file: HubFile, path: Path, report: Callable[[int], None]) -> None:
             headers=headers,
             expected_size=file.nbytes,
         )
-    with partial.open("rb") as done:
-        found = hashlib.file_digest(done, "sha256").hexdigest()
-    if found != file.sha256:
+    found, promised = _found_digest(file, partial)
+    if found != promised:
         partial.unlink()
         raise StorageFailed(
-            f"{file.path} came with other content than the hub promised (sha256 {found}, not {file.sha256}) "
-            "and was removed: try again."
+            f"{file.path} came with other content than the hub promised ({found}, not {promised}) and was "
+            "removed: try again."
         )
     partial.replace(path)
+
+
+def _found_digest(file: HubFile, path: Path) -> tuple[str, str]:
+    """The digest of what came, and the one that was promised, each with its kind."""
+    with path.open("rb") as came:
+        if file.sha256:
+            return f"sha256 {hashlib.file_digest(came, 'sha256').hexdigest()}", f"sha256 {file.sha256}"
+        blob = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        hashlib.file_digest(came, lambda: blob)
+    return f"git {blob.hexdigest()}", f"git {file.git_sha1}"
 
 
 class _Counted(io.BufferedWriter):

@@ -1,4 +1,7 @@
-"""Putting models into the store: from a file, from the hub, or by the name of a model card."""
+"""Putting models into the store: from a file, from the hub, or by the name of a model card.
+
+Ternary models go there in the layout of the ternary engine, whatever they come in (convert.py).
+"""
 
 import re
 import sys
@@ -6,9 +9,15 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
-from cordee.errors import BadRequest, ModelNotFound
+from gguf import GGMLQuantizationType
+
+from cordee.errors import BadRequest, ModelNotFound, UnsupportedModel
 from cordee.models.cards import cards
-from cordee.models.hub import HubFile, downloaded, model_files
+from cordee.models.checkpoint import quantization
+from cordee.models.checkpoint_tensors import INDEX, read_json
+from cordee.models.convert import convert
+from cordee.models.gguf import BLOCK, BitnetType, read_header
+from cordee.models.hub import HubFile, downloaded, repository_files
 from cordee.models.slices import Progress
 from cordee.models.store import Store, StoredModel, check_name
 
@@ -18,10 +27,18 @@ PREFERENCE = ("Q4_K_M", "MXFP4", "MXFP4_MOE", "Q4_0", "Q4_K_S", "Q5_K_M", "Q8_0"
 _HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?::(?P<quantization>[\w.-]+)|/(?P<file>.+\.gguf))?")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _QUANTIZATION = re.compile(
-    r"(?<![a-z0-9])((?:ud-)?(?:i?q\d\w*|tq\d_\d|mxfp4(?:_moe)?|bf16|f16|f32))(?![a-z0-9])", re.IGNORECASE
+    r"(?<![a-z0-9])((?:ud-)?(?:i?q\d\w*|tq\d_\d|i2_s|mxfp4(?:_moe)?|bf16|f16|f32))(?![a-z0-9])", re.IGNORECASE
 )
 # Parts of models that are no language model: the eye of one that sees, a quantizer's statistics.
 _OTHER_PARTS = ("mmproj", "imatrix")
+# What a checkpoint is made of beside its weights, of which the first must be there.
+CHECKPOINT_FILES = (
+    *("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("generation_config.json", "added_tokens.json", "chat_template.jinja", INDEX),
+)
+TERNARY_TYPES = {GGMLQuantizationType.TQ1_0, GGMLQuantizationType.TQ2_0, BitnetType.I2_S}
+
+Report = Callable[[str], None]
 
 
 def pull(
@@ -29,18 +46,20 @@ def pull(
     name: str | None = None,
     store: Store | None = None,
     progress: Progress | None = None,
-    report: Callable[[str], None] | None = None,
+    report: Report | None = None,
 ) -> StoredModel:
     """Put a model into the store under `name`, else under its card's, repository's or file's name.
 
-    `source` is a model card's name; a path to a GGUF file (the first of a set); or `owner/name`,
-    `owner/name:QUANTIZATION` or `owner/name/file.gguf` on the hub, the only case that leaves this machine:
-    `report` is then told what is fetched from where. `progress(done_bytes, total_bytes)`.
+    `source` is a model card's name; a path to a GGUF file (the first of a set), or to the folder of a ternary
+    checkpoint; or `owner/name`, `owner/name:QUANTIZATION` or `owner/name/file.gguf` on the hub, the only case
+    that leaves this machine: `report` is then told what is fetched from where. It is told, too, when a model
+    is converted. `progress(done_bytes, total_bytes)`.
 
     Raises:
         ModelNotFound: nothing of that name, here or on the hub.
         BadRequest: the repository has several models and `source` does not say which; the name is none.
         BadModelFile: what was given or fetched is no model.
+        UnsupportedModel: a checkpoint is not ternary.
         StorageFailed: no room on the disk, no way to the hub, or it sent something else than it promised.
     """
     store = store or Store()
@@ -53,8 +72,14 @@ def pull(
             return store.add_file(installed, name or card.name, progress, take="link")
         return _pull_from_hub(card.source, name or card.name, store, progress, report)
     path = Path(source).expanduser()
+    if (path / CHECKPOINT_FILES[0]).is_file():
+        place = path.resolve()
+        return _converted(place, name or _plain(place.name), store, progress, report, str(place), place.name)
     if path.is_file() or source.startswith(("/", ".", "~")):
-        return store.add_file(path, name or _plain(_SHARD.sub("", path.stem)), progress)
+        name = name or _plain(_SHARD.sub("", path.stem))
+        if is_ternary(path):
+            return _converted(path, name, store, progress, report, str(path.resolve()))
+        return store.add_file(path, name, progress)
     if not _HUB.fullmatch(source):
         raise _nothing_like(source)
     return _pull_from_hub(source, name, store, progress, report)
@@ -84,7 +109,7 @@ def hub_files(source: str) -> list[HubFile]:
     if not asked:
         raise BadRequest(f"{source!r} is no model of a hub repository (owner/name).", "source")
     return _choose(
-        asked["repository"], model_files(asked["repository"]), asked["quantization"], asked["file"]
+        asked["repository"], repository_files(asked["repository"]), asked["quantization"], asked["file"]
     )
 
 
@@ -93,21 +118,95 @@ def _pull_from_hub(
     name: str | None,
     store: Store,
     progress: Progress | None,
-    report: Callable[[str], None] | None,
+    report: Report | None,
 ) -> StoredModel:
-    chosen = hub_files(source)
-    repository = chosen[0].repository
-    if report:
-        size = sum(part.nbytes for part in chosen) / 1e9
-        report(f"Fetching {chosen[0].path} ({size:.1f} GB) from the hub repository {repository}")
+    asked = _HUB.fullmatch(source)
+    repository, name = asked["repository"], name or hub_name(source)
+    files = repository_files(repository)
+    checkpoint = (
+        [] if _models(files) or asked["quantization"] or asked["file"] else _checkpoint(files, report)
+    )
+    chosen = checkpoint or _choose(repository, files, asked["quantization"], asked["file"])
+    _tell(report, chosen)
     with downloaded(chosen, progress) as paths:
+        if checkpoint:
+            title = repository.partition("/")[2]
+            return _converted(paths[0].parent, name, store, progress, report, repository, title)
+        place = f"{repository}/{chosen[0].path}"
+        if is_ternary(paths[0]):
+            return _converted(paths[0], name, store, progress, report, place)
         return store.add_file(
             paths[0],
-            name or hub_name(source),
-            source=f"{repository}/{chosen[0].path}",
+            name,
+            source=place,
             digest=f"sha256:{chosen[0].sha256}" if len(chosen) == 1 else None,
             take="move",
         )
+
+
+def is_ternary(path: Path) -> bool:
+    """Whether a GGUF file has matrices in a type that is made for ternary ones.
+
+    Raises:
+        BadModelFile: it is no GGUF.
+    """
+    return any(
+        tensor.type in TERNARY_TYPES for tensor in read_header(path).tensors if BLOCK.match(tensor.name)
+    )
+
+
+def _converted(
+    path: Path,
+    name: str,
+    store: Store,
+    progress: Progress | None,
+    report: Report | None,
+    source: str,
+    title: str | None = None,
+) -> StoredModel:
+    """A ternary model in the store, in the ternary engine's layout. What only another engine runs, and can,
+    stays as it is.
+    """
+    with store.working_folder() as folder:
+        ready = folder / "converted.gguf"
+        try:
+            if report:
+                report(f"Converting {title or path.name} for the ternary engine; no weight is changed")
+            convert(path, ready, title=title, progress=progress)
+        except UnsupportedModel as error:
+            if path.is_dir() or _is_of_bitnet_cpp(path):
+                raise
+            if report:
+                report(f"It stays as it is: {error.message}")
+            return store.add_file(path, name, progress, source=source)
+        return store.add_file(ready, name, progress, source=source, take="move")
+
+
+def _is_of_bitnet_cpp(path: Path) -> bool:
+    return any(isinstance(tensor.type, BitnetType) for tensor in read_header(path).tensors)
+
+
+def _checkpoint(files: list[HubFile], report: Report | None) -> list[HubFile]:
+    """The files of a repository's checkpoint, if its config.json says that it is ternary; else none."""
+    found = {file.path: file for file in files if file.path in CHECKPOINT_FILES}
+    weights = [file for file in files if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", file.path)]
+    whole = [file for file in files if file.path == "model.safetensors"]
+    if CHECKPOINT_FILES[0] not in found or not (whole or weights):
+        return []
+    config = found[CHECKPOINT_FILES[0]]
+    _tell(report, [config])
+    with downloaded([config]) as [path]:
+        if not quantization(read_json(path), config.repository).declared:
+            return []
+    return [*found.values(), *(whole or weights)]
+
+
+def _tell(report: Report | None, chosen: list[HubFile]) -> None:
+    """Whatever leaves this machine is said."""
+    if report:
+        largest = max(chosen, key=lambda file: file.nbytes)
+        size = sum(part.nbytes for part in chosen) / 1e9
+        report(f"Fetching {largest.path} ({size:.1f} GB) from the hub repository {largest.repository}")
 
 
 def _choose(
@@ -129,7 +228,10 @@ def _choose(
     if len(wanted) == 1:
         return wanted[0]
     if not models:
-        raise ModelNotFound(f"{repository} on the hub holds no GGUF model: look for its GGUF edition.")
+        raise ModelNotFound(
+            f"{repository} on the hub holds no GGUF model, and no checkpoint whose config.json says that it "
+            "is ternary: look for its GGUF edition."
+        )
     labels = [_label(stem) for stem in models]
     known = labels if all(labels) and len(set(labels)) == len(labels) and not file else None
     choices = [f":{label}" for label in known] if known else [f"/{m[0].path}" for m in models.values()]
@@ -144,7 +246,8 @@ def _choose(
 def _models(files: list[HubFile]) -> dict[str, list[HubFile]]:
     """Complete models: path without ending and shard number -> its files in order."""
     models: dict[str, list[HubFile]] = {}
-    for file in sorted(files, key=lambda file: file.path):
+    of_models = (file for file in files if file.sha256 and file.path.lower().endswith(".gguf"))
+    for file in sorted(of_models, key=lambda file: file.path):
         stem = str(PurePosixPath(file.path).with_suffix(""))
         if not any(part in PurePosixPath(stem).name.lower() for part in _OTHER_PARTS):
             models.setdefault(_SHARD.sub("", stem), []).append(file)

@@ -168,7 +168,7 @@ class Store:
         """
         self._name_path(name)
         header = read_header(path)
-        with disk_faults(self.root), self._work() as folder:
+        with disk_faults(self.root), self.working_folder() as folder:
             ready = folder / "model.gguf"
             if header.get("split.count", 1) > 1:
                 merged = cut(header, 0, header.layers, ready, progress=progress)
@@ -243,7 +243,7 @@ class Store:
         force: bool,
         progress: Progress | None,
     ) -> SliceFile:
-        with disk_faults(self.root), self._work() as folder:
+        with disk_faults(self.root), self.working_folder() as folder:
             fresh = cut(header, first, last, folder / "slice.gguf", progress=progress, force=force)
             if _digest(fresh.path) != fresh.digest:
                 raise StorageFailed(
@@ -346,7 +346,7 @@ class Store:
                 shutil.rmtree(source.parent)
 
     @contextmanager
-    def _work(self) -> Iterator[Path]:
+    def working_folder(self) -> Iterator[Path]:
         """A folder for work in progress, locked as long as this process lives; removed afterwards."""
         incoming = self.root / "incoming"
         folder = incoming / secrets.token_hex(8)

@@ -1,0 +1,81 @@
+"""`cordee bench`: how fast a model is on this machine, on whichever engine runs it."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cordee.cli import options, output
+
+if TYPE_CHECKING:
+    from cordee.cli.bench_runs import Figure
+    from cordee.models.gguf import Header
+
+DIGITS = 4  # that mean something, on any machine
+
+
+@click.command()
+@click.argument("model")
+@options.threads
+@options.device
+@options.fast
+@options.as_json
+def bench(model: str, threads: int | None, devices: tuple[str, ...], fast: bool, as_json: bool) -> None:
+    """Measure MODEL on this machine.
+
+    MODEL is a model in the store, or a GGUF file. Measured are the time to load it, to read prompts (prefill)
+    and to go on with 1, 2, 4 and 8 answers at once (decode), how much of what this machine can read from
+    memory one answer reaches (roof: a model that fits the processor's cache may exceed it), and the energy of
+    the processors for each token, where the system tells. With --json each line is an object.
+    """
+    from cordee.cli.bench_runs import Wanted, figures
+    from cordee.node.workers import ENVIRONMENT, EXACT_ENVIRONMENT
+
+    # As in workers, and read when libllama is loaded.
+    os.environ |= ENVIRONMENT | ({} if fast else EXACT_ENVIRONMENT)
+    header = _header(model)
+    found = []
+    with output.loading() as report:
+        for figure in figures(header, Wanted(threads, devices, not fast), report):
+            found.append(figure)
+            if as_json:
+                click.echo(json.dumps({"model": model} | _entry(figure)))
+    if not as_json:
+        output.print_table(("CASE", "FIGURE", "UNIT", "OF"), [_row(figure) for figure in found])
+
+
+def _header(model: str) -> "Header":
+    from cordee.cli.models import find
+    from cordee.models.gguf import read_header
+    from cordee.models.store import Store
+
+    path = Path(model)
+    return read_header(path if path.is_file() else find(Store(), model).path)
+
+
+def _entry(figure: "Figure") -> dict[str, Any]:
+    """As the programs in bench/ print theirs."""
+    value = _rounded(figure.value)
+    if figure.peer is None:
+        return {"case": figure.case, "value": value, "unit": figure.unit}
+    return {
+        "case": figure.case,
+        "ours": value,
+        "peer": _rounded(figure.peer),
+        "peer_name": figure.peer_name,
+        "unit": figure.unit,
+        "ratio": _rounded(figure.value / figure.peer),
+    }
+
+
+def _row(figure: "Figure") -> tuple[str, str, str, str]:
+    share = ""
+    if figure.peer is not None:
+        share = f"{100 * figure.value / figure.peer:.0f} % of {_rounded(figure.peer):g} by {figure.peer_name}"
+    return figure.case, f"{_rounded(figure.value):g}", figure.unit, share
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")

@@ -1,0 +1,238 @@
+"""What `cordee bench` measures: one stage with the whole model in this process, and this machine's memory.
+
+Nothing of the scheduler and no other process is on the way: the figures are the engine's. Rates are medians
+of repeated runs by the clock.
+"""
+
+import ctypes
+import mmap
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from cordee.engine.stage import Batch, Stage, StageConfig, batch_of_one
+from cordee.errors import DoesNotFit, SetupNeeded
+from cordee.models.gguf import Header, engine_of
+from cordee.models.memory import memory
+from cordee.models.shape import model_shape
+from cordee.node import sizing
+from cordee.node.devices import memory_speed
+from cordee.node.energy import Meter
+
+PREFILL_ROWS = (16, 128, 512)
+DECODE_BATCHES = (1, 2, 4, 8)
+PROMPT_ROWS, DECODE_STEPS = 16, 16
+CONTEXT = max(*PREFILL_ROWS, PROMPT_ROWS + DECODE_STEPS)
+# A case is repeated so long and so often, behind a run that does not count unless it alone takes longer.
+CASE_SECONDS = 2.0
+ROUNDS_MIN = 3
+# A case that would take longer by the rate of the one before it is left out.
+CASE_SECONDS_MAX = 60.0
+# Larger than caches are; less where little memory is free.
+ROOF_BYTES, ROOF_PART = 256 << 20, 1 / 4
+ROOF_SECONDS = 0.5
+ROOF_STEP_BYTES = 256  # ternary_memory_read takes multiples of it
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One result; with a `peer` it is held against what that reached."""
+
+    case: str
+    value: float
+    unit: str
+    peer: float | None = None
+    peer_name: str | None = None
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How the stage shall be loaded, as the command line says."""
+
+    threads: int | None
+    devices: tuple[str, ...]
+    exact: bool
+
+
+def figures(header: Header, wanted: Wanted, report: Report) -> Iterator[Figure]:
+    """All figures of a model, as they are found; `report` is told what is measured, and what is left out.
+
+    Raises:
+        DoesNotFit, BadRequest, UnsupportedModel, BadModelFile, StageFailed: it cannot be loaded.
+    """
+    config = _config(header, wanted)
+    report("loading")
+    began = time.perf_counter()
+    stage = _load(header, config)
+    try:
+        yield Figure("load", time.perf_counter() - began, "s")
+        runs = _Runs(stage, config.context)
+        runs.prefill(1)
+        yield Figure("first-token", time.perf_counter() - began, "s")
+        yield from _prefills(runs, config.context, report)
+        alone = yield from _decodes(runs, config.sequences, report)
+        if stage.description.devices == ("CPU",):
+            report("reading memory")
+            speed, name = roof(stage.description.threads)
+            shape = model_shape(header, "")
+            nbytes = sum(shape.active_bytes) + shape.active_head_bytes
+            yield Figure("roof", alone * nbytes / 1e9, "GB/s", speed / 1e9, name)
+    finally:
+        stage.close()
+
+
+def roof(threads: int) -> tuple[float, str]:
+    """Bytes that so many threads read from memory in a second at best, and what read them."""
+    nbytes = int(min(ROOF_BYTES, memory().available_bytes * ROOF_PART))
+    try:
+        from cordee.engine.ternary import library
+
+        read = library().ternary_memory_read
+    except SetupNeeded:
+        return memory_speed(nbytes, threads), "reading by numpy"
+    part = nbytes // threads // ROOF_STEP_BYTES * ROOF_STEP_BYTES
+    buffer = mmap.mmap(-1, part * threads)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    np.frombuffer(buffer, np.uint8)[:] = 1  # pages nobody has written to are not read from memory
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    starts, sizes = [address + part * number for number in range(threads)], [part] * threads
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        ends = time.monotonic() + ROOF_SECONDS
+        while time.monotonic() < ends:
+            began = time.perf_counter()
+            list(pool.map(read, starts, sizes))
+            best = max(best, part * threads / (time.perf_counter() - began))
+    return best, "plain reading"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """So many tokens in so many seconds; `joules` None where nothing tells."""
+
+    tokens: int
+    seconds: float
+    joules: float | None
+
+
+class _Runs:
+    """Single runs on a loaded stage."""
+
+    def __init__(self, stage: Stage, context: int) -> None:
+        self._stage = stage
+        self._prompt = min(PROMPT_ROWS, context // 2)
+        self._steps = min(DECODE_STEPS, context - self._prompt)
+        self._meter = Meter()
+
+    def tokens(self, count: int, first: int = 0) -> np.ndarray:
+        """Tokens of the vocabulary, one after the other: which they are makes no difference."""
+        return (np.arange(first, first + count) % self._stage.description.n_vocab).astype(np.int32)
+
+    def prefill(self, rows: int) -> _Run:
+        """One prompt."""
+        self._stage.clear()
+        return self._timed([batch_of_one(self.tokens(rows))])
+
+    def decode(self, answers: int) -> _Run:
+        """Some tokens of so many answers at once, each behind a short prompt."""
+        self._stage.clear()
+        for sequence in range(answers):
+            self._stage.decode(batch_of_one(self.tokens(self._prompt), sequence=sequence))
+        numbers, outputs = np.arange(answers, dtype=np.int32), np.ones(answers, dtype=bool)
+        return self._timed(
+            [
+                Batch(
+                    self.tokens(answers, step), np.full_like(numbers, self._prompt + step), numbers, outputs
+                )
+                for step in range(self._steps)
+            ]
+        )
+
+    def _timed(self, batches: Sequence[Batch]) -> _Run:
+        self._meter.watts()
+        began = time.perf_counter()
+        for batch in batches:
+            self._stage.decode(batch)
+        seconds = time.perf_counter() - began
+        watts = self._meter.watts()
+        joules = None if watts is None else watts * seconds
+        return _Run(sum(map(len, batches)), seconds, joules)
+
+
+def _config(header: Header, wanted: Wanted) -> StageConfig:
+    """The most sequences of CONTEXT tokens that fit; fewer tokens where the model was made for fewer."""
+    context = min(CONTEXT, header.get(".context_length") or CONTEXT)
+    devices = ("CPU",) if engine_of(header) == "ternary" else wanted.devices
+    for sequences in reversed(DECODE_BATCHES):
+        try:
+            return sizing.stage_config(
+                header,
+                stages=1,
+                sequences=sequences,
+                context=context,
+                threads=wanted.threads,
+                devices=devices,
+                exact=wanted.exact,
+            )
+        except DoesNotFit:
+            if sequences == 1:
+                raise
+    raise AssertionError("DECODE_BATCHES begins with 1")
+
+
+def _load(header: Header, config: StageConfig) -> Stage:
+    if engine_of(header) == "ternary":
+        from cordee.engine.ternary import TernaryStage
+
+        return TernaryStage(header.path, config)
+    from cordee.engine.llama import LlamaStage
+
+    return LlamaStage(header.path, config)
+
+
+def _prefills(runs: _Runs, context: int, report: Report) -> Iterator[Figure]:
+    rate = None
+    for rows in PREFILL_ROWS:
+        if rows > context:
+            report(f"prefill-{rows} is left out: the model's context is {context} tokens")
+        elif rate and rows / rate > CASE_SECONDS_MAX:
+            report(f"prefill-{rows} is left out: it would take {rows / rate:.0f} s")
+        else:
+            report(f"measuring prefill-{rows}")
+            rate, _ = _repeated(lambda rows=rows: runs.prefill(rows))
+            yield Figure(f"prefill-{rows}", rate, "tokens/s")
+
+
+def _decodes(runs: _Runs, sequences: int, report: Report) -> Iterator[Figure]:
+    """Gives the rate of one answer alone."""
+    alone = 0.0
+    for batch in DECODE_BATCHES:
+        if batch > sequences:
+            report(f"decode-{batch} is left out: memory is short")
+            continue
+        report(f"measuring decode-{batch}")
+        rate, joules = _repeated(lambda batch=batch: runs.decode(batch))
+        alone = alone or rate
+        yield Figure(f"decode-{batch}", rate, "tokens/s")
+        if joules is not None:
+            yield Figure(f"energy-{batch}", joules, "J/token")
+    return alone
+
+
+def _repeated(run: Callable[[], _Run]) -> tuple[float, float | None]:
+    """Median tokens/s of a run, and median joules for each token where this machine tells."""
+    took = [run()]
+    if took[0].seconds < CASE_SECONDS:
+        took.clear()
+        while len(took) < ROUNDS_MIN or sum(each.seconds for each in took) < CASE_SECONDS:
+            took.append(run())
+    joules = [each.joules / each.tokens for each in took if each.joules is not None]
+    rate = statistics.median(each.tokens / each.seconds for each in took)
+    return rate, statistics.median(joules) if joules else None
