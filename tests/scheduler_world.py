@@ -50,6 +50,8 @@ class FakePipeline:
         self.opened: set[TokenLog] = set()
         self.under_way.clear()
         self.halted: set[int] = set()
+        self.left: dict[int, list[int]] = {}  # what the placement before had
+        self.leaves = True  # whether batches that are sent now may still take it over
 
     def send(self, batch: MicroBatch) -> None:
         sequences = [segment.sequence for segment in batch.segments]
@@ -62,6 +64,7 @@ class FakePipeline:
         assert set(batch.opens) <= {segment.sequence for segment in batch.segments if segment.sample}
         logs = batch.opens.items()
         opens = {sequence: (log.sampling.seed, [*log.prompt, *log.generated]) for sequence, log in logs}
+        assert self.leaves or not any(segment.inherit for segment in batch.segments)
         assert self.opened.isdisjoint(batch.opens.values()), "a sampler is made once"
         self.opened.update(batch.opens.values())
         self.under_way.append((batch, opens))
@@ -82,6 +85,7 @@ class FakePipeline:
                     segment,
                     first_position=segment.first_position + 1,
                     tokens=[choices[segment.sequence].token],
+                    inherit=False,
                 )
                 for segment in batch.segments
             )
@@ -94,6 +98,9 @@ class FakePipeline:
         choices = {}
         for segment in batch.segments:
             held = self.cache[segment.sequence]
+            if segment.inherit:
+                held[:] = self.left[segment.sequence][: segment.first_position]
+                assert len(held) == segment.first_position > 0, "more is taken over than was there"
             assert segment.first_position <= len(held), "rows are missing"
             held[segment.first_position :] = segment.tokens
             assert len(held) < self.limits.context
@@ -185,6 +192,20 @@ class World:
     def lose(self) -> None:
         self.pipeline.forget()
         self.scheduler.lost()
+
+    def hand_over(self, length_of: Callable[[int], int]) -> None:
+        """Another placement follows; of a sequence it may take over what `length_of` its length says."""
+        held = {
+            sequence: tokens[: length_of(len(tokens))] for sequence, tokens in self.pipeline.cache.items()
+        }
+        self.lose()
+        self.pipeline.left = held
+        self.scheduler.recall(held)
+
+    def forget_before(self) -> None:
+        """The placement before will soon be gone."""
+        self.pipeline.leaves = False
+        self.scheduler.forget_recalled()
 
     def set_apart(self, name: str) -> None:
         self.scheduler.set_apart(name)

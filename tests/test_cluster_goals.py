@@ -14,7 +14,17 @@ from clusters import (
 from cordee.cluster.choose import choose
 from cordee.cluster.crew import FAILED_SECONDS, WIRINGS_MAX, Crew, Orders, Worker
 from cordee.cluster.facts import SliceHeld, StageReport, wiring_id
-from cordee.cluster.goals import DISK_RESERVE_BYTES, Goals, Load, SliceGoal, StageGoal, goals, holds, load_of
+from cordee.cluster.goals import (
+    DISK_RESERVE_BYTES,
+    Goals,
+    Load,
+    SliceGoal,
+    Source,
+    StageGoal,
+    goals,
+    holds,
+    load_of,
+)
 from cordee.cluster.view import View
 
 HALVES = placed(("a", 0, 2), ("b", 2, 4))
@@ -62,6 +72,22 @@ def test_a_new_worker_makes_a_new_wiring() -> None:
     goal = goals_of(view, "a").stages[0]
     assert (goal.wiring, goal.downstream) == (wiring_id(HALVES, ["w0a", "fresh"]), "b/9")
     assert goal.wiring != reports["a"][0].wiring
+
+
+def test_a_successor_takes_over_from_the_stages_that_serve() -> None:
+    serving = running(HALVES)
+    thirds = placed(("c", 0, 1), ("d", 1, 3), ("c", 3, 4))
+    loaded = running(thirds, "loaded")
+    nodes = [
+        facts_of(node, 4, stages=[*serving.get(node, ()), *loaded.get(node, ())], draining=node == "a")
+        for node in "abcd"
+    ]
+    goals = {goal.index: goal for node in "cd" for goal in goals_of(view_of(*nodes), node).stages}
+    wiring = serving["a"][0].wiring
+    assert goals[0].sources == (Source("a/0", wiring, 0, 1),)
+    assert goals[1].sources == (Source("a/0", wiring, 1, 2), Source("b/1", wiring, 0, 1))
+    assert goals[2].sources == (Source("b/1", wiring, 1, 2),)
+    assert all(not goal.sources for goal in goals_of(view_of(*nodes), "b").stages)
 
 
 def test_workers_of_a_lost_placement_are_kept_until_another_serves_if_memory_allows() -> None:

@@ -39,6 +39,7 @@ class Chaos:
         self.clients: list[Client] = []
         self.lost_before: set[Client] = set()
         self.failing = self.rng.random() < 0.2
+        self.handed_over = 0
 
     def submit(self) -> None:
         rng, limits = self.rng, self.world.limits
@@ -71,10 +72,22 @@ class Chaos:
         for number in late:
             assert self.world.scheduler.complete(number, {}, {}) == []
 
+    def hand_over(self) -> None:
+        self.world.hand_over(lambda length: self.rng.choice((0, self.rng.randint(0, length), length)))
+        self.lost_before |= set(self.clients)
+        self.handed_over += bool(self.world.pipeline.left)
+
     def run(self) -> None:
         rng = self.rng
-        actions = [self.submit, self.answer, self.world.pump, self.lose]
-        weights = [4, 8, 8, rng.choice((0, 0.2, 1))]
+        actions = [
+            self.submit,
+            self.answer,
+            self.world.pump,
+            self.lose,
+            self.hand_over,
+            self.world.forget_before,
+        ]
+        weights = [4, 8, 8, *(rng.choice((0, 0.2, 1)) for _ in range(3))]
         cancelling, suspecting = rng.choice((0, 0.05)), rng.choice((0, 0.05))
         for _ in range(rng.choice((20, 150))):
             rng.choices(actions, weights)[0]()
@@ -113,7 +126,9 @@ def test_the_chaos_has_everything_in_it() -> None:
         seen.update(client.ended for client in chaos.clients)
         seen["cached"] += sum(bool(client.cached) for client in chaos.clients)
         seen["lost"] += len(chaos.lost_before)
-    assert all(seen[what] > 20 for what in ("stop", "length", "cancelled", "failed", "cached", "lost")), seen
+        seen["handed over"] += chaos.handed_over
+    wanted = ("stop", "length", "cancelled", "failed", "cached", "lost", "handed over")
+    assert all(seen[what] > 20 for what in wanted), seen
 
 
 # --- what is refused --------------------------------------------------------------------------------------
@@ -440,6 +455,29 @@ def test_a_token_log_is_prompt_and_answer_in_one(prompt: list[int], generated: l
     stop = data.draw(st.integers(start, len(whole)))
     assert len(log) == len(whole)
     assert log.tokens(start, stop) == whole[start:stop]
+
+
+def test_what_the_placement_before_has_is_not_computed_again() -> None:
+    rng, world = Random(10), roomy(2)
+    history, _ = answered(world, "turn 1", tokens(rng, 60))
+    world.hand_over(lambda length: length)
+    _, rows = answered(world, "turn 2", history + tokens(rng, 10))
+    assert rows == 1 + 10 + 3
+    world.submit("under way", tokens(rng, 60))
+    world.step()
+    world.hand_over(lambda length: length)
+    (batch,) = world.pump()
+    assert [(len(segment.tokens), segment.inherit) for segment in batch.segments] == [(1, True)]
+
+
+def test_what_was_not_taken_over_in_time_is_computed_again() -> None:
+    rng, world = Random(11), roomy(2)
+    world.submit("a", tokens(rng, 60))
+    world.step()
+    world.hand_over(lambda length: length)
+    world.forget_before()
+    (batch,) = world.pump()
+    assert (batch.segments[0].first_position, batch.segments[0].inherit) == (0, False)
 
 
 def test_a_newcomer_ends_a_repeated_micro_batch_with_its_next_step() -> None:

@@ -4,8 +4,6 @@ import contextlib
 import os
 import random
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +19,10 @@ from cordee.node.compute import as_batch
 from cordee.node.link import LinkClosed
 from cordee.node.messages import (
     Broken,
-    Hello,
     Join,
     Load,
     Loaded,
     LoadFailed,
-    Message,
     Opening,
     Rows,
     Run,
@@ -36,6 +32,7 @@ from cordee.node.messages import (
     WireFailed,
 )
 from cordee.node.worker import PEERS_MAX
+from lone_worker import Lone
 from streams import SECONDS, tiny_model
 
 CONFIG = StageConfig(context=128, sequences=2, threads=1)
@@ -47,59 +44,6 @@ segments = st.lists(
 )
 
 
-class Lone:
-    """A worker whose pipeline and neighbours the test plays."""
-
-    def __init__(self, folder: Path) -> None:
-        self.inbox, self.tokens = folder / "inbox", folder / "tokens"
-        self._listening = [listening(folder / "control"), listening(self.tokens)]
-        names = ["it", str(folder / "control"), str(self.inbox)]
-        self.process = subprocess.Popen([sys.executable, "-m", "cordee.node.worker", *names])
-        self.control = self._accepted(0)
-
-    def _accepted(self, index: int) -> socket.socket:
-        peer, _ = self._listening[index].accept()
-        peer.settimeout(SECONDS)
-        return peer
-
-    def command(self, message: Message) -> Message:
-        link.send(self.control, message)
-        answer, _ = link.receive(self.control)
-        return answer
-
-    def wire(self, placement: str) -> tuple[socket.socket, socket.socket]:
-        """Wire it from the test to the test; gives both links."""
-        assert self.command(Wire(placement, str(self.tokens))) == Wired(placement)
-        downstream = self._accepted(1)
-        assert link.receive(downstream)[0] == Join(placement)
-        upstream = self.connect()
-        link.send(upstream, Join(placement))
-        return upstream, downstream
-
-    def connect(self) -> socket.socket:
-        peer = socket.socket(socket.AF_UNIX)
-        peer.settimeout(SECONDS)
-        peer.connect(str(self.inbox))
-        return peer
-
-    def close(self) -> None:
-        self.control.close()
-        try:
-            assert self.process.wait(SECONDS) == 0
-        finally:
-            self.process.kill()
-            for each in self._listening:
-                each.close()
-
-
-def listening(path: Path) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX)
-    listener.settimeout(SECONDS)
-    listener.bind(str(path))
-    listener.listen()
-    return listener
-
-
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("tiny")).stored.path
@@ -108,8 +52,6 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lone]:
     with contextlib.closing(Lone(tmp_path_factory.mktemp("w"))) as worker:
-        hello, _ = link.receive(worker.control)
-        assert hello == Hello("it")
         yield worker
 
 
@@ -202,7 +144,7 @@ def test_a_stage_that_joins_before_the_wiring_is_not_lost(lone: Lone, model_path
     link.send(early, Join("soon"))
     link.send(early, *prompt("soon", 1))
     assert lone.command(Wire("soon", str(lone.tokens))) == Wired("soon")
-    downstream = lone._accepted(1)
+    downstream = lone.accepted(1)
     assert link.receive(downstream)[0] == Join("soon")
     message, _ = link.receive(downstream)
     assert isinstance(message, Tokens)
@@ -211,7 +153,6 @@ def test_a_stage_that_joins_before_the_wiring_is_not_lost(lone: Lone, model_path
 
 def test_rows_that_make_no_sense_end_the_process(tmp_path: Path, model_path: Path) -> None:
     worker = Lone(tmp_path)
-    link.receive(worker.control)
     worker.command(Load(str(model_path), CONFIG, True))
     upstream, _ = worker.wire("p")
     rows, payload = prompt("p", 1)

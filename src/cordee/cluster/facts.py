@@ -167,12 +167,16 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 class Hosted(msgspec.Struct, frozen=True):
-    """How busy a model is at its host: streams, and the tokens per second of all of them together."""
+    """How busy a model is at its host: streams, and the tokens per second of all of them together.
+
+    `inherited_tokens` were taken over from the placement before instead of being computed again.
+    """
 
     model: str
     active: int
     waiting: int
     tokens_per_second: float
+    inherited_tokens: int = 0
 
 
 class Fetching(msgspec.Struct, frozen=True):

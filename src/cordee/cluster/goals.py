@@ -12,6 +12,9 @@ The *wiring* is the hash of the placement and of its stages' workers (KV caches)
 same one from the facts. When one worker is replaced the wiring changes, everybody wires anew with empty
 caches, and the host replays its streams.
 
+A successor's stages also learn where the layers of the placement that serves are, so that they can take its
+KV caches over: then nothing is computed again when a machine is drained.
+
 Workers of other placements are kept as they are while none that was chosen serves and memory allows: if the
 node that was lost comes back first, the old placement goes on at once. Then they are to be stopped.
 
@@ -22,7 +25,7 @@ by a hash, so a change elsewhere does not move it.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from cordee.cluster.choose import Chosen, Planning, Reports
@@ -65,11 +68,21 @@ def load_of(placement: Placement, index: int) -> Load:
     )
 
 
+class Source(NamedTuple):
+    """A worker of a serving placement, from whose slice layers `first` to `last - 1` are to be inherited."""
+
+    endpoint: str
+    wiring: str
+    first: int
+    last: int
+
+
 @dataclass(frozen=True)
 class StageGoal:
     """A stage to run. With a `wiring`: to be joined under that name to `downstream`, an endpoint.
 
-    The last of several also to `first`, the endpoint of the first: micro-batches go round.
+    The last of several also to `first`, the endpoint of the first: micro-batches go round. A successor's
+    stage takes sequences over from `sources`, which are those of the placement that still serves.
     """
 
     placement: Placement
@@ -77,6 +90,7 @@ class StageGoal:
     wiring: str = ""
     downstream: str = ""
     first: str = ""
+    sources: tuple[Source, ...] = ()
 
     @property
     def load(self) -> Load:
@@ -129,9 +143,14 @@ def goals(view: View, me: str, chosen: Mapping[str, tuple[Chosen, ...]], plannin
     stages: dict[StageGoal, int] = {}  # and the bytes of each
     hosts: list[HostGoal] = []
     for pick in picks.values():
-        for placement in (pick.placement, pick.successor):
-            for goal in _stages(view, reports, placement, me) if placement is not None else ():
-                stages[goal] = planning.stage_bytes(pick.shape, goal.placement, goal.index)
+        mine = _stages(view, reports, pick.placement, me)
+        if pick.successor is not None:
+            mine += [
+                replace(goal, sources=_sources(reports, pick, goal)) if goal.wiring else goal
+                for goal in _stages(view, reports, pick.successor, me)
+            ]
+        for goal in mine:
+            stages[goal] = planning.stage_bytes(pick.shape, goal.placement, goal.index)
         if pick.placement.stages[0].node == me:
             hosts.append(_host(reports, pick))
     slices = [goal.load.slice for goal in stages]
@@ -158,6 +177,20 @@ def _stages(view: View, reports: Reports, placement: Placement, me: str) -> list
             first = reports.by_stage[placement_id(placement), 0].endpoint if index else ""
         found.append(StageGoal(placement, index, wiring, downstream, first))
     return found
+
+
+def _sources(reports: Reports, pick: Chosen, goal: StageGoal) -> tuple[Source, ...]:
+    """Where a successor's stage finds its layers in the placement that serves; none if that is broken."""
+    wanted, found = goal.load, []
+    for index, place in enumerate(pick.placement.stages):
+        report = reports.by_stage.get((placement_id(pick.placement), index))
+        first, last = max(wanted.first, place.first), min(wanted.last, place.last)
+        if first >= last:
+            continue
+        if report is None or not report.endpoint or report.wiring != pick.wiring:
+            return ()
+        found.append(Source(report.endpoint, pick.wiring, first - place.first, last - place.first))
+    return tuple(found)
 
 
 def _host(reports: Reports, pick: Chosen) -> HostGoal:

@@ -16,7 +16,7 @@ messages. An ask's life:
 - Losing the pipeline is nothing that a gateway notices: the scheduler replays its own logs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -192,6 +192,14 @@ class Host:
             reason = failure(StageFailed("the stages fail again and again at this request"), refused=False)
             self._scheduler.cancel(name)
             self._end(name, None, reason)
+
+    def recall(self, held: Mapping[int, Sequence[int]]) -> None:
+        """The placement before has these tokens, by sequence: see `Scheduler.recall`."""
+        self._scheduler.recall(held)
+
+    def forget_recalled(self) -> None:
+        """The placement before is gone."""
+        self._scheduler.forget_recalled()
 
     def drain(self) -> list[tuple[str, Said]]:
         """What is to be sent now, and to which nodes: one message for each gateway with news."""

@@ -25,6 +25,8 @@ A stream's life:
   ended, the slots of its streams are not given to others.
 - **Prefix reuse**: a slot remembers the tokens of its last stream; the next turn of a chat finds its history
   there and computes only what is new.
+- **Inheritance**: when a placement was followed by another, what its slots held can be `recalled`: those
+  positions are taken over instead of computed, each time a stream first goes on in such a slot.
 - **Resumed streams** begin with tokens that another host generated, or this one before the gateway missed
   something. The next token depends on log, index and parameters alone, so they go on as if nothing had been.
 - **Suspects**: a stream that is set apart travels alone, which tells whether it is what breaks the pipeline.
@@ -76,13 +78,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive rows of one stream in a micro-batch. `sample`: the last one's logits become a token."""
+    """Consecutive rows of one stream in a micro-batch. `sample`: the last one's logits become a token.
+
+    `tenure` numbers the streams that had the sequence. `inherit`: what stands before the first position is to
+    be taken over from the placement before.
+    """
 
     stream: str
     sequence: int
     first_position: int
     tokens: list[int]
     sample: bool
+    tenure: int = 0
+    inherit: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,8 @@ class _Slot:
     sequence: int
     tokens: list[int] = field(default_factory=list)  # in the KV cache, or on their way there, by position
     released: int = 0  # when its last stream ended, counted in ended streams
+    tenure: int = 0  # of the stream that has it, or had it last
+    recalled: bool = False  # the tokens are in the KV cache of the placement before
 
 
 @dataclass(eq=False)
@@ -165,6 +175,7 @@ class Scheduler:
         self._in_flight: dict[int, _Flight] = {}
         self._batches = 0
         self._releases = 0
+        self._tenures = 0
 
     @property
     def waiting(self) -> int:
@@ -296,8 +307,25 @@ class Scheduler:
         self._in_flight.clear()
         for slot in self._slots:
             slot.tokens.clear()
+            slot.recalled = False
         for stream in self._active.values():
             stream.opened = False
+
+    def recall(self, held: Mapping[int, Sequence[int]]) -> None:
+        """The placement before has these tokens, by sequence; to be said after `lost`, before any batch."""
+        logs = {stream.slot.sequence: stream.log for stream in self._active.values()}
+        for slot in self._slots:
+            tokens = list(held.get(slot.sequence, ()))[: self._limits.context]
+            if slot.sequence in logs:  # the last token is computed in any case, for its logits
+                log = logs[slot.sequence].tokens(0, len(logs[slot.sequence]) - 1)
+                del tokens[_common_prefix(tokens, log) :]
+            slot.tokens, slot.recalled = tokens, bool(tokens)
+
+    def forget_recalled(self) -> None:
+        """The placement before is gone: what was not taken over by now is computed again."""
+        for slot in self._slots:
+            if slot.recalled:
+                slot.tokens, slot.recalled = [], False
 
     def _steps(self, segments: Sequence[Segment]) -> int:
         """How often a micro-batch may go round: as often as each of its streams wants a token."""
@@ -344,6 +372,8 @@ class Scheduler:
             name, (request, log) = self._waiting.popitem(last=False)
             slot, held = self._choose_slot(log.tokens(0, len(log)), free)
             del slot.tokens[held:]
+            self._tenures += 1
+            slot.tenure = self._tenures
             self._active[name] = _Stream(request, log, slot, min(held, len(request.prompt)))
 
     def _free_slots(self) -> list[_Slot]:
@@ -409,7 +439,9 @@ class Scheduler:
         first = len(slot.tokens)
         tokens = stream.log.tokens(first, first + rows)
         slot.tokens += tokens
-        return Segment(stream.request.id, slot.sequence, first, tokens, sample=stream.rows_left == 0)
+        inherit, slot.recalled = slot.recalled and first > 0, False
+        sample = stream.rows_left == 0
+        return Segment(stream.request.id, slot.sequence, first, tokens, sample, slot.tenure, inherit)
 
 
 def _ceil_div(dividend: int, divisor: int) -> int:

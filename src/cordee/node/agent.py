@@ -50,7 +50,7 @@ from cordee.node.hosting import Hosting
 from cordee.node.identity import Identity
 from cordee.node.library import Library
 from cordee.node.link import LinkClosed
-from cordee.node.messages import Join, Tokens
+from cordee.node.messages import Join, Recalled, Tokens
 from cordee.node.shelf import SEQUENCES
 from cordee.node.stages import Files, Stages
 from cordee.node.workers import opening
@@ -361,7 +361,7 @@ class Agent:
             if isinstance(await opening(reader), Join):
                 while True:
                     message, _ = await link.read(reader)
-                    if isinstance(message, Tokens):
+                    if isinstance(message, Tokens | Recalled):
                         for hosting in self.hostings.values():
                             hosting.take(message)
         except LinkClosed:
@@ -519,7 +519,9 @@ class Agent:
 
     def _measure(self) -> Gauges:
         hosted = [
-            Hosted(digest, hosting.active, hosting.waiting, hosting.rate.per_second())
+            Hosted(
+                digest, hosting.active, hosting.waiting, hosting.rate.per_second(), hosting.inherited_tokens
+            )
             for digest, hosting in self.hostings.items()
         ]
         fetching = [

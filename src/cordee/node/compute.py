@@ -1,18 +1,24 @@
 """What a worker computes: micro-batches in, hidden rows or tokens out; its stage, and who samples on it."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from cordee.engine.llama import LlamaStage
 from cordee.engine.stage import Batch, Stage, StageDescription
+from cordee.engine.states import join_layers, pick_layers
 from cordee.engine.vocabulary import Vocabulary
-from cordee.errors import CordeeError
+from cordee.errors import CordeeError, StageFailed
 from cordee.generation.grammar import GrammarTokenizer
 from cordee.generation.request import Choice
 from cordee.generation.sampling import Sampler
-from cordee.node.messages import Load, Opening, Rows, Run, Tokens
+from cordee.models.architectures import Architecture, architecture
+from cordee.models.gguf import read_header
+from cordee.models.slices import window_pattern
+from cordee.node.link import PAYLOAD_BYTES_MAX
+from cordee.node.messages import Held, Load, Opening, Rows, Run, Tokens
 
 Result = tuple[Rows | Tokens, memoryview]
 
@@ -32,7 +38,10 @@ class Compute:
         self._embedding = None if load.embedding is None else _embedding(Path(load.embedding))
         self._ends = frozenset(load.ends)
         self._samplers: dict[int, Sampler] = {}
-        self._lengths: dict[int, int] = {}  # tokens that each sequence holds
+        self._held: dict[int, Held] = {}
+        self._position_bytes = max(
+            self.description.kv_bytes // (load.config.context * load.config.sequences), 1
+        )
         self._tokenizer: GrammarTokenizer | None = None
 
     @property
@@ -44,7 +53,41 @@ class Compute:
         """Forget every sequence."""
         self._stage.clear()
         self._samplers.clear()
-        self._lengths.clear()
+        self._held.clear()
+
+    def held(self) -> dict[int, Held]:
+        """What could be handed over, by sequence."""
+        longest = PAYLOAD_BYTES_MAX // self._position_bytes
+        return {sequence: held for sequence, held in self._held.items() if 0 < held.length <= longest}
+
+    def export(self, sequence: int, length: int, first: int, last: int) -> bytes:
+        """The state of a sequence's first `length` positions, of some of the slice's layers.
+
+        What follows those positions is forgotten: with sliding windows, a state is of its last position.
+
+        Raises:
+            StageFailed: it is not there, or the engine's state cannot be taken apart.
+        """
+        held = self._held.get(sequence)
+        if held is None or not 0 < length <= held.length:
+            raise StageFailed(f"sequence {sequence} has no {length} positions here")
+        if length < held.length:
+            self._stage.trim(sequence, length)
+            tokens = None if held.tokens is None else held.tokens[:length]
+            self._held[sequence] = Held(held.tenure, length, tokens)
+        header = read_header(self._path)
+        rules = architecture(header.architecture) or Architecture(header.architecture)
+        windowed = window_pattern(header, rules) or [False] * self.description.layers
+        return pick_layers(self._stage.export_sequence(sequence), windowed, first, last)
+
+    def restore(self, sequence: int, held: Held, parts: Sequence[bytes]) -> None:
+        """Take a sequence over, its layers in parts.
+
+        Raises:
+            StageFailed: they are not of this slice.
+        """
+        self._stage.import_sequence(sequence, join_layers(parts))
+        self._held[sequence] = held
 
     def run(self, message: Rows, payload: memoryview) -> Result:
         """Rows for the next stage with their payload, or tokens.
@@ -52,8 +95,8 @@ class Compute:
         Raises:
             StageFailed: the engine refused the micro-batch.
         """
-        self._trim(message)
         batch = as_batch(message, payload)
+        self._hold(message, batch.inputs)
         if self._embedding is not None:
             batch = Batch(self._embedding.rows(batch.inputs), batch.positions, batch.sequences, batch.outputs)
         result = self._stage.decode(batch)
@@ -78,12 +121,20 @@ class Compute:
             and not any(choice.token in self._ends for choice in tokens.choices.values())
         )
 
-    def _trim(self, message: Rows) -> None:
-        """Make each sequence as long as its next run expects it."""
+    def _hold(self, message: Rows, inputs: np.ndarray) -> None:
+        """Make each sequence as long as its next run expects it, and write down what it will have."""
+        start = 0
         for run in message.runs:
-            if run.first_position < self._lengths.get(run.sequence, 0):
-                self._stage.trim(run.sequence, run.first_position)
-            self._lengths[run.sequence] = run.first_position + run.rows
+            held, first, end = self._held.get(run.sequence), run.first_position, start + run.rows
+            if held is not None and first < held.length:
+                self._stage.trim(run.sequence, first)
+            tokens = None
+            if not message.n_embd:
+                tokens = held.tokens if held is not None and held.tokens is not None else []
+                del tokens[first:]
+                tokens += inputs[start:end].tolist()
+            self._held[run.sequence] = Held(run.tenure, first + run.rows, tokens)
+            start = end
 
     def _sample(self, message: Rows, logits: np.ndarray) -> Tokens:
         sequences = [run.sequence for run in message.runs if run.output]
@@ -112,7 +163,7 @@ class Compute:
 
 def again(message: Rows, tokens: Tokens) -> Result:
     """The micro-batch's next step: the same streams one position on, with the tokens that they got."""
-    runs = tuple(Run(run.sequence, run.first_position + 1, 1, True) for run in message.runs)
+    runs = tuple(Run(run.sequence, run.first_position + 1, 1, True, run.tenure) for run in message.runs)
     chosen = np.array([tokens.choices[run.sequence].token for run in runs], dtype=np.int32)
     rows = Rows(message.placement, message.batch, runs, {}, steps=message.steps - 1)
     return rows, memoryview(chosen).cast("B")
@@ -150,6 +201,5 @@ def _ternary_engine():
 
 def _embedding(path: Path):
     from cordee.models.embedding import Embedding  # only the first of several stages needs it
-    from cordee.models.gguf import read_header
 
     return Embedding(read_header(path))

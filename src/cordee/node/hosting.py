@@ -4,7 +4,8 @@
     gateways <--said--   '------------------------tokens, through the node's inbox------'
 
 A `Hosting` follows the goal of its model: it takes up a wiring once the first stage is wired so, and never
-enters one again that it left. Tokens of other wirings are nobody's.
+enters one again that it left. Tokens of other wirings are nobody's. Where that wiring has a predecessor it
+asks first, through all stages, which sequences they could take over (handover.py).
 """
 
 import asyncio
@@ -13,21 +14,22 @@ import secrets
 from collections.abc import Callable
 from random import Random
 
-import numpy as np
-
 from cordee.cluster.goals import HostGoal
 from cordee.cluster.memory import BATCH_ROWS
 from cordee.engine.vocabulary import Vocabulary
 from cordee.generation.host import Host
-from cordee.generation.scheduler import Limits, MicroBatch, Scheduler
+from cordee.generation.scheduler import Limits, Scheduler
 from cordee.generation.streams import Ask, Assert, Said
 from cordee.node import link
 from cordee.node.answers import Rate
-from cordee.node.messages import Halt, Join, Opening, Rows, Run, Tokens
+from cordee.node.messages import Halt, Join, Recall, Recalled, Tokens, rows_of
 from cordee.node.stages import Stages
 
 QUEUE = 256  # streams that wait while others are answered
 IN_FLIGHT_MAX = 8  # micro-batches that travel at once: one for each machine keeps all of them busy
+ANSWER_SECONDS = 3.0  # for the stages to say what they could take over; their predecessors may be computing
+# So long streams may take over what the placement before has of them: gateways ask a new host at once.
+RECALL_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,10 @@ class Hosting:
         self._wiring = ""
         self._first: asyncio.StreamWriter | None = None
         self._joining: asyncio.Task | None = None
+        self._recalled: asyncio.Future[Recalled] | None = None
+        self._recall_ends = 0.0  # on the event loop's clock; 0: nothing was recalled
         self.rate = Rate()
+        self.inherited_tokens = 0
 
     def fits(self, goal: HostGoal) -> bool:
         """Whether this scheduler does for a goal: its slots are as many and as long."""
@@ -95,7 +100,7 @@ class Hosting:
             wiring, self._wiring = self._wiring, ""
             self._host.lost()
             self._stages.unwire(wiring)
-        self._host.ready = False
+        self._host.ready, self._recalled, self._recall_ends = False, None, 0.0
 
     def receive(self, message: Ask | Assert) -> None:
         """A gateway wants something."""
@@ -105,21 +110,32 @@ class Hosting:
     def tick(self, now: float) -> None:
         """Let time pass; several times a second."""
         self._host.tick(now)
+        if self._recall_ends and asyncio.get_running_loop().time() >= self._recall_ends:
+            self._host.forget_recalled()
+            self._recall_ends = 0.0
         self.pump()
 
-    def take(self, tokens: Tokens) -> None:
+    def take(self, message: Tokens | Recalled) -> None:
         """The last stage of some wiring has a result."""
-        if tokens.placement != self._wiring:
+        if message.placement != self._wiring:
             return
-        self.rate.count(len(tokens.choices))
-        self._host.complete(tokens.batch, tokens.choices, tokens.failures, last=tokens.last)
+        if isinstance(message, Recalled):
+            if self._recalled is not None and not self._recalled.done():
+                self._recalled.set_result(message)
+            return
+        for choices in message.earlier:
+            self._host.complete(message.batch, choices, {}, last=False)
+        self._host.complete(message.batch, message.choices, message.failures, last=message.last)
+        self.rate.count(sum(map(len, message.earlier)) + len(message.choices))
         self.pump()
 
     def pump(self) -> None:
         """Send what can be sent: micro-batches to the first stage, news to gateways."""
         if self._host.ready and self._first is not None:
             while (batch := self._host.next_batch()) is not None:
-                self._feed(self._first, batch)
+                inherited = (each.first_position for each in batch.segments if each.inherit)
+                self.inherited_tokens += sum(inherited)
+                link.write(self._first, *rows_of(self._wiring, batch))
             for number in self._host.halts():
                 link.write(self._first, Halt(self._wiring, number))
         for node, said in self._host.drain():
@@ -136,21 +152,27 @@ class Hosting:
             self.leave()
             return
         link.write(writer, Join(wiring))
-        self._first, self._host.ready = writer, True
+        self._first = writer
+        if self._stages.inherits(wiring):
+            await self._recall(wiring, writer)
+        self._host.ready = True
         self.pump()
 
-    def _feed(self, first: asyncio.StreamWriter, batch: MicroBatch) -> None:
-        runs = tuple(
-            Run(segment.sequence, segment.first_position, len(segment.tokens), segment.sample)
-            for segment in batch.segments
-        )
-        opens = {
-            sequence: Opening(each.sampling, each.prompt, list(each.generated))
-            for sequence, each in batch.opens.items()
-        }
-        tokens = np.array([token for segment in batch.segments for token in segment.tokens], dtype=np.int32)
-        rows = Rows(self._wiring, batch.id, runs, opens, steps=batch.steps)
-        link.write(first, rows, memoryview(tokens).cast("B"))
+    async def _recall(self, wiring: str, first: asyncio.StreamWriter) -> None:
+        """Let streams go on where the placement before leaves them."""
+        loop = asyncio.get_running_loop()
+        self._recalled = loop.create_future()
+        link.write(first, Recall(wiring))
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                recalled = await self._recalled
+        except TimeoutError:
+            log.info("the stages do not say what they could take over: streams are computed again")
+            return
+        held = recalled.held.items()
+        self._host.recall({sequence: each.tokens for sequence, each in held if each.tokens})
+        self._recall_ends = loop.time() + RECALL_SECONDS
+        log.info("%d sequences of the placement before can be taken over", len(recalled.held))
 
 
 def _in_flight(goal: HostGoal) -> int:

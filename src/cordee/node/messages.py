@@ -6,16 +6,20 @@ between machines are those of dataplane.py.
 - *control*, between the pipeline and each worker: Hello, then Load -> Loaded or LoadFailed, Wire -> Wired
   or WireFailed; Broken when a link is lost.
 - *data*, from the service to the first worker, from worker to worker, from the last back to the service and
-  to the first worker: Join first, which names the placement, then Rows and Halt onwards and Tokens at the
-  end. A message of another placement than the link's is refused.
+  to the first worker: Join first, which names the placement, then Recall, Rows and Halt onwards and Tokens or
+  Recalled at the end. A message of another placement than the link's is refused.
+- *hand-over*, from a worker to one of the placement before: Inherit first, which names that placement, then
+  Recall -> Recalled and Take -> State; see handover.py.
 """
 
 from collections.abc import Sequence
 
 import msgspec
+import numpy as np
 
 from cordee.engine.stage import EngineName, StageConfig, StageDescription
 from cordee.generation.request import Choice, SamplingParams
+from cordee.generation.scheduler import MicroBatch
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -55,16 +59,27 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class Source(msgspec.Struct, frozen=True, array_like=True):
+    """A worker of the placement before, and which layers of its slice are to be taken over."""
+
+    endpoint: str
+    placement: str
+    first: int
+    last: int
+
+
 class Wire(msgspec.Struct, frozen=True, tag=True):
     """Forget all sequences, take rows of this placement only, send on to `downstream`.
 
     `first` is where the last of several stages sends micro-batches that go round again. Both are paths of
-    Unix sockets, or endpoints of other machines.
+    Unix sockets, or endpoints of other machines. `sources` have the sequences of the placement before, in
+    the order of this worker's layers; none: there is nothing to take over.
     """
 
     placement: str
     downstream: str
     first: str | None = None
+    sources: tuple[Source, ...] = ()
 
 
 class Wired(msgspec.Struct, frozen=True, tag=True):
@@ -78,6 +93,12 @@ class WireFailed(msgspec.Struct, frozen=True, tag=True):
 
     placement: str
     message: str
+
+
+class Heirs(msgspec.Struct, frozen=True, tag=True):
+    """So many workers of the next placement may take over sequences of this one."""
+
+    count: int
 
 
 class Broken(msgspec.Struct, frozen=True, tag=True):
@@ -103,13 +124,68 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     again: bool = False
 
 
+class Inherit(msgspec.Struct, frozen=True, tag=True):
+    """First on every hand-over link: sequences of this placement are to be taken over."""
+
+    placement: str
+
+
+class Held(msgspec.Struct, frozen=True, array_like=True):
+    """What a stage has of a sequence: `length` positions, which the scheduler computed in this `tenure`.
+
+    `tokens` are those at the positions, where the stage knows them: the first one does.
+    """
+
+    tenure: int
+    length: int
+    tokens: list[int] | None = None
+
+
+class Recall(msgspec.Struct, frozen=True, tag=True):
+    """Goes through all stages: which sequences of the placement before could each of them take over?
+
+    `held` is what all stages so far could; None: none has been asked yet.
+    """
+
+    placement: str
+    held: dict[int, Held] | None = None
+
+
+class Recalled(msgspec.Struct, frozen=True, tag=True):
+    """What can be taken over, by sequence."""
+
+    placement: str
+    held: dict[int, Held]
+
+
+class Take(msgspec.Struct, frozen=True, tag=True):
+    """The first `length` positions of a sequence are wanted, of layers `first` to `last - 1` of the slice."""
+
+    sequence: int
+    length: int
+    first: int
+    last: int
+
+
+class State(msgspec.Struct, frozen=True, tag=True):
+    """What was wanted of this sequence is the payload."""
+
+    sequence: int
+
+
 class Run(msgspec.Struct, frozen=True, array_like=True):
-    """Consecutive rows of a sequence in a micro-batch. `output`: the last row's logits are wanted."""
+    """Consecutive rows of a sequence in a micro-batch. `output`: the last row's logits are wanted.
+
+    `tenure` is the scheduler's number for the stream that has the sequence now. `inherit`: all positions
+    before the first are to be taken over from the placement before.
+    """
 
     sequence: int
     first_position: int
     rows: int
     output: bool
+    tenure: int = 0
+    inherit: bool = False
 
 
 class Opening(msgspec.Struct, frozen=True):
@@ -141,7 +217,8 @@ class Rows(msgspec.Struct, frozen=True, tag=True):
 class Tokens(msgspec.Struct, frozen=True, tag=True):
     """A micro-batch's result, by sequence: choices, or why none could be made, or digests of logits.
 
-    Not the `last`: the micro-batch is on its way again with these tokens.
+    Not the `last`: the micro-batch is on its way again with these tokens. `earlier` are the choices of its
+    rounds before, as far as they have not been told yet.
     """
 
     placement: str
@@ -150,7 +227,23 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     failures: dict[int, str] = {}
     digests: dict[int, str] = {}
     last: bool = True
+    earlier: tuple[dict[int, Choice], ...] = ()
 
 
-Control = Hello | Load | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | Halt
-Message = Control | Join | Rows | Tokens
+def rows_of(placement: str, batch: MicroBatch) -> tuple[Rows, memoryview]:
+    """A scheduler's micro-batch as the first stage takes it, and its payload."""
+    runs = tuple(
+        Run(each.sequence, each.first_position, len(each.tokens), each.sample, each.tenure, each.inherit)
+        for each in batch.segments
+    )
+    opens = {
+        sequence: Opening(log.sampling, log.prompt, list(log.generated))
+        for sequence, log in batch.opens.items()
+    }
+    tokens = np.array([token for each in batch.segments for token in each.tokens], dtype=np.int32)
+    return Rows(placement, batch.id, runs, opens, steps=batch.steps), memoryview(tokens).cast("B")
+
+
+Control = Hello | Load | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | Heirs
+Data = Join | Rows | Halt | Tokens | Recall | Recalled | Inherit | Take | State
+Message = Control | Data

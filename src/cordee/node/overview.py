@@ -258,6 +258,7 @@ class Overview:
             "tokens_per_second": busy.tokens_per_second,
             "active": busy.active,
             "waiting": busy.waiting,
+            "inherited_tokens": busy.inherited_tokens,
             "stages": self._stages(placement),
             "successor": self._stages(pick.successor) if pick.successor is not None else None,
         }

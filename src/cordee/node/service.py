@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ from cordee.models.slices import SliceFile, even_cuts
 from cordee.models.store import Store, StoredModel
 from cordee.node import registry, sizing, verdict
 from cordee.node.answers import Answer, Checks, Rate, template_of
-from cordee.node.messages import Opening, Rows, Run, Tokens
+from cordee.node.messages import Rows, Run, Tokens, rows_of
 from cordee.node.pipeline import Pipeline, Source
 
 log = logging.getLogger(__name__)
@@ -213,7 +213,10 @@ class Service:
             if not measured.done():
                 measured.set_result(tokens.digests)
             return
-        events = self._scheduler.complete(tokens.batch, tokens.choices, tokens.failures, last=tokens.last)
+        events: list[Event] = []
+        for choices in tokens.earlier:
+            events += self._scheduler.complete(tokens.batch, choices, {}, last=False)
+        events += self._scheduler.complete(tokens.batch, tokens.choices, tokens.failures, last=tokens.last)
         self._suspects.result(tokens.batch, [event.stream for event in events], last=tokens.last)
         self._pump()  # first, so that the stages work while the text is made
         for event in events:
@@ -251,42 +254,14 @@ class Service:
 
     def _pump(self) -> None:
         """Send what the scheduler wants sent."""
+        if self._pipeline is None:
+            return
         while self.ready and (batch := self._scheduler.next_batch()) is not None:
-            runs = tuple(
-                Run(segment.sequence, segment.first_position, len(segment.tokens), segment.sample)
-                for segment in batch.segments
-            )
-            opens = {
-                sequence: Opening(log.sampling, log.prompt, list(log.generated))
-                for sequence, log in batch.opens.items()
-            }
-            tokens = [token for segment in batch.segments for token in segment.tokens]
             self._suspects.sent(batch)
-            self._send(batch.id, runs, tokens, opens, steps=batch.steps)
+            self._pipeline.send(*rows_of(self._pipeline.placement, batch))
         if self.ready:
             for batch in self._scheduler.halts():
                 self._pipeline.halt(batch)
-
-    def _send(
-        self,
-        batch: int,
-        runs: Sequence[Run],
-        tokens: Sequence[int],
-        opens: Mapping[int, Opening],
-        *,
-        steps: int = 1,
-        measure: bool = False,
-    ) -> None:
-        assert self._pipeline is not None
-        rows = Rows(
-            placement=self._pipeline.placement,
-            batch=batch,
-            runs=tuple(runs),
-            opens=dict(opens),
-            steps=steps,
-            measure=measure,
-        )
-        self._pipeline.send(rows, memoryview(np.asarray(tokens, dtype=np.int32)).cast("B"))
 
     async def _verdict(self, store: Store, report: Callable[[str], None]) -> bool | None:
         assert self._pipeline is not None
@@ -308,11 +283,12 @@ class Service:
         return found
 
     async def _measure(self, runs: Sequence[Run], tokens: Sequence[int]) -> dict[int, str]:
-        if not self.ready:
+        if self._pipeline is None or not self.ready:
             raise StageFailed("a stage was lost while the model was tried out")
         number = -1 - len(self._measured)  # the scheduler's batches count up from 1
         self._measured[number] = answer = asyncio.get_running_loop().create_future()
-        self._send(number, runs, tokens, {}, measure=True)
+        rows = Rows(self._pipeline.placement, number, tuple(runs), {}, measure=True)
+        self._pipeline.send(rows, memoryview(np.asarray(tokens, dtype=np.int32)).cast("B"))
         return await answer
 
     def _tell(self, event: Event) -> None:

@@ -8,6 +8,7 @@ doubt (`rename`), without a new process. An order is tried once each time it is 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections.abc import Coroutine
@@ -24,6 +25,10 @@ from cordee.node import address, messages, workers
 from cordee.node.workers import EXACT_ENVIRONMENT, Workers
 
 WATCH_SECONDS = 1.0  # how often wired workers are looked at: who is stopped holds everybody up
+# So long a worker with heirs stays after it was stopped: the host's RECALL_SECONDS, and time for the largest
+# states to travel. Its memory was planned for beside that of its successors.
+LINGER_SECONDS = 10.0
+LINGER_LOOK_SECONDS = 0.2  # how often it is looked whether they are all gone
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +72,7 @@ class _Process:
     wiring: str = ""
     wirings: set[str] = field(default_factory=set)
     index: int = 0  # of its stage in the wiring
+    inherits: bool = False  # what the wiring's predecessor left
     running: asyncio.Task | None = None
     joining: asyncio.Task | None = None
     joins: str = ""  # the wiring that it is being joined to
@@ -93,6 +99,7 @@ class Stages:
         self._listen = listen
         self._processes: dict[str, _Process] = {}
         self._tasks: set[asyncio.Task] = set()
+        self._closing = False
 
     @classmethod
     async def open(cls, owner: Owner, identity: Path, listen: str) -> Stages:
@@ -114,10 +121,13 @@ class Stages:
 
     def first(self, wiring: str) -> workers.Worker | None:
         """The worker that takes a wiring's micro-batches first, if it is here and wired."""
-        for process in self._processes.values():
-            if process.wiring == wiring and process.index == 0:
-                return process.worker
-        return None
+        process = self._first(wiring)
+        return None if process is None else process.worker
+
+    def inherits(self, wiring: str) -> bool:
+        """Whether that worker may take over sequences of the wiring before."""
+        process = self._first(wiring)
+        return process is not None and process.inherits
 
     def start(self, load: Load) -> None:
         """Start a worker for a load."""
@@ -163,6 +173,7 @@ class Stages:
 
     async def close(self) -> None:
         """End all workers; closing twice is harmless."""
+        self._closing = True
         for name in list(self._processes):
             self.stop(name)
         for task in self._tasks:
@@ -182,6 +193,12 @@ class Stages:
         for process in self._processes.values():
             if process.worker is worker and process.wiring == placement:
                 self._unwire(process)
+
+    def _first(self, wiring: str) -> _Process | None:
+        for process in self._processes.values():
+            if process.wiring == wiring and process.index == 0:
+                return process
+        return None
 
     def _unwire(self, process: _Process) -> None:
         process.wiring = process.joins = ""
@@ -210,9 +227,20 @@ class Stages:
         except CordeeError as error:
             if self._processes.pop(process.id, None) is not None:
                 self._owner.failed(process.load, error.message)
+        except asyncio.CancelledError:  # it is stopped
+            if process.worker is not None and not self._closing:
+                await self._linger(process.worker)
+            raise
         finally:
             if process.worker is not None:
                 await process.worker.end()
+
+    async def _linger(self, worker: workers.Worker) -> None:
+        """Leave a worker to its heirs for a while."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while worker.heirs and worker.alive:
+                    await asyncio.sleep(LINGER_LOOK_SECONDS)
 
     def _load(self, load: Load, files: Files) -> messages.Load:
         devices = () if load.device == "CPU" else (load.device,)
@@ -236,13 +264,15 @@ class Stages:
     async def _join(self, process: _Process, worker: workers.Worker, order: WireOrder) -> None:
         goal = order.goal
         try:
-            await worker.wire(messages.Wire(goal.wiring, goal.downstream, goal.first or None))
+            sources = tuple(messages.Source(*source) for source in goal.sources)
+            await worker.wire(messages.Wire(goal.wiring, goal.downstream, goal.first or None, sources))
         except CordeeError as error:
             log.info("stage %d is not joined yet: %s", goal.index, error.message)
             return
         process.wirings.add(goal.wiring)
         if process.joins == goal.wiring:  # no link broke meanwhile
             process.wiring, process.index = goal.wiring, goal.index
+            process.inherits = bool(goal.sources)
             self._owner.changed()
 
     async def _watch(self) -> None:

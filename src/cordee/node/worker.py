@@ -26,23 +26,33 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
-from cordee.errors import BadRequest, CordeeError
+import msgspec
+
+from cordee.errors import BadRequest, CordeeError, StageFailed
 from cordee.node import link
 from cordee.node.compute import Compute, Result, again
 from cordee.node.link import LinkClosed
 from cordee.node.messages import (
     Broken,
+    Data,
     Halt,
+    Heirs,
+    Held,
     Hello,
+    Inherit,
     Join,
     Load,
     Loaded,
     LoadFailed,
+    Message,
+    Recall,
+    Recalled,
     Rows,
     Tokens,
     Wire,
@@ -52,10 +62,17 @@ from cordee.node.messages import (
 
 if TYPE_CHECKING:  # workers of one machine start sooner without TLS
     from cordee.node.dataplane import Door, Guest
+    from cordee.node.handover import Legacy
 
 PEERS_MAX = 4  # that connected and are not wired yet: a new placement's while an old one is being closed
 BACKLOG = 64  # peers that knock during a decode: with a full backlog the true one would be refused
 JOIN_SECONDS = 1.0  # for the rest of a Join that began to arrive: it is one small write
+HEIRS_MAX = (
+    16  # workers of the next placement: those whose layers overlap with this one's, and some that fell
+)
+# A micro-batch that goes round may keep its tokens back for so long: nobody reads faster, and each message
+# costs the service as much as a small model's layer.
+GATHER_SECONDS = 0.02
 
 
 class Worker:
@@ -69,14 +86,20 @@ class Worker:
         self._first: socket.socket | None = None  # where micro-batches go round to; None: here
         self._round: deque[Result] = deque()  # that go round here; as many as are in flight at most
         self._halted = 0  # the newest micro-batch that shall not go round again
+        self._gathered: dict[int, list[Tokens]] = {}  # of micro-batches that go round; STEPS_MAX each at most
+        self._told = 0.0  # when tokens were sent last
         self._placement = ""
+        self._left = ""  # the placement before it was left, whose sequences are still here
+        self._heirs: list[socket.socket] = []
+        self._legacy: Legacy | None = None
+        self._recalled: dict[int, Held] = {}  # what the sources said
         self._identity: Path | None = None  # of this node, where other machines take part
         self._door: Door | None = None
         self._guests: list[Guest] = []  # of other machines, that are still proving who they are
         self._strangers: list[socket.socket] = []  # that connected and said nothing yet
         self._early: dict[Join, socket.socket] = {}  # that joined before this worker heard of their placement
         self._compute: Compute | None = None
-        self._connected: SimpleQueue[tuple[Wire, list[socket.socket], str]] = SimpleQueue()
+        self._connected: SimpleQueue[tuple[Wire, list[socket.socket], Legacy | None, str]] = SimpleQueue()
         self._waker, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
@@ -113,6 +136,8 @@ class Worker:
             self._lose()  # nothing is ever said there
         elif source in self._upstream.values():
             self._take_rows(source)
+        elif source in self._heirs:
+            self._heed(source)
 
     def _obey(self) -> None:
         message, _ = link.receive(self._control)
@@ -148,33 +173,40 @@ class Worker:
         assert self._compute is not None, "Load comes before Wire"
         self._drop_upstream()
         self._drop_downstream()
+        self._drop_heirs()
+        self._drop_legacy()
         self._compute.clear()
-        self._placement = wire.placement
+        self._placement, self._left = wire.placement, ""
         threading.Thread(target=self._connect, args=(wire,), daemon=True).start()
 
     def _connect(self, wire: Wire) -> None:
         """Reach the neighbours, on a thread of its own: they greet only while they are not greeting us."""
         links: list[socket.socket] = []
-        fault = ""
+        legacy, fault = None, ""
         try:
             links.append(_joined(self._identity, wire.downstream, Join(wire.placement)))
             if wire.first is not None:
                 links.append(_joined(self._identity, wire.first, Join(wire.placement, again=True)))
         except (OSError, LinkClosed) as error:  # that stage just died: another Wire follows
             fault = str(error) or "it closed the link"
-        self._connected.put((wire, links, fault))
+        if wire.sources and not fault and self._identity is not None:
+            from cordee.node.handover import Legacy
+
+            legacy = Legacy.of(self._identity, wire.sources)
+        self._connected.put((wire, links, legacy, fault))
         self._waker.send(b".")
 
     def _take_links(self) -> None:
         self._woken.recv(1)
-        wire, links, fault = self._connected.get()
+        wire, links, legacy, fault = self._connected.get()
         if fault or wire.placement != self._placement or self._downstream is not None:
-            for peer in links:
+            for peer in [*links, *([] if legacy is None else [legacy])]:
                 peer.close()
             link.send(self._control, WireFailed(wire.placement, fault or "another one was wired"))
             return
         self._downstream = links[0]
         self._first = links[1] if len(links) > 1 else None
+        self._legacy = legacy
         for peer in links:
             self._selector.register(peer, selectors.EVENT_READ)
         self._adopt()
@@ -185,8 +217,8 @@ class Worker:
         peer, _ = self._inbox.accept()
         self._let_in(peer, self._strangers)
 
-    def _let_in(self, peer, among: list) -> None:
-        if len(among) == PEERS_MAX:
+    def _let_in(self, peer, among: list, at_most: int = PEERS_MAX) -> None:
+        if len(among) == at_most:
             self._forget(among[0], among).close()
         among.append(peer)
         self._selector.register(peer, selectors.EVENT_READ)
@@ -226,6 +258,11 @@ class Worker:
             message, _ = link.receive(peer)
         except LinkClosed:
             message = None
+        if isinstance(message, Inherit) and message.placement in (self._placement, self._left):
+            self._let_in(peer, self._heirs, HEIRS_MAX)
+            link.send(self._control, Heirs(len(self._heirs)))
+            self._bequeath(peer, message)
+            return
         if not isinstance(message, Join):
             peer.close()
             return
@@ -250,24 +287,93 @@ class Worker:
             message, payload = link.receive(source)
         except LinkClosed:
             message, payload = None, memoryview(b"")
-        if not isinstance(message, Rows | Halt) or message.placement != self._placement:
+        if not isinstance(message, Rows | Halt | Recall) or message.placement != self._placement:
             self._lose()
         elif isinstance(message, Rows):
             self._run(message, payload)
-        else:
+        elif isinstance(message, Halt):
             self._halt(message)
+        else:
+            self._recall(message)
 
     def _run(self, message: Rows, payload: memoryview) -> None:
         assert self._compute is not None
+        if not self._inherit(message):
+            return
         answer, rows = self._compute.run(message, payload)
         if isinstance(answer, Rows):
             self._send(answer, rows)
-            return
-        if message.batch > self._halted and self._compute.goes_round(message, answer):
-            self._send(Tokens(answer.placement, answer.batch, answer.choices, last=False))
+        elif message.batch > self._halted and self._compute.goes_round(message, answer):
+            self._gathered.setdefault(answer.batch, []).append(answer)
+            if time.monotonic() - self._told >= GATHER_SECONDS:
+                self._tell(answer.batch, last=False)
             self._send_round(*again(message, answer))
         else:
-            self._send(answer)
+            self._gathered.setdefault(answer.batch, []).append(answer)
+            self._tell(answer.batch, last=True)
+
+    def _tell(self, batch: int, *, last: bool) -> None:
+        """Send the tokens of a micro-batch that were gathered."""
+        *before, newest = self._gathered.pop(batch)
+        self._told = time.monotonic()
+        earlier = tuple(tokens.choices for tokens in before)
+        self._send(msgspec.structs.replace(newest, earlier=earlier, last=last))
+
+    def _inherit(self, message: Rows) -> bool:
+        """Take over what the runs want of the placement before; without it the placement is lost."""
+        assert self._compute is not None
+        for run in message.runs:
+            if not run.inherit:
+                continue
+            held = self._recalled.get(run.sequence)
+            try:
+                if self._legacy is None or held is None:
+                    raise LinkClosed("nothing was left to this worker")
+                tokens = None if held.tokens is None else held.tokens[: run.first_position]
+                parts = self._legacy.take(run.sequence, run.first_position)
+                self._compute.restore(run.sequence, Held(run.tenure, run.first_position, tokens), parts)
+            except (LinkClosed, StageFailed):
+                self._lose()
+                return False
+        return True
+
+    def _recall(self, message: Recall) -> None:
+        """Tell what could be taken over: what all stages before, and all of this one's sources, have."""
+        assert self._compute is not None
+        self._recalled = {}
+        if self._legacy is not None:
+            try:
+                self._recalled = self._legacy.held()
+            except LinkClosed:
+                self._drop_legacy()
+        held = self._recalled
+        if message.held is not None:
+            from cordee.node.handover import both
+
+            held = both(message.held, held)
+        if self._compute.description.is_last:
+            self._send(Recalled(message.placement, held))
+        else:
+            self._send(Recall(message.placement, held))
+
+    def _heed(self, heir: socket.socket) -> None:
+        """An heir wants something: the next placement is there, and this one has nothing to do any more."""
+        try:
+            message, _ = link.receive(heir)
+        except LinkClosed:
+            message = None
+        if isinstance(message, Recall) and self._placement:
+            self._lose()
+        self._bequeath(heir, message)
+
+    def _bequeath(self, heir: socket.socket, message: Message | None) -> None:
+        from cordee.node.handover import bequeath
+
+        try:
+            bequeath(self._compute, heir, message, self._left)
+        except LinkClosed:
+            self._forget(heir, self._heirs).close()
+            link.send(self._control, Heirs(len(self._heirs)))
 
     def _halt(self, message: Halt) -> None:
         assert self._compute is not None
@@ -276,7 +382,7 @@ class Worker:
         else:
             self._send(message)
 
-    def _send(self, message: Rows | Halt | Tokens, payload: bytes | memoryview = b"") -> None:
+    def _send(self, message: Data, payload: bytes | memoryview = b"") -> None:
         if self._downstream is None:
             return
         try:
@@ -298,6 +404,7 @@ class Worker:
         self._drop_upstream()
         self._drop_downstream()
         placement, self._placement = self._placement, ""
+        self._left = placement or self._left
         link.send(self._control, Broken(placement))
 
     def _drop_upstream(self) -> None:
@@ -317,6 +424,16 @@ class Worker:
                 peer.close()
         self._downstream = self._first = None
         self._round.clear()
+        self._gathered.clear()
+
+    def _drop_heirs(self) -> None:
+        for heir in list(self._heirs):
+            self._forget(heir, self._heirs).close()
+
+    def _drop_legacy(self) -> None:
+        if self._legacy is not None:
+            self._legacy.close()
+        self._legacy, self._recalled = None, {}
 
 
 def _joined(identity: Path | None, target: str, join: Join) -> socket.socket:

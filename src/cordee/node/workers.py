@@ -24,6 +24,7 @@ from cordee.node import link
 from cordee.node.link import LinkClosed
 from cordee.node.messages import (
     Broken,
+    Heirs,
     Hello,
     Load,
     Loaded,
@@ -71,6 +72,7 @@ class Worker:
         self.endpoint = ""  # where other machines reach it, if it listens for them
         self.description: StageDescription | None = None
         self.ended = False
+        self.heirs = 0  # workers of the next placement that may take sequences over from it
         self._process = process
         self._reader, self._writer = streams
         self._said: asyncio.Queue[Message | None] = asyncio.Queue()  # one for each it was sent; None: ended
@@ -146,6 +148,8 @@ class Worker:
                 message, _ = await link.read(self._reader)
                 if isinstance(message, Broken):
                     owner.on_broken(self, message.placement)
+                elif isinstance(message, Heirs):
+                    self.heirs = message.count
                 else:
                     self._said.put_nowait(message)
         except LinkClosed:
