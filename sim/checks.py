@@ -29,15 +29,14 @@ def always(scenario: Scenario) -> str:
 
 
 def interrupted(scenario: Scenario, served: Mapping[str, Wish]) -> str:
-    """Whether a model that served does not serve now, though it is wished as it was."""
+    """Whether a model that served, and is wished as it was, does not serve now."""
     running = {
         process.wiring
         for agent in scenario.live()
         for process in agent.workers.values()
         if process.state == "wired"
     }
-    wished = scenario.wished()
-    for model in (model for model, wish in served.items() if wished.get(model) == wish):
+    for model in served:
         picks = [pick for agent in scenario.live() for pick in agent.mind.chosen.get(model, ())]
         if not any(pick.wiring in running for pick in picks):
             return f"{model} was interrupted"

@@ -23,6 +23,7 @@ from sim.scenario import Scenario
 BOUND_LEASES = 40
 STAY_LEASES = 2  # so long nothing may change then
 LOOK_SECONDS = 0.5
+LOOK_CLOSELY_SECONDS = 0.1
 NOTHING: Mapping[str, Wish] = {}
 
 
@@ -59,12 +60,23 @@ def play(seed: int) -> Outcome:
 
 
 def _settle(scenario: Scenario, since: float, served: Mapping[str, Wish] = NOTHING) -> float:
-    """Let time pass until nothing changes; when that began. What is `served` must not be interrupted."""
+    """Let time pass until nothing changes; when that began.
+
+    What is `served` must not be interrupted, unless its wish changes: clocks that are days apart may make an
+    old wish the newest for a moment.
+    """
     world = scenario.world
+    look_seconds = LOOK_CLOSELY_SECONDS if served else LOOK_SECONDS
     settled: float | None = None
     before: object = None
     while settled is None or world.now - settled < STAY_LEASES * LEASE_SECONDS:
-        world.run(world.now + LOOK_SECONDS)
+        world.run(world.now + look_seconds)
+        known = scenario.known_wishes()
+        served = {
+            model: wish
+            for model, wish in served.items()
+            if all(wishes.get(model, wish) == wish for wishes in known)
+        }
         fault = checks.always(scenario) or checks.interrupted(scenario, served)
         if fault:
             raise Broken(fault)

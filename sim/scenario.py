@@ -149,12 +149,16 @@ class Scenario:
         """The agents that run and are not revoked."""
         return [agent for name, agent in self.world.agents.items() if name not in self.revoked]
 
-    def wished(self) -> dict[str, Wish]:
-        """What is wished, where all live agents know it; without its date."""
-        known = [
+    def known_wishes(self) -> list[dict[str, Wish]]:
+        """What each live agent holds to be wished, without dates."""
+        return [
             {wish.model: replace(wish, stamp=0.0, author="") for wish in agent.mind.wishes}
             for agent in self.live()
         ]
+
+    def wished(self) -> dict[str, Wish]:
+        """What is wished, where all live agents know it; without its date."""
+        known = self.known_wishes()
         return {
             model: wish
             for model, wish in (known[0] if known else {}).items()
