@@ -80,6 +80,29 @@ def old_program() -> Path:
     return target
 
 
+def make_disk(content: Path, image: Path) -> Path:
+    """A disk image with the content of a folder, for `boot`."""
+    if shutil.which("mke2fs") is None:
+        pytest.skip("nothing to make a disk with: apt-get install -y e2fsprogs")
+    megabytes = sum(path.stat().st_size for path in content.iterdir()) * 11 // 10_000_000 + 8
+    command = [
+        "mke2fs",
+        "-q",
+        "-t",
+        "ext4",
+        "-O",
+        "^has_journal",
+        "-m",
+        "0",
+        "-d",
+        content,
+        image,
+        f"{megabytes}M",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return image
+
+
 def boot(
     folder: Path,
     files: dict[str, Path | bytes],

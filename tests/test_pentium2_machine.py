@@ -5,6 +5,7 @@ has a disk, with models that fill the memory or are larger.
 """
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from cordee.engine.ternary import TernaryStage
 from cordee.engine.vocabulary import Vocabulary
 from cordee.models.ternary_p2 import LAYOUT, write_pentium2
 from make_model import SHAPES, RandomWeights, add_vocabulary, make_model
-from old_machine import Finding, boot, need_machine, old_program, sse_program
+from old_machine import Finding, boot, make_disk, need_machine, old_program, sse_program
 
 BEGINNING = "once upon a time there was a small cat"
 TOKENS = 40
@@ -115,3 +116,52 @@ def test_a_model_of_15_million_weights_takes_little_of_the_machine(found: dict[s
 def test_a_model_of_110_million_weights_runs_inside_128_megabytes(found: dict[str, Finding]) -> None:
     assert found["110m"].status == 0
     assert memory_megabytes(found["110m"]) < 40
+
+
+# Larger models, on a disk
+
+
+@pytest.fixture(scope="module")
+def found_on_disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finding]:
+    """What the machine says of a model that just fits and of one ten times larger than the memory."""
+    need_machine()
+    folder = tmp_path_factory.mktemp("disk")
+    (folder / "content").mkdir()
+    wide = {"n_embd": 1536, "n_ff": 4096, "heads": 24, "kv_heads": 4}
+    shapes = {
+        "400m": replace(SHAPES["110m"], layers=14, context=256, **wide),
+        "7b": replace(SHAPES["7b"], context=32),  # a longer one would want the memory for itself
+    }
+    for name, shape in shapes.items():
+        make_model(folder / "content" / f"{name}.gguf", replace(shape, layout=LAYOUT))
+    commands = {
+        "400m": '/cordee-tiny /disk/400m.gguf "" -n 3 --greedy',
+        "7b": '/cordee-tiny /disk/7b.gguf "" -n 1 --greedy',
+    }
+    disk = make_disk(folder / "content", folder / "disk")
+    shutil.rmtree(folder / "content")
+    found = boot(folder, {"cordee-tiny": old_program()}, commands, disk=disk, timeout_seconds=1200)
+    disk.unlink()
+    return found
+
+
+@pytest.mark.long
+def test_a_model_of_400_million_weights_fits_and_runs(found_on_disk: dict[str, Finding]) -> None:
+    finding = found_on_disk["400m"]
+    assert finding.status == 0
+    assert "larger than the free memory" not in finding.text
+    assert memory_megabytes(finding) < 100
+    assert tokens_per_second(finding) > 1
+
+
+@pytest.mark.long
+def test_a_model_of_7_billion_weights_streams_and_its_slowness_is_told_beforehand(
+    found_on_disk: dict[str, Finding],
+) -> None:
+    finding = found_on_disk["7b"]
+    assert finding.status == 0
+    before, _, after = finding.text.partition("seconds a token at best")
+    disk, seconds = re.search(r"gives ([\d.]+) MB/s. Expect ([\d.]+) $", before).groups()
+    assert float(disk) * float(seconds) == pytest.approx(1323, rel=0.02)
+    assert "[1 tokens read" in after
+    assert memory_megabytes(finding) < 100

@@ -1,0 +1,46 @@
+"""What the old machine would make of the program: instructions counted, clocks modelled, on any host."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from make_model import SHAPES, make_model
+from old_machine import old_program
+from p6.machine import NORMAL, Machine, MissingTool
+
+MILLION = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[Machine]:
+    try:
+        with Machine() as machine:
+            yield machine
+    except MissingTool as missing:
+        pytest.skip(f"this needs: {missing}")
+
+
+def program(folder: Path, shape: str) -> list[str | Path]:
+    """The command that has a model of that shape, of random weights, write until position 131."""
+    model = folder / f"{shape}.gguf"
+    make_model(model, replace(SHAPES[shape], layout="pentium2"))
+    return [old_program(), model, "", "-n", "132", "--greedy"]
+
+
+@pytest.mark.parametrize(("shape", "most"), [("15m", 11 * MILLION), ("260k", 0.52 * MILLION)])
+def test_a_token_takes_no_more_instructions_than_promised(
+    machine: Machine, tmp_path: Path, shape: str, most: float
+) -> None:
+    position = 4
+    instructions = machine.counts(program(tmp_path, shape), position + 1)[position]
+    assert most * 0.8 < instructions <= most
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("shape", "least"), [("15m", 30), ("260k", 400)])
+def test_tokens_come_as_fast_as_promised(machine: Machine, tmp_path: Path, shape: str, least: int) -> None:
+    command, position = program(tmp_path, shape), 128
+    machine.counts(command, position + 1)
+    assert machine.time(command, position + 1, NORMAL).per_second >= least
