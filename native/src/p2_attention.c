@@ -7,27 +7,28 @@
 #include "model.h"
 #include "p2_floats.h"
 
-/* Largest integer of a key, value or query. A score sums head_dim products: 4095 * 4095 * 128 < 2^31, and
- * 2047 * 2047 * HEAD_DIM_LIMIT < 2^31. */
-#define CODE_MAX 4095
-#define WIDE_HEAD 128u
-#define WIDE_HEAD_CODE_MAX 2047
-/* What the shares of all positions add up to before they are rounded: after that, to at most 32000 +
- * P2_CONTEXT_LIMIT / 2, and times CODE_MAX to less than 2^28. One alone is at most 32000. */
+/* Largest integer of a key or value. */
+#define CODE_MAX 127.0f
+/* Queries are rounded finer, to integers of at most QUERY_MAX, and of at most QUERY_SUM / head_dim: a score is then at
+ * most QUERY_SUM * 127 * 256 < 2^31. */
+#define QUERY_MAX 4095u
+#define QUERY_SUM 66000u
+/* What the shares of all positions add up to before they are rounded: after that to at most 32000 +
+ * P2_CONTEXT_LIMIT / 2, and times 127 * 256 to less than 2^31. One alone is at most 32000. */
 #define SHARE_SUM 32000.0f
-/* Sums lose so many bits before they become floats, which hold 24. */
-#define SCORE_SHIFT 7
-#define VALUE_SHIFT 4
+/* Sums lose so many bits before they become floats, which hold 24. They are 256 times what they are sums of. */
+#define SHIFT 7
+#define SHIFTED (1.0f / 2)
 
 static size_t head_of(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head)
 {
     return ((size_t)layer * cache->sequences + sequence) * cache->kv_heads + head;
 }
 
-/* Dimension 0 of a position's key; dimension d is d / 2 * 16 + d % 2 further. */
-static int16_t *key_at(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head, uint32_t position)
+/* Dimension 0 of a position's key; dimension d is key_step(d) further. */
+static int8_t *key_at(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head, uint32_t position)
 {
-    int16_t *keys = (int16_t *)cache_keys(cache, layer, sequence, head);
+    int8_t *keys = (int8_t *)cache->keys + (cache_keys(cache, layer, sequence, head) - cache->keys);
     return keys + (size_t)(position / LOOKUP_COLUMNS) * LOOKUP_COLUMNS * cache->head_dim +
            position % LOOKUP_COLUMNS * 2;
 }
@@ -37,17 +38,28 @@ static size_t key_step(uint32_t dimension)
     return dimension / 2 * (2 * LOOKUP_COLUMNS) + dimension % 2;
 }
 
-/* Dimension 0 of a position's value; dimension d is 2 * d further. */
-static int16_t *value_at(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head,
-                         uint32_t position)
+/* Dimension 0 of a position's value; dimension d is value_step(d) further. */
+static int8_t *value_at(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head, uint32_t position)
 {
-    int16_t *values = (int16_t *)cache_values(cache, layer, sequence, head);
-    return values + (size_t)(position / 2) * 2 * cache->value_stride + position % 2;
+    int8_t *values = (int8_t *)cache->values + (cache_values(cache, layer, sequence, head) - cache->values);
+    return values + (size_t)(position / 2) * (2 * LOOKUP_COLUMNS) + position % 2;
 }
 
-static float code_max(uint32_t head_dim)
+/* Bytes of the values of LOOKUP_COLUMNS dimensions. */
+static size_t value_block(const struct cache *cache)
 {
-    return head_dim <= WIDE_HEAD ? CODE_MAX : WIDE_HEAD_CODE_MAX;
+    return (size_t)cache->context * LOOKUP_COLUMNS;
+}
+
+static size_t value_step(const struct cache *cache, uint32_t dimension)
+{
+    return dimension / LOOKUP_COLUMNS * value_block(cache) + dimension % LOOKUP_COLUMNS * 2;
+}
+
+static float query_max(uint32_t head_dim)
+{
+    const uint32_t most = QUERY_SUM / head_dim;
+    return (float)(int32_t)(most < QUERY_MAX ? most : QUERY_MAX);
 }
 
 /* Integers of at most `most` for x, and what one of them stands for. */
@@ -59,6 +71,13 @@ static float round_head(int16_t *codes, const float *x, uint32_t n, float most)
     return safe / most;
 }
 
+/* Of P2_MULTIPLE positions from one on: until they are stored they meet shares of 0, but must be numbers. */
+static void clear_values(const struct cache *cache, int8_t *values)
+{
+    for (uint32_t d = 0; d < cache->head_dim; d += LOOKUP_COLUMNS)
+        memset(values + value_step(cache, d), 0, P2_MULTIPLE * LOOKUP_COLUMNS);
+}
+
 void p2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t position, const float *key,
                     const float *value)
 {
@@ -66,17 +85,16 @@ void p2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence
     int16_t codes[HEAD_DIM_LIMIT];
     for (uint32_t head = 0; head < cache->kv_heads; head++, key += dims, value += dims) {
         const size_t scale = head_of(cache, layer, sequence, head) * cache->context + position;
-        int16_t *to_key = key_at(cache, layer, sequence, head, position);
-        int16_t *to_value = value_at(cache, layer, sequence, head, position);
-        cache->key_scales[scale] = round_head(codes, key, dims, code_max(dims));
+        int8_t *to_key = key_at(cache, layer, sequence, head, position);
+        int8_t *to_value = value_at(cache, layer, sequence, head, position);
+        cache->key_scales[scale] = round_head(codes, key, dims, CODE_MAX);
         for (uint32_t d = 0; d < dims; d++)
-            to_key[key_step(d)] = codes[d];
+            to_key[key_step(d)] = (int8_t)codes[d];
         cache->value_scales[scale] = round_head(codes, value, dims, CODE_MAX);
+        if (position % P2_MULTIPLE == 0)
+            clear_values(cache, to_value);
         for (uint32_t d = 0; d < dims; d++)
-            to_value[2 * d] = codes[d];
-        if (position % 2 == 0) /* the pair's other half meets a share of 0, but must be a number */
-            for (uint32_t d = 0; d < cache->value_stride; d++)
-                to_value[2 * d + 1] = 0;
+            to_value[value_step(cache, d)] = (int8_t)codes[d];
     }
 }
 
@@ -103,8 +121,8 @@ static float soften(float *scores, const float *value_scales, uint32_t positions
 }
 
 /* One query, as p2_attend; `sums` has room for positions or value_stride rounded up to LOOKUP_COLUMNS. */
-static void attend(const struct lookup_kernels *kernels, const struct cache *cache, const int16_t *keys,
-                   const int16_t *values, const float *key_scales, const float *value_scales, float *query,
+static void attend(const struct lookup_kernels *kernels, const struct cache *cache, const int8_t *keys,
+                   const int8_t *values, const float *key_scales, const float *value_scales, float *query,
                    uint32_t positions, float *scratch)
 {
     const uint32_t dims = cache->head_dim;
@@ -112,21 +130,22 @@ static void attend(const struct lookup_kernels *kernels, const struct cache *cac
     int32_t *sums = (int32_t *)(void *)scratch;
     float *scores = scratch + (blocks * LOOKUP_COLUMNS > HEAD_DIM_LIMIT ? blocks * LOOKUP_COLUMNS : HEAD_DIM_LIMIT);
     int16_t *codes = (int16_t *)(void *)(scores + positions);
-    const float scale = round_head(codes, query, dims, code_max(dims)) / sqrtf((float)dims) * (1 << SCORE_SHIFT);
-    kernels->sum_columns(sums, keys, blocks, LOOKUP_COLUMNS * dims, dims / 2, 2 * LOOKUP_COLUMNS, codes);
+    const float scale = round_head(codes, query, dims, query_max(dims)) / sqrtf((float)(int32_t)dims) * SHIFTED;
+    kernels->sum_columns(sums, keys, blocks, LOOKUP_COLUMNS * dims, dims / 2, codes);
     for (uint32_t p = 0; p < positions; p++)
-        scores[p] = (float)(sums[p] >> SCORE_SHIFT) * (scale * key_scales[p]);
+        scores[p] = (float)(sums[p] >> SHIFT) * (scale * key_scales[p]);
     float exponentials;
     const float weights = soften(scores, value_scales, positions, &exponentials);
     const float factor = SHARE_SUM / weights;
     for (uint32_t p = 0; p < positions; p++)
         codes[p] = (int16_t)(uint16_t)p2_nearest(scores[p] * factor);
-    codes[positions] = 0; /* of a last pair that is half full */
-    kernels->sum_columns(sums, values, (dims + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS, 2 * LOOKUP_COLUMNS,
-                         (positions + 1) / 2, 2 * cache->value_stride, codes);
-    const float back = weights / (SHARE_SUM * exponentials) * (1 << VALUE_SHIFT);
+    const uint32_t padded = (positions + P2_MULTIPLE - 1) / P2_MULTIPLE * P2_MULTIPLE;
+    memset(codes + positions, 0, (padded - positions) * sizeof *codes);
+    kernels->sum_columns(sums, values, (dims + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS, value_block(cache), padded / 2,
+                         codes);
+    const float back = weights / (SHARE_SUM * exponentials) * SHIFTED;
     for (uint32_t d = 0; d < dims; d++)
-        query[d] = (float)(sums[d] >> VALUE_SHIFT) * back;
+        query[d] = (float)(sums[d] >> SHIFT) * back;
 }
 
 void p2_attend(const struct lookup_kernels *kernels, const struct cache *cache, uint32_t layer, uint32_t sequence,
@@ -141,7 +160,7 @@ void p2_attend(const struct lookup_kernels *kernels, const struct cache *cache, 
 
 size_t p2_state_bytes(const struct cache *cache, uint32_t positions)
 {
-    const size_t each = 2 * (cache->head_dim * sizeof(int16_t) + sizeof(float));
+    const size_t each = 2 * (cache->head_dim * sizeof(int8_t) + sizeof(float));
     return (size_t)cache->layers * cache->kv_heads * positions * each;
 }
 
@@ -150,12 +169,12 @@ void p2_export(const struct cache *cache, uint32_t sequence, uint8_t *state)
     for (uint32_t layer = 0; layer < cache->layers; layer++)
         for (uint32_t p = 0; p < cache->lengths[sequence]; p++)
             for (uint32_t head = 0; head < cache->kv_heads; head++) {
-                const int16_t *key = key_at(cache, layer, sequence, head, p);
-                const int16_t *value = value_at(cache, layer, sequence, head, p);
+                const int8_t *key = key_at(cache, layer, sequence, head, p);
+                const int8_t *value = value_at(cache, layer, sequence, head, p);
                 const size_t scale = head_of(cache, layer, sequence, head) * cache->context + p;
-                for (uint32_t d = 0; d < cache->head_dim; d++, state += 2 * sizeof *key) {
-                    memcpy(state, key + key_step(d), sizeof *key);
-                    memcpy(state + sizeof *key, value + 2 * d, sizeof *value);
+                for (uint32_t d = 0; d < cache->head_dim; d++) {
+                    *state++ = (uint8_t)key[key_step(d)];
+                    *state++ = (uint8_t)value[value_step(cache, d)];
                 }
                 memcpy(state, cache->key_scales + scale, sizeof(float));
                 memcpy(state + sizeof(float), cache->value_scales + scale, sizeof(float));
@@ -168,14 +187,14 @@ void p2_import(const struct cache *cache, uint32_t sequence, uint32_t positions,
     for (uint32_t layer = 0; layer < cache->layers; layer++)
         for (uint32_t p = 0; p < positions; p++)
             for (uint32_t head = 0; head < cache->kv_heads; head++) {
-                int16_t *key = key_at(cache, layer, sequence, head, p);
-                int16_t *value = value_at(cache, layer, sequence, head, p);
+                int8_t *key = key_at(cache, layer, sequence, head, p);
+                int8_t *value = value_at(cache, layer, sequence, head, p);
                 const size_t scale = head_of(cache, layer, sequence, head) * cache->context + p;
-                for (uint32_t d = 0; d < cache->head_dim; d++, state += 2 * sizeof *key) {
-                    memcpy(key + key_step(d), state, sizeof *key);
-                    memcpy(value + 2 * d, state + sizeof *key, sizeof *value);
-                    if (p % 2 == 0)
-                        value[2 * d + 1] = 0;
+                if (p % P2_MULTIPLE == 0)
+                    clear_values(cache, value);
+                for (uint32_t d = 0; d < cache->head_dim; d++) {
+                    key[key_step(d)] = (int8_t)*state++;
+                    value[value_step(cache, d)] = (int8_t)*state++;
                 }
                 memcpy(cache->key_scales + scale, state, sizeof(float));
                 memcpy(cache->value_scales + scale, state + sizeof(float), sizeof(float));

@@ -1,10 +1,12 @@
-/* Attention in integers, for files of the layout `pentium2`: a key/value cache of 13-bit integers with a scale for each
- * position and head, in struct cache's memory.
+/* Attention in integers, for files of the layout `pentium2`: a key/value cache of bytes with a scale for each position
+ * and head, in struct cache's memory. Bytes, since from some hundred positions on reading the cache takes a third of a
+ * token's time: half the memory is worth more than the instruction that each four of them cost.
  *
  * Of each layer, sequence and head: keys [position / 8][dimension / 2][position % 8][dimension % 2] and values
- * [position / 2][value_stride][position % 2], so that both of attention's sums are lookup_kernels.sum_columns.
+ * [dimension / 8][position / 2][dimension % 8][position % 2], so that both of attention's sums are
+ * lookup_kernels.sum_columns. So contexts and heads are multiples of P2_MULTIPLE.
  *
- * No sum wraps: see CODE_MAX and SHARE_SUM in the .c file. */
+ * No sum wraps: see QUERY_SUM and SHARE_SUM in the .c file. */
 #ifndef CORDEE_P2_ATTENTION_H
 #define CORDEE_P2_ATTENTION_H
 
@@ -13,6 +15,7 @@
 #include "cache.h"
 #include "p2_lookup.h"
 
+#define P2_MULTIPLE 4u
 /* Positions beyond which rounding shares of a head's attention could add up to more than 16 bits. */
 #define P2_CONTEXT_LIMIT 32768u
 

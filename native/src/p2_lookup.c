@@ -34,15 +34,15 @@ static void add_rows(int32_t *out, const uint8_t *codes, uint32_t rows, uint32_t
     }
 }
 
-static void sum_columns(int32_t *out, const int16_t *matrix, uint32_t blocks, uint32_t block_stride, uint32_t pairs,
-                        uint32_t pair_stride, const int16_t *x)
+static void sum_columns(int32_t *out, const int8_t *matrix, uint32_t blocks, size_t block_stride, uint32_t pairs,
+                        const int16_t *x)
 {
     for (uint32_t block = 0; block < blocks; block++, out += LOOKUP_COLUMNS, matrix += block_stride) {
-        const int16_t *m = matrix;
-        uint32_t sums[LOOKUP_COLUMNS] = {0}; /* without a sign: what is no number may wrap */
-        for (uint32_t i = 0; i < pairs; i++, m += pair_stride)
+        const int8_t *m = matrix;
+        uint32_t sums[LOOKUP_COLUMNS] = {0}; /* without a sign: of what is no number they may wrap */
+        for (uint32_t i = 0; i < pairs; i++, m += 2 * LOOKUP_COLUMNS)
             for (uint32_t c = 0; c < LOOKUP_COLUMNS; c++)
-                sums[c] += (uint32_t)(x[2 * i] * m[2 * c]) + (uint32_t)(x[2 * i + 1] * m[2 * c + 1]);
+                sums[c] += (uint32_t)(x[2 * i] * m[2 * c] + x[2 * i + 1] * m[2 * c + 1]) * 256;
         memcpy(out, sums, sizeof sums);
     }
 }

@@ -10,6 +10,7 @@
 #ifndef CORDEE_P2_LOOKUP_H
 #define CORDEE_P2_LOOKUP_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "matrix.h"
@@ -26,10 +27,11 @@ struct lookup_kernels {
     void (*tabulate)(int16_t *table, const int8_t *x);
     /* out[row] += sum over groups of tables[group][codes[row][group]]; groups is a multiple of 4, at most LOOKUP_TILE. */
     void (*add_rows)(int32_t *out, const uint8_t *codes, uint32_t rows, uint32_t groups, const int16_t *tables);
-    /* For each block b and column c < LOOKUP_COLUMNS: out[b * LOOKUP_COLUMNS + c] = sum over i < pairs of
-     * x[2i] * m[0] + x[2i + 1] * m[1], with m at b * block_stride + i * pair_stride + 2c. */
-    void (*sum_columns)(int32_t *out, const int16_t *matrix, uint32_t blocks, uint32_t block_stride, uint32_t pairs,
-                        uint32_t pair_stride, const int16_t *x);
+    /* For each block b and column c < LOOKUP_COLUMNS: out[b * LOOKUP_COLUMNS + c] = 256 * sum over i < pairs of
+     * x[2i] * m[i][c][0] + x[2i + 1] * m[i][c][1], with m [pairs][LOOKUP_COLUMNS][2] at b * block_stride; modulo 2^32.
+     * The number of pairs is even. */
+    void (*sum_columns)(int32_t *out, const int8_t *matrix, uint32_t blocks, size_t block_stride, uint32_t pairs,
+                        const int16_t *x);
 };
 
 /* The best that this CPU runs, or the plain ones for the name "scalar". */

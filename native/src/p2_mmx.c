@@ -110,24 +110,31 @@ static void add_rows(int32_t *out, const uint8_t *codes, uint32_t rows, uint32_t
     lookup_plain.add_rows(out + even, codes + (size_t)even * groups, rows - even, groups, tables);
 }
 
-/* Two columns of a pair: products of both rows are added by the instruction itself. */
-#define TWO_COLUMNS(o, with, to)                                                                                     \
-    "movq " #o "(%[m]), " with "\n\tpmaddwd %%mm0, " with "\n\tpaddd " with ", " to "\n\t"
+/* Two columns of a pair at `o`: bytes become the high halves of words, and the instruction itself adds both products. */
+#define TWO_COLUMNS(half, o, with, to)                                                                               \
+    "pxor " with ", " with "\n\tpunpck" half "bw " #o "(%[m]), " with "\n\tpmaddwd %%mm0, " with "\n\tpaddd " with ", " to "\n\t"
 
-static NOINLINE void sum_columns(int32_t *out, const int16_t *matrix, uint32_t blocks, uint32_t block_stride,
-                                 uint32_t pairs, uint32_t pair_stride, const int16_t *x)
+/* All columns of the pair at `o`, with the pair of x at `at`. */
+#define PAIR(at, o)                                                                                                  \
+    "movd " #at "(%[x]), %%mm0\n\tpunpckldq %%mm0, %%mm0\n\t"                                                        \
+    TWO_COLUMNS("l", o, "%%mm1", "%%mm4") TWO_COLUMNS("h", o, "%%mm2", "%%mm5")                                       \
+    TWO_COLUMNS("l", o + 8, "%%mm1", "%%mm6") TWO_COLUMNS("h", o + 8, "%%mm2", "%%mm7")
+
+static NOINLINE void sum_columns(int32_t *out, const int8_t *matrix, uint32_t blocks, size_t block_stride,
+                                 uint32_t pairs, const int16_t *x)
 {
     for (uint32_t block = 0; block < blocks; block++, out += LOOKUP_COLUMNS, matrix += block_stride) {
-        const int16_t *m = matrix, *at = x, *const end = x + 2 * pairs;
+        const int8_t *m = matrix;
+        const int16_t *at = x, *const end = x + 2 * pairs;
+        for (uint32_t o = 0; o < pairs * 2 * LOOKUP_COLUMNS; o += LINE_BYTES)
+            (void)*(const volatile int8_t *)(m + o);
         __asm__ volatile("pxor %%mm4, %%mm4\n\tpxor %%mm5, %%mm5\n\tpxor %%mm6, %%mm6\n\tpxor %%mm7, %%mm7\n"
-                         "1:\n\tmovd (%[x]), %%mm0\n\tpunpckldq %%mm0, %%mm0\n\t"
-                         TWO_COLUMNS(0, "%%mm1", "%%mm4") TWO_COLUMNS(8, "%%mm2", "%%mm5")
-                         TWO_COLUMNS(16, "%%mm1", "%%mm6") TWO_COLUMNS(24, "%%mm2", "%%mm7")
-                         "addl $4, %[x]\n\taddl %[stride], %[m]\n\tcmpl %[end], %[x]\n\tjb 1b\n\t"
+                         "1:\n\t" PAIR(0, 0) PAIR(4, 16)
+                         "addl $8, %[x]\n\taddl $32, %[m]\n\tcmpl %[end], %[x]\n\tjb 1b\n\t"
                          "movq %%mm4, (%[out])\n\tmovq %%mm5, 8(%[out])\n\tmovq %%mm6, 16(%[out])\n\t"
                          "movq %%mm7, 24(%[out])"
                          : [m] "+r"(m), [x] "+r"(at)
-                         : [out] "r"(out), [end] "g"(end), [stride] "g"(pair_stride * 2)
+                         : [out] "r"(out), [end] "g"(end)
                          : "memory", "cc", MMX_REGISTERS);
     }
     __asm__ volatile("emms" : : : "memory", MMX_REGISTERS);

@@ -31,7 +31,7 @@ static void set_cache_shape(struct cache *cache, const ternary_model *model, con
         .sequences = config->sequences,
         .kv_heads = model->shape.kv_heads,
         .head_dim = model->shape.head_dim,
-        .context = config->context + (model->by_lookup ? config->context % 2 : 0), /* values lie in pairs there */
+        .context = model->by_lookup ? (config->context + P2_MULTIPLE - 1) / P2_MULTIPLE * P2_MULTIPLE : config->context,
         .value_stride = (model->shape.head_dim + LANES - 1) / LANES * LANES,
     };
 }
@@ -98,8 +98,9 @@ static uint64_t lay_out(void *memory, ternary_session *session, const ternary_mo
     session->scores = cut(&cutter, config->threads * (uint64_t)session->scores_elements, sizeof(float));
     session->normal = cut(&cutter, config->threads * (uint64_t)session->normal_elements, sizeof(float));
     const uint64_t before = cutter.used;
-    cache->keys = cut(&cutter, cache_key_elements(cache), sizeof(uint16_t));
-    cache->values = cut(&cutter, cache_value_elements(cache), sizeof(uint16_t));
+    const size_t element = model->by_lookup ? sizeof(int8_t) : sizeof(uint16_t);
+    cache->keys = cut(&cutter, cache_key_elements(cache), element);
+    cache->values = cut(&cutter, cache_value_elements(cache), element);
     *kv_bytes = cutter.used - before;
     return cutter.used;
 }
