@@ -270,6 +270,30 @@ def test_no_worker_outlives_its_service(
     assert not alive
 
 
+def test_sockets_of_a_killed_process_are_removed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers.tempfile, "tempdir", str(tmp_path))
+    script = "from cordee.node.workers import Workers; own = Workers(); print(own.folder); input()"
+    killed = subprocess.Popen(
+        [sys.executable, "-u", "-c", script],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    left = Path(killed.stdout.readline().strip())
+    first = workers.Workers()
+    assert left.parent == tmp_path and left.exists()  # its owner lives
+    killed.kill()
+    killed.wait()
+    second = workers.Workers()
+    assert not left.exists() and first.folder.exists()
+    first.close()
+    second.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_listener_or_a_report_that_raises_does_not_stop_the_replacing(model: Model) -> None:
     async def run() -> None:
         lines: list[str] = []

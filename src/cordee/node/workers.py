@@ -6,6 +6,7 @@ accord, that it ended or that a link of its broke, goes to the callbacks it was 
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
@@ -13,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, TextIO, TypeVar
 
 import psutil
 
@@ -48,6 +49,9 @@ CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is
 # with 8,000. Alone, 4,000 are about as fast as the default, 1,000 slower; "passive" is half as fast.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "4000"}
 EXACT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama.py
+
+FOLDER_PREFIX = "cordee-run-"  # begins the name of a folder of sockets
+LOCK = "lock"
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Answer = TypeVar("Answer", bound=Message)
@@ -185,7 +189,7 @@ class Workers:
     """Starts workers. Made by `Workers.open`; all methods on one event loop."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="cordee-"))  # mode 0700
+        self.folder, self._lock = _own_folder()
         self._expected: dict[str, asyncio.Future[Streams]] = {}
         self._servers: list[asyncio.Server] = []
 
@@ -245,6 +249,7 @@ class Workers:
         for server in self._servers:
             server.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
 
     async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         hello = await opening(reader)
@@ -253,6 +258,20 @@ class Workers:
             writer.transport.abort()
         else:
             expected.set_result((reader, writer))
+
+
+def _own_folder() -> tuple[Path, TextIO]:
+    """A new folder for sockets (mode 0700), and a lock that the system takes from a process that ends: a
+    folder without one is what a killed process left, and is removed here."""
+    top = Path(tempfile.gettempdir())
+    for left in top.glob(f"{FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError), (left / LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    made = Path(tempfile.mkdtemp(prefix=f".{FOLDER_PREFIX}"))
+    lock = (made / LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return made.rename(top / made.name.removeprefix(".")), lock  # others see it once it is locked
 
 
 async def opening(reader: asyncio.StreamReader) -> Message | None:
