@@ -18,7 +18,7 @@ struct product {
     size_t stride;
 };
 
-#define PRODUCTS 3
+#define PRODUCTS LOOKUP_MATRICES
 
 struct step {
     ternary_session *session;

@@ -19,6 +19,7 @@
 /* Sums lose so many bits before they become floats, which hold 24. They are 256 times what they are sums of. */
 #define SHIFT 7
 #define SHIFTED (1.0f / 2)
+#define LOG2_E 1.44269504f
 
 static size_t head_of(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head)
 {
@@ -104,20 +105,31 @@ size_t p2_scratch_floats(const struct cache *cache)
     return positions * 3 + HEAD_DIM_LIMIT * 2; /* sums, scores, shares in 16 bits; a query, and sums of values */
 }
 
-/* Scores become weights e^(score - most) * scale of the value; gives their sum, and the sum of the exponentials. */
-static float soften(float *scores, const float *value_scales, uint32_t positions, float *exponentials)
+/* Sums of products become scores in steps of 1 / P2_OCTAVE of a power of 2, beyond any of sense at 2^22 steps. Gives the
+ * largest. */
+static int32_t score(int32_t *sums, const float *key_scales, float scale, uint32_t positions)
 {
-    float most = scores[0], sum = 0, weights = 0;
-    for (uint32_t p = 1; p < positions; p++)
-        most = scores[p] > most ? scores[p] : most;
+    int32_t most = INT32_MIN;
     for (uint32_t p = 0; p < positions; p++) {
-        const float e = p2_exponential(scores[p] - most);
-        sum += e;
-        scores[p] = e * value_scales[p];
-        weights += scores[p];
+        sums[p] = p2_nearest((float)(sums[p] >> SHIFT) * (scale * key_scales[p]));
+        most = sums[p] > most ? sums[p] : most;
     }
-    *exponentials = sum;
-    return weights;
+    return most;
+}
+
+/* Scores become weights: 2^(score - most), times the scale of the value. Gives their sum, and that of the powers. */
+static float soften(float *weights, const int32_t *scores, int32_t most, const float *value_scales, uint32_t positions,
+                    float *powers)
+{
+    float sum = 0, all = 0;
+    for (uint32_t p = 0; p < positions; p++) {
+        const float power = p2_decay((uint32_t)most - (uint32_t)scores[p]);
+        sum += power;
+        weights[p] = power * value_scales[p];
+        all += weights[p];
+    }
+    *powers = sum;
+    return all;
 }
 
 /* One query, as p2_attend; `sums` has room for positions or value_stride rounded up to LOOKUP_COLUMNS. */
@@ -128,22 +140,20 @@ static void attend(const struct lookup_kernels *kernels, const struct cache *cac
     const uint32_t dims = cache->head_dim;
     const uint32_t blocks = (positions + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS;
     int32_t *sums = (int32_t *)(void *)scratch;
-    float *scores = scratch + (blocks * LOOKUP_COLUMNS > HEAD_DIM_LIMIT ? blocks * LOOKUP_COLUMNS : HEAD_DIM_LIMIT);
-    int16_t *codes = (int16_t *)(void *)(scores + positions);
-    const float scale = round_head(codes, query, dims, query_max(dims)) / sqrtf((float)(int32_t)dims) * SHIFTED;
+    float *weights = scratch + (blocks * LOOKUP_COLUMNS > HEAD_DIM_LIMIT ? blocks * LOOKUP_COLUMNS : HEAD_DIM_LIMIT);
+    int16_t *codes = (int16_t *)(void *)(weights + positions);
+    const float scale = round_head(codes, query, dims, query_max(dims)) / sqrtf((float)(int32_t)dims) * (SHIFTED * P2_OCTAVE * LOG2_E);
     kernels->sum_columns(sums, keys, blocks, LOOKUP_COLUMNS * dims, dims / 2, codes);
+    const int32_t most = score(sums, key_scales, scale, positions);
+    float powers;
+    const float all = soften(weights, sums, most, value_scales, positions, &powers), factor = SHARE_SUM / all;
     for (uint32_t p = 0; p < positions; p++)
-        scores[p] = (float)(sums[p] >> SHIFT) * (scale * key_scales[p]);
-    float exponentials;
-    const float weights = soften(scores, value_scales, positions, &exponentials);
-    const float factor = SHARE_SUM / weights;
-    for (uint32_t p = 0; p < positions; p++)
-        codes[p] = (int16_t)(uint16_t)p2_nearest(scores[p] * factor);
+        codes[p] = (int16_t)(uint16_t)p2_nearest(weights[p] * factor);
     const uint32_t padded = (positions + P2_MULTIPLE - 1) / P2_MULTIPLE * P2_MULTIPLE;
     memset(codes + positions, 0, (padded - positions) * sizeof *codes);
     kernels->sum_columns(sums, values, (dims + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS, value_block(cache), padded / 2,
                          codes);
-    const float back = weights / (SHARE_SUM * exponentials) * SHIFTED;
+    const float back = all / (SHARE_SUM * powers) * SHIFTED;
     for (uint32_t d = 0; d < dims; d++)
         query[d] = (float)(sums[d] >> SHIFT) * back;
 }

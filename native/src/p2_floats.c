@@ -17,6 +17,24 @@ static const float powers[32] = {
     0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f,
 };
 
+/* 2^(i / 512), and 2^-i: beside the table above, all that p2_decay has to multiply. */
+static const float fine[16] = {
+    0x1.000000p+0f, 0x1.0058c8p+0f, 0x1.00b1b0p+0f, 0x1.010ab6p+0f, 0x1.0163dap+0f, 0x1.01bd1ep+0f, 0x1.021682p+0f,
+    0x1.027004p+0f, 0x1.02c9a4p+0f, 0x1.032364p+0f, 0x1.037d42p+0f, 0x1.03d742p+0f, 0x1.04315ep+0f, 0x1.048b9cp+0f,
+    0x1.04e5f8p+0f, 0x1.054072p+0f,
+};
+static const float halves[32] = {
+    0x1p-0f,  0x1p-1f,  0x1p-2f,  0x1p-3f,  0x1p-4f,  0x1p-5f,  0x1p-6f,  0x1p-7f,  0x1p-8f,  0x1p-9f,  0x1p-10f,
+    0x1p-11f, 0x1p-12f, 0x1p-13f, 0x1p-14f, 0x1p-15f, 0x1p-16f, 0x1p-17f, 0x1p-18f, 0x1p-19f, 0x1p-20f, 0x1p-21f,
+    0x1p-22f, 0x1p-23f, 0x1p-24f, 0x1p-25f, 0x1p-26f, 0x1p-27f, 0x1p-28f, 0x1p-29f, 0x1p-30f, 0x1p-31f,
+};
+
+float p2_decay(uint32_t d)
+{
+    const uint32_t rest = -d % P2_OCTAVE, octaves = (d + P2_OCTAVE - 1) / P2_OCTAVE;
+    return d < 31 * P2_OCTAVE ? powers[rest / 16] * fine[rest % 16] * halves[octaves] : 0;
+}
+
 /* 2^(n / 32) * e^r with |r| <= ln 2 / 64: two terms of the series leave 2e-7. */
 float p2_exponential(float x)
 {

@@ -7,6 +7,10 @@
  * is never used, are seven vectors of four, which other digits shift as a whole. */
 #define LOW_CODES 28u
 
+/* Rows whose sums stay in a second-level cache of 512 kB while all tiles are added to them; making the tables again for
+ * each strip is less than fetching the sums of a large head from memory again and again. */
+#define STRIP_ROWS 8192u
+
 static int32_t weight_of(uint32_t code, uint32_t place)
 {
     static const uint8_t divisors[LOOKUP_WEIGHTS] = {1, 3, 9, 1, 3};
@@ -80,34 +84,56 @@ static void rescale(float *out, uint32_t rows, float scale)
         out[row] = (float)sums[row] * scale;
 }
 
-static void rescale_rows(float *out, const struct matrix *matrix, float scale)
+/* Rows `first` to `end` of a matrix's sums. */
+static void rescale_rows(float *out, const struct matrix *matrix, uint32_t first, uint32_t end, float scale)
 {
-    const uint32_t each = matrix->scale_rows, count = matrix->rows / each;
-    if (each > 1) {
-        for (uint32_t i = 0; i < count; i++)
-            rescale(out + (size_t)i * each, each, matrix->scales[i] * scale);
+    const uint32_t each = matrix->scale_rows;
+    if (each == 1) {
+        const sum_in_place *sums = (const sum_in_place *)(const void *)out;
+        for (uint32_t row = first; row < end; row++)
+            out[row] = (float)sums[row] * (matrix->scales[row] * scale);
         return;
     }
-    const sum_in_place *sums = (const sum_in_place *)(const void *)out;
-    for (uint32_t row = 0; row < count; row++)
-        out[row] = (float)sums[row] * (matrix->scales[row] * scale);
+    while (first < end) {
+        const uint32_t group = first / each, until = (group + 1) * each < end ? (group + 1) * each : end;
+        rescale(out + first, until - first, matrix->scales[group] * scale);
+        first = until;
+    }
+}
+
+/* Of each matrix the rows `first` to `first + STRIP_ROWS`. */
+static void multiply_strip(const struct lookup_kernels *kernels, const struct matrix *const *matrices,
+                           float *const *outs, uint32_t count, uint32_t first, const int8_t *x, float scale,
+                           int16_t *tables)
+{
+    const uint32_t groups = lookup_row_bytes(matrices[0]->cols);
+    uint32_t ends[LOOKUP_MATRICES];
+    for (uint32_t m = 0; m < count; m++) {
+        const uint32_t rows = matrices[m]->rows;
+        ends[m] = rows < first ? first : rows - first < STRIP_ROWS ? rows : first + STRIP_ROWS;
+        memset(outs[m] + first, 0, (ends[m] - first) * sizeof *outs[m]);
+    }
+    for (uint32_t group = 0; group < groups; group += LOOKUP_TILE) {
+        const uint32_t some = groups - group < LOOKUP_TILE ? groups - group : LOOKUP_TILE;
+        tabulate_tile(kernels, tables, x, matrices[0]->cols, group, some);
+        for (uint32_t m = 0; m < count; m++)
+            if (ends[m] > first)
+                kernels->add_rows((int32_t *)(void *)(outs[m] + first),
+                                  matrices[m]->data + (size_t)group * matrices[m]->rows + (size_t)first * some,
+                                  ends[m] - first, some, tables);
+    }
+    for (uint32_t m = 0; m < count; m++)
+        rescale_rows(outs[m], matrices[m], first, ends[m], scale);
 }
 
 void lookup_multiply(const struct lookup_kernels *kernels, const struct matrix *const *matrices, float *const *outs,
                      uint32_t count, const int8_t *x, float scale, int16_t *tables)
 {
-    const uint32_t groups = lookup_row_bytes(matrices[0]->cols);
+    uint32_t most = 0;
     for (uint32_t m = 0; m < count; m++)
-        memset(outs[m], 0, matrices[m]->rows * sizeof *outs[m]);
-    for (uint32_t first = 0; first < groups; first += LOOKUP_TILE) {
-        const uint32_t some = groups - first < LOOKUP_TILE ? groups - first : LOOKUP_TILE;
-        tabulate_tile(kernels, tables, x, matrices[0]->cols, first, some);
-        for (uint32_t m = 0; m < count; m++)
-            kernels->add_rows((int32_t *)(void *)outs[m], matrices[m]->data + (size_t)first * matrices[m]->rows,
-                              matrices[m]->rows, some, tables);
-    }
-    for (uint32_t m = 0; m < count; m++)
-        rescale_rows(outs[m], matrices[m], scale);
+        most = matrices[m]->rows > most ? matrices[m]->rows : most;
+    for (uint32_t first = 0; first < most; first += STRIP_ROWS)
+        multiply_strip(kernels, matrices, outs, count, first, x, scale, tables);
 }
 
 void lookup_row(const struct matrix *matrix, uint32_t row, float *out)
