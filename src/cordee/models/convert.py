@@ -79,7 +79,10 @@ def convert(
         if progress:
             progress(done, total)
     _check_floats(opened, model)
-    (write_pentium2 if for_pentium2 else write)(path, model, opened, describe=opened.describe)
+    try:
+        (write_pentium2 if for_pentium2 else write)(path, model, opened, describe=opened.describe)
+    except UnicodeEncodeError as error:
+        raise BadModelFile(f"{source}: a text of its tokenizer is no Unicode: {FETCH_AGAIN}.") from error
     return model
 
 
