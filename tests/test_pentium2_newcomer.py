@@ -1,0 +1,73 @@
+"""As a new user of an old machine: a bare i386 Debian on the emulated Pentium II, and what the README says."""
+
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from make_model import SHAPES, make_model
+from old_machine import ROOT, boot, make_disk, need_machine
+from terminal import PROGRAM
+
+# The last release whose i386 packages run without SSE.
+RELEASE = "bookworm"
+PLACE = "/home/cordee"
+
+
+@pytest.fixture
+def debian(tmp_path: Path) -> Path:
+    """The files of a Debian for i386: packages unpacked, not configured. Enough to run what they hold."""
+    need_machine()
+    if shutil.which("debootstrap") is None:
+        pytest.skip("nothing to get a Debian with: apt-get install -y debootstrap")
+    if os.geteuid():
+        pytest.skip("debootstrap wants to be root")
+    folder = tmp_path / "debian"
+    command = ["debootstrap", "--arch=i386", "--foreign", "--variant=minbase", RELEASE, folder]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Path:
+    """What `make tiny` and `cordee export` give."""
+    built = subprocess.run(["make", "-C", ROOT / "native", "tiny"], capture_output=True, text=True)
+    if built.returncode and "apt install" in built.stderr:
+        pytest.skip("no cross-compilers: apt-get install -y gcc-multilib gcc-mingw-w64-i686")
+    make_model(tmp_path / "model.gguf", replace(SHAPES["15m"], layout="pentium2"))
+    command = [*PROGRAM, "export", "--for", "pentium2", tmp_path / "model.gguf", tmp_path / "cd"]
+    subprocess.run(command, check=True, capture_output=True)
+    return tmp_path / "cd"
+
+
+def typed(readme: Path) -> list[str]:
+    """The lines that a README for Linux says to type, in its order."""
+    text = readme.read_text(encoding="cp1252").partition("On Linux")[2].partition("On Windows")[0]
+    return [line.strip() for line in text.splitlines() if line.startswith("  ")]
+
+
+@pytest.mark.long
+def test_a_newcomer_gets_a_text_by_what_the_readme_says(debian: Path, exported: Path, tmp_path: Path) -> None:
+    lines = typed(exported / "README.TXT")
+    assert len(lines) == 4
+    shutil.copytree(exported, debian / "media" / "cordee")
+    (debian / "root" / "typed").write_text("\n".join(["set -e", f"cd {PLACE}", *lines]))
+    found = boot(
+        tmp_path,
+        {},
+        {
+            "release": "busybox chroot /disk /bin/cat /etc/debian_version",
+            "copy": f"busybox chroot /disk /bin/cp -r /media/cordee {PLACE}",
+            "typed": "busybox chroot /disk /bin/bash /root/typed",
+        },
+        disk=make_disk(debian, tmp_path / "disk"),
+    )
+    assert found["release"].text.startswith("12.")
+    assert (found["copy"].status, found["typed"].status) == (0, 0), found
+    assert "Once upon a time" in found["typed"].text
+    assert "tokens/s" in found["typed"].text
+    assert found["typed"].text.count(": OK\n") == len(list(exported.iterdir())) - 1
+    assert "floating point: right" in found["typed"].text
