@@ -1,4 +1,4 @@
-"""As a new user of an old machine: a bare i386 Debian on the emulated Pentium II, and what the README says."""
+"""A new user of an old machine: a bare i386 Debian on the emulated Pentium II, and what its README says."""
 
 import os
 import shutil
