@@ -78,15 +78,16 @@ def test_dots_of_extreme_rows_are_exact(name: str, layout: Layout) -> None:
     assert np.abs(expected).max() >= 127 * cols and len(np.unique(expected)) >= 3
 
 
+@pytest.mark.parametrize("kv_cache", ("f16", "int8"))
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_kernels_give_the_same_logits(family: str, tmp_path: Path) -> None:
+def test_all_kernels_give_the_same_logits(family: str, kv_cache: str, tmp_path: Path) -> None:
     """Norms, rotations, attention and gates too: the same bits on every instruction set."""
     make_ternary(family, tmp_path / "model.gguf")
     found = {}
     for name in kernels():
         stage = TernaryStage(
             tmp_path / "model.gguf",
-            StageConfig(context=80, sequences=1, batch_rows=64, threads=1),
+            StageConfig(context=80, sequences=1, batch_rows=64, threads=1, kv_cache=kv_cache),
             kernels=name,
         )
         prefill = stage.decode(batch_of_one(np.arange(3, 53)))
@@ -97,7 +98,7 @@ def test_all_kernels_give_the_same_logits(family: str, tmp_path: Path) -> None:
     assert np.ptp(found["scalar"]) > 1
 
 
-@pytest.mark.parametrize("shared", (1, 2, 3, 4, 5, 7))
+@pytest.mark.parametrize("shared", (1, 2, 3, 4, 5, 9))
 def test_all_kernels_attend_alike_however_many_heads_share_keys(shared: int, tmp_path: Path) -> None:
     changes = {"heads": 2 * shared, "kv_heads": 2, "head_dim": 24, "layers": 1}
     make_ternary("llama", tmp_path / "model.gguf", **changes)

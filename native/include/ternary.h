@@ -100,6 +100,7 @@ typedef struct {
     uint32_t threads;    /* the caller's own included */
     uint32_t logits;     /* 1: logits come out, 0: hidden rows */
     const char *kernels; /* a name that ternary_kernels_name gives; NULL: the best that this CPU has */
+    const char *cache;   /* what keys and values are kept as: "f16" (NULL too), or "int8" in half the memory */
 } ternary_config;
 
 /* Bytes that ternary_session_make wants, and how many of them are the key/value cache; 0 if the configuration is

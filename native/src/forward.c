@@ -26,6 +26,7 @@ struct step {
     uint32_t layer; /* the one being computed */
     uint32_t rows;  /* of the products: the batch's, or those that have logits */
     uint32_t count; /* of the products */
+    uint32_t runs;  /* of rows that attend together */
     struct product products[PRODUCTS];
 };
 
@@ -220,28 +221,48 @@ static void rotate_and_store(void *argument, uint32_t row, uint32_t thread)
         session->values + (size_t)row * shape->kv_heads * shape->head_dim);
 }
 
-/* All query heads that share a key/value head, of one row. The results take the queries' place. */
+/* Rows that follow one another in a sequence attend together, as many as fit; gives the number of such runs. */
+static uint32_t find_runs(const ternary_session *session, const ternary_batch *batch)
+{
+    const uint32_t shared = session->model->shape.heads / session->model->shape.kv_heads;
+    const bool alone = session->model->by_lookup || shared > ATTENTION_QUERIES;
+    const uint32_t most = alone ? 1 : ATTENTION_QUERIES / shared;
+    uint32_t runs = 0, first = 0;
+    for (uint32_t row = 0; row < batch->rows; row++)
+        if (row == 0 || row - first == most || batch->sequences[row] != batch->sequences[first])
+            session->runs[runs++] = first = row;
+    session->runs[runs] = batch->rows;
+    return runs;
+}
+
+/* All query heads that share a key/value head, of a run of rows. The results take the queries' place. */
 static void attend_piece(void *argument, uint32_t piece, uint32_t thread)
 {
     const struct step *step = argument;
     const ternary_session *session = step->session;
     const ternary_shape *shape = &session->model->shape;
-    const uint32_t row = piece / shape->kv_heads, kv_head = piece % shape->kv_heads;
-    const uint32_t sequence = (uint32_t)step->batch->sequences[row], shared = shape->heads / shape->kv_heads;
-    const uint16_t *keys = cache_keys(&session->cache, step->layer, sequence, kv_head);
-    const uint16_t *values = cache_values(&session->cache, step->layer, sequence, kv_head);
-    float *scores = session->scores + thread * session->scores_elements;
-    float *queries = session->queries + ((size_t)row * shape->heads + (size_t)kv_head * shared) * shape->head_dim;
+    const uint32_t run = piece / shape->kv_heads, kv_head = piece % shape->kv_heads, row = session->runs[run];
+    const uint32_t shared = shape->heads / shape->kv_heads, sequence = (uint32_t)step->batch->sequences[row];
+    const size_t wide = (size_t)shape->heads * shape->head_dim;
+    float *queries = session->queries + row * wide + (size_t)kv_head * shared * shape->head_dim;
+    struct attention attention = {
+        .row_stride = wide,
+        .rows = session->runs[run + 1] - row,
+        .head_dim = shape->head_dim,
+        .positions = (uint32_t)step->batch->positions[row] + 1,
+        .cache = cache_head_at(&session->cache, step->layer, sequence, kv_head),
+        .value_stride = session->cache.value_stride,
+        .scratch = session->scratch + thread * session->scratch_elements,
+    };
     if (session->model->by_lookup) {
         p2_attend(session->lookup, &session->cache, step->layer, sequence, kv_head, shared, queries,
-                  (uint32_t)step->batch->positions[row] + 1, scores);
+                  attention.positions, attention.scratch);
         return;
     }
-    for (uint32_t done = 0; done < shared; done += ATTENTION_HEADS) {
-        const uint32_t heads = shared - done < ATTENTION_HEADS ? shared - done : ATTENTION_HEADS;
-        float *some = queries + (size_t)done * shape->head_dim;
-        session->kernels->attend(some, some, heads, shape->head_dim, keys, values, session->cache.value_stride,
-                                 (uint32_t)step->batch->positions[row] + 1, scores);
+    for (uint32_t done = 0; done < shared; done += attention.heads) {
+        attention.heads = shared - done < ATTENTION_QUERIES ? shared - done : ATTENTION_QUERIES;
+        attention.queries = queries + (size_t)done * shape->head_dim;
+        session->kernels->attend[session->cache.kind](&attention);
     }
 }
 
@@ -260,7 +281,7 @@ static void attention_block(struct step *step)
     step->products[2] = (struct product){&layer->v, session->values, narrow};
     multiply(step, 3);
     pool_run(&session->pool, rotate_and_store, step, step->rows);
-    pool_run(&session->pool, attend_piece, step, step->rows * shape->kv_heads);
+    pool_run(&session->pool, attend_piece, step, step->runs * shape->kv_heads);
     set_inputs(step, leave_attention, wide, model->planes);
     step->products[0] = (struct product){&layer->o, session->added, shape->n_embd};
     multiply(step, 1);
@@ -369,6 +390,7 @@ static void run(ternary_session *session, const ternary_batch *batch, float *out
 {
     struct step step = {.session = session, .batch = batch, .rows = batch->rows};
     uint32_t marked = 0;
+    step.runs = find_runs(session, batch);
     pool_run(&session->pool, enter_row, &step, batch->rows);
     for (step.layer = 0; step.layer < session->model->shape.layers; step.layer++) {
         announce(&step);

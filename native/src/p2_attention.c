@@ -21,15 +21,10 @@
 #define SHIFTED (1.0f / 2)
 #define LOG2_E 1.44269504f
 
-static size_t head_of(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head)
-{
-    return ((size_t)layer * cache->sequences + sequence) * cache->kv_heads + head;
-}
-
 /* Dimension 0 of a position's key; dimension d is key_step(d) further. */
 static int8_t *key_at(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head, uint32_t position)
 {
-    int8_t *keys = (int8_t *)cache->keys + (cache_keys(cache, layer, sequence, head) - cache->keys);
+    int8_t *keys = (int8_t *)cache_head_at(cache, layer, sequence, head).keys;
     return keys + (size_t)(position / LOOKUP_COLUMNS) * LOOKUP_COLUMNS * cache->head_dim +
            position % LOOKUP_COLUMNS * 2;
 }
@@ -42,7 +37,7 @@ static size_t key_step(uint32_t dimension)
 /* Dimension 0 of a position's value; dimension d is value_step(d) further. */
 static int8_t *value_at(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head, uint32_t position)
 {
-    int8_t *values = (int8_t *)cache->values + (cache_values(cache, layer, sequence, head) - cache->values);
+    int8_t *values = (int8_t *)cache_head_at(cache, layer, sequence, head).values;
     return values + (size_t)(position / 2) * (2 * LOOKUP_COLUMNS) + position % 2;
 }
 
@@ -85,13 +80,13 @@ void p2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence
     const uint32_t dims = cache->head_dim;
     int16_t codes[HEAD_DIM_LIMIT];
     for (uint32_t head = 0; head < cache->kv_heads; head++, key += dims, value += dims) {
-        const size_t scale = head_of(cache, layer, sequence, head) * cache->context + position;
+        const struct cache_head at = cache_head_at(cache, layer, sequence, head);
         int8_t *to_key = key_at(cache, layer, sequence, head, position);
         int8_t *to_value = value_at(cache, layer, sequence, head, position);
-        cache->key_scales[scale] = round_head(codes, key, dims, CODE_MAX);
+        at.key_scales[position] = round_head(codes, key, dims, CODE_MAX);
         for (uint32_t d = 0; d < dims; d++)
             to_key[key_step(d)] = (int8_t)codes[d];
-        cache->value_scales[scale] = round_head(codes, value, dims, CODE_MAX);
+        at.value_scales[position] = round_head(codes, value, dims, CODE_MAX);
         if (position % P2_MULTIPLE == 0)
             clear_values(cache, to_value);
         for (uint32_t d = 0; d < dims; d++)
@@ -161,17 +156,11 @@ static void attend(const struct lookup_kernels *kernels, const struct cache *cac
 void p2_attend(const struct lookup_kernels *kernels, const struct cache *cache, uint32_t layer, uint32_t sequence,
                uint32_t kv_head, uint32_t heads, float *queries, uint32_t positions, float *scratch)
 {
-    const size_t scales = head_of(cache, layer, sequence, kv_head) * cache->context;
+    const struct cache_head at = cache_head_at(cache, layer, sequence, kv_head);
     for (uint32_t head = 0; head < heads; head++)
         attend(kernels, cache, key_at(cache, layer, sequence, kv_head, 0),
-               value_at(cache, layer, sequence, kv_head, 0), cache->key_scales + scales, cache->value_scales + scales,
+               value_at(cache, layer, sequence, kv_head, 0), at.key_scales, at.value_scales,
                queries + (size_t)head * cache->head_dim, positions, scratch);
-}
-
-size_t p2_state_bytes(const struct cache *cache, uint32_t positions)
-{
-    const size_t each = 2 * (cache->head_dim * sizeof(int8_t) + sizeof(float));
-    return (size_t)cache->layers * cache->kv_heads * positions * each;
 }
 
 void p2_export(const struct cache *cache, uint32_t sequence, uint8_t *state)
@@ -181,13 +170,13 @@ void p2_export(const struct cache *cache, uint32_t sequence, uint8_t *state)
             for (uint32_t head = 0; head < cache->kv_heads; head++) {
                 const int8_t *key = key_at(cache, layer, sequence, head, p);
                 const int8_t *value = value_at(cache, layer, sequence, head, p);
-                const size_t scale = head_of(cache, layer, sequence, head) * cache->context + p;
+                const struct cache_head at = cache_head_at(cache, layer, sequence, head);
                 for (uint32_t d = 0; d < cache->head_dim; d++) {
                     *state++ = (uint8_t)key[key_step(d)];
                     *state++ = (uint8_t)value[value_step(cache, d)];
                 }
-                memcpy(state, cache->key_scales + scale, sizeof(float));
-                memcpy(state + sizeof(float), cache->value_scales + scale, sizeof(float));
+                memcpy(state, at.key_scales + p, sizeof(float));
+                memcpy(state + sizeof(float), at.value_scales + p, sizeof(float));
                 state += 2 * sizeof(float);
             }
 }
@@ -199,15 +188,15 @@ void p2_import(const struct cache *cache, uint32_t sequence, uint32_t positions,
             for (uint32_t head = 0; head < cache->kv_heads; head++) {
                 int8_t *key = key_at(cache, layer, sequence, head, p);
                 int8_t *value = value_at(cache, layer, sequence, head, p);
-                const size_t scale = head_of(cache, layer, sequence, head) * cache->context + p;
+                const struct cache_head at = cache_head_at(cache, layer, sequence, head);
                 if (p % P2_MULTIPLE == 0)
                     clear_values(cache, value);
                 for (uint32_t d = 0; d < cache->head_dim; d++) {
                     key[key_step(d)] = (int8_t)*state++;
                     value[value_step(cache, d)] = (int8_t)*state++;
                 }
-                memcpy(cache->key_scales + scale, state, sizeof(float));
-                memcpy(cache->value_scales + scale, state + sizeof(float), sizeof(float));
+                memcpy(at.key_scales + p, state, sizeof(float));
+                memcpy(at.value_scales + p, state + sizeof(float), sizeof(float));
                 state += 2 * sizeof(float);
             }
 }

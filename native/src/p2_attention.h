@@ -32,7 +32,6 @@ void p2_attend(const struct lookup_kernels *kernels, const struct cache *cache, 
                uint32_t kv_head, uint32_t heads, float *queries, uint32_t positions, float *scratch);
 
 /* As cache_export and cache_import: for each layer, position and head the key, the value and their scales. */
-size_t p2_state_bytes(const struct cache *cache, uint32_t positions);
 void p2_export(const struct cache *cache, uint32_t sequence, uint8_t *state);
 void p2_import(const struct cache *cache, uint32_t sequence, uint32_t positions, const uint8_t *state);
 

@@ -24,9 +24,16 @@ static uint32_t larger(uint32_t a, uint32_t b)
     return a > b ? a : b;
 }
 
+static enum cache_kind cache_kind(const ternary_model *model, const ternary_config *config)
+{
+    const enum cache_kind named = cache_named(config->cache);
+    return model->by_lookup && named == CACHE_F16 ? CACHE_PENTIUM2 : named;
+}
+
 static void set_cache_shape(struct cache *cache, const ternary_model *model, const ternary_config *config)
 {
     *cache = (struct cache){
+        .kind = cache_kind(model, config),
         .layers = model->shape.layers,
         .sequences = config->sequences,
         .kv_heads = model->shape.kv_heads,
@@ -41,7 +48,7 @@ static bool cache_fits(const struct cache *cache)
 {
     double elements = (double)cache->layers * cache->sequences * cache->kv_heads;
     elements *= ((double)cache->context + LANES) * 2 * cache->value_stride;
-    return elements * sizeof(uint16_t) < (double)(SIZE_MAX / 2);
+    return elements * sizeof(float) < (double)(SIZE_MAX / 2);
 }
 
 static void cut_batch(struct cutter *cutter, ternary_session *session, const ternary_model *model, uint32_t rows)
@@ -61,6 +68,7 @@ static void cut_batch(struct cutter *cutter, ternary_session *session, const ter
     session->cosines = cut(cutter, rows * (uint64_t)(shape->head_dim / 2), sizeof(float));
     session->sines = cut(cutter, rows * (uint64_t)(shape->head_dim / 2), sizeof(float));
     session->marked = cut(cutter, rows, sizeof(uint32_t));
+    session->runs = cut(cutter, rows + (uint64_t)1, sizeof(uint32_t));
     session->inputs.digits = cut(cutter, rows * (uint64_t)planes * stride, sizeof(int8_t));
     session->inputs.sums = cut(cutter, rows * (uint64_t)planes, sizeof(int32_t));
     session->inputs.scales = cut(cutter, rows, sizeof(float));
@@ -70,11 +78,7 @@ static void cut_batch(struct cutter *cutter, ternary_session *session, const ter
 /* What files of the layout `pentium2` want besides. */
 static void cut_lookup(struct cutter *cutter, ternary_session *session, uint32_t threads)
 {
-    struct cache *cache = &session->cache;
-    const uint64_t scales = (uint64_t)cache->layers * cache->sequences * cache->kv_heads * cache->context;
     session->tables = cut(cutter, threads * (uint64_t)(LOOKUP_TILE * LOOKUP_ENTRIES), sizeof(int16_t));
-    cache->key_scales = cut(cutter, scales, sizeof(float));
-    cache->value_scales = cut(cutter, scales, sizeof(float));
 }
 
 /* Lays everything out; the session itself stands first. */
@@ -90,17 +94,17 @@ static uint64_t lay_out(void *memory, ternary_session *session, const ternary_mo
     cut_batch(&cutter, session, model, config->batch_rows);
     if (model->by_lookup)
         cut_lookup(&cutter, session, config->threads);
-    session->scores_elements = (((size_t)config->context + LANES - 1) / LANES * LANES + cache->value_stride) *
-                               ATTENTION_HEADS;
-    if (model->by_lookup)
-        session->scores_elements = p2_scratch_floats(cache);
+    session->scratch_elements = model->by_lookup
+                                    ? p2_scratch_floats(cache)
+                                    : attention_scratch(cache->context, cache->head_dim, cache->value_stride);
     session->dots = cut(&cutter, config->threads * (uint64_t)DOTS_ELEMENTS, sizeof(int32_t));
-    session->scores = cut(&cutter, config->threads * (uint64_t)session->scores_elements, sizeof(float));
+    session->scratch = cut(&cutter, config->threads * (uint64_t)session->scratch_elements, sizeof(float));
     session->normal = cut(&cutter, config->threads * (uint64_t)session->normal_elements, sizeof(float));
     const uint64_t before = cutter.used;
-    const size_t element = model->by_lookup ? sizeof(int8_t) : sizeof(uint16_t);
-    cache->keys = cut(&cutter, cache_key_elements(cache), element);
-    cache->values = cut(&cutter, cache_value_elements(cache), element);
+    cache->keys = cut(&cutter, cache_key_bytes(cache), 1);
+    cache->values = cut(&cutter, cache_value_bytes(cache), 1);
+    cache->key_scales = cut(&cutter, cache_scale_bytes(cache), 1);
+    cache->value_scales = cut(&cutter, cache_scale_bytes(cache), 1);
     *kv_bytes = cutter.used - before;
     return cutter.used;
 }
@@ -112,6 +116,8 @@ static bool is_possible(const ternary_model *model, const ternary_config *config
         config->batch_rows - 1 >= BATCH_ROWS_LIMIT || config->threads - 1 >= THREADS_LIMIT)
         return false;
     if (model->by_lookup && config->context > P2_CONTEXT_LIMIT)
+        return false;
+    if (cache_kind(model, config) == CACHE_KINDS || (cache_kind(model, config) == CACHE_PENTIUM2) != model->by_lookup)
         return false;
     set_cache_shape(&cache, model, config);
     return cache_fits(&cache) && kernels_named(config->kernels) != NULL;
@@ -137,7 +143,7 @@ ternary_status ternary_session_make(void *memory, const ternary_model *model, co
     *made = NULL;
     if (ternary_session_bytes(model, config, NULL) == 0)
         return ternary_fail(error, TERNARY_REFUSED,
-                            "the session's numbers are impossible, or this CPU has no such kernels");
+                            "the session's numbers or its cache are impossible, or this CPU has no such kernels");
     if (config->logits && !model->shape.has_head)
         return ternary_fail(error, TERNARY_REFUSED, "the file has no head: only hidden rows can come out of it");
     memset(session, 0, sizeof *session);
@@ -205,7 +211,7 @@ ternary_status ternary_sequence_import(ternary_session *session, uint32_t sequen
     ternary_status status = check_sequence(session, sequence, error);
     if (status == TERNARY_OK && !cache_import(&session->cache, sequence, state, nbytes))
         return ternary_fail(error, TERNARY_REFUSED,
-                            "the state is of another slice, or longer than the context of %u tokens",
+                            "the state is of another slice or kind of cache, or longer than the context of %u tokens",
                     session->config.context);
     return status;
 }

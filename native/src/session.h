@@ -32,13 +32,14 @@ struct ternary_session {
     float *added;                                       /* [rows][n_embd]: what a block adds to the hidden rows */
     float *cosines, *sines;                             /* [rows][head_dim / 2] */
     uint32_t *marked;                                   /* rows whose logits are wanted */
+    uint32_t *runs;                                     /* [rows + 1]: where rows that attend together begin */
     struct activations inputs;                          /* of the matrix that comes next */
     /* Of each thread. */
     int32_t *dots;                                      /* [threads][DOTS_ELEMENTS] */
-    float *scores;                                      /* [threads][scores_elements] */
+    float *scratch;                                     /* [threads][scratch_elements]: of attention */
     float *normal;                                      /* [threads][widest row] */
     int16_t *tables;                                    /* [threads][LOOKUP_TILE * LOOKUP_ENTRIES], for look-up */
-    size_t scores_elements, normal_elements;
+    size_t scratch_elements, normal_elements;
 };
 
 /* One call of a dot: DOT_ROWS rows by DOT_GROUPS groups. */

@@ -14,6 +14,7 @@
 #define ISA(name) name##_avx2
 #define VECTOR_FLOATS 8
 #define WIDEN_HALVES(p) ((ISA(vec))_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
+#define WIDEN_BYTES(p) ((ISA(vec))_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))))
 #include "floats.inc"
 
 /* Quads whose 16-bit sums cannot wrap. */

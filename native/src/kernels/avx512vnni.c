@@ -15,6 +15,7 @@
 #define ISA(name) name##_avx512vnni
 #define VECTOR_FLOATS 16
 #define WIDEN_HALVES(p) ((ISA(vec))_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
+#define WIDEN_BYTES(p) ((ISA(vec))_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))))
 #include "floats.inc"
 
 INLINE __m512i quad_of(const int8_t *x)

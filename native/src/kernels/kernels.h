@@ -9,16 +9,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../cache.h"
 #include "../matrix.h"
 
 /* Activation rows that a dot takes at most in one call. */
 #define DOT_ROWS 6u
 /* Groups that a dot takes at most in one call. */
 #define DOT_GROUPS 4u
-/* Positions of keys that lie side by side in the cache, and floats of the widest vector. */
-#define LANES 16u
-/* Query heads that attend together over one key/value head. */
-#define ATTENTION_HEADS 4u
+/* Queries that attend together over one head's keys and values. */
+#define ATTENTION_QUERIES 8u
 
 /* Activations of a batch as integers: `planes` signed digits in base 128, highest first, for each row. */
 struct activations {
@@ -28,6 +27,24 @@ struct activations {
     size_t stride;
     uint32_t planes;
 };
+
+/* Queries of `heads` heads that share a key/value head, in `rows` rows that follow one another in a sequence: rows * heads
+ * is 1 to ATTENTION_QUERIES. The results take their place. */
+struct attention {
+    float *queries; /* row r's begin at r * row_stride: [heads][head_dim] */
+    size_t row_stride;
+    uint32_t rows, heads, head_dim;
+    uint32_t positions; /* that the first row sees; each further one sees one more */
+    struct cache_head cache;
+    size_t value_stride;
+    float *scratch; /* attention_scratch() floats */
+};
+
+/* Floats of scratch for any number of queries over so many positions. */
+static inline size_t attention_scratch(uint32_t positions, uint32_t head_dim, size_t value_stride)
+{
+    return ATTENTION_QUERIES * (value_stride + head_dim + (positions + (size_t)LANES - 1) / LANES * LANES);
+}
 
 /* out[i][row] = sum over columns of weight * x, exact; out is [n][groups * group_rows], x [n][stride] with 4 * quads
  * used, n <= DOT_ROWS, groups <= DOT_GROUPS. x is -127..127: then no kernel's narrow sums can wrap. */
@@ -55,12 +72,7 @@ struct kernels {
     /* Rotate `heads` heads of x by angles with these cosines and sines [head_dim / 2]. */
     void (*rotate_halves)(float *x, uint32_t heads, uint32_t head_dim, const float *cosines, const float *sines);
     void (*rotate_pairs)(float *x, uint32_t heads, uint32_t head_dim, const float *cosines, const float *sines);
-    /* Attention of `heads` <= ATTENTION_HEADS queries [heads][head_dim] over `positions` cached ones.
-     * keys: f16 [positions / LANES, rounded up][head_dim][LANES]; values: f16 [positions][value_stride], value_stride a
-     * multiple of LANES; scores: scratch [heads][positions rounded up to LANES, then value_stride more]; out
-     * [heads][head_dim], may be the queries. */
-    void (*attend)(float *out, const float *queries, uint32_t heads, uint32_t head_dim, const uint16_t *keys,
-                   const uint16_t *values, size_t value_stride, uint32_t positions, float *scores);
+    void (*attend[CACHE_KINDS])(const struct attention *attention);
 };
 
 /* How far ahead of a stream of weights to ask for them. 0: the line that is read next anyway. */

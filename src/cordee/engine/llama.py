@@ -52,6 +52,8 @@ class LlamaStage:
     def __init__(
         self, path: Path, config: StageConfig, *, is_last: bool = True, extra_buffers: bool | None = None
     ) -> None:
+        if config.kv_cache != "f16":
+            raise StageFailed(f"{path.name}: the llama engine keeps its cache as f16, not {config.kv_cache}")
         if extra_buffers is None:
             extra_buffers = not config.exact and libllama.survives_extra_buffers()
         self._library = libllama.load()

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 EngineName = Literal["llama", "ternary"]
+CacheName = Literal["f16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class StageConfig:
     `context` is the KV cache's size in tokens for each of `sequences` sequences. `exact` asks for arithmetic
     that gives a row the same bits whatever else is in its batch, where the engine can; it costs some speed.
     `threads` None takes all cores this process may use. `devices` are names as the engine's `devices()` lists
-    them; none means the CPU alone.
+    them; none means the CPU alone. `kv_cache` "int8" halves the cache's memory at a small loss
+    (native/FORMAT.md); only the ternary engine has it.
     """
 
     context: int = 4096
@@ -47,6 +49,7 @@ class StageConfig:
     threads: int | None = None
     devices: tuple[str, ...] = ()
     exact: bool = True
+    kv_cache: CacheName = "f16"
 
 
 @dataclass(frozen=True)

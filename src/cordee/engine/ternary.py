@@ -43,6 +43,7 @@ class _Config(ctypes.Structure):
     _fields_ = (
         *((name, _u32) for name in ("context", "sequences", "batch_rows", "threads", "logits")),
         ("kernels", ctypes.c_char_p),
+        ("cache", ctypes.c_char_p),
     )
 
 
@@ -217,6 +218,7 @@ class TernaryStage:
             threads=self._threads,
             logits=self._is_last,
             kernels=kernels and kernels.encode(),
+            cache=config.kv_cache.encode(),
         )
         kv_bytes = ctypes.c_size_t()
         nbytes = self._library.ternary_session_bytes(
