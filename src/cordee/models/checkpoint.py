@@ -14,7 +14,7 @@ A layer's matrix comes in one of three ways (transformers, integrations/bitnet.p
 Rows of queries and keys keep the order of the hub, which rotates halves; GGUF's `llama` has them reordered.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 from typing import Any, Literal
@@ -29,11 +29,11 @@ from cordee.models.gguf import FETCH_AGAIN, LAYERS_LIMIT
 from cordee.models.ternary import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, exact_type, strips
 from cordee.models.ternary_scales import Read, found_scales, grouped, mean_scale, rounded_masters
 
-# The hub's classes of models: the architecture in GGUF.
+# The hub's classes of models: the architecture in GGUF, and the activation if config.json does not tell it.
 ARCHITECTURES = {
-    "BitNetForCausalLM": "bitnet",  # 2B 4T
-    "BitnetForCausalLM": "bitnet",  # bitnet_b1_58-large and -3B
-    "LlamaForCausalLM": "llama",  # Llama3-8B-1.58, Falcon3, Falcon-E, TriLM
+    "BitNetForCausalLM": ("bitnet", "relu2"),  # 2B 4T
+    "BitnetForCausalLM": ("bitnet", "silu"),  # bitnet_b1_58-large and -3B
+    "LlamaForCausalLM": ("llama", "silu"),  # Llama3-8B-1.58, Falcon3, Falcon-E, TriLM
 }
 ACTIVATIONS: dict[str, Literal["silu", "relu2"]] = {"silu": "silu", "relu2": "relu2"}
 OUTSIDE_LAYERS = {EMBEDDING: "model.embed_tokens", HEAD: "lm_head", OUTPUT_NORM: "model.norm"}
@@ -89,10 +89,10 @@ class Checkpoint:
         """See `Convertible.model`."""
         heads = self._size("num_attention_heads")
         n_embd = self._size("hidden_size")
-        activation = self._config.get("hidden_act", "silu")
+        architecture, usual = self._architecture()
+        activation = self._config.get("hidden_act", usual)
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise UnsupportedModel(f"{self._title} has the activation {activation}, which is not known here.")
-        architecture = self._architecture()
         table = self._stored(EMBEDDING)
         if len(table.shape) != 2 or table.shape[1] != n_embd or not table.shape[0]:
             raise BadModelFile(f"{table.name} is {table.shape}, not {n_embd} wide: {FETCH_AGAIN}.")
@@ -114,10 +114,9 @@ class Checkpoint:
             layout=layout,
             planes=1 if self._quantization.declared else 3,
             head=head,
-            embedding=exact_type(self, table.shape[0]),
         )
         self._refuse_unknown(model)
-        return model
+        return replace(model, embedding=exact_type(self, model.n_vocab))
 
     def nbytes(self, name: str) -> int:
         """See `Convertible.nbytes`."""
@@ -192,7 +191,7 @@ class Checkpoint:
             raise BadModelFile(f"{stored.name} holds a scale that is no positive number: {FETCH_AGAIN}.")
         return grouped(factors)
 
-    def _architecture(self) -> str:
+    def _architecture(self) -> tuple[str, str]:
         found = self._config.get("architectures")
         name = found[0] if isinstance(found, list) and found else None
         if not isinstance(name, str) or name not in ARCHITECTURES:
