@@ -106,8 +106,11 @@ class Bench:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+        # Where asm/ is, which gcc looks for elsewhere when it compiles for i686 (as in native/Makefile).
+        includes = ("-idirafter", f"/usr/include/{run(['gcc', '-print-multiarch']).strip()}")
+        compiler = ("gcc", "-std=gnu11", *TARGET, *includes)
         for name, flags in BUILDS.items():
-            run(["gcc", "-std=gnu11", *TARGET, *flags, "-o", machine.folder / name, HERE / "floats.c", "-lm"])
+            run([*compiler, *flags, "-o", machine.folder / name, HERE / "floats.c", "-lm"])
 
     def shapes(self, models: list[Path]) -> Iterator[Shape]:
         """The random ones, made when it is their turn, and the trained ones."""

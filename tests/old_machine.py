@@ -7,6 +7,7 @@ Pentium.
 """
 
 import io
+import re
 import shutil
 import stat
 import struct
@@ -69,13 +70,14 @@ def need_machine() -> None:
         pytest.skip("no kernel for it: sh scripts/old_machine.sh")
 
 
-def old_program() -> Path:
-    """cordee-tiny for i686, built if something changed; skips the test where it cannot be."""
-    target = ROOT / "build" / "pentium2" / "cordee-tiny"
+def old_program(system: str = "pentium2") -> Path:
+    """cordee-tiny for i686 Linux, or for "windows", built if something changed; skips where it cannot be."""
+    target = ROOT / "build" / system / ("cordee-tiny.exe" if system == "windows" else "cordee-tiny")
     command = ["make", "-C", str(ROOT / "native"), str(Path("..") / target.relative_to(ROOT))]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and "gcc-multilib" in done.stderr:
-        pytest.skip("no compiler for i686: apt-get install -y gcc-multilib")
+    lacks = re.search(r"needs: (apt install .*)", done.stderr)
+    if done.returncode and lacks:
+        pytest.skip(f"no compiler for i686: {lacks[1]}")
     assert done.returncode == 0, done.stderr
     return target
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from make_model import SHAPES, make_model
-from old_machine import ROOT, boot, make_disk, need_machine
+from old_machine import boot, make_disk, need_machine, old_program
 from terminal import PROGRAM
 
 # The last release whose i386 packages run without SSE.
@@ -34,9 +34,8 @@ def debian(tmp_path: Path) -> Path:
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
     """What `make tiny` and `cordee export` give."""
-    built = subprocess.run(["make", "-C", ROOT / "native", "tiny"], capture_output=True, text=True)
-    if built.returncode and "apt install" in built.stderr:
-        pytest.skip("no cross-compilers: apt-get install -y gcc-multilib gcc-mingw-w64-i686")
+    for system in ("pentium2", "windows"):
+        old_program(system)
     make_model(tmp_path / "model.gguf", replace(SHAPES["15m"], layout="pentium2"))
     command = [*PROGRAM, "export", "--for", "pentium2", tmp_path / "model.gguf", tmp_path / "cd"]
     subprocess.run(command, check=True, capture_output=True)

@@ -35,11 +35,11 @@ def test_a_token_takes_no_more_instructions_than_promised(
 ) -> None:
     position = 4
     instructions = machine.counts(program(tmp_path, shape), position + 1)[position]
-    assert most * 0.8 < instructions <= most
+    assert most / 2 < instructions <= most
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("shape", "least"), [("15m", 30), ("260k", 400)])
+@pytest.mark.parametrize(("shape", "least"), [("15m", 30), ("260k", 450)])
 def test_tokens_come_as_fast_as_promised(machine: Machine, tmp_path: Path, shape: str, least: int) -> None:
     command, position = program(tmp_path, shape), 128
     machine.counts(command, position + 1)

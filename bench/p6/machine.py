@@ -55,7 +55,7 @@ class MissingTool(Exception):
 
 def check_tools() -> None:
     """Raises MissingTool."""
-    needed = {"qemu-i386": "qemu-user", "gcc": "gcc-multilib", "nm": "binutils"}
+    needed = {"qemu-i386": "qemu-user", "gcc": "gcc-12-multilib libc6-dev-i386", "nm": "binutils"}
     missing = [package for tool, package in needed.items() if shutil.which(tool) is None]
     if missing:
         raise MissingTool(f"apt-get install -y {' '.join(missing)}")

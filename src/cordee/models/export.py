@@ -95,7 +95,7 @@ def _programs(folder: Path) -> dict[str, Path]:
     if missing:
         raise SetupNeeded(
             f"The old machine's programs have not been built ({', '.join(missing)}). In Cordée's sources: "
-            "apt-get install -y gcc-multilib gcc-mingw-w64-i686 && make tiny; "
+            "apt-get install -y gcc-12-multilib libc6-dev-i386 gcc-mingw-w64-i686 && make tiny; "
             "if that is another folder than this program's, add --programs SOURCES/build."
         )
     return found
