@@ -22,9 +22,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cordee.engine.vocabulary import Vocabulary
 from cordee.models.gguf import read_header
 from cordee.models.ternary_p2 import LAYOUT
 from make_model import SHAPES, make_model
@@ -39,8 +41,14 @@ PEER = "float-O3"
 # Published of llama98.c on a real machine; the middle of a story, whose length was not told.
 MEASURED = {"260k": 39.31, "15m": 1.03}
 MEASURED_POSITION = 128
-# Shape of bench/make_model.py -> vocabularies.
-VOCABULARIES = {"260k": (512,), "15m": (32_000, 4096), "110m": (32_000,)}
+# (shape of bench/make_model.py, vocabulary, positions); a token of the largest takes the peer a minute.
+RANDOM = (
+    ("260k", 512, POSITIONS),
+    ("15m", 32_000, POSITIONS),
+    ("15m", 4096, POSITIONS),
+    ("110m", 32_000, (128,)),
+)
+STORY = "Once upon a time there was a small cat who lived in a big red house. "
 FIELDS = ("case", "ours", "peer", "peer_name", "unit", "ratio")
 
 
@@ -57,6 +65,7 @@ class Shape:
     vocabulary: int
     context: int
     model: Path
+    positions: tuple[int, ...]
 
     @property
     def peer_arguments(self) -> list[str]:
@@ -70,10 +79,6 @@ class Shape:
             self.context,
         )
         return [str(number) for number in numbers]
-
-    @property
-    def positions(self) -> Iterator[int]:
-        return (position for position in POSITIONS if position < self.context - 1)
 
 
 @dataclass(frozen=True)
@@ -114,19 +119,17 @@ class Bench:
 
     def shapes(self, models: list[Path]) -> Iterator[Shape]:
         """The random ones, made when it is their turn, and the trained ones."""
-        for name, vocabularies in VOCABULARIES.items():
-            for vocabulary in vocabularies:
-                usual = SHAPES[name].n_vocab
-                label = name if vocabulary == usual else f"{name}-vocab{vocabulary}"
-                path = self._machine.folder / f"{label}.gguf"
-                make_model(path, replace(SHAPES[name], layout=LAYOUT, n_vocab=vocabulary))
-                yield shape_of(label, path)
+        for name, vocabulary, positions in RANDOM:
+            label = name if vocabulary == SHAPES[name].n_vocab else f"{name}-vocab{vocabulary}"
+            path = self._machine.folder / f"{label}.gguf"
+            make_model(path, replace(SHAPES[name], layout=LAYOUT, n_vocab=vocabulary))
+            yield shape_of(label, path, positions)
         for path in models:
-            yield shape_of(path.stem, path)
+            yield shape_of(path.stem, path, POSITIONS)
 
     def ours(self, shape: Shape, position: int) -> Token:
-        """Our program at a position: its call of that number and one, since it begins with a single token."""
-        command = [PROGRAM, shape.model, "", "-n", str(position + 3), "--greedy"]
+        """Our program at a position: the first token that it writes after so many that it reads."""
+        command = [PROGRAM, shape.model, beginning(shape.model, position), "-n", "3", "--greedy"]
         return self._token(command, position + 1)
 
     def peer(self, shape: Shape, position: int, build: str = PEER) -> Token:
@@ -139,8 +142,8 @@ class Bench:
         return Token(*(self._machine.time(command, call, memory) for memory in (NORMAL, PESSIMISTIC)))
 
 
-def shape_of(name: str, path: Path) -> Shape:
-    """What a model file is."""
+def shape_of(name: str, path: Path, positions: tuple[int, ...]) -> Shape:
+    """What a model file is, and where it shall be measured."""
     header = read_header(path)
     heads = header.get(".attention.head_count")
     return Shape(
@@ -153,7 +156,19 @@ def shape_of(name: str, path: Path) -> Shape:
         vocabulary=header.get(".vocab_size"),
         context=header.get(".context_length"),
         model=path,
+        positions=tuple(position for position in positions if position < header.get(".context_length") - 1),
     )
+
+
+def beginning(model: Path, tokens: int) -> str:
+    """A text of so many tokens, with the one that stands before every text."""
+    with closing(Vocabulary(model)) as vocabulary:
+        ids = vocabulary.tokenize(STORY * tokens, add_bos=True)
+        for end in range(1, len(ids)):
+            text = vocabulary.detokenize(ids[:end]).decode(errors="ignore").strip()
+            if len(vocabulary.tokenize(text, add_bos=True)) == tokens:
+                return text
+    raise RuntimeError(f"{model}: no text of {tokens} tokens")
 
 
 def calibration(bench: Bench, shape: Shape) -> Iterator[dict]:
