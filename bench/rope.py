@@ -1,13 +1,15 @@
 """What a cluster costs: until a fault is noticed, mended and over; what hops add; the first half hour.
 
-    python bench/rope.py [--faults N] [--cases PREFIX] [--csv FILE] [--json]      as root, on Linux
+    python bench/rope.py [--faults N] [--cases PREFIX] [--machine NAME] [--csv FILE]      as root, on Linux
+
+About 20 minutes on a quiet machine. Tells what it does, prints the README's table, and writes all figures to
+bench/results/rope-MACHINE.csv and each fault to rope-MACHINE-faults.csv beside it.
 
 Hosts are network namespaces on this machine (tests/net/netlab.py) with at most one processor each. Cases:
 
-    faults    a node with a stage of a model that answers 8 streams loses its processes, and its system closes
-              the links (kill), or it is gone without a word (crash: its cable is out as well). Seconds until
-              another node sees it suspect (notice), until a placement without it is chosen (re-place), and
-              until the last of the streams goes on (resume).
+    faults    random faults (tests/net/netfaults.py, seeded) of nodes with a stage of a model that answers 8
+              streams. Seconds until another node sees that something is wrong (notice), until it sees another
+              placement or wiring serve (replace), and until the last of the streams goes on (resume).
     hops      one stream's milliseconds for a token, with the same model in 1 to 4 stages.
     promise   seconds of each step from nothing to a first token, slices at 1 Gbit/s (tc tbf); and the same
               for gpt-oss-120b on four machines, by arithmetic that is shown.
@@ -21,13 +23,15 @@ import csv
 import json
 import os
 import random
+import re
 import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,12 +46,14 @@ from cordee.cluster.facts import Placement, StagePlace  # noqa: E402
 from cordee.cluster.planner import Planner  # noqa: E402
 from cordee.models.gguf import read_header  # noqa: E402
 from cordee.models.shape import model_shape  # noqa: E402
-from netlab import MEGABYTE, Lab, Machine, Unable, run  # noqa: E402
+from netlab import MEGABYTE, PATIENCE_SECONDS, Lab, Machine, Unable, run  # noqa: E402
 from netrope import MACHINE, Node, Rope, Stream, finish, make_model, until  # noqa: E402
 
 HOSTS = 4
 SEED = 1
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.02
+SILENCE_SECONDS = 0.5  # of a stream that gives 50 tokens a second: it was interrupted
+FAULTS_SECONDS = 1500.0  # after which no further fault begins
 TOKENS = 400  # of the stream that hops are measured on
 ROUNDS = 3
 SEQUENCES = 8
@@ -57,6 +63,10 @@ MEMORY_SLACK = 1.1
 # gpt-oss-120b as ggml-org publishes it (GGUF, MXFP4): bytes of the files, and layers.
 LARGE_BYTES, LARGE_MACHINES = 63.4e9, 4
 DISK_BYTES_PER_SECOND = 1e9  # a plain NVMe disk; a SATA disk reads half
+INTERNET_BYTES_PER_SECOND = 1e9 / 8  # of a home with fibre
+INSTALL_SECONDS = 160.0
+RESULTS = Path(__file__).parent / "results"
+STARTED = time.monotonic()
 
 
 @dataclass
@@ -94,48 +104,104 @@ def laboratory(machines: Sequence[Machine]) -> Iterator[Lab]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def faults(count: int) -> Iterator[Figure]:
-    """Each kind of loss, `count` times, of a node with a stage."""
+def faults(count: int, rows: list[dict]) -> Iterator[Figure]:
+    """So many random faults of nodes with a stage, one after another; `rows` gets each of them."""
     draw = random.Random(SEED)
+    began = time.monotonic()
     with laboratory([MACHINE] * HOSTS) as lab:
         rope = Rope(lab, lab.hosts)
         rope.build()
-        for fault in (netfaults.kill, netfaults.crash):
-            times = []
-            for number in range(count):
-                times.append(lose(rope, fault, draw.choice(rope.stages()), draw))
-                print(f"{fault.__name__} {number + 1} of {count}: {times[-1]}", file=sys.stderr)
-            for name, seconds in zip(("notice", "re-place", "resume"), zip(*times, strict=True), strict=True):
-                yield Figure(f"{fault.__name__}-{name}-median", statistics.median(seconds), "s")
-                yield Figure(f"{fault.__name__}-{name}-p99", quantile(seconds, 0.99), "s")
+        for number in range(count):
+            if time.monotonic() - began > FAULTS_SECONDS:
+                tell(f"only {number} faults: {FAULTS_SECONDS:.0f} s are over")
+                break
+            fault, victim = draw.choice(netfaults.RANDOM), draw.choice(rope.stages())
+            try:
+                loss = lose(rope, fault, victim, draw)
+            except AssertionError as error:
+                tell(f"{number + 1} of {count}: {fault.__name__} did harm: {error}")
+                yield Figure(
+                    "faults-that-did-harm", 1, "faults", note=f"{fault.__name__}, number {number + 1}"
+                )
+                break
+            rows.append({"number": number + 1, "fault": fault.__name__, **asdict(loss)})
+            tell(f"{number + 1} of {count}: {fault.__name__}: {loss}")
+    for kind in ("", *dict.fromkeys(fault.__name__ for fault in netfaults.RANDOM)):
+        yield from summary(kind, [row for row in rows if kind in ("", row["fault"])])
 
 
-def lose(rope: Rope, fault: netfaults.Fault, victim: Node, draw: random.Random) -> tuple[float, float, float]:
-    """Seconds until the loss of a node is noticed, mended, and over."""
+def summary(kind: str, rows: Sequence[dict]) -> Iterator[Figure]:
+    """Median and p99 of what the faults of a kind, or all, cost; those that cost nothing are not counted."""
+    for what in ("notice", "replace", "resume"):
+        seconds = [row[f"{what}_seconds"] for row in rows if row[f"{what}_seconds"] is not None]
+        name = f"faults-{kind}-{what}" if kind else f"faults-{what}"
+        note = f"{len(seconds)} of {len(rows)} faults"
+        if seconds:
+            yield Figure(f"{name}-median", statistics.median(seconds), "s", note=note)
+            yield Figure(f"{name}-p99", quantile(seconds, 0.99), "s", note=note)
+
+
+@dataclass
+class Loss:
+    """Seconds from a fault on until it was noticed, mended by another placement or wiring, and over for the
+    last of the streams; None where that did not happen, since there was no need."""
+
+    notice_seconds: float | None = None
+    replace_seconds: float | None = None
+    resume_seconds: float | None = None
+
+    def __str__(self) -> str:
+        parts = zip(("noticed", "re-placed", "resumed"), asdict(self).values(), strict=True)
+        return ", ".join(
+            f"{what} {'-' if seconds is None else f'{seconds:.1f} s'}" for what, seconds in parts
+        )
+
+
+def lose(rope: Rope, fault: netfaults.Fault, victim: Node, draw: random.Random) -> Loss:
+    """What a fault of a node costs its cluster, while streams run through all others."""
     gateways = [node for node in rope.nodes if node is not victim]
-    observer = gateways[0]
-    with rope.streams(gateways) as streams:
+    with rope.streams(gateways) as streams, watched(gateways[0], victim) as (loss, began):
         mended = fault(rope, victim, draw)
-        began = time.monotonic()
         mended.__enter__()
-        noticed = replaced = 0.0
-        while not replaced:
-            if not noticed and observer.states().get(victim.id) != "alive":
-                noticed = time.monotonic() - began
-            placement = observer.placement()
-            if placement and victim.id not in {stage["node"] for stage in placement["stages"]}:
-                replaced = time.monotonic() - began
-            time.sleep(POLL_SECONDS)
+        for stream in streams:
+            stream.join(2 * PATIENCE_SECONDS)
+    loss.resume_seconds = max(filter(None, (resumed(stream, began) for stream in streams)), default=None)
     mended.__exit__(None, None, None)
     rope.settle()
-    return noticed, replaced, max(resumed(stream, began) for stream in streams) - began
+    return loss
 
 
-def resumed(stream: Stream, began: float) -> float:
-    """When a stream went on: the end of its longest silence that ends after the loss."""
+@contextlib.contextmanager
+def watched(observer: Node, victim: Node) -> Iterator[tuple[Loss, float]]:
+    """How a node sees another fall, and when that begins."""
+    placement = observer.placement()
+    wiring = placement and placement["wiring"]
+    loss, began, ended = Loss(), time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        while loss.replace_seconds is None and not ended.wait(POLL_SECONDS):
+            placement, now = observer.placement(), time.monotonic() - began
+            is_broken = placement is None or placement["wiring"] != wiring
+            if loss.notice_seconds is None and (is_broken or observer.states().get(victim.id) != "alive"):
+                loss.notice_seconds = now
+            if is_broken and placement is not None and placement["wiring"]:
+                loss.replace_seconds = now
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield loss, began
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def resumed(stream: Stream, began: float) -> float | None:
+    """When a stream went on after a fault: the end of its longest silence, if that was one."""
     times = [when for when, _ in stream.pieces]
     silences = [(b - a, b) for a, b in pairwise(times) if b > began]
-    return max(silences)[1] if silences else began
+    length, end = max(silences, default=(0.0, began))
+    return end - began if length >= SILENCE_SECONDS else None
 
 
 def quantile(values: Sequence[float], part: float) -> float:
@@ -156,6 +222,7 @@ def hops() -> Iterator[Figure]:
             rope.build()
             assert len(rope.stages()) == stages, f"{len(rope.stages())} stages instead of {stages}"
             took = statistics.median(milliseconds_a_token(rope) for _ in range(ROUNDS))
+            tell(f"{stages} stages: {took:.2f} ms a token")
         alone = alone or took
         name = "1-stage" if stages > 1 else None
         yield Figure(f"hops-{stages}-stages", took, "ms/token", alone if stages > 1 else None, name)
@@ -179,12 +246,14 @@ def milliseconds_a_token(rope: Rope) -> float:
     stream = Stream(rope.stages()[0], 0, tokens=TOKENS)
     stream.start()
     finish(stream)
-    gaps = [b - a for (a, _), (b, _) in pairwise(stream.pieces)]
-    return 1000 * statistics.median(gaps)
+    return 1000 * (stream.pieces[-1][0] - stream.pieces[0][0]) / (TOKENS - 1)
 
 
 def promise() -> Iterator[Figure]:
     """From nothing to a first token, with slices at RATE."""
+    yield Figure(
+        "promise-install", INSTALL_SECONDS, "s", note="make setup on two cores, as README.md shows it"
+    )
     with laboratory([Machine(memory_bytes=4_000_000_000)] * HOSTS) as lab:
         model = wide_model(lab.folder / "wide.gguf")
         rope = Rope(lab, lab.hosts)
@@ -192,58 +261,57 @@ def promise() -> Iterator[Figure]:
             host.shape(RATE)
         for node in rope.nodes:
             node.options = ("--memory", lent(model, HOSTS))
-        began = time.monotonic()
-        rope.found(model)
-        yield Figure(
-            "promise-first-node", time.monotonic() - began, "s", note="the model on its disk is read once"
-        )
-        joins = []
-        for node in rope.nodes[1:]:
-            began = time.monotonic()
-            rope.join(node)
-            joins.append(time.monotonic() - began)
-        yield Figure(
-            "promise-join", statistics.median(joins), "s", note="each further machine: invite, join, up"
-        )
+        founding = timed(lambda: rope.found(model))
+        nbytes = model.stat().st_size
+        note = f"pull and up: the model, {nbytes / 1e6:.0f} MB on its disk, is copied and read once"
+        yield Figure("promise-first-node", founding, "s", note=note)
+        join = statistics.median([timed(lambda node=node: rope.join(node)) for node in rope.nodes[1:]])
+        yield Figure("promise-join", join, "s", note="each further machine: invite, join, up")
+        tell(f"first node {founding:.1f} s, each further {join:.1f} s")
         until(rope.nodes[-1].offers, "the last node offers the model")
-        before = sent_bytes(lab)
-        began = time.monotonic()
+        before, began = sent_bytes(lab), time.monotonic()
         stream = Stream(rope.nodes[-1], 0, tokens=1)
         stream.start()
         travelled = until(lambda: is_loading(rope), "all slices are there")
         sent = sent_bytes(lab) - before
         finish(stream)
-        yield Figure(
-            "promise-slices", travelled, "s", note=f"{sent / 1e6:.0f} MB leave the node that has the model"
-        )
-        yield Figure("promise-slices-rate", sent / travelled / 1e6, "MB/s")
         first = time.monotonic() - began - travelled
-        yield Figure("promise-load-and-first-token", first, "s")
-    yield from extrapolated(statistics.median(joins), sent / travelled, first)
+    note = f"{sent / 1e6:.0f} MB leave the node that has the model, at {sent / travelled / 1e6:.0f} MB/s"
+    yield Figure("promise-slices", travelled, "s", note=note)
+    yield Figure("promise-load-and-first-token", first, "s")
+    # Founding takes what joining takes, and the model.
+    yield from extrapolated(nbytes / max(founding - join, POLL_SECONDS), join, sent / travelled, first)
 
 
-def extrapolated(join: float, rate: float, first: float) -> Iterator[Figure]:
-    """gpt-oss-120b: one machine has fetched it, its slices go from there to the others."""
+def timed(work: Callable[[], object]) -> float:
+    """How many seconds it takes."""
+    began = time.monotonic()
+    work()
+    return time.monotonic() - began
+
+
+def extrapolated(reading: float, join: float, rate: float, first: float) -> Iterator[Figure]:
+    """gpt-oss-120b: the first machine has it, its slices go from there to the others. Rates in bytes/s."""
     share = LARGE_BYTES / LARGE_MACHINES
-    leaving = LARGE_BYTES - share
-    case = "gpt-oss-120b-"
-    joins = (LARGE_MACHINES - 1) * join
-    yield Figure(
-        case + "joins", joins, "s", note=f"{LARGE_MACHINES - 1} machines x {join:.1f} s, one after another"
-    )
-    slices = leaving / rate
-    yield Figure(
-        case + "slices", slices, "s", note=f"{leaving / 1e9:.1f} GB / {rate / 1e6:.0f} MB/s, measured"
-    )
-    load = share / DISK_BYTES_PER_SECOND
-    assumed = f"{share / 1e9:.1f} GB a machine / {DISK_BYTES_PER_SECOND / 1e9:.0f} GB/s of disk, assumed"
-    yield Figure(case + "load", load + first, "s", note=f"{assumed}, + {first:.1f} s")
-    total = joins + slices + load + first
-    yield Figure(case + "total", total, "s", note="without the install and the download from the hub")
-    download = LARGE_BYTES / rate
-    yield Figure(
-        case + "download", download, "s", note=f"{LARGE_BYTES / 1e9:.1f} GB, if the internet is as fast"
-    )
+    leaving, disk, internet = LARGE_BYTES - share, DISK_BYTES_PER_SECOND, INTERNET_BYTES_PER_SECOND
+    steps = {
+        "install": (INSTALL_SECONDS, "on all machines at the same time"),
+        "read": (LARGE_BYTES / reading, f"{size(LARGE_BYTES)} / {size(reading)}/s, as the first node above"),
+        "join": ((LARGE_MACHINES - 1) * join, f"{LARGE_MACHINES - 1} machines x {join:.1f} s"),
+        "slices": (leaving / rate, f"{size(leaving)} / {size(rate)}/s, as above"),
+        "load": (share / disk + first, f"{size(share)} / {size(disk)}/s (assumed) + {first:.1f} s"),
+    }
+    for name, (seconds, note) in steps.items():
+        yield Figure(f"gpt-oss-120b-{name}", seconds, "s", note=note)
+    total = sum(seconds for seconds, _ in steps.values())
+    yield Figure("gpt-oss-120b-total", total, "s", note="the sum; the first machine has the file")
+    note = f"{size(LARGE_BYTES)} / {size(internet)}/s (assumed), before that"
+    yield Figure("gpt-oss-120b-download", LARGE_BYTES / internet, "s", note=note)
+
+
+def size(nbytes: float) -> str:
+    """In the unit that is easy to divide by."""
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
 def wide_model(path: Path) -> Path:
@@ -270,35 +338,73 @@ def sent_bytes(lab: Lab) -> int:
     return told[0]["stats64"]["tx"]["bytes"]
 
 
+def tell(what: str) -> None:
+    """A line of progress."""
+    print(f"{time.monotonic() - STARTED:6.0f} s  {what}", file=sys.stderr, flush=True)
+
+
+def this_machine() -> str:
+    """What to call it: its cores, and its processor's name."""
+    text = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"model name\s*: (.*)", text)
+    return f"{len(os.sched_getaffinity(0))} cores of {name[1] if name else 'an unknown processor'}"
+
+
+def readme(figures: Sequence[Figure]) -> str:
+    """The figures as README.md shows them."""
+    by_case = {each.case: each for each in figures}
+    lines = ["| seconds from a fault | median | p99 | |", "|---|---|---|---|"]
+    for what, title in (
+        ("notice", "noticed"),
+        ("replace", "another placement serves"),
+        ("resume", "all go on"),
+    ):
+        pair = [by_case.get(f"faults-{what}-{kind}") for kind in ("median", "p99")]
+        if all(pair):
+            lines.append(f"| {title} | {pair[0].ours:.1f} | {pair[1].ours:.1f} | {pair[0].note} |")
+    lines += ["", "| step | seconds | |", "|---|---|---|"]
+    for each in figures:
+        if each.case.startswith(("promise", "gpt")):
+            lines.append(f"| {each.case} | {each.ours:.1f} | {each.note} |")
+    lines += ["", "| stages | ms a token |", "|---|---|"]
+    lines += [f"| {each.case} | {each.ours:.2f} |" for each in figures if each.case.startswith("hops")]
+    return "\n".join(lines)
+
+
+def write(path: Path, machine: str, rows: Sequence[dict]) -> None:
+    """Rows of the same columns, each with the machine's name before."""
+    if rows:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["machine", *rows[0]])
+            writer.writeheader()
+            writer.writerows({"machine": machine, **row} for row in rows)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--faults", type=int, default=10, help="of each kind")
+    parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--cases", default="", help="only faults, hops or promise")
-    parser.add_argument("--csv", type=Path, help="write the figures there, too")
-    parser.add_argument("--json", action="store_true", help="one object a line")
+    parser.add_argument("--machine", default=this_machine(), help="what to call it")
+    parser.add_argument("--csv", type=Path, help="where to write the figures")
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(TESTS.parent / "src")
-    cases = {"faults": lambda: faults(options.faults), "hops": hops, "promise": promise}
+    each_fault: list[dict] = []
+    cases = {"faults": lambda: faults(options.faults, each_fault), "hops": hops, "promise": promise}
     figures = []
     try:
         for name, measure in cases.items():
             if name.startswith(options.cases):
+                tell(name)
                 figures += list(measure())
     except Unable as error:
         raise SystemExit(f"bench/rope.py: {error}") from error
-    if options.csv is not None:
-        with options.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*figures[0].line(), "note"])
-            writer.writeheader()
-            writer.writerows({**each.line(), "note": each.note} for each in figures)
-    for each in figures:
-        line = each.line()
-        print(
-            json.dumps(line)
-            if options.json
-            else f"{each.case:<36}{each.ours:>10.3f} {each.unit:<9}{each.note}"
-        )
+    slug = re.sub(r"[^a-z0-9]+", "-", options.machine.lower()).strip("-")
+    path = options.csv or RESULTS / f"rope-{slug}.csv"
+    write(path, options.machine, [{**each.line(), "note": each.note} for each in figures])
+    write(path.with_name(f"{path.stem}-faults.csv"), options.machine, each_fault)
+    print(readme(figures))
 
 
 if __name__ == "__main__":
