@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint_files import (
+    QUANTIZATIONS,
     bf16,
     config_of,
+    hub_name,
     packed,
     tensors_of,
     vocabulary_size,
@@ -315,6 +317,40 @@ def test_masters_are_rounded_by_their_mean(rows: int, cols: int, seed: int) -> N
     rounded = rounded_masters(masters, mean)
     assert (np.abs(masters - rounded * mean)[np.abs(masters) < 1.5 * mean] <= 0.5001 * mean).all()
     assert set(np.unique(rounded)) <= {-1, 0, 1}
+
+
+def test_scales_of_columns_become_those_of_the_rows_that_meet_them(tmp_path: Path) -> None:
+    """What parts of a matrix on several machines leave behind: here half of the columns, twice as large."""
+    weights = weights_of("trilm", kv_heads=4)
+    for layer in range(2):
+        for producer in ("attn_v", "ffn_up"):
+            scales = weights.scales(f"blk.{layer}.{producer}.weight")
+            scales[1] = 2 * scales[0]
+    tensors = tensors_of(weights, "floats")
+    for layer in range(2):
+        for producer, consumer in (("v_proj", "o_proj"), ("up_proj", "down_proj")):
+            part = "self_attn" if producer == "v_proj" else "mlp"
+            _, rows = tensors[f"model.layers.{layer}.{part}.{producer}.weight"]
+            _, columns = tensors[f"model.layers.{layer}.{part}.{consumer}.weight"]
+            rows[len(rows) // 2 :] /= 2
+            columns[:, columns.shape[1] // 2 :] *= 2
+    for layer in range(2):  # one scale each, by rows as they should be
+        for name in ("attn_output", "ffn_down"):
+            scales = weights.scales(f"blk.{layer}.{name}.weight")
+            hub = hub_name(f"blk.{layer}.{name}.weight")
+            dense = tensors[hub][1]
+            dense[len(dense) // 2 :] *= scales[0] / scales[1]
+            scales[1] = scales[0]
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    write_tokenizer(tmp_path)
+    config = config_of(weights.model, "floats")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    convert(tmp_path, tmp_path / "ours.gguf")
+    assert_same(tmp_path / "ours.gguf", weights)
+    config["quantization_config"] = QUANTIZATIONS["multiplied"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"o_proj\.weight is not ternary: row 0"):
+        convert(tmp_path, tmp_path / "other.gguf")
 
 
 def test_the_first_models_names_of_norms_and_class(tmp_path: Path) -> None:

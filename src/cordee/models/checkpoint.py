@@ -15,6 +15,7 @@ Rows of queries and keys keep the order of the hub, which rotates halves; GGUF's
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from math import lcm
 from pathlib import Path
 from typing import Any, Literal
@@ -138,14 +139,21 @@ class Checkpoint:
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """See `Source.rows`."""
         stored = self._stored(name)
-        if name in (EMBEDDING, HEAD):
-            return _floats(stored, first, last)
-        if stored.dtype == "U8":
+        if stored.dtype == "U8" and name not in (EMBEDDING, HEAD):
             return unpacked_rows(stored.rows, stored.shape[0], first, last)
-        values = _floats(stored, first, last)
+        values = self.floats(name, first, last)
+        if name in (EMBEDDING, HEAD):
+            return values
         if self._quantization.masters:
             return rounded_masters(values, self._means[name])
         return np.sign(values).astype(np.int8)
+
+    def floats(self, name: str, first: int, last: int) -> np.ndarray:
+        """See `Convertible.floats`."""
+        stored = self._stored(name)
+        if stored.dtype == "U8":
+            raise UnsupportedModel(f"{stored.name} is packed, and not as a layer's matrix is.")
+        return stored.rows(first, last)
 
     def vector(self, name: str) -> np.ndarray:
         """See `Source.vector`."""
@@ -164,12 +172,13 @@ class Checkpoint:
                 raise BadModelFile(f"{stored.name} is packed, but has no weight_scale: {FETCH_AGAIN}.")
             _check_codes(stored)
             return stated
+        read = partial(self.floats, name)
         if self._quantization.masters:
-            mean = mean_scale(stored.name, rows, lambda first, last: _floats(stored, first, last))
+            mean = mean_scale(stored.name, rows, read)
             self._means[name] = mean
             return np.array([1 / (np.float32(1) / mean)], dtype=np.float32)  # the definition inverts it twice
         remedy = "" if self._quantization.declared else MASTERS
-        found = found_scales(stored.name, rows, lambda first, last: _floats(stored, first, last), remedy)
+        found = found_scales(stored.name, rows, read, remedy)
         return found if stated is None else _product(found, stated)
 
     def _stated_scale(self, name: str, rows: int) -> np.ndarray | None:
@@ -290,12 +299,6 @@ def _rope_base(config: dict[str, Any], title: str) -> float:
 def _is_positive(value: object) -> bool:
     """Whether it is a positive number that float32 holds."""
     return isinstance(value, int | float) and 0 < value <= float(np.finfo(np.float32).max)
-
-
-def _floats(stored: StoredTensor, first: int, last: int) -> np.ndarray:
-    if stored.dtype == "U8":
-        raise UnsupportedModel(f"{stored.name} is packed, though it is no layer's matrix.")
-    return stored.rows(first, last)
 
 
 def unpacked_rows(read: Read, quarter: int, first: int, last: int) -> np.ndarray:

@@ -13,10 +13,11 @@ from typing import Literal, Protocol
 import numpy as np
 from gguf import GGUFWriter
 
-from cordee.errors import BadModelFile
+from cordee.errors import BadModelFile, UnsupportedModel
 from cordee.models.checkpoint import Checkpoint
 from cordee.models.gguf import FETCH_AGAIN, read_header
 from cordee.models.ternary import EMBEDDING, HEAD, OUTPUT_NORM, Source, TernaryModel, strips, write
+from cordee.models.ternary_folds import Folded
 from cordee.models.ternary_gguf import GgufSource
 from cordee.models.ternary_p2 import write_pentium2
 
@@ -31,6 +32,9 @@ class Convertible(Source, Protocol):
 
     def nbytes(self, name: str) -> int:
         """Bytes of a layer's matrix, as it is stored."""
+
+    def floats(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows of any tensor but a packed one, as they are stored, in float32."""
 
     def check(self, name: str, rows: int, cols: int) -> None:
         """Read a layer's matrix once. Raises UnsupportedModel or BadModelFile if it is not ternary."""
@@ -73,17 +77,29 @@ def convert(
         for name, shape in model.matrices().items()
     }
     done, total = 0, sum(opened.nbytes(name) for name in shapes)
-    for name, (rows, cols) in shapes.items():
-        opened.check(name, rows, cols)
+    folded = Folded(opened, model)
+    for name, shape in shapes.items():
+        _check(opened, folded, name, shape)
         done += opened.nbytes(name)
         if progress:
             progress(done, total)
     _check_floats(opened, model)
     try:
-        (write_pentium2 if for_pentium2 else write)(path, model, opened, describe=opened.describe)
+        (write_pentium2 if for_pentium2 else write)(path, model, folded, describe=opened.describe)
     except UnicodeEncodeError as error:
         raise BadModelFile(f"{source}: a text of its tokenizer is no Unicode: {FETCH_AGAIN}.") from error
     return model
+
+
+def _check(opened: Convertible, folded: Folded, name: str, shape: tuple[int, int]) -> None:
+    """A matrix is ternary by rows, or can be made so."""
+    try:
+        opened.check(name, *shape)
+    except UnsupportedModel as error:
+        try:
+            folded.fold(name, lambda first, last: opened.floats(name, first, last))
+        except UnsupportedModel:
+            raise error from None
 
 
 def _check_floats(source: Source, model: TernaryModel) -> None:
