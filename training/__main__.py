@@ -1,0 +1,144 @@
+"""The verbs of training: `python -m training [cut] | corpus | train | export | evaluate`, in that order."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import msgspec
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cordee.engine.vocabulary import Vocabulary
+from training.chat import Chat
+from training.corpus import Corpus, Writer, write_corpus
+from training.cut import Cut, cut_of
+from training.evaluate import figures
+from training.export import export as write_model
+from training.llama2c import read_pieces
+from training.processes import HELD_OUT, TRAIN, Job, together
+from training.recipe import Recipe
+from training.recipe import recipe as read_recipe
+from training.storyteller import Storyteller, count_tokens
+from training.train import CHECKPOINT, Report, Run
+
+CUT = "cut.json"
+HELD_OUT_SHARDS = 1
+
+_existing = click.Path(exists=True, path_type=Path)
+_recipe = click.argument("recipe", callback=lambda _context, _parameter, name: read_recipe(name))
+_folder = click.option(
+    "--folder", type=click.Path(path_type=Path), required=True, help="Where corpus and checkpoints live."
+)
+_teacher = click.option("--teacher", type=_existing, required=True, help="stories260K.bin, or a GGUF file.")
+_pieces = click.option("--pieces", type=_existing, help="tok512.bin, the vocabulary of stories260K.")
+
+
+@click.group()
+def main() -> None:
+    """Train small ternary story models from a teacher at hand. Every verb goes on where it was stopped."""
+    torch.set_num_threads(1)
+
+
+@main.command()
+@_recipe
+@_teacher
+@_folder
+@_pieces
+@click.option("--stories", type=_existing, required=True, help="The folder of a storyteller's corpus.")
+def cut(recipe: Recipe, teacher: Path, folder: Path, pieces: Path, stories: Path) -> None:
+    """Cut a chat teacher's vocabulary to what a storyteller's stories use."""
+    vocabulary, windows = Vocabulary(teacher), Corpus(stories / TRAIN, recipe.seed).lesson.tokens
+    counts = count_tokens(windows, pieces, lambda text: vocabulary.tokenize(text, add_bos=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    found = cut_of(teacher, counts, recipe.shape.vocab)
+    (folder / CUT).write_bytes(msgspec.json.encode(found))
+    share = sum(counts[number] for number in found.kept) / counts.total()
+    click.echo(f"{len(found.kept)} tokens are {share:.1%} of the {counts.total():,} in the stories")
+
+
+@main.command()
+@_recipe
+@_teacher
+@_folder
+def corpus(recipe: Recipe, teacher: Path, folder: Path) -> None:
+    """Have the teacher write what the student will read, and what it will be judged on."""
+    writer = _writer(recipe, teacher, folder)
+    parts = ((HELD_OUT, HELD_OUT_SHARDS, recipe.seed + 1), (TRAIN, recipe.shards, recipe.seed))
+    with _progress(recipe.name) as show:
+        for part, shards, seed in parts:
+
+            def tell(done: int, total: int, part: str = part) -> None:
+                show(done, total, part)
+
+            write_corpus(writer, folder / part, shards=shards, seed=seed, progress=tell)
+
+
+@main.command()
+@_recipe
+@_folder
+@click.option("--processes", default=os.cpu_count(), show_default=True, help="How many share a step.")
+@click.option("--kind", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
+@click.option("--compile", "compiled", is_flag=True, help="Let torch compile the step; wants a C++ compiler.")
+def train(recipe: Recipe, folder: Path, processes: int, kind: str, compiled: bool) -> None:
+    """Train, from the last checkpoint on. Ctrl-C or SIGTERM writes one first."""
+    with _progress(recipe.name) as show:
+
+        def report(told: Report) -> None:
+            show(told.step, told.steps, f"loss {told.loss:.4f}, {told.cpu_seconds:.0f} CPU s")
+
+        together(Job(recipe, folder, getattr(torch, kind), compiled, processes), report)
+
+
+@main.command()
+@_recipe
+@_folder
+@_pieces
+@click.option("--layout", type=click.Choice(["trit5", "pentium2"]), default="pentium2", show_default=True)
+@click.argument("model", type=click.Path(path_type=Path))
+def export(recipe: Recipe, folder: Path, pieces: Path | None, layout: str, model: Path) -> None:
+    """Write the student as a model file of the ternary engine."""
+    if not (folder / CHECKPOINT).exists():
+        raise click.ClickException(f"{folder} holds no {CHECKPOINT}: train first.")
+    run = Run(recipe, folder, kind=torch.float32, compiled=False)
+    vocabulary = read_pieces(pieces, recipe.shape.vocab) if pieces else _cut(folder)
+    write_model(run.student, vocabulary, recipe.title, model, layout)
+    click.echo(f"{model}  {model.stat().st_size:,} bytes, {recipe.shape.weights:,} weights, step {run.step}")
+
+
+@main.command()
+@_recipe
+@_folder
+@click.argument("model", type=_existing)
+def evaluate(recipe: Recipe, folder: Path, model: Path) -> None:
+    """How near a model file is to its teacher, by the ternary engine, on text that it has not seen."""
+    for name, value in vars(figures(model, Corpus(folder / HELD_OUT, recipe.seed).lesson)).items():
+        click.echo(f"{name:20} {value:.4g}")
+
+
+def _writer(recipe: Recipe, teacher: Path, folder: Path) -> Writer:
+    if recipe.teacher == "storyteller":
+        return Storyteller(teacher, recipe.window, recipe.likeliest)
+    return Chat(teacher, _cut(folder), recipe.window, recipe.likeliest)
+
+
+def _cut(folder: Path) -> Cut:
+    if not (folder / CUT).exists():
+        raise click.ClickException(f"{folder} holds no {CUT}: run the cut verb first.")
+    return msgspec.json.decode((folder / CUT).read_bytes(), type=Cut)
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar: show(done, total, text)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total, text: bar.update(
+            task, completed=done, total=total, description=f"{title}: {text}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""A chat model as a teacher: asked for stories about this and that, it writes with a cut vocabulary.
+
+The questions are all of the same number of tokens, so a batch of them travels together. What a student
+learns are the stories, one behind the other with an end token (id 0) before each; it sees no question.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from torch import Tensor
+
+from cordee.engine.vocabulary import Vocabulary
+from training.corpus import Lesson, likeliest
+from training.cut import Cut
+from training.teacher import EMBEDDING, MATRICES, NORMS, OUTPUT_NORM, Teacher, TeacherShape
+
+END = 0
+STORIES = 64  # written at a time: with fewer, reading the weights takes longer than computing with them
+STORY_TOKENS = 320  # a longer one is cut off
+MIN_P = 0.06
+# Without a penalty this teacher says everything three times.
+REPEAT_PENALTY, PENALTY_TOKENS = 1.12, 64
+TEMPERATURE = 0.7
+
+ABOUT = Path(__file__).with_name("about.toml")
+
+
+def shape_story(logits: Tensor, written: Tensor) -> Tensor:
+    """Logits (batch, vocab) after penalty, temperature, min-p; `written` (batch, n) is the story so far."""
+    recent = written[:, -PENALTY_TOKENS:]
+    values = logits.gather(1, recent)
+    lower = torch.where(values > 0, values / REPEAT_PENALTY, values * REPEAT_PENALTY)
+    logits = logits.scatter(1, recent, lower) / TEMPERATURE
+    least = logits.amax(-1, keepdim=True) + float(np.log(MIN_P))
+    return logits.masked_fill(logits < least, -torch.inf)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """All questions, as tokens (n, length) of the whole vocabulary."""
+
+    tokens: Tensor
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> "Questions":
+        """Of the words in about.toml those that are one token; all kinds of question, at one length each."""
+        about = tomllib.loads(ABOUT.read_text(encoding="utf-8"))
+        words = {
+            part: [word for word in about[part] if len(vocabulary.tokenize(f" {word}", add_bos=False)) == 1]
+            for part in ("who", "what")
+        }
+        asked = [
+            vocabulary.tokenize(about["question"].format(who=who, what=what), add_bos=False)
+            for who in words["who"]
+            for what in words["what"]
+        ]
+        return cls(torch.tensor(asked))
+
+
+class Chat:
+    """A `Writer` whose lessons are exactly what the teacher drew from."""
+
+    def __init__(self, model: Path, cut: Cut, window: int, likeliest: int) -> None:
+        self.teacher = read_model(model, cut)
+        self._questions = Questions.of(Vocabulary(model)).tokens
+        self._window, self._likeliest = window, likeliest
+
+    def __call__(self, generator: torch.Generator) -> Lesson:
+        chosen = torch.randint(len(self._questions), (STORIES,), generator=generator)
+        written, odds = self.teacher.sample(
+            self._questions[chosen], STORY_TOKENS, shape_story, END, generator
+        )
+        return packed(written, *likeliest(odds, self._likeliest), self._window)
+
+
+def packed(written: Tensor, ids: Tensor, odds: Tensor, window: int) -> Lesson:
+    """Stories (n, length), END behind each that is not cut off, as windows of one stream without its rest."""
+    inputs, rows = [], []
+    for number, story in enumerate(written):
+        ends = (story == END).nonzero()
+        length = int(ends[0]) + 1 if len(ends) else len(story)
+        inputs.append(torch.cat([torch.tensor([END]), story[: length - 1]]))
+        rows.append(torch.arange(length) + number * len(story))
+    count = sum(map(len, inputs)) // window * window
+    places = torch.cat(rows)[:count]
+    tokens = torch.cat(inputs)[:count].to(torch.uint16).view(-1, window)
+    best = (part.flatten(0, 1)[places].view(-1, window, part.shape[-1]) for part in (ids, odds))
+    return Lesson(tokens, *best)
+
+
+def read_model(path: Path, cut: Cut, kind: torch.dtype = torch.bfloat16) -> Teacher:
+    """A GGUF file of the architecture `llama` as a teacher with a cut vocabulary."""
+    reader = GGUFReader(path)
+
+    def number(key: str) -> float:
+        return reader.fields[f"llama.{key}"].contents()
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def floats(name: str) -> Tensor:
+        tensor = tensors[f"{name}.weight"]
+        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype(np.float32)).to(kind)
+
+    shape = TeacherShape(
+        dim=number("embedding_length"),
+        hidden=number("feed_forward_length"),
+        layers=number("block_count"),
+        heads=number("attention.head_count"),
+        kv_heads=number("attention.head_count_kv"),
+        vocab=number("vocab_size"),
+        context=number("context_length"),
+        rope_base=number("rope.freq_base"),
+    )
+    weights = {name: floats(name) for name in (EMBEDDING, OUTPUT_NORM)}
+    for name in MATRICES + NORMS:
+        weights[name] = torch.stack([floats(f"blk.{layer}.{name}") for layer in range(shape.layers)])
+    return Teacher(shape, weights, torch.tensor(cut.kept))
