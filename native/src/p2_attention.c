@@ -20,6 +20,7 @@
 #define SHIFT 7
 #define SHIFTED (1.0f / 2)
 #define LOG2_E 1.44269504f
+#define OCTAVE 512 /* steps of a score that double its share */
 
 /* Dimension 0 of a position's key; dimension d is key_step(d) further. */
 static int8_t *key_at(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head, uint32_t position)
@@ -100,7 +101,26 @@ size_t p2_scratch_floats(const struct cache *cache)
     return positions * 3 + HEAD_DIM_LIMIT * 2; /* sums, scores, shares in 16 bits; a query, and sums of values */
 }
 
-/* Sums of products become scores in steps of 1 / P2_OCTAVE of a power of 2, beyond any of sense at 2^22 steps. Gives the
+/* 2^(i / 512), and 2^-i: what powers of 2 are made of, beside p2_powers. */
+static const float fine[16] = {
+    0x1.000000p+0f, 0x1.0058c8p+0f, 0x1.00b1b0p+0f, 0x1.010ab6p+0f, 0x1.0163dap+0f, 0x1.01bd1ep+0f, 0x1.021682p+0f,
+    0x1.027004p+0f, 0x1.02c9a4p+0f, 0x1.032364p+0f, 0x1.037d42p+0f, 0x1.03d742p+0f, 0x1.04315ep+0f, 0x1.048b9cp+0f,
+    0x1.04e5f8p+0f, 0x1.054072p+0f,
+};
+static const float halves[32] = {
+    0x1p-0f,  0x1p-1f,  0x1p-2f,  0x1p-3f,  0x1p-4f,  0x1p-5f,  0x1p-6f,  0x1p-7f,  0x1p-8f,  0x1p-9f,  0x1p-10f,
+    0x1p-11f, 0x1p-12f, 0x1p-13f, 0x1p-14f, 0x1p-15f, 0x1p-16f, 0x1p-17f, 0x1p-18f, 0x1p-19f, 0x1p-20f, 0x1p-21f,
+    0x1p-22f, 0x1p-23f, 0x1p-24f, 0x1p-25f, 0x1p-26f, 0x1p-27f, 0x1p-28f, 0x1p-29f, 0x1p-30f, 0x1p-31f,
+};
+
+/* 2^(-steps / OCTAVE), 0 from 2^-31 on: a share of attention has steps of 1 / 32000. */
+static inline float power_of(uint32_t steps)
+{
+    const uint32_t rest = -steps % OCTAVE, octaves = (steps + OCTAVE - 1) / OCTAVE;
+    return steps < 31 * OCTAVE ? p2_powers[rest / 16] * fine[rest % 16] * halves[octaves] : 0;
+}
+
+/* Sums of products become scores in steps of 1 / OCTAVE of a power of 2, beyond any of sense at 2^22 steps. Gives the
  * largest. */
 static int32_t score(int32_t *sums, const float *key_scales, float scale, uint32_t positions)
 {
@@ -118,7 +138,7 @@ static float soften(float *weights, const int32_t *scores, int32_t most, const f
 {
     float sum = 0, all = 0;
     for (uint32_t p = 0; p < positions; p++) {
-        const float power = p2_decay((uint32_t)most - (uint32_t)scores[p]);
+        const float power = power_of((uint32_t)most - (uint32_t)scores[p]);
         sum += power;
         weights[p] = power * value_scales[p];
         all += weights[p];
@@ -137,7 +157,7 @@ static void attend(const struct lookup_kernels *kernels, const struct cache *cac
     int32_t *sums = (int32_t *)(void *)scratch;
     float *weights = scratch + (blocks * LOOKUP_COLUMNS > HEAD_DIM_LIMIT ? blocks * LOOKUP_COLUMNS : HEAD_DIM_LIMIT);
     int16_t *codes = (int16_t *)(void *)(weights + positions);
-    const float scale = round_head(codes, query, dims, query_max(dims)) / sqrtf((float)(int32_t)dims) * (SHIFTED * P2_OCTAVE * LOG2_E);
+    const float scale = round_head(codes, query, dims, query_max(dims)) / sqrtf((float)(int32_t)dims) * (SHIFTED * OCTAVE * LOG2_E);
     kernels->sum_columns(sums, keys, blocks, LOOKUP_COLUMNS * dims, dims / 2, codes);
     const int32_t most = score(sums, key_scales, scale, positions);
     float powers;

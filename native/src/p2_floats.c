@@ -8,32 +8,13 @@
 #define SMALLEST_ABSMAX 1e-5f /* of b1.58's definition */
 #define LARGEST 127.0f
 
-/* 2^(i / 32), to the nearest float. */
-static const float powers[32] = {
+const float p2_powers[32] = {
     0x1.000000p+0f, 0x1.059b0ep+0f, 0x1.0b5586p+0f, 0x1.11301ep+0f, 0x1.172b84p+0f, 0x1.1d4874p+0f, 0x1.2387a6p+0f,
     0x1.29e9e0p+0f, 0x1.306fe0p+0f, 0x1.371a74p+0f, 0x1.3dea64p+0f, 0x1.44e086p+0f, 0x1.4bfdaep+0f, 0x1.5342b6p+0f,
     0x1.5ab07ep+0f, 0x1.6247ecp+0f, 0x1.6a09e6p+0f, 0x1.71f75ep+0f, 0x1.7a1148p+0f, 0x1.82589ap+0f, 0x1.8ace54p+0f,
     0x1.93737cp+0f, 0x1.9c4918p+0f, 0x1.a5503cp+0f, 0x1.ae89fap+0f, 0x1.b7f770p+0f, 0x1.c199bep+0f, 0x1.cb720ep+0f,
     0x1.d5818ep+0f, 0x1.dfc974p+0f, 0x1.ea4afap+0f, 0x1.f50766p+0f,
 };
-
-/* 2^(i / 512), and 2^-i: beside the table above, all that p2_decay has to multiply. */
-static const float fine[16] = {
-    0x1.000000p+0f, 0x1.0058c8p+0f, 0x1.00b1b0p+0f, 0x1.010ab6p+0f, 0x1.0163dap+0f, 0x1.01bd1ep+0f, 0x1.021682p+0f,
-    0x1.027004p+0f, 0x1.02c9a4p+0f, 0x1.032364p+0f, 0x1.037d42p+0f, 0x1.03d742p+0f, 0x1.04315ep+0f, 0x1.048b9cp+0f,
-    0x1.04e5f8p+0f, 0x1.054072p+0f,
-};
-static const float halves[32] = {
-    0x1p-0f,  0x1p-1f,  0x1p-2f,  0x1p-3f,  0x1p-4f,  0x1p-5f,  0x1p-6f,  0x1p-7f,  0x1p-8f,  0x1p-9f,  0x1p-10f,
-    0x1p-11f, 0x1p-12f, 0x1p-13f, 0x1p-14f, 0x1p-15f, 0x1p-16f, 0x1p-17f, 0x1p-18f, 0x1p-19f, 0x1p-20f, 0x1p-21f,
-    0x1p-22f, 0x1p-23f, 0x1p-24f, 0x1p-25f, 0x1p-26f, 0x1p-27f, 0x1p-28f, 0x1p-29f, 0x1p-30f, 0x1p-31f,
-};
-
-float p2_decay(uint32_t d)
-{
-    const uint32_t rest = -d % P2_OCTAVE, octaves = (d + P2_OCTAVE - 1) / P2_OCTAVE;
-    return d < 31 * P2_OCTAVE ? powers[rest / 16] * fine[rest % 16] * halves[octaves] : 0;
-}
 
 /* 2^(n / 32) * e^r with |r| <= ln 2 / 64: two terms of the series leave 2e-7. */
 float p2_exponential(float x)
@@ -42,7 +23,7 @@ float p2_exponential(float x)
     x = x < 80.0f ? x : 80.0f;
     const int32_t n = p2_nearest(x * 0x1.715476p+5f);
     const float r = x - (float)n * 0x1.62e430p-6f;
-    float value = powers[n & 31] * (1.0f + r * (1.0f + r * 0.5f));
+    float value = p2_powers[n & 31] * (1.0f + r * (1.0f + r * 0.5f));
     int32_t bits;
     memcpy(&bits, &value, sizeof bits);
     bits += (n >> 5) * (1 << 23);

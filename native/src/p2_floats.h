@@ -37,9 +37,8 @@ static inline float p2_absmax(const float *x, uint32_t n)
 /* e^x to 3e-7, clamped at -80 and 80. */
 float p2_exponential(float x);
 
-/* 2^(-d / P2_OCTAVE), 0 from 2^-31 on. Less exact than what it is for: shares of attention in steps of 1 / 32000. */
-#define P2_OCTAVE 512
-float p2_decay(uint32_t d);
+/* 2^(i / 32), to the nearest float. */
+extern const float p2_powers[32];
 
 /* Cosines and sines [half] of a position's rotary angles. `divisors` [half] or NULL. */
 void p2_angles(float *cosines, float *sines, uint32_t half, float base, const float *divisors, uint32_t position);
