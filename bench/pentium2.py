@@ -5,8 +5,9 @@
 Nothing is timed: instructions are counted under qemu-user, and a trace of one token drives a timing model of
 the processor, its caches and its memory (bench/p6): figures are the same on every machine, in every run.
 
-Shapes have random weights; `--model` adds models that were trained. A case is SHAPE-POSITION: the token at
-that position of a text, everything included (attention over all before it, the choice of the next token).
+Shapes have random weights; trained models are those in the package, or what `--model` names. A case is
+SHAPE-POSITION: the token at that position of a text, everything included (attention over all before it, the
+choice of the next token).
 `tokens/s` assumes memory of 55 clocks latency and 28 clocks a line, `tokens/s, slow memory` 70 and 45; a
 processor with nothing else to do; the model in memory.
 
@@ -144,6 +145,12 @@ class Bench:
         return Token(*(self._machine.time(command, call, memory) for memory in (NORMAL, PESSIMISTIC)))
 
 
+def trained_models() -> list[Path]:
+    """The models in the package that are made for that machine."""
+    found = sorted((ROOT / "src" / "cordee").rglob("*.gguf"))
+    return [path for path in found if read_header(path).get("cordee.ternary.layout") == LAYOUT]
+
+
 def shape_of(name: str, path: Path, positions: tuple[int, ...]) -> Shape:
     """What a model file is, and where it shall be measured."""
     header = read_header(path)
@@ -198,15 +205,16 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default="", help="only those whose name begins so")
-    parser.add_argument("--model", type=Path, nargs="*", default=[], help="trained models to add")
+    parser.add_argument("--model", type=Path, nargs="*", help="trained models")
     parser.add_argument("--csv", type=Path, help="write the results there, too")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()
     subprocess.run(["make", "-C", ROOT / "native", PROGRAM], check=True, stdout=sys.stderr)
+    models = trained_models() if options.model is None else options.model
     results = []
     try:
         with Machine() as machine:
-            for result in measure(Bench(machine), options.model, options.cases):
+            for result in measure(Bench(machine), models, options.cases):
                 results.append(result)
                 row = "{case:<20}{unit:<24}{ours:>12}{peer:>14}  {peer_name:<24}{ratio:>8}"
                 print(json.dumps(result) if options.json else row.format(**result), flush=True)

@@ -18,9 +18,11 @@ from cordee.engine.vocabulary import Vocabulary
 from cordee.models.ternary_p2 import LAYOUT, write_pentium2
 from make_model import SHAPES, RandomWeights, add_vocabulary, make_model
 from old_machine import Finding, boot, make_disk, need_machine, old_program, sse_program
+from pentium2 import trained_models
 
-BEGINNING = "once upon a time there was a small cat"
-TOKENS = 40
+BEGINNING, TOKENS = "once upon a time there was a small cat", 40
+STORIES = {path.stem: path for path in trained_models()}
+STORY_BEGINNING, STORY_TOKENS = "Once upon a time", 120
 ILLEGAL_INSTRUCTION = 128 + 4  # as shells have it
 
 
@@ -36,17 +38,17 @@ class Restless(RandomWeights):
 
 
 def said_by_the_modern_engine(path: Path, beginning: str, count: int) -> str:
-    """The text that follows, always by the likeliest token, on this machine's own engine."""
+    """The text that follows, always by the likeliest token, on this machine's own engine, up to an end."""
     vocabulary = Vocabulary(path)
     stage = TernaryStage(path, StageConfig(context=256, sequences=1, batch_rows=64, threads=1))
     heard = vocabulary.tokenize(beginning, add_bos=True)
     said = [int(stage.decode(batch_of_one(heard, 0, 0))[0].argmax())]
-    while len(said) < count:
+    while len(said) < count and said[-1] not in vocabulary.end_of_generation:
         row = stage.decode(batch_of_one(said[-1:], len(heard) + len(said) - 1, 0))
         said.append(int(row[0].argmax()))
     stage.close()
     assert len(set(said)) > count // 3, "this model is too monotonous to tell engines apart"
-    return b"".join(map(vocabulary.piece, said)).decode(errors="surrogateescape")
+    return vocabulary.detokenize(said).decode(errors="surrogateescape")
 
 
 def tokens_per_second(finding: Finding) -> float:
@@ -86,7 +88,13 @@ def found(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         "15m": '/cordee-tiny 15m.gguf "" -n 12 --greedy',
         "110m": '/cordee-tiny 110m.gguf "" -n 3 --greedy',
     }
-    return boot(tmp_path_factory.mktemp("machine"), files, commands)
+    for name, path in STORIES.items():
+        files[path.name] = path
+        commands[name] = f'/cordee-tiny {path.name} "{STORY_BEGINNING}" -n {STORY_TOKENS} --greedy'
+    found = boot(tmp_path_factory.mktemp("machine"), files, commands)
+    for name, finding in found.items():
+        print(f"\n{name}: {finding.text}")  # `make test-pentium2` shows it
+    return found
 
 
 def test_the_machine_is_a_pentium_2_without_sse(found: dict[str, Finding]) -> None:
@@ -104,6 +112,13 @@ def test_the_program_finds_that_the_machine_computes_right(found: dict[str, Find
 def test_it_says_what_the_modern_engine_says(found: dict[str, Finding], models: dict[str, Path]) -> None:
     text = said_by_the_modern_engine(models["restless"], BEGINNING, TOKENS)
     assert found["text"] == Finding(0, BEGINNING + text)
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_it_tells_the_story_that_the_modern_engine_tells(found: dict[str, Finding], name: str) -> None:
+    story = STORY_BEGINNING + said_by_the_modern_engine(STORIES[name], STORY_BEGINNING, STORY_TOKENS)
+    assert found[name].status == 0
+    assert found[name].text.startswith(story)
 
 
 def test_a_model_of_15_million_weights_takes_little_of_the_machine(found: dict[str, Finding]) -> None:
