@@ -35,7 +35,7 @@ class Agent:
     def __init__(self, world: World, machine: Machine, planning: object) -> None:
         self.world, self.machine, self.name = world, machine, machine.name
         machine.boots += 1
-        self.mind = Mind(machine.name, world.id(), planning, machine.wishes)
+        self.mind = Mind(machine.name, world.id(), planning, machine.wishes, machine.remembered)
         self.crew = Crew()
         self.workers: dict[str, stages.Process] = {}
         self.gateway = Gateway(machine.name, world.random.getrandbits(62))
@@ -100,6 +100,7 @@ class Agent:
         for record in beat.revocations:
             if record.startswith(b"revoked "):
                 self.machine.revocations.setdefault(record[8:].decode(), record)
+        self.machine.remembered.add(beat.facts.node)
         if self.mind.hear(beat, self.now):
             self.touch()
 

@@ -77,7 +77,9 @@ def beat(scenario: "Scenario", node: str, sessions: list[str]) -> Beat:
     random = scenario.random
     session = random.choice([*sessions, "old", "older"])
     wishes = tuple(wish(scenario) for _ in range(random.randint(0, 2)))
-    return Beat(session, number(random, 1e5), number(random), facts(scenario, node), wishes)
+    farewell = random.choice(("", "", "", "stops", "leaves"))
+    sent, clock = number(random, 1e5), number(random)
+    return Beat(session, sent, clock, facts(scenario, node), wishes, farewell=farewell)
 
 
 def wish(scenario: "Scenario") -> Wish:
@@ -97,6 +99,7 @@ def disk(scenario: "Scenario", machine: "Machine") -> None:
     random = scenario.random
     if scenario.muddled and random.random() < 0.5:
         machine.wishes = tuple(wish(scenario) for _ in range(random.randint(0, 2)))
+        machine.remembered = set(random.sample([*scenario.world.machines, "nobody"], random.randint(0, 2)))
     for shape in scenario.shapes.values():
         if random.random() < 0.4:
             machine.slices.add(SliceHeld(shape.digest, 0, shape.layers, whole=True))

@@ -26,4 +26,5 @@ class Machine:
     slices: set[SliceHeld] = field(default_factory=set)
     wishes: tuple[Wish, ...] = ()
     revocations: dict[str, bytes] = field(default_factory=dict)
+    remembered: set[str] = field(default_factory=set)  # nodes that were heard
     boots: int = 0

@@ -64,6 +64,34 @@ def test_a_node_listens_before_it_plans_at_the_start_and_after_it_was_stopped() 
     assert len(mind.plan(later + LISTEN_SECONDS).stages) == 1
 
 
+def test_a_node_that_heard_all_there_are_need_not_listen_longer() -> None:
+    """A cluster that is switched on serves at once."""
+    mind = Mind("a", "session of a", Simple(), remembered=("a", "b", "c"))
+    look(mind, 0.0)
+    wish(mind, 0.0)
+    mind.hear(mind_of("b").beat(3.0), 0.2)
+    assert mind.plan(0.2).stages == ()
+    assert mind.hear(mind_of("c").beat(3.0), 0.4)
+    assert len(mind.plan(0.4).stages) == 1
+    look(mind, 100.0)  # it was stopped meanwhile
+    mind.hear(mind_of("b").beat(100.0), 100.0)
+    assert mind.plan(100.0).stages == ()
+
+
+def test_a_node_also_listens_for_those_of_whom_others_tell() -> None:
+    """They may have joined, and serve, since it was there last."""
+    mind = Mind("a", "session of a", Simple(), remembered=("b",))
+    look(mind, 0.0)
+    wish(mind, 0.0)
+    reports = running(placed(("d", 0, 2), ("b", 2, 4)))["b"]
+    told = msgspec.structs.replace(facts_of("b"), stages=tuple(reports), rtts={"c": 0.001})
+    mind.hear(mind_of("b", facts=told).beat(3.0), 0.1)
+    for node in ("c", "d"):
+        assert mind.plan(0.2).routes == {"m": ()}
+        mind.hear(mind_of(node).beat(3.0), 0.2)
+    assert [route.host for route in mind.plan(0.2).routes["m"]] == ["d"]
+
+
 def test_a_wrong_memory_of_when_to_listen_until_does_not_last() -> None:
     mind = mind_of()
     wish(mind)

@@ -46,6 +46,30 @@ def test_a_silent_node_is_suspected_then_gone_then_forgotten() -> None:
     assert membership.facts(gone + FORGET_SECONDS) == {}
 
 
+def test_who_says_farewell_is_gone_at_once_and_back_with_its_next_start() -> None:
+    membership = heard((beat(sent=1), 10.0), (farewell("stops", sent=2), 11.0))
+    assert membership.liveness("b", 11.0) == "gone"
+    assert "b" in membership.facts(11.0)
+    membership.liveliness("b", True, 11.1)  # of a link that is still to close
+    membership.hear(beat(sent=1.5), 11.2)  # held up on its way
+    assert membership.liveness("b", 11.2) == "gone"
+    membership.hear(beat(session="t"), 11.3)
+    assert membership.liveness("b", 11.3) == "alive"
+
+
+def test_who_leaves_for_good_is_not_shown_any_more() -> None:
+    membership = heard((beat(sent=1), 10.0), (farewell("leaves", sent=2), 11.0), (beat(sent=1.5), 11.1))
+    assert membership.liveness("b", 11.1) == "gone"
+    assert membership.facts(11.1) == {}
+    membership.settle(11.0 + REORDER_SECONDS)
+    membership.hear(beat(session="t"), 20.0)
+    assert list(membership.facts(20.0)) == ["b"]
+
+
+def farewell(kind: str, sent: float) -> Beat:
+    return msgspec.structs.replace(beat(sent=sent), farewell=kind)
+
+
 def test_a_lost_token_is_a_suspicion_that_a_beat_or_the_token_clears() -> None:
     membership = heard((beat(sent=1), 10.0))
     membership.liveliness("b", False, 10.5)

@@ -203,9 +203,13 @@ def test_a_removed_node_hears_it_and_says_so(rope: Rope) -> None:
 
 
 def test_a_node_that_leaves_belongs_to_no_cluster(rope: Rope) -> None:
-    node = rope.nodes["c"]
+    node, stays = rope.nodes["c"], rope.nodes["a"]
+    known = stays.home / "cluster" / "peers"
+    node_id = node.id
+    assert node_id in known.read_text()
     assert node.cordee("leave").returncode == 2  # it asks only on a terminal
     node.do("leave", "--yes")
     assert node.process.wait(60) == 0
     assert not (node.home / "cluster").exists()
-    until(lambda: rope.nodes["a"].states()["c"] == "gone")
+    until(lambda: "c" not in stays.states())
+    until(lambda: node_id not in known.read_text())

@@ -161,7 +161,7 @@ class _Running:
             output.note("cordee: closing")
         finally:
             if agent is not None:
-                await agent.close()
+                await agent.close("leaves" if self._left else "stops")
         return self._left
 
     async def _serve(self, agent: "Agent", cancel: Callable[[], object]) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from cordee.cluster.choose import Chosen, Planning, choose
 from cordee.cluster.facts import Facts, Gauges, ModelShape
 from cordee.cluster.goals import Goals, goals
-from cordee.cluster.view import LISTEN_SECONDS, Beat, Liveness, Membership, View
+from cordee.cluster.view import LISTEN_SECONDS, Beat, Farewell, Liveness, Membership, View
 from cordee.cluster.wishes import Wish, Wishes
 
 # Goals are computed anew when the view changed, and so often in any case: what is kept may be damaged.
@@ -25,10 +25,18 @@ RETHINK_SECONDS = 10.0
 class Mind:
     """See the module's theory of operation.
 
-    `session` is random and new with each start of the agent. `wishes` are those of the last run, from disk.
+    `session` is random and new with each start of the agent. `wishes` and the nodes that were `remembered`
+    are those of the last run, from disk.
     """
 
-    def __init__(self, me: str, session: str, planning: Planning, wishes: Iterable[Wish] = ()) -> None:
+    def __init__(
+        self,
+        me: str,
+        session: str,
+        planning: Planning,
+        wishes: Iterable[Wish] = (),
+        remembered: Iterable[str] = (),
+    ) -> None:
         self.me = me
         self._session = session
         self._planning = planning
@@ -41,6 +49,9 @@ class Mind:
         self._planned = -math.inf
         self._observed = -math.inf
         self._listens_until = 0.0
+        # Whom to hear before there is nobody more to listen for; empty: listen for LISTEN_SECONDS.
+        self._awaited = set(remembered) - {me}
+        self._heard = {me}  # since the start, while anybody is awaited
         self._chosen: dict[str, tuple[Chosen, ...]] = {}
         self._goals = Goals()
 
@@ -59,11 +70,14 @@ class Mind:
     ) -> None:
         """Our own facts, the machine's clock, and the valid revocations by node; all of them, each time.
 
-        To be called once a beat at least. After a longer silence the node listens before it plans anything.
+        To be called once a beat at least. After its start and after a longer silence the node listens before
+        it plans anything; after its start until it heard all that it remembers, and all that those tell of.
         """
         stopped = not 0 <= now - self._observed <= LISTEN_SECONDS
         if stopped or not self._listens_until <= now + LISTEN_SECONDS:
             self._listens_until = now + LISTEN_SECONDS
+        if now >= self._listens_until:
+            self._awaited.clear()
         self._observed = now
         self._facts = facts
         self._offset = clock - now
@@ -75,10 +89,22 @@ class Mind:
         """A beat came; False if it changes nothing. Its revocations are the shell's to check first."""
         if beat.facts.node == self.me or self._refuses(beat.facts.node):
             return False
+        if self._awaited:
+            self._listen(beat.facts, now)
         before = self._wishes.all
         if beat.wishes != before:
             self._wishes.merge(beat.wishes, self._clock(now))
         return self._membership.hear(beat, now) or self._wishes.all is not before
+
+    def _listen(self, facts: Facts, now: float) -> None:
+        """Who was heard may tell of others: all whom it measured, or runs a placement with."""
+        self._heard.add(facts.node)
+        self._awaited.update(facts.rtts)
+        for report in facts.stages:
+            self._awaited.update(place.node for place in report.placement.stages)
+        if self._awaited <= self._heard:
+            self._awaited.clear()
+            self._listens_until = now
 
     def liveliness(self, node: str, alive: bool, now: float) -> None:
         """A node's token came or went."""
@@ -109,7 +135,7 @@ class Mind:
         """What the other nodes that are alive measured last, by id."""
         return self._membership.gauges(now)
 
-    def beat(self, now: float, gauges: Gauges = Gauges()) -> Beat:  # noqa: B008  frozen
+    def beat(self, now: float, gauges: Gauges = Gauges(), farewell: Farewell = "") -> Beat:  # noqa: B008
         """What to say now. `observe` comes first."""
         assert self._facts is not None
         return Beat(
@@ -120,6 +146,7 @@ class Mind:
             self._wishes.all,
             tuple(self._revocations[node] for node in sorted(self._revocations)),
             gauges,
+            farewell,
         )
 
     def plan(self, now: float) -> Goals:

@@ -7,8 +7,8 @@ liveliness token that the bus takes away when the node's links end. Neither alon
     state     entered when                                            placements of it   new placements
     alive     a beat is heard                                         stay               may use it
     suspect   its token is lost, or no beat for SILENCE_SECONDS       stay               do not use it
-    gone      suspect for SUSPICION_SECONDS                           are infeasible     do not use it
-    (none)    gone for FORGET_SECONDS
+    gone      suspect for SUSPICION_SECONDS, or it said that it stops are infeasible     do not use it
+    (none)    gone for FORGET_SECONDS, or it said that it leaves
 
 Only the times of the last signs are stored; states are computed from them and `now`. A time that a fault put
 into the future becomes now, so it delays a verdict by one period at most.
@@ -34,6 +34,7 @@ from cordee.cluster.facts import Facts, Gauges
 from cordee.cluster.wishes import Wish
 
 Liveness = Literal["alive", "suspect", "gone"]
+Farewell = Literal["", "stops", "leaves"]  # until it is started again, or for good
 
 BEAT_SECONDS = 1.0  # how often a node says everything again
 # The bus closes a link that was silent so long. Bounds on healing are stated in this unit.
@@ -51,7 +52,8 @@ class Beat(msgspec.Struct, frozen=True):
     """All that a node says, again and again.
 
     `sent` is in seconds of the session's own clock, `clock` in seconds since 1970 as the sender believes.
-    `revocations` are signed records; the shell checks them and hands the ids to `Mind.observe`.
+    `revocations` are signed records; the shell checks them and hands the ids to `Mind.observe`. The last beat
+    of a session that ends as it should is its `farewell`.
     """
 
     session: str
@@ -61,6 +63,7 @@ class Beat(msgspec.Struct, frozen=True):
     wishes: tuple[Wish, ...] = ()
     revocations: tuple[bytes, ...] = ()
     gauges: Gauges = Gauges()
+    farewell: Farewell = ""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,9 @@ class Sighting:
     replaced: float = -math.inf
 
     def since(self) -> float:
-        """From when on the node is suspect."""
+        """From when on the node is suspect, or after its farewell gone."""
+        if self.beat.farewell:
+            return self.heard
         silent = self.heard + SILENCE_SECONDS
         return silent if self.lost is None else min(silent, self.lost)
 
@@ -112,7 +117,7 @@ class Membership:
             return True
         if beat.session != seen.beat.session:
             seen.previous, seen.replaced = seen.beat.session, now
-        same = beat.facts == seen.beat.facts and self.liveness(node, now) == "alive"
+        same = beat.facts == seen.beat.facts and self.liveness(node, now) == "alive" and not beat.farewell
         seen.beat, seen.heard, seen.offset, seen.lost = beat, now, offset, None
         return not same
 
@@ -130,11 +135,15 @@ class Membership:
         since = seen.since()
         if now < since:
             return "alive"
-        return "suspect" if now < since + SUSPICION_SECONDS else "gone"
+        return "suspect" if now < since + SUSPICION_SECONDS and not seen.beat.farewell else "gone"
 
     def facts(self, now: float) -> dict[str, tuple[Liveness, Facts]]:
-        """The other nodes, by id."""
-        return {node: (self.liveness(node, now), seen.beat.facts) for node, seen in self._seen.items()}
+        """The other nodes, by id; those that left for good are no more of them."""
+        return {
+            node: (self.liveness(node, now), seen.beat.facts)
+            for node, seen in self._seen.items()
+            if seen.beat.farewell != "leaves"
+        }
 
     def gauges(self, now: float) -> dict[str, Gauges]:
         """What the other nodes that are alive measured last, by id."""
@@ -148,7 +157,9 @@ class Membership:
                 seen.heard = now
             if seen.lost is not None and not seen.lost <= now:
                 seen.lost = now
-            if now - seen.since() >= FORGET_SECONDS:
+            # Who left is remembered for as long as a beat of before may still come.
+            kept_seconds = REORDER_SECONDS if seen.beat.farewell == "leaves" else FORGET_SECONDS
+            if now - seen.since() >= kept_seconds:
                 del self._seen[node]
         excess = len(self._seen) - NODES_MAX
         if excess > 0:

@@ -31,7 +31,7 @@ from cordee.cluster.goals import Goals, Load, SliceGoal
 from cordee.cluster.history import History
 from cordee.cluster.mind import Mind
 from cordee.cluster.planner import Planner
-from cordee.cluster.view import BEAT_SECONDS, Beat
+from cordee.cluster.view import BEAT_SECONDS, Beat, Farewell
 from cordee.cluster.wishes import Wish
 from cordee.engine import libllama
 from cordee.errors import BadRequest, CordeeError, ModelNotFound
@@ -98,7 +98,8 @@ class Agent:
         self.distances = Distances(bus, identity.node, self.changed)
         self.desk = Desk(identity, _host(options), lambda: bus.addresses)
         self._wishes = identity.folder / "wishes"
-        self.mind = Mind(identity.node, secrets.token_hex(8), Planner(), _read_wishes(self._wishes))
+        wishes = _read_wishes(self._wishes)
+        self.mind = Mind(identity.node, secrets.token_hex(8), Planner(), wishes, bus.remembered)
         self._kept = self.mind.wishes
         self.history = History()
         self.gauges = Gauges()
@@ -204,6 +205,7 @@ class Agent:
             self.identity.revoke(node)
         except ValueError as error:
             raise BadRequest(f"{node!r} is no node's id: `cordee nodes` lists them.", "node") from error
+        self._part()
         self._act()
         self._speak()
         await asyncio.sleep(FAREWELL_SECONDS)
@@ -219,11 +221,13 @@ class Agent:
         }
         return offered | wished
 
-    async def close(self) -> None:
+    async def close(self, farewell: Farewell = "stops") -> None:
         """Leave the cluster's sight, end all workers; closing twice is harmless."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._said is not None:
+            self._speak(farewell)  # it is on its way before the bus closes: the gateway takes longer
         await self._gateway.close()
         for hosting in self.hostings.values():
             hosting.leave()
@@ -331,7 +335,10 @@ class Agent:
         if self.node in removed:
             self.removed.set()
         elif removed:
+            self._part()
             self._keep(self.bus.refresh())
+        if beat.farewell == "leaves":
+            self.bus.forget(beat.facts.node)
         if self.mind.hear(beat, time.monotonic()):
             self.changed()
 
@@ -353,6 +360,14 @@ class Agent:
             hosting = self.hostings.get(message.model)
             if hosting is not None:
                 hosting.receive(message)
+
+    def _part(self) -> None:
+        """Hear nothing more from stages of nodes that were removed."""
+        for writer in self._links:
+            try:
+                dataplane.check_member(self.identity.folder, writer.get_extra_info("peercert"))
+            except LinkClosed:
+                writer.transport.abort()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A last stage brings tokens."""
@@ -510,11 +525,11 @@ class Agent:
             self.gauges = self._measure()
             self._speak()
 
-    def _speak(self) -> None:
+    def _speak(self, farewell: Farewell = "") -> None:
         if self._facts is None:
             return
         self._said = self._facts
-        beat = self.mind.beat(time.monotonic(), self.gauges)
+        beat = self.mind.beat(time.monotonic(), self.gauges, farewell)
         self.bus.publish(f"beat/{self.node}", msgspec.msgpack.encode(beat))
 
     def _measure(self) -> Gauges:

@@ -201,6 +201,15 @@ class ZenohBus:
         """Under which others reach this node."""
         return address.own(self._host, self._port)
 
+    @property
+    def remembered(self) -> set[str]:
+        """The nodes that were seen some time, but for those that were removed."""
+        return self._peers.known.keys() - self._identity.revoked
+
+    def forget(self, node: str) -> None:
+        """A node left for good: look for it no more."""
+        self._peers.forget(node)
+
     async def refresh(self) -> None:
         """Reopen the session with the certificate and the removals of now; the others see a blink.
 

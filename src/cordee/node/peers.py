@@ -43,6 +43,14 @@ class Peers:
         while len(self._known) >= SLOTS:
             self._known.pop(next(iter(self._known)))
         self._known[node] = sound
+        self._write()
+
+    def forget(self, node: str) -> None:
+        """A node left for good."""
+        if self._known.pop(node, None) is not None:
+            self._write()
+
+    def _write(self) -> None:
         lines = "".join(f"{node} {them}\n" for node, them in self.known.items())
         with (
             contextlib.suppress(StorageFailed),  # remembered until the node stops
