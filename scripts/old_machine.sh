@@ -7,7 +7,10 @@ cd "$(dirname "$0")/.."
 place=$PWD/build/old_machine
 
 [ -f "$place/vmlinuz" ] && [ -f "$place/busybox" ] && [ -d "$place/modules" ] && exit 0
-command -v apt-get >/dev/null || { echo "old_machine.sh: no apt here: this needs a Debian or a descendant" >&2; exit 1; }
+if ! command -v apt-get >/dev/null; then
+    echo "old_machine.sh: no apt here: this needs a Debian or a descendant" >&2
+    exit 1
+fi
 
 partial=$place.partial
 rm -rf "$partial"
@@ -22,7 +25,10 @@ apt() {
 # Sources that have nothing for i386 are no matter, as long as one has.
 apt apt-get update 2>/dev/null || true
 kernel=$(apt apt-cache show linux-image-686 | sed -n 's/^Depends: \(linux-image-[^ ,]*\).*/\1/p' | head -n 1)
-[ -n "$kernel" ] || { echo "old_machine.sh: the sources of apt have no linux-image-686 for i386" >&2; exit 1; }
+if [ -z "$kernel" ]; then
+    echo "old_machine.sh: the sources of apt have no linux-image-686 for i386: Debian 12 is the last that has it" >&2
+    exit 1
+fi
 (cd "$partial" && apt apt-get download "$kernel" busybox-static)
 for package in "$partial"/*.deb; do
     dpkg-deb -x "$package" "$partial/root"

@@ -87,20 +87,8 @@ def make_disk(content: Path, image: Path) -> Path:
     if shutil.which("mke2fs") is None:
         pytest.skip("nothing to make a disk with: apt-get install -y e2fsprogs")
     megabytes = sum(path.lstat().st_size for path in content.rglob("*")) * 13 // 10_000_000 + 8
-    command = [
-        "mke2fs",
-        "-q",
-        "-t",
-        "ext4",
-        "-O",
-        "^has_journal",
-        "-m",
-        "0",
-        "-d",
-        content,
-        image,
-        f"{megabytes}M",
-    ]
+    options = ("-q", "-t", "ext4", "-O", "^has_journal", "-m", "0")
+    command = ["mke2fs", *options, "-d", content, image, f"{megabytes}M"]
     subprocess.run(command, check=True, capture_output=True)
     return image
 
@@ -131,13 +119,17 @@ def boot(
     clock = ["-icount", "shift=1,sleep=off", "-nographic"]
     system = ["-kernel", MACHINE / "vmlinuz", "-initrd", initramfs, "-append", KERNEL_OPTIONS]
     drive = ["-drive", f"file={disk},format=raw,if=ide,snapshot=on"] if disk else []
-    done = subprocess.run(
-        [*machine, *clock, *system, *drive],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=timeout_seconds,
-        check=True,
-    )
+    try:
+        done = subprocess.run(
+            [*machine, *clock, *system, *drive],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout_seconds,
+            check=True,
+        )
+    except subprocess.TimeoutExpired as slow:
+        said = (slow.stdout or b"")[-3000:].decode(errors="replace")
+        pytest.fail(f"the machine still ran after {timeout_seconds:.0f} s, having said:\n{said}")
     return _findings(done.stdout.decode(errors="surrogateescape"), commands)
 
 
