@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,32 @@ def ports(host: Host) -> list[int]:
     listening = run("ip", "netns", "exec", host.namespace, "ss", "--no-header", "-tln").splitlines()
     where = [line.split()[3].rpartition(":") for line in listening]
     return [int(port) for address, _, port in where if not address.startswith("127.")]
+
+
+@pytest.mark.long
+def test_a_removed_machine_that_does_not_hear_it_is_out_all_the_same(rope: Rope) -> None:
+    """It stood still with a part of the model; the answers go on, and no link to it is left."""
+    node = next(each for each in reversed(rope.stages()) if each is not rope.first)
+    others = [each for each in rope.nodes if each is not node]
+    with rope.streams(others):
+        node.host.signal(signal.SIGSTOP)
+        rope.first.verb("remove", node.id)
+        until(lambda: not any(node.id in each.states() for each in others), "all know that it was removed")
+        until(lambda: not any(linked(each.host, node.host) for each in others), "its links are closed")
+    node.host.signal(signal.SIGCONT)
+    with rope.streams(others):
+        assert not any(node.id in each.states() for each in others)
+        assert node.id not in {stage["node"] for stage in rope.first.placement()["stages"]}
+    node.host.kill()
+    node.verb("leave", "--yes")
+    rope.join(node)
+    rope.settle()
+
+
+def linked(host: Host, other: Host) -> bool:
+    """Whether a TCP connection between two hosts is open, as the first sees it."""
+    command = ("ss", "--no-header", "-tn", "state", "established", "dst", other.address)
+    return bool(run("ip", "netns", "exec", host.namespace, *command).strip())
 
 
 def test_a_code_is_good_once_and_cannot_be_guessed(rope: Rope, stranger: Node) -> None:
