@@ -1,6 +1,6 @@
 /* What the systems call differently. Windows: nothing that Windows 98 did not have (tests/test_pentium2_windows.py). */
 #if !defined(_WIN32)
-#define _DEFAULT_SOURCE /* madvise, getrusage */
+#define _DEFAULT_SOURCE /* madvise */
 #endif
 #include "platform.h"
 
@@ -68,8 +68,8 @@ void platform_prepare_console(void)
 }
 #else
 #include <stdio.h>
+#include <string.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/time.h>
 #include <unistd.h>
 
@@ -80,24 +80,29 @@ double platform_seconds(void)
     return (double)now.tv_sec + (double)now.tv_usec * 1e-6;
 }
 
-uint64_t platform_free_bytes(void)
+/* What a line "key:   number kB" of a file of the kernel's says, or something else if there is none. */
+static uint64_t kernel_bytes(const char *path, const char *key, uint64_t otherwise)
 {
     char line[128];
     unsigned long kilobytes;
-    uint64_t found = UINT64_MAX;
-    FILE *file = fopen("/proc/meminfo", "r");
-    while (file != NULL && fgets(line, sizeof line, file) != NULL)
-        if (sscanf(line, "MemAvailable: %lu kB", &kilobytes) == 1)
-            found = (uint64_t)kilobytes * 1024;
-    if (file != NULL)
-        fclose(file);
-    return found;
+    FILE *file = fopen(path, "r");
+    if (file == NULL)
+        return otherwise;
+    while (fgets(line, sizeof line, file) != NULL)
+        if (strncmp(line, key, strlen(key)) == 0 && sscanf(line + strlen(key), ": %lu", &kilobytes) == 1)
+            otherwise = (uint64_t)kilobytes * 1024;
+    fclose(file);
+    return otherwise;
+}
+
+uint64_t platform_free_bytes(void)
+{
+    return kernel_bytes("/proc/meminfo", "MemAvailable", UINT64_MAX);
 }
 
 uint64_t platform_peak_bytes(void)
 {
-    struct rusage usage;
-    return getrusage(RUSAGE_SELF, &usage) == 0 ? (uint64_t)usage.ru_maxrss * 1024 : 0;
+    return kernel_bytes("/proc/self/status", "VmHWM", 0);
 }
 
 /* The whole pages around, or with `inside` within, some bytes. */

@@ -17,6 +17,9 @@
 
 #define TOKENS_DEFAULT 256
 #define CONTEXT_MAX 4096u /* positions: more would be hours of talk on the machines that this is for */
+#define CONTEXT_MIN 32u
+#define TURN_TOKENS 64u    /* that a template adds to what is said, and some */
+#define MEMORY_SHARE 4u    /* of the free memory, one such part may be the session's; the rest is for weights */
 #define PIECE_BYTES 1024u /* of text that a token stands for: TOKENIZER_PIECE_BYTES_MAX */
 
 enum exit_code { EXIT_DONE = 0, EXIT_FAILED = 1, EXIT_USAGE = 2 };
@@ -132,20 +135,32 @@ static bool open_model(struct talk *talk, const char *path)
         return complain(path, fault.text);
     if (tokenizer_count(talk->vocabulary.tokenizer) > talk->shape.n_vocab)
         return complain(path, "its tokenizer has more tokens than its embedding");
+    platform_let_go(talk->file.bytes, talk->file.nbytes); /* what only the reading of the header wanted */
     return true;
 }
 
-static bool open_session(struct talk *talk, const char *path)
+/* Positions for one text, or for any if none is known yet, in a part of the free memory. */
+static ternary_config configure(const struct talk *talk, const struct options *options)
 {
-    const uint32_t trained = talk->shape.trained_context > 0 ? talk->shape.trained_context : CONTEXT_MAX;
-    const ternary_config config = {
-        .context = talk->context = trained < CONTEXT_MAX ? trained : CONTEXT_MAX,
-        .sequences = 1,
-        .batch_rows = 1,
-        .threads = 1,
-        .logits = 1,
-    };
+    const uint64_t most_bytes = platform_free_bytes() / MEMORY_SHARE;
+    const uint32_t trained = talk->shape.trained_context;
+    ternary_config config = {.sequences = 1, .batch_rows = 1, .threads = 1, .logits = 1};
+    config.context = trained > 0 && trained < CONTEXT_MAX ? trained : CONTEXT_MAX;
+    if (options->text != NULL && options->tokens < (long)CONTEXT_MAX) {
+        const size_t wanted = strlen(options->text) + (size_t)options->tokens + TURN_TOKENS;
+        config.context = wanted < config.context ? (uint32_t)wanted : config.context;
+    }
+    while (config.context / 2 >= CONTEXT_MIN && ternary_session_bytes(talk->model, &config, NULL) > most_bytes)
+        config.context /= 2;
+    return config;
+}
+
+static bool open_session(struct talk *talk, const struct options *options)
+{
+    const char *path = options->model;
+    const ternary_config config = configure(talk, options);
     ternary_error error;
+    talk->context = config.context;
     const size_t nbytes = ternary_session_bytes(talk->model, &config, NULL);
     void *memory = aligned(nbytes, &talk->session_memory);
     talk->logits = malloc(talk->shape.n_vocab * sizeof *talk->logits);
@@ -174,7 +189,7 @@ static void plan(struct talk *talk)
 static bool open_talk(struct talk *talk, const struct options *options)
 {
     talk->sampler = (struct sampler){options->greedy, options->seed};
-    if (!open_model(talk, options->model) || !open_session(talk, options->model))
+    if (!open_model(talk, options->model) || !open_session(talk, options))
         return false;
     plan(talk);
     return true;
@@ -242,6 +257,18 @@ static bool ends(const struct talk *talk, int32_t token)
     return token == talk->vocabulary.end || token == talk->vocabulary.turn_end;
 }
 
+/* The last token that is written is not run through the model any more. */
+static void report(size_t heard, double hearing_seconds, long made, double making_seconds)
+{
+    const double a_bit = 1e-6; /* no clock's tick is shorter */
+    fprintf(stderr, "\n[%lu tokens read, %.2f tokens/s; %ld written, %.2f tokens/s", (unsigned long)heard,
+            (double)heard / (hearing_seconds + a_bit), made,
+            made > 1 ? (double)(made - 1) / (making_seconds + a_bit) : 0);
+    if (platform_peak_bytes() > 0)
+        fprintf(stderr, "; memory %.1f MB", (double)platform_peak_bytes() / 1e6);
+    fprintf(stderr, "]\n");
+}
+
 /* Feeds a text and prints what follows, up to `limit` tokens. False: the text does not fit. */
 static bool answer(struct talk *talk, const char *text, unsigned flags, long limit, bool at_start)
 {
@@ -269,10 +296,7 @@ static bool answer(struct talk *talk, const char *text, unsigned flags, long lim
         if (++made < limit && talk->position < talk->context)
             forward(talk, token, 1);
     }
-    const double end = platform_seconds();
-    fprintf(stderr, "\n[%lu tokens read, %.2f tokens/s; %ld written, %.2f tokens/s; memory %.1f MB]\n",
-            (unsigned long)count, (double)count / (heard - start + 1e-6), made,
-            made > 1 ? (double)(made - 1) / (end - heard + 1e-6) : 0, (double)platform_peak_bytes() / 1e6);
+    report(count, heard - start, made, platform_seconds() - heard);
     return true;
 }
 
