@@ -75,6 +75,12 @@ def test_a_model_that_fits_no_node_is_answered_through_each(nodes: list[Node]) -
     assert "serves" in [change["text"] for change in told["changes"]]
 
 
+def test_it_is_tried_out_whether_an_answer_holds_token_for_token(nodes: list[Node]) -> None:
+    until(lambda: nodes[1].model("starter")["placements"][0]["batch_invariant"] is not None)
+    assert "if a machine falls, an answer holds token for token" in nodes[1].do("status")
+    assert hello(nodes[2]) == hello(nodes[0])
+
+
 def test_ps_shows_the_stages_of_this_machine(nodes: list[Node]) -> None:
     placed = stages(nodes[0])
     for node in nodes:

@@ -143,6 +143,9 @@ def _placement(placement: dict[str, Any]) -> list[str]:
         for index, stage in enumerate(placement["stages"])
     ]
     lines = [head, *(f"  {line}" for line in output.table(("LAYERS", "NODE", "DEVICE", "STATE"), rows))]
+    if placement["batch_invariant"] is not None:
+        held = "holds token for token" if placement["batch_invariant"] else "goes on, maybe in other words"
+        lines.append(f"  if a machine falls, an answer {held}")
     if placement["successor"]:
         parts = [f"{s['layers'][0]}-{s['layers'][1] - 1} on {s['name']}" for s in placement["successor"]]
         lines.append(f"  moves to {', '.join(parts)}")

@@ -170,6 +170,7 @@ class Hosted(msgspec.Struct, frozen=True):
     """How busy a model is at its host: streams, and the tokens per second of all of them together.
 
     `inherited_tokens` were taken over from the placement before instead of being computed again.
+    `batch_invariant`: a row gives the same bits alone, batched and replayed; None: not known (yet).
     """
 
     model: str
@@ -177,6 +178,7 @@ class Hosted(msgspec.Struct, frozen=True):
     waiting: int
     tokens_per_second: float
     inherited_tokens: int = 0
+    batch_invariant: bool | None = None
 
 
 class Fetching(msgspec.Struct, frozen=True):

@@ -535,7 +535,12 @@ class Agent:
     def _measure(self) -> Gauges:
         hosted = [
             Hosted(
-                digest, hosting.active, hosting.waiting, hosting.rate.per_second(), hosting.inherited_tokens
+                digest,
+                hosting.active,
+                hosting.waiting,
+                hosting.rate.per_second(),
+                hosting.inherited_tokens,
+                hosting.batch_invariant,
             )
             for digest, hosting in self.hostings.items()
         ]

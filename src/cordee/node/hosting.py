@@ -6,23 +6,30 @@
 A `Hosting` follows the goal of its model: it takes up a wiring once the first stage is wired so, and never
 enters one again that it left. Tokens of other wirings are nobody's. Where that wiring has a predecessor it
 asks first, through all stages, which sequences they could take over (handover.py).
+
+While nobody wants anything it tries out, once, whether the model is batch-invariant on these stages
+(verdict.py): then what is answered after a loss is token for token what would have been.
 """
 
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
+
+import numpy as np
 
 from cordee.cluster.goals import HostGoal
 from cordee.cluster.memory import BATCH_ROWS
+from cordee.engine.stage import StageConfig
 from cordee.engine.vocabulary import Vocabulary
+from cordee.errors import StageFailed
 from cordee.generation.host import Host
 from cordee.generation.scheduler import Limits, Scheduler
 from cordee.generation.streams import Ask, Assert, Said
-from cordee.node import link
+from cordee.node import link, verdict
 from cordee.node.answers import Rate
-from cordee.node.messages import Halt, Join, Recall, Recalled, Tokens, rows_of
+from cordee.node.messages import Halt, Join, Recall, Recalled, Rows, Run, Tokens, rows_of
 from cordee.node.stages import Stages
 
 QUEUE = 256  # streams that wait while others are answered
@@ -30,6 +37,8 @@ IN_FLIGHT_MAX = 8  # micro-batches that travel at once: one for each machine kee
 ANSWER_SECONDS = 3.0  # for the stages to say what they could take over; their predecessors may be computing
 # So long streams may take over what the placement before has of them: gateways ask a new host at once.
 RECALL_SECONDS = 5.0
+IDLE_SECONDS = 3.0  # without streams, before the model is tried out: a chat's next turn would have to wait
+MEASURE_SECONDS = 60.0  # for one micro-batch of it; slower stages are not tried out
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +70,13 @@ class Hosting:
         self._joining: asyncio.Task | None = None
         self._recalled: asyncio.Future[Recalled] | None = None
         self._recall_ends = 0.0  # on the event loop's clock; 0: nothing was recalled
+        self._n_vocab = vocabulary.size
+        self._judging: asyncio.Task | None = None
+        self._measured: asyncio.Future[dict[int, str]] | None = None
+        self._idle_since: float | None = None
+        self._places: frozenset[tuple[str, str]] = frozenset()
+        self.is_judged = False  # on these machines and devices
+        self.batch_invariant: bool | None = None  # None: not tried out, or the context is too small to tell
         self.rate = Rate()
         self.inherited_tokens = 0
 
@@ -81,6 +97,9 @@ class Hosting:
 
     def follow(self, goal: HostGoal) -> None:
         """Take up the goal's wiring, or wait for one."""
+        places = frozenset((place.node, place.device) for place in goal.placement.stages)
+        if places != self._places:
+            self._places, self.is_judged, self.batch_invariant = places, False, None
         wiring = goal.wiring if self._stages.first(goal.wiring) is not None else ""
         if wiring == self._wiring:
             return
@@ -91,8 +110,9 @@ class Hosting:
 
     def leave(self) -> None:
         """Give the wiring up: what is under way will not be answered."""
-        if self._joining is not None:
-            self._joining.cancel()
+        for task in (self._joining, self._judging):
+            if task is not None:
+                task.cancel()
         if self._first is not None:
             self._first.transport.abort()
             self._first = None
@@ -113,6 +133,7 @@ class Hosting:
         if self._recall_ends and asyncio.get_running_loop().time() >= self._recall_ends:
             self._host.forget_recalled()
             self._recall_ends = 0.0
+        self._judge_when_idle(now)
         self.pump()
 
     def take(self, message: Tokens | Recalled) -> None:
@@ -122,6 +143,10 @@ class Hosting:
         if isinstance(message, Recalled):
             if self._recalled is not None and not self._recalled.done():
                 self._recalled.set_result(message)
+            return
+        if message.digests:
+            if self._measured is not None and not self._measured.done():
+                self._measured.set_result(message.digests)
             return
         for choices in message.earlier:
             self._host.complete(message.batch, choices, {}, last=False)
@@ -173,6 +198,40 @@ class Hosting:
         self._host.recall({sequence: each.tokens for sequence, each in held if each.tokens})
         self._recall_ends = loop.time() + RECALL_SECONDS
         log.info("%d sequences of the placement before can be taken over", len(recalled.held))
+
+    def _judge_when_idle(self, now: float) -> None:
+        if self.is_judged or not self._host.ready or self._host.active or self._host.waiting:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        elif now - self._idle_since >= IDLE_SECONDS:
+            self._judging = asyncio.get_running_loop().create_task(self._judge())
+
+    async def _judge(self) -> None:
+        """Try the model out; nothing else travels meanwhile, and no slot keeps what it held."""
+        self._host.ready = False
+        wiring, limits = self._wiring, self._limits
+        config = StageConfig(context=limits.context, sequences=limits.sequences, batch_rows=limits.batch_rows)
+        try:
+            self.batch_invariant = await verdict.measure(self._measure, self._n_vocab, config)
+            self.is_judged = True
+        except TimeoutError:
+            self.is_judged = True
+        except StageFailed:
+            pass  # somebody wants something: again when all is quiet
+        if self._wiring == wiring:
+            self._host.lost()
+            self._host.ready = True
+            self.pump()
+
+    async def _measure(self, runs: Sequence[Run], tokens: Sequence[int]) -> dict[int, str]:
+        if self._first is None or self._host.waiting:
+            raise StageFailed("the stages are wanted for something else")
+        self._measured = asyncio.get_running_loop().create_future()
+        payload = memoryview(np.asarray(tokens, dtype=np.int32)).cast("B")
+        link.write(self._first, Rows(self._wiring, 0, tuple(runs), {}, measure=True), payload)
+        async with asyncio.timeout(MEASURE_SECONDS):
+            return await self._measured
 
 
 def _in_flight(goal: HostGoal) -> int:

@@ -259,6 +259,7 @@ class Overview:
             "active": busy.active,
             "waiting": busy.waiting,
             "inherited_tokens": busy.inherited_tokens,
+            "batch_invariant": busy.batch_invariant,
             "stages": self._stages(placement),
             "successor": self._stages(pick.successor) if pick.successor is not None else None,
         }
