@@ -10,6 +10,7 @@ import pytest
 from cordee.errors import BadRequest, SetupNeeded, StorageFailed, UnsupportedModel
 from cordee.models import export
 from cordee.models.gguf import read_header
+from cordee.models.store import Store
 from make_model import SHAPES, make_model
 from terminal import PROGRAM, SECONDS
 from tiny import make_tiny
@@ -96,6 +97,8 @@ def test_an_empty_folder_is_filled_and_a_used_one_is_not(model: Path, programs: 
         export.export(read_header(model), tmp_path / "cd", programs=programs)
     with pytest.raises(BadRequest, match="make it"):
         export.export(read_header(model), tmp_path / "no" / "cd", programs=programs)
+    with pytest.raises(StorageFailed, match="another place"):
+        export.export(read_header(model), Path("/proc/cd"), programs=programs)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cd").iterdir()} == before
 
 
@@ -139,8 +142,11 @@ def test_what_a_killed_export_left_is_swept(model: Path, programs: Path, tmp_pat
     assert left(tmp_path) == {"cd"}
 
 
-def test_the_verb_says_where_to_go_on(model: Path, programs: Path, tmp_path: Path) -> None:
-    options = ["export", "--for", "pentium2", str(model), str(tmp_path / "cd"), "--programs", str(programs)]
+def test_the_verb_takes_a_model_of_the_store_and_says_where_to_go_on(
+    model: Path, programs: Path, tmp_path: Path, home: Path
+) -> None:
+    Store().add_file(model, "bedtime")
+    options = ["export", "--for", "pentium2", "bedtime", str(tmp_path / "cd"), "--programs", str(programs)]
     first, second = (
         subprocess.run([*PROGRAM, *options], capture_output=True, text=True, timeout=SECONDS)
         for _ in range(2)
@@ -148,5 +154,6 @@ def test_the_verb_says_where_to_go_on(model: Path, programs: Path, tmp_path: Pat
     assert first.returncode == 0, first.stderr
     assert "README.TXT" in first.stdout
     assert left(tmp_path / "cd") == FILES
+    assert b"the model: bedtime, 0.1 MB" in (tmp_path / "cd" / "README.TXT").read_bytes()
     assert (second.returncode, second.stdout) == (BadRequest.exit_code, "")
     assert second.stderr.startswith("cordee: ")

@@ -86,9 +86,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         StorageFailed: the disk is full, the folder above cannot be written, or `path` is in the way.
     """
     _sweep(path)
-    with disk_faults(path):
+    try:
         prefix = f".{path.name}.{os.getpid()}."
         partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=prefix, suffix=".partial"))
+    except OSError as error:
+        raise StorageFailed(f"{path} cannot be made ({error.strerror}): name another place.") from error
+    with disk_faults(path):
         try:
             yield partial
             partial.chmod(0o755)

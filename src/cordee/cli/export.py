@@ -35,8 +35,15 @@ def export(target: str, model: str, folder: Path, any_size: bool, programs: Path
     from cordee.models.gguf import read_header
     from cordee.models.store import Store
 
-    path = Path(model) if Path(model).is_file() else find(Store(), model).path
+    given = Path(model)
+    header = read_header(given if given.is_file() else find(Store(), model).path)
     with output.progress(folder.name) as progress:
-        limit = None if any_size else CD_BYTES
-        nbytes = run(read_header(path), folder, programs=programs, limit_bytes=limit, progress=progress)
+        nbytes = run(
+            header,
+            folder,
+            title=given.stem if given.is_file() else model,
+            programs=programs,
+            limit_bytes=None if any_size else CD_BYTES,
+            progress=progress,
+        )
     click.echo(f"{folder}  {output.size(nbytes)} on a CD; README.TXT in it says how to begin")

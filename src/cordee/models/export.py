@@ -39,14 +39,16 @@ def export(
     header: Header,
     folder: Path,
     *,
+    title: str | None = None,
     programs: Path | None = None,
     limit_bytes: int | None = CD_BYTES,
     progress: Progress | None = None,
 ) -> int:
     """Write the folder, which must be new or empty: the bytes that its files take on a CD.
 
-    `programs` is a build folder, the own one unless given. `limit_bytes` is what the folder may take.
-    `progress(bytes_done, bytes)` is called as it grows.
+    `title` is what the model is called if its file does not say. `programs` is a build folder, the own one
+    unless given. `limit_bytes` is what the folder may take. `progress(bytes_done, bytes)` is called as it
+    grows.
 
     Raises:
         UnsupportedModel: the model is not in the layout of a Pentium II.
@@ -71,7 +73,7 @@ def export(
         )
     with atomic_folder(folder) as partial:
         _copy(sources, partial, progress)
-        _write_texts(header, partial)
+        _write_texts(header, title or header.path.stem, partial)
         _write_lists(partial)
     return sum(_on_cd(path.stat().st_size) for path in folder.iterdir())
 
@@ -113,9 +115,9 @@ def _copy(sources: dict[str, Path], folder: Path, progress: Progress | None) -> 
         (folder / name).chmod(0o755 if name in PROGRAMS else 0o644)
 
 
-def _write_texts(header: Header, folder: Path) -> None:
+def _write_texts(header: Header, title: str, folder: Path) -> None:
     facts = {
-        "title": str(header.get("general.name") or header.path.stem).splitlines()[0][:40],
+        "title": str(header.get("general.name") or title).splitlines()[0][:40],
         "megabytes": f"{header.path.stat().st_size / 1e6:.1f}",
         "prompt": PROMPT,
     }
