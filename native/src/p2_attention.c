@@ -68,13 +68,6 @@ static float round_head(int16_t *codes, const float *x, uint32_t n, float most)
     return safe / most;
 }
 
-/* Of P2_MULTIPLE positions from one on: until they are stored they meet shares of 0, but must be numbers. */
-static void clear_values(const struct cache *cache, int8_t *values)
-{
-    for (uint32_t d = 0; d < cache->head_dim; d += LOOKUP_COLUMNS)
-        memset(values + value_step(cache, d), 0, P2_MULTIPLE * LOOKUP_COLUMNS);
-}
-
 void p2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t position, const float *key,
                     const float *value)
 {
@@ -88,8 +81,6 @@ void p2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence
         for (uint32_t d = 0; d < dims; d++)
             to_key[key_step(d)] = (int8_t)codes[d];
         at.value_scales[position] = round_head(codes, value, dims, CODE_MAX);
-        if (position % P2_MULTIPLE == 0)
-            clear_values(cache, to_value);
         for (uint32_t d = 0; d < dims; d++)
             to_value[value_step(cache, d)] = (int8_t)codes[d];
     }
@@ -165,6 +156,7 @@ static void attend(const struct lookup_kernels *kernels, const struct cache *cac
     for (uint32_t p = 0; p < positions; p++)
         codes[p] = (int16_t)(uint16_t)p2_nearest(weights[p] * factor);
     const uint32_t padded = (positions + P2_MULTIPLE - 1) / P2_MULTIPLE * P2_MULTIPLE;
+    /* Behind the last position there may be anything: bytes, which times a share of 0 are 0. */
     memset(codes + positions, 0, (padded - positions) * sizeof *codes);
     kernels->sum_columns(sums, values, (dims + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS, value_block(cache), padded / 2,
                          codes);
@@ -209,8 +201,6 @@ void p2_import(const struct cache *cache, uint32_t sequence, uint32_t positions,
                 int8_t *key = key_at(cache, layer, sequence, head, p);
                 int8_t *value = value_at(cache, layer, sequence, head, p);
                 const struct cache_head at = cache_head_at(cache, layer, sequence, head);
-                if (p % P2_MULTIPLE == 0)
-                    clear_values(cache, value);
                 for (uint32_t d = 0; d < cache->head_dim; d++) {
                     key[key_step(d)] = (int8_t)*state++;
                     value[value_step(cache, d)] = (int8_t)*state++;
