@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from gguf import GGMLQuantizationType
 
 from checkpoint_files import write_checkpoint
+from cordee.cli.main import cordee
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadModelFile, ModelNotFound, StorageFailed, UnsupportedModel
 from cordee.models.gguf import BitnetType, engine_of, read_header
@@ -57,6 +59,18 @@ def test_a_ternary_gguf_file_becomes_ours(
     write_source(tmp_path / "model.gguf", weights_of("llama"), kind)
     assert engine(pull(str(tmp_path / "model.gguf"), report=told.append)) == "ternary"
     assert len(told) == 1
+
+
+def test_a_way_to_split_text_that_must_be_named(home: Path, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "hub", checkpoint_weights("llama"), "divided")
+    described = json.loads((folder / "tokenizer.json").read_text())
+    described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}"
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    result = CliRunner().invoke(cordee, ["pull", str(folder)])
+    assert (result.exit_code, "--pre" in result.stderr) == (UnsupportedModel.exit_code, True)
+    result = CliRunner().invoke(cordee, ["pull", str(folder), "--pre", "falcon3", "--name", "mine"])
+    assert result.exit_code == 0, result.stderr
+    assert read_header(Store().get("mine").path).get("tokenizer.ggml.pre") == "falcon3"
 
 
 def test_what_only_libllama_runs_stays_as_it_is(home: Path, tmp_path: Path, told: list[str]) -> None:

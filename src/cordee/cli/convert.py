@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from cordee.cli import output
+from cordee.cli import options, output
 
 
 @click.command()
@@ -31,11 +31,7 @@ from cordee.cli import output
     type=click.Choice(["pentium2"]),
     help="An old machine: five weights a byte as it looks sums up, embedding and head ternary, too.",
 )
-@click.option(
-    "--pre",
-    metavar="NAME",
-    help="GGUF's name of the pre-tokenizer, for a checkpoint that splits text in a way not known here.",
-)
+@options.pre
 def convert(source: Path, path: Path, layout: str, head: str, target: str | None, pre: str | None) -> None:
     """Turn a ternary model into a file for the ternary engine.
 

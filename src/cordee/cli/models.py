@@ -43,7 +43,8 @@ def find(store: "Store", name: str) -> "StoredModel":
 @click.command()
 @click.argument("source")
 @click.option("--name", help="What to call the model; otherwise its file's or repository's name.")
-def pull(source: str, name: str | None) -> None:
+@options.pre
+def pull(source: str, name: str | None, pre: str | None) -> None:
     """Put a model into the store.
 
     SOURCE is a GGUF file, the folder of a ternary checkpoint (config.json, safetensors, tokenizer), a hub
@@ -55,7 +56,7 @@ def pull(source: str, name: str | None) -> None:
     from cordee.models.store import Store
 
     with output.progress(source) as progress:
-        model = fetch(source, name, Store(), progress, report=output.note)
+        model = fetch(source, name, Store(), progress, report=output.note, pre=pre)
     click.echo(f"{model.name}  {output.size(model.nbytes)}  {model.digest}")
 
 

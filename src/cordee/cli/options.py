@@ -59,6 +59,11 @@ class Size(click.ParamType):
         return int(float(match[1]) * SIZES[match[2]])
 
 
+pre = click.option(
+    "--pre",
+    metavar="NAME",
+    help="GGUF's name of the pre-tokenizer, for a checkpoint that splits text in a way not known here.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

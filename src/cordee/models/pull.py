@@ -5,7 +5,8 @@ Ternary models go there in the layout of the ternary engine, whatever they come 
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
@@ -47,13 +48,14 @@ def pull(
     store: Store | None = None,
     progress: Progress | None = None,
     report: Report | None = None,
+    pre: str | None = None,
 ) -> StoredModel:
     """Put a model into the store under `name`, else under its card's, repository's or file's name.
 
     `source` is a model card's name; a path to a GGUF file (the first of a set), or to the folder of a ternary
     checkpoint; or `owner/name`, `owner/name:QUANTIZATION` or `owner/name/file.gguf` on the hub, the only case
     that leaves this machine: `report` is then told what is fetched from where. It is told, too, when a model
-    is converted. `progress(done_bytes, total_bytes)`.
+    is converted; `pre` is as for `convert`. `progress(done_bytes, total_bytes)`.
 
     Raises:
         ModelNotFound: nothing of that name, here or on the hub.
@@ -62,27 +64,22 @@ def pull(
         UnsupportedModel: a checkpoint is not ternary.
         StorageFailed: no room on the disk, no way to the hub, or it sent something else than it promised.
     """
-    store = store or Store()
+    puller = _Puller(store or Store(), progress, report or (lambda text: None), pre)
     if name:
         check_name(name)
     card = cards().get(source)
     if card:
         installed = Path(sys.prefix) / card.installed
         if card.installed and installed.is_file():
-            return store.add_file(installed, name or card.name, progress, take="link")
-        return _pull_from_hub(card.source, name or card.name, store, progress, report)
+            return puller.store.add_file(installed, name or card.name, progress, take="link")
+        return puller.from_hub(card.source, name or card.name)
     path = Path(source).expanduser()
-    if (path / CHECKPOINT_FILES[0]).is_file():
-        place = path.resolve()
-        return _converted(place, name or _plain(place.name), store, progress, report, str(place), place.name)
-    if path.is_file() or source.startswith(("/", ".", "~")):
-        name = name or _plain(_SHARD.sub("", path.stem))
-        if is_ternary(path):
-            return _converted(path, name, store, progress, report, str(path.resolve()))
-        return store.add_file(path, name, progress)
+    is_checkpoint = (path / CHECKPOINT_FILES[0]).is_file()
+    if path.is_file() or is_checkpoint or source.startswith(("/", ".", "~")):
+        return puller.from_disk(path, name)
     if not _HUB.fullmatch(source):
         raise _nothing_like(source)
-    return _pull_from_hub(source, name, store, progress, report)
+    return puller.from_hub(source, name or hub_name(source))
 
 
 def is_on_hub(source: str) -> bool:
@@ -113,100 +110,81 @@ def hub_files(source: str) -> list[HubFile]:
     )
 
 
-def _pull_from_hub(
-    source: str,
-    name: str | None,
-    store: Store,
-    progress: Progress | None,
-    report: Report | None,
-) -> StoredModel:
-    asked = _HUB.fullmatch(source)
-    repository, name = asked["repository"], name or hub_name(source)
-    files = repository_files(repository)
-    checkpoint = (
-        [] if _models(files) or asked["quantization"] or asked["file"] else _checkpoint(files, report)
-    )
-    chosen = checkpoint or _choose(repository, files, asked["quantization"], asked["file"])
-    _tell(report, chosen)
-    with downloaded(chosen, progress) as paths:
-        if checkpoint:
-            title = repository.partition("/")[2]
-            return _converted(paths[0].parent, name, store, progress, report, repository, title)
-        place = f"{repository}/{chosen[0].path}"
-        if is_ternary(paths[0]):
-            return _converted(paths[0], name, store, progress, report, place)
-        return store.add_file(
-            paths[0],
-            name,
-            source=place,
-            digest=f"sha256:{chosen[0].sha256}" if len(chosen) == 1 else None,
-            take="move",
-        )
+@dataclass(frozen=True)
+class _Puller:
+    """Where models are put, who is told of it, and what a checkpoint's pre-tokenizer is called."""
 
+    store: Store
+    progress: Progress | None
+    report: Report
+    pre: str | None
 
-def is_ternary(path: Path) -> bool:
-    """Whether a GGUF file has matrices in a type that is made for ternary ones.
+    def from_disk(self, path: Path, name: str | None) -> StoredModel:
+        """A GGUF file, or a checkpoint's folder."""
+        place = path.resolve()
+        if path.is_dir():
+            return self._converted(place, name or _plain(place.name), str(place), place.name)
+        name = name or _plain(_SHARD.sub("", path.stem))
+        if _has_type(path, TERNARY_TYPES):
+            return self._converted(path, name, str(place))
+        return self.store.add_file(path, name, self.progress)
 
-    Raises:
-        BadModelFile: it is no GGUF.
-    """
-    return any(
-        tensor.type in TERNARY_TYPES for tensor in read_header(path).tensors if BLOCK.match(tensor.name)
-    )
+    def from_hub(self, source: str, name: str) -> StoredModel:
+        """What `source` asks for of a repository: a GGUF, or where it has none a checkpoint."""
+        asked = _HUB.fullmatch(source)
+        repository = asked["repository"]
+        files = repository_files(repository)
+        is_open = not (_models(files) or asked["quantization"] or asked["file"])
+        checkpoint = self._checkpoint(files) if is_open else []
+        chosen = checkpoint or _choose(repository, files, asked["quantization"], asked["file"])
+        self._tell(chosen)
+        with downloaded(chosen, self.progress) as paths:
+            if checkpoint:
+                return self._converted(paths[0].parent, name, repository, repository.partition("/")[2])
+            place = f"{repository}/{chosen[0].path}"
+            if _has_type(paths[0], TERNARY_TYPES):
+                return self._converted(paths[0], name, place)
+            digest = f"sha256:{chosen[0].sha256}" if len(chosen) == 1 else None
+            return self.store.add_file(paths[0], name, source=place, digest=digest, take="move")
 
+    def _converted(self, path: Path, name: str, source: str, title: str | None = None) -> StoredModel:
+        """A ternary model in the layout of the ternary engine. What only libllama runs stays as it is."""
+        self.report(f"Converting {title or path.name} for the ternary engine; no weight is changed")
+        with self.store.working_folder() as folder:
+            ready = folder / "converted.gguf"
+            try:
+                convert(path, ready, pre=self.pre, title=title, progress=self.progress)
+            except UnsupportedModel as error:
+                if path.is_dir() or _has_type(path, set(BitnetType)):
+                    raise
+                self.report(f"It stays as it is: {error.message}")
+                return self.store.add_file(path, name, self.progress, source=source)
+            return self.store.add_file(ready, name, self.progress, source=source, take="move")
 
-def _converted(
-    path: Path,
-    name: str,
-    store: Store,
-    progress: Progress | None,
-    report: Report | None,
-    source: str,
-    title: str | None = None,
-) -> StoredModel:
-    """A ternary model in the store, in the ternary engine's layout. What only another engine runs, and can,
-    stays as it is.
-    """
-    with store.working_folder() as folder:
-        ready = folder / "converted.gguf"
-        try:
-            if report:
-                report(f"Converting {title or path.name} for the ternary engine; no weight is changed")
-            convert(path, ready, title=title, progress=progress)
-        except UnsupportedModel as error:
-            if path.is_dir() or _is_of_bitnet_cpp(path):
-                raise
-            if report:
-                report(f"It stays as it is: {error.message}")
-            return store.add_file(path, name, progress, source=source)
-        return store.add_file(ready, name, progress, source=source, take="move")
-
-
-def _is_of_bitnet_cpp(path: Path) -> bool:
-    return any(isinstance(tensor.type, BitnetType) for tensor in read_header(path).tensors)
-
-
-def _checkpoint(files: list[HubFile], report: Report | None) -> list[HubFile]:
-    """The files of a repository's checkpoint, if its config.json says that it is ternary; else none."""
-    found = {file.path: file for file in files if file.path in CHECKPOINT_FILES}
-    weights = [file for file in files if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", file.path)]
-    whole = [file for file in files if file.path == "model.safetensors"]
-    if CHECKPOINT_FILES[0] not in found or not (whole or weights):
-        return []
-    config = found[CHECKPOINT_FILES[0]]
-    _tell(report, [config])
-    with downloaded([config]) as [path]:
-        if not quantization(read_json(path), config.repository).declared:
+    def _checkpoint(self, files: list[HubFile]) -> list[HubFile]:
+        """The files of a repository's checkpoint, if its config.json says that it is ternary; else none."""
+        found = {file.path: file for file in files if file.path in CHECKPOINT_FILES}
+        weights = [file for file in files if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", file.path)]
+        whole = [file for file in files if file.path == "model.safetensors"]
+        if CHECKPOINT_FILES[0] not in found or not (whole or weights):
             return []
-    return [*found.values(), *(whole or weights)]
+        config = found[CHECKPOINT_FILES[0]]
+        self._tell([config])
+        with downloaded([config]) as [path]:
+            if not quantization(read_json(path), config.repository).declared:
+                return []
+        return [*found.values(), *(whole or weights)]
 
-
-def _tell(report: Report | None, chosen: list[HubFile]) -> None:
-    """Whatever leaves this machine is said."""
-    if report:
+    def _tell(self, chosen: list[HubFile]) -> None:
+        """Whatever leaves this machine is said."""
         largest = max(chosen, key=lambda file: file.nbytes)
         size = sum(part.nbytes for part in chosen) / 1e9
-        report(f"Fetching {largest.path} ({size:.1f} GB) from the hub repository {largest.repository}")
+        self.report(f"Fetching {largest.path} ({size:.1f} GB) from the hub repository {largest.repository}")
+
+
+def _has_type(path: Path, types: Container[int]) -> bool:
+    """Whether a layer's tensor in a GGUF file is of one of these types."""
+    return any(tensor.type in types for tensor in read_header(path).tensors if BLOCK.match(tensor.name))
 
 
 def _choose(
