@@ -24,10 +24,8 @@ import json
 import os
 import random
 import re
-import shutil
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,22 +91,11 @@ class Figure:
         }
 
 
-@contextlib.contextmanager
-def laboratory(machines: Sequence[Machine]) -> Iterator[Lab]:
-    """Hosts, and nothing of them afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="lab"))
-    try:
-        with Lab(folder, machines) as lab:
-            yield lab
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def faults(count: int, rows: list[dict]) -> Iterator[Figure]:
     """So many random faults of nodes with a stage, one after another; `rows` gets each of them."""
     draw = random.Random(SEED)
     began = time.monotonic()
-    with laboratory([MACHINE] * HOSTS) as lab:
+    with Lab([MACHINE] * HOSTS) as lab:
         rope = Rope(lab, lab.hosts)
         rope.build()
         for number in range(count):
@@ -214,7 +201,7 @@ def hops() -> Iterator[Figure]:
     """The same model in 1 to HOSTS stages, by what memory its nodes lend."""
     alone = None
     for stages in range(1, HOSTS + 1):
-        with laboratory([replace(MACHINE, memory_bytes=2 * MACHINE.memory_bytes)] * stages) as lab:
+        with Lab([replace(MACHINE, memory_bytes=2 * MACHINE.memory_bytes)] * stages) as lab:
             path = make_model(lab.folder / "tiny.gguf")
             rope = Rope(lab, lab.hosts)
             for node in rope.nodes:
@@ -254,7 +241,7 @@ def promise() -> Iterator[Figure]:
     yield Figure(
         "promise-install", INSTALL_SECONDS, "s", note="make setup on two cores, as README.md shows it"
     )
-    with laboratory([Machine(memory_bytes=4_000_000_000)] * HOSTS) as lab:
+    with Lab([Machine(memory_bytes=4_000_000_000)] * HOSTS) as lab:
         model = wide_model(lab.folder / "wide.gguf")
         rope = Rope(lab, lab.hosts)
         for host in lab.hosts:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,15 +26,10 @@ def able() -> None:
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     """Five hosts; the fourth has a small disk, the fifth is for strangers."""
-    # Not pytest's own folder: the names of sockets are bounded.
-    folder = Path(tempfile.mkdtemp(prefix="lab"))
     os.environ["PYTHONPATH"] = str(Path(cordee.__file__).parents[1])
     machines = [MACHINE] * 3 + [replace(MACHINE, disk_bytes=DISK_BYTES)] + [MACHINE]
-    try:
-        with Lab(folder, machines) as lab:
-            yield lab
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with Lab(machines) as lab:
+        yield lab
 
 
 @pytest.fixture(scope="session")

@@ -1,24 +1,27 @@
 """Hosts on one machine: network namespaces on a bridge, each with an address, a memory limit, a CPU quota.
 
-    with Lab(folder, 4) as lab:
+    with Lab([Machine()] * 4) as lab:
         lab.hosts[0].start("up")             a process of `cordee` on that host
         lab.hosts[0].unplug()                its cable is out
         lab.hosts[0].crash()                 its processes are gone, as after a power cut
 
 A host's processes are started with `nsenter` and not with `ip netns exec`: the latter hides the control
 groups in which a node looks for its memory limit. All names begin with the lab's own prefix, which has the
-process id of its maker; what a killed run left behind is swept before the next lab is built.
+process id of its maker. A process of its own, the reaper, removes the lab when its maker ends, however that
+is; should both be killed, what they left is swept before the next lab is built.
 """
 
 import contextlib
 import ctypes
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -195,12 +198,14 @@ class Host:
 class Lab:
     """See the module's docstring. `machines` are the hosts; no host has a default route."""
 
-    def __init__(self, folder: Path, machines: Sequence[Machine]) -> None:
-        self.folder = folder
+    def __init__(self, machines: Sequence[Machine]) -> None:
         self.prefix = f"{PREFIX}{os.getpid()}"
+        # Not in pytest's own folder: the names of sockets are bounded.
+        self.folder = _temporary() / f"{self.prefix}-{secrets.token_hex(4)}"
         self._addresses = (f"{NETWORK}.{last}" for last in range(1, 255))
         self.switch = f"{self.prefix}-sw"
         self.hosts = [Host(self, number, machine) for number, machine in enumerate(machines)]
+        self._reaper: subprocess.Popen | None = None
 
     def new_address(self) -> str:
         """One that no host had before."""
@@ -209,7 +214,11 @@ class Lab:
     def __enter__(self) -> "Lab":
         check_able()
         sweep()
+        self._reaper = subprocess.Popen(
+            [sys.executable, __file__, self.prefix], stdin=subprocess.PIPE, start_new_session=True
+        )
         try:
+            self.folder.mkdir(mode=0o700)
             ip("netns", "add", self.switch)
             ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
             ip("-n", self.switch, "link", "set", "bridge", "up")
@@ -223,7 +232,8 @@ class Lab:
     def __exit__(self, *_: object) -> None:
         for host in self.hosts:
             host.tear_down()
-        _remove(self.prefix)
+        if self._reaper is not None:
+            self._reaper.communicate()  # it sees the end of its input
 
 
 def check_able() -> None:
@@ -251,7 +261,7 @@ def check_able() -> None:
 def sweep() -> None:
     """Remove what labs of processes that are gone left behind."""
     names = [path.name for path in NETNS.glob(f"{PREFIX}*")]
-    names += [path.name for top in _tops() for path in top.glob(f"{PREFIX}*")]
+    names += [path.name for top in (*_tops(), _temporary()) for path in top.glob(f"{PREFIX}*")]
     makers = {int(match[1]) for name in names if (match := re.match(rf"{PREFIX}(\d+)-", name))}
     for maker in makers - {os.getpid()}:
         if not Path(f"/proc/{maker}").exists():
@@ -268,6 +278,12 @@ def _remove(prefix: str) -> None:
             subprocess.run(["umount", "--lazy", folder], check=True)
     for path in NETNS.glob(f"{prefix}-*"):
         subprocess.run(["ip", "netns", "del", path.name], check=True)
+    for folder in _temporary().glob(f"{prefix}-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary() -> Path:
+    return Path(tempfile.gettempdir())
 
 
 def _tops() -> list[Path]:
@@ -329,3 +345,8 @@ def inside(namespace: str) -> Iterator[None]:
         finally:
             if libc.setns(home.fileno(), CLONE_NEWNET):
                 raise OSError(ctypes.get_errno(), "the way back from a namespace is lost")
+
+
+if __name__ == "__main__":  # the reaper
+    sys.stdin.read()
+    _remove(sys.argv[1])
