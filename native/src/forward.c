@@ -64,8 +64,8 @@ static void multiply_groups(const struct step *step, const struct product *produ
     const struct activations *inputs = &session->inputs;
     const uint32_t groups = matrix->groups - first < DOT_GROUPS ? matrix->groups - first : DOT_GROUPS;
     const uint8_t *data = matrix->data + (size_t)first * matrix->quads * facts->quad_bytes;
-    const uint32_t at_once = DOT_ROWS / inputs->planes;
-    int32_t *dots = session->dots + thread * DOTS_ELEMENTS;
+    const uint32_t at_once = session->kernels->rows / inputs->planes;
+    int32_t *dots = session->dots + thread * dots_elements(session->kernels);
     for (uint32_t row = 0; row < step->rows; row += at_once) {
         const uint32_t count = step->rows - row < at_once ? step->rows - row : at_once;
         const size_t digit_row = (size_t)row * inputs->planes;

@@ -37,9 +37,9 @@ ternary_status ternary_kernels_dot(const char *name, const char *layout_name, co
         return ternary_fail(error, TERNARY_REFUSED, "no kernels %.32s or no layout %.32s here", name, layout_name);
     const struct layout_facts *facts = &layout_facts[layout];
     const size_t stride = (size_t)quads * 4, width = (size_t)groups * facts->group_rows;
-    for (uint32_t row = 0; row < n; row += DOT_ROWS) {
-        const uint32_t count = n - row < DOT_ROWS ? n - row : DOT_ROWS;
-        int32_t sums[DOT_ROWS] = {0}, dots[DOT_ROWS * DOT_GROUPS * LARGEST_GROUP_ROWS];
+    for (uint32_t row = 0; row < n; row += kernels->rows) {
+        const uint32_t count = n - row < kernels->rows ? n - row : kernels->rows;
+        int32_t sums[DOT_ROWS_LIMIT] = {0}, dots[DOT_ROWS_LIMIT * DOT_GROUPS * LARGEST_GROUP_ROWS];
         for (uint32_t i = 0; i < count; i++)
             for (size_t c = 0; c < stride; c++)
                 sums[i] += x[(row + i) * stride + c];

@@ -97,7 +97,7 @@ static uint64_t lay_out(void *memory, ternary_session *session, const ternary_mo
     session->scratch_elements = model->by_lookup
                                     ? p2_scratch_floats(cache)
                                     : attention_scratch(cache->context, cache->head_dim, cache->value_stride);
-    session->dots = cut(&cutter, config->threads * (uint64_t)DOTS_ELEMENTS, sizeof(int32_t));
+    session->dots = cut(&cutter, config->threads * (uint64_t)dots_elements(session->kernels), sizeof(int32_t));
     session->scratch = cut(&cutter, config->threads * (uint64_t)session->scratch_elements, sizeof(float));
     session->normal = cut(&cutter, config->threads * (uint64_t)session->normal_elements, sizeof(float));
     const uint64_t before = cutter.used;
@@ -107,6 +107,12 @@ static uint64_t lay_out(void *memory, ternary_session *session, const ternary_mo
     cache->value_scales = cut(&cutter, cache_scale_bytes(cache), 1);
     *kv_bytes = cutter.used - before;
     return cutter.used;
+}
+
+static const struct kernels *kernels_for(const ternary_model *model, const ternary_config *config)
+{
+    const struct kernels *named = kernels_named(config->kernels);
+    return named != NULL && model->by_lookup ? &kernels_p2 : named;
 }
 
 static bool is_possible(const ternary_model *model, const ternary_config *config)
@@ -120,14 +126,14 @@ static bool is_possible(const ternary_model *model, const ternary_config *config
     if (cache_kind(model, config) == CACHE_KINDS || (cache_kind(model, config) == CACHE_PENTIUM2) != model->by_lookup)
         return false;
     set_cache_shape(&cache, model, config);
-    return cache_fits(&cache) && kernels_named(config->kernels) != NULL;
+    return cache_fits(&cache);
 }
 
 size_t ternary_session_bytes(const ternary_model *model, const ternary_config *config, size_t *kv_bytes)
 {
-    ternary_session session;
+    ternary_session session = {.kernels = kernels_for(model, config)};
     uint64_t kv = 0, nbytes;
-    if (!is_possible(model, config))
+    if (session.kernels == NULL || !is_possible(model, config))
         return 0;
     nbytes = lay_out(NULL, &session, model, config, &kv);
     if (kv_bytes != NULL)
@@ -149,7 +155,7 @@ ternary_status ternary_session_make(void *memory, const ternary_model *model, co
     memset(session, 0, sizeof *session);
     session->model = model;
     session->config = *config;
-    session->kernels = model->by_lookup ? &kernels_p2 : kernels_named(config->kernels);
+    session->kernels = kernels_for(model, config);
     session->lookup = lookup_kernels_named(config->kernels);
     lay_out(memory, session, model, config, &kv_bytes);
     memset(session->cache.lengths, 0, config->sequences * sizeof *session->cache.lengths);

@@ -35,14 +35,17 @@ struct ternary_session {
     uint32_t *runs;                                     /* [rows + 1]: where rows that attend together begin */
     struct activations inputs;                          /* of the matrix that comes next */
     /* Of each thread. */
-    int32_t *dots;                                      /* [threads][DOTS_ELEMENTS] */
+    int32_t *dots;                                      /* [threads][dots_elements] */
     float *scratch;                                     /* [threads][scratch_elements]: of attention */
     float *normal;                                      /* [threads][widest row] */
     int16_t *tables;                                    /* [threads][LOOKUP_TILE * LOOKUP_ENTRIES], for look-up */
     size_t scratch_elements, normal_elements;
 };
 
-/* One call of a dot: DOT_ROWS rows by DOT_GROUPS groups. */
-#define DOTS_ELEMENTS ((size_t)DOT_ROWS * DOT_GROUPS * LARGEST_GROUP_ROWS)
+/* Of one call of a dot. */
+static inline size_t dots_elements(const struct kernels *kernels)
+{
+    return (size_t)kernels->rows * DOT_GROUPS * LARGEST_GROUP_ROWS;
+}
 
 #endif

@@ -247,6 +247,7 @@ static void dot_int4(const uint8_t *data, uint32_t groups, uint32_t quads, const
 
 const struct kernels kernels_avx2 = {
     .name = "avx2",
+    .rows = 6,
     .dot = {dot_trit2, dot_trit5, dot_int8, dot_int6, dot_int4},
     FLOAT_KERNELS,
 };

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #include <string.h>
 
-#include "kernels.h"
+#include "amx.h"
 
 #define ISA(name) name##_avx512vnni
 #define VECTOR_FLOATS 16
@@ -120,7 +120,7 @@ INLINE void trit5_tile(const uint8_t *data, const uint32_t groups, uint32_t quad
 INLINE void int8_tile(const uint8_t *data, const uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
                       const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
 {
-    __m512i s[4][DOT_ROWS];
+    __m512i s[4][6];
     const size_t group_bytes = (size_t)quads * 64;
     UNROLLED for (uint32_t g = 0; g < groups; g++)
         UNROLLED for (uint32_t i = 0; i < n; i++)
@@ -236,8 +236,16 @@ DOT_FUNCTION(int6, 64, 192, 3, INT6(1, 1) INT6(2, 1) INT6(3, 1))
 #define INT4(n, width) TILES(int4, 32, n, width)
 DOT_FUNCTION(int4, 32, 64, 6, INT4(1, 4) INT4(2, 4) INT4(3, 4) INT4(4, 2) INT4(5, 2) INT4(6, 2))
 
+const struct kernels kernels_amx = {
+    .name = "amx",
+    .rows = AMX_ROWS,
+    .dot = {amx_trit2, amx_trit5, dot_int8, dot_int6, dot_int4},
+    FLOAT_KERNELS,
+};
+
 const struct kernels kernels_avx512vnni = {
     .name = "avx512vnni",
+    .rows = 6,
     .dot = {dot_trit2, dot_trit5, dot_int8, dot_int6, dot_int4},
     FLOAT_KERNELS,
 };

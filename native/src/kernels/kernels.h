@@ -12,8 +12,8 @@
 #include "../cache.h"
 #include "../matrix.h"
 
-/* Activation rows that a dot takes at most in one call. */
-#define DOT_ROWS 6u
+/* Activation rows that any dot takes at most in one call. */
+#define DOT_ROWS_LIMIT 128u
 /* Groups that a dot takes at most in one call. */
 #define DOT_GROUPS 4u
 /* Queries that attend together over one head's keys and values. */
@@ -47,12 +47,13 @@ static inline size_t attention_scratch(uint32_t positions, uint32_t head_dim, si
 }
 
 /* out[i][row] = sum over columns of weight * x, exact; out is [n][groups * group_rows], x [n][stride] with 4 * quads
- * used, n <= DOT_ROWS, groups <= DOT_GROUPS. x is -127..127: then no kernel's narrow sums can wrap. */
+ * used, n <= DOT_ROWS_LIMIT, groups <= DOT_GROUPS. x is -127..127: then no kernel's narrow sums can wrap. */
 typedef void dot_function(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
                           const int32_t *sums, uint32_t n, int32_t *out);
 
 struct kernels {
     const char *name;
+    uint32_t rows; /* that a dot is best given in one call; as many as PLANES_LIMIT at least, DOT_ROWS_LIMIT at most */
     dot_function *dot[LAYOUTS];
 
     /* out[i] = x[i] / sqrt(mean(x^2) + epsilon) * weight[i]; out may be x. */
@@ -87,7 +88,13 @@ extern const struct kernels kernels_scalar;
 #if defined(__x86_64__)
 #define CORDEE_X86_KERNELS 1
 extern const struct kernels kernels_avx2;
+extern const struct kernels kernels_avxvnni;
 extern const struct kernels kernels_avx512vnni;
+extern const struct kernels kernels_amx;
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+#define CORDEE_ARM_KERNELS 1
+extern const struct kernels kernels_neon;
 #endif
 
 #endif

@@ -73,6 +73,7 @@ DOT(int4, LAYOUT_INT4)
 
 const struct kernels kernels_scalar = {
     .name = "scalar",
+    .rows = 6,
     .dot = {dot_trit2, dot_trit5, dot_int8, dot_int6, dot_int4},
     FLOAT_KERNELS,
 };

@@ -1,9 +1,14 @@
 /* Which kernels this CPU runs. A CPU nobody thought of gets the scalar ones. */
+#if defined(__linux__)
+#define _DEFAULT_SOURCE /* syscall */
+#endif
 #include <string.h>
 
 #include "kernels.h"
 
 #if CORDEE_X86_KERNELS
+#include <cpuid.h>
+
 /* The compiler's run-time check also asks the operating system whether it saves the wide registers. */
 static int has_avx2(void)
 {
@@ -16,6 +21,57 @@ static int has_avx512vnni(void)
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni");
+}
+
+static int has_avxvnni(void)
+{
+#if CORDEE_EVEX_FOR_VEX
+    return has_avx512vnni();
+#else
+    unsigned a, b, c, d;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1) != 0;
+#endif
+}
+
+#if CORDEE_TILE_MODEL
+static int has_amx(void)
+{
+    return has_avx512vnni();
+}
+#elif defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define ARCH_REQ_XCOMP_PERM 0x1023 /* asks Linux for a register file, for all threads of the process */
+#define XFEATURE_TILE_DATA 18
+#define XCR0_TILES (3ull << 17)
+
+static int has_amx(void)
+{
+    unsigned a, b, c, d, low, high;
+    if (!has_avx512vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d >> 24 & 3) != 3) /* AMX-TILE, AMX-INT8 */
+        return 0;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & XCR0_TILES) != XCR0_TILES)
+        return 0;
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_TILE_DATA) == 0;
+}
+#else
+static int has_amx(void)
+{
+    return 0;
+}
+#endif
+#endif
+
+#if CORDEE_ARM_KERNELS
+#include <sys/auxv.h>
+
+#define HWCAP_DOT_PRODUCT (1ul << 20) /* HWCAP_ASIMDDP of Linux */
+
+static int has_dot_product(void)
+{
+    return (getauxval(AT_HWCAP) & HWCAP_DOT_PRODUCT) != 0;
 }
 #endif
 
@@ -42,8 +98,13 @@ static const struct {
     int (*runs)(void);
 } known[] = {
 #if CORDEE_X86_KERNELS
+    {&kernels_amx, has_amx},
     {&kernels_avx512vnni, has_avx512vnni},
+    {&kernels_avxvnni, has_avxvnni},
     {&kernels_avx2, has_avx2},
+#endif
+#if CORDEE_ARM_KERNELS
+    {&kernels_neon, has_dot_product},
 #endif
     {&kernels_scalar, always},
 };
