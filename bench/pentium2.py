@@ -142,7 +142,7 @@ class Bench:
 
     def _token(self, command: list[str | Path], call: int) -> Token:
         self._machine.counts(command, call)
-        return Token(*(self._machine.time(command, call, memory) for memory in (NORMAL, PESSIMISTIC)))
+        return Token(*self._machine.time(command, call, NORMAL, PESSIMISTIC))
 
 
 def trained_models() -> list[Path]:

@@ -54,7 +54,7 @@ def measure(machine: Machine, folder: Path, body: str, memory: Memory = NORMAL) 
     source.write_text(PROGRAM.replace("ROUNDS", str(ROUNDS)).replace("BODY", body))
     subprocess.run(["gcc", "-m32", "-static", "-nostdlib", "-o", program, source], check=True)
     counts = machine.counts([program], 3)
-    call = machine.time([program], 3, memory)
+    [call] = machine.time([program], 3, memory)
     assert counts[2] == call.instructions
     return call
 

@@ -94,20 +94,18 @@ class Machine:
         self._qemu(program, calls + 1, f"counts={counts},code={self.folder / 'code'}")
         return [int(line) for line in counts.read_text().split()]
 
-    def time(self, program: Sequence[str | Path], call: int, memory: Memory) -> Call:
-        """One token, the `call`-th from 1, with the caches as the one before it left them.
+    def time(self, program: Sequence[str | Path], call: int, *memories: Memory) -> list[Call]:
+        """One token, the `call`-th from 1, with the caches as the one before it left them; for each memory.
 
         `counts` must have run the program up to there.
         """
         table = self.folder / "uops"
         addresses = map(int, (self.folder / "code").read_text().split())
         write_table(Path(program[0]), addresses, table)
+        clocks = [str(value) for memory in memories for value in (memory.dram_clocks, memory.bus_clocks)]
         reading, writing = os.pipe()
         model = subprocess.Popen(
-            [self.folder / "model", table, str(memory.dram_clocks), str(memory.bus_clocks)],
-            stdin=reading,
-            stdout=subprocess.PIPE,
-            text=True,
+            [self.folder / "model", table, *clocks], stdin=reading, stdout=subprocess.PIPE, text=True
         )
         os.close(reading)
         trace = f"first={max(call - 1, 1)},trace=/dev/fd/{writing}"
@@ -116,7 +114,8 @@ class Machine:
         finally:
             os.close(writing)
             output, _ = model.communicate()
-        return Call(*map(int, output.splitlines()[-1].split()))
+        lines = output.splitlines()[-len(memories) :]
+        return [Call(*map(int, line.split())) for line in lines]
 
     def _qemu(self, program: Sequence[str | Path], last: int, options: str, **pass_on: object) -> None:
         plugin = f"{self.folder / 'libcalls.so'},start={forward(program[0])},last={last},{options}"

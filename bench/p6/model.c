@@ -1,8 +1,8 @@
 /* An approximate Pentium II, driven by a trace: how many clocks the calls in it take.
  *
- *     model UOPS DRAM_CLOCKS BUS_CLOCKS < TRACE
+ *     model UOPS DRAM_CLOCKS BUS_CLOCKS [DRAM_CLOCKS BUS_CLOCKS]... < TRACE
  *
- * UOPS is what uops.py writes, TRACE what calls.c writes. One line for each call:
+ * UOPS is what uops.py writes, TRACE what calls.c writes. One line for each call and each memory, in turn:
  * "clocks instructions uops l1_misses l2_misses mispredictions".
  *
  * Instructions are fetched in blocks of 16 bytes and decoded 4-1-1, three uops a clock are renamed into a reorder
@@ -19,11 +19,12 @@
 enum { REORDER_BUFFER = 40, STATIONS = 20, RENAMED = 3, RETIRED = 3, MISPREDICTION_CLOCKS = 9, DECODE_CLOCKS = 3 };
 enum { DECODE_QUEUE_CLOCKS = 8, FORWARDING_CLOCKS = 3 };
 enum { REGISTERS = 48, X87_FIRST = 24, MAX_UOPS = 64, MAX_TOUCHED = 64 };
-enum { RUN = 0, LOAD = 1, STORE = 2, CALL = 3, END = 4 }; /* kinds of records, see calls.c */
+enum { RUN = 0, LOAD = 1, STORE = 2, CALL = 3 }; /* kinds of records, see calls.c */
 enum { NO_PORT = 0, PORT_0 = 1, PORT_1 = 2, PORT_0_OR_1 = 3, PORT_2 = 4, PORT_3 = 8, PORT_4 = 16 };
 enum { NO_MEMORY = 0, LOADS = 1, STORE_ADDRESS = 2, STORE_DATA = 3 };
 enum { NO_BRANCH = 0, CONDITIONAL = 1 };
 enum { PORTS = 5, PORT_RING = 1 << 16, PORT_PAST_CLOCKS = 2000 };
+enum { FIGURES = 6, MEMORIES_MAX = 4 };
 enum { STORES = 1 << 16, HISTORIES = 512, COUNTERS = 4096 };
 
 typedef struct {
@@ -53,6 +54,7 @@ typedef struct {
     uint64_t store_ready[STORES];
     unsigned char history[HISTORIES], counter[COUNTERS];
     uint64_t n_instructions, mispredictions;
+    uint64_t reported[FIGURES];
 } processor;
 
 typedef struct {
@@ -327,30 +329,33 @@ static void run(processor *p, uint32_t address, uint32_t next, touched *memory)
 }
 
 /* Print what has happened since the last report. */
-static void report(const processor *p)
+static void report(processor *p)
 {
-    static uint64_t before[6];
-    uint64_t now[6] = {p->retired, p->n_instructions, p->n_uops, p->memory.l1_misses, p->memory.l2_misses,
-                       p->mispredictions};
-    for (int i = 0; i < 6; i++) {
-        printf("%llu%c", (unsigned long long)(now[i] - before[i]), i < 5 ? ' ' : '\n');
-        before[i] = now[i];
+    uint64_t now[FIGURES] = {p->retired,           p->n_instructions,   p->n_uops,
+                             p->memory.l1_misses, p->memory.l2_misses, p->mispredictions};
+    for (int i = 0; i < FIGURES; i++) {
+        printf("%llu%c", (unsigned long long)(now[i] - p->reported[i]), i < FIGURES - 1 ? ' ' : '\n');
+        p->reported[i] = now[i];
     }
 }
 
-int main(int argc, char **argv)
+/* All processors do the same; only their memories differ. */
+static void run_all(processor **all, int n, uint32_t address, uint32_t next, const touched *memory)
 {
-    if (argc != 4)
-        fail("usage: model UOPS DRAM_CLOCKS BUS_CLOCKS < TRACE");
-    read_table(argv[1]);
-    processor *p = allocate(1, sizeof *p);
-    p->memory = memory_make((uint32_t)atoi(argv[2]), (uint32_t)atoi(argv[3]));
+    for (int i = 0; i < n; i++) {
+        touched own = *memory;
+        run(all[i], address, next, &own);
+    }
+}
+
+static void read_trace(processor **all, int n)
+{
     static uint32_t records[1 << 16][2];
     touched memory = {.n_loads = 0};
     uint32_t address = 0;
     int pending = 0, calls = 0;
-    for (size_t n; (n = fread(records, sizeof *records, 1 << 16, stdin)) > 0;)
-        for (size_t i = 0; i < n; i++) {
+    for (size_t count; (count = fread(records, sizeof *records, 1 << 16, stdin)) > 0;)
+        for (size_t i = 0; i < count; i++) {
             uint32_t value = records[i][0], kind = records[i][1];
             if (kind == LOAD && memory.n_loads < MAX_TOUCHED)
                 memory.loads[memory.n_loads++] = value;
@@ -359,15 +364,31 @@ int main(int argc, char **argv)
             if (kind != RUN && kind != CALL)
                 continue;
             if (pending)
-                run(p, address, value, &memory);
-            memory = (touched){.n_loads = 0};
+                run_all(all, n, address, value, &memory);
+            memory.n_loads = memory.n_stores = 0;
             pending = kind == RUN;
             address = value;
             if (kind == CALL && calls++)
-                report(p);
+                for (int k = 0; k < n; k++)
+                    report(all[k]);
         }
     if (pending)
-        run(p, address, address, &memory);
-    report(p);
+        run_all(all, n, address, address, &memory);
+}
+
+int main(int argc, char **argv)
+{
+    processor *all[MEMORIES_MAX];
+    int n = (argc - 2) / 2;
+    if (argc < 4 || argc % 2 || n > MEMORIES_MAX)
+        fail("usage: model UOPS DRAM_CLOCKS BUS_CLOCKS [DRAM_CLOCKS BUS_CLOCKS]... < TRACE");
+    read_table(argv[1]);
+    for (int i = 0; i < n; i++) {
+        all[i] = allocate(1, sizeof *all[i]);
+        all[i]->memory = memory_make((uint32_t)atoi(argv[2 + 2 * i]), (uint32_t)atoi(argv[3 + 2 * i]));
+    }
+    read_trace(all, n);
+    for (int i = 0; i < n; i++)
+        report(all[i]);
     return 0;
 }
