@@ -237,6 +237,12 @@ SCALE = QUERY.replace("weight", "weight_scale")
         ),
         (
             "floats",
+            spoiled(lambda t: t[QUERY][1].__setitem__((7, 9), (1 - 2**-10) * t[QUERY][1].max())),
+            UnsupportedModel,
+            "row 7",
+        ),
+        (
+            "floats",
             spoiled(lambda t: t["model.norm.weight"][1].__setitem__(3, bf16(np.full(1, np.nan))[0])),
             BadModelFile,
             r"output_norm\.weight",

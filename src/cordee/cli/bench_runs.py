@@ -16,6 +16,7 @@ import numpy as np
 
 from cordee.engine.stage import Batch, Stage, StageConfig, batch_of_one
 from cordee.errors import DoesNotFit, SetupNeeded
+from cordee.models.fit import size_of
 from cordee.models.gguf import Header, engine_of
 from cordee.models.memory import memory
 from cordee.models.shape import model_shape
@@ -174,7 +175,7 @@ class _Runs:
 
 def _config(header: Header, wanted: Wanted) -> StageConfig:
     """The most sequences of CONTEXT tokens that fit; fewer tokens where the model was made for fewer."""
-    context = min(CONTEXT, header.get(".context_length") or CONTEXT)
+    context = min(CONTEXT, size_of(header, ".context_length", default=CONTEXT) or CONTEXT)
     devices = ("CPU",) if engine_of(header) == "ternary" else wanted.devices
     for sequences in reversed(DECODE_BATCHES):
         try:

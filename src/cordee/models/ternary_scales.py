@@ -11,8 +11,6 @@ import numpy as np
 from cordee.errors import BadModelFile, UnsupportedModel
 from cordee.models.ternary import strips
 
-# Values of one magnitude may differ by the last bit of f16, in which sources keep their scales.
-SCALE_TOLERANCE = 2.0**-10
 # b1.58 divides by the mean magnitude, but never by less than this.
 MEAN_MIN = np.float32(1e-5)
 
@@ -37,10 +35,9 @@ def grouped(scales: np.ndarray) -> np.ndarray:
     used = np.flatnonzero(scales > 0)
     if not len(used):
         return np.ones(1, dtype=np.float32)
+    # A row of zeros agrees with any other: it goes with the one before it.
     numbers = np.where(scales > 0, np.arange(len(scales)), used[0])
-    filled = scales[
-        np.maximum.accumulate(numbers)
-    ]  # a row of zeros agrees with any: it goes with the one before
+    filled = scales[np.maximum.accumulate(numbers)]
     changes = np.flatnonzero(filled[1:] != filled[:-1]) + 1
     return filled[:: gcd(len(scales), *changes.tolist())].astype(np.float32)
 
@@ -67,7 +64,7 @@ def rounded_masters(masters: np.ndarray, mean: np.float32) -> np.ndarray:
 def _row_scales(name: str, first: int, values: np.ndarray, remedy: str) -> np.ndarray:
     magnitudes = np.abs(_finite(name, first, values))
     scales = magnitudes.max(axis=1)
-    between = (magnitudes > 0) & (magnitudes < scales[:, None] * (1 - SCALE_TOLERANCE))
+    between = (magnitudes > 0) & (magnitudes != scales[:, None])
     if between.any():
         row = first + int(np.argmax(between.any(axis=1)))
         raise UnsupportedModel(
