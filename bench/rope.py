@@ -340,22 +340,25 @@ def this_machine() -> str:
 def readme(figures: Sequence[Figure]) -> str:
     """The figures as README.md shows them."""
     by_case = {each.case: each for each in figures}
-    lines = ["| seconds from a fault | median | p99 | |", "|---|---|---|---|"]
+    losses = []
     for what, title in (
         ("notice", "noticed"),
         ("replace", "another placement serves"),
         ("resume", "all go on"),
     ):
-        pair = [by_case.get(f"faults-{what}-{kind}") for kind in ("median", "p99")]
-        if all(pair):
-            lines.append(f"| {title} | {pair[0].ours:.1f} | {pair[1].ours:.1f} | {pair[0].note} |")
-    lines += ["", "| step | seconds | |", "|---|---|---|"]
-    for each in figures:
-        if each.case.startswith(("promise", "gpt")):
-            lines.append(f"| {each.case} | {each.ours:.1f} | {each.note} |")
-    lines += ["", "| stages | ms a token |", "|---|---|"]
-    lines += [f"| {each.case} | {each.ours:.2f} |" for each in figures if each.case.startswith("hops")]
-    return "\n".join(lines)
+        if f"faults-{what}-median" in by_case:
+            middle, worst = (by_case[f"faults-{what}-{kind}"] for kind in ("median", "p99"))
+            losses.append(f"| {title} | {middle.ours:.1f} | {worst.ours:.1f} | {middle.note} |")
+    steps = [each for each in figures if each.case.startswith(("promise", "gpt"))]
+    hops = [each for each in figures if each.case.startswith("hops")]
+    tables = {
+        "| seconds from a fault | median | p99 | |\n|---|---|---|---|": losses,
+        "| step | seconds | |\n|---|---|---|": [
+            f"| {each.case} | {each.ours:.1f} | {each.note} |" for each in steps
+        ],
+        "| stages | ms a token |\n|---|---|": [f"| {each.case} | {each.ours:.2f} |" for each in hops],
+    }
+    return "\n\n".join("\n".join((head, *lines)) for head, lines in tables.items() if lines)
 
 
 def write(path: Path, machine: str, rows: Sequence[dict]) -> None:
