@@ -89,10 +89,16 @@ class Machine:
         self._temporary.cleanup()
 
     def counts(self, program: Sequence[str | Path], calls: int) -> list[int]:
-        """Instructions of each of the first `calls` tokens: calls of `forward`, and all up to the next."""
+        """Instructions of each of the first `calls` tokens: calls of `forward`, and all up to the next.
+
+        Raises RuntimeError if the program ends before.
+        """
         counts = self.folder / "counts"
         self._qemu(program, calls + 1, f"counts={counts},code={self.folder / 'code'}")
-        return [int(line) for line in counts.read_text().split()]
+        found = [int(line) for line in counts.read_text().split()]
+        if len(found) < calls:
+            raise RuntimeError(f"{Path(program[0]).name} ended after {len(found)} of {calls} tokens")
+        return found
 
     def time(self, program: Sequence[str | Path], call: int, *memories: Memory) -> list[Call]:
         """One token, the `call`-th from 1, with the caches as the one before it left them; for each memory.
@@ -126,7 +132,7 @@ class Machine:
 def forward(program: str | Path) -> str:
     """The address of a program's function `forward`, hexadecimal."""
     for line in run(["nm", program]).splitlines():
-        address, kind, name = line.rpartition(" ")[0].partition(" ")[0], line.split()[-2], line.split()[-1]
+        *address, kind, name = line.split()
         if name == "forward" and kind in "tT":
-            return address
+            return address[0]
     raise RuntimeError(f"{program} has no function named forward")
