@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -380,6 +381,19 @@ def test_scales_of_columns_become_those_of_the_rows_that_meet_them(tmp_path: Pat
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModel, match=r"o_proj\.weight is not ternary: row 0"):
         convert(tmp_path, tmp_path / "other.gguf")
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    peaks, sizes = [], []
+    for layers in (1, 5):
+        model = replace(weights_of("llama", n_embd=256, n_ff=512).model, layers=layers)
+        folder = write_checkpoint(tmp_path / str(layers), Weights(model, 1), "floats")
+        tracemalloc.start()
+        convert(folder, tmp_path / "ours.gguf")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        sizes.append((folder / "model.safetensors").stat().st_size)
+    assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 20
 
 
 def test_the_first_models_names_of_norms_and_class(tmp_path: Path) -> None:
