@@ -150,8 +150,8 @@ WINDOWS_98 = {
     "msvcrt.dll": """
         __getmainargs __initenv __mb_cur_max __p__acmdln __p__commode __p__fmode __set_app_type
         __setusermatherr _amsg_exit _cexit _errno _initterm _iob _lock _onexit _unlock abort atoi calloc exit
-        fflush fgets fprintf fputc fputs free fwrite localeconv malloc memchr memcmp memcpy memmove memset setlocale signal strchr
-        strcmp strcspn strerror strlen strncmp strtol vfprintf wcslen
+        fflush fgets fprintf fputc fputs free fwrite localeconv malloc memchr memcmp memcpy memmove
+        memset setlocale signal strchr strcmp strcspn strerror strlen strncmp strtol vfprintf wcslen
     """,
 }
 
