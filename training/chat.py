@@ -22,10 +22,10 @@ from training.teacher import EMBEDDING, MATRICES, NORMS, OUTPUT_NORM, Teacher, T
 END = 0
 STORIES = 64  # written at a time: with fewer, reading the weights takes longer than computing with them
 STORY_TOKENS = 320  # a longer one is cut off
-MIN_P = 0.06
+MIN_P = 0.08
 # Without a penalty this teacher says everything three times.
 REPEAT_PENALTY, PENALTY_TOKENS = 1.12, 64
-TEMPERATURE = 0.7
+TEMPERATURE = 0.6
 
 ABOUT = Path(__file__).with_name("about.toml")
 

@@ -87,7 +87,8 @@ class Corpus:
         """`size` windows of a step: each pass over the corpus has an order of its own."""
         count = len(self.lesson)
         at = range(step * size, (step + 1) * size)
-        return self.lesson.rows(torch.tensor([self._order(i // count)[i % count] for i in at]))
+        orders = {epoch: self._order(epoch) for epoch in {i // count for i in at}}
+        return self.lesson.rows(torch.tensor([orders[i // count][i % count] for i in at]))
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, epoch]).permutation(len(self.lesson))

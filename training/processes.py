@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -13,6 +14,9 @@ from training.corpus import Corpus
 from training.recipe import Recipe
 from training.train import LOG, Report, Run, log_to
 
+# How long a process waits for the others: they may be stopped (SIGSTOP) for hours while the machine does
+# something else.
+WAIT = timedelta(days=7)
 TRAIN, HELD_OUT = "train", "held-out"  # the parts of a corpus, as folders
 
 
@@ -47,7 +51,9 @@ def _one(job: Job, rank: int, meeting: str, report: Callable[[Report], None]) ->
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nobody else shall hear them
     if job.processes > 1:
         place = f"file://{meeting}/group"
-        distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=job.processes)
+        distributed.init_process_group(
+            "gloo", init_method=place, timeout=WAIT, rank=rank, world_size=job.processes
+        )
     run = Run(job.recipe, job.folder, kind=job.kind, compiled=job.compiled, rank=rank, size=job.processes)
 
     def log(told: Report) -> None:
