@@ -172,6 +172,20 @@ def test_windows_98_has_all_that_the_program_imports() -> None:
     assert "(Windows CUI)" in listing
 
 
+@pytest.mark.long
+def test_our_own_code_can_be_built_for_a_386(models: dict[str, Path], tiny: Path, tmp_path: Path) -> None:
+    """What is left of later processors is the C library's."""
+    old_program()  # or skip
+    program = tmp_path / "pentium2" / "cordee-tiny"
+    done = run("make", "-C", ROOT / "native", f"build={tmp_path}", "old_cpu=i386", program)
+    assert done.returncode == 0, done.stderr
+    found = mnemonics(tmp_path / "pentium2" / "objects", "objdump")
+    later = re.compile(r"f?cmov\w+|fu?comip?|bswap|xadd|cmpxchg\w*")
+    assert "fldcw" in found and {word for word in found if later.fullmatch(word)} == set()
+    words = (models["stories"], "once upon", "-n", "20", "--greedy")
+    assert run(*emulated("pentium2,-mmx"), program, *words).stdout == run(tiny, *words).stdout
+
+
 @pytest.mark.parametrize(("cpu", "kernels"), [("pentium2", "mmx"), ("pentium2,-mmx", "scalar")])
 def test_the_program_finds_out_what_the_processor_has_and_that_it_computes_right(
     cpu: str, kernels: str

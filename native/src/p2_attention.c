@@ -89,7 +89,7 @@ void p2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence
 size_t p2_scratch_floats(const struct cache *cache)
 {
     const size_t positions = (cache->context + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS * LOOKUP_COLUMNS;
-    return positions * 3 + HEAD_DIM_LIMIT * 2; /* sums, scores, shares in 16 bits; a query, and sums of values */
+    return positions * 3 + HEAD_DIM_LIMIT * 2; /* sums, weights and shares of positions; or a query, or sums of values */
 }
 
 /* 2^(i / 512), and 2^-i: what powers of 2 are made of, beside p2_powers. */
@@ -138,28 +138,27 @@ static float soften(float *weights, const int32_t *scores, int32_t most, const f
     return all;
 }
 
-/* One query, as p2_attend; `sums` has room for positions or value_stride rounded up to LOOKUP_COLUMNS. */
-static void attend(const struct lookup_kernels *kernels, const struct cache *cache, const int8_t *keys,
-                   const int8_t *values, const float *key_scales, const float *value_scales, float *query,
-                   uint32_t positions, float *scratch)
+/* As p2_attend, of one query. */
+static void attend(const struct lookup_kernels *kernels, const struct cache *cache, const struct cache_head *at,
+                   float *query, uint32_t positions, float *scratch)
 {
-    const uint32_t dims = cache->head_dim;
-    const uint32_t blocks = (positions + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS;
-    int32_t *sums = (int32_t *)(void *)scratch;
+    const uint32_t dims = cache->head_dim, blocks = (positions + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS;
+    const uint32_t padded = (positions + P2_MULTIPLE - 1) / P2_MULTIPLE * P2_MULTIPLE;
+    int32_t *sums = (int32_t *)(void *)scratch; /* of positions, and then of dimensions */
     float *weights = scratch + (blocks * LOOKUP_COLUMNS > HEAD_DIM_LIMIT ? blocks * LOOKUP_COLUMNS : HEAD_DIM_LIMIT);
-    int16_t *codes = (int16_t *)(void *)(weights + positions);
-    const float scale = round_head(codes, query, dims, query_max(dims)) / sqrtf((float)(int32_t)dims) * (SHIFTED * OCTAVE * LOG2_E);
-    kernels->sum_columns(sums, keys, blocks, LOOKUP_COLUMNS * dims, dims / 2, codes);
-    const int32_t most = score(sums, key_scales, scale, positions);
+    int16_t *codes = (int16_t *)(void *)(weights + positions); /* of the query, and then shares */
+    const float one = round_head(codes, query, dims, query_max(dims));
+    kernels->sum_columns(sums, (const int8_t *)at->keys, blocks, LOOKUP_COLUMNS * dims, dims / 2, codes);
+    const float scale = one / sqrtf((float)(int32_t)dims) * (SHIFTED * OCTAVE * LOG2_E);
+    const int32_t most = score(sums, at->key_scales, scale, positions);
     float powers;
-    const float all = soften(weights, sums, most, value_scales, positions, &powers), factor = SHARE_SUM / all;
+    const float all = soften(weights, sums, most, at->value_scales, positions, &powers), factor = SHARE_SUM / all;
     for (uint32_t p = 0; p < positions; p++)
         codes[p] = (int16_t)(uint16_t)p2_nearest(weights[p] * factor);
-    const uint32_t padded = (positions + P2_MULTIPLE - 1) / P2_MULTIPLE * P2_MULTIPLE;
     /* Behind the last position there may be anything: bytes, which times a share of 0 are 0. */
     memset(codes + positions, 0, (padded - positions) * sizeof *codes);
-    kernels->sum_columns(sums, values, (dims + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS, value_block(cache), padded / 2,
-                         codes);
+    kernels->sum_columns(sums, (const int8_t *)at->values, (dims + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS,
+                         value_block(cache), padded / 2, codes);
     const float back = all / (SHARE_SUM * powers) * SHIFTED;
     for (uint32_t d = 0; d < dims; d++)
         query[d] = (float)(sums[d] >> SHIFT) * back;
@@ -170,9 +169,7 @@ void p2_attend(const struct lookup_kernels *kernels, const struct cache *cache, 
 {
     const struct cache_head at = cache_head_at(cache, layer, sequence, kv_head);
     for (uint32_t head = 0; head < heads; head++)
-        attend(kernels, cache, key_at(cache, layer, sequence, kv_head, 0),
-               value_at(cache, layer, sequence, kv_head, 0), at.key_scales, at.value_scales,
-               queries + (size_t)head * cache->head_dim, positions, scratch);
+        attend(kernels, cache, &at, queries + (size_t)head * cache->head_dim, positions, scratch);
 }
 
 void p2_export(const struct cache *cache, uint32_t sequence, uint8_t *state)

@@ -10,13 +10,13 @@
 /* What stands for the kernels of other layouts; without `dot` and `attend`. */
 extern const struct kernels kernels_p2;
 
-/* Nearest integer, ties to even, for |x| < 2^22: adding 1.5 * 2^23 pushes the fraction out of the mantissa. */
+/* Nearest integer, ties to even, for |x| < 2^22 (some integer for others): adding 1.5 * 2^23 pushes the fraction out of the mantissa. */
 static inline int32_t p2_nearest(float x)
 {
     const float shifted = x + 12582912.0f;
-    int32_t bits;
+    uint32_t bits;
     memcpy(&bits, &shifted, sizeof bits);
-    return bits - 0x4b400000;
+    return (int32_t)(bits - 0x4b400000u);
 }
 
 /* Largest magnitude: bits of floats without their sign are ordered like the numbers. */

@@ -17,7 +17,7 @@
 
 #define LOOKUP_WEIGHTS 5u   /* a group: the weights of a byte */
 #define LOOKUP_TILE 20u     /* groups: their tables are 10 kB of a first-level cache of 16 */
-#define LOOKUP_ENTRIES 256u /* of a group's table, 251 of them used */
+#define LOOKUP_ENTRIES 256u /* of a group's table; no weights have the last four codes */
 #define LOOKUP_MATRICES 3u  /* that share tables, at most: those of queries, keys and values */
 #define LOOKUP_COLUMNS 8u   /* sums that sum_columns makes at once */
 
