@@ -19,14 +19,23 @@ from cordee.engine.stage import StageConfig  # noqa: E402
 from cordee.engine.ternary import TernaryStage  # noqa: E402
 from cordee.engine.vocabulary import Vocabulary  # noqa: E402
 from training.chat import END, packed, shape_story  # noqa: E402
+from training.chat import read_model as read_chat_model  # noqa: E402
 from training.corpus import Corpus, Lesson, likeliest, write_corpus  # noqa: E402
-from training.cut import Cut, cut  # noqa: E402
+from training.cut import Cut, cut, cut_of  # noqa: E402
 from training.evaluate import figures, logits_of  # noqa: E402
 from training.export import export  # noqa: E402
-from training.llama2c import BOS, Piece, read_model, tensors  # noqa: E402
+from training.llama2c import (  # noqa: E402
+    BOS,
+    FIRST_BYTE,
+    Piece,
+    read_model,
+    read_pieces,
+    story_texts,
+    tensors,
+)
 from training.processes import TRAIN, Job, together  # noqa: E402
 from training.recipe import Optimiser, Recipe, recipe  # noqa: E402
-from training.storyteller import Storyteller, at_temperature  # noqa: E402
+from training.storyteller import Storyteller, at_temperature, count_tokens  # noqa: E402
 from training.student import Student, StudentShape, ternary, ternary_linear  # noqa: E402
 from training.teacher import Teacher, TeacherShape  # noqa: E402
 from training.train import Report, Run, divergence  # noqa: E402
@@ -79,6 +88,10 @@ def pieces() -> list[Piece]:
     letters = [bytes([97 + i % 26]) * (1 + i // 26) for i in range(VOCAB - 259)]
     texts = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256)), *letters]
     return [Piece(text, -float(index)) for index, text in enumerate(texts)]
+
+
+def all_tokens(corpus: Corpus) -> torch.Tensor:
+    return corpus.lesson(range(len(corpus))).tokens
 
 
 def trained(folder: Path, corpus: Corpus, rules: Recipe = TINY) -> Run:
@@ -145,12 +158,38 @@ def test_a_cut_vocabulary_keeps_the_most_used_and_what_merges_into_it() -> None:
         cut(tokens, merges, counts, end=0, size=12)
 
 
+def test_a_storyteller_s_stories_are_counted_by_another_tokenizer(corpus, tmp_path) -> None:
+    """Windows become the stories in them, each without what stands between two."""
+    path, texts = tmp_path / "pieces.bin", pieces()
+    packed_pieces = (struct.pack("<fi", piece.score, len(piece.text)) + piece.text for piece in texts)
+    path.write_bytes(struct.pack("<i", 8) + b"".join(packed_pieces))
+    assert read_pieces(path, VOCAB) == texts
+    window = np.array([BOS, 259, 260, BOS, FIRST_BYTE + ord("x"), 261])
+    assert story_texts(texts, window) == ["ab", "xc"]
+    counts = count_tokens(corpus, texts, lambda text: [len(text)])
+    assert counts.total() >= len(corpus)
+
+
+@pytest.mark.long
+def test_the_starter_is_read_as_a_teacher(starter_path) -> None:
+    """Dequantised, with its own rotary base and shared key/value heads, it still knows."""
+    vocabulary = Vocabulary(starter_path)
+    texts = ["Once upon a time", "The capital of France is Paris", "one, two, three, four, five"]
+    rows = [vocabulary.tokenize(text, add_bos=False) for text in texts]
+    # The end token, the bytes, these and what merges into them.
+    found = cut_of(starter_path, Counter(token for row in rows for token in row), 284)
+    teacher = read_chat_model(starter_path, found)
+    for row in rows:
+        own = [found.kept.index(token) for token in row]
+        assert teacher.logits(torch.tensor([own[:-1]]))[0, -1].argmax() == own[-1]
+
+
 @pytest.mark.parametrize("layout", ["trit5", "pentium2"])
 def test_the_engine_computes_what_was_trained(layout, corpus, tmp_path) -> None:
     """Logits of the engine and of torch differ by 2 % of the logits' spread at most. What is between them:
     keys and values in f16 or 13 bits, and activations at half a step that are rounded up here, down there."""
     student = trained(tmp_path, corpus).student
-    path, lesson = tmp_path / "model.gguf", corpus.lesson.rows(slice(4))
+    path, lesson = tmp_path / "model.gguf", corpus.lesson(range(4))
     export(student, pieces(), "Tiny", path, layout)
     stage = TernaryStage(path, StageConfig(context=WINDOW, sequences=1))
     ours = torch.stack([logits_of(stage, row) for row in lesson.tokens])
@@ -223,7 +262,7 @@ def test_training_brings_the_student_nearer(corpus, tmp_path) -> None:
     found = {}
     for name, student in {"new": Student(SHAPE), "old": trained(tmp_path, corpus, rules).student}.items():
         export(student, pieces(), "Tiny", tmp_path / name, "pentium2")
-        found[name] = figures(tmp_path / name, corpus.lesson)
+        found[name] = figures(tmp_path / name, corpus.lesson(range(40)))
     assert found["old"].kl_nats < 0.7 * found["new"].kl_nats
     assert found["old"].same_top1 > found["new"].same_top1
     assert found["old"].teacher_perplexity < found["old"].perplexity < found["new"].perplexity
@@ -255,11 +294,11 @@ def test_gradients_pass_the_roundings_as_if_they_were_not_there() -> None:
 
 def test_a_corpus_is_its_seeds(model, corpus, tmp_path) -> None:
     """Written again it is the same, another seed gives another; each pass over it is a new order of all."""
-    writer, rows = Storyteller(model, WINDOW, LIKELIEST), corpus.lesson.tokens
-    write_corpus(writer, tmp_path / "same", shards=1, seed=1)
+    writer, rows = Storyteller(model, WINDOW, LIKELIEST), all_tokens(corpus)
+    write_corpus(writer, tmp_path / "same", shards=2, seed=1)
     write_corpus(writer, tmp_path / "other", shards=1, seed=2)
-    assert torch.equal(Corpus(tmp_path / "same", 1).lesson.tokens, rows)
-    assert not torch.equal(Corpus(tmp_path / "other", 1).lesson.tokens, rows)
+    assert torch.equal(all_tokens(Corpus(tmp_path / "same", 1))[: len(rows)], rows)
+    assert not torch.equal(all_tokens(Corpus(tmp_path / "other", 1)), rows)
     passes = [
         torch.cat([corpus.batch(step, 64).tokens for step in steps]) for steps in (range(4), range(4, 8))
     ]

@@ -25,6 +25,7 @@ from training.train import CHECKPOINT, Report, Run
 
 CUT = "cut.json"
 HELD_OUT_SHARDS = 1
+PIECES = 512  # in tok512.bin
 
 _existing = click.Path(exists=True, path_type=Path)
 _recipe = click.argument("recipe", callback=lambda _context, _parameter, name: read_recipe(name))
@@ -32,7 +33,6 @@ _folder = click.option(
     "--folder", type=click.Path(path_type=Path), required=True, help="Where corpus and checkpoints live."
 )
 _teacher = click.option("--teacher", type=_existing, required=True, help="stories260K.bin, or a GGUF file.")
-_pieces = click.option("--pieces", type=_existing, help="tok512.bin, the vocabulary of stories260K.")
 
 
 @click.group()
@@ -45,12 +45,16 @@ def main() -> None:
 @_recipe
 @_teacher
 @_folder
-@_pieces
 @click.option("--stories", type=_existing, required=True, help="The folder of a storyteller's corpus.")
+@click.option("--pieces", type=_existing, required=True, help="tok512.bin, the vocabulary of stories260K.")
 def cut(recipe: Recipe, teacher: Path, folder: Path, pieces: Path, stories: Path) -> None:
     """Cut a chat teacher's vocabulary to what a storyteller's stories use."""
-    vocabulary, windows = Vocabulary(teacher), Corpus(stories / TRAIN, recipe.seed).lesson.tokens
-    counts = count_tokens(windows, pieces, lambda text: vocabulary.tokenize(text, add_bos=False))
+    vocabulary = Vocabulary(teacher)
+    counts = count_tokens(
+        Corpus(stories / TRAIN, recipe.seed),
+        read_pieces(pieces, PIECES),
+        lambda text: vocabulary.tokenize(text, add_bos=False),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     found = cut_of(teacher, counts, recipe.shape.vocab)
     (folder / CUT).write_bytes(msgspec.json.encode(found))
@@ -94,7 +98,7 @@ def train(recipe: Recipe, folder: Path, processes: int, kind: str, compiled: boo
 @main.command()
 @_recipe
 @_folder
-@_pieces
+@click.option("--pieces", type=_existing, help="tok512.bin, if the teacher was stories260K.")
 @click.option("--layout", type=click.Choice(["trit5", "pentium2"]), default="pentium2", show_default=True)
 @click.argument("model", type=click.Path(path_type=Path))
 def export(recipe: Recipe, folder: Path, pieces: Path | None, layout: str, model: Path) -> None:
@@ -102,7 +106,7 @@ def export(recipe: Recipe, folder: Path, pieces: Path | None, layout: str, model
     if not (folder / CHECKPOINT).exists():
         raise click.ClickException(f"{folder} holds no {CHECKPOINT}: train first.")
     run = Run(recipe, folder, kind=torch.float32, compiled=False)
-    vocabulary = read_pieces(pieces, recipe.shape.vocab) if pieces else _cut(folder)
+    vocabulary = read_pieces(pieces, PIECES) if pieces else _cut(folder)
     write_model(run.student, vocabulary, recipe.title, model, layout)
     click.echo(f"{model}  {model.stat().st_size:,} bytes, {recipe.shape.weights:,} weights, step {run.step}")
 
@@ -113,7 +117,8 @@ def export(recipe: Recipe, folder: Path, pieces: Path | None, layout: str, model
 @click.argument("model", type=_existing)
 def evaluate(recipe: Recipe, folder: Path, model: Path) -> None:
     """How near a model file is to its teacher, by the ternary engine, on text that it has not seen."""
-    for name, value in vars(figures(model, Corpus(folder / HELD_OUT, recipe.seed).lesson)).items():
+    held_out = Corpus(folder / HELD_OUT, recipe.seed)
+    for name, value in vars(figures(model, held_out.lesson(range(len(held_out))))).items():
         click.echo(f"{name:20} {value:.4g}")
 
 

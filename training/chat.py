@@ -94,13 +94,21 @@ def packed(written: Tensor, ids: Tensor, odds: Tensor, window: int) -> Lesson:
 
 
 def read_model(path: Path, cut: Cut, kind: torch.dtype = torch.bfloat16) -> Teacher:
-    """A GGUF file of the architecture `llama` as a teacher with a cut vocabulary."""
+    """A GGUF file of the architecture `llama`, its head the embedding, as a teacher with a cut vocabulary.
+
+    Raises:
+        ValueError: the file is none such.
+    """
     reader = GGUFReader(path)
 
     def number(key: str) -> float:
         return reader.fields[f"llama.{key}"].contents()
 
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if reader.fields["general.architecture"].contents() != "llama" or "output.weight" in tensors:
+        raise ValueError(
+            f"{path} cannot teach: its architecture is not llama, or its head is not its embedding"
+        )
 
     def floats(name: str) -> Tensor:
         tensor = tensors[f"{name}.weight"]

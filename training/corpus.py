@@ -1,12 +1,13 @@
 """A corpus that a teacher writes: windows of tokens, and behind each token what the teacher would write next.
 
-A shard is an .npz of `tokens` (windows, window) uint16, `ids` and `odds` (windows, window, likeliest) uint16
-and float16: the likeliest next tokens, best first, and their probabilities. It depends on (teacher, recipe,
-seed, number) alone and is written whole or not at all, so generation resumes by leaving out what is there.
+A shard is an .npy of records, one a window: `tokens` (window,) uint16, `ids` and `odds` (window, likeliest)
+uint16 and float16: the likeliest next tokens, best first, and their probabilities. It depends on (teacher,
+recipe, seed, number) alone and is written whole or not at all, so generation resumes by leaving out what is
+there. Shards are mapped, not read: processes share them, and memory need not hold them.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +31,21 @@ class Lesson:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def rows(self, chosen: Tensor | slice) -> "Lesson":
+    def rows(self, chosen: slice) -> "Lesson":
         """Some windows of these."""
         return Lesson(self.tokens[chosen], self.ids[chosen], self.odds[chosen])
+
+    @classmethod
+    def of(cls, records: np.ndarray) -> "Lesson":
+        return cls(*(torch.from_numpy(np.ascontiguousarray(records[name])) for name in records.dtype.names))
+
+    def records(self) -> np.ndarray:
+        """As a shard holds them."""
+        parts = {name: tensor.numpy() for name, tensor in vars(self).items()}
+        found = np.empty(len(self), [(name, part.dtype, part.shape[1:]) for name, part in parts.items()])
+        for name, part in parts.items():
+            found[name] = part
+        return found
 
 
 # Writes the shard that a generator decides, in so many windows as it likes.
@@ -46,7 +59,7 @@ def likeliest(odds: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:04}.npz"
+    return folder / f"shard-{number:04}.npy"
 
 
 def write_corpus(
@@ -59,10 +72,9 @@ def write_corpus(
         if not path.exists():
             digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            lesson = writer(generator)
-            arrays = {name: tensor.numpy() for name, tensor in vars(lesson).items()}
+            records = writer(generator).records()
             with atomic_file(path) as file:
-                np.savez(file, **arrays)
+                np.save(file, records)
         if progress:
             progress(number + 1, shards)
 
@@ -75,20 +87,30 @@ class Corpus:
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
-        shards = [np.load(path) for path in sorted(folder.glob("shard-*.npz"))]
-        if not shards:
+        self._shards = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("shard-*.npy"))]
+        if not self._shards:
             raise FileNotFoundError(f"{folder} holds no shards: run the corpus verb first")
-        names = ("tokens", "ids", "odds")
-        arrays = (np.concatenate([shard[name] for shard in shards]) for name in names)
-        self.lesson = Lesson(*map(torch.from_numpy, arrays))
+        self._ends = np.cumsum([len(shard) for shard in self._shards])
         self._seed = seed
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def lesson(self, windows: Iterable[int]) -> Lesson:
+        """Windows by their numbers, 0 to len - 1."""
+        chosen = np.fromiter(windows, np.int64)
+        shards = np.searchsorted(self._ends, chosen, side="right")
+        places = chosen - self._ends[shards]  # from a shard's end
+        return Lesson.of(
+            np.stack([self._shards[shard][at] for shard, at in zip(shards, places, strict=True)])
+        )
 
     def batch(self, step: int, size: int) -> Lesson:
         """`size` windows of a step: each pass over the corpus has an order of its own."""
-        count = len(self.lesson)
+        count = len(self)
         at = range(step * size, (step + 1) * size)
         orders = {epoch: self._order(epoch) for epoch in {i // count for i in at}}
-        return self.lesson.rows(torch.tensor([orders[i // count][i % count] for i in at]))
+        return self.lesson(orders[i // count][i % count] for i in at)
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self.lesson))
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self))

@@ -4,12 +4,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from training.corpus import Lesson, likeliest
-from training.llama2c import BOS, read_model, read_pieces, story_texts
+from training.corpus import Corpus, Lesson, likeliest
+from training.llama2c import BOS, Piece, read_model, story_texts
 from training.teacher import Shaping
 
 WINDOWS = 256  # of a shard: enough rows for efficient products, and a KV cache of some 100 MB at most
@@ -44,12 +43,11 @@ class Storyteller:
         return likeliest(torch.softmax(self.teacher.logits(rows), -1), self._likeliest)
 
 
-def count_tokens(
-    windows: Tensor, vocabulary: Path, n_vocab: int, tokenize: Callable[[str], list[int]]
-) -> Counter[int]:
-    """How often the stories in (n, window) ids of this teacher use each token of another tokenizer."""
-    pieces, counts = read_pieces(vocabulary, n_vocab), Counter()
-    for row in windows.numpy().astype(np.int64):
-        for story in story_texts(pieces, row):
+def count_tokens(corpus: Corpus, pieces: list[Piece], tokenize: Callable[[str], list[int]]) -> Counter[int]:
+    """How often the stories of this teacher use each token of another tokenizer."""
+    counts: Counter[int] = Counter()
+    for number in range(len(corpus)):
+        [window] = corpus.lesson([number]).tokens.numpy()
+        for story in story_texts(pieces, window):
             counts.update(tokenize(story))
     return counts
