@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGUFValueType, GGUFWriter
+from gguf.gguf_writer import GGUFValue
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -224,6 +226,25 @@ def test_the_engine_of_the_cluster_says_what_the_program_says(
     stage.close()
     assert len(set(tokens[heard:])) > 5
     assert said == beginning + vocabulary.detokenize(tokens[heard:]).decode(errors="replace")
+
+
+@pytest.mark.parametrize("key", ["eos_token_id", "eot_token_id"])
+def test_a_text_ends_where_the_model_ends_it(
+    tiny: Path, models: dict[str, Path], tmp_path: Path, key: str
+) -> None:
+    words = ("once upon a time", "-n", "12", "--greedy")
+    whole = run(tiny, models["stories"], *words).stdout
+    model = replace(SHAPES["15m"], layers=2, n_vocab=600, layout=ternary_p2.LAYOUT)
+    last = Vocabulary(models["stories"]).tokenize(whole, add_bos=True)[-1]
+
+    def describe(writer: GGUFWriter) -> None:
+        add_vocabulary(writer, model.n_vocab)
+        writer.kv_data[0][f"tokenizer.ggml.{key}"] = GGUFValue(last, GGUFValueType.UINT32)
+
+    ternary_p2.write_pentium2(tmp_path / "x.gguf", model, Restless(model, 1), describe=describe)
+    ended = run(tiny, tmp_path / "x.gguf", *words)
+    assert ended.returncode == 0
+    assert len(ended.stdout) < len(whole) and whole.startswith(ended.stdout)
 
 
 def test_a_seed_gives_the_same_text_again_and_another_seed_another(

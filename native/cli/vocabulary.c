@@ -112,6 +112,8 @@ bool vocabulary_open(struct vocabulary *vocabulary, const ternary_file *file, to
     vocabulary->end = tokenizer_eos(vocabulary->tokenizer);
     vocabulary->turn_start = tokenizer_named(vocabulary->tokenizer, "<|im_start|>", 12);
     vocabulary->turn_end = tokenizer_named(vocabulary->tokenizer, "<|im_end|>", 10);
+    if (vocabulary->turn_end == TOKENIZER_NONE)
+        vocabulary->turn_end = number(&gguf, "tokenizer.ggml.eot_token_id");
     return true;
 }
 

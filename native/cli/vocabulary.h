@@ -12,7 +12,8 @@ struct vocabulary {
     const tokenizer *tokenizer;
     void *memory, *scratch;
     size_t scratch_bytes;
-    int32_t end, turn_start, turn_end; /* of a text; of a turn in ChatML; TOKENIZER_NONE: the file has none */
+    int32_t end;                  /* of a text; TOKENIZER_NONE, here and below: the file has none */
+    int32_t turn_start, turn_end; /* in ChatML; without that, whatever ends a turn */
 };
 
 /* Make the tokenizer of a file, which must stay mapped; false: *error says why. */
