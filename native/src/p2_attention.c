@@ -89,7 +89,8 @@ void p2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence
 size_t p2_scratch_floats(const struct cache *cache)
 {
     const size_t positions = (cache->context + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS * LOOKUP_COLUMNS;
-    return positions * 3 + HEAD_DIM_LIMIT * 2; /* sums, weights and shares of positions; or a query, or sums of values */
+    /* Sums, weights and shares of positions; or a query, and sums of dimensions. */
+    return positions * 3 + HEAD_DIM_LIMIT * 2;
 }
 
 /* 2^(i / 512), and 2^-i: what powers of 2 are made of, beside p2_powers. */

@@ -10,7 +10,8 @@
 /* What stands for the kernels of other layouts; without `dot` and `attend`. */
 extern const struct kernels kernels_p2;
 
-/* Nearest integer, ties to even, for |x| < 2^22 (some integer for others): adding 1.5 * 2^23 pushes the fraction out of the mantissa. */
+/* Nearest integer, ties to even, for |x| < 2^22 (some integer for others): adding 1.5 * 2^23 pushes the fraction out of
+ * the mantissa. */
 static inline int32_t p2_nearest(float x)
 {
     const float shifted = x + 12582912.0f;
