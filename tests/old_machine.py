@@ -3,7 +3,7 @@
 `scripts/old_machine.sh` fetches the kernel and busybox. Programs and small files travel in the initramfs,
 which is memory of the machine; large ones on an IDE disk with an ext4 file system. Its clock counts
 instructions (2 ns each), so what it says of time is the same on every host, and not the speed of a real
-Pentium.
+Pentium; waiting for the disk takes the host's time.
 """
 
 import io
@@ -116,7 +116,8 @@ def boot(
     initramfs = folder / "initramfs"
     initramfs.write_bytes(_archive(content | files))
     machine = ["qemu-system-i386", "-M", "pc", "-cpu", "pentium2", "-m", "128", "-nic", "none", "-no-reboot"]
-    clock = ["-icount", "shift=1,sleep=off", "-nographic"]
+    # Without sleep the clock leaps ahead while nothing runs: a disk would seem too slow to answer at all.
+    clock = ["-icount", f"shift=1,sleep={'on' if disk else 'off'}", "-nographic"]
     system = ["-kernel", MACHINE / "vmlinuz", "-initrd", initramfs, "-append", KERNEL_OPTIONS]
     drive = ["-drive", f"file={disk},format=raw,if=ide,snapshot=on"] if disk else []
     try:

@@ -29,7 +29,7 @@ void qemu_plugin_reset(plugin_id, simple_callback);
 size_t qemu_plugin_tb_n_insns(const struct block *);
 struct instruction *qemu_plugin_tb_get_insn(const struct block *, size_t);
 uint64_t qemu_plugin_insn_vaddr(const struct instruction *);
-void qemu_plugin_register_vcpu_tb_exec_inline(struct block *, int operation, void *, uint64_t);
+void qemu_plugin_register_vcpu_insn_exec_inline(struct instruction *, int operation, void *, uint64_t);
 void qemu_plugin_register_vcpu_insn_exec_cb(struct instruction *, void (*)(unsigned, void *), int flags, void *);
 void qemu_plugin_register_vcpu_mem_cb(struct instruction *, void (*)(unsigned, uint32_t, uint64_t, void *), int flags,
                                       int direction, void *);
@@ -118,11 +118,11 @@ static void instrument(plugin_id id, struct block *block)
 {
     (void)id;
     size_t n = qemu_plugin_tb_n_insns(block);
-    if (counts)
-        qemu_plugin_register_vcpu_tb_exec_inline(block, INLINE_ADD_U64, &instructions, n);
     for (size_t i = 0; i < n; i++) {
         struct instruction *instruction = qemu_plugin_tb_get_insn(block, i);
         uintptr_t address = (uintptr_t)qemu_plugin_insn_vaddr(instruction);
+        if (counts) /* each for itself: a block may hold one that it leaves to the next, at the end of a page */
+            qemu_plugin_register_vcpu_insn_exec_inline(instruction, INLINE_ADD_U64, &instructions, 1);
         if (address == start)
             qemu_plugin_register_vcpu_insn_exec_cb(instruction, entered, NO_REGISTERS, NULL);
         if (code)
