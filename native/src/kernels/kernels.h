@@ -28,8 +28,8 @@ struct activations {
     uint32_t planes;
 };
 
-/* Queries of `heads` heads that share a key/value head, in `rows` rows that follow one another in a sequence: rows * heads
- * is 1 to ATTENTION_QUERIES. The results take their place. */
+/* Queries of `heads` heads that share a key/value head, in `rows` rows that follow one another in a sequence: rows *
+ * heads is 1 to ATTENTION_QUERIES. The results take their place. */
 struct attention {
     float *queries; /* row r's begin at r * row_stride: [heads][head_dim] */
     size_t row_stride;
