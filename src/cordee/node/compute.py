@@ -14,9 +14,6 @@ from cordee.errors import CordeeError, StageFailed
 from cordee.generation.grammar import GrammarTokenizer
 from cordee.generation.request import Choice
 from cordee.generation.sampling import Sampler
-from cordee.models.architectures import Architecture, architecture
-from cordee.models.gguf import read_header
-from cordee.models.slices import window_pattern
 from cordee.node.link import PAYLOAD_BYTES_MAX
 from cordee.node.messages import Held, Load, Opening, Rows, Run, Tokens
 
@@ -75,10 +72,7 @@ class Compute:
             self._stage.trim(sequence, length)
             tokens = None if held.tokens is None else held.tokens[:length]
             self._held[sequence] = Held(held.tenure, length, tokens)
-        header = read_header(self._path)
-        rules = architecture(header.architecture) or Architecture(header.architecture)
-        windowed = window_pattern(header, rules) or [False] * self.description.layers
-        return pick_layers(self._stage.export_sequence(sequence), windowed, first, last)
+        return pick_layers(self._stage.export_sequence(sequence), _windowed(self._path), first, last)
 
     def restore(self, sequence: int, held: Held, parts: Sequence[bytes]) -> None:
         """Take a sequence over, its layers in parts.
@@ -199,7 +193,19 @@ def _ternary_engine():
     return TernaryStage
 
 
+def _windowed(path: Path) -> list[bool]:
+    """Which layers of a slice have a sliding window."""
+    from cordee.models.architectures import Architecture, architecture  # 8 MB that few workers ever need
+    from cordee.models.gguf import read_header
+    from cordee.models.slices import window_pattern
+
+    header = read_header(path)
+    rules = architecture(header.architecture) or Architecture(header.architecture)
+    return window_pattern(header, rules) or [False] * header.layers
+
+
 def _embedding(path: Path):
     from cordee.models.embedding import Embedding  # only the first of several stages needs it
+    from cordee.models.gguf import read_header
 
     return Embedding(read_header(path))
