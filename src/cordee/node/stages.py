@@ -27,7 +27,7 @@ from cordee.node.workers import EXACT_ENVIRONMENT, Workers
 WATCH_SECONDS = 1.0  # how often wired workers are looked at: who is stopped holds everybody up
 # So long a worker with heirs stays after it was stopped: the host's RECALL_SECONDS, and time for the largest
 # states to travel. Its memory was planned for beside that of its successors.
-LINGER_SECONDS = 10.0
+LINGER_SECONDS = 15.0
 LINGER_LOOK_SECONDS = 0.2  # how often it is looked whether they are all gone
 
 log = logging.getLogger(__name__)

@@ -67,9 +67,7 @@ if TYPE_CHECKING:  # workers of one machine start sooner without TLS
 PEERS_MAX = 4  # that connected and are not wired yet: a new placement's while an old one is being closed
 BACKLOG = 64  # peers that knock during a decode: with a full backlog the true one would be refused
 JOIN_SECONDS = 1.0  # for the rest of a Join that began to arrive: it is one small write
-HEIRS_MAX = (
-    16  # workers of the next placement: those whose layers overlap with this one's, and some that fell
-)
+HEIRS_MAX = 16  # workers of the next placement whose layers overlap with this one's, and some that fell
 # A micro-batch that goes round may keep its tokens back for so long: nobody reads faster, and each message
 # costs the service as much as a small model's layer.
 GATHER_SECONDS = 0.02
