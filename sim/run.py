@@ -49,7 +49,8 @@ def play(seed: int) -> Outcome:
     try:
         scenario.play()
         over = scenario.world.now
-        leases = (_settle(scenario, over) - over) / LEASE_SECONDS
+        settled, _ = _settle(scenario, over, NOTHING)
+        leases = (settled - over) / LEASE_SECONDS
         _blink(scenario)
         if scenario.dead:
             _return(scenario)
@@ -59,8 +60,8 @@ def play(seed: int) -> Outcome:
     return Outcome(leases, ends)
 
 
-def _settle(scenario: Scenario, since: float, served: Mapping[str, Wish] = NOTHING) -> float:
-    """Let time pass until nothing changes; when that began.
+def _settle(scenario: Scenario, since: float, served: Mapping[str, Wish]) -> tuple[float, Mapping[str, Wish]]:
+    """Let time pass until nothing changes; when that began, and what of `served` was wished alike all along.
 
     What is `served` must not be interrupted, unless its wish changes: clocks that are days apart may make an
     old wish the newest for a moment.
@@ -88,7 +89,7 @@ def _settle(scenario: Scenario, since: float, served: Mapping[str, Wish] = NOTHI
         before = picture
         if world.now - since > BOUND_LEASES * LEASE_SECONDS:
             raise Broken(f"not settled within {BOUND_LEASES} leases: {fault or 'it changes'}")
-    return settled
+    return settled, served
 
 
 def _blink(scenario: Scenario) -> None:
@@ -118,8 +119,8 @@ def _return(scenario: Scenario) -> None:
     scenario.revoked = scenario.known_revocations()
     if scenario.revoked != known:
         before = {}  # what it used may have to go
-    _settle(scenario, scenario.world.now, {model: wished[model] for model in before})
-    after = checks.serving(scenario) if scenario.wished() == wished else {}
-    fault = checks.moved_for_little(before, after)
+    _, served = _settle(scenario, scenario.world.now, {model: wished[model] for model in before})
+    after = checks.serving(scenario)
+    fault = checks.moved_for_little({model: before[model] for model in served}, after)
     if fault:
         raise Broken(fault)
