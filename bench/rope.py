@@ -2,7 +2,7 @@
 
     python bench/rope.py [--faults N] [--cases PREFIX] [--machine NAME] [--csv FILE]      as root, on Linux
 
-About 20 minutes on a quiet machine. Tells what it does, prints the README's table, and writes all figures to
+Six minutes on two quiet cores. Tells what it does, prints the README's table, and writes all figures to
 bench/results/rope-MACHINE.csv and each fault to rope-MACHINE-faults.csv beside it.
 
 Hosts are network namespaces on this machine (tests/net/netlab.py) with at most one processor each. Cases:
