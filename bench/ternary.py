@@ -1,14 +1,17 @@
 """The ternary engine beside llama.cpp's TQ2_0 and TQ1_0, interleaved in one run on this machine.
 
-    python bench/ternary.py [--shape 2b4t] [--models FOLDER] [--rounds N] [--cases PREFIX] [--json]
+    python bench/ternary.py [--shape 2b4t] [--models FOLDER] [--rounds N] [--cases PREFIX] [--i2s LIBRARY]
+                            [--json]
 
 Models of random weights are made in FOLDER (kept) or in a temporary one. `decode-weights` is the model with
 a vocabulary of 64: layers alone, attention over a short context and all norms included. `decode` and
 `prefill-512` are the whole model, ours with a head of 8 bits and a scale for each row, llama.cpp's with Q6_K,
 which is coarser and smaller. `decode-avx2` holds our AVX2 kernels against the peer as it is (its ternary dots
 use no more than AVX2). `roof` is what plain reading of as many bytes gives: there `ours` and `peer` are GB/s,
-elsewhere tokens/s. One thread is timed by its CPU time, which other programs on the machine do not lengthen
-much; two by the clock. Figures are medians of the rounds; a ratio is the median of the rounds' own.
+elsewhere tokens/s. `dot` is the kernels alone beside bitnet.cpp's in billions of weights a second, given
+LIBRARY (ternary_i2s.py tells how to make it). One thread is timed by its CPU time, which other programs on
+the machine do not lengthen much; two by the clock. Figures are medians of the rounds; a ratio is the median
+of the rounds' own.
 """
 
 import argparse
@@ -27,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType
 
+import ternary_i2s
 from cordee.engine.stage import Batch, StageConfig
 from cordee.engine.ternary import TernaryStage, library
 from cordee.models.ternary import TernaryModel
@@ -216,10 +220,13 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="folder that keeps the models")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cases", default="", help="only those whose name begins so")
+    parser.add_argument("--i2s", type=Path, metavar="LIBRARY", help="bitnet.cpp's dot: see ternary_i2s.py")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cordee-bench-") as temporary:
         results = measure(options.models or Path(temporary), options.shape, options.rounds, options.cases)
+    if options.i2s:
+        results += [line(*found) for found in ternary_i2s.measure(options.i2s, options.rounds, options.cases)]
     if options.json:
         for result in results:
             print(json.dumps(result))
