@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import ssl
 import threading
@@ -19,6 +20,7 @@ from cordee.errors import BadRequest
 from cordee.node import address, enrolment, identity
 from cordee.node import bus as bus_module
 from cordee.node.bus import BusOptions, Inbox, ZenohBus
+from cordee.node.bus_settings import REMOVED
 from cordee.node.identity import Identity
 from cordee.node.peers import Peers
 from intruders import intruder, intruder_certificate
@@ -234,6 +236,25 @@ def test_a_removed_node_is_alone(tmp_path: Path) -> None:
     run(story)
 
 
+def test_a_removed_node_that_was_away_is_told_that_and_nothing_else(tmp_path: Path) -> None:
+    keeper, removed, other = cluster(tmp_path, 3)
+    keeper.revoke(removed.node)
+    keeper.revoke(other.node)
+    told: list[str] = []
+
+    async def story() -> None:
+        async with node(keeper, []) as a, node(removed, a.bus.addresses) as r:
+            for member in (removed, other):
+                r.bus.watch(REMOVED.format(member.node, "*"), lambda key, alive: told.append(key))
+            await until(lambda: told)
+            await asyncio.sleep(QUIET_SECONDS)
+            assert r.alive == tokens(removed)
+            assert removed.admit([bytes.fromhex(told[0].rpartition("/")[2])]) == {removed.node}
+
+    run(story)
+    assert len(told) == 1
+
+
 def test_members_renew_over_the_bus(tmp_path: Path) -> None:
     now = time.time()
     keeper = founder(tmp_path / "keeper", now - 12 * DAY_SECONDS)
@@ -300,7 +321,10 @@ def test_intruders_see_nothing_and_are_not_heard(tmp_path: Path, kind: str) -> N
             assert {payload for _, payload in a.heard + b.heard} <= {b"secret", b"end"}
 
     run(story)
-    assert [key for key in seen if keeper.cluster in key and not key.endswith(("beat/x", removed.node))] == []
+    # what he said himself, and that he was removed
+    known = re.compile(f"beat/x|alive/{removed.node}" + f"|removed/{removed.node}/.*" * (kind == "removed"))
+    prefix = f"cordee/{keeper.cluster}/"
+    assert [key for key in seen if key.startswith(prefix) and not known.fullmatch(key, len(prefix))] == []
     assert seen.count(f"cordee/{keeper.cluster}/beat/x") <= 20  # his own
 
 

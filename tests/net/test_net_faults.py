@@ -9,6 +9,7 @@ import pytest
 
 import netfaults
 from netfaults import Fault
+from netlab import PATIENCE_SECONDS
 from netrope import Node, Rope
 
 FIRST, LAST = 0, -1  # stages: the first one's node is the host, with the scheduler
@@ -80,3 +81,20 @@ def test_answers_hold_through_fifty_faults_in_a_row(rope: Rope) -> None:
         fault, victim = draw.choice(netfaults.RANDOM), draw.choice(rope.nodes)
         print(f"{number}: {fault.__name__} of {victim.host.name}", flush=True)
         strike(rope, fault, victim, draw)
+
+
+@pytest.mark.long
+def test_a_machine_that_is_left_alone_can_leave(rope: Rope) -> None:
+    """It holds a stage that fits nowhere else; it says so, and goes all the same."""
+    left = next(node for node in reversed(rope.stages()) if node is not rope.first)
+    others = [node for node in rope.nodes if node is not left]
+    for node in others:
+        node.host.crash()
+    left.verb("leave", "--yes")
+    assert left.process is not None
+    left.process.wait(PATIENCE_SECONDS)
+    for node in others:
+        node.host.plug()
+        node.up()
+    rope.join(left)
+    rope.settle()

@@ -41,13 +41,14 @@ from cordee.generation.streams import Said
 from cordee.models.store import Store, StoredModel
 from cordee.node import address, dataplane, enrolment, link
 from cordee.node.bus import BusOptions, ZenohBus
+from cordee.node.bus_settings import REMOVED
 from cordee.node.desk import Desk
 from cordee.node.devices import own_devices
 from cordee.node.distance import Distances
 from cordee.node.energy import Meter
 from cordee.node.gateway import ClusterGateway, ClusterService
 from cordee.node.hosting import Hosting
-from cordee.node.identity import Identity
+from cordee.node.identity import Identity, revoked_node
 from cordee.node.library import Library
 from cordee.node.link import LinkClosed
 from cordee.node.messages import Join, Recalled, Tokens
@@ -306,6 +307,7 @@ class Agent:
         self.bus.subscribe("beat/*", self._hear)
         self.bus.subscribe(f"to/{self.node}/*", self._receive)
         self.bus.watch("alive/*", self._see)
+        self.bus.watch(REMOVED.format(self.node, "*"), self._hear_removed)
         self.bus.announce(f"alive/{self.node}")
         for loop in (self._act_always, self._beat_always, self._host_always, self._renew_always):
             self._keep(loop())
@@ -331,16 +333,23 @@ class Agent:
             return
         if beat.facts.node in self.identity.revoked or key != f"beat/{beat.facts.node}":
             return
-        removed = self.identity.admit(beat.revocations)
+        self._admit(beat.revocations)
+        if beat.farewell == "leaves":
+            self.bus.forget(beat.facts.node)
+        if self.mind.hear(beat, time.monotonic()):
+            self.changed()
+
+    def _hear_removed(self, key: str, alive: bool) -> None:
+        with contextlib.suppress(ValueError):  # no hexadecimal digits
+            self._admit([bytes.fromhex(key.rpartition("/")[2])])
+
+    def _admit(self, revocations: Sequence[bytes]) -> None:
+        removed = self.identity.admit(revocations)
         if self.node in removed:
             self.removed.set()
         elif removed:
             self._part()
             self._keep(self.bus.refresh())
-        if beat.farewell == "leaves":
-            self.bus.forget(beat.facts.node)
-        if self.mind.hear(beat, time.monotonic()):
-            self.changed()
 
     def _see(self, key: str, alive: bool) -> None:
         node = key.rpartition("/")[2]
@@ -404,7 +413,7 @@ class Agent:
         orders = Orders()
         for _ in range(2):  # the second time with what the first makes us say
             self._facts = facts = self._look()
-            revocations = {entry[:8].hex(): entry for entry in self.identity.revocations}
+            revocations = {revoked_node(entry): entry for entry in self.identity.revocations}
             self.mind.observe(facts, now, time.time(), revocations)
             self.goals = self.mind.plan(now)
             orders = self.crew.step(self.goals, self.stages.workers, self.library.slices, now)

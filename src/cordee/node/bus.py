@@ -8,9 +8,10 @@ says, a random id and addresses, is all that travels outside of TLS.
 **Who may speak.** Beside the cluster's authority zenoh trusts the web's public authorities when it connects,
 and cannot be told not to; and anybody can answer its multicast with an address of his own. So a link alone is
 no membership. zenoh's access control lets nothing in or out but for common names that only the cluster's
-authority signs (`identity.slots`), less those of removed nodes. It is read when a session opens, and so is
-the listener's certificate: `refresh` reopens the session after a removal or a renewal, in about 0.1 s, on the
-same port. Host names would add nothing and are not verified: addresses change, ids do not.
+authority signs (`identity.slots`), less those of removed nodes; a removed node, which may have slept then,
+hears one thing: that it was. Who may is read when a session opens, and so is the listener's certificate:
+`refresh` reopens the session after a removal or a renewal, in about 0.1 s, on the same port. Host names would
+add nothing and are not verified: addresses change, ids do not.
 
 **Threads.** zenoh calls on its own threads; everything is handed to the event loop, in order, through bounded
 inboxes. Sending may block while a neighbour does not take data and so happens on threads of this module.
@@ -33,8 +34,8 @@ from zenoh.handlers import Callback
 
 from cordee.errors import BadRequest, SetupNeeded
 from cordee.node import address
-from cordee.node.bus_settings import MESSAGE_BYTES_MAX, RUNTIME, session_config
-from cordee.node.identity import Identity
+from cordee.node.bus_settings import MESSAGE_BYTES_MAX, REMOVED, RUNTIME, session_config
+from cordee.node.identity import Identity, revoked_node
 from cordee.node.peers import Peers
 
 PORT = 7330  # where a node listens unless told otherwise or taken: `--peer HOST` means this port
@@ -226,6 +227,8 @@ class ZenohBus:
                 self._loop.call_later(SETTLE_SECONDS, self._settle, self._session)
             self._told_addresses = self.addresses
             self._declare_token(f"at/{self._identity.node}/{','.join(self._told_addresses)}")
+            for entry in self._identity.revocations:
+                self._declare_token(REMOVED.format(revoked_node(entry), entry.hex()))
             for pattern, inbox in self._subscriptions:
                 self._declare_subscriber(pattern, inbox)
             for key, handler in self._services:

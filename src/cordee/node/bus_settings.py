@@ -4,6 +4,7 @@ Why it is set up like this stands in bus.py.
 """
 
 import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cordee.node.identity import Identity, slot_of, slots
@@ -23,6 +24,7 @@ RUNTIME = ("ZENOH_RUNTIME", "(rx: (worker_threads: 64))")
 PENDING_LINKS_MAX = 32  # whose handshake is under way
 SCOUTING_GROUP = "224.0.0.224"  # link-local: no switch needs to be asked to forward it
 SCOUTING_PORTS = (20_000, 10_000)  # the first, how many: below the ports that systems hand out
+REMOVED = "removed/{}/{}"  # node, its revocation in hexadecimal: all that a removed node may hear
 MESSAGES = (
     "put",
     "query",
@@ -43,7 +45,6 @@ def session_config(
     `peers`: (host, port) of nodes to look for; `scouting`: the interface for multicast, empty for none.
     """
     folder = identity.folder
-    removed = {slot_of(node) for node in identity.revoked}
     return {
         "mode": "peer",
         "listen": {"endpoints": [_locator(host, port)]},
@@ -56,7 +57,7 @@ def session_config(
         },
         "open": {"return_conditions": {"connect_scouted": False, "declares": False}},
         "scouting": _scouting(identity.cluster, scouting),
-        "access_control": _access([slot for slot in slots() if slot not in removed]),
+        "access_control": _access(identity.revoked),
         "transport": {
             "shared_memory": {"enabled": False},  # it would lie in the clear in /dev/shm
             "unicast": {"accept_pending": PENDING_LINKS_MAX, "max_sessions": LINKS_MAX},
@@ -96,21 +97,37 @@ def _scouting(cluster: str, interface: str) -> dict[str, Any]:
     return {"delay": 0, "multicast": multicast, "gossip": {"enabled": True}}
 
 
-def _access(names: list[str]) -> dict[str, Any]:
-    """Let the bearers of these common names say and hear everything, and nobody else anything."""
-    rule = {
-        "id": "everything",
-        "messages": list(MESSAGES),
-        "flows": ["ingress", "egress"],
-        "permission": "allow",
-        "key_exprs": ["cordee/**"],
-    }
-    return {
+def _access(revoked: Iterable[str]) -> dict[str, Any]:
+    """Let members say and hear everything, a removed node that it was removed, and nobody else anything.
+
+    A subject is whoever shows one of its common names.
+    """
+    removed = {slot_of(node): node for node in sorted(revoked)}
+    members = [slot for slot in slots() if slot not in removed]
+    access: dict[str, Any] = {
         "enabled": True,
         "default_permission": "deny",
-        "rules": [rule],
-        "subjects": [{"id": "members", "cert_common_names": names}],
+        "rules": [_rule("everything", MESSAGES, ["ingress", "egress"], "cordee/**")],
+        "subjects": [{"id": "members", "cert_common_names": members}],
         "policies": [{"rules": ["everything"], "subjects": ["members"]}],
+    }
+    for slot, node in removed.items():
+        key = f"cordee/*/{REMOVED.format(node, '*')}"
+        asks = _rule(f"asks-{node}", ["declare_liveliness_subscriber"], ["ingress"], key)
+        hears = _rule(f"hears-{node}", ["liveliness_token"], ["egress"], key)
+        access["rules"] += [asks, hears]
+        access["subjects"].append({"id": node, "cert_common_names": [slot]})
+        access["policies"].append({"rules": [asks["id"], hears["id"]], "subjects": [node]})
+    return access
+
+
+def _rule(name: str, messages: Sequence[str], flows: Sequence[str], key: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "messages": list(messages),
+        "flows": list(flows),
+        "permission": "allow",
+        "key_exprs": [key],
     }
 
 

@@ -176,7 +176,7 @@ class Identity:
         """
         new: dict[str, bytes] = {}
         for entry in revocations:
-            node, signature = entry[:ID_BYTES].hex(), entry[ID_BYTES:]
+            node, signature = revoked_node(entry), entry[ID_BYTES:]
             if node not in self._revoked and _is_revoked(self.authority, node, signature):
                 new[node] = signature
         if new:
@@ -286,6 +286,11 @@ def cluster_id(authority: x509.Certificate) -> str:
 def slot_of(node: str) -> str:
     """The common name of a node's certificate."""
     return f"cordee-{node[:SLOT_DIGITS]}"
+
+
+def revoked_node(revocation: bytes) -> str:
+    """The id of the node that a revocation is about."""
+    return revocation[:ID_BYTES].hex()
 
 
 def slots() -> list[str]:

@@ -139,20 +139,31 @@ class Overview:
     async def stays(self) -> list[dict[str, Any]]:
         """The stages that this node still runs, and why: empty for those on their way elsewhere."""
         others = [node for node, facts in self._alive().items() if not facts.draining]
-        picks = (pick for picks in self._mind.chosen.values() for pick in picks)
-        stuck = {placement_id(pick.placement): pick for pick in picks if pick.successor is None}
+        stuck = self._stuck()
         found = []
         for report in self._facts[self._agent.node].stages:
             if report.state == "failed":
                 continue
-            stage, pick, why = self._own_stage(report), stuck.get(placement_id(report.placement)), ""
-            if pick is not None and not others:
+            stage, why = self._own_stage(report), ""
+            job = stuck.get(placement_id(report.placement)) or stuck.get(report.placement.model)
+            if job is not None and not others:
                 why = "There is no other node that is not drained."
-            elif pick is not None:
-                load = Load(pick.placement.context, pick.placement.sequences)
-                elsewhere = await self._plan(pick.shape, load)
+            elif job is not None:
+                elsewhere = await self._plan(*job)
                 why = "" if elsewhere.placement is not None else elsewhere.why
             found.append({"model": stage["model"], "layers": stage["layers"], "why": why})
+        return found
+
+    def _stuck(self) -> dict[str, tuple[ModelShape, Load]]:
+        """What nothing follows: placements by id; by digest, models that run nowhere, whose stages stay."""
+        found = {}
+        for wish in self._mind.wishes:
+            if wish.shape is not None and wish.replicas and not self._mind.chosen.get(wish.model):
+                found[wish.shape.digest] = wish.shape, Load(wish.context, wish.sequences)
+        for pick in (pick for picks in self._mind.chosen.values() for pick in picks):
+            if pick.successor is None:
+                load = Load(pick.placement.context, pick.placement.sequences)
+                found[placement_id(pick.placement)] = pick.shape, load
         return found
 
     async def plan(
