@@ -7,6 +7,9 @@ import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
+from rich.console import Console
+from rich.progress import track
+
 from sim.run import Broken, Outcome, play
 
 
@@ -27,7 +30,8 @@ def main() -> int:
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
     failures, leases, streams = 0, [], Counter()
     with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), len(seeds))) as pool:
-        for outcome in pool.map(attempt, seeds, chunksize=max(1, min(50, len(seeds) // 8))):
+        outcomes = pool.map(attempt, seeds, chunksize=max(1, min(50, len(seeds) // 8)))
+        for outcome in track(outcomes, "seeds", total=len(seeds), console=Console(stderr=True)):
             if isinstance(outcome, str):
                 failures += 1
                 print(outcome, flush=True)
