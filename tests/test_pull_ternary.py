@@ -12,7 +12,8 @@ from cordee.cli.main import cordee
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadModelFile, ModelNotFound, StorageFailed, UnsupportedModel
 from cordee.models.gguf import BitnetType, engine_of, read_header
-from cordee.models.pull import pull
+from cordee.models.pull import hub_files, pull
+from cordee.models.shape import model_shape
 from cordee.models.store import Store, StoredModel
 from fake_hub import FakeHub
 from test_checkpoint import assert_same
@@ -61,6 +62,12 @@ def test_a_ternary_gguf_file_becomes_ours(
     assert len(told) == 1
 
 
+def test_what_only_bitnet_cpp_reads_is_not_planned_or_shared_as_it_is(tmp_path: Path) -> None:
+    write_source(tmp_path / "model.gguf", weights_of("llama"), BitnetType.I2_S)
+    with pytest.raises(UnsupportedModel, match=r"model\.gguf is in bitnet\.cpp's I2_S.*`cordee pull`"):
+        model_shape(read_header(tmp_path / "model.gguf"), "digest")
+
+
 def test_a_way_to_split_text_that_must_be_named(home: Path, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "hub", checkpoint_weights("llama"), "divided")
     described = json.loads((folder / "tokenizer.json").read_text())
@@ -98,6 +105,8 @@ def test_a_checkpoint_on_the_hub(home: Path, tmp_path: Path, told: list[str], mo
         assert [line.split()[0] for line in told] == ["Fetching", "Fetching", "Converting"]
         assert hub.strange == []
         assert not list((home / "downloads").iterdir())
+        with pytest.raises(ModelNotFound, match=r"`cordee pull o/tiny-b1\.58` makes a file"):
+            hub_files("o/tiny-b1.58")  # to be shared: only a file can be cut
         hub.promised["tokenizer.json"] = "0" * 40
         with pytest.raises(StorageFailed, match=r"tokenizer\.json came with other content"):
             pull("o/tiny-b1.58")

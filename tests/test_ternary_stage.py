@@ -14,7 +14,9 @@ from cordee.engine.stage import Batch, StageConfig, batch_of_one
 from cordee.engine.ternary import TernaryStage
 from cordee.errors import BadModelFile, StageFailed, UnsupportedModel
 from cordee.models.embedding import Embedding
+from cordee.models.fit import estimate
 from cordee.models.gguf import read_header
+from cordee.models.shape import model_shape
 from cordee.models.slices import cut
 from ternary_models import FAMILIES, Reference, make_ternary
 from tiny import make_tiny
@@ -316,3 +318,20 @@ def test_a_damaged_file_never_crashes(tmp_path: Path) -> None:
         except (BadModelFile, UnsupportedModel, StageFailed):
             refused += 1
     assert refused > header // 97, "what is cut short is refused"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_estimate_is_what_a_stage_takes(family: str, tmp_path: Path) -> None:
+    config = StageConfig(context=512, sequences=3, batch_rows=256, threads=1)
+    make_ternary(family, tmp_path / "model.gguf", n_ff=2048, n_vocab=1000)
+    header = read_header(tmp_path / "model.gguf")
+    assert model_shape(header, "digest").n_vocab == 1000
+    for first, last in ((0, 4), (0, 2), (2, 4)):
+        path = tmp_path / "model.gguf"
+        if last - first < header.layers:
+            path = cut(header, first, last, tmp_path / "slice.gguf").path
+        stage = TernaryStage(path, config, is_last=last == header.layers)
+        found, real = estimate(header, first, last, config), stage.description
+        stage.close()
+        assert found.kv_bytes == real.kv_bytes
+        assert found.scratch_bytes == pytest.approx(real.scratch_bytes, rel=0.1)

@@ -11,13 +11,14 @@ from itertools import pairwise
 from cordee.cluster.memory import CELLS_STEP, Fit, Sizes, StageShape
 from cordee.errors import BadModelFile, DoesNotFit
 from cordee.models.architectures import Architecture, architecture
-from cordee.models.gguf import BLOCK, CONVERT_AGAIN, Header, Tensor
+from cordee.models.gguf import BLOCK, CONVERT_AGAIN, Header, Tensor, engine_of
 from cordee.models.slices import Piece, even_cuts, plan_slice, window_pattern
 
 # The tensors of one layer, under their names in it without `.weight`: of a slice, or of the model.
 Tensors = Mapping[str, Piece | Tensor]
 
 KV_NUMBER_BYTES = 2  # f16 and bf16
+TERNARY_LANES = 16  # native/src/cache.h, LANES
 # The estimate is right to a tenth, so so much of the memory that is free may be promised.
 USABLE = 0.9
 # Shorter is of no use to anybody.
@@ -45,7 +46,6 @@ def stage_shape(header: Header, first: int, last: int) -> StageShape:
         weights += piece.nbytes
     rules = architecture(header.architecture) or Architecture(header.architecture)
     windowed = (window_pattern(header, rules) or [False] * header.layers)[first:last]
-    head = header.tensor("token_embd.weight" if header.tied else "output.weight")
     return StageShape(
         weights_bytes=weights,
         cell_bytes=sum(cell_bytes(header, first + i, window) for i, window in enumerate(windowed)),
@@ -53,13 +53,21 @@ def stage_shape(header: Header, first: int, last: int) -> StageShape:
         row_floats=max(row_floats(header, tensors) for tensors in layers),
         n_embd=size_of(header, ".embedding_length"),
         layers=last - first,
-        vocabulary=head.shape[-1] if head and last == header.layers else 0,
+        vocabulary=vocabulary_size(header) if last == header.layers else 0,
     )
 
 
 def estimate(header: Header, first: int, last: int, sizes: Sizes) -> Fit:
     """The memory that layers `first` to `last` (exclusive) will take as a stage. Raises as `stage_shape`."""
     return stage_shape(header, first, last).fit(sizes)
+
+
+def vocabulary_size(header: Header) -> int:
+    """The width of the logits; 0 for a file without a head."""
+    if engine_of(header) == "ternary":
+        return size_of(header, ".vocab_size")
+    head = header.tensor("token_embd.weight" if header.tied else "output.weight")
+    return head.shape[-1] if head else 0
 
 
 def cell_bytes(header: Header, layer: int, windowed: bool) -> int:
@@ -74,6 +82,8 @@ def cell_bytes(header: Header, layer: int, windowed: bool) -> int:
         value = size_of(header, ".attention.value_length_swa", default=value)
     if header.get(".attention.key_length_mla"):
         value = 0  # multi-head latent attention: V is a part of K
+    if engine_of(header) == "ternary":
+        value = _padded(value)
     return groups * (key + value) * KV_NUMBER_BYTES
 
 
@@ -94,6 +104,8 @@ def size_of(header: Header, key: str, layer: int = 0, default: int | None = None
 def row_floats(header: Header, tensors: Tensors) -> int:
     """Floats that the buffers of one layer hold for each row at their peak."""
     embd = size_of(header, ".embedding_length")
+    if engine_of(header) == "ternary":
+        return _ternary_row_floats(header, embd)
     queries = _width_in(tensors, "attn_output")
     options = [
         _attention(header, tensors, queries),
@@ -101,6 +113,21 @@ def row_floats(header: Header, tensors: Tensors) -> int:
         _experts(header, tensors, embd + queries),
     ]
     return 3 * embd + queries + max(options)
+
+
+def _ternary_row_floats(header: Header, embd: int) -> int:
+    """The same in the ternary engine, whose buffers last a whole batch (native/src/session.c, cut_batch)."""
+    heads, width = size_of(header, ".attention.head_count"), size_of(header, ".feed_forward_length")
+    groups = size_of(header, ".attention.head_count_kv", default=heads)
+    head_dim = size_of(header, ".attention.key_length", default=embd // max(heads, 1))
+    planes = max(size_of(header, f"cordee.ternary.{key}") for key in ("planes", "head_planes"))
+    digits = planes * _padded(max(width, heads * head_dim, embd))  # of activations, in bytes
+    return 2 * embd + (heads + 2 * groups + 1) * head_dim + 2 * width + digits // 4
+
+
+def _padded(count: int) -> int:
+    """As the ternary engine pads what it reads in vectors."""
+    return -(-count // TERNARY_LANES) * TERNARY_LANES
 
 
 def _attention(header: Header, tensors: Tensors, queries: int) -> int:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal, NoReturn
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
-from cordee.errors import BadModelFile
+from cordee.errors import BadModelFile, UnsupportedModel
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -219,7 +219,16 @@ def read_header(path: Path, *, weights: bool = True) -> Header:
 
 
 def engine_of(header: Header) -> Literal["llama", "ternary"]:
-    """The engine that a model's file is laid out for."""
+    """The engine that a model's file is laid out for.
+
+    Raises:
+        UnsupportedModel: it is bitnet.cpp's own.
+    """
+    if any(isinstance(tensor.type, BitnetType) for tensor in header.tensors):
+        raise UnsupportedModel(
+            f"{header.path.name} is in bitnet.cpp's I2_S, which nothing here runs as it is: `cordee pull` "
+            "makes a file for the ternary engine of it."
+        )
     return "ternary" if "cordee.ternary.version" in header.metadata else "llama"
 
 

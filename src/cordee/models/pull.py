@@ -99,15 +99,21 @@ def hub_files(source: str) -> list[HubFile]:
 
     Raises:
         BadRequest: the repository has several models and `source` does not say which, or this is no source.
-        ModelNotFound, StorageFailed: as `pull` does.
+        ModelNotFound: the repository has no GGUF model, or there is no such repository.
+        StorageFailed: as `pull` does.
     """
     card = cards().get(source)
     asked = _HUB.fullmatch(card.source if card else source)
     if not asked:
         raise BadRequest(f"{source!r} is no model of a hub repository (owner/name).", "source")
-    return _choose(
-        asked["repository"], repository_files(asked["repository"]), asked["quantization"], asked["file"]
-    )
+    repository = asked["repository"]
+    files = repository_files(repository)
+    if not _models(files):
+        raise ModelNotFound(
+            f"{repository} on the hub holds no GGUF model: look for its GGUF edition. If it is a ternary "
+            f"checkpoint, `cordee pull {repository}` makes a file of it on some node, which can be shared."
+        )
+    return _choose(repository, files, asked["quantization"], asked["file"])
 
 
 @dataclass(frozen=True)

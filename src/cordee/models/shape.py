@@ -7,7 +7,7 @@ from cordee.cluster.facts import ModelShape
 from cordee.errors import BadRequest, UnsupportedModel
 from cordee.models.architectures import Architecture, architecture
 from cordee.models.cards import Card
-from cordee.models.fit import cell_bytes, row_floats, size_of
+from cordee.models.fit import cell_bytes, row_floats, size_of, vocabulary_size
 from cordee.models.gguf import BLOCK, Header, Tensor
 from cordee.models.slices import EMBEDDING, HEAD, cut_step, even_cuts, plan_slice, window_pattern
 
@@ -22,6 +22,7 @@ def model_shape(header: Header, digest: str) -> ModelShape:
 
     Raises:
         BadModelFile: the file does not say how large its parts are.
+        UnsupportedModel: no engine runs it.
     """
     rules = architecture(header.architecture) or Architecture(header.architecture)
     layers = _layers(header)
@@ -34,7 +35,7 @@ def model_shape(header: Header, digest: str) -> ModelShape:
         digest=digest,
         architecture=header.architecture,
         n_embd=size_of(header, ".embedding_length"),
-        n_vocab=head.shape[-1] if head else 0,
+        n_vocab=vocabulary_size(header),
         layer_bytes=tuple(sum(t.nbytes for t in tensors.values()) for tensors in layers),
         active_bytes=tuple(_active_bytes(header, i, tensors) for i, tensors in enumerate(layers)),
         cell_bytes=tuple(cell_bytes(header, i, window) for i, window in enumerate(windowed)),

@@ -27,7 +27,6 @@ from cordee.models.gguf import (
     BitnetType,
     Header,
     Tensor,
-    engine_of,
 )
 from cordee.models.ternary import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, exact_type, strips
 from cordee.models.ternary_scales import found_scales
@@ -57,7 +56,7 @@ class GgufSource:
 
     def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
         """See `Convertible.model`."""
-        if engine_of(self.header) == "ternary":
+        if "cordee.ternary.version" in self.header.metadata:
             raise UnsupportedModel(f"{self.header.path.name} is in a layout of the ternary engine already.")
         model = _model(self.header, self, layout, head)
         _refuse_unknown(self.header, model)
