@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from cordee.engine.stage import StageConfig, batch_of_one
+from cordee.engine.ternary import TernaryStage
 from cordee.models.ternary import LAYOUTS, TernaryModel, rounded, write
 
 _BASE = TernaryModel(
@@ -95,6 +97,17 @@ def make_ternary(family: str, path: Path, *, seed: int = 1, **changes: object) -
     weights = Weights(replace(FAMILIES[family], **changes), seed, scales=2 if family == "trilm" else 1)
     write(path, weights.model, weights)
     return weights
+
+
+def assert_computes(path: Path, weights: Weights) -> None:
+    """A file's logits are those of the weights, but for the rounding of head and cache."""
+    stage = TernaryStage(path, StageConfig(context=64, sequences=1, batch_rows=64, threads=1))
+    tokens = np.arange(10, 50)
+    logits = stage.decode(batch_of_one(tokens))[0]
+    stage.close()
+    expected = Reference(weights).logits(tokens)[-1]
+    assert np.abs(logits - expected).max() < 0.2 * expected.std()
+    assert logits.argmax() == expected.argmax()
 
 
 @dataclass(frozen=True)

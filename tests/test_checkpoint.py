@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,9 +35,9 @@ from cordee.models.checkpoint import unpacked_rows
 from cordee.models.checkpoint_tensors import stored_tensors
 from cordee.models.convert import convert
 from cordee.models.gguf import Header, read_header
-from cordee.models.ternary import LAYOUTS, unpack
+from cordee.models.ternary import EMBEDDING, LAYOUTS, exact_type, unpack, write
 from cordee.models.ternary_scales import grouped, mean_scale, rounded_masters
-from ternary_models import FAMILIES, Reference, Weights
+from ternary_models import FAMILIES, Weights, assert_computes
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 
@@ -58,8 +60,8 @@ def assert_same(path: Path, weights: Weights, *, varied: bool = True) -> None:
         if name == "output.weight":
             continue  # rounded to the layout asked for
         if "blk" not in name or expected.ndim == 1:
-            kind = np.float16 if header.tensor(name).type.name == "F16" else np.float32
-            assert np.array_equal(stored(header, name).view(kind).reshape(expected.shape), expected), name
+            found = dequantize(stored(header, name), header.tensor(name).type)
+            assert np.array_equal(found.reshape(expected.shape), expected), name
             continue
         rows, cols = expected.shape
         payload = stored(header, name).reshape(layout.shape(rows, cols))
@@ -125,15 +127,46 @@ def test_models_of_any_shape_are_the_same_afterwards(
 def test_a_converted_checkpoint_computes_what_it_means(family: str, form: str, tmp_path: Path) -> None:
     weights = weights_of(family)
     convert(write_checkpoint(tmp_path / "hub", weights, form), tmp_path / "ours.gguf")
+    assert_computes(tmp_path / "ours.gguf", weights)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    (
+        ([0.5, -3, 65504], GGMLQuantizationType.F16),
+        ([1 / 3, 6e-8], GGMLQuantizationType.F16),
+        ([0.5, 2.0**17], GGMLQuantizationType.BF16),  # too large for F16
+        ([0.5, 2.0**-26], GGMLQuantizationType.BF16),  # too small
+        ([1 + 2.0**-20], GGMLQuantizationType.F32),
+        ([1 + 2.0**-10, 2.0**17], GGMLQuantizationType.F32),
+    ),
+)
+def test_an_embedding_takes_the_smallest_type_that_loses_nothing(
+    values: list[float], kind: GGMLQuantizationType, tmp_path: Path
+) -> None:
+    weights = weights_of("llama")
+    table = weights.arrays[EMBEDDING]
+    table[:] = np.resize(np.array(values, np.float16 if kind.name == "F16" else np.float32), table.shape)
+    assert exact_type(weights, len(table)) == kind
+    path = tmp_path / "model.gguf"
+    write(path, replace(weights.model, embedding=kind), weights)
+    found = dequantize(stored(read_header(path), EMBEDDING), kind)
+    assert np.array_equal(found, table.reshape(-1))
+
+
+def test_rows_of_bfloat16_are_looked_up_as_they_are(tmp_path: Path) -> None:
+    weights = weights_of("llama")
+    convert(write_checkpoint(tmp_path / "hub", weights, "divided"), tmp_path / "ours.gguf")
+    assert read_header(tmp_path / "ours.gguf").tensor(EMBEDDING).type is GGMLQuantizationType.BF16
     stage = TernaryStage(
         tmp_path / "ours.gguf", StageConfig(context=64, sequences=1, batch_rows=64, threads=1)
     )
     tokens = np.arange(10, 50)
-    logits = stage.decode(batch_of_one(tokens))[0]
+    logits = stage.decode(batch_of_one(tokens))
+    stage.clear()
+    rows = batch_of_one(weights.arrays[EMBEDDING][tokens])
+    assert np.array_equal(stage.decode(rows), logits)
     stage.close()
-    expected = Reference(weights).logits(tokens)[-1]
-    assert np.abs(logits - expected).max() < 0.2 * expected.std()
-    assert logits.argmax() == expected.argmax()
 
 
 def test_the_same_number_beside_a_matrix_is_a_scale_or_its_inverse(tmp_path: Path) -> None:

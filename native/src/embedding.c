@@ -31,10 +31,11 @@ void model_embed(const ternary_model *model, uint32_t token, float *row)
     } else if (model->embedding_type == GGUF_TENSOR_Q8_0) {
         from_q8_0(bytes, n, row);
     } else {
+        const int is_half = model->embedding_type == GGUF_TENSOR_F16;
         for (uint32_t i = 0; i < n; i++) {
             uint16_t bits;
             memcpy(&bits, bytes + i * sizeof bits, sizeof bits);
-            row[i] = half_to_float(bits);
+            row[i] = is_half ? half_to_float(bits) : bfloat_to_float(bits);
         }
     }
 }

@@ -12,7 +12,9 @@ enum gguf_type {
     GGUF_UINT8, GGUF_INT8, GGUF_UINT16, GGUF_INT16, GGUF_UINT32, GGUF_INT32, GGUF_FLOAT32, GGUF_BOOL, GGUF_STRING,
     GGUF_ARRAY, GGUF_UINT64, GGUF_INT64, GGUF_FLOAT64
 };
-enum gguf_tensor_type { GGUF_TENSOR_F32 = 0, GGUF_TENSOR_F16 = 1, GGUF_TENSOR_Q8_0 = 8, GGUF_TENSOR_I8 = 24 };
+enum gguf_tensor_type {
+    GGUF_TENSOR_F32 = 0, GGUF_TENSOR_F16 = 1, GGUF_TENSOR_Q8_0 = 8, GGUF_TENSOR_I8 = 24, GGUF_TENSOR_BF16 = 30
+};
 
 #define GGUF_DIMENSIONS 4
 /* Real files have up to 80 keys and a few thousand tensors; looking one up is a walk over all of them. */

@@ -1,4 +1,4 @@
-/* IEEE half precision by integer arithmetic: the same on every machine. */
+/* IEEE half precision, and bfloat16, by integer arithmetic: the same on every machine. */
 #ifndef CORDEE_HALF_H
 #define CORDEE_HALF_H
 
@@ -16,6 +16,15 @@ static inline float half_to_float(uint16_t bits)
         magnitude |= 0x7f800000u;
     magnitude |= sign;
     memcpy(&value, &magnitude, 4);
+    return value;
+}
+
+/* The upper half of a float. */
+static inline float bfloat_to_float(uint16_t bits)
+{
+    const uint32_t whole = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &whole, 4);
     return value;
 }
 

@@ -252,7 +252,7 @@ static ternary_status read_embedding(struct loading *loading)
     uint64_t row_bytes = 0;
     if (tensor.type == GGUF_TENSOR_F32)
         row_bytes = n_embd * 4;
-    else if (tensor.type == GGUF_TENSOR_F16)
+    else if (tensor.type == GGUF_TENSOR_F16 || tensor.type == GGUF_TENSOR_BF16)
         row_bytes = n_embd * 2;
     else if (tensor.type == GGUF_TENSOR_Q8_0 && n_embd % 32 == 0)
         row_bytes = n_embd / 32 * 34;

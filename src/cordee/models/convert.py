@@ -1,9 +1,9 @@
 """From a ternary model in somebody else's format to the ternary engine's own file, without loss.
 
 Sources are GGUF files (ternary_gguf.py) and checkpoints of the hub (checkpoint.py). Each tells scales and
-weights of its matrices, or refuses and names the tensor. Norms are copied. The embedding is kept in half
-precision where that holds it exactly, or where it had less; the head, which is multiplied, is rounded to the
-layout asked for: the one thing that is not exact, and no ternary weight.
+weights of its matrices, or refuses and names the tensor. Norms are copied. So is the embedding: in F16, BF16
+or F32, the smallest that holds it exactly, or in F16 if it was quantised; the head, which is multiplied, is
+rounded to the layout asked for: the one thing that is not exact, and no ternary weight.
 """
 
 from collections.abc import Callable

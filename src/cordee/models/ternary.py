@@ -283,14 +283,19 @@ def _packed(source: Source, name: str, rows: int, layout: Layout) -> Iterator[np
 
 
 def exact_type(source: Source, rows: int) -> GGMLQuantizationType:
-    """F16 where it holds every value of an embedding of so many rows exactly, else F32."""
+    """The smallest of F16, BF16 and F32 that holds every value of an embedding of so many rows exactly.
 
-    def exact(values: np.ndarray) -> bool:
+    Checkpoints of the hub are in BF16, and half precision has no room for their smallest values.
+    """
+    is_half = is_bfloat = True
+    for first, last in strips(rows):
+        values = source.rows(EMBEDDING, first, last)
         with np.errstate(over="ignore"):
-            return np.array_equal(values.astype(np.float16).astype(np.float32), values)
-
-    found = all(exact(source.rows(EMBEDDING, first, last)) for first, last in strips(rows))
-    return GGMLQuantizationType.F16 if found else GGMLQuantizationType.F32
+            is_half &= np.array_equal(values.astype(np.float16).astype(np.float32), values)
+        is_bfloat &= not (values.view(np.uint32) & 0xFFFF).any()
+    if is_half:
+        return GGMLQuantizationType.F16
+    return GGMLQuantizationType.BF16 if is_bfloat else GGMLQuantizationType.F32
 
 
 def _embedding(model: TernaryModel, source: Source) -> Part:
