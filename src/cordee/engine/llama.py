@@ -29,6 +29,7 @@ import numpy as np
 
 from cordee.engine import libllama
 from cordee.engine.capture import Capture
+from cordee.engine.native_batch import NativeBatch
 from cordee.engine.stage import Batch, StageConfig, StageDescription
 from cordee.errors import BadModelFile, StageFailed, UnsupportedModel
 
@@ -57,7 +58,6 @@ class LlamaStage:
         if extra_buffers is None:
             extra_buffers = not config.exact and libllama.survives_extra_buffers()
         self._library = libllama.load()
-        self._batch_types = dict(self._library.llama_batch._fields_)
         self._config = config
         self._is_last = is_last
         self._capture: Capture | None = None
@@ -73,6 +73,7 @@ class LlamaStage:
             if not is_last:
                 self._capture = Capture(b"l_out-%d" % (self._layers - 1), config.batch_rows, self._n_embd)
             self._context = self._make_context(path)
+            self._batch = NativeBatch(self._library, config.batch_rows, self._n_embd)
             self._memory = self._library.llama_get_memory(self._context)
             if not self._memory:
                 raise UnsupportedModel(f"{path.name} keeps no state between tokens: it is no text generator")
@@ -89,15 +90,15 @@ class LlamaStage:
         Raises:
             StageFailed: libllama refused the batch; the rows' positions are forgotten again.
         """
-        selected = np.flatnonzero(batch.outputs) if self._is_last else np.arange(len(batch))
         groups = _groups(batch, self._config.batch_rows)
         try:
-            parts = [self._decode_group(batch, rows) for rows in groups]
+            if groups is None:
+                return self._decode_group(batch)
+            parts = [self._decode_group(_picked(batch, rows)) for rows in groups]
         except StageFailed:
             self._undo(batch)
             raise
-        if len(parts) == 1 and (np.diff(groups[0]) > 0).all():
-            return parts[0]
+        selected = np.flatnonzero(batch.outputs) if self._is_last else np.arange(len(batch))
         result = np.empty((len(selected), parts[0].shape[1]), dtype=np.float32)
         for rows, part in zip(groups, parts, strict=True):
             given = rows[batch.outputs[rows]] if self._is_last else rows
@@ -214,14 +215,8 @@ class LlamaStage:
             ) from error
         self.clear()
 
-    def _decode_group(self, batch: Batch, rows: np.ndarray) -> np.ndarray:
-        inputs = np.ascontiguousarray(batch.inputs[rows])
-        positions = np.ascontiguousarray(batch.positions[rows], dtype=np.int32)
-        sequences = np.ascontiguousarray(batch.sequences[rows], dtype=np.int32)
-        outputs = batch.outputs[rows].astype(np.int8) if self._is_last else np.ones(len(rows), dtype=np.int8)
-        counts = np.ones(len(rows), dtype=np.int32)
-        pointers = sequences.ctypes.data + 4 * np.arange(len(rows), dtype=np.uint64)
-        native = self._native_batch(inputs, positions, counts, pointers, outputs)
+    def _decode_group(self, batch: Batch) -> np.ndarray:
+        native = self._batch.fill(batch, all_outputs=not self._is_last)
         if self._capture is not None:
             self._capture.reset()
         libllama.log.clear()
@@ -229,41 +224,18 @@ class LlamaStage:
         if status != 0:
             raise StageFailed(self._reason(status))
         if self._capture is None:
-            return self._logits(np.flatnonzero(outputs))
-        captured = self._capture.take(len(rows))
+            return self._logits(np.flatnonzero(batch.outputs))
+        captured = self._capture.take(len(batch))
         if captured is None:
-            raise StageFailed(f"libllama did not give {len(rows)} hidden rows at once")
+            raise StageFailed(f"libllama did not give {len(batch)} hidden rows at once")
         return captured
-
-    def _native_batch(self, inputs: np.ndarray, positions, counts, pointers, outputs) -> ctypes.Structure:
-        """A llama_batch that points into the arrays: the caller keeps them alive over the call."""
-        types = self._batch_types
-
-        def pointer(name: str, array: np.ndarray) -> object:
-            return ctypes.cast(array.ctypes.data, types[name])
-
-        native = self._library.llama_batch(
-            n_tokens=len(positions),
-            pos=pointer("pos", positions),
-            n_seq_id=pointer("n_seq_id", counts),
-            seq_id=pointer("seq_id", pointers),
-            logits=pointer("logits", outputs),
-        )
-        if inputs.ndim == 2:
-            if inputs.dtype != np.float32 or inputs.shape[1] != self._n_embd:
-                raise StageFailed(
-                    f"rows are {inputs.shape[1]} x {inputs.dtype}, not {self._n_embd} x float32"
-                )
-            native.embd = pointer("embd", inputs)
-        else:
-            native.token = pointer("token", inputs)
-        return native
 
     def _logits(self, rows: np.ndarray) -> np.ndarray:
         result = np.empty((len(rows), self._n_vocab), dtype=np.float32)
-        for index, row in enumerate(rows):
-            source = self._library.llama_get_logits_ith(self._context, int(row))
-            result[index] = np.ctypeslib.as_array(source, (self._n_vocab,))
+        target, row_bytes = result.ctypes.data, result.strides[0]
+        for index, row in enumerate(rows.tolist()):
+            source = self._library.llama_get_logits_ith(self._context, row)
+            ctypes.memmove(target + index * row_bytes, source, row_bytes)
         return result
 
     def _undo(self, batch: Batch) -> None:
@@ -294,14 +266,21 @@ def _chosen_devices(names: tuple[str, ...]) -> ctypes.Array:
     return (ctypes.c_void_p * (len(names) + 1))(*(known[name] for name in names), None)
 
 
-def _groups(batch: Batch, batch_rows: int) -> list[np.ndarray]:
+def _picked(batch: Batch, rows: np.ndarray) -> Batch:
+    return Batch(batch.inputs[rows], batch.positions[rows], batch.sequences[rows], batch.outputs[rows])
+
+
+def _groups(batch: Batch, batch_rows: int) -> list[np.ndarray] | None:
     """Row indices of the decode calls that a batch takes, each one micro-batch inside libllama.
 
     A call holds consecutive sequence numbers with equally many rows each, at most `batch_rows` in all; the
-    rows of one sequence that exceed `batch_rows` are split.
+    rows of one sequence that exceed `batch_rows` are split. None: one call takes the batch as it is.
     """
-    if len(batch) <= batch_rows and (batch.sequences == batch.sequences[0]).all():
-        return [np.arange(len(batch))]
+    if len(batch) == 1:
+        return None
+    steps = np.diff(batch.sequences)
+    if len(batch) <= batch_rows and (not steps.any() or (steps == 1).all()):
+        return None
     order = np.argsort(batch.sequences, kind="stable")
     numbers, starts = np.unique(batch.sequences[order], return_index=True)
     groups: list[list[np.ndarray]] = []
