@@ -4,37 +4,11 @@
  * buffer of exactly that size. Whatever the reader then believes is read to its last byte: an address sanitizer sees the
  * first one beyond. Ends with a sentence and status 1 when nothing was ever believed, or nothing refused.
  */
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "../native/src/gguf.h"
 #include "../native/src/model.h"
-
-static uint32_t state;
-
-static uint32_t draw(uint32_t below)
-{
-    state ^= state << 13;
-    state ^= state >> 17;
-    state ^= state << 5;
-    return state % below;
-}
-
-static void expect(int holds, const char *what)
-{
-    if (holds)
-        return;
-    fprintf(stderr, "it does not hold that %s\n", what);
-    exit(1);
-}
-
-static uint8_t *get(size_t nbytes)
-{
-    uint8_t *memory = malloc(nbytes ? nbytes : 1);
-    expect(memory != NULL, "there is memory");
-    return memory;
-}
+#include "fuzz.h"
 
 /* Overwrites one to eight bytes somewhere: by anything, or by what is small, large or negative in its place. */
 static void change(uint8_t *bytes, size_t nbytes)
@@ -73,7 +47,7 @@ static uint64_t sum_of_model(const ternary_model *model)
     const ternary_shape *shape = &model->shape;
     const size_t n_embd = shape->n_embd * sizeof(float), wide = shape->heads * shape->head_dim * sizeof(float);
     uint64_t sum = sum_of(model->rope_divisors, shape->head_dim / 2 * sizeof(float));
-    float *row = (float *)(void *)get(n_embd);
+    float *row = get(n_embd);
     for (uint32_t i = 0; i < shape->layers; i++) {
         const struct layer *layer = &model->layers[i];
         const struct matrix *matrices[] = {&layer->q,    &layer->k,  &layer->v,   &layer->o,

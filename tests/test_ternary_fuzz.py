@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
 
 from cordee.models.ternary_p2 import write_pentium2
 from ternary_models import FAMILIES, Weights, make_ternary
@@ -14,6 +15,13 @@ from ternary_models import FAMILIES, Weights, make_ternary
 ROOT = Path(__file__).resolve().parents[1]
 READER = ("gguf.c", "model.c", "matrix.c", "error.c", "embedding.c", "p2_lookup.c", "p2_mmx.c", "p2_floats.c")
 FILES = (*FAMILIES, "pentium2")
+# Between them they have every type that embeddings come in.
+EMBEDDINGS = {
+    "bitnet": GGMLQuantizationType.BF16,
+    "bitnet-silu": GGMLQuantizationType.F16,
+    "llama": GGMLQuantizationType.Q8_0,
+    "trilm": GGMLQuantizationType.F32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +47,7 @@ def throw(fuzzer: Path, folder: Path, kind: str, rounds: int, seed: int) -> None
             weights.arrays[name] = np.sign(weights.arrays[name])
         write_pentium2(folder / "model.gguf", weights.model, weights)
     else:
-        make_ternary(kind, folder / "model.gguf", **small)
+        make_ternary(kind, folder / "model.gguf", embedding=EMBEDDINGS[kind], **small)
     done = subprocess.run(
         [fuzzer, folder / "model.gguf", str(rounds), str(seed)], capture_output=True, text=True, check=False
     )

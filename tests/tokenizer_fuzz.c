@@ -5,11 +5,10 @@
  * exactly the size it claims, so that an address sanitizer sees the first byte beyond. Ends with a sentence and
  * status 1 when a property does not hold.
  */
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "../native/include/tokenizer.h"
+#include "fuzz.h"
 
 enum { MODEL, PRE, TOKENS, SCORES, TYPES, MERGES, TEXT, PARTS };
 
@@ -22,31 +21,6 @@ struct fuzz_case {
     uint32_t tokens, merges;
     struct part parts[PARTS];
 };
-
-static uint32_t state;
-
-static uint32_t draw(uint32_t below)
-{
-    state ^= state << 13;
-    state ^= state >> 17;
-    state ^= state << 5;
-    return state % below;
-}
-
-static void expect(int holds, const char *what)
-{
-    if (holds)
-        return;
-    fprintf(stderr, "it does not hold that %s\n", what);
-    exit(1);
-}
-
-static void *get(size_t nbytes)
-{
-    void *memory = malloc(nbytes ? nbytes : 1);
-    expect(memory != NULL, "there is memory");
-    return memory;
-}
 
 static uint32_t read_number(FILE *file)
 {

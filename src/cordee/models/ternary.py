@@ -255,31 +255,46 @@ def vector_part(name: str, length: int, make: Callable[[], np.ndarray]) -> Part:
     return part(name, (length,), GGMLQuantizationType.F32, length * 4, arrays)
 
 
-def _payload(name: str, layout: Layout, rows: int, cols: int, arrays: Iterator[np.ndarray]) -> Part:
-    shape = layout.shape(rows, cols)
-    return part(name, shape, GGMLQuantizationType.I8, int(np.prod(shape, dtype=np.int64)), arrays)
+def parts_in_order(
+    model: TernaryModel,
+    source: Source,
+    *,
+    embedding: Iterable[Part],
+    payload: Callable[[str, int, int], Part],
+    head: Iterable[Part],
+) -> Iterator[Part]:
+    """All tensors in the file's order; their bytes are made when they are written.
 
-
-def _parts(model: TernaryModel, source: Source) -> Iterator[Part]:
-    """All tensors in the file's order; their bytes are made when they are written."""
-    yield _embedding(model, source)
-    layout = LAYOUTS[model.layout]
+    `payload(name, rows, cols)` makes a layer's matrix.
+    """
+    yield from embedding
     for layer in range(model.layers):
         for name, length in model.norms().items():
             full = f"blk.{layer}.{name}.weight"
             yield vector_part(full, length, lambda full=full: source.vector(full))
         for name, (rows, cols) in model.matrices().items():
             full = f"blk.{layer}.{name}.weight"
-            packed = _packed(source, full, rows, layout)
             scales = source.scales(full)
             yield vector_part(f"blk.{layer}.{name}.scale", len(scales), lambda scales=scales: scales)
-            yield _payload(full, layout, rows, cols, packed)
+            yield payload(full, rows, cols)
     yield vector_part(OUTPUT_NORM, model.n_embd, lambda: source.vector(OUTPUT_NORM))
-    yield from _head(model, source)
+    yield from head
 
 
-def _packed(source: Source, name: str, rows: int, layout: Layout) -> Iterator[np.ndarray]:
-    return (pack(source.rows(name, first, last), layout) for first, last in strips(rows))
+def _parts(model: TernaryModel, source: Source) -> Iterator[Part]:
+    layout = LAYOUTS[model.layout]
+
+    def payload(name: str, rows: int, cols: int) -> Part:
+        packed = (pack(source.rows(name, first, last), layout) for first, last in strips(rows))
+        return _payload(name, layout, rows, cols, packed)
+
+    embedding, head = [_embedding(model, source)], _head(model, source)
+    return parts_in_order(model, source, embedding=embedding, payload=payload, head=head)
+
+
+def _payload(name: str, layout: Layout, rows: int, cols: int, arrays: Iterator[np.ndarray]) -> Part:
+    shape = layout.shape(rows, cols)
+    return part(name, shape, GGMLQuantizationType.I8, int(np.prod(shape, dtype=np.int64)), arrays)
 
 
 def exact_type(source: Source, rows: int) -> GGMLQuantizationType:

@@ -6,6 +6,7 @@ must be ternary already, each with a scale of its own, which only training makes
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,11 @@ from cordee.errors import UnsupportedModel
 from cordee.models.ternary import (
     EMBEDDING,
     HEAD,
-    OUTPUT_NORM,
     Part,
     Source,
     TernaryModel,
     part,
+    parts_in_order,
     strips,
     vector_part,
     write,
@@ -82,40 +83,28 @@ def write_pentium2(
 
 
 def _parts(model: TernaryModel, source: Source) -> Iterator[Part]:
-    yield from _table(EMBEDDING, model, source)
-    for layer in range(model.layers):
-        for name, length in model.norms().items():
-            full = f"blk.{layer}.{name}.weight"
-            yield vector_part(full, length, lambda full=full: source.vector(full))
-        for name, (rows, cols) in model.matrices().items():
-            full = f"blk.{layer}.{name}.weight"
-            scales = source.scales(full)
-            yield vector_part(f"blk.{layer}.{name}.scale", len(scales), lambda scales=scales: scales)
-            yield _payload(full, rows, cols, lambda first, last, full=full: source.rows(full, first, last))
-    yield vector_part(OUTPUT_NORM, model.n_embd, lambda: source.vector(OUTPUT_NORM))
-    if not _tied(model, source):
-        yield from _table(HEAD, model, source)
+    embedding = _table(EMBEDDING, model, source)
+    head = () if _tied(model, source) else _table(HEAD, model, source)
+    payload = partial(_payload, source)
+    return parts_in_order(model, source, embedding=embedding, payload=payload, head=head)
 
 
-def _payload(name: str, rows: int, cols: int, read: Callable[[int, int], np.ndarray]) -> Part:
+def _payload(source: Source, name: str, rows: int, cols: int) -> Part:
+    """A matrix; the signs of embedding and head, which sources give as floats."""
+
     def arrays() -> Iterator[np.ndarray]:
-        packed = [pack_rows(read(first, last)) for first, last in strips(rows)]
-        yield from tiles(np.concatenate(packed))
+        weights = (np.sign(source.rows(name, first, last)).astype(np.int8) for first, last in strips(rows))
+        yield from tiles(np.concatenate([pack_rows(strip) for strip in weights]))
 
     shape = (rows, row_bytes(cols))
     return part(name, shape, GGMLQuantizationType.I8, shape[0] * shape[1], arrays())
 
 
 def _table(name: str, model: TernaryModel, source: Source) -> Iterator[Part]:
-    """Embedding or head, which sources give as floats."""
-    scales = found_scales(name, model.n_vocab, lambda first, last: source.rows(name, first, last), REMEDY)
+    """Embedding or head."""
+    scales = found_scales(name, model.n_vocab, partial(source.rows, name), REMEDY)
     yield vector_part(name.replace("weight", "scale"), len(scales), lambda: scales)
-    yield _payload(
-        name,
-        model.n_vocab,
-        model.n_embd,
-        lambda first, last: np.sign(source.rows(name, first, last)).astype(np.int8),
-    )
+    yield _payload(source, name, model.n_vocab, model.n_embd)
 
 
 def _tied(model: TernaryModel, source: Source) -> bool:
