@@ -1,11 +1,9 @@
 """The verbs of the model store: `pull`, `ls`, `show`, `rm`."""
 
-import sys
 from collections import Counter
 from dataclasses import asdict
 from itertools import pairwise
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,7 +20,7 @@ STARTER = "starter"
 
 
 def find(store: "Store", name: str) -> "StoredModel":
-    """The model of that name; one that set-up installed enters the store when it is first asked for.
+    """The model of that name; one that came with the program enters the store when it is first asked for.
 
     Raises:
         ModelNotFound: no such model; the message says what to do.
@@ -34,7 +32,7 @@ def find(store: "Store", name: str) -> "StoredModel":
         from cordee.models.pull import pull as fetch
 
         card = cards().get(name)
-        if card is None or not card.installed or not (Path(sys.prefix) / card.installed).is_file():
+        if card is None or card.path is None:
             raise
         with output.progress(f"putting {name} into the store") as progress:
             return fetch(name, store=store, progress=progress)

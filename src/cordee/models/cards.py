@@ -1,10 +1,13 @@
 """Model cards: models known by a short name, as data (one file each in cards/ beside this file)."""
 
+import sys
 import tomllib
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 
 import msgspec
+
+FOLDER = Path(__file__).with_name("cards")
 
 
 class CardShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,8 +32,9 @@ class CardShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is known of a model without having it.
 
-    `source` is what `pull` fetches from the hub: 'owner/name:QUANTIZATION'. `installed` is where set-up puts
-    the model under the environment's folder, for one that comes with the program. `parameters` counts all
+    `source` is what `pull` fetches from the hub: 'owner/name:QUANTIZATION'. Of one that comes with the
+    program, `file` is its name beside the card, or `installed` where set-up puts it under the environment's
+    folder; the hub may have none. `parameters` counts all
     weights, `active_parameters` those that work on one token; `languages` are ISO 639-1 codes, and where a
     model has too many to list, the notes say how many.
     """
@@ -46,17 +50,22 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context: int
     languages: list[str]
     notes: str
+    file: str = ""
     installed: str = ""
     shape: CardShape | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The model, if it came with the program and is still there."""
+        path = FOLDER / self.file if self.file else Path(sys.prefix) / self.installed
+        return path if path.is_file() else None
 
 
 @cache
 def cards() -> dict[str, Card]:
     """All cards by name."""
-    folder = files("cordee.models") / "cards"
     read = [
         msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), Card)
-        for path in folder.iterdir()
-        if path.name.endswith(".toml")
+        for path in FOLDER.glob("*.toml")
     ]
     return {card.name: card for card in sorted(read, key=lambda card: card.name)}

@@ -4,7 +4,6 @@ Ternary models go there in the layout of the ternary engine, whatever they come 
 """
 
 import re
-import sys
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -69,9 +68,8 @@ def pull(
         check_name(name)
     card = cards().get(source)
     if card:
-        installed = Path(sys.prefix) / card.installed
-        if card.installed and installed.is_file():
-            return puller.store.add_file(installed, name or card.name, progress, take="link")
+        if card.path is not None:
+            return puller.store.add_file(card.path, name or card.name, progress, take="link")
         return puller.from_hub(card.source, name or card.name)
     path = Path(source).expanduser()
     is_checkpoint = (path / CHECKPOINT_FILES[0]).is_file()
