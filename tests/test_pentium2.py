@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFValueType, GGUFWriter
+from gguf import GGUFValueType, GGUFWriter, TokenType
 from gguf.gguf_writer import GGUFValue
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -379,3 +379,23 @@ def test_without_a_text_it_asks_for_one_again_and_again(models: dict[str, Path],
     alone = [run(tiny, models["stories"], line, *words[1:]).stdout for line in ("once upon", "the end")]
     assert done.stdout == "".join(alone)
     assert done.stderr.count("> ") == 3 and done.stderr.count("tokens/s]") == 0
+
+
+def test_a_talk_that_grows_too_long_begins_anew(tiny: Path, tmp_path: Path) -> None:
+    """A model that knows turns of ChatML, in a context that holds one of them and no two."""
+    model = replace(SHAPES["15m"], layers=2, n_vocab=600, context=64, layout=ternary_p2.LAYOUT)
+
+    def describe(writer: GGUFWriter) -> None:
+        add_vocabulary(writer, model.n_vocab)
+        for token, text in ((400, "<|im_start|>"), (401, "<|im_end|>")):
+            writer.kv_data[0]["tokenizer.ggml.tokens"].value[token] = text
+            writer.kv_data[0]["tokenizer.ggml.token_type"].value[token] = int(TokenType.CONTROL)
+
+    ternary_p2.write_pentium2(tmp_path / "x.gguf", model, Restless(model, 1), describe=describe)
+    words = (tmp_path / "x.gguf", "-n", "9", "--greedy")
+    alone = [run(tiny, words[0], line, *words[1:]) for line in ("hello", "the end")]
+    assert all(done.returncode == 0 and done.stdout for done in alone)
+    talk = run(tiny, *words, text="hello\nthe end\n")
+    assert talk.stderr.count("What was said before is forgotten") == 1
+    assert talk.stdout == "".join(done.stdout for done in alone)
+    assert "longer than" in run(tiny, words[0], "x" * 8190, "-n", "3").stderr

@@ -14,7 +14,7 @@ uint64_t platform_free_bytes(void);
 /* The most memory that this program has had at once, or 0 where the system does not say. */
 uint64_t platform_peak_bytes(void);
 
-/* Begin to read these bytes of a mapped file from disk, and return at once. */
+/* Begin to read these bytes of a mapped file from disk, once those of the call before have been read, and return. */
 void platform_read_ahead(const void *bytes, size_t nbytes);
 
 /* These bytes of a mapped file are not wanted soon. */

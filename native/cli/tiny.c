@@ -55,7 +55,9 @@ struct talk {
     struct vocabulary vocabulary;
     struct sampler sampler;
     struct stream stream;
+    bool streams;
     float *logits; /* [n_vocab] */
+    size_t session_bytes;
     uint32_t context;
     uint32_t position;
 };
@@ -161,8 +163,8 @@ static bool open_session(struct talk *talk, const struct options *options)
     const ternary_config config = configure(talk, options);
     ternary_error error;
     talk->context = config.context;
-    const size_t nbytes = ternary_session_bytes(talk->model, &config, NULL);
-    void *memory = aligned(nbytes, &talk->session_memory);
+    talk->session_bytes = ternary_session_bytes(talk->model, &config, NULL);
+    void *memory = aligned(talk->session_bytes, &talk->session_memory);
     talk->logits = malloc(talk->shape.n_vocab * sizeof *talk->logits);
     if (memory == NULL || talk->logits == NULL)
         return complain(path, "the machine has no memory to run it");
@@ -171,11 +173,12 @@ static bool open_session(struct talk *talk, const struct options *options)
     return true;
 }
 
-/* Says beforehand how slow a model will be that does not fit. */
+/* Says beforehand how slow a model will be that does not fit beside the session, which is given memory as it is used. */
 static void plan(struct talk *talk)
 {
-    const uint64_t free_bytes = platform_free_bytes();
-    if (!stream_plan(&talk->stream, talk->model, free_bytes))
+    const uint64_t had = platform_free_bytes(), free_bytes = had > talk->session_bytes ? had - talk->session_bytes : 0;
+    talk->streams = stream_plan(&talk->stream, talk->model, free_bytes);
+    if (!talk->streams)
         return;
     const double seconds = (double)talk->stream.streamed_bytes / talk->stream.bytes_per_second;
     fprintf(stderr,
@@ -199,6 +202,8 @@ static void close_talk(struct talk *talk)
 {
     if (talk->session != NULL)
         ternary_session_end(talk->session);
+    if (talk->streams)
+        platform_read_ahead(NULL, 0); /* nobody reads from the mapping any more */
     vocabulary_close(&talk->vocabulary);
     free(talk->logits);
     free(talk->session_memory);
@@ -234,16 +239,25 @@ static void print_token(const struct talk *talk, int32_t token, bool *at_start)
     fflush(stdout);
 }
 
-/* The ids of a text; NULL, and said why, if it is too long. */
+static bool is_short(size_t nbytes)
+{
+    if (nbytes > TEXT_BYTES_MAX)
+        fprintf(stderr, "cordee-tiny: the text is longer than %u bytes.\n", TEXT_BYTES_MAX);
+    return nbytes <= TEXT_BYTES_MAX;
+}
+
+/* The ids of a text; NULL, and said why, if there are none. */
 static int32_t *tokens_of(struct talk *talk, const char *text, unsigned flags, size_t *count)
 {
     const tokenizer *tokenizer = talk->vocabulary.tokenizer;
     const size_t nbytes = strlen(text), room = tokenizer_tokens_max(tokenizer, nbytes);
+    if (!is_short(nbytes))
+        return NULL;
     int32_t *tokens = malloc((room + 1) * sizeof *tokens);
-    if (nbytes > TEXT_BYTES_MAX || tokens == NULL ||
+    if (tokens == NULL ||
         tokenizer_encode(tokenizer, text, nbytes, flags, talk->vocabulary.scratch, talk->vocabulary.scratch_bytes,
                          tokens, room, count) != TOKENIZER_OK) {
-        fprintf(stderr, "cordee-tiny: the text is longer than %u bytes.\n", TEXT_BYTES_MAX);
+        fprintf(stderr, "cordee-tiny: the machine has no memory to read the text in.\n");
         free(tokens);
         return NULL;
     }
@@ -269,7 +283,8 @@ static void report(size_t heard, double hearing_seconds, long made, double makin
     fprintf(stderr, "]\n");
 }
 
-/* Feeds a text and prints what follows, up to `limit` tokens. False: the text does not fit. */
+/* Feeds a text and prints what follows, up to `limit` tokens. False: the text does not fit, which is only said where
+ * nothing stands before it. */
 static bool answer(struct talk *talk, const char *text, unsigned flags, long limit, bool at_start)
 {
     size_t count;
@@ -278,8 +293,9 @@ static bool answer(struct talk *talk, const char *text, unsigned flags, long lim
     if (tokens == NULL)
         return false;
     if (count == 0 || count > talk->context - talk->position) {
-        fprintf(stderr, "cordee-tiny: a text of %lu tokens does not fit: 1 to %lu would.\n", (unsigned long)count,
-                (unsigned long)(talk->context - talk->position));
+        if (talk->position == 0)
+            fprintf(stderr, "cordee-tiny: a text of %lu tokens does not fit: 1 to %lu would.\n", (unsigned long)count,
+                    (unsigned long)talk->context);
         free(tokens);
         return false;
     }
@@ -300,13 +316,27 @@ static bool answer(struct talk *talk, const char *text, unsigned flags, long lim
     return true;
 }
 
-/* A turn in ChatML, after those before. */
+static void forget(struct talk *talk)
+{
+    talk->position = 0;
+    ternary_sequence_trim(talk->session, 0, 0, NULL);
+}
+
+/* A turn in ChatML, after those before: without them where there is no room for both. */
 static bool answer_turn(struct talk *talk, const char *line, long limit)
 {
-    char turn[TEXT_BYTES_MAX];
+    char turn[TEXT_BYTES_MAX + 1];
     const char *before = talk->position > 0 ? "<|im_end|>\n" : "";
-    snprintf(turn, sizeof turn, "%s<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n", before, line);
-    return answer(talk, turn, TOKENIZER_CONTROL, limit, true);
+    const int nbytes = snprintf(turn, sizeof turn, "%s<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n",
+                                before, line);
+    if (!is_short((size_t)nbytes))
+        return false;
+    const bool is_first = talk->position == 0, fits = answer(talk, turn, TOKENIZER_CONTROL, limit, true);
+    if (fits || is_first)
+        return fits;
+    fprintf(stderr, "What was said before is forgotten: there is no room for more.\n");
+    forget(talk);
+    return answer_turn(talk, line, limit);
 }
 
 static bool is_chat(const struct talk *talk)
@@ -330,8 +360,7 @@ static void converse(struct talk *talk, const struct options *options)
             answer_turn(talk, line, options->tokens);
             continue;
         }
-        talk->position = 0;
-        ternary_sequence_trim(talk->session, 0, 0, NULL);
+        forget(talk);
         fputs(line, stdout);
         answer(talk, line, TOKENIZER_ENDS, options->tokens, false);
     }
