@@ -229,6 +229,19 @@ SCALE = QUERY.replace("weight", "weight_scale")
             UnsupportedModel,
             r"q_proj\.bias, which",
         ),
+        (
+            "divided",
+            spoiled(lambda t: t.update({"lm_head.weight": ("BF16", t["lm_head.weight"][1][1:])})),
+            BadModelFile,
+            "lm_head.weight is",
+        ),
+        (
+            "divided",
+            spoiled(lambda t: t.update({"lm_head.weight_scale": ("F32", np.ones(1))})),
+            UnsupportedModel,
+            r"lm_head\.weight_scale, which",
+        ),
+        ("divided", configured(lambda c: c.update(rms_norm_eps=2)), BadModelFile, "that no model has"),
         ("divided", configured(lambda c: c.pop("quantization_config")), BadModelFile, "whether to multiply"),
         (
             "divided",

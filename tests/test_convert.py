@@ -1,16 +1,18 @@
 """Ternary models in llama.cpp's formats become files for the ternary engine, and lose nothing on the way."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf.gguf_writer import GGUFValue
 from gguf.quants import dequantize, quantize
 
 from cordee.cli.main import cordee
-from cordee.errors import BadModelFile, UnsupportedModel
+from cordee.errors import BadModelFile, BadRequest, CordeeError, UnsupportedModel
 from cordee.models.convert import convert
 from cordee.models.gguf import BitnetType, Header, read_header
 from cordee.models.ternary import LAYOUTS, unpack
@@ -38,9 +40,11 @@ def write_source(
     spoil: str = "",
     architecture: str = "",
     plain: bool = False,
+    keys: dict[str, str | int | float] | None = None,
 ) -> None:
     """The model as llama.cpp or bitnet.cpp stores it; `spoil` names a matrix that gets a second magnitude, a
-    `plain` one says of its tokenizer nothing but the kind."""
+    `plain` one says of its tokenizer nothing but the kind; `keys` are put instead of those that it ought to
+    have."""
     model = weights.model
     writer = GGUFWriter(path, architecture or model.architecture)
     writer.add_block_count(model.layers)
@@ -51,6 +55,8 @@ def write_source(
     writer.add_head_count_kv(model.kv_heads)
     writer.add_layer_norm_rms_eps(model.epsilon)
     writer.add_rope_freq_base(model.rope_base)
+    for key, value in (keys or {}).items():
+        writer.kv_data[0][key] = GGUFValue(value, GGUFValueType.get_type(value))
     if plain:
         writer.add_tokenizer_model("gpt2")
     else:
@@ -182,6 +188,40 @@ def test_what_is_not_ternary_is_refused_by_name(starter_path: Path, tmp_path: Pa
     assert not (tmp_path / "ours.gguf").exists()
 
 
+@pytest.mark.parametrize(
+    ("keys", "kind", "message"),
+    [
+        ({"rope.scaling.type": "yarn"}, UnsupportedModel, "plain positions"),
+        ({"rope.scaling.factor": 2.0}, UnsupportedModel, "plain positions"),
+        ({"rope.dimension_count": 16}, UnsupportedModel, "plain positions"),
+        ({"attention.value_length": 16}, UnsupportedModel, "plain positions"),
+        ({"attention.head_count": 0}, BadModelFile, "that no model has"),
+        ({"attention.head_count_kv": 3}, BadModelFile, "that no model has"),
+        ({"attention.layer_norm_rms_epsilon": 2.0}, BadModelFile, "that no model has"),
+        ({"embedding_length": 128}, BadModelFile, r"token_embd\.weight is not 320 x 128"),
+        ({"feed_forward_length": -1}, BadModelFile, "is no size"),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}, None, ""),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 2.0}, None, ""),
+    ],
+)
+def test_settings_that_the_engine_has_not_are_refused(
+    keys: dict[str, str | int | float], kind: type[CordeeError] | None, message: str, tmp_path: Path
+) -> None:
+    prefixed = {f"llama.{key}": value for key, value in keys.items()}
+    write_source(tmp_path / "source.gguf", weights_of("llama"), GGMLQuantizationType.TQ2_0, keys=prefixed)
+    with pytest.raises(kind, match=message) if kind else nullcontext():
+        convert(tmp_path / "source.gguf", tmp_path / "ours.gguf")
+    assert (tmp_path / "ours.gguf").exists() == (kind is None)
+
+
+def test_a_head_of_other_size_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    weights = weights_of("llama")
+    weights.arrays["output.weight"] = weights.arrays["output.weight"][1:]
+    write_source(tmp_path / "source.gguf", weights, GGMLQuantizationType.TQ2_0)
+    with pytest.raises(BadModelFile, match=r"output\.weight is not 320 x 256"):
+        convert(tmp_path / "source.gguf", tmp_path / "ours.gguf")
+
+
 def test_the_verb_says_what_it_wrote(tmp_path: Path) -> None:
     write_source(tmp_path / "source.gguf", weights_of("llama"), GGMLQuantizationType.TQ1_0)
     arguments = [
@@ -192,6 +232,8 @@ def test_the_verb_says_what_it_wrote(tmp_path: Path) -> None:
         "--layout",
         "trit5",
     ]
+    result = CliRunner().invoke(cordee, [*arguments[:2], "-o", arguments[1]])
+    assert (result.exit_code, "name another file" in result.stderr) == (BadRequest.exit_code, True)
     result = CliRunner().invoke(cordee, arguments)
     assert result.exit_code == 0, result.output
     assert "ours.gguf  llama, 2 layers" in result.stdout

@@ -94,15 +94,13 @@ class Checkpoint:
         activation = self._config.get("hidden_act", usual)
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise UnsupportedModel(f"{self._title} has the activation {activation}, which is not known here.")
-        table = self._stored(EMBEDDING)
-        if len(table.shape) != 2 or table.shape[1] != n_embd or not table.shape[0]:
-            raise BadModelFile(f"{table.name} is {table.shape}, not {n_embd} wide: {FETCH_AGAIN}.")
+        n_vocab = self._vocabulary_size(n_embd)
         model = TernaryModel(
             architecture=architecture,
             layers=self._size("num_hidden_layers", LAYERS_LIMIT),
             n_embd=n_embd,
             n_ff=self._size("intermediate_size"),
-            n_vocab=table.shape[0],
+            n_vocab=n_vocab,
             heads=heads,
             kv_heads=self._size("num_key_value_heads", default=heads),
             head_dim=self._size("head_dim", default=n_embd // heads),
@@ -117,7 +115,7 @@ class Checkpoint:
             head=head,
         )
         self._refuse_unknown(model)
-        return replace(model, embedding=exact_type(self, model.n_vocab))
+        return replace(model, embedding=exact_type(self, n_vocab))
 
     def nbytes(self, name: str) -> int:
         """See `Convertible.nbytes`."""
@@ -213,6 +211,15 @@ class Checkpoint:
         has_head = f"{OUTSIDE_LAYERS[HEAD]}.weight" in self._tensors
         return bool(self._config.get("tie_word_embeddings", not has_head))
 
+    def _vocabulary_size(self, n_embd: int) -> int:
+        """Rows of embedding and head; both have all."""
+        embedding, head = self._stored(EMBEDDING), self._stored(HEAD)
+        if len(embedding.shape) != 2 or embedding.shape[1] != n_embd or not embedding.shape[0]:
+            raise BadModelFile(f"{embedding.name} is {embedding.shape}, not {n_embd} wide: {FETCH_AGAIN}.")
+        if head.shape != embedding.shape:
+            raise BadModelFile(f"{head.name} is {head.shape}, not {embedding.shape}: {FETCH_AGAIN}.")
+        return embedding.shape[0]
+
     def _find(self, name: str) -> StoredTensor | None:
         """The stored tensor of one of our names; None if there is none."""
         if name == HEAD and self._tied:
@@ -227,14 +234,15 @@ class Checkpoint:
 
     def _refuse_unknown(self, model: TernaryModel) -> None:
         """A tensor that the engine does not use would be missed."""
-        ours = [*OUTSIDE_LAYERS] + [
-            f"blk.{layer}.{name}.weight"
-            for layer in range(model.layers)
-            for name in (*model.matrices(), *model.norms())
-        ]
-        known = {name for our in ours for name in _hub_names(our)}
+        known = {name for our in OUTSIDE_LAYERS for name in _hub_names(our)}
+        for layer in range(model.layers):
+            for ours in (*model.matrices(), *model.norms()):
+                names = _hub_names(f"blk.{layer}.{ours}.weight")
+                known.update(names)
+                if ours in model.matrices():
+                    known.update(f"{name}_scale" for name in names)
         for name in self._tensors:
-            if name not in known and name.removesuffix("_scale") not in known and not name.endswith(BUFFERS):
+            if name not in known and not name.endswith(BUFFERS):
                 raise UnsupportedModel(f"{self._title} has {name}, which the ternary engine does not use.")
 
     def _number(self, key: str) -> float:

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 from gguf import GGUFWriter
 
-from cordee.errors import BadModelFile, UnsupportedModel
+from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.models.checkpoint import Checkpoint
 from cordee.models.gguf import FETCH_AGAIN, read_header
 from cordee.models.ternary import EMBEDDING, HEAD, OUTPUT_NORM, Source, TernaryModel, strips, write
@@ -66,11 +66,15 @@ def convert(
         UnsupportedModel: the architecture is unknown here, a tensor is not ternary, or the engine would not
             use one.
         BadModelFile: the source lacks something, or is damaged.
+        BadRequest: `path` is the source.
         StorageFailed: no room on disk.
     """
+    if path.exists() and path.samefile(source):
+        raise BadRequest(f"{path} would be replaced by what is made of it: name another file.", "path")
     is_checkpoint = source.is_dir() or source.suffix == ".safetensors"
     opened: Convertible = Checkpoint(source, pre, title) if is_checkpoint else GgufSource(read_header(source))
     model = opened.model(layout, head)
+    _require_possible(source, model)
     shapes = {
         f"blk.{layer}.{name}.weight": shape
         for layer in range(model.layers)
@@ -89,6 +93,16 @@ def convert(
     except UnicodeEncodeError as error:
         raise BadModelFile(f"{source}: a text of its tokenizer is no Unicode: {FETCH_AGAIN}.") from error
     return model
+
+
+def _require_possible(source: Path, model: TernaryModel) -> None:
+    """What the engine would refuse of the file."""
+    heads = min(model.heads, model.kv_heads, model.head_dim) > 0 and model.heads % model.kv_heads == 0
+    if not (heads and model.head_dim % 2 == 0 and 0 < model.epsilon < 1 and 1 < model.rope_base < 1e12):
+        raise BadModelFile(
+            f"{source} has heads, an epsilon of its norms or a base of its rotation that no model has: "
+            f"{FETCH_AGAIN}."
+        )
 
 
 def _check(opened: Convertible, folded: Folded, name: str, shape: tuple[int, int]) -> None:

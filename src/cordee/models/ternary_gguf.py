@@ -17,6 +17,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
 from cordee.errors import BadModelFile, UnsupportedModel
+from cordee.models.fit import size_of
 from cordee.models.gguf import (
     BLOCK,
     CONVERT_AGAIN,
@@ -60,6 +61,7 @@ class GgufSource:
             raise UnsupportedModel(f"{self.header.path.name} is in a layout of the ternary engine already.")
         model = _model(self.header, self, layout, head)
         _refuse_unknown(self.header, model)
+        _refuse_rotation(self.header, model)
         return model
 
     def check(self, name: str, rows: int, cols: int) -> None:
@@ -181,28 +183,24 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
             f"the ternary engine runs {', '.join(ARCHITECTURES)}."
         )
     architecture, rope = ARCHITECTURES[header.architecture]
-
-    def number(key: str, default: float | None = None) -> float:
-        value = header.get(key, default)
-        if not isinstance(value, int | float):
-            raise BadModelFile(f"{header.path} has no number {header.architecture}{key}: {CONVERT_AGAIN}.")
-        return value
-
-    n_embd, n_vocab = source.tensor(EMBEDDING).shape
-    heads = int(number(".attention.head_count"))
+    n_embd, heads = size_of(header, ".embedding_length"), size_of(header, ".attention.head_count")
+    n_vocab = source.tensor(EMBEDDING).shape[-1]
+    for table in (EMBEDDING, HEAD):
+        if source.tensor(table).shape != (n_embd, n_vocab):
+            raise BadModelFile(f"{header.path}: {table} is not {n_vocab} x {n_embd}: {CONVERT_AGAIN}.")
     name = str(header.get("general.name", "")).lower()
     return TernaryModel(
         architecture=architecture,
         layers=header.layers,
         n_embd=n_embd,
-        n_ff=int(number(".feed_forward_length")),
+        n_ff=size_of(header, ".feed_forward_length"),
         n_vocab=n_vocab,
         heads=heads,
-        kv_heads=int(number(".attention.head_count_kv", heads)),
-        head_dim=int(number(".attention.key_length", n_embd // heads)),
-        context=int(number(".context_length", 2048)),
-        rope_base=number(".rope.freq_base", 10_000.0),
-        epsilon=number(".attention.layer_norm_rms_epsilon"),
+        kv_heads=size_of(header, ".attention.head_count_kv", default=heads),
+        head_dim=size_of(header, ".attention.key_length", default=n_embd // max(heads, 1)),
+        context=size_of(header, ".context_length", default=2048),
+        rope_base=_number(header, ".rope.freq_base", 10_000.0),
+        epsilon=_number(header, ".attention.layer_norm_rms_epsilon"),
         activation="relu2" if architecture == "bitnet" and n_vocab == RELU2_VOCABULARY else "silu",
         rope=rope,
         sub_norms=header.tensor("blk.0.attn_sub_norm.weight") is not None,
@@ -213,6 +211,28 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
         if source.tensor(EMBEDDING).type in WIDE
         else GGMLQuantizationType.F16,
     )
+
+
+def _number(header: Header, key: str, default: float | None = None) -> float:
+    value = header.get(key, default)
+    if not isinstance(value, int | float):
+        raise BadModelFile(f"{header.path} has no number {header.architecture}{key}: {CONVERT_AGAIN}.")
+    return value
+
+
+def _refuse_rotation(header: Header, model: TernaryModel) -> None:
+    """Positions that are stretched, or heads that are rotated or kept in part."""
+    kind = header.get(".rope.scaling.type", "linear")
+    factors = [_number(header, key, 1.0) for key in (".rope.scaling.factor", ".rope.scale_linear")]
+    sizes = [
+        _number(header, key, model.head_dim) for key in (".rope.dimension_count", ".attention.value_length")
+    ]
+    # As llama.cpp reads them: a factor of 0 is none.
+    stretched = kind != "none" and (kind != "linear" or any(factor not in (0, 1) for factor in factors))
+    if stretched or any(size != model.head_dim for size in sizes):
+        raise UnsupportedModel(
+            f"{header.path.name} does not rotate whole heads by plain positions, as the ternary engine does."
+        )
 
 
 def _refuse_unknown(header: Header, model: TernaryModel) -> None:
