@@ -10,8 +10,12 @@ from click.testing import CliRunner
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.gguf_writer import GGUFValue
 from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cordee.cli.main import cordee
+from cordee.engine.stage import StageConfig
+from cordee.engine.ternary import TernaryStage
 from cordee.errors import BadModelFile, BadRequest, CordeeError, UnsupportedModel
 from cordee.models.convert import convert
 from cordee.models.gguf import BitnetType, Header, read_header
@@ -220,6 +224,35 @@ def test_a_head_of_other_size_than_the_embedding_is_refused(tmp_path: Path) -> N
     write_source(tmp_path / "source.gguf", weights, GGMLQuantizationType.TQ2_0)
     with pytest.raises(BadModelFile, match=r"output\.weight is not 320 x 256"):
         convert(tmp_path / "source.gguf", tmp_path / "ours.gguf")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source of some kB, to be damaged."""
+    path = tmp_path_factory.mktemp("small") / "source.gguf"
+    write_source(path, Weights(replace(FAMILIES["llama"], layers=1, **NARROW), 3), BitnetType.I2_S)
+    return path
+
+
+@settings(max_examples=150)
+@given(st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), min_size=1, max_size=4))
+def test_damage_ends_in_a_file_that_runs_or_in_a_sentence(
+    small: Path, changes: list[tuple[int, int]]
+) -> None:
+    """Settings stand at the header's beginning, names and sizes of tensors at its end."""
+    whole, header = small.read_bytes(), read_header(small)
+    ends = [*range(700), *range(header.nbytes - 1000, header.nbytes)]
+    damaged = bytearray(whole)
+    for at, value in changes:
+        damaged[ends[at % len(ends)]] = value
+    source, ours = small.with_name("damaged.gguf"), small.with_name("ours.gguf")
+    source.write_bytes(damaged)
+    try:
+        convert(source, ours)
+    except CordeeError as error:
+        assert error.message.endswith(".")
+    else:
+        TernaryStage(ours, StageConfig(context=64, sequences=1, batch_rows=8, threads=1)).close()
 
 
 def test_the_verb_says_what_it_wrote(tmp_path: Path) -> None:
