@@ -227,6 +227,27 @@ def test_an_int8_cache_halves_memory_and_costs_little(family: str, tmp_path: Pat
     assert (logits[0].argmax(axis=1) == logits[1].argmax(axis=1)).mean() > 0.9
 
 
+def test_a_row_has_the_same_logits_whichever_others_are_wanted(tmp_path: Path) -> None:
+    """Of the last layer only the rows whose logits are wanted are computed; all of them are remembered."""
+    make_ternary("bitnet", tmp_path / "model.gguf")
+    stage = TernaryStage(tmp_path / "model.gguf", CONFIG)
+    batch = mixed(*((prompt(sequence, 30), 0, sequence) for sequence in range(3)))
+    following = mixed(*(([7], 30, sequence) for sequence in range(3)))
+    draw = np.random.default_rng(3)
+    found = []
+    for wanted in (np.ones(90, bool), np.zeros(90, bool), draw.random(90) < 0.3, draw.random(90) < 0.9):
+        stage.clear()
+        logits = np.zeros((90, 320), np.float32)
+        logits[wanted] = stage.decode(replace(batch, outputs=wanted))
+        found.append((wanted, logits, stage.decode(following).tobytes()))
+    stage.close()
+    _, everything, after = found[0]
+    assert np.ptp(everything) > 1
+    for wanted, logits, behind in found:
+        assert logits[wanted].tobytes() == everything[wanted].tobytes()
+        assert behind == after
+
+
 def test_what_cache_an_engine_has_not_is_refused(starter_path: Path, tmp_path: Path) -> None:
     make_ternary("bitnet", tmp_path / "model.gguf", layers=1)
     with pytest.raises(StageFailed, match="cache"):

@@ -24,7 +24,8 @@ struct step {
     ternary_session *session;
     const ternary_batch *batch;
     uint32_t layer; /* the one being computed */
-    uint32_t rows;  /* of the products: the batch's, or those that have logits */
+    uint32_t rows;  /* still to be computed: the batch's, and behind the last attention those that have logits */
+    uint32_t marked; /* rows that have logits */
     uint32_t count; /* of the products */
     uint32_t runs;  /* of rows that attend together */
     struct product products[PRODUCTS];
@@ -195,8 +196,7 @@ static void enter_head(void *argument, uint32_t row, uint32_t thread)
     const struct step *step = argument;
     const ternary_session *session = step->session;
     const uint32_t n_embd = session->model->shape.n_embd;
-    enter(session, thread, row, session->hidden + (size_t)session->marked[row] * n_embd, session->model->output_norm,
-          n_embd);
+    enter(session, thread, row, session->hidden + (size_t)row * n_embd, session->model->output_norm, n_embd);
 }
 
 /* ---- Attention ---- */
@@ -268,6 +268,20 @@ static void attend_piece(void *argument, uint32_t piece, uint32_t thread)
 
 /* ---- The blocks of a layer, and the head ---- */
 
+/* Behind the last layer's keys and values nobody asks for the rows without logits: the others move to the front. */
+static void keep_marked(struct step *step)
+{
+    const ternary_session *session = step->session;
+    const size_t n_embd = session->model->shape.n_embd;
+    const size_t wide = (size_t)session->model->shape.heads * session->model->shape.head_dim;
+    for (uint32_t i = 0; i < step->marked; i++) {
+        const uint32_t row = session->marked[i];
+        memmove(session->hidden + i * n_embd, session->hidden + row * n_embd, n_embd * sizeof(float));
+        memmove(session->queries + i * wide, session->queries + row * wide, wide * sizeof(float));
+    }
+    step->rows = step->marked;
+}
+
 static void attention_block(struct step *step)
 {
     ternary_session *session = step->session;
@@ -282,6 +296,8 @@ static void attention_block(struct step *step)
     multiply(step, 3);
     pool_run(&session->pool, rotate_and_store, step, step->rows);
     pool_run(&session->pool, attend_piece, step, step->runs * shape->kv_heads);
+    if (session->config.logits && step->layer + 1 == shape->layers)
+        keep_marked(step);
     set_inputs(step, leave_attention, wide, model->planes);
     step->products[0] = (struct product){&layer->o, session->added, shape->n_embd};
     multiply(step, 1);
@@ -303,11 +319,9 @@ static void feed_forward_block(struct step *step)
     pool_run(&session->pool, leave_layer, step, step->rows);
 }
 
-/* Logits of the `marked` rows. */
-static void head_block(struct step *step, uint32_t marked, float *out)
+static void head_block(struct step *step, float *out)
 {
     const ternary_model *model = step->session->model;
-    step->rows = marked;
     set_inputs(step, enter_head, model->shape.n_embd, model->head_planes);
     step->products[0] = (struct product){&model->head, out, model->shape.n_vocab};
     multiply(step, 1);
@@ -389,8 +403,10 @@ static void announce(const struct step *step)
 static void run(ternary_session *session, const ternary_batch *batch, float *out)
 {
     struct step step = {.session = session, .batch = batch, .rows = batch->rows};
-    uint32_t marked = 0;
     step.runs = find_runs(session, batch);
+    for (uint32_t row = 0; session->config.logits && row < batch->rows; row++)
+        if (batch->outputs[row])
+            session->marked[step.marked++] = row;
     pool_run(&session->pool, enter_row, &step, batch->rows);
     for (step.layer = 0; step.layer < session->model->shape.layers; step.layer++) {
         announce(&step);
@@ -402,13 +418,10 @@ static void run(ternary_session *session, const ternary_batch *batch, float *out
         memcpy(out, session->hidden, (size_t)batch->rows * session->model->shape.n_embd * sizeof *out);
         return;
     }
-    for (uint32_t row = 0; row < batch->rows; row++)
-        if (batch->outputs[row])
-            session->marked[marked++] = row;
-    if (marked == 0)
+    if (step.marked == 0)
         return;
     announce(&step);
-    head_block(&step, marked, out);
+    head_block(&step, out);
 }
 
 ternary_status ternary_decode(ternary_session *session, const ternary_batch *batch, float *out, ternary_error *error)

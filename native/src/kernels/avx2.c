@@ -12,31 +12,10 @@
 #include "kernels.h"
 
 #define ISA(name) name##_avx2
-#define VECTOR_FLOATS 8
-#define WIDEN_HALVES(p) ((ISA(vec))_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
-#define WIDEN_BYTES(p) ((ISA(vec))_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))))
-#include "floats.inc"
+#include "halves.inc"
 
 /* Quads whose 16-bit sums cannot wrap. */
 #define NARROW_QUADS 16u
-#define UNROLLED _Pragma("GCC unroll 8")
-
-INLINE __m256i quad_of(const int8_t *x)
-{
-    int32_t four;
-    memcpy(&four, x, 4);
-    return _mm256_set1_epi32(four);
-}
-
-INLINE __m256i low_bits(__m256i v, int mask)
-{
-    return _mm256_and_si256(v, _mm256_set1_epi8((char)mask));
-}
-
-INLINE __m256i half_at(const uint8_t *p)
-{
-    return _mm256_loadu_si256((const __m256i *)p);
-}
 
 /* a += pairs of 16-bit sums, widened. */
 INLINE __m256i widened(__m256i a, __m256i narrow)
@@ -50,29 +29,47 @@ INLINE void put(int32_t *out, __m256i sum, int shift, int32_t zero)
     _mm256_storeu_si256((__m256i *)out, sum);
 }
 
-/* One half of a group's rows over at most NARROW_QUADS quads, for n rows of activations. */
+/* sum += the products' pairs. In assembly, because GCC 12 copies every accumulator of the intrinsic around the loop. */
+INLINE __m256i add_pairs(__m256i sum, __m256i codes, __m256i x)
+{
+    __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(_mm256_maddubs_epi16(codes, x)));
+    return sum;
+}
+
+/* `halves` halves from `first` on of a group's rows over at most NARROW_QUADS quads, for n rows of activations:
+ * halves * n <= 2. */
 INLINE void trit2_strip(const uint8_t *p, uint32_t quads, const int8_t *x, size_t stride, const uint32_t n,
-                        __m256i (*sums)[2][4], uint32_t half)
+                        __m256i (*sums)[2][4], const uint32_t first, const uint32_t halves)
 {
     __m256i s[2][4];
-    UNROLLED for (uint32_t i = 0; i < n; i++)
-        s[i][0] = s[i][1] = s[i][2] = s[i][3] = _mm256_setzero_si256();
+    UNROLLED for (uint32_t at = 0; at < halves * n; at++)
+        s[at][0] = s[at][1] = s[at][2] = s[at][3] = _mm256_setzero_si256();
     for (uint32_t q = 0; q < quads; q++) {
-        if (half == 0)
+        if (first == 0)
             _mm_prefetch((const char *)p + q * 64 + prefetch_bytes, _MM_HINT_T0);
-        __m256i v = half_at(p + q * 64), w = _mm256_srli_epi16(v, 4);
-        __m256i v0 = low_bits(v, 3), v1 = low_bits(v, 12), v2 = low_bits(w, 3), v3 = low_bits(w, 12);
-        UNROLLED for (uint32_t i = 0; i < n; i++) {
-            __m256i four = quad_of(x + i * stride + q * 4);
-            s[i][0] = _mm256_add_epi16(s[i][0], _mm256_maddubs_epi16(v0, four));
-            s[i][1] = _mm256_add_epi16(s[i][1], _mm256_maddubs_epi16(v1, four));
-            s[i][2] = _mm256_add_epi16(s[i][2], _mm256_maddubs_epi16(v2, four));
-            s[i][3] = _mm256_add_epi16(s[i][3], _mm256_maddubs_epi16(v3, four));
+        UNROLLED for (uint32_t half = 0; half < halves; half++) {
+            __m256i v = half_at(p + q * 64 + (first + half) * 32), w = _mm256_srli_epi16(v, 4);
+            __m256i v0 = low_bits(v, 3), v1 = low_bits(v, 12), v2 = low_bits(w, 3), v3 = low_bits(w, 12);
+            UNROLLED for (uint32_t i = 0; i < n; i++) {
+                __m256i four = quad_of(x + i * stride + q * 4), *t = s[half * n + i];
+                t[0] = add_pairs(t[0], v0, four);
+                t[1] = add_pairs(t[1], v1, four);
+                t[2] = add_pairs(t[2], v2, four);
+                t[3] = add_pairs(t[3], v3, four);
+            }
         }
     }
-    UNROLLED for (uint32_t i = 0; i < n; i++)
-        UNROLLED for (uint32_t field = 0; field < 4; field++)
-            sums[i][half][field] = widened(sums[i][half][field], s[i][field]);
+    UNROLLED for (uint32_t half = 0; half < halves; half++)
+        UNROLLED for (uint32_t i = 0; i < n; i++)
+            UNROLLED for (uint32_t field = 0; field < 4; field++)
+                sums[i][first + half][field] = widened(sums[i][first + half][field], s[half * n + i][field]);
+}
+
+/* Not inlined: all sums of both halves then stay in registers. */
+static __attribute__((noinline)) void trit2_whole_strip(const uint8_t *p, uint32_t quads, const int8_t *x,
+                                                        __m256i (*sums)[2][4])
+{
+    trit2_strip(p, quads, x, 0, 1, sums, 0, 2);
 }
 
 INLINE void trit2_group(const uint8_t *data, uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums,
@@ -82,8 +79,12 @@ INLINE void trit2_group(const uint8_t *data, uint32_t quads, const int8_t *x, si
     memset(wide, 0, sizeof wide);
     for (uint32_t q = 0; q < quads; q += NARROW_QUADS) {
         uint32_t strip = quads - q < NARROW_QUADS ? quads - q : NARROW_QUADS;
-        for (uint32_t half = 0; half < 2; half++)
-            trit2_strip(data + (size_t)q * 64 + half * 32, strip, x + q * 4, stride, n, wide, half);
+        const uint8_t *p = data + (size_t)q * 64;
+        if (n == 1)
+            trit2_whole_strip(p, strip, x + q * 4, wide);
+        else
+            for (uint32_t half = 0; half < 2; half++)
+                trit2_strip(p, strip, x + q * 4, stride, n, wide, half, 1);
     }
     for (uint32_t i = 0; i < n; i++)
         for (uint32_t half = 0; half < 2; half++)

@@ -11,35 +11,14 @@
 #include "kernels.h"
 
 #define ISA(name) name##_avxvnni
-#define VECTOR_FLOATS 8
-#define WIDEN_HALVES(p) ((ISA(vec))_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
-#define WIDEN_BYTES(p) ((ISA(vec))_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))))
-#include "floats.inc"
+#include "halves.inc"
 
 #if CORDEE_EVEX_FOR_VEX
 #define ENCODING "%{evex%} "
 #else
 #define ENCODING "%{vex%} "
 #endif
-#define UNROLLED _Pragma("GCC unroll 8")
 #define SUMS_LIMIT 6u
-
-INLINE __m256i quad_of(const int8_t *x)
-{
-    int32_t four;
-    memcpy(&four, x, 4);
-    return _mm256_set1_epi32(four);
-}
-
-INLINE __m256i low_bits(__m256i v, int mask)
-{
-    return _mm256_and_si256(v, _mm256_set1_epi8((char)mask));
-}
-
-INLINE __m256i half_at(const uint8_t *p)
-{
-    return _mm256_loadu_si256((const __m256i *)p);
-}
 
 /* In assembly, since GCC 12 has no intrinsic that forces the encoding. */
 INLINE __m256i dot_bytes(__m256i sum, __m256i codes, __m256i x)
