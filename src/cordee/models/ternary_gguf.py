@@ -5,9 +5,9 @@ or in any type that keeps such values apart (F32, F16, BF16, Q8_0, ...).
 
 I2_S (microsoft/BitNet, src/ggml-bitnet-mad.cpp, quantize_i2_s) holds 128 consecutive weights in 32 bytes:
 byte p has weights p, p + 32, p + 64 and p + 96 in bits 6, 4, 2 and 0, as weight + 1. Behind all weights
-stands their one scale, float32, in 32 bytes. So they are published, and so x86 programs write them. Programs
-built for ARM write blocks of 64 in 16 bytes, and nothing in a file tells which it is: instead of a file that
-was made on ARM, convert the safetensors it was made of.
+stands their one scale, float32, in 32 bytes. So they are published, and so x86 programs write them, unless
+they were built without ACT_PARALLEL: four rows to a byte. Programs for ARM write blocks of 64 in 16 bytes.
+Nothing in a file tells which it is: instead of another than the first convert what it was made of.
 """
 
 from typing import Literal
