@@ -96,7 +96,7 @@ def rate(runner: Runner, rows: int, threads: int) -> float:
 
 def leave_cache(path: Path) -> None:
     """Have a file that was just written read back from the disk: in the system's memory it lies in small
-    pages, which our decoding reads a fifth more slowly than the large ones that reading a mapped file brings."""
+    pages, which our decoding reads a fifth more slowly than the large ones a mapped file is read into."""
     if not hasattr(os, "posix_fadvise"):
         return
     with path.open("rb") as file:
