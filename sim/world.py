@@ -66,11 +66,14 @@ class World:
     # The bus.
 
     def send(self, source: str, target: str, take: str, message: object) -> None:
-        """Hand `message` to the method `take` of the agent that runs on `target` when it arrives."""
+        """Hand `message` to the method `take` of the agent that runs on `target` when it arrives.
+
+        Where none runs now there is no link, and nothing arrives, even if one has started by then.
+        """
         random = self.random
         if (source, target) in self.cut or (self.loss and random.random() < self.loss):
             return
-        if target not in self.machines or (source != target and self._unfound(source, target)):
+        if target not in self.agents or (source != target and self._unfound(source, target)):
             return
         delay = BUS_DELAY * (0.5 + random.random()) if source != target else 0.0
         if self.late and random.random() < self.late:

@@ -92,6 +92,17 @@ def test_a_node_also_listens_for_those_of_whom_others_tell() -> None:
     assert [route.host for route in mind.plan(0.2).routes["m"]] == ["d"]
 
 
+def test_a_node_also_listens_for_those_whom_it_sees() -> None:
+    mind = Mind("a", "session of a", Simple(), remembered=("b",))
+    look(mind, 0.0)
+    wish(mind, 0.0)
+    mind.liveliness("c", True, 0.1)
+    mind.hear(mind_of("b").beat(3.0), 0.1)
+    assert mind.plan(0.1).stages == ()
+    mind.hear(mind_of("c").beat(3.0), 0.2)
+    assert len(mind.plan(0.2).stages) == 1
+
+
 def test_a_wrong_memory_of_when_to_listen_until_does_not_last() -> None:
     mind = mind_of()
     wish(mind)

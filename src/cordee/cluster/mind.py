@@ -71,7 +71,8 @@ class Mind:
         """Our own facts, the machine's clock, and the valid revocations by node; all of them, each time.
 
         To be called once a beat at least. After its start and after a longer silence the node listens before
-        it plans anything; after its start until it heard all that it remembers, and all that those tell of.
+        it plans anything; after its start until it heard all whom it remembers or sees, and all of whom those
+        tell.
         """
         stopped = not 0 <= now - self._observed <= LISTEN_SECONDS
         if stopped or not self._listens_until <= now + LISTEN_SECONDS:
@@ -108,6 +109,8 @@ class Mind:
 
     def liveliness(self, node: str, alive: bool, now: float) -> None:
         """A node's token came or went."""
+        if alive and self._awaited:
+            self._awaited.add(node)
         self._membership.liveliness(node, alive, now)
 
     def wish(
