@@ -10,7 +10,6 @@ does. Of ggml's headers that file needs no more than that declaration, ggml_row_
 """
 
 import ctypes
-import mmap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ CACHED = (6912, 2560)
 # A round goes through all matrices as often as takes so long: many ticks of the clock.
 ROUND_SECONDS = 0.1
 BLOCK, SHIFTS = 128, np.array([6, 4, 2, 0], dtype=np.uint8)[:, None]
+LINE_BYTES = 64  # of a cache
 PEER_COLUMNS = 4  # it takes so many rows, or a multiple, for as many columns of activations
 
 Shape = tuple[int, int]  # rows, cols
@@ -92,10 +92,9 @@ class Stack:
         draw = np.random.default_rng(0)
         weights = {shape: draw.integers(-1, 2, shape, dtype=np.int8) for shape in dict.fromkeys(shapes)}
         packed = {shape: dot.packed(matrix) for shape, matrix in weights.items()}
-        memory = mmap.mmap(-1, sum(packed[shape].nbytes for shape in shapes))
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        payload, at = np.frombuffer(memory, np.uint8), 0
+        # numpy asks for large pages where Linux has them.
+        payload = np.empty(sum(packed[shape].nbytes for shape in shapes) + LINE_BYTES, np.uint8)
+        at = -payload.ctypes.data % LINE_BYTES
         self._dot, self._payload = dot, payload
         self._x = draw.integers(-127, 128, max(cols for _, cols in shapes)).astype(np.int8)
         self._out = np.empty(max(rows for rows, _ in shapes) + LAYOUTS["trit5"].group_rows, dot.number)

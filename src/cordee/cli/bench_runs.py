@@ -4,8 +4,6 @@ Nothing of the scheduler and no other process is on the way: the figures are the
 of repeated runs by the clock.
 """
 
-import ctypes
-import mmap
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +35,7 @@ CASE_SECONDS_MAX = 60.0
 ROOF_BYTES, ROOF_PART = 256 << 20, 1 / 4
 ROOF_SECONDS, ROOF_PASSES = 2.0, 4
 ROOF_STEP_BYTES = 256  # ternary_memory_read takes multiples of it
+LINE_BYTES = 64  # of a cache
 
 Report = Callable[[str], None]
 
@@ -100,23 +99,21 @@ class _Reader:
             self._read, self.name = None, "reading by numpy"
             return
         self._part = self._nbytes // threads // ROOF_STEP_BYTES * ROOF_STEP_BYTES
-        self._memory = mmap.mmap(-1, self._part * threads)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        np.frombuffer(self._memory, np.uint8)[:] = 1  # pages nobody has written to are not read from memory
+        # Pages nobody has written to are not read from memory; numpy asks for large ones, as Linux has them.
+        self._memory = np.ones(self._part * threads + LINE_BYTES, np.uint8)
 
     def speed(self) -> float:
         """Bytes in a second, at best."""
         if self._read is None:
             return memory_speed(self._nbytes, self._threads)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
+        address = -(-self._memory.ctypes.data // LINE_BYTES) * LINE_BYTES
         starts = [address + self._part * number for number in range(self._threads)]
         best = 0.0
         with ThreadPoolExecutor(self._threads) as pool:
             for _ in range(ROOF_PASSES):
                 began = time.perf_counter()
                 list(pool.map(self._read, starts, [self._part] * self._threads))
-                best = max(best, len(self._memory) / (time.perf_counter() - began))
+                best = max(best, self._part * self._threads / (time.perf_counter() - began))
         return best
 
 
