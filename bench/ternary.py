@@ -15,9 +15,7 @@ a ratio is the median of the rounds' own.
 """
 
 import argparse
-import ctypes
 import json
-import mmap
 import os
 import statistics
 import sys
@@ -48,6 +46,7 @@ WEIGHTS_VOCABULARY = 64
 PROMPT_ROWS, DECODE_ROWS, PREFILL_ROWS = 16, 8, 512
 # libgomp's threads spin for some milliseconds after their work; ours must not be timed beside them.
 SETTLE_SECONDS = 0.05
+LINE_BYTES = 64  # of a cache
 
 
 class Ours:
@@ -193,11 +192,8 @@ def roof(models: Models, threads: int, rounds: int) -> list[dict]:
     for layout in LAYOUTS:
         ours = Ours(models.ours(layout, True), threads, PROMPT_ROWS)
         nbytes = ours.weights_bytes // (256 * threads) * 256
-        memory = mmap.mmap(-1, nbytes * threads)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        np.frombuffer(memory, np.uint8)[:] = 1
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        memory = np.ones(nbytes * threads + LINE_BYTES, np.uint8)  # in large pages where Linux has them
+        address = -(-memory.ctypes.data // LINE_BYTES) * LINE_BYTES
         read, decoded = [], []
         with ThreadPoolExecutor(threads) as pool:
             for _ in range(rounds):
