@@ -45,7 +45,7 @@ def test_a_ternary_checkpoint_is_served_by_two_nodes_as_by_one(tmp_path: Path) -
     try:
         nodes = [rope.add(name) for name in "ab"]
         nodes[0].do("share", "starter", *SERVED)
-        until(lambda: all(map(stages, nodes)))
+        until(lambda: all(stages(node) for node in nodes))
         assert {stage["node"] for stage in stages(nodes[0])} == {node.id for node in nodes}
         for node in nodes:
             with node.client() as client:
