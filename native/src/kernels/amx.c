@@ -12,9 +12,10 @@
 #include <immintrin.h>
 #include <stdbool.h>
 
+#define INLINE static inline __attribute__((always_inline))
+#include "digits.h"
 #include "tiles.h"
 
-#define INLINE static inline __attribute__((always_inline))
 #define SLICE_TILES 10u
 #define FIELDS_LIMIT 5u
 
@@ -43,17 +44,9 @@ INLINE void unpack_trit2(struct panel *panel, uint32_t tile, uint32_t row, __m51
     _mm512_store_si512(panel->tiles[3][tile] + row * 64, _mm512_and_si512(_mm512_srli_epi16(v, 6), three));
 }
 
-/* The highest digit is 0 up to 85 and 2 from 171 on; times 3 lifts the next one up. */
 INLINE void unpack_trit5(struct panel *panel, uint32_t tile, uint32_t row, __m512i v)
 {
-    const __m512i one = _mm512_set1_epi8(1);
-    for (uint32_t digit = 0; digit < 5; digit++) {
-        const __mmask64 some = _mm512_cmpgt_epu8_mask(v, _mm512_set1_epi8(85));
-        const __mmask64 two = _mm512_cmpgt_epu8_mask(v, _mm512_set1_epi8((char)170));
-        const __m512i trits = _mm512_maskz_mov_epi8(some, one);
-        _mm512_store_si512(panel->tiles[digit][tile] + row * 64, _mm512_mask_add_epi8(trits, two, trits, one));
-        v = _mm512_add_epi8(v, _mm512_add_epi8(v, v));
-    }
+    unpack_digits(panel->tiles[0][tile] + row * 64, sizeof panel->tiles[0], v);
 }
 
 INLINE void unpack_slice(unpack_function *unpack, struct panel *panel, const uint32_t fields, const uint8_t *data,

@@ -8,9 +8,11 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
 #include <immintrin.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include "amx.h"
+#include "digits.h"
 
 #define ISA(name) name##_avx512vnni
 #define VECTOR_FLOATS 16
@@ -229,13 +231,65 @@ INLINE void int4_tile(const uint8_t *data, const uint32_t groups, uint32_t quads
 #define TRIT2(n, width) TILES(trit2, 64, n, width)
 DOT_FUNCTION(trit2, 64, 64, 6, TRIT2(1, 4) TRIT2(2, 2) TRIT2(3, 2) TRIT2(4, 1) TRIT2(5, 1) TRIT2(6, 1))
 #define TRIT5(n, width) TILES(trit5, 80, n, width)
-DOT_FUNCTION(trit5, 80, 64, 4, TRIT5(1, 4) TRIT5(2, 2) TRIT5(3, 1) TRIT5(4, 1))
+DOT_FUNCTION(trit5_few, 80, 64, 4, TRIT5(1, 4) TRIT5(2, 2) TRIT5(3, 1) TRIT5(4, 1))
 #define INT8(n, width) TILES(int8, 16, n, width)
 DOT_FUNCTION(int8, 16, 64, 6, INT8(1, 4) INT8(2, 4) INT8(3, 4) INT8(4, 4) INT8(5, 4) INT8(6, 4))
 #define INT6(n, width) TILES(int6, 64, n, width)
 DOT_FUNCTION(int6, 64, 192, 3, INT6(1, 1) INT6(2, 1) INT6(3, 1))
 #define INT4(n, width) TILES(int4, 32, n, width)
 DOT_FUNCTION(int4, 32, 64, 6, INT4(1, 4) INT4(2, 4) INT4(3, 4) INT4(4, 2) INT4(5, 2) INT4(6, 2))
+
+/* Sums of a strip's digits with n <= 4 activation rows, added to those of the strips before. */
+INLINE void digits_tile(const uint8_t *strip, uint32_t quads, bool is_first, const int8_t *x, size_t stride,
+                        const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
+{
+    __m512i s[4][DIGITS];
+    UNROLLED for (uint32_t i = 0; i < n; i++)
+        UNROLLED for (uint32_t digit = 0; digit < DIGITS; digit++)
+            s[i][digit] = is_first ? _mm512_set1_epi32(-sums[i])
+                                   : _mm512_loadu_si512(out + i * out_stride + digit * 16);
+    for (uint32_t q = 0; q < quads; q++)
+        UNROLLED for (uint32_t i = 0; i < n; i++) {
+            const __m512i four = quad_of(x + i * stride + q * 4);
+            UNROLLED for (uint32_t digit = 0; digit < DIGITS; digit++)
+                s[i][digit] = DOT(s[i][digit], _mm512_load_si512(strip + (q * DIGITS + digit) * 64), four);
+        }
+    UNROLLED for (uint32_t i = 0; i < n; i++)
+        UNROLLED for (uint32_t digit = 0; digit < DIGITS; digit++)
+            _mm512_storeu_si512(out + i * out_stride + digit * 16, s[i][digit]);
+}
+
+/* Quads whose digits, unpacked, stay in the first-level cache. */
+#define STRIP_QUADS 64u
+/* Activation rows from which on it pays to unpack digits: then a weight costs one dot and not 6 / 5, nor additions. */
+#define UNPACK_ROWS 16u
+
+static void dot_trit5(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                      const int32_t *sums, uint32_t n, int32_t *out)
+{
+    _Alignas(64) uint8_t strip[STRIP_QUADS * DIGITS * 64];
+    const size_t out_stride = (size_t)groups * 80;
+    if (n < UNPACK_ROWS) {
+        dot_trit5_few(data, groups, quads, x, stride, sums, n, out);
+        return;
+    }
+    for (uint32_t g = 0; g < groups; g++, data += (size_t)quads * 64)
+        for (uint32_t first = 0; first < quads; first += STRIP_QUADS) {
+            const uint32_t some = quads - first < STRIP_QUADS ? quads - first : STRIP_QUADS;
+            for (uint32_t q = 0; q < some; q++)
+                unpack_digits(strip + q * DIGITS * 64, 64, _mm512_loadu_si512(data + (size_t)(first + q) * 64));
+            for (uint32_t row = 0; row < n; row += 4) {
+                const int8_t *rows = x + row * stride + first * 4;
+                int32_t *to = out + row * out_stride + g * 80;
+                if (n - row >= 4)
+                    digits_tile(strip, some, first == 0, rows, stride, sums + row, 4, to, out_stride);
+                else
+                    for (uint32_t i = 0; i < n - row; i++)
+                        digits_tile(strip, some, first == 0, rows + i * stride, stride, sums + row + i, 1,
+                                    to + i * out_stride, out_stride);
+            }
+        }
+}
 
 const struct kernels kernels_amx = {
     .name = "amx",
@@ -246,7 +300,7 @@ const struct kernels kernels_amx = {
 
 const struct kernels kernels_avx512vnni = {
     .name = "avx512vnni",
-    .rows = 6,
+    .rows = DOT_ROWS_LIMIT,
     .dot = {dot_trit2, dot_trit5, dot_int8, dot_int6, dot_int4},
     FLOAT_KERNELS,
 };
