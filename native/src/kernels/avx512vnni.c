@@ -203,11 +203,10 @@ INLINE void int4_tile(const uint8_t *data, const uint32_t groups, uint32_t quads
         }
 }
 
-/* A case of the rows' number: as many groups at once as registers hold, the rest one by one. A single row wants them
- * side by side only where memory gives more to several streams; its sums are few enough either way. */
+/* A case of the rows' number: as many groups at once as registers hold, the rest one by one. */
 #define TILES(name, group_rows, n, width)                                                                            \
     case n:                                                                                                          \
-        for (; g + width <= groups && (n > 1 || streams > 1); g += width)                                            \
+        for (; g + width <= groups; g += width)                                                                      \
             name##_tile(data + g * group_bytes, width, quads, x, stride, sums, n, out + g * group_rows, out_stride); \
         for (; g < groups; g++)                                                                                      \
             name##_tile(data + g * group_bytes, 1, quads, x, stride, sums, n, out + g * group_rows, out_stride);     \

@@ -76,9 +76,8 @@ struct kernels {
     void (*attend[CACHE_KINDS])(const struct attention *attention);
 };
 
-/* How far ahead of a stream of weights to ask for them, and how many streams to read side by side for a single row. */
+/* How far ahead of a stream of weights to ask for them. */
 extern size_t prefetch_bytes;
-extern uint32_t streams;
 
 /* The kernels at that place of the list of those this CPU runs, best first; NULL past the last. */
 const struct kernels *kernels_at(uint32_t index);

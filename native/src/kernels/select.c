@@ -75,20 +75,16 @@ static int has_dot_product(void)
 }
 #endif
 
-/* Measured, weights of 520 MB: on a Xeon (Sapphire Rapids) four streams, 2048 bytes ahead, were best by 10 to 75 %. On an
- * EPYC (Zen 4) more than 512 bytes cost 10 to 25 %, 256 gain 2 %; a single stream gains 10 % where the file lies in huge
- * pages and costs 5 % where it does not. Set before any thread computes; always to the same values. */
+/* Measured, weights of 520 MB: on a Xeon (Sapphire Rapids) 2048 was best by 10 to 75 %; on an EPYC (Zen 4) more than 512
+ * cost 10 to 25 %, and 256 gain 2 %. Set before any thread computes; always to the same value. */
 size_t prefetch_bytes = 2048;
-uint32_t streams = DOT_GROUPS;
 
 static void tune(void)
 {
-#if CORDEE_X86_KERNELS && !CORDEE_TILE_MODEL /* which models a Xeon */
+#if CORDEE_X86_KERNELS
     __builtin_cpu_init();
-    if (__builtin_cpu_is("amd")) {
+    if (__builtin_cpu_is("amd"))
         prefetch_bytes = 256;
-        streams = 1;
-    }
 #endif
 }
 
