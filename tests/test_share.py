@@ -114,6 +114,15 @@ def test_a_model_of_the_hub_is_shared_fetched_once_and_outlives_hub_and_host(
     assert {hello(node, "Small") for node in others} == answers
 
 
+def test_a_model_is_shared_right_after_it_was_pulled(rope: Rope, starter_path: Path) -> None:
+    a = next(node for node in rope.nodes.values() if node.process.poll() is None)
+    assert a.cordee("pull", starter_path, "--name", "just-now").returncode == 0
+    shared = a.cordee("share", "just-now", *SERVED)
+    assert shared.returncode == 0, shared.stderr
+    assert a.cordee("unshare", "just-now").returncode == 0
+    assert a.cordee("rm", "just-now").returncode == 0
+
+
 class Told:
     """An agent that knows some offers and wishes; what is wished of it is kept, a pass is an error."""
 
@@ -129,12 +138,16 @@ class Told:
         return self._offers
 
     def gauges(self, _now: float) -> dict[str, Gauges]:
-        return {"b": Gauges(reading=(Reading("Third", "o/Third-GGUF/third.gguf", 5, 10),))}
+        hub = Reading("Third", "o/Third-GGUF/third.gguf", 5, 10)
+        return {"b": Gauges(reading=(hub, Reading("pulled", "", 3, 10)))}
 
     def wish(self, name, shape, context, sequences, _now, replicas=1, source="") -> None:
         self.wished.append((name, shape.digest, context, sequences, replicas, source))
 
     def changed(self) -> None:
+        pass
+
+    async def look(self) -> None:
         pass
 
 
@@ -166,6 +179,8 @@ def test_no_pass_is_made_for_what_is_known_under_way_or_has_a_taken_name(
     assert share("o/Third-GGUF").reading.done_bytes == 5  # another node reads it
     with pytest.raises(ModelNotFound, match="one of the hub"):
         share("nothing")
+    with pytest.raises(ModelNotFound, match=r"still being read \(30 %\)"):
+        share("pulled")
     assert len(agent.wished) == 3
 
 

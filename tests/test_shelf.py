@@ -61,7 +61,7 @@ async def until(true) -> None:
 def test_small_models_are_offered_from_the_start(node: Node, model: Path, tmp_path: Path) -> None:
     node.add(model, "a")
     node.add(make_tiny("qwen3", tmp_path / "b.gguf"), "b")
-    asyncio.run(node.shelf.open())
+    asyncio.run(node.shelf.look())
     assert node.offered == ["a", "b"]
     assert [(held.first, held.whole) for held in node.shelf.slices] == [(0, True), (0, True)]
     before = node.told
@@ -72,7 +72,7 @@ def test_small_models_are_offered_from_the_start(node: Node, model: Path, tmp_pa
 def test_a_large_model_holds_up_nothing_while_it_is_read(
     node: Node, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shelf_module, "OPENING_SECONDS", 0.05)
+    monkeypatch.setattr(shelf_module, "READING_SECONDS", 0.05)
     node.add(model, "large")
     going_on, real = threading.Event(), node.parts.sheet_of
 
@@ -84,7 +84,7 @@ def test_a_large_model_holds_up_nothing_while_it_is_read(
     monkeypatch.setattr(node.parts, "sheet_of", slow)
 
     async def story() -> None:
-        await node.shelf.open()
+        await node.shelf.look()
         assert node.offered == []
         [reading] = node.shelf.reading.values()
         assert (reading.name, reading.source, reading.done_bytes, reading.total_bytes) == ("large", "", 1, 2)
@@ -105,10 +105,10 @@ def test_a_node_that_ends_does_not_read_to_the_end(node: Node, model: Path, monk
             progress(1, 2)
 
     monkeypatch.setattr(node.parts, "sheet_of", endless)
-    monkeypatch.setattr(shelf_module, "OPENING_SECONDS", 0.05)
+    monkeypatch.setattr(shelf_module, "READING_SECONDS", 0.05)
 
     async def story() -> None:
-        await node.shelf.open()
+        await node.shelf.look()
         await node.shelf.close()
 
     asyncio.run(story())
@@ -124,7 +124,7 @@ def test_one_damaged_model_hides_no_other_and_is_told_once(node: Node, model: Pa
     (node.store.root / "sheets" / ("0" * 64) / "sheet").write_bytes(b"garbage")
 
     async def story() -> None:
-        await node.shelf.open()
+        await node.shelf.look()
         await node.shelf.scan()
 
     asyncio.run(story())
@@ -137,12 +137,12 @@ def test_one_damaged_model_hides_no_other_and_is_told_once(node: Node, model: Pa
 
 def test_a_damaged_sheet_is_made_again(node: Node, model: Path) -> None:
     node.add(model, "a")
-    asyncio.run(node.shelf.open())
+    asyncio.run(node.shelf.look())
     [offer] = node.shelf.offers
     again = Node(node.store.root)
     again.parts.sheet(offer.shape.digest).path.write_bytes(b"garbage")
     again = Node(node.store.root)
-    asyncio.run(again.shelf.open())
+    asyncio.run(again.shelf.look())
     assert again.shelf.offers == (offer,)
 
 
@@ -152,7 +152,7 @@ def test_a_whole_model_that_stays_damaged_is_not_verified_for_every_asker(
     node.add(model, "a")
 
     async def story() -> None:
-        await node.shelf.open()
+        await node.shelf.look()
         [held] = node.shelf.slices
         path = node.store.whole(held.model)
         path.chmod(0o600)
@@ -317,7 +317,7 @@ def test_two_that_want_the_same_part_at_once_both_get_it(model: Path, tmp_path: 
         store = Store(tmp_path / "store")
         store.add_file(model, "a")
         library = Library(store, "a", Alone(), Alone())
-        await library.open()
+        await library.look()
         digest = library.offers[0].shape.digest
         loads = [Load(digest, "CPU", 0, 2, 64, sequences) for sequences in (1, 2, 3)]
         files = await asyncio.gather(*map(library.prepare, loads))

@@ -21,7 +21,6 @@ import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 import msgspec
 
@@ -32,10 +31,8 @@ from cordee.cluster.history import History
 from cordee.cluster.mind import Mind
 from cordee.cluster.planner import Planner
 from cordee.cluster.view import BEAT_SECONDS, Beat, Farewell
-from cordee.cluster.wishes import Wish
 from cordee.engine import libllama
 from cordee.errors import BadRequest, CordeeError, ModelNotFound
-from cordee.files import atomic_file, write_all
 from cordee.generation import streams
 from cordee.generation.streams import Said
 from cordee.models.store import Store, StoredModel
@@ -49,6 +46,7 @@ from cordee.node.energy import Meter
 from cordee.node.gateway import ClusterGateway, ClusterService
 from cordee.node.hosting import Hosting
 from cordee.node.identity import Identity, revoked_node
+from cordee.node.kept import KeptWishes
 from cordee.node.library import Library
 from cordee.node.link import LinkClosed
 from cordee.node.messages import Join, Recalled, Tokens
@@ -61,7 +59,6 @@ GATHER_SECONDS = 0.02  # after news, so that several count as one
 HOST_SECONDS = 0.05  # how often schedulers let time pass
 RENEW_SECONDS = 3600.0  # how often the certificate's age is looked at
 FAREWELL_SECONDS = 0.5  # a removed node hears that it was, before nobody speaks to it any more
-WISHES_BYTES_MAX = 4 << 20  # on disk: as many as there may be, of models with hundreds of layers
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +95,8 @@ class Agent:
         self.library = Library(store, identity.node, bus, self)
         self.distances = Distances(bus, identity.node, self.changed)
         self.desk = Desk(identity, _host(options), lambda: bus.addresses)
-        self._wishes = identity.folder / "wishes"
-        wishes = _read_wishes(self._wishes)
-        self.mind = Mind(identity.node, secrets.token_hex(8), Planner(), wishes, bus.remembered)
-        self._kept = self.mind.wishes
+        self._kept = KeptWishes(identity.folder / "wishes")
+        self.mind = Mind(identity.node, secrets.token_hex(8), Planner(), self._kept.wishes, bus.remembered)
         self.history = History()
         self.gauges = Gauges()
         self._meter = Meter()
@@ -188,6 +183,11 @@ class Agent:
                 if other is None or offer.shape.digest < other.shape.digest:
                     found[offer.name] = offer
         return found
+
+    async def look(self) -> None:
+        """Look at the disk now: a model may have come just now."""
+        await self.library.look()
+        self._act()
 
     def drain(self, on: bool) -> None:
         """Have the stages of this node run elsewhere, or let it take some again."""
@@ -287,7 +287,7 @@ class Agent:
         self._stages = await Stages.open(self, self.identity.folder, host)
         self._inbox, inbox = await dataplane.open_door(self.identity.folder, host, self._accept)
         devices = await asyncio.to_thread(own_devices, self.options.lent_bytes)
-        await self.library.open()
+        await self.library.look()
         self._facts = Facts(
             node=self.node,
             name=self.options.name,
@@ -425,8 +425,7 @@ class Agent:
         self._host()
         self._route()
         self._serve()
-        if self.mind.wishes != self._kept:
-            self._keep_wishes()
+        self._kept.keep(self.mind.wishes)
         if self._facts != self._said:
             self._speak()
 
@@ -521,11 +520,6 @@ class Agent:
             with contextlib.suppress(ModelNotFound):
                 self.wish(name)
 
-    def _keep_wishes(self) -> None:
-        self._kept = self.mind.wishes
-        with atomic_file(self._wishes) as file:
-            write_all(file, msgspec.msgpack.encode(self._kept))
-
     # What it says.
 
     async def _beat_always(self) -> None:
@@ -586,12 +580,3 @@ class Agent:
 def _host(options: AgentOptions) -> str:
     """The host part of the address that the bus listens on: workers listen there as well."""
     return address.parse(options.bus.listen, 0)[0] if options.bus.listen else ""
-
-
-def _read_wishes(path: Path) -> tuple[Wish, ...]:
-    """The wishes of the last run; what cannot be read is heard from the others."""
-    try:
-        data = path.read_bytes()
-        return msgspec.msgpack.decode(data, type=tuple[Wish, ...]) if len(data) <= WISHES_BYTES_MAX else ()
-    except (OSError, msgspec.MsgspecError, ValueError):
-        return ()

@@ -101,9 +101,9 @@ class Library:
         """What each node gave when it was last fetched from."""
         return self._client.bytes_per_second
 
-    async def open(self) -> None:
-        """Look at the disk for the first time."""
-        await self._shelf.open()
+    async def look(self) -> None:
+        """Look at the disk now: at the start, and for a model that may have come just now."""
+        await self._shelf.look()
 
     async def watch(self) -> None:
         """Look at the disk, again and again, and keep it from running full."""

@@ -43,12 +43,15 @@ class Sharing:
         """
         agent, model = self._agent, asked.model
         await self._require_context(model, asked.context)
+        if model not in agent.offers():
+            await agent.look()
         if model in agent.offers():
             return self._offered(model, asked)
         wish = self._known(model)
         if wish is not None:
             return self._again(wish, asked, wish.source)
         if not is_on_hub(model):
+            self._require_read(model)
             raise ModelNotFound(
                 f"No node of the cluster has a model {model!r}: `cordee pull` on one of them fetches it; one "
                 "of the hub (owner/name) can be shared as it is."
@@ -137,9 +140,12 @@ class Sharing:
 
     def _reading(self, name: str) -> Reading | None:
         """The pass over a model, here or on another node."""
+        return next((each for each in self._readings() if each.name == name and each.source), None)
+
+    def _readings(self) -> list[Reading]:
+        """All models that nodes read now."""
         gauges = self._agent.mind.gauges(time.monotonic()).values()
-        readings = [*self._agent.library.reading, *(each for gauge in gauges for each in gauge.reading)]
-        return next((each for each in readings if each.name == name and each.source), None)
+        return [*self._agent.library.reading, *(each for gauge in gauges for each in gauge.reading)]
 
     async def _require_context(self, name: str, context: int | None) -> None:
         """Refuse what a model was not made for, as far as its header is here already."""
@@ -150,6 +156,13 @@ class Sharing:
         own = header.get(".context_length")
         if own is not None and context > own:
             raise BadRequest(f"{name} was made for at most {own} tokens, not {context}", "context")
+
+    def _require_read(self, name: str) -> None:
+        """A large model that was pulled just now is offered once it was read."""
+        reading = next((each for each in self._readings() if each.name == name), None)
+        if reading is not None:
+            percent = 100 * reading.done_bytes // max(reading.total_bytes, 1)
+            raise ModelNotFound(f"{name} is still being read ({percent} %): share it again in a moment.")
 
     async def _require_fit(self, name: str, shape: ModelShape, context: int, sequences: int) -> None:
         found = (await Overview(self._agent).plan(name, shape, context, sequences)).plan

@@ -25,7 +25,9 @@ from cordee.models.store import Store, StoredModel
 from cordee.node.sizing import CELLS_DEFAULT
 
 SCAN_SECONDS = 5.0  # how often the store is looked at: `cordee pull` may have added a model
-OPENING_SECONDS = 2.0  # a node starts so much later, and offers from its first word what is read so fast
+# A node starts so much later, and offers from its first word what is read so fast; and who asks for a model
+# that may have been pulled just now waits so long.
+READING_SECONDS = 2.0
 SEQUENCES = 8  # streams that a model is served for, unless it is wished otherwise
 OFFERS_MAX = 32  # beats carry them all
 # Free space is told in steps, so that every log line on disk is no news to the cluster.
@@ -61,11 +63,11 @@ class Shelf:
         self._verifying: dict[str, asyncio.Task] = {}
         self._stopped = threading.Event()
 
-    async def open(self) -> None:
-        """Look for the first time."""
+    async def look(self) -> None:
+        """`scan`, and wait a little for what has to be read."""
         await self.scan()
         with suppress(TimeoutError):
-            async with asyncio.timeout(OPENING_SECONDS):
+            async with asyncio.timeout(READING_SECONDS):
                 while self._reader is not None:
                     await asyncio.wait([self._reader])
 
