@@ -294,9 +294,12 @@ class Agent:
     # Streams.
 
     def _host(self) -> None:
-        wanted = {}
-        for goal in self.goals.hosts:
-            wanted[_job(goal.placement)] = goal
+        wanted: dict[object, HostGoal] = {}
+        for goal in self.goals.hosts:  # as the agent: of two wishes for one file, what is hosted already
+            key = _job(goal.placement)
+            hosted = self.pipelines.get(key)
+            if key not in wanted or (hosted is not None and goal.wiring and hosted.wiring == goal.wiring):
+                wanted[key] = goal
         for key, pipeline in list(self.pipelines.items()):
             if key not in wanted:
                 pipeline.leave()

@@ -117,8 +117,10 @@ def test_a_model_of_the_hub_is_shared_fetched_once_and_outlives_hub_and_host(
 def test_a_model_is_shared_right_after_it_was_pulled(rope: Rope, starter_path: Path) -> None:
     a = next(node for node in rope.nodes.values() if node.process.poll() is None)
     assert a.cordee("pull", starter_path, "--name", "just-now").returncode == 0
-    shared = a.cordee("share", "just-now", *SERVED)
+    shared = a.cordee("share", "just-now", "--context", 300)
     assert shared.returncode == 0, shared.stderr
+    until(lambda: _host(a) != "")
+    assert hello(a, "just-now") == hello(a, "Small")  # one file under two names, wished differently
     assert a.cordee("unshare", "just-now").returncode == 0
     assert a.cordee("rm", "just-now").returncode == 0
 

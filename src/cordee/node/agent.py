@@ -26,7 +26,7 @@ import msgspec
 
 from cordee.cluster.crew import Crew, Orders
 from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld
-from cordee.cluster.goals import Goals, Load, SliceGoal
+from cordee.cluster.goals import Goals, HostGoal, Load, SliceGoal
 from cordee.cluster.history import History
 from cordee.cluster.mind import Mind
 from cordee.cluster.planner import Planner
@@ -454,7 +454,7 @@ class Agent:
             self.stages.wire(order)
 
     def _host(self) -> None:
-        wanted = {goal.placement.model: goal for goal in self.goals.hosts}
+        wanted = self._wanted_hosts()
         for digest in self.hostings.keys() - wanted.keys():
             self.hostings.pop(digest).leave()
         for digest, goal in wanted.items():
@@ -468,13 +468,25 @@ class Agent:
             if hosting is not None:
                 hosting.follow(goal)
 
+    def _wanted_hosts(self) -> dict[str, HostGoal]:
+        """By model digest; where one file is wished under two names, what is hosted already stays."""
+        wanted: dict[str, HostGoal] = {}
+        for goal in self.goals.hosts:
+            digest = goal.placement.model
+            hosting = self.hostings.get(digest)
+            if digest not in wanted or (hosting is not None and hosting.follows(goal)):
+                wanted[digest] = goal
+        return wanted
+
     def _route(self) -> None:
+        serving: dict[str, list[str]] = {}
         for name, service in self.services.items():
-            digest = service.model.digest
-            current = self._gateway.routes.get(digest)
             service.is_wished = name in self.goals.routes
-            serving = [route.host for route in self.goals.routes.get(name, ()) if route.wiring]
-            host = current if current in serving else next(iter(serving), None)
+            hosts = [route.host for route in self.goals.routes.get(name, ()) if route.wiring]
+            serving.setdefault(service.model.digest, []).extend(hosts)
+        for digest, hosts in serving.items():
+            current = self._gateway.routes.get(digest)
+            host = current if current in hosts else next(iter(hosts), None)
             if current != host:
                 self._gateway.route(digest, host)
 

@@ -85,6 +85,10 @@ class Hosting:
         wanted = (goal.placement.sequences, goal.placement.context, _in_flight(goal))
         return wanted == (self._limits.sequences, self._limits.context, self._limits.in_flight)
 
+    def follows(self, goal: HostGoal) -> bool:
+        """Whether this scheduler works on a goal's wiring."""
+        return bool(goal.wiring) and goal.wiring == self._wiring
+
     @property
     def active(self) -> int:
         """Streams that are being answered."""
