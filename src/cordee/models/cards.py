@@ -34,9 +34,8 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `source` is what `pull` fetches from the hub: 'owner/name:QUANTIZATION'. Of one that comes with the
     program, `file` is its name beside the card, or `installed` where set-up puts it under the environment's
-    folder; the hub may have none. `parameters` counts all
-    weights, `active_parameters` those that work on one token; `languages` are ISO 639-1 codes, and where a
-    model has too many to list, the notes say how many.
+    folder; the hub may have none. `parameters` counts all weights, `active_parameters` those that work on one
+    token; `languages` are ISO 639-1 codes, and where a model has too many to list, the notes say how many.
     """
 
     name: str
