@@ -105,8 +105,9 @@ class Node:
         return {node["name"]: node["state"] for node in self.asked("/nodes")["nodes"]}
 
     def model(self, name: str) -> dict[str, Any]:
-        """What `status` tells of a model."""
-        return next(model for model in self.asked("/status")["models"] if model["name"] == name)
+        """What `status` tells of a model; a node may not have heard of it yet."""
+        models = self.asked("/status")["models"]
+        return next((model for model in models if model["name"] == name), {"state": "unheard"})
 
     @contextlib.contextmanager
     def client(self) -> Iterator[openai.OpenAI]:
