@@ -43,7 +43,7 @@ class Sharing:
         """
         agent, model = self._agent, asked.model
         await self._require_context(model, asked.context)
-        if model not in agent.offers():
+        if model not in agent.offers() and not is_on_hub(model):
             await agent.look()
         if model in agent.offers():
             return self._offered(model, asked)
