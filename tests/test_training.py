@@ -7,6 +7,7 @@ import shutil
 import signal
 import struct
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra `trai
 from cordee.engine.stage import StageConfig  # noqa: E402
 from cordee.engine.ternary import TernaryStage  # noqa: E402
 from cordee.engine.vocabulary import Vocabulary  # noqa: E402
-from training.chat import END, packed, shape_story  # noqa: E402
+from training.chat import END, end_with_a_sentence, packed, shape_story  # noqa: E402
 from training.chat import read_model as read_chat_model  # noqa: E402
 from training.corpus import Corpus, Lesson, likeliest, write_corpus  # noqa: E402
 from training.cut import Cut, cut, cut_of  # noqa: E402
@@ -33,7 +34,7 @@ from training.llama2c import (  # noqa: E402
     story_texts,
     tensors,
 )
-from training.processes import TRAIN, Job, together  # noqa: E402
+from training.processes import TRAIN, Job, Writing, together, write_together  # noqa: E402
 from training.recipe import Optimiser, Recipe, recipe  # noqa: E402
 from training.storyteller import Storyteller, at_temperature, count_tokens  # noqa: E402
 from training.student import Student, StudentShape, ternary, ternary_linear  # noqa: E402
@@ -75,7 +76,7 @@ def teacher(model) -> Teacher:
 def folder(model, tmp_path_factory) -> Path:
     """With a corpus in it."""
     folder = tmp_path_factory.mktemp("run")
-    write_corpus(Storyteller(model, WINDOW, LIKELIEST), folder / TRAIN, shards=1, seed=1)
+    write_corpus(Storyteller(model, WINDOW, LIKELIEST), folder / TRAIN, shards=range(1), seed=1)
     return folder
 
 
@@ -127,6 +128,34 @@ def test_a_cut_teacher_writes_with_what_is_kept(model) -> None:
     for row in written.tolist():
         ended = row.index(END) if END in row else len(row)
         assert set(row[ended:]) <= {END}
+
+
+def test_a_batch_writes_what_each_would_alone(model) -> None:
+    """However many have ended before; here all by the likeliest tokens, and an end is one of three."""
+    whole = read_model(model)
+    part = Teacher(whole.shape, whole.weights, torch.tensor([END, 270, 271, 272, 273, 274, 275]))
+    prompts = torch.arange(40, 140).view(20, 5)
+    sample = partial(part.sample, shaping=at_temperature(1e-4), end=END, generator=torch.Generator())
+    written, odds = sample(prompts, 30)
+    lengths = set()
+    for row, chances, prompt in zip(written, odds, prompts, strict=True):
+        alone, alone_odds = sample(prompt[None], 30)
+        assert torch.equal(row, alone[0])
+        length = int((row != END).sum())
+        torch.testing.assert_close(chances[: length + 1], alone_odds[0, : length + 1])
+        lengths.add(length)
+    assert len(lengths) > 3
+
+
+def test_a_story_that_grew_too_long_ends_with_a_sentence() -> None:
+    dot = torch.tensor([False, False, True, False])
+    written = torch.tensor([[1, 2, 3, 2, 3], [1, 2, END, END, END], [1, 3, 1, 3, 1], [1, 1, 1, 1, 2]])
+    odds = torch.full((4, 5, 4), 0.25)
+    end_with_a_sentence(written, odds, dot)
+    assert written[0].tolist() == [1, 2, 3, 2, END]
+    assert odds[0, 4].tolist() == [1, 0, 0, 0]
+    assert written[1:].tolist() == [[1, 2, END, END, END], [1, 3, 1, 3, 1], [1, 1, 1, 1, 2]]
+    assert (odds[1:] == 0.25).all()
 
 
 def test_repeats_are_punished_and_unlikely_tokens_left_out() -> None:
@@ -245,6 +274,16 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(corpus, tmp_path) -> None:
 
 
 @pytest.mark.long
+def test_two_processes_write_what_one_does(model, tmp_path) -> None:
+    write_corpus(Storyteller(model, WINDOW, LIKELIEST), tmp_path / "one", shards=range(3), seed=1)
+    told = []
+    writer = partial(Storyteller, model, WINDOW, LIKELIEST)
+    write_together(Writing(writer, tmp_path / "two", 3, 1, 2), lambda *done: told.append(done))
+    assert torch.equal(*(all_tokens(Corpus(tmp_path / name, 1)) for name in ("one", "two")))
+    assert told[-1] == (3, 3)
+
+
+@pytest.mark.long
 def test_two_processes_learn_what_one_does(folder, corpus, tmp_path) -> None:
     """They share each step's windows: sums of floats in another order, and what roundings make of that."""
     shutil.copytree(folder, tmp_path / "two")
@@ -295,8 +334,8 @@ def test_gradients_pass_the_roundings_as_if_they_were_not_there() -> None:
 def test_a_corpus_is_its_seeds(model, corpus, tmp_path) -> None:
     """Written again it is the same, another seed gives another; each pass over it is a new order of all."""
     writer, rows = Storyteller(model, WINDOW, LIKELIEST), all_tokens(corpus)
-    write_corpus(writer, tmp_path / "same", shards=2, seed=1)
-    write_corpus(writer, tmp_path / "other", shards=1, seed=2)
+    write_corpus(writer, tmp_path / "same", shards=range(2), seed=1)
+    write_corpus(writer, tmp_path / "other", shards=range(1), seed=2)
     assert torch.equal(all_tokens(Corpus(tmp_path / "same", 1))[: len(rows)], rows)
     assert not torch.equal(all_tokens(Corpus(tmp_path / "other", 1)), rows)
     passes = [

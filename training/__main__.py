@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import click
@@ -12,12 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cordee.engine.vocabulary import Vocabulary
 from training.chat import Chat
-from training.corpus import Corpus, Writer, write_corpus
+from training.corpus import Corpus, Writer
 from training.cut import Cut, cut_of
 from training.evaluate import figures
 from training.export import export as write_model
 from training.llama2c import read_pieces
-from training.processes import HELD_OUT, TRAIN, Job, together
+from training.processes import HELD_OUT, TRAIN, Job, Writing, together, write_together
 from training.recipe import Recipe
 from training.recipe import recipe as read_recipe
 from training.storyteller import Storyteller, count_tokens
@@ -31,6 +32,9 @@ _existing = click.Path(exists=True, path_type=Path)
 _recipe = click.argument("recipe", callback=lambda _context, _parameter, name: read_recipe(name))
 _folder = click.option(
     "--folder", type=click.Path(path_type=Path), required=True, help="Where corpus and checkpoints live."
+)
+_processes = click.option(
+    "--processes", default=os.cpu_count(), show_default=True, help="How many share the work."
 )
 _teacher = click.option("--teacher", type=_existing, required=True, help="stories260K.bin, or a GGUF file.")
 
@@ -66,23 +70,21 @@ def cut(recipe: Recipe, teacher: Path, folder: Path, pieces: Path, stories: Path
 @_recipe
 @_teacher
 @_folder
-def corpus(recipe: Recipe, teacher: Path, folder: Path) -> None:
+@_processes
+def corpus(recipe: Recipe, teacher: Path, folder: Path, processes: int) -> None:
     """Have the teacher write what the student will read, and what it will be judged on."""
     writer = _writer(recipe, teacher, folder)
     parts = ((HELD_OUT, HELD_OUT_SHARDS, recipe.seed + 1), (TRAIN, recipe.shards, recipe.seed))
     with _progress(recipe.name) as show:
         for part, shards, seed in parts:
-
-            def tell(done: int, total: int, part: str = part) -> None:
-                show(done, total, part)
-
-            write_corpus(writer, folder / part, shards=shards, seed=seed, progress=tell)
+            writing = Writing(writer, folder / part, shards, seed, min(processes, shards))
+            write_together(writing, partial(show, part))
 
 
 @main.command()
 @_recipe
 @_folder
-@click.option("--processes", default=os.cpu_count(), show_default=True, help="How many share a step.")
+@_processes
 @click.option("--kind", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Let torch compile the step; wants a C++ compiler.")
 def train(recipe: Recipe, folder: Path, processes: int, kind: str, compiled: bool) -> None:
@@ -90,7 +92,7 @@ def train(recipe: Recipe, folder: Path, processes: int, kind: str, compiled: boo
     with _progress(recipe.name) as show:
 
         def report(told: Report) -> None:
-            show(told.step, told.steps, f"loss {told.loss:.4f}, {told.cpu_seconds:.0f} CPU s")
+            show(f"loss {told.loss:.4f}, {told.cpu_seconds:.0f} CPU s", told.step, told.steps)
 
         together(Job(recipe, folder, getattr(torch, kind), compiled, processes), report)
 
@@ -122,10 +124,10 @@ def evaluate(recipe: Recipe, folder: Path, model: Path) -> None:
         click.echo(f"{name:20} {value:.4g}")
 
 
-def _writer(recipe: Recipe, teacher: Path, folder: Path) -> Writer:
+def _writer(recipe: Recipe, teacher: Path, folder: Path) -> Callable[[], Writer]:
     if recipe.teacher == "storyteller":
-        return Storyteller(teacher, recipe.window, recipe.likeliest)
-    return Chat(teacher, _cut(folder), recipe.window, recipe.likeliest)
+        return partial(Storyteller, teacher, recipe.window, recipe.likeliest)
+    return partial(Chat, teacher, _cut(folder), recipe.window, recipe.likeliest)
 
 
 def _cut(folder: Path) -> Cut:
@@ -135,12 +137,12 @@ def _cut(folder: Path) -> Cut:
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar: show(done, total, text)."""
+def _progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar: show(text, done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total, text: bar.update(
+        yield lambda text, done, total: bar.update(
             task, completed=done, total=total, description=f"{title}: {text}"
         )
 

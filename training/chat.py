@@ -1,7 +1,8 @@
 """A chat model as a teacher: asked for stories about this and that, it writes with a cut vocabulary.
 
 The questions are all of the same number of tokens, so a batch of them travels together. What a student
-learns are the stories, one behind the other with an end token (id 0) before each; it sees no question.
+learns are the stories, one behind the other with an end token (id 0) before each; it sees no question. A
+story that has grown too long ends with its last whole sentence.
 """
 
 import tomllib
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from gguf import GGUFReader
 from gguf.quants import dequantize
 from torch import Tensor
@@ -20,31 +22,31 @@ from training.cut import Cut
 from training.teacher import EMBEDDING, MATRICES, NORMS, OUTPUT_NORM, Teacher, TeacherShape
 
 END = 0
-STORIES = 64  # written at a time: with fewer, reading the weights takes longer than computing with them
-STORY_TOKENS = 320  # a longer one is cut off
-MIN_P = 0.08
-# Without a penalty this teacher says everything three times.
-REPEAT_PENALTY, PENALTY_TOKENS = 1.12, 64
-TEMPERATURE = 0.6
+STORIES = 128  # written at a time: with fewer, reading the weights takes longer than computing with them
+STORY_TOKENS = 256  # behind how it begins
+MIN_P = 0.1
+REPEAT_PENALTY = 1.08  # without one this teacher says everything three times
+TEMPERATURE = 0.5
 
 ABOUT = Path(__file__).with_name("about.toml")
+SENTENCE_ENDS = (".", "!", "?", '."', '!"', '?"')
 
 
 def shape_story(logits: Tensor, written: Tensor) -> Tensor:
     """Logits (batch, vocab) after penalty, temperature, min-p; `written` (batch, n) is the story so far."""
-    recent = written[:, -PENALTY_TOKENS:]
-    values = logits.gather(1, recent)
+    values = logits.gather(1, written)
     lower = torch.where(values > 0, values / REPEAT_PENALTY, values * REPEAT_PENALTY)
-    logits = logits.scatter(1, recent, lower) / TEMPERATURE
+    logits = logits.scatter(1, written, lower) / TEMPERATURE
     least = logits.amax(-1, keepdim=True) + float(np.log(MIN_P))
     return logits.masked_fill(logits < least, -torch.inf)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """All questions, as tokens (n, length) of the whole vocabulary."""
+    """All questions, as tokens (n, length) of the whole vocabulary, and how every answer begins, (m,)."""
 
     tokens: Tensor
+    begin: Tensor
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> "Questions":
@@ -59,7 +61,7 @@ class Questions:
             for who in words["who"]
             for what in words["what"]
         ]
-        return cls(torch.tensor(asked))
+        return cls(torch.tensor(asked), torch.tensor(vocabulary.tokenize(about["begin"], add_bos=False)))
 
 
 class Chat:
@@ -67,15 +69,30 @@ class Chat:
 
     def __init__(self, model: Path, cut: Cut, window: int, likeliest: int) -> None:
         self.teacher = read_model(model, cut)
-        self._questions = Questions.of(Vocabulary(model)).tokens
+        questions = Questions.of(Vocabulary(model))
+        self._prompts = torch.cat([questions.tokens, questions.begin.expand(len(questions.tokens), -1)], 1)
+        self._begin = torch.tensor([cut.kept.index(token) for token in questions.begin.tolist()])
+        self._stops = torch.tensor([text.endswith(SENTENCE_ENDS) for text in cut.tokens])
         self._window, self._likeliest = window, likeliest
 
     def __call__(self, generator: torch.Generator) -> Lesson:
-        chosen = torch.randint(len(self._questions), (STORIES,), generator=generator)
-        written, odds = self.teacher.sample(
-            self._questions[chosen], STORY_TOKENS, shape_story, END, generator
-        )
-        return packed(written, *likeliest(odds, self._likeliest), self._window)
+        chosen = torch.randint(len(self._prompts), (STORIES,), generator=generator)
+        written, odds = self.teacher.sample(self._prompts[chosen], STORY_TOKENS, shape_story, END, generator)
+        end_with_a_sentence(written, odds, self._stops)
+        begin = F.one_hot(self._begin, odds.shape[-1]).float()
+        stories = torch.cat([self._begin.expand(STORIES, -1), written], 1)
+        lessons = torch.cat([begin.expand(STORIES, -1, -1), odds], 1)
+        return packed(stories, *likeliest(lessons, self._likeliest), self._window)
+
+
+def end_with_a_sentence(written: Tensor, odds: Tensor, stops: Tensor) -> None:
+    """Where a story (n, length) has no END, put one, for certain, behind the last token that `stops`."""
+    for story, chances in zip(written, odds, strict=True):
+        sentences = stops[story[:-1]].nonzero()
+        if END in story or not len(sentences):
+            continue
+        after = int(sentences[-1]) + 1
+        story[after:], chances[after], chances[after, END] = END, 0, 1
 
 
 def packed(written: Tensor, ids: Tensor, odds: Tensor, window: int) -> Lesson:

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from cordee.files import atomic_file
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
 class Lesson:
@@ -62,12 +60,16 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:04}.npy"
 
 
+def shards_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("shard-*.npy"))
+
+
 def write_corpus(
-    writer: Writer, folder: Path, *, shards: int, seed: int, progress: Progress | None = None
+    writer: Writer, folder: Path, *, shards: Iterable[int], seed: int, wrote: Callable[[], None] | None = None
 ) -> None:
-    """Bring the folder to so many shards. `progress(shards_done, shards)` is called after each."""
+    """Bring these shards to the folder. `wrote()` is called after each."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(shards):
+    for number in shards:
         path = shard_path(folder, number)
         if not path.exists():
             digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
@@ -75,8 +77,8 @@ def write_corpus(
             records = writer(generator).records()
             with atomic_file(path) as file:
                 np.save(file, records)
-        if progress:
-            progress(number + 1, shards)
+        if wrote:
+            wrote()
 
 
 class Corpus:
@@ -87,7 +89,7 @@ class Corpus:
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
-        self._shards = [np.load(path, mmap_mode="r") for path in sorted(folder.glob("shard-*.npy"))]
+        self._shards = [np.load(path, mmap_mode="r") for path in shards_in(folder)]
         if not self._shards:
             raise FileNotFoundError(f"{folder} holds no shards: run the corpus verb first")
         self._ends = np.cumsum([len(shard) for shard in self._shards])

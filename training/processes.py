@@ -1,6 +1,9 @@
-"""One training run by several processes of this machine, which meet after every step."""
+"""Several processes of this machine: at one training run they meet after every step, of a corpus each writes
+its share."""
 
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import distributed, multiprocessing
 
-from training.corpus import Corpus
+from training.corpus import Corpus, Writer, shards_in, write_corpus
 from training.recipe import Recipe
 from training.train import LOG, Report, Run, log_to
 
@@ -63,6 +66,43 @@ def _one(job: Job, rank: int, meeting: str, report: Callable[[Report], None]) ->
     run.train(Corpus(job.folder / TRAIN, job.recipe.seed), log)
     if job.processes > 1:
         distributed.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A part of a corpus to be written; `writer` brings the teacher to each process."""
+
+    writer: Callable[[], Writer]
+    folder: Path
+    shards: int
+    seed: int
+    processes: int
+
+
+def write_together(writing: Writing, progress: Callable[[int, int], None]) -> None:
+    """Write what is missing. `progress(shards_there, shards)` is called now and then."""
+    spawn = multiprocessing.get_context("spawn")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the others as well
+    others = [
+        spawn.Process(target=_write, args=(writing, rank), daemon=True)
+        for rank in range(1, writing.processes)
+    ]
+    for other in others:
+        other.start()
+
+    def tell() -> None:
+        progress(len(shards_in(writing.folder)), writing.shards)
+
+    _write(writing, 0, tell)
+    for other in others:
+        other.join()
+    tell()
+
+
+def _write(writing: Writing, rank: int, wrote: Callable[[], None] | None = None) -> None:
+    torch.set_num_threads(1)
+    share = range(rank, writing.shards, writing.processes)
+    write_corpus(writing.writer(), writing.folder, shards=share, seed=writing.seed, wrote=wrote)
 
 
 def _ignore(told: Report) -> None:

@@ -18,6 +18,7 @@ from training.layers import ROPE_BASE, Rope, rms_norm
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 NORMS = ("attn_norm", "ffn_norm")
 EMBEDDING, OUTPUT_NORM = "token_embd", "output_norm"
+ENDED_SHARE = 0.2  # of a batch; when so many have ended they leave it, which copies the others' caches
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Teacher:
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
         """(batch, length) own ids -> (batch, length, vocab) float32."""
-        return self._logits(self._layers(self.kept[tokens], 0, None))
+        return self._logits(self._layers(self.kept[tokens], None))
 
     @torch.no_grad()
     def sample(
@@ -69,36 +70,39 @@ class Teacher:
         What follows an `end` is `end`.
         """
         batch, given = prompts.shape
-        shape = self.shape
-        size = (shape.layers, batch, shape.kv_heads, given + length, shape.head_dim)
-        cache = torch.empty(2, *size, dtype=self._head.dtype)
+        cache = _Cache.of(self.shape, batch, given + length, self._head.dtype)
         written = torch.full((batch, length), 0 if end is None else end)
         odds = torch.zeros(batch, length, len(self.kept))
-        ended = torch.zeros(batch, dtype=torch.bool)
-        rows, at = prompts, 0
+        going = torch.arange(batch)  # rows that are computed
+        ids = prompts
         for place in range(length):
-            x = self._layers(rows, at, cache)
-            at += rows.shape[1]
-            odds[:, place] = torch.softmax(shaping(self._logits(x[:, -1]), written[:, :place]), -1)
-            drawn = torch.multinomial(odds[:, place], 1, generator=generator)[:, 0]
-            written[:, place] = drawn if end is None else torch.where(ended, end, drawn)
-            if end is not None:
-                ended |= drawn == end
-                if ended.all():
-                    break
-            rows = self.kept[written[:, place : place + 1]]
+            x = self._layers(ids, cache)
+            chances = torch.softmax(shaping(self._logits(x[:, -1]), written[going, :place]), -1)
+            drawn = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            if end is not None and place:
+                drawn = torch.where(written[going, place - 1] == end, end, drawn)
+            odds[going, place], written[going, place] = chances, drawn
+            unended = (drawn != end).nonzero()[:, 0] if end is not None else going
+            if not len(unended):
+                break
+            if len(unended) < (1 - ENDED_SHARE) * len(going):
+                going, drawn, cache = going[unended], drawn[unended], cache.rows(unended)
+            ids = self.kept[drawn[:, None]]
         return written, odds
 
-    def _layers(self, ids: Tensor, at: int, cache: Tensor | None) -> Tensor:
-        """(batch, n) ids of the whole vocabulary, the first at position `at` -> (batch, n, dim) rows."""
+    def _layers(self, ids: Tensor, cache: "_Cache | None") -> Tensor:
+        """(batch, n) ids of the whole vocabulary, behind what the cache holds -> (batch, n, dim) rows."""
         x = self.weights[EMBEDDING][ids].float()
-        end = at + ids.shape[1]
+        first = cache.length if cache else 0
+        angles = self._rope.at(first, first + ids.shape[1])
         for layer in range(self.shape.layers):
-            q, k, v = self._qkv(x, layer, self._rope.at(at, end))
-            if cache is not None:
-                cache[0, layer, :, :, at:end], cache[1, layer, :, :, at:end] = k, v
-                k, v = cache[:, layer, :, :, :end]
-            x = self._rest(x, _attend(q, k, v), layer)
+            q, k, v = self._qkv(x, layer, angles)
+            if cache:
+                cache.add(layer, k, v)
+            mixed = _attend_one(q, *cache.layer(layer)) if first else _attend(q, k, v)
+            x = self._rest(x, mixed, layer)
+        if cache:
+            cache.length += ids.shape[1]
         return x
 
     def _qkv(self, x: Tensor, layer: int, angles: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -128,13 +132,46 @@ class Teacher:
         return F.linear(rows, self.weights[name][layer]).float()
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """(batch, heads, n, head_dim) queries of the last n of (batch, kv_heads, length, head_dim) keys, values.
+@dataclass
+class _Cache:
+    """Keys (layers, batch, kv_heads, head_dim, positions), so that one query's products with all are quick,
+    and values (layers, batch, kv_heads, positions, head_dim), of which the first `length` positions hold."""
 
-    Heads that share keys go in as if they were more rows of one: nothing is copied.
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    @classmethod
+    def of(cls, shape: TeacherShape, batch: int, positions: int, kind: torch.dtype) -> "_Cache":
+        size = (shape.layers, batch, shape.kv_heads)
+        keys = torch.empty(*size, shape.head_dim, positions, dtype=kind)
+        return cls(keys, torch.empty(*size, positions, shape.head_dim, dtype=kind))
+
+    def add(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Behind the others; `length` is the caller's to move when all layers have theirs."""
+        new = slice(self.length, self.length + k.shape[2])
+        self.keys[layer, ..., new], self.values[layer, :, :, new] = k.transpose(-1, -2), v
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values with the one position that was added last."""
+        return self.keys[layer, ..., : self.length + 1], self.values[layer, :, :, : self.length + 1]
+
+    def rows(self, chosen: Tensor) -> "_Cache":
+        return _Cache(self.keys[:, chosen], self.values[:, chosen], self.length)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(batch, heads, n, head_dim) queries of (batch, kv_heads, n, head_dim) keys and values, causally."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def _attend_one(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """One query a head, (batch, heads, 1, head_dim), of all that a `_Cache` holds of a layer.
+
+    Heads that share keys go in as if they were more rows of one: nothing is copied. Twice as fast as torch's
+    attention for a single row.
     """
-    batch, heads, n, head_dim = q.shape
-    times, length = heads // k.shape[1], k.shape[2]
-    seen = None if n == 1 else torch.ones(n, length, dtype=torch.bool).tril(length - n).repeat(times, 1)
-    rows = q.reshape(batch, k.shape[1], times * n, head_dim)
-    return F.scaled_dot_product_attention(rows, k, v, attn_mask=seen).reshape(batch, heads, n, head_dim)
+    batch, heads, _, head_dim = q.shape
+    rows = q.reshape(batch, keys.shape[1], -1, head_dim)
+    shares = torch.softmax(torch.matmul(rows, keys).float() * head_dim**-0.5, -1)
+    return torch.matmul(shares.to(values.dtype), values).reshape(batch, heads, 1, head_dim)

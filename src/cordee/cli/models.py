@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import asdict
 from itertools import pairwise
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -122,6 +121,8 @@ def _facts_of_file(model: "StoredModel") -> dict[str, Any]:
 
 def _facts_of_header(header: "Header", card: "Card | None") -> dict[str, Any]:
     """What the file says of the model: shape, size, quantisation (bytes by type); the card knows licences."""
+    from cordee.models.fit import parameter_count
+
     kinds: Counter[str] = Counter()
     for tensor in header.tensors:
         kinds[tensor.type.name] += tensor.nbytes
@@ -131,7 +132,7 @@ def _facts_of_header(header: "Header", card: "Card | None") -> dict[str, Any]:
         "notes": card.notes if card else None,
         "architecture": header.architecture,
         "layers": header.layers,
-        "parameters": sum(prod(tensor.shape) for tensor in header.tensors),
+        "parameters": parameter_count(header),
         "context": header.get(".context_length"),
         "weights_bytes": header.size_bytes,
         "quantization_bytes": dict(kinds.most_common()),

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
 from cordee.cluster.memory import CELLS_STEP, Fit, Sizes, StageShape
 from cordee.errors import BadModelFile, DoesNotFit
@@ -68,6 +69,24 @@ def vocabulary_size(header: Header) -> int:
         return size_of(header, ".vocab_size")
     head = header.tensor("token_embd.weight" if header.tied else "output.weight")
     return head.shape[-1] if head else 0
+
+
+def parameter_count(header: Header) -> int:
+    """All weights in a model file. In those of the ternary engine a byte holds several, and some are padding.
+
+    Raises:
+        BadModelFile: the file does not say how large its parts are.
+    """
+    if engine_of(header) == "llama":
+        return sum(prod(tensor.shape) for tensor in header.tensors)
+    embd, width = (size_of(header, key) for key in (".embedding_length", ".feed_forward_length"))
+    heads = size_of(header, ".attention.head_count")
+    groups = size_of(header, ".attention.head_count_kv", default=heads)
+    head_dim = size_of(header, ".attention.key_length", default=embd // max(heads, 1))
+    tables = sum(tensor.name in ("token_embd.weight", "output.weight") for tensor in header.tensors)
+    vectors = (tensor.shape[0] for tensor in header.tensors if tensor.name.endswith("norm.weight"))
+    layer = 2 * (heads + groups) * head_dim + 3 * width
+    return embd * (header.layers * layer + tables * vocabulary_size(header)) + sum(vectors)
 
 
 def cell_bytes(header: Header, layer: int, windowed: bool) -> int:
