@@ -104,12 +104,20 @@ def test_greedy_takes_the_highest_and_of_equals_the_lowest_id() -> None:
 
 
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(top_p=0.9), SamplingParams(top_k=2)])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_faulty_row_is_the_stage_s_failure(params: SamplingParams, bad: float) -> None:
+@pytest.mark.parametrize(("bad", "where"), [(np.nan, 17), (np.inf, 17), (-np.inf, slice(None))])
+def test_a_faulty_row_is_the_stage_s_failure(params: SamplingParams, bad: float, where: int | slice) -> None:
     logits = row(0, 50)
-    logits[17] = bad
+    logits[where] = bad
     with pytest.raises(StageFailed, match="logit"):
         Sampler(params, None, []).sample(logits)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(top_p=0.9), SamplingParams(top_k=2)])
+def test_a_token_that_the_model_rules_out_is_never_drawn(params: SamplingParams) -> None:
+    logits = row(0, 50)
+    expected = np.flatnonzero(logits < logits.max())
+    logits[expected] = -np.inf
+    assert Sampler(params, None, []).sample(logits).token not in expected
 
 
 def test_the_row_is_only_read() -> None:

@@ -23,10 +23,10 @@ class NativeBatch:
         self._outputs = np.ones(rows, dtype=np.int8)
         self._counts = np.ones(rows, dtype=np.int32)
         self._pointers = self._sequences.ctypes.data + 4 * np.arange(rows, dtype=np.uint64)
-        self._inputs = self._tokens  # what `_native` points into has to live as long
+        self._rows = np.empty((rows, n_embd), dtype=np.float32)  # pages become memory when they are filled
         types = dict(library.llama_batch._fields_)
-        self._rows_type = types["embd"]
         self._token = ctypes.cast(self._tokens.ctypes.data, types["token"])
+        self._embd = ctypes.cast(self._rows.ctypes.data, types["embd"])
         self._native = library.llama_batch(
             pos=ctypes.cast(self._positions.ctypes.data, types["pos"]),
             n_seq_id=ctypes.cast(self._counts.ctypes.data, types["n_seq_id"]),
@@ -52,6 +52,6 @@ class NativeBatch:
             return native
         if inputs.dtype != np.float32 or inputs.shape[1] != self._n_embd:
             raise StageFailed(f"rows are {inputs.shape[1]} x {inputs.dtype}, not {self._n_embd} x float32")
-        self._inputs = np.ascontiguousarray(inputs)
-        native.token, native.embd = None, ctypes.cast(self._inputs.ctypes.data, self._rows_type)
+        self._rows[:count] = inputs
+        native.token, native.embd = None, self._embd
         return native

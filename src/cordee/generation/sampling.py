@@ -112,12 +112,12 @@ class Sampler:
         """Choose a token from a (n_vocab,) float32 row, which is only read, and go on to the next index.
 
         Raises:
-            StageFailed: the row holds NaN or an infinity.
+            StageFailed: the row holds NaN, or its highest logit is an infinity.
             BadRequest: the grammar passed its limits.
         """
-        for extreme in (logits.max(), logits.min()):  # NaN passes through both
-            if not isfinite(extreme):
-                raise StageFailed(f"the model gave the logit {extreme}: its weights or this build are faulty")
+        highest = logits.max()  # NaN passes through
+        if not isfinite(highest):
+            raise StageFailed(f"the model gave the logit {highest}: its weights or this build are faulty")
         allowed = self._grammar.allowed() if self._grammar is not None else None
         row = self._edits.apply(logits)
         token = self._argmax(row, allowed) if self._greedy else self._sample(row, allowed)

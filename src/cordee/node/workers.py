@@ -44,10 +44,11 @@ WIRE_SECONDS = 600.0  # a survivor first finishes what it computes: 512 rows, at
 CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is stopped or swapped out
 
 # How long threads spin at a barrier before they sleep (libgomp; single trials on 2 cores, starter model).
-# The default, 300,000, is fast on an idle machine; but beside one busy process, spinners hold the core that
-# the sleeper needs, and a token takes over 200 ms. There it takes 40 ms with 1,000 spins, 91 with 4,000, 167
-# with 8,000. Alone, 4,000 are about as fast as the default, 1,000 slower; "passive" is half as fast.
-ENVIRONMENT = {"GOMP_SPINCOUNT": "4000"}
+# Beside one busy process, spinners hold the core that the sleeper needs: with the default, 300,000, a token
+# takes over 200 ms; 40 ms with 1,000 spins, 91 with 4,000, 167 with 8,000. The next stage needs it, too,
+# while threads of the last one still spin: three stages make 58 tokens/s with 100,000 spins, 98 with 16,000,
+# 105 with 4,000, 109 with 1,000. Fewer are slower again (100: 82), and "passive" is half as fast.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 EXACT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama.py
 
 FOLDER_PREFIX = "cordee-run-"  # begins the name of a folder of sockets
