@@ -13,7 +13,7 @@ run: chat
 endif
 
 bin := .venv/bin
-code := src tests bench scripts sim
+code := src tests bench scripts sim training
 
 .PHONY: help setup run answer chat test test-long lint format bench sim native tiny docs clean test-pentium2
 

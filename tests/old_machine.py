@@ -7,6 +7,7 @@ Pentium; waiting for the disk takes the host's time.
 """
 
 import io
+import os
 import re
 import shutil
 import stat
@@ -68,6 +69,14 @@ def need_machine() -> None:
         pytest.skip("no emulator: apt-get install -y qemu-system-x86")
     if not (MACHINE / "vmlinuz").is_file():
         pytest.skip("no kernel for it: sh scripts/old_machine.sh")
+
+
+def need_debootstrap() -> None:
+    """Skip the test where no Debian for i386 can be had, with what changes this."""
+    if shutil.which("debootstrap") is None:
+        pytest.skip("nothing to get a Debian with: apt-get install -y debootstrap")
+    if os.geteuid():
+        pytest.skip("debootstrap wants to be root")
 
 
 def old_program(system: str = "pentium2") -> Path:

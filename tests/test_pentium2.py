@@ -21,6 +21,7 @@ from cordee.engine.ternary import TernaryStage
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import UnsupportedModel
 from cordee.models import ternary_p2
+from cordee.models.cards import cards
 from cordee.models.ternary import write
 from make_model import SHAPES, RandomWeights, add_vocabulary, make_model
 from old_machine import ROOT, old_program
@@ -245,6 +246,39 @@ def test_a_text_ends_where_the_model_ends_it(
     ended = run(tiny, tmp_path / "x.gguf", *words)
     assert ended.returncode == 0
     assert len(ended.stdout) < len(whole) and whole.startswith(ended.stdout)
+
+
+def uniform(state: int) -> float:
+    """splitmix64 (https://prng.di.unimi.it/splitmix64.c), its highest 24 bits as a share of 1."""
+    z = state
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ z >> shift) * factor % 2**64
+    return ((z ^ z >> 31) >> 40) / 2**24
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_chance_keeps_its_rule(tiny: Path, seed: int) -> None:
+    """Among what is a tenth as likely as the likeliest, at a temperature of 0.7: said here by numpy."""
+    model = cards()["story-small"].path
+    beginning, count = "Once upon a time", 60
+    vocabulary = Vocabulary(model)
+    stage = TernaryStage(model, StageConfig(context=128, sequences=1, batch_rows=16))
+    tokens = list(vocabulary.tokenize(beginning, add_bos=True))
+    heard, state, surprises = len(tokens), seed, 0
+    row = stage.decode(batch_of_one(tokens, 0, 0))[-1]
+    while len(tokens) < heard + count:
+        likely = np.argsort(-row, kind="stable")
+        likely = likely[row[likely] >= row.max() + np.log(0.1)][:40]
+        shares = np.exp((row[likely] - row.max()) / 0.7).cumsum()
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        place = int(np.searchsorted(shares, uniform(state) * shares[-1], side="right"))
+        surprises += place > 0
+        tokens.append(int(likely[place]))
+        row = stage.decode(batch_of_one(tokens[-1:], len(tokens) - 1, 0))[-1]
+    stage.close()
+    said = run(tiny, model, beginning, "-n", str(count), "--seed", str(seed)).stdout
+    assert said == vocabulary.detokenize(tokens[1:]).decode().lstrip()
+    assert surprises > count // 10
 
 
 def test_a_seed_gives_the_same_text_again_and_another_seed_another(

@@ -1,6 +1,5 @@
 """A new user of an old machine: a bare i386 Debian on the emulated Pentium II, and what its README says."""
 
-import os
 import shutil
 import subprocess
 from dataclasses import replace
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from make_model import SHAPES, make_model
-from old_machine import boot, make_disk, need_machine, old_program
+from old_machine import boot, make_disk, need_debootstrap, need_machine, old_program
 from terminal import PROGRAM
 
 # The last release whose i386 packages run without SSE.
@@ -21,10 +20,7 @@ PLACE = "/home/cordee"
 def debian(tmp_path: Path) -> Path:
     """The files of a Debian for i386: packages unpacked, not configured. Enough to run what they hold."""
     need_machine()
-    if shutil.which("debootstrap") is None:
-        pytest.skip("nothing to get a Debian with: apt-get install -y debootstrap")
-    if os.geteuid():
-        pytest.skip("debootstrap wants to be root")
+    need_debootstrap()
     folder = tmp_path / "debian"
     command = ["debootstrap", "--arch=i386", "--foreign", "--variant=minbase", RELEASE, folder]
     subprocess.run(command, check=True, capture_output=True)

@@ -3,7 +3,6 @@
 Wine is not Windows 98, whose libraries `tests/test_pentium2.py` holds the imports to; but it runs every line.
 """
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cordee.models.cards import cards
-from old_machine import old_program
+from old_machine import need_debootstrap, old_program
 
 RELEASE = "bookworm"
 MODEL = cards()["story-small"].path
@@ -63,10 +62,7 @@ class Wine:
 
 @pytest.fixture(scope="module")
 def wine(tmp_path_factory: pytest.TempPathFactory) -> Wine:
-    if shutil.which("debootstrap") is None:
-        pytest.skip("nothing to get a Debian with: apt-get install -y debootstrap")
-    if os.geteuid():
-        pytest.skip("debootstrap wants to be root")
+    need_debootstrap()
     return Wine(tmp_path_factory.mktemp("wine") / "debian")
 
 

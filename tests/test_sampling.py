@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -115,9 +116,9 @@ def test_a_faulty_row_is_the_stage_s_failure(params: SamplingParams, bad: float,
 @pytest.mark.parametrize("params", [GREEDY, SamplingParams(top_p=0.9), SamplingParams(top_k=2)])
 def test_a_token_that_the_model_rules_out_is_never_drawn(params: SamplingParams) -> None:
     logits = row(0, 50)
-    expected = np.flatnonzero(logits < logits.max())
-    logits[expected] = -np.inf
-    assert Sampler(params, None, []).sample(logits).token not in expected
+    ruled_out = np.flatnonzero(logits < logits.max())
+    logits[ruled_out] = -np.inf
+    assert Sampler(params, None, []).sample(logits).token not in ruled_out
 
 
 def test_the_row_is_only_read() -> None:
@@ -362,6 +363,17 @@ def test_a_complete_text_leaves_only_the_ends(end: int, of_bytes: GrammarTokeniz
         assert [sampler.sample(favouring(end)).token for _ in range(3)] == [*b"ab", end]
     stubborn = Sampler(SamplingParams(grammar=grammar), of_bytes, [], list(b"ab"))
     assert stubborn.sample(favouring(ord("c"))).token in Bytes.end_of_generation
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(top_p=0.9), SamplingParams(top_k=2)])
+def test_a_model_that_rules_out_all_that_a_grammar_allows_fails(
+    params: SamplingParams, of_bytes: GrammarTokenizer
+) -> None:
+    sampler = Sampler(msgspec.structs.replace(params, grammar=Grammar("regex", "ab")), of_bytes, [])
+    logits = favouring(ord("c"))
+    logits[ord("a")] = -np.inf
+    with pytest.raises(StageFailed, match="every token that the grammar allows"):
+        sampler.sample(logits)
 
 
 def test_control_tokens_are_no_text(of_bytes: GrammarTokenizer) -> None:

@@ -1,4 +1,7 @@
-"""The models that come with the package: their cards tell the truth, and they tell a story, by any engine."""
+"""The models that come with the package: their cards tell the truth, and they tell a story.
+
+An emulated PC of 1997 tells it as well: `test_pentium2_machine.py`.
+"""
 
 import json
 import os
@@ -18,7 +21,7 @@ from terminal import PROGRAM, SECONDS
 
 BEGINNING = "Once upon a time"
 PACKAGE_BYTES = 8_000_000  # what all of them may add to the package
-# By the likeliest token: what every machine, old or new, makes of these weights.
+# By the likeliest token: what every machine makes of these weights.
 STORIES = {
     "story-small": ", there was a little girl named Lily. She loved to play outside in the sunshine. One day,"
     " she saw a big, red ball. She wanted to play with it, but it was too big.",
@@ -46,8 +49,7 @@ def test_the_card_tells_the_truth(card: Card, tmp_path: Path) -> None:
         env=os.environ | {"CORDEE_HOME": str(tmp_path)},
     )
     facts = json.loads(shown.stdout)
-    norms = sum(tensor.shape[0] for tensor in header.tensors if tensor.name.endswith("norm.weight"))
-    assert facts["parameters"] == card.parameters + norms
+    assert facts["parameters"] == card.parameters
 
 
 @pytest.mark.parametrize("card", SHIPPED, ids=lambda card: card.name)

@@ -21,7 +21,7 @@ from cordee.engine.ternary import TernaryStage  # noqa: E402
 from cordee.engine.vocabulary import Vocabulary  # noqa: E402
 from training.chat import END, end_with_a_sentence, packed, shape_story  # noqa: E402
 from training.chat import read_model as read_chat_model  # noqa: E402
-from training.corpus import Corpus, Lesson, likeliest, write_corpus  # noqa: E402
+from training.corpus import Corpus, Lesson, Writer, likeliest, shards_in, write_corpus  # noqa: E402
 from training.cut import Cut, cut, cut_of  # noqa: E402
 from training.evaluate import figures, logits_of  # noqa: E402
 from training.export import export  # noqa: E402
@@ -131,7 +131,7 @@ def test_a_cut_teacher_writes_with_what_is_kept(model) -> None:
 
 
 def test_a_batch_writes_what_each_would_alone(model) -> None:
-    """However many have ended before; here all by the likeliest tokens, and an end is one of three."""
+    """However many have ended before; here all by the likeliest tokens, and the end is one of seven."""
     whole = read_model(model)
     part = Teacher(whole.shape, whole.weights, torch.tensor([END, 270, 271, 272, 273, 274, 275]))
     prompts = torch.arange(40, 140).view(20, 5)
@@ -281,6 +281,28 @@ def test_two_processes_write_what_one_does(model, tmp_path) -> None:
     write_together(Writing(writer, tmp_path / "two", 3, 1, 2), lambda *done: told.append(done))
     assert torch.equal(*(all_tokens(Corpus(tmp_path / name, 1)) for name in ("one", "two")))
     assert told[-1] == (3, 3)
+
+
+class Faulty:
+    """A teacher that no process but the first can have."""
+
+    def __call__(self) -> Writer:
+        if torch.multiprocessing.parent_process() is not None:
+            raise OSError("no memory")
+        return lambda generator: Lesson(*(torch.zeros(1, 2, dtype=torch.uint16),) * 3)
+
+
+@pytest.mark.long
+def test_a_process_that_fails_is_told_of(tmp_path) -> None:
+    with pytest.raises(ChildProcessError, match="run the verb again"):
+        write_together(Writing(Faulty(), tmp_path, 3, 1, 2), lambda *done: None)
+    assert [path.name for path in shards_in(tmp_path)] == ["shard-0000.npy", "shard-0002.npy"]
+
+
+def test_a_corpus_of_another_size_is_not_the_recipe_s(folder) -> None:
+    rules = msgspec.structs.replace(TINY, shards=2)
+    with pytest.raises(ValueError, match="holds 1 shards and the recipe wants 2"):
+        together(Job(rules, folder, torch.float32, False, 1), lambda told: None)
 
 
 @pytest.mark.long

@@ -34,7 +34,11 @@ _folder = click.option(
     "--folder", type=click.Path(path_type=Path), required=True, help="Where corpus and checkpoints live."
 )
 _processes = click.option(
-    "--processes", default=os.cpu_count(), show_default=True, help="How many share the work."
+    "--processes",
+    type=click.IntRange(min=1),
+    default=os.cpu_count(),
+    show_default=True,
+    help="How many share the work; each that has a chat model write takes 2 GB.",
 )
 _teacher = click.option("--teacher", type=_existing, required=True, help="stories260K.bin, or a GGUF file.")
 

@@ -2,7 +2,7 @@
 
 The questions are all of the same number of tokens, so a batch of them travels together. What a student
 learns are the stories, one behind the other with an end token (id 0) before each; it sees no question. A
-story that has grown too long ends with its last whole sentence.
+story that has grown too long ends with its last whole sentence, if it has one.
 """
 
 import tomllib
@@ -33,7 +33,7 @@ SENTENCE_ENDS = (".", "!", "?", '."', '!"', '?"')
 
 
 def shape_story(logits: Tensor, written: Tensor) -> Tensor:
-    """Logits (batch, vocab) after penalty, temperature, min-p; `written` (batch, n) is the story so far."""
+    """Logits (batch, vocab) after penalty, temperature, min-p; `written` (batch, n) is what it wrote."""
     values = logits.gather(1, written)
     lower = torch.where(values > 0, values / REPEAT_PENALTY, values * REPEAT_PENALTY)
     logits = logits.scatter(1, written, lower) / TEMPERATURE
@@ -65,7 +65,10 @@ class Questions:
 
 
 class Chat:
-    """A `Writer` whose lessons are exactly what the teacher drew from."""
+    """A `Writer` whose lessons are what the teacher drew from; the beginning, and an END put in, is certain.
+
+    A batch takes some 2 GB: the KV cache of all its stories, and the odds of each of their tokens.
+    """
 
     def __init__(self, model: Path, cut: Cut, window: int, likeliest: int) -> None:
         self.teacher = read_model(model, cut)
@@ -79,10 +82,10 @@ class Chat:
         chosen = torch.randint(len(self._prompts), (STORIES,), generator=generator)
         written, odds = self.teacher.sample(self._prompts[chosen], STORY_TOKENS, shape_story, END, generator)
         end_with_a_sentence(written, odds, self._stops)
-        begin = F.one_hot(self._begin, odds.shape[-1]).float()
-        stories = torch.cat([self._begin.expand(STORIES, -1), written], 1)
-        lessons = torch.cat([begin.expand(STORIES, -1, -1), odds], 1)
-        return packed(stories, *likeliest(lessons, self._likeliest), self._window)
+        best = likeliest(odds, self._likeliest)
+        certain = likeliest(F.one_hot(self._begin, odds.shape[-1]).float(), self._likeliest)
+        lessons = (torch.cat([a.expand(STORIES, -1, -1), b], 1) for a, b in zip(certain, best, strict=True))
+        return packed(torch.cat([self._begin.expand(STORIES, -1), written], 1), *lessons, self._window)
 
 
 def end_with_a_sentence(written: Tensor, odds: Tensor, stops: Tensor) -> None:

@@ -35,7 +35,17 @@ class Job:
 
 
 def together(job: Job, report: Callable[[Report], None]) -> None:
-    """Train until the recipe's end, or until this process gets SIGINT or SIGTERM; reports are logged, too."""
+    """Train until the recipe's end, or until this process gets SIGINT or SIGTERM; reports are logged, too.
+
+    Raises:
+        ValueError: the corpus is not the recipe's.
+    """
+    found = len(shards_in(job.folder / TRAIN))
+    if found != job.recipe.shards:
+        raise ValueError(
+            f"{job.folder / TRAIN} holds {found} shards and the recipe wants {job.recipe.shards}: run the "
+            "corpus verb, or change the recipe"
+        )
     with tempfile.TemporaryDirectory() as meeting:
         spawn = multiprocessing.get_context("spawn")
         others = [
@@ -80,23 +90,29 @@ class Writing:
 
 
 def write_together(writing: Writing, progress: Callable[[int, int], None]) -> None:
-    """Write what is missing. `progress(shards_there, shards)` is called now and then."""
+    """Write what is missing. `progress(shards_there, shards)` is called now and then.
+
+    Raises:
+        ChildProcessError: another process has failed; what it was to write is missing.
+    """
     spawn = multiprocessing.get_context("spawn")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # which ends the others as well
     others = [
         spawn.Process(target=_write, args=(writing, rank), daemon=True)
         for rank in range(1, writing.processes)
     ]
-    for other in others:
-        other.start()
-
-    def tell() -> None:
-        progress(len(shards_in(writing.folder)), writing.shards)
-
-    _write(writing, 0, tell)
-    for other in others:
-        other.join()
-    tell()
+    # Leaving in the usual way ends the others as well.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        for other in others:
+            other.start()
+        _write(writing, 0, lambda: progress(len(shards_in(writing.folder)), writing.shards))
+        for other in others:
+            other.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if any(other.exitcode for other in others):
+        raise ChildProcessError(f"not all shards of {writing.folder} were written: run the verb again")
+    progress(writing.shards, writing.shards)
 
 
 def _write(writing: Writing, rank: int, wrote: Callable[[], None] | None = None) -> None:

@@ -22,7 +22,7 @@ def at_temperature(temperature: float) -> Shaping:
 
 
 class Storyteller:
-    """A `Writer` whose lessons are the teacher's whole distribution, at temperature 1 whatever it drew at."""
+    """A `Writer` whose lessons are the teacher's distribution, at temperature 1 whatever it drew at."""
 
     def __init__(self, model: Path, window: int, likeliest: int) -> None:
         self.teacher = read_model(model)

@@ -18,7 +18,7 @@ from training.layers import ROPE_BASE, Rope, rms_norm
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 NORMS = ("attn_norm", "ffn_norm")
 EMBEDDING, OUTPUT_NORM = "token_embd", "output_norm"
-ENDED_SHARE = 0.2  # of a batch; when so many have ended they leave it, which copies the others' caches
+ENDED_SHARE = 0.2  # of the rows computed; when so many have ended they leave, which copies the others' caches
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Teacher:
         """Continue (batch, n) prompts, ids of the whole vocabulary, by up to `length` own ids.
 
         Returns the ids (batch, length) and the probabilities (batch, length, vocab) that each was drawn from.
-        What follows an `end` is `end`.
+        What follows an `end` is `end`, and its probabilities mean nothing.
         """
         batch, given = prompts.shape
         cache = _Cache.of(self.shape, batch, given + length, self._head.dtype)
@@ -91,7 +91,8 @@ class Teacher:
         return written, odds
 
     def _layers(self, ids: Tensor, cache: "_Cache | None") -> Tensor:
-        """(batch, n) ids of the whole vocabulary, behind what the cache holds -> (batch, n, dim) rows."""
+        """(batch, n) ids of the whole vocabulary -> (batch, n, dim) rows. Behind a cache that holds something
+        n is 1."""
         x = self.weights[EMBEDDING][ids].float()
         first = cache.length if cache else 0
         angles = self._rope.at(first, first + ids.shape[1])
@@ -157,7 +158,16 @@ class _Cache:
         return self.keys[layer, ..., : self.length + 1], self.values[layer, :, :, : self.length + 1]
 
     def rows(self, chosen: Tensor) -> "_Cache":
-        return _Cache(self.keys[:, chosen], self.values[:, chosen], self.length)
+        """A copy for some of the batch."""
+        layers, _, kv_heads, head_dim, positions = self.keys.shape
+        size, held = (layers, len(chosen), kv_heads), self.length
+        keys, values = (
+            self.keys.new_empty(*size, head_dim, positions),
+            self.values.new_empty(*size, positions, head_dim),
+        )
+        keys[..., :held] = self.keys[:, chosen, :, :, :held]
+        values[..., :held, :] = self.values[:, chosen, :, :held]
+        return _Cache(keys, values, held)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

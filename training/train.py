@@ -1,4 +1,4 @@
-"""The training loop: a student learns its teacher's whole distribution, token by token.
+"""The training loop: a student learns its teacher's distribution, token by token.
 
 A step is a function of (recipe, corpus, step number) and of the state that the checkpoint holds, so a run
 that was stopped (Ctrl-C, SIGTERM, a lost machine) goes on where its last checkpoint was. The checkpoint

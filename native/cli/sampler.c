@@ -1,5 +1,6 @@
 /* Which token comes next: of the 40 likeliest those that are a tenth as likely as the first at least, by their
- * probabilities at a temperature of 0.7. Small models lose the thread with anything less strict. */
+ * probabilities at a temperature of 0.7 (the tenth counts before it). Small models lose the thread with anything
+ * less strict. */
 #include "sampler.h"
 
 #include <string.h>

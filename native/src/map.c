@@ -16,24 +16,28 @@ ternary_status ternary_file_map(const char *path, ternary_file *file, ternary_er
 {
     *file = (ternary_file){0};
     HANDLE handle = CreateFileA(path, GENERIC_READ, FILE_SHARE_READ, NULL, OPEN_EXISTING, FILE_ATTRIBUTE_NORMAL, NULL);
-    DWORD high = 0, low = handle != INVALID_HANDLE_VALUE ? GetFileSize(handle, &high) : 0;
-    const uint64_t nbytes = (uint64_t)high << 32 | low;
-    const DWORD reason = GetLastError();
+    unsigned reason = (unsigned)GetLastError();
     if (handle == INVALID_HANDLE_VALUE)
         return reason == ERROR_FILE_NOT_FOUND || reason == ERROR_PATH_NOT_FOUND
                    ? ternary_fail(error, TERNARY_SYSTEM, "%.200s cannot be opened: there is no such file", path)
-                   : ternary_fail(error, TERNARY_SYSTEM, "%.200s cannot be opened: error %u of Windows", path,
-                                  (unsigned)reason);
-    HANDLE mapping = NULL;
-    if (nbytes > 0 && nbytes <= SIZE_MAX && (low != INVALID_FILE_SIZE || reason == NO_ERROR))
-        mapping = CreateFileMappingA(handle, NULL, PAGE_READONLY, 0, 0, NULL);
+                   : ternary_fail(error, TERNARY_SYSTEM, "%.200s cannot be opened: error %u of Windows", path, reason);
+    DWORD high = 0;
+    const DWORD low = GetFileSize(handle, &high);
+    const uint64_t nbytes = (uint64_t)high << 32 | low;
+    if ((low == INVALID_FILE_SIZE && GetLastError() != NO_ERROR) || nbytes == 0 || nbytes > SIZE_MAX) {
+        CloseHandle(handle);
+        return ternary_fail(error, TERNARY_BAD_FILE,
+                            "%.200s is empty, or no file, or too large for this machine", path);
+    }
+    HANDLE mapping = CreateFileMappingA(handle, NULL, PAGE_READONLY, 0, 0, NULL);
     if (mapping != NULL)
         file->bytes = MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0);
+    reason = (unsigned)GetLastError();
     if (mapping != NULL)
         CloseHandle(mapping); /* the view keeps it alive */
     CloseHandle(handle);
     if (file->bytes == NULL)
-        return ternary_fail(error, TERNARY_SYSTEM, "%.200s cannot be mapped", path);
+        return ternary_fail(error, TERNARY_SYSTEM, "%.200s cannot be mapped: error %u of Windows", path, reason);
     file->nbytes = (size_t)nbytes;
     return TERNARY_OK;
 }

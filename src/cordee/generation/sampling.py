@@ -133,12 +133,24 @@ class Sampler:
         best = int(row.argmax())
         if allowed is None or allowed[best]:
             return best
-        ids = np.flatnonzero(allowed)
+        ids = _possible(row, allowed)
         return int(ids[row[ids].argmax()])
 
     def _sample(self, row: np.ndarray, allowed: np.ndarray | None) -> int:
-        ids = None if allowed is None else np.flatnonzero(allowed)
+        ids = None if allowed is None else _possible(row, allowed)
         return _draw(self.params, row, ids, draw_seed(self.params.seed, self._index))
+
+
+def _possible(row: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """The ids that a grammar allows.
+
+    Raises:
+        StageFailed: the model rules all of them out.
+    """
+    ids = np.flatnonzero(allowed)
+    if row[ids].max() == -np.inf:
+        raise StageFailed("the model rules out every token that the grammar allows")
+    return ids
 
 
 def draw_seed(seed: int, index: int) -> int:

@@ -72,17 +72,18 @@ def vocabulary_size(header: Header) -> int:
 
 
 def parameter_count(header: Header) -> int:
-    """All weights in a model file. In those of the ternary engine a byte holds several, and some are padding.
+    """All weights in a model file; a head that repeats the embedding counts where it was written out.
+
+    In files of the ternary engine a byte holds several weights, and some are padding.
 
     Raises:
         BadModelFile: the file does not say how large its parts are.
+        UnsupportedModel: no engine runs it.
     """
     if engine_of(header) == "llama":
         return sum(prod(tensor.shape) for tensor in header.tensors)
     embd, width = (size_of(header, key) for key in (".embedding_length", ".feed_forward_length"))
-    heads = size_of(header, ".attention.head_count")
-    groups = size_of(header, ".attention.head_count_kv", default=heads)
-    head_dim = size_of(header, ".attention.key_length", default=embd // max(heads, 1))
+    heads, groups, head_dim = _ternary_heads(header)
     tables = sum(tensor.name in ("token_embd.weight", "output.weight") for tensor in header.tensors)
     vectors = (tensor.shape[0] for tensor in header.tensors if tensor.name.endswith("norm.weight"))
     layer = 2 * (heads + groups) * head_dim + 3 * width
@@ -136,12 +137,18 @@ def row_floats(header: Header, tensors: Tensors) -> int:
 
 def _ternary_row_floats(header: Header, embd: int) -> int:
     """The same in the ternary engine, whose buffers last a whole batch (native/src/session.c, cut_batch)."""
-    heads, width = size_of(header, ".attention.head_count"), size_of(header, ".feed_forward_length")
-    groups = size_of(header, ".attention.head_count_kv", default=heads)
-    head_dim = size_of(header, ".attention.key_length", default=embd // max(heads, 1))
+    width, (heads, groups, head_dim) = size_of(header, ".feed_forward_length"), _ternary_heads(header)
     planes = max(size_of(header, f"cordee.ternary.{key}") for key in ("planes", "head_planes"))
     digits = planes * _padded(max(width, heads * head_dim, embd))  # of activations, in bytes
     return 2 * embd + (heads + 2 * groups + 1) * head_dim + 2 * width + digits // 4
+
+
+def _ternary_heads(header: Header) -> tuple[int, int, int]:
+    """How many heads, how many of keys and values, and the width of each."""
+    heads = size_of(header, ".attention.head_count")
+    groups = size_of(header, ".attention.head_count_kv", default=heads)
+    usual = size_of(header, ".embedding_length") // max(heads, 1)
+    return heads, groups, size_of(header, ".attention.key_length", default=usual)
 
 
 def _padded(count: int) -> int:

@@ -46,8 +46,9 @@ CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is
 # How long threads spin at a barrier before they sleep (libgomp; single trials on 2 cores, starter model).
 # Beside one busy process, spinners hold the core that the sleeper needs: with the default, 300,000, a token
 # takes over 200 ms; 40 ms with 1,000 spins, 91 with 4,000, 167 with 8,000. The next stage needs it, too,
-# while threads of the last one still spin: three stages make 58 tokens/s with 100,000 spins, 98 with 16,000,
-# 105 with 4,000, 109 with 1,000. Fewer are slower again (100: 82), and "passive" is half as fast.
+# while threads of the stage before still spin: three stages make 58 tokens/s with 100,000 spins, 98 with
+# 16,000, 105 with 4,000, 109 with 1,000, 82 with 100. One stage alone makes 124 with 4,000, 127 with 1,000,
+# 128 with 500. "passive" is half as fast.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
 EXACT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama.py
 
