@@ -51,6 +51,7 @@ TINY = Recipe(
     window=WINDOW,
     likeliest=LIKELIEST,
     shards=1,
+    temperature=0.7,
     shape=SHAPE,
     optimiser=Optimiser(steps=6, batch=8, matrix_rate=0.01, rate=0.01, warmup=2, decay=0.5),
 )
@@ -219,21 +220,21 @@ def test_the_engine_computes_what_was_trained(layout, corpus, tmp_path) -> None:
     keys and values in f16 or 13 bits, and activations at half a step that are rounded up here, down there."""
     student = trained(tmp_path, corpus).student
     path, lesson = tmp_path / "model.gguf", corpus.lesson(range(4))
-    export(student, pieces(), "Tiny", path, layout)
+    export(student, pieces(), TINY, path, layout)
     stage = TernaryStage(path, StageConfig(context=WINDOW, sequences=1))
     ours = torch.stack([logits_of(stage, row) for row in lesson.tokens])
     stage.close()
     with torch.no_grad():
         theirs = student(lesson.tokens.long())
-    assert (ours - theirs).square().mean().sqrt() < 0.02 * theirs.std()
-    assert figures(path, lesson).kl_nats == pytest.approx(
+    assert (ours / TINY.temperature - theirs).square().mean().sqrt() < 0.02 * theirs.std()
+    assert figures(path, lesson, TINY.temperature).kl_nats == pytest.approx(
         divergence(theirs, lesson.ids.long(), lesson.odds.float()).item(), rel=0.01
     )
 
 
 def test_a_vocabulary_of_pieces_speaks_in_the_file(corpus, tmp_path) -> None:
     path = tmp_path / "model.gguf"
-    export(Student(SHAPE), pieces(), "Tiny", path, "pentium2")
+    export(Student(SHAPE), pieces(), TINY, path, "pentium2")
     vocabulary = Vocabulary(path)
     assert (vocabulary.bos, vocabulary.eos) == (BOS, BOS)
     assert vocabulary.tokenize("ab", add_bos=True)[0] == BOS
@@ -246,7 +247,7 @@ def test_a_cut_vocabulary_speaks_in_the_file(tmp_path) -> None:
     texts += [f"<{number}>" for number in range(VOCAB - len(texts))]
     found = Cut(list(range(VOCAB)), texts, ["a b", "\u0120 ab"], "smollm")
     path = tmp_path / "model.gguf"
-    export(Student(SHAPE), found, "Tiny", path, "trit5")
+    export(Student(SHAPE), found, TINY, path, "trit5")
     vocabulary = Vocabulary(path)
     assert (vocabulary.bos, vocabulary.eos) == (END, END)
     tokens = vocabulary.tokenize("ab abc", add_bos=True)
@@ -322,8 +323,8 @@ def test_training_brings_the_student_nearer(corpus, tmp_path) -> None:
     rules = msgspec.structs.replace(TINY, optimiser=msgspec.structs.replace(TINY.optimiser, steps=60))
     found = {}
     for name, student in {"new": Student(SHAPE), "old": trained(tmp_path, corpus, rules).student}.items():
-        export(student, pieces(), "Tiny", tmp_path / name, "pentium2")
-        found[name] = figures(tmp_path / name, corpus.lesson(range(40)))
+        export(student, pieces(), TINY, tmp_path / name, "pentium2")
+        found[name] = figures(tmp_path / name, corpus.lesson(range(40)), TINY.temperature)
     assert found["old"].kl_nats < 0.7 * found["new"].kl_nats
     assert found["old"].same_top1 > found["new"].same_top1
     assert found["old"].teacher_perplexity < found["old"].perplexity < found["new"].perplexity

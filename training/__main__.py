@@ -113,7 +113,7 @@ def export(recipe: Recipe, folder: Path, pieces: Path | None, layout: str, model
         raise click.ClickException(f"{folder} holds no {CHECKPOINT}: train first.")
     run = Run(recipe, folder, kind=torch.float32, compiled=False)
     vocabulary = read_pieces(pieces, PIECES) if pieces else _cut(folder)
-    write_model(run.student, vocabulary, recipe.title, model, layout)
+    write_model(run.student, vocabulary, recipe, model, layout)
     click.echo(f"{model}  {model.stat().st_size:,} bytes, {recipe.shape.weights:,} weights, step {run.step}")
 
 
@@ -124,7 +124,8 @@ def export(recipe: Recipe, folder: Path, pieces: Path | None, layout: str, model
 def evaluate(recipe: Recipe, folder: Path, model: Path) -> None:
     """How near a model file is to its teacher, by the ternary engine, on text that it has not seen."""
     held_out = Corpus(folder / HELD_OUT, recipe.seed)
-    for name, value in vars(figures(model, held_out.lesson(range(len(held_out))))).items():
+    found = figures(model, held_out.lesson(range(len(held_out))), recipe.temperature)
+    for name, value in vars(found).items():
         click.echo(f"{name:20} {value:.4g}")
 
 

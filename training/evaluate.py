@@ -26,13 +26,14 @@ class Figures:
     teacher_perplexity: float
 
 
-def figures(model: Path, lesson: Lesson) -> Figures:
-    """How near a model file is to its teacher, by the ternary engine."""
+def figures(model: Path, lesson: Lesson, temperature: float) -> Figures:
+    """How near a model file, at the temperature of its recipe, is to its teacher; by the ternary engine."""
     context = lesson.tokens.shape[1]
     stage = TernaryStage(model, StageConfig(context=context, sequences=1, batch_rows=context))
     try:
         found = [
-            _of_window(logits_of(stage, row), lesson.rows(number)) for number, row in enumerate(lesson.tokens)
+            _of_window(logits_of(stage, row) / temperature, lesson.rows(number))
+            for number, row in enumerate(lesson.tokens)
         ]
     finally:
         stage.close()

@@ -15,6 +15,7 @@ from training.chat import END
 from training.cut import Cut
 from training.layers import EPSILON, ROPE_BASE
 from training.llama2c import BOS, BYTES, EOS, FIRST_BYTE, Piece
+from training.recipe import Recipe
 from training.student import Student, ternary
 
 SPACE = "\u2581"  # how SentencePiece writes one
@@ -26,9 +27,11 @@ Layout = Literal["trit5", "pentium2"]
 
 
 def export(
-    student: Student, vocabulary: Sequence[Piece] | Cut, title: str, path: Path, layout: Layout
+    student: Student, vocabulary: Sequence[Piece] | Cut, recipe: Recipe, path: Path, layout: Layout
 ) -> None:
     """Write the model file. `trit5` is for machines with vector instructions, `pentium2` runs everywhere.
+
+    Its logits are the student's times the recipe's temperature.
 
     Raises:
         StorageFailed: no room on disk.
@@ -55,10 +58,10 @@ def export(
         head_planes=1,
         embedding=GGMLQuantizationType.F32,
     )
-    source = _Weights(student)
+    source = _Weights(student, recipe.temperature)
 
     def describe(writer: GGUFWriter) -> None:
-        writer.add_name(title)
+        writer.add_name(recipe.title)
         (_add_cut if isinstance(vocabulary, Cut) else _add_pieces)(writer, vocabulary)
         writer.add_add_bos_token(True)
         writer.add_chat_template(TEMPLATE)
@@ -69,8 +72,8 @@ def export(
 class _Weights:
     """A student as a `cordee.models.ternary.Source`; embedding and head are one."""
 
-    def __init__(self, student: Student) -> None:
-        self._tensors: dict[str, Tensor] = {OUTPUT_NORM: student.output_norm.detach()}
+    def __init__(self, student: Student, temperature: float) -> None:
+        self._tensors: dict[str, Tensor] = {OUTPUT_NORM: student.output_norm.detach() * temperature}
         for index, layer in enumerate(student.layers):
             for name, tensor in (*layer.matrices.items(), *layer.norms.items()):
                 self._tensors[f"blk.{index}.{name}.weight"] = tensor.detach()

@@ -38,7 +38,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One model. `seed` decides the first weights, the corpus and the order in which it is read.
 
     `teacher` says who writes the corpus: "storyteller" (storyteller.py) or "chat" (chat.py). `likeliest` is
-    how many of its next tokens a lesson holds.
+    how many of its next tokens a lesson holds. A draw from the model at `temperature` is one from what it has
+    learnt: a chat model's lessons are sharper than its own speech, so that its student is made for the 0.7 at
+    which `cordee-tiny` draws.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     window: int
     likeliest: int
     shards: int
+    temperature: float
     shape: StudentShape
     optimiser: Optimiser
 
