@@ -26,7 +26,7 @@ STORIES = {
     "story-small": ", there was a little girl named Lily. She loved to play outside in the sunshine. One day,"
     " she saw a big, red ball. She wanted to play with it, but it was too big.",
     "story": ", there was a little girl named Emma who lived in a cozy little house. She had a big family of"
-    " three and loved to play with her toys. One day, Emma's mom decided to make a special cake for her grandma.",
+    " three and loved to play with her toys. One day, Emma's mom decided to make a special cake",
 }
 SHIPPED = [card for card in cards().values() if card.file]
 
