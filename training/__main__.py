@@ -38,7 +38,7 @@ _processes = click.option(
     type=click.IntRange(min=1),
     default=os.cpu_count(),
     show_default=True,
-    help="How many share the work; each that has a chat model write takes 2 GB.",
+    help="How many share the work; each that has a chat model write takes 6 GB of memory.",
 )
 _teacher = click.option("--teacher", type=_existing, required=True, help="stories260K.bin, or a GGUF file.")
 
@@ -82,7 +82,8 @@ def corpus(recipe: Recipe, teacher: Path, folder: Path, processes: int) -> None:
     with _progress(recipe.name) as show:
         for part, shards, seed in parts:
             writing = Writing(writer, folder / part, shards, seed, min(processes, shards))
-            write_together(writing, partial(show, part))
+            with _plainly():
+                write_together(writing, partial(show, part))
 
 
 @main.command()
@@ -98,7 +99,8 @@ def train(recipe: Recipe, folder: Path, processes: int, kind: str, compiled: boo
         def report(told: Report) -> None:
             show(f"loss {told.loss:.4f}, {told.cpu_seconds:.0f} CPU s", told.step, told.steps)
 
-        together(Job(recipe, folder, getattr(torch, kind), compiled, processes), report)
+        with _plainly():
+            together(Job(recipe, folder, getattr(torch, kind), compiled, processes), report)
 
 
 @main.command()
@@ -139,6 +141,15 @@ def _cut(folder: Path) -> Cut:
     if not (folder / CUT).exists():
         raise click.ClickException(f"{folder} holds no {CUT}: run the cut verb first.")
     return msgspec.json.decode((folder / CUT).read_bytes(), type=Cut)
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """What the user can mend is told without a traceback."""
+    try:
+        yield
+    except (ValueError, ChildProcessError) as error:
+        raise click.ClickException(str(error)) from error
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class Questions:
 class Chat:
     """A `Writer` whose lessons are what the teacher drew from; the beginning, and an END put in, is certain.
 
-    A batch takes some 2 GB: the KV cache of all its stories, and the odds of each of their tokens.
+    A batch takes 6 GB at its peak: KV cache of all its stories, odds of each of their tokens.
     """
 
     def __init__(self, model: Path, cut: Cut, window: int, likeliest: int) -> None:

@@ -160,11 +160,9 @@ class _Cache:
     def rows(self, chosen: Tensor) -> "_Cache":
         """A copy for some of the batch."""
         layers, _, kv_heads, head_dim, positions = self.keys.shape
-        size, held = (layers, len(chosen), kv_heads), self.length
-        keys, values = (
-            self.keys.new_empty(*size, head_dim, positions),
-            self.values.new_empty(*size, positions, head_dim),
-        )
+        held = self.length
+        keys = self.keys.new_empty(layers, len(chosen), kv_heads, head_dim, positions)
+        values = self.values.new_empty(layers, len(chosen), kv_heads, positions, head_dim)
         keys[..., :held] = self.keys[:, chosen, :, :, :held]
         values[..., :held, :] = self.values[:, chosen, :, :held]
         return _Cache(keys, values, held)

@@ -23,9 +23,8 @@ class NativeBatch:
         self._outputs = np.ones(rows, dtype=np.int8)
         self._counts = np.ones(rows, dtype=np.int32)
         self._pointers = self._sequences.ctypes.data + 4 * np.arange(rows, dtype=np.uint64)
-        self._rows = np.empty(
-            (rows, n_embd), dtype=np.float32
-        )  # a pointer of its own for each call costs more
+        # Hidden rows are copied here: a pointer to the caller's for each call costs more.
+        self._rows = np.empty((rows, n_embd), dtype=np.float32)
         types = dict(library.llama_batch._fields_)
         self._token = ctypes.cast(self._tokens.ctypes.data, types["token"])
         self._embd = ctypes.cast(self._rows.ctypes.data, types["embd"])
