@@ -93,6 +93,33 @@ INLINE void trit2_tile(const uint8_t *data, const uint32_t groups, uint32_t quad
             put_fields(s[g * n + i], _mm512_set1_epi32(sums[i]), out + i * out_stride + g * 64);
 }
 
+INLINE void add_fields(__m512i s[4], const uint8_t *p, const int8_t *x)
+{
+    const __m512i v = ahead(p), four = quad_of(x);
+    s[0] = DOT(s[0], low_bits(v, 3), four);
+    s[1] = DOT(s[1], low_bits(v, 15), four);
+    s[2] = DOT(s[2], low_bits(v, 63), four);
+    s[3] = DOT(s[3], v, four);
+}
+
+/* One group and one activation row. Even and odd quads have sums of their own: with one set of four the next quad's dots
+ * would wait for those of the one before. */
+static void trit2_stream(const uint8_t *data, uint32_t quads, const int8_t *x, int32_t sum, int32_t *out)
+{
+    __m512i s[2][4];
+    UNROLLED for (uint32_t field = 0; field < 4; field++)
+        s[0][field] = s[1][field] = _mm512_setzero_si512();
+    for (uint32_t q = 0; q + 1 < quads; q += 2) {
+        add_fields(s[0], data + (size_t)q * 64, x + q * 4);
+        add_fields(s[1], data + (size_t)q * 64 + 64, x + q * 4 + 4);
+    }
+    if (quads % 2)
+        add_fields(s[0], data + (size_t)(quads - 1) * 64, x + (quads - 1) * 4);
+    UNROLLED for (uint32_t field = 0; field < 4; field++)
+        s[0][field] = _mm512_add_epi32(s[0][field], s[1][field]);
+    put_fields(s[0], _mm512_set1_epi32(sum), out);
+}
+
 INLINE void trit5_tile(const uint8_t *data, const uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
                        const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
 {
@@ -203,10 +230,10 @@ INLINE void int4_tile(const uint8_t *data, const uint32_t groups, uint32_t quads
         }
 }
 
-/* A case of the rows' number: as many groups at once as registers hold, the rest one by one. */
+/* A case of the rows' number: as many groups at once as registers hold, the rest, or all, one by one. */
 #define TILES(name, group_rows, n, width)                                                                            \
     case n:                                                                                                          \
-        for (; g + width <= groups; g += width)                                                                      \
+        for (; !is_one_stream && g + width <= groups; g += width)                                                    \
             name##_tile(data + g * group_bytes, width, quads, x, stride, sums, n, out + g * group_rows, out_stride); \
         for (; g < groups; g++)                                                                                      \
             name##_tile(data + g * group_bytes, 1, quads, x, stride, sums, n, out + g * group_rows, out_stride);     \
@@ -228,7 +255,7 @@ INLINE void int4_tile(const uint8_t *data, const uint32_t groups, uint32_t quads
     }
 
 #define TRIT2(n, width) TILES(trit2, 64, n, width)
-DOT_FUNCTION(trit2, 64, 64, 6, TRIT2(1, 4) TRIT2(2, 2) TRIT2(3, 2) TRIT2(4, 1) TRIT2(5, 1) TRIT2(6, 1))
+DOT_FUNCTION(trit2_streams, 64, 64, 6, TRIT2(1, 4) TRIT2(2, 2) TRIT2(3, 2) TRIT2(4, 1) TRIT2(5, 1) TRIT2(6, 1))
 #define TRIT5(n, width) TILES(trit5, 80, n, width)
 DOT_FUNCTION(trit5_few, 80, 64, 4, TRIT5(1, 4) TRIT5(2, 2) TRIT5(3, 1) TRIT5(4, 1))
 #define INT8(n, width) TILES(int8, 16, n, width)
@@ -237,6 +264,13 @@ DOT_FUNCTION(int8, 16, 64, 6, INT8(1, 4) INT8(2, 4) INT8(3, 4) INT8(4, 4) INT8(5
 DOT_FUNCTION(int6, 64, 192, 3, INT6(1, 1) INT6(2, 1) INT6(3, 1))
 #define INT4(n, width) TILES(int4, 32, n, width)
 DOT_FUNCTION(int4, 32, 64, 6, INT4(1, 4) INT4(2, 4) INT4(3, 4) INT4(4, 2) INT4(5, 2) INT4(6, 2))
+
+/* One group and one activation row; apart, because the compiler then keeps the loop as it stands. */
+static __attribute__((noinline)) void trit5_stream(const uint8_t *data, uint32_t quads, const int8_t *x,
+                                                   const int32_t *sum, int32_t *out)
+{
+    trit5_tile(data, 1, quads, x, 0, sum, 1, out, 0);
+}
 
 /* Sums of a strip's digits with n <= 4 activation rows, added to those of the strips before. */
 INLINE void digits_tile(const uint8_t *strip, uint32_t quads, bool is_first, const int8_t *x, size_t stride,
@@ -258,6 +292,17 @@ INLINE void digits_tile(const uint8_t *strip, uint32_t quads, bool is_first, con
             _mm512_storeu_si512(out + i * out_stride + digit * 16, s[i][digit]);
 }
 
+static void dot_trit2(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                      const int32_t *sums, uint32_t n, int32_t *out)
+{
+    if (n > 1 || !is_one_stream) {
+        dot_trit2_streams(data, groups, quads, x, stride, sums, n, out);
+        return;
+    }
+    for (uint32_t g = 0; g < groups; g++)
+        trit2_stream(data + (size_t)g * quads * 64, quads, x, sums[0], out + g * 64);
+}
+
 /* Quads whose digits, unpacked, stay in the first-level cache. */
 #define STRIP_QUADS 64u
 /* Activation rows from which on it pays to unpack digits: then a weight costs one dot and not 6 / 5, nor additions. */
@@ -268,6 +313,11 @@ static void dot_trit5(const uint8_t *data, uint32_t groups, uint32_t quads, cons
 {
     _Alignas(64) uint8_t strip[STRIP_QUADS * DIGITS * 64];
     const size_t out_stride = (size_t)groups * 80;
+    if (n == 1 && is_one_stream) {
+        for (uint32_t g = 0; g < groups; g++)
+            trit5_stream(data + (size_t)g * quads * 64, quads, x, sums, out + g * 80);
+        return;
+    }
     if (n < UNPACK_ROWS) {
         dot_trit5_few(data, groups, quads, x, stride, sums, n, out);
         return;

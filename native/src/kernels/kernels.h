@@ -76,8 +76,9 @@ struct kernels {
     void (*attend[CACHE_KINDS])(const struct attention *attention);
 };
 
-/* How far ahead of a stream of weights to ask for them. */
+/* How far ahead of a stream of weights to ask for them, and from how many groups to read at once, one stream each. */
 extern size_t prefetch_bytes;
+extern bool is_one_stream;
 
 /* The kernels at that place of the list of those this CPU runs, best first; NULL past the last. */
 const struct kernels *kernels_at(uint32_t index);
