@@ -28,7 +28,7 @@ struct step {
     uint32_t marked; /* rows that have logits */
     uint32_t count; /* of the products */
     uint32_t runs;  /* of rows that attend together */
-    uint32_t run;   /* of bits that a thread multiplies at once */
+    uint32_t stretch; /* slabs that each thread multiplies first */
     struct product products[PRODUCTS];
 };
 
@@ -79,26 +79,27 @@ static void multiply_groups(const struct step *step, const struct product *produ
     }
 }
 
-static uint32_t bits_of(const struct matrix *matrix)
+/* A slab is a few groups. */
+static uint32_t slabs_of(const struct matrix *matrix)
 {
     return (matrix->groups + DOT_GROUPS - 1) / DOT_GROUPS;
 }
 
-/* A matrix's few groups are a *bit*. The first pieces of a job, one for each thread, are runs of bits, since weights are
- * read up to a fifth faster when they follow one another; what is left goes bit by bit to whoever is done. */
+/* The first pieces of a job, one for each thread, are stretches of slabs, since weights are read up to a fifth faster when
+ * they follow one another; what is left goes slab by slab to whoever is done. */
 static void multiply_piece(void *argument, uint32_t piece, uint32_t thread)
 {
     const struct step *step = argument;
     const struct product *product = step->products;
     const uint32_t threads = step->session->config.threads;
-    uint32_t bit = piece < threads ? piece * step->run : threads * step->run + (piece - threads);
-    uint32_t bits = piece < threads ? step->run : 1;
-    while (bit >= bits_of(product->matrix))
-        bit -= bits_of(product++->matrix);
-    for (; bits > 0; bits--) {
-        multiply_groups(step, product, bit * DOT_GROUPS, thread);
-        if (++bit == bits_of(product->matrix) && bits > 1)
-            product++, bit = 0;
+    uint32_t slab = piece < threads ? piece * step->stretch : threads * step->stretch + (piece - threads);
+    uint32_t left = piece < threads ? step->stretch : 1;
+    while (slab >= slabs_of(product->matrix))
+        slab -= slabs_of(product++->matrix);
+    for (; left > 0; left--) {
+        multiply_groups(step, product, slab * DOT_GROUPS, thread);
+        if (++slab == slabs_of(product->matrix) && left > 1)
+            product++, slab = 0;
     }
 }
 
@@ -121,16 +122,17 @@ static void look_up_row(void *argument, uint32_t row, uint32_t thread)
 static void multiply(struct step *step, uint32_t count)
 {
     const uint32_t threads = step->session->config.threads;
-    uint32_t bits = 0;
+    uint32_t slabs = 0, beyond;
     if (step->session->model->by_lookup) {
         step->count = count;
         pool_run(&step->session->pool, look_up_row, step, step->rows);
         return;
     }
     for (uint32_t i = 0; i < count; i++)
-        bits += bits_of(step->products[i].matrix);
-    step->run = bits * 3 / 4 / threads > 1 ? bits * 3 / 4 / threads : 1;
-    pool_run(&step->session->pool, multiply_piece, step, bits > threads ? threads + bits - threads * step->run : bits);
+        slabs += slabs_of(step->products[i].matrix);
+    step->stretch = slabs / 4 * 3 / threads > 1 ? slabs / 4 * 3 / threads : 1;
+    beyond = slabs > threads ? slabs - threads * step->stretch : 0;
+    pool_run(&step->session->pool, multiply_piece, step, beyond > 0 ? threads + beyond : slabs);
 }
 
 /* ---- Rows before a matrix ---- */
