@@ -117,7 +117,7 @@ class Sampler:
         """
         best = int(logits.argmax())  # the first NaN, if there is one; a third of what `max` costs
         if not isfinite(logits[best]):
-            raise StageFailed(f"the model gave the logit {logits[best]}: its weights or this build are faulty")
+            raise StageFailed(f"the model gave the logit {logits[best]}: its weights or its build are wrong")
         allowed = self._grammar.allowed() if self._grammar is not None else None
         row = self._edits.apply(logits)
         if not self._greedy:
