@@ -101,7 +101,8 @@ static void dots(void)
             check_dots(layout, 1 + draw(6), 4 * (1 + draw(60)), rows[i], 0, 0);
         for (int weights = 1; weights < 3; weights++)
             for (int activations = 1; activations < 4; activations++)
-                check_dots(layout, 1, 8192, 3 + 14 * (layout == 0), weights, activations);
+                for (uint32_t several = 0; several < 2; several++) /* one row has loops of its own */
+                    check_dots(layout, 1, 8192, several ? 3 + 14 * (layout == 0) : 1, weights, activations);
     }
 }
 

@@ -62,6 +62,12 @@ def test_what_this_cpu_has_not_is_never_chosen() -> None:
     assert ("amx" in kernels()) <= ("amx_int8" in flags)
 
 
+@pytest.mark.parametrize("is_amd", [0, 1])
+def test_what_is_chosen_for_either_maker_gives_the_same_bits(is_amd: int, tmp_path: Path) -> None:
+    check = build(os.environ.get("CC", "cc"), tmp_path / "check", "-O1", f"-DCORDEE_IS_AMD={is_amd}")
+    assert run(check, "dots", 5) == list(kernels())
+
+
 def test_kernels_of_newer_cpus_give_the_same_bits(modelled: Path, tmp_path: Path) -> None:
     expected = ["amx", "avx512vnni", "avxvnni", "avx2", "scalar"]
     assert run(modelled, "dots", 1) == expected

@@ -122,7 +122,7 @@ static void look_up_row(void *argument, uint32_t row, uint32_t thread)
 static void multiply(struct step *step, uint32_t count)
 {
     const uint32_t threads = step->session->config.threads;
-    uint32_t slabs = 0, beyond;
+    uint32_t slabs = 0, share;
     if (step->session->model->by_lookup) {
         step->count = count;
         pool_run(&step->session->pool, look_up_row, step, step->rows);
@@ -130,9 +130,10 @@ static void multiply(struct step *step, uint32_t count)
     }
     for (uint32_t i = 0; i < count; i++)
         slabs += slabs_of(step->products[i].matrix);
-    step->stretch = slabs / 4 * 3 / threads > 1 ? slabs / 4 * 3 / threads : 1;
-    beyond = slabs > threads ? slabs - threads * step->stretch : 0;
-    pool_run(&step->session->pool, multiply_piece, step, beyond > 0 ? threads + beyond : slabs);
+    share = slabs / 4 * 3 / threads; /* three quarters are shared out at once */
+    step->stretch = share > 1 ? share : 1;
+    pool_run(&step->session->pool, multiply_piece, step,
+             slabs > threads ? threads + (slabs - threads * step->stretch) : slabs);
 }
 
 /* ---- Rows before a matrix ---- */

@@ -76,7 +76,7 @@ struct kernels {
     void (*attend[CACHE_KINDS])(const struct attention *attention);
 };
 
-/* How far ahead of a stream of weights to ask for them, and from how many groups to read at once, one stream each. */
+/* How far ahead of a stream of weights to ask for them, and whether to read group after group, not several at once. */
 extern size_t prefetch_bytes;
 extern bool is_one_stream;
 

@@ -115,9 +115,10 @@ class Sampler:
             StageFailed: the row holds NaN, or its highest logit is an infinity.
             BadRequest: the grammar passed its limits.
         """
-        best = int(logits.argmax())  # the first NaN, if there is one; a third of what `max` costs
-        if not isfinite(logits[best]):
-            raise StageFailed(f"the model gave the logit {logits[best]}: its weights or its build are wrong")
+        best = int(logits.argmax())  # the first NaN, if there is one
+        highest = logits[best]
+        if not isfinite(highest):
+            raise StageFailed(f"the model gave the logit {highest}: its weights or this build are faulty")
         allowed = self._grammar.allowed() if self._grammar is not None else None
         row = self._edits.apply(logits)
         if not self._greedy:
