@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CAPTURE, TERNARY = "cordee.engine._capture", "cordee.engine._ternary"
+CAPTURE, TERNARY = "cordee.engine.llama._capture", "cordee.engine._ternary"
 
 
 class Build(build_ext):

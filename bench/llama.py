@@ -5,12 +5,12 @@
 Everything runs on this machine with the same build, model and number of threads, in turn within each round,
 so that a machine that changes its speed changes it for all. Rates are medians over the rounds, in tokens per
 second; a ratio is the median of the rounds' own ratios, ours to the peer's. Two peers: `libllama` with its
-default settings, and `libllama-exact` with those of an exact stage (see src/cordee/engine/llama.py), so that
-the price of stages and the price of batch-invariant arithmetic show apart. A stage costs about the same time
-whatever it computes, so the cases named deep show the same for a model whose tokens take DEEP times as long:
-the starter's layers so many times over. (With K-quants `libllama-exact`
-keeps ggml's tiled kernels, which our workers go without: they are switched for a whole process, and the other
-peer shall have its defaults.)
+default settings, and `libllama-exact` with those of an exact stage (see src/cordee/engine/llama/stage.py),
+so that the price of stages and the price of batch-invariant arithmetic show apart. A stage costs about the
+same time whatever it computes, so the cases named deep show the same for a model whose tokens take DEEP
+times as long: the starter's layers so many times over. (With K-quants `libllama-exact` keeps ggml's tiled
+kernels, which our workers go without: they are switched for a whole process, and the other peer shall have
+its defaults.)
 """
 
 import argparse
@@ -25,10 +25,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
-from cordee.engine.libllama import usable_cores
+from cordee.engine.llama.libllama import usable_cores
 from cordee.generation.request import Request, SamplingParams
 from cordee.models.store import Store
-from cordee.node.service import Service, ServiceConfig
+from cordee.serving.local_service import Service, ServiceConfig
 from deep import deepen
 from plain import Plain
 

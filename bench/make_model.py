@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
-from cordee.models.ternary import TernaryModel, write
-from cordee.models.ternary_p2 import LAYOUT, write_pentium2
+from cordee.convert.pentium2 import LAYOUT, write_pentium2
+from cordee.convert.ternary_file import TernaryModel, write
 
 SHAPES = {
     "2b4t": TernaryModel(
@@ -43,7 +43,7 @@ SHAPES = {
 
 
 class RandomWeights:
-    """A `cordee.models.ternary.Source` of seeded random weights; the same model gives the same bytes."""
+    """Seeded random weights as a source of `cordee.convert.ternary_file`; the same model, the same bytes."""
 
     def __init__(self, model: TernaryModel, seed: int) -> None:
         self._model = model

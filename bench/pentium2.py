@@ -28,9 +28,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cordee.convert.pentium2 import LAYOUT
 from cordee.engine.vocabulary import Vocabulary
 from cordee.models.gguf import read_header
-from cordee.models.ternary_p2 import LAYOUT
 from make_model import SHAPES, make_model
 from p6.machine import HERE, NORMAL, PESSIMISTIC, Call, Machine, MissingTool, run
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cordee.engine import libllama
+from cordee.engine.llama import libllama
 
 FLASH_ATTENTION_ON, TYPE_F16, TYPE_BF16 = 1, 1, 30
 

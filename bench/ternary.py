@@ -30,9 +30,9 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 import ternary_i2s
+from cordee.convert.ternary_file import TernaryModel
 from cordee.engine.stage import Batch, StageConfig
 from cordee.engine.ternary import TernaryStage, library
-from cordee.models.ternary import TernaryModel
 from make_model import SHAPES, make_model
 from ternary_peer import LlamaPeer, write_peer
 

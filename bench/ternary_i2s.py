@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cordee.convert.ternary_file import LAYOUTS, pack
 from cordee.engine.ternary import kernels, library
-from cordee.models.ternary import LAYOUTS, pack
 from make_model import SHAPES
 
 PEER_NAME = "bitnet.cpp-I2_S"

@@ -6,7 +6,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
-from cordee.models.ternary import TernaryModel
+from cordee.convert.ternary_file import TernaryModel
 from plain import Plain
 
 Q6_K_BLOCK, Q6_K_BYTES = 256, 210  # the last two bytes are the block's f16 scale

@@ -6,11 +6,11 @@ the real agent does with processes, disk and bus, less the waiting.
 
 import msgspec
 
-from cordee.cluster.crew import Crew, Orders, WireOrder
+from cordee.cluster.controller import Mind
 from cordee.cluster.facts import Facts, Placement, SliceHeld
 from cordee.cluster.goals import Goals, HostGoal, Load, SliceGoal, holds
-from cordee.cluster.mind import Mind
-from cordee.cluster.view import BEAT_SECONDS, Beat
+from cordee.cluster.membership import BEAT_SECONDS, Beat
+from cordee.cluster.reconcile import Crew, Orders, WireOrder
 from cordee.generation.gateway import Gateway
 from cordee.generation.streams import Ask, Assert, Said
 from sim import stages

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from cordee.cluster.choose import UPGRADE_RATIO, Chosen
+from cordee.cluster.deployments import Wish
 from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace, placement_id
 from cordee.cluster.goals import Load, holds, load_of
-from cordee.cluster.wishes import Wish
 from sim.agent import Agent
 from sim.scenario import CONTEXT, SEQUENCES, Scenario
 

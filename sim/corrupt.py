@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from cordee.cluster.deployments import Wish
 from cordee.cluster.facts import Facts, Placement, SliceHeld, StagePlace, StageReport
 from cordee.cluster.goals import load_of
-from cordee.cluster.view import Beat, Sighting
-from cordee.cluster.wishes import Wish
+from cordee.cluster.membership import Beat, Sighting
 from cordee.generation.request import Request
 from cordee.generation.streams import Ask, Assert
 from sim.agent import EPOCH

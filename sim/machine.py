@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from cordee.cluster.deployments import Wish
 from cordee.cluster.facts import Device, SliceHeld
-from cordee.cluster.wishes import Wish
 
 DISK_BYTES = 100 << 30
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-from cordee.cluster import choose, crew, facts, goals, mind, view, wishes
+from cordee.cluster import choose, controller, deployments, facts, goals, membership, reconcile
 from cordee.generation import gateway, host, scheduler
 from sim.run import Broken, play
 
@@ -40,11 +40,11 @@ def _unsorted_reports(self: choose.Reports, known: dict) -> None:
             self._add(node, report)
 
 
-def _unsorted_nodes(self: mind.Mind, now: float) -> dict:
+def _unsorted_nodes(self: controller.Mind, now: float) -> dict:
     return {self.me: ("alive", self._facts), **self._membership.facts(now)}
 
 
-def _old_for_ever(beat: view.Beat, seen: view.Sighting, now: float) -> bool:
+def _old_for_ever(beat: membership.Beat, seen: membership.Sighting, now: float) -> bool:
     return beat.session == seen.beat.session and beat.sent <= seen.beat.sent
 
 
@@ -63,7 +63,7 @@ def _lost_without_replay(self: scheduler.Scheduler) -> None:
     self._in_flight.clear()
 
 
-def _wishes_by_arrival(self: wishes.Wishes, wish: wishes.Wish) -> None:
+def _wishes_by_arrival(self: deployments.Wishes, wish: deployments.Wish) -> None:
     if wish != self._wishes.get(wish.model):
         self._put(wish)
 
@@ -72,35 +72,35 @@ def _serving_once_loaded(self: choose.Reports, placement: facts.Placement) -> st
     return self.wiring(placement)
 
 
-def _never_forgive(self: crew.Crew, workers: object, now: float) -> None:
+def _never_forgive(self: reconcile.Crew, workers: object, now: float) -> None:
     return None
 
 
-_step = crew.Crew.step
+_step = reconcile.Crew.step
 
 
-def _never_rename(self: crew.Crew, *arguments: object) -> crew.Orders:
+def _never_rename(self: reconcile.Crew, *arguments: object) -> reconcile.Orders:
     return dataclasses.replace(_step(self, *arguments), rename=())
 
 
-def _never_stop(self: crew.Crew, *arguments: object) -> crew.Orders:
+def _never_stop(self: reconcile.Crew, *arguments: object) -> reconcile.Orders:
     return dataclasses.replace(_step(self, *arguments), stop=())
 
 
 MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
-    "a suspect is dead at once": _set((view, "SUSPICION_SECONDS", 0.0)),
-    "nobody is ever gone": _set((view, "SUSPICION_SECONDS", math.inf)),
-    "times from the future are believed": _set((view.Membership, "settle", _nothing)),
-    "beats sent earlier are old for ever": _set((view, "_is_old", _old_for_ever)),
-    "a node plans before it has listened": _set((mind, "LISTEN_SECONDS", 0.0)),
-    "revoked nodes are allowed": _set((mind.Mind, "_refuses", lambda *_: False)),
-    "stamps from the future are believed": _set((wishes, "_credible", lambda wish, clock: wish)),
-    "the last wish to arrive wins": _set((wishes.Wishes, "_take", _wishes_by_arrival)),
+    "a suspect is dead at once": _set((membership, "SUSPICION_SECONDS", 0.0)),
+    "nobody is ever gone": _set((membership, "SUSPICION_SECONDS", math.inf)),
+    "times from the future are believed": _set((membership.Membership, "settle", _nothing)),
+    "beats sent earlier are old for ever": _set((membership, "_is_old", _old_for_ever)),
+    "a node plans before it has listened": _set((controller, "LISTEN_SECONDS", 0.0)),
+    "revoked nodes are allowed": _set((controller.Mind, "_refuses", lambda *_: False)),
+    "stamps from the future are believed": _set((deployments, "_credible", lambda wish, clock: wish)),
+    "the last wish to arrive wins": _set((deployments.Wishes, "_take", _wishes_by_arrival)),
     "the wiring ignores the workers": _set((choose, "wiring_id", _wiring_of_placement)),
     "choosing by order of arrival": _set(
         (choose.Candidate, "rank", property(lambda self: 0)),
         (choose.Reports, "__init__", _unsorted_reports),
-        (mind.Mind, "nodes", _unsorted_nodes),
+        (controller.Mind, "nodes", _unsorted_nodes),
     ),
     "no hysteresis: always the fastest": _set((choose.Choice, "_candidates", lambda *_: [])),
     "any gain is worth a move": _set((choose, "UPGRADE_RATIO", 1.01)),
@@ -108,9 +108,9 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "serving before the links are made": _set((choose.Reports, "serving", _serving_once_loaded)),
     "draining nodes keep their stages": _set((choose.Choice, "_succeed", _nothing)),
     "slices lie on one node only": _set((goals, "_copies", lambda *_: [])),
-    "failures are never forgiven": _set((crew.Crew, "_forget", _never_forgive)),
-    "a wiring left is entered again": _set((crew.Crew, "step", _never_rename)),
-    "workers are never stopped": _set((crew.Crew, "step", _never_stop)),
+    "failures are never forgiven": _set((reconcile.Crew, "_forget", _never_forgive)),
+    "a wiring left is entered again": _set((reconcile.Crew, "step", _never_rename)),
+    "workers are never stopped": _set((reconcile.Crew, "step", _never_stop)),
     "no replay after a loss": _set((scheduler.Scheduler, "lost", _lost_without_replay)),
     "the host does not hear of a loss": _set((host.Host, "lost", _nothing)),
     "any index is taken": _set((gateway.Gateway, "_take", _take_any_index)),

@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cordee.cluster.view import LEASE_SECONDS, SUSPICION_SECONDS
-from cordee.cluster.wishes import Wish
+from cordee.cluster.deployments import Wish
+from cordee.cluster.membership import LEASE_SECONDS, SUSPICION_SECONDS
 from sim import checks
 from sim.scenario import Scenario
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
+from cordee.cluster.deployments import Wish
 from cordee.cluster.facts import Device, ModelShape
+from cordee.cluster.membership import BEAT_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS
 from cordee.cluster.planner import Planner
-from cordee.cluster.view import BEAT_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS
-from cordee.cluster.wishes import Wish
 from cordee.generation.gateway import News
 from cordee.generation.request import Request, SamplingParams
 from sim import corrupt, stages

@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cordee.cluster.crew import Worker
 from cordee.cluster.goals import Load
+from cordee.cluster.reconcile import Worker
 from cordee.generation.request import Choice
 from cordee.generation.scheduler import MicroBatch
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
-from cordee.cluster.view import LEASE_SECONDS
+from cordee.cluster.membership import LEASE_SECONDS
 
 if TYPE_CHECKING:
     from sim.agent import Agent

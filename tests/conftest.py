@@ -7,7 +7,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from cordee.node.workers import ENVIRONMENT, EXACT_ENVIRONMENT
+from cordee.worker.process import ENVIRONMENT, EXACT_ENVIRONMENT
 
 # Stages that live in the test process compute as those in workers do; read when libllama is loaded.
 os.environ |= ENVIRONMENT | EXACT_ENVIRONMENT

@@ -9,8 +9,8 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 from torch import Tensor
 
-from cordee.models.ternary import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, write
-from cordee.models.ternary_p2 import write_pentium2
+from cordee.convert.pentium2 import write_pentium2
+from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, write
 from training.chat import END
 from training.cut import Cut
 from training.layers import EPSILON, ROPE_BASE
@@ -70,7 +70,7 @@ def export(
 
 
 class _Weights:
-    """A student as a `cordee.models.ternary.Source`; embedding and head are one."""
+    """A student as a `cordee.convert.ternary_file.Source`; embedding and head are one."""
 
     def __init__(self, student: Student, temperature: float) -> None:
         self._tensors: dict[str, Tensor] = {OUTPUT_NORM: student.output_norm.detach() * temperature}

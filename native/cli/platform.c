@@ -1,4 +1,4 @@
-/* What the systems call differently. Windows: nothing that Windows 98 did not have (tests/test_pentium2.py). */
+/* What the systems call differently. Windows: nothing that Windows 98 did not have (tests/pentium2/test_pentium2.py). */
 #if !defined(_WIN32)
 #define _DEFAULT_SOURCE /* madvise */
 #endif

@@ -27,7 +27,7 @@ from cordee.api.failures import (
 from cordee.api.openai import OpenAI
 from cordee.api.stream import Timing
 from cordee.errors import CordeeError, Overloaded
-from cordee.node.service import Service
+from cordee.serving.local_service import Service
 
 REQUESTS_MAX = 2048  # at work at once; each costs a task, a connection and its body, whatever the queues say
 HEADER_CHARS_MAX = 100  # of a header that a message quotes

@@ -28,7 +28,7 @@ from cordee.api.schemas import (
 from cordee.api.stream import EventStream, Streams, Timing, while_connected
 from cordee.errors import BadRequest, ContextExceeded, ModelNotFound
 from cordee.generation.request import Grammar, Request, SamplingParams
-from cordee.node.service import Service
+from cordee.serving.local_service import Service
 
 Result = TypeVar("Result")
 

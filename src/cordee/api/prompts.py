@@ -9,7 +9,7 @@ from cordee.api.schemas import CHOICES_MAX, ChatRequest, CompletionRequest, Mess
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest
 from cordee.generation import template
-from cordee.node.service import Service
+from cordee.serving.local_service import Service
 
 # A conversation about chat templates may name some; each costs a few calls of the tokenizer.
 CONTROL_TEXTS_MAX = 4096

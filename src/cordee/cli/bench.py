@@ -31,7 +31,7 @@ def bench(model: str, threads: int | None, devices: tuple[str, ...], fast: bool,
     the processors for each token, where the system tells. With --json each line is an object.
     """
     from cordee.cli.bench_runs import Wanted, figures
-    from cordee.node.workers import ENVIRONMENT, EXACT_ENVIRONMENT
+    from cordee.worker.process import ENVIRONMENT, EXACT_ENVIRONMENT
 
     # As in workers, and read when libllama is loaded.
     os.environ |= ENVIRONMENT | ({} if fast else EXACT_ENVIRONMENT)

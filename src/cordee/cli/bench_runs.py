@@ -14,13 +14,13 @@ import numpy as np
 
 from cordee.engine.stage import Batch, Stage, StageConfig, batch_of_one
 from cordee.errors import DoesNotFit, SetupNeeded
+from cordee.machine import sizing
+from cordee.machine.devices import memory_speed
+from cordee.machine.energy import Meter
+from cordee.machine.memory import memory
 from cordee.models.fit import size_of
 from cordee.models.gguf import Header, engine_of
-from cordee.models.memory import memory
 from cordee.models.shape import model_shape
-from cordee.node import sizing
-from cordee.node.devices import memory_speed
-from cordee.node.energy import Meter
 
 PREFILL_ROWS = (16, 128, 512)
 DECODE_BATCHES = (1, 2, 4, 8)
@@ -196,7 +196,7 @@ def _load(header: Header, config: StageConfig) -> Stage:
         from cordee.engine.ternary import TernaryStage
 
         return TernaryStage(header.path, config)
-    from cordee.engine.llama import LlamaStage
+    from cordee.engine.llama.stage import LlamaStage
 
     return LlamaStage(header.path, config)
 

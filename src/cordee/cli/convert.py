@@ -40,7 +40,7 @@ def convert(source: Path, path: Path, layout: str, head: str, target: str | None
     matrices are packed, ternary floats, or the masters of a b1.58 model. No ternary weight and no scale is
     changed; a model that is not ternary is refused.
     """
-    from cordee.models.convert import convert as run
+    from cordee.convert.convert import convert as run
 
     with output.progress(source.name) as progress:
         model = run(

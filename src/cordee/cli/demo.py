@@ -20,8 +20,8 @@ from cordee.cli.run import MAX_TOKENS, TEMPERATURE, Manner
 from cordee.errors import ContextExceeded
 
 if TYPE_CHECKING:
-    from cordee.cli.rope import Rope
-    from cordee.cli.roped import Roped
+    from cordee.cli.cluster_model import Roped
+    from cordee.cli.demo_cluster import Rope
     from cordee.generation.request import Chunk
 
 PAUSE_SECONDS = 0.3  # a silence behind a fall that is worth telling; between tokens there is less
@@ -60,8 +60,8 @@ def demo(temperature: float, max_tokens: int) -> None:
     answer goes on. A felled node comes back after some seconds. All nodes end with the chat; their folders
     stay, for the next time.
     """
-    from cordee.cli.rope import Rope
-    from cordee.cli.roped import Roped
+    from cordee.cli.cluster_model import Roped
+    from cordee.cli.demo_cluster import Rope
     from cordee.files import home
     from cordee.models.store import Store
 
@@ -189,7 +189,7 @@ class Chat:
         self._note(f"node {name} is gone, and layers {layers} with it")
 
     def _nodes(self) -> None:
-        from cordee.cli.rope import layers_of
+        from cordee.cli.demo_cluster import layers_of
 
         rows = [
             (

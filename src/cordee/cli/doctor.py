@@ -12,8 +12,9 @@ from typing import Any
 import click
 
 from cordee import __version__
-from cordee.cli import machine, options, output
+from cordee.cli import options, output
 from cordee.errors import SetupNeeded, StorageFailed
+from cordee.machine import hardware
 
 FREE_DISK_BYTES = 1_000_000_000  # a small model and its slices
 FREE_MEMORY_BYTES = 400_000_000  # the starter model in one stage, with its context
@@ -69,23 +70,23 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 def examine() -> tuple[dict[str, Any], list[Finding]]:
     """The facts of this machine (JSON-able) and what follows from them."""
-    from cordee.engine.libllama import usable_cores
-    from cordee.models.memory import memory
+    from cordee.engine.llama.libllama import usable_cores
+    from cordee.machine.memory import memory
 
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     room = memory()
-    gpus = machine.gpus()
+    gpus = hardware.gpus()
     library, findings = _library()
     disk, disk_findings = _disk()
     facts = {
         "version": __version__,
-        "system": machine.distribution(),
+        "system": hardware.distribution(),
         "python": ".".join(map(str, sys.version_info[:3])),
-        "processor": asdict(machine.processor(cpuinfo)) | {"cores": usable_cores()},
+        "processor": asdict(hardware.processor(cpuinfo)) | {"cores": usable_cores()},
         "memory": asdict(room),
         "disk": disk,
         "gpus": [asdict(gpu) for gpu in gpus],
-        "vulkan_devices": machine.vulkan_devices(),
+        "vulkan_devices": hardware.vulkan_devices(),
         "libllama": library,
     }
     findings += disk_findings
@@ -103,7 +104,7 @@ def examine() -> tuple[dict[str, Any], list[Finding]]:
 
 def _library() -> tuple[dict[str, Any], list[Finding]]:
     """What libllama is and can use, and whether its bindings fit it."""
-    from cordee.engine import libllama
+    from cordee.engine.llama import libllama
 
     facts = {"build": None, "devices": [], "extra_buffers": False}
     try:
@@ -145,7 +146,7 @@ def _disk() -> tuple[dict[str, Any], list[Finding]]:
     return {"folder": str(folder), "free_bytes": free}, findings
 
 
-def gpu_advice(gpu: machine.Gpu, backends: set[str], system: str) -> list[Finding]:
+def gpu_advice(gpu: hardware.Gpu, backends: set[str], system: str) -> list[Finding]:
     """What to do so that models use this GPU; nothing if libllama's build has a backend for it."""
     backend = BACKENDS[gpu.vendor]
     if backend.name in backends:
@@ -155,7 +156,7 @@ def gpu_advice(gpu: machine.Gpu, backends: set[str], system: str) -> list[Findin
         what = f"{name} has no driver that can compute."
         return [Finding(what, f"sudo apt-get install -y {DRIVERS[gpu.vendor]}", False)]
     steps = []
-    if missing := machine.missing_packages(backend.packages):
+    if missing := hardware.missing_packages(backend.packages):
         steps.append(f"sudo apt-get install -y {' '.join(missing)}")
     steps.append(build_line(backend))
     remedy = "\n  ".join(steps)

@@ -30,8 +30,8 @@ def export(target: str, model: str, folder: Path, any_size: bool, programs: Path
     MODEL is a file that `cordee convert --target pentium2` wrote, or the name of such a model in the store.
     The folder holds programs, model, how to begin (in French and English), and checksums.
     """
-    from cordee.models.export import CD_BYTES
-    from cordee.models.export import export as run
+    from cordee.convert.export import CD_BYTES
+    from cordee.convert.export import export as run
     from cordee.models.gguf import read_header
     from cordee.models.store import Store
 

@@ -25,7 +25,7 @@ def invite(keeper: bool) -> None:
     It works once, for 15 minutes, as long as this node runs. Whoever has it can join: hand it over in person
     or in a private message.
     """
-    from cordee.node import control
+    from cordee.agent import control
 
     click.echo(control.ask("POST", "/invite", control.Invite(keeper))["code"])
     output.note("On the other machine: cordee join CODE, then cordee up")
@@ -35,7 +35,7 @@ def invite(keeper: bool) -> None:
 @click.argument("code")
 def join(code: str) -> None:
     """Make this machine a member of the cluster that CODE invites to."""
-    from cordee.node import enrolment
+    from cordee.net import enrolment
 
     member = enrolment.join(code)
     output.note(f"This machine is node {member.node} of cluster {member.cluster}. Now: cordee up")
@@ -50,7 +50,7 @@ def drain(off: bool, no_wait: bool) -> None:
     The node stays a member, and answers clients by the others. It takes stages again after --off or when it
     is started anew. Exits 6 if a stage fits nowhere else: it stays, until another machine can take it.
     """
-    from cordee.node import control
+    from cordee.agent import control
 
     if off:
         control.ask("POST", "/drain", control.Drain(on=False))
@@ -67,7 +67,8 @@ def leave(yes: bool) -> None:
 
     Its models stay in the store. Only a new code makes it a member again, as another node.
     """
-    from cordee.node import control, identity
+    from cordee.agent import control
+    from cordee.net import identity
 
     if not identity.exists():
         raise BadRequest("This machine belongs to no cluster.")
@@ -92,7 +93,7 @@ def remove(node: str) -> None:
     For a machine that was lost or stolen: nobody speaks to it any more. The others learn it as soon as they
     are reached.
     """
-    from cordee.node import control
+    from cordee.agent import control
 
     gone = control.ask("POST", "/remove", control.Remove(node))
     output.note(f"{gone['name']} ({gone['id']}) is removed for good.")
@@ -131,7 +132,7 @@ def _drain() -> None:
 
 def _stays() -> Iterator[list[dict[str, Any]]]:
     """Ask for draining again and again; what is still there, until nothing is."""
-    from cordee.node import control
+    from cordee.agent import control
 
     while stays := control.ask("POST", "/drain", control.Drain())["stays"]:
         yield stays
@@ -139,7 +140,7 @@ def _stays() -> Iterator[list[dict[str, Any]]]:
 
 
 def _confirm() -> None:
-    from cordee.node import identity
+    from cordee.net import identity
 
     if not sys.stdin.isatty():
         raise BadRequest("This ends the membership for good: say --yes.")
@@ -151,7 +152,7 @@ def _confirm() -> None:
 
 def _until_forgotten() -> None:
     """Wait for the agent to end: it forgets the identity last."""
-    from cordee.node import identity
+    from cordee.net import identity
 
     ends = time.monotonic() + END_SECONDS
     while identity.exists():

@@ -27,8 +27,8 @@ def find(store: "Store", name: str) -> "StoredModel":
     try:
         return store.get(name)
     except ModelNotFound:
+        from cordee.distribution.pull import pull as fetch
         from cordee.models.cards import cards
-        from cordee.models.pull import pull as fetch
 
         card = cards().get(name)
         if card is None or card.path is None:
@@ -49,7 +49,7 @@ def pull(source: str, name: str | None, pre: str | None) -> None:
     the ternary engine on the way (see convert). An interrupted download goes on where it stopped. Only
     this verb, and `share` of a model of the hub, use the internet.
     """
-    from cordee.models.pull import pull as fetch
+    from cordee.distribution.pull import pull as fetch
     from cordee.models.store import Store
 
     with output.progress(source) as progress:
@@ -155,9 +155,9 @@ def _cuts(header: "Header") -> dict[str, Any]:
 def _fit(header: "Header", stages: int, context: int | None, sequences: int) -> dict[str, Any]:
     """What the stages would take of this machine's free memory, and whether that is enough."""
     from cordee.engine.stage import StageConfig
+    from cordee.machine import sizing
     from cordee.models.fit import verdict
     from cordee.models.slices import even_cuts
-    from cordee.node import sizing
 
     limit = max(1, sizing.CELLS_DEFAULT // sequences)
     context = context or min(limit, header.get(".context_length", limit))
@@ -192,7 +192,7 @@ def _print_stages(stages: list[dict[str, Any]]) -> None:
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     """The facts for people; of the verdicts those on the installed build of libllama."""
-    from cordee.engine.libllama import build
+    from cordee.engine.llama.libllama import build
 
     weights = facts["weights_bytes"]
     mix = (f"{name} {100 * nbytes / weights:.0f} %" for name, nbytes in facts["quantization_bytes"].items())

@@ -14,7 +14,7 @@ HEADER = ("NAME", "ID", "STATE", "MEMORY", "IN USE", "DEVICES", "RTT", "API")
 @live.watch
 def nodes(as_json: bool, watch: bool) -> None:
     """List the nodes of the cluster: who is there, what stages may take and take, how far each is."""
-    from cordee.node import control
+    from cordee.agent import control
 
     live.show(lambda: control.ask("GET", "/nodes"), _lines, as_json=as_json, watch=watch)
 

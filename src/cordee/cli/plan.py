@@ -66,8 +66,8 @@ def plan(model: str, file: Path | None, context: int | None, sequences: int, as_
 
 def _by_agent(model: str, context: int | None, sequences: int) -> "tuple[ModelShape, Load, Plan] | None":
     """Planned by the agent that runs here, for the cluster as it is; None if none runs."""
+    from cordee.agent import control
     from cordee.cluster.memory import Load
-    from cordee.node import control
 
     def ask(shape: "ModelShape | None", context: int | None) -> "tuple[ModelShape, Load, Plan]":
         asked = control.Plan(model, shape, context, sequences)
@@ -134,7 +134,7 @@ def _wanted(model: str) -> Wanted:
 
 def _context(model: str, asked: int | None, own: int | None, sequences: int) -> int:
     """What was asked for, else as much as a service takes by default."""
-    from cordee.node.sizing import CELLS_DEFAULT
+    from cordee.machine.sizing import CELLS_DEFAULT
 
     if asked is not None and own is not None and asked > own:
         raise BadRequest(f"{model} was made for at most {own} tokens, not {asked}", "context")
@@ -151,7 +151,7 @@ def _this_machine(wanted: Wanted) -> dict[str, "Facts"]:
     """This machine alone."""
     from cordee.cluster.facts import Facts, SliceHeld
     from cordee.files import home
-    from cordee.node.devices import own_devices
+    from cordee.machine.devices import own_devices
 
     name = platform.node() or "localhost"
     layers = wanted.shape.layers

@@ -20,8 +20,8 @@ def ps(as_json: bool, watch: bool) -> None:
 
 
 def _running() -> list[dict[str, Any]]:
-    from cordee.node.control import ask
-    from cordee.node.registry import running
+    from cordee.agent.control import ask
+    from cordee.serving.registry import running
 
     try:
         return running() + ask("GET", "/services", kind=list)

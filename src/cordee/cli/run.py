@@ -220,7 +220,7 @@ def run(
 @contextmanager
 def _source(model: str, stages: int, loading: Mapping[str, Any], *, by_cluster: bool) -> Iterator[Source]:
     """The cluster, if it has the model and nothing is said about how to load it; else a process of ours."""
-    from cordee.cli.roped import Roped
+    from cordee.cli.cluster_model import Roped
 
     roped = Roped.find(model) if by_cluster else None
     if roped is not None:
@@ -230,7 +230,7 @@ def _source(model: str, stages: int, loading: Mapping[str, Any], *, by_cluster: 
     from cordee.cli.models import find
     from cordee.cli.session import Session
     from cordee.models.store import Store
-    from cordee.node.service import ServiceConfig
+    from cordee.serving.local_service import ServiceConfig
 
     store = Store()
     stored = find(store, model)

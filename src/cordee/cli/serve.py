@@ -16,7 +16,7 @@ from cordee.errors import BadRequest
 
 if TYPE_CHECKING:
     from cordee.models.store import Store, StoredModel
-    from cordee.node.service import ServiceConfig
+    from cordee.serving.local_service import ServiceConfig
 
 PORT = 8321
 
@@ -41,7 +41,7 @@ def serve(models: tuple[str, ...], port: int, host: str, stages: int, sequences:
     """
     address = _loopback(host)
     from cordee.models.store import Store
-    from cordee.node.service import ServiceConfig
+    from cordee.serving.local_service import ServiceConfig
 
     store = Store()
     stored = [find(store, name) for name in dict.fromkeys(models or (STARTER,))]
@@ -83,7 +83,7 @@ async def _serve(
     """Load the models, answer until SIGINT or SIGTERM, close everything."""
     from cordee.api.app import create_app
     from cordee.api.server import serve as answer
-    from cordee.node.service import Service
+    from cordee.serving.local_service import Service
 
     task = asyncio.current_task()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 
 from cordee.generation.request import Chunk, Request
 from cordee.models.store import Store, StoredModel
-from cordee.node.service import Service, ServiceConfig
+from cordee.serving.local_service import Service, ServiceConfig
 
 Result = TypeVar("Result")
 

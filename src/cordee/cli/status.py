@@ -8,7 +8,7 @@ import click
 from cordee.cli import live, options, output
 
 if TYPE_CHECKING:
-    from cordee.node import control
+    from cordee.agent import control
 
 POLL_SECONDS = 0.5
 CHANGES_SHOWN = 8  # of the newest; --json has all that the node keeps
@@ -19,7 +19,7 @@ CHANGES_SHOWN = 8  # of the newest; --json has all that the node keeps
 @live.watch
 def status(as_json: bool, watch: bool) -> None:
     """Tell which models the cluster serves, who holds which layers, how fast, and what changed lately."""
-    from cordee.node import control
+    from cordee.agent import control
 
     live.show(lambda: control.ask("GET", "/status"), _lines, as_json=as_json, watch=watch)
 
@@ -47,7 +47,7 @@ def share(model: str, context: int | None, sequences: int, replicas: int) -> Non
     that it runs. Ctrl-C leaves the node reading; `cordee unshare` stops it. Where one machine has the disk
     for all of it, `cordee pull` there takes half the traffic.
     """
-    from cordee.node import control
+    from cordee.agent import control
 
     asked = control.Share(model, context, sequences, replicas)
     shared = control.ask("POST", "/share", asked, control.Shared)
@@ -60,14 +60,14 @@ def share(model: str, context: int | None, sequences: int, replicas: int) -> Non
 @click.argument("model")
 def unshare(model: str) -> None:
     """Have the cluster serve MODEL no more, until somebody asks for it."""
-    from cordee.node import control
+    from cordee.agent import control
 
     control.ask("POST", "/unshare", control.Unshare(model))
 
 
 def _follow(model: str, source: str) -> "control.Shared":
     """Show how far a node is with reading a model from the hub, until it is shared."""
-    from cordee.node import control
+    from cordee.agent import control
 
     with output.progress(f"Reading {source} from the hub") as progress:
         while True:

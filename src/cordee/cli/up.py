@@ -19,9 +19,9 @@ from cordee.cli.serve import PORT, listen
 from cordee.errors import JoinFailed
 
 if TYPE_CHECKING:
-    from cordee.node.agent import Agent, AgentOptions
-    from cordee.node.control import Place
-    from cordee.node.identity import Identity
+    from cordee.agent.agent import Agent, AgentOptions
+    from cordee.agent.control import Place
+    from cordee.net.identity import Identity
 
 NAME_CHARS_MAX = 64
 READ_BYTES = 4096  # of a standard input that nobody needs, at once
@@ -86,10 +86,10 @@ def up(
     The first time it makes a new cluster, unless `cordee join` made this machine a member of one. --name and
     --listen are remembered. Programs on this machine reach every model of the cluster at the API.
     """
-    from cordee.node import identity
-    from cordee.node.agent import AgentOptions
-    from cordee.node.bus import BusOptions
-    from cordee.node.control import Place
+    from cordee.agent.agent import AgentOptions
+    from cordee.agent.control import Place
+    from cordee.net import identity
+    from cordee.net.zenoh_bus import BusOptions
 
     listener = listen("127.0.0.1", port)
     member = identity.load() if identity.exists() else identity.found(time.time())
@@ -144,8 +144,8 @@ class _Running:
         With `until_eof`, until the end of standard input at the latest: whoever holds its other end is gone.
         True if it leaves. Raises JoinFailed if it was removed.
         """
+        from cordee.agent.agent import Agent
         from cordee.models.store import Store
-        from cordee.node.agent import Agent
 
         task = asyncio.current_task()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -165,10 +165,10 @@ class _Running:
         return self._left
 
     async def _serve(self, agent: "Agent", cancel: Callable[[], object]) -> None:
+        from cordee.agent.control_server import Control
         from cordee.api.app import create_app
         from cordee.api.server import serve
-        from cordee.node.control_server import Control
-        from cordee.node.enrolment import REFUSALS
+        from cordee.net.enrolment import REFUSALS
 
         def leave() -> None:
             self._left = True

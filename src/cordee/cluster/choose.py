@@ -43,8 +43,8 @@ from cordee.cluster.facts import (
     placement_id,
     wiring_id,
 )
+from cordee.cluster.membership import View
 from cordee.cluster.search import held_layers
-from cordee.cluster.view import View
 
 # A serving model is moved for this gain only; classes of speed are as wide. Predictions are good to 20 %.
 UPGRADE_RATIO = 1.5

@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from cordee.cluster.choose import Chosen, Planning, Reports
 from cordee.cluster.facts import Facts, ModelShape, Placement, SliceHeld, placement_id
-from cordee.cluster.view import View
+from cordee.cluster.membership import View
 
 DISK_RESERVE_BYTES = 2 << 30  # a copy leaves this free: the node's owner needs disk more than we need copies
 

@@ -11,7 +11,7 @@ import msgspec
 
 from cordee.cluster.choose import Chosen, Reports
 from cordee.cluster.facts import Facts, Placement, placement_id
-from cordee.cluster.view import Liveness
+from cordee.cluster.membership import Liveness
 
 CHANGES_KEPT = 64  # a page or two
 

@@ -129,7 +129,7 @@ class Load(NamedTuple):
 
     @property
     def batch_rows(self) -> int:
-        """Rows of a micro-batch, as node/sizing.py sizes services."""
+        """Rows of a micro-batch, as machine/sizing.py sizes services."""
         return max(BATCH_ROWS, self.sequences)
 
 

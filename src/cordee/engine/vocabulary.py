@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from cordee.engine import libllama
+from cordee.engine.llama import libllama
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 
 TEXT_BYTES_MAX = (

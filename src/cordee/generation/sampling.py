@@ -22,7 +22,7 @@ from math import isfinite
 
 import numpy as np
 
-from cordee.engine import libllama
+from cordee.engine.llama import libllama
 from cordee.errors import BadRequest, StageFailed
 from cordee.generation import grammar
 from cordee.generation.grammar import GrammarState, GrammarTokenizer

@@ -118,7 +118,7 @@ Value = int | float | bool | str | Array
 
 
 class BitnetType(IntEnum):
-    """Types that bitnet.cpp added to ggml's; libllama loads none of them. See `models/ternary_gguf.py`."""
+    """Types that bitnet.cpp added to ggml's; libllama loads none of them. See `convert/gguf_source.py`."""
 
     I2_S = 36
 

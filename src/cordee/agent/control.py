@@ -1,0 +1,209 @@
+"""The local control API: how the verbs talk to the agent that runs for the same state folder.
+
+HTTP with JSON over the Unix socket `cluster/agent.sock`, which only this user may open. Who answers there is
+the agent that holds the lock on `cluster/agent.lock`; the system takes a lock from a process that ends, so a
+socket without a lock is what a dead agent left.
+
+    GET  /nodes, /status       what agent/status.py tells of the cluster
+    GET  /services             and of this node's stages
+    POST /plan                 where a model would run now
+    POST /invite, /remove      what keepers do
+    POST /share, /unshare      what the cluster serves
+    POST /drain, /leave        what this node does for the cluster
+
+An expected error is answered as its class's code and its sentence, and raised again at the client. The side
+of the agent is control_server.py; the client's is here, and imports little.
+"""
+
+import fcntl
+import http.client
+import os
+import socket
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+import msgspec
+
+from cordee import errors
+from cordee.cluster import planner
+from cordee.cluster.facts import ModelShape, Reading
+from cordee.errors import BadRequest, CordeeError, NotRunning
+from cordee.files import home
+
+ANSWER_SECONDS = 120.0  # planning a large model on many machines takes some
+SOCKET_NAME_BYTES_MAX = 103  # what systems allow: macOS the least
+BACKLOG = 64
+
+T = TypeVar("T")
+
+
+class Invite(msgspec.Struct, frozen=True):
+    """Answered by the code."""
+
+    keeper: bool = False
+
+
+class Remove(msgspec.Struct, frozen=True):
+    """`node` is an id or a name. Answered by the node's id and name, and whether it was a keeper."""
+
+    node: str
+
+
+class Share(msgspec.Struct, frozen=True):
+    """See Sharing.share. With `follow` nothing is begun: it asks how far that is. Answered by Shared."""
+
+    model: str
+    context: int | None = None
+    sequences: int | None = None
+    replicas: int = 1
+    follow: bool = False
+
+
+class Shared(msgspec.Struct, frozen=True):
+    """The name under which a model is shared; with a `reading` it will be, once it was read."""
+
+    name: str
+    reading: Reading | None = None
+
+
+class Unshare(msgspec.Struct, frozen=True):
+    """See Agent.unwish."""
+
+    model: str
+
+
+class Drain(msgspec.Struct, frozen=True):
+    """With `on` false: the node takes stages again. Answered by the stages that it still runs."""
+
+    on: bool = True
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """A model of the cluster by its name, or any by its shape. Answered by Planned."""
+
+    model: str
+    shape: ModelShape | None
+    context: int | None
+    sequences: int
+
+
+class Planned(msgspec.Struct, frozen=True):
+    """A plan, and what it is for."""
+
+    shape: ModelShape
+    context: int
+    sequences: int
+    plan: planner.Plan
+
+
+class Empty(msgspec.Struct, frozen=True):
+    """Nothing to say."""
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """An error of cordee.errors."""
+
+    code: str
+    message: str
+
+
+class Place:
+    """The one place per state folder where an agent can be asked. Close it when the agent has ended.
+
+    Raises:
+        BadRequest: another agent holds it, or the folder's name is too long for a socket.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._lock = _locked(folder / "agent.lock")
+        self._path = _socket_path(folder)
+        self._path.unlink(missing_ok=True)  # a dead agent's
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.bind(str(self._path))
+        self._path.chmod(0o600)
+        self.socket.listen(BACKLOG)
+
+    def close(self) -> None:
+        """Make room for the next agent."""
+        self._path.unlink(missing_ok=True)
+        self.socket.close()
+        self._lock.close()
+
+
+def _locked(path: Path) -> TextIO:
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        pid = file.read(20).strip() or "unknown"
+        file.close()
+        raise BadRequest(
+            f"An agent runs here already (process {pid}): `cordee status` asks it. For a second node on this "
+            "machine set CORDEE_HOME to another folder."
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def _socket_path(folder: Path) -> Path:
+    path = folder / "agent.sock"
+    if len(os.fsencode(path)) > SOCKET_NAME_BYTES_MAX:
+        raise BadRequest(f"The name {path} is too long for a socket: set CORDEE_HOME to a shorter one.")
+    return path
+
+
+def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T] = dict) -> T:
+    """One exchange with the agent that runs for this state folder.
+
+    Raises:
+        NotRunning: none does.
+        CordeeError: it does not answer; or whatever it raised.
+    """
+    connection = _Connection(_socket_path(home() / "cluster"))
+    try:
+        connection.request(method, path, b"" if body is None else msgspec.json.encode(body))
+        response = connection.getresponse()
+        data = response.read()
+    except TimeoutError as error:
+        raise CordeeError("The agent here does not answer: end it, then `cordee up` again.") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise NotRunning(
+            "No agent runs here: start it with `cordee up` in another terminal, then try again."
+        ) from error
+    finally:
+        connection.close()
+    if response.status == 200:
+        return msgspec.json.decode(data, type=kind)
+    raise _error(data)
+
+
+def error_of(code: str, message: str) -> CordeeError:
+    """The error that somebody else told of."""
+    for kind in vars(errors).values():
+        if isinstance(kind, type) and issubclass(kind, CordeeError) and kind.code == code:
+            return kind(message)
+    return CordeeError(message)
+
+
+def _error(data: bytes) -> CordeeError:
+    try:
+        refusal = msgspec.json.decode(data, type=Refusal)
+    except msgspec.MsgspecError:
+        return CordeeError("The agent failed at this: what `cordee up` printed says why.")
+    return error_of(refusal.code, refusal.message)
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("agent", timeout=ANSWER_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))

@@ -1,0 +1,100 @@
+"""The agent's side of the local control API (control.py)."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from cordee.agent.agent import Agent
+from cordee.agent.control import Drain, Empty, Invite, Plan, Refusal, Remove, Share, Unshare
+from cordee.agent.deploy import Sharing
+from cordee.agent.status import Overview
+from cordee.errors import BadRequest, CordeeError
+
+BODY_BYTES_MAX = 1 << 20  # the shape of a model with hundreds of layers takes a tenth
+
+
+class Control:
+    """The agent's side. `leave` is called when the node is to be no member any more."""
+
+    def __init__(self, agent: Agent, leave: Callable[[], None]) -> None:
+        self._agent = agent
+        self._leave = leave
+
+    def app(self) -> Starlette:
+        """The application, to be served on `Place.socket`."""
+        return Starlette(
+            routes=[
+                _route("GET", "/nodes", Empty, self._nodes),
+                _route("GET", "/status", Empty, self._status),
+                _route("GET", "/services", Empty, self._services),
+                _route("POST", "/plan", Plan, self._plan),
+                _route("POST", "/invite", Invite, self._invite),
+                _route("POST", "/remove", Remove, self._remove),
+                _route("POST", "/share", Share, self._share),
+                _route("POST", "/unshare", Unshare, self._unshare),
+                _route("POST", "/drain", Drain, self._drain),
+                _route("POST", "/leave", Empty, self._end),
+            ]
+        )
+
+    async def _nodes(self, _: Empty) -> Any:
+        return Overview(self._agent).nodes()
+
+    async def _status(self, _: Empty) -> Any:
+        return await Overview(self._agent).status()
+
+    async def _services(self, _: Empty) -> Any:
+        return Overview(self._agent).services()
+
+    async def _plan(self, asked: Plan) -> Any:
+        return await Overview(self._agent).plan(asked.model, asked.shape, asked.context, asked.sequences)
+
+    async def _invite(self, asked: Invite) -> Any:
+        return {"code": await self._agent.desk.invite(keeper=asked.keeper)}
+
+    async def _remove(self, asked: Remove) -> Any:
+        found = Overview(self._agent).find(asked.node)
+        if found["id"] == self._agent.node:
+            raise BadRequest("That is this node itself: `cordee leave` is for it.", "node")
+        await self._agent.remove(found["id"])
+        return found
+
+    async def _share(self, asked: Share) -> Any:
+        return await Sharing(self._agent).share(asked)
+
+    async def _unshare(self, asked: Unshare) -> Any:
+        Sharing(self._agent).unshare(asked.model)
+        return Empty()
+
+    async def _drain(self, asked: Drain) -> Any:
+        self._agent.drain(asked.on)
+        return {"stays": await Overview(self._agent).stays()}
+
+    async def _end(self, _: Empty) -> Any:
+        self._leave()
+        return Empty()
+
+
+def _route(method: str, path: str, kind: type, handler: Callable[[Any], Awaitable[Any]]) -> Route:
+    decoder = msgspec.json.Decoder(kind)
+
+    async def answer(request: Request) -> Response:
+        try:
+            body = b""
+            async for part in request.stream():
+                body += part
+                if len(body) > BODY_BYTES_MAX:
+                    raise BadRequest("the request is too long")
+            found, status = await handler(decoder.decode(body or b"{}")), 200
+        except msgspec.MsgspecError as error:
+            found, status = Refusal(BadRequest.code, str(error)), BadRequest.http_status
+        except CordeeError as error:
+            found, status = Refusal(error.code, error.message), error.http_status
+        return Response(msgspec.json.encode(found), status, media_type="application/json")
+
+    return Route(path, answer, methods=[method])

@@ -1,0 +1,185 @@
+"""What `cordee share` does: a model that some node has is wished; one of the hub is read once first.
+
+A pass over the hub may take hours, so it is made only if it must be and can be of use: not for a model that
+some node has whole or that was shared before, not a second time at once, not under a name that is taken, and
+not for one that would fit nowhere.
+"""
+
+import asyncio
+import time
+
+from cordee.agent.agent import Agent
+from cordee.agent.control import Share, Shared
+from cordee.agent.status import Overview
+from cordee.cluster.deployments import Wish
+from cordee.cluster.facts import ModelShape, Reading
+from cordee.distribution import hub_source
+from cordee.distribution.hub import HubFile
+from cordee.distribution.inventory import SEQUENCES
+from cordee.distribution.manifest import Sheet
+from cordee.distribution.pull import hub_name, is_on_hub
+from cordee.errors import BadRequest, DoesNotFit, ModelNotFound
+from cordee.models.gguf import read_header
+from cordee.models.shape import model_shape
+
+
+class Sharing:
+    """See the module's docstring."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    async def share(self, asked: Share) -> Shared:
+        """Wish a model by its name in the cluster; or one of the hub ('owner/name', or with ':QUANTIZATION'
+        or '/file.gguf'), which then has the name that `cordee pull` gives it.
+
+        Raises:
+            ModelNotFound: no node of the cluster has it, and it is not on the hub.
+            BadRequest: the repository has several models, the name is another model's, or the context is
+                longer than the model was made for.
+            DoesNotFit: the cluster's machines could not run it.
+            StorageFailed: the hub cannot be reached.
+            CordeeError: what ended the pass that is asked for with `follow`.
+        """
+        agent, model = self._agent, asked.model
+        await self._require_context(model, asked.context)
+        if model not in agent.offers() and not is_on_hub(model):
+            await agent.look()
+        if model in agent.offers():
+            return self._offered(model, asked)
+        wish = self._known(model)
+        if wish is not None:
+            return self._again(wish, asked, wish.source)
+        if not is_on_hub(model):
+            self._require_read(model)
+            raise ModelNotFound(
+                f"No node of the cluster has a model {model!r}: `cordee pull` on one of them fetches it; one "
+                "of the hub (owner/name) can be shared as it is."
+            )
+        name = hub_name(model)
+        reading = self._reading(name)
+        if reading is not None:
+            return Shared(name, reading)
+        if asked.follow:
+            return self._ended(name)
+        return await self._from_hub(name, await asyncio.to_thread(hub_source.files, model), asked)
+
+    def unshare(self, model: str) -> None:
+        """Wish a model no more, or end its pass. Raises ModelNotFound if it is not wished."""
+        name = hub_name(model) if is_on_hub(model) else model
+        if not self._agent.library.hub.stop(name):
+            wished = {wish.model for wish in self._agent.mind.wishes if wish.replicas}
+            self._agent.unwish(model if model in wished else name)
+
+    async def _from_hub(self, name: str, files: list[HubFile], asked: Share) -> Shared:
+        agent = self._agent
+        source = f"{files[0].repository}/{files[0].path}"
+        offers = agent.offers()
+        for offer in offers.values():
+            if offer.source == source:  # some node pulled it, and gives it; the hub does if that node is gone
+                return self._again(Wish(offer.name, offer.shape, offer.context, SEQUENCES), asked, source)
+        for wish in agent.mind.wishes:
+            if wish.source == source and wish.shape is not None:
+                return self._again(wish, asked, source)
+        if name in offers or self._named(name):
+            raise BadRequest(
+                f"The cluster has another model called {name}: `cordee pull {asked.model} --name NAME` on a "
+                "node gives this one another name.",
+                "model",
+            )
+        shape, context = await asyncio.to_thread(agent.library.hub.shape, source, name, asked.context)
+        sequences = asked.sequences or SEQUENCES
+        await self._require_fit(name, shape, context, sequences)
+
+        def wish_it(sheet: Sheet) -> None:
+            self._wish(
+                Wish(
+                    name,
+                    model_shape(sheet.header, sheet.digest),
+                    context,
+                    sequences,
+                    asked.replicas,
+                    source=source,
+                )
+            )
+
+        total = sum(file.nbytes for file in files)
+        return Shared(name, agent.library.hub.read(name, source, total, wish_it))
+
+    def _offered(self, name: str, asked: Share) -> Shared:
+        sequences = asked.sequences or SEQUENCES
+        if not asked.follow:
+            self._agent.wish(name, context=asked.context, sequences=sequences, replicas=asked.replicas)
+        return Shared(name)
+
+    def _again(self, wish: Wish, asked: Share, source: str) -> Shared:
+        """Its chunks are known."""
+        if not asked.follow:
+            context, sequences = asked.context or wish.context, asked.sequences or wish.sequences
+            self._wish(Wish(wish.model, wish.shape, context, sequences, asked.replicas, source=source))
+        return Shared(wish.model)
+
+    def _ended(self, name: str) -> Shared:
+        """How a pass ended that is not under way any more."""
+        fault = self._agent.library.hub.fault(name)
+        if fault is not None:
+            raise fault
+        wish = self._named(name)
+        if wish is not None:
+            return Shared(name)
+        raise ModelNotFound(f"{name} is not shared: its reading was stopped.")
+
+    def _known(self, model: str) -> Wish | None:
+        """The wish for a model of the hub that was shared before, by its name there."""
+        wish = self._named(model)
+        return wish if wish is not None and wish.source else None
+
+    def _named(self, name: str) -> Wish | None:
+        wishes = (wish for wish in self._agent.mind.wishes if wish.model == name and wish.shape is not None)
+        return next(wishes, None)
+
+    def _reading(self, name: str) -> Reading | None:
+        """The pass over a model, here or on another node."""
+        return next((each for each in self._readings() if each.name == name and each.source), None)
+
+    def _readings(self) -> list[Reading]:
+        """All models that nodes read now."""
+        gauges = self._agent.mind.gauges(time.monotonic()).values()
+        return [*self._agent.library.reading, *(each for gauge in gauges for each in gauge.reading)]
+
+    async def _require_context(self, name: str, context: int | None) -> None:
+        """Refuse what a model was not made for, as far as its header is here already."""
+        service = self._agent.services.get(name)
+        if service is None or context is None:
+            return
+        header = await asyncio.to_thread(read_header, service.vocabulary.path, weights=False)
+        own = header.get(".context_length")
+        if own is not None and context > own:
+            raise BadRequest(f"{name} was made for at most {own} tokens, not {context}", "context")
+
+    def _require_read(self, name: str) -> None:
+        """A large model that was pulled just now is offered once it was read."""
+        reading = next((each for each in self._readings() if each.name == name), None)
+        if reading is not None:
+            percent = 100 * reading.done_bytes // max(reading.total_bytes, 1)
+            raise ModelNotFound(f"{name} is still being read ({percent} %): share it again in a moment.")
+
+    async def _require_fit(self, name: str, shape: ModelShape, context: int, sequences: int) -> None:
+        found = (await Overview(self._agent).plan(name, shape, context, sequences)).plan
+        if found.placement is None:
+            raise DoesNotFit(
+                f"{name} is not read from the hub, as the cluster could not run it ({sequences} answers of "
+                f"{context} tokens): {found.why}"
+            )
+
+    def _wish(self, wish: Wish) -> None:
+        self._agent.mind.wish(
+            wish.model,
+            wish.shape,
+            wish.context,
+            wish.sequences,
+            time.monotonic(),
+            wish.replicas,
+            wish.source,
+        )
+        self._agent.changed()

@@ -1,0 +1,38 @@
+"""What the cluster is wished to serve, on this disk: a cluster that was switched off knows it again."""
+
+from pathlib import Path
+
+import msgspec
+
+from cordee.cluster.deployments import Wish
+from cordee.files import atomic_file, write_all
+
+WISHES_BYTES_MAX = 4 << 20  # as many as there may be, of models with hundreds of layers
+
+
+class KeptWishes:
+    """The wishes in a file; `wishes` are those of the last run, as far as they can be read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.wishes = _read(path)
+
+    def keep(self, wishes: tuple[Wish, ...]) -> None:
+        """Write them down if they changed.
+
+        Raises:
+            StorageFailed: no room on the disk.
+        """
+        if wishes != self.wishes:
+            self.wishes = wishes
+            with atomic_file(self._path) as file:
+                write_all(file, msgspec.msgpack.encode(wishes))
+
+
+def _read(path: Path) -> tuple[Wish, ...]:
+    """What cannot be read is heard from the others."""
+    try:
+        data = path.read_bytes()
+        return msgspec.msgpack.decode(data, type=tuple[Wish, ...]) if len(data) <= WISHES_BYTES_MAX else ()
+    except (OSError, msgspec.MsgspecError, ValueError):
+        return ()

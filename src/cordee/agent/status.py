@@ -1,0 +1,328 @@
+"""What an agent knows of its cluster, for people and programs: `cordee nodes`, `status`, `plan`, `drain`.
+
+JSON-able values; units stand in the names, layers are [first, last) as everywhere. Nothing here changes
+anything.
+"""
+
+import asyncio
+import time
+from collections.abc import Collection
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import psutil
+
+from cordee.agent.agent import Agent
+from cordee.agent.control import Planned
+from cordee.cluster import planner
+from cordee.cluster.choose import Chosen, Reports
+from cordee.cluster.deployments import Wish
+from cordee.cluster.facts import (
+    Facts,
+    Gauges,
+    Hosted,
+    ModelShape,
+    Placement,
+    StagePlace,
+    StageReport,
+    placement_id,
+)
+from cordee.cluster.memory import Load, needed_bytes
+from cordee.errors import BadRequest, ModelNotFound
+from cordee.net.peers import Peers
+from cordee.serving.registry import resident_bytes
+
+# A model's state is that of its furthest placement.
+STATES = ("serving", "wiring", "loading", "fetching")
+
+
+class Overview:
+    """What is known when it is made."""
+
+    def __init__(self, agent: Agent) -> None:
+        now = time.monotonic()
+        self._agent = agent
+        self._mind = agent.mind
+        self._known = self._mind.nodes(now)
+        self._facts = {node: facts for node, (state, facts) in self._known.items() if state != "gone"}
+        self._reports = Reports(self._facts)
+        self._gauges = self._mind.gauges(now) | {agent.node: agent.gauges}
+        self._offers = agent.offers()
+        self._wishes = {wish.model: wish for wish in self._mind.wishes if wish.replicas and wish.shape}
+        self._models = {offer.shape.digest: (name, offer.shape) for name, offer in self._offers.items()}
+        self._models |= {wish.shape.digest: (name, wish.shape) for name, wish in self._wishes.items()}
+        self._head = {"cluster": agent.identity.cluster, "node": agent.node}
+
+    def nodes(self) -> dict[str, Any]:
+        """Every node that is known, this one first: what it has, and what stages take of it."""
+        listed = [self._node(state, facts) for state, facts in self._known.values()]
+        listed.sort(key=lambda node: (not node["self"], node["name"], node["id"]))
+        return self._head | {"nodes": listed}
+
+    def find(self, wanted: str) -> dict[str, Any]:
+        """A node by its id or name, for `remove`; also one that is gone.
+
+        Raises:
+            BadRequest: none is called so, or several are.
+        """
+        listed = self.nodes()["nodes"]
+        found = [node for node in listed if node["id"] == wanted] or [
+            node for node in listed if node["name"] == wanted
+        ]
+        if not found and wanted in Peers(self._agent.identity).known:  # not seen since this agent started
+            return {"id": wanted, "name": wanted, "keeper": False}
+        if not found:
+            raise BadRequest(f"No node is called {wanted!r}: `cordee nodes` lists them.", "node")
+        if len(found) > 1:
+            ids = ", ".join(node["id"] for node in found)
+            raise BadRequest(f"Several nodes are called {wanted!r}: say which by its id ({ids}).", "node")
+        return {key: found[0][key] for key in ("id", "name", "keeper")}
+
+    async def status(self) -> dict[str, Any]:
+        """The models of the cluster: who runs what, how fast, and why not."""
+        models = [await self._model(name) for name in sorted(self._wishes.keys() | self._offers.keys())]
+        watts = [gauges.watts for gauges in self._gauges.values() if gauges.watts is not None]
+        return self._head | {
+            "models": models,
+            "fetching": [
+                {
+                    "node": self._name(node),
+                    "model": self._models.get(each.model, (each.model,))[0],
+                    "layers": [each.first, each.last],
+                    "done_bytes": each.done_bytes,
+                    "total_bytes": each.total_bytes,
+                }
+                for node, gauges in self._gauges.items()
+                for each in gauges.fetching
+            ],
+            "reading": [
+                {"node": self._name(node)} | msgspec.to_builtins(each)
+                for node, gauges in self._gauges.items()
+                for each in gauges.reading
+            ],
+            "changes": msgspec.to_builtins(list(self._agent.history.changes)),
+            "watts": sum(watts) if watts else None,
+        }
+
+    def services(self) -> list[dict[str, Any]]:
+        """The models that this node runs stages of, like those that `cordee ps` knows of services."""
+        process = psutil.Process()
+        own, pids = self._facts[self._agent.node], self._agent.stages.pids
+        services: dict[str, dict[str, Any]] = {}
+        for report in own.stages:
+            stage = self._own_stage(report)
+            pid = pids.get(report.worker)
+            service = {
+                "model": stage["model"],
+                "digest": report.placement.model,
+                "node": own.name,
+                "pid": process.pid,
+                "port": urlsplit(own.api).port,
+                "context": report.placement.context,
+                "sequences": report.placement.sequences,
+                "uptime": time.time() - process.create_time(),
+                "stages": [],
+            }
+            services.setdefault(report.placement.model, service)["stages"].append(
+                {
+                    "index": report.index,
+                    "layers": stage["layers"],
+                    "pid": pid,
+                    "state": report.state,
+                    "rss_bytes": resident_bytes(pid),
+                    "restarts": None,
+                }
+            )
+        return list(services.values())
+
+    async def stays(self) -> list[dict[str, Any]]:
+        """The stages that this node still runs, and why: empty for those on their way elsewhere."""
+        others = [node for node, facts in self._alive().items() if not facts.draining]
+        stuck = self._stuck()
+        found = []
+        for report in self._facts[self._agent.node].stages:
+            if report.state == "failed":
+                continue
+            stage, why = self._own_stage(report), ""
+            job = stuck.get(placement_id(report.placement)) or stuck.get(report.placement.model)
+            if job is not None and not others:
+                why = "There is no other node that is not drained."
+            elif job is not None:
+                elsewhere = await self._plan(*job)
+                why = "" if elsewhere.placement is not None else elsewhere.why
+            found.append({"model": stage["model"], "layers": stage["layers"], "why": why})
+        return found
+
+    def _stuck(self) -> dict[str, tuple[ModelShape, Load]]:
+        """What nothing follows: placements by id; by digest, models that run nowhere, whose stages stay."""
+        found = {}
+        for wish in self._mind.wishes:
+            if wish.shape is not None and wish.replicas and not self._mind.chosen.get(wish.model):
+                found[wish.shape.digest] = wish.shape, Load(wish.context, wish.sequences)
+        for pick in (pick for picks in self._mind.chosen.values() for pick in picks):
+            if pick.successor is None:
+                load = Load(pick.placement.context, pick.placement.sequences)
+                found[placement_id(pick.placement)] = pick.shape, load
+        return found
+
+    async def plan(
+        self, model: str, shape: ModelShape | None, context: int | None, sequences: int
+    ) -> Planned:
+        """Where a model would run now, beside what else runs. Without a `shape`, a model of the cluster.
+
+        Raises:
+            ModelNotFound: the cluster has no such model.
+            BadRequest: a shape without a context.
+        """
+        if shape is None:
+            if model not in self._offers:
+                raise ModelNotFound(f"No node of the cluster has a model {model!r}.")
+            offer = self._offers[model]
+            shape, context = offer.shape, context or offer.context
+        if context is None:
+            raise BadRequest("a plan needs a context", "context")
+        found = await self._plan(shape, Load(context, sequences))
+        return Planned(shape, context, sequences, found)
+
+    def _alive(self) -> dict[str, Facts]:
+        return {node: facts for node, (state, facts) in self._known.items() if state == "alive"}
+
+    def _name(self, node: str) -> str:
+        return self._known[node][1].name if node in self._known else node
+
+    def _node(self, state: str, facts: Facts) -> dict[str, Any]:
+        return {
+            "id": facts.node,
+            "name": facts.name,
+            "self": facts.node == self._agent.node,
+            "state": state,
+            "draining": facts.draining,
+            "keeper": facts.keeper,
+            "api": facts.api,
+            "rtt_seconds": self._known[self._agent.node][1].rtts.get(facts.node),
+            "build": facts.build,
+            "disk_free_bytes": facts.disk_free_bytes,
+            "devices": msgspec.to_builtins(facts.devices),
+            "stages": [self._own_stage(report) for report in facts.stages] if state != "gone" else [],
+            "watts": self._gauges[facts.node].watts if facts.node in self._gauges else None,
+        }
+
+    def _own_stage(self, report: StageReport) -> dict[str, Any]:
+        """A stage as its node tells of it; `bytes` is what it takes of the device, None where unknown."""
+        placement, nbytes = report.placement, None
+        name, shape = self._models.get(placement.model, (placement.model, None))
+        place = placement.stages[report.index] if 0 <= report.index < len(placement.stages) else None
+        if shape is not None and place is not None and shape.allows(place.first, place.last):
+            nbytes = needed_bytes(
+                shape, Load(placement.context, placement.sequences), place.first, place.last
+            )
+        return {
+            "model": name,
+            "layers": None if place is None else [place.first, place.last],
+            "device": None if place is None else place.device,
+            "state": report.state,
+            "bytes": nbytes,
+            "worker": report.worker,
+            "detail": report.detail,
+        }
+
+    async def _model(self, name: str) -> dict[str, Any]:
+        wish = self._wishes.get(name)
+        shape = wish.shape if wish is not None else self._offers[name].shape
+        holders = [facts.name for facts in self._facts.values() if name in {o.name for o in facts.offers}]
+        model = {
+            "name": name,
+            "digest": shape.digest,
+            "architecture": shape.architecture,
+            "layers": shape.layers,
+            "weights_bytes": sum(shape.layer_bytes) + shape.whole_extra_bytes,
+            "offered_by": holders,
+            "wished": wish is not None,
+        }
+        return model if wish is None else model | await self._wished(wish)
+
+    async def _wished(self, wish: Wish) -> dict[str, Any]:
+        picks = self._mind.chosen.get(wish.model, ())
+        placements = [self._placement(pick) for pick in picks]
+        states = {placement["state"] for placement in placements}
+        return {
+            "context": wish.context,
+            "sequences": wish.sequences,
+            "replicas": wish.replicas,
+            "state": next((state for state in STATES if state in states), "unplaced"),
+            "why": "" if picks else await self._why_not(wish),
+            "placements": placements,
+        }
+
+    def _placement(self, pick: Chosen) -> dict[str, Any]:
+        placement, host = pick.placement, pick.placement.stages[0].node
+        hosted = self._gauges.get(host, Gauges()).hosted
+        idle = Hosted(placement.model, 0, 0, 0.0)
+        busy = next((each for each in hosted if each.model == placement.model), idle)
+        return {
+            "id": placement_id(placement),
+            "wiring": pick.wiring,
+            "state": self._state(pick),
+            "host": host,
+            "predicted_tokens_per_second": planner.tokens_per_second(pick.shape, placement, self._facts),
+            "tokens_per_second": busy.tokens_per_second,
+            "active": busy.active,
+            "waiting": busy.waiting,
+            "inherited_tokens": busy.inherited_tokens,
+            "batch_invariant": busy.batch_invariant,
+            "stages": self._stages(placement),
+            "successor": self._stages(pick.successor) if pick.successor is not None else None,
+        }
+
+    def _state(self, pick: Chosen) -> str:
+        if pick.wiring:
+            return "serving"
+        reports = self._reports.stages(pick.placement)
+        states = {"fetching" if report is None else report.state for report in reports}
+        return next((state for state in ("fetching", "loading") if state in states), "wiring")
+
+    def _stages(self, placement: Placement) -> list[dict[str, Any]]:
+        reports = self._reports.stages(placement)
+        return [self._stage(place, report) for place, report in zip(placement.stages, reports, strict=True)]
+
+    def _stage(self, place: StagePlace, report: StageReport | None) -> dict[str, Any]:
+        return {
+            "node": place.node,
+            "name": self._name(place.node),
+            "device": place.device,
+            "layers": [place.first, place.last],
+            "state": "unheard" if report is None else report.state,
+            "worker": "" if report is None else report.worker,
+            "detail": "" if report is None else report.detail,
+        }
+
+    async def _why_not(self, wish: Wish) -> str:
+        """Why a wished model has no placement."""
+        failed = {
+            node: f"{facts.name} cannot run it: {report.detail}"
+            for node, facts in self._facts.items()
+            for report in facts.stages
+            if report.placement.model == wish.shape.digest and report.state == "failed"
+        }
+        found = await self._plan(wish.shape, Load(wish.context, wish.sequences), failed)
+        if found.placement is not None:
+            return "It is placed in a moment."
+        return " ".join([found.why, *failed.values()])
+
+    async def _plan(self, shape: ModelShape, load: Load, without: Collection[str] = ()) -> planner.Plan:
+        """Beside the other models; in a thread, since a large cluster takes a while."""
+        reserved: dict[tuple[str, str], int] = {}
+        for pick in (pick for picks in self._mind.chosen.values() for pick in picks):
+            for placement in (pick.placement, pick.successor):
+                if placement is not None and placement.model != shape.digest:
+                    _reserve(reserved, pick.shape, placement)
+        able = {node: facts for node, facts in self._alive().items() if node not in without}
+        return await asyncio.to_thread(planner.plan, shape, able, load, reserved)
+
+
+def _reserve(reserved: dict[tuple[str, str], int], shape: ModelShape, placement: Placement) -> None:
+    load = Load(placement.context, placement.sequences)
+    for place in placement.stages:
+        key = (place.node, place.device)
+        reserved[key] = reserved.get(key, 0) + needed_bytes(shape, load, place.first, place.last)

@@ -1,0 +1,123 @@
+"""Answers by the cluster whose node runs here, for `cordee run`: over that node's API, as any client's."""
+
+import http.client
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
+
+from cordee.agent import control
+from cordee.cli import output
+from cordee.cli.status import state_of
+from cordee.errors import DoesNotFit, NotRunning, StageFailed
+from cordee.generation.request import Chunk
+
+if TYPE_CHECKING:
+    from cordee.cli.run import Manner
+
+POLL_SECONDS = 0.3
+# A model that fits nowhere is given up after that long: nodes may still be starting.
+UNPLACED_SECONDS = 10.0
+SILENCE_SECONDS = 60.0  # the API says something every few seconds, if only that it lives
+LINE_BYTES_MAX = 1 << 20
+
+
+class Roped:
+    """A model of the cluster, ready to answer. Made by `Roped.find`."""
+
+    def __init__(self, model: str, api: str) -> None:
+        self.name = model
+        place = urlsplit(api)
+        self._host, self._port, self._path = place.hostname or "", place.port, place.path
+
+    @classmethod
+    def find(cls, model: str) -> Self | None:
+        """The model, if an agent runs here and its cluster has it, loaded or not."""
+        try:
+            if _model(model) is None:
+                return None
+            nodes = control.ask("GET", "/nodes")["nodes"]
+        except NotRunning:
+            return None
+        return cls(model, nodes[0]["api"])
+
+    def wait(self) -> None:
+        """Have the model loaded, and wait until it serves.
+
+        Raises:
+            DoesNotFit: the cluster cannot run it; says why.
+        """
+        if not (_model(self.name) or {}).get("wished"):
+            control.ask("POST", "/share", control.Share(self.name))
+        unplaced_until = time.monotonic() + UNPLACED_SECONDS
+        with output.loading() as report:
+            told = ""
+            while (model := _model(self.name) or {}).get("state") != "serving":
+                text = state_of(model) if model.get("wished") else f"{self.name} is unknown"
+                if model.get("state") != "unplaced":
+                    unplaced_until = time.monotonic() + UNPLACED_SECONDS
+                elif time.monotonic() > unplaced_until:
+                    raise DoesNotFit(f"The cluster does not run {self.name}. {model['why']}")
+                if text != told:
+                    report(text)
+                told = text
+                time.sleep(POLL_SECONDS)
+
+    def answer(self, messages: Sequence[Mapping[str, str]], manner: "Manner") -> Iterator[Chunk]:
+        """The chunks of an answer to a conversation. Closing the iterator cancels the stream.
+
+        Raises:
+            CordeeError: as the API says.
+        """
+        body = {"model": self.name, "messages": list(messages), "max_tokens": manner.max_tokens}
+        body |= manner.sampling() | {"stream": True, "stream_options": {"include_usage": True}}
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=SILENCE_SECONDS)
+        with closing(connection):
+            try:
+                headers = {"Content-Type": "application/json"}
+                connection.request("POST", f"{self._path}/chat/completions", json.dumps(body), headers)
+                response = connection.getresponse()
+                if response.status != 200:
+                    raise _error(json.loads(response.read()))
+                yield from _chunks(response)
+            except (OSError, http.client.HTTPException) as error:
+                raise StageFailed("The node that runs here ended, or does not answer any more.") from error
+
+
+def _model(name: str) -> dict[str, Any] | None:
+    models = control.ask("GET", "/status")["models"]
+    return next((model for model in models if model["name"] == name), None)
+
+
+def _chunks(response: http.client.HTTPResponse) -> Iterator[Chunk]:
+    """Server-sent events as chunks. Tokens are counted by events until the last tells how many they were."""
+    tokens, finish = 0, None
+    while line := response.readline(LINE_BYTES_MAX):
+        data = line.strip().removeprefix(b"data: ")
+        if not line.startswith(b"data: ") or data == b"[DONE]":
+            continue
+        event = json.loads(data)
+        if "error" in event:
+            raise _error(event)
+        for choice in event["choices"]:
+            text = choice["delta"].get("content") or ""
+            tokens += bool(text)
+            finish = choice["finish_reason"] or finish
+            if text:
+                yield Chunk(text=text, completion_tokens=tokens)
+        if usage := event.get("usage"):
+            yield Chunk(
+                text="",
+                finish_reason=finish,
+                prompt_tokens=usage["prompt_tokens"],
+                cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+                completion_tokens=usage["completion_tokens"],
+            )
+            return
+    raise StageFailed("The answer ended in its middle: the node that runs here ended.")
+
+
+def _error(body: dict[str, Any]) -> Exception:
+    return control.error_of(body["error"]["code"], body["error"]["message"])

@@ -1,0 +1,336 @@
+"""Ternary models as checkpoints of the hub: config.json, safetensors and a tokenizer, as a source of weights.
+
+A layer's matrix comes in one of three ways (transformers, integrations/bitnet.py):
+
+- packed, uint8: four rows in a byte. Of P = rows / 4 packed rows (rounded up), packed row p has rows p,
+  p + P, p + 2 P and p + 3 P in bits 0, 2, 4 and 6, as weight + 1. Beside it `weight_scale` says by what the
+  products are *divided* where config.json's linear_class is "bitlinear" (the default), and *multiplied* where
+  it is "autobitlinear": the same name for a scale and for its inverse.
+- masters (quantization_mode "online", and the first b1.58 models, BitnetForCausalLM): they are rounded by
+  their mean magnitude each time they are used, so the rounded ones are the model.
+- floats that are ternary already, as of TriLM. Where config.json tells of no quantisation, activations are
+  not rounded either, and they get all planes.
+
+Rows of queries and keys keep the order of the hub, which rotates halves; GGUF's `llama` has them reordered.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from math import lcm
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from gguf import GGUFWriter
+
+from cordee.convert.safetensors import StoredTensor, read_json, stored_tensors
+from cordee.convert.scales import Read, found_scales, grouped, mean_scale, rounded_masters
+from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, exact_type, strips
+from cordee.convert.tokenizer import add_tokenizer
+from cordee.errors import BadModelFile, UnsupportedModel
+from cordee.models.gguf import FETCH_AGAIN, LAYERS_LIMIT
+
+# The hub's classes of models: the architecture in GGUF, and the activation if config.json does not tell it.
+ARCHITECTURES = {
+    "BitNetForCausalLM": ("bitnet", "relu2"),  # 2B 4T
+    "BitnetForCausalLM": ("bitnet", "silu"),  # bitnet_b1_58-large and -3B
+    "LlamaForCausalLM": ("llama", "silu"),  # Llama3-8B-1.58, Falcon3, Falcon-E, TriLM
+}
+ACTIVATIONS: dict[str, Literal["silu", "relu2"]] = {"silu": "silu", "relu2": "relu2"}
+OUTSIDE_LAYERS = {EMBEDDING: "model.embed_tokens", HEAD: "lm_head", OUTPUT_NORM: "model.norm"}
+# What each tensor of a layer is called on the hub; some have had two names.
+IN_LAYERS = {
+    "attn_q": ("self_attn.q_proj",),
+    "attn_k": ("self_attn.k_proj",),
+    "attn_v": ("self_attn.v_proj",),
+    "attn_output": ("self_attn.o_proj",),
+    "ffn_gate": ("mlp.gate_proj",),
+    "ffn_up": ("mlp.up_proj",),
+    "ffn_down": ("mlp.down_proj",),
+    "attn_norm": ("input_layernorm",),
+    "ffn_norm": ("post_attention_layernorm",),
+    "attn_sub_norm": ("self_attn.attn_sub_norm", "self_attn.inner_attn_ln"),
+    "ffn_sub_norm": ("mlp.ffn_sub_norm", "mlp.ffn_layernorm"),
+}
+BUFFERS = "rotary_emb.inv_freq"  # follow from config.json
+PACKED_ROWS = 4
+MASTERS = (
+    ' If these are masters of a b1.58 model, its config.json must say so: "quantization_config": '
+    '{"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}.'
+)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What config.json says of the layers' matrices."""
+
+    declared: bool  # b1.58: activations are rounded to int8
+    masters: bool  # floats are rounded when they are used
+    divides: bool  # products are divided by weight_scale
+
+
+class Checkpoint:
+    """See `cordee.convert.convert.Convertible`. `source` is a folder, or a safetensors file in one; after the
+    folder the model is called if it has no `title`.
+    """
+
+    def __init__(self, source: Path, pre: str | None = None, title: str | None = None) -> None:
+        """Raises BadModelFile or UnsupportedModel."""
+        self._folder = source if source.is_dir() else source.parent
+        self._title = title or self._folder.resolve().name
+        self._config = read_json(self._folder / "config.json")
+        self._tensors = stored_tensors(source)
+        self._quantization = quantization(self._config, self._title)
+        self._tied = self._is_tied()
+        self._pre = pre
+        self._scales: dict[str, np.ndarray] = {}
+        self._means: dict[str, np.float32] = {}
+
+    def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
+        """See `Convertible.model`."""
+        heads = self._size("num_attention_heads")
+        n_embd = self._size("hidden_size")
+        architecture, usual = self._architecture()
+        activation = self._config.get("hidden_act", usual)
+        if not isinstance(activation, str) or activation not in ACTIVATIONS:
+            raise UnsupportedModel(f"{self._title} has the activation {activation}, which is not known here.")
+        n_vocab = self._vocabulary_size(n_embd)
+        model = TernaryModel(
+            architecture=architecture,
+            layers=self._size("num_hidden_layers", LAYERS_LIMIT),
+            n_embd=n_embd,
+            n_ff=self._size("intermediate_size"),
+            n_vocab=n_vocab,
+            heads=heads,
+            kv_heads=self._size("num_key_value_heads", default=heads),
+            head_dim=self._size("head_dim", default=n_embd // heads),
+            context=self._size("max_position_embeddings", default=2048),
+            rope_base=_rope_base(self._config, self._title),
+            epsilon=self._number("rms_norm_eps"),
+            activation=ACTIVATIONS[activation],
+            rope="neox",
+            sub_norms=self._find("blk.0.attn_sub_norm.weight") is not None,
+            layout=layout,
+            planes=1 if self._quantization.declared else 3,
+            head=head,
+        )
+        self._refuse_unknown(model)
+        return replace(model, embedding=exact_type(self, n_vocab))
+
+    def nbytes(self, name: str) -> int:
+        """See `Convertible.nbytes`."""
+        return self._stored(name).nbytes
+
+    def check(self, name: str, rows: int, cols: int) -> None:
+        """See `Convertible.check`."""
+        stored = self._stored(name)
+        packed = stored.dtype == "U8"
+        expected = (-(-rows // PACKED_ROWS) if packed else rows, cols)
+        if stored.shape != expected:
+            raise BadModelFile(f"{stored.name} is {stored.shape}, not {expected}: {FETCH_AGAIN}.")
+        self._scales[name] = self._found_scales(name, stored, rows)
+
+    def scales(self, name: str) -> np.ndarray:
+        """See `Source.scales`; the matrix was checked."""
+        return self._scales[name]
+
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """See `Source.rows`."""
+        stored = self._stored(name)
+        if stored.dtype == "U8" and name not in (EMBEDDING, HEAD):
+            return unpacked_rows(stored.rows, stored.shape[0], first, last)
+        values = self.floats(name, first, last)
+        if name in (EMBEDDING, HEAD):
+            return values
+        if self._quantization.masters:
+            return rounded_masters(values, self._means[name])
+        return np.sign(values).astype(np.int8)
+
+    def floats(self, name: str, first: int, last: int) -> np.ndarray:
+        """See `Convertible.floats`."""
+        stored = self._stored(name)
+        if stored.dtype == "U8":
+            raise UnsupportedModel(f"{stored.name} is packed, and not as a layer's matrix is.")
+        return stored.rows(first, last)
+
+    def vector(self, name: str) -> np.ndarray:
+        """See `Source.vector`."""
+        return self._stored(name).all()
+
+    def describe(self, writer: GGUFWriter) -> None:
+        """See `Convertible.describe`."""
+        writer.add_name(self._title)
+        add_tokenizer(writer, self._folder, self._stored(EMBEDDING).shape[0], self._pre)
+
+    def _found_scales(self, name: str, stored: StoredTensor, rows: int) -> np.ndarray:
+        """The scales of a matrix, all of which is read."""
+        stated = self._stated_scale(name, rows)
+        if stored.dtype == "U8":
+            if stated is None:
+                raise BadModelFile(f"{stored.name} is packed, but has no weight_scale: {FETCH_AGAIN}.")
+            _check_codes(stored)
+            return stated
+        read = partial(self.floats, name)
+        if self._quantization.masters:
+            mean = mean_scale(stored.name, rows, read)
+            self._means[name] = mean
+            return np.array([1 / (np.float32(1) / mean)], dtype=np.float32)  # the definition inverts it twice
+        remedy = "" if self._quantization.declared else MASTERS
+        found = found_scales(stored.name, rows, read, remedy)
+        return found if stated is None else _product(found, stated)
+
+    def _stated_scale(self, name: str, rows: int) -> np.ndarray | None:
+        """What a matrix is multiplied by according to its weight_scale; None if it has none."""
+        stored = self._tensors.get(f"{self._stored(name).name.removesuffix('.weight')}.weight_scale")
+        if stored is None:
+            return None
+        if not self._quantization.declared or self._quantization.masters:
+            raise BadModelFile(
+                f"{self._folder}: config.json does not say whether to multiply by {stored.name} or to divide "
+                f"(quantization_config, linear_class): {FETCH_AGAIN}."
+            )
+        scales = stored.all().astype(np.float32)
+        if len(scales) not in (1, rows):
+            raise BadModelFile(f"{stored.name} has {len(scales)} values for {rows} rows: {FETCH_AGAIN}.")
+        with np.errstate(divide="ignore", over="ignore"):
+            factors = np.float32(1) / scales if self._quantization.divides else scales
+        if not (np.isfinite(factors).all() and (factors > 0).all()):
+            raise BadModelFile(f"{stored.name} holds a scale that is no positive number: {FETCH_AGAIN}.")
+        return grouped(factors)
+
+    def _architecture(self) -> tuple[str, str]:
+        found = self._config.get("architectures")
+        name = found[0] if isinstance(found, list) and found else None
+        if not isinstance(name, str) or name not in ARCHITECTURES:
+            raise UnsupportedModel(
+                f"{self._title} is of class {name}; the ternary engine runs {', '.join(ARCHITECTURES)}."
+            )
+        return ARCHITECTURES[name]
+
+    def _is_tied(self) -> bool:
+        has_head = f"{OUTSIDE_LAYERS[HEAD]}.weight" in self._tensors
+        return bool(self._config.get("tie_word_embeddings", not has_head))
+
+    def _vocabulary_size(self, n_embd: int) -> int:
+        """Rows of embedding and head; both have all."""
+        embedding, head = self._stored(EMBEDDING), self._stored(HEAD)
+        if len(embedding.shape) != 2 or embedding.shape[1] != n_embd or not embedding.shape[0]:
+            raise BadModelFile(f"{embedding.name} is {embedding.shape}, not {n_embd} wide: {FETCH_AGAIN}.")
+        if head.shape != embedding.shape:
+            raise BadModelFile(f"{head.name} is {head.shape}, not {embedding.shape}: {FETCH_AGAIN}.")
+        return embedding.shape[0]
+
+    def _find(self, name: str) -> StoredTensor | None:
+        """The stored tensor of one of our names; None if there is none."""
+        if name == HEAD and self._tied:
+            name = EMBEDDING
+        return next(filter(None, map(self._tensors.get, _hub_names(name))), None)
+
+    def _stored(self, name: str) -> StoredTensor:
+        found = self._find(name)
+        if found is None:
+            raise BadModelFile(f"{self._folder} has no tensor {_hub_names(name)[0]}: {FETCH_AGAIN}.")
+        return found
+
+    def _refuse_unknown(self, model: TernaryModel) -> None:
+        """A tensor that the engine does not use would be missed."""
+        known = {name for our in OUTSIDE_LAYERS for name in _hub_names(our)}
+        for layer in range(model.layers):
+            for ours in (*model.matrices(), *model.norms()):
+                names = _hub_names(f"blk.{layer}.{ours}.weight")
+                known.update(names)
+                if ours in model.matrices():
+                    known.update(f"{name}_scale" for name in names)
+        for name in self._tensors:
+            if name not in known and not name.endswith(BUFFERS):
+                raise UnsupportedModel(f"{self._title} has {name}, which the ternary engine does not use.")
+
+    def _number(self, key: str) -> float:
+        value = self._config.get(key)
+        if not _is_positive(value):
+            raise BadModelFile(f"{self._folder}: config.json has no number {key}: {FETCH_AGAIN}.")
+        return value
+
+    def _size(self, key: str, limit: int = 1 << 31, default: int | None = None) -> int:
+        value = self._config.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not 0 < value < limit:
+            raise BadModelFile(f"{self._folder}: config.json has no size {key}: {FETCH_AGAIN}.")
+        return value
+
+
+def _hub_names(name: str) -> list[str]:
+    """What a tensor of ours may be called on the hub."""
+    if name in OUTSIDE_LAYERS:
+        return [f"{OUTSIDE_LAYERS[name]}.weight"]
+    _, layer, part, _ = name.split(".")
+    return [f"model.layers.{layer}.{hub}.weight" for hub in IN_LAYERS[part]]
+
+
+def quantization(config: dict[str, Any], title: str) -> Quantization:
+    """What the config.json of a model of that name says of its matrices.
+
+    Raises:
+        UnsupportedModel: they are of a kind that the ternary engine has not.
+    """
+    found = config.get("quantization_config")
+    if not found:
+        first = config.get("architectures") == ["BitnetForCausalLM"]
+        return Quantization(declared=first, masters=first, divides=True)
+    if not isinstance(found, dict) or found.get("quant_method") != "bitnet":
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise UnsupportedModel(f"{title} is quantised by {method}, which is not ternary here.")
+    if found.get("use_rms_norm"):
+        raise UnsupportedModel(f"{title} has a norm before each matrix, which the ternary engine has not.")
+    own = found.get("linear_class", "bitlinear") == "autobitlinear"
+    return Quantization(
+        declared=True,
+        masters=own and found.get("quantization_mode", "offline") == "online",
+        divides=not own,
+    )
+
+
+def _rope_base(config: dict[str, Any], title: str) -> float:
+    """Newer configurations have it among other parameters of the rotation, none of which is known here."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise BadModelFile(f"{title}: config.json has no parameters of rotation: {FETCH_AGAIN}.")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default" and not (kind == "linear" and parameters.get("factor") == 1):
+        raise UnsupportedModel(f"{title} rotates by {kind}, which is not known to the ternary engine.")
+    base = config.get("rope_theta") or parameters.get("rope_theta") or 10_000.0
+    if not _is_positive(base):
+        raise BadModelFile(f"{title}: config.json has the rope_theta {base}: {FETCH_AGAIN}.")
+    return float(base)
+
+
+def _is_positive(value: object) -> bool:
+    """Whether it is a positive number that float32 holds."""
+    return isinstance(value, int | float) and 0 < value <= float(np.finfo(np.float32).max)
+
+
+def unpacked_rows(read: Read, quarter: int, first: int, last: int) -> np.ndarray:
+    """Rows of a packed matrix as int8 of -1, 0, 1; `read` gives some of its `quarter` packed rows."""
+    parts = []
+    while first < last:
+        number, at = divmod(first, quarter)
+        end = min(quarter, at + last - first)
+        parts.append((read(at, end) >> 2 * number & 3).astype(np.int8) - 1)
+        first += end - at
+    return np.concatenate(parts)
+
+
+def _check_codes(stored: StoredTensor) -> None:
+    """Refuse a packed matrix with a code of 3, which is no weight."""
+    for first, last in strips(stored.shape[0]):
+        packed = stored.rows(first, last)
+        if (packed & packed >> 1 & 0b01010101).any():
+            raise UnsupportedModel(
+                f"{stored.name} is not ternary: it holds a code that stands for no weight."
+            )
+
+
+def _product(found: np.ndarray, stated: np.ndarray) -> np.ndarray:
+    """Scales found in values times those stated beside them."""
+    count = lcm(len(found), len(stated))
+    return np.repeat(found, count // len(found)) * np.repeat(stated, count // len(stated))

@@ -1,0 +1,144 @@
+"""A folder for an old machine: programs, model, how to begin in two languages, checksums.
+
+The folder is to be copied, by a CD most likely, to a machine that has neither network nor Cordée. It appears
+whole or not at all. Its texts have the line ends and the encoding of Windows 98, which Linux can read, too.
+"""
+
+import hashlib
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+import cordee
+from cordee.convert.pentium2 import LAYOUT
+from cordee.errors import BadRequest, SetupNeeded, UnsupportedModel
+from cordee.files import atomic_folder
+from cordee.models.gguf import Header
+
+# What `make tiny` leaves in the build folder, by the name that it gets.
+PROGRAMS = {"cordee-tiny": "pentium2/cordee-tiny", "cordee-tiny.exe": "windows/cordee-tiny.exe"}
+MODEL = "model.gguf"
+TEXTS = ("README.TXT", "LISEZMOI.TXT")
+TEXT_ENCODING = "cp1252"
+CHECKSUMS, LIST = "SHA256SUMS", "FILES.TXT"
+# A CD of 74 minutes: 333,000 sectors; a thousand of them are for its own tables.
+SECTOR_BYTES = 2048
+CD_BYTES = (333_000 - 1000) * SECTOR_BYTES
+CHUNK_BYTES = 1 << 20
+PROMPT = "Once upon a time"
+
+Progress = Callable[[int, int], None]
+
+
+def build_folder() -> Path:
+    """Where `make tiny` leaves the programs: in the folder that Cordée's sources are in."""
+    return Path(cordee.__file__).parents[2] / "build"
+
+
+def export(
+    header: Header,
+    folder: Path,
+    *,
+    title: str | None = None,
+    programs: Path | None = None,
+    limit_bytes: int | None = CD_BYTES,
+    progress: Progress | None = None,
+) -> int:
+    """Write the folder, which must be new or empty: the bytes that its files take on a CD.
+
+    `title` is what the model is called if its file does not say. `programs` is a build folder, the own one
+    unless given. `limit_bytes` is what the folder may take. `progress(bytes_done, bytes)` is called as it
+    grows.
+
+    Raises:
+        UnsupportedModel: the model is not in the layout of a Pentium II.
+        SetupNeeded: the programs have not been built.
+        BadRequest: the folder has something in it, or would be too large.
+        StorageFailed: it cannot be written.
+    """
+    if header.get("cordee.ternary.layout") != LAYOUT:
+        raise UnsupportedModel(
+            f"{header.path} is no file for a Pentium II. Make one of a ternary model: "
+            f"cordee convert --target {LAYOUT} {header.path} -o FILE"
+        )
+    folder = folder.resolve()
+    _check_place(folder)
+    sources = _programs(programs or build_folder()) | {MODEL: header.path}
+    nbytes = sum(_on_cd(path.stat().st_size) for path in sources.values())
+    if limit_bytes is not None and nbytes > limit_bytes:
+        raise BadRequest(
+            f"The folder would take {nbytes / 1e6:.0f} MB and a CD holds {limit_bytes / 1e6:.0f} MB: "
+            "take a smaller model, or --any-size if it travels another way.",
+            "MODEL",
+        )
+    with atomic_folder(folder) as partial:
+        _copy(sources, partial, progress)
+        _write_texts(header, title or header.path.stem, partial)
+        _write_lists(partial)
+    return sum(_on_cd(path.stat().st_size) for path in folder.iterdir())
+
+
+def _check_place(folder: Path) -> None:
+    if not folder.parent.is_dir():
+        raise BadRequest(f"There is no folder {folder.parent}: make it, or name another place.", "FOLDER")
+    if folder.is_mount():
+        raise BadRequest(f"{folder} is a whole disk: name a new folder on it.", "FOLDER")
+    if folder.exists() and any(folder.iterdir()):
+        raise BadRequest(f"{folder} exists and has something in it: name a new folder.", "FOLDER")
+
+
+def _on_cd(nbytes: int) -> int:
+    return -(-nbytes // SECTOR_BYTES) * SECTOR_BYTES
+
+
+def _programs(folder: Path) -> dict[str, Path]:
+    found = {name: folder / place for name, place in PROGRAMS.items()}
+    missing = [str(path) for path in found.values() if not path.is_file()]
+    if missing:
+        raise SetupNeeded(
+            f"The old machine's programs have not been built ({', '.join(missing)}). In Cordée's sources: "
+            "apt-get install -y gcc-12-multilib libc6-dev-i386 gcc-mingw-w64-i686 && make tiny; "
+            "if that is another folder than this program's, add --programs SOURCES/build."
+        )
+    return found
+
+
+def _copy(sources: dict[str, Path], folder: Path, progress: Progress | None) -> None:
+    done, total = 0, sum(path.stat().st_size for path in sources.values())
+    for name, path in sources.items():
+        with path.open("rb") as source, (folder / name).open("wb") as target:
+            while chunk := source.read(CHUNK_BYTES):
+                target.write(chunk)
+                done += len(chunk)
+                if progress:
+                    progress(done, total)
+        (folder / name).chmod(0o755 if name in PROGRAMS else 0o644)
+
+
+def _write_texts(header: Header, title: str, folder: Path) -> None:
+    facts = {
+        "title": str(header.get("general.name") or title).splitlines()[0][:40],
+        "megabytes": f"{header.path.stat().st_size / 1e6:.1f}",
+        "prompt": PROMPT,
+    }
+    for name in TEXTS:
+        text = (files("cordee.convert") / "export_texts" / name).read_text(encoding="utf-8").format(**facts)
+        _write(folder / name, text.replace("\n", "\r\n").encode(TEXT_ENCODING, errors="replace"))
+
+
+def _write_lists(folder: Path) -> None:
+    names = sorted(path.name for path in folder.iterdir())
+    rows = [f"{(folder / name).stat().st_size:>12}  {name}\r\n" for name in names]
+    _write(folder / LIST, "".join(rows).encode("ascii"))
+    sums = [f"{_sha256(folder / name)}  {name}\n" for name in sorted([*names, LIST])]
+    _write(folder / CHECKSUMS, "".join(sums).encode("ascii"))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    path.chmod(0o644)

@@ -1,0 +1,247 @@
+"""Ternary models in GGUF files of others, as a source of weights: llama.cpp's types, and bitnet.cpp's I2_S.
+
+A source is ternary when each row of a layer's matrix holds nothing but -s, 0 and s: stored as TQ1_0, TQ2_0,
+or in any type that keeps such values apart (F32, F16, BF16, Q8_0, ...).
+
+I2_S (microsoft/BitNet, src/ggml-bitnet-mad.cpp, quantize_i2_s) holds 128 consecutive weights in 32 bytes:
+byte p has weights p, p + 32, p + 64 and p + 96 in bits 6, 4, 2 and 0, as weight + 1. Behind all weights
+stands their one scale, float32, in 32 bytes. So they are published, and so x86 programs write them, unless
+they were built without ACT_PARALLEL: four rows to a byte. Programs for ARM write blocks of 64 in 16 bytes.
+Nothing in a file tells which it is: instead of another than the first convert what it was made of.
+"""
+
+from typing import Literal
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize
+
+from cordee.convert.scales import found_scales
+from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, exact_type, strips
+from cordee.errors import BadModelFile, UnsupportedModel
+from cordee.models.fit import size_of
+from cordee.models.gguf import (
+    BLOCK,
+    CONVERT_AGAIN,
+    FETCH_AGAIN,
+    I2_BLOCK,
+    I2_TAIL_BYTES,
+    Array,
+    BitnetType,
+    Header,
+    Tensor,
+)
+
+# Architectures by their names in GGUF: ours, and how their heads are rotated.
+ARCHITECTURES: dict[str, tuple[str, Literal["neox", "interleaved"]]] = {
+    "bitnet": ("bitnet", "neox"),
+    "bitnet-b1.58": ("bitnet", "neox"),
+    "bitnet-25": ("bitnet", "neox"),
+    "llama": ("llama", "interleaved"),
+}
+# BitNet b1.58 2B 4T, alone among the models of that architecture, has squared ReLU, and this vocabulary,
+# which is Llama 3's: its file does not say how text is split.
+RELU2_VOCABULARY = 128_256
+LLAMA3_PRE = "llama-bpe"
+I2_BLOCK_BYTES, I2_SHIFTS = I2_BLOCK // 4, np.array([6, 4, 2, 0], dtype=np.uint8)[:, None]
+# Types whose values half precision may not hold; of all others it keeps more than they were rounded to.
+WIDE = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
+
+
+class GgufSource:
+    """See `cordee.convert.convert.Convertible`."""
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self._scales: dict[str, np.ndarray] = {}
+
+    def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
+        """See `Convertible.model`."""
+        if "cordee.ternary.version" in self.header.metadata:
+            raise UnsupportedModel(f"{self.header.path.name} is in a layout of the ternary engine already.")
+        model = _model(self.header, self, layout, head)
+        _refuse_unknown(self.header, model)
+        _refuse_rotation(self.header, model)
+        return model
+
+    def check(self, name: str, rows: int, cols: int) -> None:
+        """See `Convertible.check`."""
+        if self.tensor(name).shape != (cols, rows):
+            raise BadModelFile(f"{self.header.path}: {name} is not {rows} x {cols}: {CONVERT_AGAIN}.")
+        self.scales(name)
+
+    def nbytes(self, name: str) -> int:
+        """See `Convertible.nbytes`."""
+        return self.tensor(name).nbytes
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of that name; a tied head is the embedding.
+
+        Raises:
+            BadModelFile: there is none.
+        """
+        found = self.header.tensor(EMBEDDING if name == HEAD and self.header.tied else name)
+        if found is None:
+            raise BadModelFile(f"{self.header.path} has no tensor {name}: {CONVERT_AGAIN}.")
+        return found
+
+    def floats(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows `first` to `last` as float32."""
+        tensor = self.tensor(name)
+        if tensor.type is BitnetType.I2_S:
+            return self._i2_weights(name, first, last).astype(np.float32) * self.scales(name)[0]
+        rows = tensor.shape[1] if len(tensor.shape) == 2 else 1
+        row_bytes = tensor.nbytes // rows
+        stored = _read(tensor, first * row_bytes, (last - first) * row_bytes).reshape(-1, row_bytes)
+        try:
+            return dequantize(stored, tensor.type).astype(np.float32, copy=False)
+        except NotImplementedError as error:
+            raise UnsupportedModel(
+                f"{name} is stored as {tensor.type.name}, which cannot be read here: "
+                "give a file whose head and embedding are F16, BF16, Q8_0 or K-quants."
+            ) from error
+
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """See `Source.rows`."""
+        if self.tensor(name).type is BitnetType.I2_S and name not in (EMBEDDING, HEAD):
+            return self._i2_weights(name, first, last)
+        floats = self.floats(name, first, last)
+        return floats if name in (EMBEDDING, HEAD) else np.sign(floats).astype(np.int8)
+
+    def scales(self, name: str) -> np.ndarray:
+        """See `Source.scales`.
+
+        Raises:
+            UnsupportedModel: the tensor is not ternary.
+            BadModelFile: it is damaged.
+        """
+        if name not in self._scales:
+            tensor = self.tensor(name)
+            if tensor.type is BitnetType.I2_S:
+                self._scales[name] = self._i2_scale(name, tensor)
+            else:
+                self._scales[name] = found_scales(
+                    name, tensor.shape[1], lambda first, last: self.floats(name, first, last)
+                )
+        return self._scales[name]
+
+    def vector(self, name: str) -> np.ndarray:
+        """See `Source.vector`."""
+        return self.floats(name, 0, 1)[0]
+
+    def describe(self, writer: GGUFWriter) -> None:
+        """See `Convertible.describe`: the tokenizer and what the model is called."""
+        own = {f"general.{key}" for key in ("architecture", "alignment", "file_type", "quantization_version")}
+        for key, value in self.header.metadata.items():
+            if not key.startswith(("tokenizer.", "general.")) or key in own:
+                continue
+            if isinstance(value, Array):
+                writer.add_key_value(key, value.values(), GGUFValueType.ARRAY, sub_type=value.type)
+            else:
+                writer.add_key_value(key, value, self.header.types[key])
+        vocabulary = self.tensor(EMBEDDING).shape[-1]
+        silent = self.header.get("tokenizer.ggml.model") == "gpt2" and not self.header.get(
+            "tokenizer.ggml.pre"
+        )
+        if silent and vocabulary == RELU2_VOCABULARY:
+            writer.add_tokenizer_pre(LLAMA3_PRE)
+
+    def _i2_weights(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows of an I2_S matrix as int8 of -1, 0, 1. Blocks run on from row to row."""
+        tensor = self.tensor(name)
+        cols = tensor.shape[0]
+        begin, end = first * cols // I2_BLOCK, -(-last * cols // I2_BLOCK)
+        stored = _read(tensor, begin * I2_BLOCK_BYTES, (end - begin) * I2_BLOCK_BYTES)
+        codes = stored.reshape(-1, 1, I2_BLOCK_BYTES) >> I2_SHIFTS & 3
+        if codes.max() == 3:
+            raise BadModelFile(f"{name} holds a code that stands for no weight: {FETCH_AGAIN}.")
+        skipped = first * cols - begin * I2_BLOCK
+        weights = codes.reshape(-1)[skipped : skipped + (last - first) * cols].astype(np.int8) - 1
+        return weights.reshape(-1, cols)
+
+    def _i2_scale(self, name: str, tensor: Tensor) -> np.ndarray:
+        [scale] = _read(tensor, tensor.nbytes - I2_TAIL_BYTES, 4).view("<f4")
+        used = False
+        for first, last in strips(tensor.shape[1]):
+            used |= bool(self._i2_weights(name, first, last).any())
+        if used and not (np.isfinite(scale) and scale > 0):
+            raise BadModelFile(f"{name} has the scale {scale}: {FETCH_AGAIN}.")
+        return np.array([scale if used else 1], dtype=np.float32)
+
+
+def _read(tensor: Tensor, offset: int, nbytes: int) -> np.ndarray:
+    stored = np.fromfile(tensor.path, np.uint8, nbytes, offset=tensor.offset + offset)
+    if len(stored) != nbytes:
+        raise BadModelFile(f"{tensor.path} became shorter while it was read: {FETCH_AGAIN}.")
+    return stored
+
+
+def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
+    if header.architecture not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"{header.path.name} is of architecture {header.architecture}; "
+            f"the ternary engine runs {', '.join(ARCHITECTURES)}."
+        )
+    architecture, rope = ARCHITECTURES[header.architecture]
+    n_embd, heads = size_of(header, ".embedding_length"), size_of(header, ".attention.head_count")
+    n_vocab = source.tensor(EMBEDDING).shape[-1]
+    for table in (EMBEDDING, HEAD):
+        if source.tensor(table).shape != (n_embd, n_vocab):
+            raise BadModelFile(f"{header.path}: {table} is not {n_vocab} x {n_embd}: {CONVERT_AGAIN}.")
+    name = str(header.get("general.name", "")).lower()
+    return TernaryModel(
+        architecture=architecture,
+        layers=header.layers,
+        n_embd=n_embd,
+        n_ff=size_of(header, ".feed_forward_length"),
+        n_vocab=n_vocab,
+        heads=heads,
+        kv_heads=size_of(header, ".attention.head_count_kv", default=heads),
+        head_dim=size_of(header, ".attention.key_length", default=n_embd // max(heads, 1)),
+        context=size_of(header, ".context_length", default=2048),
+        rope_base=_number(header, ".rope.freq_base", 10_000.0),
+        epsilon=_number(header, ".attention.layer_norm_rms_epsilon"),
+        activation="relu2" if architecture == "bitnet" and n_vocab == RELU2_VOCABULARY else "silu",
+        rope=rope,
+        sub_norms=header.tensor("blk.0.attn_sub_norm.weight") is not None,
+        layout=layout,
+        planes=3 if "trilm" in name else 1,  # TriLM does not quantise its activations
+        head=head,
+        embedding=exact_type(source, n_vocab)
+        if source.tensor(EMBEDDING).type in WIDE
+        else GGMLQuantizationType.F16,
+    )
+
+
+def _number(header: Header, key: str, default: float | None = None) -> float:
+    value = header.get(key, default)
+    if not isinstance(value, int | float):
+        raise BadModelFile(f"{header.path} has no number {header.architecture}{key}: {CONVERT_AGAIN}.")
+    return value
+
+
+def _refuse_rotation(header: Header, model: TernaryModel) -> None:
+    """Positions that are stretched, or heads that are rotated or kept in part."""
+    kind = header.get(".rope.scaling.type", "linear")
+    factors = [_number(header, key, 1.0) for key in (".rope.scaling.factor", ".rope.scale_linear")]
+    sizes = [
+        _number(header, key, model.head_dim) for key in (".rope.dimension_count", ".attention.value_length")
+    ]
+    # As llama.cpp reads them: a factor of 0 is none.
+    stretched = kind != "none" and (kind != "linear" or any(factor not in (0, 1) for factor in factors))
+    if stretched or any(size != model.head_dim for size in sizes):
+        raise UnsupportedModel(
+            f"{header.path.name} does not rotate whole heads by plain positions, as the ternary engine does."
+        )
+
+
+def _refuse_unknown(header: Header, model: TernaryModel) -> None:
+    """A tensor that the engine does not use would be missed."""
+    of_layers = {f"{name}.weight" for name in (*model.matrices(), *model.norms())}
+    for tensor in header.tensors:
+        block = BLOCK.fullmatch(tensor.name)
+        known = block[2] in of_layers if block else tensor.name in (EMBEDDING, HEAD, OUTPUT_NORM)
+        if not known:
+            raise UnsupportedModel(
+                f"{header.path.name} has {tensor.name}, which the ternary engine does not use."
+            )

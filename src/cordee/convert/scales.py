@@ -1,0 +1,82 @@
+"""What makes a matrix ternary: its scales, found in its values or computed as b1.58 models define them.
+
+Matrices are read in strips of rows, so memory depends on their width alone.
+"""
+
+from collections.abc import Callable
+from math import gcd
+
+import numpy as np
+
+from cordee.convert.ternary_file import strips
+from cordee.errors import BadModelFile, UnsupportedModel
+
+# b1.58 divides by the mean magnitude, but never by less than this.
+MEAN_MIN = np.float32(1e-5)
+
+# From first to last row (exclusive): (rows, cols), numbers as they are stored.
+Read = Callable[[int, int], np.ndarray]
+
+
+def found_scales(name: str, rows: int, read: Read, remedy: str = "") -> np.ndarray:
+    """The float32 scales of a matrix whose rows hold -s, 0 and s, as few as say it: see `grouped`.
+
+    Raises:
+        UnsupportedModel: a row holds more than one magnitude; the sentence ends with `remedy`.
+        BadModelFile: a value is no number.
+    """
+    return grouped(
+        np.concatenate([_row_scales(name, first, read(first, last), remedy) for first, last in strips(rows)])
+    )
+
+
+def grouped(scales: np.ndarray) -> np.ndarray:
+    """One scale a row, 0 where all weights are -> as many as divide the rows, each for as many neighbours."""
+    used = np.flatnonzero(scales > 0)
+    if not len(used):
+        return np.ones(1, dtype=np.float32)
+    # A row of zeros agrees with any other: it goes with the one before it.
+    numbers = np.where(scales > 0, np.arange(len(scales)), used[0])
+    filled = scales[np.maximum.accumulate(numbers)]
+    changes = np.flatnonzero(filled[1:] != filled[:-1]) + 1
+    return filled[:: gcd(len(scales), *changes.tolist())].astype(np.float32)
+
+
+def mean_scale(name: str, rows: int, read: Read) -> np.float32:
+    """The mean magnitude of a whole matrix, by which b1.58 models divide their master weights.
+
+    Raises:
+        BadModelFile: a value is no number.
+    """
+    total = numbers = 0
+    for first, last in strips(rows):
+        values = _finite(name, first, read(first, last))
+        total += np.abs(values).sum(dtype=np.float64)
+        numbers += values.size
+    return max(np.float32(total / numbers), MEAN_MIN)
+
+
+def rounded_masters(masters: np.ndarray, mean: np.float32) -> np.ndarray:
+    """Master weights -> int8 of -1, 0, 1. Ma et al., "The Era of 1-bit LLMs", 2024, equations 1 to 3."""
+    return np.clip(np.rint(masters * (np.float32(1) / mean)), -1, 1).astype(np.int8)
+
+
+def _row_scales(name: str, first: int, values: np.ndarray, remedy: str) -> np.ndarray:
+    magnitudes = np.abs(_finite(name, first, values))
+    scales = magnitudes.max(axis=1)
+    between = (magnitudes > 0) & (magnitudes != scales[:, None])
+    if between.any():
+        row = first + int(np.argmax(between.any(axis=1)))
+        raise UnsupportedModel(
+            f"{name} is not ternary: row {row} holds more than one magnitude. This model needs training or "
+            f"compression to become ternary, not conversion.{remedy}"
+        )
+    return scales
+
+
+def _finite(name: str, first: int, values: np.ndarray) -> np.ndarray:
+    finite = np.isfinite(values)
+    if not finite.all():
+        row = first + int(np.argmin(finite.all(axis=1)))
+        raise BadModelFile(f"{name} holds a weight that is no number, in row {row}: fetch the model again.")
+    return values

@@ -1,0 +1,270 @@
+"""A part of a model put together from chunks, in any order and from anywhere; the bytes are those of a cut.
+
+A part is named by its layers, `first` to `last` (exclusive): what `cut` would write for them. The part 0 to 0
+has no layers: it is the metadata and the token embedding, which the host of a pipeline looks rows up in.
+
+The file grows under its name with `.partial`, sparse. No journal says what of it has come: who goes on (after
+a crash, or because a complete part turned out damaged) finds that by hashing what is not a hole, so nothing a
+fault wrote there is ever believed. Chunks are checked before they are written; all that is no chunk (header,
+stand-ins, padding) follows from the sheet and is written again where it differs.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+
+from cordee.distribution.manifest import Chunk, Sheet
+from cordee.errors import BadModelFile, StorageFailed
+from cordee.files import disk_faults, publish
+from cordee.models.slices import EMBEDDING, Progress, SliceFile, SlicePlan, plan_outside, plan_slice
+
+PARTIAL = ".partial"
+# Zeros are compared and written in blocks of this many bytes.
+BLOCK_BYTES = 1 << 20
+
+
+class Layout:
+    """What bytes a part has, and where: `offsets` gives each of its tensors' place, by number in the sheet.
+
+    Raises:
+        BadRequest, UnsupportedModel, BadModelFile: there is no such part, as `plan_slice` says.
+    """
+
+    def __init__(self, sheet: Sheet, first: int, last: int) -> None:
+        self.sheet, self.first, self.last = sheet, first, last
+        self.plan = _plan(sheet, first, last)
+        self.nbytes = self.plan.nbytes
+        numbers = {tensor.name: number for number, tensor in enumerate(sheet.header.tensors)}
+        self.offsets: dict[int, int] = {}
+        self._zeros: list[tuple[int, int]] = []
+        for piece, start, end in self.plan.places():
+            if piece.source is None:
+                self._zeros.append((start, end))
+            else:
+                self.offsets[numbers[piece.source.name]] = start
+                self._zeros.append((start + piece.nbytes, end))
+
+    @property
+    def name(self) -> str:
+        """What to call the part in a message."""
+        what = f"layers {self.first} to {self.last}" if self.last else "the embedding"
+        return f"{what} of {self.sheet.name}"
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks of the part, in the order of its file."""
+        return (chunk for tensor in self.offsets for chunk in self.sheet.chunks(tensor))
+
+    def differences(self, file: int) -> Iterator[tuple[int, bytes]]:
+        """(offset, bytes it should have) where a file of this layout differs outside its chunks."""
+        header = self.plan.header
+        if os.pread(file, len(header), 0) != header:
+            yield 0, header
+        for start, end in self._zeros:
+            for at in range(start, end, BLOCK_BYTES):
+                wanted = bytes(min(BLOCK_BYTES, end - at))
+                if _has_data(file, at, len(wanted)) and os.pread(file, len(wanted), at) != wanted:
+                    yield at, wanted
+
+    def file(self, path: Path) -> SliceFile:
+        """The complete part in the file `path`; its digest is that of all it consists of."""
+        digest = hashlib.sha256(self.plan.header)
+        for chunk in self.chunks():
+            digest.update(self.sheet.digest_of(chunk))
+        return SliceFile(path, self.first, self.last, f"sha256:{digest.hexdigest()}", self.nbytes)
+
+
+def read_chunk(sheet: Sheet, chunk: Chunk, file: int, tensor_at: int) -> bytes | None:
+    """A chunk from a file whose copy of the tensor begins at `tensor_at`; None if it is not sound there.
+
+    Raises:
+        OSError: the file cannot be read there.
+    """
+    at, nbytes = tensor_at + sheet.offset(chunk), sheet.nbytes(chunk)
+    if not _has_data(file, at, nbytes):  # spares the hashing of a sparse file, if zeros were not right
+        return bytes(nbytes) if sheet.digest_of(chunk) == _digest_of_zeros(nbytes) else None
+    data = os.pread(file, nbytes, at)
+    return data if sheet.is_sound(chunk, data) else None
+
+
+class Assembly:
+    """A part that is coming together. `missing` are its chunks that have not come yet, in order.
+
+    `put` may be called by several threads; all else by one.
+    """
+
+    def __init__(self, layout: Layout, path: Path, file: int, progress: Progress | None) -> None:
+        self.layout = layout
+        self.missing: dict[Chunk, None] = dict.fromkeys(layout.chunks())
+        self._path, self._file, self._progress = path, file, progress
+        self._total = sum(map(layout.sheet.nbytes, self.missing))
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def put(self, chunk: Chunk, data: bytes, origin: str) -> None:
+        """Take a chunk that `origin` gave; one that is here already is dropped.
+
+        Raises:
+            BadModelFile: these are not the chunk's bytes; names origin, chunk and model.
+            StorageFailed: no room on disk; what came before stays.
+        """
+        if chunk not in self.missing:
+            return
+        sheet = self.layout.sheet
+        if len(data) != sheet.nbytes(chunk) or not sheet.is_sound(chunk, data):
+            raise BadModelFile(f"{origin} gave wrong bytes for {sheet.chunk_name(chunk)}.")
+        with disk_faults(self._path):
+            _write_at(self._file, data, self.layout.offsets[chunk.tensor] + sheet.offset(chunk))
+        self._note(chunk)
+
+    def finish(self) -> SliceFile:
+        """Give the complete part its place, on disk for good.
+
+        Raises:
+            StorageFailed: the disk does not take it.
+        """
+        if self.missing:
+            raise ValueError(f"{len(self.missing)} chunks of {self.layout.name} are missing")
+        with disk_faults(self._path):
+            publish(partial_path(self._path), self._path)
+        return self.layout.file(self._path)
+
+    def prepare(self) -> None:
+        """Bring the file into shape and find out which chunks it has."""
+        with disk_faults(self._path):
+            os.ftruncate(self._file, self.layout.nbytes)
+            for at, wanted in list(self.layout.differences(self._file)):
+                _write_at(self._file, wanted, at)
+            for chunk in list(self.missing):
+                at = self.layout.offsets[chunk.tensor]
+                if read_chunk(self.layout.sheet, chunk, self._file, at) is not None:
+                    self._note(chunk)
+
+    def _note(self, chunk: Chunk) -> None:
+        with self._lock:
+            if chunk not in self.missing:  # another thread was faster
+                return
+            del self.missing[chunk]
+            self._done += self.layout.sheet.nbytes(chunk)
+            if self._progress:
+                self._progress(self._done, self._total)
+
+
+@contextmanager
+def assembling(layout: Layout, path: Path, progress: Progress | None = None) -> Iterator[Assembly]:
+    """Begin or go on with the part that will be the file `path`; what came stays when the block fails.
+
+    `progress(done_bytes, total_bytes)` counts chunks, those found here too.
+
+    Raises:
+        StorageFailed: no room on disk, or another process puts this part together.
+    """
+    partial = partial_path(path)
+    with disk_faults(path):
+        file = os.open(partial, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if not _is_mine(file, partial):
+            raise StorageFailed(f"Somebody else fetches {layout.name} here: wait until that is done.")
+        _require_room(layout, path, file)
+        assembly = Assembly(layout, path, file, progress)
+        assembly.prepare()
+        yield assembly
+    finally:
+        os.close(file)
+
+
+def partial_path(path: Path) -> Path:
+    """Where the part grows that will be the file `path`."""
+    return path.with_name(path.name + PARTIAL)
+
+
+def damages(layout: Layout, path: Path, progress: Progress | None = None) -> list[str]:
+    """Read a part back from disk: the names of all that is not as it should be.
+
+    Raises:
+        BadModelFile: the file cannot be read.
+    """
+    found = bad_chunks(layout.sheet, layout.offsets, path, progress)
+    with path.open("rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size != layout.nbytes:
+            found.append(f"the length of {layout.name}")
+        if any(True for _ in layout.differences(file.fileno())):
+            found.append(f"the header or padding of {layout.name}")
+    return found
+
+
+def bad_chunks(
+    sheet: Sheet, offsets: Mapping[int, int], path: Path, progress: Progress | None = None
+) -> list[str]:
+    """The names of the chunks that are damaged in a file where tensors begin at `offsets`.
+
+    Raises:
+        BadModelFile: the file cannot be read.
+    """
+    found: list[str] = []
+    chunks = [chunk for tensor in offsets for chunk in sheet.chunks(tensor)]
+    done, total = 0, sum(map(sheet.nbytes, chunks))
+    try:
+        with path.open("rb", buffering=0) as file:
+            for chunk in chunks:
+                if read_chunk(sheet, chunk, file.fileno(), offsets[chunk.tensor]) is None:
+                    found.append(sheet.chunk_name(chunk))
+                done += sheet.nbytes(chunk)
+                if progress:
+                    progress(done, total)
+    except OSError as error:
+        raise BadModelFile(f"{path} cannot be read ({error.strerror}).") from error
+    return found
+
+
+def _plan(sheet: Sheet, first: int, last: int) -> SlicePlan:
+    if first == last == 0:
+        return plan_outside(sheet.header, {EMBEDDING})
+    return plan_slice(sheet.header, first, last)
+
+
+def _is_mine(file: int, partial: Path) -> bool:
+    """Lock an open file; False if somebody holds it, or has just finished it and moved it away."""
+    with suppress(BlockingIOError, FileNotFoundError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file), partial.stat())
+    return False
+
+
+@lru_cache(16)
+def _digest_of_zeros(nbytes: int) -> bytes:
+    return hashlib.sha256(bytes(nbytes)).digest()
+
+
+def _has_data(file: int, at: int, nbytes: int) -> bool:
+    """Whether a file has anything but a hole there; a file system that cannot tell has data everywhere."""
+    try:
+        return os.lseek(file, at, os.SEEK_DATA) < at + nbytes
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+            return False
+        raise
+
+
+def _write_at(file: int, data: bytes, at: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(file, rest, at)
+        rest, at = rest[count:], at + count
+
+
+def _require_room(layout: Layout, path: Path, file: int) -> None:
+    """Refuse what the disk cannot hold, rather than fail after hours."""
+    there = os.fstat(file).st_blocks * 512
+    free = shutil.disk_usage(path.parent).free
+    if layout.nbytes - there > free:
+        raise StorageFailed(
+            f"{layout.name} needs {(layout.nbytes - there) / 1e9:.1f} GB more on the disk of {path.parent}, "
+            f"where {free / 1e9:.1f} GB are free: free some space."
+        )

@@ -1,0 +1,147 @@
+"""The way of a node to the model hub: the only one out of the network, and only for a model that somebody
+asked to be shared from there. It is told whenever it is taken.
+
+A model of the hub is read once (a *pass*), of which nothing is kept but its sheet; then its chunks can be
+fetched by anybody and checked by everybody.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from cordee.cluster.facts import ModelShape, Reading
+from cordee.distribution.hub import HubFile
+from cordee.distribution.hub_ranges import HubModel
+from cordee.distribution.inventory import Stopped, default_context
+from cordee.distribution.manifest import Sheet
+from cordee.distribution.pull import hub_files
+from cordee.distribution.slice_store import Parts
+from cordee.errors import BadRequest, CordeeError, Overloaded
+from cordee.models.shape import model_shape
+
+PASSES_MAX = 2  # at once: one fills most connections already
+FAULTS_MAX = 16  # of passes that failed, kept for whoever asks how they went
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Pass:
+    reading: Reading
+    task: asyncio.Task | None = None
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+
+class Hub:
+    """See the module's docstring. `open` and `shape` are for threads, all else for one event loop."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._passes: dict[str, _Pass] = {}
+        self._faults: dict[str, CordeeError] = {}
+
+    @property
+    def reading(self) -> list[Reading]:
+        """The passes that are under way."""
+        return [each.reading for each in self._passes.values()]
+
+    def open(self, source: str) -> HubModel:
+        """A model on the hub ('owner/name/file.gguf'), to fill parts from; takes seconds.
+
+        Raises:
+            CordeeError: the hub cannot be reached or has no such model.
+        """
+        with _opened(source) as model:
+            return model
+
+    def shape(self, source: str, name: str, context: int | None) -> tuple[ModelShape, int]:
+        """What a model would be in the cluster (with `name` for a digest), and for None its default context.
+
+        Raises:
+            BadRequest: the model was made for a shorter context.
+            CordeeError: as `open` does.
+        """
+        with _opened(source) as model:
+            own = model.header.get(".context_length")
+            if own is not None and context is not None and context > own:
+                raise BadRequest(f"{name} was made for at most {own} tokens, not {context}", "context")
+            return model_shape(model.header, name), context or default_context(model.header)
+
+    def read(self, name: str, source: str, nbytes: int, then: Callable[[Sheet], None]) -> Reading:
+        """Begin to read a model for its sheet, unless that is under way; `then` it is to be wished.
+
+        Raises:
+            Overloaded: too many passes are under way.
+        """
+        if name not in self._passes:
+            if len(self._passes) >= PASSES_MAX:
+                names = ", ".join(self._passes)
+                raise Overloaded(
+                    f"This node is reading {names} from the hub: share {name} when that is done."
+                )
+            self._faults.pop(name, None)
+            begun = self._passes[name] = _Pass(Reading(name, source, 0, nbytes))
+            begun.task = asyncio.create_task(self._read(begun, then))
+        return self._passes[name].reading
+
+    def fault(self, name: str) -> CordeeError | None:
+        """Why the last pass over a model failed; told once."""
+        return self._faults.pop(name, None)
+
+    def stop(self, name: str) -> bool:
+        """End a pass that nobody wants any more; whether there was one."""
+        if name in self._passes:
+            self._passes[name].stopped.set()
+        return name in self._passes
+
+    async def close(self) -> None:
+        """End all passes."""
+        for each in self._passes.values():
+            each.stopped.set()
+        tasks = [each.task for each in self._passes.values() if each.task]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _read(self, begun: _Pass, then: Callable[[Sheet], None]) -> None:
+        name, source = begun.reading.name, begun.reading.source
+
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            if begun.stopped.is_set():
+                raise Stopped
+            begun.reading = Reading(name, source, done_bytes, total_bytes)
+
+        try:
+            sheet = await asyncio.to_thread(self._pass, source, progress)
+        except CordeeError as error:
+            log.warning("%s is not shared: %s", name, error.message)
+            self._faults[name] = error
+            while len(self._faults) > FAULTS_MAX:
+                del self._faults[next(iter(self._faults))]
+        except Stopped:
+            log.warning("reading %s from the hub was stopped", name)
+        else:
+            then(sheet)
+        finally:
+            del self._passes[name]
+
+    def _pass(self, source: str, progress: Callable[[int, int], None]) -> Sheet:
+        log.warning("reading %s from the hub once, to know its chunks; nothing of it is kept", source)
+        with _opened(source) as model:
+            return model.sheet(self._parts, progress)
+
+
+def files(source: str) -> list[HubFile]:
+    """The files of a model on the hub, as `hub_files`, and told."""
+    log.warning("asking the hub for %s", source)
+    return hub_files(source)
+
+
+@contextmanager
+def _opened(source: str) -> Iterator[HubModel]:
+    """A model on the hub; its header can be read inside the block, ranges of its weights later too."""
+    with TemporaryDirectory(prefix="cordee-") as folder:
+        yield HubModel(files(source), Path(folder))

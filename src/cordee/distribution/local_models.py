@@ -1,0 +1,225 @@
+"""The models of the cluster on this node: what lies here (shelf.py), and what is being fetched.
+
+Slices come from neighbours by chunks (chunks.py), and what no neighbour has from the hub, if the model was
+shared from there (outside.py). Reading the disk happens in threads; everything else on one event loop.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+from cordee.cluster.facts import Offer, Reading, SliceHeld
+from cordee.cluster.goals import Load, SliceGoal
+from cordee.cluster.membership import LISTEN_SECONDS
+from cordee.distribution.chunks import ChunkClient, ChunkServer, chunk_key
+from cordee.distribution.hub_ranges import HubModel
+from cordee.distribution.hub_source import Hub
+from cordee.distribution.inventory import SCAN_SECONDS, Shelf
+from cordee.distribution.manifest import Sheet
+from cordee.distribution.slice_store import Parts
+from cordee.engine.vocabulary import Vocabulary
+from cordee.errors import CordeeError
+from cordee.models.gguf import engine_of
+from cordee.models.store import Store
+from cordee.net.zenoh_bus import Bus
+from cordee.worker.stages import Files
+
+FETCHES_MAX = 2  # slices fetched at once: each asks several neighbours already
+# A fetch that failed is tried again after that long: a neighbour may have started, the hub answer again.
+AGAIN_SECONDS = 10.0
+# For layers that no neighbour is known to have: who has just started, or was cut off, may not have heard of
+# all of them yet. And how often that is looked at.
+HEARING_SECONDS = LISTEN_SECONDS
+LOOK_SECONDS = 0.1
+ENDS_MAX = 64  # models whose end tokens are remembered
+
+log = logging.getLogger(__name__)
+
+
+class Owner(Protocol):
+    """Who knows the cluster; called on the event loop."""
+
+    def holders(self) -> Mapping[str, Sequence[SliceHeld]]:
+        """What the other live nodes have on disk."""
+
+    def sources(self) -> Mapping[str, str]:
+        """Where on the hub models may be fetched from, by digest: those that are wished from there."""
+
+    def wanted(self) -> Collection[SliceGoal]:
+        """All that this node is to hold, or runs."""
+
+    def changed(self) -> None:
+        """There is something new to tell."""
+
+    def fetch_failed(self, goal: SliceGoal, detail: str) -> None:
+        """A slice could not be had."""
+
+
+class Library:
+    """See the module's docstring."""
+
+    def __init__(self, store: Store, node: str, bus: Bus, owner: Owner) -> None:
+        self.progress: dict[SliceGoal, tuple[int, int]] = {}  # bytes done and in all, of what is fetched now
+        self._node = node
+        self._owner = owner
+        self._parts = Parts(store)
+        self._shelf = Shelf(store, self._parts, owner.changed)
+        self.hub = Hub(self._parts)
+        self._client = ChunkClient(bus, self._parts, log.warning)
+        self._fetches: dict[SliceGoal, asyncio.Task] = {}
+        self._not_before: dict[SliceGoal, float] = {}
+        self._locks: WeakValueDictionary[SliceGoal, asyncio.Lock] = WeakValueDictionary()
+        self._ends: dict[str, tuple[int, ...]] = {}
+        bus.serve(chunk_key(node), ChunkServer(self._parts, self._shelf.damaged).answer)
+
+    @property
+    def offers(self) -> tuple[Offer, ...]:
+        """The whole models that lie here."""
+        return self._shelf.offers
+
+    @property
+    def slices(self) -> tuple[SliceHeld, ...]:
+        """The layers that lie here."""
+        return self._shelf.slices
+
+    @property
+    def disk_free_bytes(self) -> int:
+        """What the disk could take, if nothing was half fetched."""
+        return self._shelf.disk_free_bytes
+
+    @property
+    def reading(self) -> tuple[Reading, ...]:
+        """The models that are read once, to be offered or shared."""
+        return (*self._shelf.reading.values(), *self.hub.reading)
+
+    @property
+    def bytes_per_second(self) -> dict[str, float]:
+        """What each node gave when it was last fetched from."""
+        return self._client.bytes_per_second
+
+    async def look(self) -> None:
+        """Look at the disk now: at the start, and for a model that may have come just now."""
+        await self._shelf.look()
+
+    async def watch(self) -> None:
+        """Look at the disk, again and again, and keep it from running full."""
+        while True:
+            await asyncio.sleep(SCAN_SECONDS)
+            try:
+                await self._shelf.scan()
+                await self._shelf.tidy(self._node, self._owner.wanted(), self._owner.holders())
+            except (CordeeError, OSError) as error:  # the disk may answer again
+                log.warning("the disk cannot be looked at: %s", error)
+
+    async def vocabulary(self, digest: str) -> Path:
+        """A file for `Vocabulary`; the model's sheet comes from another node if it is not here.
+
+        Raises:
+            CordeeError: nobody gives it.
+        """
+        await self._sheet(digest)
+        return await asyncio.to_thread(self._parts.vocabulary, digest)
+
+    def pursue(self, goals: Sequence[SliceGoal]) -> None:
+        """Fetch these slices, the first ones first, and no others; what came of others is kept."""
+        now = time.monotonic()
+        self._not_before = {goal: at for goal, at in self._not_before.items() if at > now}
+        chosen = [goal for goal in goals if goal not in self._not_before][:FETCHES_MAX]
+        for goal in self._fetches.keys() - set(chosen):
+            self._fetches[goal].cancel()
+        for goal in chosen:
+            if goal not in self._fetches and len(self._fetches) < FETCHES_MAX:
+                task = asyncio.get_running_loop().create_task(self._fetch(goal))
+                self._fetches[goal] = task
+                task.add_done_callback(lambda _, goal=goal: self._fetches.pop(goal, None))
+
+    async def prepare(self, load: Load) -> Files:
+        """The files of a load; what is missing is assembled or fetched.
+
+        Raises:
+            CordeeError: it cannot be had.
+        """
+        part = await self._part(load.slice)
+        header = (await self._sheet(load.model)).header
+        layers = header.layers
+        is_cut_first = load.first == 0 and load.last < layers
+        embedding = await self._part(SliceGoal(load.model, 0, 0)) if is_cut_first else None
+        return Files(engine_of(header), part, embedding, load.last == layers, await self._ends_of(load.model))
+
+    async def close(self) -> None:
+        """End all fetches."""
+        for task in self._fetches.values():
+            task.cancel()
+        await asyncio.gather(*self._fetches.values(), return_exceptions=True)
+        await self.hub.close()
+        await self._shelf.close()
+
+    async def _fetch(self, goal: SliceGoal) -> None:
+        try:
+            await self._part(goal)
+        except (CordeeError, OSError) as error:
+            self._not_before[goal] = time.monotonic() + AGAIN_SECONDS
+            self._owner.fetch_failed(goal, str(error))
+        await self._shelf.scan()
+
+    async def _part(self, goal: SliceGoal) -> Path:
+        def progress(done_bytes: int, total_bytes: int) -> None:
+            self.progress[goal] = (done_bytes, total_bytes)
+
+        await self._until_held(goal)
+        await self._sheet(goal.model)
+        # Two that want the same part at once do not stand in each other's way: one of them fetches it.
+        async with self._locks.setdefault(goal, asyncio.Lock()):
+            try:
+                part = await self._client.part(
+                    goal.model,
+                    goal.first,
+                    goal.last,
+                    self._owner.holders,
+                    progress,
+                    self._outside(goal.model),
+                )
+            finally:
+                self.progress.pop(goal, None)
+        return part.path
+
+    async def _until_held(self, goal: SliceGoal) -> None:
+        """Wait a little while for somebody to be known who has each of the layers."""
+        until = time.monotonic() + HEARING_SECONDS
+        while not self._is_held(goal) and time.monotonic() < until:
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _is_held(self, goal: SliceGoal) -> bool:
+        known = [*self.slices, *(held for slices in self._owner.holders().values() for held in slices)]
+        held = [each for each in known if each.model == goal.model]
+        if goal.model in self._owner.sources():
+            return True
+        if goal.last == 0:
+            return any(each.whole or each.last == 0 for each in held)
+        return all(
+            any(each.first <= layer < each.last for each in held) for layer in range(goal.first, goal.last)
+        )
+
+    def _outside(self, digest: str) -> Callable[[], HubModel] | None:
+        source = self._owner.sources().get(digest)
+        return None if source is None else lambda: self.hub.open(source)
+
+    async def _sheet(self, digest: str) -> Sheet:
+        """A model's sheet, from whoever has it: first those that hold some of the model."""
+        nodes: Iterable[tuple[str, Sequence[SliceHeld]]] = self._owner.holders().items()
+        holding = {node: any(held.model == digest for held in slices) for node, slices in nodes}
+        return await self._client.sheet(digest, sorted(holding, key=lambda node: not holding[node]))
+
+    async def _ends_of(self, digest: str) -> tuple[int, ...]:
+        if digest not in self._ends:
+            path = await asyncio.to_thread(self._parts.vocabulary, digest)
+            vocabulary = Vocabulary(path)  # libllama is not for several threads: this one also serves with it
+            self._ends[digest] = tuple(vocabulary.end_of_generation)
+            vocabulary.close()
+            while len(self._ends) > ENDS_MAX:
+                del self._ends[next(iter(self._ends))]
+        return self._ends[digest]

@@ -1,0 +1,258 @@
+"""Putting models into the store: from a file, from the hub, or by the name of a model card.
+
+Ternary models go there in the layout of the ternary engine, whatever they come in (convert.py).
+"""
+
+import re
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
+
+from gguf import GGMLQuantizationType
+
+from cordee.convert.checkpoint import quantization
+from cordee.convert.convert import convert
+from cordee.convert.safetensors import INDEX, read_json
+from cordee.distribution.hub import HubFile, downloaded, repository_files
+from cordee.errors import BadRequest, ModelNotFound, UnsupportedModel
+from cordee.models.cards import cards
+from cordee.models.gguf import BLOCK, BitnetType, read_header
+from cordee.models.slices import Progress
+from cordee.models.store import Store, StoredModel, check_name
+
+# What to take if nobody says: the best trade of size and quality that also runs fast on a CPU.
+PREFERENCE = ("Q4_K_M", "MXFP4", "MXFP4_MOE", "Q4_0", "Q4_K_S", "Q5_K_M", "Q8_0", "F16", "BF16")
+
+_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?::(?P<quantization>[\w.-]+)|/(?P<file>.+\.gguf))?")
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+_QUANTIZATION = re.compile(
+    r"(?<![a-z0-9])((?:ud-)?(?:i?q\d\w*|tq\d_\d|i2_s|mxfp4(?:_moe)?|bf16|f16|f32))(?![a-z0-9])", re.IGNORECASE
+)
+# Parts of models that are no language model: the eye of one that sees, a quantizer's statistics.
+_OTHER_PARTS = ("mmproj", "imatrix")
+# What a checkpoint is made of beside its weights, of which the first must be there.
+CHECKPOINT_FILES = (
+    *("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("generation_config.json", "added_tokens.json", "chat_template.jinja", INDEX),
+)
+TERNARY_TYPES = {GGMLQuantizationType.TQ1_0, GGMLQuantizationType.TQ2_0, BitnetType.I2_S}
+
+Report = Callable[[str], None]
+
+
+def pull(
+    source: str,
+    name: str | None = None,
+    store: Store | None = None,
+    progress: Progress | None = None,
+    report: Report | None = None,
+    pre: str | None = None,
+) -> StoredModel:
+    """Put a model into the store under `name`, else under its card's, repository's or file's name.
+
+    `source` is a model card's name; a path to a GGUF file (the first of a set), or to the folder of a ternary
+    checkpoint; or `owner/name`, `owner/name:QUANTIZATION` or `owner/name/file.gguf` on the hub, the only case
+    that leaves this machine: `report` is then told what is fetched from where. It is told, too, when a model
+    is converted; `pre` is as for `convert`. `progress(done_bytes, total_bytes)`.
+
+    Raises:
+        ModelNotFound: nothing of that name, here or on the hub.
+        BadRequest: the repository has several models and `source` does not say which; the name is none.
+        BadModelFile: what was given or fetched is no model.
+        UnsupportedModel: a checkpoint is not ternary.
+        StorageFailed: no room on the disk, no way to the hub, or it sent something else than it promised.
+    """
+    puller = _Puller(store or Store(), progress, report or (lambda text: None), pre)
+    if name:
+        check_name(name)
+    card = cards().get(source)
+    if card:
+        if card.path is not None:
+            return puller.store.add_file(card.path, name or card.name, progress, take="link")
+        return puller.from_hub(card.source, name or card.name)
+    path = Path(source).expanduser()
+    is_checkpoint = (path / CHECKPOINT_FILES[0]).is_file()
+    if path.is_file() or is_checkpoint or source.startswith(("/", ".", "~")):
+        return puller.from_disk(path, name)
+    if not _HUB.fullmatch(source):
+        raise _nothing_like(source)
+    return puller.from_hub(source, name or hub_name(source))
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether `source` names a model of the hub ('owner/name…'), which a card's name alone does not."""
+    return bool(_HUB.fullmatch(source))
+
+
+def hub_name(source: str) -> str:
+    """What a model of the hub ('owner/name…') is called, unless it is told otherwise."""
+    asked = _HUB.fullmatch(source)
+    name = _plain(re.sub(r"-gguf$", "", asked["repository"].partition("/")[2], flags=re.IGNORECASE))
+    return f"{name}:{asked['quantization']}" if asked["quantization"] else name
+
+
+def hub_files(source: str) -> list[HubFile]:
+    """The files of one model on the hub, all shards in order; `source` as `pull` takes it, or a card's name.
+
+    Raises:
+        BadRequest: the repository has several models and `source` does not say which, or this is no source.
+        ModelNotFound: the repository has no GGUF model, or there is no such repository.
+        StorageFailed: as `pull` does.
+    """
+    card = cards().get(source)
+    asked = _HUB.fullmatch(card.source if card else source)
+    if not asked:
+        raise BadRequest(f"{source!r} is no model of a hub repository (owner/name).", "source")
+    repository = asked["repository"]
+    files = repository_files(repository)
+    if not _models(files):
+        raise ModelNotFound(
+            f"{repository} on the hub holds no GGUF model: look for its GGUF edition. If it is a ternary "
+            f"checkpoint, `cordee pull {repository}` makes a file of it on some node, which can be shared."
+        )
+    return _choose(repository, files, asked["quantization"], asked["file"])
+
+
+@dataclass(frozen=True)
+class _Puller:
+    """Where models are put, who is told of it, and what a checkpoint's pre-tokenizer is called."""
+
+    store: Store
+    progress: Progress | None
+    report: Report
+    pre: str | None
+
+    def from_disk(self, path: Path, name: str | None) -> StoredModel:
+        """A GGUF file, or a checkpoint's folder."""
+        place = path.resolve()
+        if path.is_dir():
+            return self._converted(place, name or _plain(place.name), str(place), place.name)
+        name = name or _plain(_SHARD.sub("", path.stem))
+        if _has_type(path, TERNARY_TYPES):
+            return self._converted(path, name, str(place))
+        return self.store.add_file(path, name, self.progress)
+
+    def from_hub(self, source: str, name: str) -> StoredModel:
+        """What `source` asks for of a repository: a GGUF, or where it has none a checkpoint."""
+        asked = _HUB.fullmatch(source)
+        repository = asked["repository"]
+        files = repository_files(repository)
+        is_open = not (_models(files) or asked["quantization"] or asked["file"])
+        checkpoint = self._checkpoint(files) if is_open else []
+        chosen = checkpoint or _choose(repository, files, asked["quantization"], asked["file"])
+        self._tell(chosen)
+        with downloaded(chosen, self.progress) as paths:
+            if checkpoint:
+                return self._converted(paths[0].parent, name, repository, repository.partition("/")[2])
+            place = f"{repository}/{chosen[0].path}"
+            if _has_type(paths[0], TERNARY_TYPES):
+                return self._converted(paths[0], name, place)
+            digest = f"sha256:{chosen[0].sha256}" if len(chosen) == 1 else None
+            return self.store.add_file(paths[0], name, source=place, digest=digest, take="move")
+
+    def _converted(self, path: Path, name: str, source: str, title: str | None = None) -> StoredModel:
+        """A ternary model in the layout of the ternary engine. What only libllama runs stays as it is."""
+        self.report(f"Converting {title or path.name} for the ternary engine; no weight is changed")
+        with self.store.working_folder() as folder:
+            ready = folder / "converted.gguf"
+            try:
+                convert(path, ready, pre=self.pre, title=title, progress=self.progress)
+            except UnsupportedModel as error:
+                if path.is_dir() or _has_type(path, set(BitnetType)):
+                    raise
+                self.report(f"It stays as it is: {error.message}")
+                return self.store.add_file(path, name, self.progress, source=source)
+            return self.store.add_file(ready, name, self.progress, source=source, take="move")
+
+    def _checkpoint(self, files: list[HubFile]) -> list[HubFile]:
+        """The files of a repository's checkpoint, if its config.json says that it is ternary; else none."""
+        found = {file.path: file for file in files if file.path in CHECKPOINT_FILES}
+        weights = [file for file in files if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", file.path)]
+        whole = [file for file in files if file.path == "model.safetensors"]
+        if CHECKPOINT_FILES[0] not in found or not (whole or weights):
+            return []
+        config = found[CHECKPOINT_FILES[0]]
+        self._tell([config])
+        with downloaded([config]) as [path]:
+            if not quantization(read_json(path), config.repository).declared:
+                return []
+        return [*found.values(), *(whole or weights)]
+
+    def _tell(self, chosen: list[HubFile]) -> None:
+        """Whatever leaves this machine is said."""
+        largest = max(chosen, key=lambda file: file.nbytes)
+        size = sum(part.nbytes for part in chosen) / 1e9
+        self.report(f"Fetching {largest.path} ({size:.1f} GB) from the hub repository {largest.repository}")
+
+
+def _has_type(path: Path, types: Container[int]) -> bool:
+    """Whether a layer's tensor in a GGUF file is of one of these types."""
+    return any(tensor.type in types for tensor in read_header(path).tensors if BLOCK.match(tensor.name))
+
+
+def _choose(
+    repository: str, files: list[HubFile], quantization: str | None, file: str | None
+) -> list[HubFile]:
+    """The files of one model of a repository: one, or all shards in order."""
+    models = _models(files)
+    if file:
+        wanted = [parts for parts in models.values() if any(part.path == file for part in parts)]
+    elif quantization:
+        label = quantization.upper()
+        wanted = [
+            m for stem, m in models.items() if label in (_label(stem), _label(stem).removeprefix("UD-"))
+        ]
+    else:
+        wanted = list(models.values()) if len(models) == 1 else []
+        for label in PREFERENCE:
+            wanted = wanted or [parts for stem, parts in models.items() if _label(stem) == label]
+    if len(wanted) == 1:
+        return wanted[0]
+    if not models:
+        raise ModelNotFound(
+            f"{repository} on the hub holds no GGUF model, and no checkpoint whose config.json says that it "
+            "is ternary: look for its GGUF edition."
+        )
+    labels = [_label(stem) for stem in models]
+    known = labels if all(labels) and len(set(labels)) == len(labels) and not file else None
+    choices = [f":{label}" for label in known] if known else [f"/{m[0].path}" for m in models.values()]
+    fault = "has several models" if wanted or not (file or quantization) else "has no such model"
+    raise BadRequest(
+        f"{repository} on the hub {fault}: say which, as in {repository}{choices[0]}. "
+        f"It has {', '.join(choices)}.",
+        "source",
+    )
+
+
+def _models(files: list[HubFile]) -> dict[str, list[HubFile]]:
+    """Complete models: path without ending and shard number -> its files in order."""
+    models: dict[str, list[HubFile]] = {}
+    of_models = (file for file in files if file.sha256 and file.path.lower().endswith(".gguf"))
+    for file in sorted(of_models, key=lambda file: file.path):
+        stem = str(PurePosixPath(file.path).with_suffix(""))
+        if not any(part in PurePosixPath(stem).name.lower() for part in _OTHER_PARTS):
+            models.setdefault(_SHARD.sub("", stem), []).append(file)
+    return {stem: parts for stem, parts in models.items() if len(parts) == _part_count(parts[0])}
+
+
+def _part_count(first: HubFile) -> int:
+    match = _SHARD.search(PurePosixPath(first.path).stem)
+    return int(match[2]) if match else 1
+
+
+def _label(stem: str) -> str:
+    """The quantization that a file's name states, in capitals; empty if it states none."""
+    found = _QUANTIZATION.findall(PurePosixPath(stem).name)
+    return found[-1].upper() if found else ""
+
+
+def _plain(text: str) -> str:
+    """A name for a model made of a file's or a repository's."""
+    return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "model"
+
+
+def _nothing_like(source: str) -> ModelNotFound:
+    close = get_close_matches(source, cards(), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "cards are " + ", ".join(cards()) + "."
+    return ModelNotFound(f"{source!r} is no file, no hub repository (owner/name) and no model card: {hint}")

@@ -1,0 +1,318 @@
+"""What lies here of models that the cluster shares: their sheets, and the parts assembled by them.
+
+    sheets/<hex>/sheet                  the sheet with that digest
+    sheets/<hex>/whole.json             which whole model of the store it was made of, if any
+    sheets/<hex>/vocabulary.gguf        the metadata alone
+    sheets/<hex>/<first>-<last>.gguf    a complete part (assemble.py); with .partial behind, a growing one
+
+Everything can be read by chunk, from whichever file has it: for neighbours, and to assemble other parts here.
+A chunk is hashed whenever it is read, so damage on this disk is found before it is passed on.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from cordee.cluster.disk import Part
+from cordee.cluster.facts import SliceHeld
+from cordee.distribution.assemble import (
+    PARTIAL,
+    Assembly,
+    Layout,
+    assembling,
+    bad_chunks,
+    damages,
+    partial_path,
+    read_chunk,
+)
+from cordee.distribution.manifest import CHUNK_BYTES, Chunk, Sheet, SheetMaker, make_sheet, read_sheet
+from cordee.errors import BadModelFile, CordeeError, ModelNotFound
+from cordee.files import atomic_file, disk_faults, write_all
+from cordee.models.gguf import read_header
+from cordee.models.slices import Progress, SliceFile, plan_outside
+from cordee.models.store import Store, StoredModel, digest_hex
+
+# A node runs a handful of models in a few parts each; the layout of a last part holds the vocabulary.
+LAYOUTS_KEPT = 32
+# A sheet takes a tenth of a megabyte, and the digests of a large model two more.
+SHEETS_KEPT = 256
+# What `st_blocks` counts in, whatever the file system.
+STAT_BLOCK_BYTES = 512
+
+_PART = re.compile(r"(\d+)-(\d+)\.gguf")
+
+
+class Parts:
+    """The parts of models in a store, for any number of threads. Models are named by their sheet's digest."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._root = store.root / "sheets"
+        self._sheets: dict[str, Sheet] = {}
+        self._layouts: dict[tuple[str, int, int], Layout] = {}
+
+    def sheet_of(self, model: StoredModel, progress: Progress | None = None) -> Sheet:
+        """The sheet of a whole model in the store, made once. `progress(done_bytes, total_bytes)`.
+
+        Raises:
+            BadModelFile: the model's file is damaged.
+            StorageFailed: no room on disk.
+        """
+        if found := self.made().get(model.digest):
+            with suppress(BadModelFile):
+                return self.sheet(found)
+        with disk_faults(self._root):
+            sheet = make_sheet(read_header(model.path), self._root, progress)
+            self._store.set_sheet_source(sheet.digest, model.digest)
+        return sheet
+
+    def add_sheet(self, digest: str, content: bytes) -> Sheet:
+        """Keep a sheet that came from elsewhere.
+
+        Raises:
+            BadModelFile: this is no sheet, or not the one of that digest; nothing was kept.
+            StorageFailed: no room on disk.
+        """
+        if (found := f"sha256:{hashlib.sha256(content).hexdigest()}") != digest:
+            raise BadModelFile(f"Another sheet came ({found}) instead of {digest}.")
+        folder = self._folder(digest)
+        with disk_faults(self._root):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            with atomic_file(folder / "sheet") as file:
+                write_all(file, content)
+            self._sheets.pop(digest, None)
+            try:
+                return self.sheet(digest)
+            except BadModelFile:  # whoever gave the digest made it of something that is no sheet
+                (folder / "sheet").unlink()
+                with suppress(OSError):  # parts are in it
+                    folder.rmdir()
+                raise
+
+    def keep_made(self, maker: SheetMaker) -> Sheet:
+        """Keep a sheet that was made of a model that is not in the store.
+
+        Raises:
+            StorageFailed: no room on disk.
+        """
+        with disk_faults(self._root):
+            return self.sheet(maker.write(self._root).digest)
+
+    def known(self) -> list[str]:
+        """The digests of the sheets that are here."""
+        return sorted(f"sha256:{path.parent.name}" for path in self._root.glob("*/sheet"))
+
+    def made(self) -> dict[str, str]:
+        """The digests of sheets that were made of models of the store, by the whole model's digest."""
+        sources = {digest: self._store.sheet_source(digest) for digest in self.known()}
+        return {source: digest for digest, source in sources.items() if source}
+
+    def sheet(self, digest: str) -> Sheet:
+        """The sheet of that digest.
+
+        Raises:
+            ModelNotFound: it is not here.
+            BadModelFile: it was damaged on disk; add it again.
+        """
+        if sheet := self._sheets.get(digest):
+            return sheet
+        path = self._folder(digest) / "sheet"
+        if not path.exists():
+            raise ModelNotFound(f"Nothing is known here of the model {digest}.")
+        sheet = read_sheet(path)
+        if sheet.digest != digest:
+            raise BadModelFile(f"{path} is damaged: fetch it again.")
+        _remember(self._sheets, digest, sheet, SHEETS_KEPT)
+        return sheet
+
+    def layout(self, digest: str, first: int, last: int) -> Layout:
+        """The layout of a part. Raises as `sheet` and `Layout` do."""
+        key = (digest, first, last)
+        if key not in self._layouts:
+            _remember(self._layouts, key, Layout(self.sheet(digest), first, last), LAYOUTS_KEPT)
+        return self._layouts[key]
+
+    def held(self, digest: str) -> list[SliceHeld]:
+        """What of a model lies here complete: 0 to 0 is the embedding alone. Raises as `sheet` does."""
+        layers = self.sheet(digest).header.layers
+        whole = [(0, layers)] if self._store.whole(digest) else []
+        ranges = dict.fromkeys([*whole, *((part.first, part.last) for part, _ in self._complete(digest))])
+        return [SliceHeld(digest, first, last, (first, last) == (0, layers)) for first, last in ranges]
+
+    def lying(self, digest: str) -> tuple[list[Part], list[Part]]:
+        """What of a model was assembled here, complete and growing; `used` is in seconds since 1970.
+
+        A growing part takes what has come of it; a file that is no part of this length is like one. Raises as
+        `sheet` does.
+        """
+        complete, growing = [], []
+        for layout, path in self._found(digest):
+            with suppress(OSError):  # finished or removed meanwhile
+                stat = path.stat()
+                part = Part(
+                    SliceHeld(digest, layout.first, layout.last),
+                    stat.st_blocks * STAT_BLOCK_BYTES,
+                    stat.st_mtime,
+                )
+                is_complete = path.suffix != PARTIAL and stat.st_size == layout.nbytes
+                (complete if is_complete else growing).append(part)
+        return complete, growing
+
+    def part(self, digest: str, first: int, last: int) -> SliceFile | None:
+        """A part as a file, None if it is not here complete. All layers, or none, may be the whole model.
+
+        To ask for it is to use it: see `lying`. Raises as `layout` does.
+        """
+        layout = self.layout(digest, first, last)
+        if (first, last) in ((0, layout.sheet.header.layers), (0, 0)) and (path := self._store.whole(digest)):
+            return SliceFile(path, first, last, layout.file(path).digest, path.stat().st_size)
+        path = self._path(digest, first, last)
+        if not _is_complete(layout, path):
+            return None
+        with suppress(OSError):
+            os.utime(path)
+        return layout.file(path)
+
+    def vocabulary(self, digest: str) -> Path:
+        """A file for `Vocabulary`: a model without weights, made from the sheet. Raises as `sheet` does."""
+        header = plan_outside(self.sheet(digest).header, ()).header
+        path = self._folder(digest) / "vocabulary.gguf"
+        if not path.exists() or path.read_bytes() != header:
+            with atomic_file(path) as file:
+                write_all(file, header)
+        return path
+
+    @contextmanager
+    def assembling(
+        self, digest: str, first: int, last: int, progress: Progress | None = None
+    ) -> Iterator[Assembly]:
+        """Begin or go on with a part; what any file here has of it is in it already.
+
+        `progress(done_bytes, total_bytes)` counts that too. Raises as `layout` does, and
+
+            StorageFailed: no room on disk, or another process assembles this part.
+        """
+        layout, path = self.layout(digest, first, last), self._path(digest, first, last)
+        with assembling(layout, path, progress) as assembly:
+            for other, offsets in list(self._files(digest, growing=True)):
+                if assembly.missing and other != partial_path(path):
+                    _copy(assembly, other, offsets)
+            yield assembly
+
+    def read(self, digest: str, chunk: Chunk) -> bytes:
+        """A chunk of a model from whatever has it here.
+
+        Raises:
+            ModelNotFound: nothing here has it.
+            BadModelFile: it is damaged here; names file and chunk.
+            BadRequest: the model has no such chunk.
+        """
+        sheet, damaged = self.sheet(digest), None
+        sheet.nbytes(chunk)
+        for path, offsets in self._files(digest):
+            if chunk.tensor in offsets:
+                with suppress(OSError), path.open("rb", buffering=0) as file:
+                    data = read_chunk(sheet, chunk, file.fileno(), offsets[chunk.tensor])
+                    if data is not None:
+                        return data
+                damaged = path
+        if damaged:
+            raise BadModelFile(f"{sheet.chunk_name(chunk)} is damaged in {damaged}.")
+        raise ModelNotFound(f"{sheet.chunk_name(chunk)} is not here.")
+
+    def read_sheet_piece(self, digest: str, index: int) -> bytes:
+        """Piece `index` of a sheet's own bytes; all but the last have CHUNK_BYTES. Raises as `sheet` does."""
+        with self.sheet(digest).path.open("rb") as file:
+            file.seek(max(0, index) * CHUNK_BYTES)
+            return file.read(CHUNK_BYTES)
+
+    def verify(self, digest: str, first: int, last: int, progress: Progress | None = None) -> list[str]:
+        """Read a complete part back; the names of all that is damaged.
+
+        A damaged part is no longer held: assembling it again fetches what was damaged and nothing else. (A
+        damaged whole model stays: only `cordee pull` puts it back.) Raises as `layout` does.
+        """
+        layout, path = self.layout(digest, first, last), self._path(digest, first, last)
+        whole = self._store.whole(digest)
+        if whole and (first, last) == (0, layout.sheet.header.layers):
+            return bad_chunks(layout.sheet, _whole_offsets(layout.sheet), whole, progress)
+        found = damages(layout, path, progress)
+        if found:
+            with disk_faults(self._root):
+                path.replace(partial_path(path))
+        return found
+
+    def drop(self, digest: str, first: int, last: int) -> None:
+        """Remove a part, complete or growing."""
+        path = self._path(digest, first, last)
+        with disk_faults(self._root):
+            path.unlink(missing_ok=True)
+            partial_path(path).unlink(missing_ok=True)
+
+    def forget(self, digest: str) -> None:
+        """Remove a sheet and all parts that were assembled by it; a whole model stays in the store."""
+        self._sheets.pop(digest, None)
+        with disk_faults(self._root), suppress(FileNotFoundError):
+            shutil.rmtree(self._folder(digest))
+
+    def _folder(self, digest: str) -> Path:
+        try:
+            return self._root / digest_hex(digest)
+        except ValueError as error:
+            raise ModelNotFound(f"{digest!r} names no model.") from error
+
+    def _path(self, digest: str, first: int, last: int) -> Path:
+        return self._folder(digest) / f"{first}-{last}.gguf"
+
+    def _complete(self, digest: str) -> Iterator[tuple[Layout, Path]]:
+        for layout, path in self._found(digest):
+            if path.suffix != PARTIAL and _is_complete(layout, path):
+                yield layout, path
+
+    def _found(self, digest: str) -> Iterator[tuple[Layout, Path]]:
+        """All files named like parts, growing ones too; those of impossible ranges are passed over."""
+        for path in sorted(self._folder(digest).iterdir()):
+            if match := _PART.fullmatch(path.name.removesuffix(PARTIAL)):
+                with suppress(CordeeError):
+                    yield self.layout(digest, int(match[1]), int(match[2])), path
+
+    def _files(self, digest: str, growing: bool = False) -> Iterator[tuple[Path, dict[int, int]]]:
+        """(file, where in it each tensor begins) for everything that may hold chunks of a model."""
+        if whole := self._store.whole(digest):
+            yield whole, _whole_offsets(self.sheet(digest))
+        for layout, path in self._found(digest) if growing else self._complete(digest):
+            yield path, layout.offsets
+
+
+def _whole_offsets(sheet: Sheet) -> dict[int, int]:
+    return {number: tensor.offset for number, tensor in enumerate(sheet.header.tensors)}
+
+
+def _is_complete(layout: Layout, path: Path) -> bool:
+    """Whether a file has the size of a part; only `verify` reads it."""
+    try:
+        return path.stat().st_size == layout.nbytes
+    except OSError:
+        return False
+
+
+def _copy(assembly: Assembly, source: Path, offsets: dict[int, int]) -> None:
+    """Take what another file on this disk has of a part; a file that cannot be read has nothing."""
+    sheet = assembly.layout.sheet
+    with suppress(OSError), source.open("rb", buffering=0) as file:
+        for chunk in [chunk for chunk in assembly.missing if chunk.tensor in offsets]:
+            data = read_chunk(sheet, chunk, file.fileno(), offsets[chunk.tensor])
+            if data is not None:
+                assembly.put(chunk, data, str(source))
+
+
+def _remember(memory: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
+    """Keep a value; the oldest goes when there are too many."""
+    memory[key] = value
+    while len(memory) > limit:
+        memory.pop(next(iter(memory)), None)  # another thread may have been faster

@@ -1,0 +1,1 @@
+"""What this computer has: memory, devices, energy; and what fits on it."""

@@ -1,0 +1,312 @@
+"""How a machine becomes a member, and how members stay it: codes, join, renewals. Keepers are in desk.py.
+
+    keeper                                     newcomer
+    invite: prints a code                      join CODE
+      |<---------------- GET /cluster ------------|   TLS, nobody known yet
+      |----- the authority's certificate, time -->|   is it the one of the code? else stop
+      |<------ POST /join: request, proof --------|   TLS verified by that authority
+      |- certificate, peers, removed nodes, ... ->|   and the authority's key, if invited as a keeper
+
+A code holds the keeper's addresses, the first half of the SHA-256 of the authority's certificate, a secret,
+and a checksum against slips. The secret never travels: the proof is its HMAC over the newcomer's request, so
+it serves nobody else's key, and the authority's key travels sealed with it. A code works once, for
+INVITE_SECONDS, and as long as the keeper's process lives; whoever used it may repeat his request, since
+answers get lost. Renewals go over the bus: whoever asks there is a member.
+"""
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import hmac
+import http.client
+import os
+import ssl
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+from cryptography import x509
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from cordee.errors import CordeeError, JoinFailed
+from cordee.net import address, identity
+from cordee.net.identity import Identity
+from cordee.net.peers import Peers
+from cordee.net.zenoh_bus import Bus
+
+CODE_PREFIX = "cordee"
+SECRET_BYTES = PIN_BYTES = 16  # 128 bits can neither be guessed nor matched by another authority
+CHECKSUM_BYTES = 4
+ANSWER_BYTES_MAX = 1 << 20  # SLOTS addresses and removals take a tenth
+REACH_SECONDS = 5.0  # for each step with one address of a code
+CLOCK_SECONDS_MAX = identity.BACKDATED_SECONDS * 3 / 4  # beyond it a fresh certificate seems not yet valid
+KEYS_TRIED_MAX = 16  # until a node's slot is free: with half of them taken, 1 in 65,000 fails
+RENEW_SECONDS = 5.0  # for keepers to answer
+SEAL_NONCE_BYTES = 12
+
+T = TypeVar("T")
+
+
+class Code(msgspec.Struct, frozen=True, array_like=True):
+    """What an invitation's code says."""
+
+    addresses: tuple[str, ...]
+    pin: bytes
+    secret: bytes
+
+    def text(self) -> str:
+        """The code as one word."""
+        packed = msgspec.msgpack.encode(self)
+        data = packed + hashlib.sha256(packed).digest()[:CHECKSUM_BYTES]
+        return CODE_PREFIX + base64.b32encode(data).decode().rstrip("=").lower()
+
+
+class Cluster(msgspec.Struct, frozen=True):
+    """Answer to GET /cluster: the authority's certificate (PEM) and the keeper's clock."""
+
+    authority: bytes
+    now: float
+
+
+class Application(msgspec.Struct, frozen=True):
+    """POST /join: a request for a certificate, and the secret's HMAC over it."""
+
+    request: bytes
+    proof: bytes
+
+
+class Admission(msgspec.Struct, frozen=True, tag=True):
+    """Answer to POST /join. `peers`: where nodes are, by id; `authority_key`: sealed, empty for most."""
+
+    certificate: bytes
+    peers: dict[str, str]
+    revocations: tuple[bytes, ...]
+    authority_key: bytes
+
+
+class Refusal(msgspec.Struct, frozen=True, tag=True):
+    """Why there is no Admission; one of REFUSALS, or `slot`: try another key."""
+
+    reason: str
+
+
+class Renewal(msgspec.Struct, frozen=True):
+    """A member's question to keepers on the bus, answered by a certificate (PEM)."""
+
+    request: bytes
+    certificate: bytes
+
+
+REFUSALS = {
+    "unknown": "The code is not (or no longer) known there: ask for a new one with `cordee invite`.",
+    "expired": "The code has expired: ask for a new one with `cordee invite`.",
+    "used": "The code was used already, and each works once: ask for a new one with `cordee invite`.",
+    "removed": "This node was removed from the cluster for good: `cordee leave` here makes it a new one.",
+    "busy": "Too many wrong codes were tried there: wait a minute, then try again.",
+    "slot": "The cluster is full.",
+}
+
+
+def read_code(text: str) -> Code:
+    """The code that somebody pasted; blanks and line breaks in it do not matter.
+
+    Raises:
+        JoinFailed: it is no code, or has a slip in it.
+    """
+    word = "".join(text.split()).lower()
+    encoded = word.removeprefix(CODE_PREFIX).upper()
+    try:
+        data = base64.b32decode(encoded + "=" * (-len(encoded) % 8))
+        packed, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
+        if not word.startswith(CODE_PREFIX) or hashlib.sha256(packed).digest()[:CHECKSUM_BYTES] != checksum:
+            raise ValueError
+        return msgspec.msgpack.decode(packed, type=Code)
+    except (ValueError, binascii.Error, msgspec.MsgspecError) as error:
+        raise JoinFailed(
+            "That is not a whole invitation code: copy the line that `cordee invite` printed, all of it."
+        ) from error
+
+
+def join(text: str, clock: Callable[[], float] = time.time) -> Identity:
+    """Become a member of the cluster whose code this is; a member of it stays the same node.
+
+    Raises:
+        JoinFailed: a slip in the code, no keeper reached, another cluster there, a code that expired or was
+            used, clocks too far apart, or this machine is in another cluster; the message says what to do.
+        IdentityDamaged: this machine has an identity that cannot be read.
+    """
+    code = read_code(text)
+    member = identity.load() if identity.exists() else None
+    if member is not None and pin_of(member.authority) != code.pin:
+        raise JoinFailed("This machine belongs to another cluster: `cordee leave` first, then join.")
+    where, authority = _find(code, clock)
+    for _ in range(KEYS_TRIED_MAX):
+        key = member.key if member is not None else identity.new_key()
+        request = identity.certificate_request(key)
+        application = Application(request, proof_of(code.secret, request))
+        answer = _ask(where, "POST", "/join", authority, Admission | Refusal, application)
+        if isinstance(answer, Admission):
+            return _settle(answer, key, authority, code.secret, member)
+        if answer.reason != "slot" or member is not None:
+            break
+    raise JoinFailed(REFUSALS.get(answer.reason, REFUSALS["unknown"]))
+
+
+def check(member: Identity, now: float) -> None:
+    """Whether other members can be met with this identity.
+
+    Raises:
+        JoinFailed: the node was removed, or its certificate is not valid now; the message says what to do.
+    """
+    if member.node in member.revoked:
+        raise JoinFailed(REFUSALS["removed"])
+    start, end = member.validity()
+    if not start <= now < end:
+        day = time.strftime("%Y-%m-%d", time.gmtime(end if now >= end else start))
+        state = f"ran out on {day}" if now >= end else f"is not valid before {day}"
+        raise JoinFailed(
+            f"This node's certificate {state}: check this machine's clock. If it is right, `cordee join` a "
+            "code that `cordee invite` prints on another node; this one stays the node that it is."
+        )
+
+
+def pin_of(authority: x509.Certificate) -> bytes:
+    """What a code says of the authority."""
+    return authority.fingerprint(hashes.SHA256())[:PIN_BYTES]
+
+
+def serve_renewals(bus: Bus, member: Identity, clock: Callable[[], float] = time.time) -> None:
+    """Let a keeper answer the renewals of others."""
+
+    async def answer(question: bytes) -> bytes | None:
+        try:
+            renewal = msgspec.msgpack.decode(question, type=Renewal)
+            return member.sign_again(renewal.request, renewal.certificate, clock())
+        except (ValueError, msgspec.MsgspecError):
+            return None
+
+    bus.serve(f"renew/{member.node}", answer)
+
+
+async def renew(bus: Bus, member: Identity, now: float) -> bool:
+    """Renew the certificate, by oneself or any keeper on the bus; False when none answered.
+
+    Afterwards the bus wants a `refresh`: its listener still shows the old certificate.
+    """
+    if member.is_keeper:
+        member.renew_self(now)
+        return True
+    question = Renewal(member.request(), identity.pem(member.certificate))
+    answers = await bus.query("renew/*", msgspec.msgpack.encode(question), seconds=RENEW_SECONDS)
+    for answer in answers:
+        with contextlib.suppress(ValueError):
+            member.renew(answer)
+            return True
+    return False
+
+
+def _settle(
+    admission: Admission,
+    key,
+    authority: x509.Certificate,
+    secret: bytes,
+    member: Identity | None,
+) -> Identity:
+    """Write what the keeper answered."""
+    try:
+        if member is None:
+            certificate = x509.load_pem_x509_certificate(admission.certificate)
+            member = identity.install(key, certificate, authority)
+        else:
+            member.renew(admission.certificate)
+        if admission.authority_key:
+            member.become_keeper(_unseal(admission.authority_key, secret))
+    except (ValueError, InvalidTag) as error:
+        raise JoinFailed(f"The keeper's answer makes no sense ({error}): try again.") from error
+    member.admit(admission.revocations)
+    peers = Peers(member)
+    for node, addresses in admission.peers.items():
+        peers.remember(node, addresses)
+    return member
+
+
+def _find(code: Code, clock: Callable[[], float]) -> tuple[str, x509.Certificate]:
+    """The first address of a code behind which its cluster is, and the cluster's authority."""
+    unreached = []
+    for where in code.addresses[: address.ADDRESSES_MAX]:
+        try:
+            cluster = _ask(where, "GET", "/cluster", None, Cluster, None)
+            authority = x509.load_pem_x509_certificate(cluster.authority)
+        except (JoinFailed, ValueError) as error:
+            unreached.append(f"{where}: {error}")
+            continue
+        if pin_of(authority) != code.pin:
+            raise JoinFailed(
+                f"At {where} there is another cluster than the code's: its address went to another machine, "
+                "or somebody pretends to be it. Ask for a new code with `cordee invite`."
+            )
+        off_seconds = clock() - cluster.now
+        if abs(off_seconds) > CLOCK_SECONDS_MAX:
+            days = abs(off_seconds) / identity.DAY_SECONDS
+            side = "ahead of" if off_seconds > 0 else "behind"
+            raise JoinFailed(
+                f"This machine's clock is {days:.1f} days {side} the cluster's: set it, then join again."
+            )
+        return where, authority
+    raise JoinFailed(
+        f"The inviting machine cannot be reached ({'; '.join(unreached)}): it must be up, on this network, "
+        "and behind no firewall."
+    )
+
+
+def _ask(
+    where: str,
+    method: str,
+    path: str,
+    authority: x509.Certificate | None,
+    kind: type[T],
+    body: Application | None,
+) -> T:
+    """One exchange with the endpoint; without `authority` whoever answers is believed.
+
+    Raises:
+        JoinFailed: no answer, or none of this kind.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE if authority is None else ssl.CERT_REQUIRED
+    if authority is not None:
+        context.load_verify_locations(cadata=identity.pem(authority).decode())
+    try:
+        host, port = address.parse(where, 0)
+        connection = http.client.HTTPSConnection(host, port, timeout=REACH_SECONDS, context=context)
+        with contextlib.closing(connection):
+            connection.request(method, path, msgspec.msgpack.encode(body) if body is not None else None)
+            answer = connection.getresponse().read(ANSWER_BYTES_MAX)
+        return msgspec.msgpack.decode(answer, type=kind)
+    except (OSError, http.client.HTTPException, CordeeError, msgspec.MsgspecError) as error:
+        raise JoinFailed(str(error) or type(error).__name__) from error
+
+
+def proof_of(secret: bytes, request: bytes) -> bytes:
+    """What shows the knowledge of a code's secret and serves for this request only."""
+    return hmac.digest(secret, b"cordee join " + request, "sha256")
+
+
+def _sealing(secret: bytes) -> AESGCM:
+    return AESGCM(HKDF(hashes.SHA256(), 32, salt=None, info=b"cordee authority key").derive(secret))
+
+
+def seal(authority_key: bytes, secret: bytes) -> bytes:
+    """The authority's key, to be read by who knows a code's secret."""
+    nonce = os.urandom(SEAL_NONCE_BYTES)
+    return nonce + _sealing(secret).encrypt(nonce, authority_key, None)
+
+
+def _unseal(sealed: bytes, secret: bytes) -> bytes:
+    return _sealing(secret).decrypt(sealed[:SEAL_NONCE_BYTES], sealed[SEAL_NONCE_BYTES:], None)

@@ -1,0 +1,470 @@
+"""Who this machine is: the cluster's certificate authority, the node's key and certificate, who was removed.
+
+    cluster/ca.pem     the cluster's authority: trusted for this cluster and nothing else
+    cluster/ca.key     its key; only keepers have it (the first node, and whoever was invited as one)
+    cluster/node.key   made here; never leaves this machine
+    cluster/node.pem   the authority's signature under that key, short-lived
+    cluster/revoked    nodes that were removed, each signed by the authority
+
+The folder appears whole or not at all, so whatever is missing or damaged in it is a fault that is reported; a
+new identity in its place would be a stranger to the cluster. Times are seconds since 1970, as `time.time()`.
+
+A node's id is the first 16 hex digits of the SHA-256 of its public key, the cluster's id those of the SHA-256
+of its authority's certificate. Keys are EC P-256: the smallest that rustls, OpenSSL and old clients all know.
+
+**Common names are slots.** A certificate's common name is `slot_of(node)`, one of SLOTS names, by the first
+digits of the node's id. These names are whom `cordee.net.zenoh_bus` lets speak: that list changes when a
+node is removed, not when one joins. No public authority signs a name without a dot. Two members never share
+a slot; whoever joins with a taken one makes another key.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from cordee import files
+from cordee.errors import IdentityDamaged
+
+DAY_SECONDS = 86_400
+# A stolen machine that nobody removes stops being a member by itself; long enough for a summer holiday.
+CERTIFICATE_SECONDS = 30 * DAY_SECONDS
+RENEW_SECONDS = CERTIFICATE_SECONDS // 3  # two more thirds in which some keeper has to be up
+BACKDATED_SECONDS = 2 * DAY_SECONDS  # a clock that is a day slow, read by one that is right
+AUTHORITY_SECONDS = 30 * 365 * DAY_SECONDS  # outlives the machines
+SLOT_DIGITS = 2
+SLOTS = 16**SLOT_DIGITS  # members and nodes ever removed; each costs a zenoh session 15 kB and 40 µs
+FILE_BYTES_MAX = 1 << 20  # a list of SLOTS removed nodes takes 50 kB
+PARTIAL = ".cluster."  # begins the name of a folder that is being made
+ID_DIGITS = 16
+ID_BYTES = ID_DIGITS // 2
+
+T = TypeVar("T")
+
+
+@dataclass
+class Identity:
+    """A member's identity, as it lies in `folder`; methods that change it change the disk first."""
+
+    folder: Path
+    key: ec.EllipticCurvePrivateKey
+    certificate: x509.Certificate
+    authority: x509.Certificate
+    authority_key: ec.EllipticCurvePrivateKey | None  # keepers have it
+    _revoked: dict[str, bytes] = field(default_factory=dict)  # the authority's signature by node
+
+    @property
+    def node(self) -> str:
+        """This node's id."""
+        return node_id(self.key.public_key())
+
+    @property
+    def cluster(self) -> str:
+        """The cluster's id."""
+        return cluster_id(self.authority)
+
+    @property
+    def is_keeper(self) -> bool:
+        """Whether this node can invite, renew and remove."""
+        return self.authority_key is not None
+
+    @property
+    def revoked(self) -> frozenset[str]:
+        """The ids of all nodes known to be removed; it only ever grows."""
+        return frozenset(self._revoked)
+
+    @property
+    def revocations(self) -> tuple[bytes, ...]:
+        """What `admit` of any other member understands: tell everybody, again and again."""
+        return tuple(bytes.fromhex(node) + signature for node, signature in sorted(self._revoked.items()))
+
+    def validity(self) -> tuple[float, float]:
+        """From when until when the certificate is valid."""
+        certificate = self.certificate
+        return certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+
+    def renewal_due(self, now: float) -> bool:
+        """Whether a third of the certificate's life is over."""
+        return now >= self.validity()[1] - CERTIFICATE_SECONDS + RENEW_SECONDS
+
+    def request(self) -> bytes:
+        """A request (PKCS #10, DER) to sign this node's key; whoever reads it learns nothing secret."""
+        return certificate_request(self.key)
+
+    def sign(self, request: bytes, now: float) -> bytes:
+        """A certificate (PEM) for the key of a request; only a keeper can.
+
+        Raises:
+            ValueError: it is no request, or it does not prove the possession of a P-256 key.
+        """
+        assert self.authority_key is not None, "only a keeper signs"
+        return pem(_issue(requested_key(request), self.authority, self.authority_key, now))
+
+    def sign_again(self, request: bytes, certificate: bytes, now: float) -> bytes:
+        """`sign` for a member, who shows the certificate (PEM) that he has; it may have run out.
+
+        Raises:
+            ValueError: the certificate is not this cluster's for the request's key, or the node was removed.
+        """
+        key = requested_key(request)
+        if not _belongs(x509.load_pem_x509_certificate(certificate), key, self.authority):
+            raise ValueError("the certificate is not this cluster's for that key")
+        if node_id(key) in self._revoked:
+            raise ValueError("the node was removed")
+        return self.sign(request, now)
+
+    def renew(self, certificate: bytes) -> None:
+        """Take a new certificate (PEM) for this node's key.
+
+        Raises:
+            ValueError: it is another's, or not of this cluster's authority.
+        """
+        renewed = x509.load_pem_x509_certificate(certificate)
+        if not _belongs(renewed, self.key.public_key(), self.authority):
+            raise ValueError("the certificate is not this cluster's for this node's key")
+        _write(self.folder / "node.pem", pem(renewed))
+        self.certificate = renewed
+
+    def renew_self(self, now: float) -> None:
+        """What a keeper does when its own certificate is due."""
+        self.renew(self.sign(self.request(), now))
+
+    def become_keeper(self, authority_key: bytes) -> None:
+        """Take the authority's key (PEM), as another keeper sent it.
+
+        Raises:
+            ValueError: it is not the key of this cluster's authority.
+        """
+        key = _private_key(authority_key)
+        if _spki(key.public_key()) != _spki(self.authority.public_key()):
+            raise ValueError("the key is not that of this cluster's authority")
+        _write(self.folder / "ca.key", _private_pem(key))
+        self.authority_key = key
+
+    def authority_key_pem(self) -> bytes:
+        """The authority's key, for a node that is invited as a keeper."""
+        assert self.authority_key is not None, "only a keeper has it"
+        return _private_pem(self.authority_key)
+
+    def revoke(self, node: str) -> None:
+        """Remove a node for good; only a keeper can. The others learn it from `revocations`.
+
+        Raises:
+            ValueError: that is no node's id.
+        """
+        assert self.authority_key is not None, "only a keeper removes"
+        if node in self._revoked:
+            return
+        signature = self.authority_key.sign(_revocation(self.cluster, node), ec.ECDSA(hashes.SHA256()))
+        self.admit([bytes.fromhex(node) + signature])
+
+    def admit(self, revocations: Iterable[bytes]) -> frozenset[str]:
+        """Take note of `revocations` of another member; returns the nodes that are new among them.
+
+        An entry that the authority did not sign is passed over: it can only be damaged or made up.
+        """
+        new: dict[str, bytes] = {}
+        for entry in revocations:
+            node, signature = revoked_node(entry), entry[ID_BYTES:]
+            if node not in self._revoked and _is_revoked(self.authority, node, signature):
+                new[node] = signature
+        if new:
+            grown = self._revoked | new
+            lines = "".join(f"{node} {signature.hex()}\n" for node, signature in sorted(grown.items()))
+            _write(self.folder / "revoked", lines.encode())
+            self._revoked = grown
+        return frozenset(new)
+
+
+def exists() -> bool:
+    """Whether this machine belongs to a cluster; its identity may still be damaged."""
+    return _folder().exists()
+
+
+def found(now: float) -> Identity:
+    """Make a cluster with this machine as its first node and keeper.
+
+    Raises:
+        StorageFailed: the folder cannot be written.
+    """
+    authority_key = new_key()
+    authority = _issue_authority(authority_key, now)
+    key = new_key()
+    certificate = _issue(key.public_key(), authority, authority_key, now)
+    return install(key, certificate, authority, authority_key)
+
+
+def install(
+    key: ec.EllipticCurvePrivateKey,
+    certificate: x509.Certificate,
+    authority: x509.Certificate,
+    authority_key: ec.EllipticCurvePrivateKey | None = None,
+) -> Identity:
+    """Write a new identity, whole or not at all.
+
+    Raises:
+        IdentityDamaged: there is one already.
+        StorageFailed: the folder cannot be written.
+    """
+    folder = _folder()
+    for left in folder.parent.glob(f"{PARTIAL}*"):  # by a process that was killed; there is a key in it
+        shutil.rmtree(left, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
+    try:
+        _write(partial / "ca.pem", pem(authority))
+        _write(partial / "node.key", _private_pem(key))
+        _write(partial / "node.pem", pem(certificate))
+        _write(partial / "revoked", b"")
+        if authority_key is not None:
+            _write(partial / "ca.key", _private_pem(authority_key))
+        partial.rename(folder)
+    except OSError as error:
+        raise IdentityDamaged(
+            f"{folder} cannot be made ({error.strerror}): this machine belongs to a cluster already; "
+            "`cordee leave` ends that."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Identity(folder, key, certificate, authority, authority_key)
+
+
+def load() -> Identity:
+    """This machine's identity, every file of it checked.
+
+    Raises:
+        IdentityDamaged: a file is missing, unreadable or not what it should be; the message names it.
+    """
+    folder = _folder()
+    with contextlib.suppress(OSError):  # another's folder is caught below, when its files cannot be read
+        folder.chmod(0o700)
+    authority = _read(folder / "ca.pem", x509.load_pem_x509_certificate)
+    key = _read(folder / "node.key", _private_key)
+    certificate = _read(folder / "node.pem", x509.load_pem_x509_certificate)
+    if not _belongs(certificate, key.public_key(), authority):
+        raise _damaged(folder / "node.pem", "it does not belong to node.key and ca.pem")
+    authority_key = None
+    if (folder / "ca.key").exists():
+        authority_key = _read(folder / "ca.key", _private_key)
+        if _spki(authority_key.public_key()) != _spki(authority.public_key()):
+            raise _damaged(folder / "ca.key", "it is not the key of ca.pem")
+    identity = Identity(folder, key, certificate, authority, authority_key)
+    identity._revoked = _read(folder / "revoked", lambda data: _revoked_of(data, authority))
+    return identity
+
+
+def forget() -> None:
+    """Leave the cluster: delete this machine's identity. Nothing can bring it back."""
+    shutil.rmtree(_folder(), ignore_errors=True)
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    """A fresh P-256 key."""
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def node_id(key: ec.EllipticCurvePublicKey) -> str:
+    """The id of the node that holds this key's private half."""
+    return hashlib.sha256(_spki(key)).hexdigest()[:ID_DIGITS]
+
+
+def cluster_id(authority: x509.Certificate) -> str:
+    """The id of the cluster of this authority."""
+    return authority.fingerprint(hashes.SHA256()).hex()[:ID_DIGITS]
+
+
+def slot_of(node: str) -> str:
+    """The common name of a node's certificate."""
+    return f"cordee-{node[:SLOT_DIGITS]}"
+
+
+def revoked_node(revocation: bytes) -> str:
+    """The id of the node that a revocation is about."""
+    return revocation[:ID_BYTES].hex()
+
+
+def slots() -> list[str]:
+    """All common names that there can be, SLOTS of them."""
+    return [f"cordee-{number:0{SLOT_DIGITS}x}" for number in range(SLOTS)]
+
+
+def certificate_request(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A request (PKCS #10, DER) to sign this key, signed with it: it proves the possession of the key."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(_name(slot_of(node_id(key.public_key()))))
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
+
+
+def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
+    """The key that a request proves the possession of.
+
+    Raises:
+        ValueError: it is no request, its signature is wrong, or the key is not EC P-256.
+    """
+    parsed = x509.load_der_x509_csr(request)
+    key = parsed.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ValueError("the key is not EC P-256")
+    if not parsed.is_signature_valid:
+        raise ValueError("the request is not signed by its key")
+    return key
+
+
+def pem(certificate: x509.Certificate) -> bytes:
+    """A certificate as text, as files and messages hold it."""
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _folder() -> Path:
+    return files.home() / "cluster"
+
+
+def _issue(
+    key: ec.EllipticCurvePublicKey,
+    authority: x509.Certificate,
+    authority_key: ec.EllipticCurvePrivateKey,
+    now: float,
+) -> x509.Certificate:
+    node = node_id(key)
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
+    usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    builder = _certificate(key, slot_of(node), authority.subject, now, CERTIFICATE_SECONDS)
+    return (
+        builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(f"{node}.cordee")]), critical=False)
+        .add_extension(issuer, critical=False)
+        .sign(authority_key, hashes.SHA256())
+    )
+
+
+def _issue_authority(key: ec.EllipticCurvePrivateKey, now: float) -> x509.Certificate:
+    name = _name("cordee authority")
+    return (
+        _certificate(key.public_key(), "cordee authority", name, now, AUTHORITY_SECONDS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(signs_certificates=True), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+
+
+def _certificate(
+    key: ec.EllipticCurvePublicKey, common_name: str, issuer: x509.Name, now: float, life_seconds: int
+) -> x509.CertificateBuilder:
+    start = datetime.datetime.fromtimestamp(now - BACKDATED_SECONDS, datetime.UTC)
+    end = datetime.datetime.fromtimestamp(now + life_seconds, datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(common_name))
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(start)
+        .not_valid_after(end)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def _belongs(
+    certificate: x509.Certificate, key: ec.EllipticCurvePublicKey, authority: x509.Certificate
+) -> bool:
+    """Whether a certificate is the authority's, for this key; its dates are another question."""
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return _spki(certificate.public_key()) == _spki(key)
+
+
+def _revocation(cluster: str, node: str) -> bytes:
+    return f"cordee revocation {cluster} {node}".encode()
+
+
+def _is_revoked(authority: x509.Certificate, node: str, signature: bytes) -> bool:
+    statement = _revocation(cluster_id(authority), node)
+    try:
+        authority.public_key().verify(signature, statement, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        return False
+    return True
+
+
+def _revoked_of(data: bytes, authority: x509.Certificate) -> dict[str, bytes]:
+    revoked: dict[str, bytes] = {}
+    for line in data.decode().splitlines():
+        node, _, signature = line.partition(" ")
+        if not _is_revoked(authority, node, bytes.fromhex(signature)):
+            raise ValueError("an entry is not signed by the cluster's authority")
+        revoked[node] = bytes.fromhex(signature)
+    return revoked
+
+
+def _read(path: Path, parse: Callable[[bytes], T]) -> T:
+    try:
+        with path.open("rb") as file:
+            data = file.read(FILE_BYTES_MAX + 1)
+    except OSError as error:
+        raise _damaged(path, error.strerror or "it cannot be read") from error
+    if len(data) > FILE_BYTES_MAX:
+        raise _damaged(path, "it is too long")
+    try:
+        return parse(data)
+    except (ValueError, TypeError) as error:
+        raise _damaged(path, str(error).partition("\n")[0] or "it is not what it should be") from error
+
+
+def _damaged(path: Path, reason: str) -> IdentityDamaged:
+    return IdentityDamaged(
+        f"{path} is damaged ({reason}): put it back from a backup, or delete the folder "
+        f"{path.parent} and join again with a code that `cordee invite` prints on another node."
+    )
+
+
+def _write(path: Path, data: bytes) -> None:
+    with files.atomic_file(path) as file:  # mode 0600, as all of mkstemp
+        file.write(data)
+
+
+def _private_key(data: bytes) -> ec.EllipticCurvePrivateKey:
+    key = serialization.load_pem_private_key(data, password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError("the key is not an EC key")
+    return key
+
+
+def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _spki(key: ec.EllipticCurvePublicKey) -> bytes:
+    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)

@@ -1,0 +1,226 @@
+"""A keeper's desk: invitations, and the endpoint where newcomers show that they have one (enrolment.py).
+
+The endpoint is open while an invitation is. Wrong proofs are counted, by address and in all, and beyond a
+bound nothing is looked at for a while.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from cordee.errors import JoinFailed
+from cordee.net import address, identity
+from cordee.net.enrolment import (
+    SECRET_BYTES,
+    Admission,
+    Application,
+    Cluster,
+    Code,
+    Refusal,
+    pin_of,
+    proof_of,
+    seal,
+)
+from cordee.net.identity import Identity
+from cordee.net.peers import Peers
+
+INVITES_MAX = 16  # that are remembered, open or not
+BODY_BYTES_MAX = 16 << 10  # a request takes 300 bytes
+MISS_SECONDS = 60.0  # for which a wrong proof counts
+MISSES_MAX = 5  # of one address: a person mistypes a few times
+MISSES_TOTAL_MAX = 50  # of all: 128 bits stand anyway, this bounds the work
+CONNECTIONS_MAX = 32
+LINGER_SECONDS = 30.0  # after the last invitation was used, for a newcomer whose answer was lost
+INVITE_SECONDS = 900  # to walk to the other machine and install
+CODE_ADDRESSES_MAX = 3  # so that a code stays one line
+
+
+@dataclass
+class _Invitation:
+    """An invitation, open until it expires or is used."""
+
+    secret: bytes
+    keeper: bool
+    expires: float
+    used_by: str = ""  # node id
+
+
+class Misses:
+    """Wrong proofs of the last MISS_SECONDS; bounded, because the newest MISSES_TOTAL_MAX tell enough."""
+
+    def __init__(self) -> None:
+        self._misses: deque[tuple[float, str]] = deque(maxlen=MISSES_TOTAL_MAX)
+
+    def note(self, who: str, now: float) -> None:
+        """A wrong proof came from this address."""
+        self._misses.append((now, who))
+
+    def too_many(self, who: str, now: float) -> bool:
+        """Whether nothing of this address should be looked at now."""
+        recent = [each for then, each in self._misses if 0 <= now - then < MISS_SECONDS]
+        return len(recent) >= MISSES_TOTAL_MAX or recent.count(who) >= MISSES_MAX
+
+
+class Desk:
+    """A keeper's invitations and their endpoint.
+
+    `addresses` tells where this node's bus listens now; `host` is where the endpoint listens, empty for all
+    interfaces. Use it in one event loop, and `close` it.
+    """
+
+    def __init__(
+        self,
+        member: Identity,
+        host: str,
+        addresses: Callable[[], list[str]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._identity = member
+        self._host = host
+        self._addresses = addresses
+        self._clock = clock
+        self._invitations: deque[_Invitation] = deque(maxlen=INVITES_MAX)
+        self._issued: set[str] = set()
+        self._misses = Misses()
+        self._port = 0  # of the endpoint while it is open
+        self._serving: set[asyncio.Task] = set()  # the open endpoint, and one that is closing
+        self._changed = asyncio.Event()
+
+    async def invite(self, *, keeper: bool = False) -> str:
+        """A new code; the endpoint opens if it is not open.
+
+        Raises:
+            JoinFailed: this node is no keeper.
+        """
+        if not self._identity.is_keeper:
+            raise JoinFailed("This node cannot invite, since it is no keeper: invite on another node.")
+        now = self._clock()
+        if self._identity.renewal_due(now):
+            self._identity.renew_self(now)
+        secret = os.urandom(SECRET_BYTES)
+        self._invitations.append(_Invitation(secret, keeper, now + INVITE_SECONDS))
+        self._changed.set()
+        if not self._port:
+            listener = address.listener(self._host, 0)
+            self._port = listener.getsockname()[1]
+            task = asyncio.create_task(self._serve(listener))
+            self._serving.add(task)
+            task.add_done_callback(self._serving.discard)
+        addresses = address.own(self._host, self._port)[:CODE_ADDRESSES_MAX]
+        return Code(tuple(addresses), pin_of(self._identity.authority), secret).text()
+
+    async def close(self) -> None:
+        """End all invitations and the endpoint."""
+        self._invitations.clear()
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    async def _serve(self, listener: socket.socket) -> None:
+        routes = [Route("/cluster", self._show), Route("/join", self._join, methods=["POST"])]
+        config = uvicorn.Config(
+            Starlette(routes=routes),
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            ssl_certfile=self._identity.folder / "node.pem",
+            ssl_keyfile=self._identity.folder / "node.key",
+            limit_concurrency=CONNECTIONS_MAX,
+            timeout_graceful_shutdown=1,
+        )
+        server = uvicorn.Server(config)
+        server.capture_signals = contextlib.nullcontext
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            await self._until_unwanted()
+        finally:
+            self._port = 0  # whoever invites from here on opens another
+            server.should_exit = True
+            await serving
+
+    async def _until_unwanted(self) -> None:
+        """Wait until no invitation is open, and LINGER_SECONDS more."""
+        while True:
+            self._changed.clear()
+            open_until = [each.expires for each in self._invitations if not each.used_by]
+            left = max(open_until, default=0.0) - self._clock()
+            try:
+                async with asyncio.timeout(max(left, LINGER_SECONDS)):
+                    await self._changed.wait()
+            except TimeoutError:
+                return
+
+    async def _show(self, _: Request) -> Response:
+        authority = identity.pem(self._identity.authority)
+        return _packed(Cluster(authority, self._clock()))
+
+    async def _join(self, request: Request) -> Response:
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > BODY_BYTES_MAX:
+                return _packed(Refusal("unknown"), 413)
+        who = request.client.host if request.client else ""
+        answer = self._decide(body, who)
+        return _packed(answer, 403 if isinstance(answer, Refusal) else 200)
+
+    def _decide(self, body: bytes, who: str) -> Admission | Refusal:
+        now = self._clock()
+        if self._misses.too_many(who, now):
+            return Refusal("busy")
+        try:
+            application = msgspec.msgpack.decode(body, type=Application)
+            node = identity.node_id(identity.requested_key(application.request))
+        except (ValueError, msgspec.MsgspecError):
+            self._misses.note(who, now)
+            return Refusal("unknown")
+        proven = [
+            each
+            for each in self._invitations
+            if hmac.compare_digest(application.proof, proof_of(each.secret, application.request))
+        ]
+        if not proven:
+            self._misses.note(who, now)
+            return Refusal("unknown")
+        return self._admit(proven[0], application, node, now)
+
+    def _admit(
+        self, invitation: _Invitation, application: Application, node: str, now: float
+    ) -> Admission | Refusal:
+        if invitation.used_by not in ("", node):
+            return Refusal("used")
+        if now >= invitation.expires:
+            return Refusal("expired")
+        if node in self._identity.revoked:
+            return Refusal("removed")
+        members = {**Peers(self._identity).known, self._identity.node: ",".join(self._addresses())}
+        others = (members.keys() | self._issued | self._identity.revoked) - {node}
+        if identity.slot_of(node) in map(identity.slot_of, others):
+            return Refusal("slot")
+        invitation.used_by = node
+        self._issued.add(node)
+        self._changed.set()
+        sealed = seal(self._identity.authority_key_pem(), invitation.secret) if invitation.keeper else b""
+        certificate = self._identity.sign(application.request, now)
+        return Admission(certificate, members, self._identity.revocations, sealed)
+
+
+def _packed(answer: Cluster | Admission | Refusal, status: int = 200) -> Response:
+    return Response(msgspec.msgpack.encode(answer), status, media_type="application/msgpack")

@@ -1,0 +1,475 @@
+"""The bus between the agents of a cluster: `Bus`, what they need of it, and `ZenohBus`, how they get it.
+
+Every link is TLS with a certificate on both sides; no other listener is opened, no other protocol spoken.
+Peers are found by multicast (on a port of the cluster's own, so that two clusters do not knock at each
+other), by addresses given with `--peer`, by those remembered from last time, and by gossip. What multicast
+says, a random id and addresses, is all that travels outside of TLS.
+
+**Who may speak.** Beside the cluster's authority zenoh trusts the web's public authorities when it connects,
+and cannot be told not to; and anybody can answer its multicast with an address of his own. So a link alone is
+no membership. zenoh's access control lets nothing in or out but for common names that only the cluster's
+authority signs (`identity.slots`), less those of removed nodes; a removed node, which may have slept then,
+hears one thing: that it was. Who may is read when a session opens, and so is the listener's certificate:
+`refresh` reopens the session after a removal or a renewal, in about 0.1 s, on the same port. Host names would
+add nothing and are not verified: addresses change, ids do not.
+
+**Threads.** zenoh calls on its own threads; everything is handed to the event loop, in order, through bounded
+inboxes. Sending may block while a neighbour does not take data and so happens on threads of this module.
+Whatever is on the bus is soft state: what a full queue drops is said again by its owner.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import zenoh
+from zenoh.handlers import Callback
+
+from cordee.errors import BadRequest, SetupNeeded
+from cordee.net import address
+from cordee.net.identity import Identity, revoked_node
+from cordee.net.peers import Peers
+from cordee.net.zenoh_config import MESSAGE_BYTES_MAX, REMOVED, RUNTIME, session_config
+
+PORT = 7330  # where a node listens unless told otherwise or taken: `--peer HOST` means this port
+INBOX_MESSAGES_MAX = 4096  # a second of beats and tokens of the largest cluster
+INBOX_BYTES_MAX = 64 << 20  # two of the longest messages
+OUTBOX_MESSAGES_MAX = 1024  # more means that no neighbour takes anything
+QUERIES_MAX = 64  # that are answered at once; the rest find no answer and ask again
+ANSWERS_MAX = 256  # to one query: one of each node
+REPLY_THREADS = 2  # chunks to two slow neighbours do not stop those to a third
+PORT_SECONDS = 0.01  # between looks whether a closed session's port is free
+ADDRESS_SECONDS = 2.0  # between looks at this machine's addresses
+SETTLE_SECONDS = 2.0  # after a reopening: who has not come back by then is gone
+
+
+class Bus(Protocol):
+    """What agents need of each other. Keys are `a/b/c`; in patterns `*` is any one part, `**` any number.
+
+    Handlers are called in the event loop, in the order of what one node said. Nothing here waits for
+    another node except `query`. What is said while no link is up is lost.
+    """
+
+    def publish(self, key: str, payload: bytes) -> None:
+        """Say it to whoever subscribed to the key."""
+
+    def subscribe(self, pattern: str, handler: Callable[[str, bytes], None]) -> None:
+        """Hear (key, payload) of what is published under the pattern, this node's own words too."""
+
+    async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
+        """Ask everybody who serves a key of the pattern; the answers that came within `seconds`."""
+
+    def serve(self, key: str, handler: Callable[[bytes], Awaitable[bytes | None]]) -> None:
+        """Answer queries for the key, at most QUERIES_MAX at once; None is no answer."""
+
+    def announce(self, key: str) -> None:
+        """Be seen alive under the key, until `close` or until the link is lost."""
+
+    def watch(self, pattern: str, handler: Callable[[str, bool], None]) -> None:
+        """Hear (key, alive) of whoever comes or goes under the pattern, those already there first."""
+
+    async def close(self) -> None:
+        """Leave; the others see it at once."""
+
+
+@dataclass(frozen=True)
+class BusOptions:
+    """Where to listen and whom to look for.
+
+    `listen`: HOST, HOST:PORT, or empty for all interfaces; port 0 is any free one. `peers`: addresses given
+    by hand. `scouting`: the interface for multicast, "auto" for all that can, empty for none.
+    """
+
+    listen: str = ""
+    peers: tuple[str, ...] = ()
+    scouting: str = "auto"
+
+
+class Inbox:
+    """Hands items from any thread to the event loop, in order; bounded, the newest are dropped."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[..., None]) -> None:
+        self._loop = loop
+        self._deliver = deliver
+        self._lock = threading.Lock()
+        self._items: deque[tuple[Any, ...]] = deque()
+        self._bytes = 0
+
+    def put(self, *item: Any, weight_bytes: int = 0) -> None:
+        """Queue an item; from any thread."""
+        with self._lock:
+            full = len(self._items) >= INBOX_MESSAGES_MAX
+            if full or self._bytes + weight_bytes > INBOX_BYTES_MAX:
+                return
+            self._items.append((weight_bytes, item))
+            self._bytes += weight_bytes
+            is_first = len(self._items) == 1
+        if is_first:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        """Deliver one and come back for the next, so that a flood does not keep the loop from other work."""
+        with self._lock:
+            weight_bytes, item = self._items[0]
+        try:
+            self._deliver(*item)
+        finally:
+            with self._lock:
+                self._items.popleft()
+                self._bytes -= weight_bytes
+                more = bool(self._items)
+            if more:
+                self._loop.call_soon(self._drain)
+
+
+@dataclass
+class _Watch:
+    """Who is alive under a pattern, as far as the handler was told."""
+
+    pattern: str
+    handler: Callable[[str, bool], None]
+    told: set[str] = field(default_factory=set)
+    seen: set[str] = field(default_factory=set)  # by the present session
+
+    def note(self, key: str, alive: bool) -> None:
+        """What the present session says."""
+        (self.seen.add if alive else self.seen.discard)(key)
+        if alive != (key in self.told):
+            (self.told.add if alive else self.told.discard)(key)
+            self.handler(key, alive)
+
+    def settle(self) -> None:
+        """Give up those who did not come back after a reopening."""
+        for key in self.told - self.seen:
+            self.note(key, False)
+
+
+class ZenohBus:
+    """`Bus` over zenoh. Make it with `await ZenohBus.open(...)`; end it with `await close()`, or the process
+    does not end."""
+
+    def __init__(self, identity: Identity, options: BusOptions) -> None:
+        self._identity = identity
+        self._options = options
+        self._loop = asyncio.get_running_loop()
+        self._prefix = f"cordee/{identity.cluster}/"
+        self._peers = Peers(identity)
+        self._session: zenoh.Session | None = None
+        self._tokens: list[Any] = []  # dropped, they are undeclared
+        self._turn = asyncio.Lock()  # one reopening at a time
+        self._subscriptions: list[tuple[str, Inbox]] = []
+        self._services: list[tuple[str, Callable[[bytes], Awaitable[bytes | None]]]] = []
+        self._announced: list[str] = []
+        self._watches: list[_Watch] = []
+        self._tasks: set[asyncio.Task] = set()  # answers under way
+        self._closing: set[asyncio.Task] = set()  # sessions of before
+        self._follower: asyncio.Task | None = None
+        self._told_addresses: list[str] = []
+        self._queued = 0
+        self._sender = ThreadPoolExecutor(1, "bus-send")
+        self._repliers = ThreadPoolExecutor(REPLY_THREADS, "bus-reply")
+        host, port = address.parse(options.listen, PORT) if options.listen else ("", PORT)
+        self._host, self._port = host, _free_port(host, port, fixed=port != PORT)
+
+    @classmethod
+    async def open(cls, identity: Identity, options: BusOptions) -> "ZenohBus":
+        """Join the bus; returns at once, whether or not a peer is there.
+
+        Raises:
+            BadRequest: an address is none, or cannot be listened on.
+            SetupNeeded: zenoh cannot open a session; the message says why.
+        """
+        bus = cls(identity, options)
+        try:
+            await bus.refresh()
+        except BaseException:
+            await bus.close()
+            raise
+        bus.watch("at/*/*", bus._remember)
+        bus._follower = asyncio.create_task(bus._follow_addresses())
+        return bus
+
+    @property
+    def addresses(self) -> list[str]:
+        """Under which others reach this node."""
+        return address.own(self._host, self._port)
+
+    @property
+    def remembered(self) -> set[str]:
+        """The nodes that were seen some time, but for those that were removed."""
+        return self._peers.known.keys() - self._identity.revoked
+
+    def forget(self, node: str) -> None:
+        """A node left for good: look for it no more."""
+        self._peers.forget(node)
+
+    async def refresh(self) -> None:
+        """Reopen the session with the certificate and the removals of now; the others see a blink.
+
+        Raises:
+            SetupNeeded: zenoh cannot open a session.
+        """
+        async with self._turn:
+            await self._end_session()
+            for watch in self._watches:
+                watch.seen.clear()
+            try:
+                await self._open_session()
+            finally:
+                self._loop.call_later(SETTLE_SECONDS, self._settle, self._session)
+            self._told_addresses = self.addresses
+            self._declare_token(f"at/{self._identity.node}/{','.join(self._told_addresses)}")
+            for entry in self._identity.revocations:
+                self._declare_token(REMOVED.format(revoked_node(entry), entry.hex()))
+            for pattern, inbox in self._subscriptions:
+                self._declare_subscriber(pattern, inbox)
+            for key, handler in self._services:
+                self._declare_queryable(key, handler)
+            for key in self._announced:
+                self._declare_token(key)
+            for watch in self._watches:
+                self._declare_watch(watch)
+
+    async def _open_session(self) -> None:
+        given = [address.parse(peer, PORT) for peer in self._options.peers]
+        known = [address.parse(each, PORT) for each in self._peers.addresses()]
+        own = {address.parse(each, PORT) for each in self.addresses}
+        peers = [each for each in dict.fromkeys((*given, *known)) if each not in own]
+        settings = session_config(self._identity, self._host, self._port, peers, self._options.scouting)
+        config = zenoh.Config.from_json5(json.dumps(settings))
+        os.environ.setdefault(*RUNTIME)
+        opening = asyncio.ensure_future(asyncio.to_thread(zenoh.open, config))
+        try:
+            self._session = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            self._session = await opening  # a moment later; `close` finds it and ends it
+            raise
+        except zenoh.ZError as error:
+            raise SetupNeeded(
+                f"The bus cannot be opened on {address.text(self._host, self._port)} ({error}): "
+                "choose another address with --listen."
+            ) from error
+
+    def publish(self, key: str, payload: bytes) -> None:
+        session = self._session
+        if session is None or len(payload) > MESSAGE_BYTES_MAX:
+            return
+        self._send(
+            session.put,
+            self._prefix + key,
+            payload,
+            congestion_control=zenoh.CongestionControl.BLOCK,
+            priority=zenoh.Priority.INTERACTIVE_HIGH,
+            express=True,
+        )
+
+    def subscribe(self, pattern: str, handler: Callable[[str, bytes], None]) -> None:
+        inbox = Inbox(self._loop, handler)
+        self._subscriptions.append((pattern, inbox))
+        self._declare_subscriber(pattern, inbox)
+
+    async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
+        answers: list[bytes] = []
+        finished = asyncio.Event()
+
+        def on_reply(reply: zenoh.Reply) -> None:
+            if reply.ok is not None and len(answers) < ANSWERS_MAX:
+                answers.append(reply.ok.payload.to_bytes())
+
+        def on_done() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(finished.set)
+
+        session = self._session
+        if session is None:
+            return []
+        cancel = zenoh.CancellationToken()
+        self._send(
+            session.get,
+            self._prefix + pattern,
+            Callback(on_reply, on_done, indirect=False),
+            payload=payload,
+            target=zenoh.QueryTarget.ALL,
+            consolidation=zenoh.ConsolidationMode.NONE,
+            timeout=seconds,
+            priority=zenoh.Priority.DATA_LOW,
+            cancellation_token=cancel,
+        )
+        try:
+            async with asyncio.timeout(seconds):
+                await finished.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._send(cancel.cancel)
+        return list(answers)
+
+    def serve(self, key: str, handler: Callable[[bytes], Awaitable[bytes | None]]) -> None:
+        self._services.append((key, handler))
+        self._declare_queryable(key, handler)
+
+    def announce(self, key: str) -> None:
+        self._announced.append(key)
+        self._declare_token(key)
+
+    def watch(self, pattern: str, handler: Callable[[str, bool], None]) -> None:
+        watch = _Watch(pattern, handler)
+        self._watches.append(watch)
+        self._declare_watch(watch)
+
+    async def close(self) -> None:
+        async with self._turn:
+            if self._follower is not None:
+                self._follower.cancel()
+            await self._end_session()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._closing)
+        for pool in (self._sender, self._repliers):
+            await asyncio.to_thread(pool.shutdown)
+
+    async def _end_session(self) -> None:
+        """Close the session, and wait until its port is free.
+
+        A link that broke a moment ago holds zenoh's close for up to 10 s, but not its listener: what is left
+        of it goes on beside the next session.
+        """
+        session, self._session = self._session, None
+        self._tokens.clear()
+        if session is None:
+            return
+        closing = asyncio.create_task(asyncio.to_thread(_close, session))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        while not closing.done() and not _is_free(self._host, self._port):
+            await asyncio.sleep(PORT_SECONDS)
+
+    async def _follow_addresses(self) -> None:
+        """Reopen the session when this machine's addresses change, since zenoh keeps to those it opened with;
+        and when it could not be opened."""
+        while True:
+            await asyncio.sleep(ADDRESS_SECONDS)
+            is_stale = self._session is None or self.addresses != self._told_addresses
+            if is_stale and not self._turn.locked():
+                with contextlib.suppress(SetupNeeded):  # the next round tries again
+                    await self.refresh()
+
+    def _settle(self, session: zenoh.Session) -> None:
+        if session is self._session:
+            for watch in self._watches:
+                watch.settle()
+
+    def _send(self, function: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        """Call it on the sending thread, in order, unless too much waits there."""
+        if self._queued >= OUTBOX_MESSAGES_MAX:
+            return
+
+        def call() -> None:
+            with contextlib.suppress(zenoh.ZError):  # the session closed meanwhile
+                function(*arguments, **options)
+
+        self._queued += 1
+        self._sender.submit(call).add_done_callback(lambda _: self._sent())
+
+    def _sent(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._count_sent)
+
+    def _count_sent(self) -> None:
+        self._queued -= 1
+
+    def _declare_subscriber(self, pattern: str, inbox: Inbox) -> None:
+        def on_sample(sample: zenoh.Sample) -> None:
+            payload = sample.payload.to_bytes()
+            inbox.put(self._key(sample.key_expr), payload, weight_bytes=len(payload))
+
+        if self._session is not None:
+            self._session.declare_subscriber(self._prefix + pattern, Callback(on_sample, indirect=False))
+
+    def _declare_queryable(self, key: str, handler: Callable[[bytes], Awaitable[bytes | None]]) -> None:
+        inbox = Inbox(self._loop, lambda query, payload: self._start_answer(query, payload, handler))
+
+        def on_query(query: zenoh.Query) -> None:
+            payload = query.payload.to_bytes() if query.payload is not None else b""
+            inbox.put(query, payload, weight_bytes=len(payload))
+
+        if self._session is not None:
+            self._session.declare_queryable(self._prefix + key, Callback(on_query, indirect=False))
+
+    def _start_answer(
+        self, query: zenoh.Query, payload: bytes, handler: Callable[[bytes], Awaitable[bytes | None]]
+    ) -> None:
+        if len(self._tasks) < QUERIES_MAX:
+            task = self._loop.create_task(self._answer(query, payload, handler))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _answer(
+        self, query: zenoh.Query, payload: bytes, handler: Callable[[bytes], Awaitable[bytes | None]]
+    ) -> None:
+        answer = await handler(payload)
+        if answer is not None:
+            with contextlib.suppress(zenoh.ZError):  # the asker is gone
+                await self._loop.run_in_executor(self._repliers, query.reply, query.key_expr, answer)
+
+    def _declare_token(self, key: str) -> None:
+        if self._session is not None:
+            self._tokens.append(self._session.liveliness().declare_token(self._prefix + key))
+
+    def _declare_watch(self, watch: _Watch) -> None:
+        session = self._session
+        inbox = Inbox(
+            self._loop, lambda key, alive: watch.note(key, alive) if self._session is session else None
+        )
+
+        def on_token(sample: zenoh.Sample) -> None:
+            inbox.put(self._key(sample.key_expr), sample.kind == zenoh.SampleKind.PUT)
+
+        if session is not None:
+            session.liveliness().declare_subscriber(
+                self._prefix + watch.pattern, Callback(on_token, indirect=False), history=True
+            )
+
+    def _key(self, key: zenoh.KeyExpr) -> str:
+        return str(key).removeprefix(self._prefix)
+
+    def _remember(self, key: str, alive: bool) -> None:
+        """Keep where a node was seen last; `at/NODE/ADDRESSES` is its token."""
+        _, node, addresses = key.split("/")
+        if alive and node != self._identity.node:
+            self._peers.remember(node, addresses)
+
+
+def _free_port(host: str, port: int, *, fixed: bool) -> int:
+    """The port to listen on: the wanted one; unless `fixed`, any other if it is taken."""
+    for each in (port,) if fixed else (port, 0):
+        try:
+            with address.listener(host, each) as probe:
+                return probe.getsockname()[1]
+        except OSError as error:
+            reason = error.strerror or str(error)
+    raise BadRequest(f"{address.text(host, port)} cannot be listened on ({reason}): choose another --listen.")
+
+
+def _close(session: zenoh.Session) -> None:
+    """Close it; the second attempt finds done what the first gave up waiting for."""
+    for _ in range(2):
+        with contextlib.suppress(zenoh.ZError):
+            session.close()
+            return
+
+
+def _is_free(host: str, port: int) -> bool:
+    try:
+        address.listener(host, port).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,224 @@
+"""The gateway of a node: answers of models that run anywhere in the cluster, for clients of this node.
+
+`ClusterGateway` gives the pure gateway (generation/gateway.py) a clock and a way to send; there is one on
+each node. `ClusterService` is a model of the cluster as the API sees one: like `Service`, but the scheduler
+and the stages are elsewhere. All methods on one event loop.
+"""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Literal
+
+from cordee.engine.vocabulary import Vocabulary
+from cordee.errors import BadRequest, CordeeError, StageFailed
+from cordee.generation import streams
+from cordee.generation.gateway import TICK_SECONDS, Gateway, News
+from cordee.generation.request import Chunk, Request
+from cordee.generation.streams import Said
+from cordee.models.store import StoredModel
+from cordee.serving.answers import Answer, Checks, Rate, template_of
+
+log = logging.getLogger(__name__)
+
+
+class ClusterGateway:
+    """The streams of this node's clients.
+
+    `send` takes a node id and a message's bytes, must not wait and may lose them.
+    """
+
+    def __init__(self, node: str, send: Callable[[str, bytes], None]) -> None:
+        self.routes: dict[str, str] = {}  # model digest: host, where there is one
+        self._gateway = Gateway(node, secrets.randbits(63))
+        self._send = send
+        self._open: dict[str, tuple[Answer, Callable[[int], None]]] = {}
+        self._ticking: asyncio.Task[None] | None = None
+        self._closed = False
+
+    def receive(self, data: bytes) -> None:
+        """Take what a host sent to this node."""
+        try:
+            message = streams.decode(data)
+        except BadRequest as error:
+            log.warning("a message from a host was dropped: %s", error.message)
+            return
+        if isinstance(message, Said):
+            self._gateway.receive(message)
+            self._flush()
+
+    def route(self, digest: str, node: str | None) -> None:
+        """The node that hosts a model now; None where nobody does."""
+        if node is None:
+            self.routes.pop(digest, None)
+        else:
+            self.routes[digest] = node
+        self._gateway.route(digest, node)
+        self._flush()
+
+    def open(self, request: Request, digest: str, answer: Answer, count: Callable[[int], None]) -> None:
+        """Begin a stream; `count` hears how many tokens came.
+
+        Raises:
+            BadRequest: a stream of that id is open.
+            Overloaded: too many are.
+            StageFailed: the node is being stopped.
+        """
+        if self._closed:
+            raise StageFailed("this node is being stopped: ask another")
+        self._gateway.open(request, digest)
+        self._open[request.id] = (answer, count)
+        if self._ticking is None or self._ticking.done():
+            self._ticking = asyncio.get_running_loop().create_task(self._tick())
+        self._flush()
+
+    def leave(self, stream_id: str, answer: Answer) -> None:
+        """The client needs no more of a stream; harmless where it has ended."""
+        if self._open.get(stream_id, (None,))[0] is answer:  # not a later one's of the same id
+            del self._open[stream_id]
+            self._gateway.cancel(stream_id)
+
+    async def close(self) -> None:
+        """End every stream, and tell the hosts; closing twice is harmless."""
+        self._closed = True
+        for stream_id in list(self._open):
+            self._fail(stream_id, StageFailed("the node that this answer came through is being stopped"))
+        await asyncio.sleep(2 * TICK_SECONDS)  # for the last word to the hosts
+        if self._ticking is not None:
+            self._ticking.cancel()
+            await asyncio.gather(self._ticking, return_exceptions=True)
+
+    async def _tick(self) -> None:
+        while self._gateway.busy:
+            try:
+                self._gateway.tick(time.monotonic())
+                self._flush()
+            except Exception:  # a fault must not stop all streams
+                log.exception("the gateway's tick failed")
+            await asyncio.sleep(TICK_SECONDS)
+
+    def _flush(self) -> None:
+        messages, news = self._gateway.drain()
+        for node, message in messages:
+            self._send(node, streams.encode(message))
+        for each in news:
+            try:
+                self._tell(each)
+            except Exception:  # a fault at one stream must not stop the others
+                log.exception("an answer could not be made")
+                self._fail(each.stream, StageFailed("the answer could not be turned into text"))
+
+    def _tell(self, news: News) -> None:
+        if news.stream not in self._open:
+            return  # a stop string ended it
+        answer, count = self._open[news.stream]
+        if news.error is not None:
+            self._fail(news.stream, news.error)
+            return
+        answer.cached_tokens = news.cached_tokens
+        count(len(news.choices))
+        for choice in news.choices[:-1]:
+            answer.add(choice, None)
+            if answer.stopped:
+                break
+        else:
+            answer.add(news.choices[-1] if news.choices else None, news.finish_reason)
+        if answer.stopped:
+            self.leave(news.stream, answer)
+
+    def _fail(self, stream_id: str, error: CordeeError) -> None:
+        self._gateway.cancel(stream_id)
+        answer, _ = self._open.pop(stream_id, (None, None))
+        if answer is not None:
+            answer.fail(error)
+
+
+class ClusterService:
+    """A model of the cluster. `path` is a file with its vocabulary: any GGUF that has the model's header.
+
+    `context` is in tokens for each stream, as the model's wish says. `wanted` is called with each request.
+    """
+
+    def __init__(
+        self,
+        model: StoredModel,
+        path: Path,
+        context: int,
+        gateway: ClusterGateway,
+        wanted: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model = model
+        self.name = model.name
+        self.vocabulary = Vocabulary(path)
+        self.template = template_of(self.vocabulary)
+        self.context = context
+        self.batch_invariant: bool | None = None
+        self.port: int | None = None
+        self.is_wished = False  # whether the cluster is to serve it
+        self._gateway = gateway
+        self._wanted = wanted
+        self._checks = Checks(self.vocabulary)
+        self._rate = Rate()
+        self._started = time.monotonic()
+        self._answers: dict[str, Answer] = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether a host is known that would work on a request now."""
+        return self.model.digest in self._gateway.routes
+
+    @property
+    def health(self) -> Literal["ready", "recovering", "idle"]:
+        """What `/health` says of it."""
+        if self.ready:
+            return "ready"
+        return "recovering" if self.is_wished else "idle"
+
+    async def generate(self, request: Request) -> AsyncIterator[Chunk]:
+        """Answer a request: chunks as they come, the last with a finish reason.
+
+        Closing the iterator cancels the stream. Losing any machine but this one is a pause.
+
+        Raises:
+            BadRequest, ContextExceeded, Overloaded: before the first chunk.
+            StageFailed: no machine could answer for long, or this request keeps breaking the stages.
+        """
+        await self._checks.check(request)
+        self._wanted()
+        answer = Answer(request, self.vocabulary)
+        self._gateway.open(request, self.model.digest, answer, self._rate.count)
+        self._answers[request.id] = answer
+        try:
+            while True:
+                chunk = await answer.next()
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
+        finally:
+            del self._answers[request.id]
+            self._gateway.leave(request.id, answer)
+
+    def status(self) -> dict:
+        """What is answered through this node, as JSON-able values; bytes and seconds in the names."""
+        return {
+            "model": self.name,
+            "digest": self.model.digest,
+            "state": "ready" if self.ready else "replacing",
+            "host": self._gateway.routes.get(self.model.digest),
+            "port": self.port,
+            "context": self.context,
+            "active": len(self._answers),
+            "tokens_per_second": self._rate.per_second(),
+            "batch_invariant": self.batch_invariant,
+            "uptime": time.monotonic() - self._started,
+        }
+
+    async def close(self) -> None:
+        """End every stream of this model, take no more; closing twice is harmless."""
+        for name, answer in self._answers.items():
+            self._gateway.leave(name, answer)
+            answer.fail(StageFailed(f"{self.name} is no longer answered by this node"))
+        await self._checks.close()

@@ -1,0 +1,243 @@
+"""Hosting: the scheduler of a model on the node of its first stage, and its links to the pipeline.
+
+    gateways --asks--> Host (generation/host.py) --micro-batches--> first stage ... last stage
+    gateways <--said--   '------------------------tokens, through the node's inbox------'
+
+A `Hosting` follows the goal of its model: it takes up a wiring once the first stage is wired so, and never
+enters one again that it left. Tokens of other wirings are nobody's. Where that wiring has a predecessor it
+asks first, through all stages, which sequences they could take over (handover.py).
+
+While nobody wants anything it tries out, once, whether the model is batch-invariant on these stages
+(verdict.py): then what is answered after a loss is token for token what would have been.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from random import Random
+
+import numpy as np
+
+from cordee.cluster.goals import HostGoal
+from cordee.cluster.memory import BATCH_ROWS
+from cordee.engine.stage import StageConfig
+from cordee.engine.vocabulary import Vocabulary
+from cordee.errors import StageFailed
+from cordee.generation.host import Host
+from cordee.generation.scheduler import Limits, Scheduler
+from cordee.generation.streams import Ask, Assert, Said
+from cordee.serving import batch_invariance
+from cordee.serving.answers import Rate
+from cordee.worker import frames
+from cordee.worker.messages import Halt, Join, Recall, Recalled, Rows, Run, Tokens, rows_of
+from cordee.worker.stages import Stages
+
+QUEUE = 256  # streams that wait while others are answered
+IN_FLIGHT_MAX = 8  # micro-batches that travel at once: one for each machine keeps all of them busy
+ANSWER_SECONDS = 3.0  # for the stages to say what they could take over; their predecessors may be computing
+# So long streams may take over what the placement before has of them: gateways ask a new host at once.
+RECALL_SECONDS = 5.0
+IDLE_SECONDS = 3.0  # without streams, before the model is tried out: a chat's next turn would have to wait
+MEASURE_SECONDS = 60.0  # for one micro-batch of it; slower stages are not tried out
+
+log = logging.getLogger(__name__)
+
+
+class Hosting:
+    """The scheduler of one placement's job. `send` takes a gateway's node and what is said to it."""
+
+    def __init__(
+        self,
+        goal: HostGoal,
+        vocabulary: Vocabulary,
+        stages: Stages,
+        send: Callable[[str, Said], None],
+    ) -> None:
+        placement = goal.placement
+        self._limits = limits = Limits(
+            sequences=placement.sequences,
+            context=placement.context,
+            batch_rows=max(BATCH_ROWS, placement.sequences),
+            queue=QUEUE,
+            in_flight=_in_flight(goal),
+        )
+        scheduler = Scheduler(limits, vocabulary.end_of_generation)
+        self._host = Host(scheduler, vocabulary.size, Random(secrets.randbits(64)))
+        self._stages = stages
+        self._send = send
+        self._wiring = ""
+        self._first: asyncio.StreamWriter | None = None
+        self._joining: asyncio.Task | None = None
+        self._recalled: asyncio.Future[Recalled] | None = None
+        self._recall_ends = 0.0  # on the event loop's clock; 0: nothing was recalled
+        self._n_vocab = vocabulary.size
+        self._judging: asyncio.Task | None = None
+        self._measured: asyncio.Future[dict[int, str]] | None = None
+        self._idle_since: float | None = None
+        self._places: frozenset[tuple[str, str]] = frozenset()
+        self.is_judged = False  # on these machines and devices
+        self.batch_invariant: bool | None = None  # None: not tried out, or the context is too small to tell
+        self.rate = Rate()
+        self.inherited_tokens = 0
+
+    def fits(self, goal: HostGoal) -> bool:
+        """Whether this scheduler does for a goal: its slots are as many and as long."""
+        wanted = (goal.placement.sequences, goal.placement.context, _in_flight(goal))
+        return wanted == (self._limits.sequences, self._limits.context, self._limits.in_flight)
+
+    def follows(self, goal: HostGoal) -> bool:
+        """Whether this scheduler works on a goal's wiring."""
+        return bool(goal.wiring) and goal.wiring == self._wiring
+
+    @property
+    def active(self) -> int:
+        """Streams that are being answered."""
+        return self._host.active
+
+    @property
+    def waiting(self) -> int:
+        """Streams that wait for one of them to end."""
+        return self._host.waiting
+
+    def follow(self, goal: HostGoal) -> None:
+        """Take up the goal's wiring, or wait for one."""
+        places = frozenset((place.node, place.device) for place in goal.placement.stages)
+        if places != self._places:
+            self._places, self.is_judged, self.batch_invariant = places, False, None
+        wiring = goal.wiring if self._stages.first(goal.wiring) is not None else ""
+        if wiring == self._wiring:
+            return
+        self.leave()
+        if wiring:
+            self._wiring = wiring
+            self._joining = asyncio.get_running_loop().create_task(self._join(wiring))
+
+    def leave(self) -> None:
+        """Give the wiring up: what is under way will not be answered."""
+        for task in (self._joining, self._judging):
+            if task is not None:
+                task.cancel()
+        if self._first is not None:
+            self._first.transport.abort()
+            self._first = None
+        if self._wiring:
+            wiring, self._wiring = self._wiring, ""
+            self._host.lost()
+            self._stages.unwire(wiring)
+        self._host.ready, self._recalled, self._recall_ends = False, None, 0.0
+
+    def receive(self, message: Ask | Assert) -> None:
+        """A gateway wants something."""
+        self._host.receive(message)
+        self.pump()
+
+    def tick(self, now: float) -> None:
+        """Let time pass; several times a second."""
+        self._host.tick(now)
+        if self._recall_ends and asyncio.get_running_loop().time() >= self._recall_ends:
+            self._host.forget_recalled()
+            self._recall_ends = 0.0
+        self._judge_when_idle(now)
+        self.pump()
+
+    def take(self, message: Tokens | Recalled) -> None:
+        """The last stage of some wiring has a result."""
+        if message.placement != self._wiring:
+            return
+        if isinstance(message, Recalled):
+            if self._recalled is not None and not self._recalled.done():
+                self._recalled.set_result(message)
+            return
+        if message.digests:
+            if self._measured is not None and not self._measured.done():
+                self._measured.set_result(message.digests)
+            return
+        for choices in message.earlier:
+            self._host.complete(message.batch, choices, {}, last=False)
+        self._host.complete(message.batch, message.choices, message.failures, last=message.last)
+        self.rate.count(sum(map(len, message.earlier)) + len(message.choices))
+        self.pump()
+
+    def pump(self) -> None:
+        """Send what can be sent: micro-batches to the first stage, news to gateways."""
+        if self._host.ready and self._first is not None:
+            while (batch := self._host.next_batch()) is not None:
+                inherited = (each.first_position for each in batch.segments if each.inherit)
+                self.inherited_tokens += sum(inherited)
+                frames.write(self._first, *rows_of(self._wiring, batch))
+            for number in self._host.halts():
+                frames.write(self._first, Halt(self._wiring, number))
+        for node, said in self._host.drain():
+            self._send(node, said)
+
+    async def _join(self, wiring: str) -> None:
+        worker = self._stages.first(wiring)
+        try:
+            if worker is None:
+                raise OSError("its first stage is gone")
+            _, writer = await asyncio.open_unix_connection(worker.inbox)
+        except OSError as error:
+            log.info("the first stage cannot be reached: %s", error)
+            self.leave()
+            return
+        frames.write(writer, Join(wiring))
+        self._first = writer
+        if self._stages.inherits(wiring):
+            await self._recall(wiring, writer)
+        self._host.ready = True
+        self.pump()
+
+    async def _recall(self, wiring: str, first: asyncio.StreamWriter) -> None:
+        """Let streams go on where the placement before leaves them."""
+        loop = asyncio.get_running_loop()
+        self._recalled = loop.create_future()
+        frames.write(first, Recall(wiring))
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                recalled = await self._recalled
+        except TimeoutError:
+            log.info("the stages do not say what they could take over: streams are computed again")
+            return
+        held = recalled.held.items()
+        self._host.recall({sequence: each.tokens for sequence, each in held if each.tokens})
+        self._recall_ends = loop.time() + RECALL_SECONDS
+        log.info("%d sequences of the placement before can be taken over", len(recalled.held))
+
+    def _judge_when_idle(self, now: float) -> None:
+        if self.is_judged or not self._host.ready or self._host.active or self._host.waiting:
+            self._idle_since = None
+        elif self._idle_since is None:
+            self._idle_since = now
+        elif now - self._idle_since >= IDLE_SECONDS:
+            self._judging = asyncio.get_running_loop().create_task(self._judge())
+
+    async def _judge(self) -> None:
+        """Try the model out; nothing else travels meanwhile, and no slot keeps what it held."""
+        self._host.ready = False
+        wiring, limits = self._wiring, self._limits
+        config = StageConfig(context=limits.context, sequences=limits.sequences, batch_rows=limits.batch_rows)
+        try:
+            self.batch_invariant = await batch_invariance.measure(self._measure, self._n_vocab, config)
+            self.is_judged = True
+        except TimeoutError:
+            self.is_judged = True
+        except StageFailed:
+            pass  # somebody wants something: again when all is quiet
+        if self._wiring == wiring:
+            self._host.lost()
+            self._host.ready = True
+            self.pump()
+
+    async def _measure(self, runs: Sequence[Run], tokens: Sequence[int]) -> dict[int, str]:
+        if self._first is None or self._host.waiting:
+            raise StageFailed("the stages are wanted for something else")
+        self._measured = asyncio.get_running_loop().create_future()
+        payload = memoryview(np.asarray(tokens, dtype=np.int32)).cast("B")
+        frames.write(self._first, Rows(self._wiring, 0, tuple(runs), {}, measure=True), payload)
+        async with asyncio.timeout(MEASURE_SECONDS):
+            return await self._measured
+
+
+def _in_flight(goal: HostGoal) -> int:
+    return min(len({stage.node for stage in goal.placement.stages}), IN_FLIGHT_MAX)

@@ -1,0 +1,1 @@
+"""Worker processes: one process, one stage; their links, and their supervision by the parent."""

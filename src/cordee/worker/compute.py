@@ -1,0 +1,211 @@
+"""What a worker computes: micro-batches in, hidden rows or tokens out; its stage, and who samples on it."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from cordee.engine.llama.kv_state import join_layers, pick_layers
+from cordee.engine.llama.stage import LlamaStage
+from cordee.engine.stage import Batch, Stage, StageDescription
+from cordee.engine.vocabulary import Vocabulary
+from cordee.errors import CordeeError, StageFailed
+from cordee.generation.grammar import GrammarTokenizer
+from cordee.generation.request import Choice
+from cordee.generation.sampling import Sampler
+from cordee.worker.frames import PAYLOAD_BYTES_MAX
+from cordee.worker.messages import Held, Load, Opening, Rows, Run, Tokens
+
+Result = tuple[Rows | Tokens, memoryview]
+
+
+class Compute:
+    """A loaded slice and the state of its sequences."""
+
+    def __init__(self, load: Load) -> None:
+        """Load the slice.
+
+        Raises:
+            CordeeError: it cannot be loaded.
+        """
+        self._path = Path(load.path)
+        engine = LlamaStage if load.engine == "llama" else _ternary_engine()
+        self._stage: Stage = engine(self._path, load.config, is_last=load.is_last)
+        self._embedding = None if load.embedding is None else _embedding(Path(load.embedding))
+        self._ends = frozenset(load.ends)
+        self._samplers: dict[int, Sampler] = {}
+        self._held: dict[int, Held] = {}
+        self._position_bytes = max(
+            self.description.kv_bytes // (load.config.context * load.config.sequences), 1
+        )
+        self._tokenizer: GrammarTokenizer | None = None
+
+    @property
+    def description(self) -> StageDescription:
+        """What the stage says of itself."""
+        return self._stage.description
+
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self._stage.clear()
+        self._samplers.clear()
+        self._held.clear()
+
+    def held(self) -> dict[int, Held]:
+        """What could be handed over, by sequence."""
+        longest = PAYLOAD_BYTES_MAX // self._position_bytes
+        return {sequence: held for sequence, held in self._held.items() if 0 < held.length <= longest}
+
+    def export(self, sequence: int, length: int, first: int, last: int) -> bytes:
+        """The state of a sequence's first `length` positions, of some of the slice's layers.
+
+        What follows those positions is forgotten: with sliding windows, a state is of its last position.
+
+        Raises:
+            StageFailed: it is not there, or the engine's state cannot be taken apart.
+        """
+        held = self._held.get(sequence)
+        if held is None or not 0 < length <= held.length:
+            raise StageFailed(f"sequence {sequence} has no {length} positions here")
+        if length < held.length:
+            self._stage.trim(sequence, length)
+            tokens = None if held.tokens is None else held.tokens[:length]
+            self._held[sequence] = Held(held.tenure, length, tokens)
+        return pick_layers(self._stage.export_sequence(sequence), _windowed(self._path), first, last)
+
+    def restore(self, sequence: int, held: Held, parts: Sequence[bytes]) -> None:
+        """Take a sequence over, its layers in parts.
+
+        Raises:
+            StageFailed: they are not of this slice.
+        """
+        self._stage.import_sequence(sequence, join_layers(parts))
+        self._held[sequence] = held
+
+    def run(self, message: Rows, payload: memoryview) -> Result:
+        """Rows for the next stage with their payload, or tokens.
+
+        Raises:
+            StageFailed: the engine refused the micro-batch.
+        """
+        batch = as_batch(message, payload)
+        self._hold(message, batch.inputs)
+        if self._embedding is not None:
+            batch = Batch(self._embedding.rows(batch.inputs), batch.positions, batch.sequences, batch.outputs)
+        result = self._stage.decode(batch)
+        if self.description.is_last:
+            return self._sample(message, result), memoryview(b"")
+        forwarded = Rows(
+            placement=message.placement,
+            batch=message.batch,
+            runs=message.runs,
+            opens=message.opens,
+            n_embd=result.shape[1],
+            steps=message.steps,
+            measure=message.measure,
+        )
+        return forwarded, memoryview(result).cast("B")
+
+    def goes_round(self, message: Rows, tokens: Tokens) -> bool:
+        """Whether a micro-batch may travel again with its tokens."""
+        return (
+            message.steps > 1
+            and not tokens.failures
+            and not any(choice.token in self._ends for choice in tokens.choices.values())
+        )
+
+    def _hold(self, message: Rows, inputs: np.ndarray) -> None:
+        """Make each sequence as long as its next run expects it, and write down what it will have."""
+        start = 0
+        for run in message.runs:
+            held, first, end = self._held.get(run.sequence), run.first_position, start + run.rows
+            if held is not None and first < held.length:
+                self._stage.trim(run.sequence, first)
+            tokens = None
+            if not message.n_embd:
+                tokens = held.tokens if held is not None and held.tokens is not None else []
+                del tokens[first:]
+                tokens += inputs[start:end].tolist()
+            self._held[run.sequence] = Held(run.tenure, first + run.rows, tokens)
+            start = end
+
+    def _sample(self, message: Rows, logits: np.ndarray) -> Tokens:
+        sequences = [run.sequence for run in message.runs if run.output]
+        if message.measure:
+            digests = {
+                sequence: hashlib.sha256(row.tobytes()).hexdigest()
+                for sequence, row in zip(sequences, logits, strict=True)
+            }
+            return Tokens(message.placement, message.batch, digests=digests)
+        choices: dict[int, Choice] = {}
+        failures: dict[int, str] = {}
+        for sequence, row in zip(sequences, logits, strict=True):
+            try:
+                if sequence in message.opens:
+                    self._samplers[sequence] = self._sampler(message.opens[sequence])
+                choices[sequence] = self._samplers[sequence].sample(row)
+            except CordeeError as error:
+                failures[sequence] = error.message
+        return Tokens(message.placement, message.batch, choices, failures)
+
+    def _sampler(self, opening: Opening) -> Sampler:
+        if opening.sampling.grammar is not None and self._tokenizer is None:
+            self._tokenizer = GrammarTokenizer(Vocabulary(self._path))  # slow, and most streams need none
+        return Sampler(opening.sampling, self._tokenizer, opening.prompt, opening.generated)
+
+
+def again(message: Rows, tokens: Tokens) -> Result:
+    """The micro-batch's next step: the same streams one position on, with the tokens that they got."""
+    runs = tuple(Run(run.sequence, run.first_position + 1, 1, True, run.tenure) for run in message.runs)
+    chosen = np.array([tokens.choices[run.sequence].token for run in runs], dtype=np.int32)
+    rows = Rows(message.placement, message.batch, runs, {}, steps=message.steps - 1)
+    return rows, memoryview(chosen).cast("B")
+
+
+def as_batch(message: Rows, payload: memoryview) -> Batch:
+    """The engine's batch behind a message; its inputs lie in `payload`."""
+    runs = message.runs
+    positions = np.array([run.first_position for run in runs], dtype=np.int32)
+    sequences = np.array([run.sequence for run in runs], dtype=np.int32)
+    outputs = np.array([run.output for run in runs], dtype=bool)
+    counts = [run.rows for run in runs]
+    if max(counts) > 1:  # else nobody prefills, and every run is its row
+        ends = np.cumsum(counts)
+        total = int(ends[-1])
+        positions = np.arange(total, dtype=np.int32) + np.repeat(
+            positions - (ends - counts).astype(np.int32), counts
+        )
+        sequences = np.repeat(sequences, counts)
+        last = outputs
+        outputs = np.zeros(total, dtype=bool)
+        outputs[ends - 1] = last
+    if message.n_embd:
+        inputs = np.frombuffer(payload, dtype=np.float32).reshape(len(positions), message.n_embd)
+    else:
+        inputs = np.frombuffer(payload, dtype=np.int32)
+    return Batch(inputs, positions, sequences, outputs)
+
+
+def _ternary_engine():
+    from cordee.engine.ternary import TernaryStage  # most workers have no use for it
+
+    return TernaryStage
+
+
+def _windowed(path: Path) -> list[bool]:
+    """Which layers of a slice have a sliding window."""
+    from cordee.models.architectures import Architecture, architecture  # 8 MB that few workers ever need
+    from cordee.models.gguf import read_header
+    from cordee.models.slices import window_pattern
+
+    header = read_header(path)
+    rules = architecture(header.architecture) or Architecture(header.architecture)
+    return window_pattern(header, rules) or [False] * header.layers
+
+
+def _embedding(path: Path):
+    from cordee.models.embedding import Embedding  # only the first of several stages needs it
+    from cordee.models.gguf import read_header
+
+    return Embedding(read_header(path))

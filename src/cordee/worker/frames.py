@@ -1,0 +1,117 @@
+"""Frames on a stream socket: a message in msgpack and, after it, a payload of raw bytes.
+
+A frame is two little-endian uint32, the lengths of message and payload, then both. Blocking functions for
+workers, coroutines for the service. Memory is committed as bytes arrive, not as the lengths announce them.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from cordee.worker.messages import Message
+
+if TYPE_CHECKING:  # workers read with sockets alone and start 30 ms sooner without asyncio
+    import asyncio
+
+LENGTHS = struct.Struct("<II")
+MESSAGE_BYTES_MAX = 64 << 20  # token logs of a batch: eight full contexts of a million tokens take 40 MB
+PAYLOAD_BYTES_MAX = 1 << 30  # rows of a batch: 8,192 rows of width 16,384 are 512 MiB
+SOCKET_SECONDS = 600.0  # for one frame; the peer may first have to finish a prefill on a slow machine
+JOINED_BYTES_MAX = 64 << 10  # up to here copying is cheaper than a second system call
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+class LinkClosed(Exception):
+    """The other side closed the link, hangs, or sends what is no frame."""
+
+
+def send(link: socket.socket, message: Message, payload: bytes | memoryview = b"") -> None:
+    """Send a frame.
+
+    Raises:
+        LinkClosed: it could not be sent whole.
+    """
+    try:
+        for part in _parts(message, payload):
+            link.sendall(part)
+    except OSError as error:
+        raise LinkClosed(str(error)) from error
+
+
+def receive(link: socket.socket) -> tuple[Message, memoryview]:
+    """The next frame; waits for it.
+
+    Raises:
+        LinkClosed: there is none, or not a whole one.
+    """
+    message_bytes, payload_bytes = _lengths(_receive_exactly(link, LENGTHS.size))
+    rest = _receive_exactly(link, message_bytes + payload_bytes)  # in one call: each costs a hop some time
+    return _decoded(rest[:message_bytes]), rest[message_bytes:]
+
+
+def write(writer: asyncio.StreamWriter, message: Message, payload: bytes | memoryview = b"") -> None:
+    """Queue a frame on a stream; how much may be queued is bounded by the micro-batches in flight."""
+    for part in _parts(message, payload):
+        writer.write(part)
+
+
+async def read(reader: asyncio.StreamReader) -> tuple[Message, bytes]:
+    """The next frame of a stream.
+
+    Raises:
+        LinkClosed: there is none, or not a whole one.
+    """
+    try:
+        message_bytes, payload_bytes = _lengths(await reader.readexactly(LENGTHS.size))
+        message = _decoded(await reader.readexactly(message_bytes))
+        return message, await reader.readexactly(payload_bytes)
+    except (EOFError, OSError) as error:  # asyncio.IncompleteReadError is an EOFError
+        raise LinkClosed(str(error)) from error
+
+
+def _parts(message: Message, payload: bytes | memoryview) -> list[bytes | memoryview]:
+    """What to send, one after the other; a small payload goes with its message."""
+    payload = memoryview(payload).cast("B")
+    encoded = _encoder.encode(message)
+    lengths = LENGTHS.pack(len(encoded), len(payload))
+    if len(payload) <= JOINED_BYTES_MAX:
+        return [b"".join((lengths, encoded, payload))]
+    return [lengths + encoded, payload]
+
+
+def _lengths(data: bytes | memoryview) -> tuple[int, int]:
+    message_bytes, payload_bytes = LENGTHS.unpack(data)
+    if message_bytes > MESSAGE_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
+        raise LinkClosed(f"a frame of {message_bytes} + {payload_bytes} bytes is too long to be one")
+    return message_bytes, payload_bytes
+
+
+def _decoded(data: bytes | memoryview) -> Message:
+    try:
+        return _decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise LinkClosed(f"not a message: {error}") from error
+
+
+def _receive_exactly(link: socket.socket, count: int) -> memoryview:
+    try:
+        view = memoryview(np.empty(count, np.uint8))  # its pages become memory when they are filled
+    except MemoryError as error:
+        raise LinkClosed(f"no memory for {count} bytes") from error
+    filled = 0
+    while filled < count:
+        try:
+            read = link.recv_into(view[filled:])
+        except OSError as error:
+            raise LinkClosed(str(error)) from error
+        if read == 0:
+            raise LinkClosed("the other side closed the link")
+        filled += read
+    return view

@@ -1,0 +1,292 @@
+"""Worker processes as their parent sees them: started, loaded, wired, watched, ended.
+
+`Workers` has the folder with their sockets; each `WorkerProcess` is one process. What a worker says of its
+own accord, that it ended or that a link of its broke, goes to the callbacks it was started with.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Protocol, TextIO, TypeVar
+
+import psutil
+
+from cordee import errors
+from cordee.engine.stage import StageDescription
+from cordee.errors import CordeeError, StageFailed
+from cordee.worker import frames
+from cordee.worker.frames import LinkClosed
+from cordee.worker.messages import (
+    Broken,
+    Heirs,
+    Hello,
+    Load,
+    Loaded,
+    LoadFailed,
+    Message,
+    Wire,
+    Wired,
+    WireFailed,
+)
+
+COMMAND = (sys.executable, "-m", "cordee.worker.worker")
+START_SECONDS = 60.0  # a worker's interpreter and imports, on a slow and busy machine
+LOAD_SECONDS = 3600.0  # 60 GB from a slow disk take half an hour
+HELLO_SECONDS = 10.0  # for the first message of a link, which is sent as soon as it is there
+WIRE_SECONDS = 600.0  # a survivor first finishes what it computes: 512 rows, at one row a second
+CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is stopped or swapped out
+
+# How long threads spin at a barrier before they sleep (libgomp; single trials on 2 cores, starter model).
+# Beside one busy process, spinners hold the core that the sleeper needs: with the default, 300,000, a token
+# takes over 200 ms; 40 ms with 1,000 spins, 91 with 4,000, 167 with 8,000. The next stage needs it, too,
+# while threads of the stage before still spin: three stages make 58 tokens/s with 100,000 spins, 98 with
+# 16,000, 105 with 4,000, 109 with 1,000, 82 with 100. One stage alone makes 124 with 4,000, 127 with 1,000,
+# 128 with 500. "passive" is half as fast.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
+EXACT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama/stage.py
+
+FOLDER_PREFIX = "cordee-run-"  # begins the name of a folder of sockets
+LOCK = "lock"
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Answer = TypeVar("Answer", bound=Message)
+
+
+class Owner(Protocol):
+    """Who is told what workers do of their own accord; called on the event loop, and must not raise."""
+
+    def on_ended(self, worker: "WorkerProcess") -> None:
+        """Its process is gone."""
+
+    def on_broken(self, worker: "WorkerProcess", placement: str) -> None:
+        """A link by which it was joined to this placement is gone."""
+
+
+class WorkerProcess:
+    """A worker process. Made by `Workers.spawn`."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process, inbox: str, streams: Streams) -> None:
+        self.id = name
+        self.inbox = inbox  # the Unix socket at which it takes rows
+        self.endpoint = ""  # where other machines reach it, if it listens for them
+        self.description: StageDescription | None = None
+        self.ended = False
+        self.heirs = 0  # workers of the next placement that may take sequences over from it
+        self._process = process
+        self._reader, self._writer = streams
+        self._said: asyncio.Queue[Message | None] = asyncio.Queue()  # one for each it was sent; None: ended
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is there, loaded or loading."""
+        return not self.ended and self._process.returncode is None
+
+    @property
+    def status(self) -> int | None:
+        """What its process ended with; negative: by that signal."""
+        return self._process.returncode
+
+    @property
+    def stopped(self) -> bool:
+        """Whether its process was stopped by a signal."""
+        try:
+            return psutil.Process(self.pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            return False
+
+    async def load(self, load: Load) -> None:
+        """Let it load a slice.
+
+        Raises:
+            CordeeError: the slice cannot be loaded, or the process ended.
+        """
+        frames.write(self._writer, load)
+        answer = await self._answer((Loaded, LoadFailed), LOAD_SECONDS)
+        if isinstance(answer, LoadFailed):
+            raise rebuilt_error(answer)
+        self.description, self.endpoint = answer.description, answer.endpoint
+
+    async def wire(self, wire: Wire) -> None:
+        """Join it to a placement, without any sequence.
+
+        Raises:
+            StageFailed: the next stage cannot be reached, or the process ended.
+        """
+        frames.write(self._writer, wire)
+        kinds = (Wired, WireFailed)
+        answer = await self._answer(kinds, WIRE_SECONDS, lambda said: said.placement == wire.placement)
+        if isinstance(answer, WireFailed):
+            raise StageFailed(f"a stage cannot reach the next one ({answer.message})")
+
+    def kill(self) -> None:
+        """End it by force; `end` waits for that."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def end(self) -> None:
+        """End it: by its control link, else by force; ending twice is harmless."""
+        self._writer.transport.abort()
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._process.wait()
+        except TimeoutError:
+            self.kill()
+            await self._process.wait()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+    async def follow(self, owner: Owner) -> None:
+        """Hear it out: once its control link ends, so does its process."""
+        try:
+            while True:
+                message, _ = await frames.read(self._reader)
+                if isinstance(message, Broken):
+                    owner.on_broken(self, message.placement)
+                elif isinstance(message, Heirs):
+                    self.heirs = message.count
+                else:
+                    self._said.put_nowait(message)
+        except LinkClosed:
+            self.ended = True
+        self._said.put_nowait(None)
+        await self.end()
+        owner.on_ended(self)
+
+    async def _answer(
+        self,
+        kinds: tuple[type[Answer], ...],
+        seconds: float,
+        fits: Callable[[Answer], bool] = lambda _: True,
+    ) -> Answer:
+        """Its next control message of these kinds that fits.
+
+        Raises:
+            StageFailed: it ended first, or took too long and was killed.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                while (message := await self._said.get()) is not None:
+                    if isinstance(message, kinds) and fits(message):
+                        return message
+        except TimeoutError as error:
+            self.kill()
+            raise StageFailed(f"process {self.pid} did not answer within {seconds:.0f} s") from error
+        self._said.put_nowait(None)  # for whoever asks next
+        raise StageFailed(f"process {self.pid} ended before it answered")
+
+
+class Workers:
+    """Starts workers. Made by `Workers.open`; all methods on one event loop."""
+
+    def __init__(self) -> None:
+        self.folder, self._lock = _own_folder()
+        self._expected: dict[str, asyncio.Future[Streams]] = {}
+        self._servers: list[asyncio.Server] = []
+
+    @classmethod
+    async def open(cls) -> "Workers":
+        """A folder of sockets, and their control socket."""
+        workers = cls()
+        await workers.listen("control", workers._meet)
+        return workers
+
+    async def listen(
+        self, name: str, accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+    ) -> str:
+        """A Unix socket in the folder; its path."""
+        path = self.folder / name
+        self._servers.append(await asyncio.start_unix_server(accept, path))
+        return str(path)
+
+    async def spawn(self, environment: Mapping[str, str], owner: Owner, keep: Callable) -> WorkerProcess:
+        """Start a process; `keep` runs the coroutine that follows it.
+
+        Raises:
+            StageFailed: it does not come up.
+        """
+        name = secrets.token_hex(8)
+        inbox = str(self.folder / name)
+        self._expected[name] = connected = asyncio.get_running_loop().create_future()
+        process = await asyncio.create_subprocess_exec(
+            *COMMAND,
+            name,
+            str(self.folder / "control"),
+            inbox,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            env={**os.environ, **ENVIRONMENT, **environment},
+            start_new_session=True,  # the terminal's Ctrl-C is its parent's to handle
+        )
+        ended = asyncio.ensure_future(process.wait())
+        try:
+            await asyncio.wait((connected, ended), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            if not connected.done():
+                raise StageFailed(f"a stage worker did not start (status {process.returncode})")
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            raise
+        finally:
+            ended.cancel()
+            self._expected.pop(name, None)
+        worker = WorkerProcess(name, process, inbox, connected.result())
+        keep(worker.follow(owner))
+        return worker
+
+    def close(self) -> None:
+        """Remove the sockets; the workers are ended by whoever started them."""
+        for server in self._servers:
+            server.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        hello = await opening(reader)
+        expected = self._expected.pop(hello.worker, None) if isinstance(hello, Hello) else None
+        if expected is None or expected.done():
+            writer.transport.abort()
+        else:
+            expected.set_result((reader, writer))
+
+
+def _own_folder() -> tuple[Path, TextIO]:
+    """A new folder for sockets (mode 0700), and a lock that the system takes from a process that ends: a
+    folder without one is what a killed process left, and is removed here."""
+    top = Path(tempfile.gettempdir())
+    for left in top.glob(f"{FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError), (left / LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+    made = Path(tempfile.mkdtemp(prefix=f".{FOLDER_PREFIX}"))
+    lock = (made / LOCK).open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return made.rename(top / made.name.removeprefix(".")), lock  # others see it once it is locked
+
+
+async def opening(reader: asyncio.StreamReader) -> Message | None:
+    """The first message of a link; None if there is none in time."""
+    try:
+        async with asyncio.timeout(HELLO_SECONDS):
+            message, _ = await frames.read(reader)
+    except (LinkClosed, TimeoutError):
+        return None
+    return message
+
+
+def rebuilt_error(failed: LoadFailed) -> CordeeError:
+    """The error that a worker met, as an exception of this process."""
+    kind = getattr(errors, failed.error, CordeeError)
+    return kind(failed.message)

@@ -1,0 +1,285 @@
+"""The stages of a node: real worker processes, as the crew's orders want them (cluster/reconcile.py).
+
+A worker is known to the cluster by an id that names its KV cache; a new one is drawn when the cache is in
+doubt (`rename`), without a new process. An order is tried once each time it is given: what fails shows in
+`workers` and is ordered again, or is told to the owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from cordee.cluster.goals import Load
+from cordee.cluster.memory import BATCH_ROWS
+from cordee.cluster.reconcile import WireOrder, Worker
+from cordee.engine.stage import EngineName, StageConfig
+from cordee.errors import CordeeError
+from cordee.net import address
+from cordee.worker import messages
+from cordee.worker.process import EXACT_ENVIRONMENT, WorkerProcess, Workers
+
+WATCH_SECONDS = 1.0  # how often wired workers are looked at: who is stopped holds everybody up
+# So long a worker with heirs stays after it was stopped: the host's RECALL_SECONDS, and time for the largest
+# states to travel. Its memory was planned for beside that of its successors.
+LINGER_SECONDS = 15.0
+LINGER_LOOK_SECONDS = 0.2  # how often it is looked whether they are all gone
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a stage is loaded from.
+
+    `embedding` is for the first of several stages. `is_last`: the slice has the head. `ends` are the tokens
+    that end an answer.
+    """
+
+    engine: EngineName
+    slice: Path
+    embedding: Path | None
+    is_last: bool
+    ends: tuple[int, ...]
+
+
+class Owner(Protocol):
+    """Who gives the orders; called on the event loop."""
+
+    async def prepare(self, load: Load) -> Files:
+        """Bring what a load needs to this disk. Raises CordeeError where that cannot be."""
+
+    def changed(self) -> None:
+        """`Stages.workers` would tell something new."""
+
+    def failed(self, load: Load, detail: str) -> None:
+        """A load could not be had."""
+
+
+@dataclass(eq=False)
+class _Process:
+    """A worker and what the crew should know of it."""
+
+    id: str
+    load: Load
+    worker: WorkerProcess | None = None  # once it has started
+    is_loaded: bool = False
+    wiring: str = ""
+    wirings: set[str] = field(default_factory=set)
+    index: int = 0  # of its stage in the wiring
+    inherits: bool = False  # what the wiring's predecessor left
+    running: asyncio.Task | None = None
+    joining: asyncio.Task | None = None
+    joins: str = ""  # the wiring that it is being joined to
+
+    def report(self, listen: str) -> Worker:
+        """As the crew wants to know it; `listen` is the host at which it takes rows of other machines."""
+        state = "loading" if not self.is_loaded else "wired" if self.wiring else "loaded"
+        endpoint = self.worker.endpoint if self.worker is not None else ""
+        if endpoint:
+            endpoint = address.renewed(endpoint, listen)  # this machine may have moved since
+        return Worker(self.id, self.load, state, endpoint, self.wiring, frozenset(self.wirings))
+
+
+class Stages:
+    """See the module's docstring. Made by `Stages.open`; all methods on one event loop.
+
+    `identity` is the folder of this node's identity, `listen` the host at which other machines reach workers.
+    """
+
+    def __init__(self, owner: Owner, sockets: Workers, identity: Path, listen: str) -> None:
+        self._owner = owner
+        self._sockets = sockets
+        self._identity = identity
+        self._listen = listen
+        self._processes: dict[str, _Process] = {}
+        self._tasks: set[asyncio.Task] = set()
+        self._closing = False
+
+    @classmethod
+    async def open(cls, owner: Owner, identity: Path, listen: str) -> Stages:
+        """A node's stages, none of them running yet."""
+        stages = cls(owner, await Workers.open(), identity, listen)
+        stages._keep(stages._watch())
+        return stages
+
+    @property
+    def workers(self) -> dict[str, Worker]:
+        """Those that live, by id."""
+        return {name: process.report(self._listen) for name, process in self._processes.items()}
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Their processes, by the worker's id."""
+        running = self._processes.items()
+        return {name: process.worker.pid for name, process in running if process.worker is not None}
+
+    def first(self, wiring: str) -> WorkerProcess | None:
+        """The worker that takes a wiring's micro-batches first, if it is here and wired."""
+        process = self._first(wiring)
+        return None if process is None else process.worker
+
+    def inherits(self, wiring: str) -> bool:
+        """Whether that worker may take over sequences of the wiring before."""
+        process = self._first(wiring)
+        return process is not None and process.inherits
+
+    def start(self, load: Load) -> None:
+        """Start a worker for a load."""
+        process = _Process(secrets.token_hex(8), load)
+        self._processes[process.id] = process
+        process.running = self._keep(self._run(process))
+        self._owner.changed()
+
+    def stop(self, name: str) -> None:
+        """End a worker."""
+        process = self._processes.pop(name, None)
+        if process is not None:
+            for task in (process.running, process.joining):
+                if task is not None:
+                    task.cancel()
+            self._owner.changed()
+
+    def rename(self, name: str) -> None:
+        """Give a worker a new id: its KV cache is another one from now on."""
+        process = self._processes.pop(name, None)
+        if process is not None:
+            process.id, process.wirings = secrets.token_hex(8), set()
+            self._processes[process.id] = process
+            self._unwire(process)
+
+    def unwire(self, wiring: str) -> None:
+        """The scheduler left this wiring: its first stage is to be joined anew."""
+        for process in self._processes.values():
+            if process.wiring == wiring and process.index == 0:
+                self._unwire(process)
+
+    def wire(self, order: WireOrder) -> None:
+        """Join a worker to its neighbours, unless it is being joined so already."""
+        process, wiring = self._processes.get(order.worker), order.goal.wiring
+        if process is None or process.worker is None or not process.is_loaded:
+            return
+        if process.joining is not None and not process.joining.done():
+            if process.joins == wiring:
+                return
+            process.joining.cancel()
+        process.wiring, process.joins = "", wiring
+        process.joining = self._keep(self._join(process, process.worker, order))
+
+    async def close(self) -> None:
+        """End all workers; closing twice is harmless."""
+        self._closing = True
+        for name in list(self._processes):
+            self.stop(name)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._sockets.close()
+
+    def on_ended(self, worker: WorkerProcess) -> None:
+        """Workers' owner: a process is gone."""
+        for name, process in list(self._processes.items()):
+            if process.worker is worker:
+                log.warning("process %d of a stage ended with status %s", worker.pid, worker.status)
+                self.stop(name)
+
+    def on_broken(self, worker: WorkerProcess, placement: str) -> None:
+        """Workers' owner: a link is gone."""
+        for process in self._processes.values():
+            if process.worker is worker and process.wiring == placement:
+                self._unwire(process)
+
+    def _first(self, wiring: str) -> _Process | None:
+        for process in self._processes.values():
+            if process.wiring == wiring and process.index == 0:
+                return process
+        return None
+
+    def _unwire(self, process: _Process) -> None:
+        process.wiring = process.joins = ""
+        self._owner.changed()
+
+    def _keep(self, coroutine: Coroutine) -> asyncio.Task:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+        return task
+
+    def _forget(self, task: asyncio.Task) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a task of the stages failed", exc_info=task.exception())
+
+    async def _run(self, process: _Process) -> None:
+        """A worker's life, from its start to its end, or until it is stopped."""
+        try:
+            files = await self._owner.prepare(process.load)
+            process.worker = await self._sockets.spawn(EXACT_ENVIRONMENT, self, self._keep)
+            await process.worker.load(self._load(process.load, files))
+            process.is_loaded = True
+            self._owner.changed()
+            await asyncio.Event().wait()
+        except CordeeError as error:
+            if self._processes.pop(process.id, None) is not None:
+                self._owner.failed(process.load, error.message)
+        except asyncio.CancelledError:  # it is stopped
+            if process.worker is not None and not self._closing:
+                await self._linger(process.worker)
+            raise
+        finally:
+            if process.worker is not None:
+                await process.worker.end()
+
+    async def _linger(self, worker: WorkerProcess) -> None:
+        """Leave a worker to its heirs for a while."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                while worker.heirs and worker.alive:
+                    await asyncio.sleep(LINGER_LOOK_SECONDS)
+
+    def _load(self, load: Load, files: Files) -> messages.Load:
+        devices = () if load.device == "CPU" else (load.device,)
+        config = StageConfig(
+            context=load.context,
+            sequences=load.sequences,
+            batch_rows=max(BATCH_ROWS, load.sequences),
+            devices=devices,
+        )
+        return messages.Load(
+            path=str(files.slice),
+            config=config,
+            is_last=files.is_last,
+            engine=files.engine,
+            embedding=None if files.embedding is None else str(files.embedding),
+            ends=files.ends,
+            identity=str(self._identity),
+            listen=self._listen,
+        )
+
+    async def _join(self, process: _Process, worker: WorkerProcess, order: WireOrder) -> None:
+        goal = order.goal
+        try:
+            sources = tuple(messages.Source(*source) for source in goal.sources)
+            await worker.wire(messages.Wire(goal.wiring, goal.downstream, goal.first or None, sources))
+        except CordeeError as error:
+            log.info("stage %d is not joined yet: %s", goal.index, error.message)
+            return
+        process.wirings.add(goal.wiring)
+        if process.joins == goal.wiring:  # no link broke meanwhile
+            process.wiring, process.index = goal.wiring, goal.index
+            process.inherits = bool(goal.sources)
+            self._owner.changed()
+
+    async def _watch(self) -> None:
+        """Kill wired workers that are stopped: only their neighbours' silence would tell otherwise."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            for process in self._processes.values():
+                if process.wiring and process.worker is not None and process.worker.stopped:
+                    process.worker.kill()

@@ -1,0 +1,256 @@
+"""Links between the workers of different machines: TCP with TLS 1.3, both sides showing a certificate.
+
+Plain sockets and not the bus, because a worker is one blocking thread: a round trip of 2.3 kB takes half the
+time that it takes through zenoh. The frames on a link are those of `cordee.worker.frames`.
+
+    connect  -> TLS handshake -> the door looks whether the guest may enter -> WELCOME -> frames
+                                 |no: the link closes, and `connect` says so
+
+Only the cluster's authority is trusted here, for servers and for guests. Host names say nothing and are not
+verified: what counts is a certificate of this cluster whose node was not removed. A certificate's alternative
+name holds the node's id. The files are read for each link, so renewals and removals need no restart; they are
+read without `cryptography`, which would make workers start a tenth of a second later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cordee.net import address
+from cordee.worker.frames import SOCKET_SECONDS, LinkClosed
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Awaitable, Callable
+
+WELCOME = b"\x01"  # a client of TLS 1.3 is done before the server has looked at its certificate
+GREETING_SECONDS = 10.0  # to connect, shake hands and be welcomed; the other worker may be in a decode
+SILENCE_SECONDS = 3  # until a cable that was cut ends an idle link: as fast as the bus notices
+# For TCP alone, which its system answers whatever the other worker does: an address may be one that the
+# machine had before, or one that cannot be reached from here.
+CONNECT_SECONDS = 2.0
+BACKLOG = 64  # who knocks during a decode waits there
+NODE_SUFFIX = ".cordee"  # of the alternative name that holds the node's id
+
+
+class Guest:
+    """Somebody who knocked: greets without blocking, and becomes a link or is closed."""
+
+    def __init__(self, folder: Path, plain: socket.socket) -> None:
+        self._folder = folder
+        _tune(plain)
+        plain.setblocking(False)
+        self._link = _context(folder, server=True).wrap_socket(
+            plain, server_side=True, do_handshake_on_connect=False
+        )
+
+    def fileno(self) -> int:
+        """For a selector; readable: call `greet`."""
+        return self._link.fileno()
+
+    def greet(self) -> ssl.SSLSocket | None:
+        """Go on with the handshake: the link once it is a member's, None while more has to arrive.
+
+        Raises:
+            LinkClosed: it is no member, was removed, or left; the guest is closed.
+        """
+        try:
+            self._link.do_handshake()
+            check_member(self._folder, self._link.getpeercert())
+            self._link.send(WELCOME)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            return None
+        except (OSError, LinkClosed) as error:  # ssl.SSLError is an OSError
+            self._link.close()
+            raise LinkClosed(str(error)) from error
+        self._link.settimeout(SOCKET_SECONDS)
+        return self._link
+
+    def close(self) -> None:
+        """Turn the guest away."""
+        self._link.close()
+
+
+class Door:
+    """Where a worker listens for links of other machines; `host` empty: on all interfaces.
+
+    Raises:
+        OSError: the address is not this machine's.
+    """
+
+    def __init__(self, folder: Path, host: str) -> None:
+        self._folder = folder
+        self._listener = address.listener(host, 0)
+        self._listener.listen(BACKLOG)
+        self._listener.setblocking(False)
+        self.endpoint = ",".join(address.own(host, self._listener.getsockname()[1]))
+
+    def fileno(self) -> int:
+        """For a selector; readable: call `accept`."""
+        return self._listener.fileno()
+
+    def accept(self) -> Guest | None:
+        """Whoever knocked; None if he left again. Raises LinkClosed where this node has no valid identity."""
+        try:
+            plain, _ = self._listener.accept()
+        except OSError:
+            return None
+        return Guest(self._folder, plain)
+
+    def close(self) -> None:
+        """Listen no more; links that were let in stay."""
+        self._listener.close()
+
+
+def connect(folder: Path, endpoint: str) -> ssl.SSLSocket:
+    """A link to a `Door` by its endpoint, welcomed, blocking, with SOCKET_SECONDS for each call.
+
+    What becomes readable on it later is its end: doors send nothing but WELCOME.
+
+    Raises:
+        LinkClosed: none of the endpoint's addresses answers as a member that lets this node in.
+    """
+    until = time.monotonic() + GREETING_SECONDS
+    reasons = []
+    for each in endpoint.split(",")[: address.ADDRESSES_MAX]:
+        try:
+            return _connect(folder, each, until)
+        except (OSError, LinkClosed) as error:
+            reasons.append(f"{each}: {error}")
+    raise LinkClosed("; ".join(reasons))
+
+
+def _connect(folder: Path, where: str, until: float) -> ssl.SSLSocket:
+    plain = socket.create_connection(address.parse(where, 0), min(CONNECT_SECONDS, _left(until)))
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(plain.close)
+        _tune(plain)
+        link = _context(folder, server=False).wrap_socket(plain, do_handshake_on_connect=False)
+        on_failure.callback(link.close)
+        link.settimeout(_left(until))
+        link.do_handshake()
+        check_member(folder, link.getpeercert())
+        if link.recv(1) != WELCOME:
+            raise LinkClosed("the other side does not let this node in")
+        link.settimeout(SOCKET_SECONDS)
+        on_failure.pop_all()
+    return link
+
+
+async def open_stream(folder: Path, endpoint: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """`connect` for an event loop.
+
+    Raises:
+        LinkClosed: as `connect`.
+    """
+    import asyncio  # here, because workers do without it
+
+    reasons = []
+    for each in endpoint.split(",")[: address.ADDRESSES_MAX]:
+        writer = None
+        try:
+            async with asyncio.timeout(GREETING_SECONDS):
+                host, port = address.parse(each, 0)
+                context = _context(folder, server=False)
+                reader, writer = await asyncio.open_connection(host, port, ssl=context)
+                _tune(writer.get_extra_info("socket"))
+                check_member(folder, writer.get_extra_info("peercert"))
+                if await reader.read(1) != WELCOME:
+                    raise LinkClosed("the other side does not let this node in")
+                return reader, writer
+        except (OSError, LinkClosed) as error:  # TimeoutError is an OSError
+            if writer is not None:
+                writer.close()
+            reasons.append(f"{each}: {error}")
+    raise LinkClosed("; ".join(reasons))
+
+
+async def open_door(
+    folder: Path,
+    host: str,
+    on_link: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> tuple[asyncio.Server, str]:
+    """A `Door` for an event loop, and its endpoint; `on_link` gets each member that came in.
+
+    Its own certificate is that of now: open another door after a renewal.
+
+    Raises:
+        LinkClosed: this node has no valid identity.
+        OSError: the address is not this machine's.
+    """
+    import asyncio  # here, because workers do without it
+
+    async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            check_member(folder, writer.get_extra_info("peercert"))
+        except LinkClosed:
+            writer.close()
+            return
+        _tune(writer.get_extra_info("socket"))
+        writer.write(WELCOME)
+        await on_link(reader, writer)
+
+    listener = address.listener(host, 0)
+    server = await asyncio.start_server(
+        welcome,
+        sock=listener,
+        ssl=_context(folder, server=True),
+        ssl_handshake_timeout=GREETING_SECONDS,
+        backlog=BACKLOG,
+    )
+    return server, ",".join(address.own(host, listener.getsockname()[1]))
+
+
+def check_member(folder: Path, certificate: dict | None) -> str:
+    """The id of the node behind a certificate that TLS has verified (`getpeercert`).
+
+    Raises:
+        LinkClosed: it is no node's, or the node was removed.
+    """
+    names = [name for kind, name in (certificate or {}).get("subjectAltName", ()) if kind == "DNS"]
+    node = names[0].removesuffix(NODE_SUFFIX) if names and names[0].endswith(NODE_SUFFIX) else ""
+    if not node:
+        raise LinkClosed("the certificate is no node's")
+    revoked = (folder / "revoked").read_text(encoding="ascii", errors="replace")
+    if any(line.startswith(node) for line in revoked.splitlines()):
+        raise LinkClosed(f"node {node} was removed from the cluster")
+    return node
+
+
+def _context(folder: Path, *, server: bool) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    try:
+        context.load_verify_locations(folder / "ca.pem")
+        context.load_cert_chain(folder / "node.pem", folder / "node.key")
+    except OSError as error:
+        raise LinkClosed(f"the identity in {folder} cannot be used: {error}") from error
+    if server:
+        context.num_tickets = 0  # they would make a link readable without a frame
+    return context
+
+
+def _tune(plain: socket.socket) -> None:
+    """Send small frames at once, and notice when the network falls silent under an idle link.
+
+    Under data in flight the system alone would notice after minutes; TCP_USER_TIMEOUT would also end links to
+    workers that do not read because they compute. There the bus notices, and the agent wires anew.
+    """
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": SILENCE_SECONDS - 1}
+    for name, value in options.items():
+        if hasattr(socket, name):  # Linux has them all, others some
+            plain.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def _left(until: float) -> float:
+    """Seconds until then; never 0, which would mean not to block."""
+    return max(until - time.monotonic(), 0.001)

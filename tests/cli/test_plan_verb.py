@@ -1,0 +1,287 @@
+"""`cordee plan`: large models on described machines, asked on a laptop; this machine alone; plain errors."""
+
+import json
+import platform
+import textwrap
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cordee.cli.described import read_nodes
+from cordee.cli.main import cordee
+from cordee.errors import BadRequest
+from cordee.machine.devices import memory_speed, own_devices
+from cordee.machine.memory import memory
+from cordee.models.cards import cards
+from cordee.models.gguf import read_header
+from cordee.models.shape import card_shape, model_shape
+from headers import MODELS, write_header
+
+GB = 10**9
+OFFICE = """
+    [[machine]]
+    name = "office"
+    count = 4
+    ram = "16 GB"
+    [[machine.gpu]]
+    name = "RTX 4090"
+    vram = "24 GB"
+    speed = "1 TB/s"
+"""
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    """Writes a nodes file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "nodes.toml"
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    return write
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cordee, ["plan", *map(str, arguments)], prog_name="cordee")
+
+
+def planned(*arguments: object) -> dict:
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def layers_of(found: dict) -> list[int]:
+    return [stage["last"] - stage["first"] for stage in found["stages"]]
+
+
+def test_gpt_oss_120b_on_four_pcs_with_a_24_gb_card_from_its_header_alone(home, tmp_path, nodes):
+    header = write_header("gpt-oss-120b", tmp_path / "gpt-oss-120b.gguf")
+    assert header.stat().st_size < 100_000
+    found = planned(header, "--nodes", nodes(OFFICE))
+    assert layers_of(found) == [9, 9, 9, 9]
+    assert [stage["node"] for stage in found["stages"]] == ["office-1", "office-2", "office-3", "office-4"]
+    assert {stage["device"] for stage in found["stages"]} == {"RTX 4090"}
+    for stage in found["stages"][:3]:
+        assert stage["fit"]["weights_bytes"] == pytest.approx(15.54e9, rel=0.001)
+        assert stage["needed_bytes"] < 18e9 < stage["available_bytes"] == 21.6e9
+    assert all(one["used"] for one in found["machines"])
+    assert 60 < found["tokens_per_second"] < 300
+
+
+def test_three_of_them_are_too_tight(home, nodes):
+    three = nodes(OFFICE.replace("count = 4", "count = 3"))
+    done = run("gpt-oss-120b", "--nodes", three, "--context", 1024, "--sequences", 1)
+    assert done.exit_code == 0
+    assert "on CPU" in done.stdout  # a few layers do not fit the cards
+    roomy = nodes(OFFICE.replace("count = 4", "count = 3").replace("24 GB", "24 GiB"))
+    found = planned("gpt-oss-120b", "--nodes", roomy, "--context", 1024, "--sequences", 1)
+    assert sorted(layers_of(found)) == [12, 12, 12]
+
+
+def test_apertus_70b_on_the_same_machines(home, tmp_path, nodes):
+    header = write_header("apertus-70b", tmp_path / "apertus-70b.gguf")
+    found = planned(header, "--nodes", nodes(OFFICE))
+    assert sum(layers_of(found)) == 80
+    assert all(25 <= layers <= 28 for layers in layers_of(found))  # layers with more bits are larger
+    [idle] = [one for one in found["machines"] if not one["used"]]
+    assert idle["node"] == "office-4"
+    assert idle["why"].startswith("not needed")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_card_says_what_the_header_says(home, tmp_path, nodes, name):
+    header = read_header(write_header(name, tmp_path / "m.gguf"), weights=False)
+    told, real = card_shape(cards()[name]), model_shape(header, name)
+    assert (told.layers, told.n_embd, told.n_vocab) == (real.layers, real.n_embd, real.n_vocab)
+    assert (told.windowed, told.cuttable, told.cell_bytes) == (real.windowed, True, real.cell_bytes)
+    for size in ("layer_bytes", "active_bytes"):
+        assert sum(getattr(told, size)) == pytest.approx(sum(getattr(real, size)), rel=1e-6)
+    assert told.row_floats == real.row_floats
+    assert told.whole_extra_bytes == pytest.approx(real.whole_extra_bytes, rel=1e-3)
+    assert told.last_extra_bytes == real.last_extra_bytes
+    assert told.active_head_bytes == real.active_head_bytes
+    asked = ("--nodes", nodes(OFFICE), "--context", 2048)
+    stages = [len(planned(model, *asked)["stages"]) for model in (name, tmp_path / "m.gguf")]
+    assert stages[0] == stages[1]
+
+
+def test_the_table_is_for_people(home, nodes):
+    done = run("gpt-oss-120b", "--nodes", nodes(OFFICE + '[[machine]]\nname = "old"\nram = "1 GB"\n'))
+    assert done.exit_code == 0
+    lines = done.stdout.splitlines()
+    assert lines[0] == "Model: gpt-oss-120b: 36 layers, 63.4 GB"
+    assert lines[1] == "Asked: 8 answers at the same time, of 4096 tokens each"
+    assert lines[2] == "Fit:   It fits in 4 stages: it needs 67.0 GB of memory in all."
+    assert lines[3].startswith("Speed: about ")
+    assert any(line.split()[:5] == ["0-8", "office-1", "RTX", "4090", "15.5"] for line in lines)
+    assert any(line.split()[:2] == ["office-1", "in"] and line.endswith("(host)") for line in lines)
+    assert lines[-1].startswith("old       out  too small: a stage takes ")
+
+
+def test_what_does_not_fit_says_what_would(home, nodes):
+    small = nodes(OFFICE.replace("count = 4", "count = 1"))
+    for arguments in (("--json",), ()):
+        done = run("gpt-oss-120b", "--nodes", small, *arguments)
+        assert done.exit_code == 6
+        [line] = done.stderr.splitlines()
+        assert line.startswith("cordee: gpt-oss-120b does not fit. It needs 6")
+        assert "GB: add a machine with at least " in line
+        if arguments:
+            assert json.loads(done.stdout)["placement"] is None
+    done = run("gpt-oss-20b", "--nodes", small, "--context", 131072, "--sequences", 8)
+    assert done.exit_code == 6
+    assert "with `--context " in done.stderr
+
+
+def test_a_stored_model_on_this_machine_alone(home, starter_path):
+    from cordee.models.store import Store
+
+    Store().add_file(starter_path, "starter", source="test")
+    found = planned("starter", "--context", 1024, "--sequences", 1)
+    [stage] = found["stages"]
+    assert (stage["first"], stage["last"], stage["fetch_bytes"]) == (0, 30, 0)
+    assert found["placement"]["model"] == Store().get("starter").digest
+    assert found["machines"] == [
+        {
+            "node": platform.node(),
+            "name": platform.node(),
+            "used": True,
+            "why": f"layers 0-29 on {stage['device']}",
+        }
+    ]
+
+
+def test_what_this_machine_says_of_itself():
+    devices = own_devices()
+    assert len({one.name for one in devices}) == len(devices) > 0
+    for one in devices:
+        assert one.read_bytes_per_second > 1e7
+        if one.kind == "cpu":
+            assert 0 < one.memory_bytes < memory().total_bytes
+    assert memory_speed(0, 3) > 0  # however little memory is free
+
+
+@pytest.mark.parametrize(
+    ("model", "code", "words"),
+    [("nosuch", 3, "nosuch"), ("qwen3-8b", 3, "qwen3-8b"), ("novel.gguf", 4, "no GGUF model file")],
+)
+def test_a_model_that_is_not_there(home, tmp_path, monkeypatch, nodes, model, code, words):
+    monkeypatch.chdir(tmp_path)
+    Path("novel.gguf").write_text("It was a dark and stormy night.")
+    done = run(model, "--nodes", nodes(OFFICE))
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert words in done.stderr
+
+
+def test_a_context_that_the_model_was_not_made_for(home, nodes):
+    done = run("apertus-8b", "--nodes", nodes(OFFICE), "--context", 65_537)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "at most 65536 tokens, not 65537" in done.stderr
+
+
+def test_a_header_that_ends_too_early_is_told(home, tmp_path, nodes):
+    header = write_header("gpt-oss-20b", tmp_path / "m.gguf")
+    header.write_bytes(header.read_bytes()[:-1])
+    done = run(header, "--nodes", nodes(OFFICE))
+    assert done.exit_code == 4
+    assert "ends in the middle of its header" in done.stderr
+
+
+def test_the_help_names_the_cards_that_can_be_planned():
+    text = " ".join(run("--help").stdout.split())
+    named = text.partition("one of the cards ")[2].partition(".")[0]
+    assert sorted(named.replace(" and ", ", ").split(", ")) == sorted(
+        n for n, c in cards().items() if c.shape
+    )
+
+
+def test_the_example_in_the_help_is_a_nodes_file(home, tmp_path):
+    text = run("--help").stdout
+    example = text[text.index("[[machine]]") : text.index("Options:")]
+    path = tmp_path / "nodes.toml"
+    path.write_text(example)
+    facts = read_nodes(path)
+    assert list(facts) == ["office-1", "office-2", "office-3", "office-4"]
+    optional = ("ram_speed", "disk", "network", "rtt", "speed", "count = 1")
+    short = [line for line in example.splitlines() if not line.strip().startswith(optional)]
+    assert len(short) == len(example.splitlines()) - len(optional)
+    path.write_text("\n".join(short))
+    assert read_nodes(path) == facts  # so the help shows the defaults
+
+
+def test_a_machine_is_what_its_file_says(nodes):
+    facts = read_nodes(
+        nodes(
+            """
+            [[machine]]
+            name = "box"
+            ram = "12 GB"
+            ram_speed = "50 GB/s"
+            disk = "10 GB"
+            network = "100 Mbit/s"
+            rtt = "2 ms"
+            [[machine.gpu]]
+            vram = "10 GiB"
+            speed = "500 GB/s"
+            count = 2
+            [[machine]]
+            name = "bare"
+            ram = "1 GB"
+            """
+        )
+    )
+    box, bare = facts["box"], facts["bare"]
+    assert [(one.name, one.kind, one.memory_bytes, one.read_bytes_per_second) for one in box.devices] == [
+        ("GPU", "gpu", 9 * 2**30, 500e9),
+        ("GPU #2", "gpu", 9 * 2**30, 500e9),
+        ("CPU", "cpu", 9 * GB, 50e9),
+    ]
+    assert box.disk_free_bytes == 10 * GB
+    assert [one.memory_bytes for one in bare.devices] == [0]  # the system needs it all
+    assert (box.rtts, bare.rtts) == ({"bare": 0.002}, {"box": 0.002})
+    assert box.bytes_per_second == {"bare": 12.5e6}
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("machine = 3", "Expected `array`, got `int` - at `$.machine`"),
+        ("[[machine]]\nname = ", "Invalid value"),
+        ('[[machine]]\nname = "a"', "missing required field `ram`"),
+        ('[[machine]]\nname = "a"\nram = 16', "Expected `str`, got `int` - at `$.machine[0].ram`"),
+        ('[[machine]]\nname = "a"\nram = "16"', 'ram of a is "16", not an amount like "24 GB"'),
+        ('[[machine]]\nname = "a"\nram = "-1 GB"', 'ram of a is "-1 GB"'),
+        (
+            '[[machine]]\nname = "a"\nram = "1 GB"\nrtt = "1 GB"',
+            'rtt of a is "1 GB", not an amount like "24 ms"',
+        ),
+        ('[[machine]]\nname = "a"\nram = "1 GB"\nspeed = "fast"', "unknown field `speed`"),
+        ('[[machine]]\nname = "a"\nram = "1 GB"\ncount = 0', "`int` >= 1"),
+        ('[[machine]]\nname = "a"\nram = "1 GB"\n' * 2, "two machines are called a"),
+        (
+            '[[machine]]\nname = "a"\ncount = 200\nram = "1 GB"\n'
+            '[[machine]]\nname = "b"\ncount = 100\nram = "1 GB"',
+            "300 machines",
+        ),
+        ("machine = []", "describes 0 machines"),
+    ],
+)
+def test_a_mistake_in_the_nodes_file_is_named(home, nodes, text, fault):
+    path = nodes(text)
+    with pytest.raises(BadRequest) as refused:
+        read_nodes(path)
+    assert fault in refused.value.message
+    assert str(path) in refused.value.message
+    done = run("gpt-oss-20b", "--nodes", path)
+    assert (done.exit_code, done.stdout) == (2, "")
+
+
+def test_a_nodes_file_that_is_not_there_or_no_text(home, tmp_path):
+    with pytest.raises(BadRequest, match="No such file"):
+        read_nodes(tmp_path / "nosuch.toml")
+    (tmp_path / "data.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadRequest, match=r"data\.toml"):
+        read_nodes(tmp_path / "data.toml")

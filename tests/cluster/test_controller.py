@@ -1,0 +1,178 @@
+"""The mind: what a node hears becomes what it does."""
+
+import msgspec
+
+from clusters import CONTEXT, SEQUENCES, Simple, facts_of, placed, running, shape_of
+from cordee.cluster.controller import RETHINK_SECONDS, Mind
+from cordee.cluster.facts import Facts, Gauges, Hosted
+from cordee.cluster.goals import Goals
+from cordee.cluster.membership import LISTEN_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS, Beat
+
+EPOCH = 1.8e9
+ALL = placed(("a", 0, 4))
+
+
+def mind_of(node: str = "a", listened: bool = True, facts: Facts | None = None) -> Mind:
+    mind = Mind(node, f"session of {node}", Simple())
+    look(mind, 0.0, facts)
+    if listened:
+        for now in range(1, int(LISTEN_SECONDS) + 1):
+            look(mind, float(now), facts)
+    return mind
+
+
+def look(mind: Mind, now: float, facts: Facts | None = None, **more: bytes) -> None:
+    mind.observe(facts or facts_of(mind.me), now, EPOCH + now, more)
+
+
+def wish(mind: Mind, now: float = 5.0, replicas: int = 1) -> None:
+    mind.wish("m", shape_of(), CONTEXT, SEQUENCES, now, replicas)
+
+
+def test_a_wish_made_at_one_node_is_pursued_by_another() -> None:
+    a, b = mind_of("a", facts=facts_of("a", 2)), mind_of("b", facts=facts_of("b", 2))
+    wish(a)
+    assert b.hear(a.beat(5.0), 5.0)
+    assert a.hear(b.beat(5.0), 5.0)
+    assert a.plan(5.0).stages and b.plan(5.0).stages
+    assert a.chosen == b.chosen
+    wish(b, replicas=0)
+    a.hear(b.beat(5.1), 5.1)
+    assert a.plan(5.1).stages == ()
+    assert a.wishes == b.wishes
+
+
+def test_what_changes_all_the_time_is_told_and_no_news() -> None:
+    a, b = mind_of("a"), mind_of("b")
+    assert b.hear(a.beat(5.0), 5.0)
+    busy = Gauges((Hosted("m", 3, 1, 12.5),), watts=42.0)
+    assert not b.hear(a.beat(5.1, busy), 5.1)
+    assert b.gauges(5.1) == {"a": busy}
+    assert b.gauges(5.1 + SILENCE_SECONDS) == {}
+
+
+def test_a_node_listens_before_it_plans_at_the_start_and_after_it_was_stopped() -> None:
+    mind = mind_of(listened=False)
+    wish(mind, 0.0)
+    assert mind.plan(LISTEN_SECONDS - 0.1).stages == ()
+    assert len(mind.plan(LISTEN_SECONDS).stages) == 1
+    later = 100.0
+    look(mind, later)
+    assert mind.plan(later).stages == ()
+    for now in range(100, 104):
+        look(mind, float(now))
+    assert len(mind.plan(later + LISTEN_SECONDS).stages) == 1
+
+
+def test_a_node_that_heard_all_there_are_need_not_listen_longer() -> None:
+    """A cluster that is switched on serves at once."""
+    mind = Mind("a", "session of a", Simple(), remembered=("a", "b", "c"))
+    look(mind, 0.0)
+    wish(mind, 0.0)
+    mind.hear(mind_of("b").beat(3.0), 0.2)
+    assert mind.plan(0.2).stages == ()
+    assert mind.hear(mind_of("c").beat(3.0), 0.4)
+    assert len(mind.plan(0.4).stages) == 1
+    look(mind, 100.0)  # it was stopped meanwhile
+    mind.hear(mind_of("b").beat(100.0), 100.0)
+    assert mind.plan(100.0).stages == ()
+
+
+def test_a_node_also_listens_for_those_of_whom_others_tell() -> None:
+    """They may have joined, and serve, since it was there last."""
+    mind = Mind("a", "session of a", Simple(), remembered=("b",))
+    look(mind, 0.0)
+    wish(mind, 0.0)
+    reports = running(placed(("d", 0, 2), ("b", 2, 4)))["b"]
+    told = msgspec.structs.replace(facts_of("b"), stages=tuple(reports), rtts={"c": 0.001})
+    mind.hear(mind_of("b", facts=told).beat(3.0), 0.1)
+    for node in ("c", "d"):
+        assert mind.plan(0.2).routes == {"m": ()}
+        mind.hear(mind_of(node).beat(3.0), 0.2)
+    assert [route.host for route in mind.plan(0.2).routes["m"]] == ["d"]
+
+
+def test_a_node_also_listens_for_those_whom_it_sees() -> None:
+    mind = Mind("a", "session of a", Simple(), remembered=("b",))
+    look(mind, 0.0)
+    wish(mind, 0.0)
+    mind.liveliness("c", True, 0.1)
+    mind.hear(mind_of("b").beat(3.0), 0.1)
+    assert mind.plan(0.1).stages == ()
+    mind.hear(mind_of("c").beat(3.0), 0.2)
+    assert len(mind.plan(0.2).stages) == 1
+
+
+def test_a_wrong_memory_of_when_to_listen_until_does_not_last() -> None:
+    mind = mind_of()
+    wish(mind)
+    mind._listens_until = 1e30
+    for now in (3.0, 4.0, 5.0, 6.0):
+        look(mind, now)
+    assert len(mind.plan(6.0).stages) == 1
+
+
+def test_a_damaged_plan_is_computed_anew_though_nothing_changed() -> None:
+    mind = mind_of()
+    wish(mind)
+    right = mind.plan(5.0)
+    mind._goals = Goals()
+    assert mind.plan(5.0) != right
+    assert mind.plan(5.0 + RETHINK_SECONDS) == right
+
+
+def test_a_node_that_goes_is_replaced_after_silence_and_suspicion() -> None:
+    a = mind_of("a")
+    serving = facts_of("b", stages=running(placed(("b", 0, 4)))["b"])
+    b = mind_of("b", facts=serving)
+    wish(b)
+    a.hear(b.beat(5.0), 5.0)
+    gone = 5 + SILENCE_SECONDS + SUSPICION_SECONDS
+    for now in range(5, int(gone) + 1):
+        look(a, float(now))
+        stages = a.plan(float(now)).stages
+        assert (stages == ()) == (now < gone)
+    assert a.nodes(gone)["b"][0] == "gone"
+
+
+def test_revoked_nodes_are_neither_heard_nor_placed_and_the_word_goes_on() -> None:
+    a = mind_of("a", facts=facts_of("a", 2))
+    b = mind_of("b", facts=facts_of("b", 2))
+    wish(a)
+    a.hear(b.beat(5.0), 5.0)
+    assert a.plan(5.0).stages
+    look(a, 5.1, facts_of("a", 2), b=b"record")
+    assert a.plan(5.1).stages == ()
+    assert list(a.nodes(5.1)) == ["a"]
+    assert not a.hear(b.beat(6.0), 6.0)
+    assert a.beat(6.0).revocations == (b"record",)
+
+
+def test_one_clock_that_is_a_day_off_changes_nothing() -> None:
+    minds = [mind_of(node) for node in "abc"]
+    minds[0].observe(facts_of("a"), 5.0, EPOCH + 86400, {})
+    for one in minds:
+        for other in minds:
+            one.hear(other.beat(5.0), 5.0)
+    wish(minds[0], 5.0)
+    assert abs(minds[0].wishes[0].stamp - EPOCH - 5) < 1
+    minds[1].hear(minds[0].beat(5.1), 5.1)
+    wish(minds[1], 5.2, replicas=0)
+    minds[0].hear(minds[1].beat(5.3), 5.3)
+    assert minds[0].wishes[0].replicas == 0
+
+
+def test_beats_carry_everything_and_travel() -> None:
+    mind = mind_of()
+    wish(mind)
+    said = mind.beat(5.0)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=Beat) == said
+    assert (said.facts.node, said.clock, said.wishes) == ("a", EPOCH + 5, mind.wishes)
+
+
+def test_wishes_outlive_a_restart() -> None:
+    mind = mind_of()
+    wish(mind)
+    again = Mind("a", "next session", Simple(), mind.wishes)
+    look(again, 0.0)
+    assert again.wishes == mind.wishes

@@ -1,0 +1,266 @@
+"""Goals: each node's part of what was chosen, and the crew that carries it out."""
+
+import msgspec
+
+from clusters import (
+    LAYER_BYTES,
+    Simple,
+    facts_of,
+    placed,
+    running,
+    shape_of,
+    view_of,
+)
+from cordee.cluster.choose import choose
+from cordee.cluster.facts import SliceHeld, StageReport, wiring_id
+from cordee.cluster.goals import (
+    DISK_RESERVE_BYTES,
+    Goals,
+    Load,
+    SliceGoal,
+    Source,
+    StageGoal,
+    goals,
+    holds,
+    load_of,
+)
+from cordee.cluster.membership import View
+from cordee.cluster.reconcile import FAILED_SECONDS, WIRINGS_MAX, Crew, Orders, Worker
+
+HALVES = placed(("a", 0, 2), ("b", 2, 4))
+WHOLE = SliceHeld("m", 0, 4, whole=True)
+
+
+def goals_of(view: View, me: str) -> Goals:
+    return goals(view, me, choose(view, Simple()), Simple())
+
+
+def halves(state: str = "wired", **more: object) -> View:
+    reports = running(HALVES, state)
+    return view_of(*(facts_of(node, 2, stages=reports[node]) for node in "ab"))
+
+
+def test_stages_are_run_before_they_are_wired() -> None:
+    loading = goals_of(halves("loading"), "a")
+    assert loading.stages == (StageGoal(HALVES, 0),)
+    assert loading.slices[0] == SliceGoal("m", 0, 2)
+    assert loading.hosts[0].wiring == loading.routes["m"][0].wiring == ""
+
+
+def test_once_all_are_loaded_each_is_wired_to_the_next_and_the_last_to_the_host() -> None:
+    view = halves("loaded")
+    wiring = wiring_id(HALVES, ["w0a", "w1b"])
+    assert goals_of(view, "a").stages == (StageGoal(HALVES, 0, wiring, "b/1"),)
+    assert goals_of(view, "b").stages == (StageGoal(HALVES, 1, wiring, "a/inbox", first="a/0"),)
+    assert goals_of(view, "a").hosts[0].wiring == ""
+
+
+def test_once_all_are_wired_rows_may_flow_and_every_node_knows_the_way() -> None:
+    view = halves("wired")
+    (host,) = goals_of(view, "a").hosts
+    assert (host.wiring, host.upstream) == (wiring_id(HALVES, ["w0a", "w1b"]), "a/0")
+    assert goals_of(view, "b").hosts == ()
+    for node in "ab":
+        (route,) = goals_of(view, node).routes["m"]
+        assert (route.host, route.placement, route.wiring) == ("a", HALVES, host.wiring)
+
+
+def test_a_new_worker_makes_a_new_wiring() -> None:
+    reports = running(HALVES)
+    fresh = StageReport(HALVES, 1, "loaded", "fresh", "b/9")
+    view = view_of(facts_of("a", 2, stages=reports["a"]), facts_of("b", 2, stages=[fresh]))
+    goal = goals_of(view, "a").stages[0]
+    assert (goal.wiring, goal.downstream) == (wiring_id(HALVES, ["w0a", "fresh"]), "b/9")
+    assert goal.wiring != reports["a"][0].wiring
+
+
+def test_a_successor_takes_over_from_the_stages_that_serve() -> None:
+    serving = running(HALVES)
+    thirds = placed(("c", 0, 1), ("d", 1, 3), ("c", 3, 4))
+    loaded = running(thirds, "loaded")
+    nodes = [
+        facts_of(node, 4, stages=[*serving.get(node, ()), *loaded.get(node, ())], draining=node == "a")
+        for node in "abcd"
+    ]
+    goals = {goal.index: goal for node in "cd" for goal in goals_of(view_of(*nodes), node).stages}
+    wiring = serving["a"][0].wiring
+    assert goals[0].sources == (Source("a/0", wiring, 0, 1),)
+    assert goals[1].sources == (Source("a/0", wiring, 1, 2), Source("b/1", wiring, 0, 1))
+    assert goals[2].sources == (Source("b/1", wiring, 1, 2),)
+    assert all(not goal.sources for goal in goals_of(view_of(*nodes), "b").stages)
+
+
+def test_workers_of_a_lost_placement_are_kept_until_another_serves_if_memory_allows() -> None:
+    mine = running(HALVES)["a"]
+    for layers, kept in ((6, {"w0a"}), (4, set())):
+        view = view_of(facts_of("a", layers, stages=mine))
+        assert goals_of(view, "a").keep == kept
+    whole = running(placed(("a", 0, 4)))["a"]
+    assert goals_of(view_of(facts_of("a", 6, stages=[*mine, *whole])), "a").keep == frozenset()
+
+
+def test_workers_of_a_lost_placement_are_kept_where_nothing_else_is_possible() -> None:
+    assert goals_of(view_of(facts_of("a", 2, stages=running(HALVES)["a"])), "a").keep == {"w0a"}
+    unwished = view_of(facts_of("a", 2, stages=running(HALVES)["a"]), wishes=[])
+    assert goals_of(unwished, "a").keep == frozenset()
+
+
+def test_each_slice_of_what_serves_is_kept_twice_by_one_other_node() -> None:
+    reports = running(HALVES)
+    nodes = [facts_of(node, 2, stages=reports.get(node, ()), speed=50) for node in "abcd"]
+    copies = {node: goals_of(view_of(*nodes), node).slices for node in "abcd"}
+    extra = [goal for node in "cd" for goal in copies[node]]
+    extra += [goal for node in "ab" for goal in copies[node][1:]]
+    assert sorted(extra) == [SliceGoal("m", 0, 0), SliceGoal("m", 0, 2), SliceGoal("m", 2, 4)]
+    assert all(not copies[node] for node in "cd") or extra
+    loading = running(HALVES, "loading")
+    waiting = [facts_of(node, 2, stages=loading.get(node, ()), speed=50) for node in "abcd"]
+    assert all(goals_of(view_of(*waiting), node).slices == () for node in "cd")
+
+
+def test_the_embedding_lies_in_no_slice_of_layers() -> None:
+    embedding = SliceGoal("m", 0, 0)
+    assert not holds([SliceHeld("m", 0, 2), SliceHeld("n", 0, 0)], embedding)
+    assert holds([SliceHeld("m", 0, 0)], embedding)
+    assert holds([WHOLE], embedding)
+
+
+def test_a_copy_that_lies_somewhere_stays_and_full_disks_get_none() -> None:
+    reports = running(placed(("a", 0, 4)))
+    a = facts_of("a", stages=reports["a"])
+    for node in "bc":
+        other = "c" if node == "b" else "b"
+        holder = facts_of(node, slices=[WHOLE], disk_free_bytes=0)
+        view = view_of(a, holder, facts_of(other))
+        assert goals_of(view, node).slices == (SliceGoal("m", 0, 4),)
+        assert goals_of(view, other).slices == ()
+    room = 4 * LAYER_BYTES + DISK_RESERVE_BYTES
+    for disk_free_bytes, expected in ((room, (SliceGoal("m", 0, 4),)), (room - 1, ())):
+        view = view_of(a, facts_of("b", disk_free_bytes=disk_free_bytes))
+        assert goals_of(view, "b").slices == expected
+
+
+# The crew.
+
+GOAL = StageGoal(HALVES, 0)
+LOAD = load_of(HALVES, 0)
+
+
+def steps(crew: Crew, *stages: StageGoal, keep: str = "", now: float = 0.0, held: bool = True) -> Orders:
+    return step(crew, Goals(stages=stages, keep=frozenset(keep.split()), slices=(LOAD.slice,)), {}, now, held)
+
+
+def step(
+    crew: Crew, wanted: Goals, workers: dict[str, Worker], now: float = 0.0, held: bool = True
+) -> Orders:
+    return crew.step(wanted, workers, (WHOLE,) if held else (), now)
+
+
+def worker(name: str = "w", state: str = "loaded", load: Load = LOAD, **more: object) -> dict[str, Worker]:
+    return {name: Worker(name, load, state, "a/1", **more)}  # type: ignore[arg-type]
+
+
+def only(*stages: StageGoal, keep: str = "") -> Goals:
+    return Goals(stages=stages, keep=frozenset(keep.split()))
+
+
+def test_a_stage_is_fetched_started_and_wired() -> None:
+    crew = Crew()
+    fetching = steps(crew, GOAL, held=False)
+    assert (fetching.fetch, fetching.start) == ((LOAD.slice,), ())
+    assert [report.state for report in fetching.reports] == ["fetching"]
+    starting = steps(crew, GOAL)
+    assert (starting.fetch, starting.start) == ((), (LOAD,))
+    assert [report.state for report in starting.reports] == ["loading"]
+    assert step(crew, only(GOAL), worker(state="loading")).start == ()
+    wanted = only(StageGoal(HALVES, 0, "W", "b/1"))
+    (order,) = step(crew, wanted, worker()).wire
+    assert (order.worker, order.goal.wiring, order.goal.downstream) == ("w", "W", "b/1")
+    done = step(crew, wanted, worker(state="wired", wiring="W", wirings=frozenset("W")))
+    assert (done.wire, done.rename) == ((), ())
+    assert (done.reports[0].state, done.reports[0].wiring) == ("wired", "W")
+
+
+def test_a_wiring_is_entered_once() -> None:
+    wanted = only(StageGoal(HALVES, 0, "W", "b/1"))
+    left = step(Crew(), wanted, worker(wirings=frozenset("W")))
+    assert (left.wire, left.rename) == ((), ("w",))
+    many = frozenset(f"{index}" for index in range(WIRINGS_MAX))
+    assert step(Crew(), wanted, worker(wirings=many)).rename == ("w",)
+
+
+def test_a_new_placement_that_needs_the_same_layers_takes_the_worker_over() -> None:
+    crew = Crew()
+    step(crew, only(GOAL), worker())
+    other = StageGoal(placed(("a", 0, 2), ("c", 2, 4)), 0)
+    orders = step(crew, only(other), worker())
+    assert (orders.start, orders.stop) == ((), ())
+    assert orders.reports[0].placement == other.placement
+
+
+def test_two_stages_alike_need_two_workers() -> None:
+    crew = Crew()
+    successor = StageGoal(placed(("a", 0, 2), ("c", 2, 4)), 0)
+    step(crew, only(GOAL), worker())
+    orders = step(crew, only(successor, GOAL), worker())
+    assert orders.start == (LOAD,)
+    assert [(report.placement, report.worker) for report in orders.reports] == [
+        (successor.placement, ""),
+        (HALVES, "w"),
+    ]
+
+
+def test_what_is_to_be_stopped_is_gone_before_its_device_is_used_again() -> None:
+    old = worker("old", load=LOAD._replace(first=1))
+    busy = step(Crew(), only(GOAL), old)
+    assert (busy.stop, busy.start) == (("old",), ())
+    elsewhere = worker("old", load=LOAD._replace(first=1, device="gpu"))
+    assert step(Crew(), only(GOAL), elsewhere).start == (LOAD,)
+    kept = step(Crew(), only(GOAL, keep="old"), old)
+    assert (kept.stop, kept.start) == ((), (LOAD,))
+
+
+def test_kept_workers_are_still_reported_as_what_they_were() -> None:
+    crew = Crew()
+    step(crew, only(GOAL), worker())
+    orders = step(crew, only(keep="w"), worker())
+    assert [(report.placement, report.worker) for report in orders.reports] == [(HALVES, "w")]
+
+
+def test_a_kept_worker_that_holds_what_a_new_placement_needs_is_taken_over() -> None:
+    crew = Crew()
+    step(crew, only(GOAL), worker())
+    other = StageGoal(placed(("a", 0, 2), ("c", 2, 4)), 0)
+    orders = step(crew, only(other, keep="w"), worker())
+    assert (orders.start, orders.stop) == ((), ())
+    assert [(report.placement, report.worker) for report in orders.reports] == [(other.placement, "w")]
+
+
+def test_a_failure_is_reported_for_a_while_even_if_the_stage_is_wanted_no_more() -> None:
+    crew = Crew()
+    crew.failed(LOAD, "the disk is full", 10.0)
+    for wanted in (only(GOAL), only()):
+        orders = step(crew, wanted, {}, 11.0)
+        assert orders.start == ()
+        assert [(r.state, r.detail, r.placement) for r in orders.reports] == [
+            ("failed", "the disk is full", HALVES)
+        ]
+    assert step(crew, only(GOAL), {}, 10 + FAILED_SECONDS).start == (LOAD,)
+
+
+def test_what_the_crew_remembers_wrongly_is_mended() -> None:
+    crew = Crew()
+    crew.failed(LOAD, "corrupted", 1e30)
+    crew._posts = {"w": (HALVES, 7), "x": (HALVES, 0)}
+    orders = step(crew, only(GOAL), worker(), 5.0)
+    assert [report.worker for report in orders.reports] == ["w"]
+    wrong = worker("v", load=LOAD._replace(first=1))
+    crew._posts = {"v": (HALVES, 0)}
+    orders = step(crew, only(GOAL), wrong, 5.0)
+    assert (orders.stop, [report.worker for report in orders.reports]) == (("v",), [""])
+
+
+def test_reports_travel_in_facts() -> None:
+    report = step(Crew(), only(GOAL), worker()).reports[0]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(report), type=StageReport) == report
+    assert shape_of().allows(0, 2)

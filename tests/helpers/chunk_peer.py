@@ -1,0 +1,67 @@
+"""A node of a cluster as a process of its own, which serves a model's chunks or fetches a part of one.
+
+    chunk_peer.py serve STORE PEER…                     prints its addresses, then serves until killed
+    chunk_peer.py fetch STORE PEER NODE DIGEST FIRST LAST   prints the bytes that are there, line by line
+    chunk_peer.py hub STORE SOURCE DIGEST FIRST LAST        the same from the hub alone, without a cluster
+
+Its identity is that in CORDEE_HOME.
+"""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from cordee.cluster.facts import SliceHeld
+from cordee.distribution.chunks import ChunkClient, ChunkServer, chunk_key
+from cordee.distribution.hub_source import Hub
+from cordee.distribution.slice_store import Parts
+from cordee.models.store import Store
+from cordee.net import identity
+from cordee.net.zenoh_bus import BusOptions, ZenohBus
+
+# Slow enough for a kill to come in the middle, whatever else the machine does.
+BYTES_PER_SECOND = 10e6
+
+
+async def serve(root: str, *peers: str) -> None:
+    member = identity.load()
+    bus = await ZenohBus.open(member, BusOptions("127.0.0.1:0", peers, ""))
+    server = ChunkServer(Parts(Store(Path(root))), print, BYTES_PER_SECOND)
+    bus.serve(chunk_key(member.node), server.answer)
+    print(*bus.addresses, flush=True)
+    await asyncio.Event().wait()
+
+
+async def fetch(root: str, peer: str, node: str, digest: str, first: str, last: str) -> None:
+    bus = await ZenohBus.open(identity.load(), BusOptions("127.0.0.1:0", (peer,), ""))
+    client = ChunkClient(bus, Parts(Store(Path(root))), lambda text: print(text, file=sys.stderr))
+    sheet = await client.sheet(digest, [node] * 10)
+    whole = [SliceHeld(digest, 0, sheet.header.layers, True)]
+    await client.part(
+        digest, int(first), int(last), lambda: {node: whole}, lambda done, _: print(done, flush=True)
+    )
+    await bus.close()
+
+
+async def hub(root: str, source: str, digest: str, first: str, last: str) -> None:
+    parts = Parts(Store(Path(root)))
+    client = ChunkClient(Nobody(), parts, lambda text: print(text, file=sys.stderr))
+    await client.part(
+        digest,
+        int(first),
+        int(last),
+        dict,
+        lambda done, _: print(done, flush=True),
+        lambda: Hub(parts).open(source),
+    )
+
+
+class Nobody:
+    """A bus without neighbours."""
+
+    async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
+        raise AssertionError("nobody has anything")
+
+
+if __name__ == "__main__":
+    asyncio.run({"serve": serve, "fetch": fetch, "hub": hub}[sys.argv[1]](*sys.argv[2:]))

@@ -1,0 +1,78 @@
+"""A service is made as large as the machine allows, and refused in plain words where it does not fit."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from cordee.errors import BadRequest, DoesNotFit
+from cordee.machine.memory import memory
+from cordee.machine.sizing import CELLS_DEFAULT, stage_config
+from cordee.models.gguf import Header, read_header
+from tiny import make_tiny
+
+
+def huge_model(path: Path, nbytes: int, context: int) -> Header:
+    """A sound GGUF of so many bytes of weights, nearly all of them a hole in the file."""
+    rows = nbytes // (2 * 4096)
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(context)
+    writer.add_embedding_length(4096)
+    writer.add_feed_forward_length(rows)
+    writer.add_head_count(32)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for name, shape in (("token_embd.weight", (32, 4096)), ("blk.0.ffn_up.weight", (rows, 4096))):
+        kind = GGMLQuantizationType.F16
+        writer.add_tensor_info(name, shape, np.dtype(np.float16), 2 * shape[0] * shape[1], kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + nbytes + (1 << 20))
+    return read_header(path)
+
+
+def config_of(header: Header, context: int | None = None, **given: object):
+    return stage_config(header, stages=1, sequences=given.pop("sequences", 4), context=context, **given)
+
+
+def test_a_model_larger_than_memory_is_refused(tmp_path: Path) -> None:
+    header = huge_model(tmp_path / "huge.gguf", nbytes=4 * memory().total_bytes, context=4096)
+    with pytest.raises(DoesNotFit, match=r"huge\.gguf does not fit") as refused:
+        config_of(header)
+    assert "GB" in refused.value.message
+    assert refused.value.exit_code == 6
+
+
+def test_a_context_larger_than_memory_is_refused_and_a_fitting_one_is_found(tmp_path: Path) -> None:
+    header = huge_model(tmp_path / "long.gguf", nbytes=1 << 24, context=1 << 30)
+    with pytest.raises(DoesNotFit, match="does not fit"):
+        config_of(header, context=1 << 28)
+    assert config_of(header, sequences=8).context == CELLS_DEFAULT // 8
+
+
+def test_little_memory_makes_the_context_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    header = huge_model(tmp_path / "long.gguf", nbytes=1 << 24, context=1 << 20)
+    generous = config_of(header, sequences=1).context
+    monkeypatch.setattr("cordee.machine.sizing.usable_memory", lambda devices: 500_000_000)
+    tight = config_of(header, sequences=1).context
+    assert 256 <= tight < generous == CELLS_DEFAULT
+
+
+def test_the_models_own_context_bounds_what_is_asked_for(tmp_path: Path) -> None:
+    header = read_header(make_tiny("llama", tmp_path / "tiny.gguf"))
+    own = header.get(".context_length")
+    assert config_of(header, sequences=1).context == own
+    assert config_of(header, context=own).context == own
+    with pytest.raises(BadRequest, match=f"at most {own} tokens"):
+        config_of(header, context=own + 1)
+
+
+def test_devices_are_taken_by_name(tmp_path: Path) -> None:
+    header = read_header(make_tiny("llama", tmp_path / "tiny.gguf"))
+    assert config_of(header, devices=("CPU",)).devices == ()
+    with pytest.raises(BadRequest, match=r"no device CUDA7 here; this libllama has .*CPU"):
+        config_of(header, devices=("CUDA7",))

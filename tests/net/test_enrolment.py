@@ -1,0 +1,324 @@
+"""Invite and join over real TLS on loopback: the right code works once, and every other one is refused."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cordee.errors import JoinFailed
+from cordee.net import enrolment, identity
+from cordee.net import invitations as desk_module
+from cordee.net.enrolment import Code, read_code
+from cordee.net.identity import Identity
+from cordee.net.invitations import Desk
+from cordee.net.peers import Peers
+from members import DAY_SECONDS, at_home, cluster, founder
+
+BUS = "127.0.0.1:7330"
+
+
+@pytest.fixture(autouse=True)
+def own_home(home: Path) -> Path:
+    """State of its own for each test, and the old one afterwards."""
+    return home
+
+
+class Clock:
+    """Now, and as much later as a test says."""
+
+    def __init__(self) -> None:
+        self.ahead_seconds = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead_seconds
+
+
+@contextlib.asynccontextmanager
+async def desk(keeper: Identity, clock: Clock | None = None) -> AsyncIterator[Desk]:
+    opened = Desk(keeper, "127.0.0.1", lambda: [BUS], clock or time.time)
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+async def join(folder: Path, code: str, clock: Clock | None = None) -> Identity:
+    """Join from the machine whose state lies in `folder`."""
+    at_home(folder)
+    return await asyncio.to_thread(enrolment.join, code, clock or time.time)
+
+
+async def refused(folder: Path, code: str, clock: Clock | None = None) -> str:
+    """Joining fails and leaves nothing half-made; the message."""
+    with pytest.raises(JoinFailed) as caught:
+        await join(folder, code, clock)
+    assert not identity.exists() or identity.load()
+    return caught.value.message
+
+
+def guess(code: str) -> str:
+    """The same code with a secret that was made up."""
+    true = read_code(code)
+    return Code(true.addresses, true.pin, b"x" * enrolment.SECRET_BYTES).text()
+
+
+def test_a_code_makes_a_member_that_knows_the_others_and_who_was_removed(tmp_path: Path) -> None:
+    keeper, other = cluster(tmp_path, 2)
+    keeper.revoke("0123456789abcdef")
+    Peers(keeper).remember(other.node, "127.0.0.1:4711")
+
+    async def story() -> None:
+        async with desk(keeper) as opened:
+            code = await opened.invite()
+            assert code == code.strip() and len(code.split()) == 1 and code.isalnum()
+            joined = await join(tmp_path / "new", f"  {code[:40]}\n {code[40:].upper()}\n")
+        assert joined.cluster == keeper.cluster and not joined.is_keeper
+        assert joined.revoked == keeper.revoked
+        assert Peers(joined).known == {keeper.node: BUS, other.node: "127.0.0.1:4711"}
+        loaded = identity.load()
+        assert (loaded.node, loaded.revoked) == (joined.node, joined.revoked)
+        enrolment.check(loaded, time.time())
+
+    asyncio.run(story())
+
+
+def test_a_keeper_invited_by_a_keeper_can_invite_when_the_first_is_lost(tmp_path: Path) -> None:
+    keeper = founder(tmp_path / "first")
+
+    async def story() -> None:
+        async with desk(keeper) as opened:
+            second = await join(tmp_path / "second", await opened.invite(keeper=True))
+            plain = await join(tmp_path / "plain", await opened.invite())
+        assert second.is_keeper and not plain.is_keeper
+        at_home(tmp_path / "second")
+        async with desk(identity.load()) as opened:
+            third = await join(tmp_path / "third", await opened.invite())
+        assert third.cluster == keeper.cluster
+        async with desk(plain) as opened:
+            with pytest.raises(JoinFailed, match="no keeper"):
+                await opened.invite()
+
+    asyncio.run(story())
+
+
+def test_a_code_works_once_but_a_lost_answer_may_be_asked_for_again(tmp_path: Path) -> None:
+    keeper = founder(tmp_path / "keeper")
+
+    async def story() -> None:
+        async with desk(keeper) as opened:
+            code = await opened.invite()
+            joined = await join(tmp_path / "new", code)
+            assert (await join(tmp_path / "new", code)).node == joined.node
+            assert "used already" in await refused(tmp_path / "thief", code)
+
+    asyncio.run(story())
+
+
+def test_a_code_expires(tmp_path: Path) -> None:
+    keeper, clock = founder(tmp_path / "keeper"), Clock()
+
+    async def story() -> None:
+        async with desk(keeper, clock) as opened:
+            code = await opened.invite()
+            clock.ahead_seconds = desk_module.INVITE_SECONDS + 1
+            assert "expired" in await refused(tmp_path / "new", code)
+            await join(tmp_path / "new", await opened.invite())
+
+    asyncio.run(story())
+
+
+def test_guesses_are_refused_and_bounded(tmp_path: Path) -> None:
+    keeper, clock = founder(tmp_path / "keeper"), Clock()
+
+    async def story() -> None:
+        async with desk(keeper, clock) as opened:
+            code = await opened.invite()
+            for _ in range(desk_module.MISSES_MAX):
+                assert "not (or no longer) known" in await refused(tmp_path / "new", guess(code))
+            assert "Too many wrong codes" in await refused(tmp_path / "new", guess(code))
+            assert "Too many wrong codes" in await refused(tmp_path / "new", code)
+            clock.ahead_seconds = desk_module.MISS_SECONDS
+            await join(tmp_path / "new", code)
+
+    asyncio.run(story())
+
+
+def test_misses_are_counted_by_address_and_in_all() -> None:
+    misses = desk_module.Misses()
+    for number in range(desk_module.MISSES_MAX):
+        assert not misses.too_many("a", 0.0)
+        misses.note("a", float(number))
+    assert misses.too_many("a", 10.0) and not misses.too_many("b", 10.0)
+    for number in range(desk_module.MISSES_TOTAL_MAX):
+        misses.note(str(number), 10.0)
+    assert misses.too_many("b", 11.0)
+    assert not misses.too_many("a", 10.0 + desk_module.MISS_SECONDS)
+
+
+def test_an_impostor_never_gets_the_secret_nor_a_member(tmp_path: Path) -> None:
+    """Another cluster's keeper at the code's address: the newcomer stops before it proves anything."""
+    keeper, stranger = founder(tmp_path / "keeper"), founder(tmp_path / "stranger")
+
+    async def story() -> None:
+        async with desk(stranger) as opened:
+            there = read_code(await opened.invite())
+            code = Code(there.addresses, enrolment.pin_of(keeper.authority), b"s" * 16).text()
+            assert "another cluster" in await refused(tmp_path / "new", code)
+            assert not opened._misses._misses  # nothing was shown to it
+
+    asyncio.run(story())
+
+
+def test_unreachable_is_said_with_the_addresses(tmp_path: Path) -> None:
+    keeper = founder(tmp_path / "keeper")
+
+    async def story() -> None:
+        async with desk(keeper) as opened:
+            code = await opened.invite()
+        message = await refused(tmp_path / "new", code)
+        assert "cannot be reached" in message and read_code(code).addresses[0] in message
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_clock_that_is_a_day_off_joins(tmp_path: Path, days: int) -> None:
+    keeper, clock = founder(tmp_path / "keeper"), Clock()
+    clock.ahead_seconds = days * DAY_SECONDS
+
+    async def story() -> None:
+        async with desk(keeper) as opened:
+            joined = await join(tmp_path / "new", await opened.invite(), clock)
+        enrolment.check(joined, clock())
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize(("days", "side"), [(-3, "behind"), (400, "ahead of")])
+def test_a_clock_far_off_is_named(tmp_path: Path, days: int, side: str) -> None:
+    keeper, clock = founder(tmp_path / "keeper"), Clock()
+    clock.ahead_seconds = days * DAY_SECONDS
+
+    async def story() -> None:
+        async with desk(keeper) as opened:
+            message = await refused(tmp_path / "new", await opened.invite(), clock)
+        assert f"{abs(days)}.0 days {side}" in message
+
+    asyncio.run(story())
+
+
+def test_a_node_whose_certificate_ran_out_joins_again_as_itself(tmp_path: Path) -> None:
+    keeper = founder(tmp_path / "keeper")
+
+    async def story() -> None:
+        async with desk(keeper) as opened:
+            joined = await join(tmp_path / "new", await opened.invite())
+            with pytest.raises(JoinFailed, match=r"ran out on .*cordee invite"):
+                enrolment.check(joined, time.time() + 40 * DAY_SECONDS)
+            with pytest.raises(JoinFailed, match="not valid before"):
+                enrolment.check(joined, time.time() - 40 * DAY_SECONDS)
+            again = await join(tmp_path / "new", await opened.invite())
+            assert again.node == joined.node
+
+    asyncio.run(story())
+
+
+def test_a_removed_node_is_never_admitted_again(tmp_path: Path) -> None:
+    keeper = founder(tmp_path / "keeper")
+
+    async def story() -> None:
+        async with desk(keeper) as opened:
+            joined = await join(tmp_path / "new", await opened.invite())
+            keeper.revoke(joined.node)
+            assert "removed from the cluster for good" in await refused(
+                tmp_path / "new", await opened.invite()
+            )
+        joined.admit(keeper.revocations)
+        with pytest.raises(JoinFailed, match="for good"):
+            enrolment.check(joined, time.time())
+
+    asyncio.run(story())
+
+
+def test_a_member_of_another_cluster_stays_there(tmp_path: Path) -> None:
+    keeper, stranger = founder(tmp_path / "keeper"), founder(tmp_path / "stranger")
+
+    async def story() -> None:
+        async with desk(keeper) as opened:
+            code = await opened.invite()
+            assert "belongs to another cluster" in await refused(tmp_path / "stranger", code)
+            assert identity.load().node == stranger.node
+
+    asyncio.run(story())
+
+
+def test_nobody_gets_a_slot_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = founder(tmp_path / "keeper")
+    true, twins = identity.new_key, 0
+
+    async def story() -> None:
+        nonlocal twins
+        async with desk(keeper) as opened:
+            first = await join(tmp_path / "first", await opened.invite())
+
+            def new_key():
+                nonlocal twins
+                key = true()
+                while twins < 2 and identity.slot_of(identity.node_id(key.public_key())) != slot:
+                    key = true()
+                twins += 1
+                return key
+
+            slot = identity.slot_of(first.node)
+            monkeypatch.setattr(identity, "new_key", new_key)
+            second = await join(tmp_path / "second", await opened.invite())
+            assert identity.slot_of(second.node) != slot and twins > 2
+
+    asyncio.run(story())
+
+
+def test_the_endpoint_closes_when_no_invitation_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk_module, "LINGER_SECONDS", 0.05)
+    keeper = founder(tmp_path / "keeper")
+
+    async def story() -> None:
+        async with desk(keeper) as opened:
+            code = await opened.invite()
+            await join(tmp_path / "new", code)
+            async with asyncio.timeout(20):
+                while opened._serving:
+                    await asyncio.sleep(0.01)
+            assert "cannot be reached" in await refused(tmp_path / "late", code)
+            await join(tmp_path / "other", await opened.invite())
+
+    asyncio.run(story())
+
+
+@given(st.data())
+def test_a_slip_in_a_code_is_noticed(data: st.DataObject) -> None:
+    code = Code(("192.168.1.20:41234", "[fd00::1]:41234"), b"p" * 16, b"s" * 16)
+    text = code.text()
+    assert read_code(text) == code
+    place = data.draw(st.integers(0, len(text) - 1))
+    other = data.draw(st.sampled_from("abcdefghijklmnopqrstuvwxyz234567"))
+    wrong = data.draw(
+        st.sampled_from(
+            [text[:place], text[:place] + text[place + 1 :], text[:place] + other + text[place + 1 :]]
+        )
+    )
+    if wrong != text:
+        with pytest.raises(JoinFailed, match="not a whole invitation code"):
+            read_code(wrong)
+
+
+@given(st.text(max_size=200))
+def test_garbage_is_no_code(text: str) -> None:
+    with pytest.raises(JoinFailed):
+        read_code(text)

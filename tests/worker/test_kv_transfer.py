@@ -1,0 +1,209 @@
+"""Sequences go over to workers of the next placement, whose layers are cut elsewhere: real processes."""
+
+import itertools
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cordee.engine.stage import StageConfig
+from cordee.generation.request import SamplingParams
+from cordee.models.gguf import read_header
+from cordee.models.slices import cut
+from cordee.worker import frames
+from cordee.worker.messages import (
+    Broken,
+    Heirs,
+    Inherit,
+    Join,
+    Load,
+    Loaded,
+    Message,
+    Opening,
+    Recall,
+    Recalled,
+    Rows,
+    Run,
+    Source,
+    Tokens,
+    Wire,
+    Wired,
+)
+from lone_worker import Lone
+from members import founder
+from tiny import make_tiny
+
+CONFIG = StageConfig(context=128, sequences=2, threads=1)
+PROMPT = list(range(5, 45))
+OLD, NEW = [0, 4, 9], [0, 2, 7, 9]
+
+
+class Stages:
+    """The workers of a placement, fed by the test."""
+
+    def __init__(self, model: Path, bounds: list[int], identity: Path, folder: Path) -> None:
+        self.bounds, self.ranges = bounds, list(itertools.pairwise(bounds))
+        self.workers: list[Lone] = []
+        self.endpoints: list[str] = []
+        header = read_header(model)
+        for first, last in self.ranges:
+            home = folder / f"{first}-{last}"
+            home.mkdir(parents=True)
+            worker = Lone(home)
+            self.workers.append(worker)
+            loaded = worker.command(
+                Load(
+                    path=str(cut(header, first, last, home / "slice.gguf").path),
+                    config=CONFIG,
+                    is_last=last == bounds[-1],
+                    embedding=str(model) if first == 0 else None,
+                    identity=str(identity),
+                    listen="127.0.0.1",
+                )
+            )
+            assert isinstance(loaded, Loaded), loaded
+            self.endpoints.append(loaded.endpoint)
+
+    def wire(self, placement: str, before: "Stages | None" = None, name: str = "old") -> None:
+        """Join them, last first; with the sources that their layers have in the placement before."""
+        self.placement = placement
+        for index in reversed(range(len(self.workers))):
+            last = index + 1 == len(self.workers)
+            target = self.workers[index].tokens if last else self.workers[index + 1].inbox
+            sources = () if before is None else before.sources(name, *self.ranges[index])
+            wire = Wire(placement, str(target), str(self.workers[0].inbox) if last else None, sources)
+            if last:
+                frames.send(self.workers[index].control, wire)
+                self.down = self.workers[index].accepted(1)
+                assert frames.receive(self.down)[0] == Join(placement)
+                assert heard(self.workers[index]) == Wired(placement)
+            else:
+                assert self.workers[index].command(wire) == Wired(placement)
+        self.up = self.workers[0].connect()
+        frames.send(self.up, Join(placement))
+
+    def sources(self, name: str, first: int, last: int) -> tuple[Source, ...]:
+        """Where these layers are."""
+        return tuple(
+            Source(endpoint, name, max(first, low) - low, min(last, high) - low)
+            for endpoint, (low, high) in zip(self.endpoints, self.ranges, strict=True)
+            if max(first, low) < min(last, high)
+        )
+
+    def run(self, batch: int, tokens: list[int], first: int, *, inherit: bool = False, log: int = 0) -> int:
+        """Tokens of sequence 1 from this position on; the next one. `log` of them are an answer's already."""
+        opening = Opening(SamplingParams(temperature=0), PROMPT, tokens[len(tokens) - log :])
+        runs = (Run(1, first, len(tokens), True, 7, inherit),)
+        payload = np.array(tokens, np.int32).tobytes()
+        frames.send(self.up, Rows(self.placement, batch, runs, {1: opening}), payload)
+        message = self.said()
+        assert isinstance(message, Tokens), message
+        return message.choices[1].token
+
+    def said(self) -> Message:
+        """What the last stage says."""
+        return frames.receive(self.down)[0]
+
+    def recall(self) -> dict:
+        """What all stages could take over."""
+        frames.send(self.up, Recall(self.placement))
+        message = self.said()
+        assert isinstance(message, Recalled), message
+        return message.held
+
+    def close(self) -> None:
+        """End them all."""
+        for worker in self.workers:
+            if worker.process.poll() is None:
+                worker.close()
+
+
+def heard(worker: Lone) -> Message:
+    """What a worker told its parent."""
+    return frames.receive(worker.control)[0]
+
+
+@pytest.fixture(params=["llama", "gpt-oss"])
+def stages(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Stages, Stages]]:
+    """A placement that has computed a prompt and four tokens of its answer, and its successor."""
+    model = make_tiny(request.param, tmp_path / "whole.gguf", layers=9)
+    founder(tmp_path / "node")
+    identity = tmp_path / "node" / "cluster"
+    made = [Stages(model, bounds, identity, tmp_path / name) for bounds, name in ((OLD, "old"), (NEW, "new"))]
+    made[0].wire("old")
+    yield made[0], made[1]
+    for each in made:
+        each.close()
+
+
+def answer(stages: Stages, count: int) -> list[int]:
+    """The first tokens of the answer to PROMPT."""
+    found = [stages.run(1, PROMPT, 0)]
+    while len(found) < count:
+        found.append(stages.run(1 + len(found), found[-1:], len(PROMPT) + len(found) - 1, log=1))
+    return found
+
+
+def test_a_sequence_goes_on_in_the_next_placement(stages: tuple[Stages, Stages]) -> None:
+    old, new = stages
+    undisturbed = answer(old, 8)
+    assert answer(old, 4) == undisturbed[:4]
+    new.wire("new", old)
+    heirs = [heard(old.workers[0]) for _ in range(2)] + [heard(old.workers[1]) for _ in range(2)]
+    assert heirs == [Heirs(1), Heirs(2), Heirs(1), Heirs(2)]
+    assert old.run(5, undisturbed[3:4], 43, log=1) == undisturbed[4]  # it still serves, and computes one more
+    held = new.recall()
+    assert {heard(worker) for worker in old.workers} == {Broken("old")}
+    assert held[1].tokens == PROMPT + undisturbed[:4]
+    # The token before was said, but has not come: what is taken over may end anywhere.
+    assert new.run(1, undisturbed[2:4], 42, inherit=True, log=2) == undisturbed[4]
+    for index in range(4, 7):
+        assert new.run(index, undisturbed[index : index + 1], 40 + index, log=1) == undisturbed[index + 1]
+
+
+def test_who_cannot_inherit_says_so_and_computes_again(stages: tuple[Stages, Stages]) -> None:
+    old, new = stages
+    undisturbed = answer(old, 3)
+    new.wire("new", old)
+    assert 1 in new.recall()
+    old.workers[0].process.send_signal(signal.SIGKILL)
+    old.workers[0].process.wait()
+    runs = (Run(1, 40, 1, True, 7, True),)
+    frames.send(new.up, Rows("new", 1, runs, {}), np.array(undisturbed[:1], np.int32).tobytes())
+    assert heard(new.workers[0]) == Broken("new")
+    assert [heard(worker) for worker in new.workers[1:]] == [Broken("new")] * 2
+    new.down.close()
+    new.wire("newer")
+    assert new.recall() == {}
+    assert new.run(1, PROMPT, 0) == undisturbed[0]
+
+
+def test_nothing_is_left_by_another_placement(stages: tuple[Stages, Stages]) -> None:
+    old, new = stages
+    undisturbed = answer(old, 2)
+    new.wire("new", old, name="another")
+    assert new.recall() == {}
+    assert old.run(3, undisturbed[1:], 41, log=1) >= 0, "nobody made it leave its placement"
+
+
+def test_strangers_at_a_worker_take_nothing(stages: tuple[Stages, Stages]) -> None:
+    old, _ = stages
+    undisturbed = answer(old, 2)
+    for first, second in (
+        (Inherit("another"), Recall("another")),
+        (Recall("old"), Recall("old")),
+        (Inherit("old"), Join("old")),
+    ):
+        stranger = old.workers[0].connect()
+        for message in (first, second):
+            try:
+                frames.send(stranger, message)
+            except frames.LinkClosed:
+                break
+        with pytest.raises(frames.LinkClosed):
+            while True:
+                assert frames.receive(stranger)[0] == Inherit("old")
+        stranger.close()
+    assert old.run(9, undisturbed[:1], 40, log=1) == undisturbed[1], "nobody made it leave its placement"

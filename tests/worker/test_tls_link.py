@@ -1,0 +1,202 @@
+"""Links between workers over real TLS on loopback: in order, whole, and for members only."""
+
+import asyncio
+import selectors
+import shutil
+import socket
+import ssl
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cordee.net import address
+from cordee.net.identity import Identity
+from cordee.worker import frames, tls_link
+from cordee.worker.frames import LinkClosed
+from cordee.worker.messages import Join
+from cordee.worker.tls_link import Door, Guest
+from members import DAY_SECONDS, cluster, founder, newcomer
+
+SIZES = (0, 1, 2_300, 6_000, 70_000, 1 << 20, 64 << 20)
+
+
+@pytest.fixture(autouse=True)
+def own_home(home: Path) -> Path:
+    """State of its own for each test, and the old one afterwards."""
+    return home
+
+
+class Worker(threading.Thread):
+    """One blocking thread with a selector, as a stage's worker; sends back what it gets."""
+
+    def __init__(self, member: Identity) -> None:
+        super().__init__(daemon=True)
+        self.door = Door(member.folder, "127.0.0.1")
+        self.refusals: list[str] = []
+        self.ended = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        selector = selectors.DefaultSelector()
+        selector.register(self.door, selectors.EVENT_READ)
+        while not self.ended.is_set():
+            for key, _ in selector.select(0.1):
+                ready = key.fileobj
+                if ready is self.door:
+                    if guest := self.door.accept():
+                        selector.register(guest, selectors.EVENT_READ)
+                    continue
+                try:
+                    if isinstance(ready, Guest):
+                        if came := ready.greet():
+                            selector.unregister(ready)
+                            selector.register(came, selectors.EVENT_READ)
+                    else:
+                        frames.send(ready, *frames.receive(ready))
+                except LinkClosed as error:
+                    self.refusals.append(str(error))
+                    selector.unregister(ready)
+                    ready.close()
+        for key in list(selector.get_map().values()):  # the door too
+            key.fileobj.close()
+
+
+def test_frames_of_all_sizes_arrive_whole_and_in_order(tmp_path: Path) -> None:
+    first, second = cluster(tmp_path, 2)
+    worker = Worker(second)
+    downstream = tls_link.connect(first.folder, worker.door.endpoint)
+    random = np.random.default_rng(0)
+    for size in SIZES:
+        payload = random.bytes(size)
+        frames.send(downstream, Join(str(size)), payload)  # all of it is read before any comes back
+        message, answer = frames.receive(downstream)
+        assert message == Join(str(size)) and answer == payload
+        assert downstream.pending() == 0  # so a selector misses nothing
+    downstream.close()
+    worker.ended.set()
+
+
+def test_the_end_of_either_side_is_noticed_at_once(tmp_path: Path) -> None:
+    first, second = cluster(tmp_path, 2)
+    worker = Worker(second)
+    downstream = tls_link.connect(first.folder, worker.door.endpoint)
+    worker.ended.set()
+    downstream.settimeout(20)
+    with pytest.raises(LinkClosed, match=r"closed|reset"):
+        frames.receive(downstream)
+    again = Worker(second)
+    tls_link.connect(first.folder, again.door.endpoint).close()
+    wait_for(lambda: any("closed" in each for each in again.refusals))
+    again.ended.set()
+
+
+def wait_for(condition) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["foreign", "expired", "removed", "none"])
+def test_strangers_are_refused_at_the_door_and_as_a_door(tmp_path: Path, kind: str) -> None:
+    keeper, member, removed = cluster(tmp_path, 3)
+    keeper.revoke(removed.node)
+    stranger = {
+        "foreign": lambda: founder(tmp_path / "foreign"),
+        "expired": lambda: newcomer(tmp_path / "expired", keeper, time.time() - 40 * DAY_SECONDS),
+        "removed": lambda: removed,
+        "none": lambda: founder(tmp_path / "none"),
+    }[kind]()
+    shutil.copy(keeper.folder / "ca.pem", stranger.folder / "ca.pem")  # it believes what it is told
+    worker = Worker(keeper)
+    if kind == "none":
+        context = ssl._create_unverified_context()
+        where = ("127.0.0.1", port_of(worker.door))
+        with socket.create_connection(where) as plain, context.wrap_socket(plain) as tls:
+            assert alert_or_end(tls)
+    else:
+        with pytest.raises(LinkClosed):
+            tls_link.connect(stranger.folder, worker.door.endpoint)
+        pretender = Worker(stranger)
+        with pytest.raises(LinkClosed):
+            tls_link.connect(keeper.folder, pretender.door.endpoint)
+        pretender.ended.set()
+    wait_for(lambda: worker.refusals)
+    tls_link.connect(member.folder, worker.door.endpoint).close()  # members still come in
+    worker.ended.set()
+
+
+def alert_or_end(tls: ssl.SSLSocket) -> bool:
+    """Whether the other side refuses instead of saying something."""
+    try:
+        return tls.recv(1) == b""
+    except OSError:
+        return True
+
+
+def port_of(door: Door) -> int:
+    return int(door.endpoint.rpartition(":")[2])
+
+
+def test_silent_strangers_do_not_keep_the_worker_from_its_work(tmp_path: Path) -> None:
+    first, second = cluster(tmp_path, 2)
+    worker = Worker(second)
+    silent = [socket.create_connection(("127.0.0.1", port_of(worker.door))) for _ in range(20)]
+    silent[0].sendall(b"GET / HTTP/1.0\r\n\r\n")
+    silent[1].sendall(b"\x16\x03\x01")
+    downstream = tls_link.connect(first.folder, worker.door.endpoint)
+    frames.send(downstream, Join("x"), b"rows")
+    assert bytes(frames.receive(downstream)[1]) == b"rows"
+    for each in (*silent, downstream):
+        each.close()
+    worker.ended.set()
+
+
+def test_an_event_loop_speaks_with_workers(tmp_path: Path) -> None:
+    """The host of a pipeline: sends to the first worker, hears the last."""
+    first, second = cluster(tmp_path, 2)
+    worker = Worker(second)
+
+    async def story() -> None:
+        heard = asyncio.Queue()
+
+        async def on_link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            heard.put_nowait(await frames.read(reader))
+            writer.close()
+
+        server, endpoint = await tls_link.open_door(first.folder, "127.0.0.1", on_link)
+        downstream = await asyncio.to_thread(tls_link.connect, second.folder, endpoint)
+        await asyncio.to_thread(frames.send, downstream, Join("tokens"), b"t")
+        assert (await heard.get())[0] == Join("tokens")
+        downstream.close()
+        reader, writer = await tls_link.open_stream(first.folder, worker.door.endpoint)
+        frames.write(writer, Join("rows"), b"r" * 100_000)
+        assert await frames.read(reader) == (Join("rows"), b"r" * 100_000)
+        writer.close()
+        stranger = founder(tmp_path / "stranger")
+        with pytest.raises(LinkClosed):
+            await tls_link.open_stream(stranger.folder, worker.door.endpoint)
+        server.close()
+
+    asyncio.run(story())
+    worker.ended.set()
+
+
+def test_a_door_on_all_interfaces_is_found_at_one_of_its_addresses(tmp_path: Path) -> None:
+    first, second = cluster(tmp_path, 2)
+    worker = Worker(second)
+    port = port_of(worker.door)
+    downstream = tls_link.connect(first.folder, f"127.0.0.1:1,127.0.0.1:{port}")
+    downstream.close()
+    with pytest.raises(LinkClosed, match=r"127\.0\.0\.1:1: "):
+        tls_link.connect(first.folder, "127.0.0.1:1")
+    worker.ended.set()
+
+
+def test_an_endpoint_follows_its_machine_to_another_address() -> None:
+    assert address.renewed("192.0.2.7:7000,[2001:db8::7]:7000", "127.0.0.1") == "127.0.0.1:7000"
+    assert address.renewed("[2001:db8::7]:7000", "::1") == "[::1]:7000"
+    assert address.renewed("192.0.2.7:7000", "") == ",".join(address.own("", 7000))
