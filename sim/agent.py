@@ -6,7 +6,7 @@ the real agent does with processes, disk and bus, less the waiting.
 
 import msgspec
 
-from cordee.cluster.controller import Mind
+from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Facts, Placement, SliceHeld
 from cordee.cluster.goals import Goals, HostGoal, Load, SliceGoal, holds
 from cordee.cluster.membership import BEAT_SECONDS, Beat
@@ -35,7 +35,7 @@ class Agent:
     def __init__(self, world: World, machine: Machine, planning: object) -> None:
         self.world, self.machine, self.name = world, machine, machine.name
         machine.boots += 1
-        self.mind = Mind(machine.name, world.id(), planning, machine.wishes, machine.remembered)
+        self.mind = Controller(machine.name, world.id(), planning, machine.wishes, machine.remembered)
         self.crew = Crew()
         self.workers: dict[str, stages.Process] = {}
         self.gateway = Gateway(machine.name, world.random.getrandbits(62))

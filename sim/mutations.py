@@ -40,7 +40,7 @@ def _unsorted_reports(self: choose.Reports, known: dict) -> None:
             self._add(node, report)
 
 
-def _unsorted_nodes(self: controller.Mind, now: float) -> dict:
+def _unsorted_nodes(self: controller.Controller, now: float) -> dict:
     return {self.me: ("alive", self._facts), **self._membership.facts(now)}
 
 
@@ -93,14 +93,14 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "times from the future are believed": _set((membership.Membership, "settle", _nothing)),
     "beats sent earlier are old for ever": _set((membership, "_is_old", _old_for_ever)),
     "a node plans before it has listened": _set((controller, "LISTEN_SECONDS", 0.0)),
-    "revoked nodes are allowed": _set((controller.Mind, "_refuses", lambda *_: False)),
+    "revoked nodes are allowed": _set((controller.Controller, "_refuses", lambda *_: False)),
     "stamps from the future are believed": _set((deployments, "_credible", lambda wish, clock: wish)),
     "the last wish to arrive wins": _set((deployments.Wishes, "_take", _wishes_by_arrival)),
     "the wiring ignores the workers": _set((choose, "wiring_id", _wiring_of_placement)),
     "choosing by order of arrival": _set(
         (choose.Candidate, "rank", property(lambda self: 0)),
         (choose.Reports, "__init__", _unsorted_reports),
-        (controller.Mind, "nodes", _unsorted_nodes),
+        (controller.Controller, "nodes", _unsorted_nodes),
     ),
     "no hysteresis: always the fastest": _set((choose.Choice, "_candidates", lambda *_: [])),
     "any gain is worth a move": _set((choose, "UPGRADE_RATIO", 1.01)),

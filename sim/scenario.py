@@ -170,7 +170,7 @@ class Scenario:
         if agents:
             agent = self.random.choice(agents)
             replicas = self.random.choice((1, 1, 1, 1, 2))
-            agent.mind.wish(name, shape, CONTEXT, SEQUENCES, agent.now, replicas)
+            agent.mind.deploy(name, shape, CONTEXT, SEQUENCES, agent.now, replicas)
             agent.touch()
 
     def _open(self) -> None:

@@ -3,7 +3,7 @@
 import msgspec
 
 from clusters import CONTEXT, SEQUENCES, Simple, facts_of, placed, running, shape_of
-from cordee.cluster.controller import RETHINK_SECONDS, Mind
+from cordee.cluster.controller import RETHINK_SECONDS, Controller
 from cordee.cluster.facts import Facts, Gauges, Hosted
 from cordee.cluster.goals import Goals
 from cordee.cluster.membership import LISTEN_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS, Beat
@@ -12,8 +12,8 @@ EPOCH = 1.8e9
 ALL = placed(("a", 0, 4))
 
 
-def mind_of(node: str = "a", listened: bool = True, facts: Facts | None = None) -> Mind:
-    mind = Mind(node, f"session of {node}", Simple())
+def mind_of(node: str = "a", listened: bool = True, facts: Facts | None = None) -> Controller:
+    mind = Controller(node, f"session of {node}", Simple())
     look(mind, 0.0, facts)
     if listened:
         for now in range(1, int(LISTEN_SECONDS) + 1):
@@ -21,12 +21,12 @@ def mind_of(node: str = "a", listened: bool = True, facts: Facts | None = None) 
     return mind
 
 
-def look(mind: Mind, now: float, facts: Facts | None = None, **more: bytes) -> None:
+def look(mind: Controller, now: float, facts: Facts | None = None, **more: bytes) -> None:
     mind.observe(facts or facts_of(mind.me), now, EPOCH + now, more)
 
 
-def wish(mind: Mind, now: float = 5.0, replicas: int = 1) -> None:
-    mind.wish("m", shape_of(), CONTEXT, SEQUENCES, now, replicas)
+def wish(mind: Controller, now: float = 5.0, replicas: int = 1) -> None:
+    mind.deploy("m", shape_of(), CONTEXT, SEQUENCES, now, replicas)
 
 
 def test_a_wish_made_at_one_node_is_pursued_by_another() -> None:
@@ -66,7 +66,7 @@ def test_a_node_listens_before_it_plans_at_the_start_and_after_it_was_stopped() 
 
 def test_a_node_that_heard_all_there_are_need_not_listen_longer() -> None:
     """A cluster that is switched on serves at once."""
-    mind = Mind("a", "session of a", Simple(), remembered=("a", "b", "c"))
+    mind = Controller("a", "session of a", Simple(), remembered=("a", "b", "c"))
     look(mind, 0.0)
     wish(mind, 0.0)
     mind.hear(mind_of("b").beat(3.0), 0.2)
@@ -80,7 +80,7 @@ def test_a_node_that_heard_all_there_are_need_not_listen_longer() -> None:
 
 def test_a_node_also_listens_for_those_of_whom_others_tell() -> None:
     """They may have joined, and serve, since it was there last."""
-    mind = Mind("a", "session of a", Simple(), remembered=("b",))
+    mind = Controller("a", "session of a", Simple(), remembered=("b",))
     look(mind, 0.0)
     wish(mind, 0.0)
     reports = running(placed(("d", 0, 2), ("b", 2, 4)))["b"]
@@ -93,7 +93,7 @@ def test_a_node_also_listens_for_those_of_whom_others_tell() -> None:
 
 
 def test_a_node_also_listens_for_those_whom_it_sees() -> None:
-    mind = Mind("a", "session of a", Simple(), remembered=("b",))
+    mind = Controller("a", "session of a", Simple(), remembered=("b",))
     look(mind, 0.0)
     wish(mind, 0.0)
     mind.liveliness("c", True, 0.1)
@@ -173,6 +173,6 @@ def test_beats_carry_everything_and_travel() -> None:
 def test_wishes_outlive_a_restart() -> None:
     mind = mind_of()
     wish(mind)
-    again = Mind("a", "next session", Simple(), mind.wishes)
+    again = Controller("a", "next session", Simple(), mind.wishes)
     look(again, 0.0)
     assert again.wishes == mind.wishes

@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from cordee.agent.deployments_file import KeptWishes
-from cordee.cluster.controller import Mind
+from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld
 from cordee.cluster.goals import Goals, HostGoal, Load, SliceGoal
 from cordee.cluster.history import History
@@ -97,7 +97,7 @@ class Agent:
         self.distances = Distances(bus, identity.node, self.changed)
         self.desk = Desk(identity, _host(options), lambda: bus.addresses)
         self._kept = KeptWishes(identity.folder / "wishes")
-        self.mind = Mind(identity.node, secrets.token_hex(8), Planner(), self._kept.wishes, bus.remembered)
+        self.mind = Controller(identity.node, secrets.token_hex(8), Planner(), self._kept.wishes, bus.remembered)
         self.history = History()
         self.gauges = Gauges()
         self._meter = Meter()
@@ -158,7 +158,7 @@ class Agent:
             raise ModelNotFound(
                 f"No node of the cluster has a model {name!r}: `cordee pull` on one of them fetches it."
             )
-        self.mind.wish(name, offer.shape, context or offer.context, sequences, time.monotonic(), replicas)
+        self.mind.deploy(name, offer.shape, context or offer.context, sequences, time.monotonic(), replicas)
         self.changed()
 
     def unwish(self, name: str) -> None:
@@ -170,7 +170,7 @@ class Agent:
         wish = next((wish for wish in self.mind.wishes if wish.model == name and wish.replicas), None)
         if wish is None:
             raise ModelNotFound(f"The cluster does not serve a model {name!r}: `cordee status` lists them.")
-        self.mind.wish(
+        self.mind.deploy(
             name, wish.shape, wish.context, wish.sequences, time.monotonic(), replicas=0, source=wish.source
         )
         self.changed()
@@ -273,7 +273,7 @@ class Agent:
 
     def wanted(self) -> set[SliceGoal]:
         """All that this node is to hold, or runs."""
-        return {*self.goals.slices, *(worker.load.slice for worker in self.stages.workers.values())}
+        return {*self.goals.slices, *(worker.spec.slice for worker in self.stages.workers.values())}
 
     def fetch_failed(self, goal: SliceGoal, detail: str) -> None:
         """A slice could not be had."""

@@ -173,7 +173,7 @@ class Sharing:
             )
 
     def _wish(self, wish: Wish) -> None:
-        self._agent.mind.wish(
+        self._agent.mind.deploy(
             wish.model,
             wish.shape,
             wish.context,

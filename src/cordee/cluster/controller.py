@@ -22,7 +22,7 @@ from cordee.cluster.membership import LISTEN_SECONDS, Beat, Farewell, Liveness, 
 RETHINK_SECONDS = 10.0
 
 
-class Mind:
+class Controller:
     """See the module's theory of operation.
 
     `session` is random and new with each start of the agent. `wishes` and the nodes that were `remembered`
@@ -113,7 +113,7 @@ class Mind:
             self._awaited.add(node)
         self._membership.liveliness(node, alive, now)
 
-    def wish(
+    def deploy(
         self,
         model: str,
         shape: ModelShape | None,

@@ -42,7 +42,7 @@ class Worker:
     """
 
     id: str
-    load: Load
+    spec: Load
     state: Literal["loading", "loaded", "wired"]
     endpoint: str = ""
     wiring: str = ""
@@ -98,7 +98,7 @@ class Crew:
         at_work = {worker.id for worker in manned if worker is not None}
         kept = goals.keep - at_work
         idle = workers.keys() - at_work - kept
-        busy = {workers[name].load.device for name in idle}
+        busy = {workers[name].spec.device for name in idle}
         reports, start, rename, wire = [], [], [], []
         for goal, worker in zip(goals.stages, manned, strict=True):
             reports.append(self._report(goal, worker, slices))
@@ -121,7 +121,7 @@ class Crew:
         for name, (placement, index) in list(self._posts.items()):
             stages = placement.stages
             fits = name in workers and 0 <= index < len(stages)
-            if not fits or load_of(placement, index) != workers[name].load:
+            if not fits or load_of(placement, index) != workers[name].spec:
                 del self._posts[name]
 
     def _man(self, goals: Goals, workers: Mapping[str, Worker]) -> list[Worker | None]:
@@ -136,7 +136,7 @@ class Crew:
         free = sorted(others, key=lambda name: (name in goals.keep, name))
         for place, goal in enumerate(goals.stages):
             for name in free:
-                if manned[place] is None and workers[name].load == goal.load:
+                if manned[place] is None and workers[name].spec == goal.load:
                     manned[place] = workers[name]
                     free.remove(name)
                     break
