@@ -28,7 +28,7 @@ from pathlib import Path
 from cordee.engine.llama.libllama import usable_cores
 from cordee.generation.request import Request, SamplingParams
 from cordee.models.store import Store
-from cordee.serving.local_service import Service, ServiceConfig
+from cordee.serving.local_service import LocalService, ServiceConfig
 from deep import deepen
 from plain import Plain
 
@@ -87,7 +87,7 @@ class PlainPeer:
 class ServicePeer:
     """The service as its users have it: scheduler, worker processes, sampling, text."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: LocalService) -> None:
         self._service = service
         self._requests = 0
 
@@ -199,7 +199,7 @@ async def contending(path: Path, store: Store) -> AsyncIterator[Contenders]:
     """All contenders with a model, set up; taken down afterwards."""
     model = store.add_file(path, path.stem)
     config = ServiceConfig(context=CONTEXT, sequences=SEQUENCES)
-    services = [await Service.start(model, store, stages=stages, config=config) for stages in (1, 3)]
+    services = [await LocalService.start(model, store, stages=stages, config=config) for stages in (1, 3)]
     try:
         one, three = (ServicePeer(service) for service in services)
         yield PlainPeer(path, exact=False), PlainPeer(path, exact=True), one, three

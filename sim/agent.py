@@ -8,9 +8,9 @@ import msgspec
 
 from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Facts, Placement, SliceHeld
-from cordee.cluster.goals import Goals, HostGoal, Load, SliceGoal, holds
-from cordee.cluster.membership import BEAT_SECONDS, Beat
-from cordee.cluster.reconcile import Crew, Orders, WireOrder
+from cordee.cluster.goals import Goals, HostGoal, SliceGoal, StageSpec, holds
+from cordee.cluster.membership import HEARTBEAT_SECONDS, Heartbeat
+from cordee.cluster.reconcile import Actions, Reconciler, WireAction
 from cordee.generation.gateway import Gateway
 from cordee.generation.streams import Ask, Assert, Said
 from sim import stages
@@ -19,7 +19,7 @@ from sim.pipeline import Pipeline
 from sim.world import World
 
 ACT_SECONDS = 0.02  # after news, so that several count as one
-TICKS_A_BEAT = 2
+TICKS_A_HEARTBEAT = 2
 FETCH_SECONDS, LOAD_SECONDS, WIRE_SECONDS = 1.0, 0.7, 0.03
 STEP_SECONDS = 0.01  # a stage's time for a micro-batch
 EPOCH = 1.8e9  # what correct clocks show at the start
@@ -35,8 +35,10 @@ class Agent:
     def __init__(self, world: World, machine: Machine, planning: object) -> None:
         self.world, self.machine, self.name = world, machine, machine.name
         machine.boots += 1
-        self.mind = Controller(machine.name, world.id(), planning, machine.wishes, machine.remembered)
-        self.crew = Crew()
+        self.controller = Controller(
+            machine.name, world.id(), planning, machine.deployments, machine.remembered
+        )
+        self.reconciler = Reconciler()
         self.workers: dict[str, stages.Process] = {}
         self.gateway = Gateway(machine.name, world.random.getrandbits(62))
         self.pipelines: dict[tuple, Pipeline] = {}
@@ -68,7 +70,7 @@ class Agent:
         if wait > 0:
             self.world.after(wait, self._tick, count)
             return
-        if count % TICKS_A_BEAT == 0:
+        if count % TICKS_A_HEARTBEAT == 0:
             self._act()
             self._speak()
         if self.gateway.busy:
@@ -77,7 +79,7 @@ class Agent:
             pipeline.host.tick(self.now)
             pipeline.pump()
         self._drain()
-        self.world.after(BEAT_SECONDS / TICKS_A_BEAT, self._tick, count + 1)
+        self.world.after(HEARTBEAT_SECONDS / TICKS_A_HEARTBEAT, self._tick, count + 1)
 
     def touch(self) -> None:
         """Something changed: look at everything soon."""
@@ -93,7 +95,7 @@ class Agent:
 
     # What it hears.
 
-    def beat(self, beat: Beat) -> None:
+    def beat(self, beat: Heartbeat) -> None:
         """A beat; its revocations are checked first, as a signature would be."""
         if beat.facts.node in self.machine.revocations:
             return
@@ -101,12 +103,12 @@ class Agent:
             if record.startswith(b"revoked "):
                 self.machine.revocations.setdefault(record[8:].decode(), record)
         self.machine.remembered.add(beat.facts.node)
-        if self.mind.hear(beat, self.now):
+        if self.controller.hear(beat, self.now):
             self.touch()
 
     def token(self, said: tuple[str, bool]) -> None:
         """A liveliness token came or went."""
-        self.mind.liveliness(*said, self.now)
+        self.controller.liveliness(*said, self.now)
         self.touch()
 
     def ask(self, message: Ask | Assert) -> None:
@@ -164,11 +166,11 @@ class Agent:
     def _act(self) -> None:
         for _ in range(2):  # the second time with what the first made us say
             clock = EPOCH + self.world.now + self.machine.clock_error
-            self.mind.observe(self._look(), self.now, clock, self.machine.revocations)
-            self.machine.wishes = self.mind.wishes
-            self.goals = self.mind.plan(self.now)
+            self.controller.observe(self._look(), self.now, clock, self.machine.revocations)
+            self.machine.deployments = self.controller.deployments
+            self.goals = self.controller.plan(self.now)
             workers = {process.id: process.worker() for process in self.workers.values()}
-            orders = self.crew.step(self.goals, workers, tuple(self.machine.slices), self.now)
+            orders = self.reconciler.step(self.goals, workers, tuple(self.machine.slices), self.now)
             facts = self._facts
             assert facts is not None
             if orders.reports == facts.stages:
@@ -207,12 +209,12 @@ class Agent:
 
     def _speak(self) -> None:
         self._said = self._facts
-        beat = self.mind.beat(self.now)
+        beat = self.controller.heartbeat(self.now)
         for other in self.world.machines:
             if other != self.name and other not in self.machine.revocations:
                 self.world.send(self.name, other, "beat", beat)
 
-    def _execute(self, orders: Orders) -> None:
+    def _execute(self, orders: Actions) -> None:
         for goal in orders.fetch:
             if goal not in self._fetching and len(self._fetching) < 2:
                 self._fetching.add(goal)
@@ -248,10 +250,10 @@ class Agent:
             self.machine.slices.add(SliceHeld(goal.model, goal.first, goal.last))
             return
         for stage in self.goals.stages:
-            if stage.load.slice == goal:
-                self.crew.failed(stage.load, "the disk is full", self.now)
+            if stage.spec.slice == goal:
+                self.reconciler.failed(stage.spec, "the disk is full", self.now)
 
-    def _start(self, load: Load) -> None:
+    def _start(self, load: StageSpec) -> None:
         self._spawned += 1
         endpoint = f"{self.name}/{self.machine.boots}.{self._spawned}"
         process = stages.Process(self.world.id(), endpoint, load)
@@ -263,11 +265,11 @@ class Agent:
             return
         if self.machine.breaks_loading or not holds(tuple(self.machine.slices), process.load.slice):
             del self.workers[process.id]
-            self.crew.failed(process.load, "it does not load", self.now)
+            self.reconciler.failed(process.load, "it does not load", self.now)
         else:
             process.state = "loaded"
 
-    def wire(self, what: tuple["Agent", WireOrder]) -> None:
+    def wire(self, what: tuple["Agent", WireAction]) -> None:
         """Try to join a worker to its downstream neighbour."""
         run, order = what
         process = self.workers.get(order.worker)

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from cordee.cluster.choose import UPGRADE_RATIO, Chosen
-from cordee.cluster.deployments import Wish
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace, placement_id
-from cordee.cluster.goals import Load, holds, load_of
+from cordee.cluster.goals import StageSpec, holds, spec_of
 from sim.agent import Agent
 from sim.scenario import CONTEXT, SEQUENCES, Scenario
 
@@ -23,12 +23,12 @@ def always(scenario: Scenario) -> str:
         for pick in _picks(agent):
             for placement in (pick.placement, pick.successor):
                 for place in placement.stages if placement is not None else ():
-                    if place.node in agent.mind._revocations:
+                    if place.node in agent.controller._revocations:
                         return f"{agent.name} places a stage on {place.node}, which is revoked"
     return ""
 
 
-def interrupted(scenario: Scenario, served: Mapping[str, Wish]) -> str:
+def interrupted(scenario: Scenario, served: Mapping[str, Deployment]) -> str:
     """Whether a model that served, and is wished as it was, does not serve now."""
     running = {
         process.wiring
@@ -37,7 +37,7 @@ def interrupted(scenario: Scenario, served: Mapping[str, Wish]) -> str:
         if process.state == "wired"
     }
     for model in served:
-        picks = [pick for agent in scenario.live() for pick in agent.mind.chosen.get(model, ())]
+        picks = [pick for agent in scenario.live() for pick in agent.controller.chosen.get(model, ())]
         if not any(pick.wiring in running for pick in picks):
             return f"{model} was interrupted"
     return ""
@@ -45,7 +45,7 @@ def interrupted(scenario: Scenario, served: Mapping[str, Wish]) -> str:
 
 def picture(scenario: Scenario) -> object:
     """What must not change once things are settled."""
-    return [(agent.name, agent.mind.chosen, sorted(agent.workers)) for agent in scenario.live()]
+    return [(agent.name, agent.controller.chosen, sorted(agent.workers)) for agent in scenario.live()]
 
 
 def serving(scenario: Scenario) -> Speeds:
@@ -53,7 +53,7 @@ def serving(scenario: Scenario) -> Speeds:
     agents = scenario.live()
     facts = {agent.name: facts_of(agent) for agent in agents}
     found: Speeds = {}
-    for model, picks in agents[0].mind.chosen.items() if agents else ():
+    for model, picks in agents[0].controller.chosen.items() if agents else ():
         for pick in picks:
             if pick.wiring and model in scenario.shapes and not _leaves(scenario, pick):
                 speed = scenario.planner.speed(scenario.shapes[model], pick.placement, facts)
@@ -79,11 +79,11 @@ def unsettled(scenario: Scenario) -> str:
     agents = scenario.live()
     if not agents:
         return ""
-    chosen = agents[0].mind.chosen
+    chosen = agents[0].controller.chosen
     for agent in agents[1:]:
-        if agent.mind.chosen != chosen:
+        if agent.controller.chosen != chosen:
             return f"{agents[0].name} and {agent.name} do not agree"
-    if any(agent.crew._failures for agent in agents):
+    if any(agent.reconciler._failures for agent in agents):
         return "a failure still counts"
     return (
         _not_running(scenario, chosen)
@@ -95,12 +95,12 @@ def unsettled(scenario: Scenario) -> str:
 
 
 def _picks(agent: Agent) -> list[Chosen]:
-    return [pick for picks in agent.mind.chosen.values() for pick in picks]
+    return [pick for picks in agent.controller.chosen.values() for pick in picks]
 
 
 def facts_of(agent: Agent) -> Facts:
     """What an agent says of itself."""
-    return agent.mind.nodes(agent.now)[agent.name][1]
+    return agent.controller.nodes(agent.now)[agent.name][1]
 
 
 def _not_running(scenario: Scenario, chosen: Mapping[str, tuple[Chosen, ...]]) -> str:
@@ -115,7 +115,7 @@ def _not_running(scenario: Scenario, chosen: Mapping[str, tuple[Chosen, ...]]) -
                 if agent is None or place.node in scenario.revoked:
                     return f"{model} is placed on {place.node}, which is not there"
                 found = [p for p in agent.workers.values() if p.wiring == pick.wiring and p.index == index]
-                if len(found) != 1 or found[0].load != load_of(pick.placement, index):
+                if len(found) != 1 or found[0].load != spec_of(pick.placement, index):
                     return f"stage {index} of {model} is not wired"
     return ""
 
@@ -152,11 +152,11 @@ def _free(scenario: Scenario, agent: Agent, without: str = "") -> dict[str, int]
     return free
 
 
-def _worker_bytes(scenario: Scenario, agent: Agent, load: Load) -> int:
+def _worker_bytes(scenario: Scenario, agent: Agent, load: StageSpec) -> int:
     """What a worker takes, by the shape of the wish that it is for: some wishes are wrong."""
     place = StagePlace("", load.device, load.first, load.last)
     placement = Placement(load.model, load.context, load.sequences, (place,))
-    for wish in agent.mind.wishes:
+    for wish in agent.controller.deployments:
         shape = wish.shape
         if shape is not None and shape.digest == load.model and shape.allows(load.first, load.last):
             return scenario.planner.stage_bytes(shape, placement, 0)
@@ -181,7 +181,7 @@ def _copies(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tuple[
     """A slice that lies on one node only, though another has the disk for it."""
     for placement in {placement_id(p.placement): p.placement for ps in chosen.values() for p in ps}.values():
         for index, place in enumerate(placement.stages):
-            goal = load_of(placement, index).slice
+            goal = spec_of(placement, index).slice
             others = [agent for agent in agents if agent.name != place.node and not agent.machine.draining]
             held = any(holds(tuple(agent.machine.slices), goal) for agent in others)
             if not held and any(agent.machine.disk_bytes > 0 for agent in others):
@@ -190,7 +190,7 @@ def _copies(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tuple[
 
 
 def _open_streams(scenario: Scenario) -> str:
-    served = {model for agent in scenario.live() for model, picks in agent.mind.chosen.items() if picks}
+    served = {model for agent in scenario.live() for model, picks in agent.controller.chosen.items() if picks}
     for client in scenario.clients:
         lost = not client.gateway.up or client.gateway.name in scenario.revoked
         if not client.ended and not lost and client.model in served:
@@ -209,14 +209,14 @@ def lines(scenario: Scenario) -> list[str]:
         state = "revoked" if name in scenario.revoked else "draining" if machine.draining else "up"
         chosen = {
             model: [f"{placement_id(pick.placement)[:4]}/{pick.wiring[:4] or '-'}" for pick in picks]
-            for model, picks in agent.mind.chosen.items()
+            for model, picks in agent.controller.chosen.items()
         }
         workers = [
             f"{p.load.model}[{p.load.first}:{p.load.last}] {p.state} {p.wiring[:4]}"
             for p in agent.workers.values()
         ]
-        failures = [f"{load.first}:{load.last}" for load in agent.crew._failures]
-        knows = {node: state for node, (state, _) in agent.mind.nodes(agent.now).items()}
+        failures = [f"{load.first}:{load.last}" for load in agent.reconciler._failures]
+        knows = {node: state for node, (state, _) in agent.controller.nodes(agent.now).items()}
         found.append(f"  {name}: {state}; sees {knows}; wants {chosen}; runs {workers}; failed {failures}")
     found += [
         f"  stream {c.request.id} at {c.gateway.name}: {c.ended or len(c.got)}" for c in scenario.clients

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cordee.cluster.deployments import Wish
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Facts, Placement, SliceHeld, StagePlace, StageReport
-from cordee.cluster.goals import load_of
-from cordee.cluster.membership import Beat, Sighting
+from cordee.cluster.goals import spec_of
+from cordee.cluster.membership import Heartbeat, Sighting
 from cordee.generation.request import Request
 from cordee.generation.streams import Ask, Assert
 from sim.agent import EPOCH
@@ -72,17 +72,17 @@ def facts(scenario: "Scenario", node: str) -> Facts:
     return Facts(node, node, "sim", devices, 1 << 40, "", {}, {}, slices, reports, random.random() < 0.2)
 
 
-def beat(scenario: "Scenario", node: str, sessions: list[str]) -> Beat:
+def beat(scenario: "Scenario", node: str, sessions: list[str]) -> Heartbeat:
     """A beat that was never sent, perhaps in the name of the true session."""
     random = scenario.random
     session = random.choice([*sessions, "old", "older"])
     wishes = tuple(wish(scenario) for _ in range(random.randint(0, 2)))
     farewell = random.choice(("", "", "", "stops", "leaves"))
     sent, clock = number(random, 1e5), number(random)
-    return Beat(session, sent, clock, facts(scenario, node), wishes, farewell=farewell)
+    return Heartbeat(session, sent, clock, facts(scenario, node), wishes, farewell=farewell)
 
 
-def wish(scenario: "Scenario") -> Wish:
+def wish(scenario: "Scenario") -> Deployment:
     """A wish that nobody had; for a true model it would serve it alike, or not at all."""
     random = scenario.random
     name = random.choice((*scenario.shapes, "other"))
@@ -91,14 +91,14 @@ def wish(scenario: "Scenario") -> Wish:
         digest = random.choice(list(scenario.shapes.values())).digest
         shape = msgspec.structs.replace(shape, digest=digest)  # perhaps a wrong one
     context = 64 if name != "other" else random.choice((8, 64))
-    return Wish(name, shape, context, 3, random.choice((0, 1, 1)), number(random, EPOCH), "nobody")
+    return Deployment(name, shape, context, 3, random.choice((0, 1, 1)), number(random, EPOCH), "nobody")
 
 
 def disk(scenario: "Scenario", machine: "Machine") -> None:
     """What a machine finds on its disk."""
     random = scenario.random
     if scenario.muddled and random.random() < 0.5:
-        machine.wishes = tuple(wish(scenario) for _ in range(random.randint(0, 2)))
+        machine.deployments = tuple(wish(scenario) for _ in range(random.randint(0, 2)))
         machine.remembered = set(random.sample([*scenario.world.machines, "nobody"], random.randint(0, 2)))
     for shape in scenario.shapes.values():
         if random.random() < 0.4:
@@ -108,10 +108,10 @@ def disk(scenario: "Scenario", machine: "Machine") -> None:
 def everything(scenario: "Scenario") -> None:
     """Memory of all agents, and messages under way."""
     random, world = scenario.random, scenario.world
-    sessions = [agent.mind._session for agent in world.agents.values()]
+    sessions = [agent.controller._session for agent in world.agents.values()]
     names = [*world.machines, "ghost"]
     for name, agent in world.agents.items():
-        seen = agent.mind._membership._seen
+        seen = agent.controller._membership._seen
         for other in names:
             if other != name and random.random() < 0.4:
                 lost = None if random.random() < 0.5 else number(random, agent.now)
@@ -134,9 +134,9 @@ def everything(scenario: "Scenario") -> None:
 
 def _corrupt_mind(scenario: "Scenario", agent: "Agent") -> None:
     """Wishes that nobody had, times that never were, routes that lead nowhere."""
-    random, mind = scenario.random, agent.mind
+    random, mind = scenario.random, agent.controller
     for _ in range(random.randint(0, 2)):
-        mind._wishes._put(wish(scenario))
+        mind._deployments._put(wish(scenario))
     mind._observed, mind._planned = number(random, agent.now), number(random, agent.now)
     mind._listens_until, mind._offset = number(random, agent.now), number(random)
     agent.gateway._routes = {model: random.choice(["nobody", agent.name]) for model in scenario.shapes}
@@ -163,12 +163,12 @@ def _corrupt_crew(scenario: "Scenario", agent: "Agent") -> None:
         mine = [index for index, place in enumerate(placed.stages) if place.last > place.first]
         if not mine:
             continue
-        load = load_of(placed, random.choice(mine))
+        load = spec_of(placed, random.choice(mine))
         agent._start(load)
         process = list(agent.workers.values())[-1]
         if random.random() < 0.5:
             process.wire(f"w{random.randrange(3)}", 0, len(placed.stages), "n0/1.1")
             process.cache[0] = [random.getrandbits(30) for _ in range(5)]
-        agent.crew._posts[process.id] = (placed, random.randrange(4))
+        agent.reconciler._posts[process.id] = (placed, random.randrange(4))
         if random.random() < 0.3:
-            agent.crew.failed(load, "corrupted", number(random, agent.now))
+            agent.reconciler.failed(load, "corrupted", number(random, agent.now))

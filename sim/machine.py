@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from cordee.cluster.deployments import Wish
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Device, SliceHeld
 
 DISK_BYTES = 100 << 30
@@ -24,7 +24,7 @@ class Machine:
     breaks_loading: bool = False  # workers fail to load
     # On disk:
     slices: set[SliceHeld] = field(default_factory=set)
-    wishes: tuple[Wish, ...] = ()
+    deployments: tuple[Deployment, ...] = ()
     revocations: dict[str, bytes] = field(default_factory=dict)
     remembered: set[str] = field(default_factory=set)  # nodes that were heard
     boots: int = 0

@@ -44,8 +44,8 @@ def _unsorted_nodes(self: controller.Controller, now: float) -> dict:
     return {self.me: ("alive", self._facts), **self._membership.facts(now)}
 
 
-def _old_for_ever(beat: membership.Beat, seen: membership.Sighting, now: float) -> bool:
-    return beat.session == seen.beat.session and beat.sent <= seen.beat.sent
+def _old_for_ever(beat: membership.Heartbeat, seen: membership.Sighting, now: float) -> bool:
+    return beat.session == seen.heartbeat.session and beat.sent <= seen.heartbeat.sent
 
 
 def _take_any_index(self: gateway.Gateway, stream: object, piece: object) -> None:
@@ -63,8 +63,8 @@ def _lost_without_replay(self: scheduler.Scheduler) -> None:
     self._in_flight.clear()
 
 
-def _wishes_by_arrival(self: deployments.Wishes, wish: deployments.Wish) -> None:
-    if wish != self._wishes.get(wish.model):
+def _wishes_by_arrival(self: deployments.Deployments, wish: deployments.Deployment) -> None:
+    if wish != self._deployments.get(wish.model):
         self._put(wish)
 
 
@@ -72,18 +72,18 @@ def _serving_once_loaded(self: choose.Reports, placement: facts.Placement) -> st
     return self.wiring(placement)
 
 
-def _never_forgive(self: reconcile.Crew, workers: object, now: float) -> None:
+def _never_forgive(self: reconcile.Reconciler, workers: object, now: float) -> None:
     return None
 
 
-_step = reconcile.Crew.step
+_step = reconcile.Reconciler.step
 
 
-def _never_rename(self: reconcile.Crew, *arguments: object) -> reconcile.Orders:
+def _never_rename(self: reconcile.Reconciler, *arguments: object) -> reconcile.Actions:
     return dataclasses.replace(_step(self, *arguments), rename=())
 
 
-def _never_stop(self: reconcile.Crew, *arguments: object) -> reconcile.Orders:
+def _never_stop(self: reconcile.Reconciler, *arguments: object) -> reconcile.Actions:
     return dataclasses.replace(_step(self, *arguments), stop=())
 
 
@@ -95,22 +95,22 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "a node plans before it has listened": _set((controller, "LISTEN_SECONDS", 0.0)),
     "revoked nodes are allowed": _set((controller.Controller, "_refuses", lambda *_: False)),
     "stamps from the future are believed": _set((deployments, "_credible", lambda wish, clock: wish)),
-    "the last wish to arrive wins": _set((deployments.Wishes, "_take", _wishes_by_arrival)),
+    "the last wish to arrive wins": _set((deployments.Deployments, "_take", _wishes_by_arrival)),
     "the wiring ignores the workers": _set((choose, "wiring_id", _wiring_of_placement)),
     "choosing by order of arrival": _set(
         (choose.Candidate, "rank", property(lambda self: 0)),
         (choose.Reports, "__init__", _unsorted_reports),
         (controller.Controller, "nodes", _unsorted_nodes),
     ),
-    "no hysteresis: always the fastest": _set((choose.Choice, "_candidates", lambda *_: [])),
+    "no hysteresis: always the fastest": _set((choose.Selection, "_candidates", lambda *_: [])),
     "any gain is worth a move": _set((choose, "UPGRADE_RATIO", 1.01)),
-    "memory is given out twice": _set((choose.Choice, "_fits", lambda *_: True)),
+    "memory is given out twice": _set((choose.Selection, "_fits", lambda *_: True)),
     "serving before the links are made": _set((choose.Reports, "serving", _serving_once_loaded)),
-    "draining nodes keep their stages": _set((choose.Choice, "_succeed", _nothing)),
+    "draining nodes keep their stages": _set((choose.Selection, "_succeed", _nothing)),
     "slices lie on one node only": _set((goals, "_copies", lambda *_: [])),
-    "failures are never forgiven": _set((reconcile.Crew, "_forget", _never_forgive)),
-    "a wiring left is entered again": _set((reconcile.Crew, "step", _never_rename)),
-    "workers are never stopped": _set((reconcile.Crew, "step", _never_stop)),
+    "failures are never forgiven": _set((reconcile.Reconciler, "_forget", _never_forgive)),
+    "a wiring left is entered again": _set((reconcile.Reconciler, "step", _never_rename)),
+    "workers are never stopped": _set((reconcile.Reconciler, "step", _never_stop)),
     "no replay after a loss": _set((scheduler.Scheduler, "lost", _lost_without_replay)),
     "the host does not hear of a loss": _set((host.Host, "lost", _nothing)),
     "any index is taken": _set((gateway.Gateway, "_take", _take_any_index)),

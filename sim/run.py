@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cordee.cluster.deployments import Wish
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.membership import LEASE_SECONDS, SUSPICION_SECONDS
 from sim import checks
 from sim.scenario import Scenario
@@ -24,7 +24,7 @@ BOUND_LEASES = 40
 STAY_LEASES = 2  # so long nothing may change then
 LOOK_SECONDS = 0.5
 LOOK_CLOSELY_SECONDS = 0.1
-NOTHING: Mapping[str, Wish] = {}
+NOTHING: Mapping[str, Deployment] = {}
 
 
 class Broken(AssertionError):
@@ -60,7 +60,9 @@ def play(seed: int) -> Outcome:
     return Outcome(leases, ends)
 
 
-def _settle(scenario: Scenario, since: float, served: Mapping[str, Wish]) -> tuple[float, Mapping[str, Wish]]:
+def _settle(
+    scenario: Scenario, since: float, served: Mapping[str, Deployment]
+) -> tuple[float, Mapping[str, Deployment]]:
     """Let time pass until nothing changes; when that began, and what of `served` was wished alike all along.
 
     What is `served` must not be interrupted, unless its wish changes: clocks that are days apart may make an

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from cordee.cluster.deployments import Wish
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Device, ModelShape
-from cordee.cluster.membership import BEAT_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS
+from cordee.cluster.membership import HEARTBEAT_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS
 from cordee.cluster.planner import Planner
 from cordee.generation.gateway import News
 from cordee.generation.request import Request, SamplingParams
@@ -18,7 +18,7 @@ from sim.world import FOUND_SECONDS, World
 
 FAULT_SECONDS = 12.0
 # From the end of the faults to the users' last wish: membership is right by then, so is the cluster's clock.
-WISH_SECONDS = SILENCE_SECONDS + SUSPICION_SECONDS + BEAT_SECONDS
+WISH_SECONDS = SILENCE_SECONDS + SUSPICION_SECONDS + HEARTBEAT_SECONDS
 CONTEXT, SEQUENCES = 64, 3
 MB = 1_000_000
 LAYER_BYTES, STAGE_BYTES = 101 * MB, 60 * MB  # with the KV cache; what a stage takes beside
@@ -123,7 +123,7 @@ class Scenario:
             world.after(random.random() * FAULT_SECONDS, fault, self, random.choice(list(world.machines)))
         world.run(FAULT_SECONDS)
         self._calm()
-        world.run(FAULT_SECONDS + (WISH_SECONDS if self.muddled else BEAT_SECONDS))
+        world.run(FAULT_SECONDS + (WISH_SECONDS if self.muddled else HEARTBEAT_SECONDS))
         for name, shape in self.shapes.items():
             self._wish(name, shape)
 
@@ -149,14 +149,14 @@ class Scenario:
         """The agents that run and are not revoked."""
         return [agent for name, agent in self.world.agents.items() if name not in self.revoked]
 
-    def known_wishes(self) -> list[dict[str, Wish]]:
+    def known_wishes(self) -> list[dict[str, Deployment]]:
         """What each live agent holds to be wished, without dates."""
         return [
-            {wish.model: replace(wish, stamp=0.0, author="") for wish in agent.mind.wishes}
+            {wish.model: replace(wish, stamp=0.0, author="") for wish in agent.controller.deployments}
             for agent in self.live()
         ]
 
-    def wished(self) -> dict[str, Wish]:
+    def wished(self) -> dict[str, Deployment]:
         """What is wished, where all live agents know it; without its date."""
         known = self.known_wishes()
         return {
@@ -170,7 +170,7 @@ class Scenario:
         if agents:
             agent = self.random.choice(agents)
             replicas = self.random.choice((1, 1, 1, 1, 2))
-            agent.mind.deploy(name, shape, CONTEXT, SEQUENCES, agent.now, replicas)
+            agent.controller.deploy(name, shape, CONTEXT, SEQUENCES, agent.now, replicas)
             agent.touch()
 
     def _open(self) -> None:

@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from cordee.cluster.goals import Load
-from cordee.cluster.reconcile import Worker
+from cordee.cluster.goals import StageSpec
+from cordee.cluster.reconcile import WorkerStatus
 from cordee.generation.request import Choice
 from cordee.generation.scheduler import MicroBatch
 
@@ -98,7 +98,7 @@ class Process:
 
     id: str
     endpoint: str
-    load: Load
+    load: StageSpec
     state: str = "loading"
     wiring: str = ""
     wirings: frozenset[str] = frozenset()
@@ -108,9 +108,9 @@ class Process:
     cache: dict[int, list[int]] = field(default_factory=dict)  # digests by sequence and position
     samplers: dict[int, tuple[int, int]] = field(default_factory=dict)
 
-    def worker(self) -> Worker:
+    def worker(self) -> WorkerStatus:
         """As the crew sees it."""
-        return Worker(self.id, self.load, self.state, self.endpoint, self.wiring, self.wirings)
+        return WorkerStatus(self.id, self.load, self.state, self.endpoint, self.wiring, self.wirings)
 
     def wire(self, wiring: str, index: int, stages: int, downstream: str) -> None:
         """Join a wiring, with an empty cache."""

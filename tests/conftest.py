@@ -7,10 +7,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from cordee.worker.process import ENVIRONMENT, EXACT_ENVIRONMENT
+from cordee.worker.process import BATCH_INVARIANT_ENVIRONMENT, ENVIRONMENT
 
 # Stages that live in the test process compute as those in workers do; read when libllama is loaded.
-os.environ |= ENVIRONMENT | EXACT_ENVIRONMENT
+os.environ |= ENVIRONMENT | BATCH_INVARIANT_ENVIRONMENT
 
 hypothesis.settings.register_profile("house", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("house")

@@ -12,15 +12,15 @@ import pytest
 
 from cluster_processes import MEMORY, SERVED, Cluster, Node, until
 from clusters import shape_of
-from cordee.agent.control import Share, Shared
-from cordee.agent.deploy import Sharing
-from cordee.cluster.deployments import Wish
+from cordee.agent.control import Deploy, Deployed
+from cordee.agent.deploy import Deployer
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Gauges, Offer, Reading
 from cordee.distribution import hub_source
 from cordee.distribution.hub import HubFile
 from cordee.distribution.hub_ranges import FIRST_BYTES
 from cordee.distribution.inventory import SEQUENCES
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadRequest, ModelNotFound
 from cordee.models.gguf import read_header
 from cordee.models.store import Store
@@ -67,7 +67,7 @@ def holders(cluster: Cluster, first: int, last: int) -> list[str]:
     """The nodes whose disks hold a part."""
     found = []
     for name, node in cluster.nodes.items():
-        parts = Parts(Store(node.home / "models"))
+        parts = SliceStore(Store(node.home / "models"))
         held = [(held.first, held.last) for digest in parts.known() for held in parts.held(digest)]
         if (first, last) in held:
             found.append(name)
@@ -127,7 +127,7 @@ def test_a_model_is_shared_right_after_it_was_pulled(cluster: Cluster, starter_p
 class Told:
     """An agent that knows some offers and wishes; what is wished of it is kept, a pass is an error."""
 
-    def __init__(self, offers: list[Offer], wishes: list[Wish]) -> None:
+    def __init__(self, offers: list[Offer], wishes: list[Deployment]) -> None:
         self.services: dict[str, object] = {}
         self.library = SimpleNamespace(reading=())
         self.mind = self
@@ -161,15 +161,15 @@ def test_no_pass_is_made_for_what_is_known_under_way_or_has_a_taken_name(
 
     monkeypatch.setattr(hub_source, "files", files)
     pulled = Offer("mine", shape_of("p"), 64, "o/Pulled-GGUF/file.gguf")
-    taken_back = Wish("Old", shape_of("o"), 32, 2, 0, source="o/Old-GGUF/file.gguf")
+    taken_back = Deployment("Old", shape_of("o"), 32, 2, 0, source="o/Old-GGUF/file.gguf")
     agent = Told([pulled, Offer("Taken", shape_of("t"), 64)], [taken_back])
 
-    def share(model: str, **more) -> Shared:
-        return asyncio.run(Sharing(agent).share(Share(model, **more)))
+    def share(model: str, **more) -> Deployed:
+        return asyncio.run(Deployer(agent).deploy(Deploy(model, **more)))
 
-    assert share("o/Pulled-GGUF:Q8_0") == Shared("mine")
-    assert share("o/Old-GGUF", context=16) == Shared("Old")
-    assert share("Old") == Shared("Old")
+    assert share("o/Pulled-GGUF:Q8_0") == Deployed("mine")
+    assert share("o/Old-GGUF", context=16) == Deployed("Old")
+    assert share("Old") == Deployed("Old")
     assert agent.wished == [
         ("mine", "p", 64, SEQUENCES, 1, "o/Pulled-GGUF/file.gguf"),
         ("Old", "o", 16, 2, 1, "o/Old-GGUF/file.gguf"),

@@ -18,7 +18,7 @@ from clusters import (
     where,
 )
 from cordee.cluster.choose import UPGRADE_RATIO, Reports, choose, covers, speed_class
-from cordee.cluster.deployments import Wish
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Device, Facts, Placement, SliceHeld, StagePlace, StageReport, placement_id
 from cordee.cluster.membership import View
 from cordee.cluster.planner import Planner
@@ -155,8 +155,8 @@ def where_of(placement: Placement | None) -> list[tuple[str, int, int]]:
     return [(place.node, place.first, place.last) for place in placement.stages] if placement else []
 
 
-def wish(name: str, layers: int = 4, replicas: int = 1) -> Wish:
-    return Wish(name, shape_of(name, layers), CONTEXT, SEQUENCES, replicas)
+def wish(name: str, layers: int = 4, replicas: int = 1) -> Deployment:
+    return Deployment(name, shape_of(name, layers), CONTEXT, SEQUENCES, replicas)
 
 
 def test_a_new_wish_never_takes_the_memory_of_a_model_that_serves() -> None:
@@ -179,13 +179,15 @@ def test_replicas_share_no_node() -> None:
 
 def test_two_names_of_one_model_share_its_placement() -> None:
     view = view_of(
-        facts_of("a"), wishes=[Wish(name, shape_of(), CONTEXT, SEQUENCES) for name in ("nick", "name")]
+        facts_of("a"), wishes=[Deployment(name, shape_of(), CONTEXT, SEQUENCES) for name in ("nick", "name")]
     )
     assert chosen(view, "nick") == chosen(view, "name") != ()
 
 
 def test_a_wish_with_a_wrong_shape_spoils_no_other() -> None:
-    wrong = Wish("a", msgspec.structs.replace(shape_of("x", 6), digest="m"), CONTEXT, SEQUENCES, stamp=2e9)
+    wrong = Deployment(
+        "a", msgspec.structs.replace(shape_of("x", 6), digest="m"), CONTEXT, SEQUENCES, stamp=2e9
+    )
     view = view_of(facts_of("a", 9, stages=running(ALL)["a"]), wishes=[wrong, wish("m")])
     assert chosen(view, "m")[0].wiring
     assert chosen(view, "a") == ()  # six layers where five are free
@@ -256,10 +258,10 @@ clusters = st.sets(st.sampled_from("abc"), min_size=1).flatmap(
 def test_any_facts_give_a_choice_that_fits_and_is_the_same_in_any_order(
     nodes: tuple[Facts, ...],
 ) -> None:
-    wishes = [Wish("m", LARGE, CONTEXT, SEQUENCES)]
+    wishes = [Deployment("m", LARGE, CONTEXT, SEQUENCES)]
     view = view_of(*nodes, wishes=wishes)
     made = choose(view, Planner())
-    backwards = View(dict(reversed(view.facts.items())), view.suspects, view.wishes)
+    backwards = View(dict(reversed(view.facts.items())), view.suspects, view.deployments)
     assert choose(backwards, Planner()) == made
     used: dict[str, int] = {}
     for choice in made["m"]:

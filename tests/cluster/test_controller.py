@@ -6,7 +6,7 @@ from clusters import CONTEXT, SEQUENCES, Simple, facts_of, placed, running, shap
 from cordee.cluster.controller import RETHINK_SECONDS, Controller
 from cordee.cluster.facts import Facts, Gauges, Hosted
 from cordee.cluster.goals import Goals
-from cordee.cluster.membership import LISTEN_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS, Beat
+from cordee.cluster.membership import LISTEN_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS, Heartbeat
 
 EPOCH = 1.8e9
 ALL = placed(("a", 0, 4))
@@ -32,21 +32,21 @@ def wish(mind: Controller, now: float = 5.0, replicas: int = 1) -> None:
 def test_a_wish_made_at_one_node_is_pursued_by_another() -> None:
     a, b = mind_of("a", facts=facts_of("a", 2)), mind_of("b", facts=facts_of("b", 2))
     wish(a)
-    assert b.hear(a.beat(5.0), 5.0)
-    assert a.hear(b.beat(5.0), 5.0)
+    assert b.hear(a.heartbeat(5.0), 5.0)
+    assert a.hear(b.heartbeat(5.0), 5.0)
     assert a.plan(5.0).stages and b.plan(5.0).stages
     assert a.chosen == b.chosen
     wish(b, replicas=0)
-    a.hear(b.beat(5.1), 5.1)
+    a.hear(b.heartbeat(5.1), 5.1)
     assert a.plan(5.1).stages == ()
-    assert a.wishes == b.wishes
+    assert a.deployments == b.deployments
 
 
 def test_what_changes_all_the_time_is_told_and_no_news() -> None:
     a, b = mind_of("a"), mind_of("b")
-    assert b.hear(a.beat(5.0), 5.0)
+    assert b.hear(a.heartbeat(5.0), 5.0)
     busy = Gauges((Hosted("m", 3, 1, 12.5),), watts=42.0)
-    assert not b.hear(a.beat(5.1, busy), 5.1)
+    assert not b.hear(a.heartbeat(5.1, busy), 5.1)
     assert b.gauges(5.1) == {"a": busy}
     assert b.gauges(5.1 + SILENCE_SECONDS) == {}
 
@@ -69,12 +69,12 @@ def test_a_node_that_heard_all_there_are_need_not_listen_longer() -> None:
     mind = Controller("a", "session of a", Simple(), remembered=("a", "b", "c"))
     look(mind, 0.0)
     wish(mind, 0.0)
-    mind.hear(mind_of("b").beat(3.0), 0.2)
+    mind.hear(mind_of("b").heartbeat(3.0), 0.2)
     assert mind.plan(0.2).stages == ()
-    assert mind.hear(mind_of("c").beat(3.0), 0.4)
+    assert mind.hear(mind_of("c").heartbeat(3.0), 0.4)
     assert len(mind.plan(0.4).stages) == 1
     look(mind, 100.0)  # it was stopped meanwhile
-    mind.hear(mind_of("b").beat(100.0), 100.0)
+    mind.hear(mind_of("b").heartbeat(100.0), 100.0)
     assert mind.plan(100.0).stages == ()
 
 
@@ -85,10 +85,10 @@ def test_a_node_also_listens_for_those_of_whom_others_tell() -> None:
     wish(mind, 0.0)
     reports = running(placed(("d", 0, 2), ("b", 2, 4)))["b"]
     told = msgspec.structs.replace(facts_of("b"), stages=tuple(reports), rtts={"c": 0.001})
-    mind.hear(mind_of("b", facts=told).beat(3.0), 0.1)
+    mind.hear(mind_of("b", facts=told).heartbeat(3.0), 0.1)
     for node in ("c", "d"):
         assert mind.plan(0.2).routes == {"m": ()}
-        mind.hear(mind_of(node).beat(3.0), 0.2)
+        mind.hear(mind_of(node).heartbeat(3.0), 0.2)
     assert [route.host for route in mind.plan(0.2).routes["m"]] == ["d"]
 
 
@@ -97,9 +97,9 @@ def test_a_node_also_listens_for_those_whom_it_sees() -> None:
     look(mind, 0.0)
     wish(mind, 0.0)
     mind.liveliness("c", True, 0.1)
-    mind.hear(mind_of("b").beat(3.0), 0.1)
+    mind.hear(mind_of("b").heartbeat(3.0), 0.1)
     assert mind.plan(0.1).stages == ()
-    mind.hear(mind_of("c").beat(3.0), 0.2)
+    mind.hear(mind_of("c").heartbeat(3.0), 0.2)
     assert len(mind.plan(0.2).stages) == 1
 
 
@@ -126,7 +126,7 @@ def test_a_node_that_goes_is_replaced_after_silence_and_suspicion() -> None:
     serving = facts_of("b", stages=running(placed(("b", 0, 4)))["b"])
     b = mind_of("b", facts=serving)
     wish(b)
-    a.hear(b.beat(5.0), 5.0)
+    a.hear(b.heartbeat(5.0), 5.0)
     gone = 5 + SILENCE_SECONDS + SUSPICION_SECONDS
     for now in range(5, int(gone) + 1):
         look(a, float(now))
@@ -139,13 +139,13 @@ def test_revoked_nodes_are_neither_heard_nor_placed_and_the_word_goes_on() -> No
     a = mind_of("a", facts=facts_of("a", 2))
     b = mind_of("b", facts=facts_of("b", 2))
     wish(a)
-    a.hear(b.beat(5.0), 5.0)
+    a.hear(b.heartbeat(5.0), 5.0)
     assert a.plan(5.0).stages
     look(a, 5.1, facts_of("a", 2), b=b"record")
     assert a.plan(5.1).stages == ()
     assert list(a.nodes(5.1)) == ["a"]
-    assert not a.hear(b.beat(6.0), 6.0)
-    assert a.beat(6.0).revocations == (b"record",)
+    assert not a.hear(b.heartbeat(6.0), 6.0)
+    assert a.heartbeat(6.0).revocations == (b"record",)
 
 
 def test_one_clock_that_is_a_day_off_changes_nothing() -> None:
@@ -153,26 +153,26 @@ def test_one_clock_that_is_a_day_off_changes_nothing() -> None:
     minds[0].observe(facts_of("a"), 5.0, EPOCH + 86400, {})
     for one in minds:
         for other in minds:
-            one.hear(other.beat(5.0), 5.0)
+            one.hear(other.heartbeat(5.0), 5.0)
     wish(minds[0], 5.0)
-    assert abs(minds[0].wishes[0].stamp - EPOCH - 5) < 1
-    minds[1].hear(minds[0].beat(5.1), 5.1)
+    assert abs(minds[0].deployments[0].stamp - EPOCH - 5) < 1
+    minds[1].hear(minds[0].heartbeat(5.1), 5.1)
     wish(minds[1], 5.2, replicas=0)
-    minds[0].hear(minds[1].beat(5.3), 5.3)
-    assert minds[0].wishes[0].replicas == 0
+    minds[0].hear(minds[1].heartbeat(5.3), 5.3)
+    assert minds[0].deployments[0].replicas == 0
 
 
 def test_beats_carry_everything_and_travel() -> None:
     mind = mind_of()
     wish(mind)
-    said = mind.beat(5.0)
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=Beat) == said
-    assert (said.facts.node, said.clock, said.wishes) == ("a", EPOCH + 5, mind.wishes)
+    said = mind.heartbeat(5.0)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=Heartbeat) == said
+    assert (said.facts.node, said.clock, said.deployments) == ("a", EPOCH + 5, mind.deployments)
 
 
 def test_wishes_outlive_a_restart() -> None:
     mind = mind_of()
     wish(mind)
-    again = Controller("a", "next session", Simple(), mind.wishes)
+    again = Controller("a", "next session", Simple(), mind.deployments)
     look(again, 0.0)
-    assert again.wishes == mind.wishes
+    assert again.deployments == mind.deployments

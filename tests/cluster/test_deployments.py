@@ -6,7 +6,14 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.cluster.deployments import AHEAD_SECONDS, SOURCE_CHARS_MAX, TICK_SECONDS, WISHES_MAX, Wish, Wishes
+from cordee.cluster.deployments import (
+    AHEAD_SECONDS,
+    DEPLOYMENTS_MAX,
+    SOURCE_CHARS_MAX,
+    TICK_SECONDS,
+    Deployment,
+    Deployments,
+)
 
 NOW = 1.8e9
 DAY = 86400.0
@@ -18,7 +25,7 @@ stamps = st.one_of(
     st.floats(NOW - 100, NOW + 100),
 )
 wishes = st.builds(
-    Wish,
+    Deployment,
     model=st.sampled_from("abc"),
     shape=st.none(),
     context=st.integers(1, 3),
@@ -31,7 +38,7 @@ wishes = st.builds(
 maps = st.lists(wishes, max_size=6)
 
 
-def gossip(nodes: list[Wishes], clocks: list[float], random: Random) -> None:
+def gossip(nodes: list[Deployments], clocks: list[float], random: Random) -> None:
     """Everybody hears everybody, in any order, for five seconds."""
     for _ in range(5):
         clocks[:] = [clock + 1 for clock in clocks]
@@ -43,15 +50,15 @@ def gossip(nodes: list[Wishes], clocks: list[float], random: Random) -> None:
 
 
 @given(st.lists(maps, min_size=2, max_size=4), st.randoms(use_true_random=False))
-def test_arbitrary_maps_converge_and_the_next_wish_wins(held: list[list[Wish]], random: Random) -> None:
-    nodes = [Wishes(held_here) for held_here in held]
+def test_arbitrary_maps_converge_and_the_next_wish_wins(held: list[list[Deployment]], random: Random) -> None:
+    nodes = [Deployments(held_here) for held_here in held]
     clocks = [NOW + random.uniform(-1, 1) for _ in nodes]
     gossip(nodes, clocks, random)
     assert all(node.all == nodes[0].all for node in nodes)
     assert all(wish.stamp <= max(clocks) + AHEAD_SECONDS for wish in nodes[0].all)
     assert all(len(wish.source) <= SOURCE_CHARS_MAX for wish in nodes[0].all)
     writer = random.randrange(len(nodes))
-    nodes[writer].write(Wish("a", None, 77, 1, author="w"), clocks[writer])
+    nodes[writer].write(Deployment("a", None, 77, 1, author="w"), clocks[writer])
     gossip(nodes, clocks, random)
     assert all(node.all == nodes[0].all for node in nodes)
     assert next(wish for wish in nodes[0].all if wish.model == "a").context == 77
@@ -59,8 +66,8 @@ def test_arbitrary_maps_converge_and_the_next_wish_wins(held: list[list[Wish]], 
 
 @given(maps, maps, maps)
 def test_hearing_is_associative_commutative_and_idempotent(a: list, b: list, c: list) -> None:
-    def told(*said: list[Wish]) -> tuple[Wish, ...]:
-        node = Wishes()
+    def told(*said: list[Deployment]) -> tuple[Deployment, ...]:
+        node = Deployments()
         for one in said:
             node.merge(one, NOW)
         return node.all
@@ -69,8 +76,11 @@ def test_hearing_is_associative_commutative_and_idempotent(a: list, b: list, c: 
 
 
 def test_a_machine_back_from_the_dead_with_a_future_stamp_undoes_nothing() -> None:
-    cluster, returning = Wishes(), Wishes([Wish("a", None, 1, 1, replicas=0, stamp=NOW + DAY)])
-    cluster.write(Wish("a", None, 2, 1), NOW)
+    cluster, returning = (
+        Deployments(),
+        Deployments([Deployment("a", None, 1, 1, replicas=0, stamp=NOW + DAY)]),
+    )
+    cluster.write(Deployment("a", None, 2, 1), NOW)
     returning.settle(NOW)
     cluster.merge(returning.all, NOW)
     returning.merge(cluster.all, NOW)
@@ -79,23 +89,23 @@ def test_a_machine_back_from_the_dead_with_a_future_stamp_undoes_nothing() -> No
 
 
 def test_a_future_stamp_is_better_than_no_wish_at_all() -> None:
-    node = Wishes([Wish("a", None, 1, 1, stamp=NOW + DAY)])
+    node = Deployments([Deployment("a", None, 1, 1, stamp=NOW + DAY)])
     node.settle(NOW)
     assert [wish.stamp for wish in node.all] == [0.0]
 
 
 def test_of_two_wishes_in_the_same_instant_the_second_counts() -> None:
-    node, other = Wishes(), Wishes()
-    node.write(Wish("a", None, 1, 1), NOW)
+    node, other = Deployments(), Deployments()
+    node.write(Deployment("a", None, 1, 1), NOW)
     other.merge(node.all, NOW)
-    node.write(Wish("a", None, 2, 1), NOW)
+    node.write(Deployment("a", None, 2, 1), NOW)
     other.merge(node.all, NOW)
     assert other.all == node.all
     assert (other.all[0].context, other.all[0].stamp) == (2, NOW + TICK_SECONDS)
 
 
 def test_the_map_is_bounded_and_the_latest_stay() -> None:
-    node = Wishes()
-    for index in range(WISHES_MAX + 10):
-        node.write(Wish(f"{index:04}", None, 1, 1), NOW + index)
-    assert [wish.model for wish in node.all] == [f"{index:04}" for index in range(10, WISHES_MAX + 10)]
+    node = Deployments()
+    for index in range(DEPLOYMENTS_MAX + 10):
+        node.write(Deployment(f"{index:04}", None, 1, 1), NOW + index)
+    assert [wish.model for wish in node.all] == [f"{index:04}" for index in range(10, DEPLOYMENTS_MAX + 10)]

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.cluster.disk import COPIES, Part, removable
+from cordee.cluster.disk import COPIES, StoredSlice, removable
 from cordee.cluster.facts import SliceHeld
 from cordee.cluster.goals import DISK_RESERVE_BYTES, SliceGoal
 
@@ -15,8 +15,8 @@ def held(first: int, last: int, model: str = "m") -> SliceHeld:
     return SliceHeld(model, first, last)
 
 
-def part(first: int, last: int, used: float = 0.0, model: str = "m") -> Part:
-    return Part(held(first, last, model), GB, used)
+def part(first: int, last: int, used: float = 0.0, model: str = "m") -> StoredSlice:
+    return StoredSlice(held(first, last, model), GB, used)
 
 
 WHOLES = {node: [SliceHeld("m", 0, 8, True), SliceHeld("n", 0, 8, True)] for node in "bc"}

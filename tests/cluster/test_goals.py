@@ -16,16 +16,16 @@ from cordee.cluster.facts import SliceHeld, StageReport, wiring_id
 from cordee.cluster.goals import (
     DISK_RESERVE_BYTES,
     Goals,
-    Load,
+    KvSource,
     SliceGoal,
-    Source,
     StageGoal,
+    StageSpec,
     goals,
     holds,
-    load_of,
+    spec_of,
 )
 from cordee.cluster.membership import View
-from cordee.cluster.reconcile import FAILED_SECONDS, WIRINGS_MAX, Crew, Orders, Worker
+from cordee.cluster.reconcile import FAILED_SECONDS, WIRINGS_MAX, Actions, Reconciler, WorkerStatus
 
 HALVES = placed(("a", 0, 2), ("b", 2, 4))
 WHOLE = SliceHeld("m", 0, 4, whole=True)
@@ -84,9 +84,9 @@ def test_a_successor_takes_over_from_the_stages_that_serve() -> None:
     ]
     goals = {goal.index: goal for node in "cd" for goal in goals_of(view_of(*nodes), node).stages}
     wiring = serving["a"][0].wiring
-    assert goals[0].sources == (Source("a/0", wiring, 0, 1),)
-    assert goals[1].sources == (Source("a/0", wiring, 1, 2), Source("b/1", wiring, 0, 1))
-    assert goals[2].sources == (Source("b/1", wiring, 1, 2),)
+    assert goals[0].sources == (KvSource("a/0", wiring, 0, 1),)
+    assert goals[1].sources == (KvSource("a/0", wiring, 1, 2), KvSource("b/1", wiring, 0, 1))
+    assert goals[2].sources == (KvSource("b/1", wiring, 1, 2),)
     assert all(not goal.sources for goal in goals_of(view_of(*nodes), "b").stages)
 
 
@@ -143,21 +143,25 @@ def test_a_copy_that_lies_somewhere_stays_and_full_disks_get_none() -> None:
 # The crew.
 
 GOAL = StageGoal(HALVES, 0)
-LOAD = load_of(HALVES, 0)
+LOAD = spec_of(HALVES, 0)
 
 
-def steps(crew: Crew, *stages: StageGoal, keep: str = "", now: float = 0.0, held: bool = True) -> Orders:
+def steps(
+    crew: Reconciler, *stages: StageGoal, keep: str = "", now: float = 0.0, held: bool = True
+) -> Actions:
     return step(crew, Goals(stages=stages, keep=frozenset(keep.split()), slices=(LOAD.slice,)), {}, now, held)
 
 
 def step(
-    crew: Crew, wanted: Goals, workers: dict[str, Worker], now: float = 0.0, held: bool = True
-) -> Orders:
+    crew: Reconciler, wanted: Goals, workers: dict[str, WorkerStatus], now: float = 0.0, held: bool = True
+) -> Actions:
     return crew.step(wanted, workers, (WHOLE,) if held else (), now)
 
 
-def worker(name: str = "w", state: str = "loaded", load: Load = LOAD, **more: object) -> dict[str, Worker]:
-    return {name: Worker(name, load, state, "a/1", **more)}  # type: ignore[arg-type]
+def worker(
+    name: str = "w", state: str = "loaded", load: StageSpec = LOAD, **more: object
+) -> dict[str, WorkerStatus]:
+    return {name: WorkerStatus(name, load, state, "a/1", **more)}  # type: ignore[arg-type]
 
 
 def only(*stages: StageGoal, keep: str = "") -> Goals:
@@ -165,7 +169,7 @@ def only(*stages: StageGoal, keep: str = "") -> Goals:
 
 
 def test_a_stage_is_fetched_started_and_wired() -> None:
-    crew = Crew()
+    crew = Reconciler()
     fetching = steps(crew, GOAL, held=False)
     assert (fetching.fetch, fetching.start) == ((LOAD.slice,), ())
     assert [report.state for report in fetching.reports] == ["fetching"]
@@ -183,14 +187,14 @@ def test_a_stage_is_fetched_started_and_wired() -> None:
 
 def test_a_wiring_is_entered_once() -> None:
     wanted = only(StageGoal(HALVES, 0, "W", "b/1"))
-    left = step(Crew(), wanted, worker(wirings=frozenset("W")))
+    left = step(Reconciler(), wanted, worker(wirings=frozenset("W")))
     assert (left.wire, left.rename) == ((), ("w",))
     many = frozenset(f"{index}" for index in range(WIRINGS_MAX))
-    assert step(Crew(), wanted, worker(wirings=many)).rename == ("w",)
+    assert step(Reconciler(), wanted, worker(wirings=many)).rename == ("w",)
 
 
 def test_a_new_placement_that_needs_the_same_layers_takes_the_worker_over() -> None:
-    crew = Crew()
+    crew = Reconciler()
     step(crew, only(GOAL), worker())
     other = StageGoal(placed(("a", 0, 2), ("c", 2, 4)), 0)
     orders = step(crew, only(other), worker())
@@ -199,7 +203,7 @@ def test_a_new_placement_that_needs_the_same_layers_takes_the_worker_over() -> N
 
 
 def test_two_stages_alike_need_two_workers() -> None:
-    crew = Crew()
+    crew = Reconciler()
     successor = StageGoal(placed(("a", 0, 2), ("c", 2, 4)), 0)
     step(crew, only(GOAL), worker())
     orders = step(crew, only(successor, GOAL), worker())
@@ -212,23 +216,23 @@ def test_two_stages_alike_need_two_workers() -> None:
 
 def test_what_is_to_be_stopped_is_gone_before_its_device_is_used_again() -> None:
     old = worker("old", load=LOAD._replace(first=1))
-    busy = step(Crew(), only(GOAL), old)
+    busy = step(Reconciler(), only(GOAL), old)
     assert (busy.stop, busy.start) == (("old",), ())
     elsewhere = worker("old", load=LOAD._replace(first=1, device="gpu"))
-    assert step(Crew(), only(GOAL), elsewhere).start == (LOAD,)
-    kept = step(Crew(), only(GOAL, keep="old"), old)
+    assert step(Reconciler(), only(GOAL), elsewhere).start == (LOAD,)
+    kept = step(Reconciler(), only(GOAL, keep="old"), old)
     assert (kept.stop, kept.start) == ((), (LOAD,))
 
 
 def test_kept_workers_are_still_reported_as_what_they_were() -> None:
-    crew = Crew()
+    crew = Reconciler()
     step(crew, only(GOAL), worker())
     orders = step(crew, only(keep="w"), worker())
     assert [(report.placement, report.worker) for report in orders.reports] == [(HALVES, "w")]
 
 
 def test_a_kept_worker_that_holds_what_a_new_placement_needs_is_taken_over() -> None:
-    crew = Crew()
+    crew = Reconciler()
     step(crew, only(GOAL), worker())
     other = StageGoal(placed(("a", 0, 2), ("c", 2, 4)), 0)
     orders = step(crew, only(other, keep="w"), worker())
@@ -237,7 +241,7 @@ def test_a_kept_worker_that_holds_what_a_new_placement_needs_is_taken_over() -> 
 
 
 def test_a_failure_is_reported_for_a_while_even_if_the_stage_is_wanted_no_more() -> None:
-    crew = Crew()
+    crew = Reconciler()
     crew.failed(LOAD, "the disk is full", 10.0)
     for wanted in (only(GOAL), only()):
         orders = step(crew, wanted, {}, 11.0)
@@ -249,7 +253,7 @@ def test_a_failure_is_reported_for_a_while_even_if_the_stage_is_wanted_no_more()
 
 
 def test_what_the_crew_remembers_wrongly_is_mended() -> None:
-    crew = Crew()
+    crew = Reconciler()
     crew.failed(LOAD, "corrupted", 1e30)
     crew._posts = {"w": (HALVES, 7), "x": (HALVES, 0)}
     orders = step(crew, only(GOAL), worker(), 5.0)
@@ -261,6 +265,6 @@ def test_what_the_crew_remembers_wrongly_is_mended() -> None:
 
 
 def test_reports_travel_in_facts() -> None:
-    report = step(Crew(), only(GOAL), worker()).reports[0]
+    report = step(Reconciler(), only(GOAL), worker()).reports[0]
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(report), type=StageReport) == report
     assert shape_of().allows(0, 2)

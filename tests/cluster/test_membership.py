@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from clusters import facts_of
 from cordee.cluster.membership import (
-    BEAT_SECONDS,
     FORGET_SECONDS,
+    HEARTBEAT_SECONDS,
     NODES_MAX,
     REORDER_SECONDS,
     SILENCE_SECONDS,
     SUSPICION_SECONDS,
-    Beat,
+    Heartbeat,
     Membership,
     Sighting,
 )
@@ -22,11 +22,13 @@ from cordee.cluster.membership import (
 times = st.one_of(st.floats(), st.sampled_from((0.0, 99.0, 100.0, 101.0, 1e30, -1e30, math.inf, math.nan)))
 
 
-def beat(node: str = "b", sent: float = 0.0, session: str = "s", clock: float = 0.0, name: str = "") -> Beat:
-    return Beat(session, sent, clock, msgspec.structs.replace(facts_of(node), name=name))
+def beat(
+    node: str = "b", sent: float = 0.0, session: str = "s", clock: float = 0.0, name: str = ""
+) -> Heartbeat:
+    return Heartbeat(session, sent, clock, msgspec.structs.replace(facts_of(node), name=name))
 
 
-def heard(*beats: tuple[Beat, float]) -> Membership:
+def heard(*beats: tuple[Heartbeat, float]) -> Membership:
     membership = Membership("a")
     for said, now in beats:
         membership.hear(said, now)
@@ -66,7 +68,7 @@ def test_who_leaves_for_good_is_not_shown_any_more() -> None:
     assert list(membership.facts(20.0)) == ["b"]
 
 
-def farewell(kind: str, sent: float) -> Beat:
+def farewell(kind: str, sent: float) -> Heartbeat:
     return msgspec.structs.replace(beat(sent=sent), farewell=kind)
 
 
@@ -123,10 +125,10 @@ def test_whatever_is_remembered_of_a_live_node_it_is_heard_again(
     membership = Membership("a")
     membership._seen["b"] = Sighting(beat(sent=sent, name="wrong"), at, offset, lost, previous, replaced)
     now = 100.0
-    while now < 100 + REORDER_SECONDS + 2 * BEAT_SECONDS:
+    while now < 100 + REORDER_SECONDS + 2 * HEARTBEAT_SECONDS:
         membership.settle(now)
         membership.hear(beat(sent=now - 90, name="true"), now)
-        now += BEAT_SECONDS
+        now += HEARTBEAT_SECONDS
     assert membership.facts(now)["b"][0] == "alive"
     assert membership.facts(now)["b"][1].name == "true"
     assert math.isfinite(membership.clock(1.0, now))
@@ -160,4 +162,4 @@ def test_only_so_many_nodes_are_known() -> None:
 
 def test_a_beat_travels_as_msgpack() -> None:
     said = beat("b", 1.5, "session", 2.5)
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=Beat) == said
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=Heartbeat) == said

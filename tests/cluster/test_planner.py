@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace, StageReport
-from cordee.cluster.memory import Load, needed_bytes
+from cordee.cluster.memory import Demand, needed_bytes
 from cordee.cluster.planner import Plan, Planner, plan
 from cordee.cluster.search import BEAM_WIDTH, CPU_STAGE_TIME, FETCH_TIME, VISITS_MAX, Search, held_layers
 from cordee.cluster.speed import coarse, token_time
 from plans import GB, GBIT, device, machine, made_shape, named, slices
 
-LOAD = Load(context=4096, sequences=2)
+LOAD = Demand(context=4096, sequences=2)
 NAMES = ("ada", "bob", "cyd")
 
 
@@ -110,7 +110,7 @@ def test_no_placement_is_better_than_the_plan(beam_width, shape, nodes):
         assert cost(shape, found.placement, nodes) == best
 
 
-def check(shape: ModelShape, nodes: Mapping[str, Facts], load: Load, found: Plan) -> None:
+def check(shape: ModelShape, nodes: Mapping[str, Facts], load: Demand, found: Plan) -> None:
     """A plan covers all layers once, on devices that are there, not drained, and have the room."""
     stages = found.placement.stages
     assert [stage.first for stage in stages] == [0, *(stage.last for stage in stages[:-1])]
@@ -296,11 +296,11 @@ def test_too_small_says_what_is_missing():
 
 def test_too_long_a_context_says_which_one_fits():
     nodes = named(machine("ada", device(14, 100)))
-    found = plan(made_shape(), nodes, Load(65_536, 4))
+    found = plan(made_shape(), nodes, Demand(65_536, 4))
     assert found.placement is None
     context = int(found.why.partition("`--context ")[2].partition("`")[0])
     assert context < 65_536
-    assert plan(made_shape(), nodes, Load(context, 4)).placement is not None
+    assert plan(made_shape(), nodes, Demand(context, 4)).placement is not None
 
 
 def test_no_machines_at_all():
@@ -366,16 +366,16 @@ def test_many_unlike_machines_are_planned_within_the_bound(monkeypatch):
 def test_a_cheaper_start_on_other_machines_does_not_hide_the_best(beam_width):
     nodes = named(machine("fast", device(7.2, 500)), machine("mid", device(7.2, 50)))
     with patch("cordee.cluster.search.BEAM_WIDTH", beam_width):
-        found = plan(made_shape(), nodes, Load(1024, 1))
+        found = plan(made_shape(), nodes, Demand(1024, 1))
     assert layers_of(found) == [("mid", 0, 6), ("fast", 6, 12)]  # whose head is read faster
 
 
 def test_what_is_in_memory_stays_where_it_is():
     """Of three machines one fell; the survivor's stage is the model's second half, and stays so."""
-    load, room = Load(4096, 8), device(9, 100)
+    load, room = Demand(4096, 8), device(9, 100)
     fallen = Placement("m", 4096, 8, (StagePlace("bob", "GPU", 0, 6), StagePlace("ada", "GPU", 6, 12)))
     loaded = (StageReport(fallen, 1, "loaded", "w1"),)
     disk = slices((0, 12))
     nodes = named(machine("ada", room, slices=disk, stages=loaded), machine("cyd", room, slices=disk))
     assert layers_of(plan(made_shape(), nodes, load)) == [("cyd", 0, 6), ("ada", 6, 12)]
-    assert layers_of(plan(made_shape(), nodes, Load(2048, 8)))[0][0] == "ada"  # that stage is no use there
+    assert layers_of(plan(made_shape(), nodes, Demand(2048, 8)))[0][0] == "ada"  # that stage is no use there

@@ -13,8 +13,8 @@ from cordee.cluster.facts import SliceHeld
 from cordee.distribution import chunks as chunks_module
 from cordee.distribution import manifest as sheets
 from cordee.distribution import slice_store as parts_module
-from cordee.distribution.chunks import SHEET, Answer, Ask, ChunkClient, ChunkServer, chunk_key
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.chunks import MANIFEST, ChunkClient, ChunkReply, ChunkRequest, ChunkServer, chunk_key
+from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadRequest, ModelNotFound, StorageFailed
 from cordee.models.gguf import read_header
 from cordee.models.slices import cut
@@ -46,13 +46,13 @@ class World:
         self.folder, self.model, self.wire = folder, model, Wire()
         self.reports: list[str] = []
         self.damage: list[tuple[str, str]] = []
-        self.parts: dict[str, Parts] = {}
+        self.parts: dict[str, SliceStore] = {}
         for name in nodes:
             store = Store(folder / name)
-            self.parts[name] = Parts(store)
-            self.digest = self.parts[name].sheet_of(store.add_file(model, "mine", take="link")).digest
+            self.parts[name] = SliceStore(store)
+            self.digest = self.parts[name].manifest_of(store.add_file(model, "mine", take="link")).digest
             self.serve(name)
-        self.mine = Parts(Store(folder / "mine"))
+        self.mine = SliceStore(Store(folder / "mine"))
         self.client = ChunkClient(self.wire, self.mine, self.reports.append)
 
     def serve(self, name: str, **options) -> None:
@@ -65,8 +65,8 @@ class World:
 
     async def fetch(self, first: int, last: int, holders=None, progress=None) -> bytes:
         """A part, fetched from nothing; its bytes."""
-        await self.client.sheet(self.digest, list(self.parts))
-        part = await self.client.part(self.digest, first, last, holders or self.holders, progress)
+        await self.client.manifest(self.digest, list(self.parts))
+        part = await self.client.slice(self.digest, first, last, holders or self.holders, progress)
         return part.path.read_bytes()
 
     def cut(self, first: int, last: int) -> bytes:
@@ -83,13 +83,13 @@ def world(model, tmp_path):
     return lambda nodes: World(model, tmp_path, nodes)
 
 
-async def wrong(ask: Ask, handler: Handler, payload: bytes) -> bytes:
+async def wrong(ask: ChunkRequest, handler: Handler, payload: bytes) -> bytes:
     """Bytes of the right number that are not the chunk's."""
-    answer = msgspec.msgpack.decode(await handler(payload), type=Answer)
-    return msgspec.msgpack.encode(Answer("here", bytes(byte ^ 1 for byte in answer.data)))
+    answer = msgspec.msgpack.decode(await handler(payload), type=ChunkReply)
+    return msgspec.msgpack.encode(ChunkReply("here", bytes(byte ^ 1 for byte in answer.data)))
 
 
-async def never(ask: Ask, handler: Handler, payload: bytes) -> bytes:
+async def never(ask: ChunkRequest, handler: Handler, payload: bytes) -> bytes:
     await asyncio.Event().wait()
 
 
@@ -118,14 +118,14 @@ def test_a_part_that_is_here_is_asked_of_nobody(world):
 
 def test_slices_with_other_cuts_serve_each_other_without_the_whole(world):
     world = world("ab")
-    first, second = (Parts(Store(world.folder / name)) for name in ("first", "second"))
+    first, second = (SliceStore(Store(world.folder / name)) for name in ("first", "second"))
     for parts, ranges in ((first, [(0, 2), (0, 0)]), (second, [(2, 6)])):
         client = ChunkClient(world.wire, parts, world.reports.append)
 
         async def fetch(client=client, ranges=ranges) -> None:
-            await client.sheet(world.digest, "a")
+            await client.manifest(world.digest, "a")
             for part in ranges:
-                await client.part(world.digest, *part, world.holders)
+                await client.slice(world.digest, *part, world.holders)
 
         asyncio.run(fetch())
     world.wire.handlers.clear()
@@ -165,7 +165,7 @@ def test_a_neighbour_that_stalls_is_dropped_when_others_have_the_same(world, mon
     monkeypatch.setattr(chunks_module, "PATIENCE_SECONDS", 2.0)
     world = world("ab")
     world.wire.bend["a"] = lambda ask, handler, payload: (
-        handler(payload) if ask.tensor == SHEET else never(ask, handler, payload)
+        handler(payload) if ask.tensor == MANIFEST else never(ask, handler, payload)
     )
     assert asyncio.run(world.fetch(0, 2)) == world.cut(0, 2)
     assert "Node a is asked no more: it gave no chunk in" in world.reports[0]
@@ -176,7 +176,7 @@ def test_the_only_one_who_has_it_is_given_more_time(world, monkeypatch):
     asyncio.run(world.client.sheet(world.digest, "a"))
     monkeypatch.setattr(chunks_module, "PATIENCE_SECONDS", 0.05)
 
-    async def slow(ask: Ask, handler: Handler, payload: bytes) -> bytes:
+    async def slow(ask: ChunkRequest, handler: Handler, payload: bytes) -> bytes:
         await asyncio.sleep(0.1)
         return await handler(payload)
 
@@ -189,7 +189,7 @@ def test_a_source_that_dies_in_the_middle_is_replaced_by_one_that_comes(world):
     world = world("ab")
     come: list[str] = ["a"]
 
-    async def dying(ask: Ask, handler: Handler, payload: bytes) -> bytes | None:
+    async def dying(ask: ChunkRequest, handler: Handler, payload: bytes) -> bytes | None:
         if len(world.wire.chunks("a")) > 5:
             come.append("b")
             return None
@@ -206,10 +206,10 @@ def test_a_source_that_dies_in_the_middle_is_replaced_by_one_that_comes(world):
 def test_when_nobody_gives_the_rest_the_error_says_why_and_what_came_is_kept(world):
     world, given = world("a"), []
 
-    async def dying(ask: Ask, handler: Handler, payload: bytes) -> bytes | None:
+    async def dying(ask: ChunkRequest, handler: Handler, payload: bytes) -> bytes | None:
         if len(given) == 9:
             return None
-        given.extend([ask] if ask.tensor != SHEET else [])
+        given.extend([ask] if ask.tensor != MANIFEST else [])
         return await handler(payload)
 
     world.wire.bend["a"] = dying
@@ -299,7 +299,7 @@ def test_damage_on_a_neighbours_disk_is_found_there_and_fetched_elsewhere(world)
     data = bytearray(path.read_bytes())
     data[read_header(path).tensor("blk.1.ffn_up.weight").offset] ^= 1
     path.write_bytes(data)
-    world.mine = Parts(Store(world.folder / "third"))
+    world.mine = SliceStore(Store(world.folder / "third"))
     world.client = ChunkClient(world.wire, world.mine, world.reports.append)
     world.wire.asked.clear()
 
@@ -332,7 +332,7 @@ def test_an_endless_sheet_is_not_taken(world, monkeypatch):
     monkeypatch.setattr(chunks_module, "SHEET_BYTES_LIMIT", 10 * CHUNK_BYTES)
 
     async def endless(*_: object) -> bytes:
-        return msgspec.msgpack.encode(Answer("here", bytes(CHUNK_BYTES)))
+        return msgspec.msgpack.encode(ChunkReply("here", bytes(CHUNK_BYTES)))
 
     world.wire.bend["a"] = endless
     with pytest.raises(StorageFailed, match="more than any sheet has"):
@@ -357,28 +357,28 @@ def test_without_sheet_or_layers_there_is_nothing_to_fetch(world):
 def test_a_strange_ask_is_answered_with_nothing(world, payload):
     world = world("a")
     answer = asyncio.run(world.wire.handlers["chunk/a"](payload))
-    assert msgspec.msgpack.decode(answer, type=Answer) == Answer("absent")
+    assert msgspec.msgpack.decode(answer, type=ChunkReply) == ChunkReply("absent")
     assert world.reports == []
 
 
 @pytest.mark.parametrize(
-    ("tensor", "chunk"), [(0, 1 << 40), (0, -1), (-2, 0), (1 << 40, 0), (SHEET, 1 << 40)]
+    ("tensor", "chunk"), [(0, 1 << 40), (0, -1), (-2, 0), (1 << 40, 0), (MANIFEST, 1 << 40)]
 )
 def test_chunks_that_do_not_exist_are_not_here(world, tensor, chunk):
     world = world("a")
-    payload = msgspec.msgpack.encode(Ask(world.digest, tensor, chunk))
-    answer = msgspec.msgpack.decode(asyncio.run(world.wire.handlers["chunk/a"](payload)), type=Answer)
+    payload = msgspec.msgpack.encode(ChunkRequest(world.digest, tensor, chunk))
+    answer = msgspec.msgpack.decode(asyncio.run(world.wire.handlers["chunk/a"](payload)), type=ChunkReply)
     assert answer.data == b""
 
 
 def test_more_asks_than_can_wait_are_told_to_come_again_and_do(world, monkeypatch):
     monkeypatch.setattr(chunks_module, "WAITING_LIMIT", 1)
     world = world("a")
-    payload = msgspec.msgpack.encode(Ask(world.digest, 0, 0))
+    payload = msgspec.msgpack.encode(ChunkRequest(world.digest, 0, 0))
 
     async def crowd() -> list[str]:
         answers = await asyncio.gather(*(world.wire.handlers["chunk/a"](payload) for _ in range(5)))
-        return sorted(msgspec.msgpack.decode(answer, type=Answer).state for answer in answers)
+        return sorted(msgspec.msgpack.decode(answer, type=ChunkReply).state for answer in answers)
 
     assert asyncio.run(crowd()) == ["busy"] * 4 + ["here"]
     assert asyncio.run(world.fetch(0, 2)) == world.cut(0, 2)
@@ -389,7 +389,7 @@ def test_no_more_is_served_in_a_second_than_allowed(world):
     world = world("a")
     world.serve("a", bytes_per_second=CHUNK_BYTES / 100)
     slept: list[float] = []
-    payload = msgspec.msgpack.encode(Ask(world.digest, 0, 0))
+    payload = msgspec.msgpack.encode(ChunkRequest(world.digest, 0, 0))
 
     async def crowd(monkeypatch: pytest.MonkeyPatch) -> None:
         real = asyncio.sleep

@@ -13,8 +13,15 @@ import msgspec
 import pytest
 
 from cordee.cluster.facts import SliceHeld
-from cordee.distribution.chunks import IN_FLIGHT_EACH, SHEET, Ask, ChunkClient, ChunkServer, chunk_key
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.chunks import (
+    IN_FLIGHT_EACH,
+    MANIFEST,
+    ChunkClient,
+    ChunkRequest,
+    ChunkServer,
+    chunk_key,
+)
+from cordee.distribution.slice_store import SliceStore
 from cordee.models.gguf import read_header
 from cordee.models.slices import cut
 from cordee.models.store import Store
@@ -36,14 +43,14 @@ class Giver:
 
     def __init__(self, member: Identity, root: Path, starter: Path, bytes_per_second: float) -> None:
         store = Store(root)
-        self.parts, self.node, self.asked = Parts(store), member.node, []
-        self.sheet = self.parts.sheet_of(store.add_file(starter, "starter", take="link"))
+        self.parts, self.node, self.asked = SliceStore(store), member.node, []
+        self.sheet = self.parts.manifest_of(store.add_file(starter, "starter", take="link"))
         self.held = self.parts.held(self.sheet.digest)
         self._server = ChunkServer(self.parts, lambda *damage: pytest.fail(str(damage)), bytes_per_second)
 
     async def answer(self, payload: bytes) -> bytes:
-        ask = msgspec.msgpack.decode(payload, type=Ask)
-        if ask.tensor != SHEET:
+        ask = msgspec.msgpack.decode(payload, type=ChunkRequest)
+        if ask.tensor != MANIFEST:
             self.asked.append((ask.tensor, ask.chunk))
         return await self._server.answer(payload)
 
@@ -88,9 +95,9 @@ def test_a_killed_fetcher_goes_on_without_asking_for_what_it_has(members, starte
             return before, found
 
     before, found = asyncio.run(story())
-    parts = Parts(Store(root))
+    parts = SliceStore(Store(root))
     assert found > 0
-    assert is_a_cut(parts.part(digest, FIRST, LAST).path, starter_path, tmp_path / "cut.gguf")
+    assert is_a_cut(parts.slice(digest, FIRST, LAST).path, starter_path, tmp_path / "cut.gguf")
     total = set(parts.layout(digest, FIRST, LAST).chunks())
     assert len(total) - IN_FLIGHT_EACH > before > IN_FLIGHT_EACH
     assert set(giver.asked) == total
@@ -101,9 +108,9 @@ def test_a_killed_source_is_left_for_one_that_lives(members, starter_path, tmp_p
     giver = Giver(members[0], tmp_path / "giver", starter_path, 10e6)
     digest, doomed = giver.sheet.digest, members[1].node
     other = Store(tmp_path / "doomed")
-    Parts(other).sheet_of(other.add_file(starter_path, "starter", take="link"))
+    SliceStore(other).manifest_of(other.add_file(starter_path, "starter", take="link"))
     reports: list[str] = []
-    parts = Parts(Store(tmp_path / "taker"))
+    parts = SliceStore(Store(tmp_path / "taker"))
 
     async def story() -> Path:
         with start(members[1], "serve", other.root) as process:
@@ -114,7 +121,7 @@ def test_a_killed_source_is_left_for_one_that_lives(members, starter_path, tmp_p
             ):
                 bus.serve(chunk_key(giver.node), giver.answer)
                 client = ChunkClient(mine, parts, reports.append)
-                await client.sheet(digest, [giver.node, doomed] * 10)
+                await client.manifest(digest, [giver.node, doomed] * 10)
                 whole = [SliceHeld(digest, 0, giver.sheet.header.layers, True)]
                 holders = {doomed: whole, giver.node: giver.held}
 
@@ -122,7 +129,7 @@ def test_a_killed_source_is_left_for_one_that_lives(members, starter_path, tmp_p
                     if done > total // 3 and process.poll() is None:
                         process.kill()
 
-                part = await client.part(digest, FIRST, LAST, lambda: holders, kill)
+                part = await client.slice(digest, FIRST, LAST, lambda: holders, kill)
         return part.path
 
     assert is_a_cut(asyncio.run(story()), starter_path, tmp_path / "cut.gguf")

@@ -11,7 +11,7 @@ from cordee.distribution import manifest as sheets
 from cordee.distribution import slice_store as parts_module
 from cordee.distribution.hub_ranges import PASS_TRIES, HubModel
 from cordee.distribution.pull import hub_files
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadModelFile, BadRequest, HubUnreachable, ModelNotFound, StorageFailed
 from cordee.models.gguf import read_header
 from cordee.models.slices import cut
@@ -49,8 +49,8 @@ def served(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def parts(tmp_path) -> Parts:
-    return Parts(Store(tmp_path / "store"))
+def parts(tmp_path) -> SliceStore:
+    return SliceStore(Store(tmp_path / "store"))
 
 
 def remote(tmp_path: Path, source: str = "o/m") -> HubModel:
@@ -62,13 +62,13 @@ def remote(tmp_path: Path, source: str = "o/m") -> HubModel:
 def local_sheet(path: Path, tmp_path: Path) -> str:
     """The digest of the sheet that a node with the whole model makes."""
     store = Store(tmp_path / "whole")
-    return Parts(store).sheet_of(store.add_file(path, "mine")).digest
+    return SliceStore(store).manifest_of(store.add_file(path, "mine")).digest
 
 
 def test_the_sheet_is_that_of_the_whole_file_and_nothing_else_is_kept(served, model, parts, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
     calls = []
-    sheet = remote(tmp_path).sheet(parts, lambda *call: calls.append(call))
+    sheet = remote(tmp_path).manifest(parts, lambda *call: calls.append(call))
     assert sheet.digest == local_sheet(model, tmp_path)
     assert parts.known() == [sheet.digest]
     assert parts.held(sheet.digest) == []
@@ -81,7 +81,7 @@ def test_the_sheet_is_that_of_the_whole_file_and_nothing_else_is_kept(served, mo
 def test_a_part_is_fetched_by_its_ranges_alone(served, model, parts, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
     source = remote(tmp_path)
-    digest = source.sheet(parts).digest
+    digest = source.manifest(parts).digest
     hub.ranges.clear()
     with parts.assembling(digest, 2, 4) as assembly:
         source.fill(assembly, list(assembly.missing))
@@ -97,7 +97,7 @@ def test_a_part_is_fetched_by_its_ranges_alone(served, model, parts, tmp_path):
 def test_a_long_model_is_passed_in_several_requests(served, model, parts, tmp_path, monkeypatch):
     monkeypatch.setattr(remote_module, "SPAN_BYTES", 10_001)
     hub = served({"a.gguf": model.read_bytes()})
-    assert remote(tmp_path).sheet(parts).digest == local_sheet(model, tmp_path)
+    assert remote(tmp_path).manifest(parts).digest == local_sheet(model, tmp_path)
     assert len(hub.ranges) > model.stat().st_size // 10_001
 
 
@@ -105,7 +105,7 @@ def test_shards_have_the_sheet_of_the_file_they_become(served, model, parts, tmp
     first = write_shards(read_header(model), tmp_path)
     served({f"x/{path.name}": path.read_bytes() for path in tmp_path.glob("*.gguf")})
     source = remote(tmp_path)
-    sheet = source.sheet(parts)
+    sheet = source.manifest(parts)
     assert sheet.digest == local_sheet(first, tmp_path)
     with parts.assembling(sheet.digest, 0, 3, None) as assembly:
         source.fill(assembly, list(assembly.missing))
@@ -117,7 +117,7 @@ def test_a_broken_connection_is_taken_up_and_a_lost_one_keeps_what_came(served, 
     hub = served({"a.gguf": model.read_bytes()})
     source = remote(tmp_path)
     hub.stop_after = 50_000
-    digest = source.sheet(parts).digest
+    digest = source.manifest(parts).digest
     assert digest == local_sheet(model, tmp_path)
     hub.files["o/m"]["a.gguf"] = model.read_bytes()[:-1]
     with parts.assembling(digest, 0, 6) as assembly, pytest.raises(StorageFailed, match="try again"):
@@ -147,21 +147,21 @@ def test_a_pass_outlives_a_hub_that_is_gone_for_minutes(served, model, parts, tm
     monkeypatch.setattr(time, "sleep", wait)
     monkeypatch.setattr(remote_module, "SPAN_BYTES", 50_000)
     hub.ranges.clear()
-    assert source.sheet(parts, fall).digest == local_sheet(model, tmp_path)
+    assert source.manifest(parts, fall).digest == local_sheet(model, tmp_path)
     assert waits == [503] * (PASS_TRIES - 1)
     assert len(hub.ranges) == -(-model.stat().st_size // 50_000)  # nothing was read twice
     monkeypatch.setattr(remote_module, "PASS_TRIES", 3)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.status = 503
     with pytest.raises(HubUnreachable, match="cannot be fetched from"):
-        source.sheet(parts)
+        source.manifest(parts)
 
 
 def test_other_content_than_promised_makes_no_sheet(served, model, parts, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
     hub.promised["a.gguf"] = hashlib.sha256(b"something else").hexdigest()
     with pytest.raises(StorageFailed, match="other content than the hub promised"):
-        remote(tmp_path).sheet(parts)
+        remote(tmp_path).manifest(parts)
     assert parts.known() == []
 
 
@@ -169,7 +169,7 @@ def test_a_model_that_changed_on_the_hub_is_not_mixed_with_the_old_one(served, m
     data = bytearray(model.read_bytes())
     hub = served({"a.gguf": bytes(data)})
     source = remote(tmp_path)
-    digest = source.sheet(parts).digest
+    digest = source.manifest(parts).digest
     data[read_header(model).tensor("blk.3.ffn_up.weight").offset] ^= 1
     hub.files["o/m"]["a.gguf"] = bytes(data)
     wrong = r"The hub \(o/m\) gave wrong bytes for chunk 0 of blk\.3\.ffn_up\.weight of "
@@ -179,7 +179,7 @@ def test_a_model_that_changed_on_the_hub_is_not_mixed_with_the_old_one(served, m
 
 def test_another_model_on_the_hub_is_not_asked_for_chunks(served, model, parts, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
-    digest = remote(tmp_path).sheet(parts).digest
+    digest = remote(tmp_path).manifest(parts).digest
     hub.files["o/m"]["a.gguf"] = make_tiny("llama", tmp_path / "b.gguf", layers=3).read_bytes()
     other = remote(tmp_path)
     hub.ranges.clear()
@@ -194,7 +194,7 @@ def test_another_model_on_the_hub_is_not_asked_for_chunks(served, model, parts, 
 def test_a_hub_without_ranges_is_not_read_to_its_end(served, model, parts, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
     source = remote(tmp_path)
-    digest = source.sheet(parts).digest
+    digest = source.manifest(parts).digest
     hub.ignore_ranges = True
     with (
         parts.assembling(digest, 2, 4) as assembly,

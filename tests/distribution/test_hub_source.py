@@ -18,7 +18,7 @@ from cordee.distribution.chunks import OUTSIDE_TRIES, ChunkClient, ChunkServer, 
 from cordee.distribution.hub_ranges import HubModel
 from cordee.distribution.hub_source import Hub
 from cordee.distribution.pull import hub_files
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.slice_store import SliceStore
 from cordee.errors import HubUnreachable, StorageFailed
 from cordee.models.gguf import read_header
 from cordee.models.slices import cut
@@ -43,12 +43,12 @@ class Cluster:
     def __init__(self, folder: Path, model: Path, hub: FakeHub) -> None:
         self.folder, self.model, self.hub, self.wire = folder, model, hub, Wire()
         self.reports: list[str] = []
-        self.parts = {name: Parts(Store(folder / name)) for name in THIRDS}
+        self.parts = {name: SliceStore(Store(folder / name)) for name in THIRDS}
         for name, parts in self.parts.items():
             self.wire.handlers[chunk_key(name)] = ChunkServer(parts, lambda *_: None).answer
         headers = folder / "headers"
         headers.mkdir()
-        self.digest = HubModel(hub_files(SOURCE), headers).sheet(self.parts["a"]).digest
+        self.digest = HubModel(hub_files(SOURCE), headers).manifest(self.parts["a"]).digest
 
     def open(self, node: str) -> HubModel:
         return Hub(self.parts[node]).open(SOURCE)
@@ -63,10 +63,10 @@ class Cluster:
     async def fetch(self, node: str, first: int, last: int, outside=True) -> Path:
         """What a node of the cluster does to have a part."""
         client = ChunkClient(self.wire, self.parts[node], self.reports.append)
-        await client.sheet(self.digest, list(THIRDS))
+        await client.manifest(self.digest, list(THIRDS))
         opened = (lambda: self.open(node)) if outside is True else outside
         holders = lambda: self.holders(node)  # noqa: E731
-        return (await client.part(self.digest, first, last, holders, None, opened or None)).path
+        return (await client.slice(self.digest, first, last, holders, None, opened or None)).path
 
     def is_a_cut(self, path: Path, first: int, last: int) -> bool:
         wanted = cut(read_header(self.model), first, last, self.folder / "cut.gguf").path
@@ -196,9 +196,9 @@ def test_a_killed_fetcher_goes_on_where_it_stopped(starter_path: Path, tmp_path:
     hub = FakeHub({"o/m": {"a.gguf": content}})
     try:
         whole = Store(tmp_path / "whole")
-        sheet = Parts(whole).sheet_of(whole.add_file(starter_path, "mine", take="link"))
-        parts = Parts(Store(tmp_path / "taker"))
-        parts.add_sheet(sheet.digest, sheet.path.read_bytes())
+        sheet = SliceStore(whole).manifest_of(whole.add_file(starter_path, "mine", take="link"))
+        parts = SliceStore(Store(tmp_path / "taker"))
+        parts.add_manifest(sheet.digest, sheet.path.read_bytes())
         fetch = ("hub", tmp_path / "taker", SOURCE, sheet.digest, 2, 20)
         kill_at = 10_000_000
 
@@ -222,7 +222,7 @@ def test_a_killed_fetcher_goes_on_where_it_stopped(starter_path: Path, tmp_path:
             process.stdout.read()
         assert process.returncode == 0
         assert found > 0
-        part = parts.part(sheet.digest, 2, 20)
+        part = parts.slice(sheet.digest, 2, 20)
         wanted = cut(read_header(starter_path), 2, 20, tmp_path / "cut.gguf")
         assert part.path.read_bytes() == wanted.path.read_bytes()
         assert hub.sent < wanted.nbytes - kill_at + 2 * remote_module.FIRST_BYTES

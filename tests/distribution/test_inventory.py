@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from cordee.cluster.facts import SliceHeld
-from cordee.cluster.goals import DISK_RESERVE_BYTES, Load, SliceGoal
+from cordee.cluster.goals import DISK_RESERVE_BYTES, SliceGoal, StageSpec
 from cordee.distribution import inventory as shelf_module
 from cordee.distribution import local_models as library_module
-from cordee.distribution.inventory import DISK_STEP_BYTES, GROWING_KEEP_SECONDS, Shelf
-from cordee.distribution.local_models import FETCHES_MAX, Library
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.inventory import DISK_STEP_BYTES, GROWING_KEEP_SECONDS, Inventory
+from cordee.distribution.local_models import FETCHES_MAX, LocalModels
+from cordee.distribution.slice_store import SliceStore
 from cordee.errors import StorageFailed
 from cordee.models.store import Store
 from tiny import make_tiny
@@ -32,9 +32,9 @@ class Node:
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder)
-        self.parts = Parts(self.store)
+        self.parts = SliceStore(self.store)
         self.told = 0
-        self.shelf = Shelf(self.store, self.parts, self._changed)
+        self.shelf = Inventory(self.store, self.parts, self._changed)
 
     def _changed(self) -> None:
         self.told += 1
@@ -74,7 +74,7 @@ def test_a_large_model_holds_up_nothing_while_it_is_read(
 ) -> None:
     monkeypatch.setattr(shelf_module, "READING_SECONDS", 0.05)
     node.add(model, "large")
-    going_on, real = threading.Event(), node.parts.sheet_of
+    going_on, real = threading.Event(), node.parts.manifest_of
 
     def slow(stored, progress):
         progress(1, 2)
@@ -140,7 +140,7 @@ def test_a_damaged_sheet_is_made_again(node: Node, model: Path) -> None:
     asyncio.run(node.shelf.look())
     [offer] = node.shelf.offers
     again = Node(node.store.root)
-    again.parts.sheet(offer.shape.digest).path.write_bytes(b"garbage")
+    again.parts.manifest(offer.shape.digest).path.write_bytes(b"garbage")
     again = Node(node.store.root)
     asyncio.run(again.shelf.look())
     assert again.shelf.offers == (offer,)
@@ -186,9 +186,9 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 def with_parts(node: Node, model: Path, *ranges: tuple[int, int]) -> str:
     """Parts on a disk that does not have the whole model; the model's digest."""
     other = Store(node.store.root.parent / "other")
-    whole = Parts(other)
-    sheet = whole.sheet_of(other.add_file(model, "mine"))
-    node.parts.add_sheet(sheet.digest, sheet.path.read_bytes())
+    whole = SliceStore(other)
+    sheet = whole.manifest_of(other.add_file(model, "mine"))
+    node.parts.add_manifest(sheet.digest, sheet.path.read_bytes())
     for first, last in ranges:
         with node.parts.assembling(sheet.digest, first, last) as assembly:
             for chunk in list(assembly.missing):
@@ -222,7 +222,7 @@ def test_what_was_given_up_half_fetched_goes_first_once_it_is_old(
     node: Node, model: Path, disk: Disk
 ) -> None:
     digest = with_parts(node, model)
-    other = Parts(Store(node.store.root.parent / "other"))
+    other = SliceStore(Store(node.store.root.parent / "other"))
     with node.parts.assembling(digest, 0, 2) as assembly:
         chunk = next(iter(assembly.missing))
         assembly.put(chunk, other.read(digest, chunk), "other")
@@ -246,7 +246,7 @@ def test_what_is_half_fetched_counts_as_free(node: Node, model: Path, disk: Disk
     assert node.shelf.disk_free_bytes == DISK_STEP_BYTES
     with node.parts.assembling(digest, 0, 2) as assembly:
         chunk = next(iter(assembly.missing))
-        assembly.put(chunk, Parts(Store(node.store.root.parent / "other")).read(digest, chunk), "other")
+        assembly.put(chunk, SliceStore(Store(node.store.root.parent / "other")).read(digest, chunk), "other")
     asyncio.run(node.shelf.scan())
     assert node.shelf.disk_free_bytes == 2 * DISK_STEP_BYTES
 
@@ -284,7 +284,7 @@ def test_urgent_slices_are_fetched_first_and_failures_not_at_once_again(tmp_path
     first, second, urgent = (SliceGoal("m", number, number + 1) for number in range(3))
 
     async def story() -> None:
-        library = Library(Store(tmp_path / "store"), "a", alone, alone)
+        library = LocalModels(Store(tmp_path / "store"), "a", alone, alone)
         begun: list[SliceGoal] = []
 
         async def part(goal: SliceGoal) -> Path:
@@ -316,10 +316,10 @@ def test_two_that_want_the_same_part_at_once_both_get_it(model: Path, tmp_path: 
     async def story() -> None:
         store = Store(tmp_path / "store")
         store.add_file(model, "a")
-        library = Library(store, "a", Alone(), Alone())
+        library = LocalModels(store, "a", Alone(), Alone())
         await library.look()
         digest = library.offers[0].shape.digest
-        loads = [Load(digest, "CPU", 0, 2, 64, sequences) for sequences in (1, 2, 3)]
+        loads = [StageSpec(digest, "CPU", 0, 2, 64, sequences) for sequences in (1, 2, 3)]
         files = await asyncio.gather(*map(library.prepare, loads))
         assert len({(each.slice, each.embedding) for each in files}) == 1
         assert not any(each.is_last for each in files)
@@ -335,7 +335,7 @@ def test_who_has_just_started_waits_until_it_hears_who_has_the_layers(tmp_path: 
     monkeypatch.setattr(alone, "holders", lambda: heard)
 
     async def story() -> None:
-        library = Library(Store(tmp_path / "store"), "a", alone, alone)
+        library = LocalModels(Store(tmp_path / "store"), "a", alone, alone)
         asked: list[str] = []
 
         async def sheet(digest: str) -> None:

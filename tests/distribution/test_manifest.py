@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cordee.distribution import manifest as sheets
-from cordee.distribution.manifest import Chunk, SheetMaker, make_sheet, read_sheet
+from cordee.distribution.manifest import Chunk, ManifestMaker, make_manifest, read_manifest
 from cordee.errors import BadModelFile, BadRequest
 from cordee.models.gguf import read_header
 from shards import write_shards
@@ -35,7 +35,7 @@ def all_chunks(sheet):
 
 def test_a_sheet_holds_the_header_and_the_digest_of_every_chunk(model, tmp_path):
     calls, data = [], model.read_bytes()
-    sheet = make_sheet(read_header(model), tmp_path, lambda *call: calls.append(call))
+    sheet = make_manifest(read_header(model), tmp_path, lambda *call: calls.append(call))
     content = sheet.path.read_bytes()
     assert sheet.digest == f"sha256:{hashlib.sha256(content).hexdigest()}"
     assert sheet.path == tmp_path / sheet.digest.removeprefix("sha256:") / "sheet"
@@ -55,20 +55,20 @@ def test_a_sheet_holds_the_header_and_the_digest_of_every_chunk(model, tmp_path)
 
 
 def test_the_same_model_has_the_same_sheet_and_any_other_bit_another(model, tmp_path):
-    sheet = make_sheet(read_header(model), tmp_path)
+    sheet = make_manifest(read_header(model), tmp_path)
     copy = tmp_path / "copy.gguf"
     data = bytearray(model.read_bytes())
     copy.write_bytes(data)
-    assert make_sheet(read_header(copy), tmp_path).digest == sheet.digest
+    assert make_manifest(read_header(copy), tmp_path).digest == sheet.digest
     data[read_header(model).tensors[-1].offset + 5] ^= 1
     copy.write_bytes(data)
-    assert make_sheet(read_header(copy), tmp_path).digest != sheet.digest
+    assert make_manifest(read_header(copy), tmp_path).digest != sheet.digest
 
 
 def test_chunks_given_in_any_order_make_the_same_sheet(model, tmp_path):
     header = read_header(model)
-    sheet = make_sheet(header, tmp_path)
-    maker = SheetMaker(header)
+    sheet = make_manifest(header, tmp_path)
+    maker = ManifestMaker(header)
     for chunk in reversed(all_chunks(sheet)):
         start = header.tensors[chunk.tensor].offset + sheet.offset(chunk)
         maker.add(chunk, model.read_bytes()[start : start + sheet.nbytes(chunk)])
@@ -77,14 +77,14 @@ def test_chunks_given_in_any_order_make_the_same_sheet(model, tmp_path):
 
 @pytest.mark.parametrize("chunk", [Chunk(-1, 0), Chunk(10_000, 0), Chunk(0, -1), Chunk(0, 1 << 40)])
 def test_a_chunk_that_does_not_exist_is_refused(model, tmp_path, chunk):
-    sheet = make_sheet(read_header(model), tmp_path)
+    sheet = make_manifest(read_header(model), tmp_path)
     with pytest.raises(BadRequest, match="has no chunk"):
         sheet.nbytes(chunk)
 
 
 def test_a_set_of_shards_has_no_sheet_before_it_is_one_file(model, tmp_path):
     with pytest.raises(BadModelFile, match="into the store"):
-        make_sheet(read_header(write_shards(read_header(model), tmp_path)), tmp_path)
+        make_manifest(read_header(write_shards(read_header(model), tmp_path)), tmp_path)
 
 
 def test_a_sheet_that_claims_to_be_a_shard_opens_no_other_file(model, tmp_path):
@@ -92,22 +92,22 @@ def test_a_sheet_that_claims_to_be_a_shard_opens_no_other_file(model, tmp_path):
     fake = tmp_path / "sheet"
     fake.write_bytes(first.read_bytes())
     with pytest.raises(BadModelFile, match="shards"):
-        read_sheet(fake)
+        read_manifest(fake)
 
 
 def test_sheets_of_another_chunk_size_are_refused(model, tmp_path, monkeypatch):
-    sheet = make_sheet(read_header(model), tmp_path)
+    sheet = make_manifest(read_header(model), tmp_path)
     content = sheet.path.read_bytes()
     seal = sheets.MARK + struct.pack("<Q", CHUNK_BYTES)
     assert content.count(seal) == 1
     for other in (sheets.MARK + struct.pack("<Q", CHUNK_BYTES + 1), b"cordee:9" + seal[8:]):
         sheet.path.write_bytes(content.replace(seal, other))
         with pytest.raises(BadModelFile, match="no sheet of this version"):
-            read_sheet(sheet.path)
+            read_manifest(sheet.path)
 
 
 def test_a_sheet_that_lies_about_sizes_costs_no_memory(model, tmp_path):
-    sheet = make_sheet(read_header(model), tmp_path)
+    sheet = make_manifest(read_header(model), tmp_path)
     content = bytearray(sheet.path.read_bytes())
     name = sheet.header.tensors[-1].name.encode()
     at = content.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
@@ -115,23 +115,23 @@ def test_a_sheet_that_lies_about_sizes_costs_no_memory(model, tmp_path):
     struct.pack_into("<Q", content, at + 4 + 8 * (dimensions - 1), 1 << 40)
     sheet.path.write_bytes(content)
     with pytest.raises(BadModelFile, match="the tensors of its header need"):
-        read_sheet(sheet.path)
+        read_manifest(sheet.path)
 
 
 def test_a_sheet_beyond_the_limit_is_neither_made_nor_read(model, tmp_path, monkeypatch):
-    sheet = make_sheet(read_header(model), tmp_path)
+    sheet = make_manifest(read_header(model), tmp_path)
     monkeypatch.setattr(sheets, "SHEET_BYTES_LIMIT", sheet.path.stat().st_size - 1)
     with pytest.raises(BadModelFile, match="too large"):
-        make_sheet(read_header(model), tmp_path)
+        make_manifest(read_header(model), tmp_path)
     with pytest.raises(BadModelFile, match="at most"):
-        read_sheet(sheet.path)
+        read_manifest(sheet.path)
 
 
 @given(st.data())
 def test_any_damage_is_refused_or_gives_another_sheet(model, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "damaged"
     folder.mkdir(exist_ok=True)
-    sheet = make_sheet(read_header(model), folder)
+    sheet = make_manifest(read_header(model), folder)
     content = bytearray(sheet.path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(content) - 1))
@@ -147,7 +147,7 @@ def test_any_damage_is_refused_or_gives_another_sheet(model, tmp_path_factory, d
     broken = folder / "broken"
     broken.write_bytes(content)
     try:
-        read = read_sheet(broken)
+        read = read_manifest(broken)
     except BadModelFile as error:
         assert "broken" in error.message
     else:

@@ -16,7 +16,7 @@ from cordee.cluster.facts import SliceHeld
 from cordee.distribution import manifest as sheets
 from cordee.distribution import slice_store as parts_module
 from cordee.distribution.manifest import Chunk
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.slice_store import SliceStore
 from cordee.engine.llama.stage import LlamaStage
 from cordee.engine.stage import StageConfig, batch_of_one
 from cordee.engine.vocabulary import Vocabulary
@@ -47,19 +47,19 @@ class Holder:
 
     def __init__(self, path: Path, root: Path) -> None:
         self.store = Store(root)
-        self.parts = Parts(self.store)
+        self.parts = SliceStore(self.store)
         self.model = self.store.add_file(path, "mine")
-        self.sheet = self.parts.sheet_of(self.model)
+        self.sheet = self.parts.manifest_of(self.model)
         self.digest = self.sheet.digest
         self.read: list[Chunk] = []
 
-    def node(self, root: Path) -> Parts:
+    def node(self, root: Path) -> SliceStore:
         """A node that knows no more than the sheet."""
-        parts = Parts(Store(root))
-        parts.add_sheet(self.digest, self.sheet.path.read_bytes())
+        parts = SliceStore(Store(root))
+        parts.add_manifest(self.digest, self.sheet.path.read_bytes())
         return parts
 
-    def give(self, parts: Parts, first: int, last: int) -> Path:
+    def give(self, parts: SliceStore, first: int, last: int) -> Path:
         """Assemble a part of another node, noting what it had to be given."""
         with parts.assembling(self.digest, first, last) as assembly:
             for chunk in list(assembly.missing):
@@ -78,7 +78,7 @@ def holder(model, tmp_path) -> Holder:
 
 
 @pytest.fixture
-def node(holder, tmp_path) -> Parts:
+def node(holder, tmp_path) -> SliceStore:
     return holder.node(tmp_path / "node")
 
 
@@ -135,7 +135,7 @@ def test_the_starter_model_is_shared_in_real_chunks(starter_path, tmp_path, monk
     layers = holder.sheet.header.layers
     path = holder.give(node, layers - 2, layers)
     assert path.read_bytes() == holder.cut(layers - 2, layers, tmp_path / "cut.gguf")
-    assert holder.parts.part(holder.digest, 0, layers).path == holder.model.path
+    assert holder.parts.slice(holder.digest, 0, layers).path == holder.model.path
 
 
 # --- what is here is not asked for ------------------------------------------------------------------
@@ -280,17 +280,17 @@ def test_a_damaged_sheet_is_not_used_and_can_come_again(holder, node, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    again = Parts(Store(tmp_path / "node"))
+    again = SliceStore(Store(tmp_path / "node"))
     with pytest.raises(BadModelFile, match="damaged"):
-        again.sheet(holder.digest)
+        again.manifest(holder.digest)
     with pytest.raises(BadModelFile, match="Another sheet came"):
-        again.add_sheet(holder.digest, bytes(content))
+        again.add_manifest(holder.digest, bytes(content))
     for junk in (b"no sheet at all, but some text", holder.model.path.read_bytes()[:-1]):
         with pytest.raises(BadModelFile):
-            again.add_sheet(f"sha256:{hashlib.sha256(junk).hexdigest()}", junk)
+            again.add_manifest(f"sha256:{hashlib.sha256(junk).hexdigest()}", junk)
     assert again.known() == [holder.digest]
-    again.add_sheet(holder.digest, holder.sheet.path.read_bytes())
-    assert again.sheet(holder.digest).digest == holder.digest
+    again.add_manifest(holder.digest, holder.sheet.path.read_bytes())
+    assert again.manifest(holder.digest).digest == holder.digest
 
 
 def test_the_sheet_travels_in_pieces(holder, tmp_path):
@@ -298,8 +298,8 @@ def test_the_sheet_travels_in_pieces(holder, tmp_path):
     while len(pieces[-1]) == CHUNK_BYTES:
         pieces.append(holder.parts.read_sheet_piece(holder.digest, len(pieces)))
     assert len(pieces) > 1
-    other = Parts(Store(tmp_path / "other"))
-    assert other.add_sheet(holder.digest, b"".join(pieces)).digest == holder.digest
+    other = SliceStore(Store(tmp_path / "other"))
+    assert other.add_manifest(holder.digest, b"".join(pieces)).digest == holder.digest
     assert other.known() == [holder.digest]
 
 
@@ -353,9 +353,9 @@ def test_a_full_disk_keeps_what_came_and_goes_on_with_room(holder, tmp_path):
 
 
 def test_a_sheet_is_made_once_and_goes_with_its_model(holder, monkeypatch):
-    assert Parts(holder.store).known() == [holder.digest]
+    assert SliceStore(holder.store).known() == [holder.digest]
     monkeypatch.setattr(parts_module, "make_sheet", lambda *_: pytest.fail("made again"))
-    assert Parts(holder.store).sheet_of(holder.model).digest == holder.digest
+    assert SliceStore(holder.store).manifest_of(holder.model).digest == holder.digest
     assert holder.parts.held(holder.digest) == [SliceHeld(holder.digest, 0, 6, True)]
     holder.store.remove("mine")
     assert holder.store.whole(holder.digest) is None

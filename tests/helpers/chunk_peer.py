@@ -14,7 +14,7 @@ from pathlib import Path
 from cordee.cluster.facts import SliceHeld
 from cordee.distribution.chunks import ChunkClient, ChunkServer, chunk_key
 from cordee.distribution.hub_source import Hub
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.slice_store import SliceStore
 from cordee.models.store import Store
 from cordee.net import identity
 from cordee.net.zenoh_bus import BusOptions, ZenohBus
@@ -26,7 +26,7 @@ BYTES_PER_SECOND = 10e6
 async def serve(root: str, *peers: str) -> None:
     member = identity.load()
     bus = await ZenohBus.open(member, BusOptions("127.0.0.1:0", peers, ""))
-    server = ChunkServer(Parts(Store(Path(root))), print, BYTES_PER_SECOND)
+    server = ChunkServer(SliceStore(Store(Path(root))), print, BYTES_PER_SECOND)
     bus.serve(chunk_key(member.node), server.answer)
     print(*bus.addresses, flush=True)
     await asyncio.Event().wait()
@@ -34,19 +34,19 @@ async def serve(root: str, *peers: str) -> None:
 
 async def fetch(root: str, peer: str, node: str, digest: str, first: str, last: str) -> None:
     bus = await ZenohBus.open(identity.load(), BusOptions("127.0.0.1:0", (peer,), ""))
-    client = ChunkClient(bus, Parts(Store(Path(root))), lambda text: print(text, file=sys.stderr))
-    sheet = await client.sheet(digest, [node] * 10)
+    client = ChunkClient(bus, SliceStore(Store(Path(root))), lambda text: print(text, file=sys.stderr))
+    sheet = await client.manifest(digest, [node] * 10)
     whole = [SliceHeld(digest, 0, sheet.header.layers, True)]
-    await client.part(
+    await client.slice(
         digest, int(first), int(last), lambda: {node: whole}, lambda done, _: print(done, flush=True)
     )
     await bus.close()
 
 
 async def hub(root: str, source: str, digest: str, first: str, last: str) -> None:
-    parts = Parts(Store(Path(root)))
+    parts = SliceStore(Store(Path(root)))
     client = ChunkClient(Nobody(), parts, lambda text: print(text, file=sys.stderr))
-    await client.part(
+    await client.slice(
         digest,
         int(first),
         int(last),

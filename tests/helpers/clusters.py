@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from cordee.cluster.choose import Chosen, Planning, choose
-from cordee.cluster.deployments import Wish
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import (
     Device,
     Facts,
@@ -88,10 +88,13 @@ def running(
 
 
 def view_of(
-    *nodes: Facts, wishes: Sequence[Wish] | None = None, suspects: Sequence[str] = (), listening: bool = False
+    *nodes: Facts,
+    wishes: Sequence[Deployment] | None = None,
+    suspects: Sequence[str] = (),
+    listening: bool = False,
 ) -> View:
     if wishes is None:
-        wishes = [Wish("m", shape_of(), CONTEXT, SEQUENCES)]
+        wishes = [Deployment("m", shape_of(), CONTEXT, SEQUENCES)]
     return View(
         {facts.node: facts for facts in sorted(nodes, key=lambda facts: facts.node)},
         frozenset(suspects),

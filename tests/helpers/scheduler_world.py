@@ -200,12 +200,12 @@ class World:
         }
         self.lose()
         self.pipeline.left = held
-        self.scheduler.recall(held)
+        self.scheduler.restore(held)
 
     def forget_before(self) -> None:
         """The placement before will soon be gone."""
         self.pipeline.leaves = False
-        self.scheduler.forget_recalled()
+        self.scheduler.forget_restored()
 
     def set_apart(self, name: str) -> None:
         self.scheduler.set_apart(name)

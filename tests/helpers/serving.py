@@ -14,7 +14,7 @@ from cordee.api.app import create_app
 from cordee.api.server import serve
 from cordee.api.stream import Timing
 from cordee.models.store import Store
-from cordee.serving.local_service import Service, ServiceConfig
+from cordee.serving.local_service import LocalService, ServiceConfig
 
 SECONDS = 60  # no answer of the starter model takes nearly as long, however busy the machine is
 BACKLOG = 2048  # connections that arrive at once
@@ -33,14 +33,14 @@ def user(content: Any) -> list[dict]:
 class Running:
     """A server in a thread of its own. `services` are those it serves; `port` is where."""
 
-    def __init__(self, services: dict[str, Service], listener: socket.socket) -> None:
+    def __init__(self, services: dict[str, LocalService], listener: socket.socket) -> None:
         self.services = services
         self.port: int = listener.getsockname()[1]
         self.base = f"http://127.0.0.1:{self.port}/v1"
         self.loop = asyncio.new_event_loop()
 
     @property
-    def service(self) -> Service:
+    def service(self) -> LocalService:
         [service] = self.services.values()
         return service
 
@@ -134,7 +134,7 @@ def running(
             model = store.add_file(path, "starter", take="link")
             config = config or ServiceConfig(context=2048)
             server.services["starter"] = server.run(
-                Service.start(model, store, stages=stages, config=config, report=lambda _: None)
+                LocalService.start(model, store, stages=stages, config=config, report=lambda _: None)
             )
         app = create_app(server.services, expected=expected, timing=timing or Timing())
         serving = asyncio.run_coroutine_threadsafe(serve(app, listener), server.loop)

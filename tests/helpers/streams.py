@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 
 from cordee.generation.request import Request, SamplingParams
 from cordee.models.store import Store, StoredModel
-from cordee.serving.local_service import Service, ServiceConfig
+from cordee.serving.local_service import LocalService, ServiceConfig
 from tiny import make_tiny
 
 SECONDS = 90.0  # nothing here takes nearly as long, however busy the machine is
@@ -36,10 +36,12 @@ class Model(NamedTuple):
     @contextlib.asynccontextmanager
     async def serve(
         self, stages: int = 1, report: Callable[[str], None] = lambda _: None, **config: int
-    ) -> AsyncIterator[Service]:
+    ) -> AsyncIterator[LocalService]:
         """A service of this model, closed afterwards."""
         settings = ServiceConfig(**{"context": 256, "threads": 1, **config})
-        service = await Service.start(self.stored, self.store, stages=stages, config=settings, report=report)
+        service = await LocalService.start(
+            self.stored, self.store, stages=stages, config=settings, report=report
+        )
         try:
             yield service
         finally:
@@ -64,7 +66,9 @@ def request(
     return Request(id=name, prompt=tuple(prompt), max_tokens=max_tokens, sampling=sampling, **rest)
 
 
-async def ask(service: Service, asked: Request, on_token: Callable[[int], None] = lambda _: None) -> Answer:
+async def ask(
+    service: LocalService, asked: Request, on_token: Callable[[int], None] = lambda _: None
+) -> Answer:
     """The whole answer; `on_token` hears how many tokens have come."""
     tokens, text = [], ""
     async with asyncio.timeout(SECONDS):
@@ -77,12 +81,12 @@ async def ask(service: Service, asked: Request, on_token: Callable[[int], None] 
     raise AssertionError("the stream ended without a reason")
 
 
-async def ask_all(service: Service, requests: Sequence[Request]) -> list[Answer]:
+async def ask_all(service: LocalService, requests: Sequence[Request]) -> list[Answer]:
     """All answers, asked for at once."""
     return list(await asyncio.gather(*(ask(service, each) for each in requests)))
 
 
-def kill(service: Service, stage: int, number: signal.Signals = signal.SIGKILL) -> bool:
+def kill(service: LocalService, stage: int, number: signal.Signals = signal.SIGKILL) -> bool:
     """Send a stage's worker a signal; False if there is none just now."""
     pid = service.status()["stages"][stage]["pid"]
     if pid is None:
@@ -99,7 +103,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 def kill_at(
-    service: Service, token: int, stage: int, killed: set[int] | None = None
+    service: LocalService, token: int, stage: int, killed: set[int] | None = None
 ) -> Callable[[int], None]:
     """For `ask`: when that many tokens have come, kill a stage's worker, or the next one's if that one is
     among the `killed` processes already."""

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from cordee.distribution.chunks import SHEET, Ask
+from cordee.distribution.chunks import MANIFEST, ChunkRequest
 
 Handler = Callable[[bytes], Awaitable[bytes | None]]
 
@@ -16,12 +16,12 @@ class Wire:
 
     def __init__(self) -> None:
         self.handlers: dict[str, Handler] = {}
-        self.bend: dict[str, Callable[[Ask, Handler, bytes], Awaitable[bytes | None]]] = {}
-        self.asked: list[tuple[str, Ask]] = []
+        self.bend: dict[str, Callable[[ChunkRequest, Handler, bytes], Awaitable[bytes | None]]] = {}
+        self.asked: list[tuple[str, ChunkRequest]] = []
         self.at_once = Counter()
 
     async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
-        node, ask = pattern.removeprefix("chunk/"), msgspec.msgpack.decode(payload, type=Ask)
+        node, ask = pattern.removeprefix("chunk/"), msgspec.msgpack.decode(payload, type=ChunkRequest)
         handler, bend = self.handlers.get(pattern), self.bend.get(node)
         if not handler:
             return []
@@ -39,5 +39,5 @@ class Wire:
 
     def chunks(self, node: str | None = None) -> list[tuple[int, int]]:
         """The chunks that were asked of a node, or of all."""
-        asked = [ask for name, ask in self.asked if node in (None, name) and ask.tensor != SHEET]
+        asked = [ask for name, ask in self.asked if node in (None, name) and ask.tensor != MANIFEST]
         return [(ask.tensor, ask.chunk) for ask in asked]

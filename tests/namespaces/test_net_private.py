@@ -14,7 +14,7 @@ import pytest
 from cordee.net import identity
 from cordee.net.enrolment import SECRET_BYTES, read_code
 from cordee.net.identity import Identity
-from cordee.net.invitations import MISSES_MAX
+from cordee.net.invitations import FAILED_ATTEMPTS_MAX
 from cordee.net.zenoh_config import SCOUTING_PORTS
 from cordee.worker.tls_link import WELCOME
 from intruders import intruder_certificate
@@ -185,7 +185,7 @@ def test_a_code_is_good_once_and_cannot_be_guessed(cluster: Cluster, stranger: N
     stranger.verb("join", code)
     shutil.rmtree(host.home / "cluster")
     assert "used already" in host.refused(*join, code)
-    for _ in range(MISSES_MAX):
+    for _ in range(FAILED_ATTEMPTS_MAX):
         guess = replace_secret(code, os.urandom(SECRET_BYTES))
         assert "not (or no longer) known" in host.refused(*join, guess)
     assert "Too many wrong codes" in host.refused(*join, replace_secret(code, os.urandom(SECRET_BYTES)))

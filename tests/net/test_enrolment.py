@@ -15,7 +15,7 @@ from cordee.net import enrolment, identity
 from cordee.net import invitations as desk_module
 from cordee.net.enrolment import Code, read_code
 from cordee.net.identity import Identity
-from cordee.net.invitations import Desk
+from cordee.net.invitations import Invitations
 from cordee.net.peers import Peers
 from members import DAY_SECONDS, at_home, cluster, founder
 
@@ -39,8 +39,8 @@ class Clock:
 
 
 @contextlib.asynccontextmanager
-async def desk(keeper: Identity, clock: Clock | None = None) -> AsyncIterator[Desk]:
-    opened = Desk(keeper, "127.0.0.1", lambda: [BUS], clock or time.time)
+async def desk(keeper: Identity, clock: Clock | None = None) -> AsyncIterator[Invitations]:
+    opened = Invitations(keeper, "127.0.0.1", lambda: [BUS], clock or time.time)
     try:
         yield opened
     finally:
@@ -77,7 +77,7 @@ def test_a_code_makes_a_member_that_knows_the_others_and_who_was_removed(tmp_pat
             code = await opened.invite()
             assert code == code.strip() and len(code.split()) == 1 and code.isalnum()
             joined = await join(tmp_path / "new", f"  {code[:40]}\n {code[40:].upper()}\n")
-        assert joined.cluster == keeper.cluster and not joined.is_keeper
+        assert joined.cluster == keeper.cluster and not joined.is_admin
         assert joined.revoked == keeper.revoked
         assert Peers(joined).known == {keeper.node: BUS, other.node: "127.0.0.1:4711"}
         loaded = identity.load()
@@ -94,7 +94,7 @@ def test_a_keeper_invited_by_a_keeper_can_invite_when_the_first_is_lost(tmp_path
         async with desk(keeper) as opened:
             second = await join(tmp_path / "second", await opened.invite(keeper=True))
             plain = await join(tmp_path / "plain", await opened.invite())
-        assert second.is_keeper and not plain.is_keeper
+        assert second.is_admin and not plain.is_admin
         at_home(tmp_path / "second")
         async with desk(identity.load()) as opened:
             third = await join(tmp_path / "third", await opened.invite())
@@ -138,7 +138,7 @@ def test_guesses_are_refused_and_bounded(tmp_path: Path) -> None:
     async def story() -> None:
         async with desk(keeper, clock) as opened:
             code = await opened.invite()
-            for _ in range(desk_module.MISSES_MAX):
+            for _ in range(desk_module.FAILED_ATTEMPTS_MAX):
                 assert "not (or no longer) known" in await refused(tmp_path / "new", guess(code))
             assert "Too many wrong codes" in await refused(tmp_path / "new", guess(code))
             assert "Too many wrong codes" in await refused(tmp_path / "new", code)
@@ -149,12 +149,12 @@ def test_guesses_are_refused_and_bounded(tmp_path: Path) -> None:
 
 
 def test_misses_are_counted_by_address_and_in_all() -> None:
-    misses = desk_module.Misses()
-    for number in range(desk_module.MISSES_MAX):
+    misses = desk_module.FailedAttempts()
+    for number in range(desk_module.FAILED_ATTEMPTS_MAX):
         assert not misses.too_many("a", 0.0)
         misses.note("a", float(number))
     assert misses.too_many("a", 10.0) and not misses.too_many("b", 10.0)
-    for number in range(desk_module.MISSES_TOTAL_MAX):
+    for number in range(desk_module.FAILED_ATTEMPTS_TOTAL_MAX):
         misses.note(str(number), 10.0)
     assert misses.too_many("b", 11.0)
     assert not misses.too_many("a", 10.0 + desk_module.MISS_SECONDS)
@@ -169,7 +169,7 @@ def test_an_impostor_never_gets_the_secret_nor_a_member(tmp_path: Path) -> None:
             there = read_code(await opened.invite())
             code = Code(there.addresses, enrolment.pin_of(keeper.authority), b"s" * 16).text()
             assert "another cluster" in await refused(tmp_path / "new", code)
-            assert not opened._misses._misses  # nothing was shown to it
+            assert not opened._failed_attempts._misses  # nothing was shown to it
 
     asyncio.run(story())
 

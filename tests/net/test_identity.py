@@ -25,7 +25,7 @@ def own_home(home: Path) -> Path:
 def test_a_restart_is_the_same_node(home: Path) -> None:
     founded = identity.found(time.time())
     loaded = identity.load()
-    assert (loaded.node, loaded.cluster, loaded.is_keeper) == (founded.node, founded.cluster, True)
+    assert (loaded.node, loaded.cluster, loaded.is_admin) == (founded.node, founded.cluster, True)
 
 
 def test_ids_are_fingerprints_of_what_nobody_else_can_show(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_ids_are_fingerprints_of_what_nobody_else_can_show(tmp_path: Path) -> No
     assert first.cluster == second.cluster
     assert len({first.node, second.node, first.cluster}) == 3
     assert identity.node_id(identity.requested_key(second.request())) == second.node
-    assert not second.is_keeper
+    assert not second.is_admin
 
 
 def test_only_the_user_can_read_it(home: Path) -> None:
@@ -167,13 +167,13 @@ def test_whatever_the_order_members_end_with_the_same_removals(
 
 def test_a_second_keeper_signs_for_the_same_cluster(tmp_path: Path) -> None:
     keeper, second, third = cluster(tmp_path, 3)
-    second.become_keeper(keeper.authority_key_pem())
+    second.become_admin(keeper.authority_key_pem())
     at_home(tmp_path / "1")
     reloaded = identity.load()
-    assert reloaded.is_keeper
+    assert reloaded.is_admin
     third.renew(reloaded.sign(third.request(), time.time()))
     with pytest.raises(ValueError):
-        third.become_keeper(founder(tmp_path / "stranger").authority_key_pem())
+        third.become_admin(founder(tmp_path / "stranger").authority_key_pem())
 
 
 def test_common_names_are_slots_that_no_public_authority_signs() -> None:

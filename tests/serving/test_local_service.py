@@ -15,7 +15,7 @@ from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadModelFile, BadRequest, ContextExceeded, Overloaded, StageFailed
 from cordee.generation.request import Grammar, Request, SamplingParams
 from cordee.models.store import Store
-from cordee.serving.local_service import Service, ServiceConfig
+from cordee.serving.local_service import LocalService, ServiceConfig
 from streams import GREEDY, Answer, Model, ask, ask_all, kill, request, tiny_model, until
 
 QUESTIONS = [
@@ -190,7 +190,7 @@ def test_closing_in_the_middle_leaves_nothing(
 ) -> None:
     async def starting() -> None:
         for steps in (1, 20, 100, 200):
-            task = asyncio.create_task(Service.start(model.stored, model.store, stages=3))
+            task = asyncio.create_task(LocalService.start(model.stored, model.store, stages=3))
             for _ in range(steps):
                 await asyncio.sleep(0.001)
             task.cancel()
@@ -361,7 +361,7 @@ def test_the_status_tells_what_there_is(model: Model) -> None:
 
 def test_the_context_is_the_models_own_where_memory_allows(model: Model) -> None:
     async def run() -> None:
-        service = await Service.start(model.stored, model.store, config=ServiceConfig(sequences=16))
+        service = await LocalService.start(model.stored, model.store, config=ServiceConfig(sequences=16))
         try:
             assert service.context == 2048  # of the model's 4096, so that 16 slots fit CELLS_DEFAULT
         finally:

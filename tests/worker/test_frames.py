@@ -19,9 +19,9 @@ from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import (
     Hello,
     Join,
-    Load,
     Loaded,
     LoadFailed,
+    LoadStage,
     Message,
     Opening,
     Rows,
@@ -79,7 +79,7 @@ choices = st.builds(
 )
 messages = st.one_of(
     st.builds(Hello, texts),
-    st.builds(Load, texts, configs, st.booleans()),
+    st.builds(LoadStage, texts, configs, st.booleans()),
     st.builds(Loaded, descriptions),
     st.builds(LoadFailed, texts, texts),
     st.builds(Wire, texts, texts),

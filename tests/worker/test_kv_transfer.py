@@ -15,15 +15,15 @@ from cordee.models.slices import cut
 from cordee.worker import frames
 from cordee.worker.messages import (
     Broken,
-    Heirs,
-    Inherit,
     Join,
-    Load,
+    KvAnswer,
+    KvQuery,
+    KvReaders,
     Loaded,
+    LoadStage,
     Message,
     Opening,
-    Recall,
-    Recalled,
+    ReaderJoin,
     Rows,
     Run,
     Source,
@@ -54,7 +54,7 @@ class Stages:
             worker = Lone(home)
             self.workers.append(worker)
             loaded = worker.command(
-                Load(
+                LoadStage(
                     path=str(cut(header, first, last, home / "slice.gguf").path),
                     config=CONFIG,
                     is_last=last == bounds[-1],
@@ -108,9 +108,9 @@ class Stages:
 
     def recall(self) -> dict:
         """What all stages could take over."""
-        frames.send(self.up, Recall(self.placement))
+        frames.send(self.up, KvQuery(self.placement))
         message = self.said()
-        assert isinstance(message, Recalled), message
+        assert isinstance(message, KvAnswer), message
         return message.held
 
     def close(self) -> None:
@@ -152,7 +152,7 @@ def test_a_sequence_goes_on_in_the_next_placement(stages: tuple[Stages, Stages])
     assert answer(old, 4) == undisturbed[:4]
     new.wire("new", old)
     heirs = [heard(old.workers[0]) for _ in range(2)] + [heard(old.workers[1]) for _ in range(2)]
-    assert heirs == [Heirs(1), Heirs(2), Heirs(1), Heirs(2)]
+    assert heirs == [KvReaders(1), KvReaders(2), KvReaders(1), KvReaders(2)]
     assert old.run(5, undisturbed[3:4], 43, log=1) == undisturbed[4]  # it still serves, and computes one more
     held = new.recall()
     assert {heard(worker) for worker in old.workers} == {Broken("old")}
@@ -192,9 +192,9 @@ def test_strangers_at_a_worker_take_nothing(stages: tuple[Stages, Stages]) -> No
     old, _ = stages
     undisturbed = answer(old, 2)
     for first, second in (
-        (Inherit("another"), Recall("another")),
-        (Recall("old"), Recall("old")),
-        (Inherit("old"), Join("old")),
+        (ReaderJoin("another"), KvQuery("another")),
+        (KvQuery("old"), KvQuery("old")),
+        (ReaderJoin("old"), Join("old")),
     ):
         stranger = old.workers[0].connect()
         for message in (first, second):
@@ -204,6 +204,6 @@ def test_strangers_at_a_worker_take_nothing(stages: tuple[Stages, Stages]) -> No
                 break
         with pytest.raises(frames.LinkClosed):
             while True:
-                assert frames.receive(stranger)[0] == Inherit("old")
+                assert frames.receive(stranger)[0] == ReaderJoin("old")
         stranger.close()
     assert old.run(9, undisturbed[:1], 40, log=1) == undisturbed[1], "nobody made it leave its placement"

@@ -17,7 +17,7 @@ from cordee.net.identity import Identity
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import Join
-from cordee.worker.tls_link import Door, Guest
+from cordee.worker.tls_link import Handshake, TlsListener
 from members import DAY_SECONDS, cluster, founder, newcomer
 
 SIZES = (0, 1, 2_300, 6_000, 70_000, 1 << 20, 64 << 20)
@@ -34,7 +34,7 @@ class Worker(threading.Thread):
 
     def __init__(self, member: Identity) -> None:
         super().__init__(daemon=True)
-        self.door = Door(member.folder, "127.0.0.1")
+        self.door = TlsListener(member.folder, "127.0.0.1")
         self.refusals: list[str] = []
         self.ended = threading.Event()
         self.start()
@@ -50,7 +50,7 @@ class Worker(threading.Thread):
                         selector.register(guest, selectors.EVENT_READ)
                     continue
                 try:
-                    if isinstance(ready, Guest):
+                    if isinstance(ready, Handshake):
                         if came := ready.greet():
                             selector.unregister(ready)
                             selector.register(came, selectors.EVENT_READ)
@@ -137,7 +137,7 @@ def alert_or_end(tls: ssl.SSLSocket) -> bool:
         return True
 
 
-def port_of(door: Door) -> int:
+def port_of(door: TlsListener) -> int:
     return int(door.endpoint.rpartition(":")[2])
 
 
@@ -167,7 +167,7 @@ def test_an_event_loop_speaks_with_workers(tmp_path: Path) -> None:
             heard.put_nowait(await frames.read(reader))
             writer.close()
 
-        server, endpoint = await tls_link.open_door(first.folder, "127.0.0.1", on_link)
+        server, endpoint = await tls_link.open_listener(first.folder, "127.0.0.1", on_link)
         downstream = await asyncio.to_thread(tls_link.connect, second.folder, endpoint)
         await asyncio.to_thread(frames.send, downstream, Join("tokens"), b"t")
         assert (await heard.get())[0] == Join("tokens")

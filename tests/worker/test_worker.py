@@ -20,9 +20,9 @@ from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import (
     Broken,
     Join,
-    Load,
     Loaded,
     LoadFailed,
+    LoadStage,
     Opening,
     Rows,
     Run,
@@ -67,12 +67,12 @@ def answered(upstream: socket.socket, downstream: socket.socket, placement: str,
     frames.send(upstream, *prompt(placement, batch))
     message, _ = frames.receive(downstream)
     assert isinstance(message, Tokens)
-    assert (message.placement, message.batch) == (placement, batch)
+    assert (message.wiring, message.batch) == (placement, batch)
     return message.choices[0].token
 
 
 def test_it_loads_answers_and_is_wired_anew(lone: Lone, model_path: Path) -> None:
-    loaded = lone.command(Load(str(model_path), CONFIG, True))
+    loaded = lone.command(LoadStage(str(model_path), CONFIG, True))
     assert isinstance(loaded, Loaded)
     assert loaded.description.layers == 6
     links = lone.wire("one")
@@ -86,18 +86,18 @@ def test_it_loads_answers_and_is_wired_anew(lone: Lone, model_path: Path) -> Non
 
 def test_what_cannot_be_loaded_or_reached_is_said(lone: Lone, model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("no model")
-    failed = lone.command(Load(str(tmp_path / "text.gguf"), CONFIG, True))
+    failed = lone.command(LoadStage(str(tmp_path / "text.gguf"), CONFIG, True))
     assert isinstance(failed, LoadFailed)
     assert failed.error == "BadModelFile"
-    lone.command(Load(str(model_path), CONFIG, True))
+    lone.command(LoadStage(str(model_path), CONFIG, True))
     unreachable = lone.command(Wire("one", str(tmp_path / "nobody")))
     assert isinstance(unreachable, WireFailed)
-    assert unreachable.placement == "one"
+    assert unreachable.wiring == "one"
     assert answered(*lone.wire("two"), "two", 1) > 0
 
 
 def test_rows_of_another_placement_are_refused(lone: Lone, model_path: Path) -> None:
-    lone.command(Load(str(model_path), CONFIG, True))
+    lone.command(LoadStage(str(model_path), CONFIG, True))
     upstream, downstream = lone.wire("mine")
     stranger = lone.connect()
     frames.send(stranger, Join("other"))
@@ -112,7 +112,7 @@ def test_rows_of_another_placement_are_refused(lone: Lone, model_path: Path) -> 
 
 @pytest.mark.parametrize("side", [0, 1], ids=["upstream", "downstream"])
 def test_a_link_that_ends_is_told_to_the_parent(lone: Lone, model_path: Path, side: int) -> None:
-    lone.command(Load(str(model_path), CONFIG, True))
+    lone.command(LoadStage(str(model_path), CONFIG, True))
     links = lone.wire("mine")
     assert answered(*links, "mine", 1) > 0
     links[side].close()
@@ -121,7 +121,7 @@ def test_a_link_that_ends_is_told_to_the_parent(lone: Lone, model_path: Path, si
 
 
 def test_strangers_and_garbage_do_not_stop_it(lone: Lone, model_path: Path) -> None:
-    lone.command(Load(str(model_path), CONFIG, True))
+    lone.command(LoadStage(str(model_path), CONFIG, True))
     upstream, downstream = lone.wire("p")
     chance = random.Random(1)
     token = answered(upstream, downstream, "p", 1)
@@ -139,7 +139,7 @@ def test_strangers_and_garbage_do_not_stop_it(lone: Lone, model_path: Path) -> N
 
 
 def test_a_stage_that_joins_before_the_wiring_is_not_lost(lone: Lone, model_path: Path) -> None:
-    lone.command(Load(str(model_path), CONFIG, True))
+    lone.command(LoadStage(str(model_path), CONFIG, True))
     early = lone.connect()
     frames.send(early, Join("soon"))
     frames.send(early, *prompt("soon", 1))
@@ -153,7 +153,7 @@ def test_a_stage_that_joins_before_the_wiring_is_not_lost(lone: Lone, model_path
 
 def test_rows_that_make_no_sense_end_the_process(tmp_path: Path, model_path: Path) -> None:
     worker = Lone(tmp_path)
-    worker.command(Load(str(model_path), CONFIG, True))
+    worker.command(LoadStage(str(model_path), CONFIG, True))
     upstream, _ = worker.wire("p")
     rows, payload = prompt("p", 1)
     frames.send(upstream, rows, payload[:-4])

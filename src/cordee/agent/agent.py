@@ -24,16 +24,16 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from cordee.agent.deployments_file import KeptWishes
+from cordee.agent.deployments_file import DeploymentsFile
 from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld
-from cordee.cluster.goals import Goals, HostGoal, Load, SliceGoal
+from cordee.cluster.goals import Goals, HostGoal, SliceGoal, StageSpec
 from cordee.cluster.history import History
-from cordee.cluster.membership import BEAT_SECONDS, Beat, Farewell
+from cordee.cluster.membership import HEARTBEAT_SECONDS, Farewell, Heartbeat
 from cordee.cluster.planner import Planner
-from cordee.cluster.reconcile import Crew, Orders
+from cordee.cluster.reconcile import Actions, Reconciler
 from cordee.distribution.inventory import SEQUENCES
-from cordee.distribution.local_models import Library
+from cordee.distribution.local_models import LocalModels
 from cordee.engine.llama import libllama
 from cordee.errors import BadRequest, CordeeError, ModelNotFound
 from cordee.generation import streams
@@ -43,15 +43,15 @@ from cordee.machine.energy import Meter
 from cordee.models.store import Store, StoredModel
 from cordee.net import address, enrolment
 from cordee.net.identity import Identity, revoked_node
-from cordee.net.invitations import Desk
+from cordee.net.invitations import Invitations
 from cordee.net.latency import Distances
 from cordee.net.zenoh_bus import BusOptions, ZenohBus
 from cordee.net.zenoh_config import REMOVED
 from cordee.serving.cluster_service import ClusterGateway, ClusterService
-from cordee.serving.scheduler_host import Hosting
+from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import LinkClosed
-from cordee.worker.messages import Join, Recalled, Tokens
+from cordee.worker.messages import Join, KvAnswer, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages
 
@@ -90,14 +90,16 @@ class Agent:
         self.draining = False
         self.removed = asyncio.Event()  # set when this node hears that it was
         self.goals = Goals()
-        self.crew = Crew()
+        self.reconciler = Reconciler()
         self.bus = bus
-        self.hostings: dict[str, Hosting] = {}  # by model digest
-        self.library = Library(store, identity.node, bus, self)
+        self.hostings: dict[str, SchedulerHost] = {}  # by model digest
+        self.local_models = LocalModels(store, identity.node, bus, self)
         self.distances = Distances(bus, identity.node, self.changed)
-        self.desk = Desk(identity, _host(options), lambda: bus.addresses)
-        self._kept = KeptWishes(identity.folder / "wishes")
-        self.mind = Controller(identity.node, secrets.token_hex(8), Planner(), self._kept.wishes, bus.remembered)
+        self.invitations = Invitations(identity, _host(options), lambda: bus.addresses)
+        self._deployments_file = DeploymentsFile(identity.folder / "wishes")
+        self.controller = Controller(
+            identity.node, secrets.token_hex(8), Planner(), self._deployments_file.wishes, bus.remembered
+        )
         self.history = History()
         self.gauges = Gauges()
         self._meter = Meter()
@@ -119,7 +121,7 @@ class Agent:
             CordeeError: the identity has run out or was removed, or an address cannot be listened on.
         """
         now = time.time()
-        if identity.is_keeper and identity.renewal_due(now):
+        if identity.is_admin and identity.renewal_due(now):
             identity.renew_self(now)
         enrolment.check(identity, now)
         agent = cls(identity, store, await ZenohBus.open(identity, options.bus), options)
@@ -145,7 +147,7 @@ class Agent:
         """Something may have changed: look at everything soon."""
         self._news.set()
 
-    def wish(
+    def deploy(
         self, name: str, *, context: int | None = None, sequences: int = SEQUENCES, replicas: int = 1
     ) -> None:
         """Wish a model that some node offers to be served.
@@ -158,19 +160,23 @@ class Agent:
             raise ModelNotFound(
                 f"No node of the cluster has a model {name!r}: `cordee pull` on one of them fetches it."
             )
-        self.mind.deploy(name, offer.shape, context or offer.context, sequences, time.monotonic(), replicas)
+        self.controller.deploy(
+            name, offer.shape, context or offer.context, sequences, time.monotonic(), replicas
+        )
         self.changed()
 
-    def unwish(self, name: str) -> None:
+    def undeploy(self, name: str) -> None:
         """Wish a model to be served no more.
 
         Raises:
             ModelNotFound: it is not wished.
         """
-        wish = next((wish for wish in self.mind.wishes if wish.model == name and wish.replicas), None)
+        wish = next(
+            (wish for wish in self.controller.deployments if wish.model == name and wish.replicas), None
+        )
         if wish is None:
             raise ModelNotFound(f"The cluster does not serve a model {name!r}: `cordee status` lists them.")
-        self.mind.deploy(
+        self.controller.deploy(
             name, wish.shape, wish.context, wish.sequences, time.monotonic(), replicas=0, source=wish.source
         )
         self.changed()
@@ -178,7 +184,7 @@ class Agent:
     def offers(self) -> dict[str, Offer]:
         """The models that nodes have whole, by name; of several with one name that of the smallest digest."""
         found: dict[str, Offer] = {}
-        for _, facts in self.mind.nodes(time.monotonic()).values():
+        for _, facts in self.controller.nodes(time.monotonic()).values():
             for offer in facts.offers:
                 other = found.get(offer.name)
                 if other is None or offer.shape.digest < other.shape.digest:
@@ -187,7 +193,7 @@ class Agent:
 
     async def look(self) -> None:
         """Look at the disk now: a model may have come just now."""
-        await self.library.look()
+        await self.local_models.look()
         self._act()
 
     def drain(self, on: bool) -> None:
@@ -201,13 +207,13 @@ class Agent:
         Raises:
             BadRequest: this node cannot, or that is no node's id.
         """
-        if not self.identity.is_keeper:
+        if not self.identity.is_admin:
             raise BadRequest("Only a keeper removes nodes: do it on the node that made the cluster.", "node")
         try:
             self.identity.revoke(node)
         except ValueError as error:
             raise BadRequest(f"{node!r} is no node's id: `cordee nodes` lists them.", "node") from error
-        self._part()
+        self._cut_removed()
         self._act()
         self._speak()
         await asyncio.sleep(FAREWELL_SECONDS)
@@ -218,7 +224,7 @@ class Agent:
         offered = {name: (offer.shape, offer.context) for name, offer in self.offers().items()}
         wished = {
             wish.model: (wish.shape, wish.context)
-            for wish in self.mind.wishes
+            for wish in self.controller.deployments
             if wish.shape is not None and wish.replicas
         }
         return offered | wished
@@ -237,8 +243,8 @@ class Agent:
             self._inbox.close()
         for writer in self._links:
             writer.transport.abort()
-        await self.library.close()
-        await self.desk.close()
+        await self.local_models.close()
+        await self.invitations.close()
         if self._stages is not None:
             await self._stages.close()
         for service in self.services.values():
@@ -247,26 +253,26 @@ class Agent:
 
     # Stages' owner.
 
-    async def prepare(self, load: Load) -> Files:
+    async def prepare(self, load: StageSpec) -> Files:
         """What a worker is loaded from."""
-        return await self.library.prepare(load)
+        return await self.local_models.prepare(load)
 
-    def failed(self, load: Load, detail: str) -> None:
+    def failed(self, load: StageSpec, detail: str) -> None:
         """A worker could not load."""
         log.warning("layers %d to %d cannot be run: %s", load.first, load.last - 1, detail)
-        self.crew.failed(load, detail, time.monotonic())
+        self.reconciler.failed(load, detail, time.monotonic())
         self.changed()
 
     # Library's owner.
 
     def holders(self) -> Mapping[str, Sequence[SliceHeld]]:
         """What the other live nodes have on disk."""
-        nodes = self.mind.nodes(time.monotonic())
+        nodes = self.controller.nodes(time.monotonic())
         return {node: nodes[node][1].slices for node in self._others()}
 
     def sources(self) -> Mapping[str, str]:
         """Where on the hub models may be fetched from, by digest."""
-        wishes = self.mind.wishes
+        wishes = self.controller.deployments
         return {
             wish.shape.digest: wish.source for wish in wishes if wish.replicas and wish.shape and wish.source
         }
@@ -278,17 +284,17 @@ class Agent:
     def fetch_failed(self, goal: SliceGoal, detail: str) -> None:
         """A slice could not be had."""
         for stage in self.goals.stages:
-            if stage.load.slice == goal:
-                self.failed(stage.load, detail)
+            if stage.spec.slice == goal:
+                self.failed(stage.spec, detail)
 
     # How it starts.
 
     async def _open(self) -> None:
         host = _host(self.options)
         self._stages = await Stages.open(self, self.identity.folder, host)
-        self._inbox, inbox = await tls_link.open_door(self.identity.folder, host, self._accept)
+        self._inbox, inbox = await tls_link.open_listener(self.identity.folder, host, self._accept)
         devices = await asyncio.to_thread(own_devices, self.options.lent_bytes)
-        await self.library.look()
+        await self.local_models.look()
         self._facts = Facts(
             node=self.node,
             name=self.options.name,
@@ -301,18 +307,18 @@ class Agent:
             slices=(),
             stages=(),
             inbox=inbox,
-            keeper=self.identity.is_keeper,
+            admin=self.identity.is_admin,
         )
-        if self.identity.is_keeper:
+        if self.identity.is_admin:
             enrolment.serve_renewals(self.bus, self.identity)
         self.bus.subscribe("beat/*", self._hear)
         self.bus.subscribe(f"to/{self.node}/*", self._receive)
-        self.bus.watch("alive/*", self._see)
+        self.bus.watch("alive/*", self._note_liveliness)
         self.bus.watch(REMOVED.format(self.node, "*"), self._hear_removed)
         self.bus.announce(f"alive/{self.node}")
-        for loop in (self._act_always, self._beat_always, self._host_always, self._renew_always):
+        for loop in (self._act_always, self._heartbeat_always, self._host_always, self._renew_always):
             self._keep(loop())
-        self._keep(self.library.watch())
+        self._keep(self.local_models.watch())
         self._keep(self.distances.watch(self._others))
 
     def _keep(self, coroutine: Coroutine) -> None:
@@ -329,7 +335,7 @@ class Agent:
 
     def _hear(self, key: str, payload: bytes) -> None:
         try:
-            beat = msgspec.msgpack.decode(payload, type=Beat)
+            beat = msgspec.msgpack.decode(payload, type=Heartbeat)
         except (msgspec.MsgspecError, ValueError):
             return
         if beat.facts.node in self.identity.revoked or key != f"beat/{beat.facts.node}":
@@ -337,7 +343,7 @@ class Agent:
         self._admit(beat.revocations)
         if beat.farewell == "leaves":
             self.bus.forget(beat.facts.node)
-        if self.mind.hear(beat, time.monotonic()):
+        if self.controller.hear(beat, time.monotonic()):
             self.changed()
 
     def _hear_removed(self, key: str, alive: bool) -> None:
@@ -349,13 +355,13 @@ class Agent:
         if self.node in removed:
             self.removed.set()
         elif removed:
-            self._part()
+            self._cut_removed()
             self._keep(self.bus.refresh())
 
-    def _see(self, key: str, alive: bool) -> None:
+    def _note_liveliness(self, key: str, alive: bool) -> None:
         node = key.rpartition("/")[2]
         if node != self.node:
-            self.mind.liveliness(node, alive, time.monotonic())
+            self.controller.liveliness(node, alive, time.monotonic())
             self.changed()
 
     def _receive(self, key: str, payload: bytes) -> None:
@@ -371,7 +377,7 @@ class Agent:
             if hosting is not None:
                 hosting.receive(message)
 
-    def _part(self) -> None:
+    def _cut_removed(self) -> None:
         """Hear nothing more from stages of nodes that were removed."""
         for writer in self._links:
             try:
@@ -386,9 +392,9 @@ class Agent:
             if isinstance(await opening(reader), Join):
                 while True:
                     message, _ = await frames.read(reader)
-                    if isinstance(message, Tokens | Recalled):
+                    if isinstance(message, Tokens | KvAnswer):
                         for hosting in self.hostings.values():
-                            hosting.take(message)
+                            hosting.on_result(message)
         except LinkClosed:
             pass  # that worker was wired anew, or ended
         finally:
@@ -411,22 +417,22 @@ class Agent:
 
     def _act(self) -> None:
         now = time.monotonic()
-        orders = Orders()
+        orders = Actions()
         for _ in range(2):  # the second time with what the first makes us say
             self._facts = facts = self._look()
             revocations = {revoked_node(entry): entry for entry in self.identity.revocations}
-            self.mind.observe(facts, now, time.time(), revocations)
-            self.goals = self.mind.plan(now)
-            orders = self.crew.step(self.goals, self.stages.workers, self.library.slices, now)
+            self.controller.observe(facts, now, time.time(), revocations)
+            self.goals = self.controller.plan(now)
+            orders = self.reconciler.step(self.goals, self.stages.workers, self.local_models.slices, now)
             if orders.reports == facts.stages:
                 break
             self._facts = msgspec.structs.replace(facts, stages=orders.reports)
-        self.history.note(self.mind.chosen, self.mind.nodes(now), time.time())
+        self.history.note(self.controller.chosen, self.controller.nodes(now), time.time())
         self._execute(orders)
         self._host()
         self._route()
         self._serve()
-        self._kept.keep(self.mind.wishes)
+        self._deployments_file.keep(self.controller.deployments)
         if self._facts != self._said:
             self._speak()
 
@@ -434,17 +440,17 @@ class Agent:
         assert self._facts is not None
         return msgspec.structs.replace(
             self._facts,
-            disk_free_bytes=self.library.disk_free_bytes,
+            disk_free_bytes=self.local_models.disk_free_bytes,
             inbox=address.renewed(self._facts.inbox, _host(self.options)),
             rtts=self.distances.rtts,
-            bytes_per_second=self.library.bytes_per_second,
-            slices=self.library.slices,
-            offers=self.library.offers,
+            bytes_per_second=self.local_models.bytes_per_second,
+            slices=self.local_models.slices,
+            offers=self.local_models.offers,
             draining=self.draining,
         )
 
-    def _execute(self, orders: Orders) -> None:
-        self.library.pursue(orders.fetch)
+    def _execute(self, orders: Actions) -> None:
+        self.local_models.pursue(orders.fetch)
         for name in orders.stop:
             self.stages.stop(name)
         for load in orders.start:
@@ -465,7 +471,9 @@ class Agent:
                 hosting = None
             service = next((each for each in self.services.values() if each.model.digest == digest), None)
             if hosting is None and service is not None:
-                hosting = self.hostings[digest] = Hosting(goal, service.vocabulary, self.stages, self._say)
+                hosting = self.hostings[digest] = SchedulerHost(
+                    goal, service.vocabulary, self.stages, self._say
+                )
             if hosting is not None:
                 hosting.follow(goal)
 
@@ -482,7 +490,7 @@ class Agent:
     def _route(self) -> None:
         serving: dict[str, list[str]] = {}
         for name, service in self.services.items():
-            service.is_wished = name in self.goals.routes
+            service.is_deployed = name in self.goals.routes
             hosts = [route.host for route in self.goals.routes.get(name, ()) if route.wiring]
             serving.setdefault(service.model.digest, []).extend(hosts)
         for digest, hosts in serving.items():
@@ -506,7 +514,7 @@ class Agent:
 
     async def _open_service(self, name: str, shape: ModelShape, context: int) -> None:
         try:
-            path = await self.library.vocabulary(shape.digest)
+            path = await self.local_models.vocabulary(shape.digest)
             model = StoredModel(
                 name=name,
                 digest=shape.digest,
@@ -529,15 +537,15 @@ class Agent:
 
     def _want(self, name: str) -> None:
         """A client asks for a model: it is wished from now on."""
-        if not any(wish.model == name and wish.replicas for wish in self.mind.wishes):
+        if not any(wish.model == name and wish.replicas for wish in self.controller.deployments):
             with contextlib.suppress(ModelNotFound):
-                self.wish(name)
+                self.deploy(name)
 
     # What it says.
 
-    async def _beat_always(self) -> None:
+    async def _heartbeat_always(self) -> None:
         while True:
-            await asyncio.sleep(BEAT_SECONDS)
+            await asyncio.sleep(HEARTBEAT_SECONDS)
             self.gauges = self._measure()
             self._speak()
 
@@ -545,7 +553,7 @@ class Agent:
         if self._facts is None:
             return
         self._said = self._facts
-        beat = self.mind.beat(time.monotonic(), self.gauges, farewell)
+        beat = self.controller.heartbeat(time.monotonic(), self.gauges, farewell)
         self.bus.publish(f"beat/{self.node}", msgspec.msgpack.encode(beat))
 
     def _measure(self) -> Gauges:
@@ -562,9 +570,9 @@ class Agent:
         ]
         fetching = [
             Fetching(goal.model, goal.first, goal.last, *progress)
-            for goal, progress in self.library.progress.items()
+            for goal, progress in self.local_models.progress.items()
         ]
-        return Gauges(tuple(hosted), tuple(fetching), self._meter.watts(), self.library.reading)
+        return Gauges(tuple(hosted), tuple(fetching), self._meter.watts(), self.local_models.reading)
 
     def _ask(self, node: str, data: bytes) -> None:
         self.bus.publish(f"to/{node}/ask", data)
@@ -586,7 +594,7 @@ class Agent:
             await asyncio.sleep(RENEW_SECONDS)
 
     def _others(self) -> list[str]:
-        nodes = self.mind.nodes(time.monotonic())
+        nodes = self.controller.nodes(time.monotonic())
         return [node for node, (state, _) in nodes.items() if state == "alive" and node != self.node]
 
 

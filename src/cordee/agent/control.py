@@ -49,7 +49,7 @@ class Remove(msgspec.Struct, frozen=True):
     node: str
 
 
-class Share(msgspec.Struct, frozen=True):
+class Deploy(msgspec.Struct, frozen=True):
     """See Sharing.share. With `follow` nothing is begun: it asks how far that is. Answered by Shared."""
 
     model: str
@@ -59,14 +59,14 @@ class Share(msgspec.Struct, frozen=True):
     follow: bool = False
 
 
-class Shared(msgspec.Struct, frozen=True):
+class Deployed(msgspec.Struct, frozen=True):
     """The name under which a model is shared; with a `reading` it will be, once it was read."""
 
     name: str
     reading: Reading | None = None
 
 
-class Unshare(msgspec.Struct, frozen=True):
+class Undeploy(msgspec.Struct, frozen=True):
     """See Agent.unwish."""
 
     model: str
@@ -78,7 +78,7 @@ class Drain(msgspec.Struct, frozen=True):
     on: bool = True
 
 
-class Plan(msgspec.Struct, frozen=True):
+class PlanRequest(msgspec.Struct, frozen=True):
     """A model of the cluster by its name, or any by its shape. Answered by Planned."""
 
     model: str
@@ -107,7 +107,7 @@ class Refusal(msgspec.Struct, frozen=True):
     message: str
 
 
-class Place:
+class AgentSocket:
     """The one place per state folder where an agent can be asked. Close it when the agent has ended.
 
     Raises:

@@ -10,9 +10,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cordee.agent.agent import Agent
-from cordee.agent.control import Drain, Empty, Invite, Plan, Refusal, Remove, Share, Unshare
-from cordee.agent.deploy import Sharing
-from cordee.agent.status import Overview
+from cordee.agent.control import Deploy, Drain, Empty, Invite, PlanRequest, Refusal, Remove, Undeploy
+from cordee.agent.deploy import Deployer
+from cordee.agent.status import ClusterStatus
 from cordee.errors import BadRequest, CordeeError
 
 BODY_BYTES_MAX = 1 << 20  # the shape of a model with hundreds of layers takes a tenth
@@ -32,48 +32,48 @@ class Control:
                 _route("GET", "/nodes", Empty, self._nodes),
                 _route("GET", "/status", Empty, self._status),
                 _route("GET", "/services", Empty, self._services),
-                _route("POST", "/plan", Plan, self._plan),
+                _route("POST", "/plan", PlanRequest, self._plan),
                 _route("POST", "/invite", Invite, self._invite),
                 _route("POST", "/remove", Remove, self._remove),
-                _route("POST", "/share", Share, self._share),
-                _route("POST", "/unshare", Unshare, self._unshare),
+                _route("POST", "/share", Deploy, self._share),
+                _route("POST", "/unshare", Undeploy, self._unshare),
                 _route("POST", "/drain", Drain, self._drain),
                 _route("POST", "/leave", Empty, self._end),
             ]
         )
 
     async def _nodes(self, _: Empty) -> Any:
-        return Overview(self._agent).nodes()
+        return ClusterStatus(self._agent).nodes()
 
     async def _status(self, _: Empty) -> Any:
-        return await Overview(self._agent).status()
+        return await ClusterStatus(self._agent).status()
 
     async def _services(self, _: Empty) -> Any:
-        return Overview(self._agent).services()
+        return ClusterStatus(self._agent).services()
 
-    async def _plan(self, asked: Plan) -> Any:
-        return await Overview(self._agent).plan(asked.model, asked.shape, asked.context, asked.sequences)
+    async def _plan(self, asked: PlanRequest) -> Any:
+        return await ClusterStatus(self._agent).plan(asked.model, asked.shape, asked.context, asked.sequences)
 
     async def _invite(self, asked: Invite) -> Any:
-        return {"code": await self._agent.desk.invite(keeper=asked.keeper)}
+        return {"code": await self._agent.invitations.invite(keeper=asked.keeper)}
 
     async def _remove(self, asked: Remove) -> Any:
-        found = Overview(self._agent).find(asked.node)
+        found = ClusterStatus(self._agent).find(asked.node)
         if found["id"] == self._agent.node:
             raise BadRequest("That is this node itself: `cordee leave` is for it.", "node")
         await self._agent.remove(found["id"])
         return found
 
-    async def _share(self, asked: Share) -> Any:
-        return await Sharing(self._agent).share(asked)
+    async def _share(self, asked: Deploy) -> Any:
+        return await Deployer(self._agent).deploy(asked)
 
-    async def _unshare(self, asked: Unshare) -> Any:
-        Sharing(self._agent).unshare(asked.model)
+    async def _unshare(self, asked: Undeploy) -> Any:
+        Deployer(self._agent).undeploy(asked.model)
         return Empty()
 
     async def _drain(self, asked: Drain) -> Any:
         self._agent.drain(asked.on)
-        return {"stays": await Overview(self._agent).stays()}
+        return {"stays": await ClusterStatus(self._agent).stays()}
 
     async def _end(self, _: Empty) -> Any:
         self._leave()

@@ -9,27 +9,27 @@ import asyncio
 import time
 
 from cordee.agent.agent import Agent
-from cordee.agent.control import Share, Shared
-from cordee.agent.status import Overview
-from cordee.cluster.deployments import Wish
+from cordee.agent.control import Deploy, Deployed
+from cordee.agent.status import ClusterStatus
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import ModelShape, Reading
 from cordee.distribution import hub_source
 from cordee.distribution.hub import HubFile
 from cordee.distribution.inventory import SEQUENCES
-from cordee.distribution.manifest import Sheet
+from cordee.distribution.manifest import Manifest
 from cordee.distribution.pull import hub_name, is_on_hub
 from cordee.errors import BadRequest, DoesNotFit, ModelNotFound
 from cordee.models.gguf import read_header
 from cordee.models.shape import model_shape
 
 
-class Sharing:
+class Deployer:
     """See the module's docstring."""
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
 
-    async def share(self, asked: Share) -> Shared:
+    async def deploy(self, asked: Deploy) -> Deployed:
         """Wish a model by its name in the cluster; or one of the hub ('owner/name', or with ':QUANTIZATION'
         or '/file.gguf'), which then has the name that `cordee pull` gives it.
 
@@ -59,26 +59,28 @@ class Sharing:
         name = hub_name(model)
         reading = self._reading(name)
         if reading is not None:
-            return Shared(name, reading)
+            return Deployed(name, reading)
         if asked.follow:
             return self._ended(name)
         return await self._from_hub(name, await asyncio.to_thread(hub_source.files, model), asked)
 
-    def unshare(self, model: str) -> None:
+    def undeploy(self, model: str) -> None:
         """Wish a model no more, or end its pass. Raises ModelNotFound if it is not wished."""
         name = hub_name(model) if is_on_hub(model) else model
-        if not self._agent.library.hub.stop(name):
-            wished = {wish.model for wish in self._agent.mind.wishes if wish.replicas}
-            self._agent.unwish(model if model in wished else name)
+        if not self._agent.local_models.hub.stop(name):
+            wished = {wish.model for wish in self._agent.controller.deployments if wish.replicas}
+            self._agent.undeploy(model if model in wished else name)
 
-    async def _from_hub(self, name: str, files: list[HubFile], asked: Share) -> Shared:
+    async def _from_hub(self, name: str, files: list[HubFile], asked: Deploy) -> Deployed:
         agent = self._agent
         source = f"{files[0].repository}/{files[0].path}"
         offers = agent.offers()
         for offer in offers.values():
             if offer.source == source:  # some node pulled it, and gives it; the hub does if that node is gone
-                return self._again(Wish(offer.name, offer.shape, offer.context, SEQUENCES), asked, source)
-        for wish in agent.mind.wishes:
+                return self._again(
+                    Deployment(offer.name, offer.shape, offer.context, SEQUENCES), asked, source
+                )
+        for wish in agent.controller.deployments:
             if wish.source == source and wish.shape is not None:
                 return self._again(wish, asked, source)
         if name in offers or self._named(name):
@@ -87,13 +89,13 @@ class Sharing:
                 "node gives this one another name.",
                 "model",
             )
-        shape, context = await asyncio.to_thread(agent.library.hub.shape, source, name, asked.context)
+        shape, context = await asyncio.to_thread(agent.local_models.hub.shape, source, name, asked.context)
         sequences = asked.sequences or SEQUENCES
         await self._require_fit(name, shape, context, sequences)
 
-        def wish_it(sheet: Sheet) -> None:
+        def wish_it(sheet: Manifest) -> None:
             self._wish(
-                Wish(
+                Deployment(
                     name,
                     model_shape(sheet.header, sheet.digest),
                     context,
@@ -104,38 +106,42 @@ class Sharing:
             )
 
         total = sum(file.nbytes for file in files)
-        return Shared(name, agent.library.hub.read(name, source, total, wish_it))
+        return Deployed(name, agent.local_models.hub.read(name, source, total, wish_it))
 
-    def _offered(self, name: str, asked: Share) -> Shared:
+    def _offered(self, name: str, asked: Deploy) -> Deployed:
         sequences = asked.sequences or SEQUENCES
         if not asked.follow:
-            self._agent.wish(name, context=asked.context, sequences=sequences, replicas=asked.replicas)
-        return Shared(name)
+            self._agent.deploy(name, context=asked.context, sequences=sequences, replicas=asked.replicas)
+        return Deployed(name)
 
-    def _again(self, wish: Wish, asked: Share, source: str) -> Shared:
+    def _again(self, wish: Deployment, asked: Deploy, source: str) -> Deployed:
         """Its chunks are known."""
         if not asked.follow:
             context, sequences = asked.context or wish.context, asked.sequences or wish.sequences
-            self._wish(Wish(wish.model, wish.shape, context, sequences, asked.replicas, source=source))
-        return Shared(wish.model)
+            self._wish(Deployment(wish.model, wish.shape, context, sequences, asked.replicas, source=source))
+        return Deployed(wish.model)
 
-    def _ended(self, name: str) -> Shared:
+    def _ended(self, name: str) -> Deployed:
         """How a pass ended that is not under way any more."""
-        fault = self._agent.library.hub.fault(name)
+        fault = self._agent.local_models.hub.fault(name)
         if fault is not None:
             raise fault
         wish = self._named(name)
         if wish is not None:
-            return Shared(name)
+            return Deployed(name)
         raise ModelNotFound(f"{name} is not shared: its reading was stopped.")
 
-    def _known(self, model: str) -> Wish | None:
+    def _known(self, model: str) -> Deployment | None:
         """The wish for a model of the hub that was shared before, by its name there."""
         wish = self._named(model)
         return wish if wish is not None and wish.source else None
 
-    def _named(self, name: str) -> Wish | None:
-        wishes = (wish for wish in self._agent.mind.wishes if wish.model == name and wish.shape is not None)
+    def _named(self, name: str) -> Deployment | None:
+        wishes = (
+            wish
+            for wish in self._agent.controller.deployments
+            if wish.model == name and wish.shape is not None
+        )
         return next(wishes, None)
 
     def _reading(self, name: str) -> Reading | None:
@@ -144,8 +150,8 @@ class Sharing:
 
     def _readings(self) -> list[Reading]:
         """All models that nodes read now."""
-        gauges = self._agent.mind.gauges(time.monotonic()).values()
-        return [*self._agent.library.reading, *(each for gauge in gauges for each in gauge.reading)]
+        gauges = self._agent.controller.gauges(time.monotonic()).values()
+        return [*self._agent.local_models.reading, *(each for gauge in gauges for each in gauge.reading)]
 
     async def _require_context(self, name: str, context: int | None) -> None:
         """Refuse what a model was not made for, as far as its header is here already."""
@@ -165,15 +171,15 @@ class Sharing:
             raise ModelNotFound(f"{name} is still being read ({percent} %): share it again in a moment.")
 
     async def _require_fit(self, name: str, shape: ModelShape, context: int, sequences: int) -> None:
-        found = (await Overview(self._agent).plan(name, shape, context, sequences)).plan
+        found = (await ClusterStatus(self._agent).plan(name, shape, context, sequences)).plan
         if found.placement is None:
             raise DoesNotFit(
                 f"{name} is not read from the hub, as the cluster could not run it ({sequences} answers of "
                 f"{context} tokens): {found.why}"
             )
 
-    def _wish(self, wish: Wish) -> None:
-        self._agent.mind.deploy(
+    def _wish(self, wish: Deployment) -> None:
+        self._agent.controller.deploy(
             wish.model,
             wish.shape,
             wish.context,

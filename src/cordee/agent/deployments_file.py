@@ -4,20 +4,20 @@ from pathlib import Path
 
 import msgspec
 
-from cordee.cluster.deployments import Wish
+from cordee.cluster.deployments import Deployment
 from cordee.files import atomic_file, write_all
 
-WISHES_BYTES_MAX = 4 << 20  # as many as there may be, of models with hundreds of layers
+DEPLOYMENTS_BYTES_MAX = 4 << 20  # as many as there may be, of models with hundreds of layers
 
 
-class KeptWishes:
+class DeploymentsFile:
     """The wishes in a file; `wishes` are those of the last run, as far as they can be read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.wishes = _read(path)
 
-    def keep(self, wishes: tuple[Wish, ...]) -> None:
+    def keep(self, wishes: tuple[Deployment, ...]) -> None:
         """Write them down if they changed.
 
         Raises:
@@ -29,10 +29,14 @@ class KeptWishes:
                 write_all(file, msgspec.msgpack.encode(wishes))
 
 
-def _read(path: Path) -> tuple[Wish, ...]:
+def _read(path: Path) -> tuple[Deployment, ...]:
     """What cannot be read is heard from the others."""
     try:
         data = path.read_bytes()
-        return msgspec.msgpack.decode(data, type=tuple[Wish, ...]) if len(data) <= WISHES_BYTES_MAX else ()
+        return (
+            msgspec.msgpack.decode(data, type=tuple[Deployment, ...])
+            if len(data) <= DEPLOYMENTS_BYTES_MAX
+            else ()
+        )
     except (OSError, msgspec.MsgspecError, ValueError):
         return ()

@@ -17,7 +17,7 @@ from cordee.agent.agent import Agent
 from cordee.agent.control import Planned
 from cordee.cluster import planner
 from cordee.cluster.choose import Chosen, Reports
-from cordee.cluster.deployments import Wish
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import (
     Facts,
     Gauges,
@@ -28,7 +28,7 @@ from cordee.cluster.facts import (
     StageReport,
     placement_id,
 )
-from cordee.cluster.memory import Load, needed_bytes
+from cordee.cluster.memory import Demand, needed_bytes
 from cordee.errors import BadRequest, ModelNotFound
 from cordee.net.peers import Peers
 from cordee.serving.registry import resident_bytes
@@ -37,19 +37,19 @@ from cordee.serving.registry import resident_bytes
 STATES = ("serving", "wiring", "loading", "fetching")
 
 
-class Overview:
+class ClusterStatus:
     """What is known when it is made."""
 
     def __init__(self, agent: Agent) -> None:
         now = time.monotonic()
         self._agent = agent
-        self._mind = agent.mind
+        self._mind = agent.controller
         self._known = self._mind.nodes(now)
         self._facts = {node: facts for node, (state, facts) in self._known.items() if state != "gone"}
         self._reports = Reports(self._facts)
         self._gauges = self._mind.gauges(now) | {agent.node: agent.gauges}
         self._offers = agent.offers()
-        self._wishes = {wish.model: wish for wish in self._mind.wishes if wish.replicas and wish.shape}
+        self._wishes = {wish.model: wish for wish in self._mind.deployments if wish.replicas and wish.shape}
         self._models = {offer.shape.digest: (name, offer.shape) for name, offer in self._offers.items()}
         self._models |= {wish.shape.digest: (name, wish.shape) for name, wish in self._wishes.items()}
         self._head = {"cluster": agent.identity.cluster, "node": agent.node}
@@ -154,15 +154,15 @@ class Overview:
             found.append({"model": stage["model"], "layers": stage["layers"], "why": why})
         return found
 
-    def _stuck(self) -> dict[str, tuple[ModelShape, Load]]:
+    def _stuck(self) -> dict[str, tuple[ModelShape, Demand]]:
         """What nothing follows: placements by id; by digest, models that run nowhere, whose stages stay."""
         found = {}
-        for wish in self._mind.wishes:
+        for wish in self._mind.deployments:
             if wish.shape is not None and wish.replicas and not self._mind.chosen.get(wish.model):
-                found[wish.shape.digest] = wish.shape, Load(wish.context, wish.sequences)
+                found[wish.shape.digest] = wish.shape, Demand(wish.context, wish.sequences)
         for pick in (pick for picks in self._mind.chosen.values() for pick in picks):
             if pick.successor is None:
-                load = Load(pick.placement.context, pick.placement.sequences)
+                load = Demand(pick.placement.context, pick.placement.sequences)
                 found[placement_id(pick.placement)] = pick.shape, load
         return found
 
@@ -182,7 +182,7 @@ class Overview:
             shape, context = offer.shape, context or offer.context
         if context is None:
             raise BadRequest("a plan needs a context", "context")
-        found = await self._plan(shape, Load(context, sequences))
+        found = await self._plan(shape, Demand(context, sequences))
         return Planned(shape, context, sequences, found)
 
     def _alive(self) -> dict[str, Facts]:
@@ -198,7 +198,7 @@ class Overview:
             "self": facts.node == self._agent.node,
             "state": state,
             "draining": facts.draining,
-            "keeper": facts.keeper,
+            "keeper": facts.admin,
             "api": facts.api,
             "rtt_seconds": self._known[self._agent.node][1].rtts.get(facts.node),
             "build": facts.build,
@@ -215,7 +215,7 @@ class Overview:
         place = placement.stages[report.index] if 0 <= report.index < len(placement.stages) else None
         if shape is not None and place is not None and shape.allows(place.first, place.last):
             nbytes = needed_bytes(
-                shape, Load(placement.context, placement.sequences), place.first, place.last
+                shape, Demand(placement.context, placement.sequences), place.first, place.last
             )
         return {
             "model": name,
@@ -242,7 +242,7 @@ class Overview:
         }
         return model if wish is None else model | await self._wished(wish)
 
-    async def _wished(self, wish: Wish) -> dict[str, Any]:
+    async def _wished(self, wish: Deployment) -> dict[str, Any]:
         picks = self._mind.chosen.get(wish.model, ())
         placements = [self._placement(pick) for pick in picks]
         states = {placement["state"] for placement in placements}
@@ -297,7 +297,7 @@ class Overview:
             "detail": "" if report is None else report.detail,
         }
 
-    async def _why_not(self, wish: Wish) -> str:
+    async def _why_not(self, wish: Deployment) -> str:
         """Why a wished model has no placement."""
         failed = {
             node: f"{facts.name} cannot run it: {report.detail}"
@@ -305,12 +305,12 @@ class Overview:
             for report in facts.stages
             if report.placement.model == wish.shape.digest and report.state == "failed"
         }
-        found = await self._plan(wish.shape, Load(wish.context, wish.sequences), failed)
+        found = await self._plan(wish.shape, Demand(wish.context, wish.sequences), failed)
         if found.placement is not None:
             return "It is placed in a moment."
         return " ".join([found.why, *failed.values()])
 
-    async def _plan(self, shape: ModelShape, load: Load, without: Collection[str] = ()) -> planner.Plan:
+    async def _plan(self, shape: ModelShape, load: Demand, without: Collection[str] = ()) -> planner.Plan:
         """Beside the other models; in a thread, since a large cluster takes a while."""
         reserved: dict[tuple[str, str], int] = {}
         for pick in (pick for picks in self._mind.chosen.values() for pick in picks):
@@ -322,7 +322,7 @@ class Overview:
 
 
 def _reserve(reserved: dict[tuple[str, str], int], shape: ModelShape, placement: Placement) -> None:
-    load = Load(placement.context, placement.sequences)
+    load = Demand(placement.context, placement.sequences)
     for place in placement.stages:
         key = (place.node, place.device)
         reserved[key] = reserved.get(key, 0) + needed_bytes(shape, load, place.first, place.last)

@@ -31,7 +31,7 @@ class LegacyLogprobs:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._offset = 0
 
-    def take(self, choices: Sequence[Choice]) -> dict[str, list[Any]]:
+    def append(self, choices: Sequence[Choice]) -> dict[str, list[Any]]:
         """The lists for the next tokens."""
         return {
             "tokens": [self._name(choice.token) for choice in choices],

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from cordee.api.bodies import Bodies
 from cordee.api.failures import ModelLoading, json_response
 from cordee.api.prompts import chat_prompt, completion_prompts
-from cordee.api.replies import Answer, ChatReply, CompletionReply, Job, Reply
+from cordee.api.replies import ChatReply, CompletionReply, Job, PartialAnswer, Reply
 from cordee.api.schemas import (
     CHOICES_MAX,
     LEGACY_MAX_TOKENS,
@@ -28,7 +28,7 @@ from cordee.api.schemas import (
 from cordee.api.stream import EventStream, Streams, Timing, while_connected
 from cordee.errors import BadRequest, ContextExceeded, ModelNotFound
 from cordee.generation.request import Grammar, Request, SamplingParams
-from cordee.serving.local_service import Service
+from cordee.serving.local_service import LocalService
 
 Result = TypeVar("Result")
 
@@ -52,7 +52,7 @@ class OpenAI:
 
     def __init__(
         self,
-        services: Mapping[str, Service],
+        services: Mapping[str, LocalService],
         expected: Collection[str],
         clock: Callable[[], datetime],
         timing: Timing,
@@ -105,7 +105,7 @@ class OpenAI:
     async def _made(self, make: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, make, *arguments)
 
-    def _service(self, name: str) -> Service:
+    def _service(self, name: str) -> LocalService:
         service = self._services.get(name)
         if service is not None:
             return service
@@ -117,7 +117,7 @@ class OpenAI:
     def _job(
         self,
         prefix: str,
-        service: Service,
+        service: LocalService,
         body: Common,
         prompts: Sequence[tuple[int, ...]],
         sampling: SamplingParams,
@@ -154,7 +154,9 @@ class OpenAI:
             usage_event=bool(body.stream_options and body.stream_options.include_usage),
         )
 
-    async def _answer(self, request: HttpRequest, service: Service, body: Common, reply: Reply) -> Response:
+    async def _answer(
+        self, request: HttpRequest, service: LocalService, body: Common, reply: Reply
+    ) -> Response:
         requests = reply.job.requests
         if body.stream:
             return EventStream(service, requests, reply, self._timing)
@@ -162,8 +164,8 @@ class OpenAI:
         return json_response(reply.whole(answers))
 
 
-async def _collect(service: Service, requests: Sequence[Request]) -> list[Answer]:
-    answers = [Answer() for _ in requests]
+async def _collect(service: LocalService, requests: Sequence[Request]) -> list[PartialAnswer]:
+    answers = [PartialAnswer() for _ in requests]
     async with Streams(service, requests) as streams:
         while streams.open:
             index, chunk = await streams.next()
@@ -179,7 +181,7 @@ def _check(body: Common) -> None:
         )
 
 
-def _check_length(service: Service, body: Common, prompt: Sequence[int]) -> None:
+def _check_length(service: LocalService, body: Common, prompt: Sequence[int]) -> None:
     """Refuse a prompt that leaves no room for an answer, by the name it has in the request."""
     if len(prompt) >= service.context:
         raise ContextExceeded(
@@ -235,6 +237,6 @@ def _grammar(body: Common) -> Grammar | None:
     return Grammar("gbnf", body.grammar)
 
 
-def _model(name: str, service: Service) -> dict[str, Any]:
+def _model(name: str, service: LocalService) -> dict[str, Any]:
     added = datetime.fromisoformat(service.model.added)
     return {"id": name, "object": "model", "created": int(added.timestamp()), "owned_by": "cordee"}

@@ -10,7 +10,7 @@ import msgspec
 from cordee.api.failures import error_body
 from cordee.api.logprobs import LegacyLogprobs, chat_logprobs
 from cordee.engine.vocabulary import Vocabulary
-from cordee.generation.request import Choice, Chunk, Request
+from cordee.generation.request import Choice, Request, TextChunk
 
 DONE = b"data: [DONE]\n\n"
 
@@ -30,14 +30,14 @@ class Job:
 
 
 @dataclass
-class Answer:
+class PartialAnswer:
     """One answer as far as it has come."""
 
     text: list[str] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
-    last: Chunk = field(default_factory=lambda: Chunk(text=""))
+    last: TextChunk = field(default_factory=lambda: TextChunk(text=""))
 
-    def add(self, chunk: Chunk) -> None:
+    def add(self, chunk: TextChunk) -> None:
         self.text.append(chunk.text)
         self.choices += chunk.choices
         self.last = chunk
@@ -52,13 +52,13 @@ class Reply(ABC):
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self._last: dict[int, Chunk] = {}
+        self._last: dict[int, TextChunk] = {}
 
     def begin(self) -> Iterable[bytes]:
         """Nothing comes before the first token."""
         return ()
 
-    def push(self, index: int, chunk: Chunk) -> Iterable[bytes]:
+    def push(self, index: int, chunk: TextChunk) -> Iterable[bytes]:
         """A chunk's event, and one more for the reason why the answer ended."""
         self._last[index] = chunk
         if chunk.text or chunk.choices:
@@ -76,7 +76,7 @@ class Reply(ABC):
         """The error, after which nothing comes."""
         return (_data(error_body(error)),)
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[PartialAnswer]) -> dict[str, Any]:
         """The reply that is not streamed."""
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         used = self._usage({index: answer.last for index, answer in enumerate(answers)})
@@ -91,7 +91,7 @@ class Reply(ABC):
         frame = self._frame(self.event_object) | {"choices": choices}
         return _data(frame | {"usage": used} if self.job.usage_event else frame)
 
-    def _usage(self, last: dict[int, Chunk]) -> dict[str, Any]:
+    def _usage(self, last: dict[int, TextChunk]) -> dict[str, Any]:
         """Tokens by the last chunk of each answer. A prompt counts once, however many answers it got."""
         prompts = [last[index] for index in range(0, len(last), self.job.n)]
         prompt = sum(chunk.prompt_tokens for chunk in prompts)
@@ -104,7 +104,7 @@ class Reply(ABC):
         }
 
     @abstractmethod
-    def _piece(self, index: int, chunk: Chunk) -> dict[str, Any]:
+    def _piece(self, index: int, chunk: TextChunk) -> dict[str, Any]:
         """What a chunk adds to a choice."""
 
     @abstractmethod
@@ -112,7 +112,7 @@ class Reply(ABC):
         """Why a choice ended."""
 
     @abstractmethod
-    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+    def _choice(self, index: int, answer: PartialAnswer) -> dict[str, Any]:
         """A whole choice."""
 
 
@@ -127,13 +127,13 @@ class ChatReply(Reply):
         for index in range(len(self.job.requests)):
             yield self._event([_chat_delta(index, {"role": "assistant", "content": ""})])
 
-    def _piece(self, index: int, chunk: Chunk) -> dict[str, Any]:
+    def _piece(self, index: int, chunk: TextChunk) -> dict[str, Any]:
         return _chat_delta(index, {"content": chunk.text}, self._logprobs(chunk.choices))
 
     def _finish(self, index: int, reason: str) -> dict[str, Any]:
         return _chat_delta(index, {}, reason=reason)
 
-    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+    def _choice(self, index: int, answer: PartialAnswer) -> dict[str, Any]:
         return {
             "index": index,
             "message": {"role": "assistant", "content": "".join(answer.text), "refusal": None},
@@ -154,19 +154,19 @@ class CompletionReply(Reply):
         super().__init__(job)
         self._logprobs = [LegacyLogprobs(job.vocabulary) for _ in job.requests] if job.logprobs else None
 
-    def _piece(self, index: int, chunk: Chunk) -> dict[str, Any]:
+    def _piece(self, index: int, chunk: TextChunk) -> dict[str, Any]:
         return self._text(index, chunk.text, chunk.choices)
 
     def _finish(self, index: int, reason: str) -> dict[str, Any]:
         return self._text(index, "", (), reason)
 
-    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
+    def _choice(self, index: int, answer: PartialAnswer) -> dict[str, Any]:
         return self._text(index, "".join(answer.text), answer.choices, answer.last.finish_reason)
 
     def _text(
         self, index: int, text: str, choices: Sequence[Choice], reason: str | None = None
     ) -> dict[str, Any]:
-        logprobs = self._logprobs[index].take(choices) if self._logprobs and (choices or text) else None
+        logprobs = self._logprobs[index].append(choices) if self._logprobs and (choices or text) else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 

@@ -50,7 +50,7 @@ NO_FUNCTIONS = "function calls are not implemented"
 CACHED = "a prompt that begins as an earlier one did is always taken up there while there is room"
 
 
-class Part(Shape):
+class ContentPart(Shape):
     """A part of a message's content."""
 
     type: honoured(str, "`text`; other kinds are refused by name")
@@ -71,7 +71,7 @@ class Message(Shape):
         pattern=IDENTIFIER,
     )
     content: honoured(
-        str | Annotated[list[Part], msgspec.Meta(max_length=PARTS_MAX)] | None,
+        str | Annotated[list[ContentPart], msgspec.Meta(max_length=PARTS_MAX)] | None,
         "text; the names of control tokens in it, such as `<|im_end|>`, stay text",
     ) = None
     name: honoured(Annotated[str, msgspec.Meta(pattern=IDENTIFIER)] | None, "for templates that use it") = (

@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 
 from cordee.api.failures import ClientGone
 from cordee.errors import CordeeError, StageFailed
-from cordee.generation.request import Chunk, Request
+from cordee.generation.request import Request, TextChunk
 
 QUEUED_CHUNKS = 16  # between the service and a client; enough to write several at once
 SILENT_CLIENT_SECONDS = 60.0  # a client that reads nothing for so long is given up: its stream blocks a slot
@@ -46,7 +46,7 @@ class Timing:
 class Generator(Protocol):
     """The part of a service that makes answers."""
 
-    def generate(self, request: Request) -> AsyncIterator[Chunk]: ...
+    def generate(self, request: Request) -> AsyncIterator[TextChunk]: ...
 
 
 class Adapter(Protocol):
@@ -57,7 +57,7 @@ class Adapter(Protocol):
     def begin(self) -> Iterable[bytes]:
         """The events before any token."""
 
-    def push(self, index: int, chunk: Chunk) -> Iterable[bytes]:
+    def push(self, index: int, chunk: TextChunk) -> Iterable[bytes]:
         """The events that a chunk of the answer `index` makes; none if there is nothing to tell."""
 
     def end(self) -> Iterable[bytes]:
@@ -74,8 +74,8 @@ class Streams:
         self.open = len(requests)
         self._service = service
         self._requests = requests
-        self._queue: asyncio.Queue[tuple[int, Chunk | Exception]] = asyncio.Queue(QUEUED_CHUNKS)
-        self._early: deque[tuple[int, Chunk | Exception]] = deque()  # came while `accepted` waited
+        self._queue: asyncio.Queue[tuple[int, TextChunk | Exception]] = asyncio.Queue(QUEUED_CHUNKS)
+        self._early: deque[tuple[int, TextChunk | Exception]] = deque()  # came while `accepted` waited
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
@@ -105,7 +105,7 @@ class Streams:
         except TimeoutError:
             return
 
-    async def next(self, seconds: float | None = None) -> tuple[int, Chunk] | None:
+    async def next(self, seconds: float | None = None) -> tuple[int, TextChunk] | None:
         """The next chunk and which request it answers; None where none comes for `seconds`.
 
         Raises:

@@ -30,15 +30,15 @@ def bench(model: str, threads: int | None, devices: tuple[str, ...], fast: bool,
     memory one answer reaches (roof: a model that fits the processor's cache may exceed it), and the energy of
     the processors for each token, where the system tells. With --json each line is an object.
     """
-    from cordee.cli.bench_runs import Wanted, figures
-    from cordee.worker.process import ENVIRONMENT, EXACT_ENVIRONMENT
+    from cordee.cli.bench_runs import StageOptions, figures
+    from cordee.worker.process import BATCH_INVARIANT_ENVIRONMENT, ENVIRONMENT
 
     # As in workers, and read when libllama is loaded.
-    os.environ |= ENVIRONMENT | ({} if fast else EXACT_ENVIRONMENT)
+    os.environ |= ENVIRONMENT | ({} if fast else BATCH_INVARIANT_ENVIRONMENT)
     header = _header(model)
     found = []
     with output.loading() as report:
-        for figure in figures(header, Wanted(threads, devices, not fast), report):
+        for figure in figures(header, StageOptions(threads, devices, not fast), report):
             found.append(figure)
             if as_json:
                 click.echo(json.dumps({"model": model} | _entry(figure)))

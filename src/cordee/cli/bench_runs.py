@@ -53,7 +53,7 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class StageOptions:
     """How the stage shall be loaded, as the command line says."""
 
     threads: int | None
@@ -61,7 +61,7 @@ class Wanted:
     exact: bool
 
 
-def figures(header: Header, wanted: Wanted, report: Report) -> Iterator[Figure]:
+def figures(header: Header, wanted: StageOptions, report: Report) -> Iterator[Figure]:
     """All figures of a model, as they are found; `report` is told what is measured, and what is left out.
 
     Raises:
@@ -170,7 +170,7 @@ class _Runs:
         return _Run(sum(map(len, batches)), seconds, joules)
 
 
-def _config(header: Header, wanted: Wanted) -> StageConfig:
+def _config(header: Header, wanted: StageOptions) -> StageConfig:
     """The most sequences of CONTEXT tokens that fit; fewer tokens where the model was made for fewer."""
     context = min(CONTEXT, size_of(header, ".context_length", default=CONTEXT) or CONTEXT)
     devices = ("CPU",) if engine_of(header) == "ternary" else wanted.devices

@@ -12,10 +12,10 @@ from cordee.agent import control
 from cordee.cli import output
 from cordee.cli.status import state_of
 from cordee.errors import DoesNotFit, NotRunning, StageFailed
-from cordee.generation.request import Chunk
+from cordee.generation.request import TextChunk
 
 if TYPE_CHECKING:
-    from cordee.cli.run import Manner
+    from cordee.cli.run import GenerationOptions
 
 POLL_SECONDS = 0.3
 # A model that fits nowhere is given up after that long: nodes may still be starting.
@@ -24,7 +24,7 @@ SILENCE_SECONDS = 60.0  # the API says something every few seconds, if only that
 LINE_BYTES_MAX = 1 << 20
 
 
-class Roped:
+class ClusterModel:
     """A model of the cluster, ready to answer. Made by `Roped.find`."""
 
     def __init__(self, model: str, api: str) -> None:
@@ -50,7 +50,7 @@ class Roped:
             DoesNotFit: the cluster cannot run it; says why.
         """
         if not (_model(self.name) or {}).get("wished"):
-            control.ask("POST", "/share", control.Share(self.name))
+            control.ask("POST", "/share", control.Deploy(self.name))
         unplaced_until = time.monotonic() + UNPLACED_SECONDS
         with output.loading() as report:
             told = ""
@@ -65,7 +65,9 @@ class Roped:
                 told = text
                 time.sleep(POLL_SECONDS)
 
-    def answer(self, messages: Sequence[Mapping[str, str]], manner: "Manner") -> Iterator[Chunk]:
+    def answer(
+        self, messages: Sequence[Mapping[str, str]], manner: "GenerationOptions"
+    ) -> Iterator[TextChunk]:
         """The chunks of an answer to a conversation. Closing the iterator cancels the stream.
 
         Raises:
@@ -91,7 +93,7 @@ def _model(name: str) -> dict[str, Any] | None:
     return next((model for model in models if model["name"] == name), None)
 
 
-def _chunks(response: http.client.HTTPResponse) -> Iterator[Chunk]:
+def _chunks(response: http.client.HTTPResponse) -> Iterator[TextChunk]:
     """Server-sent events as chunks. Tokens are counted by events until the last tells how many they were."""
     tokens, finish = 0, None
     while line := response.readline(LINE_BYTES_MAX):
@@ -106,9 +108,9 @@ def _chunks(response: http.client.HTTPResponse) -> Iterator[Chunk]:
             tokens += bool(text)
             finish = choice["finish_reason"] or finish
             if text:
-                yield Chunk(text=text, completion_tokens=tokens)
+                yield TextChunk(text=text, completion_tokens=tokens)
         if usage := event.get("usage"):
-            yield Chunk(
+            yield TextChunk(
                 text="",
                 finish_reason=finish,
                 prompt_tokens=usage["prompt_tokens"],

@@ -16,13 +16,13 @@ import click
 
 from cordee.cli import output
 from cordee.cli.models import STARTER, find
-from cordee.cli.run import MAX_TOKENS, TEMPERATURE, Manner
+from cordee.cli.run import MAX_TOKENS, TEMPERATURE, GenerationOptions
 from cordee.errors import ContextExceeded
 
 if TYPE_CHECKING:
-    from cordee.cli.cluster_model import Roped
-    from cordee.cli.demo_cluster import Rope
-    from cordee.generation.request import Chunk
+    from cordee.cli.cluster_model import ClusterModel
+    from cordee.cli.demo_cluster import DemoCluster
+    from cordee.generation.request import TextChunk
 
 PAUSE_SECONDS = 0.3  # a silence behind a fall that is worth telling; between tokens there is less
 TURN_SECONDS = 0.02  # how often keys and tokens are looked for while an answer comes in
@@ -60,8 +60,8 @@ def demo(temperature: float, max_tokens: int) -> None:
     answer goes on. A felled node comes back after some seconds. All nodes end with the chat; their folders
     stay, for the next time.
     """
-    from cordee.cli.cluster_model import Roped
-    from cordee.cli.demo_cluster import Rope
+    from cordee.cli.cluster_model import ClusterModel
+    from cordee.cli.demo_cluster import DemoCluster
     from cordee.files import home
     from cordee.models.store import Store
 
@@ -71,24 +71,26 @@ def demo(temperature: float, max_tokens: int) -> None:
     with contextlib.ExitStack() as stack:
         with output.loading() as report:
             report("starting three nodes")
-            rope = stack.enter_context(Rope(folder, model, report, news.put))
-        source = Roped(model.name, rope.api)
+            rope = stack.enter_context(DemoCluster(folder, model, report, news.put))
+        source = ClusterModel(model.name, rope.api)
         source.wait()
-        Chat(rope, source, Manner(temperature, max_tokens, None, None), news).run()
+        Chat(rope, source, GenerationOptions(temperature, max_tokens, None, None), news).run()
 
 
-class Answer:
+class AnswerReader:
     """An answer that comes in on a thread of its own, so that the keyboard is heard meanwhile."""
 
-    def __init__(self, source: "Roped", messages: Sequence[dict[str, str]], manner: Manner) -> None:
+    def __init__(
+        self, source: "ClusterModel", messages: Sequence[dict[str, str]], manner: GenerationOptions
+    ) -> None:
         self.ended = False
         # Bounded by the answer: no more chunks than the context has tokens.
-        self._items: queue.SimpleQueue[tuple[float, Chunk] | Exception | None] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[tuple[float, TextChunk] | Exception | None] = queue.SimpleQueue()
         self._left = threading.Event()
         work = (source, messages, manner)
         threading.Thread(target=self._read, args=work, name="answer", daemon=True).start()
 
-    def take(self) -> "Iterator[tuple[float, Chunk]]":
+    def chunks(self) -> "Iterator[tuple[float, TextChunk]]":
         """The chunks that came since, each with the time of the monotonic clock when it did.
 
         Raises:
@@ -107,7 +109,9 @@ class Answer:
         """No more is wanted: the stream is cancelled at its next chunk."""
         self._left.set()
 
-    def _read(self, source: "Roped", messages: Sequence[dict[str, str]], manner: Manner) -> None:
+    def _read(
+        self, source: "ClusterModel", messages: Sequence[dict[str, str]], manner: GenerationOptions
+    ) -> None:
         try:
             with closing(source.answer(messages, manner)) as chunks:
                 for chunk in chunks:
@@ -122,7 +126,13 @@ class Answer:
 class Chat:
     """The conversation, the keyboard and the screen. `news` are lines of what happens to the nodes."""
 
-    def __init__(self, rope: "Rope", source: "Roped", manner: Manner, news: "queue.SimpleQueue[str]") -> None:
+    def __init__(
+        self,
+        rope: "DemoCluster",
+        source: "ClusterModel",
+        manner: GenerationOptions,
+        news: "queue.SimpleQueue[str]",
+    ) -> None:
         self._rope = rope
         self._source = source
         self._manner = manner
@@ -206,7 +216,7 @@ class Chat:
 
     def _turn(self, text: str) -> None:
         self._messages.append({"role": "user", "content": text})
-        answer, pieces = Answer(self._source, self._messages, self._manner), list[str]()
+        answer, pieces = AnswerReader(self._source, self._messages, self._manner), list[str]()
         self._heard, self._fell = time.monotonic(), 0.0
         try:
             with _silent_keys() if self._keys else contextlib.nullcontext() as loud:
@@ -240,8 +250,8 @@ class Chat:
         elif line:
             self._note("first the answer: wait for its end, or stop it with Ctrl-C")
 
-    def _show(self, answer: Answer, pieces: list[str]) -> None:
-        for when, chunk in answer.take():
+    def _show(self, answer: AnswerReader, pieces: list[str]) -> None:
+        for when, chunk in answer.chunks():
             if not chunk.text:
                 continue
             silence = when - self._heard

@@ -88,7 +88,7 @@ class Node:
         return ""
 
 
-class Rope:
+class DemoCluster:
     """The nodes and who watches over them; a context manager that ends them.
 
     `tell` hears from another thread what happens of its own accord. Entering it, this process becomes one
@@ -174,7 +174,7 @@ class Rope:
             self._join(node)
             self._start(node)
         self._until(lambda: self._alive() == set(NAMES), self._nodes)
-        control.ask("POST", "/share", control.Share(self._model.name, CONTEXT, SEQUENCES))
+        control.ask("POST", "/share", control.Deploy(self._model.name, CONTEXT, SEQUENCES))
 
     def _put_model(self) -> None:
         from cordee.models.store import Store
@@ -272,12 +272,12 @@ class Rope:
 
 def lent_bytes(model: "StoredModel") -> int:
     """What each node lends: enough for any two to hold the model, too little for one."""
-    from cordee.cluster.memory import Load, needed_bytes
+    from cordee.cluster.memory import Demand, needed_bytes
     from cordee.models.gguf import read_header
     from cordee.models.shape import model_shape
 
     shape = model_shape(read_header(model.path), model.digest)
-    load, middle = Load(CONTEXT, SEQUENCES), shape.layers // 2
+    load, middle = Demand(CONTEXT, SEQUENCES), shape.layers // 2
     halves = needed_bytes(shape, load, 0, middle), needed_bytes(shape, load, middle, shape.layers)
     return int(LENT_PART * max(halves))
 

@@ -145,7 +145,7 @@ def _confirm() -> None:
     if not sys.stdin.isatty():
         raise BadRequest("This ends the membership for good: say --yes.")
     with contextlib.suppress(IdentityDamaged):
-        if identity.load().is_keeper:
+        if identity.load().is_admin:
             output.note("If this is the only keeper, nobody can invite or remove nodes any more.")
     click.confirm("Leave the cluster for good?", abort=True, err=True)
 

@@ -13,7 +13,7 @@ from cordee.errors import BadRequest, DoesNotFit, ModelNotFound, NotRunning
 
 if TYPE_CHECKING:
     from cordee.cluster.facts import Facts, ModelShape
-    from cordee.cluster.memory import Load
+    from cordee.cluster.memory import Demand
     from cordee.cluster.planner import Plan
 
 
@@ -64,15 +64,15 @@ def plan(model: str, file: Path | None, context: int | None, sequences: int, as_
         raise DoesNotFit(f"{model} does not fit. {found.why}")
 
 
-def _by_agent(model: str, context: int | None, sequences: int) -> "tuple[ModelShape, Load, Plan] | None":
+def _by_agent(model: str, context: int | None, sequences: int) -> "tuple[ModelShape, Demand, Plan] | None":
     """Planned by the agent that runs here, for the cluster as it is; None if none runs."""
     from cordee.agent import control
-    from cordee.cluster.memory import Load
+    from cordee.cluster.memory import Demand
 
-    def ask(shape: "ModelShape | None", context: int | None) -> "tuple[ModelShape, Load, Plan]":
-        asked = control.Plan(model, shape, context, sequences)
+    def ask(shape: "ModelShape | None", context: int | None) -> "tuple[ModelShape, Demand, Plan]":
+        asked = control.PlanRequest(model, shape, context, sequences)
         found = control.ask("POST", "/plan", asked, control.Planned)
-        return found.shape, Load(found.context, found.sequences), found.plan
+        return found.shape, Demand(found.context, found.sequences), found.plan
 
     try:
         if not Path(model).is_file():
@@ -90,18 +90,18 @@ def _by_agent(model: str, context: int | None, sequences: int) -> "tuple[ModelSh
 
 def _by_ourselves(
     model: str, file: Path | None, context: int | None, sequences: int
-) -> "tuple[ModelShape, Load, Plan]":
-    from cordee.cluster.memory import Load
+) -> "tuple[ModelShape, Demand, Plan]":
+    from cordee.cluster.memory import Demand
     from cordee.cluster.planner import plan
 
     wanted = _wanted(model)
     nodes = _described(file) if file else _this_machine(wanted)
-    load = Load(_context(model, context, wanted.context, sequences), sequences)
+    load = Demand(_context(model, context, wanted.context, sequences), sequences)
     return wanted.shape, load, plan(wanted.shape, nodes, load)
 
 
 @dataclass(frozen=True)
-class Wanted:
+class PlannedModel:
     """A model to plan; `context` is what it was made for, `stored` whether this machine has it."""
 
     shape: "ModelShape"
@@ -109,7 +109,7 @@ class Wanted:
     stored: bool = False
 
 
-def _wanted(model: str) -> Wanted:
+def _wanted(model: str) -> PlannedModel:
     """A file, a model in the store, or a card."""
     from cordee.cli.models import find
     from cordee.models.cards import cards
@@ -119,7 +119,7 @@ def _wanted(model: str) -> Wanted:
 
     if Path(model).is_file():
         header = read_header(Path(model), weights=False)
-        return Wanted(model_shape(header, model), header.get(".context_length"))
+        return PlannedModel(model_shape(header, model), header.get(".context_length"))
     try:
         stored = find(Store(), model)
     except ModelNotFound:
@@ -127,9 +127,9 @@ def _wanted(model: str) -> Wanted:
         shape = card_shape(card) if card else None
         if shape is None:
             raise
-        return Wanted(shape, card.context)
+        return PlannedModel(shape, card.context)
     header = read_header(stored.path)
-    return Wanted(model_shape(header, stored.digest), header.get(".context_length"), stored=True)
+    return PlannedModel(model_shape(header, stored.digest), header.get(".context_length"), stored=True)
 
 
 def _context(model: str, asked: int | None, own: int | None, sequences: int) -> int:
@@ -147,7 +147,7 @@ def _described(file: Path) -> dict[str, "Facts"]:
     return read_nodes(file)
 
 
-def _this_machine(wanted: Wanted) -> dict[str, "Facts"]:
+def _this_machine(wanted: PlannedModel) -> dict[str, "Facts"]:
     """This machine alone."""
     from cordee.cluster.facts import Facts, SliceHeld
     from cordee.files import home
@@ -170,7 +170,7 @@ def _this_machine(wanted: Wanted) -> dict[str, "Facts"]:
     return {name: facts}
 
 
-def _facts(model: str, shape: "ModelShape", load: "Load", found: "Plan") -> dict[str, Any]:
+def _facts(model: str, shape: "ModelShape", load: "Demand", found: "Plan") -> dict[str, Any]:
     from msgspec import to_builtins
 
     asked = {"model": model, "architecture": shape.architecture, "layers": shape.layers} | load._asdict()
@@ -181,7 +181,7 @@ def _weights(shape: "ModelShape") -> int:
     return sum(shape.layer_bytes) + shape.whole_extra_bytes
 
 
-def _print(model: str, shape: "ModelShape", load: "Load", found: "Plan") -> None:
+def _print(model: str, shape: "ModelShape", load: "Demand", found: "Plan") -> None:
     """For people: the question, the stages, the machines. Why a model does not fit is the error's line."""
     lines = [
         ("Model", f"{model}: {shape.layers} layers, {output.size(_weights(shape))}"),

@@ -17,7 +17,7 @@ from cordee.errors import BadRequest, ContextExceeded
 
 if TYPE_CHECKING:
     from cordee.cli.session import Session
-    from cordee.generation.request import Chunk
+    from cordee.generation.request import TextChunk
 
 PROMPT_BYTES = 16 << 20  # what a vocabulary tokenizes at most; a prompt from a pipe is read whole
 # With these the starter model neither rambles nor repeats itself: of 12 answers to simple questions one (at
@@ -61,7 +61,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Manner:
+class GenerationOptions:
     """How to answer, as the command line asks for it; `seed` None draws another one for each answer."""
 
     temperature: float
@@ -81,20 +81,24 @@ class Manner:
         }
 
 
-class Source(Protocol):
+class ConversationModel(Protocol):
     """What answers."""
 
-    def answer(self, messages: Sequence[Mapping[str, str]], manner: Manner) -> "Iterator[Chunk]":
+    def answer(
+        self, messages: Sequence[Mapping[str, str]], manner: GenerationOptions
+    ) -> "Iterator[TextChunk]":
         """The chunks of an answer to a conversation. Closing the iterator cancels it."""
 
 
-class Own:
+class LocalModel:
     """A model that this process loaded."""
 
     def __init__(self, session: "Session") -> None:
         self._session = session
 
-    def answer(self, messages: Sequence[Mapping[str, str]], manner: Manner) -> "Iterator[Chunk]":
+    def answer(
+        self, messages: Sequence[Mapping[str, str]], manner: GenerationOptions
+    ) -> "Iterator[TextChunk]":
         from cordee.generation.request import Request, SamplingParams
 
         sampling = SamplingParams(**manner.sampling())
@@ -115,10 +119,10 @@ class Own:
         return chat_prompt(service, request, datetime.now())
 
 
-class Talk:
+class Conversation:
     """A conversation. A message whose answer failed is forgotten."""
 
-    def __init__(self, source: Source, manner: Manner) -> None:
+    def __init__(self, source: ConversationModel, manner: GenerationOptions) -> None:
         self._source = source
         self._manner = manner
         self.stats: Stats | None = None
@@ -201,13 +205,13 @@ def run(
     load it.
     """
     text = _prompt(prompt)
-    manner = Manner(temperature, max_tokens, seed, system)
+    manner = GenerationOptions(temperature, max_tokens, seed, system)
     context = click.get_current_context()
     given = [
         name for name in ("stages", *loading) if context.get_parameter_source(name) != ParameterSource.DEFAULT
     ]
     with _source(model, stages, loading, by_cluster=not given) as source:
-        talk = Talk(source, manner)
+        talk = Conversation(source, manner)
         if text is None:
             output.note(f"{model}; /help lists what you can type")
             _chat(talk)
@@ -218,11 +222,13 @@ def run(
 
 
 @contextmanager
-def _source(model: str, stages: int, loading: Mapping[str, Any], *, by_cluster: bool) -> Iterator[Source]:
+def _source(
+    model: str, stages: int, loading: Mapping[str, Any], *, by_cluster: bool
+) -> Iterator[ConversationModel]:
     """The cluster, if it has the model and nothing is said about how to load it; else a process of ours."""
-    from cordee.cli.cluster_model import Roped
+    from cordee.cli.cluster_model import ClusterModel
 
-    roped = Roped.find(model) if by_cluster else None
+    roped = ClusterModel.find(model) if by_cluster else None
     if roped is not None:
         roped.wait()
         yield roped
@@ -238,7 +244,7 @@ def _source(model: str, stages: int, loading: Mapping[str, Any], *, by_cluster: 
     with output.loading() as report:
         session = Session(stored, store, stages, config, report)
     with session:
-        yield Own(session)
+        yield LocalModel(session)
 
 
 def _prompt(argument: str | None) -> str | None:
@@ -262,7 +268,7 @@ def _prompt(argument: str | None) -> str | None:
     return text
 
 
-def _say(talk: Talk, text: str) -> None:
+def _say(talk: Conversation, text: str) -> None:
     """Print an answer as it comes, and why it ended if it is not whole."""
     end = ""
     with closing(talk.answer(text)) as pieces:
@@ -276,7 +282,7 @@ def _say(talk: Talk, text: str) -> None:
         output.note("cordee: the answer is cut off here: --max-tokens or the context is used up")
 
 
-def _chat(talk: Talk) -> None:
+def _chat(talk: Conversation) -> None:
     import readline  # gives input() line editing and a history that lives in memory only
 
     readline.set_auto_history(True)
@@ -297,7 +303,7 @@ def _chat(talk: Talk) -> None:
             _turn(talk, line)
 
 
-def _command(talk: Talk, line: str) -> None:
+def _command(talk: Conversation, line: str) -> None:
     if line == "/reset":
         talk.reset()
         output.note("the conversation is forgotten")
@@ -307,7 +313,7 @@ def _command(talk: Talk, line: str) -> None:
         output.note(HELP)
 
 
-def _turn(talk: Talk, line: str) -> None:
+def _turn(talk: Conversation, line: str) -> None:
     try:
         _say(talk, line)
     except KeyboardInterrupt:

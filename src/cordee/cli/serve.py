@@ -83,19 +83,19 @@ async def _serve(
     """Load the models, answer until SIGINT or SIGTERM, close everything."""
     from cordee.api.app import create_app
     from cordee.api.server import serve as answer
-    from cordee.serving.local_service import Service
+    from cordee.serving.local_service import LocalService
 
     task = asyncio.current_task()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-    services: dict[str, Service] = {}
+    services: dict[str, LocalService] = {}
     # From the first moment on: who asks while a model loads is told so.
     app = create_app(services, expected=[model.name for model in models])
     serving = asyncio.create_task(answer(app, listener))
     try:
         with output.loading() as report:
             for model in models:
-                services[model.name] = await Service.start(
+                services[model.name] = await LocalService.start(
                     model, store, stages=stages, config=config, report=report
                 )
         _greet(services, listener.getsockname()[:2])

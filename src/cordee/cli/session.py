@@ -12,9 +12,9 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any, Self, TypeVar
 
-from cordee.generation.request import Chunk, Request
+from cordee.generation.request import Request, TextChunk
 from cordee.models.store import Store, StoredModel
-from cordee.serving.local_service import Service, ServiceConfig
+from cordee.serving.local_service import LocalService, ServiceConfig
 
 Result = TypeVar("Result")
 
@@ -37,8 +37,8 @@ class Session:
         self._thread = threading.Thread(target=self._loop.run_forever, name="service", daemon=True)
         self._thread.start()
         try:
-            starting = Service.start(model, store, stages=stages, config=config, report=report)
-            self.service: Service = self._run(starting)
+            starting = LocalService.start(model, store, stages=stages, config=config, report=report)
+            self.service: LocalService = self._run(starting)
         except BaseException:
             self._stop()
             raise
@@ -52,14 +52,14 @@ class Session:
         finally:
             self._stop()
 
-    def generate(self, request: Request) -> Iterator[Chunk]:
+    def generate(self, request: Request) -> Iterator[TextChunk]:
         """The chunks of an answer. Closing the iterator cancels the stream.
 
         Ctrl-C does so too, and raises KeyboardInterrupt when the stream has ended: while it is under way the
         signal only cancels, so that it cannot strike in the middle of something.
         """
         # Bounded by the answer: no more chunks than the context has tokens.
-        chunks: queue.SimpleQueue[Chunk | Exception | None] = queue.SimpleQueue()
+        chunks: queue.SimpleQueue[TextChunk | Exception | None] = queue.SimpleQueue()
         task = self._run(_pour(self.service.generate(request), chunks))
         interrupted = threading.Event()
 
@@ -68,7 +68,7 @@ class Session:
             self._loop.call_soon_threadsafe(task.cancel)
 
         before = signal.signal(signal.SIGINT, interrupt)
-        item: Chunk | Exception | None = None
+        item: TextChunk | Exception | None = None
         try:
             while (item := chunks.get()) is not None:
                 if isinstance(item, Exception):
@@ -105,7 +105,7 @@ class Session:
         self._loop.close()
 
 
-async def _pour(stream: AsyncGenerator[Chunk], chunks: "queue.SimpleQueue") -> asyncio.Task:
+async def _pour(stream: AsyncGenerator[TextChunk], chunks: "queue.SimpleQueue") -> asyncio.Task:
     """Start moving a stream's chunks, or the error that ends it, to a queue; None comes last."""
 
     async def pour() -> None:

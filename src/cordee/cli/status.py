@@ -49,8 +49,8 @@ def share(model: str, context: int | None, sequences: int, replicas: int) -> Non
     """
     from cordee.agent import control
 
-    asked = control.Share(model, context, sequences, replicas)
-    shared = control.ask("POST", "/share", asked, control.Shared)
+    asked = control.Deploy(model, context, sequences, replicas)
+    shared = control.ask("POST", "/share", asked, control.Deployed)
     if shared.reading is not None:
         shared = _follow(model, shared.reading.source)
     output.note(f"The cluster serves {shared.name} from now on: `cordee status` shows where.")
@@ -62,18 +62,18 @@ def unshare(model: str) -> None:
     """Have the cluster serve MODEL no more, until somebody asks for it."""
     from cordee.agent import control
 
-    control.ask("POST", "/unshare", control.Unshare(model))
+    control.ask("POST", "/unshare", control.Undeploy(model))
 
 
-def _follow(model: str, source: str) -> "control.Shared":
+def _follow(model: str, source: str) -> "control.Deployed":
     """Show how far a node is with reading a model from the hub, until it is shared."""
     from cordee.agent import control
 
     with output.progress(f"Reading {source} from the hub") as progress:
         while True:
             time.sleep(POLL_SECONDS)
-            asked = control.Share(model, follow=True)
-            shared = control.ask("POST", "/share", asked, control.Shared)
+            asked = control.Deploy(model, follow=True)
+            shared = control.ask("POST", "/share", asked, control.Deployed)
             if shared.reading is None:
                 return shared
             progress(shared.reading.done_bytes, shared.reading.total_bytes)

@@ -20,7 +20,7 @@ from cordee.errors import JoinFailed
 
 if TYPE_CHECKING:
     from cordee.agent.agent import Agent, AgentOptions
-    from cordee.agent.control import Place
+    from cordee.agent.control import AgentSocket
     from cordee.net.identity import Identity
 
 NAME_CHARS_MAX = 64
@@ -87,13 +87,13 @@ def up(
     --listen are remembered. Programs on this machine reach every model of the cluster at the API.
     """
     from cordee.agent.agent import AgentOptions
-    from cordee.agent.control import Place
+    from cordee.agent.control import AgentSocket
     from cordee.net import identity
     from cordee.net.zenoh_bus import BusOptions
 
     listener = listen("127.0.0.1", port)
     member = identity.load() if identity.exists() else identity.found(time.time())
-    place = Place(member.folder)
+    place = AgentSocket(member.folder)
     try:
         settings = _settings(member, name, address)
         api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
@@ -130,7 +130,7 @@ class _Running:
     """The agent and its two servers."""
 
     def __init__(
-        self, member: "Identity", options: "AgentOptions", listener: socket.socket, place: "Place"
+        self, member: "Identity", options: "AgentOptions", listener: socket.socket, place: "AgentSocket"
     ) -> None:
         self._member = member
         self._options = options
@@ -220,7 +220,7 @@ def _greet(agent: "Agent") -> None:
     """Who this is, and what to do next."""
     output.note(f"cordee: node {agent.options.name} ({agent.node}) of cluster {agent.identity.cluster}")
     output.note(f"cordee: API at {agent.options.api} (no API key); Ctrl-C ends the node")
-    if agent.identity.is_keeper:
+    if agent.identity.is_admin:
         output.note("cordee: `cordee invite` prints a code that lets another machine join")
     else:
         output.note("cordee: `cordee nodes` lists who is there, `cordee status` what runs where")

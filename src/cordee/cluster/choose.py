@@ -67,7 +67,7 @@ class Planning(Protocol):
         """Memory of the device that a stage takes."""
 
 
-class Job(NamedTuple):
+class Workload(NamedTuple):
     """A model as it is wished; placements for another context are others.
 
     Wishes that disagree about a model's shape are different jobs: the one that is wrong spoils no other.
@@ -173,10 +173,10 @@ def covers(shape: ModelShape, placement: Placement) -> bool:
 
 def choose(view: View, planning: Planning) -> dict[str, tuple[Chosen, ...]]:
     """What should run for each wished model, by its name. Total: nonsense in the view is passed over."""
-    return Choice(view, planning).made()
+    return Selection(view, planning).made()
 
 
-class Choice:
+class Selection:
     """One evaluation of `choose`."""
 
     def __init__(self, view: View, planning: Planning) -> None:
@@ -188,14 +188,14 @@ class Choice:
             for node, facts in view.facts.items()
             for device in facts.devices
         }
-        self._wanted: dict[str, Job] = {}
-        self._replicas: dict[Job, int] = {}
-        for wish in view.wishes:
+        self._wanted: dict[str, Workload] = {}
+        self._replicas: dict[Workload, int] = {}
+        for wish in view.deployments:
             if wish.shape is not None and wish.replicas > 0:
-                job = Job(wish.shape, wish.context, wish.sequences)
+                job = Workload(wish.shape, wish.context, wish.sequences)
                 self._wanted[wish.model] = job
                 self._replicas[job] = max(wish.replicas, self._replicas.get(job, 0))
-        self._kept: dict[Job, list[Candidate]] = {job: [] for job in self._replicas}
+        self._kept: dict[Workload, list[Candidate]] = {job: [] for job in self._replicas}
         self._successors: dict[str, Placement] = {}  # by the id of the placement they follow
 
     def made(self) -> dict[str, tuple[Chosen, ...]]:
@@ -214,17 +214,17 @@ class Choice:
                 self._succeed(job, kept, candidates)
         return {model: self._chosen(job) for model, job in self._wanted.items()}
 
-    def _chosen(self, job: Job) -> tuple[Chosen, ...]:
+    def _chosen(self, job: Workload) -> tuple[Chosen, ...]:
         kept = sorted(self._kept[job], key=lambda candidate: candidate.rank)
         return tuple(Chosen(job.shape, c.placement, c.wiring, self._successors.get(c.id)) for c in kept)
 
-    def _candidates(self, job: Job) -> list[Candidate]:
+    def _candidates(self, job: Workload) -> list[Candidate]:
         """The feasible ones of those that are reported, the best first."""
         placements = self._reports.placements.values()
         found = [self._candidate(job, p) for p in placements if self._feasible(job, p)]
         return sorted(found, key=lambda candidate: candidate.rank)
 
-    def _candidate(self, job: Job, placement: Placement) -> Candidate:
+    def _candidate(self, job: Workload, placement: Placement) -> Candidate:
         facts = self._view.facts
         return Candidate(
             placement,
@@ -235,7 +235,7 @@ class Choice:
             self._planning.speed(job.shape, placement, facts),
         )
 
-    def _feasible(self, job: Job, placement: Placement) -> bool:
+    def _feasible(self, job: Workload, placement: Placement) -> bool:
         wished = (job.shape.digest, job.context, job.sequences)
         if (placement.model, placement.context, placement.sequences) != wished:
             return False
@@ -256,41 +256,41 @@ class Choice:
         missing = (shape.layer_bytes[layer] for layer in range(place.first, place.last) if layer not in held)
         return sum(missing) <= facts.disk_free_bytes
 
-    def _keep(self, job: Job, candidates: Sequence[Candidate]) -> None:
+    def _keep(self, job: Workload, candidates: Sequence[Candidate]) -> None:
         for candidate in candidates:
             if len(self._kept[job]) >= self._replicas[job]:
                 return
             apart = self._nodes(job).isdisjoint(place.node for place in candidate.placement.stages)
-            if apart and self._take(job, candidate.placement):
+            if apart and self._reserve_memory(job, candidate.placement):
                 self._kept[job].append(candidate)
 
-    def _plan_missing(self, job: Job) -> None:
+    def _plan_missing(self, job: Workload) -> None:
         while len(self._kept[job]) < self._replicas[job]:
             planned = self._plan(job, self._nodes(job))
-            if planned is None or not self._take(job, planned.placement):
+            if planned is None or not self._reserve_memory(job, planned.placement):
                 return
             self._kept[job].append(planned)
 
-    def _succeed(self, job: Job, kept: Candidate, candidates: Sequence[Candidate]) -> None:
+    def _succeed(self, job: Workload, kept: Candidate, candidates: Sequence[Candidate]) -> None:
         """Find what a serving placement should be followed by, or replaced with."""
         if not kept.wiring:
             return
         if kept.leaving:
             successor = self._successor(job, kept, candidates, 0.0)
             if successor is None:
-                self._give_back(job, kept.placement)
+                self._release_memory(job, kept.placement)
                 self._kept[job].remove(kept)
                 successor = self._successor(job, kept, candidates, 0.0) or kept
-                self._take(job, successor.placement)
+                self._reserve_memory(job, successor.placement)
                 self._kept[job].append(successor)
                 return
         else:
             successor = self._successor(job, kept, candidates, kept.speed * UPGRADE_RATIO)
-        if successor is not None and self._take(job, successor.placement):
+        if successor is not None and self._reserve_memory(job, successor.placement):
             self._successors[kept.id] = successor.placement
 
     def _successor(
-        self, job: Job, kept: Candidate, candidates: Sequence[Candidate], speed: float
+        self, job: Workload, kept: Candidate, candidates: Sequence[Candidate], speed: float
     ) -> Candidate | None:
         """The best reported placement that is at least so fast and fits; else a planned one."""
         others = {place.node for c in self._kept[job] if c is not kept for place in c.placement.stages}
@@ -304,7 +304,7 @@ class Choice:
             return None
         return planned
 
-    def _plan(self, job: Job, taken: set[str]) -> Candidate | None:
+    def _plan(self, job: Workload, taken: set[str]) -> Candidate | None:
         if self._view.listening:
             return None
         nodes = []
@@ -324,11 +324,11 @@ class Choice:
         )
         return facts if devices == facts.devices else msgspec.structs.replace(facts, devices=devices)
 
-    def _nodes(self, job: Job) -> set[str]:
+    def _nodes(self, job: Workload) -> set[str]:
         """Nodes of this model's kept placements: replicas share none, so one loss costs one."""
         return {place.node for candidate in self._kept[job] for place in candidate.placement.stages}
 
-    def _needed(self, job: Job, placement: Placement) -> Free:
+    def _needed(self, job: Workload, placement: Placement) -> Free:
         needed: Free = {}
         for index, place in enumerate(placement.stages):
             key = (place.node, place.device)
@@ -336,16 +336,16 @@ class Choice:
             needed[key] = needed.get(key, 0) + stage_bytes
         return needed
 
-    def _fits(self, job: Job, placement: Placement) -> bool:
+    def _fits(self, job: Workload, placement: Placement) -> bool:
         return all(self._free[key] >= size for key, size in self._needed(job, placement).items())
 
-    def _take(self, job: Job, placement: Placement) -> bool:
+    def _reserve_memory(self, job: Workload, placement: Placement) -> bool:
         if not self._fits(job, placement):
             return False
         for key, size in self._needed(job, placement).items():
             self._free[key] -= size
         return True
 
-    def _give_back(self, job: Job, placement: Placement) -> None:
+    def _release_memory(self, job: Workload, placement: Placement) -> None:
         for key, size in self._needed(job, placement).items():
             self._free[key] += size

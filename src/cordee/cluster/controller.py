@@ -13,10 +13,10 @@ import math
 from collections.abc import Iterable, Mapping
 
 from cordee.cluster.choose import Chosen, Planning, choose
-from cordee.cluster.deployments import Wish, Wishes
+from cordee.cluster.deployments import Deployment, Deployments
 from cordee.cluster.facts import Facts, Gauges, ModelShape
 from cordee.cluster.goals import Goals, goals
-from cordee.cluster.membership import LISTEN_SECONDS, Beat, Farewell, Liveness, Membership, View
+from cordee.cluster.membership import LISTEN_SECONDS, Farewell, Heartbeat, Liveness, Membership, View
 
 # Goals are computed anew when the view changed, and so often in any case: what is kept may be damaged.
 RETHINK_SECONDS = 10.0
@@ -34,14 +34,14 @@ class Controller:
         me: str,
         session: str,
         planning: Planning,
-        wishes: Iterable[Wish] = (),
+        deployments: Iterable[Deployment] = (),
         remembered: Iterable[str] = (),
     ) -> None:
         self.me = me
         self._session = session
         self._planning = planning
         self._membership = Membership(me)
-        self._wishes = Wishes(wishes)
+        self._deployments = Deployments(deployments)
         self._facts: Facts | None = None
         self._offset = 0.0  # the machine's clock less `now`
         self._revocations: dict[str, bytes] = {}
@@ -56,9 +56,9 @@ class Controller:
         self._goals = Goals()
 
     @property
-    def wishes(self) -> tuple[Wish, ...]:
+    def deployments(self) -> tuple[Deployment, ...]:
         """What the cluster is wished to serve, to be kept on disk; with `replicas` 0: taken back."""
-        return self._wishes.all
+        return self._deployments.all
 
     @property
     def chosen(self) -> Mapping[str, tuple[Chosen, ...]]:
@@ -84,18 +84,18 @@ class Controller:
         self._offset = clock - now
         self._revocations = dict(revocations or {})
         self._membership.settle(now)
-        self._wishes.settle(self._clock(now))
+        self._deployments.settle(self._clock(now))
 
-    def hear(self, beat: Beat, now: float) -> bool:
+    def hear(self, heartbeat: Heartbeat, now: float) -> bool:
         """A beat came; False if it changes nothing. Its revocations are the shell's to check first."""
-        if beat.facts.node == self.me or self._refuses(beat.facts.node):
+        if heartbeat.facts.node == self.me or self._refuses(heartbeat.facts.node):
             return False
         if self._awaited:
-            self._listen(beat.facts, now)
-        before = self._wishes.all
-        if beat.wishes != before:
-            self._wishes.merge(beat.wishes, self._clock(now))
-        return self._membership.hear(beat, now) or self._wishes.all is not before
+            self._listen(heartbeat.facts, now)
+        before = self._deployments.all
+        if heartbeat.deployments != before:
+            self._deployments.merge(heartbeat.deployments, self._clock(now))
+        return self._membership.hear(heartbeat, now) or self._deployments.all is not before
 
     def _listen(self, facts: Facts, now: float) -> None:
         """Who was heard may tell of others: all whom it measured, or runs a placement with."""
@@ -124,8 +124,8 @@ class Controller:
         source: str = "",
     ) -> None:
         """Wish a model to be served by the cluster, or with `replicas` 0 no more."""
-        wish = Wish(model, shape, context, sequences, replicas, author=self.me, source=source)
-        self._wishes.write(wish, self._clock(now))
+        deployment = Deployment(model, shape, context, sequences, replicas, author=self.me, source=source)
+        self._deployments.write(deployment, self._clock(now))
 
     def nodes(self, now: float) -> dict[str, tuple[Liveness, Facts]]:
         """All known nodes, us included, by id."""
@@ -138,15 +138,15 @@ class Controller:
         """What the other nodes that are alive measured last, by id."""
         return self._membership.gauges(now)
 
-    def beat(self, now: float, gauges: Gauges = Gauges(), farewell: Farewell = "") -> Beat:  # noqa: B008
+    def heartbeat(self, now: float, gauges: Gauges = Gauges(), farewell: Farewell = "") -> Heartbeat:  # noqa: B008
         """What to say now. `observe` comes first."""
         assert self._facts is not None
-        return Beat(
+        return Heartbeat(
             self._session,
             now,
             now + self._offset,
             self._facts,
-            self._wishes.all,
+            self._deployments.all,
             tuple(self._revocations[node] for node in sorted(self._revocations)),
             gauges,
             farewell,
@@ -169,7 +169,7 @@ class Controller:
         return View(
             {node: facts for node, (state, facts) in known.items() if state != "gone"},
             frozenset(node for node, (state, _) in known.items() if state == "suspect"),
-            tuple(wish for wish in self._wishes.all if wish.replicas > 0),
+            tuple(wish for wish in self._deployments.all if wish.replicas > 0),
             now < self._listens_until,
         )
 

@@ -31,12 +31,12 @@ AHEAD_SECONDS = 60.0
 # resolves a quarter of a microsecond.
 TICK_SECONDS = 0.001
 # Models wished or taken back; the latest stay. Beats carry all of them.
-WISHES_MAX = 64
+DEPLOYMENTS_MAX = 64
 # The name of a repository has at most 96 characters, the path of a file in it seldom more than 100.
 SOURCE_CHARS_MAX = 400
 
 
-class Wish(msgspec.Struct, frozen=True):
+class Deployment(msgspec.Struct, frozen=True):
     """Serve `model` (a name), or with `replicas` 0 serve it no more.
 
     The shape comes along so that every node can plan. `context` is in tokens for each of `sequences` streams.
@@ -54,27 +54,27 @@ class Wish(msgspec.Struct, frozen=True):
     source: str = ""
 
 
-class Wishes:
+class Deployments:
     """See the module's theory of operation. `clock` is always the cluster's."""
 
-    def __init__(self, wishes: Iterable[Wish] = ()) -> None:
-        self._wishes: dict[str, Wish] = {}
-        self._sorted: tuple[Wish, ...] | None = None
-        for wish in wishes:
-            self._take(wish)
+    def __init__(self, deployments: Iterable[Deployment] = ()) -> None:
+        self._deployments: dict[str, Deployment] = {}
+        self._sorted: tuple[Deployment, ...] | None = None
+        for wish in deployments:
+            self._keep_greatest(wish)
 
     @property
-    def all(self) -> tuple[Wish, ...]:
+    def all(self) -> tuple[Deployment, ...]:
         """Every wish, those taken back included, by model."""
         if self._sorted is None:
-            self._sorted = tuple(self._wishes[model] for model in sorted(self._wishes))
+            self._sorted = tuple(self._deployments[model] for model in sorted(self._deployments))
         return self._sorted
 
-    def merge(self, wishes: Iterable[Wish], clock: float) -> None:
+    def merge(self, deployments: Iterable[Deployment], clock: float) -> None:
         """Hear another node's map."""
-        for wish in wishes:
-            if wish is not self._wishes.get(wish.model):
-                self._take(_credible(wish, clock))
+        for wish in deployments:
+            if wish is not self._deployments.get(wish.model):
+                self._keep_greatest(_credible(wish, clock))
         self._forget()
 
     def settle(self, clock: float) -> None:
@@ -84,36 +84,36 @@ class Wishes:
             if credible is not wish:
                 self._put(credible)
 
-    def write(self, wish: Wish, clock: float) -> None:
+    def write(self, deployment: Deployment, clock: float) -> None:
         """Replace the wish for its model, here and soon everywhere; its stamp is set."""
-        old = self._wishes.get(wish.model)
+        old = self._deployments.get(deployment.model)
         stamp = clock if old is None else max(clock, _credible(old, clock).stamp + TICK_SECONDS)
-        self._put(msgspec.structs.replace(wish, stamp=stamp))
+        self._put(msgspec.structs.replace(deployment, stamp=stamp))
         self._forget()
 
-    def _take(self, wish: Wish) -> None:
-        old = self._wishes.get(wish.model)
-        if old is None or (wish != old and _rank(wish) > _rank(old)):
-            self._put(wish)
+    def _keep_greatest(self, deployment: Deployment) -> None:
+        old = self._deployments.get(deployment.model)
+        if old is None or (deployment != old and _rank(deployment) > _rank(old)):
+            self._put(deployment)
 
-    def _put(self, wish: Wish) -> None:
-        self._wishes[wish.model] = wish
+    def _put(self, deployment: Deployment) -> None:
+        self._deployments[deployment.model] = deployment
         self._sorted = None
 
     def _forget(self) -> None:
-        while len(self._wishes) > WISHES_MAX:
-            oldest = min(self._wishes.values(), key=_rank)
-            del self._wishes[oldest.model]
+        while len(self._deployments) > DEPLOYMENTS_MAX:
+            oldest = min(self._deployments.values(), key=_rank)
+            del self._deployments[oldest.model]
             self._sorted = None
 
 
-def _credible(wish: Wish, clock: float) -> Wish:
-    if len(wish.source) > SOURCE_CHARS_MAX:
-        wish = msgspec.structs.replace(wish, source="")
-    if wish.stamp <= clock + AHEAD_SECONDS:  # false for a NaN
-        return wish
-    return msgspec.structs.replace(wish, stamp=0.0)
+def _credible(deployment: Deployment, clock: float) -> Deployment:
+    if len(deployment.source) > SOURCE_CHARS_MAX:
+        deployment = msgspec.structs.replace(deployment, source="")
+    if deployment.stamp <= clock + AHEAD_SECONDS:  # false for a NaN
+        return deployment
+    return msgspec.structs.replace(deployment, stamp=0.0)
 
 
-def _rank(wish: Wish) -> tuple[float, str, bytes]:
-    return wish.stamp, wish.author, msgspec.msgpack.encode(wish)
+def _rank(deployment: Deployment) -> tuple[float, str, bytes]:
+    return deployment.stamp, deployment.author, msgspec.msgpack.encode(deployment)

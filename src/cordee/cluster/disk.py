@@ -17,7 +17,7 @@ from cordee.cluster.goals import DISK_RESERVE_BYTES, SliceGoal
 COPIES = 2  # nodes that keep each layer
 
 
-class Part(NamedTuple):
+class StoredSlice(NamedTuple):
     """A part that lies on this node's disk, and takes `nbytes` of it. `used` is in seconds since anything."""
 
     held: SliceHeld
@@ -27,7 +27,7 @@ class Part(NamedTuple):
 
 def removable(
     me: str,
-    parts: Iterable[Part],
+    parts: Iterable[StoredSlice],
     wanted: Iterable[SliceGoal],
     others: Mapping[str, Sequence[SliceHeld]],
     free_bytes: int,

@@ -163,7 +163,7 @@ class Facts(msgspec.Struct, frozen=True):
     draining: bool = False
     inbox: str = ""
     offers: tuple[Offer, ...] = ()
-    keeper: bool = False
+    admin: bool = False
 
 
 class Hosted(msgspec.Struct, frozen=True):

@@ -44,7 +44,7 @@ class SliceGoal:
     last: int
 
 
-class Load(NamedTuple):
+class StageSpec(NamedTuple):
     """What a worker holds, or is to hold: layers of a model on a device, with room for the KV cache."""
 
     model: str
@@ -60,15 +60,15 @@ class Load(NamedTuple):
         return SliceGoal(self.model, self.first, self.last)
 
 
-def load_of(placement: Placement, index: int) -> Load:
+def spec_of(placement: Placement, index: int) -> StageSpec:
     """What a stage's worker holds."""
     place = placement.stages[index]
-    return Load(
+    return StageSpec(
         placement.model, place.device, place.first, place.last, placement.context, placement.sequences
     )
 
 
-class Source(NamedTuple):
+class KvSource(NamedTuple):
     """A worker of a serving placement, from whose slice layers `first` to `last - 1` are to be inherited."""
 
     endpoint: str
@@ -90,12 +90,12 @@ class StageGoal:
     wiring: str = ""
     downstream: str = ""
     first: str = ""
-    sources: tuple[Source, ...] = ()
+    sources: tuple[KvSource, ...] = ()
 
     @property
-    def load(self) -> Load:
+    def spec(self) -> StageSpec:
         """What its worker holds."""
-        return load_of(self.placement, self.index)
+        return spec_of(self.placement, self.index)
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,12 @@ def goals(view: View, me: str, chosen: Mapping[str, tuple[Chosen, ...]], plannin
             stages[goal] = planning.stage_bytes(pick.shape, goal.placement, goal.index)
         if pick.placement.stages[0].node == me:
             hosts.append(_host(reports, pick))
-    slices = [goal.load.slice for goal in stages]
+    slices = [goal.spec.slice for goal in stages]
     slices += _copies(view, picks.values(), me)
     return Goals(
         slices=tuple(dict.fromkeys(slices)),
         stages=tuple(stages),
-        keep=_kept(view.facts[me], stages, _unserved(view, chosen), planning),
+        keep=_workers_to_keep(view.facts[me], stages, _unserved(view, chosen), planning),
         hosts=tuple(hosts),
         routes={model: tuple(map(_route, picks)) for model, picks in chosen.items()},
     )
@@ -179,9 +179,9 @@ def _stages(view: View, reports: Reports, placement: Placement, me: str) -> list
     return found
 
 
-def _sources(reports: Reports, pick: Chosen, goal: StageGoal) -> tuple[Source, ...]:
+def _sources(reports: Reports, pick: Chosen, goal: StageGoal) -> tuple[KvSource, ...]:
     """Where a successor's stage finds its layers in the placement that serves; none if that is broken."""
-    wanted, found = goal.load, []
+    wanted, found = goal.spec, []
     for index, place in enumerate(pick.placement.stages):
         report = reports.by_stage.get((placement_id(pick.placement), index))
         first, last = max(wanted.first, place.first), min(wanted.last, place.last)
@@ -189,7 +189,7 @@ def _sources(reports: Reports, pick: Chosen, goal: StageGoal) -> tuple[Source, .
             continue
         if report is None or not report.endpoint or report.wiring != pick.wiring:
             return ()
-        found.append(Source(report.endpoint, pick.wiring, first - place.first, last - place.first))
+        found.append(KvSource(report.endpoint, pick.wiring, first - place.first, last - place.first))
     return tuple(found)
 
 
@@ -207,19 +207,19 @@ def _unserved(view: View, chosen: Mapping[str, tuple[Chosen, ...]]) -> dict[str,
     """The wished models, by digest, of which something chosen, or everything, does not serve."""
     return {
         wish.shape.digest: wish.shape
-        for wish in view.wishes
+        for wish in view.deployments
         if wish.shape is not None
         and not (chosen.get(wish.model) and all(pick.wiring for pick in chosen[wish.model]))
     }
 
 
-def _kept(
+def _workers_to_keep(
     own: Facts, stages: Mapping[StageGoal, int], unserved: Mapping[str, ModelShape], planning: Planning
 ) -> frozenset[str]:
     """Workers of placements that were not chosen, while those chosen do not serve and memory is left."""
     free = {device.name: device.memory_bytes for device in own.devices}
     for goal, stage_bytes in stages.items():
-        free[goal.load.device] -= stage_bytes
+        free[goal.spec.device] -= stage_bytes
     wanted = {(placement_id(goal.placement), goal.index) for goal in stages}
     keep = set()
     for report in sorted(own.stages, key=lambda report: report.worker):
@@ -245,20 +245,20 @@ def _copies(view: View, picks: Sequence[Chosen], me: str) -> list[SliceGoal]:
             continue
         stages = pick.placement.stages
         for index, place in enumerate(stages):
-            goal = load_of(pick.placement, index).slice
+            goal = spec_of(pick.placement, index).slice
             size = sum(pick.shape.layer_bytes[goal.first : goal.last])
-            if _keeper(view.facts, goal, place.node, size) == me:
+            if _copy_holder(view.facts, goal, place.node, size) == me:
                 found.append(goal)
         embedding = SliceGoal(pick.placement.model, 0, 0)
         if (
             len(stages) > 1
-            and _keeper(view.facts, embedding, stages[0].node, pick.shape.embedding_bytes) == me
+            and _copy_holder(view.facts, embedding, stages[0].node, pick.shape.embedding_bytes) == me
         ):
             found.append(embedding)
     return found
 
 
-def _keeper(facts: Mapping[str, Facts], goal: SliceGoal, runner: str, slice_bytes: int) -> str | None:
+def _copy_holder(facts: Mapping[str, Facts], goal: SliceGoal, runner: str, slice_bytes: int) -> str | None:
     """Who holds the second copy: one who has it already, else one with the disk for it; by hash."""
     others = [own for node, own in facts.items() if node != runner and not own.draining]
     able = [own for own in others if holds(own.slices, goal)] or [

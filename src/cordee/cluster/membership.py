@@ -30,13 +30,13 @@ from typing import Literal
 
 import msgspec
 
-from cordee.cluster.deployments import Wish
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Facts, Gauges
 
 Liveness = Literal["alive", "suspect", "gone"]
 Farewell = Literal["", "stops", "leaves"]  # until it is started again, or for good
 
-BEAT_SECONDS = 1.0  # how often a node says everything again
+HEARTBEAT_SECONDS = 1.0  # how often a node says everything again
 # The bus closes a link that was silent so long. Bounds on healing are stated in this unit.
 LEASE_SECONDS = 3.0
 SILENCE_SECONDS = 4.0  # three beats lost in a row, and one late
@@ -48,7 +48,7 @@ FORGET_SECONDS = 3600.0  # how long a node that went is still shown
 NODES_MAX = 256  # known at once; of those that are gone the longest gone are forgotten first
 
 
-class Beat(msgspec.Struct, frozen=True):
+class Heartbeat(msgspec.Struct, frozen=True):
     """All that a node says, again and again.
 
     `sent` is in seconds of the session's own clock, `clock` in seconds since 1970 as the sender believes.
@@ -60,7 +60,7 @@ class Beat(msgspec.Struct, frozen=True):
     sent: float
     clock: float
     facts: Facts
-    wishes: tuple[Wish, ...] = ()
+    deployments: tuple[Deployment, ...] = ()
     revocations: tuple[bytes, ...] = ()
     gauges: Gauges = Gauges()
     farewell: Farewell = ""
@@ -75,7 +75,7 @@ class View:
 
     facts: Mapping[str, Facts]
     suspects: frozenset[str]
-    wishes: tuple[Wish, ...]
+    deployments: tuple[Deployment, ...]
     listening: bool = False
 
 
@@ -83,7 +83,7 @@ class View:
 class Sighting:
     """The last signs of a node. `replaced` is when its session took the place of the `previous` one."""
 
-    beat: Beat
+    heartbeat: Heartbeat
     heard: float
     offset: float  # its clock less our `now` when the beat came
     lost: float | None = None
@@ -92,7 +92,7 @@ class Sighting:
 
     def since(self) -> float:
         """From when on the node is suspect, or after its farewell gone."""
-        if self.beat.farewell:
+        if self.heartbeat.farewell:
             return self.heard
         silent = self.heard + SILENCE_SECONDS
         return silent if self.lost is None else min(silent, self.lost)
@@ -105,20 +105,24 @@ class Membership:
         self._me = me
         self._seen: dict[str, Sighting] = {}
 
-    def hear(self, beat: Beat, now: float) -> bool:
+    def hear(self, heartbeat: Heartbeat, now: float) -> bool:
         """Take a beat; False if it is our own, an old one, or changes nothing that the view shows."""
-        node = beat.facts.node
+        node = heartbeat.facts.node
         seen = self._seen.get(node)
-        if node == self._me or (seen is not None and _is_old(beat, seen, now)):
+        if node == self._me or (seen is not None and _is_old(heartbeat, seen, now)):
             return False
-        offset = beat.clock - now
+        offset = heartbeat.clock - now
         if seen is None:
-            self._seen[node] = Sighting(beat, now, offset)
+            self._seen[node] = Sighting(heartbeat, now, offset)
             return True
-        if beat.session != seen.beat.session:
-            seen.previous, seen.replaced = seen.beat.session, now
-        same = beat.facts == seen.beat.facts and self.liveness(node, now) == "alive" and not beat.farewell
-        seen.beat, seen.heard, seen.offset, seen.lost = beat, now, offset, None
+        if heartbeat.session != seen.heartbeat.session:
+            seen.previous, seen.replaced = seen.heartbeat.session, now
+        same = (
+            heartbeat.facts == seen.heartbeat.facts
+            and self.liveness(node, now) == "alive"
+            and not heartbeat.farewell
+        )
+        seen.heartbeat, seen.heard, seen.offset, seen.lost = heartbeat, now, offset, None
         return not same
 
     def liveliness(self, node: str, alive: bool, now: float) -> None:
@@ -135,20 +139,20 @@ class Membership:
         since = seen.since()
         if now < since:
             return "alive"
-        return "suspect" if now < since + SUSPICION_SECONDS and not seen.beat.farewell else "gone"
+        return "suspect" if now < since + SUSPICION_SECONDS and not seen.heartbeat.farewell else "gone"
 
     def facts(self, now: float) -> dict[str, tuple[Liveness, Facts]]:
         """The other nodes, by id; those that left for good are no more of them."""
         return {
-            node: (self.liveness(node, now), seen.beat.facts)
+            node: (self.liveness(node, now), seen.heartbeat.facts)
             for node, seen in self._seen.items()
-            if seen.beat.farewell != "leaves"
+            if seen.heartbeat.farewell != "leaves"
         }
 
     def gauges(self, now: float) -> dict[str, Gauges]:
         """What the other nodes that are alive measured last, by id."""
         seen = self._seen.items()
-        return {node: each.beat.gauges for node, each in seen if self.liveness(node, now) == "alive"}
+        return {node: each.heartbeat.gauges for node, each in seen if self.liveness(node, now) == "alive"}
 
     def settle(self, now: float) -> None:
         """Call it often: impossible times are mended, long gone nodes forgotten."""
@@ -158,7 +162,7 @@ class Membership:
             if seen.lost is not None and not seen.lost <= now:
                 seen.lost = now
             # Who left is remembered for as long as a beat of before may still come.
-            kept_seconds = REORDER_SECONDS if seen.beat.farewell == "leaves" else FORGET_SECONDS
+            kept_seconds = REORDER_SECONDS if seen.heartbeat.farewell == "leaves" else FORGET_SECONDS
             if now - seen.since() >= kept_seconds:
                 del self._seen[node]
         excess = len(self._seen) - NODES_MAX
@@ -176,7 +180,7 @@ class Membership:
         return clocks[(len(clocks) - 1) // 2]
 
 
-def _is_old(beat: Beat, seen: Sighting, now: float) -> bool:
-    if beat.session == seen.beat.session:
-        return beat.sent <= seen.beat.sent and 0 <= now - seen.heard < REORDER_SECONDS
-    return beat.session == seen.previous and 0 <= now - seen.replaced < REORDER_SECONDS
+def _is_old(heartbeat: Heartbeat, seen: Sighting, now: float) -> bool:
+    if heartbeat.session == seen.heartbeat.session:
+        return heartbeat.sent <= seen.heartbeat.sent and 0 <= now - seen.heard < REORDER_SECONDS
+    return heartbeat.session == seen.previous and 0 <= now - seen.replaced < REORDER_SECONDS

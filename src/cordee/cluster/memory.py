@@ -121,7 +121,7 @@ def stage_of(shape: ModelShape, first: int, last: int) -> StageShape:
     )
 
 
-class Load(NamedTuple):
+class Demand(NamedTuple):
     """What is asked of a model: tokens of context for each of so many answers at the same time."""
 
     context: int
@@ -133,14 +133,14 @@ class Load(NamedTuple):
         return max(BATCH_ROWS, self.sequences)
 
 
-def needed_bytes(shape: ModelShape, load: Load, first: int, last: int) -> int:
+def needed_bytes(shape: ModelShape, load: Demand, first: int, last: int) -> int:
     """The memory of a stage; the first of several also has the embedding, which its host reads."""
     hosting = shape.embedding_bytes if first == 0 and last < shape.layers else 0
     return stage_of(shape, first, last).fit(load).total_bytes + hosting
 
 
 @lru_cache(maxsize=TABLES_KEPT)
-def needs(shape: ModelShape, load: Load) -> tuple[tuple[int, ...], ...]:
+def needs(shape: ModelShape, load: Demand) -> tuple[tuple[int, ...], ...]:
     """`needs[first][last]` are the `needed_bytes` of all stages that are allowed, 0 for the others."""
     bounds = range(shape.layers + 1)
     return tuple(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace
-from cordee.cluster.memory import CELLS_STEP, Fit, Load, needed_bytes, needs, stage_of
+from cordee.cluster.memory import CELLS_STEP, Demand, Fit, needed_bytes, needs, stage_of
 from cordee.cluster.search import Search, Step, Unit, held_layers
 from cordee.cluster.speed import (
     SECOND,
@@ -69,7 +69,9 @@ class Plan(msgspec.Struct, frozen=True):
     machines: tuple[MachinePlan, ...]
 
 
-def plan(shape: ModelShape, nodes: Mapping[str, Facts], load: Load, reserved: Reserved | None = None) -> Plan:
+def plan(
+    shape: ModelShape, nodes: Mapping[str, Facts], load: Demand, reserved: Reserved | None = None
+) -> Plan:
     """The best placement of a model, explained. The same whatever the order of `nodes`."""
     facts = [nodes[node] for node in sorted(nodes)]
     units = _units(facts, reserved or {})
@@ -99,7 +101,7 @@ class Planner:
         self, shape: ModelShape, context: int, sequences: int, nodes: Sequence[Facts]
     ) -> Placement | None:
         """The best placement on these nodes, whose devices' memory is what is free; None if none fits."""
-        load, names = Load(context, sequences), {facts.node for facts in nodes}
+        load, names = Demand(context, sequences), {facts.node for facts in nodes}
         facts = [settled(shape, one, names) for one in sorted(nodes, key=lambda one: one.node)]
         question = msgspec.msgpack.encode((shape, load, facts), order="sorted")
         if question not in self._answers:
@@ -116,7 +118,7 @@ class Planner:
     def stage_bytes(self, shape: ModelShape, placement: Placement, index: int) -> int:
         """Memory of the device that a stage takes."""
         place = placement.stages[index]
-        return needed_bytes(shape, Load(placement.context, placement.sequences), place.first, place.last)
+        return needed_bytes(shape, Demand(placement.context, placement.sequences), place.first, place.last)
 
 
 def _units(facts: Sequence[Facts], reserved: Reserved) -> list[Unit]:
@@ -128,12 +130,12 @@ def _units(facts: Sequence[Facts], reserved: Reserved) -> list[Unit]:
     ]
 
 
-def _placement(shape: ModelShape, load: Load, steps: Sequence[Step]) -> Placement:
+def _placement(shape: ModelShape, load: Demand, steps: Sequence[Step]) -> Placement:
     stages = tuple(StagePlace(s.unit.facts.node, s.unit.device.name, s.first, s.last) for s in steps)
     return Placement(shape.digest, load.context, load.sequences, stages)
 
 
-def _stage_plan(shape: ModelShape, load: Load, steps: Sequence[Step], index: int) -> StagePlan:
+def _stage_plan(shape: ModelShape, load: Demand, steps: Sequence[Step], index: int) -> StagePlan:
     unit, first, last = steps[index]
     held = held_layers(shape, unit.facts)
     if len(steps) == 1:
@@ -166,7 +168,7 @@ def _summary(shape: ModelShape, stages: Sequence[StagePlan]) -> str:
 
 def _machine_plan(
     shape: ModelShape,
-    load: Load,
+    load: Demand,
     facts: Facts,
     units: Sequence[Unit],
     stages: Sequence[StagePlan],
@@ -184,7 +186,7 @@ def _machine_plan(
 
 def _why_out(
     shape: ModelShape,
-    load: Load,
+    load: Demand,
     facts: Facts,
     units: Sequence[Unit],
     stages: Sequence[StagePlan],
@@ -214,12 +216,12 @@ def _why_out(
     return f"not needed: one more stage would add about {more:.1f} ms to each token"
 
 
-def _least(shape: ModelShape, load: Load) -> int:
+def _least(shape: ModelShape, load: Demand) -> int:
     """What the smallest stage takes."""
     return min(nbytes for row in needs(shape, load) for nbytes in row if nbytes)
 
 
-def _refusal(shape: ModelShape, load: Load, units: Sequence[Unit]) -> str:
+def _refusal(shape: ModelShape, load: Demand, units: Sequence[Unit]) -> str:
     """Why no placement was found, and what to do about it."""
     rooms = [unit.available_bytes for unit in units if unit.byte_time and unit.available_bytes > 0]
     whole, have = needs(shape, load)[0][shape.layers], sum(rooms)
@@ -242,7 +244,7 @@ def _refusal(shape: ModelShape, load: Load, units: Sequence[Unit]) -> str:
     return f"{fault}: add a machine with at least {_gb(missing)}, or take a smaller quantization."
 
 
-def _fitting_context(shape: ModelShape, load: Load, units: Sequence[Unit]) -> int:
+def _fitting_context(shape: ModelShape, load: Demand, units: Sequence[Unit]) -> int:
     """A shorter context that fits, 0 if none does: halves, as any is a guess of what is wanted."""
     context = load.context // 2 // CELLS_STEP * CELLS_STEP
     while context:

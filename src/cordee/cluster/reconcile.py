@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cordee.cluster.facts import Placement, SliceHeld, StageReport, placement_id
-from cordee.cluster.goals import Goals, Load, SliceGoal, StageGoal, holds, load_of
+from cordee.cluster.goals import Goals, SliceGoal, StageGoal, StageSpec, holds, spec_of
 
 # A cause such as a full disk or too little memory does not go away by itself; trying again costs a load.
 FAILED_SECONDS = 60.0
@@ -34,7 +34,7 @@ WIRINGS_MAX = 100  # that a worker remembers; then it gets a new id
 
 
 @dataclass(frozen=True)
-class Worker:
+class WorkerStatus:
     """A worker as it really is. `wirings` are all that it was ever wired in, since it has this id.
 
     A worker whose links broke, to either side, is `loaded` and no longer `wired`; so is the first stage's
@@ -42,7 +42,7 @@ class Worker:
     """
 
     id: str
-    spec: Load
+    spec: StageSpec
     state: Literal["loading", "loaded", "wired"]
     endpoint: str = ""
     wiring: str = ""
@@ -50,7 +50,7 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class WireOrder:
+class WireAction:
     """Join a worker to the goal's `downstream`, with an empty KV cache, under the goal's `wiring`."""
 
     worker: str
@@ -58,15 +58,15 @@ class WireOrder:
 
 
 @dataclass(frozen=True)
-class Orders:
+class Actions:
     """What is to be done, `reports` being what is to be said. `fetch` in the order of urgency."""
 
     reports: tuple[StageReport, ...] = ()
     fetch: tuple[SliceGoal, ...] = ()
     stop: tuple[str, ...] = ()
-    start: tuple[Load, ...] = ()
+    start: tuple[StageSpec, ...] = ()
     rename: tuple[str, ...] = ()
-    wire: tuple[WireOrder, ...] = ()
+    wire: tuple[WireAction, ...] = ()
 
 
 @dataclass(eq=False)
@@ -78,88 +78,90 @@ class _Failure:
     report: StageReport | None = None
 
 
-class Crew:
+class Reconciler:
     """See the module's theory of operation. What it remembers is mended or forgotten if it is wrong."""
 
     def __init__(self) -> None:
         self._posts: dict[str, tuple[Placement, int]] = {}  # by worker, the stage it was last run as
-        self._failures: dict[Load, _Failure] = {}
+        self._failures: dict[StageSpec, _Failure] = {}
 
-    def failed(self, load: Load, detail: str, now: float) -> None:
+    def failed(self, load: StageSpec, detail: str, now: float) -> None:
         """A stage's slice could not be had, or its worker could not load it."""
         self._failures[load] = _Failure(now + FAILED_SECONDS, detail)
 
     def step(
-        self, goals: Goals, workers: Mapping[str, Worker], slices: Sequence[SliceHeld], now: float
-    ) -> Orders:
+        self, goals: Goals, workers: Mapping[str, WorkerStatus], slices: Sequence[SliceHeld], now: float
+    ) -> Actions:
         """What to do now. `workers` by id are those that live; `slices` lie on disk."""
         self._forget(workers, now)
-        manned = self._man(goals, workers)
-        at_work = {worker.id for worker in manned if worker is not None}
+        assigned = self._assign_workers(goals, workers)
+        at_work = {worker.id for worker in assigned if worker is not None}
         kept = goals.keep - at_work
         idle = workers.keys() - at_work - kept
         busy = {workers[name].spec.device for name in idle}
         reports, start, rename, wire = [], [], [], []
-        for goal, worker in zip(goals.stages, manned, strict=True):
+        for goal, worker in zip(goals.stages, assigned, strict=True):
             reports.append(self._report(goal, worker, slices))
             if worker is None:
-                if reports[-1].state == "loading" and goal.load.device not in busy:
-                    start.append(goal.load)
+                if reports[-1].state == "loading" and goal.spec.device not in busy:
+                    start.append(goal.spec)
             elif goal.wiring and (worker.state, worker.wiring) != ("wired", goal.wiring):
                 if goal.wiring in worker.wirings or len(worker.wirings) >= WIRINGS_MAX:
                     rename.append(worker.id)
                 else:
-                    wire.append(WireOrder(worker.id, goal))
+                    wire.append(WireAction(worker.id, goal))
         reports += self._other_reports(goals, workers, kept)
         fetch = tuple(goal for goal in goals.slices if not holds(slices, goal))
-        return Orders(tuple(reports), fetch, tuple(sorted(idle)), tuple(start), tuple(rename), tuple(wire))
+        return Actions(tuple(reports), fetch, tuple(sorted(idle)), tuple(start), tuple(rename), tuple(wire))
 
-    def _forget(self, workers: Mapping[str, Worker], now: float) -> None:
+    def _forget(self, workers: Mapping[str, WorkerStatus], now: float) -> None:
         for load, failure in list(self._failures.items()):
             if not 0 < failure.until - now <= FAILED_SECONDS:
                 del self._failures[load]
         for name, (placement, index) in list(self._posts.items()):
             stages = placement.stages
             fits = name in workers and 0 <= index < len(stages)
-            if not fits or load_of(placement, index) != workers[name].spec:
+            if not fits or spec_of(placement, index) != workers[name].spec:
                 del self._posts[name]
 
-    def _man(self, goals: Goals, workers: Mapping[str, Worker]) -> list[Worker | None]:
+    def _assign_workers(self, goals: Goals, workers: Mapping[str, WorkerStatus]) -> list[WorkerStatus | None]:
         """Give each stage goal a worker: the one that runs it, else another that holds the same.
 
         Of those that are kept, too: weights that are loaded already are the shortest way to serving again.
         """
         posts = {(placement_id(placement), index): name for name, (placement, index) in self._posts.items()}
         wanted = [(placement_id(goal.placement), goal.index) for goal in goals.stages]
-        manned = [workers.get(posts.get(key, "")) for key in wanted]
-        others = workers.keys() - {worker.id for worker in manned if worker is not None}
+        assigned = [workers.get(posts.get(key, "")) for key in wanted]
+        others = workers.keys() - {worker.id for worker in assigned if worker is not None}
         free = sorted(others, key=lambda name: (name in goals.keep, name))
         for place, goal in enumerate(goals.stages):
             for name in free:
-                if manned[place] is None and workers[name].spec == goal.load:
-                    manned[place] = workers[name]
+                if assigned[place] is None and workers[name].spec == goal.spec:
+                    assigned[place] = workers[name]
                     free.remove(name)
                     break
-        for goal, worker in zip(goals.stages, manned, strict=True):
+        for goal, worker in zip(goals.stages, assigned, strict=True):
             if worker is not None:
                 self._posts[worker.id] = (goal.placement, goal.index)
-        return manned
+        return assigned
 
-    def _report(self, goal: StageGoal, worker: Worker | None, slices: Sequence[SliceHeld]) -> StageReport:
+    def _report(
+        self, goal: StageGoal, worker: WorkerStatus | None, slices: Sequence[SliceHeld]
+    ) -> StageReport:
         if worker is not None:
             return _worker_report(goal.placement, goal.index, worker)
-        failure = self._failures.get(goal.load)
+        failure = self._failures.get(goal.spec)
         if failure is not None:
             failure.report = StageReport(goal.placement, goal.index, "failed", detail=failure.detail)
             return failure.report
-        held = holds(slices, goal.load.slice)
+        held = holds(slices, goal.spec.slice)
         return StageReport(goal.placement, goal.index, "loading" if held else "fetching")
 
     def _other_reports(
-        self, goals: Goals, workers: Mapping[str, Worker], kept: frozenset[str]
+        self, goals: Goals, workers: Mapping[str, WorkerStatus], kept: frozenset[str]
     ) -> list[StageReport]:
         """Of workers that are kept, and of what failed: that must be known once nobody wants it, too."""
-        wanted = {goal.load for goal in goals.stages}
+        wanted = {goal.spec for goal in goals.stages}
         failed = [failure.report for load, failure in self._failures.items() if load not in wanted]
         posted = sorted(kept & self._posts.keys())
         return [_worker_report(*self._posts[name], workers[name]) for name in posted] + [
@@ -167,5 +169,5 @@ class Crew:
         ]
 
 
-def _worker_report(placement: Placement, index: int, worker: Worker) -> StageReport:
+def _worker_report(placement: Placement, index: int, worker: WorkerStatus) -> StageReport:
     return StageReport(placement, index, worker.state, worker.id, worker.endpoint, worker.wiring)

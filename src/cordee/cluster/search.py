@@ -18,13 +18,13 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from cordee.cluster.facts import Device, Facts, ModelShape
-from cordee.cluster.memory import Load, needs
+from cordee.cluster.memory import Demand, needs
 from cordee.cluster.speed import (
     MICROSECOND,
     STAGE_TIME,
     byte_time,
     hop_time,
-    loaded_places,
+    loaded_stages_of,
     read_bytes,
     return_time,
 )
@@ -75,7 +75,7 @@ Path = list[Stage]
 class _Ability:
     """What one unit can do with one model: where its stages may end, and what they cost."""
 
-    def __init__(self, shape: ModelShape, load: Load, unit: Unit) -> None:
+    def __init__(self, shape: ModelShape, load: Demand, unit: Unit) -> None:
         self.unit = unit
         self._needs = needs(shape, load)
         held = held_layers(shape, unit.facts)
@@ -123,11 +123,11 @@ def held_layers(shape: ModelShape, facts: Facts) -> frozenset[int]:
     )
 
 
-def loaded_stages(shape: ModelShape, load: Load, unit: Unit) -> frozenset[tuple[int, int]]:
+def loaded_stages(shape: ModelShape, load: Demand, unit: Unit) -> frozenset[tuple[int, int]]:
     """The layers of each stage that a worker of this device holds in memory."""
     return frozenset(
         (place.first, place.last)
-        for placement, place in loaded_places(shape.digest, unit.facts)
+        for placement, place in loaded_stages_of(shape.digest, unit.facts)
         if (placement.context, placement.sequences) == (load.context, load.sequences)
         and (place.node, place.device) == (unit.facts.node, unit.device.name)
     )
@@ -239,7 +239,7 @@ class _Bounds:
 class Search:
     """One search: for one model on these units."""
 
-    def __init__(self, shape: ModelShape, load: Load, units: Sequence[Unit]) -> None:
+    def __init__(self, shape: ModelShape, load: Demand, units: Sequence[Unit]) -> None:
         self._shape, self._layers = shape, shape.layers
         able = [_Ability(shape, load, unit) for unit in units if unit.byte_time and unit.available_bytes > 0]
         # The order in which candidates are tried, so it decides between those of equal cost.
@@ -282,7 +282,7 @@ class Search:
             for used, spent, path in beam:
                 for now_used, total, step in self._children(path, used, spent, longest=True):
                     if step[2] == self._layers:
-                        self._take([*path, step], total, grace=1)
+                        self._consider([*path, step], total, grace=1)
                     else:
                         rest = self._bounds.after(now_used)[step[2]]
                         wider.append((total + rest, now_used, total, [*path, step]))
@@ -295,7 +295,7 @@ class Search:
             if self._visits >= VISITS_MAX:
                 return
             if step[2] == self._layers:
-                self._take([*path, step], total)
+                self._consider([*path, step], total)
             elif self._promising(total + self._bounds.after(now_used)[step[2]]) and self._is_news(
                 path, step, now_used, total
             ):
@@ -317,7 +317,7 @@ class Search:
                     break
                 yield now_used, arrived + ability.time(first, last), (number, first, last)
 
-    def _take(self, path: Path, total: int, grace: int = 0) -> None:
+    def _consider(self, path: Path, total: int, grace: int = 0) -> None:
         """Keep a complete pipeline if it is the best; with `grace` another that costs as much replaces it."""
         if len(path) > 1:
             total += self._links.returns[path[-1][0]][path[0][0]]

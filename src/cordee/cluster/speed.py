@@ -73,7 +73,7 @@ def settled(shape: ModelShape, facts: Facts, nodes: Collection[str]) -> Facts:
     )
 
 
-def loaded_places(digest: str, facts: Facts) -> Iterator[tuple[Placement, StagePlace]]:
+def loaded_stages_of(digest: str, facts: Facts) -> Iterator[tuple[Placement, StagePlace]]:
     """What of a model a node has in memory, with the placement that it was loaded for."""
     for report in facts.stages:
         placement, index = report.placement, report.index
@@ -86,7 +86,7 @@ def _loaded(shape: ModelShape, facts: Facts) -> tuple[StageReport, ...]:
     """The same as reports, one for all workers that hold the same."""
     found = {
         StageReport(msgspec.structs.replace(placement, stages=(place,)), 0, "loaded")
-        for placement, place in loaded_places(shape.digest, facts)
+        for placement, place in loaded_stages_of(shape.digest, facts)
     }
     return tuple(sorted(found, key=msgspec.msgpack.encode))
 

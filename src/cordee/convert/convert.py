@@ -17,14 +17,22 @@ from cordee.convert.checkpoint import Checkpoint
 from cordee.convert.folds import Folded
 from cordee.convert.gguf_source import GgufSource
 from cordee.convert.pentium2 import write_pentium2
-from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, Source, TernaryModel, strips, write
+from cordee.convert.ternary_file import (
+    EMBEDDING,
+    HEAD,
+    OUTPUT_NORM,
+    TernaryModel,
+    WeightSource,
+    strips,
+    write,
+)
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.models.gguf import FETCH_AGAIN, read_header
 
 Progress = Callable[[int, int], None]
 
 
-class Convertible(Source, Protocol):
+class Convertible(WeightSource, Protocol):
     """A model in somebody else's format."""
 
     def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
@@ -116,7 +124,7 @@ def _check(opened: Convertible, folded: Folded, name: str, shape: tuple[int, int
             raise error from None
 
 
-def _check_floats(source: Source, model: TernaryModel) -> None:
+def _check_floats(source: WeightSource, model: TernaryModel) -> None:
     """What is no layer's matrix: the right shape, and nothing but numbers."""
     vectors = {
         f"blk.{layer}.{name}.weight": length

@@ -10,7 +10,7 @@ would be another one if activations were rounded, or normed, on the way.
 import numpy as np
 
 from cordee.convert.scales import Read, grouped
-from cordee.convert.ternary_file import Source, TernaryModel, strips
+from cordee.convert.ternary_file import TernaryModel, WeightSource, strips
 from cordee.errors import UnsupportedModel
 
 # Whose rows the columns of a matrix meet.
@@ -20,7 +20,7 @@ PRODUCERS = {"attn_output": "attn_v", "ffn_down": "ffn_up"}
 class Folded:
     """A `Source` like another, in which some matrices' scales of columns have become scales of other rows."""
 
-    def __init__(self, source: Source, model: TernaryModel) -> None:
+    def __init__(self, source: WeightSource, model: TernaryModel) -> None:
         self.rows, self.vector = source.rows, source.vector
         self._source = source
         self._model = model

@@ -16,9 +16,9 @@ from cordee.convert.scales import found_scales
 from cordee.convert.ternary_file import (
     EMBEDDING,
     HEAD,
-    Part,
-    Source,
+    OutputTensor,
     TernaryModel,
+    WeightSource,
     part,
     parts_in_order,
     strips,
@@ -66,7 +66,11 @@ def unpack(payload: np.ndarray, rows: int, cols: int) -> np.ndarray:
 
 
 def write_pentium2(
-    path: Path, model: TernaryModel, source: Source, *, describe: Callable[[GGUFWriter], None] | None = None
+    path: Path,
+    model: TernaryModel,
+    source: WeightSource,
+    *,
+    describe: Callable[[GGUFWriter], None] | None = None,
 ) -> None:
     """Write a model file in this layout, as `cordee.convert.ternary_file.write` does; memory holds a matrix.
 
@@ -82,14 +86,14 @@ def write_pentium2(
     write(path, model, source, describe=describe, parts=list(_parts(model, source)))
 
 
-def _parts(model: TernaryModel, source: Source) -> Iterator[Part]:
+def _parts(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
     embedding = _table(EMBEDDING, model, source)
     head = () if _tied(model, source) else _table(HEAD, model, source)
     payload = partial(_payload, source)
     return parts_in_order(model, source, embedding=embedding, payload=payload, head=head)
 
 
-def _payload(source: Source, name: str, rows: int, cols: int) -> Part:
+def _payload(source: WeightSource, name: str, rows: int, cols: int) -> OutputTensor:
     """A matrix; the signs of embedding and head, which sources give as floats."""
 
     def arrays() -> Iterator[np.ndarray]:
@@ -100,14 +104,14 @@ def _payload(source: Source, name: str, rows: int, cols: int) -> Part:
     return part(name, shape, GGMLQuantizationType.I8, shape[0] * shape[1], arrays())
 
 
-def _table(name: str, model: TernaryModel, source: Source) -> Iterator[Part]:
+def _table(name: str, model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
     """Embedding or head."""
     scales = found_scales(name, model.n_vocab, partial(source.rows, name), REMEDY)
     yield vector_part(name.replace("weight", "scale"), len(scales), lambda: scales)
     yield _payload(source, name, model.n_vocab, model.n_embd)
 
 
-def _tied(model: TernaryModel, source: Source) -> bool:
+def _tied(model: TernaryModel, source: WeightSource) -> bool:
     return all(
         np.array_equal(source.rows(EMBEDDING, first, last), source.rows(HEAD, first, last))
         for first, last in strips(model.n_vocab)

@@ -154,7 +154,7 @@ class TernaryModel:
         return {"attn_norm": self.n_embd, "ffn_norm": self.n_embd} | (sub if self.sub_norms else {})
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Where the weights come from. Names are GGUF's: "blk.3.attn_q.weight"."""
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
@@ -170,10 +170,10 @@ class Source(Protocol):
 def write(
     path: Path,
     model: TernaryModel,
-    source: Source,
+    source: WeightSource,
     *,
     describe: Callable[[GGUFWriter], None] | None = None,
-    parts: Iterable["Part"] | None = None,
+    parts: Iterable["OutputTensor"] | None = None,
 ) -> None:
     """Write a model file; `describe` adds tokenizer and other keys. Nothing half-written is left behind.
     `parts` are its tensors where they are not those of the usual layouts (ternary_p2.py).
@@ -224,7 +224,7 @@ def _add_keys(writer: GGUFWriter, model: TernaryModel) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
+class OutputTensor:
     """A tensor to be written; `shape` is numpy's, slowest dimension first, in bytes for blocked types."""
 
     name: str
@@ -237,11 +237,11 @@ class Part:
 
 def part(
     name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, nbytes: int, arrays: Iterator[np.ndarray]
-) -> Part:
+) -> OutputTensor:
     """A tensor of that type; `shape` as in `Part`."""
     dtypes = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
     dtype = np.dtype(dtypes.get(kind, np.int8 if kind is GGMLQuantizationType.I8 else np.uint8))
-    return Part(name, shape, dtype, kind, nbytes, arrays)
+    return OutputTensor(name, shape, dtype, kind, nbytes, arrays)
 
 
 def strips(rows: int) -> Iterator[tuple[int, int]]:
@@ -249,7 +249,7 @@ def strips(rows: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + STRIP_ROWS, rows)) for first in range(0, rows, STRIP_ROWS))
 
 
-def vector_part(name: str, length: int, make: Callable[[], np.ndarray]) -> Part:
+def vector_part(name: str, length: int, make: Callable[[], np.ndarray]) -> OutputTensor:
     """A vector of floats, made when it is written."""
     arrays = (np.asarray(make(), dtype="<f4") for _ in range(1))
     return part(name, (length,), GGMLQuantizationType.F32, length * 4, arrays)
@@ -257,12 +257,12 @@ def vector_part(name: str, length: int, make: Callable[[], np.ndarray]) -> Part:
 
 def parts_in_order(
     model: TernaryModel,
-    source: Source,
+    source: WeightSource,
     *,
-    embedding: Iterable[Part],
-    payload: Callable[[str, int, int], Part],
-    head: Iterable[Part],
-) -> Iterator[Part]:
+    embedding: Iterable[OutputTensor],
+    payload: Callable[[str, int, int], OutputTensor],
+    head: Iterable[OutputTensor],
+) -> Iterator[OutputTensor]:
     """All tensors in the file's order; their bytes are made when they are written.
 
     `payload(name, rows, cols)` makes a layer's matrix.
@@ -281,10 +281,10 @@ def parts_in_order(
     yield from head
 
 
-def _parts(model: TernaryModel, source: Source) -> Iterator[Part]:
+def _parts(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
     layout = LAYOUTS[model.layout]
 
-    def payload(name: str, rows: int, cols: int) -> Part:
+    def payload(name: str, rows: int, cols: int) -> OutputTensor:
         packed = (pack(source.rows(name, first, last), layout) for first, last in strips(rows))
         return _payload(name, layout, rows, cols, packed)
 
@@ -292,12 +292,12 @@ def _parts(model: TernaryModel, source: Source) -> Iterator[Part]:
     return parts_in_order(model, source, embedding=embedding, payload=payload, head=head)
 
 
-def _payload(name: str, layout: Layout, rows: int, cols: int, arrays: Iterator[np.ndarray]) -> Part:
+def _payload(name: str, layout: Layout, rows: int, cols: int, arrays: Iterator[np.ndarray]) -> OutputTensor:
     shape = layout.shape(rows, cols)
     return part(name, shape, GGMLQuantizationType.I8, int(np.prod(shape, dtype=np.int64)), arrays)
 
 
-def exact_type(source: Source, rows: int) -> GGMLQuantizationType:
+def exact_type(source: WeightSource, rows: int) -> GGMLQuantizationType:
     """The smallest of F16, BF16 and F32 that holds every value of an embedding of so many rows exactly.
 
     Checkpoints of the hub are in BF16, and half precision has no room for their smallest values.
@@ -313,13 +313,13 @@ def exact_type(source: Source, rows: int) -> GGMLQuantizationType:
     return GGMLQuantizationType.BF16 if is_bfloat else GGMLQuantizationType.F32
 
 
-def _embedding(model: TernaryModel, source: Source) -> Part:
+def _embedding(model: TernaryModel, source: WeightSource) -> OutputTensor:
     encoded = (quantize(source.rows(EMBEDDING, a, b), model.embedding) for a, b in strips(model.n_vocab))
     [row] = quantize(np.zeros((1, model.n_embd), dtype=np.float32), model.embedding)
     return part(EMBEDDING, (model.n_vocab, len(row)), model.embedding, model.n_vocab * row.nbytes, encoded)
 
 
-def _head(model: TernaryModel, source: Source) -> Iterator[Part]:
+def _head(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
     """The head's rows are read twice rather than kept: once for the scales, once for the weights."""
     layout, rows = LAYOUTS[model.head], model.n_vocab
 

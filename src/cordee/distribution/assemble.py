@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from cordee.distribution.manifest import Chunk, Sheet
+from cordee.distribution.manifest import Chunk, Manifest
 from cordee.errors import BadModelFile, StorageFailed
 from cordee.files import disk_faults, publish
 from cordee.models.slices import EMBEDDING, Progress, SliceFile, SlicePlan, plan_outside, plan_slice
@@ -30,14 +30,14 @@ PARTIAL = ".partial"
 BLOCK_BYTES = 1 << 20
 
 
-class Layout:
+class SliceLayout:
     """What bytes a part has, and where: `offsets` gives each of its tensors' place, by number in the sheet.
 
     Raises:
         BadRequest, UnsupportedModel, BadModelFile: there is no such part, as `plan_slice` says.
     """
 
-    def __init__(self, sheet: Sheet, first: int, last: int) -> None:
+    def __init__(self, sheet: Manifest, first: int, last: int) -> None:
         self.sheet, self.first, self.last = sheet, first, last
         self.plan = _plan(sheet, first, last)
         self.nbytes = self.plan.nbytes
@@ -80,7 +80,7 @@ class Layout:
         return SliceFile(path, self.first, self.last, f"sha256:{digest.hexdigest()}", self.nbytes)
 
 
-def read_chunk(sheet: Sheet, chunk: Chunk, file: int, tensor_at: int) -> bytes | None:
+def read_chunk(sheet: Manifest, chunk: Chunk, file: int, tensor_at: int) -> bytes | None:
     """A chunk from a file whose copy of the tensor begins at `tensor_at`; None if it is not sound there.
 
     Raises:
@@ -99,7 +99,7 @@ class Assembly:
     `put` may be called by several threads; all else by one.
     """
 
-    def __init__(self, layout: Layout, path: Path, file: int, progress: Progress | None) -> None:
+    def __init__(self, layout: SliceLayout, path: Path, file: int, progress: Progress | None) -> None:
         self.layout = layout
         self.missing: dict[Chunk, None] = dict.fromkeys(layout.chunks())
         self._path, self._file, self._progress = path, file, progress
@@ -157,7 +157,7 @@ class Assembly:
 
 
 @contextmanager
-def assembling(layout: Layout, path: Path, progress: Progress | None = None) -> Iterator[Assembly]:
+def assembling(layout: SliceLayout, path: Path, progress: Progress | None = None) -> Iterator[Assembly]:
     """Begin or go on with the part that will be the file `path`; what came stays when the block fails.
 
     `progress(done_bytes, total_bytes)` counts chunks, those found here too.
@@ -184,7 +184,7 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
-def damages(layout: Layout, path: Path, progress: Progress | None = None) -> list[str]:
+def damages(layout: SliceLayout, path: Path, progress: Progress | None = None) -> list[str]:
     """Read a part back from disk: the names of all that is not as it should be.
 
     Raises:
@@ -200,7 +200,7 @@ def damages(layout: Layout, path: Path, progress: Progress | None = None) -> lis
 
 
 def bad_chunks(
-    sheet: Sheet, offsets: Mapping[int, int], path: Path, progress: Progress | None = None
+    sheet: Manifest, offsets: Mapping[int, int], path: Path, progress: Progress | None = None
 ) -> list[str]:
     """The names of the chunks that are damaged in a file where tensors begin at `offsets`.
 
@@ -223,7 +223,7 @@ def bad_chunks(
     return found
 
 
-def _plan(sheet: Sheet, first: int, last: int) -> SlicePlan:
+def _plan(sheet: Manifest, first: int, last: int) -> SlicePlan:
     if first == last == 0:
         return plan_outside(sheet.header, {EMBEDDING})
     return plan_slice(sheet.header, first, last)
@@ -259,7 +259,7 @@ def _write_at(file: int, data: bytes, at: int) -> None:
         rest, at = rest[count:], at + count
 
 
-def _require_room(layout: Layout, path: Path, file: int) -> None:
+def _require_room(layout: SliceLayout, path: Path, file: int) -> None:
     """Refuse what the disk cannot hold, rather than fail after hours."""
     there = os.fstat(file).st_blocks * 512
     free = shutil.disk_usage(path.parent).free

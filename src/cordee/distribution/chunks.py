@@ -24,13 +24,13 @@ import msgspec
 
 from cordee.cluster.facts import SliceHeld
 from cordee.distribution.assemble import Assembly
-from cordee.distribution.manifest import CHUNK_BYTES, SHEET_BYTES_LIMIT, Chunk, Sheet
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.manifest import CHUNK_BYTES, MANIFEST_BYTES_LIMIT, Chunk, Manifest
+from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadModelFile, CordeeError, StorageFailed
 from cordee.models.slices import Progress, SliceFile
 
 # The tensor number under which a sheet's own bytes are asked for.
-SHEET = -1
+MANIFEST = -1
 # Chunks in memory and on the way: four keep a link of 1 Gbit/s busy, sixteen fill several.
 IN_FLIGHT_EACH = 4
 IN_FLIGHT = 16
@@ -74,7 +74,7 @@ class Outside(Protocol):
         """Bring chunks that are missing, in a thread. Raises CordeeError; what came is kept."""
 
 
-class Ask(msgspec.Struct, frozen=True, array_like=True):
+class ChunkRequest(msgspec.Struct, frozen=True, array_like=True):
     """Which chunk is wanted."""
 
     sheet: str
@@ -82,7 +82,7 @@ class Ask(msgspec.Struct, frozen=True, array_like=True):
     chunk: int
 
 
-class Answer(msgspec.Struct, frozen=True, array_like=True):
+class ChunkReply(msgspec.Struct, frozen=True, array_like=True):
     """The bytes, if they are here."""
 
     state: Literal["here", "absent", "busy"]
@@ -102,7 +102,7 @@ class ChunkServer:
 
     def __init__(
         self,
-        parts: Parts,
+        parts: SliceStore,
         on_damage: Callable[[str, str], None],
         bytes_per_second: float = SERVED_BYTES_PER_SECOND,
     ) -> None:
@@ -114,11 +114,11 @@ class ChunkServer:
     async def answer(self, payload: bytes) -> bytes:
         """The handler to serve under `chunk_key`; whatever is asked, it answers."""
         try:
-            ask = msgspec.msgpack.decode(payload, type=Ask)
+            ask = msgspec.msgpack.decode(payload, type=ChunkRequest)
         except msgspec.MsgspecError:
-            return msgspec.msgpack.encode(Answer("absent"))
+            return msgspec.msgpack.encode(ChunkReply("absent"))
         if self._waiting >= WAITING_LIMIT:
-            return msgspec.msgpack.encode(Answer("busy"))
+            return msgspec.msgpack.encode(ChunkReply("busy"))
         self._waiting += 1
         try:
             async with self._readers:
@@ -130,18 +130,18 @@ class ChunkServer:
             self._waiting -= 1
         return msgspec.msgpack.encode(answer)
 
-    async def _answer(self, ask: Ask) -> Answer:
+    async def _answer(self, ask: ChunkRequest) -> ChunkReply:
         try:
-            return Answer("here", await asyncio.to_thread(self._read, ask))
+            return ChunkReply("here", await asyncio.to_thread(self._read, ask))
         except BadModelFile as error:
             self._on_damage(ask.sheet, error.message)
         except (CordeeError, OSError):
             pass  # whoever asks is told no more than that it is not here
-        return Answer("absent")
+        return ChunkReply("absent")
 
-    def _read(self, ask: Ask) -> bytes:
-        if ask.tensor == SHEET:
-            return self._parts.read_sheet_piece(ask.sheet, ask.chunk)
+    def _read(self, ask: ChunkRequest) -> bytes:
+        if ask.tensor == MANIFEST:
+            return self._parts.read_manifest_piece(ask.sheet, ask.chunk)
         return self._parts.read(ask.sheet, Chunk(ask.tensor, ask.chunk))
 
 
@@ -149,26 +149,26 @@ class ChunkClient:
     """Fetches sheets and parts. `bytes_per_second` is what each node gave in the last fetch from it; `report`
     is told whatever went wrong on the way."""
 
-    def __init__(self, bus: Queries, parts: Parts, report: Report) -> None:
+    def __init__(self, bus: Queries, parts: SliceStore, report: Report) -> None:
         self.bytes_per_second: dict[str, float] = {}
         self.report = report
         self._bus, self._parts = bus, parts
 
-    async def sheet(self, digest: str, nodes: Iterable[str]) -> Sheet:
+    async def manifest(self, digest: str, nodes: Iterable[str]) -> Manifest:
         """The sheet of a model, from this disk or the first of `nodes` that gives it.
 
         Raises:
             StorageFailed: none of them gives it, or there is no room on disk.
         """
         try:
-            return await asyncio.to_thread(self._parts.sheet, digest)
+            return await asyncio.to_thread(self._parts.manifest, digest)
         except CordeeError:  # not here, or damaged
             pass
         faults = []
         for node in nodes:
             try:
                 return await asyncio.to_thread(
-                    self._parts.add_sheet, digest, await self._pieces(digest, node)
+                    self._parts.add_manifest, digest, await self._pieces(digest, node)
                 )
             except (BadModelFile, _Lost) as error:
                 faults.append(f"node {node}: {error}")
@@ -176,7 +176,7 @@ class ChunkClient:
         reasons = "; ".join(faults) or "nobody has it"
         raise StorageFailed(f"The model {digest} is not to be had from the cluster ({reasons}).")
 
-    async def part(
+    async def slice(
         self,
         digest: str,
         first: int,
@@ -206,7 +206,7 @@ class ChunkClient:
 
         stack, pool = ExitStack(), ThreadPoolExecutor(WRITERS + 1, "chunks")  # one waits for outside
         try:
-            if found := await loop.run_in_executor(pool, self._parts.part, digest, first, last):
+            if found := await loop.run_in_executor(pool, self._parts.slice, digest, first, last):
                 return found
             opened = self._parts.assembling(digest, first, last, tell)
             assembly = await loop.run_in_executor(pool, stack.enter_context, opened)
@@ -219,14 +219,14 @@ class ChunkClient:
             finally:
                 stack.close()
 
-    async def ask(self, node: str, ask: Ask, patience_seconds: float) -> Answer:
+    async def ask(self, node: str, ask: ChunkRequest, patience_seconds: float) -> ChunkReply:
         """What a node answers, asked again while it is busy; raises _Lost with the reason if it does not."""
         payload, begun = msgspec.msgpack.encode(ask), time.monotonic()
         end, heard = begun + patience_seconds, begun
         while (left := end - time.monotonic()) > 0 and time.monotonic() - heard < SILENCE_SECONDS:
             if answers := await self._bus.query(chunk_key(node), payload, seconds=left):
                 try:
-                    answer = msgspec.msgpack.decode(answers[0], type=Answer)
+                    answer = msgspec.msgpack.decode(answers[0], type=ChunkReply)
                 except msgspec.MsgspecError as error:
                     raise _Lost(f"it answers nonsense ({error})") from error
                 if answer.state != "busy":
@@ -238,8 +238,8 @@ class ChunkClient:
     async def _pieces(self, digest: str, node: str) -> bytes:
         """A sheet as a node gives it, still to be checked."""
         content = bytearray()
-        for index in range(SHEET_BYTES_LIMIT // CHUNK_BYTES + 1):
-            answer = await self.ask(node, Ask(digest, SHEET, index), PATIENCE_SECONDS)
+        for index in range(MANIFEST_BYTES_LIMIT // CHUNK_BYTES + 1):
+            answer = await self.ask(node, ChunkRequest(digest, MANIFEST, index), PATIENCE_SECONDS)
             if answer.state != "here":
                 raise _Lost("it has none")
             content += answer.data
@@ -373,7 +373,7 @@ class _Fetch:
 
     async def _flight(self, node: str, chunk: Chunk, patience_seconds: float) -> str:
         """Ask for a chunk and write it; gives the answer's state."""
-        ask = Ask(self._sheet.digest, *chunk)
+        ask = ChunkRequest(self._sheet.digest, *chunk)
         answer = await self._client.ask(node, ask, patience_seconds)
         if answer.state == "here":
             put = self._assembly.put

@@ -14,8 +14,15 @@ from pathlib import Path, PurePosixPath
 
 from cordee.distribution.assemble import Assembly
 from cordee.distribution.hub import HubFile, fetch_range
-from cordee.distribution.manifest import CHUNK_BYTES, SHEET_BYTES_LIMIT, Chunk, Sheet, SheetMaker, chunk_count
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.manifest import (
+    CHUNK_BYTES,
+    MANIFEST_BYTES_LIMIT,
+    Chunk,
+    Manifest,
+    ManifestMaker,
+    chunk_count,
+)
+from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadModelFile, HubUnreachable, StorageFailed
 from cordee.files import atomic_file, disk_faults, write_all
 from cordee.models.gguf import MAGIC, Header, has_header, read_header
@@ -52,7 +59,7 @@ class HubModel:
         tensors = read_header(paths[0], weights=False).tensors
         self._places = {tensor.name: (by_path[tensor.path], tensor.offset) for tensor in tensors}
 
-    def sheet(self, parts: Parts, progress: Progress | None = None) -> Sheet:
+    def manifest(self, parts: SliceStore, progress: Progress | None = None) -> Manifest:
         """Pass over the whole model and keep its sheet. `progress(done_bytes, total_bytes)`.
 
         A connection that breaks is taken up where it broke, for PASS_TRIES; `progress` is called meanwhile,
@@ -63,7 +70,7 @@ class HubModel:
             StorageFailed: the hub gave something else than it promised.
             BadModelFile: the model is too large for a sheet.
         """
-        maker = SheetMaker(self.header)
+        maker = ManifestMaker(self.header)
         chunks = [
             Chunk(number, index)
             for number, tensor in enumerate(self.header.tensors)
@@ -205,7 +212,7 @@ def _fetch_header(file: HubFile, folder: Path) -> Path:
     """The beginning of a file that holds its header, under its own name."""
     path = folder / PurePosixPath(file.path).name
     with disk_faults(folder), path.open("wb") as out:
-        while out.tell() < min(file.nbytes, SHEET_BYTES_LIMIT):
+        while out.tell() < min(file.nbytes, MANIFEST_BYTES_LIMIT):
             start = out.tell()
             nbytes = min(max(start, FIRST_BYTES), file.nbytes - start)
             fetch_range(file, start, nbytes, out)

@@ -18,9 +18,9 @@ from cordee.cluster.facts import ModelShape, Reading
 from cordee.distribution.hub import HubFile
 from cordee.distribution.hub_ranges import HubModel
 from cordee.distribution.inventory import Stopped, default_context
-from cordee.distribution.manifest import Sheet
+from cordee.distribution.manifest import Manifest
 from cordee.distribution.pull import hub_files
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadRequest, CordeeError, Overloaded
 from cordee.models.shape import model_shape
 
@@ -40,7 +40,7 @@ class _Pass:
 class Hub:
     """See the module's docstring. `open` and `shape` are for threads, all else for one event loop."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: SliceStore) -> None:
         self._parts = parts
         self._passes: dict[str, _Pass] = {}
         self._faults: dict[str, CordeeError] = {}
@@ -72,7 +72,7 @@ class Hub:
                 raise BadRequest(f"{name} was made for at most {own} tokens, not {context}", "context")
             return model_shape(model.header, name), context or default_context(model.header)
 
-    def read(self, name: str, source: str, nbytes: int, then: Callable[[Sheet], None]) -> Reading:
+    def read(self, name: str, source: str, nbytes: int, then: Callable[[Manifest], None]) -> Reading:
         """Begin to read a model for its sheet, unless that is under way; `then` it is to be wished.
 
         Raises:
@@ -106,7 +106,7 @@ class Hub:
         tasks = [each.task for each in self._passes.values() if each.task]
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _read(self, begun: _Pass, then: Callable[[Sheet], None]) -> None:
+    async def _read(self, begun: _Pass, then: Callable[[Manifest], None]) -> None:
         name, source = begun.reading.name, begun.reading.source
 
         def progress(done_bytes: int, total_bytes: int) -> None:
@@ -128,10 +128,10 @@ class Hub:
         finally:
             del self._passes[name]
 
-    def _pass(self, source: str, progress: Callable[[int, int], None]) -> Sheet:
+    def _pass(self, source: str, progress: Callable[[int, int], None]) -> Manifest:
         log.warning("reading %s from the hub once, to know its chunks; nothing of it is kept", source)
         with _opened(source) as model:
-            return model.sheet(self._parts, progress)
+            return model.manifest(self._parts, progress)
 
 
 def files(source: str) -> list[HubFile]:

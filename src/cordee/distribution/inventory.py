@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
-from cordee.cluster.disk import Part, removable
+from cordee.cluster.disk import StoredSlice, removable
 from cordee.cluster.facts import Offer, Reading, SliceHeld
 from cordee.cluster.goals import DISK_RESERVE_BYTES, SliceGoal
 from cordee.distribution.pull import is_on_hub
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadModelFile, CordeeError
 from cordee.machine.sizing import CELLS_DEFAULT
 from cordee.models.gguf import Header
@@ -44,10 +44,10 @@ class Stopped(Exception):
     """The node ends, or nobody wants this any more; raised out of a thread's work by its progress."""
 
 
-class Shelf:
+class Inventory:
     """See the module's docstring. `changed` is called when there is something new to tell."""
 
-    def __init__(self, store: Store, parts: Parts, changed: Callable[[], None]) -> None:
+    def __init__(self, store: Store, parts: SliceStore, changed: Callable[[], None]) -> None:
         self.offers: tuple[Offer, ...] = ()
         self.slices: tuple[SliceHeld, ...] = ()
         self.disk_free_bytes = 0
@@ -152,7 +152,7 @@ class Shelf:
         if digest is None:
             return None
         try:
-            header = self._parts.sheet(digest).header
+            header = self._parts.manifest(digest).header
         except BadModelFile:  # the sheet is damaged: made again
             return None
         source = model.source if is_on_hub(model.source) else ""
@@ -165,7 +165,7 @@ class Shelf:
             self.reading[model.name] = Reading(model.name, "", done_bytes, total_bytes)
 
         try:
-            await asyncio.to_thread(self._parts.sheet_of, model, progress)
+            await asyncio.to_thread(self._parts.manifest_of, model, progress)
         except CordeeError as error:
             log.warning("%s is not offered: %s", model.name, error.message)
             self._not_before[model.digest] = time.monotonic() + AGAIN_SECONDS
@@ -197,8 +197,8 @@ class Shelf:
         self, me: str, wanted: set[SliceGoal], others: Mapping[str, Sequence[SliceHeld]]
     ) -> list[SliceHeld]:
         free = shutil.disk_usage(self._store.root).free
-        complete: list[Part] = []
-        growing: list[Part] = []
+        complete: list[StoredSlice] = []
+        growing: list[StoredSlice] = []
         for digest in self._parts.known():
             with suppress(CordeeError, OSError):
                 for found, into in zip(self._parts.lying(digest), (complete, growing), strict=True):
@@ -221,7 +221,7 @@ class Shelf:
         return gone
 
     def _missing_bytes(
-        self, wanted: set[SliceGoal], complete: Sequence[Part], growing: Sequence[Part]
+        self, wanted: set[SliceGoal], complete: Sequence[StoredSlice], growing: Sequence[StoredSlice]
     ) -> int:
         """What the goals that are not met yet will take of the disk."""
         done = {(part.held.model, part.held.first, part.held.last) for part in complete}
@@ -230,7 +230,7 @@ class Shelf:
         for goal in wanted:
             key = (goal.model, goal.first, goal.last)
             with suppress(CordeeError):
-                if key not in done and self._parts.part(*key) is None:
+                if key not in done and self._parts.slice(*key) is None:
                     missing += max(0, self._parts.layout(*key).nbytes - come.get(key, 0))
         return missing
 

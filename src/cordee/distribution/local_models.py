@@ -13,14 +13,14 @@ from typing import Protocol
 from weakref import WeakValueDictionary
 
 from cordee.cluster.facts import Offer, Reading, SliceHeld
-from cordee.cluster.goals import Load, SliceGoal
+from cordee.cluster.goals import SliceGoal, StageSpec
 from cordee.cluster.membership import LISTEN_SECONDS
 from cordee.distribution.chunks import ChunkClient, ChunkServer, chunk_key
 from cordee.distribution.hub_ranges import HubModel
 from cordee.distribution.hub_source import Hub
-from cordee.distribution.inventory import SCAN_SECONDS, Shelf
-from cordee.distribution.manifest import Sheet
-from cordee.distribution.slice_store import Parts
+from cordee.distribution.inventory import SCAN_SECONDS, Inventory
+from cordee.distribution.manifest import Manifest
+from cordee.distribution.slice_store import SliceStore
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError
 from cordee.models.gguf import engine_of
@@ -40,7 +40,7 @@ ENDS_MAX = 64  # models whose end tokens are remembered
 log = logging.getLogger(__name__)
 
 
-class Owner(Protocol):
+class LocalModelsOwner(Protocol):
     """Who knows the cluster; called on the event loop."""
 
     def holders(self) -> Mapping[str, Sequence[SliceHeld]]:
@@ -59,42 +59,42 @@ class Owner(Protocol):
         """A slice could not be had."""
 
 
-class Library:
+class LocalModels:
     """See the module's docstring."""
 
-    def __init__(self, store: Store, node: str, bus: Bus, owner: Owner) -> None:
+    def __init__(self, store: Store, node: str, bus: Bus, owner: LocalModelsOwner) -> None:
         self.progress: dict[SliceGoal, tuple[int, int]] = {}  # bytes done and in all, of what is fetched now
         self._node = node
         self._owner = owner
-        self._parts = Parts(store)
-        self._shelf = Shelf(store, self._parts, owner.changed)
+        self._parts = SliceStore(store)
+        self._inventory = Inventory(store, self._parts, owner.changed)
         self.hub = Hub(self._parts)
         self._client = ChunkClient(bus, self._parts, log.warning)
         self._fetches: dict[SliceGoal, asyncio.Task] = {}
         self._not_before: dict[SliceGoal, float] = {}
         self._locks: WeakValueDictionary[SliceGoal, asyncio.Lock] = WeakValueDictionary()
         self._ends: dict[str, tuple[int, ...]] = {}
-        bus.serve(chunk_key(node), ChunkServer(self._parts, self._shelf.damaged).answer)
+        bus.serve(chunk_key(node), ChunkServer(self._parts, self._inventory.damaged).answer)
 
     @property
     def offers(self) -> tuple[Offer, ...]:
         """The whole models that lie here."""
-        return self._shelf.offers
+        return self._inventory.offers
 
     @property
     def slices(self) -> tuple[SliceHeld, ...]:
         """The layers that lie here."""
-        return self._shelf.slices
+        return self._inventory.slices
 
     @property
     def disk_free_bytes(self) -> int:
         """What the disk could take, if nothing was half fetched."""
-        return self._shelf.disk_free_bytes
+        return self._inventory.disk_free_bytes
 
     @property
     def reading(self) -> tuple[Reading, ...]:
         """The models that are read once, to be offered or shared."""
-        return (*self._shelf.reading.values(), *self.hub.reading)
+        return (*self._inventory.reading.values(), *self.hub.reading)
 
     @property
     def bytes_per_second(self) -> dict[str, float]:
@@ -103,15 +103,15 @@ class Library:
 
     async def look(self) -> None:
         """Look at the disk now: at the start, and for a model that may have come just now."""
-        await self._shelf.look()
+        await self._inventory.look()
 
     async def watch(self) -> None:
         """Look at the disk, again and again, and keep it from running full."""
         while True:
             await asyncio.sleep(SCAN_SECONDS)
             try:
-                await self._shelf.scan()
-                await self._shelf.tidy(self._node, self._owner.wanted(), self._owner.holders())
+                await self._inventory.scan()
+                await self._inventory.tidy(self._node, self._owner.wanted(), self._owner.holders())
             except (CordeeError, OSError) as error:  # the disk may answer again
                 log.warning("the disk cannot be looked at: %s", error)
 
@@ -121,7 +121,7 @@ class Library:
         Raises:
             CordeeError: nobody gives it.
         """
-        await self._sheet(digest)
+        await self._manifest(digest)
         return await asyncio.to_thread(self._parts.vocabulary, digest)
 
     def pursue(self, goals: Sequence[SliceGoal]) -> None:
@@ -137,17 +137,17 @@ class Library:
                 self._fetches[goal] = task
                 task.add_done_callback(lambda _, goal=goal: self._fetches.pop(goal, None))
 
-    async def prepare(self, load: Load) -> Files:
+    async def prepare(self, load: StageSpec) -> Files:
         """The files of a load; what is missing is assembled or fetched.
 
         Raises:
             CordeeError: it cannot be had.
         """
-        part = await self._part(load.slice)
-        header = (await self._sheet(load.model)).header
+        part = await self._slice(load.slice)
+        header = (await self._manifest(load.model)).header
         layers = header.layers
         is_cut_first = load.first == 0 and load.last < layers
-        embedding = await self._part(SliceGoal(load.model, 0, 0)) if is_cut_first else None
+        embedding = await self._slice(SliceGoal(load.model, 0, 0)) if is_cut_first else None
         return Files(engine_of(header), part, embedding, load.last == layers, await self._ends_of(load.model))
 
     async def close(self) -> None:
@@ -156,26 +156,26 @@ class Library:
             task.cancel()
         await asyncio.gather(*self._fetches.values(), return_exceptions=True)
         await self.hub.close()
-        await self._shelf.close()
+        await self._inventory.close()
 
     async def _fetch(self, goal: SliceGoal) -> None:
         try:
-            await self._part(goal)
+            await self._slice(goal)
         except (CordeeError, OSError) as error:
             self._not_before[goal] = time.monotonic() + AGAIN_SECONDS
             self._owner.fetch_failed(goal, str(error))
-        await self._shelf.scan()
+        await self._inventory.scan()
 
-    async def _part(self, goal: SliceGoal) -> Path:
+    async def _slice(self, goal: SliceGoal) -> Path:
         def progress(done_bytes: int, total_bytes: int) -> None:
             self.progress[goal] = (done_bytes, total_bytes)
 
         await self._until_held(goal)
-        await self._sheet(goal.model)
+        await self._manifest(goal.model)
         # Two that want the same part at once do not stand in each other's way: one of them fetches it.
         async with self._locks.setdefault(goal, asyncio.Lock()):
             try:
-                part = await self._client.part(
+                part = await self._client.slice(
                     goal.model,
                     goal.first,
                     goal.last,
@@ -208,11 +208,11 @@ class Library:
         source = self._owner.sources().get(digest)
         return None if source is None else lambda: self.hub.open(source)
 
-    async def _sheet(self, digest: str) -> Sheet:
+    async def _manifest(self, digest: str) -> Manifest:
         """A model's sheet, from whoever has it: first those that hold some of the model."""
         nodes: Iterable[tuple[str, Sequence[SliceHeld]]] = self._owner.holders().items()
         holding = {node: any(held.model == digest for held in slices) for node, slices in nodes}
-        return await self._client.sheet(digest, sorted(holding, key=lambda node: not holding[node]))
+        return await self._client.manifest(digest, sorted(holding, key=lambda node: not holding[node]))
 
     async def _ends_of(self, digest: str) -> tuple[int, ...]:
         if digest not in self._ends:

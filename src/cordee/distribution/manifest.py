@@ -27,7 +27,7 @@ from cordee.models.slices import Progress
 # to wait behind it; the digests of 120 GB take 3.7 MB, less than the vocabulary in front of them.
 CHUNK_BYTES = 1 << 20
 # The largest headers met have 40 MB (a tokenizer in JSON), the digests of 1 TB take 31 MB.
-SHEET_BYTES_LIMIT = 128 << 20
+MANIFEST_BYTES_LIMIT = 128 << 20
 MARK = b"cordee:1"
 SEAL_BYTES = 16
 DIGEST_BYTES = 32
@@ -41,7 +41,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sheet:
+class Manifest:
     """A sheet in the file `path`. The tensors of `header` say where they lie in the model's whole file."""
 
     digest: str  # 'sha256:' and 64 hex digits, of the sheet
@@ -90,7 +90,7 @@ class Sheet:
         return f"chunk {chunk.index} of {self.header.tensors[chunk.tensor].name} of {self.name}"
 
 
-class SheetMaker:
+class ManifestMaker:
     """Takes the chunks of a model in any order and writes its sheet."""
 
     def __init__(self, header: Header) -> None:
@@ -99,9 +99,9 @@ class SheetMaker:
         self._starts = _starts(header)
         if header.get("split.count", 1) != 1:
             raise BadModelFile(f"{header.path} is a shard: put the set into the store, which makes it one.")
-        if _sheet_bytes(header, self._starts) > SHEET_BYTES_LIMIT:
+        if _manifest_bytes(header, self._starts) > MANIFEST_BYTES_LIMIT:
             raise BadModelFile(
-                f"{header.path} is too large: a sheet has at most {SHEET_BYTES_LIMIT:,} bytes."
+                f"{header.path} is too large: a sheet has at most {MANIFEST_BYTES_LIMIT:,} bytes."
             )
         self._table = bytearray(self._starts[-1] * DIGEST_BYTES)
 
@@ -110,7 +110,7 @@ class SheetMaker:
         at = (self._starts[chunk.tensor] + chunk.index) * DIGEST_BYTES
         self._table[at : at + DIGEST_BYTES] = hashlib.sha256(data).digest()
 
-    def write(self, folder: Path) -> Sheet:
+    def write(self, folder: Path) -> Manifest:
         """Write `folder`/<hex of the sheet's digest>/sheet, the inner folder made if need be.
 
         Raises:
@@ -123,17 +123,17 @@ class SheetMaker:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         with atomic_file(path) as file:
             write_all(file, content)
-        return read_sheet(path)
+        return read_manifest(path)
 
 
-def make_sheet(header: Header, folder: Path, progress: Progress | None = None) -> Sheet:
+def make_manifest(header: Header, folder: Path, progress: Progress | None = None) -> Manifest:
     """Read a whole model once and write its sheet below `folder`. `progress(done_bytes, total_bytes)`.
 
     Raises:
         BadModelFile: the model is a set of shards, or changed meanwhile.
         StorageFailed: no room on disk.
     """
-    maker, done, total = SheetMaker(header), 0, header.size_bytes
+    maker, done, total = ManifestMaker(header), 0, header.size_bytes
     for number, tensor in enumerate(header.tensors):
         for index in range(chunk_count(tensor)):
             start = index * CHUNK_BYTES
@@ -145,7 +145,7 @@ def make_sheet(header: Header, folder: Path, progress: Progress | None = None) -
     return maker.write(folder)
 
 
-def read_sheet(path: Path) -> Sheet:
+def read_manifest(path: Path) -> Manifest:
     """Read and check a sheet; memory stays in proportion to the file.
 
     Raises:
@@ -154,17 +154,17 @@ def read_sheet(path: Path) -> Sheet:
     header = read_header(path, weights=False)
     starts = _starts(header)
     size = path.stat().st_size
-    if size > SHEET_BYTES_LIMIT or size != _sheet_bytes(header, starts):
+    if size > MANIFEST_BYTES_LIMIT or size != _manifest_bytes(header, starts):
         raise BadModelFile(
             f"{path} has {size:,} bytes, but the tensors of its header need "
-            f"{_sheet_bytes(header, starts):,} (at most {SHEET_BYTES_LIMIT:,}): {FETCH_AGAIN}."
+            f"{_manifest_bytes(header, starts):,} (at most {MANIFEST_BYTES_LIMIT:,}): {FETCH_AGAIN}."
         )
     content = _read(path, 0, size)
     table_at = header.nbytes + SEAL_BYTES
     if content[header.nbytes : table_at] != _seal():
         raise BadModelFile(f"{path} is no sheet of this version: {FETCH_AGAIN}.")
     digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
-    return Sheet(digest, path, header, starts, content[table_at:])
+    return Manifest(digest, path, header, starts, content[table_at:])
 
 
 def chunk_count(tensor: Tensor) -> int:
@@ -180,7 +180,7 @@ def _starts(header: Header) -> list[int]:
     return [0, *accumulate(map(chunk_count, header.tensors))]
 
 
-def _sheet_bytes(header: Header, starts: list[int]) -> int:
+def _manifest_bytes(header: Header, starts: list[int]) -> int:
     return header.nbytes + SEAL_BYTES + starts[-1] * DIGEST_BYTES
 
 

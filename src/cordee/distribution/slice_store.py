@@ -18,19 +18,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from cordee.cluster.disk import Part
+from cordee.cluster.disk import StoredSlice
 from cordee.cluster.facts import SliceHeld
 from cordee.distribution.assemble import (
     PARTIAL,
     Assembly,
-    Layout,
+    SliceLayout,
     assembling,
     bad_chunks,
     damages,
     partial_path,
     read_chunk,
 )
-from cordee.distribution.manifest import CHUNK_BYTES, Chunk, Sheet, SheetMaker, make_sheet, read_sheet
+from cordee.distribution.manifest import (
+    CHUNK_BYTES,
+    Chunk,
+    Manifest,
+    ManifestMaker,
+    make_manifest,
+    read_manifest,
+)
 from cordee.errors import BadModelFile, CordeeError, ModelNotFound
 from cordee.files import atomic_file, disk_faults, write_all
 from cordee.models.gguf import read_header
@@ -40,23 +47,23 @@ from cordee.models.store import Store, StoredModel, digest_hex
 # A node runs a handful of models in a few parts each; the layout of a last part holds the vocabulary.
 LAYOUTS_KEPT = 32
 # A sheet takes a tenth of a megabyte, and the digests of a large model two more.
-SHEETS_KEPT = 256
+MANIFESTS_KEPT = 256
 # What `st_blocks` counts in, whatever the file system.
 STAT_BLOCK_BYTES = 512
 
 _PART = re.compile(r"(\d+)-(\d+)\.gguf")
 
 
-class Parts:
+class SliceStore:
     """The parts of models in a store, for any number of threads. Models are named by their sheet's digest."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._root = store.root / "sheets"
-        self._sheets: dict[str, Sheet] = {}
-        self._layouts: dict[tuple[str, int, int], Layout] = {}
+        self._manifests: dict[str, Manifest] = {}
+        self._layouts: dict[tuple[str, int, int], SliceLayout] = {}
 
-    def sheet_of(self, model: StoredModel, progress: Progress | None = None) -> Sheet:
+    def manifest_of(self, model: StoredModel, progress: Progress | None = None) -> Manifest:
         """The sheet of a whole model in the store, made once. `progress(done_bytes, total_bytes)`.
 
         Raises:
@@ -65,13 +72,13 @@ class Parts:
         """
         if found := self.made().get(model.digest):
             with suppress(BadModelFile):
-                return self.sheet(found)
+                return self.manifest(found)
         with disk_faults(self._root):
-            sheet = make_sheet(read_header(model.path), self._root, progress)
+            sheet = make_manifest(read_header(model.path), self._root, progress)
             self._store.set_sheet_source(sheet.digest, model.digest)
         return sheet
 
-    def add_sheet(self, digest: str, content: bytes) -> Sheet:
+    def add_manifest(self, digest: str, content: bytes) -> Manifest:
         """Keep a sheet that came from elsewhere.
 
         Raises:
@@ -85,23 +92,23 @@ class Parts:
             folder.mkdir(mode=0o700, exist_ok=True)
             with atomic_file(folder / "sheet") as file:
                 write_all(file, content)
-            self._sheets.pop(digest, None)
+            self._manifests.pop(digest, None)
             try:
-                return self.sheet(digest)
+                return self.manifest(digest)
             except BadModelFile:  # whoever gave the digest made it of something that is no sheet
                 (folder / "sheet").unlink()
                 with suppress(OSError):  # parts are in it
                     folder.rmdir()
                 raise
 
-    def keep_made(self, maker: SheetMaker) -> Sheet:
+    def keep_made(self, maker: ManifestMaker) -> Manifest:
         """Keep a sheet that was made of a model that is not in the store.
 
         Raises:
             StorageFailed: no room on disk.
         """
         with disk_faults(self._root):
-            return self.sheet(maker.write(self._root).digest)
+            return self.manifest(maker.write(self._root).digest)
 
     def known(self) -> list[str]:
         """The digests of the sheets that are here."""
@@ -112,39 +119,39 @@ class Parts:
         sources = {digest: self._store.sheet_source(digest) for digest in self.known()}
         return {source: digest for digest, source in sources.items() if source}
 
-    def sheet(self, digest: str) -> Sheet:
+    def manifest(self, digest: str) -> Manifest:
         """The sheet of that digest.
 
         Raises:
             ModelNotFound: it is not here.
             BadModelFile: it was damaged on disk; add it again.
         """
-        if sheet := self._sheets.get(digest):
+        if sheet := self._manifests.get(digest):
             return sheet
         path = self._folder(digest) / "sheet"
         if not path.exists():
             raise ModelNotFound(f"Nothing is known here of the model {digest}.")
-        sheet = read_sheet(path)
+        sheet = read_manifest(path)
         if sheet.digest != digest:
             raise BadModelFile(f"{path} is damaged: fetch it again.")
-        _remember(self._sheets, digest, sheet, SHEETS_KEPT)
+        _remember(self._manifests, digest, sheet, MANIFESTS_KEPT)
         return sheet
 
-    def layout(self, digest: str, first: int, last: int) -> Layout:
+    def layout(self, digest: str, first: int, last: int) -> SliceLayout:
         """The layout of a part. Raises as `sheet` and `Layout` do."""
         key = (digest, first, last)
         if key not in self._layouts:
-            _remember(self._layouts, key, Layout(self.sheet(digest), first, last), LAYOUTS_KEPT)
+            _remember(self._layouts, key, SliceLayout(self.manifest(digest), first, last), LAYOUTS_KEPT)
         return self._layouts[key]
 
     def held(self, digest: str) -> list[SliceHeld]:
         """What of a model lies here complete: 0 to 0 is the embedding alone. Raises as `sheet` does."""
-        layers = self.sheet(digest).header.layers
+        layers = self.manifest(digest).header.layers
         whole = [(0, layers)] if self._store.whole(digest) else []
         ranges = dict.fromkeys([*whole, *((part.first, part.last) for part, _ in self._complete(digest))])
         return [SliceHeld(digest, first, last, (first, last) == (0, layers)) for first, last in ranges]
 
-    def lying(self, digest: str) -> tuple[list[Part], list[Part]]:
+    def lying(self, digest: str) -> tuple[list[StoredSlice], list[StoredSlice]]:
         """What of a model was assembled here, complete and growing; `used` is in seconds since 1970.
 
         A growing part takes what has come of it; a file that is no part of this length is like one. Raises as
@@ -154,7 +161,7 @@ class Parts:
         for layout, path in self._found(digest):
             with suppress(OSError):  # finished or removed meanwhile
                 stat = path.stat()
-                part = Part(
+                part = StoredSlice(
                     SliceHeld(digest, layout.first, layout.last),
                     stat.st_blocks * STAT_BLOCK_BYTES,
                     stat.st_mtime,
@@ -163,7 +170,7 @@ class Parts:
                 (complete if is_complete else growing).append(part)
         return complete, growing
 
-    def part(self, digest: str, first: int, last: int) -> SliceFile | None:
+    def slice(self, digest: str, first: int, last: int) -> SliceFile | None:
         """A part as a file, None if it is not here complete. All layers, or none, may be the whole model.
 
         To ask for it is to use it: see `lying`. Raises as `layout` does.
@@ -180,7 +187,7 @@ class Parts:
 
     def vocabulary(self, digest: str) -> Path:
         """A file for `Vocabulary`: a model without weights, made from the sheet. Raises as `sheet` does."""
-        header = plan_outside(self.sheet(digest).header, ()).header
+        header = plan_outside(self.manifest(digest).header, ()).header
         path = self._folder(digest) / "vocabulary.gguf"
         if not path.exists() or path.read_bytes() != header:
             with atomic_file(path) as file:
@@ -212,7 +219,7 @@ class Parts:
             BadModelFile: it is damaged here; names file and chunk.
             BadRequest: the model has no such chunk.
         """
-        sheet, damaged = self.sheet(digest), None
+        sheet, damaged = self.manifest(digest), None
         sheet.nbytes(chunk)
         for path, offsets in self._files(digest):
             if chunk.tensor in offsets:
@@ -225,9 +232,9 @@ class Parts:
             raise BadModelFile(f"{sheet.chunk_name(chunk)} is damaged in {damaged}.")
         raise ModelNotFound(f"{sheet.chunk_name(chunk)} is not here.")
 
-    def read_sheet_piece(self, digest: str, index: int) -> bytes:
+    def read_manifest_piece(self, digest: str, index: int) -> bytes:
         """Piece `index` of a sheet's own bytes; all but the last have CHUNK_BYTES. Raises as `sheet` does."""
-        with self.sheet(digest).path.open("rb") as file:
+        with self.manifest(digest).path.open("rb") as file:
             file.seek(max(0, index) * CHUNK_BYTES)
             return file.read(CHUNK_BYTES)
 
@@ -256,7 +263,7 @@ class Parts:
 
     def forget(self, digest: str) -> None:
         """Remove a sheet and all parts that were assembled by it; a whole model stays in the store."""
-        self._sheets.pop(digest, None)
+        self._manifests.pop(digest, None)
         with disk_faults(self._root), suppress(FileNotFoundError):
             shutil.rmtree(self._folder(digest))
 
@@ -269,12 +276,12 @@ class Parts:
     def _path(self, digest: str, first: int, last: int) -> Path:
         return self._folder(digest) / f"{first}-{last}.gguf"
 
-    def _complete(self, digest: str) -> Iterator[tuple[Layout, Path]]:
+    def _complete(self, digest: str) -> Iterator[tuple[SliceLayout, Path]]:
         for layout, path in self._found(digest):
             if path.suffix != PARTIAL and _is_complete(layout, path):
                 yield layout, path
 
-    def _found(self, digest: str) -> Iterator[tuple[Layout, Path]]:
+    def _found(self, digest: str) -> Iterator[tuple[SliceLayout, Path]]:
         """All files named like parts, growing ones too; those of impossible ranges are passed over."""
         for path in sorted(self._folder(digest).iterdir()):
             if match := _PART.fullmatch(path.name.removesuffix(PARTIAL)):
@@ -284,16 +291,16 @@ class Parts:
     def _files(self, digest: str, growing: bool = False) -> Iterator[tuple[Path, dict[int, int]]]:
         """(file, where in it each tensor begins) for everything that may hold chunks of a model."""
         if whole := self._store.whole(digest):
-            yield whole, _whole_offsets(self.sheet(digest))
+            yield whole, _whole_offsets(self.manifest(digest))
         for layout, path in self._found(digest) if growing else self._complete(digest):
             yield path, layout.offsets
 
 
-def _whole_offsets(sheet: Sheet) -> dict[int, int]:
+def _whole_offsets(sheet: Manifest) -> dict[int, int]:
     return {number: tensor.offset for number, tensor in enumerate(sheet.header.tensors)}
 
 
-def _is_complete(layout: Layout, path: Path) -> bool:
+def _is_complete(layout: SliceLayout, path: Path) -> bool:
     """Whether a file has the size of a part; only `verify` reads it."""
     try:
         return path.stat().st_size == layout.nbytes

@@ -48,7 +48,7 @@ class StageConfig:
     batch_rows: int = 512
     threads: int | None = None
     devices: tuple[str, ...] = ()
-    exact: bool = True
+    batch_invariant: bool = True
     kv_cache: CacheName = "f16"
 
 

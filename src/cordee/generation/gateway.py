@@ -172,7 +172,7 @@ class Gateway:
         for piece in said.pieces:
             stream = peer.asks.get(piece.ask)
             if stream is not None and self._confirmed(stream, said.session):
-                self._take(stream, piece)
+                self._advance(stream, piece)
         if peer.answered < said.answers <= peer.asserted:
             peer.answered = said.answers
             self._answered(peer, said)
@@ -273,7 +273,7 @@ class Gateway:
             return False
         return True
 
-    def _take(self, stream: _Stream, piece: Piece) -> None:
+    def _advance(self, stream: _Stream, piece: Piece) -> None:
         """Take what is new of a piece, if nothing is missing before it."""
         assert stream.ask is not None
         have = len(stream.generated)

@@ -74,7 +74,7 @@ class _Entry:
         self.base = self.sent = have
         return kept
 
-    def take(self) -> Piece:
+    def take_news(self) -> Piece:
         """What is to be said now."""
         first, self.sent = self.sent, self.base + len(self.choices)
         choices = tuple(self.choices[first - self.base :])
@@ -101,7 +101,7 @@ class _Session:
         """Everything that is to be said now; None if that is nothing."""
         if not self.news and not self.answers:
             return None
-        pieces = tuple(entry.take() for entry in self.news.values())
+        pieces = tuple(entry.take_news() for entry in self.news.values())
         said = Said(self.gateway, self.peer, self.id, ready, pieces, self.answers, self.unknown)
         self.news.clear()
         self.answers, self.unknown = 0, ()
@@ -193,13 +193,13 @@ class Host:
             self._scheduler.cancel(name)
             self._end(name, None, reason)
 
-    def recall(self, held: Mapping[int, Sequence[int]]) -> None:
+    def restore(self, held: Mapping[int, Sequence[int]]) -> None:
         """The placement before has these tokens, by sequence: see `Scheduler.recall`."""
-        self._scheduler.recall(held)
+        self._scheduler.restore(held)
 
-    def forget_recalled(self) -> None:
+    def forget_restored(self) -> None:
         """The placement before is gone."""
-        self._scheduler.forget_recalled()
+        self._scheduler.forget_restored()
 
     def drain(self) -> list[tuple[str, Said]]:
         """What is to be sent now, and to which nodes: one message for each gateway with news."""

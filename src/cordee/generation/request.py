@@ -53,7 +53,7 @@ class Choice(msgspec.Struct, frozen=True):
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-class Chunk(msgspec.Struct, frozen=True, kw_only=True):
+class TextChunk(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of an answer as the client may see it: never half a character, never part of a stop string.
 
     The last chunk of a stream, and only that one, has a `finish_reason`; `text` may be empty.

@@ -311,7 +311,7 @@ class Scheduler:
         for stream in self._active.values():
             stream.opened = False
 
-    def recall(self, held: Mapping[int, Sequence[int]]) -> None:
+    def restore(self, held: Mapping[int, Sequence[int]]) -> None:
         """The placement before has these tokens, by sequence; to be said after `lost`, before any batch."""
         logs = {stream.slot.sequence: stream.log for stream in self._active.values()}
         for slot in self._slots:
@@ -321,7 +321,7 @@ class Scheduler:
                 del tokens[_common_prefix(tokens, log) :]
             slot.tokens, slot.recalled = tokens, bool(tokens)
 
-    def forget_recalled(self) -> None:
+    def forget_restored(self) -> None:
         """The placement before is gone: what was not taken over by now is computed again."""
         for slot in self._slots:
             if slot.recalled:

@@ -44,15 +44,15 @@ class TextStream:
 
     def push(self, piece: bytes) -> str:
         """Take the bytes of one token; give what can be sent now, perhaps nothing."""
-        return self._take(self._decoder.decode(piece))
+        return self._append(self._decoder.decode(piece))
 
     def finish(self) -> str:
         """Give what was held back, now that nothing follows; a cut character becomes U+FFFD."""
-        text = self._take(self._decoder.decode(b"", final=True)) + self._held
+        text = self._append(self._decoder.decode(b"", final=True)) + self._held
         self._held = ""
         return text
 
-    def _take(self, text: str) -> str:
+    def _append(self, text: str) -> str:
         if self.stopped or not text:
             return ""
         text = self._held + text

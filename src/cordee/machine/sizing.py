@@ -45,7 +45,7 @@ def stage_config(
         batch_rows=max(BATCH_ROWS, sequences),
         threads=threads,
         devices=tuple(device.name for device in chosen),
-        exact=exact,
+        batch_invariant=exact,
     )
     have_bytes = usable_memory(chosen)
     if context is None:
@@ -56,7 +56,7 @@ def stage_config(
     return config
 
 
-def chosen_devices(names: tuple[str, ...]) -> list[libllama.Device]:
+def chosen_devices(names: tuple[str, ...]) -> list[libllama.LlamaDevice]:
     """The devices of these names, without the CPU; with no names, every GPU.
 
     Raises:
@@ -73,7 +73,7 @@ def chosen_devices(names: tuple[str, ...]) -> list[libllama.Device]:
     return [known[name] for name in names or known if known[name].kind in ACCELERATORS]
 
 
-def usable_memory(devices: list[libllama.Device]) -> int:
+def usable_memory(devices: list[libllama.LlamaDevice]) -> int:
     """Bytes that stages may take: the devices' free memory, or this machine's if there are none."""
     return sum(device.free_bytes for device in devices) if devices else memory().available_bytes
 

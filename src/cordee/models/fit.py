@@ -13,10 +13,10 @@ from cordee.cluster.memory import CELLS_STEP, Fit, Sizes, StageShape
 from cordee.errors import BadModelFile, DoesNotFit
 from cordee.models.architectures import Architecture, architecture
 from cordee.models.gguf import BLOCK, CONVERT_AGAIN, Header, Tensor, engine_of
-from cordee.models.slices import Piece, even_cuts, plan_slice, window_pattern
+from cordee.models.slices import SliceTensor, even_cuts, plan_slice, window_pattern
 
 # The tensors of one layer, under their names in it without `.weight`: of a slice, or of the model.
-Tensors = Mapping[str, Piece | Tensor]
+Tensors = Mapping[str, SliceTensor | Tensor]
 
 KV_NUMBER_BYTES = 2  # f16 and bf16
 TERNARY_LANES = 16  # native/src/cache.h, LANES
@@ -36,7 +36,7 @@ def stage_shape(header: Header, first: int, last: int) -> StageShape:
         BadModelFile: the file does not say how large its parts are.
     """
     pieces = plan_slice(header, first, last, force=True).pieces
-    layers: list[dict[str, Piece]] = [{} for _ in range(last - first)]
+    layers: list[dict[str, SliceTensor]] = [{} for _ in range(last - first)]
     weights = 0
     for piece in pieces:
         block = BLOCK.fullmatch(piece.name)

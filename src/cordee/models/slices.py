@@ -84,7 +84,7 @@ class SliceFile:
 
 
 @dataclass(frozen=True)
-class Piece:
+class SliceTensor:
     """A tensor of a slice: under its new name, copied from `source`, or zeros where that is None."""
 
     name: str
@@ -99,7 +99,7 @@ class SlicePlan:
     """All of a slice but the weights: the bytes of its header (padded), then the tensors in order."""
 
     header: bytes
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SliceTensor, ...]
     alignment: int
 
     @property
@@ -107,7 +107,7 @@ class SlicePlan:
         """Size of the file."""
         return len(self.header) + sum(_padded(piece.nbytes, self.alignment) for piece in self.pieces)
 
-    def places(self) -> Iterator[tuple[Piece, int, int]]:
+    def places(self) -> Iterator[tuple[SliceTensor, int, int]]:
         """(piece, where it begins in the file, where the next one begins): zeros fill the rest."""
         at = len(self.header)
         for piece in self.pieces:
@@ -350,11 +350,11 @@ def window_pattern(header: Header, rules: Architecture) -> list[bool] | None:
     return [period == 0 or layer % period != dense for layer in range(header.layers)]
 
 
-def _whole_pieces(header: Header) -> tuple[Piece, ...]:
-    return tuple(Piece(t.name, t.shape, t.type, t.nbytes, t) for t in header.tensors)
+def _whole_pieces(header: Header) -> tuple[SliceTensor, ...]:
+    return tuple(SliceTensor(t.name, t.shape, t.type, t.nbytes, t) for t in header.tensors)
 
 
-def _slice_pieces(header: Header, unread: Sequence[str], first: int, last: int) -> tuple[Piece, ...]:
+def _slice_pieces(header: Header, unread: Sequence[str], first: int, last: int) -> tuple[SliceTensor, ...]:
     """The tensors of a slice, in the order of the model; the loader refuses those it finds `unread`."""
     is_last, pieces = last == header.layers, []
     for tensor in header.tensors:
@@ -363,18 +363,18 @@ def _slice_pieces(header: Header, unread: Sequence[str], first: int, last: int) 
             layer = int(block[1])
             if first <= layer < last:
                 name = f"blk.{layer - first}.{block[2]}"
-                pieces.append(Piece(name, tensor.shape, tensor.type, tensor.nbytes, tensor))
+                pieces.append(SliceTensor(name, tensor.shape, tensor.type, tensor.nbytes, tensor))
         elif tensor.name == EMBEDDING or tensor.name in HEAD:
             keep = is_last and (tensor.name in HEAD or header.tied)
             pieces.append(
-                Piece(tensor.name, tensor.shape, tensor.type, tensor.nbytes, tensor)
+                SliceTensor(tensor.name, tensor.shape, tensor.type, tensor.nbytes, tensor)
                 if keep
                 else _stand_in(tensor, full_size=is_last)
             )
         elif tensor.name in unread:
             continue
         elif tensor.name in SHARED:
-            pieces.append(Piece(tensor.name, tensor.shape, tensor.type, tensor.nbytes, tensor))
+            pieces.append(SliceTensor(tensor.name, tensor.shape, tensor.type, tensor.nbytes, tensor))
         else:
             raise UnsupportedModel(
                 f"{header.path.name} cannot be cut: where {tensor.name} belongs is unknown."
@@ -382,7 +382,7 @@ def _slice_pieces(header: Header, unread: Sequence[str], first: int, last: int) 
     return tuple(pieces)
 
 
-def _stand_in(tensor: Tensor, full_size: bool) -> Piece:
+def _stand_in(tensor: Tensor, full_size: bool) -> SliceTensor:
     """Zeros in the place of a tensor that the loader wants and nobody reads."""
     if not full_size:
         shape, kind = (*tensor.shape[:-1], STAND_IN_ROWS), GGMLQuantizationType.F32
@@ -390,10 +390,10 @@ def _stand_in(tensor: Tensor, full_size: bool) -> Piece:
         shape = tensor.shape
         kind = next(kind for kind in ZERO_TYPES if shape[0] % GGML_QUANT_SIZES[kind][0] == 0)
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    return Piece(tensor.name, shape, kind, prod(shape) // block * block_bytes, None)
+    return SliceTensor(tensor.name, shape, kind, prod(shape) // block * block_bytes, None)
 
 
-def _header_bytes(fields: Fields, pieces: Sequence[Piece], alignment: int) -> bytes:
+def _header_bytes(fields: Fields, pieces: Sequence[SliceTensor], alignment: int) -> bytes:
     """Magic, metadata and tensor list in GGUF version 3, padded to where the tensors start."""
     out = [MAGIC, struct.pack("<IQQ", 3, len(pieces), len(fields))]
     for key, (kind, value) in fields.items():

@@ -259,13 +259,13 @@ class Store:
 
     def verdict(self, digest: str, key: str) -> Any:
         """What was noted about a model under `key` (such as a build of the engine); None if nothing was."""
-        return self.verdicts(digest).get(key)
+        return self.batch_invariance(digest).get(key)
 
-    def verdicts(self, digest: str) -> dict[str, Any]:
+    def batch_invariance(self, digest: str) -> dict[str, Any]:
         """Everything that was noted about a model, by key."""
         return _read_json(self._notes(digest), dict[str, Any]) or {}
 
-    def set_verdict(self, digest: str, key: str, value: Any) -> None:
+    def set_batch_invariance(self, digest: str, key: str, value: Any) -> None:
         """Note something JSON-able about a model; it goes when the model goes."""
         with disk_faults(self.root), self._lock():
             path = self._notes(digest)

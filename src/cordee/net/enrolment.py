@@ -89,7 +89,7 @@ class Admission(msgspec.Struct, frozen=True, tag=True):
     authority_key: bytes
 
 
-class Refusal(msgspec.Struct, frozen=True, tag=True):
+class JoinRefusal(msgspec.Struct, frozen=True, tag=True):
     """Why there is no Admission; one of REFUSALS, or `slot`: try another key."""
 
     reason: str
@@ -149,7 +149,7 @@ def join(text: str, clock: Callable[[], float] = time.time) -> Identity:
         key = member.key if member is not None else identity.new_key()
         request = identity.certificate_request(key)
         application = Application(request, proof_of(code.secret, request))
-        answer = _ask(where, "POST", "/join", authority, Admission | Refusal, application)
+        answer = _ask(where, "POST", "/join", authority, Admission | JoinRefusal, application)
         if isinstance(answer, Admission):
             return _settle(answer, key, authority, code.secret, member)
         if answer.reason != "slot" or member is not None:
@@ -198,7 +198,7 @@ async def renew(bus: Bus, member: Identity, now: float) -> bool:
 
     Afterwards the bus wants a `refresh`: its listener still shows the old certificate.
     """
-    if member.is_keeper:
+    if member.is_admin:
         member.renew_self(now)
         return True
     question = Renewal(member.request(), identity.pem(member.certificate))
@@ -225,7 +225,7 @@ def _settle(
         else:
             member.renew(admission.certificate)
         if admission.authority_key:
-            member.become_keeper(_unseal(admission.authority_key, secret))
+            member.become_admin(_unseal(admission.authority_key, secret))
     except (ValueError, InvalidTag) as error:
         raise JoinFailed(f"The keeper's answer makes no sense ({error}): try again.") from error
     member.admit(admission.revocations)

@@ -75,7 +75,7 @@ class Identity:
         return cluster_id(self.authority)
 
     @property
-    def is_keeper(self) -> bool:
+    def is_admin(self) -> bool:
         """Whether this node can invite, renew and remove."""
         return self.authority_key is not None
 
@@ -140,7 +140,7 @@ class Identity:
         """What a keeper does when its own certificate is due."""
         self.renew(self.sign(self.request(), now))
 
-    def become_keeper(self, authority_key: bytes) -> None:
+    def become_admin(self, authority_key: bytes) -> None:
         """Take the authority's key (PEM), as another keeper sent it.
 
         Raises:

@@ -29,7 +29,7 @@ from cordee.net.enrolment import (
     Application,
     Cluster,
     Code,
-    Refusal,
+    JoinRefusal,
     pin_of,
     proof_of,
     seal,
@@ -40,8 +40,8 @@ from cordee.net.peers import Peers
 INVITES_MAX = 16  # that are remembered, open or not
 BODY_BYTES_MAX = 16 << 10  # a request takes 300 bytes
 MISS_SECONDS = 60.0  # for which a wrong proof counts
-MISSES_MAX = 5  # of one address: a person mistypes a few times
-MISSES_TOTAL_MAX = 50  # of all: 128 bits stand anyway, this bounds the work
+FAILED_ATTEMPTS_MAX = 5  # of one address: a person mistypes a few times
+FAILED_ATTEMPTS_TOTAL_MAX = 50  # of all: 128 bits stand anyway, this bounds the work
 CONNECTIONS_MAX = 32
 LINGER_SECONDS = 30.0  # after the last invitation was used, for a newcomer whose answer was lost
 INVITE_SECONDS = 900  # to walk to the other machine and install
@@ -58,11 +58,11 @@ class _Invitation:
     used_by: str = ""  # node id
 
 
-class Misses:
+class FailedAttempts:
     """Wrong proofs of the last MISS_SECONDS; bounded, because the newest MISSES_TOTAL_MAX tell enough."""
 
     def __init__(self) -> None:
-        self._misses: deque[tuple[float, str]] = deque(maxlen=MISSES_TOTAL_MAX)
+        self._misses: deque[tuple[float, str]] = deque(maxlen=FAILED_ATTEMPTS_TOTAL_MAX)
 
     def note(self, who: str, now: float) -> None:
         """A wrong proof came from this address."""
@@ -71,10 +71,10 @@ class Misses:
     def too_many(self, who: str, now: float) -> bool:
         """Whether nothing of this address should be looked at now."""
         recent = [each for then, each in self._misses if 0 <= now - then < MISS_SECONDS]
-        return len(recent) >= MISSES_TOTAL_MAX or recent.count(who) >= MISSES_MAX
+        return len(recent) >= FAILED_ATTEMPTS_TOTAL_MAX or recent.count(who) >= FAILED_ATTEMPTS_MAX
 
 
-class Desk:
+class Invitations:
     """A keeper's invitations and their endpoint.
 
     `addresses` tells where this node's bus listens now; `host` is where the endpoint listens, empty for all
@@ -94,7 +94,7 @@ class Desk:
         self._clock = clock
         self._invitations: deque[_Invitation] = deque(maxlen=INVITES_MAX)
         self._issued: set[str] = set()
-        self._misses = Misses()
+        self._failed_attempts = FailedAttempts()
         self._port = 0  # of the endpoint while it is open
         self._serving: set[asyncio.Task] = set()  # the open endpoint, and one that is closing
         self._changed = asyncio.Event()
@@ -105,7 +105,7 @@ class Desk:
         Raises:
             JoinFailed: this node is no keeper.
         """
-        if not self._identity.is_keeper:
+        if not self._identity.is_admin:
             raise JoinFailed("This node cannot invite, since it is no keeper: invite on another node.")
         now = self._clock()
         if self._identity.renewal_due(now):
@@ -176,44 +176,44 @@ class Desk:
         async for part in request.stream():
             body += part
             if len(body) > BODY_BYTES_MAX:
-                return _packed(Refusal("unknown"), 413)
+                return _packed(JoinRefusal("unknown"), 413)
         who = request.client.host if request.client else ""
         answer = self._decide(body, who)
-        return _packed(answer, 403 if isinstance(answer, Refusal) else 200)
+        return _packed(answer, 403 if isinstance(answer, JoinRefusal) else 200)
 
-    def _decide(self, body: bytes, who: str) -> Admission | Refusal:
+    def _decide(self, body: bytes, who: str) -> Admission | JoinRefusal:
         now = self._clock()
-        if self._misses.too_many(who, now):
-            return Refusal("busy")
+        if self._failed_attempts.too_many(who, now):
+            return JoinRefusal("busy")
         try:
             application = msgspec.msgpack.decode(body, type=Application)
             node = identity.node_id(identity.requested_key(application.request))
         except (ValueError, msgspec.MsgspecError):
-            self._misses.note(who, now)
-            return Refusal("unknown")
+            self._failed_attempts.note(who, now)
+            return JoinRefusal("unknown")
         proven = [
             each
             for each in self._invitations
             if hmac.compare_digest(application.proof, proof_of(each.secret, application.request))
         ]
         if not proven:
-            self._misses.note(who, now)
-            return Refusal("unknown")
+            self._failed_attempts.note(who, now)
+            return JoinRefusal("unknown")
         return self._admit(proven[0], application, node, now)
 
     def _admit(
         self, invitation: _Invitation, application: Application, node: str, now: float
-    ) -> Admission | Refusal:
+    ) -> Admission | JoinRefusal:
         if invitation.used_by not in ("", node):
-            return Refusal("used")
+            return JoinRefusal("used")
         if now >= invitation.expires:
-            return Refusal("expired")
+            return JoinRefusal("expired")
         if node in self._identity.revoked:
-            return Refusal("removed")
+            return JoinRefusal("removed")
         members = {**Peers(self._identity).known, self._identity.node: ",".join(self._addresses())}
         others = (members.keys() | self._issued | self._identity.revoked) - {node}
         if identity.slot_of(node) in map(identity.slot_of, others):
-            return Refusal("slot")
+            return JoinRefusal("slot")
         invitation.used_by = node
         self._issued.add(node)
         self._changed.set()
@@ -222,5 +222,5 @@ class Desk:
         return Admission(certificate, members, self._identity.revocations, sealed)
 
 
-def _packed(answer: Cluster | Admission | Refusal, status: int = 200) -> Response:
+def _packed(answer: Cluster | Admission | JoinRefusal, status: int = 200) -> Response:
     return Response(msgspec.msgpack.encode(answer), status, media_type="application/msgpack")

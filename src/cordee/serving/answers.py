@@ -8,7 +8,7 @@ from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, CordeeError, StageFailed
 from cordee.generation import sampling, text
 from cordee.generation.grammar import GrammarTokenizer
-from cordee.generation.request import Choice, Chunk, FinishReason, Request
+from cordee.generation.request import Choice, FinishReason, Request, TextChunk
 from cordee.generation.template import ChatTemplate
 
 RATE_TOKENS = 256  # tokens that the reported rate looks back at ...
@@ -75,7 +75,7 @@ class Answer:
         self._completion_tokens = 0
         self._wants_choices = request.sampling.top_logprobs is not None
         self._choices: list[Choice] = []
-        self._chunks: asyncio.Queue[Chunk | CordeeError] = asyncio.Queue()
+        self._chunks: asyncio.Queue[TextChunk | CordeeError] = asyncio.Queue()
 
     @property
     def stopped(self) -> bool:
@@ -97,7 +97,7 @@ class Answer:
         if not shown and finish_reason is None:
             return
         self._chunks.put_nowait(
-            Chunk(
+            TextChunk(
                 text=shown,
                 choices=tuple(self._choices),
                 finish_reason=finish_reason,
@@ -112,7 +112,7 @@ class Answer:
         """End the stream with an error."""
         self._chunks.put_nowait(error)
 
-    async def next(self) -> Chunk:
+    async def next(self) -> TextChunk:
         """The next chunk; raises the error that ended the stream."""
         item = await self._chunks.get()
         if isinstance(item, CordeeError):

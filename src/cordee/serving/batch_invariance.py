@@ -23,7 +23,7 @@ Measure = Callable[[Sequence[Run], Sequence[int]], Awaitable[dict[int, str]]]
 def key(stages: Sequence[StageDescription], config: StageConfig) -> str:
     """What the verdict depends on besides the model: builds, devices, arithmetic."""
     builds = sorted({f"{stage.build} on {'+'.join(stage.devices)}" for stage in stages})
-    arithmetic = "exact" if config.exact else "fast"
+    arithmetic = "exact" if config.batch_invariant else "fast"
     batched = "batched" if config.sequences > 1 else "alone"
     return f"batch-invariant: {arithmetic}, {batched}, {'; '.join(builds)}"
 

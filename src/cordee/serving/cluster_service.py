@@ -17,7 +17,7 @@ from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, CordeeError, StageFailed
 from cordee.generation import streams
 from cordee.generation.gateway import TICK_SECONDS, Gateway, News
-from cordee.generation.request import Chunk, Request
+from cordee.generation.request import Request, TextChunk
 from cordee.generation.streams import Said
 from cordee.models.store import StoredModel
 from cordee.serving.answers import Answer, Checks, Rate, template_of
@@ -157,7 +157,7 @@ class ClusterService:
         self.context = context
         self.batch_invariant: bool | None = None
         self.port: int | None = None
-        self.is_wished = False  # whether the cluster is to serve it
+        self.is_deployed = False  # whether the cluster is to serve it
         self._gateway = gateway
         self._wanted = wanted
         self._checks = Checks(self.vocabulary)
@@ -175,9 +175,9 @@ class ClusterService:
         """What `/health` says of it."""
         if self.ready:
             return "ready"
-        return "recovering" if self.is_wished else "idle"
+        return "recovering" if self.is_deployed else "idle"
 
-    async def generate(self, request: Request) -> AsyncIterator[Chunk]:
+    async def generate(self, request: Request) -> AsyncIterator[TextChunk]:
         """Answer a request: chunks as they come, the last with a finish reason.
 
         Closing the iterator cancels the stream. Losing any machine but this one is a pause.

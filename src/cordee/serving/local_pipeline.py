@@ -31,8 +31,8 @@ from cordee.errors import CordeeError, StageFailed
 from cordee.models.slices import SliceFile
 from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
-from cordee.worker.messages import Halt, Join, Load, Rows, Tokens, Wire
-from cordee.worker.process import EXACT_ENVIRONMENT, WorkerProcess, Workers, opening
+from cordee.worker.messages import Halt, Join, LoadStage, Rows, Tokens, Wire
+from cordee.worker.process import BATCH_INVARIANT_ENVIRONMENT, WorkerProcess, Workers, opening
 
 State = Literal["loading", "ready", "replacing", "failed", "closed"]
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
+class SlicedModel:
     """The model behind the slices.
 
     `path` is its file, which has the embedding; `engine` what it is laid out for; `ends` end an answer.
@@ -73,7 +73,7 @@ class Listener(Protocol):
 
 
 @dataclass
-class Stage:
+class PipelineStage:
     """A place in the pipeline: its slice, and the worker that runs it now."""
 
     slice: SliceFile
@@ -109,12 +109,12 @@ class Pipeline:
         self,
         slices: Sequence[SliceFile],
         config: StageConfig,
-        source: Source,
+        source: SlicedModel,
         listener: Listener,
         report: Callable[[str], None],
     ) -> None:
         self.state: State = "loading"
-        self.stages = [Stage(piece) for piece in slices]
+        self.stages = [PipelineStage(piece) for piece in slices]
         self._config = config
         self._source = source
         self._listener = listener
@@ -135,7 +135,7 @@ class Pipeline:
         cls,
         slices: Sequence[SliceFile],
         config: StageConfig,
-        source: Source,
+        source: SlicedModel,
         listener: Listener,
         report: Callable[[str], None],
     ) -> "Pipeline":
@@ -229,9 +229,9 @@ class Pipeline:
         self._links.add(writer)
         join = await opening(reader)
         try:
-            while isinstance(join, Join) and join.placement == self._placement:
+            while isinstance(join, Join) and join.wiring == self._placement:
                 message, _ = await frames.read(reader)
-                if isinstance(message, Tokens) and message.placement == self._placement:
+                if isinstance(message, Tokens) and message.wiring == self._placement:
                     self._owed -= message.last
                     self._heard = time.monotonic()
                     self._tell(self._listener.on_tokens, message)
@@ -254,12 +254,12 @@ class Pipeline:
             if isinstance(result, BaseException):
                 raise result
 
-    async def _raise_worker(self, stage: Stage) -> None:
+    async def _raise_worker(self, stage: PipelineStage) -> None:
         assert self._workers is not None
         old = stage.worker
         if old is not None:
             await old.end()
-        environment = EXACT_ENVIRONMENT if self._config.exact else {}
+        environment = BATCH_INVARIANT_ENVIRONMENT if self._config.batch_invariant else {}
         stage.worker = worker = await self._workers.spawn(environment, self, self._keep)
         try:
             await worker.load(self._load(stage))
@@ -269,9 +269,9 @@ class Pipeline:
         stage.restarts += old is not None
         self._tell(self._report, f"{stage.layers} loaded (process {worker.pid})")
 
-    def _load(self, stage: Stage) -> Load:
+    def _load(self, stage: PipelineStage) -> LoadStage:
         cut_first = len(self.stages) > 1 and stage is self.stages[0]
-        return Load(
+        return LoadStage(
             path=str(stage.slice.path),
             config=self._config,
             is_last=stage is self.stages[-1],

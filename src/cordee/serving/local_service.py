@@ -20,7 +20,7 @@ import numpy as np
 from cordee.engine.stage import StageConfig
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError, StageFailed, StorageFailed
-from cordee.generation.request import Chunk, Request
+from cordee.generation.request import Request, TextChunk
 from cordee.generation.scheduler import Event, Limits, Scheduler
 from cordee.generation.suspects import Suspects
 from cordee.machine import sizing
@@ -29,7 +29,7 @@ from cordee.models.slices import SliceFile, even_cuts
 from cordee.models.store import Store, StoredModel
 from cordee.serving import batch_invariance, registry
 from cordee.serving.answers import Answer, Checks, Rate, template_of
-from cordee.serving.local_pipeline import Pipeline, Source
+from cordee.serving.local_pipeline import Pipeline, SlicedModel
 from cordee.worker.messages import Rows, Run, Tokens, rows_of
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class ServiceConfig:
     port: int | None = None
 
 
-class Service:
+class LocalService:
     """A model being served. Made by `Service.start`; all methods on one event loop."""
 
     def __init__(self, model: StoredModel, config: StageConfig, limits: Limits) -> None:
@@ -90,7 +90,7 @@ class Service:
         stages: int = 1,
         config: ServiceConfig | None = None,
         report: Callable[[str], None] = lambda _: None,
-    ) -> "Service":
+    ) -> "LocalService":
         """Cut the model if need be, load its stages, find out whether it is batch-invariant.
 
         `report` gets lines about what is being done.
@@ -120,9 +120,9 @@ class Service:
         try:
             slices = await asyncio.to_thread(_slices, header, model, store, stages, config.force_cut, report)
             ends = tuple(service.vocabulary.end_of_generation)
-            source = Source(header.path, engine_of(header), ends)
+            source = SlicedModel(header.path, engine_of(header), ends)
             service._pipeline = await Pipeline.start(slices, stage_config, source, service, report)
-            service.batch_invariant = await service._verdict(store, report)
+            service.batch_invariant = await service._batch_invariance(store, report)
             service.port = config.port
             service._publish()
         except BaseException:
@@ -140,7 +140,7 @@ class Service:
         """What `/health` says of it."""
         return "ready" if self.ready else "recovering"
 
-    async def generate(self, request: Request) -> AsyncIterator[Chunk]:
+    async def generate(self, request: Request) -> AsyncIterator[TextChunk]:
         """Answer a request: chunks as they come, the last with a finish reason.
 
         Closing the iterator cancels the stream.
@@ -264,7 +264,7 @@ class Service:
             for batch in self._scheduler.halts():
                 self._pipeline.halt(batch)
 
-    async def _verdict(self, store: Store, report: Callable[[str], None]) -> bool | None:
+    async def _batch_invariance(self, store: Store, report: Callable[[str], None]) -> bool | None:
         assert self._pipeline is not None
         descriptions = [stage.description for stage in self._pipeline.stages if stage.description is not None]
         name = batch_invariance.key(descriptions, self._config)
@@ -278,7 +278,7 @@ class Service:
             return None
         try:
             if found is not None:
-                store.set_verdict(self.model.digest, name, found)
+                store.set_batch_invariance(self.model.digest, name, found)
         except StorageFailed as error:
             report(f"the result is not kept: {error.message}")
         return found

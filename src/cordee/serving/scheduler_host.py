@@ -30,21 +30,21 @@ from cordee.generation.streams import Ask, Assert, Said
 from cordee.serving import batch_invariance
 from cordee.serving.answers import Rate
 from cordee.worker import frames
-from cordee.worker.messages import Halt, Join, Recall, Recalled, Rows, Run, Tokens, rows_of
+from cordee.worker.messages import Halt, Join, KvAnswer, KvQuery, Rows, Run, Tokens, rows_of
 from cordee.worker.stages import Stages
 
 QUEUE = 256  # streams that wait while others are answered
 IN_FLIGHT_MAX = 8  # micro-batches that travel at once: one for each machine keeps all of them busy
 ANSWER_SECONDS = 3.0  # for the stages to say what they could take over; their predecessors may be computing
 # So long streams may take over what the placement before has of them: gateways ask a new host at once.
-RECALL_SECONDS = 5.0
+KV_QUERY_SECONDS = 5.0
 IDLE_SECONDS = 3.0  # without streams, before the model is tried out: a chat's next turn would have to wait
 MEASURE_SECONDS = 60.0  # for one micro-batch of it; slower stages are not tried out
 
 log = logging.getLogger(__name__)
 
 
-class Hosting:
+class SchedulerHost:
     """The scheduler of one placement's job. `send` takes a gateway's node and what is said to it."""
 
     def __init__(
@@ -69,8 +69,8 @@ class Hosting:
         self._wiring = ""
         self._first: asyncio.StreamWriter | None = None
         self._joining: asyncio.Task | None = None
-        self._recalled: asyncio.Future[Recalled] | None = None
-        self._recall_ends = 0.0  # on the event loop's clock; 0: nothing was recalled
+        self._recalled: asyncio.Future[KvAnswer] | None = None
+        self._kv_query_ends = 0.0  # on the event loop's clock; 0: nothing was recalled
         self._n_vocab = vocabulary.size
         self._judging: asyncio.Task | None = None
         self._measured: asyncio.Future[dict[int, str]] | None = None
@@ -125,7 +125,7 @@ class Hosting:
             wiring, self._wiring = self._wiring, ""
             self._host.lost()
             self._stages.unwire(wiring)
-        self._host.ready, self._recalled, self._recall_ends = False, None, 0.0
+        self._host.ready, self._recalled, self._kv_query_ends = False, None, 0.0
 
     def receive(self, message: Ask | Assert) -> None:
         """A gateway wants something."""
@@ -135,17 +135,17 @@ class Hosting:
     def tick(self, now: float) -> None:
         """Let time pass; several times a second."""
         self._host.tick(now)
-        if self._recall_ends and asyncio.get_running_loop().time() >= self._recall_ends:
-            self._host.forget_recalled()
-            self._recall_ends = 0.0
+        if self._kv_query_ends and asyncio.get_running_loop().time() >= self._kv_query_ends:
+            self._host.forget_restored()
+            self._kv_query_ends = 0.0
         self._judge_when_idle(now)
         self.pump()
 
-    def take(self, message: Tokens | Recalled) -> None:
+    def on_result(self, message: Tokens | KvAnswer) -> None:
         """The last stage of some wiring has a result."""
-        if message.placement != self._wiring:
+        if message.wiring != self._wiring:
             return
-        if isinstance(message, Recalled):
+        if isinstance(message, KvAnswer):
             if self._recalled is not None and not self._recalled.done():
                 self._recalled.set_result(message)
             return
@@ -184,15 +184,15 @@ class Hosting:
         frames.write(writer, Join(wiring))
         self._first = writer
         if self._stages.inherits(wiring):
-            await self._recall(wiring, writer)
+            await self._query_kv(wiring, writer)
         self._host.ready = True
         self.pump()
 
-    async def _recall(self, wiring: str, first: asyncio.StreamWriter) -> None:
+    async def _query_kv(self, wiring: str, first: asyncio.StreamWriter) -> None:
         """Let streams go on where the placement before leaves them."""
         loop = asyncio.get_running_loop()
         self._recalled = loop.create_future()
-        frames.write(first, Recall(wiring))
+        frames.write(first, KvQuery(wiring))
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 recalled = await self._recalled
@@ -200,8 +200,8 @@ class Hosting:
             log.info("the stages do not say what they could take over: streams are computed again")
             return
         held = recalled.held.items()
-        self._host.recall({sequence: each.tokens for sequence, each in held if each.tokens})
-        self._recall_ends = loop.time() + RECALL_SECONDS
+        self._host.restore({sequence: each.tokens for sequence, each in held if each.tokens})
+        self._kv_query_ends = loop.time() + KV_QUERY_SECONDS
         log.info("%d sequences of the placement before can be taken over", len(recalled.held))
 
     def _judge_when_idle(self, now: float) -> None:

@@ -15,7 +15,7 @@ from cordee.generation.grammar import GrammarTokenizer
 from cordee.generation.request import Choice
 from cordee.generation.sampling import Sampler
 from cordee.worker.frames import PAYLOAD_BYTES_MAX
-from cordee.worker.messages import Held, Load, Opening, Rows, Run, Tokens
+from cordee.worker.messages import HeldSequence, LoadStage, Opening, Rows, Run, Tokens
 
 Result = tuple[Rows | Tokens, memoryview]
 
@@ -23,7 +23,7 @@ Result = tuple[Rows | Tokens, memoryview]
 class Compute:
     """A loaded slice and the state of its sequences."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: LoadStage) -> None:
         """Load the slice.
 
         Raises:
@@ -35,7 +35,7 @@ class Compute:
         self._embedding = None if load.embedding is None else _embedding(Path(load.embedding))
         self._ends = frozenset(load.ends)
         self._samplers: dict[int, Sampler] = {}
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, HeldSequence] = {}
         self._position_bytes = max(
             self.description.kv_bytes // (load.config.context * load.config.sequences), 1
         )
@@ -52,7 +52,7 @@ class Compute:
         self._samplers.clear()
         self._held.clear()
 
-    def held(self) -> dict[int, Held]:
+    def held(self) -> dict[int, HeldSequence]:
         """What could be handed over, by sequence."""
         longest = PAYLOAD_BYTES_MAX // self._position_bytes
         return {sequence: held for sequence, held in self._held.items() if 0 < held.length <= longest}
@@ -71,10 +71,10 @@ class Compute:
         if length < held.length:
             self._stage.trim(sequence, length)
             tokens = None if held.tokens is None else held.tokens[:length]
-            self._held[sequence] = Held(held.tenure, length, tokens)
+            self._held[sequence] = HeldSequence(held.tenure, length, tokens)
         return pick_layers(self._stage.export_sequence(sequence), _windowed(self._path), first, last)
 
-    def restore(self, sequence: int, held: Held, parts: Sequence[bytes]) -> None:
+    def restore(self, sequence: int, held: HeldSequence, parts: Sequence[bytes]) -> None:
         """Take a sequence over, its layers in parts.
 
         Raises:
@@ -97,7 +97,7 @@ class Compute:
         if self.description.is_last:
             return self._sample(message, result), memoryview(b"")
         forwarded = Rows(
-            placement=message.placement,
+            wiring=message.wiring,
             batch=message.batch,
             runs=message.runs,
             opens=message.opens,
@@ -127,7 +127,7 @@ class Compute:
                 tokens = held.tokens if held is not None and held.tokens is not None else []
                 del tokens[first:]
                 tokens += inputs[start:end].tolist()
-            self._held[run.sequence] = Held(run.tenure, first + run.rows, tokens)
+            self._held[run.sequence] = HeldSequence(run.tenure, first + run.rows, tokens)
             start = end
 
     def _sample(self, message: Rows, logits: np.ndarray) -> Tokens:
@@ -137,7 +137,7 @@ class Compute:
                 sequence: hashlib.sha256(row.tobytes()).hexdigest()
                 for sequence, row in zip(sequences, logits, strict=True)
             }
-            return Tokens(message.placement, message.batch, digests=digests)
+            return Tokens(message.wiring, message.batch, digests=digests)
         choices: dict[int, Choice] = {}
         failures: dict[int, str] = {}
         for sequence, row in zip(sequences, logits, strict=True):
@@ -147,7 +147,7 @@ class Compute:
                 choices[sequence] = self._samplers[sequence].sample(row)
             except CordeeError as error:
                 failures[sequence] = error.message
-        return Tokens(message.placement, message.batch, choices, failures)
+        return Tokens(message.wiring, message.batch, choices, failures)
 
     def _sampler(self, opening: Opening) -> Sampler:
         if opening.sampling.grammar is not None and self._tokenizer is None:
@@ -159,7 +159,7 @@ def again(message: Rows, tokens: Tokens) -> Result:
     """The micro-batch's next step: the same streams one position on, with the tokens that they got."""
     runs = tuple(Run(run.sequence, run.first_position + 1, 1, True, run.tenure) for run in message.runs)
     chosen = np.array([tokens.choices[run.sequence].token for run in runs], dtype=np.int32)
-    rows = Rows(message.placement, message.batch, runs, {}, steps=message.steps - 1)
+    rows = Rows(message.wiring, message.batch, runs, {}, steps=message.steps - 1)
     return rows, memoryview(chosen).cast("B")
 
 

@@ -25,14 +25,14 @@ from pathlib import Path
 from cordee.errors import StageFailed
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import LinkClosed
-from cordee.worker.messages import Held, Inherit, Recall, Recalled, Source, State, Take
+from cordee.worker.messages import HeldSequence, KvAnswer, KvQuery, KvRead, KvState, ReaderJoin, Source
 
 # For one answer of a source: the largest state takes nine seconds at 1 Gbit/s, and the source may have to end
 # a micro-batch first.
 ANSWER_SECONDS = 20.0
 
 
-class Legacy:
+class KvSources:
     """What a worker may take over. Made by `Legacy.of`; all methods on one thread."""
 
     def __init__(self, sources: Sequence[Source], links: Sequence[socket.socket]) -> None:
@@ -40,14 +40,14 @@ class Legacy:
         self._links = tuple(links)
 
     @classmethod
-    def of(cls, identity: Path, sources: Sequence[Source]) -> Legacy | None:
+    def of(cls, identity: Path, sources: Sequence[Source]) -> KvSources | None:
         """Links to all sources; None if one of them is gone, or has nothing of that placement."""
         links: list[socket.socket] = []
         try:
             for source in sources:
                 links.append(tls_link.connect(identity, source.endpoint))
                 links[-1].settimeout(ANSWER_SECONDS)
-                frames.send(links[-1], Inherit(source.placement))
+                frames.send(links[-1], ReaderJoin(source.wiring))
                 frames.receive(links[-1])  # now nobody ends it any more
         except (OSError, LinkClosed):
             for each in links:
@@ -55,34 +55,34 @@ class Legacy:
             return None
         return cls(sources, links)
 
-    def held(self) -> dict[int, Held]:
+    def held(self) -> dict[int, HeldSequence]:
         """What all sources have.
 
         Raises:
             LinkClosed: one of them is gone.
         """
         for source, each in zip(self._sources, self._links, strict=True):
-            frames.send(each, Recall(source.placement))
+            frames.send(each, KvQuery(source.wiring))
         found = None
         for each in self._links:
             answer, _ = frames.receive(each)
-            if not isinstance(answer, Recalled):
+            if not isinstance(answer, KvAnswer):
                 raise LinkClosed("a source says something else than what it has")
             found = answer.held if found is None else both(found, answer.held)
         return found or {}
 
-    def take(self, sequence: int, length: int) -> list[bytes]:
+    def read(self, sequence: int, length: int) -> list[bytes]:
         """The state of a sequence's first positions, in one part from each source.
 
         Raises:
             LinkClosed: a source is gone, or does not have it.
         """
         for source, each in zip(self._sources, self._links, strict=True):
-            frames.send(each, Take(sequence, length, source.first, source.last))
+            frames.send(each, KvRead(sequence, length, source.first, source.last))
         parts = []
         for each in self._links:
             answer, payload = frames.receive(each)
-            if not isinstance(answer, State) or answer.sequence != sequence:
+            if not isinstance(answer, KvState) or answer.sequence != sequence:
                 raise LinkClosed("a source says something else than a state")
             parts.append(bytes(payload))
         return parts
@@ -94,7 +94,7 @@ class Legacy:
                 each.close()
 
 
-def both(one: Mapping[int, Held], other: Mapping[int, Held]) -> dict[int, Held]:
+def both(one: Mapping[int, HeldSequence], other: Mapping[int, HeldSequence]) -> dict[int, HeldSequence]:
     """What two stages have of the same streams: as much as the one that has less."""
     found = {}
     for sequence, held in one.items():
@@ -102,25 +102,25 @@ def both(one: Mapping[int, Held], other: Mapping[int, Held]) -> dict[int, Held]:
         if theirs is not None and theirs.tenure == held.tenure:
             tokens = held.tokens if held.tokens is not None else theirs.tokens
             length = min(held.length, theirs.length)
-            found[sequence] = Held(held.tenure, length, None if tokens is None else tokens[:length])
+            found[sequence] = HeldSequence(held.tenure, length, None if tokens is None else tokens[:length])
     return found
 
 
-def bequeath(compute, heir: socket.socket, message: object, placement: str) -> None:
+def serve(compute, reader: socket.socket, message: object, placement: str) -> None:
     """Answer an heir of this placement, whose sequences `compute` has.
 
     Raises:
         LinkClosed: the heir is gone, or wants what is not there.
     """
-    if isinstance(message, Inherit):
-        frames.send(heir, message)
-    elif isinstance(message, Recall) and message.placement == placement:
-        frames.send(heir, Recalled(placement, compute.held()))
-    elif isinstance(message, Take):
+    if isinstance(message, ReaderJoin):
+        frames.send(reader, message)
+    elif isinstance(message, KvQuery) and message.wiring == placement:
+        frames.send(reader, KvAnswer(placement, compute.held()))
+    elif isinstance(message, KvRead):
         try:
             state = compute.export(message.sequence, message.length, message.first, message.last)
         except StageFailed as error:
             raise LinkClosed(error.message) from error
-        frames.send(heir, State(message.sequence), state)
+        frames.send(reader, KvState(message.sequence), state)
     else:
         raise LinkClosed("an heir says something that is not known here")

@@ -28,7 +28,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     worker: str
 
 
-class Load(msgspec.Struct, frozen=True, tag=True):
+class LoadStage(msgspec.Struct, frozen=True, tag=True):
     """Load this slice into `engine`. `is_last`: its logits are sampled here; `ends` end an answer.
 
     `embedding` is the model file that turns token ids into rows, for the first of several stages. With an
@@ -63,7 +63,7 @@ class Source(msgspec.Struct, frozen=True, array_like=True):
     """A worker of the placement before, and which layers of its slice are to be taken over."""
 
     endpoint: str
-    placement: str
+    wiring: str
     first: int
     last: int
 
@@ -76,7 +76,7 @@ class Wire(msgspec.Struct, frozen=True, tag=True):
     the order of this worker's layers; none: there is nothing to take over.
     """
 
-    placement: str
+    wiring: str
     downstream: str
     first: str | None = None
     sources: tuple[Source, ...] = ()
@@ -85,17 +85,17 @@ class Wire(msgspec.Struct, frozen=True, tag=True):
 class Wired(msgspec.Struct, frozen=True, tag=True):
     """The worker sends to its downstream and waits for rows of this placement."""
 
-    placement: str
+    wiring: str
 
 
 class WireFailed(msgspec.Struct, frozen=True, tag=True):
     """The worker cannot reach the downstream of this placement; it waits to be wired again."""
 
-    placement: str
+    wiring: str
     message: str
 
 
-class Heirs(msgspec.Struct, frozen=True, tag=True):
+class KvReaders(msgspec.Struct, frozen=True, tag=True):
     """So many workers of the next placement may take over sequences of this one."""
 
     count: int
@@ -104,13 +104,13 @@ class Heirs(msgspec.Struct, frozen=True, tag=True):
 class Broken(msgspec.Struct, frozen=True, tag=True):
     """A link of this placement is gone, on either side of the worker; it waits to be wired again."""
 
-    placement: str
+    wiring: str
 
 
 class Halt(msgspec.Struct, frozen=True, tag=True):
     """Goes through all stages to the last: this micro-batch, and all before, shall not go round again."""
 
-    placement: str
+    wiring: str
     batch: int
 
 
@@ -120,17 +120,17 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     `again`: it comes from the last stage, and is micro-batches that go round.
     """
 
-    placement: str
+    wiring: str
     again: bool = False
 
 
-class Inherit(msgspec.Struct, frozen=True, tag=True):
+class ReaderJoin(msgspec.Struct, frozen=True, tag=True):
     """First on every hand-over link: sequences of this placement are to be taken over."""
 
-    placement: str
+    wiring: str
 
 
-class Held(msgspec.Struct, frozen=True, array_like=True):
+class HeldSequence(msgspec.Struct, frozen=True, array_like=True):
     """What a stage has of a sequence: `length` positions, which the scheduler computed in this `tenure`.
 
     `tokens` are those at the positions, where the stage knows them: the first one does.
@@ -141,24 +141,24 @@ class Held(msgspec.Struct, frozen=True, array_like=True):
     tokens: list[int] | None = None
 
 
-class Recall(msgspec.Struct, frozen=True, tag=True):
+class KvQuery(msgspec.Struct, frozen=True, tag=True):
     """Goes through all stages: which sequences of the placement before could each of them take over?
 
     `held` is what all stages so far could; None: none has been asked yet.
     """
 
-    placement: str
-    held: dict[int, Held] | None = None
+    wiring: str
+    held: dict[int, HeldSequence] | None = None
 
 
-class Recalled(msgspec.Struct, frozen=True, tag=True):
+class KvAnswer(msgspec.Struct, frozen=True, tag=True):
     """What can be taken over, by sequence."""
 
-    placement: str
-    held: dict[int, Held]
+    wiring: str
+    held: dict[int, HeldSequence]
 
 
-class Take(msgspec.Struct, frozen=True, tag=True):
+class KvRead(msgspec.Struct, frozen=True, tag=True):
     """The first `length` positions of a sequence are wanted, of layers `first` to `last - 1` of the slice."""
 
     sequence: int
@@ -167,7 +167,7 @@ class Take(msgspec.Struct, frozen=True, tag=True):
     last: int
 
 
-class State(msgspec.Struct, frozen=True, tag=True):
+class KvState(msgspec.Struct, frozen=True, tag=True):
     """What was wanted of this sequence is the payload."""
 
     sequence: int
@@ -205,7 +205,7 @@ class Rows(msgspec.Struct, frozen=True, tag=True):
     not with tokens.
     """
 
-    placement: str
+    wiring: str
     batch: int
     runs: tuple[Run, ...]
     opens: dict[int, Opening]
@@ -221,7 +221,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     rounds before, as far as they have not been told yet.
     """
 
-    placement: str
+    wiring: str
     batch: int
     choices: dict[int, Choice] = {}
     failures: dict[int, str] = {}
@@ -244,6 +244,6 @@ def rows_of(placement: str, batch: MicroBatch) -> tuple[Rows, memoryview]:
     return Rows(placement, batch.id, runs, opens, steps=batch.steps), memoryview(tokens).cast("B")
 
 
-Control = Hello | Load | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | Heirs
-Data = Join | Rows | Halt | Tokens | Recall | Recalled | Inherit | Take | State
+Control = Hello | LoadStage | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | KvReaders
+Data = Join | Rows | Halt | Tokens | KvQuery | KvAnswer | ReaderJoin | KvRead | KvState
 Message = Control | Data

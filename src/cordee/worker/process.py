@@ -25,11 +25,11 @@ from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import (
     Broken,
-    Heirs,
     Hello,
-    Load,
+    KvReaders,
     Loaded,
     LoadFailed,
+    LoadStage,
     Message,
     Wire,
     Wired,
@@ -50,7 +50,7 @@ CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is
 # 16,000, 105 with 4,000, 109 with 1,000, 82 with 100. One stage alone makes 124 with 4,000, 127 with 1,000,
 # 128 with 500. "passive" is half as fast.
 ENVIRONMENT = {"GOMP_SPINCOUNT": "1000"}
-EXACT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama/stage.py
+BATCH_INVARIANT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama/stage.py
 
 FOLDER_PREFIX = "cordee-run-"  # begins the name of a folder of sockets
 LOCK = "lock"
@@ -59,7 +59,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Answer = TypeVar("Answer", bound=Message)
 
 
-class Owner(Protocol):
+class WorkerOwner(Protocol):
     """Who is told what workers do of their own accord; called on the event loop, and must not raise."""
 
     def on_ended(self, worker: "WorkerProcess") -> None:
@@ -78,7 +78,7 @@ class WorkerProcess:
         self.endpoint = ""  # where other machines reach it, if it listens for them
         self.description: StageDescription | None = None
         self.ended = False
-        self.heirs = 0  # workers of the next placement that may take sequences over from it
+        self.kv_readers = 0  # workers of the next placement that may take sequences over from it
         self._process = process
         self._reader, self._writer = streams
         self._said: asyncio.Queue[Message | None] = asyncio.Queue()  # one for each it was sent; None: ended
@@ -106,7 +106,7 @@ class WorkerProcess:
         except psutil.Error:
             return False
 
-    async def load(self, load: Load) -> None:
+    async def load(self, load: LoadStage) -> None:
         """Let it load a slice.
 
         Raises:
@@ -126,7 +126,7 @@ class WorkerProcess:
         """
         frames.write(self._writer, wire)
         kinds = (Wired, WireFailed)
-        answer = await self._answer(kinds, WIRE_SECONDS, lambda said: said.placement == wire.placement)
+        answer = await self._answer(kinds, WIRE_SECONDS, lambda said: said.wiring == wire.wiring)
         if isinstance(answer, WireFailed):
             raise StageFailed(f"a stage cannot reach the next one ({answer.message})")
 
@@ -147,15 +147,15 @@ class WorkerProcess:
         with contextlib.suppress(OSError):
             await self._writer.wait_closed()
 
-    async def follow(self, owner: Owner) -> None:
+    async def follow(self, owner: WorkerOwner) -> None:
         """Hear it out: once its control link ends, so does its process."""
         try:
             while True:
                 message, _ = await frames.read(self._reader)
                 if isinstance(message, Broken):
-                    owner.on_broken(self, message.placement)
-                elif isinstance(message, Heirs):
-                    self.heirs = message.count
+                    owner.on_broken(self, message.wiring)
+                elif isinstance(message, KvReaders):
+                    self.kv_readers = message.count
                 else:
                     self._said.put_nowait(message)
         except LinkClosed:
@@ -210,7 +210,9 @@ class Workers:
         self._servers.append(await asyncio.start_unix_server(accept, path))
         return str(path)
 
-    async def spawn(self, environment: Mapping[str, str], owner: Owner, keep: Callable) -> WorkerProcess:
+    async def spawn(
+        self, environment: Mapping[str, str], owner: WorkerOwner, keep: Callable
+    ) -> WorkerProcess:
         """Start a process; `keep` runs the coroutine that follows it.
 
         Raises:

@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from cordee.cluster.goals import Load
+from cordee.cluster.goals import StageSpec
 from cordee.cluster.memory import BATCH_ROWS
-from cordee.cluster.reconcile import WireOrder, Worker
+from cordee.cluster.reconcile import WireAction, WorkerStatus
 from cordee.engine.stage import EngineName, StageConfig
 from cordee.errors import CordeeError
 from cordee.net import address
 from cordee.worker import messages
-from cordee.worker.process import EXACT_ENVIRONMENT, WorkerProcess, Workers
+from cordee.worker.process import BATCH_INVARIANT_ENVIRONMENT, WorkerProcess, Workers
 
 WATCH_SECONDS = 1.0  # how often wired workers are looked at: who is stopped holds everybody up
 # So long a worker with heirs stays after it was stopped: the host's RECALL_SECONDS, and time for the largest
@@ -49,16 +49,16 @@ class Files:
     ends: tuple[int, ...]
 
 
-class Owner(Protocol):
+class StagesOwner(Protocol):
     """Who gives the orders; called on the event loop."""
 
-    async def prepare(self, load: Load) -> Files:
+    async def prepare(self, load: StageSpec) -> Files:
         """Bring what a load needs to this disk. Raises CordeeError where that cannot be."""
 
     def changed(self) -> None:
         """`Stages.workers` would tell something new."""
 
-    def failed(self, load: Load, detail: str) -> None:
+    def failed(self, load: StageSpec, detail: str) -> None:
         """A load could not be had."""
 
 
@@ -67,7 +67,7 @@ class _Process:
     """A worker and what the crew should know of it."""
 
     id: str
-    load: Load
+    load: StageSpec
     worker: WorkerProcess | None = None  # once it has started
     is_loaded: bool = False
     wiring: str = ""
@@ -78,13 +78,13 @@ class _Process:
     joining: asyncio.Task | None = None
     joins: str = ""  # the wiring that it is being joined to
 
-    def report(self, listen: str) -> Worker:
+    def report(self, listen: str) -> WorkerStatus:
         """As the crew wants to know it; `listen` is the host at which it takes rows of other machines."""
         state = "loading" if not self.is_loaded else "wired" if self.wiring else "loaded"
         endpoint = self.worker.endpoint if self.worker is not None else ""
         if endpoint:
             endpoint = address.renewed(endpoint, listen)  # this machine may have moved since
-        return Worker(self.id, self.load, state, endpoint, self.wiring, frozenset(self.wirings))
+        return WorkerStatus(self.id, self.load, state, endpoint, self.wiring, frozenset(self.wirings))
 
 
 class Stages:
@@ -93,7 +93,7 @@ class Stages:
     `identity` is the folder of this node's identity, `listen` the host at which other machines reach workers.
     """
 
-    def __init__(self, owner: Owner, sockets: Workers, identity: Path, listen: str) -> None:
+    def __init__(self, owner: StagesOwner, sockets: Workers, identity: Path, listen: str) -> None:
         self._owner = owner
         self._sockets = sockets
         self._identity = identity
@@ -103,14 +103,14 @@ class Stages:
         self._closing = False
 
     @classmethod
-    async def open(cls, owner: Owner, identity: Path, listen: str) -> Stages:
+    async def open(cls, owner: StagesOwner, identity: Path, listen: str) -> Stages:
         """A node's stages, none of them running yet."""
         stages = cls(owner, await Workers.open(), identity, listen)
         stages._keep(stages._watch())
         return stages
 
     @property
-    def workers(self) -> dict[str, Worker]:
+    def workers(self) -> dict[str, WorkerStatus]:
         """Those that live, by id."""
         return {name: process.report(self._listen) for name, process in self._processes.items()}
 
@@ -130,7 +130,7 @@ class Stages:
         process = self._first(wiring)
         return process is not None and process.inherits
 
-    def start(self, load: Load) -> None:
+    def start(self, load: StageSpec) -> None:
         """Start a worker for a load."""
         process = _Process(secrets.token_hex(8), load)
         self._processes[process.id] = process
@@ -160,7 +160,7 @@ class Stages:
             if process.wiring == wiring and process.index == 0:
                 self._unwire(process)
 
-    def wire(self, order: WireOrder) -> None:
+    def wire(self, order: WireAction) -> None:
         """Join a worker to its neighbours, unless it is being joined so already."""
         process, wiring = self._processes.get(order.worker), order.goal.wiring
         if process is None or process.worker is None or not process.is_loaded:
@@ -220,7 +220,7 @@ class Stages:
         """A worker's life, from its start to its end, or until it is stopped."""
         try:
             files = await self._owner.prepare(process.load)
-            process.worker = await self._sockets.spawn(EXACT_ENVIRONMENT, self, self._keep)
+            process.worker = await self._sockets.spawn(BATCH_INVARIANT_ENVIRONMENT, self, self._keep)
             await process.worker.load(self._load(process.load, files))
             process.is_loaded = True
             self._owner.changed()
@@ -240,10 +240,10 @@ class Stages:
         """Leave a worker to its heirs for a while."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
-                while worker.heirs and worker.alive:
+                while worker.kv_readers and worker.alive:
                     await asyncio.sleep(LINGER_LOOK_SECONDS)
 
-    def _load(self, load: Load, files: Files) -> messages.Load:
+    def _load(self, load: StageSpec, files: Files) -> messages.LoadStage:
         devices = () if load.device == "CPU" else (load.device,)
         config = StageConfig(
             context=load.context,
@@ -251,7 +251,7 @@ class Stages:
             batch_rows=max(BATCH_ROWS, load.sequences),
             devices=devices,
         )
-        return messages.Load(
+        return messages.LoadStage(
             path=str(files.slice),
             config=config,
             is_last=files.is_last,
@@ -262,7 +262,7 @@ class Stages:
             listen=self._listen,
         )
 
-    async def _join(self, process: _Process, worker: WorkerProcess, order: WireOrder) -> None:
+    async def _join(self, process: _Process, worker: WorkerProcess, order: WireAction) -> None:
         goal = order.goal
         try:
             sources = tuple(messages.Source(*source) for source in goal.sources)

@@ -38,7 +38,7 @@ BACKLOG = 64  # who knocks during a decode waits there
 NODE_SUFFIX = ".cordee"  # of the alternative name that holds the node's id
 
 
-class Guest:
+class Handshake:
     """Somebody who knocked: greets without blocking, and becomes a link or is closed."""
 
     def __init__(self, folder: Path, plain: socket.socket) -> None:
@@ -76,7 +76,7 @@ class Guest:
         self._link.close()
 
 
-class Door:
+class TlsListener:
     """Where a worker listens for links of other machines; `host` empty: on all interfaces.
 
     Raises:
@@ -94,13 +94,13 @@ class Door:
         """For a selector; readable: call `accept`."""
         return self._listener.fileno()
 
-    def accept(self) -> Guest | None:
+    def accept(self) -> Handshake | None:
         """Whoever knocked; None if he left again. Raises LinkClosed where this node has no valid identity."""
         try:
             plain, _ = self._listener.accept()
         except OSError:
             return None
-        return Guest(self._folder, plain)
+        return Handshake(self._folder, plain)
 
     def close(self) -> None:
         """Listen no more; links that were let in stay."""
@@ -170,7 +170,7 @@ async def open_stream(folder: Path, endpoint: str) -> tuple[asyncio.StreamReader
     raise LinkClosed("; ".join(reasons))
 
 
-async def open_door(
+async def open_listener(
     folder: Path,
     host: str,
     on_link: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],

@@ -42,17 +42,17 @@ from cordee.worker.messages import (
     Broken,
     Data,
     Halt,
-    Heirs,
-    Held,
+    HeldSequence,
     Hello,
-    Inherit,
     Join,
-    Load,
+    KvAnswer,
+    KvQuery,
+    KvReaders,
     Loaded,
     LoadFailed,
+    LoadStage,
     Message,
-    Recall,
-    Recalled,
+    ReaderJoin,
     Rows,
     Tokens,
     Wire,
@@ -61,13 +61,13 @@ from cordee.worker.messages import (
 )
 
 if TYPE_CHECKING:  # workers of one machine start sooner without TLS
-    from cordee.worker.kv_transfer import Legacy
-    from cordee.worker.tls_link import Door, Guest
+    from cordee.worker.kv_transfer import KvSources
+    from cordee.worker.tls_link import Handshake, TlsListener
 
 PEERS_MAX = 4  # that connected and are not wired yet: a new placement's while an old one is being closed
 BACKLOG = 64  # peers that knock during a decode: with a full backlog the true one would be refused
 JOIN_SECONDS = 1.0  # for the rest of a Join that began to arrive: it is one small write
-HEIRS_MAX = 16  # workers of the next placement whose layers overlap with this one's, and some that fell
+KV_READERS_MAX = 16  # workers of the next placement whose layers overlap with this one's, and some that fell
 # A micro-batch that goes round may keep its tokens back for so long: nobody reads faster, and each message
 # costs the service as much as a small model's layer.
 GATHER_SECONDS = 0.02
@@ -86,18 +86,18 @@ class Worker:
         self._halted = 0  # the newest micro-batch that shall not go round again
         self._gathered: dict[int, list[Tokens]] = {}  # of micro-batches that go round; STEPS_MAX each at most
         self._told = 0.0  # when tokens were sent last
-        self._placement = ""
-        self._left = ""  # the placement before it was left, whose sequences are still here
-        self._heirs: list[socket.socket] = []
-        self._legacy: Legacy | None = None
-        self._recalled: dict[int, Held] = {}  # what the sources said
+        self._wiring = ""
+        self._left_wiring = ""  # the placement before it was left, whose sequences are still here
+        self._kv_readers: list[socket.socket] = []
+        self._kv_sources: KvSources | None = None
+        self._kv_found: dict[int, HeldSequence] = {}  # what the sources said
         self._identity: Path | None = None  # of this node, where other machines take part
-        self._door: Door | None = None
-        self._guests: list[Guest] = []  # of other machines, that are still proving who they are
-        self._strangers: list[socket.socket] = []  # that connected and said nothing yet
+        self._listener: TlsListener | None = None
+        self._handshakes: list[Handshake] = []  # of other machines, that are still proving who they are
+        self._unjoined: list[socket.socket] = []  # that connected and said nothing yet
         self._early: dict[Join, socket.socket] = {}  # that joined before this worker heard of their placement
         self._compute: Compute | None = None
-        self._connected: SimpleQueue[tuple[Wire, list[socket.socket], Legacy | None, str]] = SimpleQueue()
+        self._connected: SimpleQueue[tuple[Wire, list[socket.socket], KvSources | None, str]] = SimpleQueue()
         self._waker, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
@@ -112,7 +112,7 @@ class Worker:
             while True:
                 for key, _ in self._selector.select(0 if self._round else None):
                     if key.fileobj is self._control:
-                        self._obey()
+                        self._handle_control()
                     else:
                         self._hear(key.fileobj)
                 if self._round:
@@ -123,58 +123,58 @@ class Worker:
         if source is self._inbox:
             self._accept()
         elif source is self._woken:
-            self._take_links()
-        elif source is self._door:
-            self._accept_guest()
-        elif source in self._guests:
-            self._greet(source)
-        elif source in self._strangers:
-            self._meet(source)
+            self._attach_links()
+        elif source is self._listener:
+            self._accept_handshake()
+        elif source in self._handshakes:
+            self._continue_handshake(source)
+        elif source in self._unjoined:
+            self._read_join(source)
         elif source in (self._downstream, self._first):
-            self._lose()  # nothing is ever said there
+            self._link_lost()  # nothing is ever said there
         elif source in self._upstream.values():
-            self._take_rows(source)
-        elif source in self._heirs:
-            self._heed(source)
+            self._handle_rows(source)
+        elif source in self._kv_readers:
+            self._handle_kv_reader(source)
 
-    def _obey(self) -> None:
+    def _handle_control(self) -> None:
         message, _ = frames.receive(self._control)
-        if isinstance(message, Load):
+        if isinstance(message, LoadStage):
             self._load(message)
         elif isinstance(message, Wire):
             self._wire(message)
 
-    def _load(self, load: Load) -> None:
+    def _load(self, load: LoadStage) -> None:
         try:
             self._compute = Compute(load)
             if load.identity is not None:
-                self._open_door(Path(load.identity), load.listen)
+                self._open_listener(Path(load.identity), load.listen)
         except CordeeError as error:
             frames.send(self._control, LoadFailed(type(error).__name__, error.message))
             return
-        endpoint = "" if self._door is None else self._door.endpoint
+        endpoint = "" if self._listener is None else self._listener.endpoint
         frames.send(self._control, Loaded(self._compute.description, endpoint))
 
-    def _open_door(self, identity: Path, host: str) -> None:
-        from cordee.worker.tls_link import Door
+    def _open_listener(self, identity: Path, host: str) -> None:
+        from cordee.worker.tls_link import TlsListener
 
         try:
-            self._door = Door(identity, host)
+            self._listener = TlsListener(identity, host)
         except OSError as error:
             raise BadRequest(
                 f"workers cannot listen on {host or 'any address'}: {error}", "listen"
             ) from error
         self._identity = identity
-        self._selector.register(self._door, selectors.EVENT_READ)
+        self._selector.register(self._listener, selectors.EVENT_READ)
 
     def _wire(self, wire: Wire) -> None:
         assert self._compute is not None, "Load comes before Wire"
         self._drop_upstream()
         self._drop_downstream()
-        self._drop_heirs()
-        self._drop_legacy()
+        self._drop_kv_readers()
+        self._drop_kv_sources()
         self._compute.clear()
-        self._placement, self._left = wire.placement, ""
+        self._wiring, self._left_wiring = wire.wiring, ""
         threading.Thread(target=self._connect, args=(wire,), daemon=True).start()
 
     def _connect(self, wire: Wire) -> None:
@@ -182,40 +182,40 @@ class Worker:
         links: list[socket.socket] = []
         legacy, fault = None, ""
         try:
-            links.append(_joined(self._identity, wire.downstream, Join(wire.placement)))
+            links.append(_joined(self._identity, wire.downstream, Join(wire.wiring)))
             if wire.first is not None:
-                links.append(_joined(self._identity, wire.first, Join(wire.placement, again=True)))
+                links.append(_joined(self._identity, wire.first, Join(wire.wiring, again=True)))
         except (OSError, LinkClosed) as error:  # that stage just died: another Wire follows
             fault = str(error) or "it closed the link"
         if wire.sources and not fault and self._identity is not None:
-            from cordee.worker.kv_transfer import Legacy
+            from cordee.worker.kv_transfer import KvSources
 
-            legacy = Legacy.of(self._identity, wire.sources)
+            legacy = KvSources.of(self._identity, wire.sources)
         self._connected.put((wire, links, legacy, fault))
         self._waker.send(b".")
 
-    def _take_links(self) -> None:
+    def _attach_links(self) -> None:
         self._woken.recv(1)
         wire, links, legacy, fault = self._connected.get()
-        if fault or wire.placement != self._placement or self._downstream is not None:
+        if fault or wire.wiring != self._wiring or self._downstream is not None:
             for peer in [*links, *([] if legacy is None else [legacy])]:
                 peer.close()
-            frames.send(self._control, WireFailed(wire.placement, fault or "another one was wired"))
+            frames.send(self._control, WireFailed(wire.wiring, fault or "another one was wired"))
             return
         self._downstream = links[0]
         self._first = links[1] if len(links) > 1 else None
-        self._legacy = legacy
+        self._kv_sources = legacy
         for peer in links:
             self._selector.register(peer, selectors.EVENT_READ)
-        self._adopt()
-        frames.send(self._control, Wired(wire.placement))
+        self._attach_upstream()
+        frames.send(self._control, Wired(wire.wiring))
 
     def _accept(self) -> None:
         """Let a peer in; whoever says nothing costs a place among PEERS_MAX and no time."""
         peer, _ = self._inbox.accept()
-        self._let_in(peer, self._strangers)
+        self._admit(peer, self._unjoined)
 
-    def _let_in(self, peer, among: list, at_most: int = PEERS_MAX) -> None:
+    def _admit(self, peer, among: list, at_most: int = PEERS_MAX) -> None:
         if len(among) == at_most:
             self._forget(among[0], among).close()
         among.append(peer)
@@ -226,40 +226,40 @@ class Worker:
         self._selector.unregister(peer)
         return peer
 
-    def _accept_guest(self) -> None:
-        assert self._door is not None
+    def _accept_handshake(self) -> None:
+        assert self._listener is not None
         try:
-            guest = self._door.accept()
+            guest = self._listener.accept()
         except LinkClosed:
             return
         if guest is not None:
-            self._let_in(guest, self._guests)
+            self._admit(guest, self._handshakes)
 
-    def _greet(self, guest: Guest) -> None:
+    def _continue_handshake(self, guest: Handshake) -> None:
         self._selector.unregister(guest)  # the link that it becomes has the same file descriptor
         try:
             peer = guest.greet()
         except LinkClosed:
-            self._guests.remove(guest)
+            self._handshakes.remove(guest)
             return
         if peer is None:
             self._selector.register(guest, selectors.EVENT_READ)
         else:
-            self._guests.remove(guest)
-            self._let_in(peer, self._strangers)
+            self._handshakes.remove(guest)
+            self._admit(peer, self._unjoined)
 
-    def _meet(self, stranger: socket.socket) -> None:
+    def _read_join(self, stranger: socket.socket) -> None:
         """Hear which placement a peer joins; it may have learnt of it before this worker."""
-        peer = self._forget(stranger, self._strangers)
+        peer = self._forget(stranger, self._unjoined)
         peer.settimeout(JOIN_SECONDS)
         try:
             message, _ = frames.receive(peer)
         except LinkClosed:
             message = None
-        if isinstance(message, Inherit) and message.placement in (self._placement, self._left):
-            self._let_in(peer, self._heirs, HEIRS_MAX)
-            frames.send(self._control, Heirs(len(self._heirs)))
-            self._bequeath(peer, message)
+        if isinstance(message, ReaderJoin) and message.wiring in (self._wiring, self._left_wiring):
+            self._admit(peer, self._kv_readers, KV_READERS_MAX)
+            frames.send(self._control, KvReaders(len(self._kv_readers)))
+            self._serve_kv(peer, message)
             return
         if not isinstance(message, Join):
             peer.close()
@@ -268,31 +268,31 @@ class Worker:
         if len(self._early) == PEERS_MAX:
             self._early.pop(next(iter(self._early))).close()
         self._early[message] = peer
-        self._adopt()
+        self._attach_upstream()
 
-    def _adopt(self) -> None:
+    def _attach_upstream(self) -> None:
         """Take rows from the stages that joined this placement, once there is somewhere to send theirs."""
         if self._downstream is None:
             return
-        for join in (Join(self._placement), Join(self._placement, again=True)):
+        for join in (Join(self._wiring), Join(self._wiring, again=True)):
             if join in self._early:
                 self._drop(join.again)
                 self._upstream[join.again] = self._early.pop(join)
                 self._selector.register(self._upstream[join.again], selectors.EVENT_READ)
 
-    def _take_rows(self, source: socket.socket) -> None:
+    def _handle_rows(self, source: socket.socket) -> None:
         try:
             message, payload = frames.receive(source)
         except LinkClosed:
             message, payload = None, memoryview(b"")
-        if not isinstance(message, Rows | Halt | Recall) or message.placement != self._placement:
-            self._lose()
+        if not isinstance(message, Rows | Halt | KvQuery) or message.wiring != self._wiring:
+            self._link_lost()
         elif isinstance(message, Rows):
             self._run(message, payload)
         elif isinstance(message, Halt):
             self._halt(message)
         else:
-            self._recall(message)
+            self._query_kv(message)
 
     def _run(self, message: Rows, payload: memoryview) -> None:
         assert self._compute is not None
@@ -323,55 +323,57 @@ class Worker:
         for run in message.runs:
             if not run.inherit:
                 continue
-            held = self._recalled.get(run.sequence)
+            held = self._kv_found.get(run.sequence)
             try:
-                if self._legacy is None or held is None:
+                if self._kv_sources is None or held is None:
                     raise LinkClosed("nothing was left to this worker")
                 tokens = None if held.tokens is None else held.tokens[: run.first_position]
-                parts = self._legacy.take(run.sequence, run.first_position)
-                self._compute.restore(run.sequence, Held(run.tenure, run.first_position, tokens), parts)
+                parts = self._kv_sources.read(run.sequence, run.first_position)
+                self._compute.restore(
+                    run.sequence, HeldSequence(run.tenure, run.first_position, tokens), parts
+                )
             except (LinkClosed, StageFailed):
-                self._lose()
+                self._link_lost()
                 return False
         return True
 
-    def _recall(self, message: Recall) -> None:
+    def _query_kv(self, message: KvQuery) -> None:
         """Tell what could be taken over: what all stages before, and all of this one's sources, have."""
         assert self._compute is not None
-        self._recalled = {}
-        if self._legacy is not None:
+        self._kv_found = {}
+        if self._kv_sources is not None:
             try:
-                self._recalled = self._legacy.held()
+                self._kv_found = self._kv_sources.held()
             except LinkClosed:
-                self._drop_legacy()
-        held = self._recalled
+                self._drop_kv_sources()
+        held = self._kv_found
         if message.held is not None:
             from cordee.worker.kv_transfer import both
 
             held = both(message.held, held)
         if self._compute.description.is_last:
-            self._send(Recalled(message.placement, held))
+            self._send(KvAnswer(message.wiring, held))
         else:
-            self._send(Recall(message.placement, held))
+            self._send(KvQuery(message.wiring, held))
 
-    def _heed(self, heir: socket.socket) -> None:
+    def _handle_kv_reader(self, heir: socket.socket) -> None:
         """An heir wants something: the next placement is there, and this one has nothing to do any more."""
         try:
             message, _ = frames.receive(heir)
         except LinkClosed:
             message = None
-        if isinstance(message, Recall) and self._placement:
-            self._lose()
-        self._bequeath(heir, message)
+        if isinstance(message, KvQuery) and self._wiring:
+            self._link_lost()
+        self._serve_kv(heir, message)
 
-    def _bequeath(self, heir: socket.socket, message: Message | None) -> None:
-        from cordee.worker.kv_transfer import bequeath
+    def _serve_kv(self, heir: socket.socket, message: Message | None) -> None:
+        from cordee.worker.kv_transfer import serve
 
         try:
-            bequeath(self._compute, heir, message, self._left)
+            serve(self._compute, heir, message, self._left_wiring)
         except LinkClosed:
-            self._forget(heir, self._heirs).close()
-            frames.send(self._control, Heirs(len(self._heirs)))
+            self._forget(heir, self._kv_readers).close()
+            frames.send(self._control, KvReaders(len(self._kv_readers)))
 
     def _halt(self, message: Halt) -> None:
         assert self._compute is not None
@@ -386,7 +388,7 @@ class Worker:
         try:
             frames.send(self._downstream, message, payload)
         except LinkClosed:
-            self._lose()
+            self._link_lost()
 
     def _send_round(self, message: Rows, payload: memoryview) -> None:
         if self._first is None:
@@ -395,14 +397,14 @@ class Worker:
         try:
             frames.send(self._first, message, payload)
         except LinkClosed:
-            self._lose()
+            self._link_lost()
 
-    def _lose(self) -> None:
+    def _link_lost(self) -> None:
         """A link is gone: so is what this placement computed together."""
         self._drop_upstream()
         self._drop_downstream()
-        placement, self._placement = self._placement, ""
-        self._left = placement or self._left
+        placement, self._wiring = self._wiring, ""
+        self._left_wiring = placement or self._left_wiring
         frames.send(self._control, Broken(placement))
 
     def _drop_upstream(self) -> None:
@@ -424,14 +426,14 @@ class Worker:
         self._round.clear()
         self._gathered.clear()
 
-    def _drop_heirs(self) -> None:
-        for heir in list(self._heirs):
-            self._forget(heir, self._heirs).close()
+    def _drop_kv_readers(self) -> None:
+        for heir in list(self._kv_readers):
+            self._forget(heir, self._kv_readers).close()
 
-    def _drop_legacy(self) -> None:
-        if self._legacy is not None:
-            self._legacy.close()
-        self._legacy, self._recalled = None, {}
+    def _drop_kv_sources(self) -> None:
+        if self._kv_sources is not None:
+            self._kv_sources.close()
+        self._kv_sources, self._kv_found = None, {}
 
 
 def _joined(identity: Path | None, target: str, join: Join) -> socket.socket:

@@ -56,7 +56,7 @@ CONTEXT_DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Device:
+class LlamaDevice:
     """A device that the installed libllama can compute on; bytes as its driver reports them."""
 
     name: str
@@ -179,7 +179,7 @@ def ggml() -> Ggml:
         ) from error
 
 
-def devices() -> list[Device]:
+def devices() -> list[LlamaDevice]:
     """Every device that the installed library can compute on, the CPU among them, with its memory."""
     functions = ggml()
     found = []
@@ -189,7 +189,7 @@ def devices() -> list[Device]:
         functions.device_memory(handle, ctypes.byref(free), ctypes.byref(total))
         kind = functions.device_type(handle)
         found.append(
-            Device(
+            LlamaDevice(
                 name=functions.device_name(handle).decode(),
                 description=functions.device_description(handle).decode(),
                 kind=DEVICE_KINDS[kind] if kind < len(DEVICE_KINDS) else "OTHER",

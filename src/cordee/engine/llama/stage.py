@@ -56,7 +56,7 @@ class LlamaStage:
         if config.kv_cache != "f16":
             raise StageFailed(f"{path.name}: the llama engine keeps its cache as f16, not {config.kv_cache}")
         if extra_buffers is None:
-            extra_buffers = not config.exact and libllama.survives_extra_buffers()
+            extra_buffers = not config.batch_invariant and libllama.survives_extra_buffers()
         self._library = libllama.load()
         self._config = config
         self._is_last = is_last
@@ -177,7 +177,9 @@ class LlamaStage:
             params.cb_eval = self._library.ggml_backend_sched_eval_callback(self._capture.callback)
             params.cb_eval_user_data = self._capture.user_data
         # Models with compressed attention (MLA) keep K and V in one tensor and refuse unequal types.
-        for params.type_v in (TYPE_BF16, TYPE_F16) if config.exact and not config.devices else (TYPE_F16,):
+        for params.type_v in (
+            (TYPE_BF16, TYPE_F16) if config.batch_invariant and not config.devices else (TYPE_F16,)
+        ):
             context = self._library.llama_init_from_model(self._model, params)
             if context:
                 return context
