@@ -59,7 +59,7 @@ class PlainPeer:
             sequences=SEQUENCES,
             batch_rows=BATCH_ROWS,
             threads=usable_cores(),
-            exact=exact,
+            batch_invariant=exact,
         )
 
     async def decode(self, streams: int) -> float:

@@ -27,7 +27,7 @@ class Plain:
         sequences: int,
         batch_rows: int,
         threads: int,
-        exact: bool = True,
+        batch_invariant: bool = True,
     ) -> None:
         self.library = library = libllama.load()
         model_params = library.llama_model_default_params()
@@ -40,7 +40,7 @@ class Plain:
         params.n_batch = params.n_ubatch = batch_rows
         params.n_threads = params.n_threads_batch = threads
         self.context = None
-        if exact:
+        if batch_invariant:
             params.flash_attn_type, params.type_v = FLASH_ATTENTION_ON, TYPE_BF16
             self.context = library.llama_init_from_model(self.model, params)
             params.type_v = TYPE_F16  # what models with compressed attention (MLA) want

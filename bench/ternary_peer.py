@@ -54,7 +54,9 @@ class LlamaPeer:
     """A llama.cpp model with its default settings."""
 
     def __init__(self, path: Path, threads: int, rows: int) -> None:
-        self._model = Plain(path, context=1024, sequences=1, batch_rows=rows, threads=threads, exact=False)
+        self._model = Plain(
+            path, context=1024, sequences=1, batch_rows=rows, threads=threads, batch_invariant=False
+        )
 
     def close(self) -> None:
         """Free the model."""

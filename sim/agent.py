@@ -95,15 +95,15 @@ class Agent:
 
     # What it hears.
 
-    def beat(self, beat: Heartbeat) -> None:
+    def heartbeat(self, heartbeat: Heartbeat) -> None:
         """A beat; its revocations are checked first, as a signature would be."""
-        if beat.facts.node in self.machine.revocations:
+        if heartbeat.facts.node in self.machine.revocations:
             return
-        for record in beat.revocations:
+        for record in heartbeat.revocations:
             if record.startswith(b"revoked "):
                 self.machine.revocations.setdefault(record[8:].decode(), record)
-        self.machine.remembered.add(beat.facts.node)
-        if self.controller.hear(beat, self.now):
+        self.machine.remembered.add(heartbeat.facts.node)
+        if self.controller.hear(heartbeat, self.now):
             self.touch()
 
     def token(self, said: tuple[str, bool]) -> None:
@@ -170,13 +170,13 @@ class Agent:
             self.machine.deployments = self.controller.deployments
             self.goals = self.controller.plan(self.now)
             workers = {process.id: process.worker() for process in self.workers.values()}
-            orders = self.reconciler.step(self.goals, workers, tuple(self.machine.slices), self.now)
+            actions = self.reconciler.step(self.goals, workers, tuple(self.machine.slices), self.now)
             facts = self._facts
             assert facts is not None
-            if orders.reports == facts.stages:
+            if actions.reports == facts.stages:
                 break
-            self._facts = msgspec.structs.replace(facts, stages=orders.reports)
-        self._execute(orders)
+            self._facts = msgspec.structs.replace(facts, stages=actions.reports)
+        self._execute(actions)
         self._host()
         if self._facts != self._said:
             self._speak()
@@ -209,27 +209,27 @@ class Agent:
 
     def _speak(self) -> None:
         self._said = self._facts
-        beat = self.controller.heartbeat(self.now)
+        heartbeat = self.controller.heartbeat(self.now)
         for other in self.world.machines:
             if other != self.name and other not in self.machine.revocations:
-                self.world.send(self.name, other, "beat", beat)
+                self.world.send(self.name, other, "heartbeat", heartbeat)
 
-    def _execute(self, orders: Actions) -> None:
-        for goal in orders.fetch:
+    def _execute(self, actions: Actions) -> None:
+        for goal in actions.fetch:
             if goal not in self._fetching and len(self._fetching) < 2:
                 self._fetching.add(goal)
                 self._later(FETCH_SECONDS, self._fetched, goal)
-        for name in orders.stop:
+        for name in actions.stop:
             self.end_worker(name)
-        for load in orders.start:
+        for load in actions.start:
             self._start(load)
-        for name in orders.rename:
+        for name in actions.rename:
             process = self.workers.pop(name)
             process.unwire()
             process.id, process.wirings = self.world.id(), frozenset()
             self.workers[process.id] = process
             self.touch()
-        for order in orders.wire:
+        for order in actions.wire:
             self.world.after(WIRE_SECONDS, self.world.arrive, self.name, "wire", (self, order))
 
     def _later(self, seconds: float, call: object, *arguments: object) -> None:

@@ -156,8 +156,8 @@ def _worker_bytes(scenario: Scenario, agent: Agent, load: StageSpec) -> int:
     """What a worker takes, by the shape of the wish that it is for: some wishes are wrong."""
     place = StagePlace("", load.device, load.first, load.last)
     placement = Placement(load.model, load.context, load.sequences, (place,))
-    for wish in agent.controller.deployments:
-        shape = wish.shape
+    for deployment in agent.controller.deployments:
+        shape = deployment.shape
         if shape is not None and shape.digest == load.model and shape.allows(load.first, load.last):
             return scenario.planner.stage_bytes(shape, placement, 0)
     return 0

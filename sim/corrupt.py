@@ -72,17 +72,17 @@ def facts(scenario: "Scenario", node: str) -> Facts:
     return Facts(node, node, "sim", devices, 1 << 40, "", {}, {}, slices, reports, random.random() < 0.2)
 
 
-def beat(scenario: "Scenario", node: str, sessions: list[str]) -> Heartbeat:
+def heartbeat(scenario: "Scenario", node: str, sessions: list[str]) -> Heartbeat:
     """A beat that was never sent, perhaps in the name of the true session."""
     random = scenario.random
     session = random.choice([*sessions, "old", "older"])
-    wishes = tuple(wish(scenario) for _ in range(random.randint(0, 2)))
+    deployments = tuple(deployment(scenario) for _ in range(random.randint(0, 2)))
     farewell = random.choice(("", "", "", "stops", "leaves"))
     sent, clock = number(random, 1e5), number(random)
-    return Heartbeat(session, sent, clock, facts(scenario, node), wishes, farewell=farewell)
+    return Heartbeat(session, sent, clock, facts(scenario, node), deployments, farewell=farewell)
 
 
-def wish(scenario: "Scenario") -> Deployment:
+def deployment(scenario: "Scenario") -> Deployment:
     """A wish that nobody had; for a true model it would serve it alike, or not at all."""
     random = scenario.random
     name = random.choice((*scenario.shapes, "other"))
@@ -98,7 +98,7 @@ def disk(scenario: "Scenario", machine: "Machine") -> None:
     """What a machine finds on its disk."""
     random = scenario.random
     if scenario.muddled and random.random() < 0.5:
-        machine.deployments = tuple(wish(scenario) for _ in range(random.randint(0, 2)))
+        machine.deployments = tuple(deployment(scenario) for _ in range(random.randint(0, 2)))
         machine.remembered = set(random.sample([*scenario.world.machines, "nobody"], random.randint(0, 2)))
     for shape in scenario.shapes.values():
         if random.random() < 0.4:
@@ -116,29 +116,29 @@ def everything(scenario: "Scenario") -> None:
             if other != name and random.random() < 0.4:
                 lost = None if random.random() < 0.5 else number(random, agent.now)
                 seen[other] = Sighting(
-                    beat(scenario, other, sessions),
+                    heartbeat(scenario, other, sessions),
                     number(random, agent.now),
                     number(random),
                     lost,
                     random.choice(sessions),
                     number(random, agent.now),
                 )
-        _corrupt_mind(scenario, agent)
-        _corrupt_crew(scenario, agent)
+        _corrupt_controller(scenario, agent)
+        _corrupt_reconciler(scenario, agent)
     for _ in range(random.randint(0, 8)):
         target = random.choice(list(world.machines))
-        garbage = beat(scenario, random.choice(names), sessions)
-        world.after(random.random() * 2, world.arrive, target, "beat", garbage)
+        garbage = heartbeat(scenario, random.choice(names), sessions)
+        world.after(random.random() * 2, world.arrive, target, "heartbeat", garbage)
         world.after(random.random() * 4, world.arrive, target, "ask", _ask(scenario))
 
 
-def _corrupt_mind(scenario: "Scenario", agent: "Agent") -> None:
+def _corrupt_controller(scenario: "Scenario", agent: "Agent") -> None:
     """Wishes that nobody had, times that never were, routes that lead nowhere."""
-    random, mind = scenario.random, agent.controller
+    random, controller = scenario.random, agent.controller
     for _ in range(random.randint(0, 2)):
-        mind._deployments._put(wish(scenario))
-    mind._observed, mind._planned = number(random, agent.now), number(random, agent.now)
-    mind._listens_until, mind._offset = number(random, agent.now), number(random)
+        controller._deployments._put(deployment(scenario))
+    controller._observed, controller._planned = number(random, agent.now), number(random, agent.now)
+    controller._listens_until, controller._offset = number(random, agent.now), number(random)
     agent.gateway._routes = {model: random.choice(["nobody", agent.name]) for model in scenario.shapes}
 
 
@@ -155,7 +155,7 @@ def _ask(scenario: "Scenario") -> Ask | Assert:
     return Ask(*head, random.randint(1, 9), request, ())
 
 
-def _corrupt_crew(scenario: "Scenario", agent: "Agent") -> None:
+def _corrupt_reconciler(scenario: "Scenario", agent: "Agent") -> None:
     """Workers that nobody started, in wirings that never were; failures that never happened."""
     random = scenario.random
     for _ in range(random.randint(0, 2)):
@@ -169,6 +169,6 @@ def _corrupt_crew(scenario: "Scenario", agent: "Agent") -> None:
         if random.random() < 0.5:
             process.wire(f"w{random.randrange(3)}", 0, len(placed.stages), "n0/1.1")
             process.cache[0] = [random.getrandbits(30) for _ in range(5)]
-        agent.reconciler._posts[process.id] = (placed, random.randrange(4))
+        agent.reconciler._assignments[process.id] = (placed, random.randrange(4))
         if random.random() < 0.3:
             agent.reconciler.failed(load, "corrupted", number(random, agent.now))

@@ -44,8 +44,8 @@ def _unsorted_nodes(self: controller.Controller, now: float) -> dict:
     return {self.me: ("alive", self._facts), **self._membership.facts(now)}
 
 
-def _old_for_ever(beat: membership.Heartbeat, seen: membership.Sighting, now: float) -> bool:
-    return beat.session == seen.heartbeat.session and beat.sent <= seen.heartbeat.sent
+def _old_for_ever(heartbeat: membership.Heartbeat, seen: membership.Sighting, now: float) -> bool:
+    return heartbeat.session == seen.heartbeat.session and heartbeat.sent <= seen.heartbeat.sent
 
 
 def _take_any_index(self: gateway.Gateway, stream: object, piece: object) -> None:
@@ -63,9 +63,9 @@ def _lost_without_replay(self: scheduler.Scheduler) -> None:
     self._in_flight.clear()
 
 
-def _wishes_by_arrival(self: deployments.Deployments, wish: deployments.Deployment) -> None:
-    if wish != self._deployments.get(wish.model):
-        self._put(wish)
+def _deployments_by_arrival(self: deployments.Deployments, deployment: deployments.Deployment) -> None:
+    if deployment != self._deployments.get(deployment.model):
+        self._put(deployment)
 
 
 def _serving_once_loaded(self: choose.Reports, placement: facts.Placement) -> str:
@@ -91,11 +91,13 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "a suspect is dead at once": _set((membership, "SUSPICION_SECONDS", 0.0)),
     "nobody is ever gone": _set((membership, "SUSPICION_SECONDS", math.inf)),
     "times from the future are believed": _set((membership.Membership, "settle", _nothing)),
-    "beats sent earlier are old for ever": _set((membership, "_is_old", _old_for_ever)),
+    "heartbeats sent earlier are old for ever": _set((membership, "_is_old", _old_for_ever)),
     "a node plans before it has listened": _set((controller, "LISTEN_SECONDS", 0.0)),
     "revoked nodes are allowed": _set((controller.Controller, "_refuses", lambda *_: False)),
-    "stamps from the future are believed": _set((deployments, "_credible", lambda wish, clock: wish)),
-    "the last wish to arrive wins": _set((deployments.Deployments, "_take", _wishes_by_arrival)),
+    "stamps from the future are believed": _set(
+        (deployments, "_credible", lambda deployment, clock: deployment)
+    ),
+    "the last deployment to arrive wins": _set((deployments.Deployments, "_keep_greatest", _deployments_by_arrival)),
     "the wiring ignores the workers": _set((choose, "wiring_id", _wiring_of_placement)),
     "choosing by order of arrival": _set(
         (choose.Candidate, "rank", property(lambda self: 0)),
@@ -113,7 +115,7 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "workers are never stopped": _set((reconcile.Reconciler, "step", _never_stop)),
     "no replay after a loss": _set((scheduler.Scheduler, "lost", _lost_without_replay)),
     "the host does not hear of a loss": _set((host.Host, "lost", _nothing)),
-    "any index is taken": _set((gateway.Gateway, "_take", _take_any_index)),
+    "any index is taken": _set((gateway.Gateway, "_advance", _take_any_index)),
     "what was lost is not asked again": _set((gateway.Gateway, "_answered", _only_hear)),
 }
 

@@ -74,11 +74,11 @@ def _settle(
     before: object = None
     while settled is None or world.now - settled < STAY_LEASES * LEASE_SECONDS:
         world.run(world.now + look_seconds)
-        known = scenario.known_wishes()
+        known = scenario.known_deployments()
         served = {
-            model: wish
-            for model, wish in served.items()
-            if all(wishes.get(model, wish) == wish for wishes in known)
+            model: deployment
+            for model, deployment in served.items()
+            if all(deployments.get(model, deployment) == deployment for deployments in known)
         }
         fault = checks.always(scenario) or checks.interrupted(scenario, served)
         if fault:
@@ -113,7 +113,7 @@ def _blink(scenario: Scenario) -> None:
 def _return(scenario: Scenario) -> None:
     """Machines that were thought dead come back: what serves goes on, and moves for a clear gain only."""
     before = checks.serving(scenario)
-    known, wished = scenario.known_revocations(), scenario.wished()
+    known, deployed = scenario.known_revocations(), scenario.deployed()
     scenario.promised = frozenset()  # their disks may hold wishes that are credible
     for name in sorted(scenario.dead):
         scenario.dead.discard(name)
@@ -121,7 +121,7 @@ def _return(scenario: Scenario) -> None:
     scenario.revoked = scenario.known_revocations()
     if scenario.revoked != known:
         before = {}  # what it used may have to go
-    _, served = _settle(scenario, scenario.world.now, {model: wished[model] for model in before})
+    _, served = _settle(scenario, scenario.world.now, {model: deployed[model] for model in before})
     after = checks.serving(scenario)
     fault = checks.moved_for_little({model: before[model] for model in served}, after)
     if fault:

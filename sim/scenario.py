@@ -18,7 +18,7 @@ from sim.world import FOUND_SECONDS, World
 
 FAULT_SECONDS = 12.0
 # From the end of the faults to the users' last wish: membership is right by then, so is the cluster's clock.
-WISH_SECONDS = SILENCE_SECONDS + SUSPICION_SECONDS + HEARTBEAT_SECONDS
+DEPLOYMENT_SECONDS = SILENCE_SECONDS + SUSPICION_SECONDS + HEARTBEAT_SECONDS
 CONTEXT, SEQUENCES = 64, 3
 MB = 1_000_000
 LAYER_BYTES, STAGE_BYTES = 101 * MB, 60 * MB  # with the KV cache; what a stage takes beside
@@ -55,7 +55,7 @@ class Client:
 def shape_of(name: str, layers: int, cuttable: bool = True) -> ModelShape:
     """A model whose layers are alike, 100 MB each."""
     return ModelShape(
-        digest=f"sheet-{name}-{layers}",
+        digest=f"manifest-{name}-{layers}",
         architecture="llama",
         n_embd=8,
         n_vocab=stages.VOCABULARY,
@@ -112,7 +112,7 @@ class Scenario:
         if self.muddled:
             corrupt.everything(self)
         for name, shape in self.shapes.items():
-            world.after(random.random(), self._wish, name, shape)
+            world.after(random.random(), self._deployment, name, shape)
         if random.random() < 0.7:
             world.loss, world.late = random.choice((0, 0.05, 0.2)), random.choice((0, 0.05, 0.3))
             world.doubled, world.breaks = random.choice((0, 0.1)), random.choice((0, 0.0, 0.01))
@@ -123,9 +123,9 @@ class Scenario:
             world.after(random.random() * FAULT_SECONDS, fault, self, random.choice(list(world.machines)))
         world.run(FAULT_SECONDS)
         self._calm()
-        world.run(FAULT_SECONDS + (WISH_SECONDS if self.muddled else HEARTBEAT_SECONDS))
+        world.run(FAULT_SECONDS + (DEPLOYMENT_SECONDS if self.muddled else HEARTBEAT_SECONDS))
         for name, shape in self.shapes.items():
-            self._wish(name, shape)
+            self._deployment(name, shape)
 
     def boot(self, name: str) -> None:
         """A machine's agent starts."""
@@ -149,23 +149,26 @@ class Scenario:
         """The agents that run and are not revoked."""
         return [agent for name, agent in self.world.agents.items() if name not in self.revoked]
 
-    def known_wishes(self) -> list[dict[str, Deployment]]:
+    def known_deployments(self) -> list[dict[str, Deployment]]:
         """What each live agent holds to be wished, without dates."""
         return [
-            {wish.model: replace(wish, stamp=0.0, author="") for wish in agent.controller.deployments}
+            {
+                deployment.model: replace(deployment, stamp=0.0, author="")
+                for deployment in agent.controller.deployments
+            }
             for agent in self.live()
         ]
 
-    def wished(self) -> dict[str, Deployment]:
+    def deployed(self) -> dict[str, Deployment]:
         """What is wished, where all live agents know it; without its date."""
-        known = self.known_wishes()
+        known = self.known_deployments()
         return {
-            model: wish
-            for model, wish in (known[0] if known else {}).items()
-            if all(other.get(model) == wish for other in known)
+            model: deployment
+            for model, deployment in (known[0] if known else {}).items()
+            if all(other.get(model) == deployment for other in known)
         }
 
-    def _wish(self, name: str, shape: ModelShape) -> None:
+    def _deployment(self, name: str, shape: ModelShape) -> None:
         agents = self.live()
         if agents:
             agent = self.random.choice(agents)

@@ -127,12 +127,12 @@ def test_a_model_is_shared_right_after_it_was_pulled(cluster: Cluster, starter_p
 class Told:
     """An agent that knows some offers and wishes; what is wished of it is kept, a pass is an error."""
 
-    def __init__(self, offers: list[Offer], wishes: list[Deployment]) -> None:
+    def __init__(self, offers: list[Offer], deployments: list[Deployment]) -> None:
         self.services: dict[str, object] = {}
         self.library = SimpleNamespace(reading=())
-        self.mind = self
-        self.wishes = wishes
-        self.wished: list[tuple[object, ...]] = []
+        self.controller = self
+        self.deployments = deployments
+        self.deployed: list[tuple[object, ...]] = []
         self._offers = {offer.name: offer for offer in offers}
 
     def offers(self) -> dict[str, Offer]:
@@ -142,8 +142,8 @@ class Told:
         hub = Reading("Third", "o/Third-GGUF/third.gguf", 5, 10)
         return {"b": Gauges(reading=(hub, Reading("pulled", "", 3, 10)))}
 
-    def wish(self, name, shape, context, sequences, _now, replicas=1, source="") -> None:
-        self.wished.append((name, shape.digest, context, sequences, replicas, source))
+    def deployment(self, name, shape, context, sequences, _now, replicas=1, source="") -> None:
+        self.deployed.append((name, shape.digest, context, sequences, replicas, source))
 
     def changed(self) -> None:
         pass
@@ -170,7 +170,7 @@ def test_no_pass_is_made_for_what_is_known_under_way_or_has_a_taken_name(
     assert share("o/Pulled-GGUF:Q8_0") == Deployed("mine")
     assert share("o/Old-GGUF", context=16) == Deployed("Old")
     assert share("Old") == Deployed("Old")
-    assert agent.wished == [
+    assert agent.deployed == [
         ("mine", "p", 64, SEQUENCES, 1, "o/Pulled-GGUF/file.gguf"),
         ("Old", "o", 16, 2, 1, "o/Old-GGUF/file.gguf"),
         ("Old", "o", 32, 2, 1, "o/Old-GGUF/file.gguf"),
@@ -182,7 +182,7 @@ def test_no_pass_is_made_for_what_is_known_under_way_or_has_a_taken_name(
         share("nothing")
     with pytest.raises(ModelNotFound, match=r"still being read \(30 %\)"):
         share("pulled")
-    assert len(agent.wished) == 3
+    assert len(agent.deployed) == 3
 
 
 def _host(node: Node) -> str:

@@ -137,7 +137,7 @@ def test_damaged_folders_of_before_are_made_anew(demo_home: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
-        (demo_home / "rope" / "b" / "cluster" / "node.pem").write_text("nonsense")
+        (demo_home / "demo" / "b" / "cluster" / "node.pem").write_text("nonsense")
 
 
 def test_memory_that_a_node_lends_is_a_size() -> None:

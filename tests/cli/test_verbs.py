@@ -56,7 +56,7 @@ def test_three_nodes_see_each_other(cluster: Cluster) -> None:
         told = node.told("nodes")
         assert told["nodes"][0]["name"] == name  # itself first
         assert [each["self"] for each in told["nodes"]] == [True, False, False]
-        assert {each["name"] for each in told["nodes"] if each["keeper"]} == {"a"}
+        assert {each["name"] for each in told["nodes"] if each["admin"]} == {"a"}
     assert len({node.told("nodes")["cluster"] for node in cluster.nodes.values()}) == 1
 
 
@@ -114,7 +114,7 @@ def test_status_says_why_a_model_runs_nowhere(nodes: list[Node]) -> None:
     assert "It needs" in nodes[2].model("starter")["why"]
     assert "runs nowhere. It needs" in nodes[2].do("status")
     nodes[0].do("unshare", "starter")
-    until(lambda: not nodes[2].model("starter")["wished"])
+    until(lambda: not nodes[2].model("starter")["deployed"])
     assert nodes[0].cordee("unshare", "starter").returncode == 3
 
 
@@ -137,7 +137,7 @@ def test_only_keepers_invite_and_remove(cluster: Cluster) -> None:
     for verb in (("invite",), ("remove", "c")):
         refused = cluster.nodes["b"].cordee(*verb)
         assert refused.returncode in (2, 12)
-        assert "keeper" in refused.stderr
+        assert "admin" in refused.stderr
     refused = cluster.nodes["a"].cordee("remove", "nobody")
     assert (refused.returncode, "'nobody'" in refused.stderr) == (2, True)
     assert "cordee leave" in cluster.nodes["a"].cordee("remove", "a").stderr

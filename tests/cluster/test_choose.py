@@ -155,31 +155,36 @@ def where_of(placement: Placement | None) -> list[tuple[str, int, int]]:
     return [(place.node, place.first, place.last) for place in placement.stages] if placement else []
 
 
-def wish(name: str, layers: int = 4, replicas: int = 1) -> Deployment:
+def deployment(name: str, layers: int = 4, replicas: int = 1) -> Deployment:
     return Deployment(name, shape_of(name, layers), CONTEXT, SEQUENCES, replicas)
 
 
 def test_a_new_wish_never_takes_the_memory_of_a_model_that_serves() -> None:
     serving = running(placed(("a", 0, 4), model="z"))["a"]
-    view = view_of(facts_of("a", 4, stages=serving), wishes=[wish("b"), wish("z")])
+    view = view_of(facts_of("a", 4, stages=serving), deployments=[deployment("b"), deployment("z")])
     assert chosen(view, "b") == ()
     assert where(chosen(view, "z")[0]) == [("a", 0, 4)]
 
 
 def test_models_share_what_memory_there_is() -> None:
-    view = view_of(facts_of("a", 6), facts_of("b", 4, speed=50), wishes=[wish("m"), wish("z")])
+    view = view_of(
+        facts_of("a", 6), facts_of("b", 4, speed=50), deployments=[deployment("m"), deployment("z")]
+    )
     assert where(chosen(view, "m")[0]) == [("a", 0, 4)]
     assert where(chosen(view, "z")[0]) == [("a", 0, 2), ("b", 2, 4)]
 
 
 def test_replicas_share_no_node() -> None:
-    view = view_of(facts_of("a", 8), facts_of("b", 8), facts_of("c", 2), wishes=[wish("m", replicas=3)])
+    view = view_of(
+        facts_of("a", 8), facts_of("b", 8), facts_of("c", 2), deployments=[deployment("m", replicas=3)]
+    )
     assert sorted(where(choice) for choice in chosen(view)) == [[("a", 0, 4)], [("b", 0, 4)]]
 
 
 def test_two_names_of_one_model_share_its_placement() -> None:
     view = view_of(
-        facts_of("a"), wishes=[Deployment(name, shape_of(), CONTEXT, SEQUENCES) for name in ("nick", "name")]
+        facts_of("a"),
+        deployments=[Deployment(name, shape_of(), CONTEXT, SEQUENCES) for name in ("nick", "name")],
     )
     assert chosen(view, "nick") == chosen(view, "name") != ()
 
@@ -188,7 +193,7 @@ def test_a_wish_with_a_wrong_shape_spoils_no_other() -> None:
     wrong = Deployment(
         "a", msgspec.structs.replace(shape_of("x", 6), digest="m"), CONTEXT, SEQUENCES, stamp=2e9
     )
-    view = view_of(facts_of("a", 9, stages=running(ALL)["a"]), wishes=[wrong, wish("m")])
+    view = view_of(facts_of("a", 9, stages=running(ALL)["a"]), deployments=[wrong, deployment("m")])
     assert chosen(view, "m")[0].wiring
     assert chosen(view, "a") == ()  # six layers where five are free
 
@@ -202,7 +207,7 @@ def test_draining_nodes_get_nothing_new_even_if_nothing_else_is_possible() -> No
 
 
 def test_wishes_taken_back_are_not_chosen() -> None:
-    assert choose(view_of(facts_of("a"), wishes=[wish("m", replicas=0)]), Simple()) == {}
+    assert choose(view_of(facts_of("a"), deployments=[deployment("m", replicas=0)]), Simple()) == {}
 
 
 def test_classes_of_speed_are_as_wide_as_a_clear_gain() -> None:
@@ -258,8 +263,8 @@ clusters = st.sets(st.sampled_from("abc"), min_size=1).flatmap(
 def test_any_facts_give_a_choice_that_fits_and_is_the_same_in_any_order(
     nodes: tuple[Facts, ...],
 ) -> None:
-    wishes = [Deployment("m", LARGE, CONTEXT, SEQUENCES)]
-    view = view_of(*nodes, wishes=wishes)
+    deployments = [Deployment("m", LARGE, CONTEXT, SEQUENCES)]
+    view = view_of(*nodes, deployments=deployments)
     made = choose(view, Planner())
     backwards = View(dict(reversed(view.facts.items())), view.suspects, view.deployments)
     assert choose(backwards, Planner()) == made

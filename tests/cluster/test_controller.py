@@ -13,30 +13,30 @@ ALL = placed(("a", 0, 4))
 
 
 def mind_of(node: str = "a", listened: bool = True, facts: Facts | None = None) -> Controller:
-    mind = Controller(node, f"session of {node}", Simple())
-    look(mind, 0.0, facts)
+    controller = Controller(node, f"session of {node}", Simple())
+    look(controller, 0.0, facts)
     if listened:
         for now in range(1, int(LISTEN_SECONDS) + 1):
-            look(mind, float(now), facts)
-    return mind
+            look(controller, float(now), facts)
+    return controller
 
 
-def look(mind: Controller, now: float, facts: Facts | None = None, **more: bytes) -> None:
-    mind.observe(facts or facts_of(mind.me), now, EPOCH + now, more)
+def look(controller: Controller, now: float, facts: Facts | None = None, **more: bytes) -> None:
+    controller.observe(facts or facts_of(controller.me), now, EPOCH + now, more)
 
 
-def wish(mind: Controller, now: float = 5.0, replicas: int = 1) -> None:
-    mind.deploy("m", shape_of(), CONTEXT, SEQUENCES, now, replicas)
+def deployment(controller: Controller, now: float = 5.0, replicas: int = 1) -> None:
+    controller.deploy("m", shape_of(), CONTEXT, SEQUENCES, now, replicas)
 
 
 def test_a_wish_made_at_one_node_is_pursued_by_another() -> None:
     a, b = mind_of("a", facts=facts_of("a", 2)), mind_of("b", facts=facts_of("b", 2))
-    wish(a)
+    deployment(a)
     assert b.hear(a.heartbeat(5.0), 5.0)
     assert a.hear(b.heartbeat(5.0), 5.0)
     assert a.plan(5.0).stages and b.plan(5.0).stages
     assert a.chosen == b.chosen
-    wish(b, replicas=0)
+    deployment(b, replicas=0)
     a.hear(b.heartbeat(5.1), 5.1)
     assert a.plan(5.1).stages == ()
     assert a.deployments == b.deployments
@@ -52,80 +52,80 @@ def test_what_changes_all_the_time_is_told_and_no_news() -> None:
 
 
 def test_a_node_listens_before_it_plans_at_the_start_and_after_it_was_stopped() -> None:
-    mind = mind_of(listened=False)
-    wish(mind, 0.0)
-    assert mind.plan(LISTEN_SECONDS - 0.1).stages == ()
-    assert len(mind.plan(LISTEN_SECONDS).stages) == 1
+    controller = mind_of(listened=False)
+    deployment(controller, 0.0)
+    assert controller.plan(LISTEN_SECONDS - 0.1).stages == ()
+    assert len(controller.plan(LISTEN_SECONDS).stages) == 1
     later = 100.0
-    look(mind, later)
-    assert mind.plan(later).stages == ()
+    look(controller, later)
+    assert controller.plan(later).stages == ()
     for now in range(100, 104):
-        look(mind, float(now))
-    assert len(mind.plan(later + LISTEN_SECONDS).stages) == 1
+        look(controller, float(now))
+    assert len(controller.plan(later + LISTEN_SECONDS).stages) == 1
 
 
 def test_a_node_that_heard_all_there_are_need_not_listen_longer() -> None:
     """A cluster that is switched on serves at once."""
-    mind = Controller("a", "session of a", Simple(), remembered=("a", "b", "c"))
-    look(mind, 0.0)
-    wish(mind, 0.0)
-    mind.hear(mind_of("b").heartbeat(3.0), 0.2)
-    assert mind.plan(0.2).stages == ()
-    assert mind.hear(mind_of("c").heartbeat(3.0), 0.4)
-    assert len(mind.plan(0.4).stages) == 1
-    look(mind, 100.0)  # it was stopped meanwhile
-    mind.hear(mind_of("b").heartbeat(100.0), 100.0)
-    assert mind.plan(100.0).stages == ()
+    controller = Controller("a", "session of a", Simple(), remembered=("a", "b", "c"))
+    look(controller, 0.0)
+    deployment(controller, 0.0)
+    controller.hear(mind_of("b").heartbeat(3.0), 0.2)
+    assert controller.plan(0.2).stages == ()
+    assert controller.hear(mind_of("c").heartbeat(3.0), 0.4)
+    assert len(controller.plan(0.4).stages) == 1
+    look(controller, 100.0)  # it was stopped meanwhile
+    controller.hear(mind_of("b").heartbeat(100.0), 100.0)
+    assert controller.plan(100.0).stages == ()
 
 
 def test_a_node_also_listens_for_those_of_whom_others_tell() -> None:
     """They may have joined, and serve, since it was there last."""
-    mind = Controller("a", "session of a", Simple(), remembered=("b",))
-    look(mind, 0.0)
-    wish(mind, 0.0)
+    controller = Controller("a", "session of a", Simple(), remembered=("b",))
+    look(controller, 0.0)
+    deployment(controller, 0.0)
     reports = running(placed(("d", 0, 2), ("b", 2, 4)))["b"]
     told = msgspec.structs.replace(facts_of("b"), stages=tuple(reports), rtts={"c": 0.001})
-    mind.hear(mind_of("b", facts=told).heartbeat(3.0), 0.1)
+    controller.hear(mind_of("b", facts=told).heartbeat(3.0), 0.1)
     for node in ("c", "d"):
-        assert mind.plan(0.2).routes == {"m": ()}
-        mind.hear(mind_of(node).heartbeat(3.0), 0.2)
-    assert [route.host for route in mind.plan(0.2).routes["m"]] == ["d"]
+        assert controller.plan(0.2).routes == {"m": ()}
+        controller.hear(mind_of(node).heartbeat(3.0), 0.2)
+    assert [route.host for route in controller.plan(0.2).routes["m"]] == ["d"]
 
 
 def test_a_node_also_listens_for_those_whom_it_sees() -> None:
-    mind = Controller("a", "session of a", Simple(), remembered=("b",))
-    look(mind, 0.0)
-    wish(mind, 0.0)
-    mind.liveliness("c", True, 0.1)
-    mind.hear(mind_of("b").heartbeat(3.0), 0.1)
-    assert mind.plan(0.1).stages == ()
-    mind.hear(mind_of("c").heartbeat(3.0), 0.2)
-    assert len(mind.plan(0.2).stages) == 1
+    controller = Controller("a", "session of a", Simple(), remembered=("b",))
+    look(controller, 0.0)
+    deployment(controller, 0.0)
+    controller.liveliness("c", True, 0.1)
+    controller.hear(mind_of("b").heartbeat(3.0), 0.1)
+    assert controller.plan(0.1).stages == ()
+    controller.hear(mind_of("c").heartbeat(3.0), 0.2)
+    assert len(controller.plan(0.2).stages) == 1
 
 
 def test_a_wrong_memory_of_when_to_listen_until_does_not_last() -> None:
-    mind = mind_of()
-    wish(mind)
-    mind._listens_until = 1e30
+    controller = mind_of()
+    deployment(controller)
+    controller._listens_until = 1e30
     for now in (3.0, 4.0, 5.0, 6.0):
-        look(mind, now)
-    assert len(mind.plan(6.0).stages) == 1
+        look(controller, now)
+    assert len(controller.plan(6.0).stages) == 1
 
 
 def test_a_damaged_plan_is_computed_anew_though_nothing_changed() -> None:
-    mind = mind_of()
-    wish(mind)
-    right = mind.plan(5.0)
-    mind._goals = Goals()
-    assert mind.plan(5.0) != right
-    assert mind.plan(5.0 + RETHINK_SECONDS) == right
+    controller = mind_of()
+    deployment(controller)
+    right = controller.plan(5.0)
+    controller._goals = Goals()
+    assert controller.plan(5.0) != right
+    assert controller.plan(5.0 + RETHINK_SECONDS) == right
 
 
 def test_a_node_that_goes_is_replaced_after_silence_and_suspicion() -> None:
     a = mind_of("a")
     serving = facts_of("b", stages=running(placed(("b", 0, 4)))["b"])
     b = mind_of("b", facts=serving)
-    wish(b)
+    deployment(b)
     a.hear(b.heartbeat(5.0), 5.0)
     gone = 5 + SILENCE_SECONDS + SUSPICION_SECONDS
     for now in range(5, int(gone) + 1):
@@ -138,7 +138,7 @@ def test_a_node_that_goes_is_replaced_after_silence_and_suspicion() -> None:
 def test_revoked_nodes_are_neither_heard_nor_placed_and_the_word_goes_on() -> None:
     a = mind_of("a", facts=facts_of("a", 2))
     b = mind_of("b", facts=facts_of("b", 2))
-    wish(a)
+    deployment(a)
     a.hear(b.heartbeat(5.0), 5.0)
     assert a.plan(5.0).stages
     look(a, 5.1, facts_of("a", 2), b=b"record")
@@ -154,25 +154,25 @@ def test_one_clock_that_is_a_day_off_changes_nothing() -> None:
     for one in minds:
         for other in minds:
             one.hear(other.heartbeat(5.0), 5.0)
-    wish(minds[0], 5.0)
+    deployment(minds[0], 5.0)
     assert abs(minds[0].deployments[0].stamp - EPOCH - 5) < 1
     minds[1].hear(minds[0].heartbeat(5.1), 5.1)
-    wish(minds[1], 5.2, replicas=0)
+    deployment(minds[1], 5.2, replicas=0)
     minds[0].hear(minds[1].heartbeat(5.3), 5.3)
     assert minds[0].deployments[0].replicas == 0
 
 
 def test_beats_carry_everything_and_travel() -> None:
-    mind = mind_of()
-    wish(mind)
-    said = mind.heartbeat(5.0)
+    controller = mind_of()
+    deployment(controller)
+    said = controller.heartbeat(5.0)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=Heartbeat) == said
-    assert (said.facts.node, said.clock, said.deployments) == ("a", EPOCH + 5, mind.deployments)
+    assert (said.facts.node, said.clock, said.deployments) == ("a", EPOCH + 5, controller.deployments)
 
 
 def test_wishes_outlive_a_restart() -> None:
-    mind = mind_of()
-    wish(mind)
-    again = Controller("a", "next session", Simple(), mind.deployments)
+    controller = mind_of()
+    deployment(controller)
+    again = Controller("a", "next session", Simple(), controller.deployments)
     look(again, 0.0)
-    assert again.deployments == mind.deployments
+    assert again.deployments == controller.deployments

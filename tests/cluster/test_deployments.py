@@ -24,7 +24,7 @@ stamps = st.one_of(
     ),
     st.floats(NOW - 100, NOW + 100),
 )
-wishes = st.builds(
+deployments = st.builds(
     Deployment,
     model=st.sampled_from("abc"),
     shape=st.none(),
@@ -35,7 +35,7 @@ wishes = st.builds(
     author=st.sampled_from("xyz"),
     source=st.sampled_from(("", "o/m/a.gguf", "o" * (SOURCE_CHARS_MAX + 1))),
 )
-maps = st.lists(wishes, max_size=6)
+maps = st.lists(deployments, max_size=6)
 
 
 def gossip(nodes: list[Deployments], clocks: list[float], random: Random) -> None:
@@ -55,13 +55,13 @@ def test_arbitrary_maps_converge_and_the_next_wish_wins(held: list[list[Deployme
     clocks = [NOW + random.uniform(-1, 1) for _ in nodes]
     gossip(nodes, clocks, random)
     assert all(node.all == nodes[0].all for node in nodes)
-    assert all(wish.stamp <= max(clocks) + AHEAD_SECONDS for wish in nodes[0].all)
-    assert all(len(wish.source) <= SOURCE_CHARS_MAX for wish in nodes[0].all)
+    assert all(deployment.stamp <= max(clocks) + AHEAD_SECONDS for deployment in nodes[0].all)
+    assert all(len(deployment.source) <= SOURCE_CHARS_MAX for deployment in nodes[0].all)
     writer = random.randrange(len(nodes))
     nodes[writer].write(Deployment("a", None, 77, 1, author="w"), clocks[writer])
     gossip(nodes, clocks, random)
     assert all(node.all == nodes[0].all for node in nodes)
-    assert next(wish for wish in nodes[0].all if wish.model == "a").context == 77
+    assert next(deployment for deployment in nodes[0].all if deployment.model == "a").context == 77
 
 
 @given(maps, maps, maps)
@@ -91,7 +91,7 @@ def test_a_machine_back_from_the_dead_with_a_future_stamp_undoes_nothing() -> No
 def test_a_future_stamp_is_better_than_no_wish_at_all() -> None:
     node = Deployments([Deployment("a", None, 1, 1, stamp=NOW + DAY)])
     node.settle(NOW)
-    assert [wish.stamp for wish in node.all] == [0.0]
+    assert [deployment.stamp for deployment in node.all] == [0.0]
 
 
 def test_of_two_wishes_in_the_same_instant_the_second_counts() -> None:
@@ -108,4 +108,6 @@ def test_the_map_is_bounded_and_the_latest_stay() -> None:
     node = Deployments()
     for index in range(DEPLOYMENTS_MAX + 10):
         node.write(Deployment(f"{index:04}", None, 1, 1), NOW + index)
-    assert [wish.model for wish in node.all] == [f"{index:04}" for index in range(10, DEPLOYMENTS_MAX + 10)]
+    assert [deployment.model for deployment in node.all] == [
+        f"{index:04}" for index in range(10, DEPLOYMENTS_MAX + 10)
+    ]

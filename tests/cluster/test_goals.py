@@ -101,7 +101,7 @@ def test_workers_of_a_lost_placement_are_kept_until_another_serves_if_memory_all
 
 def test_workers_of_a_lost_placement_are_kept_where_nothing_else_is_possible() -> None:
     assert goals_of(view_of(facts_of("a", 2, stages=running(HALVES)["a"])), "a").keep == {"w0a"}
-    unwished = view_of(facts_of("a", 2, stages=running(HALVES)["a"]), wishes=[])
+    unwished = view_of(facts_of("a", 2, stages=running(HALVES)["a"]), deployments=[])
     assert goals_of(unwished, "a").keep == frozenset()
 
 
@@ -147,15 +147,21 @@ LOAD = spec_of(HALVES, 0)
 
 
 def steps(
-    crew: Reconciler, *stages: StageGoal, keep: str = "", now: float = 0.0, held: bool = True
+    reconciler: Reconciler, *stages: StageGoal, keep: str = "", now: float = 0.0, held: bool = True
 ) -> Actions:
-    return step(crew, Goals(stages=stages, keep=frozenset(keep.split()), slices=(LOAD.slice,)), {}, now, held)
+    return step(
+        reconciler, Goals(stages=stages, keep=frozenset(keep.split()), slices=(LOAD.slice,)), {}, now, held
+    )
 
 
 def step(
-    crew: Reconciler, wanted: Goals, workers: dict[str, WorkerStatus], now: float = 0.0, held: bool = True
+    reconciler: Reconciler,
+    wanted: Goals,
+    workers: dict[str, WorkerStatus],
+    now: float = 0.0,
+    held: bool = True,
 ) -> Actions:
-    return crew.step(wanted, workers, (WHOLE,) if held else (), now)
+    return reconciler.step(wanted, workers, (WHOLE,) if held else (), now)
 
 
 def worker(
@@ -169,18 +175,18 @@ def only(*stages: StageGoal, keep: str = "") -> Goals:
 
 
 def test_a_stage_is_fetched_started_and_wired() -> None:
-    crew = Reconciler()
-    fetching = steps(crew, GOAL, held=False)
+    reconciler = Reconciler()
+    fetching = steps(reconciler, GOAL, held=False)
     assert (fetching.fetch, fetching.start) == ((LOAD.slice,), ())
     assert [report.state for report in fetching.reports] == ["fetching"]
-    starting = steps(crew, GOAL)
+    starting = steps(reconciler, GOAL)
     assert (starting.fetch, starting.start) == ((), (LOAD,))
     assert [report.state for report in starting.reports] == ["loading"]
-    assert step(crew, only(GOAL), worker(state="loading")).start == ()
+    assert step(reconciler, only(GOAL), worker(state="loading")).start == ()
     wanted = only(StageGoal(HALVES, 0, "W", "b/1"))
-    (order,) = step(crew, wanted, worker()).wire
+    (order,) = step(reconciler, wanted, worker()).wire
     assert (order.worker, order.goal.wiring, order.goal.downstream) == ("w", "W", "b/1")
-    done = step(crew, wanted, worker(state="wired", wiring="W", wirings=frozenset("W")))
+    done = step(reconciler, wanted, worker(state="wired", wiring="W", wirings=frozenset("W")))
     assert (done.wire, done.rename) == ((), ())
     assert (done.reports[0].state, done.reports[0].wiring) == ("wired", "W")
 
@@ -194,21 +200,21 @@ def test_a_wiring_is_entered_once() -> None:
 
 
 def test_a_new_placement_that_needs_the_same_layers_takes_the_worker_over() -> None:
-    crew = Reconciler()
-    step(crew, only(GOAL), worker())
+    reconciler = Reconciler()
+    step(reconciler, only(GOAL), worker())
     other = StageGoal(placed(("a", 0, 2), ("c", 2, 4)), 0)
-    orders = step(crew, only(other), worker())
-    assert (orders.start, orders.stop) == ((), ())
-    assert orders.reports[0].placement == other.placement
+    actions = step(reconciler, only(other), worker())
+    assert (actions.start, actions.stop) == ((), ())
+    assert actions.reports[0].placement == other.placement
 
 
 def test_two_stages_alike_need_two_workers() -> None:
-    crew = Reconciler()
+    reconciler = Reconciler()
     successor = StageGoal(placed(("a", 0, 2), ("c", 2, 4)), 0)
-    step(crew, only(GOAL), worker())
-    orders = step(crew, only(successor, GOAL), worker())
-    assert orders.start == (LOAD,)
-    assert [(report.placement, report.worker) for report in orders.reports] == [
+    step(reconciler, only(GOAL), worker())
+    actions = step(reconciler, only(successor, GOAL), worker())
+    assert actions.start == (LOAD,)
+    assert [(report.placement, report.worker) for report in actions.reports] == [
         (successor.placement, ""),
         (HALVES, "w"),
     ]
@@ -225,43 +231,43 @@ def test_what_is_to_be_stopped_is_gone_before_its_device_is_used_again() -> None
 
 
 def test_kept_workers_are_still_reported_as_what_they_were() -> None:
-    crew = Reconciler()
-    step(crew, only(GOAL), worker())
-    orders = step(crew, only(keep="w"), worker())
-    assert [(report.placement, report.worker) for report in orders.reports] == [(HALVES, "w")]
+    reconciler = Reconciler()
+    step(reconciler, only(GOAL), worker())
+    actions = step(reconciler, only(keep="w"), worker())
+    assert [(report.placement, report.worker) for report in actions.reports] == [(HALVES, "w")]
 
 
 def test_a_kept_worker_that_holds_what_a_new_placement_needs_is_taken_over() -> None:
-    crew = Reconciler()
-    step(crew, only(GOAL), worker())
+    reconciler = Reconciler()
+    step(reconciler, only(GOAL), worker())
     other = StageGoal(placed(("a", 0, 2), ("c", 2, 4)), 0)
-    orders = step(crew, only(other, keep="w"), worker())
-    assert (orders.start, orders.stop) == ((), ())
-    assert [(report.placement, report.worker) for report in orders.reports] == [(other.placement, "w")]
+    actions = step(reconciler, only(other, keep="w"), worker())
+    assert (actions.start, actions.stop) == ((), ())
+    assert [(report.placement, report.worker) for report in actions.reports] == [(other.placement, "w")]
 
 
 def test_a_failure_is_reported_for_a_while_even_if_the_stage_is_wanted_no_more() -> None:
-    crew = Reconciler()
-    crew.failed(LOAD, "the disk is full", 10.0)
+    reconciler = Reconciler()
+    reconciler.failed(LOAD, "the disk is full", 10.0)
     for wanted in (only(GOAL), only()):
-        orders = step(crew, wanted, {}, 11.0)
-        assert orders.start == ()
-        assert [(r.state, r.detail, r.placement) for r in orders.reports] == [
+        actions = step(reconciler, wanted, {}, 11.0)
+        assert actions.start == ()
+        assert [(r.state, r.detail, r.placement) for r in actions.reports] == [
             ("failed", "the disk is full", HALVES)
         ]
-    assert step(crew, only(GOAL), {}, 10 + FAILED_SECONDS).start == (LOAD,)
+    assert step(reconciler, only(GOAL), {}, 10 + FAILED_SECONDS).start == (LOAD,)
 
 
 def test_what_the_crew_remembers_wrongly_is_mended() -> None:
-    crew = Reconciler()
-    crew.failed(LOAD, "corrupted", 1e30)
-    crew._posts = {"w": (HALVES, 7), "x": (HALVES, 0)}
-    orders = step(crew, only(GOAL), worker(), 5.0)
-    assert [report.worker for report in orders.reports] == ["w"]
+    reconciler = Reconciler()
+    reconciler.failed(LOAD, "corrupted", 1e30)
+    reconciler._assignments = {"w": (HALVES, 7), "x": (HALVES, 0)}
+    actions = step(reconciler, only(GOAL), worker(), 5.0)
+    assert [report.worker for report in actions.reports] == ["w"]
     wrong = worker("v", load=LOAD._replace(first=1))
-    crew._posts = {"v": (HALVES, 0)}
-    orders = step(crew, only(GOAL), wrong, 5.0)
-    assert (orders.stop, [report.worker for report in orders.reports]) == (("v",), [""])
+    reconciler._assignments = {"v": (HALVES, 0)}
+    actions = step(reconciler, only(GOAL), wrong, 5.0)
+    assert (actions.stop, [report.worker for report in actions.reports]) == (("v",), [""])
 
 
 def test_reports_travel_in_facts() -> None:

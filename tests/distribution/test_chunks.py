@@ -11,8 +11,8 @@ import pytest
 
 from cordee.cluster.facts import SliceHeld
 from cordee.distribution import chunks as chunks_module
-from cordee.distribution import manifest as sheets
-from cordee.distribution import slice_store as parts_module
+from cordee.distribution import manifest as manifests
+from cordee.distribution import slice_store as slice_store_module
 from cordee.distribution.chunks import MANIFEST, ChunkClient, ChunkReply, ChunkRequest, ChunkServer, chunk_key
 from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadRequest, ModelNotFound, StorageFailed
@@ -28,7 +28,7 @@ CHUNK_BYTES = 1 << 12
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Tensors of tiny models have several chunks then."""
-    for module in (sheets, parts_module, chunks_module):
+    for module in (manifests, slice_store_module, chunks_module):
         monkeypatch.setattr(module, "CHUNK_BYTES", CHUNK_BYTES)
     monkeypatch.setattr(chunks_module, "AGAIN_SECONDS", 0.01)
     monkeypatch.setattr(chunks_module, "SILENCE_SECONDS", 0.3)
@@ -173,7 +173,7 @@ def test_a_neighbour_that_stalls_is_dropped_when_others_have_the_same(world, mon
 
 def test_the_only_one_who_has_it_is_given_more_time(world, monkeypatch):
     world = world("a")
-    asyncio.run(world.client.sheet(world.digest, "a"))
+    asyncio.run(world.client.manifest(world.digest, "a"))
     monkeypatch.setattr(chunks_module, "PATIENCE_SECONDS", 0.05)
 
     async def slow(ask: ChunkRequest, handler: Handler, payload: bytes) -> bytes:
@@ -225,7 +225,7 @@ def test_a_cancelled_fetch_goes_on_where_it_stopped(world):
     world = world("ab")
 
     async def cancelled() -> None:
-        await world.client.sheet(world.digest, "a")
+        await world.client.manifest(world.digest, "a")
         part = world.client.part(world.digest, 0, 4, world.holders, lambda done, total: enough(done, total))
         task = asyncio.create_task(part)
 
@@ -266,7 +266,7 @@ def test_who_is_cancelled_while_he_tidies_up_is_cancelled(world, monkeypatch):
     async def stopped() -> None:
         nonlocal loop, task
         loop = asyncio.get_running_loop()
-        await world.client.sheet(world.digest, "a")
+        await world.client.manifest(world.digest, "a")
         task = asyncio.create_task(world.client.part(world.digest, 0, 2, world.holders))
         while not pools:
             await asyncio.sleep(0.01)
@@ -281,7 +281,7 @@ def test_who_is_cancelled_while_he_tidies_up_is_cancelled(world, monkeypatch):
 def test_who_says_he_has_what_he_has_not_is_not_asked_for_it_twice(world):
     world = world("ab")
     world.parts["b"].forget(world.digest)
-    world.parts["b"].add_sheet(world.digest, world.parts["a"].sheet(world.digest).path.read_bytes())
+    world.parts["b"].add_sheet(world.digest, world.parts["a"].manifest(world.digest).path.read_bytes())
     claims = {"a": world.parts["a"].held(world.digest), "b": [SliceHeld(world.digest, 0, 6, True)]}
     claims["b"] += [SliceHeld(world.digest, 5, 2), SliceHeld(world.digest, -1, 99), SliceHeld("?", 0, 2)]
     assert asyncio.run(world.fetch(0, 2, lambda: claims)) == world.cut(0, 2)
@@ -319,12 +319,12 @@ def test_a_sheet_comes_from_the_next_one_if_the_first_lies(world):
     world = world("abc")
     world.wire.bend["a"] = wrong
     del world.wire.handlers["chunk/b"]
-    sheet = asyncio.run(world.client.sheet(world.digest, "abc"))
-    assert sheet.digest == world.digest
+    manifest = asyncio.run(world.client.manifest(world.digest, "abc"))
+    assert manifest.digest == world.digest
     assert "did not come from node a" in world.reports[0]
     assert "did not come from node b: it gave no" in world.reports[1]
     with pytest.raises(StorageFailed, match=r"not to be had .*node c: it has none"):
-        asyncio.run(world.client.sheet("sha256:" + "0" * 64, "c"))
+        asyncio.run(world.client.manifest("sha256:" + "0" * 64, "c"))
 
 
 def test_an_endless_sheet_is_not_taken(world, monkeypatch):
@@ -336,7 +336,7 @@ def test_an_endless_sheet_is_not_taken(world, monkeypatch):
 
     world.wire.bend["a"] = endless
     with pytest.raises(StorageFailed, match="more than any sheet has"):
-        asyncio.run(world.client.sheet(world.digest, "a"))
+        asyncio.run(world.client.manifest(world.digest, "a"))
     assert len(world.wire.asked) == 11
 
 

@@ -44,8 +44,8 @@ class Giver:
     def __init__(self, member: Identity, root: Path, starter: Path, bytes_per_second: float) -> None:
         store = Store(root)
         self.parts, self.node, self.asked = SliceStore(store), member.node, []
-        self.sheet = self.parts.manifest_of(store.add_file(starter, "starter", take="link"))
-        self.held = self.parts.held(self.sheet.digest)
+        self.manifest = self.parts.manifest_of(store.add_file(starter, "starter", take="link"))
+        self.held = self.parts.held(self.manifest.digest)
         self._server = ChunkServer(self.parts, lambda *damage: pytest.fail(str(damage)), bytes_per_second)
 
     async def answer(self, payload: bytes) -> bytes:
@@ -77,7 +77,7 @@ def is_a_cut(path: Path, starter: Path, scratch: Path) -> bool:
 
 def test_a_killed_fetcher_goes_on_without_asking_for_what_it_has(members, starter_path, tmp_path):
     giver = Giver(members[0], tmp_path / "giver", starter_path, 10e6)
-    digest, root = giver.sheet.digest, tmp_path / "taker"
+    digest, root = giver.manifest.digest, tmp_path / "taker"
 
     async def story() -> tuple[int, int]:
         async with on_the_bus(members[0]) as bus:
@@ -106,7 +106,7 @@ def test_a_killed_fetcher_goes_on_without_asking_for_what_it_has(members, starte
 
 def test_a_killed_source_is_left_for_one_that_lives(members, starter_path, tmp_path):
     giver = Giver(members[0], tmp_path / "giver", starter_path, 10e6)
-    digest, doomed = giver.sheet.digest, members[1].node
+    digest, doomed = giver.manifest.digest, members[1].node
     other = Store(tmp_path / "doomed")
     SliceStore(other).manifest_of(other.add_file(starter_path, "starter", take="link"))
     reports: list[str] = []
@@ -122,7 +122,7 @@ def test_a_killed_source_is_left_for_one_that_lives(members, starter_path, tmp_p
                 bus.serve(chunk_key(giver.node), giver.answer)
                 client = ChunkClient(mine, parts, reports.append)
                 await client.manifest(digest, [giver.node, doomed] * 10)
-                whole = [SliceHeld(digest, 0, giver.sheet.header.layers, True)]
+                whole = [SliceHeld(digest, 0, giver.manifest.header.layers, True)]
                 holders = {doomed: whole, giver.node: giver.held}
 
                 def kill(done: int, total: int) -> None:

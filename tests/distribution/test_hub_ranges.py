@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from cordee.distribution import hub_ranges as remote_module
-from cordee.distribution import manifest as sheets
-from cordee.distribution import slice_store as parts_module
+from cordee.distribution import manifest as manifests
+from cordee.distribution import slice_store as slice_store_module
 from cordee.distribution.hub_ranges import PASS_TRIES, HubModel
 from cordee.distribution.pull import hub_files
 from cordee.distribution.slice_store import SliceStore
@@ -32,7 +32,7 @@ def model(tmp_path_factory) -> Path:
 def served(tmp_path, monkeypatch):
     """A function that serves a repository `o/m` for the rest of the test."""
     hubs = []
-    for module in (sheets, parts_module, remote_module):
+    for module in (manifests, slice_store_module, remote_module):
         monkeypatch.setattr(module, "CHUNK_BYTES", CHUNK_BYTES)
     monkeypatch.setattr(remote_module, "FIRST_BYTES", 1 << 11)
     monkeypatch.setattr(remote_module, "GAP_BYTES", 1 << 10)
@@ -68,10 +68,10 @@ def local_sheet(path: Path, tmp_path: Path) -> str:
 def test_the_sheet_is_that_of_the_whole_file_and_nothing_else_is_kept(served, model, parts, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
     calls = []
-    sheet = remote(tmp_path).manifest(parts, lambda *call: calls.append(call))
-    assert sheet.digest == local_sheet(model, tmp_path)
-    assert parts.known() == [sheet.digest]
-    assert parts.held(sheet.digest) == []
+    manifest = remote(tmp_path).manifest(parts, lambda *call: calls.append(call))
+    assert manifest.digest == local_sheet(model, tmp_path)
+    assert parts.known() == [manifest.digest]
+    assert parts.held(manifest.digest) == []
     assert calls == sorted(calls)
     assert calls[-1] == (read_header(model).size_bytes,) * 2
     assert hub.ranges[-1] == f"bytes=0-{model.stat().st_size - 1}"
@@ -105,9 +105,9 @@ def test_shards_have_the_sheet_of_the_file_they_become(served, model, parts, tmp
     first = write_shards(read_header(model), tmp_path)
     served({f"x/{path.name}": path.read_bytes() for path in tmp_path.glob("*.gguf")})
     source = remote(tmp_path)
-    sheet = source.manifest(parts)
-    assert sheet.digest == local_sheet(first, tmp_path)
-    with parts.assembling(sheet.digest, 0, 3, None) as assembly:
+    manifest = source.manifest(parts)
+    assert manifest.digest == local_sheet(first, tmp_path)
+    with parts.assembling(manifest.digest, 0, 3, None) as assembly:
         source.fill(assembly, list(assembly.missing))
         part = assembly.finish().path.read_bytes()
     assert part == cut(read_header(first), 0, 3, tmp_path / "cut.gguf").path.read_bytes()

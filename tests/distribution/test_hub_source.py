@@ -12,8 +12,8 @@ import pytest
 from cordee.cluster.facts import SliceHeld
 from cordee.distribution import chunks as chunks_module
 from cordee.distribution import hub_ranges as remote_module
-from cordee.distribution import manifest as sheets
-from cordee.distribution import slice_store as parts_module
+from cordee.distribution import manifest as manifests
+from cordee.distribution import slice_store as slice_store_module
 from cordee.distribution.chunks import OUTSIDE_TRIES, ChunkClient, ChunkServer, chunk_key
 from cordee.distribution.hub_ranges import HubModel
 from cordee.distribution.hub_source import Hub
@@ -81,7 +81,7 @@ class Cluster:
 
 @pytest.fixture
 def cluster(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in (sheets, parts_module, remote_module, chunks_module):
+    for module in (manifests, slice_store_module, remote_module, chunks_module):
         monkeypatch.setattr(module, "CHUNK_BYTES", CHUNK_BYTES)
     monkeypatch.setattr(remote_module, "FIRST_BYTES", 1 << 11)
     monkeypatch.setattr(remote_module, "GAP_BYTES", 1 << 10)
@@ -185,7 +185,7 @@ def test_a_pass_that_nobody_wants_any_more_ends_and_one_that_failed_is_told_once
         hub.read("m", SOURCE, 5, made.append)
         while hub.reading:
             await asyncio.sleep(0)
-        assert [sheet.digest for sheet in made] == [cluster.digest]
+        assert [manifest.digest for manifest in made] == [cluster.digest]
 
     asyncio.run(story())
 
@@ -196,10 +196,10 @@ def test_a_killed_fetcher_goes_on_where_it_stopped(starter_path: Path, tmp_path:
     hub = FakeHub({"o/m": {"a.gguf": content}})
     try:
         whole = Store(tmp_path / "whole")
-        sheet = SliceStore(whole).manifest_of(whole.add_file(starter_path, "mine", take="link"))
+        manifest = SliceStore(whole).manifest_of(whole.add_file(starter_path, "mine", take="link"))
         parts = SliceStore(Store(tmp_path / "taker"))
-        parts.add_manifest(sheet.digest, sheet.path.read_bytes())
-        fetch = ("hub", tmp_path / "taker", SOURCE, sheet.digest, 2, 20)
+        parts.add_manifest(manifest.digest, manifest.path.read_bytes())
+        fetch = ("hub", tmp_path / "taker", SOURCE, manifest.digest, 2, 20)
         kill_at = 10_000_000
 
         def start() -> subprocess.Popen[str]:
@@ -222,7 +222,7 @@ def test_a_killed_fetcher_goes_on_where_it_stopped(starter_path: Path, tmp_path:
             process.stdout.read()
         assert process.returncode == 0
         assert found > 0
-        part = parts.slice(sheet.digest, 2, 20)
+        part = parts.slice(manifest.digest, 2, 20)
         wanted = cut(read_header(starter_path), 2, 20, tmp_path / "cut.gguf")
         assert part.path.read_bytes() == wanted.path.read_bytes()
         assert hub.sent < wanted.nbytes - kill_at + 2 * remote_module.FIRST_BYTES

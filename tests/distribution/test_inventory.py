@@ -10,8 +10,8 @@ import pytest
 
 from cordee.cluster.facts import SliceHeld
 from cordee.cluster.goals import DISK_RESERVE_BYTES, SliceGoal, StageSpec
-from cordee.distribution import inventory as shelf_module
-from cordee.distribution import local_models as library_module
+from cordee.distribution import inventory as inventory_module
+from cordee.distribution import local_models as local_models_module
 from cordee.distribution.inventory import DISK_STEP_BYTES, GROWING_KEEP_SECONDS, Inventory
 from cordee.distribution.local_models import FETCHES_MAX, LocalModels
 from cordee.distribution.slice_store import SliceStore
@@ -34,7 +34,7 @@ class Node:
         self.store = Store(folder)
         self.parts = SliceStore(self.store)
         self.told = 0
-        self.shelf = Inventory(self.store, self.parts, self._changed)
+        self.inventory = Inventory(self.store, self.parts, self._changed)
 
     def _changed(self) -> None:
         self.told += 1
@@ -44,7 +44,7 @@ class Node:
 
     @property
     def offered(self) -> list[str]:
-        return [offer.name for offer in self.shelf.offers]
+        return [offer.name for offer in self.inventory.offers]
 
 
 @pytest.fixture
@@ -61,18 +61,18 @@ async def until(true) -> None:
 def test_small_models_are_offered_from_the_start(node: Node, model: Path, tmp_path: Path) -> None:
     node.add(model, "a")
     node.add(make_tiny("qwen3", tmp_path / "b.gguf"), "b")
-    asyncio.run(node.shelf.look())
+    asyncio.run(node.inventory.look())
     assert node.offered == ["a", "b"]
-    assert [(held.first, held.whole) for held in node.shelf.slices] == [(0, True), (0, True)]
+    assert [(held.first, held.whole) for held in node.inventory.slices] == [(0, True), (0, True)]
     before = node.told
-    asyncio.run(node.shelf.scan())
+    asyncio.run(node.inventory.scan())
     assert node.told == before
 
 
 def test_a_large_model_holds_up_nothing_while_it_is_read(
     node: Node, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shelf_module, "READING_SECONDS", 0.05)
+    monkeypatch.setattr(inventory_module, "READING_SECONDS", 0.05)
     node.add(model, "large")
     going_on, real = threading.Event(), node.parts.manifest_of
 
@@ -81,18 +81,18 @@ def test_a_large_model_holds_up_nothing_while_it_is_read(
         going_on.wait(30)
         return real(stored, progress)
 
-    monkeypatch.setattr(node.parts, "sheet_of", slow)
+    monkeypatch.setattr(node.parts, "manifest_of", slow)
 
     async def story() -> None:
-        await node.shelf.look()
+        await node.inventory.look()
         assert node.offered == []
-        [reading] = node.shelf.reading.values()
+        [reading] = node.inventory.reading.values()
         assert (reading.name, reading.source, reading.done_bytes, reading.total_bytes) == ("large", "", 1, 2)
-        await node.shelf.scan()  # does not begin a second time
+        await node.inventory.scan()  # does not begin a second time
         going_on.set()
         await until(lambda: node.offered == ["large"])
-        assert node.shelf.reading == {}
-        await node.shelf.close()
+        assert node.inventory.reading == {}
+        await node.inventory.close()
 
     asyncio.run(story())
 
@@ -104,12 +104,12 @@ def test_a_node_that_ends_does_not_read_to_the_end(node: Node, model: Path, monk
         while True:
             progress(1, 2)
 
-    monkeypatch.setattr(node.parts, "sheet_of", endless)
-    monkeypatch.setattr(shelf_module, "READING_SECONDS", 0.05)
+    monkeypatch.setattr(node.parts, "manifest_of", endless)
+    monkeypatch.setattr(inventory_module, "READING_SECONDS", 0.05)
 
     async def story() -> None:
-        await node.shelf.look()
-        await node.shelf.close()
+        await node.inventory.look()
+        await node.inventory.close()
 
     asyncio.run(story())
     assert node.offered == []
@@ -120,12 +120,12 @@ def test_one_damaged_model_hides_no_other_and_is_told_once(node: Node, model: Pa
     node.add(make_tiny("qwen3", tmp_path / "b.gguf"), "gone")
     node.store.get("gone").path.unlink()
     (node.store.root / "names" / "garbage.json").write_bytes(b"\xff\x00")
-    (node.store.root / "sheets" / ("0" * 64)).mkdir()
-    (node.store.root / "sheets" / ("0" * 64) / "sheet").write_bytes(b"garbage")
+    (node.store.root / "manifests" / ("0" * 64)).mkdir()
+    (node.store.root / "manifests" / ("0" * 64) / "manifest").write_bytes(b"garbage")
 
     async def story() -> None:
-        await node.shelf.look()
-        await node.shelf.scan()
+        await node.inventory.look()
+        await node.inventory.scan()
 
     asyncio.run(story())
     assert node.offered == ["good"]
@@ -137,13 +137,13 @@ def test_one_damaged_model_hides_no_other_and_is_told_once(node: Node, model: Pa
 
 def test_a_damaged_sheet_is_made_again(node: Node, model: Path) -> None:
     node.add(model, "a")
-    asyncio.run(node.shelf.look())
-    [offer] = node.shelf.offers
+    asyncio.run(node.inventory.look())
+    [offer] = node.inventory.offers
     again = Node(node.store.root)
     again.parts.manifest(offer.shape.digest).path.write_bytes(b"garbage")
     again = Node(node.store.root)
-    asyncio.run(again.shelf.look())
-    assert again.shelf.offers == (offer,)
+    asyncio.run(again.inventory.look())
+    assert again.inventory.offers == (offer,)
 
 
 def test_a_whole_model_that_stays_damaged_is_not_verified_for_every_asker(
@@ -152,16 +152,16 @@ def test_a_whole_model_that_stays_damaged_is_not_verified_for_every_asker(
     node.add(model, "a")
 
     async def story() -> None:
-        await node.shelf.look()
-        [held] = node.shelf.slices
+        await node.inventory.look()
+        [held] = node.inventory.slices
         path = node.store.whole(held.model)
         path.chmod(0o600)
         with path.open("r+b") as file:
             file.seek(-100, os.SEEK_END)
             file.write(b"damage")
         for _ in range(5):
-            node.shelf.damaged(held.model, "a chunk is wrong")
-            await until(lambda: not node.shelf._verifying)
+            node.inventory.damaged(held.model, "a chunk is wrong")
+            await until(lambda: not node.inventory._verifying)
 
     asyncio.run(story())
     told = [record.getMessage() for record in caplog.records]
@@ -175,7 +175,7 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.free = 1 << 40
-        monkeypatch.setattr(shelf_module.shutil, "disk_usage", lambda _: Usage(0, 0, self.free))
+        monkeypatch.setattr(inventory_module.shutil, "disk_usage", lambda _: Usage(0, 0, self.free))
 
 
 @pytest.fixture
@@ -187,14 +187,14 @@ def with_parts(node: Node, model: Path, *ranges: tuple[int, int]) -> str:
     """Parts on a disk that does not have the whole model; the model's digest."""
     other = Store(node.store.root.parent / "other")
     whole = SliceStore(other)
-    sheet = whole.manifest_of(other.add_file(model, "mine"))
-    node.parts.add_manifest(sheet.digest, sheet.path.read_bytes())
+    manifest = whole.manifest_of(other.add_file(model, "mine"))
+    node.parts.add_manifest(manifest.digest, manifest.path.read_bytes())
     for first, last in ranges:
-        with node.parts.assembling(sheet.digest, first, last) as assembly:
+        with node.parts.assembling(manifest.digest, first, last) as assembly:
             for chunk in list(assembly.missing):
-                assembly.put(chunk, whole.read(sheet.digest, chunk), "other")
+                assembly.put(chunk, whole.read(manifest.digest, chunk), "other")
             assembly.finish()
-    return sheet.digest
+    return manifest.digest
 
 
 def test_a_short_disk_loses_what_nobody_wants_and_keeps_what_the_cluster_needs(
@@ -208,14 +208,14 @@ def test_a_short_disk_loses_what_nobody_wants_and_keeps_what_the_cluster_needs(
     def held() -> list[tuple[int, int]]:
         return [(each.first, each.last) for each in node.parts.held(digest)]
 
-    asyncio.run(node.shelf.tidy("a", wanted, two))
+    asyncio.run(node.inventory.tidy("a", wanted, two))
     assert len(held()) == 3  # there is room
     disk.free = DISK_RESERVE_BYTES - (1 << 30)
-    asyncio.run(node.shelf.tidy("a", wanted, one))
+    asyncio.run(node.inventory.tidy("a", wanted, one))
     assert len(held()) == 3  # the second copy
-    asyncio.run(node.shelf.tidy("a", wanted, two))
+    asyncio.run(node.inventory.tidy("a", wanted, two))
     assert held() == [(0, 2)]
-    assert [(each.first, each.last) for each in node.shelf.slices] == [(0, 2)]
+    assert [(each.first, each.last) for each in node.inventory.slices] == [(0, 2)]
 
 
 def test_what_was_given_up_half_fetched_goes_first_once_it_is_old(
@@ -229,26 +229,26 @@ def test_what_was_given_up_half_fetched_goes_first_once_it_is_old(
     [growing] = node.parts.lying(digest)[1]
     assert growing.nbytes > 0
     disk.free = 0
-    asyncio.run(node.shelf.tidy("a", [], {}))
+    asyncio.run(node.inventory.tidy("a", [], {}))
     assert node.parts.lying(digest)[1] == [growing]
-    partial = next(node.store.root.glob("sheets/*/0-2.gguf.partial"))
+    partial = next(node.store.root.glob("manifests/*/0-2.gguf.partial"))
     os.utime(partial, (0, partial.stat().st_mtime - 2 * GROWING_KEEP_SECONDS))
-    asyncio.run(node.shelf.tidy("a", [SliceGoal(digest, 0, 2)], {}))
+    asyncio.run(node.inventory.tidy("a", [SliceGoal(digest, 0, 2)], {}))
     assert partial.exists()
-    asyncio.run(node.shelf.tidy("a", [], {}))
+    asyncio.run(node.inventory.tidy("a", [], {}))
     assert not partial.exists()
 
 
 def test_what_is_half_fetched_counts_as_free(node: Node, model: Path, disk: Disk) -> None:
     digest = with_parts(node, model)
     disk.free = 2 * DISK_STEP_BYTES - 1
-    asyncio.run(node.shelf.scan())
-    assert node.shelf.disk_free_bytes == DISK_STEP_BYTES
+    asyncio.run(node.inventory.scan())
+    assert node.inventory.disk_free_bytes == DISK_STEP_BYTES
     with node.parts.assembling(digest, 0, 2) as assembly:
         chunk = next(iter(assembly.missing))
         assembly.put(chunk, SliceStore(Store(node.store.root.parent / "other")).read(digest, chunk), "other")
-    asyncio.run(node.shelf.scan())
-    assert node.shelf.disk_free_bytes == 2 * DISK_STEP_BYTES
+    asyncio.run(node.inventory.scan())
+    assert node.inventory.disk_free_bytes == 2 * DISK_STEP_BYTES
 
 
 class Alone:
@@ -293,7 +293,7 @@ def test_urgent_slices_are_fetched_first_and_failures_not_at_once_again(tmp_path
                 raise StorageFailed("nobody gives it")
             await asyncio.Event().wait()
 
-        monkeypatch.setattr(library, "_part", part)
+        monkeypatch.setattr(library, "_slice", part)
         library.pursue([first, second, urgent])
         await until(lambda: alone.failed)
         assert begun == [first, second]
@@ -338,13 +338,13 @@ def test_who_has_just_started_waits_until_it_hears_who_has_the_layers(tmp_path: 
         library = LocalModels(Store(tmp_path / "store"), "a", alone, alone)
         asked: list[str] = []
 
-        async def sheet(digest: str) -> None:
+        async def manifest(digest: str) -> None:
             asked.append(digest)
             raise StorageFailed("asked for")
 
-        monkeypatch.setattr(library, "_sheet", sheet)
+        monkeypatch.setattr(library, "_manifest", manifest)
         library.pursue([SliceGoal("m", 1, 3)])
-        await asyncio.sleep(3 * library_module.LOOK_SECONDS)
+        await asyncio.sleep(3 * local_models_module.LOOK_SECONDS)
         assert not asked
         heard["c"] = [SliceHeld("m", 2, 4)]
         await until(lambda: alone.failed)

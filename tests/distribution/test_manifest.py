@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.distribution import manifest as sheets
+from cordee.distribution import manifest as manifests
 from cordee.distribution.manifest import Chunk, ManifestMaker, make_manifest, read_manifest
 from cordee.errors import BadModelFile, BadRequest
 from cordee.models.gguf import read_header
@@ -21,7 +21,7 @@ CHUNK_BYTES = 1 << 12
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Tensors of tiny models have several chunks then."""
-    monkeypatch.setattr(sheets, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(manifests, "CHUNK_BYTES", CHUNK_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -29,57 +29,57 @@ def model(tmp_path_factory) -> Path:
     return make_tiny("llama", tmp_path_factory.mktemp("model") / "tiny.gguf", tokenizer="bytes")
 
 
-def all_chunks(sheet):
-    return [chunk for number in range(len(sheet.header.tensors)) for chunk in sheet.chunks(number)]
+def all_chunks(manifest):
+    return [chunk for number in range(len(manifest.header.tensors)) for chunk in manifest.chunks(number)]
 
 
 def test_a_sheet_holds_the_header_and_the_digest_of_every_chunk(model, tmp_path):
     calls, data = [], model.read_bytes()
-    sheet = make_manifest(read_header(model), tmp_path, lambda *call: calls.append(call))
-    content = sheet.path.read_bytes()
-    assert sheet.digest == f"sha256:{hashlib.sha256(content).hexdigest()}"
-    assert sheet.path == tmp_path / sheet.digest.removeprefix("sha256:") / "sheet"
+    manifest = make_manifest(read_header(model), tmp_path, lambda *call: calls.append(call))
+    content = manifest.path.read_bytes()
+    assert manifest.digest == f"sha256:{hashlib.sha256(content).hexdigest()}"
+    assert manifest.path == tmp_path / manifest.digest.removeprefix("sha256:") / "manifest"
     header = read_header(model)
     assert content.startswith(data[: header.nbytes])
-    assert sheet.header.get("tokenizer.ggml.tokens") == header.get("tokenizer.ggml.tokens")
-    chunks = all_chunks(sheet)
+    assert manifest.header.get("tokenizer.ggml.tokens") == header.get("tokenizer.ggml.tokens")
+    chunks = all_chunks(manifest)
     assert max(chunk.index for chunk in chunks) > 3
-    assert sum(map(sheet.nbytes, chunks)) == header.size_bytes
+    assert sum(map(manifest.nbytes, chunks)) == header.size_bytes
     for chunk in chunks:
-        start = header.tensors[chunk.tensor].offset + sheet.offset(chunk)
-        piece = data[start : start + sheet.nbytes(chunk)]
-        assert sheet.is_sound(chunk, piece)
-        assert not sheet.is_sound(chunk, piece[:-1])
+        start = header.tensors[chunk.tensor].offset + manifest.offset(chunk)
+        piece = data[start : start + manifest.nbytes(chunk)]
+        assert manifest.is_sound(chunk, piece)
+        assert not manifest.is_sound(chunk, piece[:-1])
     assert calls == sorted(calls)
     assert calls[-1] == (header.size_bytes, header.size_bytes)
 
 
 def test_the_same_model_has_the_same_sheet_and_any_other_bit_another(model, tmp_path):
-    sheet = make_manifest(read_header(model), tmp_path)
+    manifest = make_manifest(read_header(model), tmp_path)
     copy = tmp_path / "copy.gguf"
     data = bytearray(model.read_bytes())
     copy.write_bytes(data)
-    assert make_manifest(read_header(copy), tmp_path).digest == sheet.digest
+    assert make_manifest(read_header(copy), tmp_path).digest == manifest.digest
     data[read_header(model).tensors[-1].offset + 5] ^= 1
     copy.write_bytes(data)
-    assert make_manifest(read_header(copy), tmp_path).digest != sheet.digest
+    assert make_manifest(read_header(copy), tmp_path).digest != manifest.digest
 
 
 def test_chunks_given_in_any_order_make_the_same_sheet(model, tmp_path):
     header = read_header(model)
-    sheet = make_manifest(header, tmp_path)
+    manifest = make_manifest(header, tmp_path)
     maker = ManifestMaker(header)
-    for chunk in reversed(all_chunks(sheet)):
-        start = header.tensors[chunk.tensor].offset + sheet.offset(chunk)
-        maker.add(chunk, model.read_bytes()[start : start + sheet.nbytes(chunk)])
-    assert maker.write(tmp_path / "").digest == sheet.digest
+    for chunk in reversed(all_chunks(manifest)):
+        start = header.tensors[chunk.tensor].offset + manifest.offset(chunk)
+        maker.add(chunk, model.read_bytes()[start : start + manifest.nbytes(chunk)])
+    assert maker.write(tmp_path / "").digest == manifest.digest
 
 
 @pytest.mark.parametrize("chunk", [Chunk(-1, 0), Chunk(10_000, 0), Chunk(0, -1), Chunk(0, 1 << 40)])
 def test_a_chunk_that_does_not_exist_is_refused(model, tmp_path, chunk):
-    sheet = make_manifest(read_header(model), tmp_path)
+    manifest = make_manifest(read_header(model), tmp_path)
     with pytest.raises(BadRequest, match="has no chunk"):
-        sheet.nbytes(chunk)
+        manifest.nbytes(chunk)
 
 
 def test_a_set_of_shards_has_no_sheet_before_it_is_one_file(model, tmp_path):
@@ -89,50 +89,50 @@ def test_a_set_of_shards_has_no_sheet_before_it_is_one_file(model, tmp_path):
 
 def test_a_sheet_that_claims_to_be_a_shard_opens_no_other_file(model, tmp_path):
     first = write_shards(read_header(model), tmp_path)
-    fake = tmp_path / "sheet"
+    fake = tmp_path / "manifest"
     fake.write_bytes(first.read_bytes())
     with pytest.raises(BadModelFile, match="shards"):
         read_manifest(fake)
 
 
 def test_sheets_of_another_chunk_size_are_refused(model, tmp_path, monkeypatch):
-    sheet = make_manifest(read_header(model), tmp_path)
-    content = sheet.path.read_bytes()
-    seal = sheets.MARK + struct.pack("<Q", CHUNK_BYTES)
+    manifest = make_manifest(read_header(model), tmp_path)
+    content = manifest.path.read_bytes()
+    seal = manifests.MARK + struct.pack("<Q", CHUNK_BYTES)
     assert content.count(seal) == 1
-    for other in (sheets.MARK + struct.pack("<Q", CHUNK_BYTES + 1), b"cordee:9" + seal[8:]):
-        sheet.path.write_bytes(content.replace(seal, other))
+    for other in (manifests.MARK + struct.pack("<Q", CHUNK_BYTES + 1), b"cordee:9" + seal[8:]):
+        manifest.path.write_bytes(content.replace(seal, other))
         with pytest.raises(BadModelFile, match="no sheet of this version"):
-            read_manifest(sheet.path)
+            read_manifest(manifest.path)
 
 
 def test_a_sheet_that_lies_about_sizes_costs_no_memory(model, tmp_path):
-    sheet = make_manifest(read_header(model), tmp_path)
-    content = bytearray(sheet.path.read_bytes())
-    name = sheet.header.tensors[-1].name.encode()
+    manifest = make_manifest(read_header(model), tmp_path)
+    content = bytearray(manifest.path.read_bytes())
+    name = manifest.header.tensors[-1].name.encode()
     at = content.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
     dimensions = struct.unpack_from("<I", content, at)[0]
     struct.pack_into("<Q", content, at + 4 + 8 * (dimensions - 1), 1 << 40)
-    sheet.path.write_bytes(content)
+    manifest.path.write_bytes(content)
     with pytest.raises(BadModelFile, match="the tensors of its header need"):
-        read_manifest(sheet.path)
+        read_manifest(manifest.path)
 
 
 def test_a_sheet_beyond_the_limit_is_neither_made_nor_read(model, tmp_path, monkeypatch):
-    sheet = make_manifest(read_header(model), tmp_path)
-    monkeypatch.setattr(sheets, "SHEET_BYTES_LIMIT", sheet.path.stat().st_size - 1)
+    manifest = make_manifest(read_header(model), tmp_path)
+    monkeypatch.setattr(manifests, "SHEET_BYTES_LIMIT", manifest.path.stat().st_size - 1)
     with pytest.raises(BadModelFile, match="too large"):
         make_manifest(read_header(model), tmp_path)
     with pytest.raises(BadModelFile, match="at most"):
-        read_manifest(sheet.path)
+        read_manifest(manifest.path)
 
 
 @given(st.data())
 def test_any_damage_is_refused_or_gives_another_sheet(model, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "damaged"
     folder.mkdir(exist_ok=True)
-    sheet = make_manifest(read_header(model), folder)
-    content = bytearray(sheet.path.read_bytes())
+    manifest = make_manifest(read_header(model), folder)
+    content = bytearray(manifest.path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(content) - 1))
         match data.draw(st.sampled_from(["flip", "number", "cut", "longer"])):
@@ -151,5 +151,5 @@ def test_any_damage_is_refused_or_gives_another_sheet(model, tmp_path_factory, d
     except BadModelFile as error:
         assert "broken" in error.message
     else:
-        assert (read.digest == sheet.digest) == (bytes(content) == sheet.path.read_bytes())
+        assert (read.digest == manifest.digest) == (bytes(content) == manifest.path.read_bytes())
         assert all(0 < read.nbytes(chunk) <= CHUNK_BYTES for chunk in all_chunks(read))

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from cordee.cluster.facts import SliceHeld
-from cordee.distribution import manifest as sheets
-from cordee.distribution import slice_store as parts_module
+from cordee.distribution import manifest as manifests
+from cordee.distribution import slice_store as slice_store_module
 from cordee.distribution.manifest import Chunk
 from cordee.distribution.slice_store import SliceStore
 from cordee.engine.llama.stage import LlamaStage
@@ -33,8 +33,8 @@ CHUNK_BYTES = 1 << 12
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Tensors of tiny models have several chunks then."""
-    monkeypatch.setattr(sheets, "CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr(parts_module, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(manifests, "CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(slice_store_module, "CHUNK_BYTES", CHUNK_BYTES)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +49,14 @@ class Holder:
         self.store = Store(root)
         self.parts = SliceStore(self.store)
         self.model = self.store.add_file(path, "mine")
-        self.sheet = self.parts.manifest_of(self.model)
-        self.digest = self.sheet.digest
+        self.manifest = self.parts.manifest_of(self.model)
+        self.digest = self.manifest.digest
         self.read: list[Chunk] = []
 
     def node(self, root: Path) -> SliceStore:
         """A node that knows no more than the sheet."""
         parts = SliceStore(Store(root))
-        parts.add_manifest(self.digest, self.sheet.path.read_bytes())
+        parts.add_manifest(self.digest, self.manifest.path.read_bytes())
         return parts
 
     def give(self, parts: SliceStore, first: int, last: int) -> Path:
@@ -132,7 +132,7 @@ def test_the_starter_model_is_shared_in_real_chunks(starter_path, tmp_path, monk
     monkeypatch.undo()
     holder = Holder(starter_path, tmp_path / "holder")
     node = holder.node(tmp_path / "node")
-    layers = holder.sheet.header.layers
+    layers = holder.manifest.header.layers
     path = holder.give(node, layers - 2, layers)
     assert path.read_bytes() == holder.cut(layers - 2, layers, tmp_path / "cut.gguf")
     assert holder.parts.slice(holder.digest, 0, layers).path == holder.model.path
@@ -145,7 +145,7 @@ def test_what_another_part_has_is_not_fetched(holder, node, tmp_path):
     holder.give(node, 0, 4)
     before = len(holder.read)
     assert holder.give(node, 2, 6).read_bytes() == holder.cut(2, 6, tmp_path / "cut.gguf")
-    names = {holder.sheet.header.tensors[chunk.tensor].name for chunk in holder.read[before:]}
+    names = {holder.manifest.header.tensors[chunk.tensor].name for chunk in holder.read[before:]}
     assert names
     assert not any(name.startswith(("blk.2.", "blk.3.", "output_norm")) for name in names)
     fetched = len(holder.read)
@@ -276,7 +276,7 @@ def test_damage_is_not_passed_on(holder, node):
 
 
 def test_a_damaged_sheet_is_not_used_and_can_come_again(holder, node, tmp_path):
-    path = node.sheet(holder.digest).path
+    path = node.manifest(holder.digest).path
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
@@ -289,7 +289,7 @@ def test_a_damaged_sheet_is_not_used_and_can_come_again(holder, node, tmp_path):
         with pytest.raises(BadModelFile):
             again.add_manifest(f"sha256:{hashlib.sha256(junk).hexdigest()}", junk)
     assert again.known() == [holder.digest]
-    again.add_manifest(holder.digest, holder.sheet.path.read_bytes())
+    again.add_manifest(holder.digest, holder.manifest.path.read_bytes())
     assert again.manifest(holder.digest).digest == holder.digest
 
 
@@ -330,7 +330,7 @@ def test_a_model_that_cannot_be_cut_is_not(tmp_path):
 def test_a_full_disk_keeps_what_came_and_goes_on_with_room(holder, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    room = holder.parts.layout(holder.digest, 0, 2).nbytes + holder.sheet.path.stat().st_size + (1 << 16)
+    room = holder.parts.layout(holder.digest, 0, 2).nbytes + holder.manifest.path.stat().st_size + (1 << 16)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(small)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
         pytest.skip("a file system of its own takes the rights to mount one")
@@ -354,12 +354,12 @@ def test_a_full_disk_keeps_what_came_and_goes_on_with_room(holder, tmp_path):
 
 def test_a_sheet_is_made_once_and_goes_with_its_model(holder, monkeypatch):
     assert SliceStore(holder.store).known() == [holder.digest]
-    monkeypatch.setattr(parts_module, "make_sheet", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr(slice_store_module, "make_manifest", lambda *_: pytest.fail("made again"))
     assert SliceStore(holder.store).manifest_of(holder.model).digest == holder.digest
     assert holder.parts.held(holder.digest) == [SliceHeld(holder.digest, 0, 6, True)]
     holder.store.remove("mine")
     assert holder.store.whole(holder.digest) is None
-    assert list((holder.store.root / "sheets").iterdir()) == []
+    assert list((holder.store.root / "manifests").iterdir()) == []
 
 
 def test_parts_stay_when_the_whole_model_goes_until_they_are_forgotten(holder, node):

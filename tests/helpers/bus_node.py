@@ -25,7 +25,7 @@ async def main() -> None:
         member, BusOptions(options["listen"], tuple(options["peers"]), options["scouting"])
     )
     bus.watch("alive/*", lambda key, alive: tell(alive=key.removeprefix("alive/"), **{"is": alive}))
-    bus.subscribe("beat/*", lambda key, payload: tell(heard=payload.decode()))
+    bus.subscribe("heartbeat/*", lambda key, payload: tell(heard=payload.decode()))
     bus.announce(f"alive/{member.node}")
     tell(up=bus.addresses)
     reader = asyncio.StreamReader()
@@ -33,7 +33,7 @@ async def main() -> None:
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
     )
     while line := (await reader.readline()).decode().strip():
-        bus.publish(f"beat/{member.node}", line.encode())
+        bus.publish(f"heartbeat/{member.node}", line.encode())
     await bus.close()
 
 

@@ -35,8 +35,8 @@ async def serve(root: str, *peers: str) -> None:
 async def fetch(root: str, peer: str, node: str, digest: str, first: str, last: str) -> None:
     bus = await ZenohBus.open(identity.load(), BusOptions("127.0.0.1:0", (peer,), ""))
     client = ChunkClient(bus, SliceStore(Store(Path(root))), lambda text: print(text, file=sys.stderr))
-    sheet = await client.manifest(digest, [node] * 10)
-    whole = [SliceHeld(digest, 0, sheet.header.layers, True)]
+    manifest = await client.manifest(digest, [node] * 10)
+    whole = [SliceHeld(digest, 0, manifest.header.layers, True)]
     await client.slice(
         digest, int(first), int(last), lambda: {node: whole}, lambda done, _: print(done, flush=True)
     )

@@ -89,16 +89,16 @@ def running(
 
 def view_of(
     *nodes: Facts,
-    wishes: Sequence[Deployment] | None = None,
+    deployments: Sequence[Deployment] | None = None,
     suspects: Sequence[str] = (),
     listening: bool = False,
 ) -> View:
-    if wishes is None:
-        wishes = [Deployment("m", shape_of(), CONTEXT, SEQUENCES)]
+    if deployments is None:
+        deployments = [Deployment("m", shape_of(), CONTEXT, SEQUENCES)]
     return View(
         {facts.node: facts for facts in sorted(nodes, key=lambda facts: facts.node)},
         frozenset(suspects),
-        tuple(sorted(wishes, key=lambda wish: wish.model)),
+        tuple(sorted(deployments, key=lambda deployment: deployment.model)),
         listening,
     )
 

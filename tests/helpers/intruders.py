@@ -13,26 +13,26 @@ from cordee.net.identity import Identity
 from members import DAY_SECONDS, founder, newcomer
 
 
-def intruder_certificate(kind: str, folder: Path, keeper: Identity, removed: Identity) -> Path:
+def intruder_certificate(kind: str, folder: Path, admin: Identity, removed: Identity) -> Path:
     """A folder with ca.pem, node.pem and node.key of somebody who is no member."""
     key = identity.new_key()
-    name = identity.slot_of(keeper.node) if kind in ("foreign", "self-made") else "www.example.com"
+    name = identity.slot_of(admin.node) if kind in ("foreign", "self-made") else "www.example.com"
     past = time.time() - 40 * DAY_SECONDS
     if kind == "removed":
         return removed.folder
     if kind == "foreign":
         return founder(folder / "foreign").folder
     if kind == "expired":
-        return newcomer(folder / "expired", keeper, past).folder
-    issuer = identity._name(name) if kind == "self-made" else keeper.authority.subject
+        return newcomer(folder / "expired", admin, past).folder
+    issuer = identity._name(name) if kind == "self-made" else admin.authority.subject
     builder = identity._certificate(key.public_key(), name, issuer, time.time(), DAY_SECONDS)
     builder = builder.add_extension(
         x509.SubjectAlternativeName([x509.DNSName("www.example.com")]), critical=False
     )
-    signed = builder.sign(key if kind == "self-made" else keeper.authority_key, hashes.SHA256())
+    signed = builder.sign(key if kind == "self-made" else admin.authority_key, hashes.SHA256())
     made = folder / kind
     made.mkdir()
-    (made / "ca.pem").write_bytes((keeper.folder / "ca.pem").read_bytes())
+    (made / "ca.pem").write_bytes((admin.folder / "ca.pem").read_bytes())
     (made / "node.pem").write_bytes(identity.pem(signed))
     private = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     (made / "node.key").write_bytes(key.private_bytes(*private))

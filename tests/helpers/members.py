@@ -23,9 +23,9 @@ def founder(folder: Path, now: float | None = None) -> Identity:
     return identity.found(time.time() if now is None else now)
 
 
-def newcomer(folder: Path, keeper: Identity, now: float | None = None) -> Identity:
+def newcomer(folder: Path, admin: Identity, now: float | None = None) -> Identity:
     """A further node, as if it had joined; in a slot of its own."""
-    taken = {identity.slot_of(keeper.node), *map(identity.slot_of, keeper.revoked)}
+    taken = {identity.slot_of(admin.node), *map(identity.slot_of, admin.revoked)}
     for other in folder.parent.glob("*/cluster/node.pem"):
         certificate = x509.load_pem_x509_certificate(other.read_bytes())
         taken.add(certificate.subject.rdns[0].rfc4514_string().removeprefix("CN="))
@@ -33,8 +33,8 @@ def newcomer(folder: Path, keeper: Identity, now: float | None = None) -> Identi
     while identity.slot_of(identity.node_id(key.public_key())) in taken:
         key = identity.new_key()
     at_home(folder)
-    signed = keeper.sign(identity.certificate_request(key), time.time() if now is None else now)
-    return identity.install(key, x509.load_pem_x509_certificate(signed), keeper.authority)
+    signed = admin.sign(identity.certificate_request(key), time.time() if now is None else now)
+    return identity.install(key, x509.load_pem_x509_certificate(signed), admin.authority)
 
 
 def cluster(folder: Path, count: int) -> list[Identity]:

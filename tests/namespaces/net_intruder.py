@@ -28,7 +28,7 @@ HANDS = 16  # doors that are knocked at, at once
 
 def main() -> None:
     authority, cluster, folders, *doors = sys.argv[1:]
-    buses = [door for door in doors if door.endswith(f":{BUS_PORT}")]
+    buses = [listener for listener in doors if listener.endswith(f":{BUS_PORT}")]
     forged = f"cordee/{cluster}/beat/forged"
     people = {_name(folder): folder for folder in map(Path, folders.split(","))}
     with contextlib.ExitStack() as stack:
@@ -78,12 +78,12 @@ def listen(session: zenoh.Session) -> list[str]:
 def knock_at_all(doors: list[str], folder: Path | None) -> dict[str, str]:
     """`knock` at all of them at once."""
     with ThreadPoolExecutor(HANDS) as hands:
-        return dict(zip(doors, hands.map(lambda door: knock(folder, door), doors), strict=True))
+        return dict(zip(doors, hands.map(lambda listener: knock(folder, listener), doors), strict=True))
 
 
-def knock(folder: Path | None, door: str) -> str:
+def knock(folder: Path | None, listener: str) -> str:
     """What is said inside of TLS at a door to who shows these papers, in hexadecimal."""
-    host, _, port = door.rpartition(":")
+    host, _, port = listener.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

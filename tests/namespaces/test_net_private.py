@@ -84,7 +84,7 @@ def _pieces(text: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def keeper(cluster: Cluster) -> Identity:
+def admin(cluster: Cluster) -> Identity:
     """The identity of the cluster's first node."""
     at_home(cluster.first.host.home)
     return identity.load()
@@ -107,15 +107,13 @@ def removed(cluster: Cluster, lab: Lab) -> Identity:
 
 @pytest.fixture(scope="module")
 def learned(
-    cluster: Cluster, lab: Lab, keeper: Identity, removed: Identity, tmp_path_factory: pytest.TempPathFactory
+    cluster: Cluster, lab: Lab, admin: Identity, removed: Identity, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """What each kind of stranger learns who knows every port of every node; and what a member would."""
     folder = tmp_path_factory.mktemp("papers")
-    strangers = [intruder_certificate(kind, folder, keeper, removed) for kind in STRANGERS]
-    member = newcomer(folder / "member", keeper).folder
-    return knocks(cluster, lab.hosts[-1], keeper, strangers) | knocks(
-        cluster, lab.hosts[-1], keeper, [member]
-    )
+    strangers = [intruder_certificate(kind, folder, admin, removed) for kind in STRANGERS]
+    member = newcomer(folder / "member", admin).folder
+    return knocks(cluster, lab.hosts[-1], admin, strangers) | knocks(cluster, lab.hosts[-1], admin, [member])
 
 
 @pytest.mark.parametrize("kind", [*STRANGERS, "none"])
@@ -128,20 +126,20 @@ def test_who_is_no_member_learns_nothing(learned: dict[str, dict[str, Any]], kin
 
 def test_a_member_would_have_learned_it(learned: dict[str, dict[str, Any]]) -> None:
     """The counterpart of the test above: without it that one could not fail."""
-    assert any("/beat/" in key for key in learned["member"]["heard"])
+    assert any("/heartbeat/" in key for key in learned["member"]["heard"])
     assert WELCOME.hex() in learned["member"]["said"].values()
 
 
-def knocks(cluster: Cluster, where: Host, keeper: Identity, papers: list[Path]) -> dict[str, dict[str, Any]]:
+def knocks(cluster: Cluster, where: Host, admin: Identity, papers: list[Path]) -> dict[str, dict[str, Any]]:
     """What people with these papers learn on the cluster's network."""
     doors = [f"{node.host.address}:{port}" for node in cluster.nodes for port in ports(node.host)]
     assert len(doors) >= 2 * len(cluster.nodes) + 1  # each has the bus and its inbox, and somebody a stage
     tests = Path(__file__).resolve().parents[1] / "helpers"
-    authority = str(keeper.folder / "ca.pem")
+    authority = str(admin.folder / "ca.pem")
     script = str(Path(__file__).with_name("net_intruder.py"))
     path = os.pathsep.join([os.environ["PYTHONPATH"], str(tests)])
     folders = ",".join(map(str, papers))
-    return json.loads(where.run(script, authority, keeper.cluster, folders, *doors, PYTHONPATH=path))
+    return json.loads(where.run(script, authority, admin.cluster, folders, *doors, PYTHONPATH=path))
 
 
 def ports(host: Host) -> list[int]:

@@ -45,7 +45,7 @@ class Node:
         self.heard: list[tuple[str, bytes]] = []
         self.alive: set[str] = set()
         self.changes: list[tuple[str, bool]] = []
-        bus.subscribe("beat/*", lambda key, payload: self.heard.append((key, payload)))
+        bus.subscribe("heartbeat/*", lambda key, payload: self.heard.append((key, payload)))
         bus.watch("alive/*", self._note)
 
     def _note(self, key: str, alive: bool) -> None:
@@ -77,8 +77,8 @@ async def until(condition: Callable[[], Any]) -> None:
 async def hears(listener: Node, speaker: Node, payload: bytes) -> None:
     """Wait until one node hears the other; said again and again, as everything on the bus is."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while ("beat/x", payload) not in listener.heard:
-            speaker.bus.publish("beat/x", payload)
+        while ("heartbeat/x", payload) not in listener.heard:
+            speaker.bus.publish("heartbeat/x", payload)
             await asyncio.sleep(0.05)
 
 
@@ -201,11 +201,11 @@ def test_a_refresh_is_a_blink_that_the_node_itself_does_not_see(tmp_path: Path) 
 
 
 def test_a_removed_node_is_alone(tmp_path: Path) -> None:
-    keeper, member, removed = cluster(tmp_path, 3)
+    admin, member, removed = cluster(tmp_path, 3)
 
     async def story() -> None:
         async with (
-            node(keeper, []) as a,
+            node(admin, []) as a,
             node(member, a.bus.addresses) as b,
             node(removed, a.bus.addresses) as r,
         ):
@@ -214,36 +214,36 @@ def test_a_removed_node_is_alone(tmp_path: Path) -> None:
                 return b"secret"
 
             a.bus.serve("ask/a", answer)
-            await until(lambda: a.alive == b.alive == r.alive == tokens(keeper, member, removed))
+            await until(lambda: a.alive == b.alive == r.alive == tokens(admin, member, removed))
             assert await r.bus.query("ask/a", b"?", seconds=5) == [b"secret"]
-            keeper.revoke(removed.node)
-            member.admit(keeper.revocations)
+            admin.revoke(removed.node)
+            member.admit(admin.revocations)
             await asyncio.gather(a.bus.refresh(), b.bus.refresh())
-            await until(lambda: a.alive == b.alive == tokens(keeper, member) and r.alive == tokens(removed))
+            await until(lambda: a.alive == b.alive == tokens(admin, member) and r.alive == tokens(removed))
             r.heard.clear()
             await hears(b, a, b"secret")
-            r.bus.publish("beat/r", b"still here")
+            r.bus.publish("heartbeat/r", b"still here")
             assert await r.bus.query("ask/*", b"?", seconds=1) == []
             await hears(a, b, b"end")
-            assert not {key for key, _ in a.heard + b.heard} & {"beat/r"}
-            assert [key for key, _ in r.heard] == ["beat/r"]  # himself
+            assert not {key for key, _ in a.heard + b.heard} & {"heartbeat/r"}
+            assert [key for key, _ in r.heard] == ["heartbeat/r"]  # himself
             await r.bus.refresh()  # and coming again does not help
             await asyncio.sleep(QUIET_SECONDS)
             await hears(b, a, b"secret again")
-            assert r.alive == tokens(removed) or tokens(keeper, member).isdisjoint(b.alive)
+            assert r.alive == tokens(removed) or tokens(admin, member).isdisjoint(b.alive)
             assert b"secret again" not in {payload for _, payload in r.heard}
 
     run(story)
 
 
 def test_a_removed_node_that_was_away_is_told_that_and_nothing_else(tmp_path: Path) -> None:
-    keeper, removed, other = cluster(tmp_path, 3)
-    keeper.revoke(removed.node)
-    keeper.revoke(other.node)
+    admin, removed, other = cluster(tmp_path, 3)
+    admin.revoke(removed.node)
+    admin.revoke(other.node)
     told: list[str] = []
 
     async def story() -> None:
-        async with node(keeper, []) as a, node(removed, a.bus.addresses) as r:
+        async with node(admin, []) as a, node(removed, a.bus.addresses) as r:
             for member in (removed, other):
                 r.bus.watch(REMOVED.format(member.node, "*"), lambda key, alive: told.append(key))
             await until(lambda: told)
@@ -257,20 +257,20 @@ def test_a_removed_node_that_was_away_is_told_that_and_nothing_else(tmp_path: Pa
 
 def test_members_renew_over_the_bus(tmp_path: Path) -> None:
     now = time.time()
-    keeper = founder(tmp_path / "keeper", now - 12 * DAY_SECONDS)
-    member = newcomer(tmp_path / "member", keeper, now - 12 * DAY_SECONDS)
+    admin = founder(tmp_path / "admin", now - 12 * DAY_SECONDS)
+    member = newcomer(tmp_path / "member", admin, now - 12 * DAY_SECONDS)
 
     async def story() -> None:
-        async with node(keeper, []) as a, node(member, a.bus.addresses) as b:
-            await until(lambda: b.alive == tokens(keeper, member))
+        async with node(admin, []) as a, node(member, a.bus.addresses) as b:
+            await until(lambda: b.alive == tokens(admin, member))
             assert not await enrolment.renew(b.bus, member, now)  # nobody answers
-            enrolment.serve_renewals(a.bus, keeper)
-            assert member.renewal_due(now) and keeper.renewal_due(now)
+            enrolment.serve_renewals(a.bus, admin)
+            assert member.renewal_due(now) and admin.renewal_due(now)
             async with asyncio.timeout(PATIENCE_SECONDS):  # until b has heard that there is a keeper
                 while not await enrolment.renew(b.bus, member, now):
                     await asyncio.sleep(0.01)
-            assert await enrolment.renew(a.bus, keeper, now)
-            assert not member.renewal_due(now) and not keeper.renewal_due(now)
+            assert await enrolment.renew(a.bus, admin, now)
+            assert not member.renewal_due(now) and not admin.renewal_due(now)
             await asyncio.gather(a.bus.refresh(), b.bus.refresh())
             await hears(b, a, b"renewed")
 
@@ -284,35 +284,35 @@ def test_intruders_see_nothing_and_are_not_heard(tmp_path: Path, kind: str) -> N
     "public" stands for a certificate of the web's public authorities, which zenoh accepts when it connects:
     one that TLS verifies, with a name that those authorities sign.
     """
-    keeper, member, removed = cluster(tmp_path, 3)
-    keeper.revoke(removed.node)
-    member.admit(keeper.revocations)
-    folder = intruder_certificate(kind, tmp_path, keeper, removed)
+    admin, member, removed = cluster(tmp_path, 3)
+    admin.revoke(removed.node)
+    member.admit(admin.revocations)
+    folder = intruder_certificate(kind, tmp_path, admin, removed)
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     seen: list[str] = []
 
     async def story() -> None:
-        async with node(keeper, [f"127.0.0.1:{port}"]) as a, node(member, a.bus.addresses) as b:
-            await until(lambda: a.alive == b.alive == tokens(keeper, member))
+        async with node(admin, [f"127.0.0.1:{port}"]) as a, node(member, a.bus.addresses) as b:
+            await until(lambda: a.alive == b.alive == tokens(admin, member))
             session = await asyncio.to_thread(
-                intruder, folder, keeper.folder / "ca.pem", [*a.bus.addresses, *b.bus.addresses], port
+                intruder, folder, admin.folder / "ca.pem", [*a.bus.addresses, *b.bus.addresses], port
             )
             try:
                 session.declare_subscriber("cordee/**", lambda sample: seen.append(str(sample.key_expr)))
                 session.liveliness().declare_subscriber(
                     "cordee/**", lambda s: seen.append(str(s.key_expr)), history=True
                 )
-                with session.liveliness().declare_token(f"cordee/{keeper.cluster}/alive/{removed.node}"):
+                with session.liveliness().declare_token(f"cordee/{admin.cluster}/alive/{removed.node}"):
                     for _ in range(20):  # as long as retries of both sides take
-                        session.put(f"cordee/{keeper.cluster}/beat/x", b"forged")
-                        a.bus.publish("beat/x", b"secret")
+                        session.put(f"cordee/{admin.cluster}/heartbeat/x", b"forged")
+                        a.bus.publish("heartbeat/x", b"secret")
                         await asyncio.sleep(0.1)
                     await hears(b, a, b"end")
                     replies = await asyncio.to_thread(
                         lambda: list(session.get("cordee/**", timeout=QUIET_SECONDS))
                     )
-                    assert a.alive == b.alive == tokens(keeper, member)
+                    assert a.alive == b.alive == tokens(admin, member)
                 assert replies == []
                 # TLS itself turns the others away
                 assert bool(session.info.links()) == (kind in ("removed", "public"))
@@ -322,30 +322,32 @@ def test_intruders_see_nothing_and_are_not_heard(tmp_path: Path, kind: str) -> N
 
     run(story)
     # what he said himself, and that he was removed
-    known = re.compile(f"beat/x|alive/{removed.node}" + f"|removed/{removed.node}/.*" * (kind == "removed"))
-    prefix = f"cordee/{keeper.cluster}/"
+    known = re.compile(
+        f"heartbeat/x|alive/{removed.node}" + f"|removed/{removed.node}/.*" * (kind == "removed")
+    )
+    prefix = f"cordee/{admin.cluster}/"
     assert [key for key in seen if key.startswith(prefix) and not known.fullmatch(key, len(prefix))] == []
-    assert seen.count(f"cordee/{keeper.cluster}/beat/x") <= 20  # his own
+    assert seen.count(f"cordee/{admin.cluster}/heartbeat/x") <= 20  # his own
 
 
 def test_that_intruder_would_hear_everything_with_a_members_certificate(tmp_path: Path) -> None:
     """The counterpart of the test above: without it that one could not fail."""
-    keeper, member = cluster(tmp_path, 2)
+    admin, member = cluster(tmp_path, 2)
     seen: list[str] = []
 
     async def story() -> None:
-        async with node(keeper, []) as a:
+        async with node(admin, []) as a:
             session = await asyncio.to_thread(
-                intruder, member.folder, keeper.folder / "ca.pem", a.bus.addresses, 0
+                intruder, member.folder, admin.folder / "ca.pem", a.bus.addresses, 0
             )
             try:
                 session.declare_subscriber(
                     "cordee/**", lambda sample: seen.append(sample.payload.to_string())
                 )
                 async with asyncio.timeout(PATIENCE_SECONDS):
-                    while "open" not in seen or ("beat/x", b"forged") not in a.heard:
-                        a.bus.publish("beat/x", b"open")
-                        session.put(f"cordee/{keeper.cluster}/beat/x", b"forged")
+                    while "open" not in seen or ("heartbeat/x", b"forged") not in a.heard:
+                        a.bus.publish("heartbeat/x", b"open")
+                        session.put(f"cordee/{admin.cluster}/heartbeat/x", b"forged")
                         await asyncio.sleep(0.05)
             finally:
                 await asyncio.to_thread(session.close)
@@ -354,13 +356,13 @@ def test_that_intruder_would_hear_everything_with_a_members_certificate(tmp_path
 
 
 def test_the_only_listener_speaks_tls_and_wants_a_certificate(tmp_path: Path) -> None:
-    (keeper,) = cluster(tmp_path, 1)
+    (admin,) = cluster(tmp_path, 1)
 
     async def story() -> None:
         before = {
             each.laddr.port for each in psutil.Process().net_connections("tcp") if each.status == "LISTEN"
         }
-        async with node(keeper, [], scouting="lo") as a:
+        async with node(admin, [], scouting="lo") as a:
             after = {
                 each.laddr.port for each in psutil.Process().net_connections("tcp") if each.status == "LISTEN"
             }
@@ -396,7 +398,7 @@ def test_what_is_too_long_is_not_heard(tmp_path: Path) -> None:
     async def story() -> None:
         async with node(first, []) as a, node(second, a.bus.addresses) as b:
             await until(lambda: b.alive == tokens(first, second))
-            a.bus.publish("beat/x", bytes(bus_module.MESSAGE_BYTES_MAX + 1))
+            a.bus.publish("heartbeat/x", bytes(bus_module.MESSAGE_BYTES_MAX + 1))
             await hears(b, a, bytes(bus_module.MESSAGE_BYTES_MAX))
             assert {len(payload) for _, payload in b.heard} == {bus_module.MESSAGE_BYTES_MAX}
 
@@ -425,14 +427,14 @@ def test_an_inbox_keeps_the_order_and_a_bound() -> None:
 
 
 def test_a_taken_or_foreign_address_is_a_plain_error(tmp_path: Path) -> None:
-    (keeper,) = cluster(tmp_path, 1)
+    (admin,) = cluster(tmp_path, 1)
 
     async def story() -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             where = f"127.0.0.1:{taken.getsockname()[1]}"
             for listen in (where, "203.0.113.1:0", "nonsense:port"):
                 with pytest.raises(BadRequest, match=listen.partition(":")[0]):
-                    await ZenohBus.open(keeper, BusOptions(listen, scouting=""))
+                    await ZenohBus.open(admin, BusOptions(listen, scouting=""))
 
     run(story)
 
@@ -453,11 +455,11 @@ def test_garbage_among_the_remembered_peers_is_passed_over(tmp_path: Path, garba
 
 
 def test_nothing_is_left_when_it_closes(tmp_path: Path) -> None:
-    (keeper,) = cluster(tmp_path, 1)
+    (admin,) = cluster(tmp_path, 1)
     before = threading.active_count()
 
     async def story() -> None:
-        async with node(keeper, [], scouting="lo"):
+        async with node(admin, [], scouting="lo"):
             pass
 
     run(story)

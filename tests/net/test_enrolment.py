@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cordee.errors import JoinFailed
 from cordee.net import enrolment, identity
-from cordee.net import invitations as desk_module
+from cordee.net import invitations as invitations_module
 from cordee.net.enrolment import Code, read_code
 from cordee.net.identity import Identity
 from cordee.net.invitations import Invitations
@@ -39,8 +39,8 @@ class Clock:
 
 
 @contextlib.asynccontextmanager
-async def desk(keeper: Identity, clock: Clock | None = None) -> AsyncIterator[Invitations]:
-    opened = Invitations(keeper, "127.0.0.1", lambda: [BUS], clock or time.time)
+async def invitations(admin: Identity, clock: Clock | None = None) -> AsyncIterator[Invitations]:
+    opened = Invitations(admin, "127.0.0.1", lambda: [BUS], clock or time.time)
     try:
         yield opened
     finally:
@@ -68,18 +68,18 @@ def guess(code: str) -> str:
 
 
 def test_a_code_makes_a_member_that_knows_the_others_and_who_was_removed(tmp_path: Path) -> None:
-    keeper, other = cluster(tmp_path, 2)
-    keeper.revoke("0123456789abcdef")
-    Peers(keeper).remember(other.node, "127.0.0.1:4711")
+    admin, other = cluster(tmp_path, 2)
+    admin.revoke("0123456789abcdef")
+    Peers(admin).remember(other.node, "127.0.0.1:4711")
 
     async def story() -> None:
-        async with desk(keeper) as opened:
+        async with invitations(admin) as opened:
             code = await opened.invite()
             assert code == code.strip() and len(code.split()) == 1 and code.isalnum()
             joined = await join(tmp_path / "new", f"  {code[:40]}\n {code[40:].upper()}\n")
-        assert joined.cluster == keeper.cluster and not joined.is_admin
-        assert joined.revoked == keeper.revoked
-        assert Peers(joined).known == {keeper.node: BUS, other.node: "127.0.0.1:4711"}
+        assert joined.cluster == admin.cluster and not joined.is_admin
+        assert joined.revoked == admin.revoked
+        assert Peers(joined).known == {admin.node: BUS, other.node: "127.0.0.1:4711"}
         loaded = identity.load()
         assert (loaded.node, loaded.revoked) == (joined.node, joined.revoked)
         enrolment.check(loaded, time.time())
@@ -88,18 +88,18 @@ def test_a_code_makes_a_member_that_knows_the_others_and_who_was_removed(tmp_pat
 
 
 def test_a_keeper_invited_by_a_keeper_can_invite_when_the_first_is_lost(tmp_path: Path) -> None:
-    keeper = founder(tmp_path / "first")
+    admin = founder(tmp_path / "first")
 
     async def story() -> None:
-        async with desk(keeper) as opened:
-            second = await join(tmp_path / "second", await opened.invite(keeper=True))
+        async with invitations(admin) as opened:
+            second = await join(tmp_path / "second", await opened.invite(admin=True))
             plain = await join(tmp_path / "plain", await opened.invite())
         assert second.is_admin and not plain.is_admin
         at_home(tmp_path / "second")
-        async with desk(identity.load()) as opened:
+        async with invitations(identity.load()) as opened:
             third = await join(tmp_path / "third", await opened.invite())
-        assert third.cluster == keeper.cluster
-        async with desk(plain) as opened:
+        assert third.cluster == admin.cluster
+        async with invitations(plain) as opened:
             with pytest.raises(JoinFailed, match="no keeper"):
                 await opened.invite()
 
@@ -107,10 +107,10 @@ def test_a_keeper_invited_by_a_keeper_can_invite_when_the_first_is_lost(tmp_path
 
 
 def test_a_code_works_once_but_a_lost_answer_may_be_asked_for_again(tmp_path: Path) -> None:
-    keeper = founder(tmp_path / "keeper")
+    admin = founder(tmp_path / "admin")
 
     async def story() -> None:
-        async with desk(keeper) as opened:
+        async with invitations(admin) as opened:
             code = await opened.invite()
             joined = await join(tmp_path / "new", code)
             assert (await join(tmp_path / "new", code)).node == joined.node
@@ -120,12 +120,12 @@ def test_a_code_works_once_but_a_lost_answer_may_be_asked_for_again(tmp_path: Pa
 
 
 def test_a_code_expires(tmp_path: Path) -> None:
-    keeper, clock = founder(tmp_path / "keeper"), Clock()
+    admin, clock = founder(tmp_path / "admin"), Clock()
 
     async def story() -> None:
-        async with desk(keeper, clock) as opened:
+        async with invitations(admin, clock) as opened:
             code = await opened.invite()
-            clock.ahead_seconds = desk_module.INVITE_SECONDS + 1
+            clock.ahead_seconds = invitations_module.INVITE_SECONDS + 1
             assert "expired" in await refused(tmp_path / "new", code)
             await join(tmp_path / "new", await opened.invite())
 
@@ -133,41 +133,41 @@ def test_a_code_expires(tmp_path: Path) -> None:
 
 
 def test_guesses_are_refused_and_bounded(tmp_path: Path) -> None:
-    keeper, clock = founder(tmp_path / "keeper"), Clock()
+    admin, clock = founder(tmp_path / "admin"), Clock()
 
     async def story() -> None:
-        async with desk(keeper, clock) as opened:
+        async with invitations(admin, clock) as opened:
             code = await opened.invite()
-            for _ in range(desk_module.FAILED_ATTEMPTS_MAX):
+            for _ in range(invitations_module.FAILED_ATTEMPTS_MAX):
                 assert "not (or no longer) known" in await refused(tmp_path / "new", guess(code))
             assert "Too many wrong codes" in await refused(tmp_path / "new", guess(code))
             assert "Too many wrong codes" in await refused(tmp_path / "new", code)
-            clock.ahead_seconds = desk_module.MISS_SECONDS
+            clock.ahead_seconds = invitations_module.MISS_SECONDS
             await join(tmp_path / "new", code)
 
     asyncio.run(story())
 
 
 def test_misses_are_counted_by_address_and_in_all() -> None:
-    misses = desk_module.FailedAttempts()
-    for number in range(desk_module.FAILED_ATTEMPTS_MAX):
-        assert not misses.too_many("a", 0.0)
-        misses.note("a", float(number))
-    assert misses.too_many("a", 10.0) and not misses.too_many("b", 10.0)
-    for number in range(desk_module.FAILED_ATTEMPTS_TOTAL_MAX):
-        misses.note(str(number), 10.0)
-    assert misses.too_many("b", 11.0)
-    assert not misses.too_many("a", 10.0 + desk_module.MISS_SECONDS)
+    failed_attempts = invitations_module.FailedAttempts()
+    for number in range(invitations_module.FAILED_ATTEMPTS_MAX):
+        assert not failed_attempts.too_many("a", 0.0)
+        failed_attempts.note("a", float(number))
+    assert failed_attempts.too_many("a", 10.0) and not failed_attempts.too_many("b", 10.0)
+    for number in range(invitations_module.FAILED_ATTEMPTS_TOTAL_MAX):
+        failed_attempts.note(str(number), 10.0)
+    assert failed_attempts.too_many("b", 11.0)
+    assert not failed_attempts.too_many("a", 10.0 + invitations_module.MISS_SECONDS)
 
 
 def test_an_impostor_never_gets_the_secret_nor_a_member(tmp_path: Path) -> None:
     """Another cluster's keeper at the code's address: the newcomer stops before it proves anything."""
-    keeper, stranger = founder(tmp_path / "keeper"), founder(tmp_path / "stranger")
+    admin, stranger = founder(tmp_path / "admin"), founder(tmp_path / "stranger")
 
     async def story() -> None:
-        async with desk(stranger) as opened:
+        async with invitations(stranger) as opened:
             there = read_code(await opened.invite())
-            code = Code(there.addresses, enrolment.pin_of(keeper.authority), b"s" * 16).text()
+            code = Code(there.addresses, enrolment.pin_of(admin.authority), b"s" * 16).text()
             assert "another cluster" in await refused(tmp_path / "new", code)
             assert not opened._failed_attempts._misses  # nothing was shown to it
 
@@ -175,10 +175,10 @@ def test_an_impostor_never_gets_the_secret_nor_a_member(tmp_path: Path) -> None:
 
 
 def test_unreachable_is_said_with_the_addresses(tmp_path: Path) -> None:
-    keeper = founder(tmp_path / "keeper")
+    admin = founder(tmp_path / "admin")
 
     async def story() -> None:
-        async with desk(keeper) as opened:
+        async with invitations(admin) as opened:
             code = await opened.invite()
         message = await refused(tmp_path / "new", code)
         assert "cannot be reached" in message and read_code(code).addresses[0] in message
@@ -188,11 +188,11 @@ def test_unreachable_is_said_with_the_addresses(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("days", [-1, 1])
 def test_a_clock_that_is_a_day_off_joins(tmp_path: Path, days: int) -> None:
-    keeper, clock = founder(tmp_path / "keeper"), Clock()
+    admin, clock = founder(tmp_path / "admin"), Clock()
     clock.ahead_seconds = days * DAY_SECONDS
 
     async def story() -> None:
-        async with desk(keeper) as opened:
+        async with invitations(admin) as opened:
             joined = await join(tmp_path / "new", await opened.invite(), clock)
         enrolment.check(joined, clock())
 
@@ -201,11 +201,11 @@ def test_a_clock_that_is_a_day_off_joins(tmp_path: Path, days: int) -> None:
 
 @pytest.mark.parametrize(("days", "side"), [(-3, "behind"), (400, "ahead of")])
 def test_a_clock_far_off_is_named(tmp_path: Path, days: int, side: str) -> None:
-    keeper, clock = founder(tmp_path / "keeper"), Clock()
+    admin, clock = founder(tmp_path / "admin"), Clock()
     clock.ahead_seconds = days * DAY_SECONDS
 
     async def story() -> None:
-        async with desk(keeper) as opened:
+        async with invitations(admin) as opened:
             message = await refused(tmp_path / "new", await opened.invite(), clock)
         assert f"{abs(days)}.0 days {side}" in message
 
@@ -213,10 +213,10 @@ def test_a_clock_far_off_is_named(tmp_path: Path, days: int, side: str) -> None:
 
 
 def test_a_node_whose_certificate_ran_out_joins_again_as_itself(tmp_path: Path) -> None:
-    keeper = founder(tmp_path / "keeper")
+    admin = founder(tmp_path / "admin")
 
     async def story() -> None:
-        async with desk(keeper) as opened:
+        async with invitations(admin) as opened:
             joined = await join(tmp_path / "new", await opened.invite())
             with pytest.raises(JoinFailed, match=r"ran out on .*cordee invite"):
                 enrolment.check(joined, time.time() + 40 * DAY_SECONDS)
@@ -229,16 +229,16 @@ def test_a_node_whose_certificate_ran_out_joins_again_as_itself(tmp_path: Path) 
 
 
 def test_a_removed_node_is_never_admitted_again(tmp_path: Path) -> None:
-    keeper = founder(tmp_path / "keeper")
+    admin = founder(tmp_path / "admin")
 
     async def story() -> None:
-        async with desk(keeper) as opened:
+        async with invitations(admin) as opened:
             joined = await join(tmp_path / "new", await opened.invite())
-            keeper.revoke(joined.node)
+            admin.revoke(joined.node)
             assert "removed from the cluster for good" in await refused(
                 tmp_path / "new", await opened.invite()
             )
-        joined.admit(keeper.revocations)
+        joined.admit(admin.revocations)
         with pytest.raises(JoinFailed, match="for good"):
             enrolment.check(joined, time.time())
 
@@ -246,10 +246,10 @@ def test_a_removed_node_is_never_admitted_again(tmp_path: Path) -> None:
 
 
 def test_a_member_of_another_cluster_stays_there(tmp_path: Path) -> None:
-    keeper, stranger = founder(tmp_path / "keeper"), founder(tmp_path / "stranger")
+    admin, stranger = founder(tmp_path / "admin"), founder(tmp_path / "stranger")
 
     async def story() -> None:
-        async with desk(keeper) as opened:
+        async with invitations(admin) as opened:
             code = await opened.invite()
             assert "belongs to another cluster" in await refused(tmp_path / "stranger", code)
             assert identity.load().node == stranger.node
@@ -258,12 +258,12 @@ def test_a_member_of_another_cluster_stays_there(tmp_path: Path) -> None:
 
 
 def test_nobody_gets_a_slot_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper = founder(tmp_path / "keeper")
+    admin = founder(tmp_path / "admin")
     true, twins = identity.new_key, 0
 
     async def story() -> None:
         nonlocal twins
-        async with desk(keeper) as opened:
+        async with invitations(admin) as opened:
             first = await join(tmp_path / "first", await opened.invite())
 
             def new_key():
@@ -285,11 +285,11 @@ def test_nobody_gets_a_slot_that_is_taken(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_endpoint_closes_when_no_invitation_is_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(desk_module, "LINGER_SECONDS", 0.05)
-    keeper = founder(tmp_path / "keeper")
+    monkeypatch.setattr(invitations_module, "LINGER_SECONDS", 0.05)
+    admin = founder(tmp_path / "admin")
 
     async def story() -> None:
-        async with desk(keeper) as opened:
+        async with invitations(admin) as opened:
             code = await opened.invite()
             await join(tmp_path / "new", code)
             async with asyncio.timeout(20):

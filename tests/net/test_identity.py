@@ -110,12 +110,12 @@ def test_certificates_work_where_the_clock_is_a_day_off(home: Path) -> None:
 
 def test_renewal_is_due_after_a_third_and_keeps_the_node(tmp_path: Path) -> None:
     now = time.time()
-    keeper = founder(tmp_path / "keeper", now)
-    member = newcomer(tmp_path / "member", keeper, now)
+    admin = founder(tmp_path / "admin", now)
+    member = newcomer(tmp_path / "member", admin, now)
     assert not member.renewal_due(now + 9 * DAY_SECONDS)
     later = now + 10 * DAY_SECONDS + 60
     assert member.renewal_due(later)
-    member.renew(keeper.sign_again(member.request(), identity.pem(member.certificate), later))
+    member.renew(admin.sign_again(member.request(), identity.pem(member.certificate), later))
     assert not member.renewal_due(later)
     assert identity.load().validity() == member.validity()
     assert identity.load().node == member.node
@@ -123,27 +123,27 @@ def test_renewal_is_due_after_a_third_and_keeps_the_node(tmp_path: Path) -> None
 
 def test_keepers_renew_members_only(tmp_path: Path) -> None:
     now = time.time()
-    keeper, member, removed = cluster(tmp_path, 3)
+    admin, member, removed = cluster(tmp_path, 3)
     stranger = founder(tmp_path / "stranger")
-    keeper.revoke(removed.node)
+    admin.revoke(removed.node)
     for node in (removed, stranger):
         with pytest.raises(ValueError):
-            keeper.sign_again(node.request(), identity.pem(node.certificate), now)
+            admin.sign_again(node.request(), identity.pem(node.certificate), now)
     with pytest.raises(ValueError):  # another's certificate
-        keeper.sign_again(stranger.request(), identity.pem(member.certificate), now)
+        admin.sign_again(stranger.request(), identity.pem(member.certificate), now)
     with pytest.raises(ValueError):
         member.renew(identity.pem(removed.certificate))
 
 
 def test_removals_are_believed_when_the_authority_signed_them(tmp_path: Path) -> None:
-    keeper, member = cluster(tmp_path, 2)
+    admin, member = cluster(tmp_path, 2)
     stranger = founder(tmp_path / "stranger")
     stranger.revoke(NOBODY)
     assert member.admit(stranger.revocations) == frozenset()
-    assert member.admit([b"", b"x" * 80, bytes.fromhex(keeper.node)]) == frozenset()
-    keeper.revoke(NOBODY)
-    assert member.admit(keeper.revocations) == {NOBODY}
-    assert member.admit(keeper.revocations) == frozenset()
+    assert member.admit([b"", b"x" * 80, bytes.fromhex(admin.node)]) == frozenset()
+    admin.revoke(NOBODY)
+    assert member.admit(admin.revocations) == {NOBODY}
+    assert member.admit(admin.revocations) == frozenset()
     at_home(tmp_path / "1")
     assert identity.load().revoked == {NOBODY}
 
@@ -154,20 +154,20 @@ def test_whatever_the_order_members_end_with_the_same_removals(
     tmp_path: Path, rounds: list[set[int]]
 ) -> None:
     at_home(tmp_path / "a")
-    keeper = identity.load() if identity.exists() else identity.found(time.time())
+    admin = identity.load() if identity.exists() else identity.found(time.time())
     at_home(tmp_path / "b")
-    member = newcomer(tmp_path / "b", keeper) if not identity.exists() else identity.load()
+    member = newcomer(tmp_path / "b", admin) if not identity.exists() else identity.load()
     for numbers in rounds:
         for number in numbers:
-            keeper.revoke(f"{number:016x}")
+            admin.revoke(f"{number:016x}")
         before = member.revoked
-        member.admit(reversed(keeper.revocations))
-        assert before <= member.revoked == keeper.revoked
+        member.admit(reversed(admin.revocations))
+        assert before <= member.revoked == admin.revoked
 
 
 def test_a_second_keeper_signs_for_the_same_cluster(tmp_path: Path) -> None:
-    keeper, second, third = cluster(tmp_path, 3)
-    second.become_admin(keeper.authority_key_pem())
+    admin, second, third = cluster(tmp_path, 3)
+    second.become_admin(admin.authority_key_pem())
     at_home(tmp_path / "1")
     reloaded = identity.load()
     assert reloaded.is_admin

@@ -44,7 +44,7 @@ configs = st.builds(
     batch_rows=ids,
     threads=st.none() | ids,
     devices=st.lists(texts, max_size=3).map(tuple),
-    exact=st.booleans(),
+    batch_invariant=st.booleans(),
 )
 descriptions = st.builds(
     StageDescription,
@@ -88,7 +88,7 @@ messages = st.one_of(
     st.builds(Join, texts),
     st.builds(
         Rows,
-        placement=texts,
+        wiring=texts,
         batch=st.integers(-(2**31), 2**62),
         runs=st.lists(runs, max_size=5).map(tuple),
         opens=st.dictionaries(ids, openings, max_size=3),
@@ -97,7 +97,7 @@ messages = st.one_of(
     ),
     st.builds(
         Tokens,
-        placement=texts,
+        wiring=texts,
         batch=ids,
         choices=st.dictionaries(ids, choices, max_size=3),
         failures=st.dictionaries(ids, texts, max_size=3),

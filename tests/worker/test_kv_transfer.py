@@ -151,8 +151,8 @@ def test_a_sequence_goes_on_in_the_next_placement(stages: tuple[Stages, Stages])
     undisturbed = answer(old, 8)
     assert answer(old, 4) == undisturbed[:4]
     new.wire("new", old)
-    heirs = [heard(old.workers[0]) for _ in range(2)] + [heard(old.workers[1]) for _ in range(2)]
-    assert heirs == [KvReaders(1), KvReaders(2), KvReaders(1), KvReaders(2)]
+    kv_readers = [heard(old.workers[0]) for _ in range(2)] + [heard(old.workers[1]) for _ in range(2)]
+    assert kv_readers == [KvReaders(1), KvReaders(2), KvReaders(1), KvReaders(2)]
     assert old.run(5, undisturbed[3:4], 43, log=1) == undisturbed[4]  # it still serves, and computes one more
     held = new.recall()
     assert {heard(worker) for worker in old.workers} == {Broken("old")}

@@ -34,20 +34,20 @@ class Worker(threading.Thread):
 
     def __init__(self, member: Identity) -> None:
         super().__init__(daemon=True)
-        self.door = TlsListener(member.folder, "127.0.0.1")
+        self.listener = TlsListener(member.folder, "127.0.0.1")
         self.refusals: list[str] = []
         self.ended = threading.Event()
         self.start()
 
     def run(self) -> None:
         selector = selectors.DefaultSelector()
-        selector.register(self.door, selectors.EVENT_READ)
+        selector.register(self.listener, selectors.EVENT_READ)
         while not self.ended.is_set():
             for key, _ in selector.select(0.1):
                 ready = key.fileobj
-                if ready is self.door:
-                    if guest := self.door.accept():
-                        selector.register(guest, selectors.EVENT_READ)
+                if ready is self.listener:
+                    if handshake := self.listener.accept():
+                        selector.register(handshake, selectors.EVENT_READ)
                     continue
                 try:
                     if isinstance(ready, Handshake):
@@ -67,7 +67,7 @@ class Worker(threading.Thread):
 def test_frames_of_all_sizes_arrive_whole_and_in_order(tmp_path: Path) -> None:
     first, second = cluster(tmp_path, 2)
     worker = Worker(second)
-    downstream = tls_link.connect(first.folder, worker.door.endpoint)
+    downstream = tls_link.connect(first.folder, worker.listener.endpoint)
     random = np.random.default_rng(0)
     for size in SIZES:
         payload = random.bytes(size)
@@ -82,13 +82,13 @@ def test_frames_of_all_sizes_arrive_whole_and_in_order(tmp_path: Path) -> None:
 def test_the_end_of_either_side_is_noticed_at_once(tmp_path: Path) -> None:
     first, second = cluster(tmp_path, 2)
     worker = Worker(second)
-    downstream = tls_link.connect(first.folder, worker.door.endpoint)
+    downstream = tls_link.connect(first.folder, worker.listener.endpoint)
     worker.ended.set()
     downstream.settimeout(20)
     with pytest.raises(LinkClosed, match=r"closed|reset"):
         frames.receive(downstream)
     again = Worker(second)
-    tls_link.connect(first.folder, again.door.endpoint).close()
+    tls_link.connect(first.folder, again.listener.endpoint).close()
     wait_for(lambda: any("closed" in each for each in again.refusals))
     again.ended.set()
 
@@ -102,30 +102,30 @@ def wait_for(condition) -> None:
 
 @pytest.mark.parametrize("kind", ["foreign", "expired", "removed", "none"])
 def test_strangers_are_refused_at_the_door_and_as_a_door(tmp_path: Path, kind: str) -> None:
-    keeper, member, removed = cluster(tmp_path, 3)
-    keeper.revoke(removed.node)
+    admin, member, removed = cluster(tmp_path, 3)
+    admin.revoke(removed.node)
     stranger = {
         "foreign": lambda: founder(tmp_path / "foreign"),
-        "expired": lambda: newcomer(tmp_path / "expired", keeper, time.time() - 40 * DAY_SECONDS),
+        "expired": lambda: newcomer(tmp_path / "expired", admin, time.time() - 40 * DAY_SECONDS),
         "removed": lambda: removed,
         "none": lambda: founder(tmp_path / "none"),
     }[kind]()
-    shutil.copy(keeper.folder / "ca.pem", stranger.folder / "ca.pem")  # it believes what it is told
-    worker = Worker(keeper)
+    shutil.copy(admin.folder / "ca.pem", stranger.folder / "ca.pem")  # it believes what it is told
+    worker = Worker(admin)
     if kind == "none":
         context = ssl._create_unverified_context()
-        where = ("127.0.0.1", port_of(worker.door))
+        where = ("127.0.0.1", port_of(worker.listener))
         with socket.create_connection(where) as plain, context.wrap_socket(plain) as tls:
             assert alert_or_end(tls)
     else:
         with pytest.raises(LinkClosed):
-            tls_link.connect(stranger.folder, worker.door.endpoint)
+            tls_link.connect(stranger.folder, worker.listener.endpoint)
         pretender = Worker(stranger)
         with pytest.raises(LinkClosed):
-            tls_link.connect(keeper.folder, pretender.door.endpoint)
+            tls_link.connect(admin.folder, pretender.listener.endpoint)
         pretender.ended.set()
     wait_for(lambda: worker.refusals)
-    tls_link.connect(member.folder, worker.door.endpoint).close()  # members still come in
+    tls_link.connect(member.folder, worker.listener.endpoint).close()  # members still come in
     worker.ended.set()
 
 
@@ -137,17 +137,17 @@ def alert_or_end(tls: ssl.SSLSocket) -> bool:
         return True
 
 
-def port_of(door: TlsListener) -> int:
-    return int(door.endpoint.rpartition(":")[2])
+def port_of(listener: TlsListener) -> int:
+    return int(listener.endpoint.rpartition(":")[2])
 
 
 def test_silent_strangers_do_not_keep_the_worker_from_its_work(tmp_path: Path) -> None:
     first, second = cluster(tmp_path, 2)
     worker = Worker(second)
-    silent = [socket.create_connection(("127.0.0.1", port_of(worker.door))) for _ in range(20)]
+    silent = [socket.create_connection(("127.0.0.1", port_of(worker.listener))) for _ in range(20)]
     silent[0].sendall(b"GET / HTTP/1.0\r\n\r\n")
     silent[1].sendall(b"\x16\x03\x01")
-    downstream = tls_link.connect(first.folder, worker.door.endpoint)
+    downstream = tls_link.connect(first.folder, worker.listener.endpoint)
     frames.send(downstream, Join("x"), b"rows")
     assert bytes(frames.receive(downstream)[1]) == b"rows"
     for each in (*silent, downstream):
@@ -172,13 +172,13 @@ def test_an_event_loop_speaks_with_workers(tmp_path: Path) -> None:
         await asyncio.to_thread(frames.send, downstream, Join("tokens"), b"t")
         assert (await heard.get())[0] == Join("tokens")
         downstream.close()
-        reader, writer = await tls_link.open_stream(first.folder, worker.door.endpoint)
+        reader, writer = await tls_link.open_stream(first.folder, worker.listener.endpoint)
         frames.write(writer, Join("rows"), b"r" * 100_000)
         assert await frames.read(reader) == (Join("rows"), b"r" * 100_000)
         writer.close()
         stranger = founder(tmp_path / "stranger")
         with pytest.raises(LinkClosed):
-            await tls_link.open_stream(stranger.folder, worker.door.endpoint)
+            await tls_link.open_stream(stranger.folder, worker.listener.endpoint)
         server.close()
 
     asyncio.run(story())
@@ -188,7 +188,7 @@ def test_an_event_loop_speaks_with_workers(tmp_path: Path) -> None:
 def test_a_door_on_all_interfaces_is_found_at_one_of_its_addresses(tmp_path: Path) -> None:
     first, second = cluster(tmp_path, 2)
     worker = Worker(second)
-    port = port_of(worker.door)
+    port = port_of(worker.listener)
     downstream = tls_link.connect(first.folder, f"127.0.0.1:1,127.0.0.1:{port}")
     downstream.close()
     with pytest.raises(LinkClosed, match=r"127\.0\.0\.1:1: "):

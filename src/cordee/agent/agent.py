@@ -92,13 +92,13 @@ class Agent:
         self.goals = Goals()
         self.reconciler = Reconciler()
         self.bus = bus
-        self.hostings: dict[str, SchedulerHost] = {}  # by model digest
+        self.scheduler_hosts: dict[str, SchedulerHost] = {}  # by model digest
         self.local_models = LocalModels(store, identity.node, bus, self)
         self.distances = Distances(bus, identity.node, self.changed)
         self.invitations = Invitations(identity, _host(options), lambda: bus.addresses)
-        self._deployments_file = DeploymentsFile(identity.folder / "wishes")
+        self._deployments_file = DeploymentsFile(identity.folder / "deployments")
         self.controller = Controller(
-            identity.node, secrets.token_hex(8), Planner(), self._deployments_file.wishes, bus.remembered
+            identity.node, secrets.token_hex(8), Planner(), self._deployments_file.deployments, bus.remembered
         )
         self.history = History()
         self.gauges = Gauges()
@@ -171,13 +171,24 @@ class Agent:
         Raises:
             ModelNotFound: it is not wished.
         """
-        wish = next(
-            (wish for wish in self.controller.deployments if wish.model == name and wish.replicas), None
+        deployment = next(
+            (
+                deployment
+                for deployment in self.controller.deployments
+                if deployment.model == name and deployment.replicas
+            ),
+            None,
         )
-        if wish is None:
+        if deployment is None:
             raise ModelNotFound(f"The cluster does not serve a model {name!r}: `cordee status` lists them.")
         self.controller.deploy(
-            name, wish.shape, wish.context, wish.sequences, time.monotonic(), replicas=0, source=wish.source
+            name,
+            deployment.shape,
+            deployment.context,
+            deployment.sequences,
+            time.monotonic(),
+            replicas=0,
+            source=deployment.source,
         )
         self.changed()
 
@@ -222,12 +233,12 @@ class Agent:
     def models(self) -> dict[str, tuple[ModelShape, int]]:
         """Shape and context of all that clients may ask for, by name; `services` follows in a moment."""
         offered = {name: (offer.shape, offer.context) for name, offer in self.offers().items()}
-        wished = {
-            wish.model: (wish.shape, wish.context)
-            for wish in self.controller.deployments
-            if wish.shape is not None and wish.replicas
+        deployed = {
+            deployment.model: (deployment.shape, deployment.context)
+            for deployment in self.controller.deployments
+            if deployment.shape is not None and deployment.replicas
         }
-        return offered | wished
+        return offered | deployed
 
     async def close(self, farewell: Farewell = "stops") -> None:
         """Leave the cluster's sight, end all workers; closing twice is harmless."""
@@ -237,8 +248,8 @@ class Agent:
         if self._said is not None:
             self._speak(farewell)  # it is on its way before the bus closes: the gateway takes longer
         await self._gateway.close()
-        for hosting in self.hostings.values():
-            hosting.leave()
+        for scheduler_host in self.scheduler_hosts.values():
+            scheduler_host.leave()
         if self._inbox is not None:
             self._inbox.close()
         for writer in self._links:
@@ -272,9 +283,11 @@ class Agent:
 
     def sources(self) -> Mapping[str, str]:
         """Where on the hub models may be fetched from, by digest."""
-        wishes = self.controller.deployments
+        deployments = self.controller.deployments
         return {
-            wish.shape.digest: wish.source for wish in wishes if wish.replicas and wish.shape and wish.source
+            deployment.shape.digest: deployment.source
+            for deployment in deployments
+            if deployment.replicas and deployment.shape and deployment.source
         }
 
     def wanted(self) -> set[SliceGoal]:
@@ -311,7 +324,7 @@ class Agent:
         )
         if self.identity.is_admin:
             enrolment.serve_renewals(self.bus, self.identity)
-        self.bus.subscribe("beat/*", self._hear)
+        self.bus.subscribe("heartbeat/*", self._hear)
         self.bus.subscribe(f"to/{self.node}/*", self._receive)
         self.bus.watch("alive/*", self._note_liveliness)
         self.bus.watch(REMOVED.format(self.node, "*"), self._hear_removed)
@@ -335,15 +348,15 @@ class Agent:
 
     def _hear(self, key: str, payload: bytes) -> None:
         try:
-            beat = msgspec.msgpack.decode(payload, type=Heartbeat)
+            heartbeat = msgspec.msgpack.decode(payload, type=Heartbeat)
         except (msgspec.MsgspecError, ValueError):
             return
-        if beat.facts.node in self.identity.revoked or key != f"beat/{beat.facts.node}":
+        if heartbeat.facts.node in self.identity.revoked or key != f"heartbeat/{heartbeat.facts.node}":
             return
-        self._admit(beat.revocations)
-        if beat.farewell == "leaves":
-            self.bus.forget(beat.facts.node)
-        if self.controller.hear(beat, time.monotonic()):
+        self._admit(heartbeat.revocations)
+        if heartbeat.farewell == "leaves":
+            self.bus.forget(heartbeat.facts.node)
+        if self.controller.hear(heartbeat, time.monotonic()):
             self.changed()
 
     def _hear_removed(self, key: str, alive: bool) -> None:
@@ -373,9 +386,9 @@ class Agent:
         except BadRequest:
             return
         if not isinstance(message, Said) and message.node not in self.identity.revoked:
-            hosting = self.hostings.get(message.model)
-            if hosting is not None:
-                hosting.receive(message)
+            scheduler_host = self.scheduler_hosts.get(message.model)
+            if scheduler_host is not None:
+                scheduler_host.receive(message)
 
     def _cut_removed(self) -> None:
         """Hear nothing more from stages of nodes that were removed."""
@@ -393,8 +406,8 @@ class Agent:
                 while True:
                     message, _ = await frames.read(reader)
                     if isinstance(message, Tokens | KvAnswer):
-                        for hosting in self.hostings.values():
-                            hosting.on_result(message)
+                        for scheduler_host in self.scheduler_hosts.values():
+                            scheduler_host.on_result(message)
         except LinkClosed:
             pass  # that worker was wired anew, or ended
         finally:
@@ -417,18 +430,18 @@ class Agent:
 
     def _act(self) -> None:
         now = time.monotonic()
-        orders = Actions()
+        actions = Actions()
         for _ in range(2):  # the second time with what the first makes us say
             self._facts = facts = self._look()
             revocations = {revoked_node(entry): entry for entry in self.identity.revocations}
             self.controller.observe(facts, now, time.time(), revocations)
             self.goals = self.controller.plan(now)
-            orders = self.reconciler.step(self.goals, self.stages.workers, self.local_models.slices, now)
-            if orders.reports == facts.stages:
+            actions = self.reconciler.step(self.goals, self.stages.workers, self.local_models.slices, now)
+            if actions.reports == facts.stages:
                 break
-            self._facts = msgspec.structs.replace(facts, stages=orders.reports)
+            self._facts = msgspec.structs.replace(facts, stages=actions.reports)
         self.history.note(self.controller.chosen, self.controller.nodes(now), time.time())
-        self._execute(orders)
+        self._execute(actions)
         self._host()
         self._route()
         self._serve()
@@ -449,41 +462,41 @@ class Agent:
             draining=self.draining,
         )
 
-    def _execute(self, orders: Actions) -> None:
-        self.local_models.pursue(orders.fetch)
-        for name in orders.stop:
+    def _execute(self, actions: Actions) -> None:
+        self.local_models.pursue(actions.fetch)
+        for name in actions.stop:
             self.stages.stop(name)
-        for load in orders.start:
+        for load in actions.start:
             self.stages.start(load)
-        for name in orders.rename:
+        for name in actions.rename:
             self.stages.rename(name)
-        for order in orders.wire:
+        for order in actions.wire:
             self.stages.wire(order)
 
     def _host(self) -> None:
         wanted = self._wanted_hosts()
-        for digest in self.hostings.keys() - wanted.keys():
-            self.hostings.pop(digest).leave()
+        for digest in self.scheduler_hosts.keys() - wanted.keys():
+            self.scheduler_hosts.pop(digest).leave()
         for digest, goal in wanted.items():
-            hosting = self.hostings.get(digest)
-            if hosting is not None and not hosting.fits(goal):
-                self.hostings.pop(digest).leave()
-                hosting = None
+            scheduler_host = self.scheduler_hosts.get(digest)
+            if scheduler_host is not None and not scheduler_host.fits(goal):
+                self.scheduler_hosts.pop(digest).leave()
+                scheduler_host = None
             service = next((each for each in self.services.values() if each.model.digest == digest), None)
-            if hosting is None and service is not None:
-                hosting = self.hostings[digest] = SchedulerHost(
+            if scheduler_host is None and service is not None:
+                scheduler_host = self.scheduler_hosts[digest] = SchedulerHost(
                     goal, service.vocabulary, self.stages, self._say
                 )
-            if hosting is not None:
-                hosting.follow(goal)
+            if scheduler_host is not None:
+                scheduler_host.follow(goal)
 
     def _wanted_hosts(self) -> dict[str, HostGoal]:
         """By model digest; where one file is wished under two names, what is hosted already stays."""
         wanted: dict[str, HostGoal] = {}
         for goal in self.goals.hosts:
             digest = goal.placement.model
-            hosting = self.hostings.get(digest)
-            if digest not in wanted or (hosting is not None and hosting.follows(goal)):
+            scheduler_host = self.scheduler_hosts.get(digest)
+            if digest not in wanted or (scheduler_host is not None and scheduler_host.follows(goal)):
                 wanted[digest] = goal
         return wanted
 
@@ -537,7 +550,9 @@ class Agent:
 
     def _want(self, name: str) -> None:
         """A client asks for a model: it is wished from now on."""
-        if not any(wish.model == name and wish.replicas for wish in self.controller.deployments):
+        if not any(
+            deployment.model == name and deployment.replicas for deployment in self.controller.deployments
+        ):
             with contextlib.suppress(ModelNotFound):
                 self.deploy(name)
 
@@ -553,20 +568,20 @@ class Agent:
         if self._facts is None:
             return
         self._said = self._facts
-        beat = self.controller.heartbeat(time.monotonic(), self.gauges, farewell)
-        self.bus.publish(f"beat/{self.node}", msgspec.msgpack.encode(beat))
+        heartbeat = self.controller.heartbeat(time.monotonic(), self.gauges, farewell)
+        self.bus.publish(f"heartbeat/{self.node}", msgspec.msgpack.encode(heartbeat))
 
     def _measure(self) -> Gauges:
         hosted = [
             Hosted(
                 digest,
-                hosting.active,
-                hosting.waiting,
-                hosting.rate.per_second(),
-                hosting.inherited_tokens,
-                hosting.batch_invariant,
+                scheduler_host.active,
+                scheduler_host.waiting,
+                scheduler_host.rate.per_second(),
+                scheduler_host.inherited_tokens,
+                scheduler_host.batch_invariant,
             )
-            for digest, hosting in self.hostings.items()
+            for digest, scheduler_host in self.scheduler_hosts.items()
         ]
         fetching = [
             Fetching(goal.model, goal.first, goal.last, *progress)
@@ -583,8 +598,8 @@ class Agent:
     async def _host_always(self) -> None:
         while True:
             await asyncio.sleep(HOST_SECONDS)
-            for hosting in self.hostings.values():
-                hosting.tick(time.monotonic())
+            for scheduler_host in self.scheduler_hosts.values():
+                scheduler_host.tick(time.monotonic())
 
     async def _renew_always(self) -> None:
         while True:

@@ -40,7 +40,7 @@ T = TypeVar("T")
 class Invite(msgspec.Struct, frozen=True):
     """Answered by the code."""
 
-    keeper: bool = False
+    admin: bool = False
 
 
 class Remove(msgspec.Struct, frozen=True):

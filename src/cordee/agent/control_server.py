@@ -55,7 +55,7 @@ class Control:
         return await ClusterStatus(self._agent).plan(asked.model, asked.shape, asked.context, asked.sequences)
 
     async def _invite(self, asked: Invite) -> Any:
-        return {"code": await self._agent.invitations.invite(keeper=asked.keeper)}
+        return {"code": await self._agent.invitations.invite(admin=asked.admin)}
 
     async def _remove(self, asked: Remove) -> Any:
         found = ClusterStatus(self._agent).find(asked.node)

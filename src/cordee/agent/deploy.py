@@ -47,9 +47,9 @@ class Deployer:
             await agent.look()
         if model in agent.offers():
             return self._offered(model, asked)
-        wish = self._known(model)
-        if wish is not None:
-            return self._again(wish, asked, wish.source)
+        deployment = self._known(model)
+        if deployment is not None:
+            return self._again(deployment, asked, deployment.source)
         if not is_on_hub(model):
             self._require_read(model)
             raise ModelNotFound(
@@ -68,8 +68,10 @@ class Deployer:
         """Wish a model no more, or end its pass. Raises ModelNotFound if it is not wished."""
         name = hub_name(model) if is_on_hub(model) else model
         if not self._agent.local_models.hub.stop(name):
-            wished = {wish.model for wish in self._agent.controller.deployments if wish.replicas}
-            self._agent.undeploy(model if model in wished else name)
+            deployed = {
+                deployment.model for deployment in self._agent.controller.deployments if deployment.replicas
+            }
+            self._agent.undeploy(model if model in deployed else name)
 
     async def _from_hub(self, name: str, files: list[HubFile], asked: Deploy) -> Deployed:
         agent = self._agent
@@ -80,9 +82,9 @@ class Deployer:
                 return self._again(
                     Deployment(offer.name, offer.shape, offer.context, SEQUENCES), asked, source
                 )
-        for wish in agent.controller.deployments:
-            if wish.source == source and wish.shape is not None:
-                return self._again(wish, asked, source)
+        for deployment in agent.controller.deployments:
+            if deployment.source == source and deployment.shape is not None:
+                return self._again(deployment, asked, source)
         if name in offers or self._named(name):
             raise BadRequest(
                 f"The cluster has another model called {name}: `cordee pull {asked.model} --name NAME` on a "
@@ -93,11 +95,11 @@ class Deployer:
         sequences = asked.sequences or SEQUENCES
         await self._require_fit(name, shape, context, sequences)
 
-        def wish_it(sheet: Manifest) -> None:
-            self._wish(
+        def deploy_it(manifest: Manifest) -> None:
+            self._deployment(
                 Deployment(
                     name,
-                    model_shape(sheet.header, sheet.digest),
+                    model_shape(manifest.header, manifest.digest),
                     context,
                     sequences,
                     asked.replicas,
@@ -106,7 +108,7 @@ class Deployer:
             )
 
         total = sum(file.nbytes for file in files)
-        return Deployed(name, agent.local_models.hub.read(name, source, total, wish_it))
+        return Deployed(name, agent.local_models.hub.read(name, source, total, deploy_it))
 
     def _offered(self, name: str, asked: Deploy) -> Deployed:
         sequences = asked.sequences or SEQUENCES
@@ -114,35 +116,39 @@ class Deployer:
             self._agent.deploy(name, context=asked.context, sequences=sequences, replicas=asked.replicas)
         return Deployed(name)
 
-    def _again(self, wish: Deployment, asked: Deploy, source: str) -> Deployed:
+    def _again(self, deployment: Deployment, asked: Deploy, source: str) -> Deployed:
         """Its chunks are known."""
         if not asked.follow:
-            context, sequences = asked.context or wish.context, asked.sequences or wish.sequences
-            self._wish(Deployment(wish.model, wish.shape, context, sequences, asked.replicas, source=source))
-        return Deployed(wish.model)
+            context, sequences = asked.context or deployment.context, asked.sequences or deployment.sequences
+            self._deployment(
+                Deployment(
+                    deployment.model, deployment.shape, context, sequences, asked.replicas, source=source
+                )
+            )
+        return Deployed(deployment.model)
 
     def _ended(self, name: str) -> Deployed:
         """How a pass ended that is not under way any more."""
         fault = self._agent.local_models.hub.fault(name)
         if fault is not None:
             raise fault
-        wish = self._named(name)
-        if wish is not None:
+        deployment = self._named(name)
+        if deployment is not None:
             return Deployed(name)
         raise ModelNotFound(f"{name} is not shared: its reading was stopped.")
 
     def _known(self, model: str) -> Deployment | None:
         """The wish for a model of the hub that was shared before, by its name there."""
-        wish = self._named(model)
-        return wish if wish is not None and wish.source else None
+        deployment = self._named(model)
+        return deployment if deployment is not None and deployment.source else None
 
     def _named(self, name: str) -> Deployment | None:
-        wishes = (
-            wish
-            for wish in self._agent.controller.deployments
-            if wish.model == name and wish.shape is not None
+        deployments = (
+            deployment
+            for deployment in self._agent.controller.deployments
+            if deployment.model == name and deployment.shape is not None
         )
-        return next(wishes, None)
+        return next(deployments, None)
 
     def _reading(self, name: str) -> Reading | None:
         """The pass over a model, here or on another node."""
@@ -178,14 +184,14 @@ class Deployer:
                 f"{context} tokens): {found.why}"
             )
 
-    def _wish(self, wish: Deployment) -> None:
+    def _deployment(self, deployment: Deployment) -> None:
         self._agent.controller.deploy(
-            wish.model,
-            wish.shape,
-            wish.context,
-            wish.sequences,
+            deployment.model,
+            deployment.shape,
+            deployment.context,
+            deployment.sequences,
             time.monotonic(),
-            wish.replicas,
-            wish.source,
+            deployment.replicas,
+            deployment.source,
         )
         self._agent.changed()

@@ -15,18 +15,18 @@ class DeploymentsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.wishes = _read(path)
+        self.deployments = _read(path)
 
-    def keep(self, wishes: tuple[Deployment, ...]) -> None:
+    def keep(self, deployments: tuple[Deployment, ...]) -> None:
         """Write them down if they changed.
 
         Raises:
             StorageFailed: no room on the disk.
         """
-        if wishes != self.wishes:
-            self.wishes = wishes
+        if deployments != self.deployments:
+            self.deployments = deployments
             with atomic_file(self._path) as file:
-                write_all(file, msgspec.msgpack.encode(wishes))
+                write_all(file, msgspec.msgpack.encode(deployments))
 
 
 def _read(path: Path) -> tuple[Deployment, ...]:

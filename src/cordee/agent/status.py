@@ -43,15 +43,22 @@ class ClusterStatus:
     def __init__(self, agent: Agent) -> None:
         now = time.monotonic()
         self._agent = agent
-        self._mind = agent.controller
-        self._known = self._mind.nodes(now)
+        self._controller = agent.controller
+        self._known = self._controller.nodes(now)
         self._facts = {node: facts for node, (state, facts) in self._known.items() if state != "gone"}
         self._reports = Reports(self._facts)
-        self._gauges = self._mind.gauges(now) | {agent.node: agent.gauges}
+        self._gauges = self._controller.gauges(now) | {agent.node: agent.gauges}
         self._offers = agent.offers()
-        self._wishes = {wish.model: wish for wish in self._mind.deployments if wish.replicas and wish.shape}
+        self._deployments = {
+            deployment.model: deployment
+            for deployment in self._controller.deployments
+            if deployment.replicas and deployment.shape
+        }
         self._models = {offer.shape.digest: (name, offer.shape) for name, offer in self._offers.items()}
-        self._models |= {wish.shape.digest: (name, wish.shape) for name, wish in self._wishes.items()}
+        self._models |= {
+            deployment.shape.digest: (name, deployment.shape)
+            for name, deployment in self._deployments.items()
+        }
         self._head = {"cluster": agent.identity.cluster, "node": agent.node}
 
     def nodes(self) -> dict[str, Any]:
@@ -71,17 +78,17 @@ class ClusterStatus:
             node for node in listed if node["name"] == wanted
         ]
         if not found and wanted in Peers(self._agent.identity).known:  # not seen since this agent started
-            return {"id": wanted, "name": wanted, "keeper": False}
+            return {"id": wanted, "name": wanted, "admin": False}
         if not found:
             raise BadRequest(f"No node is called {wanted!r}: `cordee nodes` lists them.", "node")
         if len(found) > 1:
             ids = ", ".join(node["id"] for node in found)
             raise BadRequest(f"Several nodes are called {wanted!r}: say which by its id ({ids}).", "node")
-        return {key: found[0][key] for key in ("id", "name", "keeper")}
+        return {key: found[0][key] for key in ("id", "name", "admin")}
 
     async def status(self) -> dict[str, Any]:
         """The models of the cluster: who runs what, how fast, and why not."""
-        models = [await self._model(name) for name in sorted(self._wishes.keys() | self._offers.keys())]
+        models = [await self._model(name) for name in sorted(self._deployments.keys() | self._offers.keys())]
         watts = [gauges.watts for gauges in self._gauges.values() if gauges.watts is not None]
         return self._head | {
             "models": models,
@@ -157,10 +164,17 @@ class ClusterStatus:
     def _stuck(self) -> dict[str, tuple[ModelShape, Demand]]:
         """What nothing follows: placements by id; by digest, models that run nowhere, whose stages stay."""
         found = {}
-        for wish in self._mind.deployments:
-            if wish.shape is not None and wish.replicas and not self._mind.chosen.get(wish.model):
-                found[wish.shape.digest] = wish.shape, Demand(wish.context, wish.sequences)
-        for pick in (pick for picks in self._mind.chosen.values() for pick in picks):
+        for deployment in self._controller.deployments:
+            if (
+                deployment.shape is not None
+                and deployment.replicas
+                and not self._controller.chosen.get(deployment.model)
+            ):
+                found[deployment.shape.digest] = (
+                    deployment.shape,
+                    Demand(deployment.context, deployment.sequences),
+                )
+        for pick in (pick for picks in self._controller.chosen.values() for pick in picks):
             if pick.successor is None:
                 load = Demand(pick.placement.context, pick.placement.sequences)
                 found[placement_id(pick.placement)] = pick.shape, load
@@ -198,7 +212,7 @@ class ClusterStatus:
             "self": facts.node == self._agent.node,
             "state": state,
             "draining": facts.draining,
-            "keeper": facts.admin,
+            "admin": facts.admin,
             "api": facts.api,
             "rtt_seconds": self._known[self._agent.node][1].rtts.get(facts.node),
             "build": facts.build,
@@ -228,8 +242,8 @@ class ClusterStatus:
         }
 
     async def _model(self, name: str) -> dict[str, Any]:
-        wish = self._wishes.get(name)
-        shape = wish.shape if wish is not None else self._offers[name].shape
+        deployment = self._deployments.get(name)
+        shape = deployment.shape if deployment is not None else self._offers[name].shape
         holders = [facts.name for facts in self._facts.values() if name in {o.name for o in facts.offers}]
         model = {
             "name": name,
@@ -238,20 +252,20 @@ class ClusterStatus:
             "layers": shape.layers,
             "weights_bytes": sum(shape.layer_bytes) + shape.whole_extra_bytes,
             "offered_by": holders,
-            "wished": wish is not None,
+            "deployed": deployment is not None,
         }
-        return model if wish is None else model | await self._wished(wish)
+        return model if deployment is None else model | await self._deployed(deployment)
 
-    async def _wished(self, wish: Deployment) -> dict[str, Any]:
-        picks = self._mind.chosen.get(wish.model, ())
+    async def _deployed(self, deployment: Deployment) -> dict[str, Any]:
+        picks = self._controller.chosen.get(deployment.model, ())
         placements = [self._placement(pick) for pick in picks]
         states = {placement["state"] for placement in placements}
         return {
-            "context": wish.context,
-            "sequences": wish.sequences,
-            "replicas": wish.replicas,
+            "context": deployment.context,
+            "sequences": deployment.sequences,
+            "replicas": deployment.replicas,
             "state": next((state for state in STATES if state in states), "unplaced"),
-            "why": "" if picks else await self._why_not(wish),
+            "why": "" if picks else await self._why_not(deployment),
             "placements": placements,
         }
 
@@ -297,15 +311,15 @@ class ClusterStatus:
             "detail": "" if report is None else report.detail,
         }
 
-    async def _why_not(self, wish: Deployment) -> str:
+    async def _why_not(self, deployment: Deployment) -> str:
         """Why a wished model has no placement."""
         failed = {
             node: f"{facts.name} cannot run it: {report.detail}"
             for node, facts in self._facts.items()
             for report in facts.stages
-            if report.placement.model == wish.shape.digest and report.state == "failed"
+            if report.placement.model == deployment.shape.digest and report.state == "failed"
         }
-        found = await self._plan(wish.shape, Demand(wish.context, wish.sequences), failed)
+        found = await self._plan(deployment.shape, Demand(deployment.context, deployment.sequences), failed)
         if found.placement is not None:
             return "It is placed in a moment."
         return " ".join([found.why, *failed.values()])
@@ -313,7 +327,7 @@ class ClusterStatus:
     async def _plan(self, shape: ModelShape, load: Demand, without: Collection[str] = ()) -> planner.Plan:
         """Beside the other models; in a thread, since a large cluster takes a while."""
         reserved: dict[tuple[str, str], int] = {}
-        for pick in (pick for picks in self._mind.chosen.values() for pick in picks):
+        for pick in (pick for picks in self._controller.chosen.values() for pick in picks):
             for placement in (pick.placement, pick.successor):
                 if placement is not None and placement.model != shape.digest:
                     _reserve(reserved, pick.shape, placement)

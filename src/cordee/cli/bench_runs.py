@@ -58,7 +58,7 @@ class StageOptions:
 
     threads: int | None
     devices: tuple[str, ...]
-    exact: bool
+    batch_invariant: bool
 
 
 def figures(header: Header, wanted: StageOptions, report: Report) -> Iterator[Figure]:
@@ -183,7 +183,7 @@ def _config(header: Header, wanted: StageOptions) -> StageConfig:
                 context=context,
                 threads=wanted.threads,
                 devices=devices,
-                exact=wanted.exact,
+                batch_invariant=wanted.batch_invariant,
             )
         except DoesNotFit:
             if sequences == 1:

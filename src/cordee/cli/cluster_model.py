@@ -49,13 +49,13 @@ class ClusterModel:
         Raises:
             DoesNotFit: the cluster cannot run it; says why.
         """
-        if not (_model(self.name) or {}).get("wished"):
+        if not (_model(self.name) or {}).get("deployed"):
             control.ask("POST", "/share", control.Deploy(self.name))
         unplaced_until = time.monotonic() + UNPLACED_SECONDS
         with output.loading() as report:
             told = ""
             while (model := _model(self.name) or {}).get("state") != "serving":
-                text = state_of(model) if model.get("wished") else f"{self.name} is unknown"
+                text = state_of(model) if model.get("deployed") else f"{self.name} is unknown"
                 if model.get("state") != "unplaced":
                     unplaced_until = time.monotonic() + UNPLACED_SECONDS
                 elif time.monotonic() > unplaced_until:
@@ -66,15 +66,15 @@ class ClusterModel:
                 time.sleep(POLL_SECONDS)
 
     def answer(
-        self, messages: Sequence[Mapping[str, str]], manner: "GenerationOptions"
+        self, messages: Sequence[Mapping[str, str]], generation: "GenerationOptions"
     ) -> Iterator[TextChunk]:
         """The chunks of an answer to a conversation. Closing the iterator cancels the stream.
 
         Raises:
             CordeeError: as the API says.
         """
-        body = {"model": self.name, "messages": list(messages), "max_tokens": manner.max_tokens}
-        body |= manner.sampling() | {"stream": True, "stream_options": {"include_usage": True}}
+        body = {"model": self.name, "messages": list(messages), "max_tokens": generation.max_tokens}
+        body |= generation.sampling() | {"stream": True, "stream_options": {"include_usage": True}}
         connection = http.client.HTTPConnection(self._host, self._port, timeout=SILENCE_SECONDS)
         with closing(connection):
             try:

@@ -66,7 +66,7 @@ def demo(temperature: float, max_tokens: int) -> None:
     from cordee.models.store import Store
 
     signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # the terminal is gone
-    folder, model = home() / "rope", find(Store(), STARTER)
+    folder, model = home() / "demo", find(Store(), STARTER)
     news: queue.SimpleQueue[str] = queue.SimpleQueue()  # bounded by what can happen: a node ends or comes
     with contextlib.ExitStack() as stack:
         with output.loading() as report:
@@ -81,13 +81,13 @@ class AnswerReader:
     """An answer that comes in on a thread of its own, so that the keyboard is heard meanwhile."""
 
     def __init__(
-        self, source: "ClusterModel", messages: Sequence[dict[str, str]], manner: GenerationOptions
+        self, source: "ClusterModel", messages: Sequence[dict[str, str]], generation: GenerationOptions
     ) -> None:
         self.ended = False
         # Bounded by the answer: no more chunks than the context has tokens.
         self._items: queue.SimpleQueue[tuple[float, TextChunk] | Exception | None] = queue.SimpleQueue()
         self._left = threading.Event()
-        work = (source, messages, manner)
+        work = (source, messages, generation)
         threading.Thread(target=self._read, args=work, name="answer", daemon=True).start()
 
     def chunks(self) -> "Iterator[tuple[float, TextChunk]]":
@@ -110,10 +110,10 @@ class AnswerReader:
         self._left.set()
 
     def _read(
-        self, source: "ClusterModel", messages: Sequence[dict[str, str]], manner: GenerationOptions
+        self, source: "ClusterModel", messages: Sequence[dict[str, str]], generation: GenerationOptions
     ) -> None:
         try:
-            with closing(source.answer(messages, manner)) as chunks:
+            with closing(source.answer(messages, generation)) as chunks:
                 for chunk in chunks:
                     if self._left.is_set():
                         break
@@ -130,12 +130,12 @@ class Chat:
         self,
         rope: "DemoCluster",
         source: "ClusterModel",
-        manner: GenerationOptions,
+        generation: GenerationOptions,
         news: "queue.SimpleQueue[str]",
     ) -> None:
         self._rope = rope
         self._source = source
-        self._manner = manner
+        self._generation = generation
         self._news = news
         self._keys = sys.stdin.isatty() and sys.stdout.isatty()
         self._messages: list[dict[str, str]] = []
@@ -216,7 +216,7 @@ class Chat:
 
     def _turn(self, text: str) -> None:
         self._messages.append({"role": "user", "content": text})
-        answer, pieces = AnswerReader(self._source, self._messages, self._manner), list[str]()
+        answer, pieces = AnswerReader(self._source, self._messages, self._generation), list[str]()
         self._heard, self._fell = time.monotonic(), 0.0
         try:
             with _silent_keys() if self._keys else contextlib.nullcontext() as loud:

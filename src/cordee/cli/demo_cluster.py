@@ -105,7 +105,7 @@ class DemoCluster:
         self._nodes = [Node(name, folder / name, port) for name, port in zip(NAMES, ports, strict=True)]
         self._parent = os.getppid()
         self._closing = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="rope", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="demo-cluster", daemon=True)
 
     @property
     def gateway(self) -> Node:

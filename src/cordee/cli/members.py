@@ -19,7 +19,7 @@ END_SECONDS = 30.0  # for the agent to end its stages and links
 
 @click.command()
 @click.option("--keeper", is_flag=True, help="The new node can invite and remove, too.")
-def invite(keeper: bool) -> None:
+def invite(admin: bool) -> None:
     """Print a code with which one more machine joins.
 
     It works once, for 15 minutes, as long as this node runs. Whoever has it can join: hand it over in person
@@ -27,7 +27,7 @@ def invite(keeper: bool) -> None:
     """
     from cordee.agent import control
 
-    click.echo(control.ask("POST", "/invite", control.Invite(keeper))["code"])
+    click.echo(control.ask("POST", "/invite", control.Invite(admin))["code"])
     output.note("On the other machine: cordee join CODE, then cordee up")
 
 
@@ -97,7 +97,7 @@ def remove(node: str) -> None:
 
     gone = control.ask("POST", "/remove", control.Remove(node))
     output.note(f"{gone['name']} ({gone['id']}) is removed for good.")
-    if gone["keeper"]:
+    if gone["admin"]:
         output.note(
             "It was a keeper and still holds the authority's key: whoever has that machine can make members. "
             "If it is in wrong hands, found a new cluster: `cordee leave` on every node, then `cordee up`."

@@ -89,7 +89,7 @@ def show(model: str, stages: int, context: int | None, sequences: int, as_json: 
     stored = find(store, model)
     header = read_header(stored.path)
     facts = _facts_of_file(stored) | _facts_of_header(header, cards().get(stored.name))
-    facts["verdicts"] = store.batch_invariance(stored.digest)
+    facts["batch_invariance"] = store.batch_invariance(stored.digest)
     facts["fit"] = _fit(header, stages, context, sequences)
     if as_json:
         output.print_json(facts)
@@ -207,7 +207,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("Context", f"{facts['context']} tokens" if facts["context"] else "not stated in the file"),
         ("Stages", "may be cut" if facts["cuts"]["allowed"] else f"not cut: {facts['cuts']['reason']}"),
     ]
-    for key, same in facts["verdicts"].items():
+    for key, same in facts["batch_invariance"].items():
         if build() in key:
             lines.append(("Verdict", f"{key.replace(build(), 'this build')}: {'yes' if same else 'no'}"))
     fit = facts["fit"]

@@ -30,7 +30,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 def _row(node: dict[str, Any]) -> tuple[str, ...]:
     rtt = node["rtt_seconds"]
-    kind = [word for word in ("keeper", "draining") if node[word]]
+    kind = [word for word in ("admin", "draining") if node[word]]
     return (
         f"{node['name']} (this)" if node["self"] else node["name"],
         node["id"],

@@ -80,6 +80,6 @@ def configuration(given: Mapping[str, Any]) -> dict[str, Any]:
         "context": given["context"],
         "threads": given["threads"],
         "devices": given["devices"],
-        "exact": not given["fast"],
+        "batch_invariant": not given["fast"],
         "force_cut": given["force_cut"],
     }

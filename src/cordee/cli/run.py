@@ -85,7 +85,7 @@ class ConversationModel(Protocol):
     """What answers."""
 
     def answer(
-        self, messages: Sequence[Mapping[str, str]], manner: GenerationOptions
+        self, messages: Sequence[Mapping[str, str]], generation: GenerationOptions
     ) -> "Iterator[TextChunk]":
         """The chunks of an answer to a conversation. Closing the iterator cancels it."""
 
@@ -97,14 +97,14 @@ class LocalModel:
         self._session = session
 
     def answer(
-        self, messages: Sequence[Mapping[str, str]], manner: GenerationOptions
+        self, messages: Sequence[Mapping[str, str]], generation: GenerationOptions
     ) -> "Iterator[TextChunk]":
         from cordee.generation.request import Request, SamplingParams
 
-        sampling = SamplingParams(**manner.sampling())
+        sampling = SamplingParams(**generation.sampling())
         prompt = self._prompt(messages)
         return self._session.generate(
-            Request(id="run", prompt=prompt, sampling=sampling, max_tokens=manner.max_tokens)
+            Request(id="run", prompt=prompt, sampling=sampling, max_tokens=generation.max_tokens)
         )
 
     def _prompt(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
@@ -122,14 +122,14 @@ class LocalModel:
 class Conversation:
     """A conversation. A message whose answer failed is forgotten."""
 
-    def __init__(self, source: ConversationModel, manner: GenerationOptions) -> None:
+    def __init__(self, source: ConversationModel, generation: GenerationOptions) -> None:
         self._source = source
-        self._manner = manner
+        self._generation = generation
         self.stats: Stats | None = None
         self.reset()
 
     def reset(self) -> None:
-        system = self._manner.system
+        system = self._generation.system
         self._messages = [{"role": "system", "content": system}] if system else []
 
     def answer(self, text: str) -> Iterator[str]:
@@ -142,7 +142,7 @@ class Conversation:
         pieces: list[str] = []
         self.stats = stats = Stats()
         try:
-            with closing(self._source.answer(self._messages, self._manner)) as chunks:
+            with closing(self._source.answer(self._messages, self._generation)) as chunks:
                 for chunk in chunks:
                     stats.last = time.monotonic()
                     if stats.first is None and chunk.completion_tokens:
@@ -205,20 +205,20 @@ def run(
     load it.
     """
     text = _prompt(prompt)
-    manner = GenerationOptions(temperature, max_tokens, seed, system)
+    generation = GenerationOptions(temperature, max_tokens, seed, system)
     context = click.get_current_context()
     given = [
         name for name in ("stages", *loading) if context.get_parameter_source(name) != ParameterSource.DEFAULT
     ]
     with _source(model, stages, loading, by_cluster=not given) as source:
-        talk = Conversation(source, manner)
+        conversation = Conversation(source, generation)
         if text is None:
             output.note(f"{model}; /help lists what you can type")
-            _chat(talk)
+            _chat(conversation)
         else:
-            _say(talk, text)
+            _say(conversation, text)
             if stats or sys.stderr.isatty():
-                output.note(talk.stats.line())
+                output.note(conversation.stats.line())
 
 
 @contextmanager
@@ -228,10 +228,10 @@ def _source(
     """The cluster, if it has the model and nothing is said about how to load it; else a process of ours."""
     from cordee.cli.cluster_model import ClusterModel
 
-    roped = ClusterModel.find(model) if by_cluster else None
-    if roped is not None:
-        roped.wait()
-        yield roped
+    cluster_model = ClusterModel.find(model) if by_cluster else None
+    if cluster_model is not None:
+        cluster_model.wait()
+        yield cluster_model
         return
     from cordee.cli.models import find
     from cordee.cli.session import Session
@@ -268,21 +268,21 @@ def _prompt(argument: str | None) -> str | None:
     return text
 
 
-def _say(talk: Conversation, text: str) -> None:
+def _say(conversation: Conversation, text: str) -> None:
     """Print an answer as it comes, and why it ended if it is not whole."""
     end = ""
-    with closing(talk.answer(text)) as pieces:
+    with closing(conversation.answer(text)) as pieces:
         for piece in pieces:
             click.echo(piece, nl=False)
             sys.stdout.flush()
             end = piece or end
     if not end.endswith("\n"):
         click.echo()
-    if talk.stats.finish == "length":
+    if conversation.stats.finish == "length":
         output.note("cordee: the answer is cut off here: --max-tokens or the context is used up")
 
 
-def _chat(talk: Conversation) -> None:
+def _chat(conversation: Conversation) -> None:
     import readline  # gives input() line editing and a history that lives in memory only
 
     readline.set_auto_history(True)
@@ -298,24 +298,24 @@ def _chat(talk: Conversation) -> None:
         if line == "/quit":
             return
         if line.startswith("/"):
-            _command(talk, line)
+            _command(conversation, line)
         elif line:
-            _turn(talk, line)
+            _turn(conversation, line)
 
 
-def _command(talk: Conversation, line: str) -> None:
+def _command(conversation: Conversation, line: str) -> None:
     if line == "/reset":
-        talk.reset()
+        conversation.reset()
         output.note("the conversation is forgotten")
     elif line == "/stats":
-        output.note(talk.stats.line() if talk.stats else "no answer yet")
+        output.note(conversation.stats.line() if conversation.stats else "no answer yet")
     else:
         output.note(HELP)
 
 
-def _turn(talk: Conversation, line: str) -> None:
+def _turn(conversation: Conversation, line: str) -> None:
     try:
-        _say(talk, line)
+        _say(conversation, line)
     except KeyboardInterrupt:
         output.note("\n(stopped)")
     except ContextExceeded as error:

@@ -115,7 +115,7 @@ def _model(model: dict[str, Any]) -> list[str]:
     holders = ", ".join(model["offered_by"]) or "nobody"
     size = output.size(model["weights_bytes"])
     head = f"{model['name']}: {model['layers']} layers, {size}, whole on {holders}"
-    if not model["wished"]:
+    if not model["deployed"]:
         return [f"{head}; not served yet: a request or `cordee share` starts it"]
     lines = [f"{head}; {model['sequences']} answers of {model['context']} tokens"]
     if model["state"] == "unplaced":

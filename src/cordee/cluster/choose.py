@@ -190,11 +190,11 @@ class Selection:
         }
         self._wanted: dict[str, Workload] = {}
         self._replicas: dict[Workload, int] = {}
-        for wish in view.deployments:
-            if wish.shape is not None and wish.replicas > 0:
-                job = Workload(wish.shape, wish.context, wish.sequences)
-                self._wanted[wish.model] = job
-                self._replicas[job] = max(wish.replicas, self._replicas.get(job, 0))
+        for deployment in view.deployments:
+            if deployment.shape is not None and deployment.replicas > 0:
+                job = Workload(deployment.shape, deployment.context, deployment.sequences)
+                self._wanted[deployment.model] = job
+                self._replicas[job] = max(deployment.replicas, self._replicas.get(job, 0))
         self._kept: dict[Workload, list[Candidate]] = {job: [] for job in self._replicas}
         self._successors: dict[str, Placement] = {}  # by the id of the placement they follow
 
@@ -236,8 +236,8 @@ class Selection:
         )
 
     def _feasible(self, job: Workload, placement: Placement) -> bool:
-        wished = (job.shape.digest, job.context, job.sequences)
-        if (placement.model, placement.context, placement.sequences) != wished:
+        deployed = (job.shape.digest, job.context, job.sequences)
+        if (placement.model, placement.context, placement.sequences) != deployed:
             return False
         if any((place.node, place.device) not in self._free for place in placement.stages):
             return False

@@ -169,7 +169,7 @@ class Controller:
         return View(
             {node: facts for node, (state, facts) in known.items() if state != "gone"},
             frozenset(node for node, (state, _) in known.items() if state == "suspect"),
-            tuple(wish for wish in self._deployments.all if wish.replicas > 0),
+            tuple(deployment for deployment in self._deployments.all if deployment.replicas > 0),
             now < self._listens_until,
         )
 

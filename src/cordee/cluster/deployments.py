@@ -60,8 +60,8 @@ class Deployments:
     def __init__(self, deployments: Iterable[Deployment] = ()) -> None:
         self._deployments: dict[str, Deployment] = {}
         self._sorted: tuple[Deployment, ...] | None = None
-        for wish in deployments:
-            self._keep_greatest(wish)
+        for deployment in deployments:
+            self._keep_greatest(deployment)
 
     @property
     def all(self) -> tuple[Deployment, ...]:
@@ -72,16 +72,16 @@ class Deployments:
 
     def merge(self, deployments: Iterable[Deployment], clock: float) -> None:
         """Hear another node's map."""
-        for wish in deployments:
-            if wish is not self._deployments.get(wish.model):
-                self._keep_greatest(_credible(wish, clock))
+        for deployment in deployments:
+            if deployment is not self._deployments.get(deployment.model):
+                self._keep_greatest(_credible(deployment, clock))
         self._forget()
 
     def settle(self, clock: float) -> None:
         """Doubt what is held: memory and disk may hold what no node would write, too."""
-        for wish in self.all:
-            credible = _credible(wish, clock)
-            if credible is not wish:
+        for deployment in self.all:
+            credible = _credible(deployment, clock)
+            if credible is not deployment:
                 self._put(credible)
 
     def write(self, deployment: Deployment, clock: float) -> None:

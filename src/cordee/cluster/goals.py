@@ -206,10 +206,10 @@ def _route(pick: Chosen) -> Route:
 def _unserved(view: View, chosen: Mapping[str, tuple[Chosen, ...]]) -> dict[str, ModelShape]:
     """The wished models, by digest, of which something chosen, or everything, does not serve."""
     return {
-        wish.shape.digest: wish.shape
-        for wish in view.deployments
-        if wish.shape is not None
-        and not (chosen.get(wish.model) and all(pick.wiring for pick in chosen[wish.model]))
+        deployment.shape.digest: deployment.shape
+        for deployment in view.deployments
+        if deployment.shape is not None
+        and not (chosen.get(deployment.model) and all(pick.wiring for pick in chosen[deployment.model]))
     }
 
 

@@ -64,7 +64,7 @@ def _changes(before: Mapping[str, Chosen], now: Mapping[str, Chosen], nodes: Nod
         better = "better" if _load(new[0]) == _load(lost[0]) else "wished otherwise"
         texts[0] += f" ({_fault(lost[0], nodes) or better})"
     elif lost:
-        texts.append(f"without a placement: {_fault(lost[0], nodes) or 'what is wished fits nowhere'}")
+        texts.append(f"without a placement: {_fault(lost[0], nodes) or 'what is deployed fits nowhere'}")
     for name, pick in now.items():
         was = before[name].wiring if name in before else ""
         if was and not pick.wiring:

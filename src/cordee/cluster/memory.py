@@ -135,8 +135,8 @@ class Demand(NamedTuple):
 
 def needed_bytes(shape: ModelShape, load: Demand, first: int, last: int) -> int:
     """The memory of a stage; the first of several also has the embedding, which its host reads."""
-    hosting = shape.embedding_bytes if first == 0 and last < shape.layers else 0
-    return stage_of(shape, first, last).fit(load).total_bytes + hosting
+    scheduler_host = shape.embedding_bytes if first == 0 and last < shape.layers else 0
+    return stage_of(shape, first, last).fit(load).total_bytes + scheduler_host
 
 
 @lru_cache(maxsize=TABLES_KEPT)

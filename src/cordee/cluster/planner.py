@@ -70,17 +70,17 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def plan(
-    shape: ModelShape, nodes: Mapping[str, Facts], load: Demand, reserved: Reserved | None = None
+    shape: ModelShape, nodes: Mapping[str, Facts], demand: Demand, reserved: Reserved | None = None
 ) -> Plan:
     """The best placement of a model, explained. The same whatever the order of `nodes`."""
     facts = [nodes[node] for node in sorted(nodes)]
     units = _units(facts, reserved or {})
-    steps = Search(shape, load, units).best()
-    stages = tuple(_stage_plan(shape, load, steps, index) for index in range(len(steps)))
-    machines = tuple(_machine_plan(shape, load, one, units, stages, nodes) for one in facts)
+    steps = Search(shape, demand, units).best()
+    stages = tuple(_stage_plan(shape, demand, steps, index) for index in range(len(steps)))
+    machines = tuple(_machine_plan(shape, demand, one, units, stages, nodes) for one in facts)
     if not steps:
-        return Plan(None, _refusal(shape, load, units), 0.0, (), machines)
-    placement = _placement(shape, load, steps)
+        return Plan(None, _refusal(shape, demand, units), 0.0, (), machines)
+    placement = _placement(shape, demand, steps)
     speed = tokens_per_second(shape, placement, nodes)
     return Plan(placement, _summary(shape, stages), speed, stages, machines)
 

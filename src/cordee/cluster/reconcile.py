@@ -82,7 +82,7 @@ class Reconciler:
     """See the module's theory of operation. What it remembers is mended or forgotten if it is wrong."""
 
     def __init__(self) -> None:
-        self._posts: dict[str, tuple[Placement, int]] = {}  # by worker, the stage it was last run as
+        self._assignments: dict[str, tuple[Placement, int]] = {}  # by worker, the stage it was last run as
         self._failures: dict[StageSpec, _Failure] = {}
 
     def failed(self, load: StageSpec, detail: str, now: float) -> None:
@@ -118,18 +118,20 @@ class Reconciler:
         for load, failure in list(self._failures.items()):
             if not 0 < failure.until - now <= FAILED_SECONDS:
                 del self._failures[load]
-        for name, (placement, index) in list(self._posts.items()):
+        for name, (placement, index) in list(self._assignments.items()):
             stages = placement.stages
             fits = name in workers and 0 <= index < len(stages)
             if not fits or spec_of(placement, index) != workers[name].spec:
-                del self._posts[name]
+                del self._assignments[name]
 
     def _assign_workers(self, goals: Goals, workers: Mapping[str, WorkerStatus]) -> list[WorkerStatus | None]:
         """Give each stage goal a worker: the one that runs it, else another that holds the same.
 
         Of those that are kept, too: weights that are loaded already are the shortest way to serving again.
         """
-        posts = {(placement_id(placement), index): name for name, (placement, index) in self._posts.items()}
+        posts = {
+            (placement_id(placement), index): name for name, (placement, index) in self._assignments.items()
+        }
         wanted = [(placement_id(goal.placement), goal.index) for goal in goals.stages]
         assigned = [workers.get(posts.get(key, "")) for key in wanted]
         others = workers.keys() - {worker.id for worker in assigned if worker is not None}
@@ -142,7 +144,7 @@ class Reconciler:
                     break
         for goal, worker in zip(goals.stages, assigned, strict=True):
             if worker is not None:
-                self._posts[worker.id] = (goal.placement, goal.index)
+                self._assignments[worker.id] = (goal.placement, goal.index)
         return assigned
 
     def _report(
@@ -163,8 +165,8 @@ class Reconciler:
         """Of workers that are kept, and of what failed: that must be known once nobody wants it, too."""
         wanted = {goal.spec for goal in goals.stages}
         failed = [failure.report for load, failure in self._failures.items() if load not in wanted]
-        posted = sorted(kept & self._posts.keys())
-        return [_worker_report(*self._posts[name], workers[name]) for name in posted] + [
+        posted = sorted(kept & self._assignments.keys())
+        return [_worker_report(*self._assignments[name], workers[name]) for name in posted] + [
             report for report in failed if report is not None
         ]
 

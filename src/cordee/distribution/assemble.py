@@ -37,11 +37,11 @@ class SliceLayout:
         BadRequest, UnsupportedModel, BadModelFile: there is no such part, as `plan_slice` says.
     """
 
-    def __init__(self, sheet: Manifest, first: int, last: int) -> None:
-        self.sheet, self.first, self.last = sheet, first, last
-        self.plan = _plan(sheet, first, last)
+    def __init__(self, manifest: Manifest, first: int, last: int) -> None:
+        self.manifest, self.first, self.last = manifest, first, last
+        self.plan = _plan(manifest, first, last)
         self.nbytes = self.plan.nbytes
-        numbers = {tensor.name: number for number, tensor in enumerate(sheet.header.tensors)}
+        numbers = {tensor.name: number for number, tensor in enumerate(manifest.header.tensors)}
         self.offsets: dict[int, int] = {}
         self._zeros: list[tuple[int, int]] = []
         for piece, start, end in self.plan.places():
@@ -55,11 +55,11 @@ class SliceLayout:
     def name(self) -> str:
         """What to call the part in a message."""
         what = f"layers {self.first} to {self.last}" if self.last else "the embedding"
-        return f"{what} of {self.sheet.name}"
+        return f"{what} of {self.manifest.name}"
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks of the part, in the order of its file."""
-        return (chunk for tensor in self.offsets for chunk in self.sheet.chunks(tensor))
+        return (chunk for tensor in self.offsets for chunk in self.manifest.chunks(tensor))
 
     def differences(self, file: int) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes it should have) where a file of this layout differs outside its chunks."""
@@ -76,21 +76,21 @@ class SliceLayout:
         """The complete part in the file `path`; its digest is that of all it consists of."""
         digest = hashlib.sha256(self.plan.header)
         for chunk in self.chunks():
-            digest.update(self.sheet.digest_of(chunk))
+            digest.update(self.manifest.digest_of(chunk))
         return SliceFile(path, self.first, self.last, f"sha256:{digest.hexdigest()}", self.nbytes)
 
 
-def read_chunk(sheet: Manifest, chunk: Chunk, file: int, tensor_at: int) -> bytes | None:
+def read_chunk(manifest: Manifest, chunk: Chunk, file: int, tensor_at: int) -> bytes | None:
     """A chunk from a file whose copy of the tensor begins at `tensor_at`; None if it is not sound there.
 
     Raises:
         OSError: the file cannot be read there.
     """
-    at, nbytes = tensor_at + sheet.offset(chunk), sheet.nbytes(chunk)
+    at, nbytes = tensor_at + manifest.offset(chunk), manifest.nbytes(chunk)
     if not _has_data(file, at, nbytes):  # spares the hashing of a sparse file, if zeros were not right
-        return bytes(nbytes) if sheet.digest_of(chunk) == _digest_of_zeros(nbytes) else None
+        return bytes(nbytes) if manifest.digest_of(chunk) == _digest_of_zeros(nbytes) else None
     data = os.pread(file, nbytes, at)
-    return data if sheet.is_sound(chunk, data) else None
+    return data if manifest.is_sound(chunk, data) else None
 
 
 class Assembly:
@@ -103,7 +103,7 @@ class Assembly:
         self.layout = layout
         self.missing: dict[Chunk, None] = dict.fromkeys(layout.chunks())
         self._path, self._file, self._progress = path, file, progress
-        self._total = sum(map(layout.sheet.nbytes, self.missing))
+        self._total = sum(map(layout.manifest.nbytes, self.missing))
         self._done = 0
         self._lock = threading.Lock()
 
@@ -116,11 +116,11 @@ class Assembly:
         """
         if chunk not in self.missing:
             return
-        sheet = self.layout.sheet
-        if len(data) != sheet.nbytes(chunk) or not sheet.is_sound(chunk, data):
-            raise BadModelFile(f"{origin} gave wrong bytes for {sheet.chunk_name(chunk)}.")
+        manifest = self.layout.manifest
+        if len(data) != manifest.nbytes(chunk) or not manifest.is_sound(chunk, data):
+            raise BadModelFile(f"{origin} gave wrong bytes for {manifest.chunk_name(chunk)}.")
         with disk_faults(self._path):
-            _write_at(self._file, data, self.layout.offsets[chunk.tensor] + sheet.offset(chunk))
+            _write_at(self._file, data, self.layout.offsets[chunk.tensor] + manifest.offset(chunk))
         self._note(chunk)
 
     def finish(self) -> SliceFile:
@@ -143,7 +143,7 @@ class Assembly:
                 _write_at(self._file, wanted, at)
             for chunk in list(self.missing):
                 at = self.layout.offsets[chunk.tensor]
-                if read_chunk(self.layout.sheet, chunk, self._file, at) is not None:
+                if read_chunk(self.layout.manifest, chunk, self._file, at) is not None:
                     self._note(chunk)
 
     def _note(self, chunk: Chunk) -> None:
@@ -151,7 +151,7 @@ class Assembly:
             if chunk not in self.missing:  # another thread was faster
                 return
             del self.missing[chunk]
-            self._done += self.layout.sheet.nbytes(chunk)
+            self._done += self.layout.manifest.nbytes(chunk)
             if self._progress:
                 self._progress(self._done, self._total)
 
@@ -190,7 +190,7 @@ def damages(layout: SliceLayout, path: Path, progress: Progress | None = None) -
     Raises:
         BadModelFile: the file cannot be read.
     """
-    found = bad_chunks(layout.sheet, layout.offsets, path, progress)
+    found = bad_chunks(layout.manifest, layout.offsets, path, progress)
     with path.open("rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size != layout.nbytes:
             found.append(f"the length of {layout.name}")
@@ -200,7 +200,7 @@ def damages(layout: SliceLayout, path: Path, progress: Progress | None = None) -
 
 
 def bad_chunks(
-    sheet: Manifest, offsets: Mapping[int, int], path: Path, progress: Progress | None = None
+    manifest: Manifest, offsets: Mapping[int, int], path: Path, progress: Progress | None = None
 ) -> list[str]:
     """The names of the chunks that are damaged in a file where tensors begin at `offsets`.
 
@@ -208,14 +208,14 @@ def bad_chunks(
         BadModelFile: the file cannot be read.
     """
     found: list[str] = []
-    chunks = [chunk for tensor in offsets for chunk in sheet.chunks(tensor)]
-    done, total = 0, sum(map(sheet.nbytes, chunks))
+    chunks = [chunk for tensor in offsets for chunk in manifest.chunks(tensor)]
+    done, total = 0, sum(map(manifest.nbytes, chunks))
     try:
         with path.open("rb", buffering=0) as file:
             for chunk in chunks:
-                if read_chunk(sheet, chunk, file.fileno(), offsets[chunk.tensor]) is None:
-                    found.append(sheet.chunk_name(chunk))
-                done += sheet.nbytes(chunk)
+                if read_chunk(manifest, chunk, file.fileno(), offsets[chunk.tensor]) is None:
+                    found.append(manifest.chunk_name(chunk))
+                done += manifest.nbytes(chunk)
                 if progress:
                     progress(done, total)
     except OSError as error:
@@ -223,10 +223,10 @@ def bad_chunks(
     return found
 
 
-def _plan(sheet: Manifest, first: int, last: int) -> SlicePlan:
+def _plan(manifest: Manifest, first: int, last: int) -> SlicePlan:
     if first == last == 0:
-        return plan_outside(sheet.header, {EMBEDDING})
-    return plan_slice(sheet.header, first, last)
+        return plan_outside(manifest.header, {EMBEDDING})
+    return plan_slice(manifest.header, first, last)
 
 
 def _is_mine(file: int, partial: Path) -> bool:

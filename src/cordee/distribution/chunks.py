@@ -77,7 +77,7 @@ class Outside(Protocol):
 class ChunkRequest(msgspec.Struct, frozen=True, array_like=True):
     """Which chunk is wanted."""
 
-    sheet: str
+    manifest: str
     tensor: int
     chunk: int
 
@@ -134,15 +134,15 @@ class ChunkServer:
         try:
             return ChunkReply("here", await asyncio.to_thread(self._read, ask))
         except BadModelFile as error:
-            self._on_damage(ask.sheet, error.message)
+            self._on_damage(ask.manifest, error.message)
         except (CordeeError, OSError):
             pass  # whoever asks is told no more than that it is not here
         return ChunkReply("absent")
 
     def _read(self, ask: ChunkRequest) -> bytes:
         if ask.tensor == MANIFEST:
-            return self._parts.read_manifest_piece(ask.sheet, ask.chunk)
-        return self._parts.read(ask.sheet, Chunk(ask.tensor, ask.chunk))
+            return self._parts.read_manifest_piece(ask.manifest, ask.chunk)
+        return self._parts.read(ask.manifest, Chunk(ask.tensor, ask.chunk))
 
 
 class ChunkClient:
@@ -300,7 +300,7 @@ class _Fetch:
         outside: Callable[[], Outside] | None,
     ) -> None:
         self._client, self._assembly, self._holders, self._pool = client, assembly, holders, pool
-        self._sheet = assembly.layout.sheet
+        self._manifest = assembly.layout.manifest
         self._waiting: dict[int, deque[Chunk]] = {}  # by tensor, so that nobody looks through all chunks
         for chunk in assembly.missing:
             self._waiting.setdefault(chunk.tensor, deque()).append(chunk)
@@ -361,7 +361,7 @@ class _Fetch:
         neighbour = self._neighbours.setdefault(node, _Neighbour())
         key = tuple(held)
         if key not in self._tensors:
-            self._tensors[key] = self._client.tensors(self._sheet.digest, held)
+            self._tensors[key] = self._client.tensors(self._manifest.digest, held)
         return set() if neighbour.fault else self._tensors[key] - neighbour.absent
 
     def _depart(self, node: str, tensor: int, patience_seconds: float) -> None:
@@ -373,7 +373,7 @@ class _Fetch:
 
     async def _flight(self, node: str, chunk: Chunk, patience_seconds: float) -> str:
         """Ask for a chunk and write it; gives the answer's state."""
-        ask = ChunkRequest(self._sheet.digest, *chunk)
+        ask = ChunkRequest(self._manifest.digest, *chunk)
         answer = await self._client.ask(node, ask, patience_seconds)
         if answer.state == "here":
             put = self._assembly.put
@@ -386,7 +386,7 @@ class _Fetch:
         node, chunk = self._flights.pop(task)
         neighbour = self._neighbours[node]
         came = chunk not in self._assembly.missing
-        neighbour.land(self._sheet.nbytes(chunk) if came else 0)
+        neighbour.land(self._manifest.nbytes(chunk) if came else 0)
         if not came:
             self._waiting.setdefault(chunk.tensor, deque()).append(chunk)
         try:
@@ -403,7 +403,7 @@ class _Fetch:
         for tensor in [number for number in self._waiting if number not in held]:
             while self._waiting[tensor] and nbytes < OUTSIDE_BYTES:
                 chunks.append(self._waiting[tensor].popleft())
-                nbytes += self._sheet.nbytes(chunks[-1])
+                nbytes += self._manifest.nbytes(chunks[-1])
             if not self._waiting[tensor]:
                 del self._waiting[tensor]
             if nbytes >= OUTSIDE_BYTES:
@@ -440,7 +440,7 @@ class _Fetch:
             faults.append(f"outside: {self._outside_fault}")
         return StorageFailed(
             f"Nobody gives {len(missing)} chunks of {self._assembly.layout.name}, as "
-            f"{self._sheet.chunk_name(next(iter(missing)))} ({'; '.join(faults) or 'nobody has them'}): "
+            f"{self._manifest.chunk_name(next(iter(missing)))} ({'; '.join(faults) or 'nobody has them'}): "
             "what came is kept."
         )
 

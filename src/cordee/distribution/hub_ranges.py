@@ -106,7 +106,7 @@ class HubModel:
                 headers agree. All chunks that are right are kept.
         """
         shapes = [
-            [(t.name, t.nbytes) for t in h.tensors] for h in (self.header, assembly.layout.sheet.header)
+            [(t.name, t.nbytes) for t in h.tensors] for h in (self.header, assembly.layout.manifest.header)
         ]
         if shapes[0] != shapes[1]:
             raise BadModelFile(f"{self._files[0].repository} does not hold {assembly.layout.name}.")

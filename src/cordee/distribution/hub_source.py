@@ -115,7 +115,7 @@ class Hub:
             begun.reading = Reading(name, source, done_bytes, total_bytes)
 
         try:
-            sheet = await asyncio.to_thread(self._pass, source, progress)
+            manifest = await asyncio.to_thread(self._pass, source, progress)
         except CordeeError as error:
             log.warning("%s is not shared: %s", name, error.message)
             self._faults[name] = error
@@ -124,7 +124,7 @@ class Hub:
         except Stopped:
             log.warning("reading %s from the hub was stopped", name)
         else:
-            then(sheet)
+            then(manifest)
         finally:
             del self._passes[name]
 

@@ -119,7 +119,7 @@ class ManifestMaker:
         """
         content = _read(self.header.path, 0, self.header.nbytes) + _seal() + self._table
         digest = hashlib.sha256(content).hexdigest()
-        path = folder / digest / "sheet"
+        path = folder / digest / "manifest"
         path.parent.mkdir(mode=0o700, exist_ok=True)
         with atomic_file(path) as file:
             write_all(file, content)

@@ -59,7 +59,7 @@ class SliceStore:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._root = store.root / "sheets"
+        self._root = store.root / "manifests"
         self._manifests: dict[str, Manifest] = {}
         self._layouts: dict[tuple[str, int, int], SliceLayout] = {}
 
@@ -74,9 +74,9 @@ class SliceStore:
             with suppress(BadModelFile):
                 return self.manifest(found)
         with disk_faults(self._root):
-            sheet = make_manifest(read_header(model.path), self._root, progress)
-            self._store.set_sheet_source(sheet.digest, model.digest)
-        return sheet
+            manifest = make_manifest(read_header(model.path), self._root, progress)
+            self._store.set_manifest_source(manifest.digest, model.digest)
+        return manifest
 
     def add_manifest(self, digest: str, content: bytes) -> Manifest:
         """Keep a sheet that came from elsewhere.
@@ -90,13 +90,13 @@ class SliceStore:
         folder = self._folder(digest)
         with disk_faults(self._root):
             folder.mkdir(mode=0o700, exist_ok=True)
-            with atomic_file(folder / "sheet") as file:
+            with atomic_file(folder / "manifest") as file:
                 write_all(file, content)
             self._manifests.pop(digest, None)
             try:
                 return self.manifest(digest)
             except BadModelFile:  # whoever gave the digest made it of something that is no sheet
-                (folder / "sheet").unlink()
+                (folder / "manifest").unlink()
                 with suppress(OSError):  # parts are in it
                     folder.rmdir()
                 raise
@@ -112,11 +112,11 @@ class SliceStore:
 
     def known(self) -> list[str]:
         """The digests of the sheets that are here."""
-        return sorted(f"sha256:{path.parent.name}" for path in self._root.glob("*/sheet"))
+        return sorted(f"sha256:{path.parent.name}" for path in self._root.glob("*/manifest"))
 
     def made(self) -> dict[str, str]:
         """The digests of sheets that were made of models of the store, by the whole model's digest."""
-        sources = {digest: self._store.sheet_source(digest) for digest in self.known()}
+        sources = {digest: self._store.manifest_source(digest) for digest in self.known()}
         return {source: digest for digest, source in sources.items() if source}
 
     def manifest(self, digest: str) -> Manifest:
@@ -126,16 +126,16 @@ class SliceStore:
             ModelNotFound: it is not here.
             BadModelFile: it was damaged on disk; add it again.
         """
-        if sheet := self._manifests.get(digest):
-            return sheet
-        path = self._folder(digest) / "sheet"
+        if manifest := self._manifests.get(digest):
+            return manifest
+        path = self._folder(digest) / "manifest"
         if not path.exists():
             raise ModelNotFound(f"Nothing is known here of the model {digest}.")
-        sheet = read_manifest(path)
-        if sheet.digest != digest:
+        manifest = read_manifest(path)
+        if manifest.digest != digest:
             raise BadModelFile(f"{path} is damaged: fetch it again.")
-        _remember(self._manifests, digest, sheet, MANIFESTS_KEPT)
-        return sheet
+        _remember(self._manifests, digest, manifest, MANIFESTS_KEPT)
+        return manifest
 
     def layout(self, digest: str, first: int, last: int) -> SliceLayout:
         """The layout of a part. Raises as `sheet` and `Layout` do."""
@@ -176,7 +176,9 @@ class SliceStore:
         To ask for it is to use it: see `lying`. Raises as `layout` does.
         """
         layout = self.layout(digest, first, last)
-        if (first, last) in ((0, layout.sheet.header.layers), (0, 0)) and (path := self._store.whole(digest)):
+        if (first, last) in ((0, layout.manifest.header.layers), (0, 0)) and (
+            path := self._store.whole(digest)
+        ):
             return SliceFile(path, first, last, layout.file(path).digest, path.stat().st_size)
         path = self._path(digest, first, last)
         if not _is_complete(layout, path):
@@ -219,18 +221,18 @@ class SliceStore:
             BadModelFile: it is damaged here; names file and chunk.
             BadRequest: the model has no such chunk.
         """
-        sheet, damaged = self.manifest(digest), None
-        sheet.nbytes(chunk)
+        manifest, damaged = self.manifest(digest), None
+        manifest.nbytes(chunk)
         for path, offsets in self._files(digest):
             if chunk.tensor in offsets:
                 with suppress(OSError), path.open("rb", buffering=0) as file:
-                    data = read_chunk(sheet, chunk, file.fileno(), offsets[chunk.tensor])
+                    data = read_chunk(manifest, chunk, file.fileno(), offsets[chunk.tensor])
                     if data is not None:
                         return data
                 damaged = path
         if damaged:
-            raise BadModelFile(f"{sheet.chunk_name(chunk)} is damaged in {damaged}.")
-        raise ModelNotFound(f"{sheet.chunk_name(chunk)} is not here.")
+            raise BadModelFile(f"{manifest.chunk_name(chunk)} is damaged in {damaged}.")
+        raise ModelNotFound(f"{manifest.chunk_name(chunk)} is not here.")
 
     def read_manifest_piece(self, digest: str, index: int) -> bytes:
         """Piece `index` of a sheet's own bytes; all but the last have CHUNK_BYTES. Raises as `sheet` does."""
@@ -246,8 +248,8 @@ class SliceStore:
         """
         layout, path = self.layout(digest, first, last), self._path(digest, first, last)
         whole = self._store.whole(digest)
-        if whole and (first, last) == (0, layout.sheet.header.layers):
-            return bad_chunks(layout.sheet, _whole_offsets(layout.sheet), whole, progress)
+        if whole and (first, last) == (0, layout.manifest.header.layers):
+            return bad_chunks(layout.manifest, _whole_offsets(layout.manifest), whole, progress)
         found = damages(layout, path, progress)
         if found:
             with disk_faults(self._root):
@@ -296,8 +298,8 @@ class SliceStore:
             yield path, layout.offsets
 
 
-def _whole_offsets(sheet: Manifest) -> dict[int, int]:
-    return {number: tensor.offset for number, tensor in enumerate(sheet.header.tensors)}
+def _whole_offsets(manifest: Manifest) -> dict[int, int]:
+    return {number: tensor.offset for number, tensor in enumerate(manifest.header.tensors)}
 
 
 def _is_complete(layout: SliceLayout, path: Path) -> bool:
@@ -310,10 +312,10 @@ def _is_complete(layout: SliceLayout, path: Path) -> bool:
 
 def _copy(assembly: Assembly, source: Path, offsets: dict[int, int]) -> None:
     """Take what another file on this disk has of a part; a file that cannot be read has nothing."""
-    sheet = assembly.layout.sheet
+    manifest = assembly.layout.manifest
     with suppress(OSError), source.open("rb", buffering=0) as file:
         for chunk in [chunk for chunk in assembly.missing if chunk.tensor in offsets]:
-            data = read_chunk(sheet, chunk, file.fileno(), offsets[chunk.tensor])
+            data = read_chunk(manifest, chunk, file.fileno(), offsets[chunk.tensor])
             if data is not None:
                 assembly.put(chunk, data, str(source))
 

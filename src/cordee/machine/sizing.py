@@ -23,7 +23,7 @@ def stage_config(
     context: int | None,
     threads: int | None = None,
     devices: tuple[str, ...] = (),
-    exact: bool = True,
+    batch_invariant: bool = True,
 ) -> StageConfig:
     """The configuration of every stage of a model on this machine.
 
@@ -45,7 +45,7 @@ def stage_config(
         batch_rows=max(BATCH_ROWS, sequences),
         threads=threads,
         devices=tuple(device.name for device in chosen),
-        batch_invariant=exact,
+        batch_invariant=batch_invariant,
     )
     have_bytes = usable_memory(chosen)
     if context is None:

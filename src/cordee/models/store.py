@@ -94,7 +94,7 @@ class Store:
         """
         self.root = Path(root) if root else home() / "models"
         try:
-            for name in ("blobs", "names", "slices", "notes", "sheets", "incoming"):
+            for name in ("blobs", "names", "slices", "notes", "manifests", "incoming"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StorageFailed(
@@ -271,23 +271,23 @@ class Store:
             path = self._notes(digest)
             _write_json(path, (_read_json(path, dict[str, Any]) or {}) | {key: value})
 
-    def whole(self, sheet_digest: str) -> Path | None:
+    def whole(self, manifest_digest: str) -> Path | None:
         """The whole file of the model with that sheet, None if it is not here."""
-        source = self.sheet_source(sheet_digest)
+        source = self.manifest_source(manifest_digest)
         path = self._blob(source) if source and _DIGEST.fullmatch(source) else None
         return path if path and path.exists() else None
 
-    def sheet_source(self, sheet_digest: str) -> str | None:
+    def manifest_source(self, manifest_digest: str) -> str | None:
         """The digest of the whole file that a sheet was made of; None if it was made elsewhere."""
-        return _read_json(self._sheet_source(sheet_digest), str)
+        return _read_json(self._manifest_source(manifest_digest), str)
 
-    def set_sheet_source(self, sheet_digest: str, digest: str) -> None:
+    def set_manifest_source(self, manifest_digest: str, digest: str) -> None:
         """Note which whole file a sheet was made of; without parts the sheet goes when the model goes."""
         with disk_faults(self.root), self._lock():
-            _write_json(self._sheet_source(sheet_digest), digest)
+            _write_json(self._manifest_source(manifest_digest), digest)
 
-    def _sheet_source(self, sheet_digest: str) -> Path:
-        return self.root / "sheets" / digest_hex(sheet_digest) / "whole.json"
+    def _manifest_source(self, manifest_digest: str) -> Path:
+        return self.root / "manifests" / digest_hex(manifest_digest) / "whole.json"
 
     def _model(self, manifest: _Manifest) -> StoredModel:
         return StoredModel(path=self._blob(manifest.digest), **msgspec.structs.asdict(manifest))
@@ -338,7 +338,7 @@ class Store:
                     shutil.rmtree(entry)
                 else:
                     entry.unlink()
-        for source in (self.root / "sheets").glob("*/whole.json"):
+        for source in (self.root / "manifests").glob("*/whole.json"):
             if (_read_json(source, str) or "").removeprefix("sha256:") in used:
                 continue
             source.unlink()

@@ -53,7 +53,7 @@ class _Invitation:
     """An invitation, open until it expires or is used."""
 
     secret: bytes
-    keeper: bool
+    admin: bool
     expires: float
     used_by: str = ""  # node id
 
@@ -99,7 +99,7 @@ class Invitations:
         self._serving: set[asyncio.Task] = set()  # the open endpoint, and one that is closing
         self._changed = asyncio.Event()
 
-    async def invite(self, *, keeper: bool = False) -> str:
+    async def invite(self, *, admin: bool = False) -> str:
         """A new code; the endpoint opens if it is not open.
 
         Raises:
@@ -111,7 +111,7 @@ class Invitations:
         if self._identity.renewal_due(now):
             self._identity.renew_self(now)
         secret = os.urandom(SECRET_BYTES)
-        self._invitations.append(_Invitation(secret, keeper, now + INVITE_SECONDS))
+        self._invitations.append(_Invitation(secret, admin, now + INVITE_SECONDS))
         self._changed.set()
         if not self._port:
             listener = address.listener(self._host, 0)
@@ -217,7 +217,7 @@ class Invitations:
         invitation.used_by = node
         self._issued.add(node)
         self._changed.set()
-        sealed = seal(self._identity.authority_key_pem(), invitation.secret) if invitation.keeper else b""
+        sealed = seal(self._identity.authority_key_pem(), invitation.secret) if invitation.admin else b""
         certificate = self._identity.sign(application.request, now)
         return Admission(certificate, members, self._identity.revocations, sealed)
 

@@ -52,7 +52,7 @@ class ServiceConfig:
     threads: int | None = None
     queue: int = 256
     in_flight: int = 1
-    exact: bool = True
+    batch_invariant: bool = True
     force_cut: bool = False
     devices: tuple[str, ...] = ()
     port: int | None = None
@@ -107,7 +107,7 @@ class LocalService:
             context=config.context,
             threads=config.threads,
             devices=config.devices,
-            exact=config.exact,
+            batch_invariant=config.batch_invariant,
         )
         limits = Limits(
             sequences=config.sequences,

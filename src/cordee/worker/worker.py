@@ -180,7 +180,7 @@ class Worker:
     def _connect(self, wire: Wire) -> None:
         """Reach the neighbours, on a thread of its own: they greet only while they are not greeting us."""
         links: list[socket.socket] = []
-        legacy, fault = None, ""
+        kv_sources, fault = None, ""
         try:
             links.append(_joined(self._identity, wire.downstream, Join(wire.wiring)))
             if wire.first is not None:
@@ -190,21 +190,21 @@ class Worker:
         if wire.sources and not fault and self._identity is not None:
             from cordee.worker.kv_transfer import KvSources
 
-            legacy = KvSources.of(self._identity, wire.sources)
-        self._connected.put((wire, links, legacy, fault))
+            kv_sources = KvSources.of(self._identity, wire.sources)
+        self._connected.put((wire, links, kv_sources, fault))
         self._waker.send(b".")
 
     def _attach_links(self) -> None:
         self._woken.recv(1)
-        wire, links, legacy, fault = self._connected.get()
+        wire, links, kv_sources, fault = self._connected.get()
         if fault or wire.wiring != self._wiring or self._downstream is not None:
-            for peer in [*links, *([] if legacy is None else [legacy])]:
+            for peer in [*links, *([] if kv_sources is None else [kv_sources])]:
                 peer.close()
             frames.send(self._control, WireFailed(wire.wiring, fault or "another one was wired"))
             return
         self._downstream = links[0]
         self._first = links[1] if len(links) > 1 else None
-        self._kv_sources = legacy
+        self._kv_sources = kv_sources
         for peer in links:
             self._selector.register(peer, selectors.EVENT_READ)
         self._attach_upstream()
@@ -229,23 +229,23 @@ class Worker:
     def _accept_handshake(self) -> None:
         assert self._listener is not None
         try:
-            guest = self._listener.accept()
+            handshake = self._listener.accept()
         except LinkClosed:
             return
-        if guest is not None:
-            self._admit(guest, self._handshakes)
+        if handshake is not None:
+            self._admit(handshake, self._handshakes)
 
-    def _continue_handshake(self, guest: Handshake) -> None:
-        self._selector.unregister(guest)  # the link that it becomes has the same file descriptor
+    def _continue_handshake(self, handshake: Handshake) -> None:
+        self._selector.unregister(handshake)  # the link that it becomes has the same file descriptor
         try:
-            peer = guest.greet()
+            peer = handshake.greet()
         except LinkClosed:
-            self._handshakes.remove(guest)
+            self._handshakes.remove(handshake)
             return
         if peer is None:
-            self._selector.register(guest, selectors.EVENT_READ)
+            self._selector.register(handshake, selectors.EVENT_READ)
         else:
-            self._handshakes.remove(guest)
+            self._handshakes.remove(handshake)
             self._admit(peer, self._unjoined)
 
     def _read_join(self, stranger: socket.socket) -> None:
@@ -356,23 +356,23 @@ class Worker:
         else:
             self._send(KvQuery(message.wiring, held))
 
-    def _handle_kv_reader(self, heir: socket.socket) -> None:
+    def _handle_kv_reader(self, reader: socket.socket) -> None:
         """An heir wants something: the next placement is there, and this one has nothing to do any more."""
         try:
-            message, _ = frames.receive(heir)
+            message, _ = frames.receive(reader)
         except LinkClosed:
             message = None
         if isinstance(message, KvQuery) and self._wiring:
             self._link_lost()
-        self._serve_kv(heir, message)
+        self._serve_kv(reader, message)
 
-    def _serve_kv(self, heir: socket.socket, message: Message | None) -> None:
+    def _serve_kv(self, reader: socket.socket, message: Message | None) -> None:
         from cordee.worker.kv_transfer import serve
 
         try:
-            serve(self._compute, heir, message, self._left_wiring)
+            serve(self._compute, reader, message, self._left_wiring)
         except LinkClosed:
-            self._forget(heir, self._kv_readers).close()
+            self._forget(reader, self._kv_readers).close()
             frames.send(self._control, KvReaders(len(self._kv_readers)))
 
     def _halt(self, message: Halt) -> None:
@@ -427,8 +427,8 @@ class Worker:
         self._gathered.clear()
 
     def _drop_kv_readers(self) -> None:
-        for heir in list(self._kv_readers):
-            self._forget(heir, self._kv_readers).close()
+        for reader in list(self._kv_readers):
+            self._forget(reader, self._kv_readers).close()
 
     def _drop_kv_sources(self) -> None:
         if self._kv_sources is not None:
