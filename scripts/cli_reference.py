@@ -24,6 +24,8 @@ def reference() -> str:
     parts = ["# The program", "Written by `make docs`; a test compares it with the program."]
     parts.append(f"```\n{help_of(cordee).partition('Exit codes:')[0].rstrip()}\n```")
     for name, command in cordee.commands.items():
+        if command.hidden:  # an old name of a verb
+            continue
         parts.append(f"## cordee {name}\n\n```\n{help_of(command)}\n```")
     rows = "\n".join(f"| {code} | {meaning} |" for code, meaning in exit_codes().items())
     parts.append(f"## Exit codes\n\n| code | meaning |\n|---|---|\n{rows}")

@@ -96,7 +96,7 @@ class Agent:
     # What it hears.
 
     def heartbeat(self, heartbeat: Heartbeat) -> None:
-        """A beat; its revocations are checked first, as a signature would be."""
+        """A heartbeat; its revocations are checked first, as a signature would be."""
         if heartbeat.facts.node in self.machine.revocations:
             return
         for record in heartbeat.revocations:

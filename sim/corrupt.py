@@ -73,7 +73,7 @@ def facts(scenario: "Scenario", node: str) -> Facts:
 
 
 def heartbeat(scenario: "Scenario", node: str, sessions: list[str]) -> Heartbeat:
-    """A beat that was never sent, perhaps in the name of the true session."""
+    """A heartbeat that was never sent, perhaps in the name of the true session."""
     random = scenario.random
     session = random.choice([*sessions, "old", "older"])
     deployments = tuple(deployment(scenario) for _ in range(random.randint(0, 2)))

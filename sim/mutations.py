@@ -97,7 +97,9 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "stamps from the future are believed": _set(
         (deployments, "_credible", lambda deployment, clock: deployment)
     ),
-    "the last deployment to arrive wins": _set((deployments.Deployments, "_keep_greatest", _deployments_by_arrival)),
+    "the last deployment to arrive wins": _set(
+        (deployments.Deployments, "_keep_greatest", _deployments_by_arrival)
+    ),
     "the wiring ignores the workers": _set((choose, "wiring_id", _wiring_of_placement)),
     "choosing by order of arrival": _set(
         (choose.Candidate, "rank", property(lambda self: 0)),

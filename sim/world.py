@@ -1,7 +1,7 @@
 """Time and network of the fake world. Everything random comes from one generator, so a seed is a run.
 
 Two kinds of messages, like in the building:
-- the bus (beats, asks, said): while faults last they are lost, late, doubled and out of order;
+- the bus (heartbeats, asks, said): while faults last they are lost, late, doubled and out of order;
 - data links between stages: in order and without loss until the link breaks; then all that is under way is
   lost, and both ends notice within a lease.
 """

@@ -40,7 +40,10 @@ PURE_NAMES = {("datetime", "datetime"), ("datetime", "timedelta"), ("random", "R
 IMPURE_CALLS = {"now", "utcnow", "today", "urandom", "default_rng"}
 
 # A room may import the rooms before it (ARCHITECTURE.md); modules of no room stand first.
-ROOMS = ("errors", "files", "cluster", "models", "engine", "generation", "node", "api", "cli")
+ROOMS = (
+    *("errors", "files", "cluster", "models", "convert", "engine", "generation", "machine", "net", "worker"),
+    *("distribution", "serving", "agent", "api", "cli"),
+)
 LANGUAGE_DECORATORS = {
     "asynccontextmanager",
     "cache",

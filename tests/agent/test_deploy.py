@@ -1,4 +1,4 @@
-"""`cordee share owner/name` with real nodes: nobody has a disk for the model, the hub gives it once."""
+"""`cordee deploy owner/name` with real nodes: nobody has a disk for the model, the hub gives it once."""
 
 import asyncio
 import os
@@ -78,12 +78,12 @@ def test_a_model_of_the_hub_is_shared_fetched_once_and_outlives_hub_and_host(
     cluster: Cluster, hub: FakeHub, starter_path: Path
 ) -> None:
     a, b, c = cluster.nodes.values()
-    refused = b.cordee("share", "o/Small-GGUF", "--context", 2048, "--sequences", 64)
+    refused = b.cordee("deploy", "o/Small-GGUF", "--context", 2048, "--sequences", 64)
     assert refused.returncode == 6, refused.stderr
     assert "is not read from the hub, as the cluster could not run it" in refused.stderr
     assert fetched(hub, 0, 1 << 40) <= FIRST_BYTES  # its header
 
-    shared = b.cordee("share", "o/Small-GGUF", *SERVED)
+    shared = b.cordee("deploy", "o/Small-GGUF", *SERVED)
     assert shared.returncode == 0, shared.stderr
     assert "serves Small from now on" in shared.stderr
     assert re.search(r"reading o/Small-GGUF/small-Q4_K_M\.gguf from the hub once", b.said)
@@ -116,11 +116,11 @@ def test_a_model_of_the_hub_is_shared_fetched_once_and_outlives_hub_and_host(
 def test_a_model_is_shared_right_after_it_was_pulled(cluster: Cluster, starter_path: Path) -> None:
     a = next(node for node in cluster.nodes.values() if node.process.poll() is None)
     assert a.cordee("pull", starter_path, "--name", "just-now").returncode == 0
-    shared = a.cordee("share", "just-now", "--context", 300)
+    shared = a.cordee("deploy", "just-now", "--context", 300)
     assert shared.returncode == 0, shared.stderr
     until(lambda: _host(a) != "")
     assert hello(a, "just-now") == hello(a, "Small")  # one file under two names, wished differently
-    assert a.cordee("unshare", "just-now").returncode == 0
+    assert a.cordee("undeploy", "just-now").returncode == 0
     assert a.cordee("rm", "just-now").returncode == 0
 
 
@@ -129,7 +129,7 @@ class Told:
 
     def __init__(self, offers: list[Offer], deployments: list[Deployment]) -> None:
         self.services: dict[str, object] = {}
-        self.library = SimpleNamespace(reading=())
+        self.local_models = SimpleNamespace(reading=())
         self.controller = self
         self.deployments = deployments
         self.deployed: list[tuple[object, ...]] = []
@@ -142,7 +142,7 @@ class Told:
         hub = Reading("Third", "o/Third-GGUF/third.gguf", 5, 10)
         return {"b": Gauges(reading=(hub, Reading("pulled", "", 3, 10)))}
 
-    def deployment(self, name, shape, context, sequences, _now, replicas=1, source="") -> None:
+    def deploy(self, name, shape, context, sequences, _now, replicas=1, source="") -> None:
         self.deployed.append((name, shape.digest, context, sequences, replicas, source))
 
     def changed(self) -> None:

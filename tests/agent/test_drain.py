@@ -42,7 +42,7 @@ def test_streams_of_a_drained_node_go_on_where_it_left_them(tmp_path: Path, star
     cluster = Cluster(tmp_path, starter_path, "--scouting", "lo")
     try:
         nodes = [cluster.add(name) for name in "ab"]
-        nodes[0].do("share", "starter", "--context", CONTEXT, "--sequences", 2)
+        nodes[0].do("deploy", "starter", "--context", CONTEXT, "--sequences", 2)
         until(lambda: all(host(node) for node in nodes))
         leaving, staying = sorted(nodes, key=lambda node: node.id != host(node))
         pieces = drained(leaving, staying)

@@ -44,7 +44,7 @@ def test_a_ternary_checkpoint_is_served_by_two_nodes_as_by_one(tmp_path: Path) -
     cluster = Cluster(tmp_path, path, "--memory", MEMORY, "--scouting", "lo")
     try:
         nodes = [cluster.add(name) for name in "ab"]
-        nodes[0].do("share", "starter", *SERVED)
+        nodes[0].do("deploy", "starter", *SERVED)
         until(lambda: all(stages(node) for node in nodes))
         assert {stage["node"] for stage in stages(nodes[0])} == {node.id for node in nodes}
         for node in nodes:

@@ -14,7 +14,7 @@ HELLO = [{"role": "user", "content": "Say hello."}]
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory, starter_path: Path) -> Iterator[Cluster]:
-    """Nodes a (keeper, has the model), b (found by multicast), c (found by its address)."""
+    """Nodes a (admin, has the model), b (found by multicast), c (found by its address)."""
     made = Cluster(tmp_path_factory.mktemp("cluster"), starter_path, "--memory", MEMORY)
     try:
         made.add("a", "--scouting", "lo")
@@ -29,7 +29,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, starter_path: Path) -> Ite
 def nodes(cluster: Cluster) -> list[Node]:
     """All three, the starter model served."""
     found = list(cluster.nodes.values())
-    found[1].do("share", "starter", *SERVED)
+    found[1].do("deploy", "starter", *SERVED)
     until(lambda: all(serves(node) for node in found))
     return found
 
@@ -103,19 +103,19 @@ def test_plan_is_for_the_cluster_as_it_is(nodes: list[Node]) -> None:
 
 
 def test_no_model_is_shared_for_more_than_it_was_made_for(nodes: list[Node]) -> None:
-    refused = nodes[2].cordee("share", "starter", "--context", 8193)
+    refused = nodes[2].cordee("deploy", "starter", "--context", 8193)
     assert (refused.returncode, "at most 8192 tokens" in refused.stderr) == (2, True)
     assert nodes[2].model("starter")["context"] == 1024
 
 
 def test_status_says_why_a_model_runs_nowhere(nodes: list[Node]) -> None:
-    nodes[0].do("share", "starter", "--context", 8192, "--sequences", 16)
+    nodes[0].do("deploy", "starter", "--context", 8192, "--sequences", 16)
     until(lambda: nodes[2].model("starter")["state"] == "unplaced")
     assert "It needs" in nodes[2].model("starter")["why"]
     assert "runs nowhere. It needs" in nodes[2].do("status")
-    nodes[0].do("unshare", "starter")
+    nodes[0].do("undeploy", "starter")
     until(lambda: not nodes[2].model("starter")["deployed"])
-    assert nodes[0].cordee("unshare", "starter").returncode == 3
+    assert nodes[0].cordee("undeploy", "starter").returncode == 3
 
 
 def test_a_watched_verb_goes_on_until_ctrl_c(cluster: Cluster) -> None:
@@ -133,7 +133,7 @@ def test_one_agent_for_a_folder(cluster: Cluster) -> None:
     assert f"process {cluster.nodes['a'].process.pid}" in refused.stderr
 
 
-def test_only_keepers_invite_and_remove(cluster: Cluster) -> None:
+def test_only_admins_invite_and_remove(cluster: Cluster) -> None:
     for verb in (("invite",), ("remove", "c")):
         refused = cluster.nodes["b"].cordee(*verb)
         assert refused.returncode in (2, 12)

@@ -37,7 +37,7 @@ def test_from_wish_to_end() -> None:
     told = texts(
         ({"m": []}, nodes()), ({"m": [pick(wiring="")]}, nodes()), ({"m": [pick()]}, nodes()), ({}, nodes())
     )
-    assert told == ["placed: layers 0-1 on a, 2-3 on b", "serves", "no longer wished"]
+    assert told == ["placed: layers 0-1 on a, 2-3 on b", "serves", "no longer deployed"]
 
 
 FAILED = StageReport(BOTH, 0, "failed", detail="its disk is full")
@@ -63,9 +63,9 @@ def test_why_a_model_that_is_wished_otherwise_moved_or_runs_nowhere() -> None:
     longer = placed(("b", 0, 4), context=128)
     told = texts(({"m": [pick()]}, nodes()), ({"m": [pick(longer)]}, nodes()), ({"m": []}, nodes()))
     assert told[2:] == [
-        "placed: layers 0-3 on b (wished otherwise)",
+        "placed: layers 0-3 on b (deployed otherwise)",
         "serves",
-        "without a placement: what is wished fits nowhere",
+        "without a placement: what is deployed fits nowhere",
     ]
 
 

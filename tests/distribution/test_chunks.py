@@ -181,7 +181,7 @@ def test_the_only_one_who_has_it_is_given_more_time(world, monkeypatch):
         return await handler(payload)
 
     world.wire.bend["a"] = slow
-    assert asyncio.run(world.fetch(0, 0)) == world.mine.part(world.digest, 0, 0).path.read_bytes()
+    assert asyncio.run(world.fetch(0, 0)) == world.mine.slice(world.digest, 0, 0).path.read_bytes()
     assert world.reports == []
 
 
@@ -226,7 +226,7 @@ def test_a_cancelled_fetch_goes_on_where_it_stopped(world):
 
     async def cancelled() -> None:
         await world.client.manifest(world.digest, "a")
-        part = world.client.part(world.digest, 0, 4, world.holders, lambda done, total: enough(done, total))
+        part = world.client.slice(world.digest, 0, 4, world.holders, lambda done, total: enough(done, total))
         task = asyncio.create_task(part)
 
         def enough(done: int, total: int) -> None:
@@ -267,7 +267,7 @@ def test_who_is_cancelled_while_he_tidies_up_is_cancelled(world, monkeypatch):
         nonlocal loop, task
         loop = asyncio.get_running_loop()
         await world.client.manifest(world.digest, "a")
-        task = asyncio.create_task(world.client.part(world.digest, 0, 2, world.holders))
+        task = asyncio.create_task(world.client.slice(world.digest, 0, 2, world.holders))
         while not pools:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.01)
@@ -281,7 +281,7 @@ def test_who_is_cancelled_while_he_tidies_up_is_cancelled(world, monkeypatch):
 def test_who_says_he_has_what_he_has_not_is_not_asked_for_it_twice(world):
     world = world("ab")
     world.parts["b"].forget(world.digest)
-    world.parts["b"].add_sheet(world.digest, world.parts["a"].manifest(world.digest).path.read_bytes())
+    world.parts["b"].add_manifest(world.digest, world.parts["a"].manifest(world.digest).path.read_bytes())
     claims = {"a": world.parts["a"].held(world.digest), "b": [SliceHeld(world.digest, 0, 6, True)]}
     claims["b"] += [SliceHeld(world.digest, 5, 2), SliceHeld(world.digest, -1, 99), SliceHeld("?", 0, 2)]
     assert asyncio.run(world.fetch(0, 2, lambda: claims)) == world.cut(0, 2)
@@ -295,7 +295,7 @@ def test_damage_on_a_neighbours_disk_is_found_there_and_fetched_elsewhere(world)
     asyncio.run(world.fetch(0, 2))
     world.parts["b"] = world.mine
     world.serve("b")
-    path = world.mine.part(world.digest, 0, 2).path
+    path = world.mine.slice(world.digest, 0, 2).path
     data = bytearray(path.read_bytes())
     data[read_header(path).tensor("blk.1.ffn_up.weight").offset] ^= 1
     path.write_bytes(data)
@@ -315,7 +315,7 @@ def test_damage_on_a_neighbours_disk_is_found_there_and_fetched_elsewhere(world)
     assert len(world.parts["b"].verify(world.digest, 0, 2)) == 1
 
 
-def test_a_sheet_comes_from_the_next_one_if_the_first_lies(world):
+def test_a_manifest_comes_from_the_next_one_if_the_first_lies(world):
     world = world("abc")
     world.wire.bend["a"] = wrong
     del world.wire.handlers["chunk/b"]
@@ -327,23 +327,23 @@ def test_a_sheet_comes_from_the_next_one_if_the_first_lies(world):
         asyncio.run(world.client.manifest("sha256:" + "0" * 64, "c"))
 
 
-def test_an_endless_sheet_is_not_taken(world, monkeypatch):
+def test_an_endless_manifest_is_not_taken(world, monkeypatch):
     world = world("a")
-    monkeypatch.setattr(chunks_module, "SHEET_BYTES_LIMIT", 10 * CHUNK_BYTES)
+    monkeypatch.setattr(chunks_module, "MANIFEST_BYTES_LIMIT", 10 * CHUNK_BYTES)
 
     async def endless(*_: object) -> bytes:
         return msgspec.msgpack.encode(ChunkReply("here", bytes(CHUNK_BYTES)))
 
     world.wire.bend["a"] = endless
-    with pytest.raises(StorageFailed, match="more than any sheet has"):
+    with pytest.raises(StorageFailed, match="more than any manifest has"):
         asyncio.run(world.client.manifest(world.digest, "a"))
     assert len(world.wire.asked) == 11
 
 
-def test_without_sheet_or_layers_there_is_nothing_to_fetch(world):
+def test_without_manifest_or_layers_there_is_nothing_to_fetch(world):
     world = world("a")
     with pytest.raises(ModelNotFound):
-        asyncio.run(world.client.part(world.digest, 0, 2, world.holders))
+        asyncio.run(world.client.slice(world.digest, 0, 2, world.holders))
     with pytest.raises(BadRequest):
         asyncio.run(world.fetch(2, 9))
 

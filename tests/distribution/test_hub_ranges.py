@@ -1,4 +1,4 @@
-"""A model on the hub that no disk here holds whole: its sheet in one pass, its parts by byte ranges."""
+"""A model on the hub that no disk here holds whole: its manifest in one pass, its parts by byte ranges."""
 
 import hashlib
 import time
@@ -59,17 +59,17 @@ def remote(tmp_path: Path, source: str = "o/m") -> HubModel:
     return HubModel(hub_files(source), folder)
 
 
-def local_sheet(path: Path, tmp_path: Path) -> str:
-    """The digest of the sheet that a node with the whole model makes."""
+def local_manifest(path: Path, tmp_path: Path) -> str:
+    """The digest of the manifest that a node with the whole model makes."""
     store = Store(tmp_path / "whole")
     return SliceStore(store).manifest_of(store.add_file(path, "mine")).digest
 
 
-def test_the_sheet_is_that_of_the_whole_file_and_nothing_else_is_kept(served, model, parts, tmp_path):
+def test_the_manifest_is_that_of_the_whole_file_and_nothing_else_is_kept(served, model, parts, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
     calls = []
     manifest = remote(tmp_path).manifest(parts, lambda *call: calls.append(call))
-    assert manifest.digest == local_sheet(model, tmp_path)
+    assert manifest.digest == local_manifest(model, tmp_path)
     assert parts.known() == [manifest.digest]
     assert parts.held(manifest.digest) == []
     assert calls == sorted(calls)
@@ -97,16 +97,16 @@ def test_a_part_is_fetched_by_its_ranges_alone(served, model, parts, tmp_path):
 def test_a_long_model_is_passed_in_several_requests(served, model, parts, tmp_path, monkeypatch):
     monkeypatch.setattr(remote_module, "SPAN_BYTES", 10_001)
     hub = served({"a.gguf": model.read_bytes()})
-    assert remote(tmp_path).manifest(parts).digest == local_sheet(model, tmp_path)
+    assert remote(tmp_path).manifest(parts).digest == local_manifest(model, tmp_path)
     assert len(hub.ranges) > model.stat().st_size // 10_001
 
 
-def test_shards_have_the_sheet_of_the_file_they_become(served, model, parts, tmp_path):
+def test_shards_have_the_manifest_of_the_file_they_become(served, model, parts, tmp_path):
     first = write_shards(read_header(model), tmp_path)
     served({f"x/{path.name}": path.read_bytes() for path in tmp_path.glob("*.gguf")})
     source = remote(tmp_path)
     manifest = source.manifest(parts)
-    assert manifest.digest == local_sheet(first, tmp_path)
+    assert manifest.digest == local_manifest(first, tmp_path)
     with parts.assembling(manifest.digest, 0, 3, None) as assembly:
         source.fill(assembly, list(assembly.missing))
         part = assembly.finish().path.read_bytes()
@@ -118,7 +118,7 @@ def test_a_broken_connection_is_taken_up_and_a_lost_one_keeps_what_came(served, 
     source = remote(tmp_path)
     hub.stop_after = 50_000
     digest = source.manifest(parts).digest
-    assert digest == local_sheet(model, tmp_path)
+    assert digest == local_manifest(model, tmp_path)
     hub.files["o/m"]["a.gguf"] = model.read_bytes()[:-1]
     with parts.assembling(digest, 0, 6) as assembly, pytest.raises(StorageFailed, match="try again"):
         total = len(assembly.missing)
@@ -147,7 +147,7 @@ def test_a_pass_outlives_a_hub_that_is_gone_for_minutes(served, model, parts, tm
     monkeypatch.setattr(time, "sleep", wait)
     monkeypatch.setattr(remote_module, "SPAN_BYTES", 50_000)
     hub.ranges.clear()
-    assert source.manifest(parts, fall).digest == local_sheet(model, tmp_path)
+    assert source.manifest(parts, fall).digest == local_manifest(model, tmp_path)
     assert waits == [503] * (PASS_TRIES - 1)
     assert len(hub.ranges) == -(-model.stat().st_size // 50_000)  # nothing was read twice
     monkeypatch.setattr(remote_module, "PASS_TRIES", 3)
@@ -157,7 +157,7 @@ def test_a_pass_outlives_a_hub_that_is_gone_for_minutes(served, model, parts, tm
         source.manifest(parts)
 
 
-def test_other_content_than_promised_makes_no_sheet(served, model, parts, tmp_path):
+def test_other_content_than_promised_makes_no_manifest(served, model, parts, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
     hub.promised["a.gguf"] = hashlib.sha256(b"something else").hexdigest()
     with pytest.raises(StorageFailed, match="other content than the hub promised"):

@@ -135,7 +135,7 @@ def test_one_damaged_model_hides_no_other_and_is_told_once(node: Node, model: Pa
         assert any(fault in each for each in told)
 
 
-def test_a_damaged_sheet_is_made_again(node: Node, model: Path) -> None:
+def test_a_damaged_manifest_is_made_again(node: Node, model: Path) -> None:
     node.add(model, "a")
     asyncio.run(node.inventory.look())
     [offer] = node.inventory.offers

@@ -1,4 +1,4 @@
-"""A sheet names a model by all its bytes, is read as strictly as a file, and is the same everywhere."""
+"""A manifest names a model by all its bytes, is read as strictly as a file, and is the same everywhere."""
 
 import hashlib
 import struct
@@ -33,7 +33,7 @@ def all_chunks(manifest):
     return [chunk for number in range(len(manifest.header.tensors)) for chunk in manifest.chunks(number)]
 
 
-def test_a_sheet_holds_the_header_and_the_digest_of_every_chunk(model, tmp_path):
+def test_a_manifest_holds_the_header_and_the_digest_of_every_chunk(model, tmp_path):
     calls, data = [], model.read_bytes()
     manifest = make_manifest(read_header(model), tmp_path, lambda *call: calls.append(call))
     content = manifest.path.read_bytes()
@@ -54,7 +54,7 @@ def test_a_sheet_holds_the_header_and_the_digest_of_every_chunk(model, tmp_path)
     assert calls[-1] == (header.size_bytes, header.size_bytes)
 
 
-def test_the_same_model_has_the_same_sheet_and_any_other_bit_another(model, tmp_path):
+def test_the_same_model_has_the_same_manifest_and_any_other_bit_another(model, tmp_path):
     manifest = make_manifest(read_header(model), tmp_path)
     copy = tmp_path / "copy.gguf"
     data = bytearray(model.read_bytes())
@@ -65,7 +65,7 @@ def test_the_same_model_has_the_same_sheet_and_any_other_bit_another(model, tmp_
     assert make_manifest(read_header(copy), tmp_path).digest != manifest.digest
 
 
-def test_chunks_given_in_any_order_make_the_same_sheet(model, tmp_path):
+def test_chunks_given_in_any_order_make_the_same_manifest(model, tmp_path):
     header = read_header(model)
     manifest = make_manifest(header, tmp_path)
     maker = ManifestMaker(header)
@@ -82,12 +82,12 @@ def test_a_chunk_that_does_not_exist_is_refused(model, tmp_path, chunk):
         manifest.nbytes(chunk)
 
 
-def test_a_set_of_shards_has_no_sheet_before_it_is_one_file(model, tmp_path):
+def test_a_set_of_shards_has_no_manifest_before_it_is_one_file(model, tmp_path):
     with pytest.raises(BadModelFile, match="into the store"):
         make_manifest(read_header(write_shards(read_header(model), tmp_path)), tmp_path)
 
 
-def test_a_sheet_that_claims_to_be_a_shard_opens_no_other_file(model, tmp_path):
+def test_a_manifest_that_claims_to_be_a_shard_opens_no_other_file(model, tmp_path):
     first = write_shards(read_header(model), tmp_path)
     fake = tmp_path / "manifest"
     fake.write_bytes(first.read_bytes())
@@ -95,18 +95,18 @@ def test_a_sheet_that_claims_to_be_a_shard_opens_no_other_file(model, tmp_path):
         read_manifest(fake)
 
 
-def test_sheets_of_another_chunk_size_are_refused(model, tmp_path, monkeypatch):
+def test_manifests_of_another_chunk_size_are_refused(model, tmp_path, monkeypatch):
     manifest = make_manifest(read_header(model), tmp_path)
     content = manifest.path.read_bytes()
     seal = manifests.MARK + struct.pack("<Q", CHUNK_BYTES)
     assert content.count(seal) == 1
     for other in (manifests.MARK + struct.pack("<Q", CHUNK_BYTES + 1), b"cordee:9" + seal[8:]):
         manifest.path.write_bytes(content.replace(seal, other))
-        with pytest.raises(BadModelFile, match="no sheet of this version"):
+        with pytest.raises(BadModelFile, match="no manifest of this version"):
             read_manifest(manifest.path)
 
 
-def test_a_sheet_that_lies_about_sizes_costs_no_memory(model, tmp_path):
+def test_a_manifest_that_lies_about_sizes_costs_no_memory(model, tmp_path):
     manifest = make_manifest(read_header(model), tmp_path)
     content = bytearray(manifest.path.read_bytes())
     name = manifest.header.tensors[-1].name.encode()
@@ -118,9 +118,9 @@ def test_a_sheet_that_lies_about_sizes_costs_no_memory(model, tmp_path):
         read_manifest(manifest.path)
 
 
-def test_a_sheet_beyond_the_limit_is_neither_made_nor_read(model, tmp_path, monkeypatch):
+def test_a_manifest_beyond_the_limit_is_neither_made_nor_read(model, tmp_path, monkeypatch):
     manifest = make_manifest(read_header(model), tmp_path)
-    monkeypatch.setattr(manifests, "SHEET_BYTES_LIMIT", manifest.path.stat().st_size - 1)
+    monkeypatch.setattr(manifests, "MANIFEST_BYTES_LIMIT", manifest.path.stat().st_size - 1)
     with pytest.raises(BadModelFile, match="too large"):
         make_manifest(read_header(model), tmp_path)
     with pytest.raises(BadModelFile, match="at most"):
@@ -128,7 +128,7 @@ def test_a_sheet_beyond_the_limit_is_neither_made_nor_read(model, tmp_path, monk
 
 
 @given(st.data())
-def test_any_damage_is_refused_or_gives_another_sheet(model, tmp_path_factory, data):
+def test_any_damage_is_refused_or_gives_another_manifest(model, tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "damaged"
     folder.mkdir(exist_ok=True)
     manifest = make_manifest(read_header(model), folder)

@@ -43,7 +43,7 @@ def model(tmp_path_factory) -> Path:
 
 
 class Holder:
-    """A node with a whole model, and the sheet it gives to others."""
+    """A node with a whole model, and the manifest it gives to others."""
 
     def __init__(self, path: Path, root: Path) -> None:
         self.store = Store(root)
@@ -54,7 +54,7 @@ class Holder:
         self.read: list[Chunk] = []
 
     def node(self, root: Path) -> SliceStore:
-        """A node that knows no more than the sheet."""
+        """A node that knows no more than the manifest."""
         parts = SliceStore(Store(root))
         parts.add_manifest(self.digest, self.manifest.path.read_bytes())
         return parts
@@ -170,8 +170,8 @@ def test_what_a_part_that_is_not_finished_has_is_used_too(holder, node):
 
 CHILD = """
     import sys
-    from cordee.models import sheet
-    sheet.CHUNK_BYTES = int(sys.argv[4])
+    from cordee.models import manifest
+    manifest.CHUNK_BYTES = int(sys.argv[4])
     from cordee.distribution.slice_store import Parts
     from cordee.models.store import Store
     node, holder = (Parts(Store(root)) for root in sys.argv[1:3])
@@ -193,7 +193,7 @@ def test_a_killed_process_loses_nothing_that_had_come(holder, node, tmp_path):
         come = int(process.stdout.readline())
         with pytest.raises(StorageFailed, match="Somebody else fetches layers 1 to 4"):
             holder.give(node, 1, 4)
-        assert node.part(holder.digest, 1, 4) is None
+        assert node.slice(holder.digest, 1, 4) is None
         process.send_signal(signal.SIGKILL)
     assert holder.give(node, 1, 4).read_bytes() == holder.cut(1, 4, tmp_path / "cut.gguf")
     total = len(list(node.layout(holder.digest, 1, 4).chunks()))
@@ -203,7 +203,7 @@ def test_a_killed_process_loses_nothing_that_had_come(holder, node, tmp_path):
 
 @pytest.mark.parametrize("garbage", [b"", b"x" * 1_000_000, bytes(100)])
 def test_garbage_in_the_place_of_a_growing_part_is_not_believed(holder, node, tmp_path, garbage):
-    (tmp_path / "node/sheets" / holder.digest[7:] / "1-3.gguf.partial").write_bytes(garbage)
+    (tmp_path / "node/manifests" / holder.digest[7:] / "1-3.gguf.partial").write_bytes(garbage)
     assert holder.give(node, 1, 3).read_bytes() == holder.cut(1, 3, tmp_path / "cut.gguf")
 
 
@@ -275,7 +275,7 @@ def test_damage_is_not_passed_on(holder, node):
         node.read(holder.digest, chunk)
 
 
-def test_a_damaged_sheet_is_not_used_and_can_come_again(holder, node, tmp_path):
+def test_a_damaged_manifest_is_not_used_and_can_come_again(holder, node, tmp_path):
     path = node.manifest(holder.digest).path
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -283,9 +283,9 @@ def test_a_damaged_sheet_is_not_used_and_can_come_again(holder, node, tmp_path):
     again = SliceStore(Store(tmp_path / "node"))
     with pytest.raises(BadModelFile, match="damaged"):
         again.manifest(holder.digest)
-    with pytest.raises(BadModelFile, match="Another sheet came"):
+    with pytest.raises(BadModelFile, match="Another manifest came"):
         again.add_manifest(holder.digest, bytes(content))
-    for junk in (b"no sheet at all, but some text", holder.model.path.read_bytes()[:-1]):
+    for junk in (b"no manifest at all, but some text", holder.model.path.read_bytes()[:-1]):
         with pytest.raises(BadModelFile):
             again.add_manifest(f"sha256:{hashlib.sha256(junk).hexdigest()}", junk)
     assert again.known() == [holder.digest]
@@ -293,10 +293,10 @@ def test_a_damaged_sheet_is_not_used_and_can_come_again(holder, node, tmp_path):
     assert again.manifest(holder.digest).digest == holder.digest
 
 
-def test_the_sheet_travels_in_pieces(holder, tmp_path):
-    pieces = [holder.parts.read_sheet_piece(holder.digest, 0)]
+def test_the_manifest_travels_in_pieces(holder, tmp_path):
+    pieces = [holder.parts.read_manifest_piece(holder.digest, 0)]
     while len(pieces[-1]) == CHUNK_BYTES:
-        pieces.append(holder.parts.read_sheet_piece(holder.digest, len(pieces)))
+        pieces.append(holder.parts.read_manifest_piece(holder.digest, len(pieces)))
     assert len(pieces) > 1
     other = SliceStore(Store(tmp_path / "other"))
     assert other.add_manifest(holder.digest, b"".join(pieces)).digest == holder.digest
@@ -352,7 +352,7 @@ def test_a_full_disk_keeps_what_came_and_goes_on_with_room(holder, tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_sheet_is_made_once_and_goes_with_its_model(holder, monkeypatch):
+def test_a_manifest_is_made_once_and_goes_with_its_model(holder, monkeypatch):
     assert SliceStore(holder.store).known() == [holder.digest]
     monkeypatch.setattr(slice_store_module, "make_manifest", lambda *_: pytest.fail("made again"))
     assert SliceStore(holder.store).manifest_of(holder.model).digest == holder.digest

@@ -121,7 +121,7 @@ class Node:
 
 
 class Cluster:
-    """Nodes of one cluster; the first has the model file (if there is one) and is the keeper."""
+    """Nodes of one cluster; the first has the model file (if there is one) and is the admin."""
 
     def __init__(self, folder: Path, model: Path | None, *options: object) -> None:
         self._folder = folder

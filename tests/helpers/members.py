@@ -38,6 +38,6 @@ def newcomer(folder: Path, admin: Identity, now: float | None = None) -> Identit
 
 
 def cluster(folder: Path, count: int) -> list[Identity]:
-    """A cluster of so many nodes in folders of their own; the first is its keeper."""
+    """A cluster of so many nodes in folders of their own; the first is its admin."""
     first = founder(folder / "0")
     return [first, *(newcomer(folder / str(number), first) for number in range(1, count))]

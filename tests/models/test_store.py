@@ -68,7 +68,7 @@ def test_the_same_content_is_kept_once_until_its_last_name_goes(store, models):
     assert one.path == two.path
     assert len(list((store.root / "blobs").iterdir())) == 2
     kept = store.slice_for(one, 0, 2)
-    store.set_verdict(one.digest, "build", True)
+    store.set_batch_invariance(one.digest, "build", True)
     store.remove("one")
     assert store.get("two").path.exists()
     assert kept.path.exists()
@@ -295,8 +295,8 @@ def test_a_forced_slice_is_not_given_to_who_did_not_force(store, tmp_path):
 def test_what_was_found_out_about_a_model_is_kept_with_it(store, models):
     model = store.add_file(models / "a.gguf", "mine")
     assert store.verdict(model.digest, "build 1") is None
-    store.set_verdict(model.digest, "build 1", {"batch_invariant": True})
-    store.set_verdict(model.digest, "build 2", "no")
+    store.set_batch_invariance(model.digest, "build 1", {"batch_invariant": True})
+    store.set_batch_invariance(model.digest, "build 2", "no")
     assert Store(store.root).verdict(model.digest, "build 1") == {"batch_invariant": True}
     assert store.verdict(model.digest, "build 2") == "no"
     store.remove("mine")
@@ -363,7 +363,7 @@ def test_a_lock_that_is_never_released_is_not_waited_for_without_end(store, mode
 
     def note():
         try:
-            store.set_verdict(model.digest, "key", 1)
+            store.set_batch_invariance(model.digest, "key", 1)
         except StorageFailed as error:
             faults.append(error.message)
 

@@ -20,7 +20,7 @@ import zenoh
 from intruders import intruder
 
 BUS_PORT = "7330"
-LISTEN_SECONDS = 2.5  # two beats of every node
+LISTEN_SECONDS = 2.5  # two heartbeats of every node
 KNOCK_SECONDS = 0.5
 BYTES_MAX = 4096
 HANDS = 16  # doors that are knocked at, at once
@@ -29,7 +29,7 @@ HANDS = 16  # doors that are knocked at, at once
 def main() -> None:
     authority, cluster, folders, *doors = sys.argv[1:]
     buses = [listener for listener in doors if listener.endswith(f":{BUS_PORT}")]
-    forged = f"cordee/{cluster}/beat/forged"
+    forged = f"cordee/{cluster}/heartbeat/forged"
     people = {_name(folder): folder for folder in map(Path, folders.split(","))}
     with contextlib.ExitStack() as stack:
         heard: dict[str, list[str]] = {}

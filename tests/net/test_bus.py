@@ -266,7 +266,7 @@ def test_members_renew_over_the_bus(tmp_path: Path) -> None:
             assert not await enrolment.renew(b.bus, member, now)  # nobody answers
             enrolment.serve_renewals(a.bus, admin)
             assert member.renewal_due(now) and admin.renewal_due(now)
-            async with asyncio.timeout(PATIENCE_SECONDS):  # until b has heard that there is a keeper
+            async with asyncio.timeout(PATIENCE_SECONDS):  # until b has heard that there is an admin
                 while not await enrolment.renew(b.bus, member, now):
                     await asyncio.sleep(0.01)
             assert await enrolment.renew(a.bus, admin, now)

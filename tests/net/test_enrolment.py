@@ -100,7 +100,7 @@ def test_a_keeper_invited_by_a_keeper_can_invite_when_the_first_is_lost(tmp_path
             third = await join(tmp_path / "third", await opened.invite())
         assert third.cluster == admin.cluster
         async with invitations(plain) as opened:
-            with pytest.raises(JoinFailed, match="no keeper"):
+            with pytest.raises(JoinFailed, match="no admin"):
                 await opened.invite()
 
     asyncio.run(story())
@@ -161,7 +161,7 @@ def test_misses_are_counted_by_address_and_in_all() -> None:
 
 
 def test_an_impostor_never_gets_the_secret_nor_a_member(tmp_path: Path) -> None:
-    """Another cluster's keeper at the code's address: the newcomer stops before it proves anything."""
+    """Another cluster's admin at the code's address: the newcomer stops before it proves anything."""
     admin, stranger = founder(tmp_path / "admin"), founder(tmp_path / "stranger")
 
     async def story() -> None:

@@ -121,7 +121,7 @@ def test_renewal_is_due_after_a_third_and_keeps_the_node(tmp_path: Path) -> None
     assert identity.load().node == member.node
 
 
-def test_keepers_renew_members_only(tmp_path: Path) -> None:
+def test_admins_renew_members_only(tmp_path: Path) -> None:
     now = time.time()
     admin, member, removed = cluster(tmp_path, 3)
     stranger = founder(tmp_path / "stranger")

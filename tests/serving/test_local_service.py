@@ -24,7 +24,7 @@ QUESTIONS = [
     "Name three rivers of Europe and the seas into which they flow.",
     "Write a line about snow.",
     "What is 12 times 12? Think step by step, then give the number.",
-    "Once upon a time there was a mountain hut whose keeper",
+    "Once upon a time there was a mountain hut whose admin",
     "List the planets from the sun outwards, one on each line, with a word about each of them.",
     "def fibonacci(n):",
 ]

@@ -4,10 +4,10 @@
                                     '--routes--> gateway      '--hosts--> schedulers
 
 Theory of operation. Whenever something may have changed, and every TICK_SECONDS in any case, the agent looks
-at everything (`_act`): what it has and runs becomes its facts, the mind says what it should do, the crew what
-is missing, and the orders are given. Nothing is remembered between two looks that is not looked up again, so
-a missed event costs a tick and a wrong state is mended by the next. What it says of itself goes out as a beat
-every BEAT_SECONDS and at each change.
+at everything (`_act`): what it has and runs becomes its facts, the mind says what it should do, the crew
+what is missing, and the orders are given. Nothing is remembered between two looks that is not looked up
+again, so a missed event costs a tick and a wrong state is mended by the next. What it says of itself goes
+out as a heartbeat every BEAT_SECONDS and at each change.
 
 Stages are child processes; rows go from worker to worker and never through here, except to the first stage of
 a model that this node hosts, which is on the same machine.
@@ -219,7 +219,7 @@ class Agent:
             BadRequest: this node cannot, or that is no node's id.
         """
         if not self.identity.is_admin:
-            raise BadRequest("Only a keeper removes nodes: do it on the node that made the cluster.", "node")
+            raise BadRequest("Only an admin removes nodes: do it on the node that made the cluster.", "node")
         try:
             self.identity.revoke(node)
         except ValueError as error:

@@ -7,8 +7,8 @@ socket without a lock is what a dead agent left.
     GET  /nodes, /status       what agent/status.py tells of the cluster
     GET  /services             and of this node's stages
     POST /plan                 where a model would run now
-    POST /invite, /remove      what keepers do
-    POST /share, /unshare      what the cluster serves
+    POST /invite, /remove      what admins do
+    POST /deploy, /undeploy    what the cluster serves
     POST /drain, /leave        what this node does for the cluster
 
 An expected error is answered as its class's code and its sentence, and raised again at the client. The side
@@ -44,7 +44,7 @@ class Invite(msgspec.Struct, frozen=True):
 
 
 class Remove(msgspec.Struct, frozen=True):
-    """`node` is an id or a name. Answered by the node's id and name, and whether it was a keeper."""
+    """`node` is an id or a name. Answered by the node's id and name, and whether it was an admin."""
 
     node: str
 

@@ -26,7 +26,7 @@ class Control:
         self._leave = leave
 
     def app(self) -> Starlette:
-        """The application, to be served on `Place.socket`."""
+        """The application, to be served on `AgentSocket.socket`."""
         return Starlette(
             routes=[
                 _route("GET", "/nodes", Empty, self._nodes),
@@ -35,8 +35,8 @@ class Control:
                 _route("POST", "/plan", PlanRequest, self._plan),
                 _route("POST", "/invite", Invite, self._invite),
                 _route("POST", "/remove", Remove, self._remove),
-                _route("POST", "/share", Deploy, self._share),
-                _route("POST", "/unshare", Undeploy, self._unshare),
+                _route("POST", "/deploy", Deploy, self._deploy),
+                _route("POST", "/undeploy", Undeploy, self._undeploy),
                 _route("POST", "/drain", Drain, self._drain),
                 _route("POST", "/leave", Empty, self._end),
             ]
@@ -64,10 +64,10 @@ class Control:
         await self._agent.remove(found["id"])
         return found
 
-    async def _share(self, asked: Deploy) -> Any:
+    async def _deploy(self, asked: Deploy) -> Any:
         return await Deployer(self._agent).deploy(asked)
 
-    async def _unshare(self, asked: Undeploy) -> Any:
+    async def _undeploy(self, asked: Undeploy) -> Any:
         Deployer(self._agent).undeploy(asked.model)
         return Empty()
 

@@ -1,4 +1,4 @@
-"""What `cordee share` does: a model that some node has is wished; one of the hub is read once first.
+"""What `cordee deploy` does: a model that some node has is wished; one of the hub is read once first.
 
 A pass over the hub may take hours, so it is made only if it must be and can be of use: not for a model that
 some node has whole or that was shared before, not a second time at once, not under a name that is taken, and

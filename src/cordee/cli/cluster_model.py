@@ -50,7 +50,7 @@ class ClusterModel:
             DoesNotFit: the cluster cannot run it; says why.
         """
         if not (_model(self.name) or {}).get("deployed"):
-            control.ask("POST", "/share", control.Deploy(self.name))
+            control.ask("POST", "/deploy", control.Deploy(self.name))
         unplaced_until = time.monotonic() + UNPLACED_SECONDS
         with output.loading() as report:
             told = ""

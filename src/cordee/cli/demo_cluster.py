@@ -174,7 +174,7 @@ class DemoCluster:
             self._join(node)
             self._start(node)
         self._until(lambda: self._alive() == set(NAMES), self._nodes)
-        control.ask("POST", "/share", control.Deploy(self._model.name, CONTEXT, SEQUENCES))
+        control.ask("POST", "/deploy", control.Deploy(self._model.name, CONTEXT, SEQUENCES))
 
     def _put_model(self) -> None:
         from cordee.models.store import Store

@@ -1,5 +1,6 @@
 """The program `cordee`: its verbs, and how an error or a signal becomes an exit code."""
 
+import copy
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from cordee.cli.plan import plan
 from cordee.cli.ps import ps
 from cordee.cli.run import run
 from cordee.cli.serve import serve
-from cordee.cli.status import share, status, unshare
+from cordee.cli.status import deploy, status, undeploy
 from cordee.cli.up import up
 from cordee.errors import CordeeError
 
@@ -86,11 +87,15 @@ def cordee() -> None:
 
 VERBS = (
     *(run, serve, pull, ls, show, rm, convert, export, plan),
-    *(up, invite, join, nodes, status, share, unshare, drain, leave, remove),
+    *(up, invite, join, nodes, status, deploy, undeploy, drain, leave, remove),
     *(ps, doctor, bench, demo),
 )
 for verb in VERBS:
     cordee.add_command(verb)
+for alias, verb in {"share": deploy, "unshare": undeploy}.items():  # their names before 0.2
+    hidden = copy.copy(verb)
+    hidden.hidden = True
+    cordee.add_command(hidden, alias)
 
 
 def main() -> None:

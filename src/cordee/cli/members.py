@@ -18,7 +18,7 @@ END_SECONDS = 30.0  # for the agent to end its stages and links
 
 
 @click.command()
-@click.option("--keeper", is_flag=True, help="The new node can invite and remove, too.")
+@click.option("--admin", is_flag=True, help="The new node can invite and remove, too.")
 def invite(admin: bool) -> None:
     """Print a code with which one more machine joins.
 
@@ -99,7 +99,7 @@ def remove(node: str) -> None:
     output.note(f"{gone['name']} ({gone['id']}) is removed for good.")
     if gone["admin"]:
         output.note(
-            "It was a keeper and still holds the authority's key: whoever has that machine can make members. "
+            "It was an admin and still holds the authority's key: whoever has that machine can make members. "
             "If it is in wrong hands, found a new cluster: `cordee leave` on every node, then `cordee up`."
         )
 
@@ -146,7 +146,7 @@ def _confirm() -> None:
         raise BadRequest("This ends the membership for good: say --yes.")
     with contextlib.suppress(IdentityDamaged):
         if identity.load().is_admin:
-            output.note("If this is the only keeper, nobody can invite or remove nodes any more.")
+            output.note("If this is the only admin, nobody can invite or remove nodes any more.")
     click.confirm("Leave the cluster for good?", abort=True, err=True)
 
 

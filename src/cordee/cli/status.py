@@ -1,4 +1,4 @@
-"""`cordee status`, `share`, `unshare`: what the cluster serves."""
+"""`cordee status`, `deploy`, `undeploy`: what the cluster serves."""
 
 import time
 from typing import TYPE_CHECKING, Any
@@ -36,51 +36,51 @@ def status(as_json: bool, watch: bool) -> None:
     show_default=True,
     help="Run it so many times, on different nodes.",
 )
-def share(model: str, context: int | None, sequences: int, replicas: int) -> None:
+def deploy(model: str, context: int | None, sequences: int, replicas: int) -> None:
     """Have the cluster serve MODEL from now on.
 
-    MODEL is one that a node has (`cordee pull`); what is asked for at the API is served without this, share
-    it to have it ready, or to say how.
+    MODEL is one that a node has (`cordee pull`); what is asked for at the API is served without
+    this; deploy it to have it ready, or to say how.
 
     Or it is one of the hub (owner/name, owner/name:QUANTIZATION or owner/name/file.gguf) that no machine has
     the disk for: this node reads it there once, to know its parts, and then each node fetches only the layers
-    that it runs. Ctrl-C leaves the node reading; `cordee unshare` stops it. Where one machine has the disk
+    that it runs. Ctrl-C leaves the node reading; `cordee undeploy` stops it. Where one machine has the disk
     for all of it, `cordee pull` there takes half the traffic.
     """
     from cordee.agent import control
 
     asked = control.Deploy(model, context, sequences, replicas)
-    shared = control.ask("POST", "/share", asked, control.Deployed)
-    if shared.reading is not None:
-        shared = _follow(model, shared.reading.source)
-    output.note(f"The cluster serves {shared.name} from now on: `cordee status` shows where.")
+    deployed = control.ask("POST", "/deploy", asked, control.Deployed)
+    if deployed.reading is not None:
+        deployed = _follow(model, deployed.reading.source)
+    output.note(f"The cluster serves {deployed.name} from now on: `cordee status` shows where.")
 
 
 @click.command()
 @click.argument("model")
-def unshare(model: str) -> None:
+def undeploy(model: str) -> None:
     """Have the cluster serve MODEL no more, until somebody asks for it."""
     from cordee.agent import control
 
-    control.ask("POST", "/unshare", control.Undeploy(model))
+    control.ask("POST", "/undeploy", control.Undeploy(model))
 
 
 def _follow(model: str, source: str) -> "control.Deployed":
-    """Show how far a node is with reading a model from the hub, until it is shared."""
+    """Show how far a node is with reading a model from the hub, until it is deployed."""
     from cordee.agent import control
 
     with output.progress(f"Reading {source} from the hub") as progress:
         while True:
             time.sleep(POLL_SECONDS)
             asked = control.Deploy(model, follow=True)
-            shared = control.ask("POST", "/share", asked, control.Deployed)
-            if shared.reading is None:
-                return shared
-            progress(shared.reading.done_bytes, shared.reading.total_bytes)
+            deployed = control.ask("POST", "/deploy", asked, control.Deployed)
+            if deployed.reading is None:
+                return deployed
+            progress(deployed.reading.done_bytes, deployed.reading.total_bytes)
 
 
 def state_of(model: dict[str, Any]) -> str:
-    """In one line, how far a wished model is."""
+    """In one line, how far a deployed model is."""
     if model["state"] == "unplaced":
         return f"{model['name']} runs nowhere. {model['why']}"
     stages = [stage for placement in model["placements"] for stage in placement["stages"]]
@@ -116,7 +116,7 @@ def _model(model: dict[str, Any]) -> list[str]:
     size = output.size(model["weights_bytes"])
     head = f"{model['name']}: {model['layers']} layers, {size}, whole on {holders}"
     if not model["deployed"]:
-        return [f"{head}; not served yet: a request or `cordee share` starts it"]
+        return [f"{head}; not served yet: a request or `cordee deploy` starts it"]
     lines = [f"{head}; {model['sequences']} answers of {model['context']} tokens"]
     if model["state"] == "unplaced":
         lines.append(f"  runs nowhere. {model['why']}")

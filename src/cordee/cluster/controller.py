@@ -1,12 +1,12 @@
 """The mind of a node: what it heard, what it is, and what it should do; composed of the pure parts.
 
-    beats, liveliness ----> Membership --.
+    heartbeats, liveliness ----> Membership --.
     wishes of all nodes --> Wishes       >--> View --> choose --> goals --> Crew --> orders
     own facts ------------> Mind  -------'
 
-Pure: the shell hands in what happened with the time, and asks for the beat to send and the goals to pursue.
-`now` is a clock that never jumps, in seconds since anything; `clock` is seconds since 1970 as the machine
-believes, which may be wrong. Nothing here lasts: after a restart all but the wishes is heard again.
+Pure: the shell hands in what happened with the time, and asks for the heartbeat to send and the goals to
+pursue. `now` is a clock that never jumps, in seconds since anything; `clock` is seconds since 1970 as the
+machine believes, which may be wrong. Nothing here lasts: after a restart all but the wishes is heard again.
 """
 
 import math
@@ -70,9 +70,9 @@ class Controller:
     ) -> None:
         """Our own facts, the machine's clock, and the valid revocations by node; all of them, each time.
 
-        To be called once a beat at least. After its start and after a longer silence the node listens before
-        it plans anything; after its start until it heard all whom it remembers or sees, and all of whom those
-        tell.
+        To be called once a heartbeat at least. After its start and after a longer silence the node listens
+        before it plans anything; after its start until it heard all whom it remembers or sees, and all of
+        whom those tell.
         """
         stopped = not 0 <= now - self._observed <= LISTEN_SECONDS
         if stopped or not self._listens_until <= now + LISTEN_SECONDS:
@@ -87,7 +87,7 @@ class Controller:
         self._deployments.settle(self._clock(now))
 
     def hear(self, heartbeat: Heartbeat, now: float) -> bool:
-        """A beat came; False if it changes nothing. Its revocations are the shell's to check first."""
+        """A heartbeat came; False if it changes nothing. Its revocations are the shell's to check first."""
         if heartbeat.facts.node == self.me or self._refuses(heartbeat.facts.node):
             return False
         if self._awaited:

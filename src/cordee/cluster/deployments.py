@@ -1,8 +1,8 @@
 """What the cluster is wished to serve: one map for all, last writer wins.
 
-Theory of operation. Every node holds the whole map and says it with every beat; whoever hears one keeps, for
-each model, the wish with the greatest (stamp, author, content). Taking the greatest is associative,
-commutative and idempotent, so loss, repetition and order of messages do not matter.
+Theory of operation. Every node holds the whole map and says it with every heartbeat; whoever hears one
+keeps, for each model, the wish with the greatest (stamp, author, content). Taking the greatest is
+associative, commutative and idempotent, so loss, repetition and order of messages do not matter.
 
 Stamps are seconds of the *cluster's clock*, the median of the live nodes' clocks. One clock that is a day off
 does not move it, and a stamp that a fault wrote is not believed:
@@ -30,7 +30,7 @@ AHEAD_SECONDS = 60.0
 # By how much a wish's stamp passes that of the one it replaces, if the clock has not. A float of the present
 # resolves a quarter of a microsecond.
 TICK_SECONDS = 0.001
-# Models wished or taken back; the latest stay. Beats carry all of them.
+# Models wished or taken back; the latest stay. Heartbeats carry all of them.
 DEPLOYMENTS_MAX = 64
 # The name of a repository has at most 96 characters, the path of a file in it seldom more than 100.
 SOURCE_CHARS_MAX = 400

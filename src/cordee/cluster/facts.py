@@ -147,7 +147,7 @@ class Facts(msgspec.Struct, frozen=True):
     What it *has* (devices' memory, disk) counts as if nothing of this cluster ran or was half fetched, so
     that a decision does not undo itself. `rtts` are seconds to other nodes and back, as measured; `build`
     names the engine's build (streams move token-identically only between equal ones); `draining`: the node
-    wants its stages elsewhere; `keeper`: it can invite and remove nodes.
+    wants its stages elsewhere; `admin`: it can invite and remove nodes.
     """
 
     node: str

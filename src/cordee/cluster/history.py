@@ -39,7 +39,7 @@ class History:
             return
         for model in sorted(chosen.keys() | self._before.keys()):
             if model not in chosen:
-                self.changes.append(Change(clock, model, "no longer wished"))
+                self.changes.append(Change(clock, model, "no longer deployed"))
                 continue
             for text in _changes(_by_id(self._before.get(model, ())), _by_id(chosen[model]), nodes):
                 self.changes.append(Change(clock, model, text))
@@ -61,7 +61,7 @@ def _changes(before: Mapping[str, Chosen], now: Mapping[str, Chosen], nodes: Nod
     new = [pick.placement for name, pick in now.items() if name not in before]
     texts = [f"placed: {where(placement, nodes)}" for placement in new]
     if new and lost:
-        better = "better" if _load(new[0]) == _load(lost[0]) else "wished otherwise"
+        better = "better" if _load(new[0]) == _load(lost[0]) else "deployed otherwise"
         texts[0] += f" ({_fault(lost[0], nodes) or better})"
     elif lost:
         texts.append(f"without a placement: {_fault(lost[0], nodes) or 'what is deployed fits nowhere'}")

@@ -1,25 +1,27 @@
 """Membership: who is there, and what each node said last.
 
-Theory of operation. Every node says all of itself in each *beat*, once a second and at each change; there
-are no differences to lose and no history to agree on. A node is judged by two signs: its beats, and the
-liveliness token that the bus takes away when the node's links end. Neither alone is believed at once:
+Theory of operation. Every node says all of itself in each *heartbeat*, once a second and at each change;
+there are no differences to lose and no history to agree on. A node is judged by two signs: its heartbeats,
+and the liveliness token that the bus takes away when the node's links end. Neither alone is believed at
+once:
 
     state     entered when                                            placements of it   new placements
-    alive     a beat is heard                                         stay               may use it
-    suspect   its token is lost, or no beat for SILENCE_SECONDS       stay               do not use it
+    alive     a heartbeat is heard                                         stay               may use it
+    suspect   its token is lost, or no heartbeat for SILENCE_SECONDS       stay               do not use it
     gone      suspect for SUSPICION_SECONDS, or it said that it stops are infeasible     do not use it
     (none)    gone for FORGET_SECONDS, or it said that it leaves
 
 Only the times of the last signs are stored; states are computed from them and `now`. A time that a fault put
 into the future becomes now, so it delays a verdict by one period at most.
 
-Order without counters. A beat names its *session* (random, made when the node's agent starts) and when it was
-sent (a clock of that session). Within a session a beat sent earlier than the last heard is old, and so is a
-beat of the session before. Both only for REORDER_SECONDS after the last beat was heard, longer than a network
-holds messages back: whatever a fault wrote into these fields, the node is heard again after that.
+Order without counters. A heartbeat names its *session* (random, made when the node's agent starts) and when
+it was sent (a clock of that session). Within a session a heartbeat sent earlier than the last heard is old,
+and so is a heartbeat of the session before. Both only for REORDER_SECONDS after the last heartbeat was
+heard, longer than a network holds messages back: whatever a fault wrote into these fields, the node is heard
+again after that.
 
 Convergence. Once faults have stopped, after SILENCE_SECONDS + SUSPICION_SECONDS each node has heard a true
-beat from every live node and none from dead ones, so all live nodes hold the same facts, as old as the
+heartbeat from every live node and none from dead ones, so all live nodes hold the same facts, as old as the
 messages' delay; and as everything that is decided is a function of the view, they decide the same.
 """
 
@@ -39,10 +41,10 @@ Farewell = Literal["", "stops", "leaves"]  # until it is started again, or for g
 HEARTBEAT_SECONDS = 1.0  # how often a node says everything again
 # The bus closes a link that was silent so long. Bounds on healing are stated in this unit.
 LEASE_SECONDS = 3.0
-SILENCE_SECONDS = 4.0  # three beats lost in a row, and one late
+SILENCE_SECONDS = 4.0  # three heartbeats lost in a row, and one late
 # A machine busy with something else misses a lease of 2 s now and then; moving a model costs more than this.
 SUSPICION_SECONDS = 2.0
-LISTEN_SECONDS = 3.0  # after a start: long enough to be found by all others, and to hear a beat of each
+LISTEN_SECONDS = 3.0  # after a start: long enough to be found by all others, and to hear a heartbeat of each
 REORDER_SECONDS = 2.0  # TCP keeps order, so only messages of a link that was just replaced come late
 FORGET_SECONDS = 3600.0  # how long a node that went is still shown
 NODES_MAX = 256  # known at once; of those that are gone the longest gone are forgotten first
@@ -52,8 +54,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     """All that a node says, again and again.
 
     `sent` is in seconds of the session's own clock, `clock` in seconds since 1970 as the sender believes.
-    `revocations` are signed records; the shell checks them and hands the ids to `Mind.observe`. The last beat
-    of a session that ends as it should is its `farewell`.
+    `revocations` are signed records; the shell checks them and hands the ids to `Controller.observe`. The
+    last heartbeat of a session that ends as it should is its `farewell`.
     """
 
     session: str
@@ -85,7 +87,7 @@ class Sighting:
 
     heartbeat: Heartbeat
     heard: float
-    offset: float  # its clock less our `now` when the beat came
+    offset: float  # its clock less our `now` when the heartbeat came
     lost: float | None = None
     previous: str = ""
     replaced: float = -math.inf
@@ -106,7 +108,7 @@ class Membership:
         self._seen: dict[str, Sighting] = {}
 
     def hear(self, heartbeat: Heartbeat, now: float) -> bool:
-        """Take a beat; False if it is our own, an old one, or changes nothing that the view shows."""
+        """Take a heartbeat; False if it is our own, an old one, or changes nothing that the view shows."""
         node = heartbeat.facts.node
         seen = self._seen.get(node)
         if node == self._me or (seen is not None and _is_old(heartbeat, seen, now)):
@@ -161,7 +163,7 @@ class Membership:
                 seen.heard = now
             if seen.lost is not None and not seen.lost <= now:
                 seen.lost = now
-            # Who left is remembered for as long as a beat of before may still come.
+            # Who left is remembered for as long as a heartbeat of before may still come.
             kept_seconds = REORDER_SECONDS if seen.heartbeat.farewell == "leaves" else FORGET_SECONDS
             if now - seen.since() >= kept_seconds:
                 del self._seen[node]

@@ -1,8 +1,9 @@
 """The crew: what a node's agent does next about its workers, so that they come to match its goals. Pure.
 
 Theory of operation. The agent calls `step` with its goals and with what is really there, whenever either may
-have changed and at least once a beat. It gets orders, and the reports that its facts should carry. Orders are
-what is missing between the two, computed anew each time; carrying out an order twice must do no harm.
+have changed and at least once a heartbeat. It gets orders, and the reports that its facts should carry.
+Orders are what is missing between the two, computed anew each time; carrying out an order twice must do no
+harm.
 
 A stage goal goes through these states, which are also what is reported of it:
 

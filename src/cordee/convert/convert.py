@@ -1,6 +1,6 @@
 """From a ternary model in somebody else's format to the ternary engine's own file, without loss.
 
-Sources are GGUF files (ternary_gguf.py) and checkpoints of the hub (checkpoint.py). Each tells scales and
+Sources are GGUF files (gguf_source.py) and checkpoints of the hub (checkpoint.py). Each tells scales and
 weights of its matrices, or refuses and names the tensor. Norms are copied. So is the embedding: in F16, BF16
 or F32, the smallest that holds it exactly, or in F16 if it was quantised; the head, which is multiplied, is
 rounded to the layout asked for: the one thing that is not exact, and no ternary weight.
@@ -64,7 +64,7 @@ def convert(
 ) -> TernaryModel:
     """Write the model of `source` to `path` in our layout: of a GGUF file, a folder with config.json and
     safetensors, or the safetensors file in one. Of a checkpoint `pre` names the pre-tokenizer where its own
-    is unknown, and `title` is what it is called. `for_pentium2` means the layout of ternary_p2.py, for which
+    is unknown, and `title` is what it is called. `for_pentium2` means the layout of pentium2.py, for which
     embedding and head must be ternary, too. `progress(bytes_checked, bytes)` tells how far the check of the
     matrices is, which takes most of the time.
 

@@ -176,7 +176,7 @@ def write(
     parts: Iterable["OutputTensor"] | None = None,
 ) -> None:
     """Write a model file; `describe` adds tokenizer and other keys. Nothing half-written is left behind.
-    `parts` are its tensors where they are not those of the usual layouts (ternary_p2.py).
+    `parts` are its tensors where they are not those of the usual layouts (pentium2.py).
 
     Raises:
         StorageFailed: no room on disk.

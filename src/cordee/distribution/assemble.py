@@ -6,7 +6,7 @@ has no layers: it is the metadata and the token embedding, which the host of a p
 The file grows under its name with `.partial`, sparse. No journal says what of it has come: who goes on (after
 a crash, or because a complete part turned out damaged) finds that by hashing what is not a hole, so nothing a
 fault wrote there is ever believed. Chunks are checked before they are written; all that is no chunk (header,
-stand-ins, padding) follows from the sheet and is written again where it differs.
+stand-ins, padding) follows from the manifest and is written again where it differs.
 """
 
 import errno
@@ -31,7 +31,8 @@ BLOCK_BYTES = 1 << 20
 
 
 class SliceLayout:
-    """What bytes a part has, and where: `offsets` gives each of its tensors' place, by number in the sheet.
+    """What bytes a part has, and where: `offsets` gives each of its tensors' place, by number in the
+    manifest.
 
     Raises:
         BadRequest, UnsupportedModel, BadModelFile: there is no such part, as `plan_slice` says.

@@ -3,11 +3,12 @@
 Chunks that no neighbour has may come from outside (the hub), where a fetch is told of one; it is believed no
 more than a neighbour.
 
-An ask names (sheet, tensor, chunk); the sheet itself is asked for in pieces, as the chunks of tensor SHEET.
-An answer is the bytes, or that they are not here, or that too many ask. Nothing that comes is believed: a
-chunk is checked against the sheet, the sheet against its digest. A neighbour that gives wrong bytes, or gives
-none in time, is dropped for the rest of the fetch and the reason is reported; its chunks are asked of others.
-What came stays on disk, so a fetch that failed or was cancelled goes on where it stopped.
+An ask names (manifest, tensor, chunk); the manifest itself is asked for in pieces, as the chunks of tensor
+SHEET. An answer is the bytes, or that they are not here, or that too many ask. Nothing that comes is
+believed: a chunk is checked against the manifest, the manifest against its digest. A neighbour that gives
+wrong bytes, or gives none in time, is dropped for the rest of the fetch and the reason is reported; its
+chunks are asked of others. What came stays on disk, so a fetch that failed or was cancelled goes on where it
+stopped.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadModelFile, CordeeError, StorageFailed
 from cordee.models.slices import Progress, SliceFile
 
-# The tensor number under which a sheet's own bytes are asked for.
+# The tensor number under which a manifest's own bytes are asked for.
 MANIFEST = -1
 # Chunks in memory and on the way: four keep a link of 1 Gbit/s busy, sixteen fill several.
 IN_FLIGHT_EACH = 4
@@ -146,8 +147,8 @@ class ChunkServer:
 
 
 class ChunkClient:
-    """Fetches sheets and parts. `bytes_per_second` is what each node gave in the last fetch from it; `report`
-    is told whatever went wrong on the way."""
+    """Fetches manifests and parts. `bytes_per_second` is what each node gave in the last fetch from it;
+    `report` is told whatever went wrong on the way."""
 
     def __init__(self, bus: Queries, parts: SliceStore, report: Report) -> None:
         self.bytes_per_second: dict[str, float] = {}
@@ -155,7 +156,7 @@ class ChunkClient:
         self._bus, self._parts = bus, parts
 
     async def manifest(self, digest: str, nodes: Iterable[str]) -> Manifest:
-        """The sheet of a model, from this disk or the first of `nodes` that gives it.
+        """The manifest of a model, from this disk or the first of `nodes` that gives it.
 
         Raises:
             StorageFailed: none of them gives it, or there is no room on disk.
@@ -172,7 +173,7 @@ class ChunkClient:
                 )
             except (BadModelFile, _Lost) as error:
                 faults.append(f"node {node}: {error}")
-                self.report(f"The sheet of {digest} did not come from node {node}: {error}")
+                self.report(f"The manifest of {digest} did not come from node {node}: {error}")
         reasons = "; ".join(faults) or "nobody has it"
         raise StorageFailed(f"The model {digest} is not to be had from the cluster ({reasons}).")
 
@@ -185,7 +186,7 @@ class ChunkClient:
         progress: Progress | None = None,
         outside: Callable[[], Outside] | None = None,
     ) -> SliceFile:
-        """Layers `first` to `last` of a model whose sheet is here (0 to 0: its embedding) as a file.
+        """Layers `first` to `last` of a model whose manifest is here (0 to 0: its embedding) as a file.
 
         `holders` says, whenever it is called, which nodes have what; what none of them has comes from
         `outside` (opened in a thread, once it is needed). `progress(done_bytes, total_bytes)` counts what was
@@ -194,7 +195,7 @@ class ChunkClient:
         Raises:
             StorageFailed: nobody gives some of the chunks, with all reasons; no room on disk; or another
                 process assembles this part.
-            ModelNotFound, BadRequest, UnsupportedModel, BadModelFile: as `Parts.layout` does.
+            ModelNotFound, BadRequest, UnsupportedModel, BadModelFile: as `SliceStore.layout` does.
         """
         loop, cancelled = asyncio.get_running_loop(), threading.Event()
 
@@ -236,7 +237,7 @@ class ChunkClient:
         raise _Lost(f"it gave no chunk in {time.monotonic() - begun:.1f} seconds")
 
     async def _pieces(self, digest: str, node: str) -> bytes:
-        """A sheet as a node gives it, still to be checked."""
+        """A manifest as a node gives it, still to be checked."""
         content = bytearray()
         for index in range(MANIFEST_BYTES_LIMIT // CHUNK_BYTES + 1):
             answer = await self.ask(node, ChunkRequest(digest, MANIFEST, index), PATIENCE_SECONDS)
@@ -245,7 +246,7 @@ class ChunkClient:
             content += answer.data
             if len(answer.data) != CHUNK_BYTES:
                 return bytes(content)
-        raise _Lost("it gives more than any sheet has")
+        raise _Lost("it gives more than any manifest has")
 
     def tensors(self, digest: str, held: Sequence[SliceHeld]) -> set[int]:
         """The tensors that somebody who says so has of a model; what cannot be is nothing."""

@@ -1,9 +1,9 @@
-"""A model that nobody holds whole, taken from the hub by byte ranges: its header, its sheet, parts of it.
+"""A model that nobody holds whole, taken from the hub by byte ranges: its header, its manifest, parts of it.
 
-The sheet takes one pass over the whole model, of which nothing is kept but the digests; so no disk needs to
-hold it. While it passes, each file is checked against the SHA-256 that the hub promises. Parts are then made
-of the ranges where their chunks lie, and checked against the sheet like those from any neighbour.
-A set of shards gets the sheet of the one file that the store would make of it.
+The manifest takes one pass over the whole model, of which nothing is kept but the digests; so no disk needs
+to hold it. While it passes, each file is checked against the SHA-256 that the hub promises. Parts are then
+made of the ranges where their chunks lie, and checked against the manifest like those from any neighbour. A
+set of shards gets the manifest of the one file that the store would make of it.
 """
 
 import hashlib
@@ -60,7 +60,7 @@ class HubModel:
         self._places = {tensor.name: (by_path[tensor.path], tensor.offset) for tensor in tensors}
 
     def manifest(self, parts: SliceStore, progress: Progress | None = None) -> Manifest:
-        """Pass over the whole model and keep its sheet. `progress(done_bytes, total_bytes)`.
+        """Pass over the whole model and keep its manifest. `progress(done_bytes, total_bytes)`.
 
         A connection that breaks is taken up where it broke, for PASS_TRIES; `progress` is called meanwhile,
         too, so that it may end the pass by raising.
@@ -68,7 +68,7 @@ class HubModel:
         Raises:
             HubUnreachable: it cannot be reached.
             StorageFailed: the hub gave something else than it promised.
-            BadModelFile: the model is too large for a sheet.
+            BadModelFile: the model is too large for a manifest.
         """
         maker = ManifestMaker(self.header)
         chunks = [
@@ -102,7 +102,7 @@ class HubModel:
         Raises:
             HubUnreachable: it cannot be reached; what came is kept.
             StorageFailed: the hub does not give ranges, or there is no room on disk.
-            BadModelFile: the hub's model is not the one of the sheet; names the first wrong chunk if the
+            BadModelFile: the hub's model is not the one of the manifest; names the first wrong chunk if the
                 headers agree. All chunks that are right are kept.
         """
         shapes = [

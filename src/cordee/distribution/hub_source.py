@@ -1,7 +1,7 @@
 """The way of a node to the model hub: the only one out of the network, and only for a model that somebody
 asked to be shared from there. It is told whenever it is taken.
 
-A model of the hub is read once (a *pass*), of which nothing is kept but its sheet; then its chunks can be
+A model of the hub is read once (a *pass*), of which nothing is kept but its manifest; then its chunks can be
 fetched by anybody and checked by everybody.
 """
 
@@ -73,7 +73,7 @@ class Hub:
             return model_shape(model.header, name), context or default_context(model.header)
 
     def read(self, name: str, source: str, nbytes: int, then: Callable[[Manifest], None]) -> Reading:
-        """Begin to read a model for its sheet, unless that is under way; `then` it is to be wished.
+        """Begin to read a model for its manifest, unless that is under way; `then` it is to be wished.
 
         Raises:
             Overloaded: too many passes are under way.

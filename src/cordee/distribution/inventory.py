@@ -1,8 +1,8 @@
 """What lies on a node's disk of the cluster's models: looked at again and again, read once, kept in bounds.
 
-A whole model of the store is *offered* to the cluster once it was read for its sheet; that takes a minute for
-60 GB, so it is done beside everything else, one model at a time, the smallest first. A fault of one model is
-told and does not hide the others. All disk work happens in threads.
+A whole model of the store is *offered* to the cluster once it was read for its manifest; that takes a minute
+for 60 GB, so it is done beside everything else, one model at a time, the smallest first. A fault of one
+model is told and does not hide the others. All disk work happens in threads.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ SCAN_SECONDS = 5.0  # how often the store is looked at: `cordee pull` may have a
 # that may have been pulled just now waits so long.
 READING_SECONDS = 2.0
 SEQUENCES = 8  # streams that a model is served for, unless it is wished otherwise
-OFFERS_MAX = 32  # beats carry them all
+OFFERS_MAX = 32  # heartbeats carry them all
 # Free space is told in steps, so that every log line on disk is no news to the cluster.
 DISK_STEP_BYTES = 256 << 20
 # What was half fetched and then given up stays so long at least: whoever wanted it may want it again.
@@ -86,7 +86,8 @@ class Inventory:
             self._reader = asyncio.create_task(self._read(smallest))
 
     def damaged(self, digest: str, message: str) -> None:
-        """A chunk on this disk is not what its sheet says: look at all of the model's parts, but not always.
+        """A chunk on this disk is not what its manifest says: look at all of the model's parts, but not
+        always.
 
         (A damaged whole model stays, and whoever asks for its chunks finds it damaged again.)
         """
@@ -153,7 +154,7 @@ class Inventory:
             return None
         try:
             header = self._parts.manifest(digest).header
-        except BadModelFile:  # the sheet is damaged: made again
+        except BadModelFile:  # the manifest is damaged: made again
             return None
         source = model.source if is_on_hub(model.source) else ""
         return Offer(model.name, model_shape(header, digest), default_context(header), source)

@@ -1,7 +1,7 @@
-"""The models of the cluster on this node: what lies here (shelf.py), and what is being fetched.
+"""The models of the cluster on this node: what lies here (inventory.py), and what is being fetched.
 
 Slices come from neighbours by chunks (chunks.py), and what no neighbour has from the hub, if the model was
-shared from there (outside.py). Reading the disk happens in threads; everything else on one event loop.
+shared from there (hub_source.py). Reading the disk happens in threads; everything else on one event loop.
 """
 
 import asyncio
@@ -116,7 +116,7 @@ class LocalModels:
                 log.warning("the disk cannot be looked at: %s", error)
 
     async def vocabulary(self, digest: str) -> Path:
-        """A file for `Vocabulary`; the model's sheet comes from another node if it is not here.
+        """A file for `Vocabulary`; the model's manifest comes from another node if it is not here.
 
         Raises:
             CordeeError: nobody gives it.
@@ -209,7 +209,7 @@ class LocalModels:
         return None if source is None else lambda: self.hub.open(source)
 
     async def _manifest(self, digest: str) -> Manifest:
-        """A model's sheet, from whoever has it: first those that hold some of the model."""
+        """A model's manifest, from whoever has it: first those that hold some of the model."""
         nodes: Iterable[tuple[str, Sequence[SliceHeld]]] = self._owner.holders().items()
         holding = {node: any(held.model == digest for held in slices) for node, slices in nodes}
         return await self._client.manifest(digest, sorted(holding, key=lambda node: not holding[node]))

@@ -1,12 +1,12 @@
-"""The sheet of a model: what must be known of it to fetch any part from anybody and to check what came.
+"""The manifest of a model: what must be known of it to fetch any part from anybody and to check what came.
 
-    GGUF header            as it stands in the model's file, so a sheet is read like a file without weights
+    GGUF header            as it stands in the model's file, so a manifest is read like a file without weights
     MARK, CHUNK_BYTES      8 bytes, and a number of 8 bytes
     SHA-256 of each chunk  32 bytes each; tensors as the header lists them, the chunks of each in order
 
-A chunk is CHUNK_BYTES of one tensor, its last chunk what is left. There is one sheet for one content, so the
-sheet's own SHA-256 names the model in the cluster. A sheet that came from elsewhere is untrusted input: its
-header passes the same checks as a file's, and its length must be exactly what the header demands.
+A chunk is CHUNK_BYTES of one tensor, its last chunk what is left. There is one manifest for one content, so
+the manifest's own SHA-256 names the model in the cluster. A manifest that came from elsewhere is untrusted
+input: its header passes the same checks as a file's, and its length must be exactly what the header demands.
 """
 
 import hashlib
@@ -42,9 +42,9 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """A sheet in the file `path`. The tensors of `header` say where they lie in the model's whole file."""
+    """A manifest in the file `path`. The tensors of `header` say where they lie in the model's whole file."""
 
-    digest: str  # 'sha256:' and 64 hex digits, of the sheet
+    digest: str  # 'sha256:' and 64 hex digits, of the manifest
     path: Path
     header: Header
     _starts: list[int]  # of each tensor, how many chunks are before it; then how many there are
@@ -91,27 +91,27 @@ class Manifest:
 
 
 class ManifestMaker:
-    """Takes the chunks of a model in any order and writes its sheet."""
+    """Takes the chunks of a model in any order and writes its manifest."""
 
     def __init__(self, header: Header) -> None:
-        """Raises BadModelFile if the header is one of a set of shards, or larger than sheets may be."""
+        """Raises BadModelFile if the header is one of a set of shards, or larger than manifests may be."""
         self.header = header
         self._starts = _starts(header)
         if header.get("split.count", 1) != 1:
             raise BadModelFile(f"{header.path} is a shard: put the set into the store, which makes it one.")
         if _manifest_bytes(header, self._starts) > MANIFEST_BYTES_LIMIT:
             raise BadModelFile(
-                f"{header.path} is too large: a sheet has at most {MANIFEST_BYTES_LIMIT:,} bytes."
+                f"{header.path} is too large: a manifest has at most {MANIFEST_BYTES_LIMIT:,} bytes."
             )
         self._table = bytearray(self._starts[-1] * DIGEST_BYTES)
 
     def add(self, chunk: Chunk, data: bytes) -> None:
-        """Take a chunk; all must be given before the sheet is written."""
+        """Take a chunk; all must be given before the manifest is written."""
         at = (self._starts[chunk.tensor] + chunk.index) * DIGEST_BYTES
         self._table[at : at + DIGEST_BYTES] = hashlib.sha256(data).digest()
 
     def write(self, folder: Path) -> Manifest:
-        """Write `folder`/<hex of the sheet's digest>/sheet, the inner folder made if need be.
+        """Write `folder`/<hex of the manifest's digest>/manifest, the inner folder made if need be.
 
         Raises:
             BadModelFile: the file with the header changed or went away.
@@ -127,7 +127,7 @@ class ManifestMaker:
 
 
 def make_manifest(header: Header, folder: Path, progress: Progress | None = None) -> Manifest:
-    """Read a whole model once and write its sheet below `folder`. `progress(done_bytes, total_bytes)`.
+    """Read a whole model once and write its manifest below `folder`. `progress(done_bytes, total_bytes)`.
 
     Raises:
         BadModelFile: the model is a set of shards, or changed meanwhile.
@@ -146,10 +146,10 @@ def make_manifest(header: Header, folder: Path, progress: Progress | None = None
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read and check a sheet; memory stays in proportion to the file.
+    """Read and check a manifest; memory stays in proportion to the file.
 
     Raises:
-        BadModelFile: no sheet, damaged, or it lies about its sizes; names file and fault.
+        BadModelFile: no manifest, damaged, or it lies about its sizes; names file and fault.
     """
     header = read_header(path, weights=False)
     starts = _starts(header)
@@ -162,7 +162,7 @@ def read_manifest(path: Path) -> Manifest:
     content = _read(path, 0, size)
     table_at = header.nbytes + SEAL_BYTES
     if content[header.nbytes : table_at] != _seal():
-        raise BadModelFile(f"{path} is no sheet of this version: {FETCH_AGAIN}.")
+        raise BadModelFile(f"{path} is no manifest of this version: {FETCH_AGAIN}.")
     digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
     return Manifest(digest, path, header, starts, content[table_at:])
 

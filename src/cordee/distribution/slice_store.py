@@ -1,9 +1,9 @@
-"""What lies here of models that the cluster shares: their sheets, and the parts assembled by them.
+"""What lies here of models that the cluster shares: their manifests, and the parts assembled by them.
 
-    sheets/<hex>/sheet                  the sheet with that digest
-    sheets/<hex>/whole.json             which whole model of the store it was made of, if any
-    sheets/<hex>/vocabulary.gguf        the metadata alone
-    sheets/<hex>/<first>-<last>.gguf    a complete part (assemble.py); with .partial behind, a growing one
+    manifests/<hex>/manifest                  the manifest with that digest
+    manifests/<hex>/whole.json             which whole model of the store it was made of, if any
+    manifests/<hex>/vocabulary.gguf        the metadata alone
+    manifests/<hex>/<first>-<last>.gguf    a complete part (assemble.py); with .partial behind, a growing one
 
 Everything can be read by chunk, from whichever file has it: for neighbours, and to assemble other parts here.
 A chunk is hashed whenever it is read, so damage on this disk is found before it is passed on.
@@ -46,7 +46,7 @@ from cordee.models.store import Store, StoredModel, digest_hex
 
 # A node runs a handful of models in a few parts each; the layout of a last part holds the vocabulary.
 LAYOUTS_KEPT = 32
-# A sheet takes a tenth of a megabyte, and the digests of a large model two more.
+# A manifest takes a tenth of a megabyte, and the digests of a large model two more.
 MANIFESTS_KEPT = 256
 # What `st_blocks` counts in, whatever the file system.
 STAT_BLOCK_BYTES = 512
@@ -55,7 +55,8 @@ _PART = re.compile(r"(\d+)-(\d+)\.gguf")
 
 
 class SliceStore:
-    """The parts of models in a store, for any number of threads. Models are named by their sheet's digest."""
+    """The parts of models in a store, for any number of threads. Models are named by their manifest's
+    digest."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -64,7 +65,7 @@ class SliceStore:
         self._layouts: dict[tuple[str, int, int], SliceLayout] = {}
 
     def manifest_of(self, model: StoredModel, progress: Progress | None = None) -> Manifest:
-        """The sheet of a whole model in the store, made once. `progress(done_bytes, total_bytes)`.
+        """The manifest of a whole model in the store, made once. `progress(done_bytes, total_bytes)`.
 
         Raises:
             BadModelFile: the model's file is damaged.
@@ -79,14 +80,14 @@ class SliceStore:
         return manifest
 
     def add_manifest(self, digest: str, content: bytes) -> Manifest:
-        """Keep a sheet that came from elsewhere.
+        """Keep a manifest that came from elsewhere.
 
         Raises:
-            BadModelFile: this is no sheet, or not the one of that digest; nothing was kept.
+            BadModelFile: this is no manifest, or not the one of that digest; nothing was kept.
             StorageFailed: no room on disk.
         """
         if (found := f"sha256:{hashlib.sha256(content).hexdigest()}") != digest:
-            raise BadModelFile(f"Another sheet came ({found}) instead of {digest}.")
+            raise BadModelFile(f"Another manifest came ({found}) instead of {digest}.")
         folder = self._folder(digest)
         with disk_faults(self._root):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -95,14 +96,14 @@ class SliceStore:
             self._manifests.pop(digest, None)
             try:
                 return self.manifest(digest)
-            except BadModelFile:  # whoever gave the digest made it of something that is no sheet
+            except BadModelFile:  # whoever gave the digest made it of something that is no manifest
                 (folder / "manifest").unlink()
                 with suppress(OSError):  # parts are in it
                     folder.rmdir()
                 raise
 
     def keep_made(self, maker: ManifestMaker) -> Manifest:
-        """Keep a sheet that was made of a model that is not in the store.
+        """Keep a manifest that was made of a model that is not in the store.
 
         Raises:
             StorageFailed: no room on disk.
@@ -111,16 +112,16 @@ class SliceStore:
             return self.manifest(maker.write(self._root).digest)
 
     def known(self) -> list[str]:
-        """The digests of the sheets that are here."""
+        """The digests of the manifests that are here."""
         return sorted(f"sha256:{path.parent.name}" for path in self._root.glob("*/manifest"))
 
     def made(self) -> dict[str, str]:
-        """The digests of sheets that were made of models of the store, by the whole model's digest."""
+        """The digests of manifests that were made of models of the store, by the whole model's digest."""
         sources = {digest: self._store.manifest_source(digest) for digest in self.known()}
         return {source: digest for digest, source in sources.items() if source}
 
     def manifest(self, digest: str) -> Manifest:
-        """The sheet of that digest.
+        """The manifest of that digest.
 
         Raises:
             ModelNotFound: it is not here.
@@ -138,14 +139,14 @@ class SliceStore:
         return manifest
 
     def layout(self, digest: str, first: int, last: int) -> SliceLayout:
-        """The layout of a part. Raises as `sheet` and `Layout` do."""
+        """The layout of a part. Raises as `manifest` and `Layout` do."""
         key = (digest, first, last)
         if key not in self._layouts:
             _remember(self._layouts, key, SliceLayout(self.manifest(digest), first, last), LAYOUTS_KEPT)
         return self._layouts[key]
 
     def held(self, digest: str) -> list[SliceHeld]:
-        """What of a model lies here complete: 0 to 0 is the embedding alone. Raises as `sheet` does."""
+        """What of a model lies here complete: 0 to 0 is the embedding alone. Raises as `manifest` does."""
         layers = self.manifest(digest).header.layers
         whole = [(0, layers)] if self._store.whole(digest) else []
         ranges = dict.fromkeys([*whole, *((part.first, part.last) for part, _ in self._complete(digest))])
@@ -155,7 +156,7 @@ class SliceStore:
         """What of a model was assembled here, complete and growing; `used` is in seconds since 1970.
 
         A growing part takes what has come of it; a file that is no part of this length is like one. Raises as
-        `sheet` does.
+        `manifest` does.
         """
         complete, growing = [], []
         for layout, path in self._found(digest):
@@ -188,7 +189,8 @@ class SliceStore:
         return layout.file(path)
 
     def vocabulary(self, digest: str) -> Path:
-        """A file for `Vocabulary`: a model without weights, made from the sheet. Raises as `sheet` does."""
+        """A file for `Vocabulary`: a model without weights, made from the manifest. Raises as `manifest`
+        does."""
         header = plan_outside(self.manifest(digest).header, ()).header
         path = self._folder(digest) / "vocabulary.gguf"
         if not path.exists() or path.read_bytes() != header:
@@ -235,7 +237,8 @@ class SliceStore:
         raise ModelNotFound(f"{manifest.chunk_name(chunk)} is not here.")
 
     def read_manifest_piece(self, digest: str, index: int) -> bytes:
-        """Piece `index` of a sheet's own bytes; all but the last have CHUNK_BYTES. Raises as `sheet` does."""
+        """Piece `index` of a manifest's own bytes; all but the last have CHUNK_BYTES. Raises as `manifest`
+        does."""
         with self.manifest(digest).path.open("rb") as file:
             file.seek(max(0, index) * CHUNK_BYTES)
             return file.read(CHUNK_BYTES)
@@ -264,7 +267,7 @@ class SliceStore:
             partial_path(path).unlink(missing_ok=True)
 
     def forget(self, digest: str) -> None:
-        """Remove a sheet and all parts that were assembled by it; a whole model stays in the store."""
+        """Remove a manifest and all parts that were assembled by it; a whole model stays in the store."""
         self._manifests.pop(digest, None)
         with disk_faults(self._root), suppress(FileNotFoundError):
             shutil.rmtree(self._folder(digest))

@@ -4,7 +4,7 @@
     names/<quoted name>.json        what each name stands for
     slices/<hex>/<first>-<last>.gguf, .json   slices of the model with that digest
     notes/<hex>.json                what was found out about a model
-    sheets/<hex>/                   sheets and the parts that were assembled by them (parts.py)
+    manifests/<hex>/                   manifests and the parts that were assembled by them (slice_store.py)
     incoming/<random>/              work in progress
 
 What takes long is done in a folder under `incoming`, which its process holds locked; what is ready is
@@ -272,17 +272,18 @@ class Store:
             _write_json(path, (_read_json(path, dict[str, Any]) or {}) | {key: value})
 
     def whole(self, manifest_digest: str) -> Path | None:
-        """The whole file of the model with that sheet, None if it is not here."""
+        """The whole file of the model with that manifest, None if it is not here."""
         source = self.manifest_source(manifest_digest)
         path = self._blob(source) if source and _DIGEST.fullmatch(source) else None
         return path if path and path.exists() else None
 
     def manifest_source(self, manifest_digest: str) -> str | None:
-        """The digest of the whole file that a sheet was made of; None if it was made elsewhere."""
+        """The digest of the whole file that a manifest was made of; None if it was made elsewhere."""
         return _read_json(self._manifest_source(manifest_digest), str)
 
     def set_manifest_source(self, manifest_digest: str, digest: str) -> None:
-        """Note which whole file a sheet was made of; without parts the sheet goes when the model goes."""
+        """Note which whole file a manifest was made of; without parts the manifest goes when the model
+        goes."""
         with disk_faults(self.root), self._lock():
             _write_json(self._manifest_source(manifest_digest), digest)
 

@@ -1,16 +1,17 @@
-"""How a machine becomes a member, and how members stay it: codes, join, renewals. Keepers are in desk.py.
+"""How a machine becomes a member, and how members stay it: codes, join, renewals. Admins are in
+invitations.py.
 
-    keeper                                     newcomer
+    admin                                     newcomer
     invite: prints a code                      join CODE
       |<---------------- GET /cluster ------------|   TLS, nobody known yet
       |----- the authority's certificate, time -->|   is it the one of the code? else stop
       |<------ POST /join: request, proof --------|   TLS verified by that authority
-      |- certificate, peers, removed nodes, ... ->|   and the authority's key, if invited as a keeper
+      |- certificate, peers, removed nodes, ... ->|   and the authority's key, if invited as an admin
 
-A code holds the keeper's addresses, the first half of the SHA-256 of the authority's certificate, a secret,
+A code holds the admin's addresses, the first half of the SHA-256 of the authority's certificate, a secret,
 and a checksum against slips. The secret never travels: the proof is its HMAC over the newcomer's request, so
 it serves nobody else's key, and the authority's key travels sealed with it. A code works once, for
-INVITE_SECONDS, and as long as the keeper's process lives; whoever used it may repeat his request, since
+INVITE_SECONDS, and as long as the admin's process lives; whoever used it may repeat his request, since
 answers get lost. Renewals go over the bus: whoever asks there is a member.
 """
 
@@ -46,7 +47,7 @@ ANSWER_BYTES_MAX = 1 << 20  # SLOTS addresses and removals take a tenth
 REACH_SECONDS = 5.0  # for each step with one address of a code
 CLOCK_SECONDS_MAX = identity.BACKDATED_SECONDS * 3 / 4  # beyond it a fresh certificate seems not yet valid
 KEYS_TRIED_MAX = 16  # until a node's slot is free: with half of them taken, 1 in 65,000 fails
-RENEW_SECONDS = 5.0  # for keepers to answer
+RENEW_SECONDS = 5.0  # for admins to answer
 SEAL_NONCE_BYTES = 12
 
 T = TypeVar("T")
@@ -67,7 +68,7 @@ class Code(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Cluster(msgspec.Struct, frozen=True):
-    """Answer to GET /cluster: the authority's certificate (PEM) and the keeper's clock."""
+    """Answer to GET /cluster: the authority's certificate (PEM) and the admin's clock."""
 
     authority: bytes
     now: float
@@ -96,7 +97,7 @@ class JoinRefusal(msgspec.Struct, frozen=True, tag=True):
 
 
 class Renewal(msgspec.Struct, frozen=True):
-    """A member's question to keepers on the bus, answered by a certificate (PEM)."""
+    """A member's question to admins on the bus, answered by a certificate (PEM)."""
 
     request: bytes
     certificate: bytes
@@ -136,7 +137,7 @@ def join(text: str, clock: Callable[[], float] = time.time) -> Identity:
     """Become a member of the cluster whose code this is; a member of it stays the same node.
 
     Raises:
-        JoinFailed: a slip in the code, no keeper reached, another cluster there, a code that expired or was
+        JoinFailed: a slip in the code, no admin reached, another cluster there, a code that expired or was
             used, clocks too far apart, or this machine is in another cluster; the message says what to do.
         IdentityDamaged: this machine has an identity that cannot be read.
     """
@@ -181,7 +182,7 @@ def pin_of(authority: x509.Certificate) -> bytes:
 
 
 def serve_renewals(bus: Bus, member: Identity, clock: Callable[[], float] = time.time) -> None:
-    """Let a keeper answer the renewals of others."""
+    """Let an admin answer the renewals of others."""
 
     async def answer(question: bytes) -> bytes | None:
         try:
@@ -194,7 +195,7 @@ def serve_renewals(bus: Bus, member: Identity, clock: Callable[[], float] = time
 
 
 async def renew(bus: Bus, member: Identity, now: float) -> bool:
-    """Renew the certificate, by oneself or any keeper on the bus; False when none answered.
+    """Renew the certificate, by oneself or any admin on the bus; False when none answered.
 
     Afterwards the bus wants a `refresh`: its listener still shows the old certificate.
     """
@@ -217,7 +218,7 @@ def _settle(
     secret: bytes,
     member: Identity | None,
 ) -> Identity:
-    """Write what the keeper answered."""
+    """Write what the admin answered."""
     try:
         if member is None:
             certificate = x509.load_pem_x509_certificate(admission.certificate)
@@ -227,7 +228,7 @@ def _settle(
         if admission.authority_key:
             member.become_admin(_unseal(admission.authority_key, secret))
     except (ValueError, InvalidTag) as error:
-        raise JoinFailed(f"The keeper's answer makes no sense ({error}): try again.") from error
+        raise JoinFailed(f"The admin's answer makes no sense ({error}): try again.") from error
     member.admit(admission.revocations)
     peers = Peers(member)
     for node, addresses in admission.peers.items():

@@ -1,7 +1,7 @@
 """Who this machine is: the cluster's certificate authority, the node's key and certificate, who was removed.
 
     cluster/ca.pem     the cluster's authority: trusted for this cluster and nothing else
-    cluster/ca.key     its key; only keepers have it (the first node, and whoever was invited as one)
+    cluster/ca.key     its key; only admins have it (the first node, and whoever was invited as one)
     cluster/node.key   made here; never leaves this machine
     cluster/node.pem   the authority's signature under that key, short-lived
     cluster/revoked    nodes that were removed, each signed by the authority
@@ -40,7 +40,7 @@ from cordee.errors import IdentityDamaged
 DAY_SECONDS = 86_400
 # A stolen machine that nobody removes stops being a member by itself; long enough for a summer holiday.
 CERTIFICATE_SECONDS = 30 * DAY_SECONDS
-RENEW_SECONDS = CERTIFICATE_SECONDS // 3  # two more thirds in which some keeper has to be up
+RENEW_SECONDS = CERTIFICATE_SECONDS // 3  # two more thirds in which some admin has to be up
 BACKDATED_SECONDS = 2 * DAY_SECONDS  # a clock that is a day slow, read by one that is right
 AUTHORITY_SECONDS = 30 * 365 * DAY_SECONDS  # outlives the machines
 SLOT_DIGITS = 2
@@ -61,7 +61,7 @@ class Identity:
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
     authority: x509.Certificate
-    authority_key: ec.EllipticCurvePrivateKey | None  # keepers have it
+    authority_key: ec.EllipticCurvePrivateKey | None  # admins have it
     _revoked: dict[str, bytes] = field(default_factory=dict)  # the authority's signature by node
 
     @property
@@ -103,12 +103,12 @@ class Identity:
         return certificate_request(self.key)
 
     def sign(self, request: bytes, now: float) -> bytes:
-        """A certificate (PEM) for the key of a request; only a keeper can.
+        """A certificate (PEM) for the key of a request; only an admin can.
 
         Raises:
             ValueError: it is no request, or it does not prove the possession of a P-256 key.
         """
-        assert self.authority_key is not None, "only a keeper signs"
+        assert self.authority_key is not None, "only an admin signs"
         return pem(_issue(requested_key(request), self.authority, self.authority_key, now))
 
     def sign_again(self, request: bytes, certificate: bytes, now: float) -> bytes:
@@ -137,11 +137,11 @@ class Identity:
         self.certificate = renewed
 
     def renew_self(self, now: float) -> None:
-        """What a keeper does when its own certificate is due."""
+        """What an admin does when its own certificate is due."""
         self.renew(self.sign(self.request(), now))
 
     def become_admin(self, authority_key: bytes) -> None:
-        """Take the authority's key (PEM), as another keeper sent it.
+        """Take the authority's key (PEM), as another admin sent it.
 
         Raises:
             ValueError: it is not the key of this cluster's authority.
@@ -153,17 +153,17 @@ class Identity:
         self.authority_key = key
 
     def authority_key_pem(self) -> bytes:
-        """The authority's key, for a node that is invited as a keeper."""
-        assert self.authority_key is not None, "only a keeper has it"
+        """The authority's key, for a node that is invited as an admin."""
+        assert self.authority_key is not None, "only an admin has it"
         return _private_pem(self.authority_key)
 
     def revoke(self, node: str) -> None:
-        """Remove a node for good; only a keeper can. The others learn it from `revocations`.
+        """Remove a node for good; only an admin can. The others learn it from `revocations`.
 
         Raises:
             ValueError: that is no node's id.
         """
-        assert self.authority_key is not None, "only a keeper removes"
+        assert self.authority_key is not None, "only an admin removes"
         if node in self._revoked:
             return
         signature = self.authority_key.sign(_revocation(self.cluster, node), ec.ECDSA(hashes.SHA256()))
@@ -193,7 +193,7 @@ def exists() -> bool:
 
 
 def found(now: float) -> Identity:
-    """Make a cluster with this machine as its first node and keeper.
+    """Make a cluster with this machine as its first node and admin.
 
     Raises:
         StorageFailed: the folder cannot be written.

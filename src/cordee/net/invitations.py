@@ -1,4 +1,4 @@
-"""A keeper's desk: invitations, and the endpoint where newcomers show that they have one (enrolment.py).
+"""An admin's desk: invitations, and the endpoint where newcomers show that they have one (enrolment.py).
 
 The endpoint is open while an invitation is. Wrong proofs are counted, by address and in all, and beyond a
 bound nothing is looked at for a while.
@@ -75,7 +75,7 @@ class FailedAttempts:
 
 
 class Invitations:
-    """A keeper's invitations and their endpoint.
+    """An admin's invitations and their endpoint.
 
     `addresses` tells where this node's bus listens now; `host` is where the endpoint listens, empty for all
     interfaces. Use it in one event loop, and `close` it.
@@ -103,10 +103,10 @@ class Invitations:
         """A new code; the endpoint opens if it is not open.
 
         Raises:
-            JoinFailed: this node is no keeper.
+            JoinFailed: this node is no admin.
         """
         if not self._identity.is_admin:
-            raise JoinFailed("This node cannot invite, since it is no keeper: invite on another node.")
+            raise JoinFailed("This node cannot invite, since it is no admin: invite on another node.")
         now = self._clock()
         if self._identity.renewal_due(now):
             self._identity.renew_self(now)

@@ -13,7 +13,7 @@ PATIENCE_SECONDS = 2.0  # for an answer: what takes longer is not worth a stage
 # does its start, when every machine is busy.
 PINGS = 5
 SAMPLES_KEPT = 8
-# Told in steps of this factor: a decision must not hang on microseconds, nor a beat be news for them.
+# Told in steps of this factor: a decision must not hang on microseconds, nor a heartbeat be news for them.
 STEP = 1.25
 
 

@@ -39,7 +39,7 @@ from cordee.net.peers import Peers
 from cordee.net.zenoh_config import MESSAGE_BYTES_MAX, REMOVED, RUNTIME, session_config
 
 PORT = 7330  # where a node listens unless told otherwise or taken: `--peer HOST` means this port
-INBOX_MESSAGES_MAX = 4096  # a second of beats and tokens of the largest cluster
+INBOX_MESSAGES_MAX = 4096  # a second of heartbeats and tokens of the largest cluster
 INBOX_BYTES_MAX = 64 << 20  # two of the longest messages
 OUTBOX_MESSAGES_MAX = 1024  # more means that no neighbour takes anything
 QUERIES_MAX = 64  # that are answered at once; the rest find no answer and ask again

@@ -3,12 +3,12 @@
     gateways --asks--> Host (generation/host.py) --micro-batches--> first stage ... last stage
     gateways <--said--   '------------------------tokens, through the node's inbox------'
 
-A `Hosting` follows the goal of its model: it takes up a wiring once the first stage is wired so, and never
-enters one again that it left. Tokens of other wirings are nobody's. Where that wiring has a predecessor it
-asks first, through all stages, which sequences they could take over (handover.py).
+A `SchedulerHost` follows the goal of its model: it takes up a wiring once the first stage is wired so, and
+never enters one again that it left. Tokens of other wirings are nobody's. Where that wiring has a
+predecessor it asks first, through all stages, which sequences they could take over (kv_transfer.py).
 
 While nobody wants anything it tries out, once, whether the model is batch-invariant on these stages
-(verdict.py): then what is answered after a loss is token for token what would have been.
+(batch_invariance.py): then what is answered after a loss is token for token what would have been.
 """
 
 import asyncio

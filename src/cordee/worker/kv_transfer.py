@@ -33,7 +33,7 @@ ANSWER_SECONDS = 20.0
 
 
 class KvSources:
-    """What a worker may take over. Made by `Legacy.of`; all methods on one thread."""
+    """What a worker may take over. Made by `KvSources.of`; all methods on one thread."""
 
     def __init__(self, sources: Sequence[Source], links: Sequence[socket.socket]) -> None:
         self._sources = tuple(sources)

@@ -1,7 +1,7 @@
-"""What the processes of a node say to each other, as msgspec structs; the frames are in link.py.
+"""What the processes of a node say to each other, as msgspec structs; the frames are in frames.py.
 
 Two kinds of link. On one machine they are Unix sockets in a folder that only this user may enter; data links
-between machines are those of dataplane.py.
+between machines are those of tls_link.py.
 
 - *control*, between the pipeline and each worker: Hello, then Load -> Loaded or LoadFailed, Wire -> Wired
   or WireFailed; Broken when a link is lost.
@@ -9,7 +9,7 @@ between machines are those of dataplane.py.
   to the first worker: Join first, which names the placement, then Recall, Rows and Halt onwards and Tokens or
   Recalled at the end. A message of another placement than the link's is refused.
 - *hand-over*, from a worker to one of the placement before: Inherit first, which names that placement, then
-  Recall -> Recalled and Take -> State; see handover.py.
+  Recall -> Recalled and Take -> State; see kv_transfer.py.
 """
 
 from collections.abc import Sequence

@@ -108,7 +108,7 @@ class TlsListener:
 
 
 def connect(folder: Path, endpoint: str) -> ssl.SSLSocket:
-    """A link to a `Door` by its endpoint, welcomed, blocking, with SOCKET_SECONDS for each call.
+    """A link to a `TlsListener` by its endpoint, welcomed, blocking, with SOCKET_SECONDS for each call.
 
     What becomes readable on it later is its end: doors send nothing but WELCOME.
 
@@ -175,7 +175,7 @@ async def open_listener(
     host: str,
     on_link: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> tuple[asyncio.Server, str]:
-    """A `Door` for an event loop, and its endpoint; `on_link` gets each member that came in.
+    """A `TlsListener` for an event loop, and its endpoint; `on_link` gets each member that came in.
 
     Its own certificate is that of now: open another door after a renewal.
 

@@ -7,7 +7,7 @@ thread does everything but to reach the neighbours, since the stage is the only 
                         ^                |
                         '--- Wire again, |link lost: Broken, and rows are dropped until then
 
-Rows come through the inbox from this machine, and through a door of dataplane.py from others. A micro-batch
+Rows come through the inbox from this machine, and through a door of tls_link.py from others. A micro-batch
 that goes round comes back to the first stage from the last, or stays here if that is the same; the service
 hears of its tokens meanwhile.
 
