@@ -124,10 +124,10 @@ def test_nothing_large_is_fetched_of_a_checkpoint_that_is_not_ternary(
             pull("o/m")
         assert hub.sent <= len(plain)
         files["config.json"] = b"{"
-        with pytest.raises(BadModelFile, match="is no JSON"):
+        with pytest.raises(BadModelFile, match="is not JSON"):
             pull("o/m")
         files["config.json"] = b'{"quantization_config": {"quant_method": "gptq"}}'
-        with pytest.raises(UnsupportedModel, match="quantised by gptq"):
+        with pytest.raises(UnsupportedModel, match="quantized by gptq"):
             pull("o/m")
     finally:
         hub.close()

@@ -221,7 +221,7 @@ def test_a_damaged_entry_is_named_and_costs_nobody_their_model(store, models):
     store.remove("third")
     assert store.get("mine") == mine
     damaged.write_bytes(damaged.read_bytes() + b', "nbytes": 1, "source": "", "added": "", ' + TAIL)
-    with pytest.raises(StorageFailed, match="no digest"):
+    with pytest.raises(StorageFailed, match="not a digest"):
         store.get("other")
 
 
