@@ -64,11 +64,13 @@ def fetched(hub: FakeHub, start: int, end: int) -> int:
 
 
 def holders(cluster: Cluster, first: int, last: int) -> list[str]:
-    """The nodes whose disks hold a part."""
+    """The nodes whose disks hold a slice."""
     found = []
     for name, node in cluster.nodes.items():
-        parts = SliceStore(Store(node.home / "models"))
-        held = [(held.first, held.last) for digest in parts.known() for held in parts.held(digest)]
+        slice_store = SliceStore(Store(node.home / "models"))
+        held = [
+            (held.first, held.last) for digest in slice_store.known() for held in slice_store.held(digest)
+        ]
         if (first, last) in held:
             found.append(name)
     return found

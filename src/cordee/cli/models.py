@@ -46,7 +46,7 @@ def pull(source: str, name: str | None, pre: str | None) -> None:
 
     SOURCE is a GGUF file, the folder of a ternary checkpoint (config.json, safetensors, tokenizer), a hub
     repository (owner/name, or owner/name:QUANT), or the name of a model card. Ternary models become files for
-    the ternary engine on the way (see convert). An interrupted download goes on where it stopped. Only
+    the ternary engine on the way (see convert). An interrupted download resumes where it stopped. Only
     this verb, and `share` of a model of the hub, use the internet.
     """
     from cordee.distribution.pull import pull as fetch
