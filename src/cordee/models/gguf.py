@@ -86,7 +86,7 @@ class Array:
         return self.count
 
     def raw(self) -> bytes:
-        """The items as they stand in the file."""
+        """The bytes of the items, as they are in the file."""
         try:
             with self.path.open("rb") as file:
                 data = os.pread(file.fileno(), self.nbytes, self.offset)
@@ -160,7 +160,7 @@ class Header:
     layers: int
     extra_layers: int
     alignment: int
-    nbytes: int  # of the header itself, in the first file, without the padding behind it
+    nbytes: int  # of the header itself, in the first file, without the padding after it
     _by_name: Mapping[str, Tensor] = field(repr=False, compare=False)
 
     @property

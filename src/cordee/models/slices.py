@@ -267,7 +267,7 @@ def _range_fault(
     header: Header, rules: Architecture, pattern: list[bool] | None, first: int, last: int
 ) -> str | None:
     """Why these layers cannot be a slice of a model that can be cut elsewhere."""
-    # The last boundary needs no step: behind it no layer is counted.
+    # The last boundary needs no step: no layer is counted after it.
     step = cut_step(header, rules)
     if first % step or (last % step and last != header.layers):
         return f"this model can only be cut at multiples of {step} layers"
