@@ -167,13 +167,13 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 class Hosted(msgspec.Struct, frozen=True):
-    """How busy a model is at its host: streams, and the tokens per second of all of them together.
+    """How busy a model is at its host, by stream key: streams, and the tokens per second of all together.
 
     `inherited_tokens` were taken over from the placement before instead of being computed again.
     `batch_invariant`: a row gives the same bits alone, batched and replayed; None: not known (yet).
     """
 
-    model: str
+    key: str
     active: int
     waiting: int
     tokens_per_second: float
@@ -219,6 +219,14 @@ class Gauges(msgspec.Struct, frozen=True):
 def placement_id(placement: Placement) -> str:
     """The id of a placement: the hash of its content."""
     return hashlib.sha256(msgspec.msgpack.encode(placement)).hexdigest()[:16]
+
+
+def stream_key(model: str, context: int) -> str:
+    """What streams are asked for by: a model, by its digest, with so many tokens of context.
+
+    Deployments that agree on both may answer each other's streams; with another context they must not.
+    """
+    return f"{model}/{context}"
 
 
 def wiring_id(placement: Placement, workers: Sequence[str]) -> str:
