@@ -6,8 +6,8 @@
  */
 #include <string.h>
 
-#include "../native/src/gguf.h"
-#include "../native/src/model.h"
+#include "base/gguf.h"
+#include "engine/model.h"
 #include "fuzz.h"
 
 /* Overwrites one to eight bytes somewhere: by anything, or by what is small, large or negative in its place. */

@@ -5,8 +5,8 @@
 
 #include <string.h>
 
-#include "../src/p2_floats.h"
-#include "../src/p2_precision.h"
+#include "pentium2/floats.h"
+#include "pentium2/precision.h"
 
 #define LIKELIEST 40u
 #define TEMPERATURE 0.7f

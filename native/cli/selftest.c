@@ -9,9 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../src/p2_floats.h"
-#include "../src/p2_lookup.h"
-#include "../src/p2_precision.h"
+#include "pentium2/floats.h"
+#include "pentium2/lookup.h"
+#include "pentium2/precision.h"
 
 #define ROWS 37u /* two blocks of a kernel's and some */
 #define BLOCKS 3u

@@ -9,8 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../cache.h"
-#include "../matrix.h"
+#include "engine/cache.h"
+#include "engine/matrix.h"
 
 /* Activation rows that any dot takes at most in one call. */
 #define DOT_ROWS_LIMIT 128u
