@@ -206,7 +206,7 @@ void cache_export(const struct cache *cache, uint32_t sequence, uint8_t *state)
     for (int i = 0; i < STATE_WORDS; i++, state += 4)
         put_word(state, words[i]);
     if (cache->kind == CACHE_PENTIUM2) {
-        p2_export(cache, sequence, state);
+        pentium2_export(cache, sequence, state);
         return;
     }
     for (uint32_t layer = 0; layer < cache->layers; layer++)
@@ -232,7 +232,7 @@ bool cache_import(const struct cache *cache, uint32_t sequence, const uint8_t *s
     state += STATE_WORDS * 4;
     cache->lengths[sequence] = positions;
     if (cache->kind == CACHE_PENTIUM2) {
-        p2_import(cache, sequence, positions, state);
+        pentium2_import(cache, sequence, positions, state);
         return true;
     }
     for (uint32_t layer = 0; layer < cache->layers; layer++)

@@ -231,7 +231,7 @@ static void rotate_and_store(void *argument, uint32_t row, uint32_t thread)
     (void)thread;
     rotate(query, shape->heads, shape->head_dim, cosines, sines);
     rotate(key, shape->kv_heads, shape->head_dim, cosines, sines);
-    (session->model->by_lookup ? p2_cache_store : cache_store)(
+    (session->model->by_lookup ? pentium2_cache_store : cache_store)(
         &session->cache, step->layer, (uint32_t)batch->sequences[row], (uint32_t)batch->positions[row], key,
         session->values + (size_t)row * shape->kv_heads * shape->head_dim);
 }
@@ -270,7 +270,7 @@ static void attend_piece(void *argument, uint32_t piece, uint32_t thread)
         .scratch = session->scratch + thread * session->scratch_elements,
     };
     if (session->model->by_lookup) {
-        p2_attend(session->lookup, &session->cache, step->layer, sequence, kv_head, shared, queries,
+        pentium2_attend(session->lookup, &session->cache, step->layer, sequence, kv_head, shared, queries,
                   attention.positions, attention.scratch);
         return;
     }
@@ -350,7 +350,7 @@ static void set_angles(const ternary_session *session, uint32_t row, uint32_t po
     const ternary_model *model = session->model;
     const uint32_t half = model->shape.head_dim / 2;
     if (model->by_lookup) {
-        p2_angles(session->cosines + (size_t)row * half, session->sines + (size_t)row * half, half, model->rope_base,
+        pentium2_angles(session->cosines + (size_t)row * half, session->sines + (size_t)row * half, half, model->rope_base,
                   model->rope_divisors, position);
         return;
     }

@@ -105,9 +105,9 @@ static ternary_status read_shape(struct loading *loading)
         shape->heads * shape->head_dim > COLUMNS_LIMIT || shape->heads % shape->kv_heads != 0 ||
         shape->n_vocab > VOCABULARY_LIMIT)
         return ternary_fail(loading->error, TERNARY_BAD_FILE, "the model's dimensions are missing or impossible");
-    if (model->by_lookup && shape->head_dim % P2_MULTIPLE != 0)
+    if (model->by_lookup && shape->head_dim % PENTIUM2_MULTIPLE != 0)
         return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "heads of %u in layout pentium2: it wants multiples of %u",
-                            shape->head_dim, P2_MULTIPLE);
+                            shape->head_dim, PENTIUM2_MULTIPLE);
     if (!(model->epsilon > 0 && model->epsilon < 1) || !(model->rope_base > 1 && model->rope_base < 1e12f))
         return ternary_fail(loading->error, TERNARY_BAD_FILE,
                             "the norm's epsilon or the base of the rotary angles is impossible");

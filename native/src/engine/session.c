@@ -32,13 +32,14 @@ static enum cache_kind cache_kind(const ternary_model *model, const ternary_conf
 
 static void set_cache_shape(struct cache *cache, const ternary_model *model, const ternary_config *config)
 {
+    const uint32_t multiple = model->by_lookup ? PENTIUM2_MULTIPLE : 1;
     *cache = (struct cache){
         .kind = cache_kind(model, config),
         .layers = model->shape.layers,
         .sequences = config->sequences,
         .kv_heads = model->shape.kv_heads,
         .head_dim = model->shape.head_dim,
-        .context = model->by_lookup ? (config->context + P2_MULTIPLE - 1) / P2_MULTIPLE * P2_MULTIPLE : config->context,
+        .context = (config->context + multiple - 1) / multiple * multiple,
         .value_stride = (model->shape.head_dim + LANES - 1) / LANES * LANES,
     };
 }
@@ -95,7 +96,7 @@ static uint64_t lay_out(void *memory, ternary_session *session, const ternary_mo
     if (model->by_lookup)
         cut_lookup(&cutter, session, config->threads);
     session->scratch_elements = model->by_lookup
-                                    ? p2_scratch_floats(cache)
+                                    ? pentium2_scratch_floats(cache)
                                     : attention_scratch(cache->context, cache->head_dim, cache->value_stride);
     session->dots = cut(&cutter, config->threads * (uint64_t)dots_elements(session->kernels), sizeof(int32_t));
     session->scratch = cut(&cutter, config->threads * (uint64_t)session->scratch_elements, sizeof(float));
@@ -112,7 +113,7 @@ static uint64_t lay_out(void *memory, ternary_session *session, const ternary_mo
 static const struct kernels *kernels_for(const ternary_model *model, const ternary_config *config)
 {
     const struct kernels *named = kernels_named(config->kernels);
-    return named != NULL && model->by_lookup ? &kernels_p2 : named;
+    return named != NULL && model->by_lookup ? &kernels_pentium2 : named;
 }
 
 static bool is_possible(const ternary_model *model, const ternary_config *config)
@@ -121,7 +122,7 @@ static bool is_possible(const ternary_model *model, const ternary_config *config
     if (config->context - 1 >= CONTEXT_LIMIT || config->sequences - 1 >= SEQUENCES_LIMIT ||
         config->batch_rows - 1 >= BATCH_ROWS_LIMIT || config->threads - 1 >= THREADS_LIMIT)
         return false;
-    if (model->by_lookup && config->context > P2_CONTEXT_LIMIT)
+    if (model->by_lookup && config->context > PENTIUM2_CONTEXT_LIMIT)
         return false;
     if (cache_kind(model, config) == CACHE_KINDS || (cache_kind(model, config) == CACHE_PENTIUM2) != model->by_lookup)
         return false;

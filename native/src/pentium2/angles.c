@@ -59,7 +59,7 @@ static __attribute__((noinline)) void angles(float *cosines, float *sines, uint3
         turn(position * (divisors != NULL ? frequency / divisors[i] : frequency), cosines + i, sines + i);
 }
 
-void p2_angles(float *cosines, float *sines, uint32_t half, float base, const float *divisors, uint32_t position)
+void pentium2_angles(float *cosines, float *sines, uint32_t half, float base, const float *divisors, uint32_t position)
 {
     const uint16_t before = precision_set(PRECISION_DOUBLE);
     angles(cosines, sines, half, base, divisors, position);

@@ -14,7 +14,7 @@
 #define QUERY_MAX 4095u
 #define QUERY_SUM 66000u
 /* What the shares of all positions add up to before they are rounded: after that to at most 32000 +
- * P2_CONTEXT_LIMIT / 2, and times 127 * 256 to less than 2^31. One alone is at most 32000. */
+ * PENTIUM2_CONTEXT_LIMIT / 2, and times 127 * 256 to less than 2^31. One alone is at most 32000. */
 #define SHARE_SUM 32000.0f
 /* Sums lose so many bits before they become floats, which hold 24. They are 256 times what they are sums of. */
 #define SHIFT 7
@@ -62,14 +62,14 @@ static float query_max(uint32_t head_dim)
 /* Integers of at most `most` for x, and what one of them stands for. */
 static float round_head(int16_t *codes, const float *x, uint32_t n, float most)
 {
-    const float absmax = p2_absmax(x, n), safe = absmax > 1e-20f ? absmax : 1e-20f, factor = most / safe;
+    const float absmax = pentium2_absmax(x, n), safe = absmax > 1e-20f ? absmax : 1e-20f, factor = most / safe;
     for (uint32_t i = 0; i < n; i++)
-        codes[i] = (int16_t)(uint16_t)p2_nearest(x[i] * factor);
+        codes[i] = (int16_t)(uint16_t)pentium2_nearest(x[i] * factor);
     return safe / most;
 }
 
-void p2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t position, const float *key,
-                    const float *value)
+void pentium2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t position,
+                          const float *key, const float *value)
 {
     const uint32_t dims = cache->head_dim;
     int16_t codes[HEAD_DIM_LIMIT];
@@ -86,14 +86,14 @@ void p2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence
     }
 }
 
-size_t p2_scratch_floats(const struct cache *cache)
+size_t pentium2_scratch_floats(const struct cache *cache)
 {
     const size_t positions = (cache->context + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS * LOOKUP_COLUMNS;
     /* Sums, weights and shares of positions; or a query, and sums of dimensions. */
     return positions * 3 + HEAD_DIM_LIMIT * 2;
 }
 
-/* 2^(i / 512), and 2^-i: what powers of 2 are made of, beside p2_powers. */
+/* 2^(i / 512), and 2^-i: what powers of 2 are made of, beside pentium2_powers. */
 static const float fine[16] = {
     0x1.000000p+0f, 0x1.0058c8p+0f, 0x1.00b1b0p+0f, 0x1.010ab6p+0f, 0x1.0163dap+0f, 0x1.01bd1ep+0f, 0x1.021682p+0f,
     0x1.027004p+0f, 0x1.02c9a4p+0f, 0x1.032364p+0f, 0x1.037d42p+0f, 0x1.03d742p+0f, 0x1.04315ep+0f, 0x1.048b9cp+0f,
@@ -109,7 +109,7 @@ static const float halves[32] = {
 static inline float power_of(uint32_t steps)
 {
     const uint32_t rest = -steps % OCTAVE, octaves = (steps + OCTAVE - 1) / OCTAVE;
-    return steps < 31 * OCTAVE ? p2_powers[rest / 16] * fine[rest % 16] * halves[octaves] : 0;
+    return steps < 31 * OCTAVE ? pentium2_powers[rest / 16] * fine[rest % 16] * halves[octaves] : 0;
 }
 
 /* Sums of products become scores in steps of 1 / OCTAVE of a power of 2, beyond any of sense at 2^22 steps. Gives the
@@ -118,7 +118,7 @@ static int32_t score(int32_t *sums, const float *key_scales, float scale, uint32
 {
     int32_t most = INT32_MIN;
     for (uint32_t p = 0; p < positions; p++) {
-        sums[p] = p2_nearest((float)(sums[p] >> SHIFT) * (scale * key_scales[p]));
+        sums[p] = pentium2_nearest((float)(sums[p] >> SHIFT) * (scale * key_scales[p]));
         most = sums[p] > most ? sums[p] : most;
     }
     return most;
@@ -139,12 +139,12 @@ static float soften(float *weights, const int32_t *scores, int32_t most, const f
     return all;
 }
 
-/* As p2_attend, of one query. */
+/* As pentium2_attend, of one query. */
 static void attend(const struct lookup_kernels *kernels, const struct cache *cache, const struct cache_head *at,
                    float *query, uint32_t positions, float *scratch)
 {
     const uint32_t dims = cache->head_dim, blocks = (positions + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS;
-    const uint32_t padded = (positions + P2_MULTIPLE - 1) / P2_MULTIPLE * P2_MULTIPLE;
+    const uint32_t padded = (positions + PENTIUM2_MULTIPLE - 1) / PENTIUM2_MULTIPLE * PENTIUM2_MULTIPLE;
     int32_t *sums = (int32_t *)(void *)scratch; /* of positions, and then of dimensions */
     float *weights = scratch + (blocks * LOOKUP_COLUMNS > HEAD_DIM_LIMIT ? blocks * LOOKUP_COLUMNS : HEAD_DIM_LIMIT);
     int16_t *codes = (int16_t *)(void *)(weights + positions); /* of the query, and then shares */
@@ -155,7 +155,7 @@ static void attend(const struct lookup_kernels *kernels, const struct cache *cac
     float powers;
     const float all = soften(weights, sums, most, at->value_scales, positions, &powers), factor = SHARE_SUM / all;
     for (uint32_t p = 0; p < positions; p++)
-        codes[p] = (int16_t)(uint16_t)p2_nearest(weights[p] * factor);
+        codes[p] = (int16_t)(uint16_t)pentium2_nearest(weights[p] * factor);
     /* Behind the last position there may be anything: bytes, which times a share of 0 are 0. */
     memset(codes + positions, 0, (padded - positions) * sizeof *codes);
     kernels->sum_columns(sums, (const int8_t *)at->values, (dims + LOOKUP_COLUMNS - 1) / LOOKUP_COLUMNS,
@@ -165,15 +165,15 @@ static void attend(const struct lookup_kernels *kernels, const struct cache *cac
         query[d] = (float)(sums[d] >> SHIFT) * back;
 }
 
-void p2_attend(const struct lookup_kernels *kernels, const struct cache *cache, uint32_t layer, uint32_t sequence,
-               uint32_t kv_head, uint32_t heads, float *queries, uint32_t positions, float *scratch)
+void pentium2_attend(const struct lookup_kernels *kernels, const struct cache *cache, uint32_t layer, uint32_t sequence,
+                     uint32_t kv_head, uint32_t heads, float *queries, uint32_t positions, float *scratch)
 {
     const struct cache_head at = cache_head_at(cache, layer, sequence, kv_head);
     for (uint32_t head = 0; head < heads; head++)
         attend(kernels, cache, &at, queries + (size_t)head * cache->head_dim, positions, scratch);
 }
 
-void p2_export(const struct cache *cache, uint32_t sequence, uint8_t *state)
+void pentium2_export(const struct cache *cache, uint32_t sequence, uint8_t *state)
 {
     for (uint32_t layer = 0; layer < cache->layers; layer++)
         for (uint32_t p = 0; p < cache->lengths[sequence]; p++)
@@ -191,7 +191,7 @@ void p2_export(const struct cache *cache, uint32_t sequence, uint8_t *state)
             }
 }
 
-void p2_import(const struct cache *cache, uint32_t sequence, uint32_t positions, const uint8_t *state)
+void pentium2_import(const struct cache *cache, uint32_t sequence, uint32_t positions, const uint8_t *state)
 {
     for (uint32_t layer = 0; layer < cache->layers; layer++)
         for (uint32_t p = 0; p < positions; p++)

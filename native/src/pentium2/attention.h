@@ -4,35 +4,35 @@
  *
  * Of each layer, sequence and head: keys [position / 8][dimension / 2][position % 8][dimension % 2] and values
  * [dimension / 8][position / 2][dimension % 8][position % 2], so that both of attention's sums are
- * lookup_kernels.sum_columns. So contexts and heads are multiples of P2_MULTIPLE.
+ * lookup_kernels.sum_columns. So contexts and heads are multiples of PENTIUM2_MULTIPLE.
  *
  * No sum wraps: see QUERY_SUM and SHARE_SUM in the .c file. */
-#ifndef CORDEE_P2_ATTENTION_H
-#define CORDEE_P2_ATTENTION_H
+#ifndef CORDEE_PENTIUM2_ATTENTION_H
+#define CORDEE_PENTIUM2_ATTENTION_H
 
 #include <stdbool.h>
 
 #include "engine/cache.h"
 #include "lookup.h"
 
-#define P2_MULTIPLE 4u
+#define PENTIUM2_MULTIPLE 4u
 /* Positions beyond which rounding shares of a head's attention could add up to more than 16 bits. */
-#define P2_CONTEXT_LIMIT 32768u
+#define PENTIUM2_CONTEXT_LIMIT 32768u
 
 /* Store a position: key and value are [kv_heads][head_dim]. */
-void p2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t position, const float *key,
-                    const float *value);
+void pentium2_cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t position,
+                          const float *key, const float *value);
 
-/* Floats of scratch that p2_attend wants for a cache. */
-size_t p2_scratch_floats(const struct cache *cache);
+/* Floats of scratch that pentium2_attend wants for a cache. */
+size_t pentium2_scratch_floats(const struct cache *cache);
 
 /* Attention of `heads` queries [heads][head_dim] over the first `positions` of a head's cache; the results take the
  * queries' place. */
-void p2_attend(const struct lookup_kernels *kernels, const struct cache *cache, uint32_t layer, uint32_t sequence,
-               uint32_t kv_head, uint32_t heads, float *queries, uint32_t positions, float *scratch);
+void pentium2_attend(const struct lookup_kernels *kernels, const struct cache *cache, uint32_t layer, uint32_t sequence,
+                     uint32_t kv_head, uint32_t heads, float *queries, uint32_t positions, float *scratch);
 
 /* As cache_export and cache_import: for each layer, position and head the key, the value and their scales. */
-void p2_export(const struct cache *cache, uint32_t sequence, uint8_t *state);
-void p2_import(const struct cache *cache, uint32_t sequence, uint32_t positions, const uint8_t *state);
+void pentium2_export(const struct cache *cache, uint32_t sequence, uint8_t *state);
+void pentium2_import(const struct cache *cache, uint32_t sequence, uint32_t positions, const uint8_t *state);
 
 #endif

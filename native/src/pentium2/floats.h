@@ -1,6 +1,6 @@
 /* Floating point for files of the layout `pentium2`: few operations, none of a library, each of one rounding. */
-#ifndef CORDEE_P2_FLOATS_H
-#define CORDEE_P2_FLOATS_H
+#ifndef CORDEE_PENTIUM2_FLOATS_H
+#define CORDEE_PENTIUM2_FLOATS_H
 
 #include <stdint.h>
 #include <string.h>
@@ -8,11 +8,11 @@
 #include "kernels/kernels.h"
 
 /* What stands for the kernels of other layouts; without `dot` and `attend`. */
-extern const struct kernels kernels_p2;
+extern const struct kernels kernels_pentium2;
 
 /* Nearest integer, ties to even, for |x| < 2^22 (some integer for others): adding 1.5 * 2^23 pushes the fraction out of
  * the mantissa. */
-static inline int32_t p2_nearest(float x)
+static inline int32_t pentium2_nearest(float x)
 {
     const float shifted = x + 12582912.0f;
     uint32_t bits;
@@ -21,7 +21,7 @@ static inline int32_t p2_nearest(float x)
 }
 
 /* Largest magnitude: bits of floats without their sign are ordered like the numbers. */
-static inline float p2_absmax(const float *x, uint32_t n)
+static inline float pentium2_absmax(const float *x, uint32_t n)
 {
     int32_t most = 0;
     float value;
@@ -36,12 +36,12 @@ static inline float p2_absmax(const float *x, uint32_t n)
 }
 
 /* e^x to 3e-7, clamped at -80 and 80. */
-float p2_exponential(float x);
+float pentium2_exponential(float x);
 
 /* 2^(i / 32), to the nearest float. */
-extern const float p2_powers[32];
+extern const float pentium2_powers[32];
 
 /* Cosines and sines [half] of a position's rotary angles. `divisors` [half] or NULL. */
-void p2_angles(float *cosines, float *sines, uint32_t half, float base, const float *divisors, uint32_t position);
+void pentium2_angles(float *cosines, float *sines, uint32_t half, float base, const float *divisors, uint32_t position);
 
 #endif

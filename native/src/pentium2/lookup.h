@@ -7,8 +7,8 @@
  * No sum wraps: activations are bytes, -128 to 127, so a sum over a tile is at most 5 * LOOKUP_TILE * 128 = 12800
  * in magnitude, less than 2^15. Tiles are added in 32 bits: at most 128 * COLUMNS_LIMIT = 2^22.
  */
-#ifndef CORDEE_P2_LOOKUP_H
-#define CORDEE_P2_LOOKUP_H
+#ifndef CORDEE_PENTIUM2_LOOKUP_H
+#define CORDEE_PENTIUM2_LOOKUP_H
 
 #include <stddef.h>
 #include <stdint.h>

@@ -47,7 +47,7 @@ static NOINLINE void tabulate(int16_t *table, const int8_t *activations)
 }
 
 /* Four bytes of a row at `o`, looked up in tables from `t` on and added to %dx; eax, ebx and ecx hold their codes already,
- * and get those of the next four. One operation on memory between two on registers is what a P6 decodes at once. */
+ * and get those of the next four. One operation on memory between two on registers is what this CPU decodes at once. */
 #define FOUR_GROUPS(o, t)                                                                                            \
     "addw " #t "(%[tables], %%ebx, 2), %%dx\n\tshrl $16, %%eax\n\tmovzbl %%al, %%ebx\n\t"                           \
     "addw " #t "+512(%[tables], %%ecx, 2), %%dx\n\tmovzbl %%ah, %%ecx\n\tmovl " #o "+4(%[codes]), %%eax\n\t"       \
@@ -142,5 +142,5 @@ static NOINLINE void sum_columns(int32_t *out, const int8_t *matrix, uint32_t bl
 
 const struct lookup_kernels lookup_mmx = {"mmx", tabulate, add_rows, sum_columns};
 #else
-typedef int p2_mmx_is_empty_here; /* ISO C wants something in every file */
+typedef int pentium2_mmx_is_empty_here; /* ISO C wants something in every file */
 #endif

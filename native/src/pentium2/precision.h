@@ -3,8 +3,8 @@
  * In single precision each addition, multiplication, division and root gives the bits that it gives elsewhere, as long as
  * it neither overflows nor underflows; what is computed in double needs double precision for the same. Integers are
  * loaded exactly: only those below 2^24 may become floats. */
-#ifndef CORDEE_P2_PRECISION_H
-#define CORDEE_P2_PRECISION_H
+#ifndef CORDEE_PENTIUM2_PRECISION_H
+#define CORDEE_PENTIUM2_PRECISION_H
 
 #include <stdint.h>
 

@@ -28,7 +28,7 @@ struct merger {
 
 /* A word of n bytes has at most n symbols. At most n - 1 pairs are queued at first; each of at most n - 1 merges
  * takes one off and adds two. */
-size_t merge_scratch(size_t nbytes)
+size_t bpe_scratch(size_t nbytes)
 {
     return nbytes * (sizeof(struct symbol) + 2 * sizeof(struct candidate)) + TOKENIZER_ALIGNMENT;
 }
@@ -79,7 +79,7 @@ static int32_t merged(const struct merger *merger, uint32_t left, uint32_t *orde
     const tokenizer *it = merger->it;
     const struct symbol *a = &merger->symbols[left], *b = &merger->symbols[a->after];
     if (it->family == FAMILY_BYTES) {
-        *order = merges_rank(&it->merges, (uint32_t)a->token, (uint32_t)b->token);
+        *order = bpe_rank(&it->merges, (uint32_t)a->token, (uint32_t)b->token);
         return *order == EMPTY ? TOKENIZER_NONE : (int32_t)it->merges.all[*order].result;
     }
     if (a->nbytes + b->nbytes > TOKENIZER_PIECE_BYTES_MAX)
@@ -140,7 +140,7 @@ static void split(struct merger *merger, size_t nbytes)
     merger->symbols_count = count;
 }
 
-void merge_word(const tokenizer *it, const uint8_t *word, size_t nbytes, void *scratch, struct output *output)
+void bpe_word(const tokenizer *it, const uint8_t *word, size_t nbytes, void *scratch, struct output *output)
 {
     int32_t token = it->whole_words && nbytes <= TOKENIZER_PIECE_BYTES_MAX ? lookup_find(it, word, nbytes)
                                                                            : TOKENIZER_NONE;

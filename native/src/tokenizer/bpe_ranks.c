@@ -57,7 +57,7 @@ static bool names_special(const tokenizer *it, const struct written *merge)
            tokenizer_named(it, merge->pair + merge->left, merge->both - merge->left) >= 0;
 }
 
-tokenizer_status merges_make(tokenizer *it, const tokenizer_strings *strings, tokenizer_error *error)
+tokenizer_status bpe_ranks_make(tokenizer *it, const tokenizer_strings *strings, tokenizer_error *error)
 {
     const uint8_t *string;
     struct written written;
@@ -81,7 +81,7 @@ tokenizer_status merges_make(tokenizer *it, const tokenizer_strings *strings, to
     return TOKENIZER_OK;
 }
 
-uint32_t merges_rank(const struct merges *merges, uint32_t left, uint32_t right)
+uint32_t bpe_rank(const struct merges *merges, uint32_t left, uint32_t right)
 {
     uint32_t *slot = slot_of(merges, left, right);
     return slot ? *slot : EMPTY;

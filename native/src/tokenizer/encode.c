@@ -34,7 +34,7 @@ void output_put_unknown(struct output *output, const tokenizer *it, const uint8_
 static size_t word_scratch(const tokenizer *it, size_t nbytes)
 {
     size_t copied = it->family == FAMILY_BYTES ? 0 : nbytes + TOKENIZER_ALIGNMENT;
-    return copied + (it->family == FAMILY_UNIGRAM ? unigram_scratch(nbytes) : merge_scratch(nbytes));
+    return copied + (it->family == FAMILY_UNIGRAM ? unigram_scratch(nbytes) : bpe_scratch(nbytes));
 }
 
 size_t tokenizer_scratch_bytes(const tokenizer *it, size_t text_bytes)
@@ -107,7 +107,7 @@ static tokenizer_status encode_word(struct job *job, const uint8_t *word, const 
     if (it->family == FAMILY_UNIGRAM)
         unigram_word(it, word, nbytes, scratch, &job->output);
     else
-        merge_word(it, word, nbytes, scratch, &job->output);
+        bpe_word(it, word, nbytes, scratch, &job->output);
     return TOKENIZER_OK;
 }
 

@@ -256,7 +256,7 @@ static tokenizer_status fill_tables(tokenizer *it, const tokenizer_source *sourc
             return tokenizer_fail_at(error, "tokens were chosen to collide: token", token);
     }
     it->unknown_score = (isfinite(lowest_score) ? lowest_score : 0.0) - unknown_penalty;
-    return it->family == FAMILY_BYTES ? merges_make(it, &source->merges, error) : TOKENIZER_OK;
+    return it->family == FAMILY_BYTES ? bpe_ranks_make(it, &source->merges, error) : TOKENIZER_OK;
 }
 
 tokenizer_status tokenizer_make(void *memory, size_t nbytes, const tokenizer_source *source, const tokenizer **made,

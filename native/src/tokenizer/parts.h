@@ -82,8 +82,8 @@ struct merges {
     uint32_t *slots;   /* rank, or EMPTY */
     uint32_t mask;
 };
-tokenizer_status merges_make(tokenizer *it, const tokenizer_strings *merges, tokenizer_error *error);
-uint32_t merges_rank(const struct merges *merges, uint32_t left, uint32_t right); /* or EMPTY */
+tokenizer_status bpe_ranks_make(tokenizer *it, const tokenizer_strings *merges, tokenizer_error *error);
+uint32_t bpe_rank(const struct merges *merges, uint32_t left, uint32_t right); /* or EMPTY */
 
 /* ---- trie.c: the tokens that a text begins with ---- */
 
@@ -140,10 +140,10 @@ void output_put(struct output *output, int32_t token);
 void output_put_unknown(struct output *output, const tokenizer *it, const uint8_t *bytes, uint32_t nbytes);
 
 /* Scratch bytes for a word of `nbytes`. */
-size_t merge_scratch(size_t nbytes);
+size_t bpe_scratch(size_t nbytes);
 size_t unigram_scratch(size_t nbytes);
 /* Encode a word, which is not empty. `scratch` suffices. */
-void merge_word(const tokenizer *it, const uint8_t *word, size_t nbytes, void *scratch, struct output *output);
+void bpe_word(const tokenizer *it, const uint8_t *word, size_t nbytes, void *scratch, struct output *output);
 void unigram_word(const tokenizer *it, const uint8_t *word, size_t nbytes, void *scratch, struct output *output);
 
 #endif
