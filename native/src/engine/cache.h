@@ -17,6 +17,14 @@
 
 enum cache_kind { CACHE_F16, CACHE_INT8, CACHE_PENTIUM2, CACHE_KINDS };
 
+struct cache_facts {
+    const char *name;
+    size_t cell_bytes;  /* of an element */
+    size_t scale_bytes; /* of a key's or a value's scale; 0: it has none */
+};
+
+extern const struct cache_facts cache_facts[CACHE_KINDS];
+
 struct cache {
     enum cache_kind kind;
     uint32_t layers, sequences, kv_heads, head_dim;
@@ -33,6 +41,13 @@ struct cache_head {
     float *key_scales, *value_scales; /* [positions], of integers only */
 };
 
+/* Where the key and the value of one position of a head lie; not of the kind `pentium2`. */
+struct cache_place {
+    uint8_t *key;     /* element 0; the next dimension is LANES elements further */
+    uint8_t *value;   /* [value_stride] */
+    float *scales[2]; /* of the key, of the value; of integers only */
+};
+
 /* The kind of that name, f16 for NULL, or CACHE_KINDS. */
 enum cache_kind cache_named(const char *name);
 
@@ -42,15 +57,11 @@ size_t cache_value_bytes(const struct cache *cache);
 size_t cache_scale_bytes(const struct cache *cache);
 
 struct cache_head cache_head_at(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head);
+struct cache_place cache_place_at(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head,
+                                  uint32_t position);
 
 /* Store a position: key and value are [kv_heads][head_dim]. */
 void cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t position, const float *key,
                  const float *value);
-
-/* A sequence's state: a small header, then for each layer and position its key and its value as they are kept. */
-size_t cache_state_bytes(const struct cache *cache, uint32_t sequence);
-void cache_export(const struct cache *cache, uint32_t sequence, uint8_t *state);
-/* False, and nothing changed, if the state is not of such a cache, or longer than the context. */
-bool cache_import(const struct cache *cache, uint32_t sequence, const uint8_t *state, size_t nbytes);
 
 #endif

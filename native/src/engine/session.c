@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "base/error.h"
+#include "cache_state.h"
 #include "pentium2/floats.h"
 
 /* Cuts aligned arrays off a piece of memory; without memory it only counts. */

@@ -38,5 +38,5 @@ enum character_class character_class_of(uint32_t character)
 
 bool is_escaped_space(const uint8_t *at, const uint8_t *end)
 {
-    return end - at >= 3 && at[0] == 0xE2 && at[1] == 0x96 && at[2] == 0x81;
+    return (size_t)(end - at) >= ESCAPED_SPACE_BYTES && at[0] == 0xE2 && at[1] == 0x96 && at[2] == 0x81;
 }

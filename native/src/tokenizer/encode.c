@@ -4,32 +4,6 @@
 #include "parts.h"
 
 static const uint8_t one_space[] = {' '};
-static const uint8_t escaped_space[] = {0xE2, 0x96, 0x81};
-
-void output_put(struct output *output, int32_t token)
-{
-    if (output->count < output->capacity)
-        output->tokens[output->count] = token;
-    output->count++;
-    output->after_unknown = false;
-}
-
-void output_put_unknown(struct output *output, const tokenizer *it, const uint8_t *bytes, uint32_t nbytes)
-{
-    if (nbytes == 1 && bytes[0] == ' ') { /* what is missing is the mark that stands for it */
-        bytes = escaped_space;
-        nbytes = sizeof escaped_space;
-    }
-    bool have_bytes = true;
-    for (uint32_t i = 0; i < nbytes; i++)
-        have_bytes = have_bytes && it->byte_tokens[bytes[i]] != TOKENIZER_NONE;
-    for (uint32_t i = 0; have_bytes && i < nbytes; i++)
-        output_put(output, it->byte_tokens[bytes[i]]);
-    if (have_bytes || it->unknown == TOKENIZER_NONE || output->after_unknown)
-        return;
-    output_put(output, it->unknown);
-    output->after_unknown = true;
-}
 
 static size_t word_scratch(const tokenizer *it, size_t nbytes)
 {
@@ -47,7 +21,7 @@ size_t tokenizer_tokens_max(const tokenizer *it, size_t text_bytes)
 {
     size_t bounded = text_bytes < TOKENIZER_TEXT_BYTES_MAX ? text_bytes : TOKENIZER_TEXT_BYTES_MAX;
     /* A special token of one byte gives itself and a space behind, which may take the three bytes of its mark. */
-    size_t each = it->family == FAMILY_BYTES ? 1 : 1 + sizeof escaped_space;
+    size_t each = it->family == FAMILY_BYTES ? 1 : 1 + ESCAPED_SPACE_BYTES;
     return (bounded + 1) * each + 2;
 }
 
@@ -86,7 +60,7 @@ static size_t copy_word(const uint8_t *word, const uint8_t *end, bool prefixed, 
     while (word < end) {
         bool escaped = is_escaped_space(word, end);
         copy[nbytes++] = escaped ? ' ' : *word;
-        word += escaped ? 3 : 1;
+        word += escaped ? ESCAPED_SPACE_BYTES : 1;
     }
     return nbytes;
 }

@@ -25,29 +25,6 @@ static const struct pre_tokenizer pre_tokenizers[] = {
     {"gpt-2", word_of_gpt2, false},      {"olmo", word_of_gpt2, false},       {"smollm", word_of_smollm, false},
 };
 
-tokenizer_status tokenizer_fail(tokenizer_error *error, tokenizer_status status, const char *text)
-{
-    if (error) {
-        size_t length = strlen(text);
-        memcpy(error->text, text, length + 1);
-    }
-    return status;
-}
-
-tokenizer_status tokenizer_fail_at(tokenizer_error *error, const char *text, uint32_t number)
-{
-    char sentence[sizeof error->text], digits[10];
-    size_t length = strlen(text), first = sizeof digits;
-    do
-        digits[--first] = (char)('0' + number % 10);
-    while (number /= 10);
-    memcpy(sentence, text, length);
-    sentence[length++] = ' ';
-    memcpy(sentence + length, digits + first, sizeof digits - first);
-    sentence[length + sizeof digits - first] = 0;
-    return tokenizer_fail(error, TOKENIZER_BAD_FILE, sentence);
-}
-
 static tokenizer_status find_family(const tokenizer_source *source, struct survey *survey, tokenizer_error *error)
 {
     if (!source->model)

@@ -21,6 +21,14 @@ enum piece_type {
 
 enum family { FAMILY_BYTES, FAMILY_SCORES, FAMILY_UNIGRAM };
 
+/* ---- error.c: failing with a sentence ---- */
+
+/* Fill an error, if there is one to fill, with a text of less than ERROR_TEXT_MAX characters; hand the status on. */
+#define ERROR_TEXT_MAX 200u
+tokenizer_status tokenizer_fail(tokenizer_error *error, tokenizer_status status, const char *text);
+/* The same for TOKENIZER_BAD_FILE, with the number of the token or merge behind the text. */
+tokenizer_status tokenizer_fail_at(tokenizer_error *error, const char *text, uint32_t number);
+
 /* ---- characters.c, unicode.c: characters and what they are ---- */
 
 enum character_class { CLASS_OTHER = 0, CLASS_LETTER = 1, CLASS_NUMBER = 2, CLASS_SPACE = 3 };
@@ -30,7 +38,8 @@ enum character_class { CLASS_OTHER = 0, CLASS_LETTER = 1, CLASS_NUMBER = 2, CLAS
 /* The character at `at`, and its size in bytes; `at` < `end`. */
 uint32_t character_at(const uint8_t *at, const uint8_t *end, uint32_t *nbytes);
 enum character_class character_class_of(uint32_t character);
-bool is_escaped_space(const uint8_t *at, const uint8_t *end); /* U+2581, SentencePiece's mark for a space */
+#define ESCAPED_SPACE_BYTES 3u /* of U+2581, SentencePiece's mark for a space */
+bool is_escaped_space(const uint8_t *at, const uint8_t *end);
 
 #define UNICODE_BLOCK 128u /* characters that share a block of classes */
 extern const uint32_t unicode_end; /* no letter, number or white space from here on */
@@ -95,12 +104,13 @@ struct trie {
     struct trie_edge *edges; /* an edge's place + 1 is the node it leads to; 0 is the root */
     uint32_t mask;
 };
-#define TRIE_BYTES_MAX (1u << 22) /* of all its strings: so a node (of twice as many) and a byte fit 32 bits */
+#define TRIE_BYTES_MAX (1u << 22) /* of all its strings */
+_Static_assert(((2ull * TRIE_BYTES_MAX) << 8 | 255) + 1 <= UINT32_MAX, "a node, of twice as many, and a byte fit");
 bool trie_add(struct trie *trie, const uint8_t *bytes, size_t nbytes, uint32_t token); /* false: PROBES_MAX */
 /* Go from `*node` along a byte; its token (or TOKENIZER_NONE) goes to `*token`. False: no token goes on that way. */
 bool trie_step(const struct trie *trie, uint32_t *node, uint8_t byte, int32_t *token);
 
-/* ---- make.c ---- */
+/* ---- make.c: all of them together ---- */
 
 struct tokenizer {
     enum family family;
@@ -122,14 +132,9 @@ struct tokenizer {
     double unknown_score; /* FAMILY_UNIGRAM */
 };
 
-/* Fill an error, if there is one to fill, with a text of less than 200 characters, and hand the status on. */
-tokenizer_status tokenizer_fail(tokenizer_error *error, tokenizer_status status, const char *text);
-/* The same for TOKENIZER_BAD_FILE, with the number of the token or merge behind the text. */
-tokenizer_status tokenizer_fail_at(tokenizer_error *error, const char *text, uint32_t number);
+/* ---- output.c: where tokens go ---- */
 
-/* ---- bpe.c, unigram.c: one word into tokens ---- */
-
-/* Where tokens go. Counts on when `tokens` is full. */
+/* Counts on when `tokens` is full. */
 struct output {
     int32_t *tokens;
     size_t capacity, count;
@@ -138,6 +143,8 @@ struct output {
 void output_put(struct output *output, int32_t token);
 /* A character that is no piece: its byte tokens, or the unknown token. */
 void output_put_unknown(struct output *output, const tokenizer *it, const uint8_t *bytes, uint32_t nbytes);
+
+/* ---- bpe.c, unigram.c: one word into tokens ---- */
 
 /* Scratch bytes for a word of `nbytes`. */
 size_t bpe_scratch(size_t nbytes);

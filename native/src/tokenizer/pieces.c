@@ -92,7 +92,7 @@ static size_t unescaped(const uint8_t *string, size_t nbytes, uint8_t *bytes)
     for (const uint8_t *at = string, *end = string + nbytes; at < end;) {
         bool space = is_escaped_space(at, end);
         bytes[length++] = space ? ' ' : *at;
-        at += space ? 3 : 1;
+        at += space ? ESCAPED_SPACE_BYTES : 1;
     }
     return length;
 }

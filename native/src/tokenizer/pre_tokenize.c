@@ -141,7 +141,7 @@ const uint8_t *word_of_sentencepiece(const uint8_t *at, const uint8_t *end)
         if (space && !in_front)
             return at;
         in_front = space;
-        at += escaped ? 3 : 1;
+        at += escaped ? ESCAPED_SPACE_BYTES : 1;
     }
     return end;
 }
