@@ -66,15 +66,15 @@ static void multiply_groups(const struct step *step, const struct product *produ
     const struct activations *inputs = &session->inputs;
     const uint32_t groups = matrix->groups - first < DOT_GROUPS ? matrix->groups - first : DOT_GROUPS;
     const uint8_t *data = matrix->data + (size_t)first * matrix->quads * facts->quad_bytes;
-    const uint32_t at_once = session->kernels->rows / inputs->planes;
-    int32_t *dots = session->dots + thread * dots_elements(session->kernels);
+    const uint32_t at_once = session->kernels.rows / inputs->planes;
+    int32_t *dots = session->dots + thread * dots_elements(&session->kernels);
     for (uint32_t row = 0; row < step->rows; row += at_once) {
         const uint32_t count = step->rows - row < at_once ? step->rows - row : at_once;
         const size_t digit_row = (size_t)row * inputs->planes;
-        session->kernels->dot[matrix->layout](data, groups, matrix->quads, inputs->digits + digit_row * inputs->stride,
+        session->kernels.dot[matrix->layout](&session->kernels, data, groups, matrix->quads, inputs->digits + digit_row * inputs->stride,
                                               inputs->stride, inputs->sums + digit_row, count * inputs->planes, dots);
         for (uint32_t i = 0; i < count; i++)
-            put_rows(session->kernels, product, inputs, row + i, first, groups,
+            put_rows(&session->kernels, product, inputs, row + i, first, groups,
                      dots + (size_t)i * inputs->planes * groups * facts->group_rows);
     }
 }
@@ -144,10 +144,10 @@ static void enter(const ternary_session *session, uint32_t thread, uint32_t row,
 {
     if (norm != NULL) {
         float *normal = session->normal + thread * session->normal_elements;
-        session->kernels->normalise(normal, x, norm, n, session->model->epsilon);
+        session->kernels.normalise(normal, x, norm, n, session->model->epsilon);
         x = normal;
     }
-    session->kernels->quantise(&session->inputs, row, x, n);
+    session->kernels.quantise(&session->inputs, row, x, n);
 }
 
 /* `work` turns each row of the batch into inputs of width n. */
@@ -182,7 +182,7 @@ static void enter_feed_forward(void *argument, uint32_t row, uint32_t thread)
     const ternary_session *session = step->session;
     const uint32_t n_embd = session->model->shape.n_embd;
     float *hidden = session->hidden + (size_t)row * n_embd;
-    session->kernels->add(hidden, session->added + (size_t)row * n_embd, n_embd);
+    session->kernels.add(hidden, session->added + (size_t)row * n_embd, n_embd);
     enter(session, thread, row, hidden, session->model->layers[step->layer].ffn_norm, n_embd);
 }
 
@@ -193,7 +193,7 @@ static void enter_down(void *argument, uint32_t row, uint32_t thread)
     const uint32_t n_ff = session->model->shape.n_ff;
     float *gate = session->gates + (size_t)row * n_ff, *up = session->ups + (size_t)row * n_ff;
     const bool is_silu = session->model->gate == GATE_SILU;
-    (is_silu ? session->kernels->gate_silu : session->kernels->gate_relu2)(gate, up, n_ff);
+    (is_silu ? session->kernels.gate_silu : session->kernels.gate_relu2)(gate, up, n_ff);
     enter(session, thread, row, gate, session->model->layers[step->layer].ffn_sub_norm, n_ff);
 }
 
@@ -203,7 +203,7 @@ static void leave_layer(void *argument, uint32_t row, uint32_t thread)
     const ternary_session *session = step->session;
     const uint32_t n_embd = session->model->shape.n_embd;
     (void)thread;
-    session->kernels->add(session->hidden + (size_t)row * n_embd, session->added + (size_t)row * n_embd, n_embd);
+    session->kernels.add(session->hidden + (size_t)row * n_embd, session->added + (size_t)row * n_embd, n_embd);
 }
 
 static void enter_head(void *argument, uint32_t row, uint32_t thread)
@@ -227,7 +227,7 @@ static void rotate_and_store(void *argument, uint32_t row, uint32_t thread)
     float *query = session->queries + (size_t)row * shape->heads * shape->head_dim;
     float *key = session->keys + (size_t)row * shape->kv_heads * shape->head_dim;
     void (*rotate)(float *, uint32_t, uint32_t, const float *, const float *) =
-        session->model->rope == ROPE_HALVES ? session->kernels->rotate_halves : session->kernels->rotate_pairs;
+        session->model->rope == ROPE_HALVES ? session->kernels.rotate_halves : session->kernels.rotate_pairs;
     (void)thread;
     rotate(query, shape->heads, shape->head_dim, cosines, sines);
     rotate(key, shape->kv_heads, shape->head_dim, cosines, sines);
@@ -277,7 +277,7 @@ static void attend_piece(void *argument, uint32_t piece, uint32_t thread)
     for (uint32_t done = 0; done < shared; done += attention.heads) {
         attention.heads = shared - done < ATTENTION_QUERIES ? shared - done : ATTENTION_QUERIES;
         attention.queries = queries + (size_t)done * shape->head_dim;
-        session->kernels->attend[session->cache.kind](&attention);
+        session->kernels.attend[session->cache.kind](&attention);
     }
 }
 

@@ -24,21 +24,20 @@ uint64_t ternary_memory_read(const uint8_t *bytes, size_t nbytes)
 
 const char *ternary_kernels_name(uint32_t index)
 {
-    const struct kernels *kernels = kernels_at(index);
-    return kernels != NULL ? kernels->name : NULL;
+    return kernels_name(index);
 }
 
 ternary_status ternary_kernels_dot(const char *name, const char *layout_name, const uint8_t *data, uint32_t groups,
                                    uint32_t quads, const int8_t *x, uint32_t n, int32_t *out, ternary_error *error)
 {
-    const struct kernels *kernels = kernels_named(name);
+    struct kernels kernels;
     const enum layout layout = layout_named(layout_name);
-    if (kernels == NULL || layout == LAYOUTS)
+    if (!kernels_named(name, &kernels) || layout == LAYOUTS)
         return ternary_fail(error, TERNARY_REFUSED, "no kernels %.32s or no layout %.32s here", name, layout_name);
     const struct layout_facts *facts = &layout_facts[layout];
     const size_t stride = (size_t)quads * 4, width = (size_t)groups * facts->group_rows;
-    for (uint32_t row = 0; row < n; row += kernels->rows) {
-        const uint32_t count = n - row < kernels->rows ? n - row : kernels->rows;
+    for (uint32_t row = 0; row < n; row += kernels.rows) {
+        const uint32_t count = n - row < kernels.rows ? n - row : kernels.rows;
         int32_t sums[DOT_ROWS_LIMIT] = {0}, dots[DOT_ROWS_LIMIT * DOT_GROUPS * LARGEST_GROUP_ROWS];
         for (uint32_t i = 0; i < count; i++)
             for (size_t c = 0; c < stride; c++)
@@ -46,8 +45,8 @@ ternary_status ternary_kernels_dot(const char *name, const char *layout_name, co
         for (uint32_t group = 0; group < groups; group += DOT_GROUPS) {
             const uint32_t some = groups - group < DOT_GROUPS ? groups - group : DOT_GROUPS;
             const uint32_t some_rows = some * facts->group_rows;
-            kernels->dot[layout](data + (size_t)group * quads * facts->quad_bytes, some, quads, x + row * stride,
-                                 stride, sums, count, dots);
+            kernels.dot[layout](&kernels, data + (size_t)group * quads * facts->quad_bytes, some, quads,
+                                x + row * stride, stride, sums, count, dots);
             for (uint32_t i = 0; i < count; i++)
                 memcpy(out + (row + i) * width + (size_t)group * facts->group_rows, dots + (size_t)i * some_rows,
                        some_rows * sizeof *out);

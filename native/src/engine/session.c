@@ -99,7 +99,7 @@ static uint64_t lay_out(void *memory, ternary_session *session, const ternary_mo
     session->scratch_elements = model->by_lookup
                                     ? pentium2_scratch_floats(cache)
                                     : attention_scratch(cache->context, cache->head_dim, cache->value_stride);
-    session->dots = cut(&cutter, config->threads * (uint64_t)dots_elements(session->kernels), sizeof(int32_t));
+    session->dots = cut(&cutter, config->threads * (uint64_t)dots_elements(&session->kernels), sizeof(int32_t));
     session->scratch = cut(&cutter, config->threads * (uint64_t)session->scratch_elements, sizeof(float));
     session->normal = cut(&cutter, config->threads * (uint64_t)session->normal_elements, sizeof(float));
     const uint64_t before = cutter.used;
@@ -111,10 +111,13 @@ static uint64_t lay_out(void *memory, ternary_session *session, const ternary_mo
     return cutter.used;
 }
 
-static const struct kernels *kernels_for(const ternary_model *model, const ternary_config *config)
+/* False if this CPU has no such kernels. */
+static bool find_kernels(const ternary_model *model, const ternary_config *config, struct kernels *kernels)
 {
-    const struct kernels *named = kernels_named(config->kernels);
-    return named != NULL && model->by_lookup ? &kernels_pentium2 : named;
+    const bool found = kernels_named(config->kernels, kernels);
+    if (found && model->by_lookup)
+        *kernels = kernels_pentium2;
+    return found;
 }
 
 static bool is_possible(const ternary_model *model, const ternary_config *config)
@@ -133,9 +136,9 @@ static bool is_possible(const ternary_model *model, const ternary_config *config
 
 size_t ternary_session_bytes(const ternary_model *model, const ternary_config *config, size_t *kv_bytes)
 {
-    ternary_session session = {.kernels = kernels_for(model, config)};
+    ternary_session session = {0};
     uint64_t kv = 0, nbytes;
-    if (session.kernels == NULL || !is_possible(model, config))
+    if (!find_kernels(model, config, &session.kernels) || !is_possible(model, config))
         return 0;
     nbytes = lay_out(NULL, &session, model, config, &kv);
     if (kv_bytes != NULL)
@@ -157,7 +160,7 @@ ternary_status ternary_session_make(void *memory, const ternary_model *model, co
     memset(session, 0, sizeof *session);
     session->model = model;
     session->config = *config;
-    session->kernels = kernels_for(model, config);
+    find_kernels(model, config, &session->kernels);
     session->lookup = lookup_kernels_named(config->kernels);
     lay_out(memory, session, model, config, &kv_bytes);
     memset(session->cache.lengths, 0, config->sequences * sizeof *session->cache.lengths);

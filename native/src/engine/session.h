@@ -15,7 +15,7 @@
 
 struct ternary_session {
     const ternary_model *model;
-    const struct kernels *kernels;
+    struct kernels kernels;
     const struct lookup_kernels *lookup; /* for files of the layout `pentium2` */
     ternary_config config;
     struct cache cache;
