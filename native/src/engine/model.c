@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "base/gguf.h"
+#include "base/limits.h"
 #include "pentium2/attention.h"
 
 /* The file being read, and where to complain. */
@@ -105,6 +106,8 @@ static ternary_status read_shape(struct loading *loading)
         shape->heads * shape->head_dim > COLUMNS_LIMIT || shape->heads % shape->kv_heads != 0 ||
         shape->n_vocab > VOCABULARY_LIMIT)
         return ternary_fail(loading->error, TERNARY_BAD_FILE, "the model's dimensions are missing or impossible");
+    model->q_dim = shape->heads * shape->head_dim;
+    model->kv_dim = shape->kv_heads * shape->head_dim;
     if (model->by_lookup && shape->head_dim % PENTIUM2_MULTIPLE != 0)
         return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "heads of %u in layout pentium2: it wants multiples of %u",
                             shape->head_dim, PENTIUM2_MULTIPLE);
@@ -202,7 +205,7 @@ static ternary_status read_layer(struct loading *loading, uint32_t index)
 {
     const ternary_shape *shape = &loading->model->shape;
     struct layer *layer = &loading->model->layers[index];
-    const uint32_t wide = shape->heads * shape->head_dim, narrow = shape->kv_heads * shape->head_dim;
+    const uint32_t q_dim = loading->model->q_dim, kv_dim = loading->model->kv_dim;
     const struct {
         const char *name;
         uint32_t count;
@@ -211,7 +214,7 @@ static ternary_status read_layer(struct loading *loading, uint32_t index)
     } vectors[] = {
         {"attn_norm", shape->n_embd, false, &layer->attn_norm},
         {"ffn_norm", shape->n_embd, false, &layer->ffn_norm},
-        {"attn_sub_norm", wide, true, &layer->attn_sub_norm},
+        {"attn_sub_norm", q_dim, true, &layer->attn_sub_norm},
         {"ffn_sub_norm", shape->n_ff, true, &layer->ffn_sub_norm},
     };
     const struct {
@@ -219,8 +222,8 @@ static ternary_status read_layer(struct loading *loading, uint32_t index)
         uint32_t rows, cols;
         struct matrix *matrix;
     } matrices[] = {
-        {"attn_q", wide, shape->n_embd, &layer->q},          {"attn_k", narrow, shape->n_embd, &layer->k},
-        {"attn_v", narrow, shape->n_embd, &layer->v},        {"attn_output", shape->n_embd, wide, &layer->o},
+        {"attn_q", q_dim, shape->n_embd, &layer->q},            {"attn_k", kv_dim, shape->n_embd, &layer->k},
+        {"attn_v", kv_dim, shape->n_embd, &layer->v},           {"attn_output", shape->n_embd, q_dim, &layer->o},
         {"ffn_gate", shape->n_ff, shape->n_embd, &layer->gate}, {"ffn_up", shape->n_ff, shape->n_embd, &layer->up},
         {"ffn_down", shape->n_embd, shape->n_ff, &layer->down},
     };

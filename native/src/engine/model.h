@@ -7,26 +7,18 @@
 #include "matrix.h"
 #include "ternary.h"
 
-/* Bounds of what is believed: beyond any published model, and within what 32-bit sums hold (FORMAT.md: a nested sum of
- * trit5 is at most 2 * 127 * 256 * columns). */
-#define LAYERS_LIMIT 512u
-#define COLUMNS_LIMIT 32768u
-#define VOCABULARY_LIMIT (1u << 22)
-#define HEADS_LIMIT 1024u
-#define HEAD_DIM_LIMIT 512u
-#define PLANES_LIMIT 3u
-
 enum gate { GATE_SILU, GATE_RELU2 };
 enum rope { ROPE_HALVES, ROPE_PAIRS };
 
 struct layer {
     const float *attn_norm, *ffn_norm;         /* [n_embd] */
-    const float *attn_sub_norm, *ffn_sub_norm; /* [heads * head_dim], [n_ff]; NULL: none */
+    const float *attn_sub_norm, *ffn_sub_norm; /* [q_dim], [n_ff]; NULL: none */
     struct matrix q, k, v, o, gate, up, down;
 };
 
 struct ternary_model {
     ternary_shape shape;
+    uint32_t q_dim, kv_dim; /* heads * head_dim, kv_heads * head_dim: the widths of queries, and of keys or values */
     float epsilon, rope_base;
     uint32_t planes, head_planes;
     bool by_lookup; /* all matrices have the layout `pentium2`, and attention is in integers */

@@ -16,6 +16,7 @@
 
 /* Quads whose 16-bit sums cannot wrap. */
 #define NARROW_QUADS 16u
+_Static_assert(NARROW_QUADS * 2 * 8 * DIGIT_LIMIT <= INT16_MAX, "sums of fields, codes up to 8, fit 16 bits");
 
 /* a += pairs of 16-bit sums, widened. */
 INLINE __m256i widened(__m256i a, __m256i narrow)
@@ -161,6 +162,7 @@ PAIRS(trit2, 64)
 PAIRS(trit5, 80)
 
 /* Signed bytes by signed bytes: |w| with the sign moved to x; two products are at most 32,512. */
+_Static_assert(2 * 128 * DIGIT_LIMIT <= INT16_MAX, "two products fit 16 bits");
 
 INLINE __m256i add_signed(__m256i sum, __m256i w, __m256i x)
 {

@@ -4,7 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "engine/model.h"
+#include "base/limits.h"
 #include "floats.h"
 
 /* Largest integer of a key or value. */
@@ -19,6 +19,12 @@
 /* Sums lose so many bits before they become floats, which hold 24. They are 256 times what they are sums of. */
 #define SHIFT 7
 #define SHIFTED (1.0f / 2)
+_Static_assert((uint64_t)QUERY_SUM * (int)CODE_MAX * 256 <= INT32_MAX, "a score fits 32 bits");
+_Static_assert(((int)SHARE_SUM + PENTIUM2_CONTEXT_LIMIT / 2ull) * (int)CODE_MAX * 256 <= INT32_MAX,
+               "a weighed sum of values fits 32 bits");
+_Static_assert(QUERY_MAX <= INT16_MAX && (int)SHARE_SUM <= INT16_MAX, "what sums are made of fits 16 bits");
+_Static_assert((1ull << 31) >> SHIFT <= 1u << 24, "what is left of a sum becomes a float as it is");
+_Static_assert(1u << SHIFT == 256 / 2, "SHIFTED is what a shifted sum of products times 256 is to be divided by");
 #define LOG2_E 1.44269504f
 #define OCTAVE 512 /* steps of a score that double its share */
 

@@ -6,6 +6,7 @@
 /* A code is d0 + 3 d1 + 9 d2 + 28 (d3 + 3 d4) with digits weight + 1: the 27 sums of the first three, and one place that
  * is never used, are seven vectors of four, which other digits shift as a whole. */
 #define LOW_CODES 28u
+_Static_assert(LOW_CODES * 3 * 3 <= LOOKUP_ENTRIES, "all codes have a place in a table");
 
 /* Rows whose sums stay in a second-level cache of 512 kB while all tiles are added to them; making the tables again for
  * each strip is less than fetching the sums of a large head from memory again and again. */

@@ -5,7 +5,8 @@
  * byte of weights costs one load and one addition. Tables of LOOKUP_TILE groups are in use at a time.
  *
  * No sum wraps: activations are bytes, -128 to 127, so a sum over a tile is at most 5 * LOOKUP_TILE * 128 = 12800
- * in magnitude, less than 2^15. Tiles are added in 32 bits: at most 128 * COLUMNS_LIMIT = 2^22.
+ * in magnitude, less than 2^15. Tiles are added in 32 bits: at most 128 * COLUMNS_LIMIT = 2^22, which floats
+ * hold exactly.
  */
 #ifndef CORDEE_PENTIUM2_LOOKUP_H
 #define CORDEE_PENTIUM2_LOOKUP_H
@@ -13,6 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/limits.h"
 #include "engine/matrix.h"
 
 #define LOOKUP_WEIGHTS 5u   /* a group: the weights of a byte */
@@ -20,6 +22,9 @@
 #define LOOKUP_ENTRIES 256u /* of a group's table; no weights have the last four codes */
 #define LOOKUP_MATRICES 3u  /* that share tables, at most: those of queries, keys and values */
 #define LOOKUP_COLUMNS 8u   /* sums that sum_columns makes at once */
+
+_Static_assert(LOOKUP_WEIGHTS * LOOKUP_TILE * 128 <= INT16_MAX, "a sum over a tile fits 16 bits");
+_Static_assert(128 * COLUMNS_LIMIT <= 1u << 24, "a sum over all tiles becomes a float as it is");
 
 /* The inner loops. All of them are exact integers: every implementation gives the same. */
 struct lookup_kernels {
