@@ -56,14 +56,13 @@ static bool cache_fits(const struct cache *cache)
 static void cut_batch(struct cutter *cutter, ternary_session *session, const ternary_model *model, uint32_t rows)
 {
     const ternary_shape *shape = &model->shape;
-    const size_t wide = (size_t)shape->heads * shape->head_dim, narrow = (size_t)shape->kv_heads * shape->head_dim;
     const uint32_t planes = larger(model->planes, model->head_planes);
-    const uint32_t widest = larger(shape->n_ff, larger((uint32_t)wide, shape->n_embd));
+    const uint32_t widest = larger(shape->n_ff, larger(model->q_dim, shape->n_embd));
     const size_t stride = (size_t)quads_of(widest) * 4;
     session->hidden = cut(cutter, rows * (uint64_t)shape->n_embd, sizeof(float));
-    session->queries = cut(cutter, rows * (uint64_t)wide, sizeof(float));
-    session->keys = cut(cutter, rows * (uint64_t)narrow, sizeof(float));
-    session->values = cut(cutter, rows * (uint64_t)narrow, sizeof(float));
+    session->queries = cut(cutter, rows * (uint64_t)model->q_dim, sizeof(float));
+    session->keys = cut(cutter, rows * (uint64_t)model->kv_dim, sizeof(float));
+    session->values = cut(cutter, rows * (uint64_t)model->kv_dim, sizeof(float));
     session->gates = cut(cutter, rows * (uint64_t)shape->n_ff, sizeof(float));
     session->ups = cut(cutter, rows * (uint64_t)shape->n_ff, sizeof(float));
     session->added = cut(cutter, rows * (uint64_t)shape->n_embd, sizeof(float));

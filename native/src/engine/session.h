@@ -26,8 +26,8 @@ struct ternary_session {
 
     /* Of one batch; every row belongs to one row of the batch. */
     float *hidden;                                      /* [rows][n_embd] */
-    float *queries;                                     /* [rows][heads * head_dim]; becomes attention's result */
-    float *keys, *values;                               /* [rows][kv_heads * head_dim] */
+    float *queries;                                     /* [rows][q_dim]; becomes attention's result */
+    float *keys, *values;                               /* [rows][kv_dim] */
     float *gates, *ups;                                 /* [rows][n_ff] */
     float *added;                                       /* [rows][n_embd]: what a block adds to the hidden rows */
     float *cosines, *sines;                             /* [rows][head_dim / 2] */
