@@ -15,7 +15,7 @@ from ternary_models import FAMILIES, Weights, make_ternary
 ROOT = Path(__file__).resolve().parents[1]
 READER = (
     *("base/error.c", "base/gguf.c", "engine/embedding.c", "engine/matrix.c", "engine/model.c"),
-    *("pentium2/floats.c", "pentium2/lookup.c", "pentium2/mmx.c"),
+    "pentium2/lookup.c",
 )
 FILES = (*FAMILIES, "pentium2")
 # Between them they have every type that embeddings come in.
