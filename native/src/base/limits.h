@@ -14,7 +14,7 @@
 /* Magnitude of an activation's first digit of base 128, and of the integer that 1 to 3 digits are: the others are at
  * most 63. */
 #define DIGIT_LIMIT 127
-#define ACTIVATION_LIMIT(planes) \
+#define ACTIVATION_LIMIT(planes)                                                                                     \
     ((planes) == 1 ? DIGIT_LIMIT : (planes) == 2 ? DIGIT_LIMIT * 128 + 63 : (DIGIT_LIMIT * 128 + 63) * 128 + 63)
 
 _Static_assert(2ull * DIGIT_LIMIT * 256 * COLUMNS_LIMIT <= INT32_MAX, "256 times a sum of trits fits 32 bits");

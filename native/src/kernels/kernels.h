@@ -50,8 +50,8 @@ static inline size_t attention_scratch(uint32_t positions, uint32_t head_dim, si
 struct kernels;
 
 /* out[i][row] = sum over columns of weight * x, exact; out is [n][groups * group_rows], x [n][stride] with 4 * quads
- * used, sums [n] those of x's rows, n <= DOT_ROWS_LIMIT, groups <= DOT_GROUPS. x is at most DIGIT_LIMIT in magnitude: then
- * no kernel's narrow sums can wrap. `kernels` are those that the function is one of. */
+ * used, sums [n] those of x's rows, n <= DOT_ROWS_LIMIT, groups <= DOT_GROUPS. x is at most DIGIT_LIMIT in magnitude:
+ * then no kernel's narrow sums can wrap. `kernels` are those that the function is one of. */
 typedef void dot_function(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
                           const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out);
 
