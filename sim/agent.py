@@ -9,7 +9,7 @@ from typing import Protocol
 
 from cordee.cluster.choose import Planning
 from cordee.cluster.controller import Controller, Running
-from cordee.cluster.facts import Facts, SliceHeld
+from cordee.cluster.facts import Facts, SliceHeld, best_host
 from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec, holds
 from cordee.cluster.membership import HEARTBEAT_SECONDS, Heartbeat
 from cordee.cluster.reconcile import Actions, WireAction
@@ -119,10 +119,10 @@ class Agent:
 
     def ask(self, message: Ask | Assert) -> None:
         """A gateway wants something of a model that we host."""
-        pipeline = self.pipelines.get(message.model)
-        if pipeline is not None and message.node not in self.machine.revocations:
-            pipeline.host.receive(message)
-            pipeline.pump()
+        key = best_host(self._wirings(), message.model)
+        if key is not None and message.node not in self.machine.revocations:
+            self.pipelines[key].host.receive(message)
+            self.pipelines[key].pump()
 
     def said(self, message: Said) -> None:
         """A host has news for our streams."""
@@ -172,7 +172,7 @@ class Agent:
     def _act(self) -> None:
         running = Running(
             workers={process.id: process.worker() for process in self.workers.values()},
-            wirings={key: pipeline.wiring for key, pipeline in self.pipelines.items()},
+            wirings=self._wirings(),
             routes=self.gateway.routes,
         )
         clock = EPOCH + self.world.now + self.machine.clock_error
@@ -185,6 +185,9 @@ class Agent:
         self.drain()
         if decision.is_news:
             self._speak()
+
+    def _wirings(self) -> dict[str, str]:
+        return {key: pipeline.wiring for key, pipeline in self.pipelines.items()}
 
     def _look(self) -> Facts:
         machine = self.machine

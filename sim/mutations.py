@@ -97,13 +97,15 @@ def _hosts_in_turn(
     return _hosts(self, dataclasses.replace(running, wirings={}), actions)
 
 
-def _names_in_turn(self: controller.Controller, current: Mapping[str, str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for routes in self.goals.routes.values():
-        for route in routes:
-            key = facts.stream_key(route.placement.model, route.placement.context)
-            if route.wiring and (key not in found or found[key] == current.get(key)):
-                found[key] = route.host
+_routes = controller.Controller._routes
+
+
+def _routes_in_turn(self: controller.Controller, current: Mapping[str, str]) -> dict[str, str]:
+    found = _routes(self, current)
+    serving = [route for routes in self.goals.routes.values() for route in routes if route.wiring]
+    for key in found:
+        hosts = [each.host for each in serving if key == facts.stream_key(each.placement.model, 64)]
+        found[key] = next((host for host in hosts if host != current.get(key)), found[key])
     return found
 
 
@@ -134,7 +136,7 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "slices lie on one node only": _set((goals, "_copies", lambda *_: [])),
     "two deployments of one file take it from each other": _set(
         (controller.Controller, "_hosts", _hosts_in_turn),
-        (controller.Controller, "_routes", _names_in_turn),
+        (controller.Controller, "_routes", _routes_in_turn),
     ),
     "failures are never forgiven": _set((reconcile.Reconciler, "_forget", _never_forgive)),
     "a wiring left is entered again": _set((reconcile.Reconciler, "step", _never_rename)),

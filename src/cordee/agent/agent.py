@@ -27,7 +27,7 @@ from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
 from cordee.agent.services import Services
 from cordee.cluster.controller import Controller, Running
-from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld
+from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld, best_host
 from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec
 from cordee.cluster.history import History
 from cordee.cluster.membership import Farewell
@@ -333,9 +333,9 @@ class Agent:
         except BadRequest:
             return
         if not isinstance(message, Said) and message.node not in self.identity.revoked:
-            scheduler_host = self._scheduler_hosts.get(message.model)
-            if scheduler_host is not None:
-                scheduler_host.receive(message)
+            key = best_host(self._wirings(), message.model)
+            if key is not None:
+                self._scheduler_hosts[key].receive(message)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A last stage brings tokens."""
@@ -408,9 +408,10 @@ class Agent:
         return self._facts
 
     def _running(self) -> Running:
-        hosts = self._scheduler_hosts.items()
-        wirings = {key: scheduler_host.wiring for key, scheduler_host in hosts}
-        return Running(self.stages.workers, wirings, self._gateway.routes)
+        return Running(self.stages.workers, self._wirings(), self._gateway.routes)
+
+    def _wirings(self) -> dict[str, str]:
+        return {key: scheduler_host.wiring for key, scheduler_host in self._scheduler_hosts.items()}
 
     def _execute(self, actions: Actions) -> None:
         self.local_models.pursue(actions.fetch)

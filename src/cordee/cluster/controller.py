@@ -292,16 +292,24 @@ class Controller:
         return found
 
     def _routes(self, current: Mapping[str, str]) -> dict[str, str]:
-        """Where streams go: they stay as long as that node serves the model, under whatever name."""
-        serving: dict[str, list[str]] = {}
-        for routes in self._goals.routes.values():
-            for route in routes:
-                if route.wiring:
-                    serving.setdefault(_key(route.placement), []).append(route.host)
+        """Where streams go: they stay as long as that node serves the model, under whatever name.
+
+        Else to a placement with just the context that is deployed, or the next larger one.
+        """
+        serving = [route for routes in self._goals.routes.values() for route in routes if route.wiring]
+        serving.sort(key=lambda route: route.placement.context)
         found: dict[str, str] = {}
-        for key, hosts in serving.items():
-            host = current.get(key)
-            found[key] = host if host in hosts else hosts[0]
+        for each in self.deployments:
+            if each.shape is None or not each.replicas:
+                continue
+            key = stream_key(each.shape.digest, each.context)
+            hosts = [
+                route.host
+                for route in serving
+                if route.placement.model == each.shape.digest and route.placement.context >= each.context
+            ]
+            if hosts:
+                found[key] = current[key] if current.get(key) in hosts else hosts[0]
         return found
 
     def _refuses(self, node: str) -> bool:
