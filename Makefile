@@ -64,8 +64,9 @@ native: ## build the ternary engine for this machine into the package (needs a C
 tiny: ## cross-build cordee-tiny for machines of 1997: build/pentium2 (Linux) and build/windows
 	@$(MAKE) -C native tiny
 
-docs: setup ## write docs/cli.md, and the tables of docs/api.md, from the program itself
+docs: setup ## write docs/cli.md, the tables of docs/api.md and the picture of the rooms from the program itself
 	@$(bin)/python scripts/cli_reference.py
+	@$(bin)/python scripts/rooms.py
 	@$(bin)/python scripts/api_reference.py
 
 clean: ## remove .venv and every cache
