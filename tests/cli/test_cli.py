@@ -16,6 +16,7 @@ import cli_reference
 
 from cordee import __version__, errors
 from cordee.cli import doctor, output
+from cordee.cli.main import cordee as program
 from cordee.cli.main import exit_codes, subclasses
 from cordee.engine.llama.libllama import usable_cores
 from cordee.machine import hardware
@@ -43,6 +44,22 @@ def cordee(*arguments: str, home: Path, stdin: bytes | None = b"") -> subprocess
 
 def test_the_reference_is_current() -> None:
     assert cli_reference.TARGET.read_text(encoding="utf-8") == cli_reference.reference(), "run `make docs`"
+
+
+@pytest.mark.parametrize(("old", "verb"), [("share", "deploy"), ("unshare", "undeploy")])
+def test_old_names_of_verbs_are_known_but_not_listed(home: Path, old: str, verb: str) -> None:
+    assert program.commands[old].callback is program.commands[verb].callback
+    helped = cordee(old, "--help", home=home).stdout.decode()
+    assert helped.startswith(f"Usage: cordee {old} ")
+    assert helped.partition("\n")[2] == cordee(verb, "--help", home=home).stdout.decode().partition("\n")[2]
+    listed = cordee("--help", home=home).stdout.decode().partition("Commands:")[2]
+    names = {line.split()[0] for line in listed.splitlines() if line.strip()}
+    assert verb in names
+    assert old not in names
+    reference = cli_reference.TARGET.read_text(encoding="utf-8")
+    assert f"## cordee {verb}\n" in reference
+    assert f"cordee {old}\n" not in reference
+    assert f"cordee {old} " not in reference
 
 
 def test_version(home: Path) -> None:

@@ -113,7 +113,7 @@ def test_the_table_is_for_people(home, nodes):
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
     assert lines[0] == "Model: gpt-oss-120b: 36 layers, 63.4 GB"
-    assert lines[1] == "Asked: 8 answers at the same time, of 4096 tokens each"
+    assert lines[1] == "Asked: 8 answers at a time, of 4096 tokens each"
     assert lines[2] == "Fit:   It fits in 4 stages: it needs 67.0 GB of memory in all."
     assert lines[3].startswith("Speed: about ")
     assert any(line.split()[:5] == ["0-8", "office-1", "RTX", "4090", "15.5"] for line in lines)
