@@ -1,4 +1,4 @@
-"""The program as a user meets it: real processes, what they print where, and how they end."""
+"""The program as users see it: real processes, what they print where, and how they end."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def cordee(*arguments: str, home: Path, stdin: bytes | None = b"") -> subprocess
     )
 
 
-# What the program says about itself
+# What the program says of itself
 
 
 def test_the_reference_is_current() -> None:
@@ -211,7 +211,7 @@ def test_the_starter_enters_an_empty_store_by_itself(home: Path) -> None:
     assert [model["name"] for model in json.loads(cordee("ls", "--json", home=home).stdout)] == ["starter"]
 
 
-def test_a_reader_that_goes_away_ends_it_quietly(starter_home: Path) -> None:
+def test_a_closed_pipe_ends_it_quietly(starter_home: Path) -> None:
     command = [
         *PROGRAM,
         "run",
