@@ -41,7 +41,7 @@ test-long: lint ## the short tests and those that take minutes
 	@$(bin)/python -m pytest -m ''
 
 test-pentium2: setup ## boot the emulated PC of 1997 (fetched once) and all that is about it; LONG=1 the long tests, too
-	@sh scripts/old_machine.sh
+	@sh scripts/pentium2_machine.sh
 	@$(bin)/python -m pytest -rP $(if $(LONG),-m '') tests/pentium2
 
 lint: setup ## check style and formatting

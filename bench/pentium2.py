@@ -3,7 +3,8 @@
     python bench/pentium2.py [--cases PREFIX] [--model FILE ...] [--json] [--csv FILE]
 
 Nothing is timed: instructions are counted under qemu-user, and a trace of one token drives a timing model of
-the processor, its caches and its memory (bench/p6): figures are the same on every machine, in every run.
+the processor, its caches and its memory (bench/pentium2_model): figures are the same on every machine, in
+every run.
 
 Shapes have random weights; trained models are those in the package, or what `--model` names. A case is
 SHAPE-POSITION: the token at that position of a text, everything included (attention over all before it, the
@@ -11,7 +12,8 @@ choice of the next token).
 `tokens/s` assumes memory of 55 clocks latency and 28 clocks a line, `tokens/s, slow memory` 70 and 45; a
 processor with nothing else to do; the model in memory.
 
-The peer (bench/p6/floats.c) does the same in single precision, compiled as well as gcc can (-O3 -ffast-math).
+The peer (bench/pentium2_model/floats.c) does the same in single precision, compiled as well as gcc can (-O3
+-ffast-math).
 The cases called calibration hold the timing model against a real machine: there `ours` is what it says of the
 float loops compiled without optimisation, and `peer` what llama98.c, such a program built without any flag,
 was reported to do on a Pentium II 350 with 128 MB (39.31 tokens/s on stories260K, 1.03 on stories15M).
@@ -32,7 +34,7 @@ from cordee.convert.pentium2 import LAYOUT
 from cordee.engine.vocabulary import Vocabulary
 from cordee.models.gguf import read_header
 from make_model import SHAPES, make_model
-from p6.machine import HERE, NORMAL, PESSIMISTIC, Call, Machine, MissingTool, run
+from pentium2_model.machine import HERE, NORMAL, PESSIMISTIC, Call, Machine, MissingTool, run
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = Path("..", "build", "pentium2", "cordee-tiny")  # as native/Makefile calls it

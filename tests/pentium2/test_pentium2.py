@@ -24,7 +24,7 @@ from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import UnsupportedModel
 from cordee.models.cards import cards
 from make_model import SHAPES, RandomWeights, add_vocabulary, make_model
-from old_machine import ROOT, old_program
+from pentium2_machine import ROOT, old_program
 from ternary_models import FAMILIES, Weights
 
 EXIT_FAILED, EXIT_USAGE = 1, 2

@@ -17,8 +17,8 @@ from cordee.engine.stage import StageConfig, batch_of_one
 from cordee.engine.ternary import TernaryStage
 from cordee.engine.vocabulary import Vocabulary
 from make_model import SHAPES, RandomWeights, add_vocabulary, make_model
-from old_machine import Finding, boot, make_disk, need_machine, old_program, sse_program
 from pentium2 import trained_models
+from pentium2_machine import Finding, boot, make_disk, need_machine, old_program, sse_program
 
 BEGINNING, TOKENS = "once upon a time there was a small cat", 40
 STORIES = {path.stem: path for path in trained_models()}

@@ -1,11 +1,11 @@
-"""The timing model of the Pentium II (bench/p6) says of small loops what the manuals say of them."""
+"""The timing model of the Pentium II (bench/pentium2_model) says of loops what the manuals say of them."""
 
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from p6.machine import NORMAL, PESSIMISTIC, Call, Machine, Memory, MissingTool
+from pentium2_model.machine import NORMAL, PESSIMISTIC, Call, Machine, Memory, MissingTool
 
 ROUNDS = 2000
 PROGRAM = """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from make_model import SHAPES, make_model
-from old_machine import boot, make_disk, need_debootstrap, need_machine, old_program
+from pentium2_machine import boot, make_disk, need_debootstrap, need_machine, old_program
 from terminal import PROGRAM
 
 # The last release whose i386 packages run without SSE.

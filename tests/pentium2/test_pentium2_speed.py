@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from make_model import SHAPES, make_model
-from old_machine import old_program
-from p6.machine import NORMAL, Machine, MissingTool
 from pentium2 import beginning
+from pentium2_machine import old_program
+from pentium2_model.machine import NORMAL, Machine, MissingTool
 
 MILLION = 1_000_000
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cordee.models.cards import cards
-from old_machine import need_debootstrap, old_program
+from pentium2_machine import need_debootstrap, old_program
 
 RELEASE = "bookworm"
 MODEL = cards()["story-small"].path
