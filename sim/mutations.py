@@ -6,7 +6,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
@@ -87,6 +87,28 @@ def _never_stop(self: reconcile.Reconciler, *arguments: object) -> reconcile.Act
     return dataclasses.replace(_step(self, *arguments), stop=())
 
 
+_hosts = controller.Controller._hosts
+
+
+def _hosts_in_turn(
+    self: controller.Controller, running: controller.Running, actions: reconcile.Actions
+) -> dict[str, goals.HostGoal]:
+    self._goals = dataclasses.replace(self._goals, hosts=self._goals.hosts[::-1])
+    return _hosts(self, dataclasses.replace(running, wirings={}), actions)
+
+
+_routes = controller.Controller._routes
+
+
+def _routes_in_turn(self: controller.Controller, current: Mapping[str, str]) -> dict[str, str]:
+    found = _routes(self, current)
+    serving = [route for routes in self.goals.routes.values() for route in routes if route.wiring]
+    for key in found:
+        hosts = [each.host for each in serving if key == facts.stream_key(each.placement.model, 64)]
+        found[key] = next((host for host in hosts if host != current.get(key)), found[key])
+    return found
+
+
 MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "a suspect is dead at once": _set((membership, "SUSPICION_SECONDS", 0.0)),
     "nobody is ever gone": _set((membership, "SUSPICION_SECONDS", math.inf)),
@@ -112,6 +134,10 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "serving before the links are made": _set((choose.Reports, "serving", _serving_once_loaded)),
     "draining nodes keep their stages": _set((choose.Selection, "_succeed", _nothing)),
     "slices lie on one node only": _set((goals, "_copies", lambda *_: [])),
+    "two deployments of one file take it from each other": _set(
+        (controller.Controller, "_hosts", _hosts_in_turn),
+        (controller.Controller, "_routes", _routes_in_turn),
+    ),
     "failures are never forgiven": _set((reconcile.Reconciler, "_forget", _never_forgive)),
     "a wiring left is entered again": _set((reconcile.Reconciler, "step", _never_rename)),
     "workers are never stopped": _set((reconcile.Reconciler, "step", _never_stop)),

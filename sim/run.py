@@ -96,7 +96,7 @@ def _settle(
 
 def _blink(scenario: Scenario) -> None:
     """The bus takes one node's token away and gives it back: nothing may happen."""
-    names = sorted(scenario.world.agents)
+    names = sorted(scenario.agents)
     if not names:
         return
     before = checks.picture(scenario)

@@ -98,7 +98,7 @@ class Process:
 
     id: str
     endpoint: str
-    load: StageSpec
+    spec: StageSpec
     state: str = "loading"
     wiring: str = ""
     wirings: frozenset[str] = frozenset()
@@ -109,8 +109,8 @@ class Process:
     samplers: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def worker(self) -> WorkerStatus:
-        """As the crew sees it."""
-        return WorkerStatus(self.id, self.load, self.state, self.endpoint, self.wiring, self.wirings)
+        """As the controller sees it."""
+        return WorkerStatus(self.id, self.spec, self.state, self.endpoint, self.wiring, self.wirings)
 
     def wire(self, wiring: str, index: int, stages: int, downstream: str) -> None:
         """Join a wiring, with an empty cache."""

@@ -1,12 +1,17 @@
 """The mind: what a node hears becomes what it does."""
 
+from dataclasses import replace
+
 import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clusters import CONTEXT, SEQUENCES, Simple, facts_of, placed, running, shape_of
-from cordee.cluster.controller import RETHINK_SECONDS, Controller
-from cordee.cluster.facts import Facts, Gauges, Hosted
+from cordee.cluster.controller import RETHINK_SECONDS, Controller, Decision, Running
+from cordee.cluster.facts import Facts, Gauges, Hosted, best_host, stream_key
 from cordee.cluster.goals import Goals
 from cordee.cluster.membership import LISTEN_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS, Heartbeat
+from cordee.cluster.reconcile import WorkerStatus
 
 EPOCH = 1.8e9
 ALL = placed(("a", 0, 4))
@@ -176,3 +181,72 @@ def test_wishes_outlive_a_restart() -> None:
     again = Controller("a", "next session", Simple(), controller.deployments)
     look(again, 0.0)
     assert again.deployments == controller.deployments
+
+
+def test_of_two_deployments_of_one_file_a_stream_goes_where_the_context_does() -> None:
+    hosts = {"m/64": "w1", "m/8": "w2", "other/64": "w3"}
+    assert best_host(hosts, "m/64") == "m/64"
+    assert best_host(hosts, "m/8") == "m/8"
+    assert best_host(hosts, "m/9") == "m/64"
+    assert best_host(hosts, "m/65") is None
+    assert best_host(hosts | {"m/8": ""}, "m/8") == "m/64"  # its own cannot answer yet
+
+
+@given(st.text(), st.text())
+def test_whatever_another_node_asks_for_finds_a_host_or_none(key: str, other: str) -> None:
+    for wanted in (key, f"m/{other}", f"m/{'9' * 5000}", "m/", "/", ""):
+        assert best_host({"m/64": "w"}, wanted) in ("m/64", None)
+
+
+def stepped(
+    controller: Controller, workers: list[WorkerStatus], wirings: dict[str, str], routes: dict[str, str]
+) -> Decision:
+    running = Running({worker.id: worker for worker in workers}, wirings, routes)
+    return controller.step(facts_of("a", 8), running, 5.5, EPOCH + 5.5)
+
+
+def two_names(first_state: str = "loaded") -> tuple[Controller, list[WorkerStatus]]:
+    """A node that serves one file under two names, with the worker of each; the second's is wired."""
+    controller = mind_of(facts=facts_of("a", 8))
+    for name, sequences in (("m", SEQUENCES), ("n", SEQUENCES + 1)):
+        controller.deploy(name, shape_of(), CONTEXT, sequences, 5.0)
+    specs = {goal.spec.sequences: goal.spec for goal in controller.plan(5.0).stages}
+    workers = [WorkerStatus(f"w{n}", specs[n], "loaded", f"a/{n}") for n in (SEQUENCES, SEQUENCES + 1)]
+    goals = {each.worker: each.goal for each in stepped(controller, workers, {}, {}).actions.wire}
+    for index, state in enumerate((first_state, "wired")):
+        wiring = goals[workers[index].id].wiring
+        if state == "wired":
+            workers[index] = replace(workers[index], state=state, wiring=wiring, wirings=frozenset({wiring}))
+    return controller, workers
+
+
+def test_a_deployment_that_never_comes_up_does_not_take_the_host_from_its_twin() -> None:
+    controller, workers = two_names("loading")
+    decision = stepped(controller, workers, {}, {})
+    [(key, goal)] = decision.hosts.items()
+    assert goal.wiring == workers[1].wiring
+    assert decision.routes == {key: "a"}
+
+
+def test_what_is_hosted_stays_when_its_twin_is_there_too() -> None:
+    controller, workers = two_names("wired")
+    for worker in workers:
+        decision = stepped(controller, workers, {stream_key("m", CONTEXT): worker.wiring}, {})
+        [goal] = decision.hosts.values()
+        assert goal.wiring == worker.wiring
+
+
+def test_a_scheduler_hears_of_no_wiring_that_its_worker_has_left() -> None:
+    controller, workers = two_names("wired")
+    broken = [replace(worker, state="loaded", wiring="") for worker in workers]
+    decision = stepped(controller, broken, {}, {})
+    assert [goal.wiring for goal in decision.hosts.values()] == [""]
+    assert decision.actions.rename
+
+
+def test_facts_are_news_until_they_were_said() -> None:
+    controller, workers = two_names("wired")
+    assert stepped(controller, workers, {}, {}).is_news
+    controller.heartbeat(5.5)
+    assert not stepped(controller, workers, {}, {}).is_news
+    assert stepped(controller, workers[:1], {}, {}).is_news

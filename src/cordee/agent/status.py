@@ -27,6 +27,7 @@ from cordee.cluster.facts import (
     StagePlace,
     StageReport,
     placement_id,
+    stream_key,
 )
 from cordee.cluster.memory import Demand, needed_bytes
 from cordee.errors import BadRequest, ModelNotFound
@@ -272,8 +273,8 @@ class ClusterStatus:
     def _placement(self, pick: Chosen) -> dict[str, Any]:
         placement, host = pick.placement, pick.placement.stages[0].node
         hosted = self._gauges.get(host, Gauges()).hosted
-        idle = Hosted(placement.model, 0, 0, 0.0)
-        busy = next((each for each in hosted if each.model == placement.model), idle)
+        key = stream_key(placement.model, placement.context)
+        busy = next((each for each in hosted if each.key == key), Hosted(key, 0, 0, 0.0))
         return {
             "id": placement_id(placement),
             "wiring": pick.wiring,

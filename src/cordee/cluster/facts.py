@@ -5,7 +5,8 @@ is no longer said is forgotten; so nothing that a fault wrote into it survives.
 """
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -167,13 +168,13 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 class Hosted(msgspec.Struct, frozen=True):
-    """How busy a model is at its host: streams, and the tokens per second of all of them together.
+    """How busy a model is at its host, by stream key: streams, and the tokens per second of all together.
 
     `inherited_tokens` were taken over from the placement before instead of being computed again.
     `batch_invariant`: a row gives the same bits alone, batched and replayed; None: not known (yet).
     """
 
-    model: str
+    key: str
     active: int
     waiting: int
     tokens_per_second: float
@@ -219,6 +220,36 @@ class Gauges(msgspec.Struct, frozen=True):
 def placement_id(placement: Placement) -> str:
     """The id of a placement: the hash of its content."""
     return hashlib.sha256(msgspec.msgpack.encode(placement)).hexdigest()[:16]
+
+
+def stream_key(model: str, context: int) -> str:
+    """What streams ask for: a model, by its digest, and at least so many tokens of context.
+
+    One file may be deployed under two names, with a context for each. A scheduler host answers the streams of
+    either if its own context does.
+    """
+    return f"{model}/{context}"
+
+
+def best_host(wirings: Mapping[str, str], wanted: str) -> str | None:
+    """Of the scheduler hosts of a node the one that is to answer streams of the key `wanted`, by its own key.
+
+    `wirings` has the wiring of each, "" where it has none: one that can answer now is better, then the one
+    with the least context that does.
+    """
+    model, context = _parts(wanted)
+    found: list[tuple[bool, int, str]] = []
+    for key, wiring in wirings.items():
+        other, held = _parts(key)
+        if other == model and held >= context:
+            found.append((not wiring, held, key))
+    return min(found)[2] if found else None
+
+
+def _parts(key: str) -> tuple[str, int]:
+    """Model and context of a stream key; no model's where another node says something else."""
+    model, _, context = key.rpartition("/")
+    return (model, int(context)) if re.fullmatch("[0-9]{1,18}", context) else ("", 0)
 
 
 def wiring_id(placement: Placement, workers: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ A stage goal goes through these states, which are also what is reported of it:
   wanted in it again gets a new id first (`rename`), which changes the wiring for all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,6 +85,11 @@ class Reconciler:
     def __init__(self) -> None:
         self._assignments: dict[str, tuple[Placement, int]] = {}  # by worker, the stage it was last run as
         self._failures: dict[StageSpec, _Failure] = {}
+
+    @property
+    def failures(self) -> Collection[StageSpec]:
+        """The stages that count as failed."""
+        return self._failures.keys()
 
     def failed(self, load: StageSpec, detail: str, now: float) -> None:
         """A stage's slice could not be had, or its worker could not load it."""
