@@ -1,4 +1,4 @@
-"""The timing model of the Pentium II (bench/pentium2_model) says of loops what the manuals say of them."""
+"""The timing model of the Pentium II (bench/pentium2_model) gives loops the clocks that the manuals give."""
 
 import subprocess
 from pathlib import Path
