@@ -1,4 +1,4 @@
-"""Runs a 32-bit program under emulation and says what a Pentium II would make of it.
+"""Runs a 32-bit program under emulation, and says how long a Pentium II would take.
 
 Two passes: the first counts instructions and notes which ones there are (calls.c), the second feeds a trace
 of the calls asked for to the timing model (model.c). Both are repeatable to the instruction.
@@ -18,13 +18,13 @@ HERE = Path(__file__).parent
 HERTZ = 350e6
 QEMU = ("qemu-i386", "-cpu", "pentium2")
 QEMU_VERSIONS = ("7.", "8.")
-# Two passes over the slowest case, which is a float program without optimisation.
+# For two passes over the slowest case, a float program without optimisation.
 TIMEOUT_SECONDS = 1800
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Clocks from a cache miss to the line, and clocks that a line keeps the bus."""
+    """Clocks from a cache miss to the line, and clocks for which a line occupies the bus."""
 
     dram_clocks: int
     bus_clocks: int
@@ -35,7 +35,7 @@ NORMAL, PESSIMISTIC = Memory(55, 28), Memory(70, 45)
 
 @dataclass(frozen=True)
 class Call:
-    """A token on the modelled machine."""
+    """A token on the modelled machine: one call of `forward`."""
 
     clocks: int
     instructions: int
@@ -46,27 +46,28 @@ class Call:
 
     @property
     def per_second(self) -> float:
+        """Tokens a second at this speed."""
         return HERTZ / self.clocks
 
 
 class MissingTool(Exception):
-    """Something that measuring needs is not here; the message is the line that installs it, or says what."""
+    """A tool is missing; the message is the command that installs it, or names the version needed."""
 
 
 def check_tools() -> None:
-    """Raises MissingTool."""
+    """Raises MissingTool if this machine lacks one."""
     needed = {"qemu-i386": "qemu-user", "gcc": "gcc-12-multilib libc6-dev-i386", "nm": "binutils"}
     missing = [package for tool, package in needed.items() if shutil.which(tool) is None]
     if missing:
         raise MissingTool(f"apt-get install -y {' '.join(missing)}")
     version = run(["qemu-i386", "--version"]).split()[2]
     if not version.startswith(QEMU_VERSIONS):
-        raise MissingTool(f"qemu-user 7 or 8, whose interface for plugins calls.c speaks; this is {version}")
+        raise MissingTool(f"qemu-user 7 or 8, whose plugin interface calls.c uses; this is {version}")
 
 
-def run(command: Sequence[str | Path], **options: object) -> str:
-    """The command's output. Raises RuntimeError with what it said if it failed."""
-    done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, **options)
+def run(command: Sequence[str | Path], pass_fds: Sequence[int] = ()) -> str:
+    """The command's output. Raises RuntimeError with its standard error if it failed."""
+    done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, pass_fds=pass_fds)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip()
         raise RuntimeError(f"{Path(command[0]).name} ended with {done.returncode}: {said}")
@@ -74,7 +75,7 @@ def run(command: Sequence[str | Path], **options: object) -> str:
 
 
 class Machine:
-    """The tools, built in a temporary folder that closes with the block."""
+    """The tools, built in a temporary folder that is removed after the block."""
 
     def __enter__(self) -> "Machine":
         check_tools()
@@ -89,9 +90,10 @@ class Machine:
         self._temporary.cleanup()
 
     def counts(self, program: Sequence[str | Path], calls: int) -> list[int]:
-        """Instructions of each of the first `calls` tokens: calls of `forward`, and all up to the next.
+        """Instructions of each of the first `calls` tokens: from one call of `forward` to the next.
 
-        Raises RuntimeError if the program ends before.
+        Raises:
+            RuntimeError: the program ended before.
         """
         counts = self.folder / "counts"
         self._qemu(program, calls + 1, f"counts={counts},code={self.folder / 'code'}")
@@ -101,9 +103,9 @@ class Machine:
         return found
 
     def time(self, program: Sequence[str | Path], call: int, *memories: Memory) -> list[Call]:
-        """One token, the `call`-th from 1, with the caches as the one before it left them; for each memory.
+        """The `call`-th token (from 1) with each memory, the caches as the token before left them.
 
-        `counts` must have run the program up to there.
+        `counts` must have run the program that far.
         """
         table = self.folder / "uops"
         addresses = map(int, (self.folder / "code").read_text().split())
@@ -123,14 +125,16 @@ class Machine:
         lines = output.splitlines()[-len(memories) :]
         return [Call(*map(int, line.split())) for line in lines]
 
-    def _qemu(self, program: Sequence[str | Path], last: int, options: str, **pass_on: object) -> None:
+    def _qemu(
+        self, program: Sequence[str | Path], last: int, options: str, pass_fds: Sequence[int] = ()
+    ) -> None:
         plugin = f"{self.folder / 'libcalls.so'},start={forward(program[0])},last={last},{options}"
         name, *rest = QEMU
-        run([name, "-plugin", plugin, *rest, *program], **pass_on)
+        run([name, "-plugin", plugin, *rest, *program], pass_fds)
 
 
 def forward(program: str | Path) -> str:
-    """The address of a program's function `forward`, hexadecimal."""
+    """The address of a program's function `forward`, in hexadecimal."""
     for line in run(["nm", program]).splitlines():
         *address, kind, name = line.split()
         if name == "forward" and kind in "tT":

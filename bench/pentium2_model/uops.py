@@ -1,4 +1,4 @@
-"""What a Pentium II makes of instructions: uops with ports and latencies, as a table for model.c.
+"""The uops of instructions on a Pentium II, with ports and latencies, as a table for model.c.
 
 Instructions are disassembled by `capstone`. Latencies and ports follow the public optimisation guides for the
 P6, from memory and simplified; bench/pentium2.py compares the model with measurements of a real machine.
@@ -37,9 +37,12 @@ _FAMILIES = (
     "esi si",
     "edi di",
 )
-REGISTERS = {name: number for number, family in enumerate(_FAMILIES) for name in family.split()}
-REGISTERS |= {f"mm{i}": MMX + i for i in range(8)} | {f"st({i})": X87 + i for i in range(8)}
-REGISTERS |= {"st": X87, "eflags": FLAGS}
+REGISTERS = (
+    {name: number for number, family in enumerate(_FAMILIES) for name in family.split()}
+    | {f"mm{i}": MMX + i for i in range(8)}
+    | {f"st({i})": X87 + i for i in range(8)}
+    | {"st": X87, "eflags": FLAGS}
+)
 
 X87_ARITHMETIC = {
     "fadd": (3, 1),
@@ -69,15 +72,16 @@ ONLY_PORT_0 = {
     "cdq",
 }
 STRING_PREFIXES = ("movs", "stos", "lods", "scas", "cmps")
+SOME_UOPS = ("xchg", "cpuid", "cld", "leave", "xadd", "cmpxchg", "rdtsc", "bswap")
 # Mnemonic -> (port, latency, occupancy, further uops), where it is not one uop of one clock on either port.
-INTEGER = dict.fromkeys(ONLY_PORT_0, (ALU0, 1, 1, 0))
-INTEGER |= {"imul": (ALU0, 4, 1, 0), "mul": (ALU0, 4, 1, 2)}
-INTEGER |= dict.fromkeys(("div", "idiv"), (ALU0, 39, 37, 3))
-INTEGER |= dict.fromkeys(("adc", "sbb"), (ALU, 2, 1, 1))
-INTEGER |= dict.fromkeys(
-    ("xchg", "cpuid", "cld", "leave", "xadd", "cmpxchg", "rdtsc", "bswap"), (ALU, 1, 1, 2)
+INTEGER = (
+    dict.fromkeys(ONLY_PORT_0, (ALU0, 1, 1, 0))
+    | {"imul": (ALU0, 4, 1, 0), "mul": (ALU0, 4, 1, 2)}
+    | dict.fromkeys(("div", "idiv"), (ALU0, 39, 37, 3))
+    | dict.fromkeys(("adc", "sbb"), (ALU, 2, 1, 1))
+    | dict.fromkeys(SOME_UOPS, (ALU, 1, 1, 2))
+    | dict.fromkeys(("shld", "shrd"), (ALU0, 1, 1, 2))
 )
-INTEGER |= dict.fromkeys(("shld", "shrd"), (ALU0, 1, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Instruction:
 
     @property
     def values(self) -> list[int]:
-        """What is read other than to form the address."""
+        """The registers read for more than the address."""
         return [r for r in self.reads if r not in self.address_registers or r in self.registers]
 
     @property
@@ -134,9 +138,11 @@ class Instruction:
         return [r - X87 for r in self.registers if r >= X87]
 
     def load(self, target: int = LOADED) -> Uop:
+        """The load of its memory operand."""
         return Uop(LOAD_PORT, LOAD_CLOCKS, self.address_registers, [target], memory=LOADS)
 
     def store(self, sources: list[int]) -> list[Uop]:
+        """The store to its memory operand."""
         return [
             Uop(ADDRESS_PORT, 1, self.address_registers, memory=STORE_ADDRESS),
             Uop(DATA_PORT, 1, sources, memory=STORE_DATA),
@@ -144,7 +150,7 @@ class Instruction:
 
 
 def uops(i: Instruction) -> Uops:
-    """What an instruction becomes."""
+    """The uops of an instruction."""
     padding = i.name == "xchg" and not i.in_memory and len(set(i.registers)) == 1
     if padding or i.name in ("nop", "endbr32"):
         return [PLAIN], NO_BRANCH, 0
@@ -268,7 +274,7 @@ def pop(i: Instruction) -> list[Uop]:
 
 def string(i: Instruction) -> list[Uop]:
     """One step of a string instruction."""
-    made = []
+    made: list[Uop] = []
     if not i.name.startswith("stos"):
         made.append(Uop(LOAD_PORT, LOAD_CLOCKS, [ESI], [LOADED], memory=LOADS))
     if i.name.startswith(("movs", "stos")):
@@ -333,7 +339,7 @@ def write_table(program: Path, addresses: Iterable[int], table: Path) -> None:
     wanted = sorted(set(addresses))
     lines = [f"{wanted[0]} {wanted[-1]}"]
     for address in wanted:
-        at, content = next(part for part in loaded if part[0] <= address < part[0] + len(part[1]))
+        at, content = next((at, data) for at, data in loaded if at <= address < at + len(data))
         [found] = disassembler.disasm(content[address - at :][:LONGEST_INSTRUCTION], address, 1)
         made, kind, stack = uops(Instruction(found))
         lines.append(" ".join(map(str, (address, found.size, len(made), kind, stack, *made))))
