@@ -10,7 +10,8 @@ import os
 import sys
 
 from cordee.net import identity
-from cordee.net.zenoh_bus import BusOptions, ZenohBus
+from cordee.net.bus import BusOptions
+from cordee.net.zenoh_bus import ZenohBus
 
 
 def tell(**event: object) -> None:

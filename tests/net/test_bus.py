@@ -19,10 +19,10 @@ import zenoh
 from cordee.errors import BadRequest
 from cordee.net import address, enrolment, identity
 from cordee.net import zenoh_bus as bus_module
+from cordee.net.bus import REMOVED, BusOptions
 from cordee.net.identity import Identity
 from cordee.net.peers import Peers
-from cordee.net.zenoh_bus import BusOptions, Inbox, ZenohBus
-from cordee.net.zenoh_config import REMOVED
+from cordee.net.zenoh_bus import Inbox, ZenohBus
 from intruders import intruder, intruder_certificate
 from members import DAY_SECONDS, at_home, cluster, founder, newcomer
 

@@ -42,11 +42,11 @@ from cordee.machine.devices import own_devices
 from cordee.machine.energy import Meter
 from cordee.models.store import Store, StoredModel
 from cordee.net import address, enrolment
+from cordee.net.bus import REMOVED, BusOptions
 from cordee.net.identity import Identity, revoked_node
 from cordee.net.invitations import Invitations
 from cordee.net.latency import Distances
-from cordee.net.zenoh_bus import BusOptions, ZenohBus
-from cordee.net.zenoh_config import REMOVED
+from cordee.net.zenoh_bus import ZenohBus
 from cordee.serving.cluster_service import ClusterGateway, ClusterService
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link

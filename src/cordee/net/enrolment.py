@@ -36,9 +36,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cordee.errors import CordeeError, JoinFailed
 from cordee.net import address, identity
+from cordee.net.bus import Bus
 from cordee.net.identity import Identity
 from cordee.net.peers import Peers
-from cordee.net.zenoh_bus import Bus
 
 CODE_PREFIX = "cordee"
 SECRET_BYTES = PIN_BYTES = 16  # 128 bits can neither be guessed nor matched by another authority

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from cordee.net.zenoh_bus import Bus
+from cordee.net.bus import Bus
 
 PING_SECONDS = 5.0  # how often each node is measured
 PATIENCE_SECONDS = 2.0  # for an answer: what takes longer is not worth a stage

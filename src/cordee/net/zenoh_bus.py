@@ -1,4 +1,4 @@
-"""The bus between the agents of a cluster: `Bus`, what they need of it, and `ZenohBus`, how they get it.
+"""The bus between the agents of a cluster, over zenoh: `ZenohBus` is a `cordee.net.bus.Bus`.
 
 Every link is TLS with a certificate on both sides; no other listener is opened, no other protocol spoken.
 Peers are found by multicast (on a port of the cluster's own, so that two clusters do not knock at each
@@ -27,16 +27,17 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import zenoh
 from zenoh.handlers import Callback
 
 from cordee.errors import BadRequest, SetupNeeded
 from cordee.net import address
+from cordee.net.bus import REMOVED, BusOptions
 from cordee.net.identity import Identity, revoked_node
 from cordee.net.peers import Peers
-from cordee.net.zenoh_config import MESSAGE_BYTES_MAX, REMOVED, RUNTIME, session_config
+from cordee.net.zenoh_config import MESSAGE_BYTES_MAX, RUNTIME, session_config
 
 PORT = 7330  # where a node listens unless told otherwise or taken: `--peer HOST` means this port
 INBOX_MESSAGES_MAX = 4096  # a second of heartbeats and tokens of the largest cluster
@@ -48,48 +49,6 @@ REPLY_THREADS = 2  # chunks to two slow neighbours do not stop those to a third
 PORT_SECONDS = 0.01  # between looks whether a closed session's port is free
 ADDRESS_SECONDS = 2.0  # between looks at this machine's addresses
 SETTLE_SECONDS = 2.0  # after a reopening: who has not come back by then is gone
-
-
-class Bus(Protocol):
-    """What agents need of each other. Keys are `a/b/c`; in patterns `*` is any one part, `**` any number.
-
-    Handlers are called in the event loop, in the order of what one node said. Nothing here waits for
-    another node except `query`. What is said while no link is up is lost.
-    """
-
-    def publish(self, key: str, payload: bytes) -> None:
-        """Say it to whoever subscribed to the key."""
-
-    def subscribe(self, pattern: str, handler: Callable[[str, bytes], None]) -> None:
-        """Hear (key, payload) of what is published under the pattern, this node's own words too."""
-
-    async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
-        """Ask everybody who serves a key of the pattern; the answers that came within `seconds`."""
-
-    def serve(self, key: str, handler: Callable[[bytes], Awaitable[bytes | None]]) -> None:
-        """Answer queries for the key, at most QUERIES_MAX at once; None is no answer."""
-
-    def announce(self, key: str) -> None:
-        """Be seen alive under the key, until `close` or until the link is lost."""
-
-    def watch(self, pattern: str, handler: Callable[[str, bool], None]) -> None:
-        """Hear (key, alive) of whoever comes or goes under the pattern, those already there first."""
-
-    async def close(self) -> None:
-        """Leave; the others see it at once."""
-
-
-@dataclass(frozen=True)
-class BusOptions:
-    """Where to listen and whom to look for.
-
-    `listen`: HOST, HOST:PORT, or empty for all interfaces; port 0 is any free one. `peers`: addresses given
-    by hand. `scouting`: the interface for multicast, "auto" for all that can, empty for none.
-    """
-
-    listen: str = ""
-    peers: tuple[str, ...] = ()
-    scouting: str = "auto"
 
 
 class Inbox:

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from cordee.net.bus import REMOVED
 from cordee.net.identity import Identity, slot_of, slots
 
 LEASE_SECONDS = 3  # of silence until a link is given up
@@ -24,7 +25,6 @@ RUNTIME = ("ZENOH_RUNTIME", "(rx: (worker_threads: 64))")
 PENDING_LINKS_MAX = 32  # whose handshake is under way
 SCOUTING_GROUP = "224.0.0.224"  # link-local: no switch needs to be asked to forward it
 SCOUTING_PORTS = (20_000, 10_000)  # the first, how many: below the ports that systems hand out
-REMOVED = "removed/{}/{}"  # node, its revocation in hexadecimal: all that a removed node may hear
 MESSAGES = (
     "put",
     "query",
