@@ -162,6 +162,17 @@ class _Stream:
         """Only the row of the last generated token is left to send."""
         return self.rows_left == 1 and bool(self.log.generated)
 
+    def check_end(self) -> None:
+        """Assert that the slot's tokens may be the beginning of the log, from their number and the last one.
+
+        A row at a wrong position, or of a wrong token, would silently change the answer.
+        """
+        held = self.slot.tokens
+        assert len(held) <= len(self.log), f"{self.request.id}: its slot is longer than its log"
+        assert not held or held[-1] == self.log.token(len(held) - 1), (
+            f"{self.request.id}: its slot is not its log"
+        )
+
 
 class Scheduler:
     """See the module's theory of operation. `end_of_generation` are the tokens that end an answer."""
@@ -285,6 +296,7 @@ class Scheduler:
                 if not last:
                     stream.slot.tokens.append(choices[sequence].token)
                 events.append(self._advance(stream, choices[sequence]))
+                stream.check_end()
         return events
 
     def halts(self) -> list[int]:
@@ -326,6 +338,19 @@ class Scheduler:
         for slot in self._slots:
             if slot.recalled:
                 slot.tokens, slot.recalled = [], False
+
+    def check_slots(self) -> None:
+        """Assert that the tokens of each stream's slot are the beginning of its token log.
+
+        All tokens are compared, so this is for tests; while streams run, only the ends are (`check_end`).
+
+        Raises:
+            AssertionError: they are not.
+        """
+        for stream in self._active.values():
+            stream.check_end()
+            held = stream.slot.tokens
+            assert held == stream.log.tokens(0, len(held)), f"{stream.request.id}: its slot is not its log"
 
     def _steps(self, segments: Sequence[Segment]) -> int:
         """How often a micro-batch may go round: as often as each of its streams wants a token."""
@@ -435,6 +460,7 @@ class Scheduler:
         return segments
 
     def _segment(self, stream: _Stream, rows: int) -> Segment:
+        stream.check_end()
         slot = stream.slot
         first = len(slot.tokens)
         tokens = stream.log.tokens(first, first + rows)

@@ -26,6 +26,11 @@ class TokenLog:
         """Add a generated token."""
         self.generated.append(token)
 
+    def token(self, position: int) -> int:
+        """The token at a position from 0."""
+        edge = len(self.prompt)
+        return self.prompt[position] if position < edge else self.generated[position - edge]
+
     def tokens(self, start: int, stop: int) -> list[int]:
         """The tokens at positions start (inclusive) to stop (exclusive)."""
         edge = len(self.prompt)
