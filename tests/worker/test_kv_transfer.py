@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cordee.cluster.facts import KvSource
 from cordee.engine.stage import StageConfig
 from cordee.generation.request import SamplingParams
 from cordee.models.gguf import read_header
@@ -26,7 +27,6 @@ from cordee.worker.messages import (
     ReaderJoin,
     Rows,
     Run,
-    Source,
     Tokens,
     Wire,
     Wired,
@@ -84,10 +84,10 @@ class Stages:
         self.up = self.workers[0].connect()
         frames.send(self.up, Join(placement))
 
-    def sources(self, name: str, first: int, last: int) -> tuple[Source, ...]:
+    def sources(self, name: str, first: int, last: int) -> tuple[KvSource, ...]:
         """Where these layers are."""
         return tuple(
-            Source(endpoint, name, max(first, low) - low, min(last, high) - low)
+            KvSource(endpoint, name, max(first, low) - low, min(last, high) - low)
             for endpoint, (low, high) in zip(self.endpoints, self.ranges, strict=True)
             if max(first, low) < min(last, high)
         )

@@ -7,7 +7,7 @@ is no longer said is forgotten; so nothing that a fault wrote into it survives.
 import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -115,6 +115,19 @@ class StageReport(msgspec.Struct, frozen=True):
     endpoint: str = ""
     wiring: str = ""
     detail: str = ""
+
+
+class KvSource(NamedTuple):
+    """A worker of a serving placement, from which a successor's stage may take sequences over.
+
+    `endpoint` is where it is reached, `wiring` what it serves. `first` to `last` (exclusive) are the layers
+    to take, counted from the first layer of its own slice.
+    """
+
+    endpoint: str
+    wiring: str
+    first: int
+    last: int
 
 
 class Offer(msgspec.Struct, frozen=True):

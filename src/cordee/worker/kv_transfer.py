@@ -22,10 +22,11 @@ import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from cordee.cluster.facts import KvSource
 from cordee.errors import StageFailed
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import LinkClosed
-from cordee.worker.messages import HeldSequence, KvAnswer, KvQuery, KvRead, KvState, ReaderJoin, Source
+from cordee.worker.messages import HeldSequence, KvAnswer, KvQuery, KvRead, KvState, ReaderJoin
 
 # For one answer of a source: the largest state takes nine seconds at 1 Gbit/s, and the source may have to end
 # a micro-batch first.
@@ -35,12 +36,12 @@ ANSWER_SECONDS = 20.0
 class KvSources:
     """What a worker may take over. Made by `KvSources.of`; all methods on one thread."""
 
-    def __init__(self, sources: Sequence[Source], links: Sequence[socket.socket]) -> None:
+    def __init__(self, sources: Sequence[KvSource], links: Sequence[socket.socket]) -> None:
         self._sources = tuple(sources)
         self._links = tuple(links)
 
     @classmethod
-    def of(cls, identity: Path, sources: Sequence[Source]) -> KvSources | None:
+    def of(cls, identity: Path, sources: Sequence[KvSource]) -> KvSources | None:
         """Links to all sources; None if one of them is gone, or has nothing of that placement."""
         links: list[socket.socket] = []
         try:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from cordee.cluster.facts import KvSource
 from cordee.engine.stage import EngineName, StageConfig, StageDescription
 from cordee.generation.request import Choice, SamplingParams
 from cordee.generation.scheduler import MicroBatch
@@ -59,15 +60,6 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-class Source(msgspec.Struct, frozen=True, array_like=True):
-    """A worker of the placement before, and which layers of its slice are to be taken over."""
-
-    endpoint: str
-    wiring: str
-    first: int
-    last: int
-
-
 class Wire(msgspec.Struct, frozen=True, tag=True):
     """Forget all sequences, take rows of this placement only, send on to `downstream`.
 
@@ -79,7 +71,7 @@ class Wire(msgspec.Struct, frozen=True, tag=True):
     wiring: str
     downstream: str
     first: str | None = None
-    sources: tuple[Source, ...] = ()
+    sources: tuple[KvSource, ...] = ()
 
 
 class Wired(msgspec.Struct, frozen=True, tag=True):

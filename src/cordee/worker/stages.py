@@ -265,8 +265,7 @@ class Stages:
     async def _join(self, process: _Process, worker: WorkerProcess, order: WireAction) -> None:
         goal = order.goal
         try:
-            sources = tuple(messages.Source(*source) for source in goal.sources)
-            await worker.wire(messages.Wire(goal.wiring, goal.downstream, goal.first or None, sources))
+            await worker.wire(messages.Wire(goal.wiring, goal.downstream, goal.first or None, goal.sources))
         except CordeeError as error:
             log.info("stage %d is not joined yet: %s", goal.index, error.message)
             return
