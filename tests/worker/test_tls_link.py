@@ -51,7 +51,7 @@ class Worker(threading.Thread):
                     continue
                 try:
                     if isinstance(ready, Handshake):
-                        if came := ready.greet():
+                        if came := ready.proceed():
                             selector.unregister(ready)
                             selector.register(came, selectors.EVENT_READ)
                     else:
