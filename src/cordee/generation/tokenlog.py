@@ -1,4 +1,4 @@
-"""The token log: all it takes to go on with a stream after any loss."""
+"""The token log: all that is needed to go on with a stream after any loss."""
 
 from collections.abc import Sequence
 
