@@ -12,11 +12,10 @@ from clusters import (
     view_of,
 )
 from cordee.cluster.choose import choose
-from cordee.cluster.facts import SliceHeld, StageReport, wiring_id
+from cordee.cluster.facts import KvSource, SliceHeld, StageReport, wiring_id
 from cordee.cluster.goals import (
     DISK_RESERVE_BYTES,
     Goals,
-    KvSource,
     SliceGoal,
     StageGoal,
     StageSpec,

@@ -43,10 +43,11 @@ from cordee.machine.devices import own_devices
 from cordee.machine.energy import Meter
 from cordee.models.store import Store
 from cordee.net import address, enrolment
+from cordee.net.bus import Bus, BusOptions
 from cordee.net.identity import Identity
 from cordee.net.invitations import Invitations
 from cordee.net.latency import Distances
-from cordee.net.zenoh_bus import BusOptions, ZenohBus
+from cordee.net.zenoh_bus import ZenohBus
 from cordee.serving.cluster_service import ClusterGateway
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
@@ -83,7 +84,7 @@ class Agent:
     `services` are the models that clients may ask for, by name; it changes while the agent lives.
     """
 
-    def __init__(self, identity: Identity, store: Store, bus: ZenohBus, options: AgentOptions) -> None:
+    def __init__(self, identity: Identity, store: Store, bus: Bus, options: AgentOptions) -> None:
         self.identity = identity
         self.options = options
         self.bus = bus

@@ -14,9 +14,8 @@ import msgspec
 from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Gauges
 from cordee.cluster.membership import HEARTBEAT_SECONDS, Farewell, Heartbeat
+from cordee.net.bus import REMOVED, Bus
 from cordee.net.identity import Identity, revoked_node
-from cordee.net.zenoh_bus import ZenohBus
-from cordee.net.zenoh_config import REMOVED
 
 
 class Gossip:
@@ -28,7 +27,7 @@ class Gossip:
 
     def __init__(
         self,
-        bus: ZenohBus,
+        bus: Bus,
         identity: Identity,
         controller: Controller,
         changed: Callable[[], None],

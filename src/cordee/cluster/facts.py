@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -116,6 +116,19 @@ class StageReport(msgspec.Struct, frozen=True):
     endpoint: str = ""
     wiring: str = ""
     detail: str = ""
+
+
+class KvSource(NamedTuple):
+    """A worker of a serving placement, from which a successor's stage may take sequences over.
+
+    `endpoint` is where it is reached, `wiring` what it serves. `first` to `last` (exclusive) are the layers
+    to take, counted from the first layer of its own slice.
+    """
+
+    endpoint: str
+    wiring: str
+    first: int
+    last: int
 
 
 class Offer(msgspec.Struct, frozen=True):

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from cordee.cluster.choose import Chosen, Planning, Reports
-from cordee.cluster.facts import Facts, ModelShape, Placement, SliceHeld, placement_id
+from cordee.cluster.facts import Facts, KvSource, ModelShape, Placement, SliceHeld, placement_id
 from cordee.cluster.membership import View
 
 DISK_RESERVE_BYTES = 2 << 30  # a copy leaves this free: the node's owner needs disk more than we need copies
@@ -66,15 +66,6 @@ def spec_of(placement: Placement, index: int) -> StageSpec:
     return StageSpec(
         placement.model, place.device, place.first, place.last, placement.context, placement.sequences
     )
-
-
-class KvSource(NamedTuple):
-    """A worker of a serving placement, from whose slice layers `first` to `last - 1` are to be inherited."""
-
-    endpoint: str
-    wiring: str
-    first: int
-    last: int
 
 
 @dataclass(frozen=True)
