@@ -28,7 +28,7 @@ EPOCH = 1.8e9  # what correct clocks show at the start
 
 
 class Client(Protocol):
-    """Who asked for a stream."""
+    """A client that asked for a stream."""
 
     def tell(self, news: News) -> None:
         """Hear what became of it."""

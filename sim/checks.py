@@ -177,7 +177,7 @@ def _leftovers(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tup
     for agent in agents:
         for process in agent.workers.values():
             if process.wiring not in wirings and process.id not in agent.controller.goals.keep:
-                return f"{agent.name} runs a worker that nobody needs"
+                return f"{agent.name} runs a worker that is not needed"
         for pipeline in agent.pipelines.values():
             if pipeline.wiring not in wirings:
                 return f"{agent.name} hosts what does not serve"

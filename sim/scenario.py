@@ -28,7 +28,7 @@ DAY = 86400.0
 
 @dataclass(eq=False)
 class Client:
-    """Who asked for a stream: compares every token with the undisturbed answer."""
+    """A client that asked for a stream: it compares every token with the undisturbed answer."""
 
     request: Request
     model: str

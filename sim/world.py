@@ -22,7 +22,7 @@ RESET_SECONDS = 0.05  # until a neighbour hears that a process ended
 
 
 class Listener(Protocol):
-    """Who runs on a machine: messages go to the method that they are for."""
+    """What runs on a machine: each message goes to the method that it is for."""
 
     @property
     def machine(self) -> Machine:

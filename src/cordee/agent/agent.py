@@ -229,7 +229,7 @@ class Agent:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.gossip.part(self.gauges, farewell)  # on its way before the bus closes: the gateway takes longer
+        self.gossip.say_farewell(self.gauges, farewell)  # before the bus closes: the gateway takes a while
         await self._gateway.close()
         for scheduler_host in self._scheduler_hosts.values():
             scheduler_host.leave()

@@ -69,7 +69,7 @@ class Gossip:
         self._bus.publish(f"heartbeat/{self._identity.node}", msgspec.msgpack.encode(heartbeat))
         self._has_spoken = True
 
-    def part(self, gauges: Gauges, farewell: Farewell) -> None:
+    def say_farewell(self, gauges: Gauges, farewell: Farewell) -> None:
         """Send the last heartbeat, if the others have heard any."""
         if self._has_spoken:
             self.speak(gauges, farewell)

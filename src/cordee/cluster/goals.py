@@ -19,7 +19,7 @@ Workers of other placements are kept as they are while none that was chosen serv
 node that was lost comes back first, the old placement goes on at once. Then they are to be stopped.
 
 Once a placement serves, each of its slices (and the embedding that the host of a cut model looks rows up in)
-is kept on a second node where disk allows, so that its loss costs no transfer. Who holds the copy is decided
+is kept on a second node where disk allows, so that its loss costs no transfer. Which node that is is decided
 by a hash, so a change elsewhere does not move it.
 """
 

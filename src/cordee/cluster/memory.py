@@ -36,7 +36,7 @@ LAYER_BYTES = 70_000
 TOKEN_BYTES = 220
 # Rows of a micro-batch: enough to use the processor fully, little enough not to block it.
 BATCH_ROWS = 512
-# Tables of so many models and sizes are kept: far more than a cluster serves. Each takes at most 2 MB.
+# Tables that are kept, one for each model and size: far more than a cluster serves. Each takes at most 2 MB.
 TABLES_KEPT = 32
 
 

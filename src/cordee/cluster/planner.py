@@ -176,8 +176,8 @@ def _machine_plan(
 ) -> MachinePlan:
     own = [stage for stage in stages if stage.node == facts.node]
     if own:
-        parts = [f"layers {stage.first}-{stage.last - 1} on {stage.device}" for stage in own]
-        why = ", ".join(parts) + (" (host)" if own[0] is stages[0] and len(stages) > 1 else "")
+        layers = [f"layers {stage.first}-{stage.last - 1} on {stage.device}" for stage in own]
+        why = ", ".join(layers) + (" (host)" if own[0] is stages[0] and len(stages) > 1 else "")
     else:
         mine = [unit for unit in units if unit.facts.node == facts.node]
         why = _why_out(shape, demand, facts, mine, stages, nodes)

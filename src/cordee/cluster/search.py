@@ -134,7 +134,7 @@ def loaded_stages(shape: ModelShape, demand: Demand, unit: Unit) -> frozenset[tu
 
 
 class _Links:
-    """Hops between units, as numbers of the list of abilities; who is interchangeable with whom."""
+    """Hops between units, as numbers of the list of abilities; and which units are interchangeable."""
 
     def __init__(self, shape: ModelShape, able: Sequence[_Ability]) -> None:
         facts = [ability.unit.facts for ability in able]
