@@ -28,7 +28,7 @@ EPOCH = 1.8e9  # what correct clocks show at the start
 
 
 class Client(Protocol):
-    """Who asked for a stream."""
+    """A client that asked for a stream."""
 
     def tell(self, news: News) -> None:
         """Hear what became of it."""
@@ -119,10 +119,10 @@ class Agent:
 
     def ask(self, message: Ask | Assert) -> None:
         """A gateway wants something of a model that we host."""
-        key = best_host(self._wirings(), message.model)
-        if key is not None and message.node not in self.machine.revocations:
-            self.pipelines[key].host.receive(message)
-            self.pipelines[key].pump()
+        host = best_host(self._wirings(), message.model)
+        if host is not None and message.node not in self.machine.revocations:
+            self.pipelines[host].host.receive(message)
+            self.pipelines[host].pump()
 
     def said(self, message: Said) -> None:
         """A host has news for our streams."""
@@ -219,8 +219,8 @@ class Agent:
                 self._later(FETCH_SECONDS, self._fetched, goal)
         for name in actions.stop:
             self.end_worker(name)
-        for load in actions.start:
-            self.start_worker(load)
+        for spec in actions.start:
+            self.start_worker(spec)
         for name in actions.rename:
             process = self.workers.pop(name)
             process.unwire()
@@ -249,11 +249,11 @@ class Agent:
             return
         self.controller.fetch_failed(goal, "the disk is full", self.now)
 
-    def start_worker(self, load: StageSpec) -> stages.Process:
+    def start_worker(self, spec: StageSpec) -> stages.Process:
         """A worker's process starts; it loads for a while."""
         self._spawned += 1
         endpoint = f"{self.name}/{self.machine.boots}.{self._spawned}"
-        process = stages.Process(self.world.id(), endpoint, load)
+        process = stages.Process(self.world.id(), endpoint, spec)
         self.workers[process.id] = process
         self._later(LOAD_SECONDS, self._loaded, process)
         return process
@@ -292,10 +292,8 @@ class Agent:
     # Streams.
 
     def _host(self, wanted: Mapping[str, HostGoal]) -> None:
-        for digest in [
-            digest for digest, each in self.pipelines.items() if not each.fits(wanted.get(digest))
-        ]:
-            self.pipelines.pop(digest).leave()
+        for key in [key for key, each in self.pipelines.items() if not each.fits(wanted.get(key))]:
+            self.pipelines.pop(key).leave()
         for key, goal in wanted.items():
             if key not in self.pipelines:
                 self.pipelines[key] = Pipeline(self, goal.placement)

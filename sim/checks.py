@@ -29,7 +29,7 @@ def always(scenario: Scenario) -> str:
 
 
 def interrupted(scenario: Scenario, served: Mapping[str, Deployment]) -> str:
-    """Whether a model that served, and is wished as it was, does not serve now."""
+    """Whether a model that served, and is deployed as it was, does not serve now."""
     running = {
         process.wiring
         for agent in scenario.live()
@@ -145,7 +145,7 @@ def _not_planned(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, t
 
 def _could_run(scenario: Scenario, agents: list[Agent], shape: ModelShape, without: str = "") -> bool:
     """Whether these machines have room for a model beside all that runs, save one wiring."""
-    nodes = []
+    nodes: list[Facts] = []
     for agent in agents:
         free = _free(scenario, agent, without)
         devices = tuple(replace(d, memory_bytes=free[d.name]) for d in agent.machine.devices)
@@ -161,13 +161,13 @@ def _free(scenario: Scenario, agent: Agent, without: str = "") -> dict[str, int]
     return free
 
 
-def _worker_bytes(scenario: Scenario, agent: Agent, load: StageSpec) -> int:
-    """What a worker takes, by the shape of the wish that it is for: some wishes are wrong."""
-    place = StagePlace("", load.device, load.first, load.last)
-    placement = Placement(load.model, load.context, load.sequences, (place,))
+def _worker_bytes(scenario: Scenario, agent: Agent, spec: StageSpec) -> int:
+    """What a worker takes, by the shape of the deployment that it is for: some deployments are wrong."""
+    place = StagePlace("", spec.device, spec.first, spec.last)
+    placement = Placement(spec.model, spec.context, spec.sequences, (place,))
     for deployment in agent.controller.deployments:
         shape = deployment.shape
-        if shape is not None and shape.digest == load.model and shape.allows(load.first, load.last):
+        if shape is not None and shape.digest == spec.model and shape.allows(spec.first, spec.last):
             return scenario.planner.stage_bytes(shape, placement, 0)
     return 0
 
@@ -177,7 +177,7 @@ def _leftovers(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tup
     for agent in agents:
         for process in agent.workers.values():
             if process.wiring not in wirings and process.id not in agent.controller.goals.keep:
-                return f"{agent.name} runs a worker that nobody needs"
+                return f"{agent.name} runs a worker that is not needed"
         for pipeline in agent.pipelines.values():
             if pipeline.wiring not in wirings:
                 return f"{agent.name} hosts what does not serve"
@@ -209,7 +209,7 @@ def _open_streams(scenario: Scenario) -> str:
 
 def lines(scenario: Scenario) -> list[str]:
     """One line for each node, and for each stream."""
-    found = []
+    found: list[str] = []
     for name, machine in scenario.world.machines.items():
         agent = scenario.agents.get(name)
         if agent is None:
@@ -224,7 +224,7 @@ def lines(scenario: Scenario) -> list[str]:
             f"{p.spec.model}[{p.spec.first}:{p.spec.last}] {p.state} {p.wiring[:4]}"
             for p in agent.workers.values()
         ]
-        failures = [f"{load.first}:{load.last}" for load in agent.controller.failures]
+        failures = [f"{spec.first}:{spec.last}" for spec in agent.controller.failures]
         knows = {node: state for node, (state, _) in agent.controller.nodes(agent.now).items()}
         found.append(f"  {name}: {state}; sees {knows}; wants {chosen}; runs {workers}; failed {failures}")
     found += [

@@ -1,4 +1,9 @@
-"""Arbitrary state at the start: memory, disk and messages under way hold anything of the right types."""
+"""Arbitrary state at the start: memory, disk and messages under way hold anything of the right types.
+
+Private members of what is tested are written here on purpose: a fault does not ask which are private.
+"""
+
+# pyright: reportPrivateUsage=false
 
 import math
 from random import Random
@@ -52,7 +57,8 @@ def placement(scenario: Scenario) -> Placement:
     random = scenario.random
     shape = random.choice(list(scenario.shapes.values()))
     names = [*scenario.world.machines, "nobody"]
-    stages, first = [], 0
+    stages: list[StagePlace] = []
+    first = 0
     while first < shape.layers and len(stages) < 4:
         last = random.randint(first + (random.random() < 0.9), shape.layers)
         stages.append(StagePlace(random.choice(names), random.choice(("cpu", "cpu", "gpu0")), first, last))
@@ -91,7 +97,7 @@ def heartbeat(scenario: Scenario, node: str, sessions: list[str]) -> Heartbeat:
 
 
 def deployment(scenario: Scenario) -> Deployment:
-    """A wish that nobody had; for a true model it would serve it alike, or not at all."""
+    """A deployment that nobody made; for a true model it would serve it alike, or not at all."""
     random = scenario.random
     name = random.choice((*scenario.shapes, "other"))
     shape = scenario.shapes.get(name) or random.choice(list(scenario.shapes.values()))
@@ -141,7 +147,7 @@ def everything(scenario: Scenario) -> None:
 
 
 def _corrupt_controller(scenario: Scenario, agent: Agent) -> None:
-    """Wishes that nobody had, times that never were, routes that lead nowhere."""
+    """Deployments that nobody made, times that never were, routes that lead nowhere."""
     random, controller = scenario.random, agent.controller
     for _ in range(random.randint(0, 2)):
         controller._deployments._put(deployment(scenario))

@@ -39,7 +39,8 @@ class Pipeline:
         self._sequences = sequences = placement.sequences
         limits = Limits(sequences, placement.context, max(BATCH_ROWS, sequences), QUEUE, in_flight=2)
         random = Random(agent.world.random.getrandbits(32))
-        self.host = Host(Scheduler(limits, stages.ENDS), stages.VOCABULARY, random)
+        self._scheduler = Scheduler(limits, stages.ENDS)
+        self.host = Host(self._scheduler, stages.VOCABULARY, random)
         self._agent = agent
         self.goal: HostGoal | None = None
         self.wiring = ""  # whose caches grew under this scheduler
@@ -91,6 +92,7 @@ class Pipeline:
         last = batch.steps == 1 or ended or batch.id in self._halted
         del self._under_way[batch.id]
         self.host.complete(batch.id, tokens.choices, {}, last=last)
+        self._scheduler.check_slots()
         if not last:
             self._send(_again(batch, tokens.choices))
         self.pump()

@@ -1,4 +1,4 @@
-"""What a seed means: machines, models, wishes, streams, and the faults that befall them."""
+"""What a seed means: machines, models, deployments, streams, and the faults that befall them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ from sim.machine import DISK_BYTES, Machine
 from sim.world import FOUND_SECONDS, World
 
 FAULT_SECONDS = 12.0
-# From the end of the faults to the users' last wish: membership is right by then, so is the cluster's clock.
+# From the end of the faults to the users' last deployment: membership is right by then, so is the cluster's
+# clock.
 DEPLOYMENT_SECONDS = SILENCE_SECONDS + SUSPICION_SECONDS + HEARTBEAT_SECONDS
 CONTEXT, SEQUENCES = 64, 3
 MB = 1_000_000
@@ -27,13 +28,13 @@ DAY = 86400.0
 
 @dataclass(eq=False)
 class Client:
-    """Who asked for a stream: compares every token with the undisturbed answer."""
+    """A client that asked for a stream: it compares every token with the undisturbed answer."""
 
     request: Request
     model: str
     gateway: Agent
     expected: list[int]
-    got: list[int] = field(default_factory=list)
+    got: list[int] = field(default_factory=list[int])
     ended: str = ""
     wrong: str = ""
 
@@ -87,7 +88,7 @@ class Scenario:
         self.muddled = self.random.random() < 0.5  # corrupted state at the start
         models = ("small", "large")[: 1 + (self.random.random() < 0.3)]
         self.shapes = {name: shape_of(name, 4 + 2 * index) for index, name in enumerate(models)}
-        self.sequences = dict.fromkeys(models, SEQUENCES)
+        self.sequences: dict[str, int] = dict.fromkeys(models, SEQUENCES)
         if self.random.random() < 0.2:  # one file under two names, and not alike
             self.shapes["again"], self.sequences["again"] = self.shapes["small"], SEQUENCES - 1
         self.promised = frozenset(self.shapes)  # users said last that these shall be served
@@ -115,7 +116,7 @@ class Scenario:
         if self.muddled:
             corrupt.everything(self)
         for name, shape in self.shapes.items():
-            world.after(random.random(), self._deployment, name, shape)
+            world.after(random.random(), self._deploy, name, shape)
         if random.random() < 0.7:
             world.loss, world.late = random.choice((0, 0.05, 0.2)), random.choice((0, 0.05, 0.3))
             world.doubled, world.breaks = random.choice((0, 0.1)), random.choice((0, 0.0, 0.01))
@@ -128,7 +129,7 @@ class Scenario:
         self._calm()
         world.run(FAULT_SECONDS + (DEPLOYMENT_SECONDS if self.muddled else HEARTBEAT_SECONDS))
         for name, shape in self.shapes.items():
-            self._deployment(name, shape)
+            self._deploy(name, shape)
 
     def boot(self, name: str) -> None:
         """A machine's agent starts."""
@@ -155,7 +156,7 @@ class Scenario:
         return [agent for name, agent in self.agents.items() if name not in self.revoked]
 
     def known_deployments(self) -> list[dict[str, Deployment]]:
-        """What each live agent holds to be wished, without dates."""
+        """The deployments that each live agent knows, without dates."""
         return [
             {
                 deployment.model: replace(deployment, stamp=0.0, author="")
@@ -165,7 +166,7 @@ class Scenario:
         ]
 
     def deployed(self) -> dict[str, Deployment]:
-        """What is wished, where all live agents know it; without its date."""
+        """The deployments that all live agents know, without dates."""
         known = self.known_deployments()
         return {
             model: deployment
@@ -173,7 +174,7 @@ class Scenario:
             if all(other.get(model) == deployment for other in known)
         }
 
-    def _deployment(self, name: str, shape: ModelShape) -> None:
+    def _deploy(self, name: str, shape: ModelShape) -> None:
         agents = self.live()
         if agents:
             agent = self.random.choice(agents)

@@ -1,6 +1,6 @@
 """Time and network of the fake world. Everything random comes from one generator, so a seed is a run.
 
-Two kinds of messages, like in the building:
+Two kinds of messages, as in a real cluster:
 - the bus (heartbeats, asks, said): while faults last they are lost, late, doubled and out of order;
 - data links between stages: in order and without loss until the link breaks; then all that is under way is
   lost, and both ends notice within a lease.
@@ -22,7 +22,7 @@ RESET_SECONDS = 0.05  # until a neighbour hears that a process ended
 
 
 class Listener(Protocol):
-    """Who runs on a machine: messages go to the method that they are for."""
+    """What runs on a machine: each message goes to the method that it is for."""
 
     @property
     def machine(self) -> Machine:
@@ -48,7 +48,7 @@ class World:
         self._count = 0
         self._broken: set[tuple[str, int]] = set()  # (wiring, hop)
         self._link_times: dict[tuple[str, int], float] = {}
-        self._unheard: set[tuple[str, str]] = set()  # (of, at): the token is lost there
+        self._lost_tokens: set[tuple[str, str]] = set()  # (of, at): the token is lost there
 
     def after(self, seconds: float, call: Callable[..., object], *arguments: object) -> None:
         """Something will happen."""
@@ -127,8 +127,8 @@ class World:
                 continue
             joined = self.joined(name, other)
             for of, at in ((name, other), (other, name)):
-                if joined == ((of, at) in self._unheard):
-                    (self._unheard.discard if joined else self._unheard.add)((of, at))
+                if joined == ((of, at) in self._lost_tokens):
+                    (self._lost_tokens.discard if joined else self._lost_tokens.add)((of, at))
                     self.after(0, self.arrive, at, "token", (of, joined))
 
     # Data links.

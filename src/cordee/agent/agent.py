@@ -1,12 +1,13 @@
 """The agent: one process on each node of a cluster. It joins what is pure with what is real.
 
     bus, disk, workers --facts--> Controller --actions--> workers, fetches
-                                      '--hosts--> schedulers   '--routes--> gateway
+                                      |--hosts----> schedulers
+                                      '--routes---> gateway
 
 Theory of operation. Whenever something may have changed, and every TICK_SECONDS in any case, the agent looks
 at everything (`_act`): it hands the controller what the node has and runs, and carries out what the
 controller decides. Nothing is remembered between two looks that is not looked up again, so a missed event
-costs a tick and a wrong state is mended by the next.
+costs a tick and a wrong state is mended by the next look.
 
 Stages are child processes; rows go from worker to worker and never through here, except to the first stage of
 a model that this node hosts, which is on the same machine.
@@ -43,10 +44,11 @@ from cordee.machine.devices import own_devices
 from cordee.machine.energy import Meter
 from cordee.models.store import Store
 from cordee.net import address, enrolment
+from cordee.net.bus import Bus, BusOptions
 from cordee.net.identity import Identity
 from cordee.net.invitations import Invitations
 from cordee.net.latency import Distances
-from cordee.net.zenoh_bus import BusOptions, ZenohBus
+from cordee.net.zenoh_bus import ZenohBus
 from cordee.serving.cluster_service import ClusterGateway
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
@@ -55,11 +57,11 @@ from cordee.worker.messages import Join, KvAnswer, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages
 
-TICK_SECONDS = 0.5  # how often everything is looked at though nothing was heard
+TICK_SECONDS = 0.5  # how often everything is looked at, even if nothing was heard
 GATHER_SECONDS = 0.02  # after news, so that several count as one
 HOST_SECONDS = 0.05  # how often schedulers let time pass
 RENEW_SECONDS = 3600.0  # how often the certificate's age is looked at
-FAREWELL_SECONDS = 0.5  # a removed node hears that it was, before nobody speaks to it any more
+FAREWELL_SECONDS = 0.5  # for a removed node to hear that it was, before nobody speaks to it any more
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ class Agent:
     `services` are the models that clients may ask for, by name; it changes while the agent lives.
     """
 
-    def __init__(self, identity: Identity, store: Store, bus: ZenohBus, options: AgentOptions) -> None:
+    def __init__(self, identity: Identity, store: Store, bus: Bus, options: AgentOptions) -> None:
         self.identity = identity
         self.options = options
         self.bus = bus
@@ -115,7 +117,7 @@ class Agent:
 
     @classmethod
     async def start(cls, identity: Identity, store: Store, options: AgentOptions) -> "Agent":
-        """Join the cluster.
+        """Join the cluster over a bus of its own.
 
         Raises:
             CordeeError: the identity has run out or was removed, or an address cannot be listened on.
@@ -172,13 +174,13 @@ class Agent:
         self.changed()
 
     def undeploy(self, name: str) -> None:
-        """Have the cluster serve a model no more.
+        """Have the cluster serve a model no longer.
 
         Raises:
             ModelNotFound: it is not deployed.
         """
-        deployed = (each for each in self.controller.deployments if each.model == name and each.replicas)
-        old = next(deployed, None)
+        found = (each for each in self.controller.deployments if each.model == name and each.replicas)
+        old = next(found, None)
         if old is None:
             raise ModelNotFound(f"The cluster does not serve a model {name!r}: `cordee status` lists them.")
         self.controller.deploy(
@@ -195,7 +197,7 @@ class Agent:
         return self.controller.models(time.monotonic())
 
     async def look(self) -> None:
-        """Look at the disk now: a model may have come just now."""
+        """Look at the disk now: a model may just have come."""
         await self.local_models.look()
         self._act()
 
@@ -223,11 +225,11 @@ class Agent:
         await self.bus.refresh()
 
     async def close(self, farewell: Farewell = "stops") -> None:
-        """Leave the cluster's sight, end all workers; closing twice is harmless."""
+        """Say farewell to the cluster and end all workers; closing twice is harmless."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.gossip.part(self.gauges, farewell)  # on its way before the bus closes: the gateway takes longer
+        self.gossip.say_farewell(self.gauges, farewell)  # before the bus closes: the gateway takes a while
         await self._gateway.close()
         for scheduler_host in self._scheduler_hosts.values():
             scheduler_host.leave()
@@ -244,14 +246,14 @@ class Agent:
 
     # What its stages ask of it.
 
-    async def prepare(self, load: StageSpec) -> Files:
+    async def prepare(self, spec: StageSpec) -> Files:
         """What a worker is loaded from."""
-        return await self.local_models.prepare(load)
+        return await self.local_models.prepare(spec)
 
-    def failed(self, load: StageSpec, detail: str) -> None:
+    def failed(self, spec: StageSpec, detail: str) -> None:
         """A worker could not load."""
-        log.warning("layers %d to %d cannot be run: %s", load.first, load.last - 1, detail)
-        self.controller.failed(load, detail, time.monotonic())
+        log.warning("layers %d to %d cannot be run: %s", spec.first, spec.last - 1, detail)
+        self.controller.failed(spec, detail, time.monotonic())
         self.changed()
 
     # What its local models ask of it.
@@ -270,7 +272,7 @@ class Agent:
         }
 
     def wanted(self) -> set[SliceGoal]:
-        """All that this node is to hold, or runs."""
+        """The slices that this node is to hold, or runs."""
         running = (worker.spec.slice for worker in self.stages.workers.values())
         return {*self.controller.goals.slices, *running}
 
@@ -333,9 +335,9 @@ class Agent:
         except BadRequest:
             return
         if not isinstance(message, Said) and message.node not in self.identity.revoked:
-            key = best_host(self._wirings(), message.model)
-            if key is not None:
-                self._scheduler_hosts[key].receive(message)
+            host = best_host(self._wirings(), message.model)
+            if host is not None:
+                self._scheduler_hosts[host].receive(message)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A last stage brings tokens."""
@@ -354,7 +356,7 @@ class Agent:
             writer.transport.abort()
 
     def _cut_removed(self) -> None:
-        """Other nodes were removed: neither the bus nor links from stages reach us any more."""
+        """Other nodes were removed: neither on the bus nor by links from stages are they to reach us."""
         self._close_removed_links()
         self._keep(self.bus.refresh())
 
@@ -417,8 +419,8 @@ class Agent:
         self.local_models.pursue(actions.fetch)
         for name in actions.stop:
             self.stages.stop(name)
-        for load in actions.start:
-            self.stages.start(load)
+        for spec in actions.start:
+            self.stages.start(spec)
         for name in actions.rename:
             self.stages.rename(name)
         for action in actions.wire:

@@ -1,7 +1,11 @@
 """What a node says of itself, and what it hears of others: heartbeats, liveliness tokens, removals.
 
-Everything goes over the bus and ends in the controller. A heartbeat is said every HEARTBEAT_SECONDS, and at
-once where the controller's decision is news.
+Everything goes over the bus, and what is heard goes to the controller. A heartbeat is sent every
+HEARTBEAT_SECONDS, and at once where the controller's decision is news.
+
+    heartbeat/NODE       published: a Heartbeat (msgpack) of that node
+    alive/NODE           announced while that node runs
+    removed/NODE/PROOF   announced by the other nodes' buses: its signed removal, in hexadecimal
 """
 
 import asyncio
@@ -14,21 +18,20 @@ import msgspec
 from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Gauges
 from cordee.cluster.membership import HEARTBEAT_SECONDS, Farewell, Heartbeat
+from cordee.net.bus import REMOVED, Bus
 from cordee.net.identity import Identity, revoked_node
-from cordee.net.zenoh_bus import ZenohBus
-from cordee.net.zenoh_config import REMOVED
 
 
 class Gossip:
     """See the module's docstring. All methods on one event loop.
 
     `changed` is called when the controller learnt something, `excluded` when other nodes were removed from
-    the cluster; `removed` is set when this node was.
+    the cluster; `removed` is set when this node was removed.
     """
 
     def __init__(
         self,
-        bus: ZenohBus,
+        bus: Bus,
         identity: Identity,
         controller: Controller,
         changed: Callable[[], None],
@@ -43,7 +46,7 @@ class Gossip:
         self._has_spoken = False
 
     def open(self) -> None:
-        """Listen from now on, and be seen."""
+        """Listen from now on, and be seen by the others."""
         node = self._identity.node
         self._bus.subscribe("heartbeat/*", self._hear)
         self._bus.watch("alive/*", self._note_liveliness)
@@ -55,19 +58,19 @@ class Gossip:
         return {revoked_node(entry): entry for entry in self._identity.revocations}
 
     async def speak_always(self, measure: Callable[[], Gauges]) -> None:
-        """Say a heartbeat again and again, each with what was measured just then."""
+        """Send a heartbeat every HEARTBEAT_SECONDS, each with what is measured just then."""
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             self.speak(measure())
 
     def speak(self, gauges: Gauges, farewell: Farewell = "") -> None:
-        """Say a heartbeat now. The controller's first `step` comes before."""
+        """Send a heartbeat now. The controller's first `step` comes before."""
         heartbeat = self._controller.heartbeat(time.monotonic(), gauges, farewell)
         self._bus.publish(f"heartbeat/{self._identity.node}", msgspec.msgpack.encode(heartbeat))
         self._has_spoken = True
 
-    def part(self, gauges: Gauges, farewell: Farewell) -> None:
-        """Say the last heartbeat, if the others have heard any."""
+    def say_farewell(self, gauges: Gauges, farewell: Farewell) -> None:
+        """Send the last heartbeat, if the others have heard any."""
         if self._has_spoken:
             self.speak(gauges, farewell)
 

@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 class Services(Mapping[str, ClusterService]):
     """The services of a node by model name; they come and go while the agent lives.
 
-    `keep` runs a coroutine to its end, `changed` is called when a service came, and `wanted` with the name of
-    a model that a client asks for.
+    `keep` runs a coroutine to its end, `changed` is called when a service has come, and `wanted` with the
+    name of a model that a client asks for.
     """
 
     def __init__(
@@ -54,7 +54,11 @@ class Services(Mapping[str, ClusterService]):
         return next((each for each in self._services.values() if each.model.digest == digest), None)
 
     def follow(self, models: Mapping[str, tuple[ModelShape, int]], deployed: Container[str]) -> None:
-        """Have a service for each of these, by name with its shape and context, and for no others."""
+        """Have a service for each of these models, by name with shape and context, and for no others.
+
+        A service opens in a moment, and again after RETRY_SECONDS if it could not. `deployed` are the names
+        that the cluster serves now.
+        """
         for name, service in list(self._services.items()):
             shape, context = models.get(name, (None, 0))
             if shape is None or (shape.digest, context) != (service.model.digest, service.context):

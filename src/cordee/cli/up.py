@@ -90,7 +90,7 @@ def up(
     from cordee.agent.agent import AgentOptions
     from cordee.agent.control import AgentSocket
     from cordee.net import identity
-    from cordee.net.zenoh_bus import BusOptions
+    from cordee.net.bus import BusOptions
 
     listener = listen("127.0.0.1", port)
     member = identity.load() if identity.exists() else identity.found(time.time())

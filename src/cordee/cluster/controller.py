@@ -1,17 +1,17 @@
 """The controller of a node: from what it heard, is and runs to what it does next. Pure.
 
-    heartbeats, liveliness --> Membership --.
-    deployments of all nodes -> Deployments  >--> View --> choose --> goals --.
-    own facts ---------------> Controller --'                                 |
-                                                                              v
-    workers, hosts, routes as they are ------------------> Reconciler --> Decision
+    heartbeats, liveliness -------> Membership --.
+    deployments of all nodes -----> Deployments --> View --> choose --> goals --.
+    own facts --------------------> Controller --'                              |
+                                                                                v
+    workers, hosts, routes as they really are -----------------------> Reconciler --> Decision
 
 The agent (`cordee.agent`) and the simulator (`sim/`) are shells around it: they hand in what happened with
 the time, call `step` whenever something may have changed and once a heartbeat in any case, and carry out what
 it decides. Each step looks at everything anew, so a missed event costs a moment and a wrong state is mended
 by the next step; carrying out a decision twice does no harm.
 
-`now` is a clock that never jumps, in seconds since anything; `clock` is seconds since 1970 as the machine
+`now` is a clock that never jumps, in seconds since any moment; `clock` is seconds since 1970 as the machine
 believes, which may be wrong. Nothing here lasts: after a restart all but the deployments is heard again.
 """
 
@@ -28,7 +28,7 @@ from cordee.cluster.goals import Goals, HostGoal, SliceGoal, StageSpec, goals
 from cordee.cluster.membership import LISTEN_SECONDS, Farewell, Heartbeat, Liveness, Membership, View
 from cordee.cluster.reconcile import Actions, Reconciler, WorkerStatus
 
-# Goals are computed anew when the view changed, and so often in any case: what is kept may be damaged.
+# Goals are computed anew when the view changed, and this often in any case: what is kept may be damaged.
 RETHINK_SECONDS = 10.0
 
 
@@ -47,10 +47,10 @@ class Running:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a node is to do, in this order; all of it is the whole of what should be, not a difference.
+    """What a node is to do, in this order. `hosts` and `routes` say all that should be, not a difference.
 
-    `hosts` are the schedulers to run and `routes` the nodes to which streams go, both by stream key; no
-    other is to run, no other route to stand. With `is_news` the others should hear our facts at once.
+    `hosts` are the schedulers to run and `routes` the nodes to which streams go, both by stream key: no other
+    scheduler is to run, no other route to be used. With `is_news` the others should hear our facts at once.
     """
 
     actions: Actions
@@ -86,9 +86,9 @@ class Controller:
         self._planned = -math.inf
         self._observed = -math.inf
         self._listens_until = 0.0
-        # Whom to hear before there is nobody more to listen for; empty: listen for LISTEN_SECONDS.
+        # The nodes to hear before there is no more to listen for; empty: listen for LISTEN_SECONDS.
         self._awaited = set(remembered) - {me}
-        self._heard = {me}  # since the start, while anybody is awaited
+        self._heard = {me}  # since the start, while any node is awaited
         self._chosen: dict[str, tuple[Chosen, ...]] = {}
         self._goals = Goals()
         self._reconciler = Reconciler()
@@ -96,7 +96,7 @@ class Controller:
 
     @property
     def deployments(self) -> tuple[Deployment, ...]:
-        """What the cluster is to serve, to be kept on disk; with `replicas` 0: what it no longer is to."""
+        """What the cluster is to serve, or with `replicas` 0 no longer; the shell keeps it on disk."""
         return self._deployments.all
 
     @property
@@ -127,7 +127,7 @@ class Controller:
         clock: float,
         revocations: Mapping[str, bytes] | None = None,
     ) -> Decision:
-        """Look at everything, and decide. `facts` are ours now; their `stages` are for us to say.
+        """Look at everything, and decide. `facts` are ours now; their `stages` are filled in here.
 
         The other arguments are those of `observe`.
         """
@@ -159,9 +159,9 @@ class Controller:
     ) -> None:
         """Our own facts, the machine's clock, and the valid revocations by node; all of them, each time.
 
-        To be called once a heartbeat at least. After its start and after a longer silence the node listens
-        before it plans anything; after its start until it heard all whom it remembers or sees, and all of
-        whom those tell.
+        To be called at least once a heartbeat. After its start and after a longer pause the node listens
+        before it plans anything; after its start until it heard all nodes that it remembers or sees, and all
+        that those name.
         """
         stopped = not 0 <= now - self._observed <= LISTEN_SECONDS
         if stopped or not self._listens_until <= now + LISTEN_SECONDS:
@@ -176,7 +176,7 @@ class Controller:
         self._deployments.settle(self._clock(now))
 
     def hear(self, heartbeat: Heartbeat, now: float) -> bool:
-        """A heartbeat came; False if it changes nothing. Its revocations are the shell's to check first."""
+        """A heartbeat came; False if it changes nothing. The shell checks its revocations first."""
         if heartbeat.facts.node == self.me or self._refuses(heartbeat.facts.node):
             return False
         if self._awaited:
@@ -187,7 +187,7 @@ class Controller:
         return self._membership.hear(heartbeat, now) or self._deployments.all is not before
 
     def _listen(self, facts: Facts, now: float) -> None:
-        """Who was heard may tell of others: all whom it measured, or runs a placement with."""
+        """A node that was heard may name others: those it measured, or runs a placement with."""
         self._heard.add(facts.node)
         self._awaited.update(facts.rtts)
         for report in facts.stages:
@@ -212,7 +212,7 @@ class Controller:
         replicas: int = 1,
         source: str = "",
     ) -> None:
-        """Have the cluster serve a model from now on, or with `replicas` 0 no more."""
+        """Have the cluster serve a model from now on, or with `replicas` 0 no longer."""
         deployment = Deployment(model, shape, context, sequences, replicas, author=self.me, source=source)
         self._deployments.write(deployment, self._clock(now))
 
@@ -292,9 +292,9 @@ class Controller:
         return found
 
     def _routes(self, current: Mapping[str, str]) -> dict[str, str]:
-        """Where streams go: they stay as long as that node serves the model, under whatever name.
+        """Where streams go: they stay with their node as long as it serves the model, under any name.
 
-        Else to a placement with just the context that is deployed, or the next larger one.
+        Else they go to a placement with just the context that is deployed, or the next larger one.
         """
         serving = [route for routes in self._goals.routes.values() for route in routes if route.wiring]
         serving.sort(key=lambda route: route.placement.context)

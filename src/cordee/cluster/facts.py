@@ -1,14 +1,14 @@
 """What nodes tell each other about themselves: the vocabulary of the cluster, and its wire format (msgpack).
 
-Everything here is soft state. A node says it again and again, whoever hears it keeps the last word, and what
-is no longer said is forgotten; so nothing that a fault wrote into it survives.
+Everything here is soft state. A node says it again and again, the others keep what it said last, and what is
+no longer said is forgotten; so nothing that a fault wrote into it survives.
 """
 
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -118,11 +118,24 @@ class StageReport(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
-class Offer(msgspec.Struct, frozen=True):
-    """A whole model on a node's disk: any node may wish it to be served, under this name.
+class KvSource(NamedTuple):
+    """A worker of a serving placement, from which a successor's stage may take sequences over.
 
-    `context` is what it is served with unless told otherwise, in tokens for each stream; `source` where it
-    came from on the hub ('owner/name/file.gguf'), if it did.
+    `endpoint` is where it is reached, `wiring` what it serves. `first` to `last` (exclusive) are the layers
+    to take, counted from the first layer of its own slice.
+    """
+
+    endpoint: str
+    wiring: str
+    first: int
+    last: int
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """A whole model on a node's disk, which any node may deploy under this name.
+
+    `context` is what it is served with unless the deployment says otherwise, in tokens for each stream;
+    `source` where it came from on the hub ('owner/name/file.gguf'), if it did.
     """
 
     name: str
@@ -193,7 +206,7 @@ class Fetching(msgspec.Struct, frozen=True):
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """How far a node is with reading a whole model once, to know its chunks; then it is shared as `name`.
+    """How far a node is with reading a whole model once, to know its chunks; then it is deployed as `name`.
 
     With a `source` ('owner/name/file.gguf') it is read from the hub, else from the node's disk.
     """
@@ -205,7 +218,7 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 class Gauges(msgspec.Struct, frozen=True):
-    """What changes all the time at a node. Nothing is decided by it: it goes beside the facts and is no news.
+    """What changes all the time at a node. Nothing is decided by it: it travels beside the facts.
 
     `watts` is what its processors take, where the machine tells.
     """
@@ -223,7 +236,7 @@ def placement_id(placement: Placement) -> str:
 
 
 def stream_key(model: str, context: int) -> str:
-    """What streams ask for: a model, by its digest, and at least so many tokens of context.
+    """What streams ask for: a model, by its digest, and at least `context` tokens of context.
 
     One file may be deployed under two names, with a context for each. A scheduler host answers the streams of
     either if its own context does.

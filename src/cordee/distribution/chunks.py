@@ -62,7 +62,7 @@ Holders = Callable[[], Mapping[str, Sequence[SliceHeld]]]
 
 
 class Queries(Protocol):
-    """What is needed of the bus (`cordee.net.zenoh_bus.Bus`)."""
+    """What is needed of the bus (`cordee.net.bus.Bus`)."""
 
     async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
         """The answers of whoever serves the key that came within `seconds`."""

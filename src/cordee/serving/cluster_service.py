@@ -9,9 +9,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
 from cordee.cluster.facts import stream_key
 from cordee.engine.vocabulary import Vocabulary
@@ -22,6 +21,7 @@ from cordee.generation.request import Request, TextChunk
 from cordee.generation.streams import Said
 from cordee.models.store import StoredModel
 from cordee.serving.answers import Answer, Checks, Rate, template_of
+from cordee.serving.interface import Health
 
 log = logging.getLogger(__name__)
 
@@ -173,16 +173,16 @@ class ClusterService:
         return self.key in self._gateway.routes
 
     @property
-    def health(self) -> Literal["ready", "recovering", "idle"]:
+    def health(self) -> Health:
         """What `/health` says of it."""
         if self.ready:
             return "ready"
         return "recovering" if self.is_deployed else "idle"
 
-    async def generate(self, request: Request) -> AsyncIterator[TextChunk]:
+    async def generate(self, request: Request) -> AsyncGenerator[TextChunk]:
         """Answer a request: chunks as they come, the last with a finish reason.
 
-        Closing the iterator cancels the stream. Losing any machine but this one is a pause.
+        Closing the generator cancels the stream. Losing any machine but this one is a pause.
 
         Raises:
             BadRequest, ContextExceeded, Overloaded: before the first chunk.
