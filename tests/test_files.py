@@ -1,4 +1,4 @@
-"""The state folder is private; a file is either there in full or not at all."""
+"""The state folder is private; a file is either complete or not there at all."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""The recipe of the story models, on tiny ones: what was trained is what the engine runs; stops cost nothing.
+"""Training of story models, on tiny ones: the engine runs what was trained; a stopped run loses nothing.
 
 Without torch (the extra `training`) these tests skip.
 """
@@ -75,7 +75,7 @@ def teacher(model) -> Teacher:
 
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory) -> Path:
-    """With a corpus in it."""
+    """A folder with a corpus."""
     folder = tmp_path_factory.mktemp("run")
     write_corpus(Storyteller(model, WINDOW, LIKELIEST), folder / TRAIN, shards=range(1), seed=1)
     return folder
@@ -117,7 +117,7 @@ def test_a_teacher_samples_what_its_logits_say(teacher) -> None:
 
 
 def test_a_cut_teacher_writes_with_what_is_kept(model) -> None:
-    """Its odds are the whole teacher's among the kept, and it reads its own ids as those of the whole."""
+    """Its probabilities are the whole teacher's among the kept; it reads its own ids as the whole's."""
     whole = read_model(model)
     kept = torch.tensor([END, 7, 70, 270, 271])
     part = Teacher(whole.shape, whole.weights, kept)
@@ -132,7 +132,7 @@ def test_a_cut_teacher_writes_with_what_is_kept(model) -> None:
 
 
 def test_a_batch_writes_what_each_would_alone(model) -> None:
-    """However many have ended before; here all by the likeliest tokens, and the end is one of seven."""
+    """However many have ended before; here all take the likeliest tokens, and one of seven is the end."""
     whole = read_model(model)
     part = Teacher(whole.shape, whole.weights, torch.tensor([END, 270, 271, 272, 273, 274, 275]))
     prompts = torch.arange(40, 140).view(20, 5)
@@ -168,7 +168,7 @@ def test_repeats_are_punished_and_unlikely_tokens_left_out() -> None:
 
 
 def test_stories_are_packed_with_what_follows_each_token() -> None:
-    """Before each story stands the end token; behind a story's last token the lesson is its end."""
+    """Before each story comes the end token; after a story's last token the lesson is its end."""
     written = torch.tensor([[5, 6, END, END], [7, 8, 9, 4]])  # the second is cut off
     ids, odds = likeliest(torch.nn.functional.one_hot(written, 10).float(), 2)
     lesson = packed(written, ids, odds, window=7)
@@ -189,7 +189,7 @@ def test_a_cut_vocabulary_keeps_the_most_used_and_what_merges_into_it() -> None:
 
 
 def test_a_storyteller_s_stories_are_counted_by_another_tokenizer(corpus, tmp_path) -> None:
-    """Windows become the stories in them, each without what stands between two."""
+    """Windows become the stories in them, without the tokens between two."""
     path, texts = tmp_path / "pieces.bin", pieces()
     packed_pieces = (struct.pack("<fi", piece.score, len(piece.text)) + piece.text for piece in texts)
     path.write_bytes(struct.pack("<i", 8) + b"".join(packed_pieces))
@@ -202,7 +202,7 @@ def test_a_storyteller_s_stories_are_counted_by_another_tokenizer(corpus, tmp_pa
 
 @pytest.mark.long
 def test_the_starter_is_read_as_a_teacher(starter_path) -> None:
-    """Dequantised, with its own rotary base and shared key/value heads, it still knows."""
+    """Dequantized, with its own RoPE base and shared key-value heads, it still knows facts."""
     vocabulary = Vocabulary(starter_path)
     texts = ["Once upon a time", "The capital of France is Paris", "one, two, three, four, five"]
     rows = [vocabulary.tokenize(text, add_bos=False) for text in texts]
@@ -232,7 +232,7 @@ def test_the_engine_computes_what_was_trained(layout, corpus, tmp_path) -> None:
     )
 
 
-def test_a_vocabulary_of_pieces_speaks_in_the_file(corpus, tmp_path) -> None:
+def test_a_vocabulary_of_pieces_works_in_the_file(corpus, tmp_path) -> None:
     path = tmp_path / "model.gguf"
     export(Student(SHAPE), pieces(), TINY, path, "pentium2")
     vocabulary = Vocabulary(path)
@@ -241,7 +241,7 @@ def test_a_vocabulary_of_pieces_speaks_in_the_file(corpus, tmp_path) -> None:
     assert vocabulary.piece(260) == b"b"
 
 
-def test_a_cut_vocabulary_speaks_in_the_file(tmp_path) -> None:
+def test_a_cut_vocabulary_works_in_the_file(tmp_path) -> None:
     letters = [chr(number) for number in range(33, 127)]
     texts = ["<|endoftext|>", *letters, "\u0120", "ab", "\u0120ab"]
     texts += [f"<{number}>" for number in range(VOCAB - len(texts))]
@@ -254,8 +254,8 @@ def test_a_cut_vocabulary_speaks_in_the_file(tmp_path) -> None:
     assert [vocabulary.piece(token) for token in tokens] == [b"", b"ab", b" ab", b"c"]
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(corpus, tmp_path) -> None:
-    """Stopped in its second step and begun anew, it ends with the weights of a run that was not."""
+def test_a_stopped_run_continues_as_if_it_had_not_been(corpus, tmp_path) -> None:
+    """Stopped in its second step and started again, it ends with the weights of a run that was not."""
     stopped = Run(TINY, tmp_path / "stopped", kind=torch.float32, compiled=False)
     reading = corpus.batch
 
@@ -294,7 +294,7 @@ class Faulty:
 
 
 @pytest.mark.long
-def test_a_process_that_fails_is_told_of(tmp_path) -> None:
+def test_a_process_that_fails_is_reported(tmp_path) -> None:
     with pytest.raises(ChildProcessError, match="run the verb again"):
         write_together(Writing(Faulty(), tmp_path, 3, 1, 2), lambda *done: None)
     assert [path.name for path in shards_in(tmp_path)] == ["shard-0000.npy", "shard-0002.npy"]
@@ -331,7 +331,7 @@ def test_training_brings_the_student_nearer(corpus, tmp_path) -> None:
 
 
 def test_the_divergence_of_all_tokens_is_that_of_the_distributions() -> None:
-    """Of a part it is no more: what is not listed counts as one token."""
+    """For listed tokens only it is no larger: all others count as one token."""
     torch.manual_seed(1)
     ours, theirs = torch.randn(3, 4, 9), torch.randn(3, 4, 9)
     expected = (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum(-1).mean()
@@ -370,7 +370,7 @@ def test_a_corpus_is_its_seeds(model, corpus, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", ["story-small", "story"])
-def test_recipes_are_sound(name) -> None:
+def test_recipes_are_valid(name) -> None:
     found = recipe(name)
     assert found.name == name
     assert found.window <= found.shape.context

@@ -1,1 +1,1 @@
-"""The recipe of the ternary story models; README.md beside this file says how it is run."""
+"""Training of the ternary story models; README.md beside this file says how to run it."""

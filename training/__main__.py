@@ -31,21 +31,21 @@ PIECES = 512  # in tok512.bin
 _existing = click.Path(exists=True, path_type=Path)
 _recipe = click.argument("recipe", callback=lambda _context, _parameter, name: read_recipe(name))
 _folder = click.option(
-    "--folder", type=click.Path(path_type=Path), required=True, help="Where corpus and checkpoints live."
+    "--folder", type=click.Path(path_type=Path), required=True, help="The folder of corpus and checkpoints."
 )
 _processes = click.option(
     "--processes",
     type=click.IntRange(min=1),
     default=os.cpu_count(),
     show_default=True,
-    help="How many share the work; each that has a chat model write takes 6 GB of memory.",
+    help="How many processes share the work; each that runs a chat model takes 6 GB of memory.",
 )
 _teacher = click.option("--teacher", type=_existing, required=True, help="stories260K.bin, or a GGUF file.")
 
 
 @click.group()
 def main() -> None:
-    """Train small ternary story models from a teacher at hand. Every verb goes on where it was stopped."""
+    """Train small ternary story models from an existing teacher. Every verb resumes where it was stopped."""
     torch.set_num_threads(1)
 
 
@@ -76,14 +76,14 @@ def cut(recipe: Recipe, teacher: Path, folder: Path, pieces: Path, stories: Path
 @_folder
 @_processes
 def corpus(recipe: Recipe, teacher: Path, folder: Path, processes: int) -> None:
-    """Have the teacher write what the student will read, and what it will be judged on."""
+    """Have the teacher write what the student learns from, and what it is evaluated on."""
     writer = _writer(recipe, teacher, folder)
-    parts = ((HELD_OUT, HELD_OUT_SHARDS, recipe.seed + 1), (TRAIN, recipe.shards, recipe.seed))
+    splits = ((HELD_OUT, HELD_OUT_SHARDS, recipe.seed + 1), (TRAIN, recipe.shards, recipe.seed))
     with _progress(recipe.name) as show:
-        for part, shards, seed in parts:
-            writing = Writing(writer, folder / part, shards, seed, min(processes, shards))
+        for split, shards, seed in splits:
+            writing = Writing(writer, folder / split, shards, seed, min(processes, shards))
             with _plainly():
-                write_together(writing, partial(show, part))
+                write_together(writing, partial(show, split))
 
 
 @main.command()
@@ -91,16 +91,16 @@ def corpus(recipe: Recipe, teacher: Path, folder: Path, processes: int) -> None:
 @_folder
 @_processes
 @click.option("--kind", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
-@click.option("--compile", "compiled", is_flag=True, help="Let torch compile the step; wants a C++ compiler.")
+@click.option("--compile", "compiled", is_flag=True, help="Let torch compile the step; needs a C++ compiler.")
 def train(recipe: Recipe, folder: Path, processes: int, kind: str, compiled: bool) -> None:
-    """Train, from the last checkpoint on. Ctrl-C or SIGTERM writes one first."""
+    """Train, from the last checkpoint on. Ctrl-C or SIGTERM writes a checkpoint first."""
     with _progress(recipe.name) as show:
 
-        def report(told: Report) -> None:
-            show(f"loss {told.loss:.4f}, {told.cpu_seconds:.0f} CPU s", told.step, told.steps)
+        def show_report(report: Report) -> None:
+            show(f"loss {report.loss:.4f}, {report.cpu_seconds:.0f} CPU s", report.step, report.steps)
 
         with _plainly():
-            together(Job(recipe, folder, getattr(torch, kind), compiled, processes), report)
+            together(Job(recipe, folder, getattr(torch, kind), compiled, processes), show_report)
 
 
 @main.command()
@@ -110,7 +110,7 @@ def train(recipe: Recipe, folder: Path, processes: int, kind: str, compiled: boo
 @click.option("--layout", type=click.Choice(["trit5", "pentium2"]), default="pentium2", show_default=True)
 @click.argument("model", type=click.Path(path_type=Path))
 def export(recipe: Recipe, folder: Path, pieces: Path | None, layout: str, model: Path) -> None:
-    """Write the student as a model file of the ternary engine."""
+    """Write the student as a model file for the ternary engine."""
     if not (folder / CHECKPOINT).exists():
         raise click.ClickException(f"{folder} holds no {CHECKPOINT}: train first.")
     run = Run(recipe, folder, kind=torch.float32, compiled=False)
@@ -124,7 +124,7 @@ def export(recipe: Recipe, folder: Path, pieces: Path | None, layout: str, model
 @_folder
 @click.argument("model", type=_existing)
 def evaluate(recipe: Recipe, folder: Path, model: Path) -> None:
-    """How near a model file is to its teacher, by the ternary engine, on text that it has not seen."""
+    """Compare a model file with its teacher, on the ternary engine and on text that it has not seen."""
     held_out = Corpus(folder / HELD_OUT, recipe.seed)
     found = figures(model, held_out.lesson(range(len(held_out))), recipe.temperature)
     for name, value in vars(found).items():
@@ -145,7 +145,7 @@ def _cut(folder: Path) -> Cut:
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """What the user can mend is told without a traceback."""
+    """Report what the user can fix without a traceback."""
     try:
         yield
     except (ValueError, ChildProcessError) as error:
@@ -154,7 +154,7 @@ def _plainly() -> Iterator[None]:
 
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar: show(text, done, total)."""
+    """A progress bar: show(text, done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as bar:
         task = bar.add_task(title, total=None)

@@ -1,8 +1,8 @@
-"""A chat model as a teacher: asked for stories about this and that, it writes with a cut vocabulary.
+"""A chat model as a teacher: asked for stories on many subjects, it writes with a cut vocabulary.
 
-The questions are all of the same number of tokens, so a batch of them travels together. What a student
-learns are the stories, one behind the other with an end token (id 0) before each; it sees no question. A
-story that has grown too long ends with its last whole sentence, if it has one.
+All questions have the same number of tokens, so they are computed in batches. What a student learns is the
+stories, one after the other with an end token (id 0) before each; it sees no question. A story that has grown
+too long ends with its last whole sentence, if it has one.
 """
 
 import tomllib
@@ -23,7 +23,7 @@ from training.teacher import EMBEDDING, MATRICES, NORMS, OUTPUT_NORM, Teacher, T
 
 END = 0
 STORIES = 128  # written at a time: with fewer, reading the weights takes longer than computing with them
-STORY_TOKENS = 256  # behind how it begins
+STORY_TOKENS = 256  # after its given beginning
 MIN_P = 0.1
 REPEAT_PENALTY = 1.08  # without one this teacher says everything three times
 TEMPERATURE = 0.5
@@ -33,7 +33,7 @@ SENTENCE_ENDS = (".", "!", "?", '."', '!"', '?"')
 
 
 def shape_story(logits: Tensor, written: Tensor) -> Tensor:
-    """Logits (batch, vocab) after penalty, temperature, min-p; `written` (batch, n) is what it wrote."""
+    """Logits (batch, vocab) after penalty, temperature, min-p; `written` (batch, n) is the text so far."""
     values = logits.gather(1, written)
     lower = torch.where(values > 0, values / REPEAT_PENALTY, values * REPEAT_PENALTY)
     logits = logits.scatter(1, written, lower) / TEMPERATURE
@@ -43,18 +43,18 @@ def shape_story(logits: Tensor, written: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Questions:
-    """All questions, as tokens (n, length) of the whole vocabulary, and how every answer begins, (m,)."""
+    """All questions, as tokens (n, length) of the whole vocabulary, and the beginning (m,) of each answer."""
 
     tokens: Tensor
     begin: Tensor
 
     @classmethod
     def of(cls, vocabulary: Vocabulary) -> "Questions":
-        """Of the words in about.toml those that are one token; all kinds of question, at one length each."""
+        """All pairs of those words in about.toml that are one token: all questions are equally long."""
         about = tomllib.loads(ABOUT.read_text(encoding="utf-8"))
         words = {
-            part: [word for word in about[part] if len(vocabulary.tokenize(f" {word}", add_bos=False)) == 1]
-            for part in ("who", "what")
+            kind: [word for word in about[kind] if len(vocabulary.tokenize(f" {word}", add_bos=False)) == 1]
+            for kind in ("who", "what")
         }
         asked = [
             vocabulary.tokenize(about["question"].format(who=who, what=what), add_bos=False)
@@ -65,9 +65,10 @@ class Questions:
 
 
 class Chat:
-    """A `Writer` whose lessons are what the teacher drew from; the beginning, and an END put in, is certain.
+    """A `Writer` whose lessons are the distributions that the teacher drew from.
 
-    A batch takes 6 GB at its peak: KV cache of all its stories, odds of each of their tokens.
+    The given beginning, and an inserted END, have probability 1. A batch takes 6 GB at its peak: the KV cache
+    of all its stories, the probabilities at each of their tokens.
     """
 
     def __init__(self, model: Path, cut: Cut, window: int, likeliest: int) -> None:
@@ -89,7 +90,7 @@ class Chat:
 
 
 def end_with_a_sentence(written: Tensor, odds: Tensor, stops: Tensor) -> None:
-    """Where a story (n, length) has no END, put one, for certain, behind the last token that `stops`."""
+    """In a story (n, length) without END, put one with probability 1 after the last token that `stops`."""
     for story, chances in zip(written, odds, strict=True):
         sentences = stops[story[:-1]].nonzero()
         if END in story or not len(sentences):
@@ -99,7 +100,7 @@ def end_with_a_sentence(written: Tensor, odds: Tensor, stops: Tensor) -> None:
 
 
 def packed(written: Tensor, ids: Tensor, odds: Tensor, window: int) -> Lesson:
-    """Stories (n, length), END behind each that is not cut off, as windows of one stream without its rest."""
+    """Stories (n, length), with END after each that is not cut off, as the full windows of one stream."""
     inputs, rows = [], []
     for number, story in enumerate(written):
         ends = (story == END).nonzero()
@@ -109,7 +110,7 @@ def packed(written: Tensor, ids: Tensor, odds: Tensor, window: int) -> Lesson:
     count = sum(map(len, inputs)) // window * window
     places = torch.cat(rows)[:count]
     tokens = torch.cat(inputs)[:count].to(torch.uint16).view(-1, window)
-    best = (part.flatten(0, 1)[places].view(-1, window, part.shape[-1]) for part in (ids, odds))
+    best = (column.flatten(0, 1)[places].view(-1, window, column.shape[-1]) for column in (ids, odds))
     return Lesson(tokens, *best)
 
 
@@ -117,7 +118,7 @@ def read_model(path: Path, cut: Cut, kind: torch.dtype = torch.bfloat16) -> Teac
     """A GGUF file of the architecture `llama`, its head the embedding, as a teacher with a cut vocabulary.
 
     Raises:
-        ValueError: the file is none such.
+        ValueError: the file is of another kind.
     """
     reader = GGUFReader(path)
 

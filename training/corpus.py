@@ -1,9 +1,9 @@
-"""A corpus that a teacher writes: windows of tokens, and behind each token what the teacher would write next.
+"""A corpus that a teacher writes: windows of tokens, and for each token what the teacher would write next.
 
-A shard is an .npy of records, one a window: `tokens` (window,) uint16, `ids` and `odds` (window, likeliest)
+A shard is an .npy of records, one per window: `tokens` (window,) uint16, `ids` and `odds` (window, likeliest)
 uint16 and float16: the likeliest next tokens, best first, and their probabilities. It depends on (teacher,
-recipe, seed, number) alone and is written whole or not at all, so generation resumes by leaving out what is
-there. Shards are mapped, not read: processes share them, and memory need not hold them.
+recipe, seed, number) alone and is written completely or not at all, so generation resumes by skipping the
+shards that are there. Shards are memory-mapped: processes share them, and they need not fit into memory.
 """
 
 import hashlib
@@ -38,15 +38,15 @@ class Lesson:
         return cls(*(torch.from_numpy(np.ascontiguousarray(records[name])) for name in records.dtype.names))
 
     def records(self) -> np.ndarray:
-        """As a shard holds them."""
-        parts = {name: tensor.numpy() for name, tensor in vars(self).items()}
-        found = np.empty(len(self), [(name, part.dtype, part.shape[1:]) for name, part in parts.items()])
-        for name, part in parts.items():
-            found[name] = part
+        """The records of a shard."""
+        columns = {name: tensor.numpy() for name, tensor in vars(self).items()}
+        found = np.empty(len(self), [(name, a.dtype, a.shape[1:]) for name, a in columns.items()])
+        for name, column in columns.items():
+            found[name] = column
         return found
 
 
-# Writes the shard that a generator decides, in so many windows as it likes.
+# Writes the shard that a generator determines, with as many windows as it likes.
 Writer = Callable[[torch.Generator], Lesson]
 
 
@@ -67,7 +67,7 @@ def shards_in(folder: Path) -> list[Path]:
 def write_corpus(
     writer: Writer, folder: Path, *, shards: Iterable[int], seed: int, wrote: Callable[[], None] | None = None
 ) -> None:
-    """Bring these shards to the folder. `wrote()` is called after each."""
+    """Write the missing ones of these shards to the folder. `wrote()` is called after each."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in shards:
         path = shard_path(folder, number)

@@ -1,6 +1,6 @@
-"""A vocabulary cut to what stories need: a part of a byte-level BPE vocabulary that still tokenizes anything.
+"""A vocabulary cut to what stories need: a subset of byte-level BPE that still tokenizes any text.
 
-Kept are an end token (id 0), the single bytes, and the tokens that a text uses most, each with all tokens
+It keeps an end token (id 0), the single bytes, and the tokens that a text uses most, each with all tokens
 that merge into it. So a kept token is reached by the same merges as in the whole vocabulary.
 """
 
@@ -15,8 +15,10 @@ END_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Cut:
-    """`kept` are the ids of the whole vocabulary by the new ones; `tokens`, `merges` and `pre` (how text is
-    split before) are as GGUF writes them."""
+    """A cut vocabulary; `kept` maps new ids to those of the whole vocabulary.
+
+    `tokens`, `merges` and `pre` (the pre-tokenizer's name) are as GGUF writes them.
+    """
 
     kept: list[int]
     tokens: list[str]
@@ -25,10 +27,10 @@ class Cut:
 
 
 def cut_of(model: Path, counts: Counter[int], size: int) -> Cut:
-    """The vocabulary of a GGUF file, cut to `size` tokens; what ends its turns becomes the end token.
+    """The vocabulary of a GGUF file, cut to `size` tokens; the end of its turns becomes the end token.
 
     Raises:
-        ValueError: the text does not use so many tokens.
+        ValueError: the text does not use that many tokens.
     """
     fields = {name: field.contents for name, field in GGUFReader(model).fields.items() if "tokenizer" in name}
     tokens, merges = fields["tokenizer.ggml.tokens"](), fields["tokenizer.ggml.merges"]()
@@ -43,14 +45,14 @@ def cut(
     """The ids of the `size` tokens that stay, `end` first, and the merges among them.
 
     Raises:
-        ValueError: the text does not use so many tokens.
+        ValueError: the text does not use that many tokens.
     """
     ids = {token: number for number, token in enumerate(tokens)}
     parents = {}
     for merge in merges:
         left, right = merge.split(" ")
         parents.setdefault(ids[left + right], (ids[left], ids[right]))
-    # Single characters that nothing merges into stand for the bytes.
+    # Single characters that no merge yields stand for the bytes.
     kept = {end} | {number for token, number in ids.items() if len(token) == 1 and number not in parents}
     for number, _ in counts.most_common():
         wanted = _with_parents(number, parents) - kept

@@ -1,4 +1,4 @@
-"""The figures of a model card: a model file beside its teacher, on text that it has not seen."""
+"""The figures of a model card: a model file compared with its teacher, on text that it has not seen."""
 
 import math
 from dataclasses import dataclass
@@ -16,8 +16,10 @@ from training.train import SMALLEST, divergence
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over the tokens of a teacher's text. The perplexities are of what comes next in it; a token that
-    the lesson does not list has for the teacher an equal share of what is left."""
+    """Means over the tokens of a teacher's text. Perplexities are of the next token.
+
+    For the teacher, a token that the lesson does not list gets an equal share of the remaining probability.
+    """
 
     tokens: int
     kl_nats: float
@@ -27,7 +29,7 @@ class Figures:
 
 
 def figures(model: Path, lesson: Lesson, temperature: float) -> Figures:
-    """How near a model file, at the temperature of its recipe, is to its teacher; by the ternary engine."""
+    """Compare a model file, at the temperature of its recipe, with its teacher; on the ternary engine."""
     context = lesson.tokens.shape[1]
     stage = TernaryStage(model, StageConfig(context=context, sequences=1, batch_rows=context))
     try:

@@ -1,4 +1,4 @@
-"""From a trained student to a model file of the ternary engine, with the teacher's vocabulary."""
+"""From a trained student to a model file for the ternary engine, with the teacher's vocabulary."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +18,9 @@ from training.llama2c import BOS, BYTES, EOS, FIRST_BYTE, Piece
 from training.recipe import Recipe
 from training.student import Student, ternary
 
-SPACE = "\u2581"  # how SentencePiece writes one
+SPACE = "\u2581"  # as SentencePiece writes it
 SPECIALS = ("<unk>", "<s>", "</s>")
-# There are no turns in a story: what is said is how it begins.
+# A story has no turns: the message is its beginning.
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 Layout = Literal["trit5", "pentium2"]
@@ -70,7 +70,7 @@ def export(
 
 
 class _Weights:
-    """A student as a `cordee.convert.ternary_file.Source`; embedding and head are one."""
+    """A student as a `cordee.convert.ternary_file.WeightSource`; embedding and head are the same."""
 
     def __init__(self, student: Student, temperature: float) -> None:
         self._tensors: dict[str, Tensor] = {OUTPUT_NORM: student.output_norm.detach() * temperature}
@@ -93,7 +93,7 @@ class _Weights:
 
 
 def _add_pieces(writer: GGUFWriter, pieces: Sequence[Piece]) -> None:
-    """A story ends where the next would begin: at BOS, so that is what ends generation."""
+    """BOS ends generation: a story ends where the next would begin."""
     texts = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(BYTES))]
     texts += [piece.text.decode().replace(" ", SPACE) for piece in pieces[FIRST_BYTE + BYTES :]]
     kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL] + [TokenType.BYTE] * BYTES

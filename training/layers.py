@@ -1,4 +1,4 @@
-"""What teacher and student share: RMS norm and rotary positions (of neighbouring pairs)."""
+"""What teacher and student share: RMS norm and RoPE (on neighbouring pairs)."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ ROPE_BASE = 10000.0
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Rows of root mean square 1."""
+    """Rows scaled to root mean square 1."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPSILON)
 
 

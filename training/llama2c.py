@@ -1,7 +1,7 @@
 """Teachers in llama2.c's version-0 format, and their vocabularies.
 
 A model: seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len), then float32
-tensors in the order of `tensors`. A vocabulary: an int32 (the longest piece), then of each piece a
+tensors in the order of `tensors`. A vocabulary: an int32 (the longest piece), then for each piece a
 float32 score, an int32 length, its bytes.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 from training.teacher import Teacher, TeacherShape
 
-BOS, EOS = 1, 2  # of all these vocabularies; a BOS stands between two stories
+BOS, EOS = 1, 2  # in all these vocabularies; there is a BOS between two stories
 FIRST_BYTE, BYTES = 3, 256  # one piece for each byte follows the special ones
 
 
@@ -74,7 +74,7 @@ def read_pieces(path: Path, count: int) -> list[Piece]:
 
 
 def story_texts(pieces: list[Piece], ids: np.ndarray) -> list[str]:
-    """A window of ids as the stories in it; the last may be cut off."""
+    """The stories in a window of ids; the last may be cut off."""
     first_text = FIRST_BYTE + BYTES
 
     def spelled(token: int) -> bytes:

@@ -1,5 +1,5 @@
-"""Several processes of this machine: at one training run they meet after every step, of a corpus each writes
-its share."""
+"""Several processes of this machine: in a training run they synchronise after every step, of a corpus each
+writes its share."""
 
 import os
 import signal
@@ -18,14 +18,14 @@ from training.recipe import Recipe
 from training.train import LOG, Report, Run, log_to
 
 # How long a process waits for the others: they may be stopped (SIGSTOP) for hours while the machine does
-# something else.
+# other work.
 WAIT = timedelta(days=7)
-TRAIN, HELD_OUT = "train", "held-out"  # the parts of a corpus, as folders
+TRAIN, HELD_OUT = "train", "held-out"  # folders of a corpus
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all processes are told; see `Run`. `folder` holds corpus, checkpoints and log."""
+    """The parameters of all processes; see `Run`. `folder` holds corpus, checkpoints and log."""
 
     recipe: Recipe
     folder: Path
@@ -38,7 +38,7 @@ def together(job: Job, report: Callable[[Report], None]) -> None:
     """Train until the recipe's end, or until this process gets SIGINT or SIGTERM; reports are logged, too.
 
     Raises:
-        ValueError: the corpus is not the recipe's.
+        ValueError: the corpus does not have as many shards as the recipe says.
     """
     found = len(shards_in(job.folder / TRAIN))
     if found != job.recipe.shards:
@@ -61,7 +61,7 @@ def together(job: Job, report: Callable[[Report], None]) -> None:
 
 def _one(job: Job, rank: int, meeting: str, report: Callable[[Report], None]) -> None:
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # nobody else shall hear them
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # not reachable from other machines
     if job.processes > 1:
         place = f"file://{meeting}/group"
         distributed.init_process_group(
@@ -69,9 +69,9 @@ def _one(job: Job, rank: int, meeting: str, report: Callable[[Report], None]) ->
         )
     run = Run(job.recipe, job.folder, kind=job.kind, compiled=job.compiled, rank=rank, size=job.processes)
 
-    def log(told: Report) -> None:
-        log_to(job.folder / LOG, told)
-        report(told)
+    def log(entry: Report) -> None:
+        log_to(job.folder / LOG, entry)
+        report(entry)
 
     run.train(Corpus(job.folder / TRAIN, job.recipe.seed), log)
     if job.processes > 1:
@@ -80,7 +80,7 @@ def _one(job: Job, rank: int, meeting: str, report: Callable[[Report], None]) ->
 
 @dataclass(frozen=True)
 class Writing:
-    """A part of a corpus to be written; `writer` brings the teacher to each process."""
+    """Shards of a corpus to be written; `writer` makes the teacher in each process."""
 
     writer: Callable[[], Writer]
     folder: Path
@@ -90,17 +90,17 @@ class Writing:
 
 
 def write_together(writing: Writing, progress: Callable[[int, int], None]) -> None:
-    """Write what is missing. `progress(shards_there, shards)` is called now and then.
+    """Write the missing shards. `progress(shards_there, shards)` is called now and then.
 
     Raises:
-        ChildProcessError: another process has failed; what it was to write is missing.
+        ChildProcessError: another process has failed; its shards are missing.
     """
     spawn = multiprocessing.get_context("spawn")
     others = [
         spawn.Process(target=_write, args=(writing, rank), daemon=True)
         for rank in range(1, writing.processes)
     ]
-    # Leaving in the usual way ends the others as well.
+    # Exiting normally ends the other processes as well.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for other in others:
@@ -121,5 +121,5 @@ def _write(writing: Writing, rank: int, wrote: Callable[[], None] | None = None)
     write_corpus(writing.writer(), writing.folder, shards=share, seed=writing.seed, wrote=wrote)
 
 
-def _ignore(told: Report) -> None:
+def _ignore(_: Report) -> None:
     """Only the first process reports."""

@@ -11,7 +11,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class Optimiser(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Muon for the matrices of layers, AdamW for embedding and norms. `steps` are of `batch` windows.
+    """Muon for the matrices of layers, AdamW for embedding and norms. Each of `steps` has `batch` windows.
 
     The rate rises over `warmup` steps, stays, and falls to 0 over the last `decay` of all steps.
     """
@@ -24,23 +24,23 @@ class Optimiser(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decay: float
 
     def factor(self, step: int) -> float:
-        """Of the rates at a step."""
+        """The factor of the rates at a step."""
         falling = self.steps * self.decay
         return min((step + 1) / self.warmup, 1.0, (self.steps - step) / falling)
 
     @property
     def decays_at(self) -> int:
-        """The first step of the fall. Before it a run can still be made longer."""
+        """The first step at which the rate falls. Up to there a run can still be made longer."""
         return int(self.steps * (1 - self.decay))
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One model. `seed` decides the first weights, the corpus and the order in which it is read.
+    """One model. `seed` determines the first weights, the corpus and the order in which it is read.
 
-    `teacher` says who writes the corpus: "storyteller" (storyteller.py) or "chat" (chat.py). `likeliest` is
-    how many of its next tokens a lesson holds. A draw from the model at `temperature` is one from what it has
-    learnt: a chat model's lessons are sharper than its own speech, so that its student is made for the 0.7 at
-    which `cordee-tiny` draws.
+    `teacher` is the writer of the corpus: "storyteller" (storyteller.py) or "chat" (chat.py). `likeliest` is
+    how many of its next tokens a lesson has. Sampling the model at `temperature` gives the distribution that
+    it has learnt: a chat model's lessons are sharper than its own distribution, so its student is made for
+    sampling at 0.7, as `cordee-tiny` does.
     """
 
     name: str

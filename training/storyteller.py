@@ -1,4 +1,4 @@
-"""stories260K as a teacher: it writes one story after the other, from nothing."""
+"""stories260K as a teacher: it writes one story after the other, without a prompt."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from training.corpus import Corpus, Lesson, likeliest
 from training.llama2c import BOS, Piece, read_model, story_texts
 from training.teacher import Shaping
 
-WINDOWS = 256  # of a shard: enough rows for efficient products, and a KV cache of some 100 MB at most
+WINDOWS = 256  # in a shard: enough rows for efficient products, and a KV cache of some 100 MB at most
 LOGITS_WINDOWS = 16  # at a time, when the teacher reads again what it wrote
-# Shards are in its own distribution or, as often, in the range in which stories are read.
+# Half of the shards are sampled from its own distribution, half at temperatures at which stories are read.
 TEMPERATURES = (1.0, 0.7)
 
 
@@ -22,7 +22,7 @@ def at_temperature(temperature: float) -> Shaping:
 
 
 class Storyteller:
-    """A `Writer` whose lessons are the teacher's distribution, at temperature 1 whatever it drew at."""
+    """A `Writer` whose lessons are the teacher's distribution at temperature 1, at whatever it sampled."""
 
     def __init__(self, model: Path, window: int, likeliest: int) -> None:
         self.teacher = read_model(model)

@@ -1,9 +1,9 @@
-"""The student: a llama-shaped model whose matrices are ternary when it runs, in float32 when it learns.
+"""The student: a llama-shaped model whose matrices are ternary in inference and float32 in training.
 
 BitNet b1.58's recipe: a matrix is scale * t with t in {-1, 0, 1} and scale the mean magnitude; a row of
 activations is rounded to 8 bits by its largest magnitude; gradients pass both roundings as if they were not
 there (straight-through). The embedding, which is also the head, is ternary too. Squared ReLU, and norms
-before the output and down projections, so that every matrix meets normalised rows.
+before the output and down projections, so that every matrix gets normalised rows.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ SMALLEST = 1e-5  # magnitudes below count as this, as in the engine
 
 @dataclass(frozen=True)
 class StudentShape:
-    """Numbers of a model. `weights` counts the matrices', tied head once."""
+    """Sizes of a model. `weights` counts those of the matrices, a tied head once."""
 
     dim: int
     hidden: int
@@ -45,9 +45,9 @@ def ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _TernaryLinear(torch.autograd.Function):
-    """y = quantised(x) @ (scale * ternary)^T, both roundings straight-through.
+    """y = quantized(x) @ (scale * ternary)^T, both roundings straight-through.
 
-    Integers to 127 and ternaries are exact in bfloat16, so `kind` costs precision only in what comes out.
+    Integers to 127 and ternaries are exact in bfloat16, so `kind` costs precision only in the result.
     """
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Teachers: llama-shaped models of full precision, without gradients, sampled in batches with a KV cache.
 
-A teacher may be *cut* to a part of its vocabulary: its head then has those rows alone, so it writes with
-nothing else, and a student can share its tokens without carrying a large head. Prompts may still come from
-the whole.
+A teacher may be *cut* to a subset of its vocabulary: its head then has only those rows, so it writes no other
+tokens, and a student can use the same tokens without a large head. Prompts may still use the whole
+vocabulary.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,18 @@ from torch import Tensor
 
 from training.layers import ROPE_BASE, Rope, rms_norm
 
-# Of a teacher's weights, by GGUF's names; each has a first dimension for the layer.
+# A teacher's weights, by GGUF's names; each has a first dimension for the layer.
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 NORMS = ("attn_norm", "ffn_norm")
 EMBEDDING, OUTPUT_NORM = "token_embd", "output_norm"
-ENDED_SHARE = 0.2  # of the rows computed; when so many have ended they leave, which copies the others' caches
+ENDED_SHARE = (
+    0.2  # of the computed rows; when this share has ended they are dropped, which copies the other caches
+)
 
 
 @dataclass(frozen=True)
 class TeacherShape:
-    """Numbers of a teacher."""
+    """Sizes of a teacher."""
 
     dim: int
     hidden: int
@@ -39,14 +41,14 @@ class TeacherShape:
         return self.dim // self.heads
 
 
-# What is done to logits (batch, vocab) before a draw, given the ids (batch, n) that each row has written.
+# Changes logits (batch, vocab) before sampling, given the ids (batch, n) that each row has written.
 Shaping = Callable[[Tensor, Tensor], Tensor]
 
 
 class Teacher:
-    """`weights` are of one type, in which products are computed; norms and what layers add up are float32.
+    """`weights` are of one type, in which products are computed; norms and the residual stream are float32.
 
-    `kept` (n,) are the ids, of the whole vocabulary, that it writes with; its own ids are places in it.
+    `kept` (n,) are the ids of the whole vocabulary that it writes with; its own ids are positions in it.
     """
 
     def __init__(self, shape: TeacherShape, weights: dict[str, Tensor], kept: Tensor | None = None) -> None:
@@ -91,8 +93,7 @@ class Teacher:
         return written, odds
 
     def _layers(self, ids: Tensor, cache: "_Cache | None") -> Tensor:
-        """(batch, n) ids of the whole vocabulary -> (batch, n, dim) rows. Behind a cache that holds something
-        n is 1."""
+        """(batch, n) ids of the whole vocabulary -> (batch, n, dim) rows; n is 1 if the cache has any."""
         x = self.weights[EMBEDDING][ids].float()
         first = cache.length if cache else 0
         angles = self._rope.at(first, first + ids.shape[1])
@@ -135,8 +136,11 @@ class Teacher:
 
 @dataclass
 class _Cache:
-    """Keys (layers, batch, kv_heads, head_dim, positions), so that one query's products with all are quick,
-    and values (layers, batch, kv_heads, positions, head_dim), of which the first `length` positions hold."""
+    """Keys and values of the first `length` positions.
+
+    (layers, batch, kv_heads, head_dim, positions) keys, for fast products of one query with all of them, and
+    (layers, batch, kv_heads, positions, head_dim) values.
+    """
 
     keys: Tensor
     values: Tensor
@@ -149,16 +153,16 @@ class _Cache:
         return cls(keys, torch.empty(*size, positions, shape.head_dim, dtype=kind))
 
     def add(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Behind the others; `length` is the caller's to move when all layers have theirs."""
+        """Append a position; the caller increases `length` when all layers have theirs."""
         new = slice(self.length, self.length + k.shape[2])
         self.keys[layer, ..., new], self.values[layer, :, :, new] = k.transpose(-1, -2), v
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values with the one position that was added last."""
+        """Keys and values up to and including the position that was appended last."""
         return self.keys[layer, ..., : self.length + 1], self.values[layer, :, :, : self.length + 1]
 
     def rows(self, chosen: Tensor) -> "_Cache":
-        """A copy for some of the batch."""
+        """A copy for some rows of the batch."""
         layers, _, kv_heads, head_dim, positions = self.keys.shape
         held = self.length
         keys = self.keys.new_empty(layers, len(chosen), kv_heads, head_dim, positions)
@@ -174,10 +178,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_one(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """One query a head, (batch, heads, 1, head_dim), of all that a `_Cache` holds of a layer.
+    """One query per head, (batch, heads, 1, head_dim), over all that a `_Cache` holds of a layer.
 
-    Heads that share keys go in as if they were more rows of one: nothing is copied. Twice as fast as torch's
-    attention for a single row.
+    Heads that share keys are computed as rows of one head, so that nothing is copied. Twice as fast as
+    torch's attention for a single row.
     """
     batch, heads, _, head_dim = q.shape
     rows = q.reshape(batch, keys.shape[1], -1, head_dim)

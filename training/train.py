@@ -1,11 +1,11 @@
 """The training loop: a student learns its teacher's distribution, token by token.
 
-A step is a function of (recipe, corpus, step number) and of the state that the checkpoint holds, so a run
-that was stopped (Ctrl-C, SIGTERM, a lost machine) goes on where its last checkpoint was. The checkpoint
-before the rate begins to fall is kept: from it the same run can be made longer.
+A step is a function of (recipe, corpus, step number) and of the state in the checkpoint, so a run that was
+stopped (Ctrl-C, SIGTERM, a crash of the machine) resumes from its last checkpoint. The checkpoint before the
+rate begins to fall is kept: from it the same run can be made longer.
 
 Several processes share a step by sharing its windows; each computes with one thread, since threads that meet
-at a barrier after every operation come to a stand on a machine that is busy with other work.
+at a barrier after every operation stall on a machine that is busy with other work.
 """
 
 import json
@@ -26,14 +26,14 @@ from training.recipe import Recipe
 from training.student import Student
 
 CHECKPOINT, BEFORE_DECAY, LOG = "checkpoint.pt", "before-decay.pt", "log.jsonl"
-CHECKPOINT_STEPS = 50  # a minute or two of work is the most that a killed run loses
+CHECKPOINT_STEPS = 50  # a killed run loses at most a minute or two of work
 GRADIENT_NORM = 1.0
 SMALLEST = 1e-6  # probabilities below count as this in logarithms
 
 
 @dataclass(frozen=True)
 class Report:
-    """Where a run stands: the mean loss (nats a token) since the last report, and its cost so far."""
+    """The state of a run: the mean loss (nats per token) since the last report, and its cost so far."""
 
     step: int
     steps: int
@@ -42,8 +42,8 @@ class Report:
 
 
 def divergence(logits: Tensor, ids: Tensor, odds: Tensor) -> Tensor:
-    """Mean KL(teacher || student) over tokens, in nats: of the student's logits (..., vocab), and of
-    what a `Lesson` says of the teacher. All tokens that it does not list count as one."""
+    """Mean KL(teacher || student) over tokens, in nats: from the student's logits (..., vocab) and the
+    teacher's distribution in a `Lesson`. All tokens that it does not list count as one."""
     picked = F.log_softmax(logits, -1).gather(-1, ids)
     rest, ours = (1 - each.sum(-1) for each in (odds, picked.exp()))
     listed = (odds * (odds.clamp(min=SMALLEST).log() - picked)).sum(-1)
@@ -52,11 +52,11 @@ def divergence(logits: Tensor, ids: Tensor, odds: Tensor) -> Tensor:
 
 
 class Run:
-    """A student, its optimisers and how far they are; `folder` holds the checkpoints.
+    """A student, its optimisers and their step; `folder` holds the checkpoints.
 
     `kind` is the type of matrix products. `compiled` has torch compile the step: it takes a minute and a C++
-    compiler, and is a third faster. This is process `rank` of `size`; of more than one, torch's process group
-    is set up.
+    compiler, and makes it a third faster. This is process `rank` of `size`; if there are several, torch's
+    process group is set up already.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Run:
             self._load(folder / CHECKPOINT)
 
     def train(self, corpus: Corpus, report: Callable[[Report], None]) -> None:
-        """Go on to the recipe's last step, or until SIGINT or SIGTERM; then the checkpoint is written."""
+        """Run to the recipe's last step, or until SIGINT or SIGTERM; then write the checkpoint."""
         with _asked_to_stop() as asked:
             while self.step < self.recipe.optimiser.steps and not asked:
                 told = self._stretch(corpus, asked)
@@ -103,7 +103,7 @@ class Run:
         return divergence(self.student(tokens), ids, odds)
 
     def _meet(self, loss: float, asked: list[int]) -> float:
-        """Mean gradients and loss of all processes; all stop when one is asked to."""
+        """Average gradients and loss over all processes; all stop if one is asked to."""
         if self.size == 1:
             return loss
         gradients = [weight.grad for weight in self.student.parameters()]
@@ -150,7 +150,7 @@ def log_to(path: Path, report: Report) -> None:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[list[int]]:
-    """A list that gets the number of a signal to stop, inside the block."""
+    """Inside the block, a list that gets the number of each signal that asks to stop."""
     asked: list[int] = []
     previous = {
         number: signal.signal(number, lambda number, _: asked.append(number))
@@ -164,7 +164,7 @@ def _asked_to_stop() -> Iterator[list[int]]:
 
 
 def _optimisers(student: Student, recipe: Recipe) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Each with its full rate. No weight decay: only the ratio of a weight to the mean magnitude counts."""
+    """The optimisers at full rate. No weight decay: only a weight's ratio to the mean magnitude matters."""
     matrices = [weight for layer in student.layers for weight in layer.matrices.values()]
     ours = {id(weight) for weight in matrices}
     others = [weight for weight in student.parameters() if id(weight) not in ours]

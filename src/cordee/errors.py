@@ -1,8 +1,8 @@
-"""Every error a user can meet: what is wrong, the remedy, and how a shell or an HTTP client sees it.
+"""Every error that a user can meet: what is wrong, the remedy, and how a shell or an HTTP client sees it.
 
 Raise one of these with a sentence that names the thing and says what to do. The command line prints
-the sentence and leaves with `exit_code`; the API answers `http_status` with `code` in the error body.
-Anything else that escapes is a bug and keeps its traceback.
+the sentence and exits with `exit_code`; the API answers `http_status` with `code` in the error body.
+Any other exception that escapes is a bug and keeps its traceback.
 """
 
 
@@ -19,7 +19,7 @@ class CordeeError(Exception):
 
 
 class BadRequest(CordeeError):
-    """The request or the command line asks for something that cannot be honoured; `param` names it."""
+    """The request or the command line asks for something that cannot be done; `param` names it."""
 
     exit_code = 2
     http_status = 400
@@ -37,7 +37,7 @@ class ContextExceeded(BadRequest):
 
 
 class ModelNotFound(CordeeError):
-    """No model of that name is in the store."""
+    """There is no model of that name in the store."""
 
     exit_code = 3
     http_status = 404
@@ -45,7 +45,7 @@ class ModelNotFound(CordeeError):
 
 
 class BadModelFile(CordeeError):
-    """A model file is damaged, is no GGUF, or lies about its sizes."""
+    """A model file is damaged, is not GGUF, or states wrong sizes."""
 
     exit_code = 4
     http_status = 422
@@ -53,7 +53,7 @@ class BadModelFile(CordeeError):
 
 
 class UnsupportedModel(CordeeError):
-    """A sound model file that this program (or this operation) does not support."""
+    """A valid model file that this program (or this operation) does not support."""
 
     exit_code = 5
     http_status = 422
@@ -99,7 +99,7 @@ class Overloaded(CordeeError):
 
 
 class SetupNeeded(CordeeError):
-    """Something this machine needs is missing; the message holds the line that installs it."""
+    """Something that this machine needs is missing; the message has the command that installs it."""
 
     exit_code = 10
     http_status = 503
@@ -107,7 +107,7 @@ class SetupNeeded(CordeeError):
 
 
 class IdentityDamaged(CordeeError):
-    """A file of this node's cluster identity is missing or is not what it should be."""
+    """A file of this node's cluster identity is missing or damaged."""
 
     exit_code = 11
     http_status = 503
@@ -115,7 +115,7 @@ class IdentityDamaged(CordeeError):
 
 
 class JoinFailed(CordeeError):
-    """This machine was not let into the cluster: the code, the address or the clock is at fault."""
+    """This machine was not let into the cluster: the code, the address or the clock is wrong."""
 
     exit_code = 12
     http_status = 403

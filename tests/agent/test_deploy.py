@@ -67,8 +67,10 @@ def holders(cluster: Cluster, first: int, last: int) -> list[str]:
     """The nodes whose disks hold a slice."""
     found = []
     for name, node in cluster.nodes.items():
-        slices = SliceStore(Store(node.home / "models"))
-        held = [(held.first, held.last) for digest in slices.known() for held in slices.held(digest)]
+        slice_store = SliceStore(Store(node.home / "models"))
+        held = [
+            (held.first, held.last) for digest in slice_store.known() for held in slice_store.held(digest)
+        ]
         if (first, last) in held:
             found.append(name)
     return found

@@ -166,7 +166,7 @@ def test_the_devices_of_this_machine():
 
 @pytest.mark.parametrize(
     ("model", "code", "words"),
-    [("nosuch", 3, "nosuch"), ("qwen3-8b", 3, "qwen3-8b"), ("novel.gguf", 4, "no GGUF model file")],
+    [("nosuch", 3, "nosuch"), ("qwen3-8b", 3, "qwen3-8b"), ("novel.gguf", 4, "not a GGUF model file")],
 )
 def test_a_model_that_is_not_there(home, tmp_path, monkeypatch, nodes, model, code, words):
     monkeypatch.chdir(tmp_path)

@@ -242,7 +242,7 @@ SCALE = QUERY.replace("weight", "weight_scale")
             "masters",
             spoiled(lambda t: t[QUERY][1].__setitem__((5, 6), bf16(np.full(1, np.inf))[0])),
             BadModelFile,
-            f"{QUERY} holds a weight that is no number, in row 5",
+            f"{QUERY} holds a weight that is not a number, in row 5",
         ),
         (
             "floats",
@@ -308,11 +308,11 @@ def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
     index.write_text(json.dumps(placed))
     for name in ("tokenizer.json", "config.json"):
         (folder / name).write_text("{")
-        with pytest.raises(BadModelFile, match=f"{name} is no JSON"):
+        with pytest.raises(BadModelFile, match=f"{name} is not JSON"):
             convert(folder, tmp_path / "ours.gguf")
 
 
-def test_text_that_is_split_in_an_unknown_way_is_told(tmp_path: Path) -> None:
+def test_text_that_is_split_in_an_unknown_way_is_refused_unless_named(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "hub", checkpoint_weights("llama"), "divided")
     described = json.loads((folder / "tokenizer.json").read_text())
     described["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}"
@@ -364,7 +364,7 @@ def test_masters_are_rounded_by_their_mean(rows: int, cols: int, seed: int) -> N
 
 
 def test_scales_of_columns_become_those_of_the_rows_that_meet_them(tmp_path: Path) -> None:
-    """What parts of a matrix on several machines leave behind: here half of the columns, twice as large."""
+    """As training a matrix in shards on two machines leaves them: half of the columns are twice as large."""
     weights = checkpoint_weights("trilm", kv_heads=4)
     for layer in range(2):
         for producer in ("attn_v", "ffn_up"):
@@ -373,9 +373,9 @@ def test_scales_of_columns_become_those_of_the_rows_that_meet_them(tmp_path: Pat
     tensors = tensors_of(weights, "floats")
     for layer in range(2):
         for producer, consumer in (("v_proj", "o_proj"), ("up_proj", "down_proj")):
-            part = "self_attn" if producer == "v_proj" else "mlp"
-            _, rows = tensors[f"model.layers.{layer}.{part}.{producer}.weight"]
-            _, columns = tensors[f"model.layers.{layer}.{part}.{consumer}.weight"]
+            block = "self_attn" if producer == "v_proj" else "mlp"
+            _, rows = tensors[f"model.layers.{layer}.{block}.{producer}.weight"]
+            _, columns = tensors[f"model.layers.{layer}.{block}.{consumer}.weight"]
             rows[len(rows) // 2 :] /= 2
             columns[:, columns.shape[1] // 2 :] *= 2
     for layer in range(2):  # one scale each, by rows as they should be
@@ -417,8 +417,8 @@ def test_the_first_models_names_of_norms_and_class(tmp_path: Path) -> None:
     tensors = tensors_of(weights, "masters")
     old = {"attn_sub_norm": "inner_attn_ln", "ffn_sub_norm": "ffn_layernorm"}
     for name in [name for name in tensors if "sub_norm" in name]:
-        part = name.split(".")[-2]
-        tensors[name.replace(part, old[part])] = tensors.pop(name)
+        norm = name.split(".")[-2]
+        tensors[name.replace(norm, old[norm])] = tensors.pop(name)
     del tensors["lm_head.weight"]
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = ("F32", np.ones(10))
     write_safetensors(folder / "model.safetensors", tensors)

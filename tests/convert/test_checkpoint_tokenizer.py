@@ -27,7 +27,7 @@ SMALL = {"layers": 1, "n_embd": 32, "n_ff": 64, "heads": 2, "kv_heads": 1, "head
 
 
 def converted(folder: Path, n_vocab: int) -> Path:
-    """The file made of a tiny checkpoint in `folder`, where a tokenizer lies."""
+    """The file converted from a tiny checkpoint in `folder`, which has a tokenizer already."""
     weights = Weights(replace(FAMILIES["llama"], n_vocab=n_vocab, **SMALL), 1)
     write_safetensors(folder / "model.safetensors", tensors_of(weights, "divided"))
     (folder / "config.json").write_text(json.dumps(config_of(weights.model, "divided")))
@@ -36,7 +36,7 @@ def converted(folder: Path, n_vocab: int) -> Path:
 
 
 def write_pieces(folder: Path) -> int:
-    """tokenizer.model, and what was added to it by hand; how many tokens there are."""
+    """Write tokenizer.model and its added tokens; gives the number of tokens."""
     _, processor = trained_pieces("bpe")
     (folder / "tokenizer.model").write_bytes(processor.serialized_model_proto())
     first = processor.get_piece_size()
@@ -103,13 +103,13 @@ def test_merges_of_a_sentencepiece_model_become_scores(tmp_path: Path) -> None:
     ("described", "kind", "message"),
     [
         (None, BadModelFile, "has no tokenizer"),
-        ({"model": {"type": "Unigram", "vocab": []}}, UnsupportedModel, "no BPE"),
-        ({"model": {"type": "BPE", "vocab": {}}}, BadModelFile, "is no tokenizer"),
-        ({"model": "BPE"}, UnsupportedModel, "no BPE"),
-        ("pieces", BadModelFile, "no SentencePiece model"),
+        ({"model": {"type": "Unigram", "vocab": []}}, UnsupportedModel, "not a BPE"),
+        ({"model": {"type": "BPE", "vocab": {}}}, BadModelFile, "is not a tokenizer"),
+        ({"model": "BPE"}, UnsupportedModel, "not a BPE"),
+        ("pieces", BadModelFile, "not a SentencePiece model"),
     ],
 )
-def test_what_is_no_tokenizer_is_named(
+def test_what_is_not_a_tokenizer_is_named(
     described: object, kind: type[Exception], message: str, tmp_path: Path
 ) -> None:
     if described == "pieces":

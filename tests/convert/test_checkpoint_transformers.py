@@ -46,7 +46,7 @@ def tiny(family: str) -> "torch.nn.Module":
 
 
 def save(model: "torch.nn.Module", folder: Path, form: str) -> None:
-    """The checkpoint as transformers writes it: of masters, or packed by its own function."""
+    """Write the checkpoint as transformers does: masters, or packed by its own function."""
     from safetensors.torch import load_file, save_file
     from transformers.integrations.bitnet import pack_weights
 

@@ -57,7 +57,7 @@ def test_no_weight_is_lost(kind: str, layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("columns", (256, 96))
 def test_no_weight_of_bitnet_cpps_own_format_is_lost(columns: int, tmp_path: Path) -> None:
-    """Its blocks run on from row to row where rows are no multiple of 128."""
+    """Its blocks span rows where rows are not a multiple of 128."""
     changes = CHANGES | {"n_embd": columns, "heads": columns // 32, "kv_heads": columns // 32, "n_ff": 512}
     weights = Weights(replace(FAMILIES["bitnet"], **changes), 3)
     write_source(tmp_path / "source.gguf", weights, BitnetType.I2_S, architecture="bitnet-b1.58")
@@ -127,20 +127,20 @@ def test_what_is_not_ternary_is_refused_by_name(starter_path: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("keys", "kind", "message"),
     [
-        ({"rope.scaling.type": "yarn"}, UnsupportedModel, "plain positions"),
-        ({"rope.scaling.factor": 2.0}, UnsupportedModel, "plain positions"),
-        ({"rope.dimension_count": 16}, UnsupportedModel, "plain positions"),
-        ({"attention.value_length": 16}, UnsupportedModel, "plain positions"),
+        ({"rope.scaling.type": "yarn"}, UnsupportedModel, "scales RoPE"),
+        ({"rope.scaling.factor": 2.0}, UnsupportedModel, "scales RoPE"),
+        ({"rope.dimension_count": 16}, UnsupportedModel, "scales RoPE"),
+        ({"attention.value_length": 16}, UnsupportedModel, "scales RoPE"),
         ({"attention.head_count": 0}, BadModelFile, "that no model has"),
         ({"attention.head_count_kv": 3}, BadModelFile, "that no model has"),
         ({"attention.layer_norm_rms_epsilon": 2.0}, BadModelFile, "that no model has"),
         ({"embedding_length": 128}, BadModelFile, r"token_embd\.weight is not 320 x 128"),
-        ({"feed_forward_length": -1}, BadModelFile, "is no size"),
+        ({"feed_forward_length": -1}, BadModelFile, "is not a size"),
         ({"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}, None, ""),
         ({"rope.scaling.type": "none", "rope.scaling.factor": 2.0}, None, ""),
     ],
 )
-def test_settings_that_the_engine_has_not_are_refused(
+def test_settings_that_the_engine_does_not_have_are_refused(
     keys: dict[str, str | int | float], kind: type[CordeeError] | None, message: str, tmp_path: Path
 ) -> None:
     prefixed = {f"llama.{key}": value for key, value in keys.items()}
@@ -171,7 +171,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_damage_ends_in_a_file_that_runs_or_in_a_sentence(
     small: Path, changes: list[tuple[int, int]]
 ) -> None:
-    """Settings stand at the header's beginning, names and sizes of tensors at its end."""
+    """Settings are at the header's beginning, names and sizes of tensors at its end."""
     whole, header = small.read_bytes(), read_header(small)
     ends = [*range(700), *range(header.nbytes - 1000, header.nbytes)]
     damaged = bytearray(whole)

@@ -1,4 +1,4 @@
-"""Parts come from neighbours: several at once, checked, without those who lie, stall or die."""
+"""Slices come from neighbours: several at once, checked, without those that lie, stall or die."""
 
 import asyncio
 import threading
@@ -46,35 +46,35 @@ class World:
         self.folder, self.model, self.wire = folder, model, Wire()
         self.reports: list[str] = []
         self.damage: list[tuple[str, str]] = []
-        self.parts: dict[str, SliceStore] = {}
+        self.stores: dict[str, SliceStore] = {}
         for name in nodes:
             store = Store(folder / name)
-            self.parts[name] = SliceStore(store)
-            self.digest = self.parts[name].manifest_of(store.add_file(model, "mine", take="link")).digest
+            self.stores[name] = SliceStore(store)
+            self.digest = self.stores[name].manifest_of(store.add_file(model, "mine", take="link")).digest
             self.serve(name)
         self.mine = SliceStore(Store(folder / "mine"))
         self.client = ChunkClient(self.wire, self.mine, self.reports.append)
 
     def serve(self, name: str, **options) -> None:
-        server = ChunkServer(self.parts[name], lambda *damage: self.damage.append(damage), **options)
+        server = ChunkServer(self.stores[name], lambda *damage: self.damage.append(damage), **options)
         self.wire.handlers[chunk_key(name)] = server.answer
 
     def holders(self) -> dict[str, list[SliceHeld]]:
-        """What each node truly has."""
-        return {name: parts.held(self.digest) for name, parts in self.parts.items()}
+        """What each node really has."""
+        return {name: store.held(self.digest) for name, store in self.stores.items()}
 
     async def fetch(self, first: int, last: int, holders=None, progress=None) -> bytes:
-        """A part, fetched from nothing; its bytes."""
-        await self.client.manifest(self.digest, list(self.parts))
-        part = await self.client.slice(self.digest, first, last, holders or self.holders, progress)
-        return part.path.read_bytes()
+        """A slice, fetched from nothing; its bytes."""
+        await self.client.manifest(self.digest, list(self.stores))
+        fetched = await self.client.slice(self.digest, first, last, holders or self.holders, progress)
+        return fetched.path.read_bytes()
 
     def cut(self, first: int, last: int) -> bytes:
-        """What a part must be."""
+        """What a slice must be."""
         return cut(read_header(self.model), first, last, self.folder / "cut.gguf").path.read_bytes()
 
     def chunk_count(self, first: int, last: int) -> int:
-        return len(list(self.parts["a"].layout(self.digest, first, last).chunks()))
+        return len(list(self.stores["a"].layout(self.digest, first, last).chunks()))
 
 
 @pytest.fixture
@@ -83,18 +83,18 @@ def world(model, tmp_path):
     return lambda nodes: World(model, tmp_path, nodes)
 
 
-async def wrong(ask: ChunkRequest, handler: Handler, payload: bytes) -> bytes:
+async def wrong(request: ChunkRequest, handler: Handler, payload: bytes) -> bytes:
     """Bytes of the right number that are not the chunk's."""
     answer = msgspec.msgpack.decode(await handler(payload), type=ChunkReply)
     return msgspec.msgpack.encode(ChunkReply("here", bytes(byte ^ 1 for byte in answer.data)))
 
 
-async def never(ask: ChunkRequest, handler: Handler, payload: bytes) -> bytes:
+async def never(request: ChunkRequest, handler: Handler, payload: bytes) -> bytes:
     await asyncio.Event().wait()
 
 
 @pytest.mark.parametrize("nodes", ["a", "abc"])
-def test_a_part_from_neighbours_is_the_bytes_of_a_cut(world, nodes):
+def test_a_slice_from_neighbours_is_the_bytes_of_a_cut(world, nodes):
     world = world(nodes)
     calls = []
     assert asyncio.run(world.fetch(1, 4, progress=lambda *call: calls.append(call))) == world.cut(1, 4)
@@ -108,7 +108,7 @@ def test_a_part_from_neighbours_is_the_bytes_of_a_cut(world, nodes):
     assert world.reports == []
 
 
-def test_a_part_that_is_here_is_asked_of_nobody(world):
+def test_a_slice_that_is_here_is_asked_of_nobody(world):
     world = world("a")
     asyncio.run(world.fetch(0, 2))
     before = len(world.wire.asked)
@@ -119,18 +119,18 @@ def test_a_part_that_is_here_is_asked_of_nobody(world):
 def test_slices_with_other_cuts_serve_each_other_without_the_whole(world):
     world = world("ab")
     first, second = (SliceStore(Store(world.folder / name)) for name in ("first", "second"))
-    for parts, ranges in ((first, [(0, 2), (0, 0)]), (second, [(2, 6)])):
-        client = ChunkClient(world.wire, parts, world.reports.append)
+    for store, ranges in ((first, [(0, 2), (0, 0)]), (second, [(2, 6)])):
+        client = ChunkClient(world.wire, store, world.reports.append)
 
         async def fetch(client=client, ranges=ranges) -> None:
             await client.manifest(world.digest, "a")
-            for part in ranges:
-                await client.slice(world.digest, *part, world.holders)
+            for layers in ranges:
+                await client.slice(world.digest, *layers, world.holders)
 
         asyncio.run(fetch())
     world.wire.handlers.clear()
     world.wire.asked.clear()
-    world.parts = {"c": first, "d": second}
+    world.stores = {"c": first, "d": second}
     world.serve("c")
     world.serve("d")
     assert asyncio.run(world.fetch(1, 4)) == world.cut(1, 4)
@@ -143,7 +143,7 @@ def test_a_neighbour_that_lies_is_named_dropped_and_costs_nothing_but_time(world
     world.wire.bend["b"] = wrong
     assert asyncio.run(world.fetch(0, 3)) == world.cut(0, 3)
     assert len(world.reports) == 1
-    assert "Node b is asked no more: Node b gave wrong bytes for chunk " in world.reports[0]
+    assert "Node b is no longer asked: Node b gave wrong bytes for chunk " in world.reports[0]
     assert len(world.wire.chunks("b")) <= chunks_module.IN_FLIGHT_EACH
     assert len(world.wire.chunks()) == world.chunk_count(0, 3) + len(world.wire.chunks("b"))
     assert "b" not in world.client.bytes_per_second
@@ -158,25 +158,25 @@ def test_nonsense_is_no_answer(world, nonsense):
 
     world.wire.bend["a"] = babble
     assert asyncio.run(world.fetch(0, 2)) == world.cut(0, 2)
-    assert any("Node a is asked no more" in report for report in world.reports)
+    assert any("Node a is no longer asked" in report for report in world.reports)
 
 
 def test_a_neighbour_that_stalls_is_dropped_when_others_have_the_same(world, monkeypatch):
     monkeypatch.setattr(chunks_module, "PATIENCE_SECONDS", 2.0)
     world = world("ab")
-    world.wire.bend["a"] = lambda ask, handler, payload: (
-        handler(payload) if ask.tensor == MANIFEST else never(ask, handler, payload)
+    world.wire.bend["a"] = lambda request, handler, payload: (
+        handler(payload) if request.tensor == MANIFEST else never(request, handler, payload)
     )
     assert asyncio.run(world.fetch(0, 2)) == world.cut(0, 2)
-    assert "Node a is asked no more: it gave no chunk in" in world.reports[0]
+    assert "Node a is no longer asked: it gave no chunk in" in world.reports[0]
 
 
-def test_the_only_one_who_has_it_is_given_more_time(world, monkeypatch):
+def test_the_only_node_that_has_it_is_given_more_time(world, monkeypatch):
     world = world("a")
     asyncio.run(world.client.manifest(world.digest, "a"))
     monkeypatch.setattr(chunks_module, "PATIENCE_SECONDS", 0.05)
 
-    async def slow(ask: ChunkRequest, handler: Handler, payload: bytes) -> bytes:
+    async def slow(request: ChunkRequest, handler: Handler, payload: bytes) -> bytes:
         await asyncio.sleep(0.1)
         return await handler(payload)
 
@@ -189,7 +189,7 @@ def test_a_source_that_dies_in_the_middle_is_replaced_by_one_that_comes(world):
     world = world("ab")
     come: list[str] = ["a"]
 
-    async def dying(ask: ChunkRequest, handler: Handler, payload: bytes) -> bytes | None:
+    async def dying(request: ChunkRequest, handler: Handler, payload: bytes) -> bytes | None:
         if len(world.wire.chunks("a")) > 5:
             come.append("b")
             return None
@@ -198,7 +198,7 @@ def test_a_source_that_dies_in_the_middle_is_replaced_by_one_that_comes(world):
     world.wire.bend["a"] = dying
     holders = lambda: {name: held for name, held in world.holders().items() if name in come}  # noqa: E731
     assert asyncio.run(world.fetch(0, 3, holders)) == world.cut(0, 3)
-    assert "Node a is asked no more: it gave no chunk in" in world.reports[0]
+    assert "Node a is no longer asked: it gave no chunk in" in world.reports[0]
     given = world.chunk_count(0, 3) - len(world.wire.chunks("b"))
     assert 2 <= given <= 5
 
@@ -206,10 +206,10 @@ def test_a_source_that_dies_in_the_middle_is_replaced_by_one_that_comes(world):
 def test_when_nobody_gives_the_rest_the_error_says_why_and_what_came_is_kept(world):
     world, given = world("a"), []
 
-    async def dying(ask: ChunkRequest, handler: Handler, payload: bytes) -> bytes | None:
+    async def dying(request: ChunkRequest, handler: Handler, payload: bytes) -> bytes | None:
         if len(given) == 9:
             return None
-        given.extend([ask] if ask.tensor != MANIFEST else [])
+        given.extend([request] if request.tensor != MANIFEST else [])
         return await handler(payload)
 
     world.wire.bend["a"] = dying
@@ -226,8 +226,8 @@ def test_a_cancelled_fetch_goes_on_where_it_stopped(world):
 
     async def cancelled() -> None:
         await world.client.manifest(world.digest, "a")
-        part = world.client.slice(world.digest, 0, 4, world.holders, lambda done, total: enough(done, total))
-        task = asyncio.create_task(part)
+        fetch = world.client.slice(world.digest, 0, 4, world.holders, lambda done, total: enough(done, total))
+        task = asyncio.create_task(fetch)
 
         def enough(done: int, total: int) -> None:
             if done > total // 2:
@@ -247,8 +247,8 @@ def test_a_cancelled_fetch_goes_on_where_it_stopped(world):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("chunks")]
 
 
-def test_who_is_cancelled_while_he_tidies_up_is_cancelled(world, monkeypatch):
-    """A stage that was stopped at that moment lived on: its worker kept memory that was given to another."""
+def test_a_fetch_cancelled_while_it_cleans_up_is_cancelled(world, monkeypatch):
+    """Once a stage that was stopped at that moment lived on: its worker kept memory promised to another."""
     world, pools = world("a"), []
     loop = task = None
 
@@ -278,11 +278,11 @@ def test_who_is_cancelled_while_he_tidies_up_is_cancelled(world, monkeypatch):
     asyncio.run(stopped())
 
 
-def test_who_says_he_has_what_he_has_not_is_not_asked_for_it_twice(world):
+def test_a_node_that_claims_what_it_does_not_have_is_not_asked_for_it_twice(world):
     world = world("ab")
-    world.parts["b"].forget(world.digest)
-    world.parts["b"].add_manifest(world.digest, world.parts["a"].manifest(world.digest).path.read_bytes())
-    claims = {"a": world.parts["a"].held(world.digest), "b": [SliceHeld(world.digest, 0, 6, True)]}
+    world.stores["b"].forget(world.digest)
+    world.stores["b"].add_manifest(world.digest, world.stores["a"].manifest(world.digest).path.read_bytes())
+    claims = {"a": world.stores["a"].held(world.digest), "b": [SliceHeld(world.digest, 0, 6, True)]}
     claims["b"] += [SliceHeld(world.digest, 5, 2), SliceHeld(world.digest, -1, 99), SliceHeld("?", 0, 2)]
     assert asyncio.run(world.fetch(0, 2, lambda: claims)) == world.cut(0, 2)
     assert len(world.wire.chunks()) == world.chunk_count(0, 2) + len(world.wire.chunks("b"))
@@ -293,7 +293,7 @@ def test_who_says_he_has_what_he_has_not_is_not_asked_for_it_twice(world):
 def test_damage_on_a_neighbours_disk_is_found_there_and_fetched_elsewhere(world):
     world = world("a")
     asyncio.run(world.fetch(0, 2))
-    world.parts["b"] = world.mine
+    world.stores["b"] = world.mine
     world.serve("b")
     path = world.mine.slice(world.digest, 0, 2).path
     data = bytearray(path.read_bytes())
@@ -312,7 +312,7 @@ def test_damage_on_a_neighbours_disk_is_found_there_and_fetched_elsewhere(world)
     assert "chunk 0 of blk.1.ffn_up.weight" in text
     assert world.wire.chunks("a")
     assert world.reports == []
-    assert len(world.parts["b"].verify(world.digest, 0, 2)) == 1
+    assert len(world.stores["b"].verify(world.digest, 0, 2)) == 1
 
 
 def test_a_manifest_comes_from_the_next_one_if_the_first_lies(world):
@@ -323,7 +323,7 @@ def test_a_manifest_comes_from_the_next_one_if_the_first_lies(world):
     assert manifest.digest == world.digest
     assert "did not come from node a" in world.reports[0]
     assert "did not come from node b: it gave no" in world.reports[1]
-    with pytest.raises(StorageFailed, match=r"not to be had .*node c: it has none"):
+    with pytest.raises(StorageFailed, match=r"cannot be fetched from the cluster .*node c: it has none"):
         asyncio.run(world.client.manifest("sha256:" + "0" * 64, "c"))
 
 
@@ -354,7 +354,7 @@ def test_without_manifest_or_layers_there_is_nothing_to_fetch(world):
 @pytest.mark.parametrize(
     "payload", [b"", b"\xc1garbage", msgspec.msgpack.encode(["../../etc", 0, 0]), msgspec.msgpack.encode([1])]
 )
-def test_a_strange_ask_is_answered_with_nothing(world, payload):
+def test_a_strange_request_is_answered_with_nothing(world, payload):
     world = world("a")
     answer = asyncio.run(world.wire.handlers["chunk/a"](payload))
     assert msgspec.msgpack.decode(answer, type=ChunkReply) == ChunkReply("absent")
@@ -371,7 +371,7 @@ def test_chunks_that_do_not_exist_are_not_here(world, tensor, chunk):
     assert answer.data == b""
 
 
-def test_more_asks_than_can_wait_are_told_to_come_again_and_do(world, monkeypatch):
+def test_more_requests_than_can_wait_are_told_to_ask_again_and_do(world, monkeypatch):
     monkeypatch.setattr(chunks_module, "WAITING_LIMIT", 1)
     world = world("a")
     payload = msgspec.msgpack.encode(ChunkRequest(world.digest, 0, 0))

@@ -1,4 +1,4 @@
-"""The starter model's parts over real links with TLS, between processes that are killed in the middle."""
+"""The starter model's slices over real links with TLS, between processes that are killed in the middle."""
 
 import asyncio
 import os
@@ -44,15 +44,17 @@ class Giver:
 
     def __init__(self, member: Identity, root: Path, starter: Path, bytes_per_second: float) -> None:
         store = Store(root)
-        self.parts, self.node, self.asked = SliceStore(store), member.node, []
-        self.manifest = self.parts.manifest_of(store.add_file(starter, "starter", take="link"))
-        self.held = self.parts.held(self.manifest.digest)
-        self._server = ChunkServer(self.parts, lambda *damage: pytest.fail(str(damage)), bytes_per_second)
+        self.slice_store, self.node, self.asked = SliceStore(store), member.node, []
+        self.manifest = self.slice_store.manifest_of(store.add_file(starter, "starter", take="link"))
+        self.held = self.slice_store.held(self.manifest.digest)
+        self._server = ChunkServer(
+            self.slice_store, lambda *damage: pytest.fail(str(damage)), bytes_per_second
+        )
 
     async def answer(self, payload: bytes) -> bytes:
-        ask = msgspec.msgpack.decode(payload, type=ChunkRequest)
-        if ask.tensor != MANIFEST:
-            self.asked.append((ask.tensor, ask.chunk))
+        request = msgspec.msgpack.decode(payload, type=ChunkRequest)
+        if request.tensor != MANIFEST:
+            self.asked.append((request.tensor, request.chunk))
         return await self._server.answer(payload)
 
 
@@ -96,10 +98,10 @@ def test_a_killed_fetcher_goes_on_without_asking_for_what_it_has(members, starte
             return before, found
 
     before, found = asyncio.run(story())
-    parts = SliceStore(Store(root))
+    slice_store = SliceStore(Store(root))
     assert found > 0
-    assert is_a_cut(parts.slice(digest, FIRST, LAST).path, starter_path, tmp_path / "cut.gguf")
-    total = set(parts.layout(digest, FIRST, LAST).chunks())
+    assert is_a_cut(slice_store.slice(digest, FIRST, LAST).path, starter_path, tmp_path / "cut.gguf")
+    total = set(slice_store.layout(digest, FIRST, LAST).chunks())
     assert len(total) - IN_FLIGHT_EACH > before > IN_FLIGHT_EACH
     assert set(giver.asked) == total
     assert len(giver.asked) - len(total) <= IN_FLIGHT_EACH  # those that were on their way
@@ -111,7 +113,7 @@ def test_a_killed_source_is_left_for_one_that_lives(members, starter_path, tmp_p
     other = Store(tmp_path / "doomed")
     SliceStore(other).manifest_of(other.add_file(starter_path, "starter", take="link"))
     reports: list[str] = []
-    parts = SliceStore(Store(tmp_path / "taker"))
+    slice_store = SliceStore(Store(tmp_path / "taker"))
 
     async def story() -> Path:
         with start(members[1], "serve", other.root) as process:
@@ -121,7 +123,7 @@ def test_a_killed_source_is_left_for_one_that_lives(members, starter_path, tmp_p
                 on_the_bus(members[2], address, *bus.addresses) as mine,
             ):
                 bus.serve(chunk_key(giver.node), giver.answer)
-                client = ChunkClient(mine, parts, reports.append)
+                client = ChunkClient(mine, slice_store, reports.append)
                 await client.manifest(digest, [giver.node, doomed] * 10)
                 whole = [SliceHeld(digest, 0, giver.manifest.header.layers, True)]
                 holders = {doomed: whole, giver.node: giver.held}
@@ -130,12 +132,12 @@ def test_a_killed_source_is_left_for_one_that_lives(members, starter_path, tmp_p
                     if done > total // 3 and process.poll() is None:
                         process.kill()
 
-                part = await client.slice(digest, FIRST, LAST, lambda: holders, kill)
-        return part.path
+                fetched = await client.slice(digest, FIRST, LAST, lambda: holders, kill)
+        return fetched.path
 
     assert is_a_cut(asyncio.run(story()), starter_path, tmp_path / "cut.gguf")
-    dropped = [report for report in reports if "is asked no more" in report]
+    dropped = [report for report in reports if "is no longer asked" in report]
     assert len(dropped) == 1
-    assert f"Node {doomed} is asked no more: it gave no chunk in " in dropped[0]
-    total = len(list(parts.layout(digest, FIRST, LAST).chunks()))
+    assert f"Node {doomed} is no longer asked: it gave no chunk in " in dropped[0]
+    total = len(list(slice_store.layout(digest, FIRST, LAST).chunks()))
     assert 0 < len(giver.asked) < total

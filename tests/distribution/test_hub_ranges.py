@@ -1,4 +1,4 @@
-"""A model on the hub that no disk here holds whole: its manifest in one pass, its parts by byte ranges."""
+"""A model on the hub that no disk here holds whole: its manifest in one pass, its slices by byte ranges."""
 
 import hashlib
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cordee.distribution import hub_ranges as remote_module
+from cordee.distribution import hub_ranges as hub_ranges_module
 from cordee.distribution import manifest as manifests
 from cordee.distribution import slice_store as slice_store_module
 from cordee.distribution.hub_ranges import PASS_TRIES, HubModel
@@ -32,10 +32,10 @@ def model(tmp_path_factory) -> Path:
 def served(tmp_path, monkeypatch):
     """A function that serves a repository `o/m` for the rest of the test."""
     hubs = []
-    for module in (manifests, slice_store_module, remote_module):
+    for module in (manifests, slice_store_module, hub_ranges_module):
         monkeypatch.setattr(module, "CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr(remote_module, "FIRST_BYTES", 1 << 11)
-    monkeypatch.setattr(remote_module, "GAP_BYTES", 1 << 10)
+    monkeypatch.setattr(hub_ranges_module, "FIRST_BYTES", 1 << 11)
+    monkeypatch.setattr(hub_ranges_module, "GAP_BYTES", 1 << 10)
 
     def serve(files: dict[str, bytes]) -> FakeHub:
         hub = FakeHub({"o/m": files})
@@ -49,7 +49,7 @@ def served(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def parts(tmp_path) -> SliceStore:
+def slice_store(tmp_path) -> SliceStore:
     return SliceStore(Store(tmp_path / "store"))
 
 
@@ -65,25 +65,27 @@ def local_manifest(path: Path, tmp_path: Path) -> str:
     return SliceStore(store).manifest_of(store.add_file(path, "mine")).digest
 
 
-def test_the_manifest_is_that_of_the_whole_file_and_nothing_else_is_kept(served, model, parts, tmp_path):
+def test_the_manifest_is_that_of_the_whole_file_and_nothing_else_is_kept(
+    served, model, slice_store, tmp_path
+):
     hub = served({"a.gguf": model.read_bytes()})
     calls = []
-    manifest = remote(tmp_path).manifest(parts, lambda *call: calls.append(call))
+    manifest = remote(tmp_path).manifest(slice_store, lambda *call: calls.append(call))
     assert manifest.digest == local_manifest(model, tmp_path)
-    assert parts.known() == [manifest.digest]
-    assert parts.held(manifest.digest) == []
+    assert slice_store.known() == [manifest.digest]
+    assert slice_store.held(manifest.digest) == []
     assert calls == sorted(calls)
     assert calls[-1] == (read_header(model).size_bytes,) * 2
     assert hub.ranges[-1] == f"bytes=0-{model.stat().st_size - 1}"
     assert hub.strange == []
 
 
-def test_a_part_is_fetched_by_its_ranges_alone(served, model, parts, tmp_path):
+def test_a_slice_is_fetched_by_its_ranges_alone(served, model, slice_store, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
     source = remote(tmp_path)
-    digest = source.manifest(parts).digest
+    digest = source.manifest(slice_store).digest
     hub.ranges.clear()
-    with parts.assembling(digest, 2, 4) as assembly:
+    with slice_store.assembling(digest, 2, 4) as assembly:
         source.fill(assembly, list(assembly.missing))
         path = assembly.finish().path
     assert path.read_bytes() == cut(read_header(model), 2, 4, tmp_path / "cut.gguf").path.read_bytes()
@@ -94,44 +96,44 @@ def test_a_part_is_fetched_by_its_ranges_alone(served, model, parts, tmp_path):
     assert wanted <= fetched < wanted + 4 * CHUNK_BYTES
 
 
-def test_a_long_model_is_passed_in_several_requests(served, model, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote_module, "SPAN_BYTES", 10_001)
+def test_a_long_model_is_passed_in_several_requests(served, model, slice_store, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub_ranges_module, "SPAN_BYTES", 10_001)
     hub = served({"a.gguf": model.read_bytes()})
-    assert remote(tmp_path).manifest(parts).digest == local_manifest(model, tmp_path)
+    assert remote(tmp_path).manifest(slice_store).digest == local_manifest(model, tmp_path)
     assert len(hub.ranges) > model.stat().st_size // 10_001
 
 
-def test_shards_have_the_manifest_of_the_file_they_become(served, model, parts, tmp_path):
+def test_shards_have_the_manifest_of_the_file_they_become(served, model, slice_store, tmp_path):
     first = write_shards(read_header(model), tmp_path)
     served({f"x/{path.name}": path.read_bytes() for path in tmp_path.glob("*.gguf")})
     source = remote(tmp_path)
-    manifest = source.manifest(parts)
+    manifest = source.manifest(slice_store)
     assert manifest.digest == local_manifest(first, tmp_path)
-    with parts.assembling(manifest.digest, 0, 3, None) as assembly:
+    with slice_store.assembling(manifest.digest, 0, 3, None) as assembly:
         source.fill(assembly, list(assembly.missing))
-        part = assembly.finish().path.read_bytes()
-    assert part == cut(read_header(first), 0, 3, tmp_path / "cut.gguf").path.read_bytes()
+        content = assembly.finish().path.read_bytes()
+    assert content == cut(read_header(first), 0, 3, tmp_path / "cut.gguf").path.read_bytes()
 
 
-def test_a_broken_connection_is_taken_up_and_a_lost_one_keeps_what_came(served, model, parts, tmp_path):
+def test_a_broken_connection_is_resumed_and_a_lost_one_keeps_what_came(served, model, slice_store, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
     source = remote(tmp_path)
     hub.stop_after = 50_000
-    digest = source.manifest(parts).digest
+    digest = source.manifest(slice_store).digest
     assert digest == local_manifest(model, tmp_path)
     hub.files["o/m"]["a.gguf"] = model.read_bytes()[:-1]
-    with parts.assembling(digest, 0, 6) as assembly, pytest.raises(StorageFailed, match="try again"):
+    with slice_store.assembling(digest, 0, 6) as assembly, pytest.raises(StorageFailed, match="try again"):
         total = len(assembly.missing)
         source.fill(assembly, list(assembly.missing))
     hub.files["o/m"]["a.gguf"] = model.read_bytes()
-    with parts.assembling(digest, 0, 6) as assembly:
+    with slice_store.assembling(digest, 0, 6) as assembly:
         assert len(assembly.missing) < total / 2
         source.fill(assembly, list(assembly.missing))
         assembly.finish()
-    assert parts.verify(digest, 0, 6) == []
+    assert slice_store.verify(digest, 0, 6) == []
 
 
-def test_a_pass_outlives_a_hub_that_is_gone_for_minutes(served, model, parts, tmp_path, monkeypatch):
+def test_a_pass_outlives_a_hub_that_is_gone_for_minutes(served, model, slice_store, tmp_path, monkeypatch):
     hub = served({"a.gguf": model.read_bytes()})
     source = remote(tmp_path)
     waits = []
@@ -145,75 +147,75 @@ def test_a_pass_outlives_a_hub_that_is_gone_for_minutes(served, model, parts, tm
             hub.status = 503
 
     monkeypatch.setattr(time, "sleep", wait)
-    monkeypatch.setattr(remote_module, "SPAN_BYTES", 50_000)
+    monkeypatch.setattr(hub_ranges_module, "SPAN_BYTES", 50_000)
     hub.ranges.clear()
-    assert source.manifest(parts, fall).digest == local_manifest(model, tmp_path)
+    assert source.manifest(slice_store, fall).digest == local_manifest(model, tmp_path)
     assert waits == [503] * (PASS_TRIES - 1)
     assert len(hub.ranges) == -(-model.stat().st_size // 50_000)  # nothing was read twice
-    monkeypatch.setattr(remote_module, "PASS_TRIES", 3)
+    monkeypatch.setattr(hub_ranges_module, "PASS_TRIES", 3)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     hub.status = 503
     with pytest.raises(HubUnreachable, match="cannot be fetched from"):
-        source.manifest(parts)
+        source.manifest(slice_store)
 
 
-def test_other_content_than_promised_makes_no_manifest(served, model, parts, tmp_path):
+def test_other_content_than_promised_makes_no_manifest(served, model, slice_store, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
     hub.promised["a.gguf"] = hashlib.sha256(b"something else").hexdigest()
     with pytest.raises(StorageFailed, match="other content than the hub promised"):
-        remote(tmp_path).manifest(parts)
-    assert parts.known() == []
+        remote(tmp_path).manifest(slice_store)
+    assert slice_store.known() == []
 
 
-def test_a_model_that_changed_on_the_hub_is_not_mixed_with_the_old_one(served, model, parts, tmp_path):
+def test_a_model_that_changed_on_the_hub_is_not_mixed_with_the_old_one(served, model, slice_store, tmp_path):
     data = bytearray(model.read_bytes())
     hub = served({"a.gguf": bytes(data)})
     source = remote(tmp_path)
-    digest = source.manifest(parts).digest
+    digest = source.manifest(slice_store).digest
     data[read_header(model).tensor("blk.3.ffn_up.weight").offset] ^= 1
     hub.files["o/m"]["a.gguf"] = bytes(data)
     wrong = r"The hub \(o/m\) gave wrong bytes for chunk 0 of blk\.3\.ffn_up\.weight of "
-    with parts.assembling(digest, 2, 4) as assembly, pytest.raises(BadModelFile, match=wrong):
+    with slice_store.assembling(digest, 2, 4) as assembly, pytest.raises(BadModelFile, match=wrong):
         source.fill(assembly, list(assembly.missing))
 
 
-def test_another_model_on_the_hub_is_not_asked_for_chunks(served, model, parts, tmp_path):
+def test_another_model_on_the_hub_is_not_asked_for_chunks(served, model, slice_store, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
-    digest = remote(tmp_path).manifest(parts).digest
+    digest = remote(tmp_path).manifest(slice_store).digest
     hub.files["o/m"]["a.gguf"] = make_tiny("llama", tmp_path / "b.gguf", layers=3).read_bytes()
     other = remote(tmp_path)
     hub.ranges.clear()
     with (
-        parts.assembling(digest, 2, 4) as assembly,
+        slice_store.assembling(digest, 2, 4) as assembly,
         pytest.raises(BadModelFile, match="does not hold layers"),
     ):
         other.fill(assembly, list(assembly.missing))
     assert hub.ranges == []
 
 
-def test_a_hub_without_ranges_is_not_read_to_its_end(served, model, parts, tmp_path):
+def test_a_hub_without_ranges_is_not_read_to_its_end(served, model, slice_store, tmp_path):
     hub = served({"a.gguf": model.read_bytes()})
     source = remote(tmp_path)
-    digest = source.manifest(parts).digest
+    digest = source.manifest(slice_store).digest
     hub.ignore_ranges = True
     with (
-        parts.assembling(digest, 2, 4) as assembly,
+        slice_store.assembling(digest, 2, 4) as assembly,
         pytest.raises(StorageFailed, match="more than the range"),
     ):
         source.fill(assembly, list(assembly.missing))
 
 
 @pytest.mark.parametrize("content", [b"no model at all, only some text" * 999, b"GGUF" + b"\xff" * 50_000])
-def test_what_is_no_model_is_said_so(served, tmp_path, content):
+def test_what_is_not_a_model_is_refused(served, tmp_path, content):
     hub = served({"a.gguf": content})
     with pytest.raises(BadModelFile):
         remote(tmp_path)
     assert len(hub.ranges) == 1 or content.startswith(b"GGUF")
 
 
-def test_sources_that_are_none(served, model):
+def test_invalid_sources_are_refused(served, model):
     served({"a.gguf": model.read_bytes(), "b.gguf": model.read_bytes()})
-    with pytest.raises(BadRequest, match="no model of a hub"):
+    with pytest.raises(BadRequest, match="not a model of a hub"):
         hub_files("/some/file")
     with pytest.raises(BadRequest, match="several models"):
         hub_files("o/m")

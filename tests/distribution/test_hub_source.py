@@ -1,4 +1,4 @@
-"""A model of the hub without a disk for it: three nodes fetch about one model, and believe nobody."""
+"""A model on the hub that no disk holds: three nodes fetch about one copy of it, and trust no source."""
 
 import asyncio
 import os
@@ -11,10 +11,10 @@ import pytest
 
 from cordee.cluster.facts import SliceHeld
 from cordee.distribution import chunks as chunks_module
-from cordee.distribution import hub_ranges as remote_module
+from cordee.distribution import hub_ranges as hub_ranges_module
 from cordee.distribution import manifest as manifests
 from cordee.distribution import slice_store as slice_store_module
-from cordee.distribution.chunks import OUTSIDE_TRIES, ChunkClient, ChunkServer, chunk_key
+from cordee.distribution.chunks import FALLBACK_TRIES, ChunkClient, ChunkServer, chunk_key
 from cordee.distribution.hub_ranges import HubModel
 from cordee.distribution.hub_source import Hub
 from cordee.distribution.pull import hub_files
@@ -38,33 +38,33 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Cluster:
-    """Nodes with empty disks, one of which has passed over the model on the hub."""
+    """Nodes with empty disks, one of which has read the model on the hub for its manifest."""
 
     def __init__(self, folder: Path, model: Path, hub: FakeHub) -> None:
         self.folder, self.model, self.hub, self.wire = folder, model, hub, Wire()
         self.reports: list[str] = []
-        self.parts = {name: SliceStore(Store(folder / name)) for name in THIRDS}
-        for name, parts in self.parts.items():
-            self.wire.handlers[chunk_key(name)] = ChunkServer(parts, lambda *_: None).answer
+        self.stores = {name: SliceStore(Store(folder / name)) for name in THIRDS}
+        for name, slice_store in self.stores.items():
+            self.wire.handlers[chunk_key(name)] = ChunkServer(slice_store, lambda *_: None).answer
         headers = folder / "headers"
         headers.mkdir()
-        self.digest = HubModel(hub_files(SOURCE), headers).manifest(self.parts["a"]).digest
+        self.digest = HubModel(hub_files(SOURCE), headers).manifest(self.stores["a"]).digest
 
     def open(self, node: str) -> HubModel:
-        return Hub(self.parts[node]).open(SOURCE)
+        return Hub(self.stores[node]).open(SOURCE)
 
     def holders(self, without: str) -> dict[str, list[SliceHeld]]:
         found = {}
-        for name, parts in self.parts.items():
-            if name != without and self.digest in parts.known():
-                found[name] = parts.held(self.digest)
+        for name, slice_store in self.stores.items():
+            if name != without and self.digest in slice_store.known():
+                found[name] = slice_store.held(self.digest)
         return found
 
-    async def fetch(self, node: str, first: int, last: int, outside=True) -> Path:
-        """What a node of the cluster does to have a part."""
-        client = ChunkClient(self.wire, self.parts[node], self.reports.append)
+    async def fetch(self, node: str, first: int, last: int, fallback=True) -> Path:
+        """What a node of the cluster does to get a slice."""
+        client = ChunkClient(self.wire, self.stores[node], self.reports.append)
         await client.manifest(self.digest, list(THIRDS))
-        opened = (lambda: self.open(node)) if outside is True else outside
+        opened = (lambda: self.open(node)) if fallback is True else fallback
         holders = lambda: self.holders(node)  # noqa: E731
         return (await client.slice(self.digest, first, last, holders, None, opened or None)).path
 
@@ -73,7 +73,7 @@ class Cluster:
         return path.read_bytes() == wanted.read_bytes()
 
     def bytes_of(self, *thirds: str) -> int:
-        """What the layers of some thirds have."""
+        """The bytes of the layers of some thirds."""
         layers = {layer for name in thirds for layer in range(*THIRDS[name])}
         names = tuple(f"blk.{layer}." for layer in layers)
         return sum(t.nbytes for t in read_header(self.model).tensors if t.name.startswith(names))
@@ -81,10 +81,10 @@ class Cluster:
 
 @pytest.fixture
 def cluster(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for module in (manifests, slice_store_module, remote_module, chunks_module):
+    for module in (manifests, slice_store_module, hub_ranges_module, chunks_module):
         monkeypatch.setattr(module, "CHUNK_BYTES", CHUNK_BYTES)
-    monkeypatch.setattr(remote_module, "FIRST_BYTES", 1 << 11)
-    monkeypatch.setattr(remote_module, "GAP_BYTES", 1 << 10)
+    monkeypatch.setattr(hub_ranges_module, "FIRST_BYTES", 1 << 11)
+    monkeypatch.setattr(hub_ranges_module, "GAP_BYTES", 1 << 10)
     monkeypatch.setattr(chunks_module, "SILENCE_SECONDS", 0.3)
     hub = FakeHub({"o/m": {"a.gguf": model.read_bytes()}})
     hub.use(monkeypatch, tmp_path)
@@ -96,9 +96,9 @@ def test_three_nodes_fetch_one_model_from_the_hub_and_copies_from_each_other(clu
     cluster.hub.sent = 0
 
     async def story() -> None:
-        parts = await asyncio.gather(*(cluster.fetch(node, *layers) for node, layers in THIRDS.items()))
+        paths = await asyncio.gather(*(cluster.fetch(node, *layers) for node, layers in THIRDS.items()))
         assert all(
-            cluster.is_a_cut(*each) for each in zip(parts, *zip(*THIRDS.values(), strict=True), strict=True)
+            cluster.is_a_cut(*each) for each in zip(paths, *zip(*THIRDS.values(), strict=True), strict=True)
         )
         fetched, size = cluster.hub.sent, cluster.model.stat().st_size
         headers = len(THIRDS) * 2 * read_header(cluster.model).nbytes
@@ -139,9 +139,9 @@ def test_a_wrong_chunk_of_the_hub_is_named_and_fetched_again(cluster: Cluster) -
 def test_a_hub_that_always_lies_is_given_up_and_what_was_right_stays(cluster: Cluster) -> None:
     source = cluster.open("b")
     cluster.hub.corrupt = 1000
-    with pytest.raises(StorageFailed, match=r"outside: The hub \(o/m\) gave wrong bytes for chunk"):
+    with pytest.raises(StorageFailed, match=r"hub: The hub \(o/m\) gave wrong bytes for chunk"):
         asyncio.run(cluster.fetch("b", 2, 4, lambda: source))
-    assert len(cluster.reports) == OUTSIDE_TRIES
+    assert len(cluster.reports) == FALLBACK_TRIES
     cluster.hub.corrupt, cluster.hub.sent = 0, 0
     assert cluster.is_a_cut(asyncio.run(cluster.fetch("b", 2, 4, lambda: source)), 2, 4)
     assert 0 < cluster.hub.sent < cluster.bytes_of("b") // 10
@@ -151,7 +151,7 @@ def test_the_hub_may_go_once_a_neighbour_has_the_layers(cluster: Cluster) -> Non
     asyncio.run(cluster.fetch("a", 0, 4))
     cluster.hub.status = 503
     assert cluster.is_a_cut(asyncio.run(cluster.fetch("b", 0, 2)), 0, 2)
-    with pytest.raises(StorageFailed, match=r"(?s)layers 2 to 6 of .*outside: .*cannot be fetched from"):
+    with pytest.raises(StorageFailed, match=r"(?s)layers 2 to 6 of .*hub: .*cannot be fetched from"):
         asyncio.run(cluster.fetch("c", 2, 6))
     cluster.hub.status = None
     cluster.wire.asked.clear()
@@ -166,9 +166,9 @@ def test_without_a_source_nobody_asks_the_hub(cluster: Cluster) -> None:
     assert cluster.hub.ranges == []
 
 
-def test_a_pass_that_nobody_wants_any_more_ends_and_one_that_failed_is_told_once(cluster: Cluster) -> None:
+def test_a_pass_that_nobody_wants_any_more_ends_and_a_failure_is_reported_once(cluster: Cluster) -> None:
     async def story() -> None:
-        hub, made = Hub(cluster.parts["b"]), []
+        hub, made = Hub(cluster.stores["b"]), []
         reading = hub.read("m", SOURCE, 5, made.append)
         assert (reading.name, reading.source, reading.done_bytes) == ("m", SOURCE, 0)
         assert hub.read("m", SOURCE, 5, made.append) is reading
@@ -191,14 +191,14 @@ def test_a_pass_that_nobody_wants_any_more_ends_and_one_that_failed_is_told_once
 
 
 def test_a_killed_fetcher_goes_on_where_it_stopped(starter_path: Path, tmp_path: Path) -> None:
-    """In processes of their own, with real chunks: a connection that stands still, SIGKILL, another try."""
+    """In processes of their own, with real chunks: a slow connection, SIGKILL, another try."""
     content = starter_path.read_bytes()
     hub = FakeHub({"o/m": {"a.gguf": content}})
     try:
         whole = Store(tmp_path / "whole")
         manifest = SliceStore(whole).manifest_of(whole.add_file(starter_path, "mine", take="link"))
-        parts = SliceStore(Store(tmp_path / "taker"))
-        parts.add_manifest(manifest.digest, manifest.path.read_bytes())
+        slice_store = SliceStore(Store(tmp_path / "taker"))
+        slice_store.add_manifest(manifest.digest, manifest.path.read_bytes())
         fetch = ("hub", tmp_path / "taker", SOURCE, manifest.digest, 2, 20)
         kill_at = 10_000_000
 
@@ -222,9 +222,9 @@ def test_a_killed_fetcher_goes_on_where_it_stopped(starter_path: Path, tmp_path:
             process.stdout.read()
         assert process.returncode == 0
         assert found > 0
-        part = parts.slice(manifest.digest, 2, 20)
+        fetched = slice_store.slice(manifest.digest, 2, 20)
         wanted = cut(read_header(starter_path), 2, 20, tmp_path / "cut.gguf")
-        assert part.path.read_bytes() == wanted.path.read_bytes()
-        assert hub.sent < wanted.nbytes - kill_at + 2 * remote_module.FIRST_BYTES
+        assert fetched.path.read_bytes() == wanted.path.read_bytes()
+        assert hub.sent < wanted.nbytes - kill_at + 2 * hub_ranges_module.FIRST_BYTES
     finally:
         hub.close()

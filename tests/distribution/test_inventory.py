@@ -1,4 +1,4 @@
-"""What lies on a disk: large and damaged models stand in nobody's way, and the disk does not run full."""
+"""What is on a disk: large or damaged models hold up no others, and the disk does not run full."""
 
 import asyncio
 import os
@@ -28,13 +28,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Node:
-    """A shelf with a store of its own; `told` counts what would be told to the cluster."""
+    """An inventory with a store of its own; `told` counts changes to publish."""
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder)
-        self.parts = SliceStore(self.store)
+        self.slice_store = SliceStore(self.store)
         self.told = 0
-        self.inventory = Inventory(self.store, self.parts, self._changed)
+        self.inventory = Inventory(self.store, self.slice_store, self._changed)
 
     def _changed(self) -> None:
         self.told += 1
@@ -74,14 +74,14 @@ def test_a_large_model_holds_up_nothing_while_it_is_read(
 ) -> None:
     monkeypatch.setattr(inventory_module, "READING_SECONDS", 0.05)
     node.add(model, "large")
-    going_on, real = threading.Event(), node.parts.manifest_of
+    going_on, real = threading.Event(), node.slice_store.manifest_of
 
     def slow(stored, progress):
         progress(1, 2)
         going_on.wait(30)
         return real(stored, progress)
 
-    monkeypatch.setattr(node.parts, "manifest_of", slow)
+    monkeypatch.setattr(node.slice_store, "manifest_of", slow)
 
     async def story() -> None:
         await node.inventory.look()
@@ -104,7 +104,7 @@ def test_a_node_that_ends_does_not_read_to_the_end(node: Node, model: Path, monk
         while True:
             progress(1, 2)
 
-    monkeypatch.setattr(node.parts, "manifest_of", endless)
+    monkeypatch.setattr(node.slice_store, "manifest_of", endless)
     monkeypatch.setattr(inventory_module, "READING_SECONDS", 0.05)
 
     async def story() -> None:
@@ -115,7 +115,9 @@ def test_a_node_that_ends_does_not_read_to_the_end(node: Node, model: Path, monk
     assert node.offered == []
 
 
-def test_one_damaged_model_hides_no_other_and_is_told_once(node: Node, model: Path, tmp_path, caplog) -> None:
+def test_one_damaged_model_hides_no_other_and_is_logged_once(
+    node: Node, model: Path, tmp_path, caplog
+) -> None:
     node.add(model, "good")
     node.add(make_tiny("qwen3", tmp_path / "b.gguf"), "gone")
     node.store.get("gone").path.unlink()
@@ -131,7 +133,7 @@ def test_one_damaged_model_hides_no_other_and_is_told_once(node: Node, model: Pa
     assert node.offered == ["good"]
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 3
-    for fault in ("garbage.json is damaged", "gone is not offered", "what lies here of model sha256:0000"):
+    for fault in ("garbage.json is damaged", "gone is not offered", "the slices of model sha256:0000"):
         assert any(fault in each for each in told)
 
 
@@ -140,13 +142,13 @@ def test_a_damaged_manifest_is_made_again(node: Node, model: Path) -> None:
     asyncio.run(node.inventory.look())
     [offer] = node.inventory.offers
     again = Node(node.store.root)
-    again.parts.manifest(offer.shape.digest).path.write_bytes(b"garbage")
+    again.slice_store.manifest(offer.shape.digest).path.write_bytes(b"garbage")
     again = Node(node.store.root)
     asyncio.run(again.inventory.look())
     assert again.inventory.offers == (offer,)
 
 
-def test_a_whole_model_that_stays_damaged_is_not_verified_for_every_asker(
+def test_a_whole_model_that_stays_damaged_is_not_verified_for_every_request(
     node: Node, model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     node.add(model, "a")
@@ -183,14 +185,14 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
-def with_parts(node: Node, model: Path, *ranges: tuple[int, int]) -> str:
-    """Parts on a disk that does not have the whole model; the model's digest."""
+def with_slices(node: Node, model: Path, *ranges: tuple[int, int]) -> str:
+    """Slices on a disk that does not have the whole model; the model's digest."""
     other = Store(node.store.root.parent / "other")
     whole = SliceStore(other)
     manifest = whole.manifest_of(other.add_file(model, "mine"))
-    node.parts.add_manifest(manifest.digest, manifest.path.read_bytes())
+    node.slice_store.add_manifest(manifest.digest, manifest.path.read_bytes())
     for first, last in ranges:
-        with node.parts.assembling(manifest.digest, first, last) as assembly:
+        with node.slice_store.assembling(manifest.digest, first, last) as assembly:
             for chunk in list(assembly.missing):
                 assembly.put(chunk, whole.read(manifest.digest, chunk), "other")
             assembly.finish()
@@ -200,13 +202,13 @@ def with_parts(node: Node, model: Path, *ranges: tuple[int, int]) -> str:
 def test_a_short_disk_loses_what_nobody_wants_and_keeps_what_the_cluster_needs(
     node: Node, model: Path, disk: Disk
 ) -> None:
-    digest = with_parts(node, model, (0, 2), (2, 4), (4, 6))
+    digest = with_slices(node, model, (0, 2), (2, 4), (4, 6))
     wanted = [SliceGoal(digest, 0, 2)]
     whole = [SliceHeld(digest, 0, 6, whole=True)]
     two, one = {"b": whole, "c": whole}, {"b": whole}
 
     def held() -> list[tuple[int, int]]:
-        return [(each.first, each.last) for each in node.parts.held(digest)]
+        return [(each.first, each.last) for each in node.slice_store.held(digest)]
 
     asyncio.run(node.inventory.tidy("a", wanted, two))
     assert len(held()) == 3  # there is room
@@ -221,16 +223,16 @@ def test_a_short_disk_loses_what_nobody_wants_and_keeps_what_the_cluster_needs(
 def test_what_was_given_up_half_fetched_goes_first_once_it_is_old(
     node: Node, model: Path, disk: Disk
 ) -> None:
-    digest = with_parts(node, model)
+    digest = with_slices(node, model)
     other = SliceStore(Store(node.store.root.parent / "other"))
-    with node.parts.assembling(digest, 0, 2) as assembly:
+    with node.slice_store.assembling(digest, 0, 2) as assembly:
         chunk = next(iter(assembly.missing))
         assembly.put(chunk, other.read(digest, chunk), "other")
-    [growing] = node.parts.lying(digest)[1]
+    [growing] = node.slice_store.on_disk(digest)[1]
     assert growing.nbytes > 0
     disk.free = 0
     asyncio.run(node.inventory.tidy("a", [], {}))
-    assert node.parts.lying(digest)[1] == [growing]
+    assert node.slice_store.on_disk(digest)[1] == [growing]
     partial = next(node.store.root.glob("manifests/*/0-2.gguf.partial"))
     os.utime(partial, (0, partial.stat().st_mtime - 2 * GROWING_KEEP_SECONDS))
     asyncio.run(node.inventory.tidy("a", [SliceGoal(digest, 0, 2)], {}))
@@ -240,11 +242,11 @@ def test_what_was_given_up_half_fetched_goes_first_once_it_is_old(
 
 
 def test_what_is_half_fetched_counts_as_free(node: Node, model: Path, disk: Disk) -> None:
-    digest = with_parts(node, model)
+    digest = with_slices(node, model)
     disk.free = 2 * DISK_STEP_BYTES - 1
     asyncio.run(node.inventory.scan())
     assert node.inventory.disk_free_bytes == DISK_STEP_BYTES
-    with node.parts.assembling(digest, 0, 2) as assembly:
+    with node.slice_store.assembling(digest, 0, 2) as assembly:
         chunk = next(iter(assembly.missing))
         assembly.put(chunk, SliceStore(Store(node.store.root.parent / "other")).read(digest, chunk), "other")
     asyncio.run(node.inventory.scan())
@@ -252,7 +254,7 @@ def test_what_is_half_fetched_counts_as_free(node: Node, model: Path, disk: Disk
 
 
 class Alone:
-    """A bus without neighbours, and the owner of a library."""
+    """A bus without neighbours, and the owner of local models."""
 
     def __init__(self) -> None:
         self.failed: list[tuple[SliceGoal, str]] = []
@@ -284,71 +286,73 @@ def test_urgent_slices_are_fetched_first_and_failures_not_at_once_again(tmp_path
     first, second, urgent = (SliceGoal("m", number, number + 1) for number in range(3))
 
     async def story() -> None:
-        library = LocalModels(Store(tmp_path / "store"), "a", alone, alone)
+        local_models = LocalModels(Store(tmp_path / "store"), "a", alone, alone)
         begun: list[SliceGoal] = []
 
-        async def part(goal: SliceGoal) -> Path:
+        async def fetch(goal: SliceGoal) -> Path:
             begun.append(goal)
             if goal == second:
                 raise StorageFailed("nobody gives it")
             await asyncio.Event().wait()
 
-        monkeypatch.setattr(library, "_slice", part)
-        library.pursue([first, second, urgent])
+        monkeypatch.setattr(local_models, "_slice", fetch)
+        local_models.pursue([first, second, urgent])
         await until(lambda: alone.failed)
         assert begun == [first, second]
         assert len(begun) == FETCHES_MAX
-        await until(lambda: not library._fetches.keys() - {first})
+        await until(lambda: not local_models._fetches.keys() - {first})
         for _ in range(3):
-            library.pursue([second, urgent])
+            local_models.pursue([second, urgent])
             await asyncio.sleep(0.01)
         assert alone.failed == [(second, "nobody gives it")]
         assert begun == [first, second, urgent]
-        assert set(library._fetches) == {urgent}
-        await library.close()
+        assert set(local_models._fetches) == {urgent}
+        await local_models.close()
 
     asyncio.run(story())
 
 
-def test_two_that_want_the_same_part_at_once_both_get_it(model: Path, tmp_path: Path) -> None:
+def test_two_that_want_the_same_slice_at_once_both_get_it(model: Path, tmp_path: Path) -> None:
     """The embedding is asked for by each first stage, and by a goal of its own."""
 
     async def story() -> None:
         store = Store(tmp_path / "store")
         store.add_file(model, "a")
-        library = LocalModels(store, "a", Alone(), Alone())
-        await library.look()
-        digest = library.offers[0].shape.digest
+        local_models = LocalModels(store, "a", Alone(), Alone())
+        await local_models.look()
+        digest = local_models.offers[0].shape.digest
         loads = [StageSpec(digest, "CPU", 0, 2, 64, sequences) for sequences in (1, 2, 3)]
-        files = await asyncio.gather(*map(library.prepare, loads))
+        files = await asyncio.gather(*map(local_models.prepare, loads))
         assert len({(each.slice, each.embedding) for each in files}) == 1
         assert not any(each.is_last for each in files)
-        await library.close()
+        await local_models.close()
 
     asyncio.run(story())
 
 
-def test_who_has_just_started_waits_until_it_hears_who_has_the_layers(tmp_path: Path, monkeypatch) -> None:
-    """Otherwise a node that comes back would fail at a stage for a minute, only because it was the first."""
+def test_a_node_that_has_just_started_waits_until_it_hears_which_nodes_have_the_layers(
+    tmp_path: Path, monkeypatch
+) -> None:
+    """Otherwise a node that restarts would fail to load a stage for a minute, only because it was first."""
     heard: dict[str, list[SliceHeld]] = {"b": [SliceHeld("m", 0, 2)]}
     alone = Alone()
     monkeypatch.setattr(alone, "holders", lambda: heard)
 
     async def story() -> None:
-        library = LocalModels(Store(tmp_path / "store"), "a", alone, alone)
+        local_models = LocalModels(Store(tmp_path / "store"), "a", alone, alone)
         asked: list[str] = []
 
         async def manifest(digest: str) -> None:
             asked.append(digest)
             raise StorageFailed("asked for")
 
-        monkeypatch.setattr(library, "_manifest", manifest)
-        library.pursue([SliceGoal("m", 1, 3)])
+        monkeypatch.setattr(local_models, "_manifest", manifest)
+        local_models.pursue([SliceGoal("m", 1, 3)])
         await asyncio.sleep(3 * local_models_module.LOOK_SECONDS)
         assert not asked
         heard["c"] = [SliceHeld("m", 2, 4)]
         await until(lambda: alone.failed)
         assert asked == ["m"]
-        await library.close()
+        await local_models.close()
 
     asyncio.run(story())

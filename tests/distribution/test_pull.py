@@ -87,14 +87,14 @@ def test_a_file_in_the_users_home_and_one_that_is_not_there(home, model, monkeyp
             pull(missing)
 
 
-def test_what_is_nothing_at_all_is_told_what_there_is(home):
+def test_an_unknown_source_gets_a_list_of_what_there_is(home):
     with pytest.raises(ModelNotFound, match="did you mean gpt-oss-20b"):
         pull("gpt-os-20b")
-    with pytest.raises(ModelNotFound, match=r"no model card: cards are apertus-70b, .*starter"):
+    with pytest.raises(ModelNotFound, match=r"a model card: cards are apertus-70b, .*starter"):
         pull("???")
 
 
-def test_a_name_that_is_none_is_refused_before_anything_is_fetched(served, model):
+def test_an_invalid_name_is_refused_before_anything_is_fetched(served, model):
     hub = served({"o/m": {"a.gguf": model.read_bytes()}})
     with pytest.raises(BadRequest, match="cannot name"):
         pull("o/m", "../x")
@@ -124,7 +124,7 @@ def test_the_users_token_goes_along(served, model, monkeypatch):
     assert hub.tokens == {"Bearer hf_secret"}
 
 
-def test_a_connection_that_breaks_is_taken_up_where_it_broke(served, model):
+def test_a_broken_connection_is_resumed_where_it_broke(served, model):
     data = model.read_bytes()
     hub = served({"o/m": {"a.gguf": data}})
     hub.stop_after = 3 * CHUNK_BYTES
@@ -211,9 +211,9 @@ def test_a_damaged_partial_file_is_noticed(served, home, model):
     assert hub.ranges[-1] is None
 
 
-def test_what_is_no_model_is_not_kept(served, home):
+def test_what_is_not_a_model_is_not_kept(served, home):
     served({"o/m": {"a.gguf": b"no model at all, only some text"}})
-    with pytest.raises(BadModelFile, match="no GGUF"):
+    with pytest.raises(BadModelFile, match="not a GGUF"):
         pull("o/m")
     assert downloads(home) == []
     assert Store().list() == []
@@ -289,7 +289,7 @@ def test_a_repository_without_models_says_so(served):
         (429, "", StorageFailed, "429 .*try again"),
     ],
 )
-def test_the_hubs_refusals_are_told_with_the_remedy(served, home, status, code, error, message):
+def test_the_hubs_refusals_come_with_the_remedy(served, home, status, code, error, message):
     hub = served({"o/m": {"a.gguf": b"x"}})
     hub.status, hub.error_code = status, code
     with pytest.raises(error, match=message):
@@ -297,7 +297,7 @@ def test_the_hubs_refusals_are_told_with_the_remedy(served, home, status, code, 
     assert downloads(home) == []
 
 
-def test_no_way_to_the_hub_and_no_wish_for_one(served, model, monkeypatch):
+def test_without_a_connection_to_the_hub_and_offline(served, model, monkeypatch):
     served({"o/m": {"a.gguf": model.read_bytes()}}).close()
     with pytest.raises(StorageFailed, match=r"refused.*check the connection"):
         pull("o/m")
@@ -331,7 +331,7 @@ def test_a_disk_that_fills_up_keeps_what_came(served, home, model, monkeypatch):
         return write(self, data)
 
     monkeypatch.setattr(hub_module._Counted, "write", full)
-    with pytest.raises(StorageFailed, match=r"No space left.*goes on where it stopped"):
+    with pytest.raises(StorageFailed, match=r"No space left.*resumes where it stopped"):
         pull("o/m")
     assert downloads(home) == ["a.gguf.partial"]
     monkeypatch.undo()
@@ -340,11 +340,11 @@ def test_a_disk_that_fills_up_keeps_what_came(served, home, model, monkeypatch):
 def test_a_file_the_hub_gives_only_in_its_own_protocol(served, model, monkeypatch):
     served({"o/m": {"a.gguf": model.read_bytes()}})
     monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", 1000)
-    with pytest.raises(StorageFailed, match="comes in parts"):
+    with pytest.raises(StorageFailed, match="comes in shards"):
         pull("o/m")
 
 
-def test_downloads_given_up_are_swept_and_others_are_not(served, home, model):
+def test_abandoned_downloads_are_removed_and_others_are_not(served, home, model):
     served({"o/m": {"a.gguf": model.read_bytes()}})
     for name, age in (("old", 1.1), ("young", 0.9)):
         folder = home / "downloads" / name
@@ -388,7 +388,7 @@ def test_a_card_whose_model_is_installed_needs_no_network(home, model, tmp_path,
     assert stored.path.samefile(installed)
 
 
-def test_an_unknown_model_with_a_card_is_told_how_to_get_it(home):
+def test_an_unknown_model_with_a_card_says_how_to_get_it(home):
     with pytest.raises(ModelNotFound, match="`cordee pull gpt-oss-20b` fetches it"):
         Store().get("gpt-oss-20b")
 

@@ -60,7 +60,7 @@ def test_a_ternary_gguf_file_becomes_ours(
     assert len(told) == 1
 
 
-def test_what_only_bitnet_cpp_reads_is_not_planned_or_shared_as_it_is(tmp_path: Path) -> None:
+def test_what_only_bitnet_cpp_reads_is_not_planned_or_deployed_as_it_is(tmp_path: Path) -> None:
     write_source(tmp_path / "model.gguf", weights_of("llama"), BitnetType.I2_S)
     with pytest.raises(UnsupportedModel, match=r"model\.gguf is in bitnet\.cpp's I2_S.*`cordee pull`"):
         model_shape(read_header(tmp_path / "model.gguf"), "digest")
@@ -104,7 +104,7 @@ def test_a_checkpoint_on_the_hub(home: Path, tmp_path: Path, told: list[str], mo
         assert hub.strange == []
         assert not list((home / "downloads").iterdir())
         with pytest.raises(ModelNotFound, match=r"`cordee pull o/tiny-b1\.58` makes a file"):
-            hub_files("o/tiny-b1.58")  # to be shared: only a file can be cut
+            hub_files("o/tiny-b1.58")  # to be deployed: only a file can be cut
         hub.promised["tokenizer.json"] = "0" * 40
         with pytest.raises(StorageFailed, match=r"tokenizer\.json came with other content"):
             pull("o/tiny-b1.58")
@@ -124,10 +124,10 @@ def test_nothing_large_is_fetched_of_a_checkpoint_that_is_not_ternary(
             pull("o/m")
         assert hub.sent <= len(plain)
         files["config.json"] = b"{"
-        with pytest.raises(BadModelFile, match="is no JSON"):
+        with pytest.raises(BadModelFile, match="is not JSON"):
             pull("o/m")
         files["config.json"] = b'{"quantization_config": {"quant_method": "gptq"}}'
-        with pytest.raises(UnsupportedModel, match="quantised by gptq"):
+        with pytest.raises(UnsupportedModel, match="quantized by gptq"):
             pull("o/m")
     finally:
         hub.close()

@@ -1,4 +1,4 @@
-"""Parts put together from chunks are the bytes of a cut, whatever falls in between; damage is named."""
+"""Slices assembled from chunks are the bytes of a cut, whatever happens in between; damage is named."""
 
 import hashlib
 import os
@@ -47,28 +47,28 @@ class Holder:
 
     def __init__(self, path: Path, root: Path) -> None:
         self.store = Store(root)
-        self.parts = SliceStore(self.store)
+        self.slice_store = SliceStore(self.store)
         self.model = self.store.add_file(path, "mine")
-        self.manifest = self.parts.manifest_of(self.model)
+        self.manifest = self.slice_store.manifest_of(self.model)
         self.digest = self.manifest.digest
         self.read: list[Chunk] = []
 
     def node(self, root: Path) -> SliceStore:
         """A node that knows no more than the manifest."""
-        parts = SliceStore(Store(root))
-        parts.add_manifest(self.digest, self.manifest.path.read_bytes())
-        return parts
+        slice_store = SliceStore(Store(root))
+        slice_store.add_manifest(self.digest, self.manifest.path.read_bytes())
+        return slice_store
 
-    def give(self, parts: SliceStore, first: int, last: int) -> Path:
-        """Assemble a part of another node, noting what it had to be given."""
-        with parts.assembling(self.digest, first, last) as assembly:
+    def give(self, slice_store: SliceStore, first: int, last: int) -> Path:
+        """Assemble a slice on another node, noting what it had to be given."""
+        with slice_store.assembling(self.digest, first, last) as assembly:
             for chunk in list(assembly.missing):
                 self.read.append(chunk)
-                assembly.put(chunk, self.parts.read(self.digest, chunk), "the holder")
+                assembly.put(chunk, self.slice_store.read(self.digest, chunk), "the holder")
             return assembly.finish().path
 
     def cut(self, first: int, last: int, path: Path) -> bytes:
-        """What a part must be."""
+        """What a slice must be."""
         return cut(read_header(self.model.path), first, last, path).path.read_bytes()
 
 
@@ -82,11 +82,11 @@ def node(holder, tmp_path) -> SliceStore:
     return holder.node(tmp_path / "node")
 
 
-# --- parts are cuts ---------------------------------------------------------------------------------
+# --- slices are cuts --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt-oss", "gemma3", "exaone4", "bailingmoe2"])
-def test_parts_from_chunks_are_the_bytes_of_cuts(architecture, tmp_path):
+def test_slices_from_chunks_are_the_bytes_of_cuts(architecture, tmp_path):
     holder = Holder(make_tiny(architecture, tmp_path / "x.gguf", layers=6), tmp_path / "holder")
     node = holder.node(tmp_path / "node")
     for first, last in pairwise([0, 2, 4, 6]):
@@ -112,14 +112,15 @@ def test_the_host_has_vocabulary_and_embedding_without_layers(holder, node):
     assert path.stat().st_size < holder.model.nbytes / 4
 
 
-def test_libllama_computes_with_assembled_parts_what_it_does_with_the_whole(holder, node):
+def test_libllama_computes_with_assembled_slices_what_it_does_with_the_whole(holder, node):
     config = StageConfig(context=64, sequences=1, batch_rows=32, threads=2)
     tokens = np.arange(5, 25)
     whole = LlamaStage(holder.model.path, config)
     expected = whole.decode(batch_of_one(tokens.astype(np.int32), 0, 0))
     rows = Embedding(read_header(holder.give(node, 0, 0))).rows(tokens)
     stages = [
-        LlamaStage(holder.give(node, *part), config, is_last=part[1] == 6) for part in pairwise([0, 3, 6])
+        LlamaStage(holder.give(node, *layers), config, is_last=layers[1] == 6)
+        for layers in pairwise([0, 3, 6])
     ]
     for stage in stages:
         rows = stage.decode(batch_of_one(rows, 0, 0))
@@ -128,20 +129,20 @@ def test_libllama_computes_with_assembled_parts_what_it_does_with_the_whole(hold
         stage.close()
 
 
-def test_the_starter_model_is_shared_in_real_chunks(starter_path, tmp_path, monkeypatch):
+def test_the_starter_model_is_passed_on_in_real_chunks(starter_path, tmp_path, monkeypatch):
     monkeypatch.undo()
     holder = Holder(starter_path, tmp_path / "holder")
     node = holder.node(tmp_path / "node")
     layers = holder.manifest.header.layers
     path = holder.give(node, layers - 2, layers)
     assert path.read_bytes() == holder.cut(layers - 2, layers, tmp_path / "cut.gguf")
-    assert holder.parts.slice(holder.digest, 0, layers).path == holder.model.path
+    assert holder.slice_store.slice(holder.digest, 0, layers).path == holder.model.path
 
 
 # --- what is here is not asked for ------------------------------------------------------------------
 
 
-def test_what_another_part_has_is_not_fetched(holder, node, tmp_path):
+def test_what_another_slice_has_is_not_fetched(holder, node, tmp_path):
     holder.give(node, 0, 4)
     before = len(holder.read)
     assert holder.give(node, 2, 6).read_bytes() == holder.cut(2, 6, tmp_path / "cut.gguf")
@@ -153,16 +154,16 @@ def test_what_another_part_has_is_not_fetched(holder, node, tmp_path):
     assert len(holder.read) == fetched
 
 
-def test_parts_of_a_model_that_is_here_need_nobody(holder, tmp_path):
-    assert holder.give(holder.parts, 1, 3).read_bytes() == holder.cut(1, 3, tmp_path / "cut.gguf")
+def test_slices_of_a_model_that_is_here_need_no_other_node(holder, tmp_path):
+    assert holder.give(holder.slice_store, 1, 3).read_bytes() == holder.cut(1, 3, tmp_path / "cut.gguf")
     assert holder.read == []
 
 
-def test_what_a_part_that_is_not_finished_has_is_used_too(holder, node):
+def test_what_a_slice_that_is_not_finished_has_is_used_too(holder, node):
     with node.assembling(holder.digest, 0, 4) as assembly:
-        begun = [chunk for chunk in assembly.missing if chunk.index == 0]
+        begun = [chunk for chunk in assembly.missing if chunk.number == 0]
         for chunk in begun:
-            assembly.put(chunk, holder.parts.read(holder.digest, chunk), "the holder")
+            assembly.put(chunk, holder.slice_store.read(holder.digest, chunk), "the holder")
     holder.give(node, 2, 6)
     assert begun
     assert not set(begun) & set(holder.read)
@@ -170,11 +171,11 @@ def test_what_a_part_that_is_not_finished_has_is_used_too(holder, node):
 
 CHILD = """
     import sys
-    from cordee.models import manifest
+    from cordee.distribution import manifest
     manifest.CHUNK_BYTES = int(sys.argv[4])
-    from cordee.distribution.slice_store import Parts
+    from cordee.distribution.slice_store import SliceStore
     from cordee.models.store import Store
-    node, holder = (Parts(Store(root)) for root in sys.argv[1:3])
+    node, holder = (SliceStore(Store(root)) for root in sys.argv[1:3])
     digest = sys.argv[3]
     with node.assembling(digest, 1, 4) as assembly:
         chunks = list(assembly.missing)
@@ -191,7 +192,7 @@ def test_a_killed_process_loses_nothing_that_had_come(holder, node, tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
         come = int(process.stdout.readline())
-        with pytest.raises(StorageFailed, match="Somebody else fetches layers 1 to 4"):
+        with pytest.raises(StorageFailed, match="Another process fetches layers 1 to 4"):
             holder.give(node, 1, 4)
         assert node.slice(holder.digest, 1, 4) is None
         process.send_signal(signal.SIGKILL)
@@ -202,7 +203,7 @@ def test_a_killed_process_loses_nothing_that_had_come(holder, node, tmp_path):
 
 
 @pytest.mark.parametrize("garbage", [b"", b"x" * 1_000_000, bytes(100)])
-def test_garbage_in_the_place_of_a_growing_part_is_not_believed(holder, node, tmp_path, garbage):
+def test_garbage_in_the_place_of_a_growing_slice_is_not_trusted(holder, node, tmp_path, garbage):
     (tmp_path / "node/manifests" / holder.digest[7:] / "1-3.gguf.partial").write_bytes(garbage)
     assert holder.give(node, 1, 3).read_bytes() == holder.cut(1, 3, tmp_path / "cut.gguf")
 
@@ -213,7 +214,7 @@ def test_garbage_in_the_place_of_a_growing_part_is_not_believed(holder, node, tm
 def test_wrong_bytes_are_refused_and_named(holder, node):
     with node.assembling(holder.digest, 0, 2) as assembly:
         chunk = next(iter(assembly.missing))
-        data = holder.parts.read(holder.digest, chunk)
+        data = holder.slice_store.read(holder.digest, chunk)
         for wrong in (data[:-1], data + b"x", bytes(len(data)), b""):
             with pytest.raises(BadModelFile, match=r"node b gave wrong bytes for chunk 0 of .* of"):
                 assembly.put(chunk, wrong, "node b")
@@ -256,11 +257,11 @@ def test_a_flipped_bit_is_found_named_and_repaired_alone(holder, node, tmp_path,
 
 
 def test_a_damaged_whole_model_is_found_by_its_chunk(holder):
-    assert holder.parts.verify(holder.digest, 0, 6) == []
+    assert holder.slice_store.verify(holder.digest, 0, 6) == []
     with holder.model.path.open("r+b") as file:
         file.seek(read_header(holder.model.path).tensor("blk.4.attn_q.weight").offset)
         file.write(b"\xff\xfe\xfd")
-    (found,) = holder.parts.verify(holder.digest, 0, 6)
+    (found,) = holder.slice_store.verify(holder.digest, 0, 6)
     assert found.startswith("chunk 0 of blk.4.attn_q.weight of ")
 
 
@@ -294,9 +295,9 @@ def test_a_damaged_manifest_is_not_used_and_can_come_again(holder, node, tmp_pat
 
 
 def test_the_manifest_travels_in_pieces(holder, tmp_path):
-    pieces = [holder.parts.read_manifest_piece(holder.digest, 0)]
+    pieces = [holder.slice_store.read_manifest_piece(holder.digest, 0)]
     while len(pieces[-1]) == CHUNK_BYTES:
-        pieces.append(holder.parts.read_manifest_piece(holder.digest, len(pieces)))
+        pieces.append(holder.slice_store.read_manifest_piece(holder.digest, len(pieces)))
     assert len(pieces) > 1
     other = SliceStore(Store(tmp_path / "other"))
     assert other.add_manifest(holder.digest, b"".join(pieces)).digest == holder.digest
@@ -310,7 +311,7 @@ def test_what_is_not_here_or_does_not_exist_is_refused(holder, node):
     with pytest.raises(ModelNotFound, match="is not here"):
         node.read(holder.digest, Chunk(0, 0))
     with pytest.raises(BadRequest, match="has no chunk"):
-        holder.parts.read(holder.digest, Chunk(0, 1 << 30))
+        holder.slice_store.read(holder.digest, Chunk(0, 1 << 30))
     for digest in ("sha256:" + "0" * 64, "../../etc", ""):
         with pytest.raises(ModelNotFound):
             node.read(digest, Chunk(0, 0))
@@ -324,16 +325,20 @@ def test_a_model_that_cannot_be_cut_is_not(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"llama", b"lxxma"))
     holder = Holder(path, tmp_path / "holder")
     with pytest.raises(UnsupportedModel, match="nobody has checked"):
-        holder.give(holder.parts, 0, 2)
+        holder.give(holder.slice_store, 0, 2)
 
 
 def test_a_full_disk_keeps_what_came_and_goes_on_with_room(holder, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    room = holder.parts.layout(holder.digest, 0, 2).nbytes + holder.manifest.path.stat().st_size + (1 << 16)
+    room = (
+        holder.slice_store.layout(holder.digest, 0, 2).nbytes
+        + holder.manifest.path.stat().st_size
+        + (1 << 16)
+    )
     mount = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(small)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("a file system of its own takes the rights to mount one")
+        pytest.skip("a file system of its own needs the permission to mount one")
     try:
         node = holder.node(small / "node")
         with pytest.raises(StorageFailed, match=r"layers 0 to 6 .* needs .* free some space"):
@@ -342,7 +347,7 @@ def test_a_full_disk_keeps_what_came_and_goes_on_with_room(holder, tmp_path):
             (small / "ballast").write_bytes(bytes(os.statvfs(small).f_bavail * 4096 - 3 * CHUNK_BYTES))
             with pytest.raises(StorageFailed, match="free some space"):
                 for chunk in list(assembly.missing):
-                    assembly.put(chunk, holder.parts.read(holder.digest, chunk), "the holder")
+                    assembly.put(chunk, holder.slice_store.read(holder.digest, chunk), "the holder")
             left = len(assembly.missing)
         assert 0 < left < len(list(node.layout(holder.digest, 0, 2).chunks()))
         (small / "ballast").unlink()
@@ -356,19 +361,19 @@ def test_a_manifest_is_made_once_and_goes_with_its_model(holder, monkeypatch):
     assert SliceStore(holder.store).known() == [holder.digest]
     monkeypatch.setattr(slice_store_module, "make_manifest", lambda *_: pytest.fail("made again"))
     assert SliceStore(holder.store).manifest_of(holder.model).digest == holder.digest
-    assert holder.parts.held(holder.digest) == [SliceHeld(holder.digest, 0, 6, True)]
+    assert holder.slice_store.held(holder.digest) == [SliceHeld(holder.digest, 0, 6, True)]
     holder.store.remove("mine")
     assert holder.store.whole(holder.digest) is None
     assert list((holder.store.root / "manifests").iterdir()) == []
 
 
-def test_parts_stay_when_the_whole_model_goes_until_they_are_forgotten(holder, node):
-    holder.give(holder.parts, 0, 2)
+def test_slices_stay_when_the_whole_model_goes_until_they_are_forgotten(holder, node):
+    holder.give(holder.slice_store, 0, 2)
     holder.store.remove("mine")
-    assert holder.parts.held(holder.digest) == [SliceHeld(holder.digest, 0, 2)]
-    holder.parts.drop(holder.digest, 0, 2)
-    assert holder.parts.held(holder.digest) == []
-    holder.parts.forget(holder.digest)
-    assert holder.parts.known() == []
+    assert holder.slice_store.held(holder.digest) == [SliceHeld(holder.digest, 0, 2)]
+    holder.slice_store.drop(holder.digest, 0, 2)
+    assert holder.slice_store.held(holder.digest) == []
+    holder.slice_store.forget(holder.digest)
+    assert holder.slice_store.known() == []
     with pytest.raises(ModelNotFound):
-        holder.parts.held(holder.digest)
+        holder.slice_store.held(holder.digest)

@@ -1,7 +1,8 @@
-"""Golden: a model cut into stages gives the very bits that plain libllama gives for the whole model.
+"""Golden: a model cut into stages gives exactly the bits that plain libllama gives for the whole model.
 
-For every architecture that the roster certifies (tiny random-weight models) and for the starter model; in
-prefill, decode, mixed batches, after a trim and after a replay. Certified in architectures.toml means: here.
+For every architecture that the roster certifies (tiny models with random weights) and for the starter model;
+in prefill, decode, mixed batches, after a trim and after a replay. These tests are what "certified" means in
+architectures.toml.
 """
 
 import itertools
@@ -27,7 +28,7 @@ BOUNDS = {"smollm3": ([0, 12], [0, 4, 12], [0, 4, 8, 12]), "smallthinker": ([0, 
 
 
 class Cut:
-    """Stages in a row in this process, fed like a pipeline."""
+    """Stages one after the other in this process, fed like a pipeline."""
 
     def __init__(self, header: Header, bounds: list[int], folder: Path, config: StageConfig) -> None:
         self.embedding = Embedding(header) if len(bounds) > 2 else None
@@ -64,12 +65,12 @@ def rows_of(tokens: np.ndarray, first: int, sequence: int) -> list[Row]:
 
 
 # A batch as the calls that libllama needs for it (neighbouring sequences with equally many rows share one),
-# or a trim of a sequence to a length.
+# or a trim: (sequence, length).
 Step = list[list[Row]] | tuple[int, int]
 
 
 def script(vocabulary_size: int) -> list[Step]:
-    """What is done to each model."""
+    """The steps that each model runs."""
     draw = np.random.default_rng(7)
 
     def rows(count: int, first: int, sequence: int) -> list[Row]:
@@ -77,7 +78,7 @@ def script(vocabulary_size: int) -> list[Step]:
 
     prompt = draw.integers(3, vocabulary_size, 90)
     return [
-        [rows_of(prompt, 0, 0)],  # prefill, long enough for tiled attention were it not prevented
+        [rows_of(prompt, 0, 0)],  # prefill, long enough for tiled attention if that were not prevented
         *[[rows(1, 90 + step, 0)] for step in range(3)],  # decode
         [rows(40, 0, 1)],
         [rows(1, 93, 0) + rows(1, 40, 1)],  # decode together
@@ -94,7 +95,7 @@ def script(vocabulary_size: int) -> list[Step]:
 
 
 def run(model: Plain | Cut, steps: list[Step]) -> list[np.ndarray]:
-    """The logits of every step that has any. Stages get a batch whole, plain libllama call by call."""
+    """The logits of every step that has any. Stages get whole batches, plain libllama call by call."""
     found = []
     for step in steps:
         if isinstance(step, tuple):
@@ -108,7 +109,7 @@ def run(model: Plain | Cut, steps: list[Step]) -> list[np.ndarray]:
 
 
 def assert_equal_bits(whole: list[np.ndarray], cut_up: list[np.ndarray]) -> None:
-    """Same bits, and logits that would tell if they were not."""
+    """Same bits, in logits that are not trivially equal."""
     assert len(whole) == len(cut_up)
     for step, (left, right) in enumerate(zip(whole, cut_up, strict=True)):
         assert np.isfinite(left).all() and np.ptp(left) > 0.01, f"step {step} tells nothing"
@@ -152,7 +153,7 @@ def test_starter_cut_anywhere_gives_the_bits_of_the_whole(
 
 
 def test_starter_is_batch_invariant_beyond_512_tokens(starter_path: Path) -> None:
-    """A row's bits do not depend on its batch: where plain libllama splits the cache by threads, too."""
+    """A row's bits do not depend on its batch, also where plain libllama splits the cache by threads."""
     config = StageConfig(context=640, sequences=3, batch_rows=256, threads=2)
     stage = LlamaStage(starter_path, config)
     tokens = np.random.default_rng(3).integers(3, 40_000, 601)

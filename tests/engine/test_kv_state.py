@@ -1,4 +1,4 @@
-"""A sequence's state moves to stages that are cut elsewhere: the next logits are the same bits."""
+"""A sequence's KV state moves to stages of another cut: the next logits have the same bits."""
 
 import itertools
 from pathlib import Path
@@ -39,8 +39,8 @@ class Cut:
         self.embedding = Embedding(header)
         self.stages: list[Stage] = []
         for first, last in itertools.pairwise(bounds):
-            piece = cut(header, first, last, folder / f"{first}-{last}.gguf").path
-            self.stages.append(engine(piece, CONFIG, is_last=last == bounds[-1]))
+            slice_path = cut(header, first, last, folder / f"{first}-{last}.gguf").path
+            self.stages.append(engine(slice_path, CONFIG, is_last=last == bounds[-1]))
 
     def decode(self, tokens: list[int], first: int, sequence: int) -> bytes:
         """The logits after these tokens."""
@@ -50,8 +50,8 @@ class Cut:
             batch = Batch(rows, batch.positions, batch.sequences, batch.outputs)
         return rows.tobytes()
 
-    def part(self, sequence: int, first: int, last: int) -> list[bytes]:
-        """The state of these layers, from whichever stages have them."""
+    def layers(self, sequence: int, first: int, last: int) -> list[bytes]:
+        """The state of these layers, from the stages that have them."""
         found = []
         for stage, (low, high) in zip(self.stages, itertools.pairwise(self.bounds), strict=True):
             start, end = max(first, low), min(last, high)
@@ -67,7 +67,7 @@ class Cut:
 
 
 def check_moved(path: Path, engine: type, folder: Path, bounds: tuple[list[int], list[int]]) -> None:
-    """Move a sequence of 40 tokens from one cut to another, and go on there."""
+    """Move a sequence of 40 tokens from one cut to another, and continue there."""
     for index in (0, 1):
         (folder / str(index)).mkdir()
     old, new = (Cut(path, bounds[index], engine, folder / str(index)) for index in (0, 1))
@@ -75,7 +75,7 @@ def check_moved(path: Path, engine: type, folder: Path, bounds: tuple[list[int],
     old.decode(tokens[:40], 0, 1)
     old.decode(tokens[5:25], 0, 2)
     for stage, (first, last) in zip(new.stages, itertools.pairwise(new.bounds), strict=True):
-        stage.import_sequence(2, join_layers(old.part(1, first, last)))
+        stage.import_sequence(2, join_layers(old.layers(1, first, last)))
     assert new.decode(tokens[40:42], 40, 2) == old.decode(tokens[40:42], 40, 1)
     assert new.decode(tokens[42:], 42, 2) == old.decode(tokens[42:], 42, 1)
     old.close()
@@ -102,7 +102,7 @@ def test_a_ternary_sequence_moves_between_cuts(tmp_path: Path) -> None:
     check_moved(path, TernaryStage, tmp_path, (FROM, TO))
 
 
-def test_what_is_no_state_is_refused(tmp_path: Path) -> None:
+def test_what_is_not_a_state_is_refused(tmp_path: Path) -> None:
     stage = LlamaStage(make_tiny("gemma3", tmp_path / "whole.gguf"), CONFIG)
     stage.decode(batch_of_one(range(5, 45)))
     state = stage.export_sequence(0)

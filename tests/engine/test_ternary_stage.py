@@ -1,4 +1,4 @@
-"""The ternary engine as a Stage: right, and the same bits alone, in company, cut, trimmed and replayed."""
+"""The ternary engine as a Stage: right, and the same bits alone, batched, cut, trimmed and replayed."""
 
 import itertools
 import struct
@@ -27,17 +27,17 @@ CACHES = ("f16", "int8")
 
 
 class Cut:
-    """Stages in a row in this process, fed like a pipeline; one stage takes tokens itself."""
+    """Stages one after the other in this process, fed like a pipeline; a single stage takes tokens itself."""
 
     def __init__(self, path: Path, bounds: list[int], config: StageConfig = CONFIG) -> None:
         header = read_header(path)
         self.embedding = Embedding(header) if len(bounds) > 2 else None
         self.stages = []
         for first, last in itertools.pairwise(bounds):
-            part = path
+            slice_path = path
             if self.embedding is not None:
-                part = cut(header, first, last, path.with_name(f"{first}-{last}.gguf")).path
-            self.stages.append(TernaryStage(part, config, is_last=last == bounds[-1]))
+                slice_path = cut(header, first, last, path.with_name(f"{first}-{last}.gguf")).path
+            self.stages.append(TernaryStage(slice_path, config, is_last=last == bounds[-1]))
 
     def decode(self, batch: Batch) -> np.ndarray:
         inputs = batch.inputs if self.embedding is None else self.embedding.rows(batch.inputs)
@@ -56,17 +56,17 @@ class Cut:
 
 def mixed(*rows: tuple[list[int], int, int]) -> Batch:
     """A batch of runs: (tokens, first position, sequence) each, the last row of each run an output."""
-    parts = [batch_of_one(tokens, first, sequence) for tokens, first, sequence in rows]
+    runs = [batch_of_one(tokens, first, sequence) for tokens, first, sequence in rows]
     return Batch(
         *(
-            np.concatenate([getattr(part, name) for part in parts])
+            np.concatenate([getattr(run, name) for run in runs])
             for name in ("inputs", "positions", "sequences", "outputs")
         )
     )
 
 
 def greedy(model: Cut, prompt: list[int], sequence: int = 0, steps: int = STEPS) -> list[int]:
-    """The tokens that a model goes on with."""
+    """The tokens with which a model continues."""
     tokens = [int(model.decode(batch_of_one(prompt, 0, sequence))[0].argmax())]
     while len(tokens) < steps:
         row = model.decode(batch_of_one(tokens[-1:], len(prompt) + len(tokens) - 1, sequence))
@@ -86,8 +86,8 @@ def test_each_layer_computes_what_it_should(family: str, tmp_path: Path) -> None
     hidden = reference.embed(np.array(prompt(5, 90)))
     medians = []
     for index in range(weights.model.layers):
-        part = cut(header, index, index + 1, tmp_path / "layer.gguf").path
-        stage = TernaryStage(part, CONFIG, is_last=False)
+        slice_path = cut(header, index, index + 1, tmp_path / "layer.gguf").path
+        stage = TernaryStage(slice_path, CONFIG, is_last=False)
         rows, expected = stage.decode(batch_of_one(hidden)), reference.layer(index, hidden)
         stage.close()
         errors = np.abs(rows - expected).max(axis=1) / np.abs(expected - hidden).max()
@@ -100,8 +100,11 @@ def test_each_layer_computes_what_it_should(family: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_the_references(family: str, tmp_path: Path) -> None:
-    """Over 256 steps. An activation within float32's error of a rounding's edge moves logits by hundredths of
-    their spread: a token may differ where the reference itself has two candidates that near."""
+    """Over 256 steps.
+
+    An activation within float32's error of a rounding's edge moves logits by hundredths of their spread: a
+    token may differ where the reference itself has two candidates that close to each other.
+    """
     weights = make_ternary(family, tmp_path / "model.gguf")
     model = Cut(tmp_path / "model.gguf", [0, 4])
     start = prompt(6, 20)
@@ -119,7 +122,7 @@ def test_greedy_tokens_are_the_references(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "kv_cache"), [*((family, "f16") for family in FAMILIES), ("bitnet-silu", "int8")]
 )
-def test_tokens_are_the_same_alone_in_company_and_in_three_stages(
+def test_tokens_are_the_same_alone_batched_and_in_three_stages(
     family: str, kv_cache: str, tmp_path: Path
 ) -> None:
     make_ternary(family, tmp_path / "model.gguf")
@@ -159,7 +162,7 @@ def test_bits_do_not_depend_on_batches_threads_or_cuts(
             bounds,
             StageConfig(context=128, sequences=2, batch_rows=70, threads=threads, kv_cache=kv_cache),
         )
-        model.decode(batch_of_one(prompt(1, 7), 0, 1))  # company, which goes on beside every part
+        model.decode(batch_of_one(prompt(1, 7), 0, 1))  # another sequence, which continues beside every chunk
         at = 0
         for number, size in enumerate(sizes):
             row = model.decode(mixed((tokens[at : at + size], at, 0), ([number % 300], 7 + number, 1)))[0]
@@ -209,7 +212,7 @@ def test_a_sequence_moves_to_another_stage_of_the_slice(kv_cache: str, tmp_path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_int8_cache_halves_memory_and_costs_little(family: str, tmp_path: Path) -> None:
-    """FORMAT.md states the loss; where activations are not rounded to int8 it is the cache's own alone."""
+    """FORMAT.md states the loss; where activations are not rounded to int8 it is that of the cache alone."""
     make_ternary(family, tmp_path / "model.gguf")
     batch = batch_of_one(prompt(5, 300))
     logits, kv_bytes = [], []
@@ -228,7 +231,7 @@ def test_an_int8_cache_halves_memory_and_costs_little(family: str, tmp_path: Pat
 
 
 def test_a_row_has_the_same_logits_whichever_others_are_wanted(tmp_path: Path) -> None:
-    """Of the last layer only the rows whose logits are wanted are computed; all of them are remembered."""
+    """In the last layer only the rows whose logits are wanted are computed; the KV cache gets all of them."""
     make_ternary("bitnet", tmp_path / "model.gguf")
     stage = TernaryStage(tmp_path / "model.gguf", CONFIG)
     batch = mixed(*((prompt(sequence, 30), 0, sequence) for sequence in range(3)))
@@ -248,7 +251,7 @@ def test_a_row_has_the_same_logits_whichever_others_are_wanted(tmp_path: Path) -
         assert behind == after
 
 
-def test_what_cache_an_engine_has_not_is_refused(starter_path: Path, tmp_path: Path) -> None:
+def test_a_cache_that_an_engine_does_not_have_is_refused(starter_path: Path, tmp_path: Path) -> None:
     make_ternary("bitnet", tmp_path / "model.gguf", layers=1)
     with pytest.raises(StageFailed, match="cache"):
         TernaryStage(tmp_path / "model.gguf", replace(CONFIG, kv_cache="f8"))
@@ -278,7 +281,7 @@ def test_a_refused_batch_leaves_the_sequences_as_they_were(tmp_path: Path) -> No
     stage.close()
 
 
-def test_what_a_stage_says_of_itself(tmp_path: Path) -> None:
+def test_the_description_of_a_stage(tmp_path: Path) -> None:
     make_ternary("bitnet", tmp_path / "model.gguf")
     stage = TernaryStage(tmp_path / "model.gguf", CONFIG, is_last=False)
     about = stage.description
@@ -292,7 +295,7 @@ def test_what_a_stage_says_of_itself(tmp_path: Path) -> None:
 
 
 def test_stages_that_nobody_closes_leave_nothing_behind(tmp_path: Path) -> None:
-    """Their threads end before their memory is given back, where the next stage may come to lie."""
+    """Their threads end before their memory is freed, which the next stage may get."""
     make_ternary("bitnet", tmp_path / "model.gguf", layers=1)
     threads, expected = psutil.Process().num_threads(), None
     for _ in range(30):

@@ -35,7 +35,7 @@ CONFIG = StageConfig(context=320, sequences=1, batch_rows=320, threads=1)
 
 
 def halves(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of a matrix whose heads' dimensions turn in pairs, in the order in which they turn in halves."""
+    """Rows of a matrix for RoPE on neighbouring pairs, reordered for RoPE on halves."""
     heads = rows.reshape(-1, head_dim // 2, 2, rows.shape[1])
     return heads.transpose(0, 2, 1, 3).reshape(rows.shape)
 
@@ -96,7 +96,7 @@ def reference(weights: Weights) -> torch.nn.Module:
 
 @torch.no_grad()
 def run(made: torch.nn.Module, tokens: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """The hidden rows before the first layer and behind each, and the logits."""
+    """The hidden rows before the first layer and after each, and the logits."""
     rows = [made.model.embed_tokens(torch.from_numpy(tokens)[None])]
     hooks = [
         layer.register_forward_hook(
@@ -113,16 +113,19 @@ def run(made: torch.nn.Module, tokens: np.ndarray) -> tuple[list[np.ndarray], np
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_are_those_of_transformers(family: str, tmp_path: Path) -> None:
-    """Each layer from the reference's own input, beside the most that it adds. The cache is f16 here: where
-    activations stay floats that is all. Elsewhere some fall on the other side of a rounding to int8."""
+    """Each layer from the reference's own input, compared with the most that it adds.
+
+    The cache is f16 here: where activations stay floats that is the only difference. Elsewhere some
+    activations round to another int8.
+    """
     weights = make_ternary(family, tmp_path / "model.gguf")
     header = read_header(tmp_path / "model.gguf")
     tokens = np.random.default_rng(5).integers(3, 320, 90)
     rows, _ = run(reference(weights), tokens)
     assert len(rows) == weights.model.layers + 1
     for index in range(weights.model.layers):
-        part = cut(header, index, index + 1, tmp_path / "layer.gguf").path
-        stage = TernaryStage(part, CONFIG, is_last=False)
+        slice_path = cut(header, index, index + 1, tmp_path / "layer.gguf").path
+        stage = TernaryStage(slice_path, CONFIG, is_last=False)
         found, expected = stage.decode(batch_of_one(rows[index])), rows[index + 1]
         stage.close()
         errors = np.abs(found - expected).max(axis=1) / np.abs(expected - rows[index]).max()
@@ -133,8 +136,11 @@ def test_layers_are_those_of_transformers(family: str, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
-    """Logits, and greedy tokens over 256 steps. With int8 activations a token may differ where the
-    reference's two best candidates are nearer than 0.15 of its logits' spread; without, none does."""
+    """Logits, and greedy tokens over 256 steps.
+
+    With int8 activations a token may differ where the reference's two best candidates are closer than 0.15 of
+    its logits' spread; without, none does.
+    """
     weights = make_ternary(family, tmp_path / "model.gguf")
     is_exact = weights.model.planes == 3
     stage = TernaryStage(tmp_path / "model.gguf", CONFIG)

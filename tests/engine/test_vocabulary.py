@@ -26,14 +26,14 @@ def vocabulary(starter_path: Path):
 
 @pytest.fixture(scope="module")
 def with_bos(tmp_path_factory: pytest.TempPathFactory):
-    """A vocabulary whose file asks for a BOS token in front."""
+    """A vocabulary whose file wants a BOS token in front."""
     path = make_tiny("llama", tmp_path_factory.mktemp("bos") / "m.gguf", layers=1, tokenizer="bytes")
     loaded = Vocabulary(path)
     yield loaded
     loaded.close()
 
 
-def test_what_the_starter_model_says_of_itself(vocabulary: Vocabulary) -> None:
+def test_the_starter_models_vocabulary(vocabulary: Vocabulary) -> None:
     assert vocabulary.size == 49_152
     assert (vocabulary.bos, vocabulary.bos_text) == (1, "<|im_start|>")
     assert (vocabulary.eos, vocabulary.eos_text) == (2, "<|im_end|>")
@@ -91,7 +91,7 @@ def test_ids_outside_the_vocabulary_are_refused(vocabulary: Vocabulary, token: i
         vocabulary.detokenize([5, token])
 
 
-def test_text_that_is_none_is_refused(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_that_is_not_valid_is_refused(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadRequest, match="surrogate"):
         vocabulary.tokenize("a\ud800b", add_bos=False)
     monkeypatch.setattr(vocabulary_module, "TEXT_BYTES_MAX", 10)
@@ -137,7 +137,7 @@ def write_bpe(path: Path, pre: str) -> None:
 
 @pytest.mark.parametrize("pre", ["gpt-4o", "tekken", "deepseek-llm"])
 def test_a_long_word_does_not_end_the_process(tmp_path: Path, pre: str) -> None:
-    """libllama's std::regex overflows the stack on it. In a child: a relapse would take the tests along."""
+    """libllama's std::regex overflows the stack on it. In a child process, as a regression would crash it."""
     write_bpe(tmp_path / "bpe.gguf", pre)
     code = (
         "import sys; from cordee.engine.vocabulary import Vocabulary; v = Vocabulary(sys.argv[1]);"
@@ -156,7 +156,7 @@ def test_a_slice_without_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no model at all\n" * 100])
-def test_what_is_no_model_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_what_is_not_a_model_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
     with pytest.raises(BadModelFile, match=r"m\.gguf"):

@@ -26,7 +26,7 @@ HUB_NAMES = {
     "attn_sub_norm": "self_attn.attn_sub_norm",
     "ffn_sub_norm": "mlp.ffn_sub_norm",
 }
-# How config.json tells of each form.
+# What config.json says for each form.
 QUANTIZATIONS: dict[str, dict | None] = {
     "divided": {"quant_method": "bitnet"},
     "multiplied": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
@@ -53,8 +53,8 @@ def packed(weights: np.ndarray) -> np.ndarray:
     quarter = -(-len(weights) // 4)
     codes = np.zeros((4 * quarter, weights.shape[1]), dtype=np.uint8)
     codes[: len(weights)] = weights + 1
-    parts = codes.reshape(4, quarter, -1)
-    return parts[0] | parts[1] << 2 | parts[2] << 4 | parts[3] << 6
+    quarters = codes.reshape(4, quarter, -1)
+    return quarters[0] | quarters[1] << 2 | quarters[2] << 4 | quarters[3] << 6
 
 
 def write_safetensors(path: Path, tensors: Tensors) -> None:
@@ -76,8 +76,8 @@ def hub_name(name: str) -> str:
     outside = {"token_embd.weight": "model.embed_tokens", "output.weight": "lm_head"}
     if name in outside or name == "output_norm.weight":
         return f"{outside.get(name, 'model.norm')}.weight"
-    _, layer, part, _ = name.split(".")
-    return f"model.layers.{layer}.{HUB_NAMES[part]}.weight"
+    _, layer, ours, _ = name.split(".")
+    return f"model.layers.{layer}.{HUB_NAMES[ours]}.weight"
 
 
 def tensors_of(weights: Weights, form: str, seed: int = 0) -> Tensors:
@@ -145,7 +145,7 @@ def vocabulary_size(pre: str = "llama-bpe") -> int:
 
 
 def write_checkpoint(folder: Path, weights: Weights, form: str, *, shards: int = 1) -> Path:
-    """A whole checkpoint; in several files with an index if it shall be."""
+    """A whole checkpoint; with more than one of `shards`, in that many files with an index."""
     folder.mkdir()
     tensors = tensors_of(weights, form)
     (folder / "config.json").write_text(json.dumps(config_of(weights.model, form)))
@@ -156,9 +156,9 @@ def write_checkpoint(folder: Path, weights: Weights, form: str, *, shards: int =
     placed = {}
     for number in range(shards):
         name = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        part = dict(list(tensors.items())[number::shards])
-        write_safetensors(folder / name, part)
-        placed |= dict.fromkeys(part, name)
+        shard = dict(list(tensors.items())[number::shards])
+        write_safetensors(folder / name, shard)
+        placed |= dict.fromkeys(shard, name)
     index = {"metadata": {"total_size": 0}, "weight_map": placed}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

@@ -1,4 +1,4 @@
-"""A node of a cluster as a process of its own, which serves a model's chunks or fetches a part of one.
+"""A node of a cluster as a process of its own, which serves a model's chunks or fetches a slice of one.
 
     chunk_peer.py serve STORE PEER…                     prints its addresses, then serves until killed
     chunk_peer.py fetch STORE PEER NODE DIGEST FIRST LAST   prints the bytes that are there, line by line
@@ -45,15 +45,15 @@ async def fetch(root: str, peer: str, node: str, digest: str, first: str, last: 
 
 
 async def hub(root: str, source: str, digest: str, first: str, last: str) -> None:
-    parts = SliceStore(Store(Path(root)))
-    client = ChunkClient(Nobody(), parts, lambda text: print(text, file=sys.stderr))
+    slice_store = SliceStore(Store(Path(root)))
+    client = ChunkClient(Nobody(), slice_store, lambda text: print(text, file=sys.stderr))
     await client.slice(
         digest,
         int(first),
         int(last),
         dict,
         lambda done, _: print(done, flush=True),
-        lambda: Hub(parts).open(source),
+        lambda: Hub(slice_store).open(source),
     )
 
 

@@ -38,7 +38,7 @@ MODELS = {
 
 
 def write_header(name: str, path: Path) -> Path:
-    """Write the header of one of MODELS, and nothing behind its list of tensors."""
+    """Write the header of one of MODELS, and nothing after its list of tensors."""
     model = MODELS[name]
     writer = GGUFWriter(path, model.architecture)
     writer.add_block_count(model.layers)
@@ -79,29 +79,29 @@ def expert_layer(model: Model) -> Iterator[Tensor]:
     yield "attn_norm.weight", (embd,), F32
     yield "post_attention_norm.weight", (embd,), F32
     yield "attn_sinks.weight", (model.heads,), F32
-    for part, shape in {
+    for matrix, shape in {
         "q": (embd, wide),
         "k": (embd, narrow),
         "v": (embd, narrow),
         "output": (wide, embd),
     }.items():
-        yield f"attn_{part}.weight", shape, Q8
-        yield f"attn_{part}.bias", shape[1:], F32
+        yield f"attn_{matrix}.weight", shape, Q8
+        yield f"attn_{matrix}.bias", shape[1:], F32
     yield "ffn_gate_inp.weight", (embd, model.experts), F32
     yield "ffn_gate_inp.bias", (model.experts,), F32
-    for part in ("gate", "up", "down"):
-        yield f"ffn_{part}_exps.weight", (embd, model.ffn, model.experts), MXFP4
-        yield f"ffn_{part}_exps.bias", (model.ffn, model.experts), F32
+    for matrix in ("gate", "up", "down"):
+        yield f"ffn_{matrix}_exps.weight", (embd, model.ffn, model.experts), MXFP4
+        yield f"ffn_{matrix}_exps.bias", (model.ffn, model.experts), F32
 
 
 def dense_layer(model: Model, layer: int) -> Iterator[Tensor]:
     embd, wide, narrow = model.embd, model.heads * model.head, model.kv_heads * model.head
     eighth = model.layers // 8  # Q4_K_M: which layers get more bits (llama.cpp, use_more_bits)
     more = layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2
-    for part in ("attn_norm", "ffn_norm"):
-        yield f"{part}.weight", (embd,), F32
-    for part in ("attn_q_norm", "attn_k_norm"):
-        yield f"{part}.weight", (model.head,), F32
+    for norm in ("attn_norm", "ffn_norm"):
+        yield f"{norm}.weight", (embd,), F32
+    for norm in ("attn_q_norm", "attn_k_norm"):
+        yield f"{norm}.weight", (model.head,), F32
     yield "attn_q.weight", (embd, wide), Q4_K
     yield "attn_k.weight", (embd, narrow), Q4_K
     yield "attn_v.weight", (embd, narrow), Q6_K if more else Q4_K

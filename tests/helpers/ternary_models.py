@@ -47,13 +47,13 @@ FAMILIES = {
     ),
     # Llama3-8B-1.58, Falcon-E: a llama block, rotation of pairs, five weights in a byte.
     "llama": replace(_BASE, kv_heads=4, layout="trit5", rope_base=500_000.0),
-    # TriLM: activations are not quantised, matrices have several scales.
+    # TriLM: activations are not quantized, matrices have several scales.
     "trilm": replace(_BASE, planes=3),
 }
 
 
 class Weights:
-    """Seeded random weights of a model: a `cordee.convert.ternary_file.Source`."""
+    """Seeded random weights of a model: a `cordee.convert.ternary_file.WeightSource`."""
 
     def __init__(self, model: TernaryModel, seed: int, scales: int = 1) -> None:
         self.model = model

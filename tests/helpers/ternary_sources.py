@@ -37,9 +37,11 @@ def write_source(
     plain: bool = False,
     keys: dict[str, str | int | float] | None = None,
 ) -> None:
-    """The model as llama.cpp or bitnet.cpp stores it; `spoil` names a matrix that gets a second magnitude, a
-    `plain` one says of its tokenizer nothing but the kind; `keys` are put instead of those that it ought to
-    have."""
+    """Write the model as llama.cpp or bitnet.cpp stores it.
+
+    `spoil` names a matrix that gets a second magnitude; a `plain` one has only its tokenizer's kind; `keys`
+    replace the right ones.
+    """
     model = weights.model
     writer = GGUFWriter(path, architecture or model.architecture)
     writer.add_block_count(model.layers)
@@ -63,7 +65,7 @@ def write_source(
                 stored = i2_s(array, weights.scales(name)[0]).view(np.int8)
                 writer.add_tensor(name, stored, raw_shape=array.shape, raw_dtype=kind)
                 continue
-            # llama.cpp keeps scales in f16: what can be stored there comes out again.
+            # llama.cpp keeps scales in f16: round them first, so that none is lost.
             scales = weights.scales(name)
             scales[:] = scales.astype(np.float16)
             dense = weights.dense(int(layer), matrix).astype(np.float32)

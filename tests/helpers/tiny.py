@@ -34,7 +34,7 @@ class Recipe:
     flags: dict[str, bool] = field(default_factory=dict)
     kv_heads: int = KV_HEADS
     tied: bool = False
-    embedding_gain: float = 3.0  # small beside the layers, so that a layer at the wrong place shows
+    embedding_gain: float = 3.0  # small beside the layers, so that a layer in the wrong position shows
     extra: Callable[["Maker"], None] | None = None  # further metadata or tensors of the whole model
     attention: str = "separate"  # "fused": one qkv tensor; "latent": multi-head latent attention
     qkv_bias: bool = False
@@ -49,7 +49,7 @@ class Recipe:
     expert_bias: bool = False  # added to the router's choice
     shared_expert: bool = False
     leading_dense: int = 0
-    extra_layers: int = 0  # for multi-token prediction, behind the others; libllama does not run them
+    extra_layers: int = 0  # for multi-token prediction, after the others; libllama does not run them
     layer: Callable[["Maker", str], None] | None = None  # further tensors of a layer
 
 
@@ -177,7 +177,7 @@ class Maker:
                 self.writer.add_tensor(f"{at}attn_{part}_norm.weight", around_one.astype(np.float32))
 
     def latent_attention(self, at: str) -> None:
-        """Multi-head latent attention: queries and keys through small ranks, rotated parts apart."""
+        """Multi-head latent attention: queries and keys of low rank, their rotated values apart."""
         plain = LATENT_HEAD - HEAD
         for part, width in {"q_a": Q_RANK, "kv_a": KV_RANK}.items():
             self.norm(f"{at}attn_{part}_norm", width)

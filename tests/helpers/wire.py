@@ -1,4 +1,4 @@
-"""A bus within one process, whose nodes may lie."""
+"""A bus within one process, whose nodes may give wrong answers."""
 
 import asyncio
 from collections import Counter
@@ -12,7 +12,7 @@ Handler = Callable[[bytes], Awaitable[bytes | None]]
 
 
 class Wire:
-    """A bus within this process; `asked` lists (node, ask), `bend` may replace a node's answers."""
+    """A bus within this process; `asked` lists (node, request), `bend` may replace a node's answers."""
 
     def __init__(self) -> None:
         self.handlers: dict[str, Handler] = {}
@@ -21,16 +21,16 @@ class Wire:
         self.at_once = Counter()
 
     async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
-        node, ask = pattern.removeprefix("chunk/"), msgspec.msgpack.decode(payload, type=ChunkRequest)
+        node, request = pattern.removeprefix("chunk/"), msgspec.msgpack.decode(payload, type=ChunkRequest)
         handler, bend = self.handlers.get(pattern), self.bend.get(node)
         if not handler:
             return []
-        self.asked.append((node, ask))
+        self.asked.append((node, request))
         self.at_once[node] += 1
         self.at_once["most"] = max(self.at_once["most"], self.at_once[node])
         try:
             async with asyncio.timeout(seconds):
-                answer = await (bend(ask, handler, payload) if bend else handler(payload))
+                answer = await (bend(request, handler, payload) if bend else handler(payload))
         except TimeoutError:
             return []
         finally:
@@ -39,5 +39,7 @@ class Wire:
 
     def chunks(self, node: str | None = None) -> list[tuple[int, int]]:
         """The chunks that were asked of a node, or of all."""
-        asked = [ask for name, ask in self.asked if node in (None, name) and ask.tensor != MANIFEST]
-        return [(ask.tensor, ask.chunk) for ask in asked]
+        asked = [
+            request for name, request in self.asked if node in (None, name) and request.tensor != MANIFEST
+        ]
+        return [(request.tensor, request.chunk) for request in asked]

@@ -1,4 +1,4 @@
-"""What the processors take, read from folders like those of Linux and a module like NVIDIA's."""
+"""The power that processors draw, read from folders like those of Linux and a module like NVIDIA's."""
 
 import sys
 import types
@@ -12,7 +12,7 @@ from cordee.machine.energy import Meter
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What the meter takes for the time."""
+    """The clock that the meter reads."""
     now = [100.0]
     monkeypatch.setattr(energy.time, "monotonic", lambda: now[0])
     monkeypatch.setitem(sys.modules, "pynvml", None)
@@ -27,7 +27,7 @@ def domain(folder: Path, name: str, microjoules: int, wraps_at: int = 1_000_000_
     return path / "energy_uj"
 
 
-def test_packages_are_added_up_and_their_parts_are_not(tmp_path: Path, clock: list[float]) -> None:
+def test_packages_are_added_up_and_their_subdomains_are_not(tmp_path: Path, clock: list[float]) -> None:
     first = domain(tmp_path, "intel-rapl:0", 5_000_000)
     core = domain(tmp_path, "intel-rapl:0:0", 5_000_000)
     second = domain(tmp_path, "intel-rapl:1", 0)
@@ -41,7 +41,7 @@ def test_packages_are_added_up_and_their_parts_are_not(tmp_path: Path, clock: li
     assert meter.watts() == pytest.approx(0)
 
 
-def test_a_counter_that_begins_again(tmp_path: Path, clock: list[float]) -> None:
+def test_a_counter_that_wraps_around(tmp_path: Path, clock: list[float]) -> None:
     counter = domain(tmp_path, "intel-rapl:0", 990_000_000)
     meter = Meter(tmp_path)
     clock[0] += 1.0
@@ -49,14 +49,14 @@ def test_a_counter_that_begins_again(tmp_path: Path, clock: list[float]) -> None
     assert meter.watts() == pytest.approx(25)
 
 
-def test_a_machine_that_tells_nothing(tmp_path: Path, clock: list[float]) -> None:
+def test_a_machine_that_reports_nothing(tmp_path: Path, clock: list[float]) -> None:
     (tmp_path / "intel-rapl:0").mkdir()  # a counter that only root may read
     meter = Meter(tmp_path)
     clock[0] += 1.0
     assert meter.watts() is None
 
 
-def test_cards_are_asked_where_their_module_is_there(
+def test_cards_are_read_where_their_module_is_installed(
     tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class NVMLError(Exception):

@@ -1,4 +1,4 @@
-"""A service is made as large as the machine allows, and refused in plain words where it does not fit."""
+"""A service is as large as the machine allows, and refused with a clear message where it does not fit."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from tiny import make_tiny
 
 
 def huge_model(path: Path, nbytes: int, context: int) -> Header:
-    """A sound GGUF of so many bytes of weights, nearly all of them a hole in the file."""
+    """A valid GGUF with this many bytes of weights, nearly all of them a hole in the file."""
     rows = nbytes // (2 * 4096)
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(1)

@@ -26,7 +26,7 @@ from cordee.models.fit import estimate, sized_context, stage_shape, verdict
 from cordee.models.gguf import Header, read_header
 from cordee.models.slices import cut, even_cuts
 
-LOG_BYTES = 10_500  # libllama tells its buffers' sizes in hundredths of a MiB
+LOG_BYTES = 10_500  # libllama logs its buffers' sizes in hundredths of a MiB
 LAYERS = 16  # every architecture that may be cut at all may be cut in two here
 CONFIGS = (StageConfig(context=1024, sequences=4, batch_rows=256), StageConfig(context=300, sequences=1))
 
@@ -56,7 +56,7 @@ def compare(header: Header, first: int, last: int, config: StageConfig, folder: 
 
 
 def cuts(header: Header) -> list[tuple[int, int]]:
-    """The whole model and, where it may be cut, two parts."""
+    """The whole model and, where it may be cut, two slices."""
     whole = (0, header.layers)
     if architecture(header.architecture).obstacle(header.layers):
         return [whole]
@@ -134,15 +134,15 @@ WORKER = """
 
 
 @pytest.mark.parametrize("name", ["starter", "llama", "qwen3", "gemma3", "gpt-oss", "apertus"])
-@pytest.mark.parametrize("part", ["whole", "first", "middle", "last"])
-def test_a_worker_process_takes_what_was_estimated(folder, request, name, part):
+@pytest.mark.parametrize("position", ["whole", "first", "middle", "last"])
+def test_a_worker_process_takes_what_was_estimated(folder, request, name, position):
     context, sequences = 512, 4  # one batch fills a sequence; the others' cells are cleared, so they count
     if name == "starter":
         header = read_header(request.getfixturevalue("starter_path"))
     else:
         header = read_header(tiny.make_tiny(name, folder / "model.gguf"))
     bounds = even_cuts(header, 3)
-    index = {"first": 0, "middle": 1, "last": 2}.get(part)
+    index = {"first": 0, "middle": 1, "last": 2}.get(position)
     first, last = (0, header.layers) if index is None else (bounds[index], bounds[index + 1])
     path = header.path if index is None else cut(header, first, last, folder / "slice.gguf").path
     arguments = [path, last == header.layers, context, sequences]
@@ -179,7 +179,7 @@ def test_the_longest_context_fits_and_a_longer_one_does_not(header, memory_bytes
     asked = StageConfig(context=4096, sequences=sequences)
     found = verdict(header, asked, memory_bytes, stages)
     assert found.fits == (found.need_bytes <= found.have_bytes) == (found.longest_context >= 4096)
-    assert found.need_bytes == sum(part.total_bytes for part in found.stages)
+    assert found.need_bytes == sum(stage.total_bytes for stage in found.stages)
     assert len(found.stages) == stages
     longest = found.longest_context
     if longest:
@@ -206,8 +206,8 @@ def test_a_verdict_says_what_to_do(header):
 
 def test_each_stage_is_a_process_of_its_own(header):
     config = StageConfig(context=512, sequences=2)
-    whole, parts = (verdict(header, config, 10**9, stages) for stages in (1, 3))
-    assert parts.need_bytes - whole.need_bytes > 2 * PROCESS_BYTES
+    whole, staged = (verdict(header, config, 10**9, stages) for stages in (1, 3))
+    assert staged.need_bytes - whole.need_bytes > 2 * PROCESS_BYTES
 
 
 def test_a_service_sizes_its_context_by_model_limit_and_memory(header):
@@ -225,18 +225,18 @@ def test_a_service_sizes_its_context_by_model_limit_and_memory(header):
     ("kind", "value"),
     [(GGUFValueType.INT32, -1), (GGUFValueType.STRING, "many"), (GGUFValueType.FLOAT32, 1.5)],
 )
-def test_a_header_that_gives_no_sizes_is_told(header, key, kind, value):
+def test_a_header_with_wrong_sizes_is_refused(header, key, kind, value):
     types, metadata = (
         {**old, f"qwen3.{key}": new} for old, new in ((header.types, kind), (header.metadata, value))
     )
     broken = replace(header, types=types, metadata=metadata)
-    with pytest.raises(BadModelFile, match=f"qwen3.{key} is no size"):
+    with pytest.raises(BadModelFile, match=f"qwen3.{key} is not a size"):
         stage_shape(broken, 0, 6)
 
 
-def test_a_header_without_a_size_is_told(header):
+def test_a_header_without_a_size_is_refused(header):
     metadata = {key: value for key, value in header.metadata.items() if key != "qwen3.embedding_length"}
-    with pytest.raises(BadModelFile, match=r"qwen3\.embedding_length is no size"):
+    with pytest.raises(BadModelFile, match=r"qwen3\.embedding_length is not a size"):
         stage_shape(replace(header, metadata=metadata), 0, 6)
 
 

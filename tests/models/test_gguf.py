@@ -1,4 +1,4 @@
-"""The header reader: sound files read back exactly, unsound ones are refused with file, fault and remedy."""
+"""The header reader: valid files read back exactly, others are refused with file, fault and remedy."""
 
 import struct
 import tracemalloc
@@ -153,7 +153,7 @@ def test_an_array_whose_file_changed_is_refused_when_asked_for(tmp_path):
 
 
 def write_shards(folder, most_tensors=4):
-    """The parts of a sharded set of a small model, in order."""
+    """The shards of a small model, in order."""
     writer = GGUFWriter(folder / "model.gguf", "llama", split_max_tensors=most_tensors)
     writer.add_uint32("llama.block_count", 3)
     for layer in range(3):
@@ -205,7 +205,7 @@ def test_two_shards_with_the_same_tensors_are_refused(tmp_path):
         read_header(paths[0])
 
 
-# --- unsound files ----------------------------------------------------------------------------------
+# --- invalid files ----------------------------------------------------------------------------------
 
 
 def refused(path: Path, fault: str) -> None:
@@ -219,11 +219,11 @@ def refused(path: Path, fault: str) -> None:
 def test_not_a_model_at_all(tmp_path):
     path = tmp_path / "notes.gguf"
     path.write_text("Dear diary, today I downloaded a model.\n" * 10)
-    refused(path, "no GGUF")
+    refused(path, "not a GGUF")
     path.write_bytes(b"")
     refused(path, "empty")
     path.write_bytes(b"GG")
-    refused(path, "no GGUF")
+    refused(path, "not a GGUF")
     refused(tmp_path / "absent.gguf", "cannot be read")
     refused(tmp_path, "cannot be read")
 
@@ -271,8 +271,8 @@ LIES = {
     "a key too many": ({"counts": (0, 3)}, "without a name"),
     "a terabyte of string": ({"keys": [text("x") + struct.pack("<IQ", 8, TERA)]}, "bytes, more than"),
     "a long key": ({"keys": [struct.pack("<Q", 70_000) + b"x" * 70_000]}, "key of 70,000"),
-    "no UTF-8 in a key": ({"keys": [text(b"\xff\xfe") + struct.pack("<IB", 0, 0)]}, "no UTF-8"),
-    "no UTF-8 in a text": ({"keys": [text("x") + struct.pack("<I", 8) + text(b"\xff")]}, "no UTF-8"),
+    "no UTF-8 in a key": ({"keys": [text(b"\xff\xfe") + struct.pack("<IB", 0, 0)]}, "not UTF-8"),
+    "no UTF-8 in a text": ({"keys": [text("x") + struct.pack("<I", 8) + text(b"\xff")]}, "not UTF-8"),
     "an unknown value type": ({"keys": [text("x") + struct.pack("<I", 13)]}, "value type 13"),
     "a key twice": ({"keys": 2 * [text("x") + struct.pack("<IB", 0, 0)]}, "twice"),
     "a terabyte of array": ({"keys": [array(6, TERA)]}, "claims"),
@@ -296,21 +296,21 @@ LIES = {
     "a tensor at minus 32": ({"tensors": [("t", (8,), F32, MOST - 31)]}, "cut short"),
     "a tensor between the lines": ({"tensors": [("t", (8,), F32, 4)]}, "not aligned"),
     "an unknown tensor type": ({"tensors": [("t", (8,), 99, 0)]}, "type 99"),
-    "half a block": ({"tensors": [("t", (48,), Q4_0, 0)]}, "no multiple of 32"),
+    "half a block": ({"tensors": [("t", (48,), Q4_0, 0)]}, "not a multiple of 32"),
     "two tensors on one place": ({"tensors": [("t", (16,), F32, 0), ("u", (8,), F32, 32)]}, "same bytes"),
     "two tensors of one name": ({"tensors": [("t", (8,), F32, 0), ("t", (8,), F32, 32)]}, "one name"),
     "a tensor of a layer too many": ({"tensors": [("blk.1.t", (8,), F32, 0)]}, "has 1 layers"),
 }
 
 
-@pytest.mark.parametrize(("parts", "fault"), LIES.values(), ids=LIES.keys())
-def test_a_header_that_lies_is_refused(tmp_path, parts, fault):
+@pytest.mark.parametrize(("contents", "fault"), LIES.values(), ids=LIES.keys())
+def test_a_header_that_lies_is_refused(tmp_path, contents, fault):
     path = tmp_path / "liar.gguf"
-    path.write_bytes(header_bytes(**parts) + bytes(4096))
+    path.write_bytes(header_bytes(**contents) + bytes(4096))
     refused(path, fault)
 
 
-def test_the_hand_written_header_is_sound_without_a_lie(tmp_path):
+def test_the_hand_written_header_is_valid_without_a_lie(tmp_path):
     path = tmp_path / "honest.gguf"
     tensors = [("t", (8, 2), F32, 0), ("u", (32,), Q4_0, 64)]
     path.write_bytes(header_bytes([array(6, 1, bytes(4))], tensors, version=2) + bytes(96))
@@ -344,7 +344,7 @@ def test_a_model_must_say_its_architecture(tmp_path):
 
 @pytest.fixture(scope="module")
 def specimen(tmp_path_factory) -> tuple[bytes, list[int]]:
-    """A file with every kind of value and a few tensors, and where its counts and types stand."""
+    """A file with every kind of value and a few tensors, and the offsets of its counts and types."""
     metadata = [(f"x.{kind.name}", 1, kind, None) for kind in INTEGERS]
     metadata += [
         ("general.alignment", 32, GGUFValueType.UINT32, None),
@@ -364,7 +364,7 @@ def specimen(tmp_path_factory) -> tuple[bytes, list[int]]:
 
 
 def number_places(path: Path) -> list[int]:
-    """Where the reader reads a count, length, type or offset."""
+    """The offsets at which the reader reads a count, length, type or offset."""
     places: list[int] = []
 
     class Noting(reading._Reader):
@@ -383,7 +383,7 @@ EXTREMES = [0, 1, 2, 31, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2
 
 @st.composite
 def damaged(draw, original: bytes, places: list[int]) -> bytes:
-    """The original after one to four accidents."""
+    """The original with one to four random changes."""
     data = bytearray(original)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
@@ -409,7 +409,7 @@ def damaged(draw, original: bytes, places: list[int]) -> bytes:
 
 
 def check_damaged(path: Path, data: bytes) -> None:
-    """Only BadModelFile, or a header that is sound; only expected errors from what uses it."""
+    """Only BadModelFile, or a valid header; only expected errors from what uses it."""
     path.write_bytes(data)
     before = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
@@ -428,7 +428,7 @@ def check_damaged(path: Path, data: bytes) -> None:
 
 
 def use(header) -> None:
-    """What the rest of the house does with a header it was given."""
+    """Do with a header what the rest of the package does."""
     for key, value in header.metadata.items():
         try:
             plain = header.get(key)
@@ -466,7 +466,7 @@ def test_much_damage_is_refused_or_harmless(specimen, tmp_path):
     hunt(20_000, specimen, tmp_path)
 
 
-def test_the_specimen_itself_is_sound_and_can_be_cut(specimen, tmp_path):
+def test_the_specimen_itself_is_valid_and_can_be_cut(specimen, tmp_path):
     path = tmp_path / "specimen.gguf"
     path.write_bytes(specimen[0])
     header = read_header(path)

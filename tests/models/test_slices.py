@@ -1,4 +1,4 @@
-"""Slices as files: every layer once and unchanged, everything that depends on its place written out."""
+"""Slices as files: every layer once and unchanged, everything that depends on its position rewritten."""
 
 import errno
 import hashlib
@@ -87,9 +87,9 @@ def check_slice(source: Header, first: int, last: int, path: Path) -> None:
     assert header.architecture == source.architecture
     assert (header.layers, header.extra_layers) == (last - first, 0)
     for tensor in header.tensors:
-        parts = tensor.name.split(".", 2)
-        if parts[0] == "blk":
-            origin = source.tensor(f"blk.{int(parts[1]) + first}.{parts[2]}")
+        if tensor.name.startswith("blk."):
+            _, layer, name = tensor.name.split(".", 2)
+            origin = source.tensor(f"blk.{int(layer) + first}.{name}")
         elif tensor.name in slices.HEAD | {slices.EMBEDDING}:
             continue
         else:
@@ -222,9 +222,9 @@ def test_all_layers_are_the_model_itself_also_from_shards(tiny, tmp_path):
     shards.write_kv_data_to_file()
     shards.write_tensors_to_file()
     shards.close()
-    parts = sorted(tmp_path.glob("set-*.gguf"))
-    assert len(parts) > 3
-    cut(read_header(parts[0]), 0, LAYERS, tmp_path / "merged.gguf")
+    paths = sorted(tmp_path.glob("set-*.gguf"))
+    assert len(paths) > 3
+    cut(read_header(paths[0]), 0, LAYERS, tmp_path / "merged.gguf")
     assert (tmp_path / "merged.gguf").read_bytes() == source.path.read_bytes()
 
 
@@ -427,7 +427,7 @@ def test_a_disk_that_is_really_full_leaves_nothing(heavy, tmp_path):
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(small)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("a file system of its own takes the rights to mount one")
+        pytest.skip("a small file system of its own needs the permission to mount one")
     try:
         with pytest.raises(StorageFailed, match=str(small)):
             cut(heavy, 0, 2, small / "slice.gguf")

@@ -68,7 +68,7 @@ def test_the_same_content_is_kept_once_until_its_last_name_goes(store, models):
     assert one.path == two.path
     assert len(list((store.root / "blobs").iterdir())) == 2
     kept = store.slice_for(one, 0, 2)
-    store.set_batch_invariance(one.digest, "build", True)
+    store.set_note(one.digest, "build", True)
     store.remove("one")
     assert store.get("two").path.exists()
     assert kept.path.exists()
@@ -171,7 +171,7 @@ def test_no_name_leads_out_of_the_store(tmp_path_factory, name):
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../a", "/etc/passwd", "-rf", "a b", "a\nb", "a\0", "é" * 99]
 )
-def test_names_that_are_none_are_refused(store, models, name):
+def test_invalid_names_are_refused(store, models, name):
     for act in (store.get, store.remove, lambda name: store.add_file(models / "a.gguf", name)):
         with pytest.raises(BadRequest, match="cannot name"):
             act(name)
@@ -187,7 +187,7 @@ def test_names_of_all_kinds_come_back(store, models, name):
     assert files(store) == []
 
 
-def test_an_unknown_name_is_told_the_close_ones_or_what_to_do(store, models):
+def test_an_unknown_name_gets_the_close_ones_or_what_to_do(store, models):
     with pytest.raises(ModelNotFound, match="cordee pull"):
         store.get("starter")
     store.add_file(models / "a.gguf", "starter")
@@ -221,7 +221,7 @@ def test_a_damaged_entry_is_named_and_costs_nobody_their_model(store, models):
     store.remove("third")
     assert store.get("mine") == mine
     damaged.write_bytes(damaged.read_bytes() + b', "nbytes": 1, "source": "", "added": "", ' + TAIL)
-    with pytest.raises(StorageFailed, match="no digest"):
+    with pytest.raises(StorageFailed, match="not a digest"):
         store.get("other")
 
 
@@ -283,7 +283,7 @@ def test_a_model_removed_while_it_is_cut_leaves_no_slice(store, models):
     assert files(store) == []
 
 
-def test_a_forced_slice_is_not_given_to_who_did_not_force(store, tmp_path):
+def test_a_forced_slice_is_not_given_to_a_caller_that_did_not_force(store, tmp_path):
     path = make_tiny("llama", tmp_path / "x.gguf")
     path.write_bytes(path.read_bytes().replace(b"llama", b"lxxma"))
     model = store.add_file(path, "odd")
@@ -294,13 +294,13 @@ def test_a_forced_slice_is_not_given_to_who_did_not_force(store, tmp_path):
 
 def test_what_was_found_out_about_a_model_is_kept_with_it(store, models):
     model = store.add_file(models / "a.gguf", "mine")
-    assert store.verdict(model.digest, "build 1") is None
-    store.set_batch_invariance(model.digest, "build 1", {"batch_invariant": True})
-    store.set_batch_invariance(model.digest, "build 2", "no")
-    assert Store(store.root).verdict(model.digest, "build 1") == {"batch_invariant": True}
-    assert store.verdict(model.digest, "build 2") == "no"
+    assert store.note(model.digest, "build 1") is None
+    store.set_note(model.digest, "build 1", {"batch_invariant": True})
+    store.set_note(model.digest, "build 2", "no")
+    assert Store(store.root).note(model.digest, "build 1") == {"batch_invariant": True}
+    assert store.note(model.digest, "build 2") == "no"
     store.remove("mine")
-    assert store.verdict(model.digest, "build 1") is None
+    assert store.note(model.digest, "build 1") is None
 
 
 CHILD = """
@@ -363,7 +363,7 @@ def test_a_lock_that_is_never_released_is_not_waited_for_without_end(store, mode
 
     def note():
         try:
-            store.set_batch_invariance(model.digest, "key", 1)
+            store.set_note(model.digest, "key", 1)
         except StorageFailed as error:
             faults.append(error.message)
 
@@ -371,7 +371,7 @@ def test_a_lock_that_is_never_released_is_not_waited_for_without_end(store, mode
         thread = threading.Thread(target=note)
         thread.start()
         thread.join()
-    assert "Another process holds" in faults[0]
+    assert "Another process has locked" in faults[0]
 
 
 def test_a_full_disk_stores_nothing(models, tmp_path):
@@ -392,5 +392,5 @@ def test_a_full_disk_stores_nothing(models, tmp_path):
 
 def test_a_root_that_cannot_be_made_names_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageFailed, match="file/store cannot be made"):
+    with pytest.raises(StorageFailed, match="file/store cannot be created"):
         Store(tmp_path / "file" / "store")

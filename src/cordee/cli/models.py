@@ -90,7 +90,7 @@ def show(model: str, stages: int, context: int | None, sequences: int, as_json: 
     stored = find(store, model)
     header = read_header(stored.path)
     facts = _facts_of_file(stored) | _facts_of_header(header, cards().get(stored.name))
-    facts["batch_invariance"] = store.batch_invariance(stored.digest)
+    facts["batch_invariance"] = store.notes(stored.digest)
     facts["fit"] = _fit(header, stages, context, sequences)
     if as_json:
         output.print_json(facts)

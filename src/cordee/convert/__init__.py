@@ -1,1 +1,1 @@
-"""From other people's ternary models to our file, and from there to an old machine. It runs no model."""
+"""From ternary models in other formats to our file, and from there to an old machine. It runs no model."""

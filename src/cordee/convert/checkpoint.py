@@ -3,34 +3,35 @@
 A layer's matrix comes in one of three ways (transformers, integrations/bitnet.py):
 
 - packed, uint8: four rows in a byte. Of P = rows / 4 packed rows (rounded up), packed row p has rows p,
-  p + P, p + 2 P and p + 3 P in bits 0, 2, 4 and 6, as weight + 1. Beside it `weight_scale` says by what the
-  products are *divided* where config.json's linear_class is "bitlinear" (the default), and *multiplied* where
-  it is "autobitlinear": the same name for a scale and for its inverse.
+  p + P, p + 2 P and p + 3 P in bits 0, 2, 4 and 6, as weight + 1. Beside it, products are *divided* by
+  `weight_scale` where config.json's linear_class is "bitlinear" (the default), and *multiplied* by it where
+  that is "autobitlinear": the same name for a scale and for its inverse.
 - masters (quantization_mode "online", and the first b1.58 models, BitnetForCausalLM): they are rounded by
   their mean magnitude each time they are used, so the rounded ones are the model.
-- floats that are ternary already, as of TriLM. Where config.json tells of no quantisation, activations are
-  not rounded either, and they get all planes.
+- floats that are ternary already, as in TriLM. Where config.json has no quantization, activations are not
+  rounded either, and they get all planes.
 
-Rows of queries and keys keep the order of the hub, which rotates halves; GGUF's `llama` has them reordered.
+Rows of queries and keys keep the order of the hub, whose rotary embedding pairs halves; GGUF's `llama` has
+them reordered.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
 from math import lcm
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from gguf import GGUFWriter
 
-from cordee.convert.safetensors import StoredTensor, read_json, stored_tensors
+from cordee.convert.safetensors import StoredTensor, is_array, is_object, read_json, stored_tensors
 from cordee.convert.scales import Read, found_scales, grouped, mean_scale, rounded_masters
 from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, exact_type, strips
 from cordee.convert.tokenizer import add_tokenizer
 from cordee.errors import BadModelFile, UnsupportedModel
 from cordee.models.gguf import FETCH_AGAIN, LAYERS_LIMIT
 
-# The hub's classes of models: the architecture in GGUF, and the activation if config.json does not tell it.
+# The hub's classes of models: the architecture in GGUF, and the activation if config.json does not give it.
 ARCHITECTURES = {
     "BitNetForCausalLM": ("bitnet", "relu2"),  # 2B 4T
     "BitnetForCausalLM": ("bitnet", "silu"),  # bitnet_b1_58-large and -3B
@@ -38,7 +39,7 @@ ARCHITECTURES = {
 }
 ACTIVATIONS: dict[str, Literal["silu", "relu2"]] = {"silu": "silu", "relu2": "relu2"}
 OUTSIDE_LAYERS = {EMBEDDING: "model.embed_tokens", HEAD: "lm_head", OUTPUT_NORM: "model.norm"}
-# What each tensor of a layer is called on the hub; some have had two names.
+# The names of each tensor of a layer on the hub; some have had two.
 IN_LAYERS = {
     "attn_q": ("self_attn.q_proj",),
     "attn_k": ("self_attn.k_proj",),
@@ -52,7 +53,7 @@ IN_LAYERS = {
     "attn_sub_norm": ("self_attn.attn_sub_norm", "self_attn.inner_attn_ln"),
     "ffn_sub_norm": ("mlp.ffn_sub_norm", "mlp.ffn_layernorm"),
 }
-BUFFERS = "rotary_emb.inv_freq"  # follow from config.json
+BUFFERS = "rotary_emb.inv_freq"  # computed from config.json
 PACKED_ROWS = 4
 MASTERS = (
     ' If these are masters of a b1.58 model, its config.json must say so: "quantization_config": '
@@ -62,7 +63,7 @@ MASTERS = (
 
 @dataclass(frozen=True)
 class Quantization:
-    """What config.json says of the layers' matrices."""
+    """What config.json says about the layers' matrices."""
 
     declared: bool  # b1.58: activations are rounded to int8
     masters: bool  # floats are rounded when they are used
@@ -70,8 +71,9 @@ class Quantization:
 
 
 class Checkpoint:
-    """See `cordee.convert.convert.Convertible`. `source` is a folder, or a safetensors file in one; after the
-    folder the model is called if it has no `title`.
+    """See `cordee.convert.convert.Convertible`.
+
+    `source` is a folder, or a safetensors file in one. Without a `title` the model is named after the folder.
     """
 
     def __init__(self, source: Path, pre: str | None = None, title: str | None = None) -> None:
@@ -93,7 +95,7 @@ class Checkpoint:
         architecture, usual = self._architecture()
         activation = self._config.get("hidden_act", usual)
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
-            raise UnsupportedModel(f"{self._title} has the activation {activation}, which is not known here.")
+            raise UnsupportedModel(f"{self._title} has the activation {activation}, which is unknown here.")
         n_vocab = self._vocabulary_size(n_embd)
         model = TernaryModel(
             architecture=architecture,
@@ -131,11 +133,11 @@ class Checkpoint:
         self._scales[name] = self._found_scales(name, stored, rows)
 
     def scales(self, name: str) -> np.ndarray:
-        """See `Source.scales`; the matrix was checked."""
+        """See `WeightSource.scales`; the matrix was checked."""
         return self._scales[name]
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """See `Source.rows`."""
+        """See `WeightSource.rows`."""
         stored = self._stored(name)
         if stored.dtype == "U8" and name not in (EMBEDDING, HEAD):
             return unpacked_rows(stored.rows, stored.shape[0], first, last)
@@ -150,11 +152,11 @@ class Checkpoint:
         """See `Convertible.floats`."""
         stored = self._stored(name)
         if stored.dtype == "U8":
-            raise UnsupportedModel(f"{stored.name} is packed, and not as a layer's matrix is.")
+            raise UnsupportedModel(f"{stored.name} is packed, which only matrices of layers may be.")
         return stored.rows(first, last)
 
     def vector(self, name: str) -> np.ndarray:
-        """See `Source.vector`."""
+        """See `WeightSource.vector`."""
         return self._stored(name).all()
 
     def describe(self, writer: GGUFWriter) -> None:
@@ -163,7 +165,7 @@ class Checkpoint:
         add_tokenizer(writer, self._folder, self._stored(EMBEDDING).shape[0], self._pre)
 
     def _found_scales(self, name: str, stored: StoredTensor, rows: int) -> np.ndarray:
-        """The scales of a matrix, all of which is read."""
+        """The scales of a matrix; reads all of it."""
         stated = self._stated_scale(name, rows)
         if stored.dtype == "U8":
             if stated is None:
@@ -180,7 +182,7 @@ class Checkpoint:
         return found if stated is None else _product(found, stated)
 
     def _stated_scale(self, name: str, rows: int) -> np.ndarray | None:
-        """What a matrix is multiplied by according to its weight_scale; None if it has none."""
+        """The factors by which weight_scale multiplies a matrix; None if there is none."""
         stored = self._tensors.get(f"{self._stored(name).name.removesuffix('.weight')}.weight_scale")
         if stored is None:
             return None
@@ -195,12 +197,12 @@ class Checkpoint:
         with np.errstate(divide="ignore", over="ignore"):
             factors = np.float32(1) / scales if self._quantization.divides else scales
         if not (np.isfinite(factors).all() and (factors > 0).all()):
-            raise BadModelFile(f"{stored.name} holds a scale that is no positive number: {FETCH_AGAIN}.")
+            raise BadModelFile(f"{stored.name} holds a scale that is not a positive number: {FETCH_AGAIN}.")
         return grouped(factors)
 
     def _architecture(self) -> tuple[str, str]:
         found = self._config.get("architectures")
-        name = found[0] if isinstance(found, list) and found else None
+        name = found[0] if is_array(found) and found else None
         if not isinstance(name, str) or name not in ARCHITECTURES:
             raise UnsupportedModel(
                 f"{self._title} is of class {name}; the ternary engine runs {', '.join(ARCHITECTURES)}."
@@ -212,7 +214,7 @@ class Checkpoint:
         return bool(self._config.get("tie_word_embeddings", not has_head))
 
     def _vocabulary_size(self, n_embd: int) -> int:
-        """Rows of embedding and head; both have all."""
+        """The rows of embedding and head, which both have all tokens."""
         embedding, head = self._stored(EMBEDDING), self._stored(HEAD)
         if len(embedding.shape) != 2 or embedding.shape[1] != n_embd or not embedding.shape[0]:
             raise BadModelFile(f"{embedding.name} is {embedding.shape}, not {n_embd} wide: {FETCH_AGAIN}.")
@@ -221,7 +223,7 @@ class Checkpoint:
         return embedding.shape[0]
 
     def _find(self, name: str) -> StoredTensor | None:
-        """The stored tensor of one of our names; None if there is none."""
+        """The stored tensor that has this name in our file; None if there is none."""
         if name == HEAD and self._tied:
             name = EMBEDDING
         return next(filter(None, map(self._tensors.get, _hub_names(name))), None)
@@ -233,8 +235,8 @@ class Checkpoint:
         return found
 
     def _refuse_unknown(self, model: TernaryModel) -> None:
-        """A tensor that the engine does not use would be missed."""
-        known = {name for our in OUTSIDE_LAYERS for name in _hub_names(our)}
+        """Refuse a tensor that the engine would not use: the model needs it."""
+        known = {name for ours in OUTSIDE_LAYERS for name in _hub_names(ours)}
         for layer in range(model.layers):
             for ours in (*model.matrices(), *model.norms()):
                 names = _hub_names(f"blk.{layer}.{ours}.weight")
@@ -246,7 +248,7 @@ class Checkpoint:
                 raise UnsupportedModel(f"{self._title} has {name}, which the ternary engine does not use.")
 
     def _number(self, key: str) -> float:
-        value = self._config.get(key)
+        value: object = self._config.get(key)
         if not _is_positive(value):
             raise BadModelFile(f"{self._folder}: config.json has no number {key}: {FETCH_AGAIN}.")
         return value
@@ -260,68 +262,70 @@ class Checkpoint:
 
 
 def _hub_names(name: str) -> list[str]:
-    """What a tensor of ours may be called on the hub."""
+    """The names that a tensor of our file may have on the hub."""
     if name in OUTSIDE_LAYERS:
         return [f"{OUTSIDE_LAYERS[name]}.weight"]
-    _, layer, part, _ = name.split(".")
-    return [f"model.layers.{layer}.{hub}.weight" for hub in IN_LAYERS[part]]
+    _, layer, ours, _ = name.split(".")
+    return [f"model.layers.{layer}.{hub}.weight" for hub in IN_LAYERS[ours]]
 
 
 def quantization(config: dict[str, Any], title: str) -> Quantization:
-    """What the config.json of a model of that name says of its matrices.
+    """What the config.json of a model says about its matrices; `title` names the model in errors.
 
     Raises:
-        UnsupportedModel: they are of a kind that the ternary engine has not.
+        UnsupportedModel: they are of a kind that the ternary engine does not have.
     """
     found = config.get("quantization_config")
     if not found:
         first = config.get("architectures") == ["BitnetForCausalLM"]
         return Quantization(declared=first, masters=first, divides=True)
-    if not isinstance(found, dict) or found.get("quant_method") != "bitnet":
-        method = found.get("quant_method") if isinstance(found, dict) else found
-        raise UnsupportedModel(f"{title} is quantised by {method}, which is not ternary here.")
+    if not is_object(found) or found.get("quant_method") != "bitnet":
+        method = found.get("quant_method") if is_object(found) else found
+        raise UnsupportedModel(f"{title} is quantized by {method}, which is not a ternary method known here.")
     if found.get("use_rms_norm"):
-        raise UnsupportedModel(f"{title} has a norm before each matrix, which the ternary engine has not.")
-    own = found.get("linear_class", "bitlinear") == "autobitlinear"
+        raise UnsupportedModel(
+            f"{title} has a norm before each matrix, which the ternary engine does not support."
+        )
+    multiplies = found.get("linear_class", "bitlinear") == "autobitlinear"
     return Quantization(
         declared=True,
-        masters=own and found.get("quantization_mode", "offline") == "online",
-        divides=not own,
+        masters=multiplies and found.get("quantization_mode", "offline") == "online",
+        divides=not multiplies,
     )
 
 
 def _rope_base(config: dict[str, Any], title: str) -> float:
-    """Newer configurations have it among other parameters of the rotation, none of which is known here."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(parameters, dict):
-        raise BadModelFile(f"{title}: config.json has no parameters of rotation: {FETCH_AGAIN}.")
+    """The base of RoPE. Newer configurations have it among other parameters, none of which is known here."""
+    parameters: object = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not is_object(parameters):
+        raise BadModelFile(f"{title}: config.json has no parameters of RoPE: {FETCH_AGAIN}.")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default" and not (kind == "linear" and parameters.get("factor") == 1):
-        raise UnsupportedModel(f"{title} rotates by {kind}, which is not known to the ternary engine.")
+        raise UnsupportedModel(f"{title} has RoPE of type {kind}, which the ternary engine does not have.")
     base = config.get("rope_theta") or parameters.get("rope_theta") or 10_000.0
     if not _is_positive(base):
         raise BadModelFile(f"{title}: config.json has the rope_theta {base}: {FETCH_AGAIN}.")
     return float(base)
 
 
-def _is_positive(value: object) -> bool:
-    """Whether it is a positive number that float32 holds."""
+def _is_positive(value: object) -> TypeGuard[float]:
+    """Whether it is a positive number that float32 can hold."""
     return isinstance(value, int | float) and 0 < value <= float(np.finfo(np.float32).max)
 
 
 def unpacked_rows(read: Read, quarter: int, first: int, last: int) -> np.ndarray:
     """Rows of a packed matrix as int8 of -1, 0, 1; `read` gives some of its `quarter` packed rows."""
-    parts = []
+    blocks: list[np.ndarray] = []
     while first < last:
         number, at = divmod(first, quarter)
         end = min(quarter, at + last - first)
-        parts.append((read(at, end) >> 2 * number & 3).astype(np.int8) - 1)
+        blocks.append((read(at, end) >> 2 * number & 3).astype(np.int8) - 1)
         first += end - at
-    return np.concatenate(parts)
+    return np.concatenate(blocks)
 
 
 def _check_codes(stored: StoredTensor) -> None:
-    """Refuse a packed matrix with a code of 3, which is no weight."""
+    """Refuse a packed matrix with a code of 3, which stands for no weight."""
     for first, last in strips(stored.shape[0]):
         packed = stored.rows(first, last)
         if (packed & packed >> 1 & 0b01010101).any():
@@ -331,6 +335,6 @@ def _check_codes(stored: StoredTensor) -> None:
 
 
 def _product(found: np.ndarray, stated: np.ndarray) -> np.ndarray:
-    """Scales found in values times those stated beside them."""
+    """Scales found in the values, times those stated beside them."""
     count = lcm(len(found), len(stated))
     return np.repeat(found, count // len(found)) * np.repeat(stated, count // len(stated))

@@ -1,9 +1,9 @@
-"""From a ternary model in somebody else's format to the ternary engine's own file, without loss.
+"""From a ternary model in another format to the ternary engine's own file, without loss.
 
-Sources are GGUF files (gguf_source.py) and checkpoints of the hub (checkpoint.py). Each tells scales and
+Sources are GGUF files (gguf_source.py) and checkpoints of the hub (checkpoint.py). Each gives scales and
 weights of its matrices, or refuses and names the tensor. Norms are copied. So is the embedding: in F16, BF16
-or F32, the smallest that holds it exactly, or in F16 if it was quantised; the head, which is multiplied, is
-rounded to the layout asked for: the one thing that is not exact, and no ternary weight.
+or F32, the smallest that holds it exactly, or in F16 if it was quantized. The head, which is multiplied, is
+rounded to the requested layout: it is not ternary, and the only part that is not exact.
 """
 
 from collections.abc import Callable
@@ -33,22 +33,25 @@ Progress = Callable[[int, int], None]
 
 
 class Convertible(WeightSource, Protocol):
-    """A model in somebody else's format."""
+    """A model in another format."""
 
     def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
-        """What it becomes. Raises UnsupportedModel if the engine would not use all of it."""
+        """The model it becomes. Raises UnsupportedModel if the engine would not use all of it."""
+        ...
 
     def nbytes(self, name: str) -> int:
         """Bytes of a layer's matrix, as it is stored."""
+        ...
 
     def floats(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows of any tensor but a packed one, as they are stored, in float32."""
+        ...
 
     def check(self, name: str, rows: int, cols: int) -> None:
         """Read a layer's matrix once. Raises UnsupportedModel or BadModelFile if it is not ternary."""
 
     def describe(self, writer: GGUFWriter) -> None:
-        """Add the tokenizer, and what the model is called."""
+        """Add the tokenizer and the model's name."""
 
 
 def convert(
@@ -62,23 +65,24 @@ def convert(
     title: str | None = None,
     progress: Progress | None = None,
 ) -> TernaryModel:
-    """Write the model of `source` to `path` in our layout: of a GGUF file, a folder with config.json and
-    safetensors, or the safetensors file in one. Of a checkpoint `pre` names the pre-tokenizer where its own
-    is unknown, and `title` is what it is called. `for_pentium2` means the layout of pentium2.py, for which
-    embedding and head must be ternary, too. `progress(bytes_checked, bytes)` tells how far the check of the
-    matrices is, which takes most of the time.
+    """Write the model of `source` to `path` as a file for the ternary engine.
+
+    `source` is a GGUF file, a folder with config.json and safetensors, or a safetensors file in one. For a
+    checkpoint, `pre` names the pre-tokenizer where its own is unknown, and `title` names the model.
+    `for_pentium2` chooses the layout of pentium2.py, for which embedding and head must be ternary, too.
+    `progress(checked_bytes, total_bytes)` follows the check of the matrices, which takes most of the time.
 
     Memory depends on the widest matrix's rows, not on the model.
 
     Raises:
         UnsupportedModel: the architecture is unknown here, a tensor is not ternary, or the engine would not
-            use one.
+            use a tensor.
         BadModelFile: the source lacks something, or is damaged.
         BadRequest: `path` is the source.
         StorageFailed: no room on disk.
     """
     if path.exists() and path.samefile(source):
-        raise BadRequest(f"{path} would be replaced by what is made of it: name another file.", "path")
+        raise BadRequest(f"{path} is the model to be converted: name another file.", "path")
     is_checkpoint = source.is_dir() or source.suffix == ".safetensors"
     opened: Convertible = Checkpoint(source, pre, title) if is_checkpoint else GgufSource(read_header(source))
     model = opened.model(layout, head)
@@ -99,22 +103,21 @@ def convert(
     try:
         (write_pentium2 if for_pentium2 else write)(path, model, folded, describe=opened.describe)
     except UnicodeEncodeError as error:
-        raise BadModelFile(f"{source}: a text of its tokenizer is no Unicode: {FETCH_AGAIN}.") from error
+        raise BadModelFile(f"{source}: a text of its tokenizer is not Unicode: {FETCH_AGAIN}.") from error
     return model
 
 
 def _require_possible(source: Path, model: TernaryModel) -> None:
-    """What the engine would refuse of the file."""
+    """Refuse sizes that the engine would refuse."""
     heads = min(model.heads, model.kv_heads, model.head_dim) > 0 and model.heads % model.kv_heads == 0
     if not (heads and model.head_dim % 2 == 0 and 0 < model.epsilon < 1 and 1 < model.rope_base < 1e12):
         raise BadModelFile(
-            f"{source} has heads, an epsilon of its norms or a base of its rotation that no model has: "
-            f"{FETCH_AGAIN}."
+            f"{source} has heads, an epsilon of its norms or a base of RoPE that no model has: {FETCH_AGAIN}."
         )
 
 
 def _check(opened: Convertible, folded: Folded, name: str, shape: tuple[int, int]) -> None:
-    """A matrix is ternary by rows, or can be made so."""
+    """Check that a matrix is ternary by rows, or can be made so."""
     try:
         opened.check(name, *shape)
     except UnsupportedModel as error:
@@ -125,7 +128,7 @@ def _check(opened: Convertible, folded: Folded, name: str, shape: tuple[int, int
 
 
 def _check_floats(source: WeightSource, model: TernaryModel) -> None:
-    """What is no layer's matrix: the right shape, and nothing but numbers."""
+    """Check all but the layers' matrices: the right shape, and nothing but finite numbers."""
     vectors = {
         f"blk.{layer}.{name}.weight": length
         for layer in range(model.layers)
@@ -142,4 +145,4 @@ def _require(values: np.ndarray, shape: tuple[int, ...], name: str) -> None:
     if values.shape != shape:
         raise BadModelFile(f"{name} is {values.shape}, not {shape}: {FETCH_AGAIN}.")
     if not np.isfinite(values).all():
-        raise BadModelFile(f"{name} holds a value that is no number: {FETCH_AGAIN}.")
+        raise BadModelFile(f"{name} holds a value that is not a number: {FETCH_AGAIN}.")

@@ -1,7 +1,8 @@
-"""A folder for an old machine: programs, model, how to begin in two languages, checksums.
+"""A folder for an old machine: programs, model, a read-me in two languages, checksums.
 
-The folder is to be copied, by a CD most likely, to a machine that has neither network nor Cordée. It appears
-whole or not at all. Its texts have the line ends and the encoding of Windows 98, which Linux can read, too.
+The folder is to be copied, most likely by CD, to a machine that has neither network nor Cordée. It is written
+completely or not at all. Its texts have the line ends and the encoding of Windows 98, which Linux can read,
+too.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from cordee.errors import BadRequest, SetupNeeded, UnsupportedModel
 from cordee.files import atomic_folder
 from cordee.models.gguf import Header
 
-# What `make tiny` leaves in the build folder, by the name that it gets.
+# What `make tiny` leaves in the build folder, by the name it gets in the exported folder.
 PROGRAMS = {"cordee-tiny": "pentium2/cordee-tiny", "cordee-tiny.exe": "windows/cordee-tiny.exe"}
 MODEL = "model.gguf"
 TEXTS = ("README.TXT", "LISEZMOI.TXT")
@@ -31,7 +32,7 @@ Progress = Callable[[int, int], None]
 
 
 def build_folder() -> Path:
-    """Where `make tiny` leaves the programs: in the folder that Cordée's sources are in."""
+    """Where `make tiny` leaves the programs: `build` in the folder of Cordée's sources."""
     return Path(cordee.__file__).parents[2] / "build"
 
 
@@ -44,21 +45,21 @@ def export(
     limit_bytes: int | None = CD_BYTES,
     progress: Progress | None = None,
 ) -> int:
-    """Write the folder, which must be new or empty: the bytes that its files take on a CD.
+    """Write the folder, which must be new or empty; returns the bytes that its files take on a CD.
 
-    `title` is what the model is called if its file does not say. `programs` is a build folder, the own one
-    unless given. `limit_bytes` is what the folder may take. `progress(bytes_done, bytes)` is called as it
+    `title` names the model if its file does not. `programs` is a build folder, by default `build_folder()`.
+    `limit_bytes` is the most that the folder may take. `progress(done_bytes, total_bytes)` is called as it
     grows.
 
     Raises:
         UnsupportedModel: the model is not in the layout of a Pentium II.
         SetupNeeded: the programs have not been built.
-        BadRequest: the folder has something in it, or would be too large.
+        BadRequest: the folder is not empty, or would be too large.
         StorageFailed: it cannot be written.
     """
     if header.get("cordee.ternary.layout") != LAYOUT:
         raise UnsupportedModel(
-            f"{header.path} is no file for a Pentium II. Make one of a ternary model: "
+            f"{header.path} is not a file for a Pentium II. Convert a ternary model: "
             f"cordee convert --target {LAYOUT} {header.path} -o FILE"
         )
     folder = folder.resolve()
@@ -68,7 +69,7 @@ def export(
     if limit_bytes is not None and nbytes > limit_bytes:
         raise BadRequest(
             f"The folder would take {nbytes / 1e6:.0f} MB and a CD holds {limit_bytes / 1e6:.0f} MB: "
-            "take a smaller model, or --any-size if it travels another way.",
+            "take a smaller model, or add --any-size if it is not copied by CD.",
             "MODEL",
         )
     with atomic_folder(folder) as partial:
@@ -80,11 +81,11 @@ def export(
 
 def _check_place(folder: Path) -> None:
     if not folder.parent.is_dir():
-        raise BadRequest(f"There is no folder {folder.parent}: make it, or name another place.", "FOLDER")
+        raise BadRequest(f"There is no folder {folder.parent}: create it, or name another place.", "FOLDER")
     if folder.is_mount():
         raise BadRequest(f"{folder} is a whole disk: name a new folder on it.", "FOLDER")
     if folder.exists() and any(folder.iterdir()):
-        raise BadRequest(f"{folder} exists and has something in it: name a new folder.", "FOLDER")
+        raise BadRequest(f"{folder} exists and is not empty: name a new folder.", "FOLDER")
 
 
 def _on_cd(nbytes: int) -> int:
@@ -98,7 +99,7 @@ def _programs(folder: Path) -> dict[str, Path]:
         raise SetupNeeded(
             f"The old machine's programs have not been built ({', '.join(missing)}). In Cordée's sources: "
             "apt-get install -y gcc-12-multilib libc6-dev-i386 gcc-mingw-w64-i686 && make tiny; "
-            "if that is another folder than this program's, add --programs SOURCES/build."
+            "if this program does not run from those sources, add --programs SOURCES/build."
         )
     return found
 

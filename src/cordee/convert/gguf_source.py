@@ -1,13 +1,14 @@
-"""Ternary models in GGUF files of others, as a source of weights: llama.cpp's types, and bitnet.cpp's I2_S.
+"""Ternary models in other GGUF files, as a source of weights: llama.cpp's types, and bitnet.cpp's I2_S.
 
 A source is ternary when each row of a layer's matrix holds nothing but -s, 0 and s: stored as TQ1_0, TQ2_0,
 or in any type that keeps such values apart (F32, F16, BF16, Q8_0, ...).
 
 I2_S (microsoft/BitNet, src/ggml-bitnet-mad.cpp, quantize_i2_s) holds 128 consecutive weights in 32 bytes:
-byte p has weights p, p + 32, p + 64 and p + 96 in bits 6, 4, 2 and 0, as weight + 1. Behind all weights
-stands their one scale, float32, in 32 bytes. So they are published, and so x86 programs write them, unless
-they were built without ACT_PARALLEL: four rows to a byte. Programs for ARM write blocks of 64 in 16 bytes.
-Nothing in a file tells which it is: instead of another than the first convert what it was made of.
+byte p has weights p, p + 32, p + 64 and p + 96 in bits 6, 4, 2 and 0, as weight + 1. After all weights comes
+their one scale, float32, in 32 bytes. Published files are like this, and so is what x86 programs write unless
+they were built without ACT_PARALLEL: then a byte has four rows. Programs for ARM write blocks of 64 in 16
+bytes. Nothing in a file says which it is. Only the first kind is read here; instead of another, convert the
+model that it was made from.
 """
 
 from typing import Literal
@@ -32,19 +33,19 @@ from cordee.models.gguf import (
     Tensor,
 )
 
-# Architectures by their names in GGUF: ours, and how their heads are rotated.
+# Architectures by their names in GGUF: their names in our files, and how RoPE pairs values.
 ARCHITECTURES: dict[str, tuple[str, Literal["neox", "interleaved"]]] = {
     "bitnet": ("bitnet", "neox"),
     "bitnet-b1.58": ("bitnet", "neox"),
     "bitnet-25": ("bitnet", "neox"),
     "llama": ("llama", "interleaved"),
 }
-# BitNet b1.58 2B 4T, alone among the models of that architecture, has squared ReLU, and this vocabulary,
-# which is Llama 3's: its file does not say how text is split.
+# BitNet b1.58 2B 4T is the only model of that architecture with squared ReLU. It has the vocabulary of
+# Llama 3, and its file does not say how text is split.
 RELU2_VOCABULARY = 128_256
 LLAMA3_PRE = "llama-bpe"
 I2_BLOCK_BYTES, I2_SHIFTS = I2_BLOCK // 4, np.array([6, 4, 2, 0], dtype=np.uint8)[:, None]
-# Types whose values half precision may not hold; of all others it keeps more than they were rounded to.
+# Types whose values F16 may not hold; it is more precise than all other types.
 WIDE = (GGMLQuantizationType.F32, GGMLQuantizationType.BF16)
 
 
@@ -58,7 +59,7 @@ class GgufSource:
     def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
         """See `Convertible.model`."""
         if "cordee.ternary.version" in self.header.metadata:
-            raise UnsupportedModel(f"{self.header.path.name} is in a layout of the ternary engine already.")
+            raise UnsupportedModel(f"{self.header.path.name} is a file for the ternary engine already.")
         model = _model(self.header, self, layout, head)
         _refuse_unknown(self.header, model)
         _refuse_rotation(self.header, model)
@@ -86,7 +87,7 @@ class GgufSource:
         return found
 
     def floats(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows `first` to `last` as float32."""
+        """Rows `first` to `last` (exclusive) as float32."""
         tensor = self.tensor(name)
         if tensor.type is BitnetType.I2_S:
             return self._i2_weights(name, first, last).astype(np.float32) * self.scales(name)[0]
@@ -102,14 +103,14 @@ class GgufSource:
             ) from error
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """See `Source.rows`."""
+        """See `WeightSource.rows`."""
         if self.tensor(name).type is BitnetType.I2_S and name not in (EMBEDDING, HEAD):
             return self._i2_weights(name, first, last)
         floats = self.floats(name, first, last)
         return floats if name in (EMBEDDING, HEAD) else np.sign(floats).astype(np.int8)
 
     def scales(self, name: str) -> np.ndarray:
-        """See `Source.scales`.
+        """See `WeightSource.scales`.
 
         Raises:
             UnsupportedModel: the tensor is not ternary.
@@ -126,11 +127,11 @@ class GgufSource:
         return self._scales[name]
 
     def vector(self, name: str) -> np.ndarray:
-        """See `Source.vector`."""
+        """See `WeightSource.vector`."""
         return self.floats(name, 0, 1)[0]
 
     def describe(self, writer: GGUFWriter) -> None:
-        """See `Convertible.describe`: the tokenizer and what the model is called."""
+        """See `Convertible.describe`."""
         own = {f"general.{key}" for key in ("architecture", "alignment", "file_type", "quantization_version")}
         for key, value in self.header.metadata.items():
             if not key.startswith(("tokenizer.", "general.")) or key in own:
@@ -147,7 +148,7 @@ class GgufSource:
             writer.add_tokenizer_pre(LLAMA3_PRE)
 
     def _i2_weights(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows of an I2_S matrix as int8 of -1, 0, 1. Blocks run on from row to row."""
+        """Rows of an I2_S matrix as int8 of -1, 0, 1. Blocks may span rows."""
         tensor = self.tensor(name)
         cols = tensor.shape[0]
         begin, end = first * cols // I2_BLOCK, -(-last * cols // I2_BLOCK)
@@ -205,7 +206,7 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
         rope=rope,
         sub_norms=header.tensor("blk.0.attn_sub_norm.weight") is not None,
         layout=layout,
-        planes=3 if "trilm" in name else 1,  # TriLM does not quantise its activations
+        planes=3 if "trilm" in name else 1,  # TriLM does not quantize its activations
         head=head,
         embedding=exact_type(source, n_vocab)
         if source.tensor(EMBEDDING).type in WIDE
@@ -221,7 +222,7 @@ def _number(header: Header, key: str, default: float | None = None) -> float:
 
 
 def _refuse_rotation(header: Header, model: TernaryModel) -> None:
-    """Positions that are stretched, or heads that are rotated or kept in part."""
+    """Refuse scaled RoPE, and heads of which only a part is rotated or kept."""
     kind = header.get(".rope.scaling.type", "linear")
     factors = [_number(header, key, 1.0) for key in (".rope.scaling.factor", ".rope.scale_linear")]
     sizes = [
@@ -231,12 +232,12 @@ def _refuse_rotation(header: Header, model: TernaryModel) -> None:
     stretched = kind != "none" and (kind != "linear" or any(factor not in (0, 1) for factor in factors))
     if stretched or any(size != model.head_dim for size in sizes):
         raise UnsupportedModel(
-            f"{header.path.name} does not rotate whole heads by plain positions, as the ternary engine does."
+            f"{header.path.name} scales RoPE, or applies it to parts of heads: the ternary engine cannot."
         )
 
 
 def _refuse_unknown(header: Header, model: TernaryModel) -> None:
-    """A tensor that the engine does not use would be missed."""
+    """Refuse a tensor that the engine would not use: the model needs it."""
     of_layers = {f"{name}.weight" for name in (*model.matrices(), *model.norms())}
     for tensor in header.tensors:
         block = BLOCK.fullmatch(tensor.name)

@@ -1,7 +1,7 @@
 """The layout `pentium2` of native/FORMAT.md: five weights a byte, in the order in which sums are looked up.
 
 Embedding and head have this layout, too: the head is most of a small model's multiplications. So their rows
-must be ternary already, each with a scale of its own, which only training makes of them.
+must be ternary already, each with a scale of its own, which only training achieves.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,25 +19,25 @@ from cordee.convert.ternary_file import (
     OutputTensor,
     TernaryModel,
     WeightSource,
-    part,
-    parts_in_order,
+    output_tensor,
     strips,
-    vector_part,
+    tensors_in_order,
+    vector_tensor,
     write,
 )
 from cordee.errors import UnsupportedModel
 
 LAYOUT = "pentium2"
-WEIGHTS = 5  # of a byte: a group
+WEIGHTS = 5  # in a byte, which is a group
 TILE = 20  # groups whose tables are in use at a time
-WORD = 4  # groups: a row is read in words
-# By place: a code is the sum of (weight + 1) times these. 28 and not 27: tables are made of whole vectors.
+WORD = 4  # groups in a word, the unit in which a row is read
+# A code is the sum of (weight + 1) times these. 28 and not 27, because tables consist of whole vectors.
 PLACES = np.array([1, 3, 9, 28, 84], dtype=np.uint8)
 REMEDY = " For a Pentium II the embedding and the head must be ternary, too."
 
 
 def row_bytes(cols: int) -> int:
-    """Bytes of a row of so many weights."""
+    """Bytes of a row of `cols` weights."""
     return -(-cols // (WEIGHTS * WORD)) * WORD
 
 
@@ -50,7 +50,7 @@ def pack_rows(weights: np.ndarray) -> np.ndarray:
 
 
 def tiles(packed: np.ndarray) -> Iterator[np.ndarray]:
-    """(rows, row_bytes) -> the payload's parts in order: (rows, groups of a tile) each."""
+    """(rows, row_bytes) -> the payload's tiles in order: (rows, groups of the tile) each."""
     for first in range(0, packed.shape[1], TILE):
         yield packed[:, first : first + TILE]
 
@@ -72,7 +72,9 @@ def write_pentium2(
     *,
     describe: Callable[[GGUFWriter], None] | None = None,
 ) -> None:
-    """Write a model file in this layout, as `cordee.convert.ternary_file.write` does; memory holds a matrix.
+    """Write a model file in this layout, as `cordee.convert.ternary_file.write` does.
+
+    Memory holds one matrix at a time.
 
     Raises:
         UnsupportedModel: embedding or head are not ternary, or activations are not rounded to bytes.
@@ -80,34 +82,34 @@ def write_pentium2(
     """
     if model.planes != 1:
         raise UnsupportedModel(
-            "The model's activations are not rounded to 8 bits; a Pentium II computes with nothing else."
+            "The model's activations are not rounded to 8 bits, which the layout of a Pentium II needs."
         )
     model = replace(model, layout=LAYOUT, head=LAYOUT, planes=1, head_planes=1)
-    write(path, model, source, describe=describe, parts=list(_parts(model, source)))
+    write(path, model, source, describe=describe, tensors=list(_tensors(model, source)))
 
 
-def _parts(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
+def _tensors(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
     embedding = _table(EMBEDDING, model, source)
     head = () if _tied(model, source) else _table(HEAD, model, source)
     payload = partial(_payload, source)
-    return parts_in_order(model, source, embedding=embedding, payload=payload, head=head)
+    return tensors_in_order(model, source, embedding=embedding, payload=payload, head=head)
 
 
 def _payload(source: WeightSource, name: str, rows: int, cols: int) -> OutputTensor:
-    """A matrix; the signs of embedding and head, which sources give as floats."""
+    """A matrix; of embedding and head, which sources give as floats, the signs."""
 
     def arrays() -> Iterator[np.ndarray]:
         weights = (np.sign(source.rows(name, first, last)).astype(np.int8) for first, last in strips(rows))
         yield from tiles(np.concatenate([pack_rows(strip) for strip in weights]))
 
     shape = (rows, row_bytes(cols))
-    return part(name, shape, GGMLQuantizationType.I8, shape[0] * shape[1], arrays())
+    return output_tensor(name, shape, GGMLQuantizationType.I8, shape[0] * shape[1], arrays())
 
 
 def _table(name: str, model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
     """Embedding or head."""
     scales = found_scales(name, model.n_vocab, partial(source.rows, name), REMEDY)
-    yield vector_part(name.replace("weight", "scale"), len(scales), lambda: scales)
+    yield vector_tensor(name.replace("weight", "scale"), len(scales), lambda: scales)
     yield _payload(source, name, model.n_vocab, model.n_embd)
 
 

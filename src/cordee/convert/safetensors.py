@@ -1,14 +1,16 @@
 """Safetensors files of a checkpoint: which tensors there are, and their rows, read piece by piece.
 
-The `safetensors` package parses and checks a file's header; the bytes are read here, because its numpy side
-knows no bfloat16. The format: https://github.com/huggingface/safetensors#format.
+The `safetensors` package parses and checks a file's header; the bytes are read here, because it has no
+bfloat16 for numpy. The format: https://github.com/huggingface/safetensors#format.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -35,11 +37,11 @@ class StoredTensor:
     nbytes: int
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Rows `first` to `last`: uint8 of a packed tensor, else float32.
+        """Rows `first` to `last` (exclusive): uint8 of a packed tensor, float32 of any other.
 
         Raises:
-            UnsupportedModel: it is stored as something else.
-            BadModelFile: the file is not what it was.
+            UnsupportedModel: it is stored in another type.
+            BadModelFile: the file changed.
         """
         if self.dtype not in _DTYPES:
             raise UnsupportedModel(f"{self.name} is stored as {self.dtype}, which cannot be read here.")
@@ -55,7 +57,7 @@ class StoredTensor:
         return values.reshape(last - first, *self.shape[1:])
 
     def all(self) -> np.ndarray:
-        """The whole of a small tensor, flat."""
+        """All values of a small tensor, flat."""
         return self.rows(0, self.shape[0]).reshape(-1) if self.shape else self._flat().rows(0, 1)
 
     def _flat(self) -> "StoredTensor":
@@ -73,9 +75,7 @@ def stored_tensors(source: Path) -> dict[str, StoredTensor]:
     index = source / INDEX
     if not index.is_file():
         return _of_file(_only_file(source))
-    placed = read_json(index).get("weight_map")
-    if not isinstance(placed, dict) or not all(map(_is_plain_name, placed.values())):
-        raise BadModelFile(f"{index} does not say which file holds what: {FETCH_AGAIN}.")
+    placed = _weight_map(index)
     files = {name: _of_file(source / name) for name in sorted(set(placed.values()))}
     for tensor, name in placed.items():
         if tensor not in files[name]:
@@ -84,10 +84,10 @@ def stored_tensors(source: Path) -> dict[str, StoredTensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file of a checkpoint.
+    """The JSON object in a file of a checkpoint.
 
     Raises:
-        BadModelFile: it cannot be read, or is something else.
+        BadModelFile: it cannot be read, or is not a JSON object.
     """
     try:
         if path.stat().st_size > JSON_BYTES_LIMIT:
@@ -98,10 +98,29 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} cannot be read ({error.strerror}): a checkpoint needs all files of its folder."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise BadModelFile(f"{path} is no JSON ({error}): {FETCH_AGAIN}.") from error
-    if not isinstance(found, dict):
+        raise BadModelFile(f"{path} is not JSON ({error}): {FETCH_AGAIN}.") from error
+    if not is_object(found):
         raise BadModelFile(f"{path} holds no JSON object: {FETCH_AGAIN}.")
     return found
+
+
+def is_object(value: object) -> TypeGuard[dict[str, Any]]:
+    """Whether a value decoded from JSON is an object."""
+    return isinstance(value, dict)
+
+
+def is_array(value: object) -> TypeGuard[list[Any]]:
+    """Whether a value decoded from JSON is an array."""
+    return isinstance(value, list)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Which file holds each tensor, by an index."""
+    with suppress(msgspec.ValidationError):
+        placed = msgspec.convert(read_json(index).get("weight_map"), dict[str, str])
+        if all(map(_is_plain_name, placed.values())):
+            return placed
+    raise BadModelFile(f"{index} does not say which file holds what: {FETCH_AGAIN}.")
 
 
 def _only_file(folder: Path) -> Path:
@@ -110,12 +129,12 @@ def _only_file(folder: Path) -> Path:
     if usual in found or len(found) == 1:
         return usual if usual in found else found[0]
     fault = f"holds {len(found)} safetensors files and no {INDEX}" if found else "holds no safetensors file"
-    raise BadModelFile(f"{folder} {fault}: give a folder with a whole checkpoint, or the one file.")
+    raise BadModelFile(f"{folder} {fault}: give a folder with a complete checkpoint, or one file.")
 
 
 def _of_file(path: Path) -> dict[str, StoredTensor]:
     try:
-        with safe_open(path, framework="numpy"):  # reads and checks the header: sizes, overlaps, gaps
+        with safe_open(path, framework="numpy"):  # checks the header: sizes, overlaps, gaps
             pass
         with path.open("rb") as file:
             nbytes = int.from_bytes(file.read(8), "little")
@@ -125,7 +144,7 @@ def _of_file(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise BadModelFile(f"{path} cannot be read ({error.strerror}): {FETCH_AGAIN}.") from error
     header.pop("__metadata__", None)
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         tensors[name] = StoredTensor(
@@ -134,5 +153,5 @@ def _of_file(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _is_plain_name(name: object) -> bool:
-    return isinstance(name, str) and Path(name).name == name
+def _is_plain_name(name: str) -> bool:
+    return Path(name).name == name

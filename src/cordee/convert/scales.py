@@ -14,16 +14,16 @@ from cordee.errors import BadModelFile, UnsupportedModel
 # b1.58 divides by the mean magnitude, but never by less than this.
 MEAN_MIN = np.float32(1e-5)
 
-# From first to last row (exclusive): (rows, cols), numbers as they are stored.
+# From first and last row (exclusive) to (rows, cols), numbers as they are stored.
 Read = Callable[[int, int], np.ndarray]
 
 
 def found_scales(name: str, rows: int, read: Read, remedy: str = "") -> np.ndarray:
-    """The float32 scales of a matrix whose rows hold -s, 0 and s, as few as say it: see `grouped`.
+    """The float32 scales of a matrix whose rows hold -s, 0 and s; as few as possible, see `grouped`.
 
     Raises:
-        UnsupportedModel: a row holds more than one magnitude; the sentence ends with `remedy`.
-        BadModelFile: a value is no number.
+        UnsupportedModel: a row holds more than one magnitude; the message ends with `remedy`.
+        BadModelFile: a value is not a number.
     """
     return grouped(
         np.concatenate([_row_scales(name, first, read(first, last), remedy) for first, last in strips(rows)])
@@ -31,11 +31,11 @@ def found_scales(name: str, rows: int, read: Read, remedy: str = "") -> np.ndarr
 
 
 def grouped(scales: np.ndarray) -> np.ndarray:
-    """One scale a row, 0 where all weights are -> as many as divide the rows, each for as many neighbours."""
+    """One scale for each row, 0 where all weights are 0 -> as few as possible, each for equally many rows."""
     used = np.flatnonzero(scales > 0)
     if not len(used):
         return np.ones(1, dtype=np.float32)
-    # A row of zeros agrees with any other: it goes with the one before it.
+    # A row of zeros agrees with any scale: it takes that of the row before it.
     numbers = np.where(scales > 0, np.arange(len(scales)), used[0])
     filled = scales[np.maximum.accumulate(numbers)]
     changes = np.flatnonzero(filled[1:] != filled[:-1]) + 1
@@ -46,7 +46,7 @@ def mean_scale(name: str, rows: int, read: Read) -> np.float32:
     """The mean magnitude of a whole matrix, by which b1.58 models divide their master weights.
 
     Raises:
-        BadModelFile: a value is no number.
+        BadModelFile: a value is not a number.
     """
     total = numbers = 0
     for first, last in strips(rows):
@@ -78,5 +78,7 @@ def _finite(name: str, first: int, values: np.ndarray) -> np.ndarray:
     finite = np.isfinite(values)
     if not finite.all():
         row = first + int(np.argmin(finite.all(axis=1)))
-        raise BadModelFile(f"{name} holds a weight that is no number, in row {row}: fetch the model again.")
+        raise BadModelFile(
+            f"{name} holds a weight that is not a number, in row {row}: fetch the model again."
+        )
     return values

@@ -1,14 +1,14 @@
-"""Writing model files for the ternary engine: GGUF containers whose payloads lie as its kernels read them.
+"""Writing model files for the ternary engine: GGUF containers whose payloads are laid out for its kernels.
 
-native/FORMAT.md defines the format; native/src/engine/model.c reads it. Writing streams: a file is made of
-blocks of rows, so memory depends on the widest row and not on the model.
+native/FORMAT.md defines the format; native/src/engine/model.c reads it. Writing streams strips of rows, so
+memory depends on the widest row and not on the model.
 """
 
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
@@ -22,13 +22,13 @@ ALIGNMENT = 64
 COLUMN_PADDING = 16
 BLOCK_ROWS = 16
 EMBEDDING, HEAD, OUTPUT_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
-# Rows are read, packed and written so many at a time: whole groups of every layout, some MB.
+# How many rows are read, packed and written at a time: whole groups of every layout, some MB.
 STRIP_ROWS = 320
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How weights lie in memory; see native/FORMAT.md. Weights are `-zero` to `largest`."""
+    """How weights are laid out in memory; see native/FORMAT.md. Weights are `-zero` to `largest`."""
 
     name: str
     blocks: int  # of BLOCK_ROWS rows in a group
@@ -55,7 +55,7 @@ LAYOUTS = {
         Layout("int4", 2, 64, 8, 7),
     )
 }
-# From five base-3 digits to the byte whose repeated multiplication by 3 lifts them out again.
+# From five base-3 digits to the byte from which repeated multiplication by 3 yields them again.
 _TRIT5_BYTES = ((np.arange(243) * 256 + 242) // 243).astype(np.uint8)
 
 
@@ -69,7 +69,7 @@ def pack(weights: np.ndarray, layout: Layout) -> np.ndarray:
     if layout.name == "trit2":
         return block[0] | block[1] << 2 | block[2] << 4 | block[3] << 6
     if layout.name == "trit5":
-        number = block[0]  # at most 242: stays in a byte
+        number = block[0]  # at most 242, so it stays in a byte
         for digit in block[1:]:
             number = number * np.uint8(3) + digit
         return _TRIT5_BYTES[number]
@@ -86,7 +86,8 @@ def unpack(payload: np.ndarray, layout: Layout, rows: int, cols: int) -> np.ndar
     if layout.name == "trit2":
         block = np.stack([payload >> 2 * field & 3 for field in range(4)])
     elif layout.name == "trit5":
-        digits, rest = [], payload
+        digits: list[np.ndarray] = []
+        rest = payload
         for _ in range(5):
             digits.append((rest.astype(np.uint16) * 3 >> 8).astype(np.uint8))
             rest = rest * np.uint8(3)
@@ -113,7 +114,7 @@ def rounded(rows: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class TernaryModel:
-    """The numbers and rules of a model, as its file states them; names as in native/FORMAT.md."""
+    """The sizes and settings of a model, as its file states them; names as in native/FORMAT.md."""
 
     architecture: str
     layers: int
@@ -136,7 +137,7 @@ class TernaryModel:
     embedding: GGMLQuantizationType = GGMLQuantizationType.F16
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """(rows, cols) of each matrix of a layer by its name, in the file's order."""
+        """(rows, cols) of each matrix of a layer by name, in the file's order."""
         wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "attn_q": (wide, self.n_embd),
@@ -149,7 +150,7 @@ class TernaryModel:
         }
 
     def norms(self) -> dict[str, int]:
-        """The length of each norm of a layer by its name."""
+        """The length of each norm of a layer by name."""
         sub = {"attn_sub_norm": self.heads * self.head_dim, "ffn_sub_norm": self.n_ff}
         return {"attn_norm": self.n_embd, "ffn_norm": self.n_embd} | (sub if self.sub_norms else {})
 
@@ -159,12 +160,15 @@ class WeightSource(Protocol):
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows of a matrix: int8 of -1, 0, 1 for those of layers, float32 for "token_embd" and "output"."""
+        ...
 
     def scales(self, name: str) -> np.ndarray:
-        """The float32 scales of a layer's matrix: as many as divide its rows, each for as many neighbours."""
+        """The float32 scales of a layer's matrix: n of them, each for the next rows / n rows."""
+        ...
 
     def vector(self, name: str) -> np.ndarray:
         """A norm, float32."""
+        ...
 
 
 def write(
@@ -173,10 +177,12 @@ def write(
     source: WeightSource,
     *,
     describe: Callable[[GGUFWriter], None] | None = None,
-    parts: Iterable["OutputTensor"] | None = None,
+    tensors: Iterable["OutputTensor"] | None = None,
 ) -> None:
-    """Write a model file; `describe` adds tokenizer and other keys. Nothing half-written is left behind.
-    `parts` are its tensors where they are not those of the usual layouts (pentium2.py).
+    """Write a model file: complete, or not at all.
+
+    `describe` adds the tokenizer and other keys; `tensors` replaces the tensors of the usual layouts
+    (pentium2.py).
 
     Raises:
         StorageFailed: no room on disk.
@@ -185,18 +191,18 @@ def write(
     _add_keys(writer, model)
     if describe:
         describe(writer)
-    parts = list(_parts(model, source) if parts is None else parts)
-    for each in parts:
-        writer.add_tensor_info(each.name, each.shape, each.dtype, each.nbytes, raw_dtype=each.type)
+    tensors = list(_tensors(model, source) if tensors is None else tensors)
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, raw_dtype=tensor.type)
     with atomic_file(path) as raw:
-        file = io.BufferedWriter(raw)
+        file: io.BufferedWriter = io.BufferedWriter(cast(io.RawIOBase, raw))
         writer.fout, writer.state = [file], WriterState.EMPTY  # a file that is open already
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for each in parts:
+        for tensor in tensors:
             writer.write_padding(file, file.tell(), ALIGNMENT)
-            for array in each.arrays:
+            for array in tensor.arrays:
                 file.write(np.ascontiguousarray(array).data)
         writer.write_padding(file, file.tell(), ALIGNMENT)
         file.detach()
@@ -229,33 +235,33 @@ class OutputTensor:
 
     name: str
     shape: tuple[int, ...]
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     type: GGMLQuantizationType
     nbytes: int
     arrays: Iterator[np.ndarray]
 
 
-def part(
+def output_tensor(
     name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, nbytes: int, arrays: Iterator[np.ndarray]
 ) -> OutputTensor:
-    """A tensor of that type; `shape` as in `Part`."""
+    """A tensor of that type; `shape` as in `OutputTensor`."""
     dtypes = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
     dtype = np.dtype(dtypes.get(kind, np.int8 if kind is GGMLQuantizationType.I8 else np.uint8))
     return OutputTensor(name, shape, dtype, kind, nbytes, arrays)
 
 
 def strips(rows: int) -> Iterator[tuple[int, int]]:
-    """(first, last) of each strip of a matrix of so many rows."""
+    """(first, last) of each strip of a matrix of `rows` rows; `last` is exclusive."""
     return ((first, min(first + STRIP_ROWS, rows)) for first in range(0, rows, STRIP_ROWS))
 
 
-def vector_part(name: str, length: int, make: Callable[[], np.ndarray]) -> OutputTensor:
-    """A vector of floats, made when it is written."""
+def vector_tensor(name: str, length: int, make: Callable[[], np.ndarray]) -> OutputTensor:
+    """A vector of float32, made when it is written."""
     arrays = (np.asarray(make(), dtype="<f4") for _ in range(1))
-    return part(name, (length,), GGMLQuantizationType.F32, length * 4, arrays)
+    return output_tensor(name, (length,), GGMLQuantizationType.F32, length * 4, arrays)
 
 
-def parts_in_order(
+def tensors_in_order(
     model: TernaryModel,
     source: WeightSource,
     *,
@@ -271,17 +277,17 @@ def parts_in_order(
     for layer in range(model.layers):
         for name, length in model.norms().items():
             full = f"blk.{layer}.{name}.weight"
-            yield vector_part(full, length, lambda full=full: source.vector(full))
+            yield vector_tensor(full, length, lambda full=full: source.vector(full))
         for name, (rows, cols) in model.matrices().items():
             full = f"blk.{layer}.{name}.weight"
             scales = source.scales(full)
-            yield vector_part(f"blk.{layer}.{name}.scale", len(scales), lambda scales=scales: scales)
+            yield vector_tensor(f"blk.{layer}.{name}.scale", len(scales), lambda scales=scales: scales)
             yield payload(full, rows, cols)
-    yield vector_part(OUTPUT_NORM, model.n_embd, lambda: source.vector(OUTPUT_NORM))
+    yield vector_tensor(OUTPUT_NORM, model.n_embd, lambda: source.vector(OUTPUT_NORM))
     yield from head
 
 
-def _parts(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
+def _tensors(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
     layout = LAYOUTS[model.layout]
 
     def payload(name: str, rows: int, cols: int) -> OutputTensor:
@@ -289,18 +295,18 @@ def _parts(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
         return _payload(name, layout, rows, cols, packed)
 
     embedding, head = [_embedding(model, source)], _head(model, source)
-    return parts_in_order(model, source, embedding=embedding, payload=payload, head=head)
+    return tensors_in_order(model, source, embedding=embedding, payload=payload, head=head)
 
 
 def _payload(name: str, layout: Layout, rows: int, cols: int, arrays: Iterator[np.ndarray]) -> OutputTensor:
     shape = layout.shape(rows, cols)
-    return part(name, shape, GGMLQuantizationType.I8, int(np.prod(shape, dtype=np.int64)), arrays)
+    return output_tensor(name, shape, GGMLQuantizationType.I8, int(np.prod(shape, dtype=np.int64)), arrays)
 
 
 def exact_type(source: WeightSource, rows: int) -> GGMLQuantizationType:
-    """The smallest of F16, BF16 and F32 that holds every value of an embedding of so many rows exactly.
+    """The smallest of F16, BF16 and F32 that holds every value of an embedding of `rows` rows exactly.
 
-    Checkpoints of the hub are in BF16, and half precision has no room for their smallest values.
+    Checkpoints on the hub are in BF16, and F16 cannot represent their smallest values.
     """
     is_half = is_bfloat = True
     for first, last in strips(rows):
@@ -316,16 +322,18 @@ def exact_type(source: WeightSource, rows: int) -> GGMLQuantizationType:
 def _embedding(model: TernaryModel, source: WeightSource) -> OutputTensor:
     encoded = (quantize(source.rows(EMBEDDING, a, b), model.embedding) for a, b in strips(model.n_vocab))
     [row] = quantize(np.zeros((1, model.n_embd), dtype=np.float32), model.embedding)
-    return part(EMBEDDING, (model.n_vocab, len(row)), model.embedding, model.n_vocab * row.nbytes, encoded)
+    return output_tensor(
+        EMBEDDING, (model.n_vocab, len(row)), model.embedding, model.n_vocab * row.nbytes, encoded
+    )
 
 
 def _head(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
-    """The head's rows are read twice rather than kept: once for the scales, once for the weights."""
+    """The head. Its rows are read twice rather than kept: once for the scales, once for the weights."""
     layout, rows = LAYOUTS[model.head], model.n_vocab
 
     def codes() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return (rounded(source.rows(HEAD, a, b), layout) for a, b in strips(rows))
 
-    yield vector_part("output.scale", rows, lambda: np.concatenate([scales for _, scales in codes()]))
+    yield vector_tensor("output.scale", rows, lambda: np.concatenate([scales for _, scales in codes()]))
     packed = (pack(weights, layout) for weights, _ in codes())
     yield _payload(HEAD, layout, rows, model.n_embd, packed)

@@ -1,8 +1,8 @@
 """The tokenizer of a checkpoint of the hub as GGUF's keys: byte-level BPE, or SentencePiece's BPE.
 
 `tokenizer.model` is SentencePiece's own file. `tokenizer.json` is of the `tokenizers` package: byte-level BPE
-as it stands, or SentencePiece's BPE as merges, whose order is that of the scores it was made of. How
-byte-level BPE splits text GGUF says by name only; the name is found by splitting one text in all known ways.
+as it is, or SentencePiece's BPE as merges, in the order of the scores that they were made from. GGUF only
+names the way in which byte-level BPE splits text; the name is found by splitting one text in all known ways.
 """
 
 import re
@@ -14,7 +14,7 @@ from gguf import GGUFWriter, SpecialVocab, TokenType
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from cordee.convert.safetensors import read_json
+from cordee.convert.safetensors import is_array, is_object, read_json
 from cordee.errors import BadModelFile, UnsupportedModel
 from cordee.models.gguf import FETCH_AGAIN
 
@@ -22,22 +22,23 @@ LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-# Whatever ways of splitting text tell apart: contractions, runs of digits, marks and white space, scripts.
+# What ways of splitting text treat differently: contractions, runs of digits, marks and white space, scripts.
 PROBE = (
     "I've SAID it's 1 22 333 4444 55555, you'LL see: x=3.14e-10;  #!?...((]]\n\n\n  if a_b:\n\t\treturn  'x'"
     "\r\n \t \n été Straße Москва ひらがな漢字 ١٢٣ ½²  🚀~~ --== a1b22c333 don’t O'Neil's\u00a0\u3000end   "
 )
-# A piece that no merge leads to is never looked for: any score does.
+# A piece that no merge leads to is never looked up: any score does.
 SCORE_UNREACHED = -1e6
 SPACE = "▁"
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, n_vocab: int, pre: str | None = None) -> None:
-    """Add the keys of the tokenizer in a checkpoint's folder. `pre` is the pre-tokenizer's name in GGUF, for
-    byte-level BPE that splits text in a way that is not known here.
+    """Add the keys of the tokenizer in a checkpoint's folder.
+
+    `pre` is the pre-tokenizer's name in GGUF, for byte-level BPE that splits text in a way unknown here.
 
     Raises:
-        BadModelFile: there is none, or it is damaged.
+        BadModelFile: there is no tokenizer, or it is damaged.
         UnsupportedModel: it is of another kind.
     """
     pieces, described = folder / "tokenizer.model", folder / "tokenizer.json"
@@ -56,7 +57,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, n_vocab: int, pre: str | Non
 
 
 class _Tokens:
-    """Text and kind of each token; ids that nothing names are unused."""
+    """Text and kind of each token; ids without a text are unused tokens."""
 
     def __init__(self, source: Path, n_vocab: int) -> None:
         self._source = source
@@ -65,8 +66,8 @@ class _Tokens:
         self.scores = [SCORE_UNREACHED] * n_vocab
 
     def put(self, token: int, text: str, kind: TokenType, score: float = SCORE_UNREACHED) -> None:
-        """Say what a token is."""
-        if type(token) is not int or not 0 <= token < len(self.texts) or not isinstance(text, str):
+        """Set a token. Both come from outside: raises BadModelFile if it is not a token of the vocabulary."""
+        if type(token) is not int or not 0 <= token < len(self.texts) or type(text) is not str:
             raise BadModelFile(
                 f"{self._source}: {text!r} has the number {token} in a vocabulary of {len(self.texts)}: "
                 f"{FETCH_AGAIN}."
@@ -74,7 +75,7 @@ class _Tokens:
         self.texts[token], self.kinds[token], self.scores[token] = text, kind, score
 
     def put_added(self, added: dict[int, tuple[str, bool]]) -> None:
-        """Say which tokens were added by hand: their texts, and whether they are control tokens."""
+        """Set added tokens: their texts, and whether they are control tokens."""
         for token, (text, special) in added.items():
             self.put(token, text, TokenType.CONTROL if special else TokenType.USER_DEFINED)
 
@@ -89,11 +90,11 @@ class _Tokens:
 
 
 def _add_pieces(writer: GGUFWriter, path: Path, n_vocab: int) -> bool:
-    """A SentencePiece model, and what was added to it. No merges go along."""
+    """Add a SentencePiece model and its added tokens; whether to add merges too: no."""
     try:
         processor = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise BadModelFile(f"{path} is no SentencePiece model ({error}): {FETCH_AGAIN}.") from error
+        raise BadModelFile(f"{path} is not a SentencePiece model ({error}): {FETCH_AGAIN}.") from error
     tokens, count = _Tokens(path, n_vocab), processor.get_piece_size()
     for token in range(count):
         kind = (
@@ -116,11 +117,11 @@ def _add_pieces(writer: GGUFWriter, path: Path, n_vocab: int) -> bool:
 
 
 def _add_described(writer: GGUFWriter, path: Path, n_vocab: int, pre: str | None) -> bool:
-    """A tokenizer.json; whether its merges go along."""
+    """Add a tokenizer.json; whether to add its merges too."""
     described = read_json(path)
     model = described.get("model")
-    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
-        raise UnsupportedModel(f"{path} is no BPE tokenizer, which alone the ternary engine has.")
+    if not is_object(model) or model.get("type", "BPE") != "BPE":
+        raise UnsupportedModel(f"{path} is not a BPE tokenizer, the only kind that the ternary engine has.")
     tokenizer = _tokenizer(path)
     is_pieces = bool(model.get("byte_fallback"))
     tokens = _Tokens(path, n_vocab)
@@ -132,8 +133,7 @@ def _add_described(writer: GGUFWriter, path: Path, n_vocab: int, pre: str | None
             _kind(text, model) if is_pieces else TokenType.NORMAL,
             scores.get(text, SCORE_UNREACHED),
         )
-    listed = described.get("added_tokens") or []
-    tokens.put_added(_added({entry.get("id"): entry for entry in listed}, path))
+    tokens.put_added(_added(described.get("added_tokens"), path))
     if is_pieces:
         tokens.write(writer, "llama", "default")
         writer.add_add_space_prefix(_split(tokenizer, "a")[0].startswith(SPACE))
@@ -145,48 +145,47 @@ def _add_described(writer: GGUFWriter, path: Path, n_vocab: int, pre: str | None
 def _tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises no other
-        raise BadModelFile(f"{path} is no tokenizer ({error}): {FETCH_AGAIN}.") from error
+    except Exception as error:  # the package raises no other class
+        raise BadModelFile(f"{path} is not a tokenizer ({error}): {FETCH_AGAIN}.") from error
 
 
 def _vocabulary(model: dict[str, Any], path: Path) -> dict[str, int]:
     found = model.get("vocab")
-    if not isinstance(found, dict):
+    if not is_object(found):
         raise BadModelFile(f"{path} has no vocabulary: {FETCH_AGAIN}.")
     return found
 
 
 def _kind(text: str, model: dict[str, Any]) -> TokenType:
-    """What a piece is by its look."""
+    """The kind of a piece, by its text."""
     if text == model.get("unk_token"):
         return TokenType.UNKNOWN
     return TokenType.BYTE if re.fullmatch(r"<0x[0-9A-F]{2}>", text) else TokenType.NORMAL
 
 
 def _scores(merges: Any, path: Path) -> dict[str, float]:
-    """The piece that is merged first has the best score."""
+    """Scores by piece: the piece that is merged first has the best one."""
     scores: dict[str, float] = {}
     try:
         for merge in merges:
             left, right = merge.split(" ") if isinstance(merge, str) else merge
             scores.setdefault(left + right, -float(len(scores)))
     except (TypeError, ValueError) as error:
-        raise BadModelFile(f"{path} has a merge that is none ({error}): {FETCH_AGAIN}.") from error
+        raise BadModelFile(f"{path} has an invalid merge ({error}): {FETCH_AGAIN}.") from error
     return scores
 
 
 def _added(entries: Any, path: Path) -> dict[int, tuple[str, bool]]:
-    """Tokens that were added by hand, of either of the hub's files: number -> (text, whether special)."""
+    """Added tokens as either of the hub's files lists them: id -> (text, whether special)."""
     try:
-        return {
-            int(token): (entry["content"], bool(entry["special"])) for token, entry in (entries or {}).items()
-        }
+        by_id: dict[Any, Any] = {e["id"]: e for e in entries} if is_array(entries) else entries or {}
+        return {int(token): (entry["content"], bool(entry["special"])) for token, entry in by_id.items()}
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise BadModelFile(f"{path}: an added token is none ({error}): {FETCH_AGAIN}.") from error
+        raise BadModelFile(f"{path}: an added token is invalid ({error}): {FETCH_AGAIN}.") from error
 
 
 def _split(tokenizer: Tokenizer, text: str) -> list[str]:
-    """A text as a tokenizer splits it before any merge."""
+    """The pieces into which a tokenizer splits a text before any merge."""
     text = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
     return (
         [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
@@ -197,7 +196,7 @@ def _split(tokenizer: Tokenizer, text: str) -> list[str]:
 
 @cache
 def _known_splits() -> dict[str, list[str]]:
-    """GGUF's names of the ways to split text that the ternary engine knows, and what they make of PROBE."""
+    """The ways to split text that the ternary engine has: their names in GGUF, and the pieces of PROBE."""
     level = pre_tokenizers.ByteLevel
     known = {
         "llama-bpe": [
@@ -219,6 +218,6 @@ def _pre_tokenizer(tokenizer: Tokenizer, path: Path) -> str:
         if pieces == found:
             return name
     raise UnsupportedModel(
-        f"{path} splits text in none of the known ways, which are {', '.join(_known_splits())}: if GGUF has "
-        "a name for its way, give that with --pre."
+        f"{path} splits text in none of the known ways ({', '.join(_known_splits())}): if GGUF has a name "
+        "for its way, give it with --pre."
     )

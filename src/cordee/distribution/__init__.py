@@ -1,1 +1,1 @@
-"""Weights on their way: from the hub, from the disk, from node to node, checked chunk by chunk."""
+"""How weights get to a node: from the hub, from the disk, from other nodes, checked chunk by chunk."""

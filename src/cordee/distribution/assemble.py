@@ -1,12 +1,12 @@
-"""A part of a model put together from chunks, in any order and from anywhere; the bytes are those of a cut.
+"""A slice assembled from chunks, in any order and from anywhere; the bytes are those of a cut.
 
-A part is named by its layers, `first` to `last` (exclusive): what `cut` would write for them. The part 0 to 0
-has no layers: it is the metadata and the token embedding, which the host of a pipeline looks rows up in.
+A slice is named by its layers, `first` to `last` (exclusive): what `cut` would write for them. The slice 0 to
+0 has no layers: it is the metadata and the token embedding, in which the host of a pipeline looks rows up.
 
-The file grows under its name with `.partial`, sparse. No journal says what of it has come: who goes on (after
-a crash, or because a complete part turned out damaged) finds that by hashing what is not a hole, so nothing a
-fault wrote there is ever believed. Chunks are checked before they are written; all that is no chunk (header,
-stand-ins, padding) follows from the manifest and is written again where it differs.
+The file grows under its name with `.partial`, sparse. No journal records what has come: whoever continues
+(after a crash, or because a complete slice turned out damaged) hashes everything that is not a hole, so
+damaged bytes are never trusted. Chunks are checked before they are written; everything else (header,
+placeholders, padding) follows from the manifest and is written again where it differs.
 """
 
 import errno
@@ -15,7 +15,7 @@ import hashlib
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -31,11 +31,12 @@ BLOCK_BYTES = 1 << 20
 
 
 class SliceLayout:
-    """What bytes a part has, and where: `offsets` gives each of its tensors' place, by number in the
-    manifest.
+    """What bytes a slice has, and where.
+
+    `offsets` maps the number in the manifest of each tensor in the slice to its offset in the slice's file.
 
     Raises:
-        BadRequest, UnsupportedModel, BadModelFile: there is no such part, as `plan_slice` says.
+        BadRequest, UnsupportedModel, BadModelFile: there is no such slice, as `plan_slice` says.
     """
 
     def __init__(self, manifest: Manifest, first: int, last: int) -> None:
@@ -54,16 +55,16 @@ class SliceLayout:
 
     @property
     def name(self) -> str:
-        """What to call the part in a message."""
+        """What to call the slice in a message."""
         what = f"layers {self.first} to {self.last}" if self.last else "the embedding"
         return f"{what} of {self.manifest.name}"
 
     def chunks(self) -> Iterator[Chunk]:
-        """The chunks of the part, in the order of its file."""
+        """The chunks of the slice, in the order of its file."""
         return (chunk for tensor in self.offsets for chunk in self.manifest.chunks(tensor))
 
     def differences(self, file: int) -> Iterator[tuple[int, bytes]]:
-        """(offset, bytes it should have) where a file of this layout differs outside its chunks."""
+        """(offset, bytes that should be there) wherever a file of this layout differs outside its chunks."""
         header = self.plan.header
         if os.pread(file, len(header), 0) != header:
             yield 0, header
@@ -74,7 +75,7 @@ class SliceLayout:
                     yield at, wanted
 
     def file(self, path: Path) -> SliceFile:
-        """The complete part in the file `path`; its digest is that of all it consists of."""
+        """The complete slice in the file `path`; its digest is of the header and the chunks' digests."""
         digest = hashlib.sha256(self.plan.header)
         for chunk in self.chunks():
             digest.update(self.manifest.digest_of(chunk))
@@ -82,22 +83,22 @@ class SliceLayout:
 
 
 def read_chunk(manifest: Manifest, chunk: Chunk, file: int, tensor_at: int) -> bytes | None:
-    """A chunk from a file whose copy of the tensor begins at `tensor_at`; None if it is not sound there.
+    """A chunk from a file in which its tensor begins at `tensor_at`; None if it is wrong or missing there.
 
     Raises:
         OSError: the file cannot be read there.
     """
     at, nbytes = tensor_at + manifest.offset(chunk), manifest.nbytes(chunk)
-    if not _has_data(file, at, nbytes):  # spares the hashing of a sparse file, if zeros were not right
+    if not _has_data(file, at, nbytes):  # saves reading and hashing the holes of a sparse file
         return bytes(nbytes) if manifest.digest_of(chunk) == _digest_of_zeros(nbytes) else None
     data = os.pread(file, nbytes, at)
     return data if manifest.is_sound(chunk, data) else None
 
 
 class Assembly:
-    """A part that is coming together. `missing` are its chunks that have not come yet, in order.
+    """A slice that is being assembled. `missing` has its chunks that have not come yet, in order.
 
-    `put` may be called by several threads; all else by one.
+    `put` may be called by several threads; everything else by one.
     """
 
     def __init__(self, layout: SliceLayout, path: Path, file: int, progress: Progress | None) -> None:
@@ -109,7 +110,7 @@ class Assembly:
         self._lock = threading.Lock()
 
     def put(self, chunk: Chunk, data: bytes, origin: str) -> None:
-        """Take a chunk that `origin` gave; one that is here already is dropped.
+        """Write a chunk that `origin` gave; one that is here already is dropped.
 
         Raises:
             BadModelFile: these are not the chunk's bytes; names origin, chunk and model.
@@ -125,7 +126,7 @@ class Assembly:
         self._note(chunk)
 
     def finish(self) -> SliceFile:
-        """Give the complete part its place, on disk for good.
+        """Move the complete slice to its final place, durably.
 
         Raises:
             StorageFailed: the disk does not take it.
@@ -137,7 +138,7 @@ class Assembly:
         return self.layout.file(self._path)
 
     def prepare(self) -> None:
-        """Bring the file into shape and find out which chunks it has."""
+        """Give the file its length, header and padding, and find out which chunks it has."""
         with disk_faults(self._path):
             os.ftruncate(self._file, self.layout.nbytes)
             for at, wanted in list(self.layout.differences(self._file)):
@@ -158,20 +159,20 @@ class Assembly:
 
 
 @contextmanager
-def assembling(layout: SliceLayout, path: Path, progress: Progress | None = None) -> Iterator[Assembly]:
-    """Begin or go on with the part that will be the file `path`; what came stays when the block fails.
+def assembling(layout: SliceLayout, path: Path, progress: Progress | None = None) -> Generator[Assembly]:
+    """Begin or continue the slice that will be the file `path`; what came stays when the block fails.
 
-    `progress(done_bytes, total_bytes)` counts chunks, those found here too.
+    `progress(done_bytes, total_bytes)` counts chunks, including those that were here.
 
     Raises:
-        StorageFailed: no room on disk, or another process puts this part together.
+        StorageFailed: no room on disk, or another process assembles this slice.
     """
     partial = partial_path(path)
     with disk_faults(path):
         file = os.open(partial, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if not _is_mine(file, partial):
-            raise StorageFailed(f"Somebody else fetches {layout.name} here: wait until that is done.")
+            raise StorageFailed(f"Another process fetches {layout.name} here: wait until that is done.")
         _require_room(layout, path, file)
         assembly = Assembly(layout, path, file, progress)
         assembly.prepare()
@@ -181,12 +182,12 @@ def assembling(layout: SliceLayout, path: Path, progress: Progress | None = None
 
 
 def partial_path(path: Path) -> Path:
-    """Where the part grows that will be the file `path`."""
+    """The growing file of the slice that will be the file `path`."""
     return path.with_name(path.name + PARTIAL)
 
 
 def damages(layout: SliceLayout, path: Path, progress: Progress | None = None) -> list[str]:
-    """Read a part back from disk: the names of all that is not as it should be.
+    """Read a slice back from disk; the names of everything in it that is damaged.
 
     Raises:
         BadModelFile: the file cannot be read.
@@ -231,7 +232,7 @@ def _plan(manifest: Manifest, first: int, last: int) -> SlicePlan:
 
 
 def _is_mine(file: int, partial: Path) -> bool:
-    """Lock an open file; False if somebody holds it, or has just finished it and moved it away."""
+    """Lock an open file; False if another process holds it, or has just finished it and moved it away."""
     with suppress(BlockingIOError, FileNotFoundError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(file), partial.stat())
@@ -244,11 +245,11 @@ def _digest_of_zeros(nbytes: int) -> bytes:
 
 
 def _has_data(file: int, at: int, nbytes: int) -> bool:
-    """Whether a file has anything but a hole there; a file system that cannot tell has data everywhere."""
+    """Whether a file has anything but a hole there; a file system without holes has data everywhere."""
     try:
         return os.lseek(file, at, os.SEEK_DATA) < at + nbytes
     except OSError as error:
-        if error.errno == errno.ENXIO:  # nothing but a hole up to the end
+        if error.errno == errno.ENXIO:  # a hole up to the end
             return False
         raise
 
@@ -262,10 +263,10 @@ def _write_at(file: int, data: bytes, at: int) -> None:
 
 def _require_room(layout: SliceLayout, path: Path, file: int) -> None:
     """Refuse what the disk cannot hold, rather than fail after hours."""
-    there = os.fstat(file).st_blocks * 512
+    needed = layout.nbytes - os.fstat(file).st_blocks * 512
     free = shutil.disk_usage(path.parent).free
-    if layout.nbytes - there > free:
+    if needed > free:
         raise StorageFailed(
-            f"{layout.name} needs {(layout.nbytes - there) / 1e9:.1f} GB more on the disk of {path.parent}, "
-            f"where {free / 1e9:.1f} GB are free: free some space."
+            f"{layout.name} needs {needed / 1e9:.1f} GB more on the disk of {path.parent}, where "
+            f"{free / 1e9:.1f} GB are free: free some space."
         )

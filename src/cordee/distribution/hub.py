@@ -1,7 +1,7 @@
-"""The model hub: what a repository holds, and downloads that go on where they stopped.
+"""The model hub: what a repository holds, and downloads that resume where they stopped.
 
-No other module asks for anything outside the network at hand. huggingface_hub does the talking: its
-`HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` hold. Its `hf_hub_download` begins again in a new process, so
+No other module connects to anything outside the local network. huggingface_hub makes the requests, so its
+`HF_ENDPOINT`, `HF_TOKEN` and `HF_HUB_OFFLINE` apply. Its `hf_hub_download` starts over in a new process, so
 the files are fetched with the function underneath it, into partial files that are kept.
 """
 
@@ -11,11 +11,11 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from huggingface_hub import HfApi, constants, hf_hub_url
 from huggingface_hub.errors import (
@@ -23,13 +23,18 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] - of whichever HTTP library it uses
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.file_download import http_get
+from huggingface_hub.file_download import (
+    http_get,  # pyright: ignore[reportUnknownVariableType] - a class in its signature lacks type arguments
+)
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars
+from huggingface_hub.utils import (
+    build_hf_headers,  # pyright: ignore[reportUnknownVariableType] - a dict in its signature lacks them, too
+    disable_progress_bars,
+)
 
 from cordee.errors import (
     BadModelFile,
@@ -42,19 +47,23 @@ from cordee.errors import (
 from cordee.files import home
 from cordee.models.slices import Progress
 
-# The library would tell the hub, and ask it, what else runs here.
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+# The library would send the hub data about this installation.
 constants.HF_HUB_DISABLE_TELEMETRY = True
 
 # A repository of a large model in all its quantizations has some hundred files; a data set has millions.
 FILES_LIMIT = 10_000
-# An interrupted download that nobody went on with for so long is given up.
+# An interrupted download that was not resumed for this long is removed.
 KEEP_SECONDS = 14 * 24 * 3600
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of `nbytes` bytes in a repository, and the SHA-256 (64 hex digits) that the hub promises; or
-    git's own SHA-1 (40) for small files, which lie in git itself.
+    """A file of `nbytes` bytes in a repository, with the digest that the hub promises.
+
+    That is a SHA-256 (64 hex digits), or for small files, which are in git itself, git's own SHA-1 (40).
     """
 
     repository: str
@@ -70,7 +79,7 @@ def repository_files(repository: str) -> list[HubFile]:
     Raises:
         ModelNotFound: no such repository, or a private one.
         StorageFailed: the hub cannot be reached, or wants an agreement first.
-        BadRequest: this is no name of a repository.
+        BadRequest: this cannot be the name of a repository.
     """
     with _hub_faults(repository):
         entries = HfApi().list_repo_tree(repository, recursive=True)
@@ -85,14 +94,14 @@ def repository_files(repository: str) -> list[HubFile]:
 
 
 @contextmanager
-def downloaded(files: Sequence[HubFile], progress: Progress | None = None) -> Iterator[list[Path]]:
-    """The files, fetched and checked, in a folder that goes when the block ends well.
+def downloaded(files: Sequence[HubFile], progress: Progress | None = None) -> Generator[list[Path]]:
+    """The files, fetched and checked, in a folder that is removed when the block ends well.
 
-    After an interruption what came stays, and the next call goes on from there. `progress(done_bytes,
+    After an interruption what came stays, and the next call continues from there. `progress(done_bytes,
     total_bytes)` counts all files together.
 
     Raises:
-        StorageFailed: the hub cannot be reached, sent something else than it promised (which is removed), or
+        StorageFailed: the hub cannot be reached, sent other content than it promised (which is removed), or
             there is no room.
     """
     downloads = home() / "downloads"
@@ -105,13 +114,13 @@ def downloaded(files: Sequence[HubFile], progress: Progress | None = None) -> It
         paths = list(_fetch_all(files, folder, progress))
         try:
             yield paths
-        except BadModelFile:  # it came as promised, so it would come so again
+        except BadModelFile:  # it came as promised, so it would come again like this
             shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
 
 
-def fetch_range(file: HubFile, start: int, nbytes: int, sink: BinaryIO) -> None:
+def fetch_range(file: HubFile, start: int, nbytes: int, sink: BinaryIO | io.RawIOBase) -> None:
     """Write `nbytes` bytes of a file on the hub, from `start`, to `sink`; only its `write` is called.
 
     Raises:
@@ -124,7 +133,7 @@ def fetch_range(file: HubFile, start: int, nbytes: int, sink: BinaryIO) -> None:
     with _hub_faults(file.repository):
         http_get(
             hf_hub_url(file.repository, file.path, endpoint=constants.ENDPOINT),
-            sink,
+            cast(BinaryIO, sink),
             headers=headers | {"Range": f"bytes={start}-{start + nbytes - 1}"},
             expected_size=nbytes,
         )
@@ -149,7 +158,7 @@ def _fetch(file: HubFile, path: Path, report: Callable[[int], None]) -> None:
     """Fetch one file; it gets its name once it is complete and has the right content."""
     if file.nbytes > constants.MAX_HTTP_DOWNLOAD_SIZE:
         raise StorageFailed(
-            f"{file.path} is larger than the hub gives in one piece: choose a model that comes in parts."
+            f"{file.path} is larger than the hub gives in one piece: choose a model that comes in shards."
         )
     partial = path.with_name(path.name + ".partial")
     with _hub_faults(file.repository), partial.open("ab", buffering=0) as raw, _Counted(raw, report) as out:
@@ -177,7 +186,7 @@ def _fetch(file: HubFile, path: Path, report: Callable[[int], None]) -> None:
 
 
 def _found_digest(file: HubFile, path: Path) -> tuple[str, str]:
-    """The digest of what came, and the one that was promised, each with its kind."""
+    """The digest of what came, and the promised one, each with its kind."""
     with path.open("rb") as came:
         if file.sha256:
             return f"sha256 {hashlib.file_digest(came, 'sha256').hexdigest()}", f"sha256 {file.sha256}"
@@ -187,21 +196,21 @@ def _found_digest(file: HubFile, path: Path) -> tuple[str, str]:
 
 
 class _Counted(io.BufferedWriter):
-    """A file that tells how long it has become."""
+    """A file that reports its length after each write."""
 
     def __init__(self, raw: BinaryIO, report: Callable[[int], None]) -> None:
         super().__init__(raw)
         self._report = report
 
-    def write(self, data: bytes) -> int:
-        written = super().write(data)
+    def write(self, buffer: "ReadableBuffer", /) -> int:
+        written = super().write(buffer)
         self._report(self.tell())
         return written
 
 
 @contextmanager
-def _held(folder: Path, file: HubFile) -> Iterator[None]:
-    """Keep other processes off a download. The mark of its last use is the folder's time."""
+def _held(folder: Path, file: HubFile) -> Generator[None]:
+    """Keep other processes off a download. Its last use is noted as the folder's modification time."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -217,17 +226,17 @@ def _held(folder: Path, file: HubFile) -> Iterator[None]:
 
 
 def _sweep(downloads: Path) -> None:
-    """Remove downloads that were given up."""
+    """Remove abandoned downloads."""
     for folder in downloads.iterdir():
         if time.time() - folder.stat().st_mtime > KEEP_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _require_room(folder: Path, files: Sequence[HubFile]) -> None:
-    """Refuse a download the disk cannot hold, rather than fail after hours."""
-    there = sum(path.stat().st_size for path in folder.iterdir())
+    """Refuse a download that the disk cannot hold, rather than fail after hours."""
+    present = sum(path.stat().st_size for path in folder.iterdir())
     total = sum(file.nbytes for file in files)
-    needed = total - there + (total if len(files) > 1 else 0)  # shards are merged into one more file
+    needed = total - present + (total if len(files) > 1 else 0)  # shards are merged into one more file
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StorageFailed(
@@ -237,14 +246,14 @@ def _require_room(folder: Path, files: Sequence[HubFile]) -> None:
 
 
 @contextmanager
-def _hub_faults(repository: str) -> Iterator[None]:
-    """Say in plain words what went wrong between us and the hub."""
+def _hub_faults(repository: str) -> Generator[None]:
+    """Turn what goes wrong between us and the hub into expected errors."""
     try:
         yield
     except GatedRepoError as error:
         raise StorageFailed(
             f"{repository} is only for those who agree to its terms: do so on "
-            f"{constants.ENDPOINT}/{repository}, then set HF_TOKEN to a token of yours."
+            f"{constants.ENDPOINT}/{repository}, then set HF_TOKEN to one of your tokens."
         ) from error
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
         raise ModelNotFound(
@@ -257,7 +266,7 @@ def _hub_faults(repository: str) -> Iterator[None]:
     except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:
         raise HubUnreachable(
             f"{repository} cannot be fetched from {constants.ENDPOINT} ({_first_line(error)}): check the "
-            "connection and try again; it goes on where it stopped."
+            "connection and try again; it resumes where it stopped."
         ) from error
     except OSError as error:
         raise _storage_fault(repository, error) from error
@@ -265,10 +274,10 @@ def _hub_faults(repository: str) -> Iterator[None]:
 
 def _storage_fault(repository: str, error: OSError) -> CordeeError:
     if error.errno is None:  # http_get: the connection ended early or the size is wrong
-        return HubUnreachable(f"{repository} came incomplete: try again; it goes on where it stopped.")
+        return HubUnreachable(f"{repository} came incomplete: try again; it resumes where it stopped.")
     return StorageFailed(
-        f"{repository} cannot be kept ({error.strerror}): free some space, then try again; "
-        "it goes on where it stopped."
+        f"{repository} cannot be stored ({error.strerror}): free some space, then try again; "
+        "it resumes where it stopped."
     )
 
 

@@ -1,9 +1,9 @@
-"""A model that nobody holds whole, taken from the hub by byte ranges: its header, its manifest, parts of it.
+"""A model that no node holds whole, fetched from the hub by byte ranges: header, manifest, slices.
 
 The manifest takes one pass over the whole model, of which nothing is kept but the digests; so no disk needs
-to hold it. While it passes, each file is checked against the SHA-256 that the hub promises. Parts are then
-made of the ranges where their chunks lie, and checked against the manifest like those from any neighbour. A
-set of shards gets the manifest of the one file that the store would make of it.
+to hold it. In this pass each file is checked against the SHA-256 that the hub promises. Slices are then
+assembled from the ranges of their chunks, which are checked against the manifest like those from any
+neighbour. A set of shards gets the manifest of the one file that the store would make of it.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from cordee.distribution.assemble import Assembly
 from cordee.distribution.hub import HubFile, fetch_range
@@ -28,28 +29,32 @@ from cordee.files import atomic_file, disk_faults, write_all
 from cordee.models.gguf import MAGIC, Header, has_header, read_header
 from cordee.models.slices import Progress, plan_slice
 
-# Most headers have 2 to 16 MB; each further try takes as much again as came before.
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+# Most headers have 2 to 16 MB; each further request doubles what came before.
 FIRST_BYTES = 4 << 20
-# One request fetches so much at most (the hub refuses to give 50 GB at once) and passes over gaps so long.
+# The most that one request fetches (the hub refuses to give 50 GB at once), and the longest gap it includes.
 SPAN_BYTES = 1 << 30
 GAP_BYTES = 1 << 20
-# A pass of hours is not given up for a connection that is gone for some minutes (a router that restarts); a
-# part is, as neighbours may have it and whoever wants it asks again. The hub client tries for seconds itself.
+# A pass of hours is not given up for a connection that is gone for some minutes (a router that restarts).
+# Chunks of a slice are: neighbours may have them, and the fetch asks again. The hub client itself retries for
+# seconds.
 PASS_TRIES = 60
 FILL_TRIES = 2
 AGAIN_SECONDS = 10.0
 
-Region = tuple[int, int, Chunk]  # where in a file a chunk begins, its length, and which it is
+Region = tuple[int, int, Chunk]  # the offset of a chunk in a file, its length, and which chunk it is
 
 
 class HubModel:
-    """A model on the hub: `header` as its one file has it (or would), in a folder of the caller's."""
+    """A model on the hub: `header` is that of its one file, or of the file that its shards would make."""
 
     def __init__(self, files: Sequence[HubFile], folder: Path) -> None:
-        """Fetch the header, of each shard, into `folder`.
+        """Fetch the header, for shards that of each, into `folder`.
 
         Raises:
-            BadModelFile: what the hub has is no model.
+            BadModelFile: what the hub has is not a model.
             StorageFailed, ModelNotFound: as `fetch_range` does.
         """
         self._files = list(files)
@@ -59,22 +64,22 @@ class HubModel:
         tensors = read_header(paths[0], weights=False).tensors
         self._places = {tensor.name: (by_path[tensor.path], tensor.offset) for tensor in tensors}
 
-    def manifest(self, parts: SliceStore, progress: Progress | None = None) -> Manifest:
-        """Pass over the whole model and keep its manifest. `progress(done_bytes, total_bytes)`.
+    def manifest(self, slice_store: SliceStore, progress: Progress | None = None) -> Manifest:
+        """Read the whole model once and keep its manifest. `progress(done_bytes, total_bytes)`.
 
-        A connection that breaks is taken up where it broke, for PASS_TRIES; `progress` is called meanwhile,
-        too, so that it may end the pass by raising.
+        A broken connection is resumed where it broke, up to PASS_TRIES times; `progress` is called meanwhile,
+        too, so that it can end the pass by raising.
 
         Raises:
             HubUnreachable: it cannot be reached.
-            StorageFailed: the hub gave something else than it promised.
+            StorageFailed: the hub gave other content than it promised.
             BadModelFile: the model is too large for a manifest.
         """
         maker = ManifestMaker(self.header)
         chunks = [
-            Chunk(number, index)
-            for number, tensor in enumerate(self.header.tensors)
-            for index in range(chunk_count(tensor))
+            Chunk(position, number)
+            for position, tensor in enumerate(self.header.tensors)
+            for number in range(chunk_count(tensor))
         ]
         done = 0
 
@@ -94,16 +99,16 @@ class HubModel:
                 _stream(file, carver, min(start + SPAN_BYTES, file.nbytes), PASS_TRIES, tell)
             if carver.digest.hexdigest() != file.sha256:
                 raise StorageFailed(f"{file.path} came with other content than the hub promised: try again.")
-        return parts.keep_made(maker)
+        return slice_store.keep_made(maker)
 
     def fill(self, assembly: Assembly, chunks: Sequence[Chunk]) -> None:
-        """Fetch these chunks of a part, all or some of what it misses.
+        """Fetch these chunks of a slice, all or some of those it misses.
 
         Raises:
             HubUnreachable: it cannot be reached; what came is kept.
-            StorageFailed: the hub does not give ranges, or there is no room on disk.
+            StorageFailed: the hub does not support ranges, or there is no room on disk.
             BadModelFile: the hub's model is not the one of the manifest; names the first wrong chunk if the
-                headers agree. All chunks that are right are kept.
+                headers agree. All correct chunks are kept.
         """
         shapes = [
             [(t.name, t.nbytes) for t in h.tensors] for h in (self.header, assembly.layout.manifest.header)
@@ -116,7 +121,7 @@ class HubModel:
         def take(chunk: Chunk, data: bytes) -> None:
             try:
                 assembly.put(chunk, data, f"The hub ({self._files[0].repository})")
-            except BadModelFile as error:  # what comes after it may be right
+            except BadModelFile as error:  # those after it may be correct
                 wrong.append(error)
 
         for file in self._files:
@@ -127,44 +132,45 @@ class HubModel:
             raise wrong[0]
 
     def _regions(self, file: HubFile, chunks: Sequence[Chunk]) -> list[Region]:
-        """Where in a file those of the chunks lie that are in it, in order."""
-        regions = []
+        """The regions of the chunks that are in a file, in order."""
+        regions: list[Region] = []
         for chunk in chunks:
             tensor = self.header.tensors[chunk.tensor]
             holder, offset = self._places[tensor.name]
             if holder == file:
-                start = chunk.index * CHUNK_BYTES
+                start = chunk.number * CHUNK_BYTES
                 regions.append((offset + start, min(CHUNK_BYTES, tensor.nbytes - start), chunk))
         return sorted(regions)
 
 
 class _Carver(io.RawIOBase):
-    """Takes a stretch of a file as it comes and gives the chunks that lie in it; `digest` is of all bytes."""
+    """Takes a span of a file as it comes and gives the chunks in it; `digest` is of all bytes."""
 
     def __init__(self, start: int, regions: Sequence[Region], take: Callable[[Chunk, bytes], None]) -> None:
         super().__init__()
         self.digest = hashlib.sha256()
         self._regions, self._take = iter(regions), take
         self._next = next(self._regions, None)
-        self._at, self._end = start, start  # where in the file `_kept` begins; where the stretch ends
+        self._at, self._end = start, start  # where in the file `_kept` begins; where the span ends
         self._kept = bytearray()
 
     @property
     def reached(self) -> int:
-        """Where in the file the bytes that are still to come begin."""
+        """The offset in the file of the next byte to come."""
         return self._at + len(self._kept)
 
     def up_to(self, end: int) -> "_Carver":
-        """Take the stretch up to `end` from now on."""
+        """Extend the span to `end`."""
         self._end = end
         return self
 
     def writable(self) -> bool:
         return True
 
-    def write(self, data: bytes) -> int:
+    def write(self, buffer: "ReadableBuffer", /) -> int:
         """Raises StorageFailed if more comes than was asked for, as from a server without ranges."""
-        if self.reached + len(data) > self._end:
+        data = memoryview(buffer)
+        if self.reached + data.nbytes > self._end:
             raise StorageFailed("The hub gives more than the range it was asked for: pull the whole model.")
         self.digest.update(data)
         self._kept += data
@@ -176,11 +182,11 @@ class _Carver(io.RawIOBase):
         gone = min(max(0, keep_from - self._at), len(self._kept))
         del self._kept[:gone]
         self._at += gone
-        return len(data)
+        return data.nbytes
 
 
 def _stream(file: HubFile, carver: _Carver, end: int, tries: int, tell: Callable[[], None]) -> None:
-    """Have the carver take a file up to `end`, `tries` times without a byte if the connection breaks."""
+    """Have the carver take a file up to `end`; gives up after `tries` broken connections without a byte."""
     failed = 0
     while carver.reached < end:
         before = carver.reached
@@ -195,7 +201,7 @@ def _stream(file: HubFile, carver: _Carver, end: int, tries: int, tell: Callable
 
 
 def _spans(regions: Sequence[Region]) -> Iterator[list[Region]]:
-    """Regions in groups that one request fetches."""
+    """Regions in groups, each of which one request fetches."""
     span: list[Region] = []
     for region in regions:
         if span:
@@ -209,7 +215,7 @@ def _spans(regions: Sequence[Region]) -> Iterator[list[Region]]:
 
 
 def _fetch_header(file: HubFile, folder: Path) -> Path:
-    """The beginning of a file that holds its header, under its own name."""
+    """The beginning of a file, long enough for its header, under the file's own name."""
     path = folder / PurePosixPath(file.path).name
     with disk_faults(folder), path.open("wb") as out:
         while out.tell() < min(file.nbytes, MANIFEST_BYTES_LIMIT):
@@ -226,7 +232,7 @@ def _fetch_header(file: HubFile, folder: Path) -> Path:
 
 
 def _joined(header: Header, folder: Path) -> Header:
-    """The header of the one file that a set of shards would be."""
+    """The header of the one file that a set of shards would make."""
     if header.get("split.count", 1) == 1:
         return header
     path = folder / "joined.gguf"

@@ -1,14 +1,13 @@
-"""The way of a node to the model hub: the only one out of the network, and only for a model that somebody
-asked to be shared from there. It is told whenever it is taken.
+"""A node's access to the model hub: only for models that were deployed from there, and logged each time.
 
-A model of the hub is read once (a *pass*), of which nothing is kept but its manifest; then its chunks can be
-fetched by anybody and checked by everybody.
+A model on the hub is read once (a *pass*), of which nothing is kept but its manifest; then any node can fetch
+and check its chunks.
 """
 
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from cordee.errors import BadRequest, CordeeError, Overloaded
 from cordee.models.shape import model_shape
 
 PASSES_MAX = 2  # at once: one fills most connections already
-FAULTS_MAX = 16  # of passes that failed, kept for whoever asks how they went
+FAULTS_MAX = 16  # kept of failed passes, for those who ask how they went
 
 log = logging.getLogger(__name__)
 
@@ -33,15 +32,15 @@ log = logging.getLogger(__name__)
 @dataclass
 class _Pass:
     reading: Reading
-    task: asyncio.Task | None = None
+    task: asyncio.Task[None] | None = None
     stopped: threading.Event = field(default_factory=threading.Event)
 
 
 class Hub:
-    """See the module's docstring. `open` and `shape` are for threads, all else for one event loop."""
+    """See the module's docstring. `open` and `shape` are for threads, everything else for one event loop."""
 
-    def __init__(self, parts: SliceStore) -> None:
-        self._parts = parts
+    def __init__(self, slice_store: SliceStore) -> None:
+        self._slice_store = slice_store
         self._passes: dict[str, _Pass] = {}
         self._faults: dict[str, CordeeError] = {}
 
@@ -51,7 +50,7 @@ class Hub:
         return [each.reading for each in self._passes.values()]
 
     def open(self, source: str) -> HubModel:
-        """A model on the hub ('owner/name/file.gguf'), to fill parts from; takes seconds.
+        """A model on the hub ('owner/name/file.gguf'), to fill slices from; takes seconds.
 
         Raises:
             CordeeError: the hub cannot be reached or has no such model.
@@ -60,7 +59,7 @@ class Hub:
             return model
 
     def shape(self, source: str, name: str, context: int | None) -> tuple[ModelShape, int]:
-        """What a model would be in the cluster (with `name` for a digest), and for None its default context.
+        """The shape of a model with `name` for a digest, and the context, which None sets to the default.
 
         Raises:
             BadRequest: the model was made for a shorter context.
@@ -73,7 +72,7 @@ class Hub:
             return model_shape(model.header, name), context or default_context(model.header)
 
     def read(self, name: str, source: str, nbytes: int, then: Callable[[Manifest], None]) -> Reading:
-        """Begin to read a model for its manifest, unless that is under way; `then` it is to be wished.
+        """Begin to read a model for its manifest, unless that is under way; `then` is called with it.
 
         Raises:
             Overloaded: too many passes are under way.
@@ -82,7 +81,7 @@ class Hub:
             if len(self._passes) >= PASSES_MAX:
                 names = ", ".join(self._passes)
                 raise Overloaded(
-                    f"This node is reading {names} from the hub: share {name} when that is done."
+                    f"This node is reading {names} from the hub: deploy {name} when that is done."
                 )
             self._faults.pop(name, None)
             begun = self._passes[name] = _Pass(Reading(name, source, 0, nbytes))
@@ -90,11 +89,11 @@ class Hub:
         return self._passes[name].reading
 
     def fault(self, name: str) -> CordeeError | None:
-        """Why the last pass over a model failed; told once."""
+        """Why the last pass over a model failed; returned once, then forgotten."""
         return self._faults.pop(name, None)
 
     def stop(self, name: str) -> bool:
-        """End a pass that nobody wants any more; whether there was one."""
+        """End a pass that is no longer wanted; whether there was one."""
         if name in self._passes:
             self._passes[name].stopped.set()
         return name in self._passes
@@ -117,7 +116,7 @@ class Hub:
         try:
             manifest = await asyncio.to_thread(self._pass, source, progress)
         except CordeeError as error:
-            log.warning("%s is not shared: %s", name, error.message)
+            log.warning("%s is not deployed: %s", name, error.message)
             self._faults[name] = error
             while len(self._faults) > FAULTS_MAX:
                 del self._faults[next(iter(self._faults))]
@@ -131,17 +130,17 @@ class Hub:
     def _pass(self, source: str, progress: Callable[[int, int], None]) -> Manifest:
         log.warning("reading %s from the hub once, to know its chunks; nothing of it is kept", source)
         with _opened(source) as model:
-            return model.manifest(self._parts, progress)
+            return model.manifest(self._slice_store, progress)
 
 
 def files(source: str) -> list[HubFile]:
-    """The files of a model on the hub, as `hub_files`, and told."""
+    """The files of a model on the hub, as `hub_files` gives them; logged."""
     log.warning("asking the hub for %s", source)
     return hub_files(source)
 
 
 @contextmanager
-def _opened(source: str) -> Iterator[HubModel]:
-    """A model on the hub; its header can be read inside the block, ranges of its weights later too."""
+def _opened(source: str) -> Generator[HubModel]:
+    """A model on the hub; its header can be read inside the block, ranges of its weights also later."""
     with TemporaryDirectory(prefix="cordee-") as folder:
         yield HubModel(files(source), Path(folder))

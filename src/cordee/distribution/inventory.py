@@ -1,8 +1,8 @@
-"""What lies on a node's disk of the cluster's models: looked at again and again, read once, kept in bounds.
+"""The models and slices on a node's disk: found by scans, read for manifests, removed if the disk is short.
 
-A whole model of the store is *offered* to the cluster once it was read for its manifest; that takes a minute
-for 60 GB, so it is done beside everything else, one model at a time, the smallest first. A fault of one
-model is told and does not hide the others. All disk work happens in threads.
+A whole model in the store is *offered* to the cluster once it was read for its manifest; that takes a minute
+for 60 GB, so it is done in the background, one model at a time, the smallest first. A fault of one model is
+logged and does not hide the others. All disk work is done in threads.
 """
 
 import asyncio
@@ -24,47 +24,47 @@ from cordee.models.gguf import Header
 from cordee.models.shape import model_shape
 from cordee.models.store import Store, StoredModel
 
-SCAN_SECONDS = 5.0  # how often the store is looked at: `cordee pull` may have added a model
-# A node starts so much later, and offers from its first word what is read so fast; and who asks for a model
-# that may have been pulled just now waits so long.
+SCAN_SECONDS = 5.0  # how often the store is scanned: `cordee pull` may have added a model
+# How long a starting node waits for models to be read, so that its first heartbeat offers them; and a request
+# for a model that may have been pulled just now.
 READING_SECONDS = 2.0
-SEQUENCES = 8  # streams that a model is served for, unless it is wished otherwise
+SEQUENCES = 8  # streams that a model is served for, unless its deployment says otherwise
 OFFERS_MAX = 32  # heartbeats carry them all
-# Free space is told in steps, so that every log line on disk is no news to the cluster.
+# Free space is published in steps, so that not every log line on disk makes a heartbeat.
 DISK_STEP_BYTES = 256 << 20
-# What was half fetched and then given up stays so long at least: whoever wanted it may want it again.
+# An abandoned, half-fetched slice stays at least this long: it may be wanted again.
 GROWING_KEEP_SECONDS = 600.0
-# A damaged model does not mend itself; a full disk may. Reading is not tried again before.
+# Reading is not tried again before: a damaged model does not repair itself, but a full disk may get room.
 AGAIN_SECONDS = 600.0
 
 log = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """The node ends, or nobody wants this any more; raised out of a thread's work by its progress."""
+    """The node stops, or this is no longer wanted; raised by the progress callback to end a thread's work."""
 
 
 class Inventory:
-    """See the module's docstring. `changed` is called when there is something new to tell."""
+    """See the module's docstring. `changed` is called when there is something new to publish."""
 
-    def __init__(self, store: Store, parts: SliceStore, changed: Callable[[], None]) -> None:
+    def __init__(self, store: Store, slice_store: SliceStore, changed: Callable[[], None]) -> None:
         self.offers: tuple[Offer, ...] = ()
         self.slices: tuple[SliceHeld, ...] = ()
         self.disk_free_bytes = 0
         self.reading: dict[str, Reading] = {}  # by model name
         self._store = store
-        self._parts = parts
+        self._slice_store = slice_store
         self._changed = changed
         self._scanning = asyncio.Lock()
         self._offered: dict[StoredModel, Offer] = {}
-        self._told: set[str] = set()  # faults that the last look found
-        self._reader: asyncio.Task | None = None
+        self._logged: set[str] = set()  # faults that the last scan found
+        self._reader: asyncio.Task[None] | None = None
         self._not_before: dict[str, float] = {}  # by digest, of what could not be read or was just verified
-        self._verifying: dict[str, asyncio.Task] = {}
+        self._verifying: dict[str, asyncio.Task[None]] = {}
         self._stopped = threading.Event()
 
     async def look(self) -> None:
-        """`scan`, and wait a little for what has to be read."""
+        """`scan`, and wait a little for models that have to be read."""
         await self.scan()
         with suppress(TimeoutError):
             async with asyncio.timeout(READING_SECONDS):
@@ -72,7 +72,7 @@ class Inventory:
                     await asyncio.wait([self._reader])
 
     async def scan(self) -> None:
-        """Look at the disk, and begin to read a model that was added."""
+        """Scan the disk, and begin to read a model that was added."""
         async with self._scanning:
             found, unread = await asyncio.to_thread(self._look)
             if found != (self.offers, self.slices, self.disk_free_bytes):
@@ -86,38 +86,43 @@ class Inventory:
             self._reader = asyncio.create_task(self._read(smallest))
 
     def damaged(self, digest: str, message: str) -> None:
-        """A chunk on this disk is not what its manifest says: look at all of the model's parts, but not
-        always.
+        """A chunk on this disk does not match its manifest: verify the model's slices, but not too often.
 
-        (A damaged whole model stays, and whoever asks for its chunks finds it damaged again.)
+        (A damaged whole model stays, so each request for its chunks finds it damaged again.)
         """
         if digest in self._not_before or digest in self._verifying:
             return
         log.warning("%s", message)
         self._not_before[digest] = time.monotonic() + AGAIN_SECONDS
         self._verifying[digest] = task = asyncio.create_task(self._verify(digest))
-        task.add_done_callback(lambda _: self._verifying.pop(digest, None))
+
+        def forget(_: asyncio.Task[None]) -> None:
+            self._verifying.pop(digest, None)
+
+        task.add_done_callback(forget)
 
     async def tidy(
         self, me: str, wanted: Collection[SliceGoal], others: Mapping[str, Sequence[SliceHeld]]
     ) -> None:
-        """Remove what nobody needs, while the disk is short (cluster/disk.py)."""
+        """While the disk is short, remove what no node needs (cluster/disk.py)."""
         gone = await asyncio.to_thread(self._tidy, me, set(wanted), others)
-        for part in gone:
-            what = f"layers {part.first} to {part.last - 1}" if part.last else "the embedding"
-            log.warning("removed to free the disk: %s of model %s", what, part.model)
+        for held in gone:
+            what = f"layers {held.first} to {held.last - 1}" if held.last else "the embedding"
+            log.warning("removed to free the disk: %s of model %s", what, held.model)
         if gone:
             await self.scan()
 
     async def close(self) -> None:
-        """End what is being read."""
+        """Stop reading and verifying."""
         self._stopped.set()
         tasks = [*self._verifying.values(), *([self._reader] if self._reader else [])]
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _look(self) -> tuple[tuple[tuple[Offer, ...], tuple[SliceHeld, ...], int], list[StoredModel]]:
         faults: list[str] = []
-        made, offers, unread = self._parts.made(), {}, []
+        made = self._slice_store.made()
+        offers: dict[StoredModel, Offer] = {}
+        unread: list[StoredModel] = []
         for named in self._store.list(faults.append)[:OFFERS_MAX]:
             try:
                 model = self._store.get(named.name)
@@ -133,28 +138,28 @@ class Inventory:
         self._offered = offers
         slices: list[SliceHeld] = []
         growing_bytes = 0
-        for digest in self._parts.known():
+        for digest in self._slice_store.known():
             try:
-                slices += self._parts.held(digest)
-                growing_bytes += sum(part.nbytes for part in self._parts.lying(digest)[1])
+                slices += self._slice_store.held(digest)
+                growing_bytes += sum(growing.nbytes for growing in self._slice_store.on_disk(digest)[1])
             except (CordeeError, OSError) as error:
-                faults.append(f"what lies here of model {digest} cannot be used: {error}")
+                faults.append(f"the slices of model {digest} on this disk cannot be used: {error}")
         for fault in faults:
-            if fault not in self._told:
+            if fault not in self._logged:
                 log.warning("%s", fault)
-        self._told = set(faults)
-        # What is half fetched counts as free: otherwise a fetch would seem to fit no more while it goes on.
+        self._logged = set(faults)
+        # What is half fetched counts as free: otherwise a fetch would no longer seem to fit while it runs.
         free = shutil.disk_usage(self._store.root).free + growing_bytes
         ordered = sorted(slices, key=lambda held: (held.model, held.first, held.last))
         return (tuple(offers.values()), tuple(ordered), free - free % DISK_STEP_BYTES), unread
 
     def _offer(self, model: StoredModel, digest: str | None) -> Offer | None:
-        """None if the model is to be read first."""
+        """The offer of a model with that manifest; None if the model must be read first."""
         if digest is None:
             return None
         try:
-            header = self._parts.manifest(digest).header
-        except BadModelFile:  # the manifest is damaged: made again
+            header = self._slice_store.manifest(digest).header
+        except BadModelFile:  # the manifest is damaged: make it again
             return None
         source = model.source if is_on_hub(model.source) else ""
         return Offer(model.name, model_shape(header, digest), default_context(header), source)
@@ -166,7 +171,7 @@ class Inventory:
             self.reading[model.name] = Reading(model.name, "", done_bytes, total_bytes)
 
         try:
-            await asyncio.to_thread(self._parts.manifest_of, model, progress)
+            await asyncio.to_thread(self._slice_store.manifest_of, model, progress)
         except CordeeError as error:
             log.warning("%s is not offered: %s", model.name, error.message)
             self._not_before[model.digest] = time.monotonic() + AGAIN_SECONDS
@@ -183,8 +188,9 @@ class Inventory:
                 raise Stopped
 
         for held in [held for held in self.slices if held.model == digest]:
+            verify = self._slice_store.verify
             try:
-                names = await asyncio.to_thread(self._parts.verify, digest, held.first, held.last, progress)
+                names = await asyncio.to_thread(verify, digest, held.first, held.last, progress)
             except Stopped:
                 return
             except (CordeeError, OSError) as error:  # removed meanwhile, perhaps
@@ -200,43 +206,47 @@ class Inventory:
         free = shutil.disk_usage(self._store.root).free
         complete: list[StoredSlice] = []
         growing: list[StoredSlice] = []
-        for digest in self._parts.known():
+        for digest in self._slice_store.known():
             with suppress(CordeeError, OSError):
-                for found, into in zip(self._parts.lying(digest), (complete, growing), strict=True):
+                for found, into in zip(self._slice_store.on_disk(digest), (complete, growing), strict=True):
                     into += found
         free -= self._missing_bytes(wanted, complete, growing)
-        gone = []
+        gone: list[SliceHeld] = []
         models = {goal.model for goal in wanted}
-        for part in sorted(growing, key=lambda part: part.used):
-            held = part.held
+        for stored in sorted(growing, key=lambda stored: stored.used):
+            held = stored.held
             if free >= DISK_RESERVE_BYTES:
                 break
             is_wanted = SliceGoal(held.model, held.first, held.last) in wanted
-            is_fresh = time.time() - part.used < GROWING_KEEP_SECONDS
+            is_fresh = time.time() - stored.used < GROWING_KEEP_SECONDS
             if not is_wanted and not is_fresh and not (held.last == 0 and held.model in models):
                 gone.append(held)
-                free += part.nbytes
+                free += stored.nbytes
         gone += removable(me, complete, wanted, others, free)
         for held in gone:
-            self._parts.drop(held.model, held.first, held.last)
+            self._slice_store.drop(held.model, held.first, held.last)
         return gone
 
     def _missing_bytes(
         self, wanted: set[SliceGoal], complete: Sequence[StoredSlice], growing: Sequence[StoredSlice]
     ) -> int:
-        """What the goals that are not met yet will take of the disk."""
-        done = {(part.held.model, part.held.first, part.held.last) for part in complete}
-        come = {(part.held.model, part.held.first, part.held.last): part.nbytes for part in growing}
+        """Bytes that the goals that are not met yet will take on disk."""
+        done = {_key(stored) for stored in complete}
+        come = {_key(stored): stored.nbytes for stored in growing}
         missing = 0
         for goal in wanted:
             key = (goal.model, goal.first, goal.last)
             with suppress(CordeeError):
-                if key not in done and self._parts.slice(*key) is None:
-                    missing += max(0, self._parts.layout(*key).nbytes - come.get(key, 0))
+                if key not in done and self._slice_store.slice(*key) is None:
+                    missing += max(0, self._slice_store.layout(*key).nbytes - come.get(key, 0))
         return missing
 
 
+def _key(stored: StoredSlice) -> tuple[str, int, int]:
+    return stored.held.model, stored.held.first, stored.held.last
+
+
 def default_context(header: Header) -> int:
-    """Tokens for each of SEQUENCES streams that a model is served with unless told otherwise."""
+    """Tokens for each of SEQUENCES streams: the default context of a deployment."""
     own = header.get(".context_length") or CELLS_DEFAULT
     return min(own, CELLS_DEFAULT // SEQUENCES)

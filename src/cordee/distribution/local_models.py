@@ -1,13 +1,15 @@
-"""The models of the cluster on this node: what lies here (inventory.py), and what is being fetched.
+"""The models of the cluster on this node: what is here (inventory.py), and what is being fetched.
 
 Slices come from neighbours by chunks (chunks.py), and what no neighbour has from the hub, if the model was
-shared from there (hub_source.py). Reading the disk happens in threads; everything else on one event loop.
+deployed from there (hub_source.py). The disk is read in threads; everything else runs on one event loop.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -29,10 +31,10 @@ from cordee.net.bus import Bus
 from cordee.worker.stages import Files
 
 FETCHES_MAX = 2  # slices fetched at once: each asks several neighbours already
-# A fetch that failed is tried again after that long: a neighbour may have started, the hub answer again.
+# A failed fetch is tried again after this long: a neighbour may have started, the hub may answer again.
 AGAIN_SECONDS = 10.0
-# For layers that no neighbour is known to have: who has just started, or was cut off, may not have heard of
-# all of them yet. And how often that is looked at.
+# How long to wait for layers that no neighbour is known to have: a node that has just started, or was cut
+# off, may not have heard from all of them yet. And how often to look.
 HEARING_SECONDS = LISTEN_SECONDS
 LOOK_SECONDS = 0.1
 ENDS_MAX = 64  # models whose end tokens are remembered
@@ -41,22 +43,25 @@ log = logging.getLogger(__name__)
 
 
 class LocalModelsOwner(Protocol):
-    """Who knows the cluster; called on the event loop."""
+    """What local models need to know of the cluster; called on the event loop."""
 
     def holders(self) -> Mapping[str, Sequence[SliceHeld]]:
         """What the other live nodes have on disk."""
+        ...
 
     def sources(self) -> Mapping[str, str]:
-        """Where on the hub models may be fetched from, by digest: those that are wished from there."""
+        """Where on the hub models may be fetched from, by digest: those deployed from there."""
+        ...
 
     def wanted(self) -> Collection[SliceGoal]:
-        """All that this node is to hold, or runs."""
+        """Everything that this node should hold, or runs."""
+        ...
 
     def changed(self) -> None:
-        """There is something new to tell."""
+        """There is something new to publish."""
 
     def fetch_failed(self, goal: SliceGoal, detail: str) -> None:
-        """A slice could not be had."""
+        """A slice could not be fetched."""
 
 
 class LocalModels:
@@ -66,66 +71,66 @@ class LocalModels:
         self.progress: dict[SliceGoal, tuple[int, int]] = {}  # bytes done and in all, of what is fetched now
         self._node = node
         self._owner = owner
-        self._parts = SliceStore(store)
-        self._inventory = Inventory(store, self._parts, owner.changed)
-        self.hub = Hub(self._parts)
-        self._client = ChunkClient(bus, self._parts, log.warning)
-        self._fetches: dict[SliceGoal, asyncio.Task] = {}
+        self._slice_store = SliceStore(store)
+        self._inventory = Inventory(store, self._slice_store, owner.changed)
+        self.hub = Hub(self._slice_store)
+        self._client = ChunkClient(bus, self._slice_store, log.warning)
+        self._fetches: dict[SliceGoal, asyncio.Task[None]] = {}
         self._not_before: dict[SliceGoal, float] = {}
         self._locks: WeakValueDictionary[SliceGoal, asyncio.Lock] = WeakValueDictionary()
         self._ends: dict[str, tuple[int, ...]] = {}
-        bus.serve(chunk_key(node), ChunkServer(self._parts, self._inventory.damaged).answer)
+        bus.serve(chunk_key(node), ChunkServer(self._slice_store, self._inventory.damaged).answer)
 
     @property
     def offers(self) -> tuple[Offer, ...]:
-        """The whole models that lie here."""
+        """The whole models that are here."""
         return self._inventory.offers
 
     @property
     def slices(self) -> tuple[SliceHeld, ...]:
-        """The layers that lie here."""
+        """The layers that are here."""
         return self._inventory.slices
 
     @property
     def disk_free_bytes(self) -> int:
-        """What the disk could take, if nothing was half fetched."""
+        """Free disk space, as if nothing were half fetched."""
         return self._inventory.disk_free_bytes
 
     @property
     def reading(self) -> tuple[Reading, ...]:
-        """The models that are read once, to be offered or shared."""
+        """The models that are being read for their manifests, to be offered or deployed."""
         return (*self._inventory.reading.values(), *self.hub.reading)
 
     @property
     def bytes_per_second(self) -> dict[str, float]:
-        """What each node gave when it was last fetched from."""
+        """The rate at which each node gave chunks in the last fetch from it."""
         return self._client.bytes_per_second
 
     async def look(self) -> None:
-        """Look at the disk now: at the start, and for a model that may have come just now."""
+        """Scan the disk now: at the start, and for a model that may have been pulled just now."""
         await self._inventory.look()
 
     async def watch(self) -> None:
-        """Look at the disk, again and again, and keep it from running full."""
+        """Scan the disk periodically, and keep it from running full."""
         while True:
             await asyncio.sleep(SCAN_SECONDS)
             try:
                 await self._inventory.scan()
                 await self._inventory.tidy(self._node, self._owner.wanted(), self._owner.holders())
-            except (CordeeError, OSError) as error:  # the disk may answer again
-                log.warning("the disk cannot be looked at: %s", error)
+            except (CordeeError, OSError) as error:  # the disk may recover
+                log.warning("the disk cannot be scanned: %s", error)
 
     async def vocabulary(self, digest: str) -> Path:
         """A file for `Vocabulary`; the model's manifest comes from another node if it is not here.
 
         Raises:
-            CordeeError: nobody gives it.
+            CordeeError: no node gives it.
         """
         await self._manifest(digest)
-        return await asyncio.to_thread(self._parts.vocabulary, digest)
+        return await asyncio.to_thread(self._slice_store.vocabulary, digest)
 
     def pursue(self, goals: Sequence[SliceGoal]) -> None:
-        """Fetch these slices, the first ones first, and no others; what came of others is kept."""
+        """Fetch these slices, in this order, and no others; what came of others is kept."""
         now = time.monotonic()
         self._not_before = {goal: at for goal, at in self._not_before.items() if at > now}
         chosen = [goal for goal in goals if goal not in self._not_before][:FETCHES_MAX]
@@ -135,20 +140,20 @@ class LocalModels:
             if goal not in self._fetches and len(self._fetches) < FETCHES_MAX:
                 task = asyncio.get_running_loop().create_task(self._fetch(goal))
                 self._fetches[goal] = task
-                task.add_done_callback(lambda _, goal=goal: self._fetches.pop(goal, None))
+                task.add_done_callback(partial(self._fetched, goal))
 
     async def prepare(self, load: StageSpec) -> Files:
-        """The files of a load; what is missing is assembled or fetched.
+        """The files of a stage; what is missing is assembled or fetched.
 
         Raises:
-            CordeeError: it cannot be had.
+            CordeeError: a file cannot be fetched.
         """
-        part = await self._slice(load.slice)
+        path = await self._slice(load.slice)
         header = (await self._manifest(load.model)).header
         layers = header.layers
         is_cut_first = load.first == 0 and load.last < layers
         embedding = await self._slice(SliceGoal(load.model, 0, 0)) if is_cut_first else None
-        return Files(engine_of(header), part, embedding, load.last == layers, await self._ends_of(load.model))
+        return Files(engine_of(header), path, embedding, load.last == layers, await self._ends_of(load.model))
 
     async def close(self) -> None:
         """End all fetches."""
@@ -166,35 +171,38 @@ class LocalModels:
             self._owner.fetch_failed(goal, str(error))
         await self._inventory.scan()
 
+    def _fetched(self, goal: SliceGoal, _: asyncio.Task[None]) -> None:
+        self._fetches.pop(goal, None)
+
     async def _slice(self, goal: SliceGoal) -> Path:
         def progress(done_bytes: int, total_bytes: int) -> None:
             self.progress[goal] = (done_bytes, total_bytes)
 
         await self._until_held(goal)
         await self._manifest(goal.model)
-        # Two that want the same part at once do not stand in each other's way: one of them fetches it.
+        # If two want the same slice at once, one fetches it and the other waits.
         async with self._locks.setdefault(goal, asyncio.Lock()):
             try:
-                part = await self._client.slice(
+                slice_file = await self._client.slice(
                     goal.model,
                     goal.first,
                     goal.last,
                     self._owner.holders,
                     progress,
-                    self._outside(goal.model),
+                    self._hub_model(goal.model),
                 )
             finally:
                 self.progress.pop(goal, None)
-        return part.path
+        return slice_file.path
 
     async def _until_held(self, goal: SliceGoal) -> None:
-        """Wait a little while for somebody to be known who has each of the layers."""
+        """Wait a while until each of the layers is known to be on some node."""
         until = time.monotonic() + HEARING_SECONDS
         while not self._is_held(goal) and time.monotonic() < until:
             await asyncio.sleep(LOOK_SECONDS)
 
     def _is_held(self, goal: SliceGoal) -> bool:
-        known = [*self.slices, *(held for slices in self._owner.holders().values() for held in slices)]
+        known = [*self.slices, *chain.from_iterable(self._owner.holders().values())]
         held = [each for each in known if each.model == goal.model]
         if goal.model in self._owner.sources():
             return True
@@ -204,20 +212,20 @@ class LocalModels:
             any(each.first <= layer < each.last for each in held) for layer in range(goal.first, goal.last)
         )
 
-    def _outside(self, digest: str) -> Callable[[], HubModel] | None:
+    def _hub_model(self, digest: str) -> Callable[[], HubModel] | None:
         source = self._owner.sources().get(digest)
         return None if source is None else lambda: self.hub.open(source)
 
     async def _manifest(self, digest: str) -> Manifest:
-        """A model's manifest, from whoever has it: first those that hold some of the model."""
-        nodes: Iterable[tuple[str, Sequence[SliceHeld]]] = self._owner.holders().items()
-        holding = {node: any(held.model == digest for held in slices) for node, slices in nodes}
+        """A model's manifest, from any node; those that hold some of the model are asked first."""
+        holders = self._owner.holders()
+        holding = {node: any(held.model == digest for held in slices) for node, slices in holders.items()}
         return await self._client.manifest(digest, sorted(holding, key=lambda node: not holding[node]))
 
     async def _ends_of(self, digest: str) -> tuple[int, ...]:
         if digest not in self._ends:
-            path = await asyncio.to_thread(self._parts.vocabulary, digest)
-            vocabulary = Vocabulary(path)  # libllama is not for several threads: this one also serves with it
+            path = await asyncio.to_thread(self._slice_store.vocabulary, digest)
+            vocabulary = Vocabulary(path)  # libllama is not thread-safe: it is used by this thread only
             self._ends[digest] = tuple(vocabulary.end_of_generation)
             vocabulary.close()
             while len(self._ends) > ENDS_MAX:

@@ -1,10 +1,10 @@
-"""The manifest of a model: what must be known of it to fetch any part from anybody and to check what came.
+"""The manifest of a model: what a node must know to fetch any slice from anywhere and to check what came.
 
-    GGUF header            as it stands in the model's file, so a manifest is read like a file without weights
+    GGUF header            as it is in the model's file, so a manifest is read like a file without weights
     MARK, CHUNK_BYTES      8 bytes, and a number of 8 bytes
     SHA-256 of each chunk  32 bytes each; tensors as the header lists them, the chunks of each in order
 
-A chunk is CHUNK_BYTES of one tensor, its last chunk what is left. There is one manifest for one content, so
+A chunk is CHUNK_BYTES of one tensor; its last chunk is what is left. Equal content has an equal manifest, so
 the manifest's own SHA-256 names the model in the cluster. A manifest that came from elsewhere is untrusted
 input: its header passes the same checks as a file's, and its length must be exactly what the header demands.
 """
@@ -23,8 +23,8 @@ from cordee.files import atomic_file, write_all
 from cordee.models.gguf import FETCH_AGAIN, Header, Tensor, read_header
 from cordee.models.slices import Progress
 
-# A chunk takes 9 ms at 1 Gbit/s and 84 ms at 100 Mbit/s, which is what the rows of running streams may have
-# to wait behind it; the digests of 120 GB take 3.7 MB, less than the vocabulary in front of them.
+# A chunk takes 9 ms at 1 Gbit/s and 84 ms at 100 Mbit/s: rows of running streams may have to wait that long
+# behind it. The digests of 120 GB take 3.7 MB, less than the vocabulary in front of them.
 CHUNK_BYTES = 1 << 20
 # The largest headers met have 40 MB (a tokenizer in JSON), the digests of 1 TB take 31 MB.
 MANIFEST_BYTES_LIMIT = 128 << 20
@@ -34,25 +34,25 @@ DIGEST_BYTES = 32
 
 
 class Chunk(NamedTuple):
-    """Chunk number `index` of the tensor that the header lists as number `tensor`; both count from 0."""
+    """Chunk `number` of the tensor that the header lists as number `tensor`; both count from 0."""
 
     tensor: int
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest in the file `path`. The tensors of `header` say where they lie in the model's whole file."""
+    """A manifest in the file `path`. The tensors of `header` say where they are in the model's whole file."""
 
     digest: str  # 'sha256:' and 64 hex digits, of the manifest
     path: Path
     header: Header
-    _starts: list[int]  # of each tensor, how many chunks are before it; then how many there are
+    _starts: list[int]  # for each tensor, the number of chunks before it; then the number of all chunks
     _table: bytes
 
     def chunks(self, tensor: int) -> Iterator[Chunk]:
         """The chunks of a tensor in order."""
-        return (Chunk(tensor, index) for index in range(self._starts[tensor + 1] - self._starts[tensor]))
+        return (Chunk(tensor, number) for number in range(self._starts[tensor + 1] - self._starts[tensor]))
 
     def nbytes(self, chunk: Chunk) -> int:
         """The length of a chunk.
@@ -62,21 +62,21 @@ class Manifest:
         """
         tensors = self.header.tensors
         left = tensors[chunk.tensor].nbytes - self.offset(chunk) if 0 <= chunk.tensor < len(tensors) else 0
-        if chunk.index < 0 or left <= 0:
-            raise BadRequest(f"{self.name} has no chunk {chunk.index} of a tensor {chunk.tensor}.")
+        if chunk.number < 0 or left <= 0:
+            raise BadRequest(f"{self.name} has no chunk {chunk.number} of a tensor {chunk.tensor}.")
         return min(CHUNK_BYTES, left)
 
     def offset(self, chunk: Chunk) -> int:
         """Where in its tensor a chunk begins."""
-        return chunk.index * CHUNK_BYTES
+        return chunk.number * CHUNK_BYTES
 
     def digest_of(self, chunk: Chunk) -> bytes:
         """The SHA-256 of a chunk that exists: 32 bytes."""
-        at = (self._starts[chunk.tensor] + chunk.index) * DIGEST_BYTES
+        at = (self._starts[chunk.tensor] + chunk.number) * DIGEST_BYTES
         return self._table[at : at + DIGEST_BYTES]
 
     def is_sound(self, chunk: Chunk, data: bytes) -> bool:
-        """Whether these are the bytes of that chunk."""
+        """Whether `data` is that chunk."""
         return hashlib.sha256(data).digest() == self.digest_of(chunk)
 
     @property
@@ -87,11 +87,11 @@ class Manifest:
 
     def chunk_name(self, chunk: Chunk) -> str:
         """What to call a chunk that exists in a message."""
-        return f"chunk {chunk.index} of {self.header.tensors[chunk.tensor].name} of {self.name}"
+        return f"chunk {chunk.number} of {self.header.tensors[chunk.tensor].name} of {self.name}"
 
 
 class ManifestMaker:
-    """Takes the chunks of a model in any order and writes its manifest."""
+    """Takes the chunks of a model in any order, then writes its manifest."""
 
     def __init__(self, header: Header) -> None:
         """Raises BadModelFile if the header is one of a set of shards, or larger than manifests may be."""
@@ -107,11 +107,11 @@ class ManifestMaker:
 
     def add(self, chunk: Chunk, data: bytes) -> None:
         """Take a chunk; all must be given before the manifest is written."""
-        at = (self._starts[chunk.tensor] + chunk.index) * DIGEST_BYTES
+        at = (self._starts[chunk.tensor] + chunk.number) * DIGEST_BYTES
         self._table[at : at + DIGEST_BYTES] = hashlib.sha256(data).digest()
 
     def write(self, folder: Path) -> Manifest:
-        """Write `folder`/<hex of the manifest's digest>/manifest, the inner folder made if need be.
+        """Write `folder`/<hex of the manifest's digest>/manifest; creates the inner folder if needed.
 
         Raises:
             BadModelFile: the file with the header changed or went away.
@@ -134,11 +134,11 @@ def make_manifest(header: Header, folder: Path, progress: Progress | None = None
         StorageFailed: no room on disk.
     """
     maker, done, total = ManifestMaker(header), 0, header.size_bytes
-    for number, tensor in enumerate(header.tensors):
-        for index in range(chunk_count(tensor)):
-            start = index * CHUNK_BYTES
+    for position, tensor in enumerate(header.tensors):
+        for number in range(chunk_count(tensor)):
+            start = number * CHUNK_BYTES
             data = _read(tensor.path, tensor.offset + start, min(CHUNK_BYTES, tensor.nbytes - start))
-            maker.add(Chunk(number, index), data)
+            maker.add(Chunk(position, number), data)
             done += len(data)
             if progress:
                 progress(done, total)
@@ -149,7 +149,7 @@ def read_manifest(path: Path) -> Manifest:
     """Read and check a manifest; memory stays in proportion to the file.
 
     Raises:
-        BadModelFile: no manifest, damaged, or it lies about its sizes; names file and fault.
+        BadModelFile: not a manifest, damaged, or its sizes are wrong; names file and fault.
     """
     header = read_header(path, weights=False)
     starts = _starts(header)
@@ -162,7 +162,7 @@ def read_manifest(path: Path) -> Manifest:
     content = _read(path, 0, size)
     table_at = header.nbytes + SEAL_BYTES
     if content[header.nbytes : table_at] != _seal():
-        raise BadModelFile(f"{path} is no manifest of this version: {FETCH_AGAIN}.")
+        raise BadModelFile(f"{path} is not a manifest of this version: {FETCH_AGAIN}.")
     digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
     return Manifest(digest, path, header, starts, content[table_at:])
 

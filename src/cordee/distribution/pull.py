@@ -1,6 +1,6 @@
 """Putting models into the store: from a file, from the hub, or by the name of a model card.
 
-Ternary models go there in the layout of the ternary engine, whatever they come in (convert.py).
+Ternary models of any format are stored as files for the ternary engine (convert.py).
 """
 
 import re
@@ -21,7 +21,7 @@ from cordee.models.gguf import BLOCK, BitnetType, read_header
 from cordee.models.slices import Progress
 from cordee.models.store import Store, StoredModel, check_name
 
-# What to take if nobody says: the best trade of size and quality that also runs fast on a CPU.
+# The default choice, best first: a good trade of size and quality that also runs fast on a CPU.
 PREFERENCE = ("Q4_K_M", "MXFP4", "MXFP4_MOE", "Q4_0", "Q4_K_S", "Q5_K_M", "Q8_0", "F16", "BF16")
 
 _HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?::(?P<quantization>[\w.-]+)|/(?P<file>.+\.gguf))?")
@@ -29,9 +29,9 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _QUANTIZATION = re.compile(
     r"(?<![a-z0-9])((?:ud-)?(?:i?q\d\w*|tq\d_\d|i2_s|mxfp4(?:_moe)?|bf16|f16|f32))(?![a-z0-9])", re.IGNORECASE
 )
-# Parts of models that are no language model: the eye of one that sees, a quantizer's statistics.
-_OTHER_PARTS = ("mmproj", "imatrix")
-# What a checkpoint is made of beside its weights, of which the first must be there.
+# Marks of GGUF files that are not language models: a vision encoder, a quantizer's statistics.
+_OTHER_FILES = ("mmproj", "imatrix")
+# The files of a checkpoint beside its weights; the first must be there.
 CHECKPOINT_FILES = (
     *("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("generation_config.json", "added_tokens.json", "chat_template.jinja", INDEX),
@@ -49,21 +49,21 @@ def pull(
     report: Report | None = None,
     pre: str | None = None,
 ) -> StoredModel:
-    """Put a model into the store under `name`, else under its card's, repository's or file's name.
+    """Put a model into the store under `name`, by default under its card's, repository's or file's name.
 
     `source` is a model card's name; a path to a GGUF file (the first of a set), or to the folder of a ternary
     checkpoint; or `owner/name`, `owner/name:QUANTIZATION` or `owner/name/file.gguf` on the hub, the only case
-    that leaves this machine: `report` is then told what is fetched from where. It is told, too, when a model
-    is converted; `pre` is as for `convert`. `progress(done_bytes, total_bytes)`.
+    that uses the network: `report` then says what is fetched from where. It also says when a model is
+    converted; `pre` is as for `convert`. `progress(done_bytes, total_bytes)`.
 
     Raises:
         ModelNotFound: nothing of that name, here or on the hub.
-        BadRequest: the repository has several models and `source` does not say which; the name is none.
-        BadModelFile: what was given or fetched is no model.
+        BadRequest: the repository has several models and `source` does not say which; `name` is invalid.
+        BadModelFile: what was given or fetched is not a model.
         UnsupportedModel: a checkpoint is not ternary.
-        StorageFailed: no room on the disk, no way to the hub, or it sent something else than it promised.
+        StorageFailed: no room on the disk, no connection to the hub, or it sent other content than promised.
     """
-    puller = _Puller(store or Store(), progress, report or (lambda text: None), pre)
+    puller = _Puller(store or Store(), progress, report or _ignore, pre)
     if name:
         check_name(name)
     card = cards().get(source)
@@ -75,21 +75,25 @@ def pull(
     is_checkpoint = (path / CHECKPOINT_FILES[0]).is_file()
     if path.is_file() or is_checkpoint or source.startswith(("/", ".", "~")):
         return puller.from_disk(path, name)
-    if not _HUB.fullmatch(source):
+    if not is_on_hub(source):
         raise _nothing_like(source)
     return puller.from_hub(source, name or hub_name(source))
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether `source` names a model of the hub ('owner/name…'), which a card's name alone does not."""
+    """Whether `source` names a model on the hub ('owner/name…'), which a card's name alone does not."""
     return bool(_HUB.fullmatch(source))
 
 
 def hub_name(source: str) -> str:
-    """What a model of the hub ('owner/name…') is called, unless it is told otherwise."""
-    asked = _HUB.fullmatch(source)
-    name = _plain(re.sub(r"-gguf$", "", asked["repository"].partition("/")[2], flags=re.IGNORECASE))
-    return f"{name}:{asked['quantization']}" if asked["quantization"] else name
+    """The default name of a model on the hub ('owner/name…').
+
+    Raises:
+        BadRequest: `source` does not name one.
+    """
+    asked = _hub_source(source)
+    name = _plain(re.sub(r"-gguf$", "", asked.repository.partition("/")[2], flags=re.IGNORECASE))
+    return f"{name}:{asked.quantization}" if asked.quantization else name
 
 
 def hub_files(source: str) -> list[HubFile]:
@@ -101,22 +105,40 @@ def hub_files(source: str) -> list[HubFile]:
         StorageFailed: as `pull` does.
     """
     card = cards().get(source)
-    asked = _HUB.fullmatch(card.source if card else source)
-    if not asked:
-        raise BadRequest(f"{source!r} is no model of a hub repository (owner/name).", "source")
-    repository = asked["repository"]
-    files = repository_files(repository)
+    asked = _hub_source(card.source if card else source)
+    files = repository_files(asked.repository)
     if not _models(files):
         raise ModelNotFound(
-            f"{repository} on the hub holds no GGUF model: look for its GGUF edition. If it is a ternary "
-            f"checkpoint, `cordee pull {repository}` makes a file of it on some node, which can be shared."
+            f"{asked.repository} on the hub holds no GGUF model: look for its GGUF edition. If it is a "
+            f"ternary checkpoint, `cordee pull {asked.repository}` makes a file of it on one of the nodes, "
+            "which can then be deployed."
         )
-    return _choose(repository, files, asked["quantization"], asked["file"])
+    return _choose(asked, files)
+
+
+@dataclass(frozen=True)
+class _HubSource:
+    """A model on the hub: in a `repository` ('owner/name'), of a `quantization` or in a `file`, if given."""
+
+    repository: str
+    quantization: str | None
+    file: str | None
+
+
+def _hub_source(source: str) -> _HubSource:
+    match = _HUB.fullmatch(source)
+    if match is None:
+        raise BadRequest(f"{source!r} is not a model of a hub repository (owner/name).", "source")
+    return _HubSource(match["repository"], match["quantization"], match["file"])
+
+
+def _ignore(_: str) -> None:
+    """Report to nobody."""
 
 
 @dataclass(frozen=True)
 class _Puller:
-    """Where models are put, who is told of it, and what a checkpoint's pre-tokenizer is called."""
+    """Puts models into a store; `pre` is the pre-tokenizer of a checkpoint."""
 
     store: Store
     progress: Progress | None
@@ -134,13 +156,13 @@ class _Puller:
         return self.store.add_file(path, name, self.progress)
 
     def from_hub(self, source: str, name: str) -> StoredModel:
-        """What `source` asks for of a repository: a GGUF, or where it has none a checkpoint."""
-        asked = _HUB.fullmatch(source)
-        repository = asked["repository"]
+        """The model of a repository that `source` names: a GGUF, or if there is none a checkpoint."""
+        asked = _hub_source(source)
+        repository = asked.repository
         files = repository_files(repository)
-        is_open = not (_models(files) or asked["quantization"] or asked["file"])
+        is_open = not (_models(files) or asked.quantization or asked.file)
         checkpoint = self._checkpoint(files) if is_open else []
-        chosen = checkpoint or _choose(repository, files, asked["quantization"], asked["file"])
+        chosen = checkpoint or _choose(asked, files)
         self._tell(chosen)
         with downloaded(chosen, self.progress) as paths:
             if checkpoint:
@@ -152,7 +174,7 @@ class _Puller:
             return self.store.add_file(paths[0], name, source=place, digest=digest, take="move")
 
     def _converted(self, path: Path, name: str, source: str, title: str | None = None) -> StoredModel:
-        """A ternary model in the layout of the ternary engine. What only libllama runs stays as it is."""
+        """A ternary model as a file for the ternary engine. What only libllama runs stays as it is."""
         self.report(f"Converting {title or path.name} for the ternary engine; no weight is changed")
         with self.store.working_folder() as folder:
             ready = folder / "converted.gguf"
@@ -166,7 +188,7 @@ class _Puller:
             return self.store.add_file(ready, name, self.progress, source=source, take="move")
 
     def _checkpoint(self, files: list[HubFile]) -> list[HubFile]:
-        """The files of a repository's checkpoint, if its config.json says that it is ternary; else none."""
+        """The files of a repository's checkpoint, if its config.json says that it is ternary; or none."""
         found = {file.path: file for file in files if file.path in CHECKPOINT_FILES}
         weights = [file for file in files if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", file.path)]
         whole = [file for file in files if file.path == "model.safetensors"]
@@ -180,9 +202,9 @@ class _Puller:
         return [*found.values(), *(whole or weights)]
 
     def _tell(self, chosen: list[HubFile]) -> None:
-        """Whatever leaves this machine is said."""
+        """Report what is fetched: everything that uses the network is reported."""
         largest = max(chosen, key=lambda file: file.nbytes)
-        size = sum(part.nbytes for part in chosen) / 1e9
+        size = sum(file.nbytes for file in chosen) / 1e9
         self.report(f"Fetching {largest.path} ({size:.1f} GB) from the hub repository {largest.repository}")
 
 
@@ -191,22 +213,20 @@ def _has_type(path: Path, types: Container[int]) -> bool:
     return any(tensor.type in types for tensor in read_header(path).tensors if BLOCK.match(tensor.name))
 
 
-def _choose(
-    repository: str, files: list[HubFile], quantization: str | None, file: str | None
-) -> list[HubFile]:
+def _choose(asked: _HubSource, files: list[HubFile]) -> list[HubFile]:
     """The files of one model of a repository: one, or all shards in order."""
-    models = _models(files)
-    if file:
-        wanted = [parts for parts in models.values() if any(part.path == file for part in parts)]
-    elif quantization:
-        label = quantization.upper()
+    repository, models = asked.repository, _models(files)
+    if asked.file:
+        wanted = [m for m in models.values() if any(shard.path == asked.file for shard in m)]
+    elif asked.quantization:
+        label = asked.quantization.upper()
         wanted = [
             m for stem, m in models.items() if label in (_label(stem), _label(stem).removeprefix("UD-"))
         ]
     else:
         wanted = list(models.values()) if len(models) == 1 else []
         for label in PREFERENCE:
-            wanted = wanted or [parts for stem, parts in models.items() if _label(stem) == label]
+            wanted = wanted or [m for stem, m in models.items() if _label(stem) == label]
     if len(wanted) == 1:
         return wanted[0]
     if not models:
@@ -215,9 +235,10 @@ def _choose(
             "is ternary: look for its GGUF edition."
         )
     labels = [_label(stem) for stem in models]
-    known = labels if all(labels) and len(set(labels)) == len(labels) and not file else None
+    known = labels if all(labels) and len(set(labels)) == len(labels) and not asked.file else None
     choices = [f":{label}" for label in known] if known else [f"/{m[0].path}" for m in models.values()]
-    fault = "has several models" if wanted or not (file or quantization) else "has no such model"
+    is_open = not (asked.file or asked.quantization)
+    fault = "has several models" if wanted or is_open else "has no such model"
     raise BadRequest(
         f"{repository} on the hub {fault}: say which, as in {repository}{choices[0]}. "
         f"It has {', '.join(choices)}.",
@@ -226,33 +247,33 @@ def _choose(
 
 
 def _models(files: list[HubFile]) -> dict[str, list[HubFile]]:
-    """Complete models: path without ending and shard number -> its files in order."""
+    """Complete models: path without suffix and shard number -> the model's files in order."""
     models: dict[str, list[HubFile]] = {}
     of_models = (file for file in files if file.sha256 and file.path.lower().endswith(".gguf"))
     for file in sorted(of_models, key=lambda file: file.path):
         stem = str(PurePosixPath(file.path).with_suffix(""))
-        if not any(part in PurePosixPath(stem).name.lower() for part in _OTHER_PARTS):
+        if not any(mark in PurePosixPath(stem).name.lower() for mark in _OTHER_FILES):
             models.setdefault(_SHARD.sub("", stem), []).append(file)
-    return {stem: parts for stem, parts in models.items() if len(parts) == _part_count(parts[0])}
+    return {stem: shards for stem, shards in models.items() if len(shards) == _shard_count(shards[0])}
 
 
-def _part_count(first: HubFile) -> int:
+def _shard_count(first: HubFile) -> int:
     match = _SHARD.search(PurePosixPath(first.path).stem)
     return int(match[2]) if match else 1
 
 
 def _label(stem: str) -> str:
-    """The quantization that a file's name states, in capitals; empty if it states none."""
+    """The quantization in a file's name, in capitals; empty if there is none."""
     found = _QUANTIZATION.findall(PurePosixPath(stem).name)
     return found[-1].upper() if found else ""
 
 
 def _plain(text: str) -> str:
-    """A name for a model made of a file's or a repository's."""
+    """A name for a model, made from that of a file or a repository."""
     return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "model"
 
 
 def _nothing_like(source: str) -> ModelNotFound:
     close = get_close_matches(source, cards(), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "cards are " + ", ".join(cards()) + "."
-    return ModelNotFound(f"{source!r} is no file, no hub repository (owner/name) and no model card: {hint}")
+    return ModelNotFound(f"{source!r} is not a file, a hub repository (owner/name) or a model card: {hint}")

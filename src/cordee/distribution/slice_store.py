@@ -1,19 +1,19 @@
-"""What lies here of models that the cluster shares: their manifests, and the parts assembled by them.
+"""The store of a node for models of the cluster: their manifests, and the slices assembled by them.
 
-    manifests/<hex>/manifest                  the manifest with that digest
-    manifests/<hex>/whole.json             which whole model of the store it was made of, if any
+    manifests/<hex>/manifest               the manifest with that digest
+    manifests/<hex>/whole.json             which whole model of the store it was made from, if any
     manifests/<hex>/vocabulary.gguf        the metadata alone
-    manifests/<hex>/<first>-<last>.gguf    a complete part (assemble.py); with .partial behind, a growing one
+    manifests/<hex>/<first>-<last>.gguf    a complete slice (assemble.py); with .partial appended, growing
 
-Everything can be read by chunk, from whichever file has it: for neighbours, and to assemble other parts here.
-A chunk is hashed whenever it is read, so damage on this disk is found before it is passed on.
+Everything can be read by chunk, from whichever file has it: for neighbours, and to assemble other slices. A
+chunk is hashed whenever it is read, so damage on this disk is found before it is passed on.
 """
 
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -44,19 +44,18 @@ from cordee.models.gguf import read_header
 from cordee.models.slices import Progress, SliceFile, plan_outside
 from cordee.models.store import Store, StoredModel, digest_hex
 
-# A node runs a handful of models in a few parts each; the layout of a last part holds the vocabulary.
+# A node runs a handful of models in a few slices each; the layout of a last slice holds the vocabulary.
 LAYOUTS_KEPT = 32
 # A manifest takes a tenth of a megabyte, and the digests of a large model two more.
 MANIFESTS_KEPT = 256
-# What `st_blocks` counts in, whatever the file system.
+# The unit of `st_blocks`, whatever the file system.
 STAT_BLOCK_BYTES = 512
 
-_PART = re.compile(r"(\d+)-(\d+)\.gguf")
+_SLICE_NAME = re.compile(r"(\d+)-(\d+)\.gguf")
 
 
 class SliceStore:
-    """The parts of models in a store, for any number of threads. Models are named by their manifest's
-    digest."""
+    """Slices of models in a store, for any number of threads. Models are named by their manifest's digest."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -83,7 +82,7 @@ class SliceStore:
         """Keep a manifest that came from elsewhere.
 
         Raises:
-            BadModelFile: this is no manifest, or not the one of that digest; nothing was kept.
+            BadModelFile: this is not a manifest, or not the one of that digest; nothing was kept.
             StorageFailed: no room on disk.
         """
         if (found := f"sha256:{hashlib.sha256(content).hexdigest()}") != digest:
@@ -96,14 +95,14 @@ class SliceStore:
             self._manifests.pop(digest, None)
             try:
                 return self.manifest(digest)
-            except BadModelFile:  # whoever gave the digest made it of something that is no manifest
+            except BadModelFile:  # the digest is that of something that is not a manifest
                 (folder / "manifest").unlink()
-                with suppress(OSError):  # parts are in it
+                with suppress(OSError):  # it has slices
                     folder.rmdir()
                 raise
 
     def keep_made(self, maker: ManifestMaker) -> Manifest:
-        """Keep a manifest that was made of a model that is not in the store.
+        """Keep a manifest that was made from a model that is not in the store.
 
         Raises:
             StorageFailed: no room on disk.
@@ -116,7 +115,7 @@ class SliceStore:
         return sorted(f"sha256:{path.parent.name}" for path in self._root.glob("*/manifest"))
 
     def made(self) -> dict[str, str]:
-        """The digests of manifests that were made of models of the store, by the whole model's digest."""
+        """The digests of manifests made from models in the store, by the whole model's digest."""
         sources = {digest: self._store.manifest_source(digest) for digest in self.known()}
         return {source: digest for digest, source in sources.items() if source}
 
@@ -125,7 +124,7 @@ class SliceStore:
 
         Raises:
             ModelNotFound: it is not here.
-            BadModelFile: it was damaged on disk; add it again.
+            BadModelFile: it is damaged on disk; add it again.
         """
         if manifest := self._manifests.get(digest):
             return manifest
@@ -139,42 +138,44 @@ class SliceStore:
         return manifest
 
     def layout(self, digest: str, first: int, last: int) -> SliceLayout:
-        """The layout of a part. Raises as `manifest` and `Layout` do."""
+        """The layout of a slice. Raises as `manifest` and `SliceLayout` do."""
         key = (digest, first, last)
         if key not in self._layouts:
             _remember(self._layouts, key, SliceLayout(self.manifest(digest), first, last), LAYOUTS_KEPT)
         return self._layouts[key]
 
     def held(self, digest: str) -> list[SliceHeld]:
-        """What of a model lies here complete: 0 to 0 is the embedding alone. Raises as `manifest` does."""
+        """The complete slices of a model here: 0 to 0 is the embedding alone. Raises as `manifest` does."""
         layers = self.manifest(digest).header.layers
         whole = [(0, layers)] if self._store.whole(digest) else []
-        ranges = dict.fromkeys([*whole, *((part.first, part.last) for part, _ in self._complete(digest))])
+        complete = [(layout.first, layout.last) for layout, _ in self._complete(digest)]
+        ranges = dict.fromkeys([*whole, *complete])
         return [SliceHeld(digest, first, last, (first, last) == (0, layers)) for first, last in ranges]
 
-    def lying(self, digest: str) -> tuple[list[StoredSlice], list[StoredSlice]]:
-        """What of a model was assembled here, complete and growing; `used` is in seconds since 1970.
+    def on_disk(self, digest: str) -> tuple[list[StoredSlice], list[StoredSlice]]:
+        """The slices of a model assembled here, complete and growing; `used` is in seconds since 1970.
 
-        A growing part takes what has come of it; a file that is no part of this length is like one. Raises as
-        `manifest` does.
+        A growing slice takes the bytes that have come; a file of the wrong length counts as growing. Raises
+        as `manifest` does.
         """
-        complete, growing = [], []
+        complete: list[StoredSlice] = []
+        growing: list[StoredSlice] = []
         for layout, path in self._found(digest):
             with suppress(OSError):  # finished or removed meanwhile
                 stat = path.stat()
-                part = StoredSlice(
+                stored = StoredSlice(
                     SliceHeld(digest, layout.first, layout.last),
                     stat.st_blocks * STAT_BLOCK_BYTES,
                     stat.st_mtime,
                 )
                 is_complete = path.suffix != PARTIAL and stat.st_size == layout.nbytes
-                (complete if is_complete else growing).append(part)
+                (complete if is_complete else growing).append(stored)
         return complete, growing
 
     def slice(self, digest: str, first: int, last: int) -> SliceFile | None:
-        """A part as a file, None if it is not here complete. All layers, or none, may be the whole model.
+        """A slice as a file; None if it is not complete here. All layers, or none, may be the whole model.
 
-        To ask for it is to use it: see `lying`. Raises as `layout` does.
+        Asking for it counts as using it: see `on_disk`. Raises as `layout` does.
         """
         layout = self.layout(digest, first, last)
         if (first, last) in ((0, layout.manifest.header.layers), (0, 0)) and (
@@ -189,8 +190,10 @@ class SliceStore:
         return layout.file(path)
 
     def vocabulary(self, digest: str) -> Path:
-        """A file for `Vocabulary`: a model without weights, made from the manifest. Raises as `manifest`
-        does."""
+        """A file for `Vocabulary`: a model without weights, made from the manifest.
+
+        Raises as `manifest` does.
+        """
         header = plan_outside(self.manifest(digest).header, ()).header
         path = self._folder(digest) / "vocabulary.gguf"
         if not path.exists() or path.read_bytes() != header:
@@ -201,12 +204,12 @@ class SliceStore:
     @contextmanager
     def assembling(
         self, digest: str, first: int, last: int, progress: Progress | None = None
-    ) -> Iterator[Assembly]:
-        """Begin or go on with a part; what any file here has of it is in it already.
+    ) -> Generator[Assembly]:
+        """Begin or continue a slice; what any file here has of it is in it already.
 
         `progress(done_bytes, total_bytes)` counts that too. Raises as `layout` does, and
 
-            StorageFailed: no room on disk, or another process assembles this part.
+            StorageFailed: no room on disk, or another process assembles this slice.
         """
         layout, path = self.layout(digest, first, last), self._path(digest, first, last)
         with assembling(layout, path, progress) as assembly:
@@ -216,10 +219,10 @@ class SliceStore:
             yield assembly
 
     def read(self, digest: str, chunk: Chunk) -> bytes:
-        """A chunk of a model from whatever has it here.
+        """A chunk of a model from any file that has it here.
 
         Raises:
-            ModelNotFound: nothing here has it.
+            ModelNotFound: no file here has it.
             BadModelFile: it is damaged here; names file and chunk.
             BadRequest: the model has no such chunk.
         """
@@ -237,17 +240,19 @@ class SliceStore:
         raise ModelNotFound(f"{manifest.chunk_name(chunk)} is not here.")
 
     def read_manifest_piece(self, digest: str, index: int) -> bytes:
-        """Piece `index` of a manifest's own bytes; all but the last have CHUNK_BYTES. Raises as `manifest`
-        does."""
+        """Piece `index` of a manifest's own bytes; all but the last have CHUNK_BYTES.
+
+        Raises as `manifest` does.
+        """
         with self.manifest(digest).path.open("rb") as file:
             file.seek(max(0, index) * CHUNK_BYTES)
             return file.read(CHUNK_BYTES)
 
     def verify(self, digest: str, first: int, last: int, progress: Progress | None = None) -> list[str]:
-        """Read a complete part back; the names of all that is damaged.
+        """Read a complete slice back; the names of everything in it that is damaged.
 
-        A damaged part is no longer held: assembling it again fetches what was damaged and nothing else. (A
-        damaged whole model stays: only `cordee pull` puts it back.) Raises as `layout` does.
+        A damaged slice is no longer held: assembling it again fetches what was damaged and nothing else. (A
+        damaged whole model stays: only `cordee pull` replaces it.) Raises as `layout` does.
         """
         layout, path = self.layout(digest, first, last), self._path(digest, first, last)
         whole = self._store.whole(digest)
@@ -260,14 +265,14 @@ class SliceStore:
         return found
 
     def drop(self, digest: str, first: int, last: int) -> None:
-        """Remove a part, complete or growing."""
+        """Remove a slice, complete or growing."""
         path = self._path(digest, first, last)
         with disk_faults(self._root):
             path.unlink(missing_ok=True)
             partial_path(path).unlink(missing_ok=True)
 
     def forget(self, digest: str) -> None:
-        """Remove a manifest and all parts that were assembled by it; a whole model stays in the store."""
+        """Remove a manifest and all slices that were assembled by it; a whole model stays in the store."""
         self._manifests.pop(digest, None)
         with disk_faults(self._root), suppress(FileNotFoundError):
             shutil.rmtree(self._folder(digest))
@@ -287,14 +292,14 @@ class SliceStore:
                 yield layout, path
 
     def _found(self, digest: str) -> Iterator[tuple[SliceLayout, Path]]:
-        """All files named like parts, growing ones too; those of impossible ranges are passed over."""
+        """All files named like slices, growing ones too; those of impossible ranges are skipped."""
         for path in sorted(self._folder(digest).iterdir()):
-            if match := _PART.fullmatch(path.name.removesuffix(PARTIAL)):
+            if match := _SLICE_NAME.fullmatch(path.name.removesuffix(PARTIAL)):
                 with suppress(CordeeError):
                     yield self.layout(digest, int(match[1]), int(match[2])), path
 
     def _files(self, digest: str, growing: bool = False) -> Iterator[tuple[Path, dict[int, int]]]:
-        """(file, where in it each tensor begins) for everything that may hold chunks of a model."""
+        """(file, offset in it of each tensor) for every file that may hold chunks of a model."""
         if whole := self._store.whole(digest):
             yield whole, _whole_offsets(self.manifest(digest))
         for layout, path in self._found(digest) if growing else self._complete(digest):
@@ -306,7 +311,7 @@ def _whole_offsets(manifest: Manifest) -> dict[int, int]:
 
 
 def _is_complete(layout: SliceLayout, path: Path) -> bool:
-    """Whether a file has the size of a part; only `verify` reads it."""
+    """Whether a file has the size of the slice; only `verify` reads it."""
     try:
         return path.stat().st_size == layout.nbytes
     except OSError:
@@ -314,7 +319,7 @@ def _is_complete(layout: SliceLayout, path: Path) -> bool:
 
 
 def _copy(assembly: Assembly, source: Path, offsets: dict[int, int]) -> None:
-    """Take what another file on this disk has of a part; a file that cannot be read has nothing."""
+    """Take what another file on this disk has of a slice; a file that cannot be read has nothing."""
     manifest = assembly.layout.manifest
     with suppress(OSError), source.open("rb", buffering=0) as file:
         for chunk in [chunk for chunk in assembly.missing if chunk.tensor in offsets]:

@@ -1,8 +1,8 @@
-"""The `Stage` protocol: what every engine offers, and all that the rest of the house knows of one.
+"""The `Stage` protocol: what every engine implements, and all that the rest of the package knows of one.
 
-A *slice* is a contiguous range of a model's layers in a GGUF of its own; a *stage* is a slice that is
-loaded, with its KV cache. The first stage of a pipeline takes token ids or embedded rows, every other
-stage takes the hidden rows of the one before; the last gives logits, every other gives hidden rows.
+A *slice* is a contiguous range of a model's layers in a GGUF of its own; a *stage* is a loaded slice with its
+KV cache. The first stage of a pipeline takes token ids or embedded rows, every other stage takes the hidden
+rows of the one before; the last gives logits, every other gives hidden rows.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ CacheName = Literal["f16", "int8"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows for one decode call; rows of one sequence stand in order of position.
+    """Rows for one decode call; rows of one sequence are in order of position.
 
     `inputs` is (n,) int32 token ids or (n, n_embd) float32 rows; `positions` and `sequences` are (n,)
     int32; `outputs` is (n,) bool and marks the rows whose logits the last stage gives.
@@ -36,11 +36,11 @@ class Batch:
 class StageConfig:
     """How a slice is loaded.
 
-    `context` is the KV cache's size in tokens for each of `sequences` sequences. `exact` asks for arithmetic
-    that gives a row the same bits whatever else is in its batch, where the engine can; it costs some speed.
-    `threads` None takes all cores this process may use. `devices` are names as the engine's `devices()` lists
-    them; none means the CPU alone. `kv_cache` "int8" halves the cache's memory at a small loss
-    (native/FORMAT.md); only the ternary engine has it.
+    `context` is the KV cache's size in tokens for each of `sequences` sequences. `batch_invariant` asks for
+    arithmetic that gives a row the same bits whatever else is in its batch, where the engine can; it costs
+    some speed. `threads` None means all cores that this process may use. `devices` are names as the engine's
+    `devices()` lists them; none means the CPU alone. `kv_cache` "int8" halves the cache's memory at a small
+    loss (native/FORMAT.md); only the ternary engine has it.
     """
 
     context: int = 4096
@@ -54,7 +54,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class StageDescription:
-    """What a loaded stage is. Bytes are measured by the engine, not estimated."""
+    """Facts about a loaded stage. Bytes are measured by the engine, not estimated."""
 
     architecture: str
     layers: int
@@ -77,11 +77,12 @@ class Stage(Protocol):
     def decode(self, batch: Batch) -> np.ndarray:
         """Run the rows; give (n, n_embd) float32 rows, or on the last stage (outputs, n_vocab) logits.
 
-        At most as many rows are outputs as the stage has sequences.
+        At most as many rows may be outputs as the stage has sequences.
 
         Raises:
             StageFailed: the engine refused the batch; the KV cache is as before the call.
         """
+        ...
 
     def trim(self, sequence: int, length: int) -> None:
         """Keep only the first `length` positions of a sequence (0 forgets it)."""
@@ -91,6 +92,7 @@ class Stage(Protocol):
 
     def export_sequence(self, sequence: int) -> bytes:
         """The KV state of a sequence, for `import_sequence` on a stage of the same slice and build."""
+        ...
 
     def import_sequence(self, sequence: int, state: bytes) -> None:
         """Restore what `export_sequence` gave."""

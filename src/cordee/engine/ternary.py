@@ -1,8 +1,8 @@
 """A `Stage` on the ternary engine (native/): rows in, rows or logits out, for models of -1, 0, +1.
 
-A row's bits never depend on its batch, its neighbours or the number of threads: nothing needs to be
-measured at load as with the llama engine, and every stage is exact. The functions are those of
-native/include/ternary.h.
+A row's bits never depend on the rest of its batch or on the number of threads: every stage is
+batch-invariant, and nothing needs to be measured at load as with the llama engine. The functions are those
+of native/include/ternary.h.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ import numpy as np
 from cordee.engine.stage import Batch, StageConfig, StageDescription
 from cordee.errors import BadModelFile, CordeeError, SetupNeeded, StageFailed, UnsupportedModel
 
-BUILD = "ternary-1"  # what exported states and token-identity depend on; the native code's own version
+BUILD = "ternary-1"  # the native code's version, on which exported states and equal tokens depend
 
 _u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 
@@ -76,7 +76,7 @@ _FUNCTIONS = {
         *(ctypes.c_char_p, ctypes.c_char_p, _pointer, _u32, _u32, _pointer, _u32, _pointer, _pointer),
     ),
 }
-# enum ternary_status: what each becomes here.
+# enum ternary_status: the error that each becomes.
 _FAILURES: dict[int, type[CordeeError]] = {
     1: BadModelFile,
     2: UnsupportedModel,
@@ -113,14 +113,14 @@ def kernels() -> list[str]:
 
 
 class TernaryStage:
-    """A loaded slice; see `cordee.engine.stage.Stage`. `is_last` False: hidden rows come out.
+    """A loaded slice; see `cordee.engine.stage.Stage`. With `is_last` off it gives hidden rows.
 
-    `kernels` chooses others than the best of this CPU, by name.
+    `kernels` chooses kernels by name; None means the best of this CPU.
 
     Raises:
         BadModelFile: the file is damaged.
-        UnsupportedModel: the file is not laid out for this engine.
-        StageFailed: the machine has no memory or no thread to give.
+        UnsupportedModel: the file is not made for this engine.
+        StageFailed: the system gives no memory or no thread.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class TernaryStage:
         self._file = _File()
         self._session = _pointer()
         self._memories: list[_Memory] = []  # of the model and of the session
-        # A stage that nobody closes must not leave threads behind in memory that is given back.
+        # A stage that nobody closes must not leave threads that use memory after it is freed.
         self._release = weakref.finalize(self, _release, self._file, self._session, self._memories)
         try:
             self._call("ternary_file_map", str(path).encode(), ctypes.byref(self._file))
@@ -162,10 +162,10 @@ class TernaryStage:
         done = 0
         try:
             for first in range(0, len(batch), self._config.batch_rows):
-                part = slice(first, first + self._config.batch_rows)
-                count = int(outputs[part].sum()) if self._is_last else len(positions[part])
-                columns = (inputs[part], positions[part], sequences[part], outputs[part])
-                self._decode_part(*columns, result[done : done + count])
+                rows = slice(first, first + self._config.batch_rows)
+                count = int(outputs[rows].sum()) if self._is_last else len(positions[rows])
+                group = Batch(inputs[rows], positions[rows], sequences[rows], outputs[rows])
+                self._decode_rows(group, result[done : done + count])
                 done += count
         except StageFailed:
             for sequence, length in lengths.items():
@@ -244,13 +244,15 @@ class TernaryStage:
             devices=("CPU",),
         )
 
-    def _decode_part(self, inputs, positions, sequences, outputs, result: np.ndarray) -> None:
+    def _decode_rows(self, batch: Batch, result: np.ndarray) -> None:
+        """Decode at most `batch_rows` rows, contiguous and of native's types, into `result`."""
         native = _Batch(
-            rows=len(positions),
-            positions=positions.ctypes.data,
-            sequences=sequences.ctypes.data,
-            outputs=outputs.ctypes.data,
+            rows=len(batch),
+            positions=batch.positions.ctypes.data,
+            sequences=batch.sequences.ctypes.data,
+            outputs=batch.outputs.ctypes.data,
         )
+        inputs = batch.inputs
         if inputs.ndim == 2:
             native.embeddings = inputs.ctypes.data
         else:
@@ -266,7 +268,7 @@ class TernaryStage:
 
 
 def _release(file: _File, session: ctypes.c_void_p, memories: list["_Memory"]) -> None:
-    """End the session, then let go of what its threads used."""
+    """End the session, then free what its threads used."""
     if session:
         library().ternary_session_end(session)
     memories.clear()
@@ -274,10 +276,10 @@ def _release(file: _File, session: ctypes.c_void_p, memories: list["_Memory"]) -
 
 
 class _Memory:
-    """So many bytes at an aligned address; none at all for 0. Pages that are never touched cost nothing.
+    """`nbytes` bytes at an aligned address. Pages that are never touched cost nothing.
 
-    They are not large ones, which would take 6 % off a token behind 4,000 others: a cache that is little used
-    would take all of its memory.
+    Huge pages would make a token after 4,000 others 6 % faster, but then a cache that is little used would
+    take all of its memory.
     """
 
     def __init__(self, nbytes: int) -> None:

@@ -1,7 +1,7 @@
 """The vocabulary of a GGUF through libllama: text to token ids and back, special tokens, chat template.
 
 Only the header's tokenizer is loaded (libllama's `vocab_only`), no weights; so a process that samples or
-talks to clients can hold one without holding the model.
+serves clients can have one without the model.
 """
 
 import ctypes
@@ -9,18 +9,17 @@ import itertools
 import os
 import re
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
 from cordee.engine.llama import libllama
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 
-TEXT_BYTES_MAX = (
-    16 << 20
-)  # four times a million-token prompt; keeps libllama's int32 lengths far from overflow
-PIECE_BYTES = 256  # nearly all pieces are shorter; libllama says the needed size of a longer one
-PIECE_BYTES_MAX = 1 << 20  # no sound vocabulary has such a token: a damaged file
+# Four times a prompt of a million tokens; keeps libllama's int32 lengths far from overflow.
+TEXT_BYTES_MAX = 16 << 20
+PIECE_BYTES = 256  # nearly all pieces are shorter; of a longer one libllama says the size
+PIECE_BYTES_MAX = 1 << 20  # no valid vocabulary has a longer token: the file is damaged
 
 TOKENIZER_NONE = 0  # enum llama_vocab_type in llama.h: LLAMA_VOCAB_TYPE_NONE
 TOKENIZER_BPE = 2  # LLAMA_VOCAB_TYPE_BPE
@@ -28,7 +27,7 @@ TOKENIZER_BPE = 2  # LLAMA_VOCAB_TYPE_BPE
 # libllama splits the text of many BPE models (gpt-oss, Mistral, DeepSeek, Falcon) by std::regex, which takes
 # about 370 bytes of stack per character of a match: 30,000 equal characters end the process with SIGSEGV. So
 # longer runs are cut: of one class after 512 (fits the smallest thread stack in use, macOS's 512 kB), of
-# anything but white space after 4096. No sentence has such runs; what is cut still spells the same text.
+# anything but white space after 4096. No sentence has such runs; the tokens still spell the same text.
 LONG_RUN = re.compile(r"[^\W\d_]{512}|\d{512}|\s{512}|[^\w\s]{512}|_{512}|\S{4096}")
 CONTROLS_MAX = 1000  # libllama's search for control tokens is quadratic in their number: 80,000 take 10 s
 
@@ -73,14 +72,14 @@ class Vocabulary:
         """Give the token ids of a text.
 
         `special` reads control tokens written in the text, such as <|im_start|>, as tokens; without it
-        they are plain text. `add_bos` puts the model's BOS in front where the model's file wants one and
-        the text (a rendered chat template, say) does not begin with it already.
+        they are plain text. `add_bos` puts the model's BOS in front if the model's file wants one and the
+        text (a rendered chat template, say) does not begin with it already.
 
         Raises:
-            BadRequest: the text is longer than TEXT_BYTES_MAX, or is no sound Unicode.
+            BadRequest: the text is longer than TEXT_BYTES_MAX, or is not valid Unicode.
         """
         _encode(text)
-        tokens = [token for part in self._parts(text, special) for token in self._tokenize(part, special)]
+        tokens = [token for piece in self._pieces(text, special) for token in self._tokenize(piece, special)]
         if add_bos and self.wants_bos and self.bos is not None and tokens[:1] != [self.bos]:
             tokens.insert(0, self.bos)
         return tokens
@@ -114,12 +113,12 @@ class Vocabulary:
         model = self._library.llama_model_load_from_file(os.fsencode(self.path), params)
         if not model:
             raise BadModelFile(
-                f"{self.path}: libllama reads no vocabulary from this file; is it a sound GGUF?"
+                f"{self.path}: libllama cannot read a vocabulary from this file; is it a valid GGUF?"
             )
         return model
 
-    def _parts(self, text: str, special: bool) -> Iterator[str]:
-        """Cut a text into parts that libllama can take; see LONG_RUN and CONTROLS_MAX."""
+    def _pieces(self, text: str, special: bool) -> Iterator[str]:
+        """Cut a text into pieces that libllama can take; see LONG_RUN and CONTROLS_MAX."""
         controls = [match.span() for match in self.control_names.finditer(text)] if special else []
         cuts = [start for start, _ in controls[CONTROLS_MAX::CONTROLS_MAX]]
         if self._library.llama_vocab_type(self._open()) == TOKENIZER_BPE:
@@ -131,7 +130,7 @@ class Vocabulary:
 
     @cached_property
     def control_names(self) -> re.Pattern[str]:
-        """Matches the name of any control token as it may stand in a text; of two, the longer."""
+        """Matches the name of any control token in a text; if two match, the longer."""
         names = {self._text(token) for token in range(self.size) if self.is_control(token)} - {""}
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
@@ -150,7 +149,7 @@ class Vocabulary:
             raise ValueError(f"the vocabulary of {self.path} is closed")
         return self.handle
 
-    def _special(self, getter) -> int | None:
+    def _special(self, getter: Callable[[int | None], int]) -> int | None:
         token = getter(self.handle)
         return token if 0 <= token < self.size else None
 
@@ -169,7 +168,7 @@ def _encode(text: str) -> bytes:
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRequest("the text holds half of a surrogate pair, which is no Unicode character") from None
+        raise BadRequest("the text has half of a surrogate pair, which is not valid Unicode") from None
     if len(data) > TEXT_BYTES_MAX:
         raise BadRequest(f"the text has {len(data)} bytes; at most {TEXT_BYTES_MAX} are accepted")
     return data

@@ -1,4 +1,4 @@
-"""The devices of this machine as the planner wants them: what stages may take, and how fast they read."""
+"""The devices of this machine as the planner needs them: memory for stages, and read speed."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,20 +11,20 @@ from cordee.engine.llama import libllama
 from cordee.machine.memory import memory
 from cordee.models.fit import USABLE
 
-# What one core unpacks of 4-bit weights in a second, however fast the memory is (measured: the starter model
-# on two cores of a Zen 4, 98 MB a token in 8.4 ms).
+# Bytes of 4-bit weights that one core unpacks in a second, however fast the memory is (measured: the starter
+# model on two cores of a Zen 4, 98 MB a token in 8.4 ms).
 CORE_BYTES_PER_SECOND = 6e9
-# A GPU does not tell how fast it reads its memory, and to find out takes a kernel; cards of 2019 and later
-# read 200 to 1,000 GB/s.
+# A GPU does not report how fast it reads its memory, and measuring it takes a kernel; cards since 2019 read
+# 200 to 1,000 GB/s.
 GPU_BYTES_PER_SECOND = 300e9
-# Larger than caches are; less where little memory is free.
+# Memory for the measurement: larger than caches are; less where little memory is free.
 MEASURED_BYTES = 128 << 20
-MEASURED_PART = 1 / 8
+MEASURED_SHARE = 1 / 8
 MEASURE_SECONDS = 0.2
 
 
 def own_devices(lent_bytes: int | None = None) -> tuple[Device, ...]:
-    """The processor and every GPU that libllama can use; of each at most `lent_bytes` are promised.
+    """The processor and every GPU that libllama can use; at most `lent_bytes` of each are promised.
 
     The processor is left out beside a GPU that shares its memory: the memory would be promised twice.
 
@@ -32,7 +32,7 @@ def own_devices(lent_bytes: int | None = None) -> tuple[Device, ...]:
         SetupNeeded: libllama cannot be loaded.
     """
     room, cores = memory().available_bytes, libllama.usable_cores()
-    speed = memory_speed(int(min(MEASURED_BYTES, room * MEASURED_PART)), cores)
+    speed = memory_speed(int(min(MEASURED_BYTES, room * MEASURED_SHARE)), cores)
     found = [
         Device(
             device.name,
@@ -54,15 +54,15 @@ def own_devices(lent_bytes: int | None = None) -> tuple[Device, ...]:
 
 
 def memory_speed(nbytes: int, cores: int) -> float:
-    """Bytes that so many threads read in a second, measured on so much memory for MEASURE_SECONDS."""
+    """Bytes that `cores` threads read in a second, measured on `nbytes` of memory for MEASURE_SECONDS."""
     numbers = np.ones(max(nbytes // 8, cores))
-    parts = np.array_split(numbers, cores)
+    shares = np.array_split(numbers, cores)
     best = 0.0
     with ThreadPoolExecutor(cores) as threads:
         ends = time.monotonic() + MEASURE_SECONDS
         while True:
             began = time.perf_counter()
-            list(threads.map(np.max, parts))
+            list(threads.map(np.max, shares))
             best = max(best, numbers.nbytes / max(time.perf_counter() - began, 1e-9))
             if time.monotonic() >= ends:
                 return best

@@ -1,14 +1,15 @@
-"""What this machine's processors take, in watts, where it tells: RAPL under Linux, NVIDIA's cards by NVML."""
+"""Power that this machine's processors draw, in watts: from RAPL on Linux, and NVML for NVIDIA's cards."""
 
 import importlib
 import time
 from pathlib import Path
+from types import ModuleType
 
 RAPL = Path("/sys/class/powercap")
 
 
 class Meter:
-    """Ask it again and again: RAPL counts energy, so power is what was counted since the last time."""
+    """To be asked periodically: RAPL counts energy, so power is computed from the last time on."""
 
     def __init__(self, rapl: Path = RAPL) -> None:
         self._domains = _readable_domains(rapl)
@@ -16,13 +17,13 @@ class Meter:
         self._counted = self._count()
 
     def watts(self) -> float | None:
-        """Mean power since the last call; None where nothing is told."""
+        """Mean power since the last call; None where nothing reports it."""
         before, self._counted = self._counted, self._count()
         (then, old), (now, new) = before, self._counted
-        found = []
+        found: list[float] = []
         for domain, microjoules in new.items():
             spent = microjoules - old.get(domain, microjoules)
-            if spent < 0:  # the counter began again
+            if spent < 0:  # the counter wrapped around
                 spent += _number(domain / "max_energy_range_uj") or 0
             if now > then:
                 found.append(spent / 1e6 / (now - then))
@@ -44,14 +45,14 @@ class Meter:
 
 
 def _readable_domains(rapl: Path) -> list[Path]:
-    """The processors' packages, not their parts; many systems let only root read them."""
+    """The processors' packages, without their subdomains; many systems let only root read them."""
     packages = sorted(rapl.glob("*-rapl:*"))
     return [
         each for each in packages if each.name.count(":") == 1 and _number(each / "energy_uj") is not None
     ]
 
 
-def _nvml():
+def _nvml() -> ModuleType | None:
     """NVIDIA's module, if it is installed and finds a driver."""
     try:
         nvml = importlib.import_module("pynvml")

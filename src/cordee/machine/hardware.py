@@ -1,4 +1,4 @@
-"""What this machine is: processor, graphics processors, system; from /proc, /sys and a few programs."""
+"""This machine's processor, GPUs and system; from /proc, /sys and a few programs."""
 
 import re
 import shutil
@@ -41,7 +41,7 @@ TOOL_SECONDS = 10  # nvidia-smi wakes sleeping GPUs, which takes a few seconds
 
 @dataclass(frozen=True)
 class Processor:
-    """`instruction_sets` are those of INSTRUCTION_SETS that it has."""
+    """A CPU; `instruction_sets` are those of INSTRUCTION_SETS that it has."""
 
     name: str
     instruction_sets: tuple[str, ...]
@@ -60,12 +60,12 @@ def processor(cpuinfo: str) -> Processor:
     """The processor that the text of /proc/cpuinfo describes."""
     name = re.search(r"^(?:model name|Model|Hardware)\s*: (.+)$", cpuinfo, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*: (.+)$", cpuinfo, re.MULTILINE)
-    has = set(flags[1].split()) if flags else set()
+    has = set(flags[1].split()) if flags else set[str]()
     return Processor(name[1] if name else "unknown", tuple(s for s in INSTRUCTION_SETS if s in has))
 
 
 def gpus(sys_folder: Path = Path("/sys")) -> list[Gpu]:
-    """The GPUs of the vendors libllama has a backend for."""
+    """The GPUs of vendors for which libllama has a backend."""
     found = list(_pci_gpus(sys_folder))
     if not any(gpu.vendor == "NVIDIA" for gpu in found):  # WSL shows no PCI device
         found += [Gpu("NVIDIA", name, "nvidia") for name in _nvidia_smi_names()]
@@ -93,7 +93,7 @@ def _nvidia_smi_names() -> list[str]:
 
 
 def vulkan_devices() -> list[str]:
-    """Names of the devices that vulkaninfo reports, real ones and software; empty without vulkaninfo."""
+    """Names of the devices that vulkaninfo reports, including software ones; empty without vulkaninfo."""
     return re.findall(r"^\s*deviceName\s*= (.+)$", _output("vulkaninfo", "--summary"), re.MULTILINE)
 
 

@@ -12,11 +12,11 @@ import psutil
 
 @dataclass(frozen=True)
 class _Names:
-    """What the files of a control group are called."""
+    """The names of a control group's files."""
 
     limit: str
     usage: str
-    cache: tuple[str, str]  # in memory.stat: what the kernel gives back when it is asked to
+    cache: tuple[str, str]  # in memory.stat: memory that the kernel reclaims on demand
 
 
 V1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
@@ -25,7 +25,7 @@ V2 = _Names("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 @dataclass(frozen=True)
 class Memory:
-    """`available_bytes` may be used without anything being pushed out to disk."""
+    """Memory of a machine; `available_bytes` can be used without swapping."""
 
     total_bytes: int
     available_bytes: int
@@ -42,7 +42,7 @@ def memory(root: Path = Path("/")) -> Memory:
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:
-    """(limit, usage without cache) in bytes of each group that limits this process, inner to outer."""
+    """(limit, usage without cache) in bytes of each group that limits this process, innermost first."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         number, kinds, path = line.split(":", 2)
         if kinds == "memory":
@@ -51,7 +51,7 @@ def _groups(root: Path) -> Iterator[tuple[int, int]]:
             names, top = V2, root / "sys/fs/cgroup"
         else:
             continue
-        # Inside a container the path may be that outside of it: then only the top is there.
+        # Inside a container the path may be the one outside of it: then only the top folder is there.
         inner = top / path.lstrip("/")
         for folder in (inner, *inner.parents):
             limit = _read(folder / names.limit)

@@ -1,4 +1,4 @@
-"""How large a service's stages are made: the context that fits, on the devices there are."""
+"""The size of a service's stages: the context that fits on the devices there are."""
 
 from dataclasses import replace
 
@@ -10,9 +10,9 @@ from cordee.machine.memory import memory
 from cordee.models import fit
 from cordee.models.gguf import Header
 
-# Unless told otherwise the KV cache has room for this many tokens in all: 0.75 GB for the starter model.
+# By default the KV cache has room for this many tokens in all: 0.75 GB for the starter model.
 CELLS_DEFAULT = 32768
-ACCELERATORS = ("GPU", "IGPU")  # kinds of device that are used without being asked for
+ACCELERATORS = ("GPU", "IGPU")  # kinds of devices that are used by default
 
 
 def stage_config(
@@ -27,11 +27,11 @@ def stage_config(
 ) -> StageConfig:
     """The configuration of every stage of a model on this machine.
 
-    `context` None takes the model's own, bounded by CELLS_DEFAULT and by memory. No `devices` takes every
-    GPU that libllama can use, else the CPU; `CPU` among them keeps to the CPU.
+    `context` None means the model's own, bounded by CELLS_DEFAULT and by memory. No `devices` means every GPU
+    that libllama can use, or else the CPU; `CPU` among them means the CPU alone.
 
     Raises:
-        DoesNotFit: the model, or the context that was asked for, needs more memory than there is.
+        DoesNotFit: the model, or the requested context, needs more memory than there is.
         BadRequest: a device is unknown, the context is longer than the model's own, or no such cut exists.
         UnsupportedModel: the model cannot be cut.
     """

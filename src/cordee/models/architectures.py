@@ -1,18 +1,18 @@
-"""The roster: which model architectures may be cut, and what a cut must take care of.
+"""The roster: which model architectures may be cut, and what a cut must take into account.
 
-Its data is architectures.toml beside this file.
+Its data is in architectures.toml beside this file.
 """
 
 import tomllib
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from typing import Literal
 
+import msgspec
 
-@dataclass(frozen=True)
-class Architecture:
-    """What is known of an architecture; the fields are explained at the top of architectures.toml."""
+
+class Architecture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is known about an architecture; the fields are explained at the top of architectures.toml."""
 
     name: str
     certified: bool = False
@@ -28,7 +28,7 @@ class Architecture:
     refusal: str = ""
 
     def obstacle(self, layers: int) -> str | None:
-        """Why a model of this architecture with so many layers cannot be cut; None if it can."""
+        """Why a model of this architecture with this number of layers cannot be cut; None if it can."""
         if self.refusal and (not self.whole_layer_counts or layers in self.whole_layer_counts):
             return self.refusal
         return None
@@ -38,16 +38,9 @@ class Architecture:
 def roster() -> dict[str, Architecture]:
     """All known architectures by name."""
     table = tomllib.loads((files("cordee.models") / "architectures.toml").read_text())
-    return {name: _entry(name, fields) for name, fields in table.items()}
+    return {name: msgspec.convert({"name": name, **fields}, Architecture) for name, fields in table.items()}
 
 
 def architecture(name: str) -> Architecture | None:
-    """The roster's entry of an architecture, or None if nothing is known of it."""
+    """The roster's entry of an architecture, or None if nothing is known about it."""
     return roster().get(name)
-
-
-def _entry(name: str, fields: dict) -> Architecture:
-    return Architecture(
-        name=name,
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()},
-    )

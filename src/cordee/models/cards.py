@@ -11,10 +11,10 @@ FOLDER = Path(__file__).with_name("cards")
 
 
 class CardShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How large a model is, as its header would say; of a layer the average. So it can be planned unseen.
+    """How large a model is, as its header would say, so that it can be planned without the file.
 
-    The fields are those of the cluster's `ModelShape`; `head_bytes` are read for every token, and of
-    `window_period` layers all but the last have a sliding window.
+    The fields are those of the cluster's `ModelShape`, averaged over the layers. `head_bytes` are read for
+    every token; of each `window_period` layers all but the last have a sliding window.
     """
 
     n_embd: int
@@ -30,12 +30,13 @@ class CardShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is known of a model without having it.
+    """What is known about a model without having it.
 
-    `source` is what `pull` fetches from the hub: 'owner/name:QUANTIZATION'. Of one that comes with the
-    program, `file` is its name beside the card, or `installed` where set-up puts it under the environment's
-    folder; the hub may have none. `parameters` counts all weights, `active_parameters` those that work on one
-    token; `languages` are ISO 639-1 codes, and where a model has too many to list, the notes say how many.
+    `source` is what `pull` fetches from the hub: 'owner/name:QUANTIZATION'. For a model that comes with the
+    program, `file` is its name beside the card, or `installed` its path in the Python environment, where
+    set-up puts it; such a model need not be on the hub. `parameters` counts all weights, `active_parameters`
+    those used for one token; `languages` are ISO 639-1 codes, and where a model has too many to list, the
+    notes say how many.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def path(self) -> Path | None:
-        """The model, if it came with the program and is still there."""
+        """The model file, if it came with the program and is still there."""
         path = FOLDER / self.file if self.file else Path(sys.prefix) / self.installed
         return path if path.is_file() else None
 

@@ -1,12 +1,13 @@
 """From token ids to the rows that enter layer 0, looked up in the model file itself.
 
-A pipeline feeds every stage with rows, so no slice needs the embedding; this is bit-equal to what libllama
-computes when it is fed tokens.
+A pipeline feeds every stage with rows, so no slice needs the embedding. The rows are bit-equal to those that
+libllama computes when it is fed tokens.
 """
 
 import mmap
 from collections.abc import Sequence
 from functools import lru_cache, partial
+from typing import cast
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -14,16 +15,16 @@ from gguf.quants import dequantize
 
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.models.architectures import architecture
-from cordee.models.gguf import Header
+from cordee.models.gguf import Header, TensorType
 from cordee.models.slices import EMBEDDING
 
-# Decoding a single row, as each token of an answer needs, takes 150 µs, nearly all of it the library's own
-# set-up; most text is made of few tokens. So many rows of the widest models are 64 MiB.
+# Decoding a single row, which each token of an answer needs, takes 150 µs, nearly all of it the library's own
+# set-up; most text uses few distinct tokens. This many rows of the widest models take 64 MiB.
 CACHED_ROWS = 1024
 
 
 class Embedding:
-    """The embedding of a model; maps its bytes in the file, so memory holds only what was looked up."""
+    """The embedding of a model. The file is memory-mapped, so memory holds only what was looked up."""
 
     def __init__(self, header: Header) -> None:
         """Raises UnsupportedModel or BadModelFile if the model has no embedding this program can read."""
@@ -53,7 +54,7 @@ class Embedding:
     def rows(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
         """(n,) token ids -> (n, n_embd) float32 rows, scaled where the architecture scales them.
 
-        They may be shared with later callers: only to be read.
+        The array may be shared with later callers: do not write to it.
 
         Raises:
             BadRequest: a token id is outside the vocabulary.
@@ -65,15 +66,16 @@ class Embedding:
 
 
 def _decoded(
-    table: np.ndarray, kind: GGMLQuantizationType, scale: np.float32 | None, ids: int | np.ndarray
+    table: np.ndarray, kind: TensorType, scale: np.float32 | None, ids: int | np.ndarray
 ) -> np.ndarray:
+    known = cast(GGMLQuantizationType, kind)  # for any other the library raises NotImplementedError
     with np.errstate(invalid="ignore", over="ignore"):  # broken weights give NaN, as in libllama
-        rows = dequantize(np.atleast_2d(table[ids]), kind).astype(np.float32, copy=False)
+        rows = dequantize(np.atleast_2d(table[ids]), known).astype(np.float32, copy=False)
     return rows if scale is None else rows * scale
 
 
 def _scale(header: Header, n_embd: int) -> np.float32 | None:
-    """What libllama multiplies token rows with; float32 like there, so that the products are equal."""
+    """The factor by which libllama multiplies token rows; float32 as there, so that products are equal."""
     rules = architecture(header.architecture)
     if rules is None or rules.embedding_scale == "none":
         return None
@@ -81,5 +83,5 @@ def _scale(header: Header, n_embd: int) -> np.float32 | None:
         return np.sqrt(np.float32(n_embd))
     scale = header.get(".embedding_scale", 0.0)
     if not isinstance(scale, float):
-        raise BadModelFile(f"{header.path}: {header.architecture}.embedding_scale is no number.")
+        raise BadModelFile(f"{header.path}: {header.architecture}.embedding_scale is not a number.")
     return np.float32(scale) if scale else None

@@ -1,6 +1,6 @@
 """How much memory a stage will take, from the header alone: a formula, fast enough to try many placements.
 
-The formula, and where it comes from, are in cluster/memory.py; here a GGUF header is put into it.
+The formula and its derivation are in cluster/memory.py; here it gets its numbers from a GGUF header.
 """
 
 from bisect import bisect_right
@@ -8,23 +8,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
+from typing import cast
 
 from cordee.cluster.memory import CELLS_STEP, Fit, Sizes, StageShape
 from cordee.errors import BadModelFile, DoesNotFit
 from cordee.models.architectures import Architecture, architecture
-from cordee.models.gguf import BLOCK, CONVERT_AGAIN, Header, Tensor, engine_of
+from cordee.models.gguf import BLOCK, CONVERT_AGAIN, Header, Scalar, Tensor, engine_of
 from cordee.models.slices import SliceTensor, even_cuts, plan_slice, window_pattern
 
-# The tensors of one layer, under their names in it without `.weight`: of a slice, or of the model.
+# The tensors of one layer of a slice or of a model, by their names within the layer, without `.weight`.
 Tensors = Mapping[str, SliceTensor | Tensor]
 
 KV_NUMBER_BYTES = 2  # f16 and bf16
 TERNARY_LANES = 16  # native/src/engine/cache.h, LANES
-# The estimate is right to a tenth, so so much of the memory that is free may be promised.
+# The share of free memory that may be promised: the estimate is right to a tenth.
 USABLE = 0.9
-# Shorter is of no use to anybody.
+# A shorter context is of no use.
 CONTEXT_MIN = CELLS_STEP
-# Up to here the longest context is looked for: 16 million tokens, a hundred times what models are made for.
+# The longest context is searched up to here: 16 million tokens, a hundred times what models are made for.
 STEPS_MAX = 65_536
 
 
@@ -33,7 +34,7 @@ def stage_shape(header: Header, first: int, last: int) -> StageShape:
 
     Raises:
         UnsupportedModel, BadRequest: there is no such slice.
-        BadModelFile: the file does not say how large its parts are.
+        BadModelFile: the metadata lacks a size.
     """
     pieces = plan_slice(header, first, last, force=True).pieces
     layers: list[dict[str, SliceTensor]] = [{} for _ in range(last - first)]
@@ -41,7 +42,7 @@ def stage_shape(header: Header, first: int, last: int) -> StageShape:
     for piece in pieces:
         block = BLOCK.fullmatch(piece.name)
         if block and int(block[1]) >= len(layers):
-            continue  # of a layer for multi-token prediction, which libllama does not load
+            continue  # a layer for multi-token prediction, which libllama does not load
         if block:
             layers[int(block[1])][block[2].removesuffix(".weight")] = piece
         weights += piece.nbytes
@@ -50,7 +51,7 @@ def stage_shape(header: Header, first: int, last: int) -> StageShape:
     return StageShape(
         weights_bytes=weights,
         cell_bytes=sum(cell_bytes(header, first + i, window) for i, window in enumerate(windowed)),
-        masks=len(set(windowed[1:])) or 1,  # a kind that only the first layer has is free again after it
+        masks=len(set(windowed[1:])) or 1,  # a mask that only the first layer uses is freed after it
         row_floats=max(row_floats(header, tensors) for tensors in layers),
         n_embd=size_of(header, ".embedding_length"),
         layers=last - first,
@@ -72,12 +73,12 @@ def vocabulary_size(header: Header) -> int:
 
 
 def parameter_count(header: Header) -> int:
-    """All weights in a model file; a head that repeats the embedding counts where it was written out.
+    """The number of weights in a model file; a head equal to the embedding counts if the file holds it.
 
-    In files of the ternary engine a byte holds several weights, and some are padding.
+    In files for the ternary engine a byte holds several weights, and some are padding.
 
     Raises:
-        BadModelFile: the file does not say how large its parts are.
+        BadModelFile: the metadata lacks a size.
         UnsupportedModel: no engine runs it.
     """
     if engine_of(header) == "llama":
@@ -101,23 +102,24 @@ def cell_bytes(header: Header, layer: int, windowed: bool) -> int:
         key = size_of(header, ".attention.key_length_swa", default=key)
         value = size_of(header, ".attention.value_length_swa", default=value)
     if header.get(".attention.key_length_mla"):
-        value = 0  # multi-head latent attention: V is a part of K
+        value = 0  # multi-head latent attention: V is within K
     if engine_of(header) == "ternary":
         value = _padded(value)
     return groups * (key + value) * KV_NUMBER_BYTES
 
 
 def size_of(header: Header, key: str, layer: int = 0, default: int | None = None) -> int:
-    """A size in the metadata; of a layer where it goes by layer.
+    """A size in the metadata; that of `layer` where the file gives one per layer.
 
     Raises:
-        BadModelFile: it is not there, or no size.
+        BadModelFile: it is missing, or not a size.
     """
     value = header.get(key, default)
     if isinstance(value, list):
-        value = value[layer] if layer < len(value) else None
+        values = cast("list[Scalar]", value)
+        value = values[layer] if layer < len(values) else None
     if type(value) is not int or value < 0:
-        raise BadModelFile(f"{header.path}: {header.architecture}{key} is no size: {CONVERT_AGAIN}.")
+        raise BadModelFile(f"{header.path}: {header.architecture}{key} is not a size: {CONVERT_AGAIN}.")
     return value
 
 
@@ -144,7 +146,7 @@ def _ternary_row_floats(header: Header, embd: int) -> int:
 
 
 def _ternary_heads(header: Header) -> tuple[int, int, int]:
-    """How many heads, how many of keys and values, and the width of each."""
+    """The number of query heads, the number of key-value heads, and the width of a head."""
     heads = size_of(header, ".attention.head_count")
     groups = size_of(header, ".attention.head_count_kv", default=heads)
     usual = size_of(header, ".embedding_length") // max(heads, 1)
@@ -152,12 +154,12 @@ def _ternary_heads(header: Header) -> tuple[int, int, int]:
 
 
 def _padded(count: int) -> int:
-    """As the ternary engine pads what it reads in vectors."""
+    """Rounded up as the ternary engine pads what it reads in vectors."""
     return -(-count // TERNARY_LANES) * TERNARY_LANES
 
 
 def _attention(header: Header, tensors: Tensors, queries: int) -> int:
-    if "attn_k_b" in tensors:  # multi-head latent attention: queries in the width of the cache, three times
+    if "attn_k_b" in tensors:  # multi-head latent attention: three times the queries, as wide as the cache
         wide = size_of(header, ".attention.head_count") * size_of(header, ".attention.key_length")
         return 3 * wide - size_of(header, ".embedding_length") - queries
     if "attn_qkv" in tensors:
@@ -165,22 +167,22 @@ def _attention(header: Header, tensors: Tensors, queries: int) -> int:
     return queries + _width_out(tensors, "attn_k")
 
 
-def _dense(tensors: Tensors, hole: int) -> int:
-    """A feed-forward part: in place without a gate, else gate, up and their product.
+def _dense(tensors: Tensors, free_floats: int) -> int:
+    """A feed-forward block: in place without a gate, otherwise gate, up and their product.
 
-    Where the gate fits the `hole` that attention leaves, about half of it falls in there.
+    Where the gate fits into the `free_floats` that attention leaves in the buffers, about half goes there.
     """
     width = _width_in(tensors, "ffn_down")
     if "ffn_gate" not in tensors and _width_out(tensors, "ffn_up") == width:
         return width
-    return width * 5 // 2 if width <= hole else 3 * width
+    return width * 5 // 2 if width <= free_floats else 3 * width
 
 
-def _experts(header: Header, tensors: Tensors, hole: int) -> int:
-    """A mixture of experts: the chosen ones' gate, up and product, and their results.
+def _experts(header: Header, tensors: Tensors, free_floats: int) -> int:
+    """A mixture of experts: gate, up and product of the chosen experts, and their results.
 
-    The results fit where gate and up were, unless the experts are narrow; those may fit the `hole` that
-    attention leaves, which a shared expert keeps in use.
+    The results fit where gate and up were, unless the experts are narrow; those may fit into the
+    `free_floats` that attention leaves in the buffers, which a shared expert keeps in use.
     """
     if "ffn_down_exps" not in tensors:
         return 0
@@ -188,7 +190,7 @@ def _experts(header: Header, tensors: Tensors, hole: int) -> int:
     width, embd = tensors["ffn_down_exps"].shape[:2]
     shared = _width_in(tensors, "ffn_down_shexp")
     inner, results = 3 * used * width, used * embd
-    fits = 2 * width >= embd or (inner <= hole and not shared)
+    fits = 2 * width >= embd or (inner <= free_floats and not shared)
     return max(max(inner, results) if fits else inner + results, 3 * shared)
 
 
@@ -202,13 +204,13 @@ def _width_out(tensors: Tensors, name: str) -> int:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a model fits. `have_bytes` is what may be used of the memory given; `advice` is a sentence."""
+    """Whether a model fits. `have_bytes` is the usable share of the given memory; `advice` is a sentence."""
 
     fits: bool
     need_bytes: int
     have_bytes: int
     stages: tuple[Fit, ...]
-    longest_context: int  # per sequence: what fits, at most what the model was made for; 0 if nothing does
+    longest_context: int  # tokens per sequence that fit, at most what the model was made for; 0 if none do
     advice: str
 
 
@@ -222,10 +224,10 @@ class _Context:
 
 
 def verdict(header: Header, sizes: Sizes, memory_bytes: int, stages: int = 1) -> Verdict:
-    """Whether a model in so many stages fits `memory_bytes` of one machine.
+    """Whether a model in this number of stages fits into `memory_bytes` of one machine.
 
     Raises:
-        BadRequest, UnsupportedModel: it cannot be cut so.
+        BadRequest, UnsupportedModel: it cannot be cut into that many stages.
     """
     shapes = _shapes(header, stages)
     fits = tuple(shape.fit(sizes) for shape in shapes)
@@ -241,8 +243,8 @@ def sized_context(
     """The longest context per sequence that fits: at most `limit` and what the model was made for.
 
     Raises:
-        DoesNotFit: not even CONTEXT_MIN tokens do; says what to do.
-        BadRequest, UnsupportedModel: it cannot be cut so.
+        DoesNotFit: not even CONTEXT_MIN tokens fit; says what to do.
+        BadRequest, UnsupportedModel: it cannot be cut into that many stages.
     """
     own = size_of(header, ".context_length", default=limit)
     shortest = min(CONTEXT_MIN, limit, own)

@@ -1,8 +1,8 @@
 """Reading the header of a GGUF file: strict, bounded, and without touching the weights.
 
 A model file is untrusted input. Every count is checked against the bytes that are really there before
-anything is allocated, every tensor must lie inside its file and on no other, and arrays (a vocabulary has
-hundreds of thousands of entries) are walked over but not decoded until someone asks for them.
+anything is allocated, every tensor must lie inside its file and overlap no other, and arrays (a vocabulary
+has hundreds of thousands of entries) are skipped and not decoded until someone asks for them.
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little endian.
 """
 
@@ -30,16 +30,16 @@ WINDOW_BYTES = 1 << 20
 # Real models have 20 to 80 keys and up to a few thousand tensors (experts stored one by one).
 KEYS_LIMIT = 4096
 TENSORS_LIMIT = 65_536
-# The format allows keys of 65,535 bytes; ggml keeps tensor names in 64 bytes with the closing zero.
+# The format allows keys of 65,535 bytes; ggml keeps tensor names in 64 bytes with the terminating zero.
 KEY_BYTES_LIMIT = 65_535
 NAME_BYTES_LIMIT = 63
 # The longest strings met are whole tokenizer files in JSON (33 MB for a vocabulary of 262,144 tokens).
 STRING_BYTES_LIMIT = 64 << 20
-# All plain strings of a header together: they are the part of it that stays in memory.
+# All plain strings of a header together: they stay in memory.
 STRINGS_BYTES_LIMIT = 128 << 20
-# Twenty times the largest vocabulary met; the merges of a tokenizer stay below 600,000.
+# Twenty times the largest vocabulary met; the merges of a tokenizer are fewer than 600,000.
 ARRAY_ITEMS_LIMIT = 5_000_000
-# libllama's own limit of layers (LLAMA_MAX_LAYERS).
+# libllama's own limit (LLAMA_MAX_LAYERS).
 LAYERS_LIMIT = 512
 # The largest alignment that makes sense is a huge page.
 ALIGNMENT_LIMIT = 2 << 20
@@ -62,12 +62,14 @@ SCALARS = {
     GGUFValueType.FLOAT64: struct.Struct("<d"),
 }
 _U32, _U64 = SCALARS[GGUFValueType.UINT32], SCALARS[GGUFValueType.UINT64]
-# The tensors of a layer; names have at most 63 bytes, so the number stays small.
+# Names of tensors of a layer; they have at most 63 bytes, so the number stays small.
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 FETCH_AGAIN = "fetch the file again"
 CONVERT_AGAIN = "convert the model again with a current program"
+
+Scalar = int | float | bool | str
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Array:
         return self.count
 
     def raw(self) -> bytes:
-        """The items as they stand in the file."""
+        """The bytes of the items, as they are in the file."""
         try:
             with self.path.open("rb") as file:
                 data = os.pread(file.fileno(), self.nbytes, self.offset)
@@ -94,27 +96,28 @@ class Array:
             raise BadModelFile(f"{self.path} became shorter while it was in use: {FETCH_AGAIN}.")
         return data
 
-    def values(self) -> list:
+    def values(self) -> list[Scalar]:
         """The items as plain values.
 
         Raises:
-            BadModelFile: the file changed or went away, or a string is no UTF-8.
+            BadModelFile: the file changed or went away, or a string is not UTF-8.
         """
         data = self.raw()
         if self.type is not GGUFValueType.STRING:
             return np.frombuffer(data, dtype="<" + SCALARS[self.type].format[1:]).tolist()
-        items, at = [], 0
+        items: list[Scalar] = []
+        at = 0
         try:
             for _ in range(self.count):
                 end = at + 8 + _U64.unpack_from(data, at)[0]
                 items.append(data[at + 8 : end].decode())
                 at = end
         except (UnicodeDecodeError, struct.error) as error:
-            raise BadModelFile(f"{self.path}: a string of an array is no UTF-8: {CONVERT_AGAIN}.") from error
+            raise BadModelFile(f"{self.path}: a string of an array is not UTF-8: {CONVERT_AGAIN}.") from error
         return items
 
 
-Value = int | float | bool | str | Array
+Value = Scalar | Array
 
 
 class BitnetType(IntEnum):
@@ -123,7 +126,9 @@ class BitnetType(IntEnum):
     I2_S = 36
 
 
-# Weights share bytes in blocks of so many; behind the last block stand so many bytes with the scale.
+TensorType = GGMLQuantizationType | BitnetType
+
+# I2_S packs weights in blocks of I2_BLOCK; after the last block come I2_TAIL_BYTES with the scale.
 I2_BLOCK, I2_TAIL_BYTES = 128, 32
 
 
@@ -133,7 +138,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType | BitnetType
+    type: TensorType
     path: Path
     offset: int  # absolute in `path`
     nbytes: int
@@ -141,10 +146,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Header:
-    """What a model file (or a set of shards) says of itself, without the weights.
+    """All of a model file (or a set of shards) but the weights.
 
-    `layers` counts the layers a token passes; extra multi-token-prediction layers, which libllama keeps
-    behind them and does not run when generating plainly, are in `extra_layers`.
+    `layers` counts the layers that a token passes. `extra_layers` counts those for multi-token prediction,
+    which libllama keeps after them and does not run in plain generation.
     """
 
     path: Path
@@ -155,7 +160,7 @@ class Header:
     layers: int
     extra_layers: int
     alignment: int
-    nbytes: int  # of the header itself, in the first file, without the padding behind it
+    nbytes: int  # of the header itself, in the first file, without the padding after it
     _by_name: Mapping[str, Tensor] = field(repr=False, compare=False)
 
     @property
@@ -172,29 +177,32 @@ class Header:
         return self._by_name.get(name)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Plain value of a metadata key; a key that starts with '.' gets the architecture's prefix."""
+        """The plain value of a metadata key, of whatever type the file gives it.
+
+        A key that starts with '.' gets the architecture's prefix.
+        """
         value = self.metadata.get(self.architecture + key if key.startswith(".") else key, default)
         return value.values() if isinstance(value, Array) else value
 
 
 def read_header(path: Path, *, weights: bool = True) -> Header:
-    """Read the header of a GGUF file; of a sharded set when `path` is its first part.
+    """Read the header of a GGUF file; of a sharded set when `path` is its first shard.
 
     Memory stays below a few MiB plus the plain strings of the header. With `weights` off the files may end
-    anywhere behind their headers: the tensors then say where they lie in the whole file.
+    anywhere after their headers: the tensors then say where they are in the whole file.
 
     Raises:
-        BadModelFile: no such file, no GGUF, damaged, or it lies about its sizes; names file and fault.
+        BadModelFile: no such file, not GGUF, damaged, or its sizes are wrong; names file and fault.
     """
     path = Path(path)
-    first = _read_part(path, weights)
-    parts = [first, *_other_shards(path, first.metadata, weights)]
-    tensors = tuple(tensor for part in parts for tensor in part.tensors)
+    first = _read_shard(path, weights)
+    shards = [first, *_other_shards(path, first.metadata, weights)]
+    tensors = tuple(tensor for shard in shards for tensor in shard.tensors)
     by_name = {tensor.name: tensor for tensor in tensors}
     if len(by_name) != len(tensors):
         raise BadModelFile(f"{path}: two shards hold the same tensor: {FETCH_AGAIN}.")
     expected = first.metadata.get("split.tensors.count")
-    if len(parts) > 1 and expected is not None and expected != len(tensors):
+    if len(shards) > 1 and expected is not None and expected != len(tensors):
         raise BadModelFile(f"{path}: the shards hold {len(tensors)} tensors, not {expected}: {FETCH_AGAIN}.")
     architecture = first.metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
@@ -219,23 +227,23 @@ def read_header(path: Path, *, weights: bool = True) -> Header:
 
 
 def engine_of(header: Header) -> Literal["llama", "ternary"]:
-    """The engine that a model's file is laid out for.
+    """The engine that a model's file is made for.
 
     Raises:
-        UnsupportedModel: it is bitnet.cpp's own.
+        UnsupportedModel: the file is in bitnet.cpp's own format.
     """
     if any(isinstance(tensor.type, BitnetType) for tensor in header.tensors):
         raise UnsupportedModel(
-            f"{header.path.name} is in bitnet.cpp's I2_S, which nothing here runs as it is: `cordee pull` "
-            "makes a file for the ternary engine of it."
+            f"{header.path.name} is in bitnet.cpp's I2_S, which no engine here runs as it is: `cordee pull` "
+            "converts it for the ternary engine."
         )
     return "ternary" if "cordee.ternary.version" in header.metadata else "llama"
 
 
 def has_header(path: Path) -> bool:
-    """Whether a file, which may be one of a set of shards, begins with a whole and sound header."""
+    """Whether a file, which may be one of a set of shards, begins with a complete and valid header."""
     try:
-        _read_part(path, weights=False)
+        _read_shard(path, weights=False)
     except BadModelFile:
         return False
     return True
@@ -246,7 +254,7 @@ def _layer_counts(path: Path, architecture: str, metadata: Mapping[str, Value]) 
     key = f"{architecture}.block_count"
     blocks = metadata.get(key)
     if blocks is None:
-        raise BadModelFile(f"{path} has no {key}: it holds no language model; choose the model's main file.")
+        raise BadModelFile(f"{path} has no {key}: it is no language model; choose the model's main file.")
     extra = metadata.get(f"{architecture}.nextn_predict_layers", 0)
     if type(blocks) is not int or not 1 <= blocks <= LAYERS_LIMIT:
         raise BadModelFile(f"{path}: {key} is {blocks}, not 1 to {LAYERS_LIMIT}: {CONVERT_AGAIN}.")
@@ -255,23 +263,23 @@ def _layer_counts(path: Path, architecture: str, metadata: Mapping[str, Value]) 
     return blocks, extra
 
 
-def _other_shards(path: Path, metadata: Mapping[str, Value], weights: bool) -> list["_Part"]:
-    """Parts 2 to N of the set whose first part is `path`."""
+def _other_shards(path: Path, metadata: Mapping[str, Value], weights: bool) -> list["_Shard"]:
+    """Shards 2 to N of the set whose first shard is `path`."""
     count = metadata.get("split.count", 1)
     if type(count) is not int or count <= 1:
         return []
-    match = _SHARD.fullmatch(path.name)
+    match = _SHARD_NAME.fullmatch(path.name)
     if count > SHARDS_LIMIT or not match or int(match["count"]) != count:
         raise BadModelFile(f"{path} is one of {count} shards but is not named like one: restore its name.")
     if metadata.get("split.no", 0) != 0 or int(match["number"]) != 1:
         raise BadModelFile(f"{path} is not the first of its {count} shards: give {match['stem']}-00001-of-….")
     names = (f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(2, count + 1))
-    return [_read_part(path.with_name(name), weights) for name in names]
+    return [_read_shard(path.with_name(name), weights) for name in names]
 
 
 @dataclass(frozen=True)
-class _Part:
-    """The header of one file."""
+class _Shard:
+    """The header of one file; a model that is not sharded has one."""
 
     metadata: dict[str, Value]
     types: dict[str, GGUFValueType]
@@ -280,17 +288,17 @@ class _Part:
     nbytes: int
 
 
-def _read_part(path: Path, weights: bool) -> _Part:
+def _read_shard(path: Path, weights: bool) -> _Shard:
     try:
         with path.open("rb", buffering=0) as file:
             return _parse(_Reader(path, file), weights)
     except OSError as error:
         raise BadModelFile(
-            f"{path} cannot be read ({error.strerror}): check the name and its rights."
+            f"{path} cannot be read ({error.strerror}): check its name and permissions."
         ) from error
 
 
-def _parse(reader: "_Reader", weights: bool) -> _Part:
+def _parse(reader: "_Reader", weights: bool) -> _Shard:
     keys, tensors = _preamble(reader)
     metadata: dict[str, Value] = {}
     types: dict[str, GGUFValueType] = {}
@@ -304,12 +312,12 @@ def _parse(reader: "_Reader", weights: bool) -> _Part:
         metadata[key] = reader.value(key, types[key])
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 1 <= alignment <= ALIGNMENT_LIMIT or alignment & (alignment - 1):
-        reader.fail(f"has the alignment {alignment}, no power of two", CONVERT_AGAIN)
+        reader.fail(f"has the alignment {alignment}, not a power of two", CONVERT_AGAIN)
     listed = [_tensor_info(reader) for _ in range(tensors)]
     nbytes = reader.position
     start = -(-nbytes // alignment) * alignment
     end = reader.size if weights else BYTES_LIMIT
-    return _Part(metadata, types, _placed(reader, listed, start, end, alignment), alignment, nbytes)
+    return _Shard(metadata, types, _placed(reader, listed, start, end, alignment), alignment, nbytes)
 
 
 def _preamble(reader: "_Reader") -> tuple[int, int]:
@@ -317,7 +325,7 @@ def _preamble(reader: "_Reader") -> tuple[int, int]:
     if reader.size == 0:
         reader.fail("is empty")
     if reader.size < 24 or reader.take(4) != MAGIC:
-        reader.fail("is no GGUF model file", "choose a file that ends in .gguf, or fetch it again")
+        reader.fail("is not a GGUF model file", "choose a file that ends in .gguf, or fetch it again")
     version = reader.u32()
     if version and version & 0xFFFF == 0:
         reader.fail("is stored big endian", "fetch or convert a little-endian one")
@@ -336,7 +344,7 @@ class _Listed:
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType | BitnetType
+    type: TensorType
     offset: int
     nbytes: int
 
@@ -353,7 +361,7 @@ def _tensor_info(reader: "_Reader") -> _Listed:
     if number == BitnetType.I2_S:
         if prod(shape) % I2_BLOCK:
             reader.fail(
-                f"stores {name!r} as I2_S, but its {prod(shape)} weights fill no blocks of {I2_BLOCK}"
+                f"stores {name!r} as I2_S, but its {prod(shape)} weights do not fill blocks of {I2_BLOCK}"
             )
         return _Listed(name, shape, BitnetType.I2_S, offset, prod(shape) // 4 + I2_TAIL_BYTES)
     try:
@@ -362,12 +370,12 @@ def _tensor_info(reader: "_Reader") -> _Listed:
         reader.fail(f"stores {name!r} as type {number}, which is unknown", "choose another quantization")
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape[0] % block:
-        reader.fail(f"stores {name!r} as {kind.name} in rows of {shape[0]}, no multiple of {block}")
+        reader.fail(f"stores {name!r} as {kind.name} in rows of {shape[0]}, not a multiple of {block}")
     return _Listed(name, shape, kind, offset, prod(shape) // block * block_bytes)
 
 
 def _placed(reader: "_Reader", listed: list[_Listed], start: int, end: int, alignment: int) -> list[Tensor]:
-    """Check that every tensor has a name of its own and lies aligned before `end`, apart from all others."""
+    """Check that names are unique and that every tensor is aligned, ends by `end` and overlaps no other."""
     if len({tensor.name for tensor in listed}) != len(listed):
         reader.fail("holds two tensors of one name", CONVERT_AGAIN)
     for tensor in listed:
@@ -384,7 +392,7 @@ def _placed(reader: "_Reader", listed: list[_Listed], start: int, end: int, alig
 
 
 class _Reader:
-    """A window that slides over the file; knows what is left and fails with the file's name."""
+    """A window that slides over the file; it knows what is left and names the file in its errors."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
@@ -403,7 +411,7 @@ class _Reader:
         raise BadModelFile(f"{self.path} {fault}: {remedy}.")
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes; callers have limits, the file's end is the last."""
+        """The next `count` bytes, which the caller has bounded; fails at the end of the file."""
         if self._at + count > len(self._window):
             self._slide(count)
         data = self._window[self._at : self._at + count]
@@ -431,7 +439,7 @@ class _Reader:
         try:
             return self.take(length).decode()
         except UnicodeDecodeError:
-            self.fail(f"has a {what} that is no UTF-8 text")
+            self.fail(f"has a {what} that is not UTF-8 text")
 
     def value_type(self, key: str) -> GGUFValueType:
         number = self.u32()
@@ -451,7 +459,7 @@ class _Reader:
     def _array(self, key: str) -> Array:
         kind, count = self.value_type(key), self.u64()
         if kind is GGUFValueType.ARRAY:
-            self.fail(f"stores {key!r} as an array of arrays, which no known model does")
+            self.fail(f"stores {key!r} as an array of arrays, which no known model has")
         item_bytes = 8 if kind is GGUFValueType.STRING else SCALARS[kind].size
         if count > ARRAY_ITEMS_LIMIT or count * item_bytes > self.size - self.position:
             self.fail(f"claims {count:,} items in {key!r}, more than it can hold")
@@ -463,7 +471,7 @@ class _Reader:
         return Array(kind, count, self.path, offset, self.position - offset)
 
     def _skip_strings(self, count: int) -> None:
-        """Step over length-prefixed strings. A tight loop: a header has up to a million of them."""
+        """Skip length-prefixed strings. A tight loop: a header has up to a million of them."""
         unpack = _U64.unpack_from
         window, at, safe = self._window, self._at, len(self._window) - 8
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""From a GGUF header to what the cluster has to know of the model: sizes by layer, where it may be cut."""
+"""From a GGUF header to what the cluster must know about the model: sizes by layer, where it may be cut."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -9,19 +9,19 @@ from cordee.models.architectures import Architecture, architecture
 from cordee.models.cards import Card
 from cordee.models.fit import cell_bytes, row_floats, size_of, vocabulary_size
 from cordee.models.gguf import BLOCK, Header, Tensor
-from cordee.models.slices import EMBEDDING, HEAD, cut_step, even_cuts, plan_slice, window_pattern
+from cordee.models.slices import EMBEDDING, HEAD, SlicePlan, cut_step, even_cuts, plan_slice, window_pattern
 
-# Part of the names of tensors that hold one slab for each expert, experts in their last dimension.
+# In the names of tensors that hold all experts of a layer; the last dimension counts the experts.
 EXPERTS = "_exps."
 
 
 def model_shape(header: Header, digest: str) -> ModelShape:
-    """The shape of a model, whose weights need not be there; `digest` is to name it in the cluster.
+    """The shape of a model, whose weights need not be there; `digest` is its name in the cluster.
 
-    A stage's memory by this shape (cluster/memory.py) is what models/fit.py makes of the header.
+    From this shape cluster/memory.py computes the same memory for a stage as models/fit.py from the header.
 
     Raises:
-        BadModelFile: the file does not say how large its parts are.
+        BadModelFile: the metadata lacks a size.
         UnsupportedModel: no engine runs it.
     """
     rules = architecture(header.architecture) or Architecture(header.architecture)
@@ -54,26 +54,26 @@ def model_shape(header: Header, digest: str) -> ModelShape:
 
 
 def card_shape(card: Card) -> ModelShape | None:
-    """The shape of a model that is only known by its card; None if the card does not tell it."""
-    told = card.shape
-    if told is None:
+    """The shape of a model that is only known by its card; None if the card does not give it."""
+    shape = card.shape
+    if shape is None:
         return None
     rules = architecture(card.architecture) or Architecture(card.architecture)
     return ModelShape(
         digest=card.name,
         architecture=card.architecture,
-        n_embd=told.n_embd,
-        n_vocab=told.n_vocab,
-        layer_bytes=(told.layer_bytes,) * card.layers,
-        active_bytes=(told.active_bytes,) * card.layers,
-        cell_bytes=(told.cell_bytes,) * card.layers,
-        row_floats=(told.row_floats,) * card.layers,
-        windowed=tuple((layer + 1) % told.window_period != 0 for layer in range(card.layers)),
-        embedding_bytes=told.embedding_bytes,
+        n_embd=shape.n_embd,
+        n_vocab=shape.n_vocab,
+        layer_bytes=(shape.layer_bytes,) * card.layers,
+        active_bytes=(shape.active_bytes,) * card.layers,
+        cell_bytes=(shape.cell_bytes,) * card.layers,
+        row_floats=(shape.row_floats,) * card.layers,
+        windowed=tuple((layer + 1) % shape.window_period != 0 for layer in range(card.layers)),
+        embedding_bytes=shape.embedding_bytes,
         extra_bytes=0,
-        last_extra_bytes=told.last_extra_bytes,
-        whole_extra_bytes=told.embedding_bytes + told.head_bytes,
-        active_head_bytes=told.head_bytes,
+        last_extra_bytes=shape.last_extra_bytes,
+        whole_extra_bytes=shape.embedding_bytes + shape.head_bytes,
+        active_head_bytes=shape.head_bytes,
         cuttable=rules.certified and rules.obstacle(card.layers) is None,
         cut_step=rules.cut_step,
         minimum_layers=rules.minimum_layers,
@@ -82,7 +82,7 @@ def card_shape(card: Card) -> ModelShape | None:
 
 
 def _layers(header: Header) -> list[dict[str, Tensor]]:
-    """The tensors of each layer that a token passes, under their names without number and `.weight`."""
+    """The tensors of each layer that a token passes, by their names within the layer, without `.weight`."""
     layers: list[dict[str, Tensor]] = [{} for _ in range(header.layers)]
     for tensor in header.tensors:
         block = BLOCK.fullmatch(tensor.name)
@@ -92,7 +92,7 @@ def _layers(header: Header) -> list[dict[str, Tensor]]:
 
 
 def _active_bytes(header: Header, layer: int, tensors: Mapping[str, Tensor]) -> int:
-    """What is read of a layer for one token: of the experts so many as the router chooses."""
+    """The bytes of a layer that are read for one token: of its experts, those that the router chooses."""
     active = 0
     for tensor in tensors.values():
         if EXPERTS in tensor.name:
@@ -105,13 +105,14 @@ def _active_bytes(header: Header, layer: int, tensors: Mapping[str, Tensor]) -> 
 
 
 def _extras_of_cuts(header: Header) -> tuple[int, int] | None:
-    """What a stage without the head and one with it hold beside their layers; None if no cut is allowed."""
+    """Bytes beside the layers in a stage without the head, and in one with it; None if no cut is allowed."""
     try:
         cuts = even_cuts(header, 2)
         first, last = (plan_slice(header, *bounds) for bounds in pairwise(cuts))
     except (BadRequest, UnsupportedModel):
         return None
-    return tuple(
-        sum(piece.nbytes for piece in part.pieces if not BLOCK.fullmatch(piece.name))
-        for part in (first, last)
-    )
+    return _bytes_outside(first), _bytes_outside(last)
+
+
+def _bytes_outside(plan: SlicePlan) -> int:
+    return sum(piece.nbytes for piece in plan.pieces if not BLOCK.fullmatch(piece.name))

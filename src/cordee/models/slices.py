@@ -1,12 +1,12 @@
 """Cutting a model: a contiguous range of layers as a GGUF file of its own that libllama loads as it is.
 
-A slice is not just fewer layers. libllama counts layers from 0 in every file it loads, so all that depends
-on a layer's place is written out: tensor names, arrays by layer, the sliding-window pattern, the number of
-leading dense layers. Every slice but the last takes rows and gives rows: it needs no tokenizer and no
-vocabulary, but the loader wants an embedding, so it gets one of a few zero rows. The last has the head; where
-the head's weights are not those of the embedding, the embedding (which nobody reads) becomes zeros of the
-cheapest type.
-What the loader demands: llama.cpp, src/llama-model.cpp and src/models/*.cpp.
+A slice is not just fewer layers. libllama counts layers from 0 in every file it loads, so everything that
+depends on a layer's position is rewritten: tensor names, arrays by layer, the sliding-window pattern, the
+number of leading dense layers. Every slice but the last takes rows and gives rows: it needs no tokenizer and
+no vocabulary, but the loader requires an embedding, so it gets one of a few zero rows. The last slice has the
+head; where the head's weights are not those of the embedding, the embedding (which nobody reads) becomes
+zeros of the cheapest type.
+What the loader requires: llama.cpp, src/llama-model.cpp and src/models/*.cpp.
 """
 
 import hashlib
@@ -17,19 +17,31 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import lcm, prod
 from pathlib import Path
+from typing import cast
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.files import atomic_file, write_all
 from cordee.models.architectures import Architecture, architecture
-from cordee.models.gguf import BLOCK, LAYERS_LIMIT, MAGIC, SCALARS, Array, Header, Tensor, Value
+from cordee.models.gguf import (
+    BLOCK,
+    LAYERS_LIMIT,
+    MAGIC,
+    SCALARS,
+    Array,
+    Header,
+    Scalar,
+    Tensor,
+    TensorType,
+    Value,
+)
 
 # Copying reads this much at a time: large enough for full disk speed, small beside any model.
 COPY_BYTES = 4 << 20
-# Rows of the stand-in embedding in slices that have no head; any number that is not zero would do.
+# Rows of the placeholder embedding in slices without a head; any number that is not zero would do.
 STAND_IN_ROWS = 32
-# From the cheapest to the most general: the type of an embedding of zeros that the loader wants at full size.
+# Types for an embedding of zeros that the loader wants at full size, from the cheapest to the most general.
 ZERO_TYPES = (GGMLQuantizationType.Q1_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.F16)
 
 # Arrays with one item per layer, after the architecture's prefix (llama_model_loader::get_key_or_arr).
@@ -46,7 +58,7 @@ PER_LAYER = frozenset(
         "swiglu_clamp_shexp",
     )
 )
-# The same for keys that have no prefix: the activation of Apertus.
+# The same for keys without a prefix: the activation of Apertus.
 PER_LAYER_UNPREFIXED = frozenset({"xielu.alpha_n", "xielu.alpha_p", "xielu.beta", "xielu.eps"})
 # Arrays that have nothing to do with layers, whatever their length.
 NOT_PER_LAYER = frozenset({".rope.dimension_sections"})
@@ -65,8 +77,8 @@ HEAD = frozenset({"output.weight", "output.bias", "output.scale"})
 
 _WINDOW_PATTERN = ".attention.sliding_window_pattern"
 
-# A metadata field to be written: a scalar, an array still in its file, or a list with its item type.
-Items = tuple[GGUFValueType, list]
+# A metadata field to be written: a scalar, an array still in its file, or items with their type.
+Items = tuple[GGUFValueType, Sequence[Scalar]]
 Fields = dict[str, tuple[GGUFValueType, Value | Items]]
 
 Progress = Callable[[int, int], None]
@@ -79,24 +91,24 @@ class SliceFile:
     path: Path
     first: int
     last: int
-    digest: str  # 'sha256:' and 64 hex digits, of the whole file; of an assembled one, of its chunks' digests
+    digest: str  # 'sha256:' and 64 hex digits: of the file, or of the chunks' digests if it was assembled
     nbytes: int
 
 
 @dataclass(frozen=True)
 class SliceTensor:
-    """A tensor of a slice: under its new name, copied from `source`, or zeros where that is None."""
+    """A tensor of a slice under its new name: copied from `source`, or zeros where that is None."""
 
     name: str
     shape: tuple[int, ...]
-    type: GGMLQuantizationType
+    type: TensorType
     nbytes: int
     source: Tensor | None
 
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """All of a slice but the weights: the bytes of its header (padded), then the tensors in order."""
+    """All of a slice but its weights: the bytes of its header (padded), then the tensors in order."""
 
     header: bytes
     pieces: tuple[SliceTensor, ...]
@@ -108,7 +120,7 @@ class SlicePlan:
         return len(self.header) + sum(_padded(piece.nbytes, self.alignment) for piece in self.pieces)
 
     def places(self) -> Iterator[tuple[SliceTensor, int, int]]:
-        """(piece, where it begins in the file, where the next one begins): zeros fill the rest."""
+        """(tensor, where it begins in the file, where the next one begins): zeros fill the gap."""
         at = len(self.header)
         for piece in self.pieces:
             end = at + _padded(piece.nbytes, self.alignment)
@@ -125,17 +137,17 @@ def cut(
     progress: Progress | None = None,
     force: bool = False,
 ) -> SliceFile:
-    """Write layers `first` to `last` (exclusive) of a model to `path`; all layers merge a sharded set.
+    """Write layers `first` to `last` (exclusive) of a model to `path`; all of them, to merge a sharded set.
 
-    Copies in a stream; memory does not depend on the model. `progress(done_bytes, total_bytes)` is called
-    after each few MiB. The same model and range give the same bytes.
+    Streams, so memory does not depend on the model. `progress(done_bytes, total_bytes)` is called every few
+    MiB. The same model and range give the same bytes.
 
     Raises:
         UnsupportedModel: the architecture is not certified for cutting (`force` overrides that), or this
             model cannot be cut there at all.
         BadRequest: no such layers.
         BadModelFile: the model changed while it was read.
-        StorageFailed: no room on disk; nothing is left behind.
+        StorageFailed: no room on disk; nothing is left there.
     """
     plan = plan_slice(header, first, last, force=force)
     digest, done = hashlib.sha256(), 0
@@ -152,7 +164,7 @@ def cut(
 def even_cuts(header: Header, stages: int) -> list[int]:
     """Where to cut a model into stages of about equal bytes: boundaries [0, ..., layers].
 
-    The head's bytes count for the last stage: it is read for every token like a layer is.
+    The head's bytes count for the last stage, because they are read for every token as a layer's are.
 
     Raises:
         BadRequest: the model has not enough places to cut.
@@ -189,7 +201,7 @@ def _too_many(header: Header, stages: int) -> BadRequest:
 
 
 def plan_slice(header: Header, first: int, last: int, *, force: bool = False) -> SlicePlan:
-    """What a slice will be, without reading a weight. Raises as `cut` does."""
+    """What a slice will be; reads no weights. Raises as `cut` does."""
     if not 0 <= first < last <= header.layers:
         raise BadRequest(f"{header.path.name} has the layers 0 to {header.layers}, not {first} to {last}.")
     whole = (first, last) == (0, header.layers)
@@ -209,7 +221,7 @@ def plan_slice(header: Header, first: int, last: int, *, force: bool = False) ->
 
 
 def plan_outside(header: Header, names: Collection[str]) -> SlicePlan:
-    """A part without layers: the metadata as it is, and the tensors of these names.
+    """A slice without layers: the metadata as it is, and the tensors of these names.
 
     Raises:
         BadModelFile: the model has no such tensor.
@@ -221,7 +233,7 @@ def plan_outside(header: Header, names: Collection[str]) -> SlicePlan:
 
 
 def _check_model(header: Header, rules: Architecture, force: bool) -> None:
-    """Raise UnsupportedModel if no slice of this model would be right, or nobody has checked."""
+    """Raise UnsupportedModel if slices of this model would be wrong, or have not been checked."""
     if fault := _model_fault(header, rules):
         raise UnsupportedModel(f"{header.path.name} cannot be cut: {fault}. Run it in one stage.")
     if not rules.certified and not force:
@@ -241,7 +253,7 @@ def _model_fault(header: Header, rules: Architecture) -> str | None:
         if header.get(key):
             return f"its {rules.name}{key} ties layers to the tokens or to each other"
     sections = header.get(".rope.dimension_sections", 0)
-    if any(sections) if isinstance(sections, list) else sections:
+    if any(cast("list[Scalar]", sections)) if isinstance(sections, list) else sections:
         return "it gives each row several positions (M-RoPE)"
     heads_by_layer = isinstance(header.metadata.get(f"{rules.name}.attention.head_count"), Array)
     if heads_by_layer and not header.get(".attention.key_length"):
@@ -255,7 +267,7 @@ def _range_fault(
     header: Header, rules: Architecture, pattern: list[bool] | None, first: int, last: int
 ) -> str | None:
     """Why these layers cannot be a slice of a model that can be cut elsewhere."""
-    # The last boundary needs no step: behind it no layer is counted.
+    # The last boundary needs no step: no layer is counted after it.
     step = cut_step(header, rules)
     if first % step or (last % step and last != header.layers):
         return f"this model can only be cut at multiples of {step} layers"
@@ -269,7 +281,7 @@ def _range_fault(
 
 
 def cut_step(header: Header, rules: Architecture) -> int:
-    """Boundaries must be multiples of this: the graph places rope-free or expert layers by such steps."""
+    """Boundaries must be multiples of this: layers without RoPE, or with experts, come at such intervals."""
     return lcm(rules.cut_step, _count(header, ".interleave_moe_layer_step") or 1)
 
 
@@ -277,12 +289,12 @@ def _count(header: Header, key: str, default: int = 0) -> int:
     """A number of layers in the metadata."""
     value = header.get(key, default)
     if type(value) is not int or not 0 <= value <= LAYERS_LIMIT:
-        raise BadModelFile(f"{header.path}: {header.architecture}{key} is no number of layers.")
+        raise BadModelFile(f"{header.path}: {header.architecture}{key} is not a number of layers.")
     return value
 
 
 def _whole_fields(header: Header) -> Fields:
-    """The metadata as it is, less what belongs to a set of shards."""
+    """The metadata as it is, without what describes a set of shards."""
     return {
         key: (header.types[key], value)
         for key, value in header.metadata.items()
@@ -293,8 +305,9 @@ def _whole_fields(header: Header) -> Fields:
 def _slice_fields(
     header: Header, rules: Architecture, window: list[bool] | None, first: int, last: int
 ) -> Fields:
-    """The metadata of a slice. Extra (multi-token-prediction) layers are left out: nothing here runs them."""
-    is_last, fields = last == header.layers, {}
+    """The metadata of a slice. Layers for multi-token prediction are left out: no engine here runs them."""
+    is_last = last == header.layers
+    fields: Fields = {}
     for key, (kind, value) in _whole_fields(header).items():
         if key.startswith("tokenizer.") and not is_last:
             continue
@@ -303,7 +316,7 @@ def _slice_fields(
         else:
             fields[key] = (kind, value)
     number = GGUFValueType.UINT32
-    own: dict[str, tuple[GGUFValueType, Value | Items]] = {".block_count": (number, last - first)}
+    own: Fields = {".block_count": (number, last - first)}
     if not is_last:
         fields["tokenizer.ggml.model"] = (GGUFValueType.STRING, "none")
         own[".vocab_size"] = (number, STAND_IN_ROWS)
@@ -321,7 +334,7 @@ def _slice_fields(
 
 
 def _goes_by_layer(header: Header, key: str, value: Array) -> bool:
-    """Whether an array of the metadata has one item per layer. In doubt there is no slice."""
+    """Whether an array of the metadata has one item per layer. If that is unclear, the model is not cut."""
     if key.startswith(("tokenizer.", "general.")) or value.type is GGUFValueType.STRING:
         return False
     short = key.removeprefix(header.architecture)
@@ -330,19 +343,19 @@ def _goes_by_layer(header: Header, key: str, value: Array) -> bool:
     if by_layer and not fits:
         raise BadModelFile(f"{header.path}: {key} has {value.count} items for {header.layers} layers.")
     if fits and not by_layer and short not in NOT_PER_LAYER:
-        raise UnsupportedModel(f"{header.path.name} cannot be cut: {key} may or may not go by layer.")
+        raise UnsupportedModel(f"{header.path.name} cannot be cut: {key} may or may not be by layer.")
     return by_layer
 
 
 def window_pattern(header: Header, rules: Architecture) -> list[bool] | None:
     """Which layers use the sliding window, one item per layer; None if the model has no window.
 
-    The file may give the whole pattern, or its period; else libllama's built-in period holds
-    (llama_hparams::set_swa_pattern). A windowed slice without such a layer would abort libllama.
+    The file may give the whole pattern, or its period; otherwise libllama's built-in period applies
+    (llama_hparams::set_swa_pattern). libllama would abort on a slice that has a window but no such layer.
     """
     given = header.get(_WINDOW_PATTERN)
     if isinstance(given, list):
-        return [bool(item) for item in given]
+        return [bool(item) for item in cast("list[Scalar]", given)]
     if not rules.sliding_window_period or not header.get(".attention.sliding_window"):
         return None
     period = _count(header, _WINDOW_PATTERN, rules.sliding_window_period)
@@ -355,8 +368,9 @@ def _whole_pieces(header: Header) -> tuple[SliceTensor, ...]:
 
 
 def _slice_pieces(header: Header, unread: Sequence[str], first: int, last: int) -> tuple[SliceTensor, ...]:
-    """The tensors of a slice, in the order of the model; the loader refuses those it finds `unread`."""
-    is_last, pieces = last == header.layers, []
+    """The tensors of a slice, in the order of the model, without those that the loader would not read."""
+    is_last = last == header.layers
+    pieces: list[SliceTensor] = []
     for tensor in header.tensors:
         block = BLOCK.fullmatch(tensor.name)
         if block:
@@ -383,7 +397,7 @@ def _slice_pieces(header: Header, unread: Sequence[str], first: int, last: int) 
 
 
 def _stand_in(tensor: Tensor, full_size: bool) -> SliceTensor:
-    """Zeros in the place of a tensor that the loader wants and nobody reads."""
+    """Zeros in place of a tensor that the loader requires and nobody reads."""
     if not full_size:
         shape, kind = (*tensor.shape[:-1], STAND_IN_ROWS), GGMLQuantizationType.F32
     else:
@@ -413,7 +427,7 @@ def _packed(kind: GGUFValueType, value: Value | Items) -> bytes:
     if isinstance(value, tuple):
         item_kind, items = value
         return struct.pack("<IQ", item_kind, len(items)) + b"".join(map(SCALARS[item_kind].pack, items))
-    return _string(value) if kind is GGUFValueType.STRING else SCALARS[kind].pack(value)
+    return _string(value) if isinstance(value, str) else SCALARS[kind].pack(value)
 
 
 def _string(text: str) -> bytes:
@@ -451,12 +465,12 @@ def _tensor_bytes(tensor: Tensor) -> Iterator[bytes]:
         raise BadModelFile(f"{tensor.path} cannot be read ({error.strerror}).") from error
 
 
-def _balanced(costs: Sequence[int], parts: int, allowed: Callable[[int, int], bool]) -> list[int] | None:
-    """Boundaries that cut `costs` into `parts` allowed runs with the smallest possible largest sum."""
+def _balanced(costs: Sequence[int], runs: int, allowed: Callable[[int, int], bool]) -> list[int] | None:
+    """Boundaries that cut `costs` into `runs` allowed runs with the smallest possible largest sum."""
     total = [0, *accumulate(costs)]
-    # best[end] is (largest sum, boundaries) of the first `end` costs in the parts made so far.
+    # best[end] is (largest sum, boundaries) of the first `end` costs, in the runs made so far.
     best: dict[int, tuple[int, list[int]]] = {0: (0, [0])}
-    for _ in range(parts):
+    for _ in range(runs):
         best = {
             end: min(options)
             for end in range(1, len(total))

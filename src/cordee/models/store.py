@@ -1,16 +1,16 @@
-"""The model store: whole models and the slices cut from them, each content once, never half of it.
+"""The model store: whole models and the slices cut from them, each content once and complete.
 
-    blobs/sha256-<hex>              whole models, named by their content
-    names/<quoted name>.json        what each name stands for
+    blobs/sha256-<hex>                        whole models, named by their content
+    names/<quoted name>.json                  which model each name stands for
     slices/<hex>/<first>-<last>.gguf, .json   slices of the model with that digest
-    notes/<hex>.json                what was found out about a model
-    manifests/<hex>/                   manifests and the parts that were assembled by them (slice_store.py)
-    incoming/<random>/              work in progress
+    notes/<hex>.json                          what was found out about a model, such as its batch invariance
+    manifests/<hex>/                          manifests, and the slices assembled by them (slice_store.py)
+    incoming/<random>/                        work in progress
 
-What takes long is done in a folder under `incoming`, which its process holds locked; what is ready is
-renamed to its place under the store's own lock, which is held for moments. So other processes never
-see half a file, and whatever a killed process left behind lies in a folder nobody holds: the next one
-that adds something sweeps it. Content that no name stands for is removed by the same sweep.
+Long work is done in a folder under `incoming`, which its process holds locked; the result is renamed to its
+place under the store's own lock, which is held for moments. So other processes never see half a file, and
+what a killed process left is in a folder that nobody holds: the next process that adds something removes it.
+Content that no name stands for is removed at the same time.
 """
 
 import fcntl
@@ -21,7 +21,7 @@ import secrets
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -39,7 +39,7 @@ from cordee.models.slices import Progress, SliceFile, cut, plan_slice
 
 # Reading this much at a time keeps the disk at full speed and is small beside any model.
 COPY_BYTES = 4 << 20
-# File names have at most 255 bytes; `.json` and the marks of a partial file need the rest.
+# File names have at most 255 bytes; `.json` and the affixes of a partial file need the rest.
 QUOTED_NAME_BYTES = 200
 # The lock is held for a few renames and removals; a store on a slow disk may take a second or two.
 LOCK_SECONDS = 30.0
@@ -64,8 +64,8 @@ class StoredModel(msgspec.Struct, frozen=True, kw_only=True):
     layers: int
 
 
-class _Manifest(msgspec.Struct, frozen=True):
-    """What a name's file says."""
+class _NameEntry(msgspec.Struct, frozen=True):
+    """What the file of a name says."""
 
     name: str
     digest: str
@@ -77,7 +77,7 @@ class _Manifest(msgspec.Struct, frozen=True):
 
 
 class _SliceNote(msgspec.Struct, frozen=True):
-    """What stands beside a slice."""
+    """What is noted beside a slice."""
 
     digest: str
     nbytes: int
@@ -87,10 +87,10 @@ class Store:
     """The models of one user. Any number of processes may use the same folder at once."""
 
     def __init__(self, root: Path | None = None) -> None:
-        """Open the store in `root`, else in the state folder; made if it is not there.
+        """Open the store in `root`, else in the state folder; created if it is not there.
 
         Raises:
-            StorageFailed: the folder cannot be made.
+            StorageFailed: the folder cannot be created.
         """
         self.root = Path(root) if root else home() / "models"
         try:
@@ -98,39 +98,39 @@ class Store:
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StorageFailed(
-                f"{self.root} cannot be made ({error.strerror}): check its rights."
+                f"{self.root} cannot be created ({error.strerror}): check its permissions."
             ) from error
 
     def list(self, report: Callable[[str], None] | None = None) -> list[StoredModel]:
-        """All models by name. With a `report` damaged entries are told to it and passed over.
+        """All models by name. With `report`, damaged entries are reported and skipped.
 
         Raises:
-            StorageFailed: an entry is damaged.
+            StorageFailed: an entry is damaged, and there is no `report`.
         """
-        models = []
+        models: list[StoredModel] = []
         for path in (self.root / "names").glob("*.json"):
             try:
-                manifest = self._manifest(path)
+                entry = self._name_entry(path)
             except StorageFailed as error:
                 if report is None:
                     raise
                 report(error.message)
                 continue
-            if manifest is not None:
-                models.append(self._model(manifest))
+            if entry is not None:
+                models.append(self._model(entry))
         return sorted(models, key=lambda model: model.name)
 
     def get(self, name: str) -> StoredModel:
-        """The model of that name, its file checked to be there and of the right size.
+        """The model of that name; its file is there and has the right size.
 
         Raises:
-            ModelNotFound: no such model; names the closest ones and the remedy.
+            ModelNotFound: no such model; suggests the closest names and the remedy.
             BadModelFile: its file is gone or has another size.
         """
-        manifest = self._manifest(self._name_path(name))
-        if manifest is None:
+        entry = self._name_entry(self._name_path(name))
+        if entry is None:
             raise self._not_found(name)
-        model = self._model(manifest)
+        model = self._model(entry)
         fault = None
         try:
             if (size := model.path.stat().st_size) != model.nbytes:
@@ -156,15 +156,15 @@ class Store:
     ) -> StoredModel:
         """Put a GGUF file into the store under `name`; a set of shards (its first file given) becomes one.
 
-        The file is copied (on file systems that can, as a clone that takes no room); `link` shares it,
-        which is only for files that nobody writes to; `move` takes it away. A name that was there before
-        stands for the new model afterwards. `digest` is that of the file where the caller has just
-        computed it, else it is read for that. `progress(done_bytes, total_bytes)`.
+        `take` says how: `copy` copies the file (as a clone that takes no room, on file systems that can);
+        `link` makes a hard link, which is only for files that nobody writes to; `move` removes the original.
+        A name that was there before stands for the new model afterwards. `digest` is the file's, where the
+        caller has just computed it; otherwise the file is read for it. `progress(done_bytes, total_bytes)`.
 
         Raises:
-            BadRequest: the name is none.
-            BadModelFile: the file is no model, or changed meanwhile; nothing was stored.
-            StorageFailed: no room on the disk, or no rights; nothing was stored.
+            BadRequest: `name` cannot name a model.
+            BadModelFile: the file is not a model, or changed meanwhile; nothing was stored.
+            StorageFailed: no room on the disk, or no permission; nothing was stored.
         """
         self._name_path(name)
         header = read_header(path)
@@ -176,7 +176,7 @@ class Store:
             else:
                 nbytes = header.path.stat().st_size
                 digest = _take_in(header.path, ready, nbytes, digest, take, progress)
-            manifest = _Manifest(
+            entry = _NameEntry(
                 name=name,
                 digest=digest,
                 nbytes=nbytes,
@@ -187,12 +187,12 @@ class Store:
             )
             with self._lock():
                 publish(ready, self._blob(digest))
-                _write_json(self._name_path(name), manifest)
+                _write_json(self._name_path(name), entry)
                 self._collect()
-        return self._model(manifest)
+        return self._model(entry)
 
     def remove(self, name: str) -> None:
-        """Forget a name; the model and its slices go with the last name that stands for it.
+        """Remove a name; the model and its slices go with the last name that stands for it.
 
         Raises:
             ModelNotFound: no such model.
@@ -213,10 +213,10 @@ class Store:
         force: bool = False,
         progress: Progress | None = None,
     ) -> SliceFile:
-        """Layers `first` to `last` (exclusive) of a model, cut once and kept; all are the model itself.
+        """Layers `first` to `last` (exclusive) of a model, cut once and kept; all are the model's own file.
 
-        A kept slice is used if it has the size and the header that cutting it now would give. A fresh one
-        is read back and compared with what was written.
+        A kept slice is used if it has the size and the header that cutting it now would give. A new one is
+        read back and compared with what was written.
 
         Raises:
             UnsupportedModel, BadRequest: as `cut` does.
@@ -247,7 +247,7 @@ class Store:
             fresh = cut(header, first, last, folder / "slice.gguf", progress=progress, force=force)
             if _digest(fresh.path) != fresh.digest:
                 raise StorageFailed(
-                    f"{self.root} does not keep what is written to it: check the disk before anything else."
+                    f"{self.root} does not give back what was written to it: check the disk first of all."
                 )
             with self._lock():
                 if not model.path.exists():  # removed while it was cut
@@ -257,63 +257,65 @@ class Store:
                 _write_json(path.with_suffix(".json"), _SliceNote(fresh.digest, fresh.nbytes))
         return SliceFile(path, first, last, fresh.digest, fresh.nbytes)
 
-    def verdict(self, digest: str, key: str) -> Any:
+    def note(self, digest: str, key: str) -> Any:
         """What was noted about a model under `key` (such as a build of the engine); None if nothing was."""
-        return self.batch_invariance(digest).get(key)
+        return self.notes(digest).get(key)
 
-    def batch_invariance(self, digest: str) -> dict[str, Any]:
+    def notes(self, digest: str) -> dict[str, Any]:
         """Everything that was noted about a model, by key."""
-        return _read_json(self._notes(digest), dict[str, Any]) or {}
+        return _read_json(self._notes_path(digest), dict[str, Any]) or {}
 
-    def set_batch_invariance(self, digest: str, key: str, value: Any) -> None:
-        """Note something JSON-able about a model; it goes when the model goes."""
+    def set_note(self, digest: str, key: str, value: Any) -> None:
+        """Note something JSON-able about a model; it is removed with the model."""
         with disk_faults(self.root), self._lock():
-            path = self._notes(digest)
+            path = self._notes_path(digest)
             _write_json(path, (_read_json(path, dict[str, Any]) or {}) | {key: value})
 
     def whole(self, manifest_digest: str) -> Path | None:
-        """The whole file of the model with that manifest, None if it is not here."""
+        """The whole file of the model with that manifest; None if it is not here."""
         source = self.manifest_source(manifest_digest)
         path = self._blob(source) if source and _DIGEST.fullmatch(source) else None
         return path if path and path.exists() else None
 
     def manifest_source(self, manifest_digest: str) -> str | None:
-        """The digest of the whole file that a manifest was made of; None if it was made elsewhere."""
+        """The digest of the whole file that a manifest was made from; None if it was made elsewhere."""
         return _read_json(self._manifest_source(manifest_digest), str)
 
     def set_manifest_source(self, manifest_digest: str, digest: str) -> None:
-        """Note which whole file a manifest was made of; without parts the manifest goes when the model
-        goes."""
+        """Note which whole file a manifest was made from.
+
+        When that model is removed, its manifest goes with it unless slices were assembled by it.
+        """
         with disk_faults(self.root), self._lock():
             _write_json(self._manifest_source(manifest_digest), digest)
 
     def _manifest_source(self, manifest_digest: str) -> Path:
         return self.root / "manifests" / digest_hex(manifest_digest) / "whole.json"
 
-    def _model(self, manifest: _Manifest) -> StoredModel:
-        return StoredModel(path=self._blob(manifest.digest), **msgspec.structs.asdict(manifest))
+    def _model(self, entry: _NameEntry) -> StoredModel:
+        return StoredModel(path=self._blob(entry.digest), **msgspec.structs.asdict(entry))
 
     def _blob(self, digest: str) -> Path:
         return self.root / "blobs" / f"sha256-{digest_hex(digest)}"
 
-    def _notes(self, digest: str) -> Path:
+    def _notes_path(self, digest: str) -> Path:
         return self.root / "notes" / f"{digest_hex(digest)}.json"
 
     def _name_path(self, name: str) -> Path:
         return self.root / "names" / f"{check_name(name)}.json"
 
-    def _manifest(self, path: Path) -> _Manifest | None:
-        """What a name's file says; None if there is none."""
+    def _name_entry(self, path: Path) -> _NameEntry | None:
+        """What the file of a name says; None if there is none."""
         try:
-            manifest = msgspec.json.decode(path.read_bytes(), type=_Manifest)
-            digest_hex(manifest.digest)
+            entry = msgspec.json.decode(path.read_bytes(), type=_NameEntry)
+            digest_hex(entry.digest)
         except FileNotFoundError:
             return None
         except (OSError, msgspec.MsgspecError, ValueError) as error:
             raise StorageFailed(
                 f"{path} is damaged ({error}): remove this file, then pull the model again."
             ) from error
-        return manifest
+        return entry
 
     def _not_found(self, name: str) -> ModelNotFound:
         if name in cards():
@@ -322,14 +324,14 @@ class Store:
         if close:
             return ModelNotFound(f"There is no model {name!r}; did you mean {' or '.join(close)}?")
         return ModelNotFound(
-            f"There is no model {name!r}: `cordee ls` lists those there are, `cordee pull` fetches others."
+            f"There is no model {name!r}: `cordee ls` lists the models here, `cordee pull` fetches others."
         )
 
     def _collect(self) -> None:
         """Remove all content that no name stands for. The caller holds the lock."""
         try:
             used = {digest_hex(model.digest) for model in self.list()}
-        except StorageFailed:  # what a damaged entry stands for is unknown: keep everything
+        except StorageFailed:  # which model a damaged entry stands for is unknown: keep everything
             return
         for kind in ("blobs", "slices", "notes"):
             for entry in (self.root / kind).iterdir():
@@ -347,8 +349,8 @@ class Store:
                 shutil.rmtree(source.parent)
 
     @contextmanager
-    def working_folder(self) -> Iterator[Path]:
-        """A folder for work in progress, locked as long as this process lives; removed afterwards."""
+    def working_folder(self) -> Generator[Path]:
+        """A folder for work in progress, locked and removed at the end of the block."""
         incoming = self.root / "incoming"
         folder = incoming / secrets.token_hex(8)
         with ExitStack() as stack:
@@ -357,22 +359,22 @@ class Store:
                     if _is_abandoned(other):
                         shutil.rmtree(other, ignore_errors=True)
                 folder.mkdir(mode=0o700)
-                mine = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, mine)
-                fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                descriptor = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 stack.callback(shutil.rmtree, folder)
             yield folder
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Hold the store: no other process changes what is visible meanwhile."""
+    def _lock(self) -> Generator[None]:
+        """Lock the store: no other process changes what is visible meanwhile."""
         with (self.root / ".lock").open("a") as file:
             _wait_for(file, self.root)
             yield
 
 
 def check_name(name: str) -> str:
-    """The name of a model, quoted so that it is a file's name and nothing else.
+    """The name of a model, quoted so that it is safe as a file name.
 
     Raises:
         BadRequest: it cannot name a model.
@@ -380,7 +382,7 @@ def check_name(name: str) -> str:
     quoted = quote(name, safe="", errors="replace")
     if not _NAME.fullmatch(name) or len(quoted) > QUOTED_NAME_BYTES:
         raise BadRequest(
-            f"{name!r} cannot name a model: take letters and digits, and . : / @ + - _ after the first.",
+            f"{name!r} cannot name a model: use letters and digits, and . : / @ + - _ after the first.",
             "name",
         )
     return quoted
@@ -394,7 +396,7 @@ def _wait_for(file: TextIO, root: Path) -> None:
             return
         except BlockingIOError:
             if time.monotonic() > end:
-                raise StorageFailed(f"Another process holds {root}: end it, then try again.") from None
+                raise StorageFailed(f"Another process has locked {root}: end it, then try again.") from None
         time.sleep(LOCK_POLL_SECONDS)
 
 
@@ -414,10 +416,10 @@ def _is_abandoned(folder: Path) -> bool:
 
 
 def digest_hex(digest: str) -> str:
-    """The hex digits of a digest, fit for a file's name; ValueError if it is none."""
+    """The hex digits of a digest, safe as a file name; ValueError if it is not a digest."""
     match = _DIGEST.fullmatch(digest)
     if match is None:
-        raise ValueError(f"{digest!r} is no digest")
+        raise ValueError(f"{digest!r} is not a digest")
     return match[1]
 
 
@@ -429,13 +431,13 @@ def _take_in(
     take: Literal["copy", "link", "move"],
     progress: Progress | None,
 ) -> str:
-    """Bring a file of `nbytes` bytes to `target` (which is on the store's file system); its digest."""
-    shared = False
+    """Bring a file of `nbytes` bytes to `target`, on the store's file system; gives its digest."""
+    linked = False
     if take != "copy":
         with suppress(OSError):  # another file system, or one without links: copy instead
             os.link(source, target)
-            shared = True
-    if not shared:
+            linked = True
+    if not linked:
         with atomic_file(target) as out:
             if not _clone(source, out):
                 digest = _copy(source, out, nbytes, progress)
@@ -448,7 +450,7 @@ def _take_in(
 
 
 def _clone(source: Path, out: BinaryIO) -> bool:
-    """Let `out` share the blocks of `source`; False where the file system cannot."""
+    """Let `out` share the blocks of `source`; False if the file system cannot."""
     with source.open("rb") as file:
         try:
             fcntl.ioctl(out.fileno(), FICLONE, file.fileno())
@@ -495,7 +497,7 @@ def _is_slice(path: Path, header: bytes, nbytes: int) -> bool:
 
 
 def _read_json(path: Path, kind: Any) -> Any:
-    """A small file the store can do without; None if it is not there or damaged."""
+    """A small file that the store can do without; None if it is missing or damaged."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, msgspec.MsgspecError):

@@ -268,7 +268,7 @@ class LocalService:
         assert self._pipeline is not None
         descriptions = [stage.description for stage in self._pipeline.stages if stage.description is not None]
         name = batch_invariance.key(descriptions, self._config)
-        known = store.verdict(self.model.digest, name)
+        known = store.note(self.model.digest, name)
         if known is not None:
             return known
         report("trying out whether batches change the model's arithmetic (once for each model)")
@@ -278,7 +278,7 @@ class LocalService:
             return None
         try:
             if found is not None:
-                store.set_batch_invariance(self.model.digest, name, found)
+                store.set_note(self.model.digest, name, found)
         except StorageFailed as error:
             report(f"the result is not kept: {error.message}")
         return found

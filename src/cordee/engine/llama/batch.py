@@ -1,4 +1,4 @@
-"""A `llama_batch` that is filled anew for each call: making one took a third of a step's Python."""
+"""A `llama_batch` that is reused for each call: making one took a third of a step's time in Python."""
 
 import ctypes
 from typing import Any
@@ -10,7 +10,7 @@ from cordee.errors import StageFailed
 
 
 class NativeBatch:
-    """Room for `rows` rows; `library` is libllama's bindings, `n_embd` the width of hidden rows.
+    """A batch of at most `rows` rows; `library` is libllama's bindings, `n_embd` the width of hidden rows.
 
     libllama's `n_seq_id` and `seq_id` are arrays of counts and of pointers: each row belongs to one sequence.
     """
@@ -23,7 +23,7 @@ class NativeBatch:
         self._outputs = np.ones(rows, dtype=np.int8)
         self._counts = np.ones(rows, dtype=np.int32)
         self._pointers = self._sequences.ctypes.data + 4 * np.arange(rows, dtype=np.uint64)
-        # Hidden rows are copied here: a pointer to the caller's for each call costs more.
+        # Hidden rows are copied here: making a pointer to the caller's array in each call costs more.
         self._rows = np.empty((rows, n_embd), dtype=np.float32)
         types = dict(library.llama_batch._fields_)
         self._token = ctypes.cast(self._tokens.ctypes.data, types["token"])
@@ -36,7 +36,7 @@ class NativeBatch:
         )
 
     def fill(self, batch: Batch, *, all_outputs: bool) -> ctypes.Structure:
-        """The batch for libllama, until the next call; `all_outputs`: of every row, whatever it says.
+        """The batch for libllama, valid until the next call; `all_outputs` marks every row as an output.
 
         Raises:
             StageFailed: hidden rows are of another width or type.

@@ -4,11 +4,15 @@ import ctypes
 import sysconfig
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cordee.engine.llama import libllama
 from cordee.errors import SetupNeeded
+
+if TYPE_CHECKING:
+    from _ctypes import CFuncPtr
 
 
 class _Native(ctypes.Structure):
@@ -27,9 +31,9 @@ class _Native(ctypes.Structure):
 
 
 class Capture:
-    """Catches the tensor called `name`, of at most `rows` rows of width `n_embd`, at every decode call.
+    """Captures the tensor called `name`, of at most `rows` rows of width `n_embd`, at every decode call.
 
-    Give `callback` and `user_data` to the context's parameters, and keep this object as long as the context.
+    Put `callback` and `user_data` into the context's parameters, and keep this object as long as the context.
     """
 
     def __init__(self, name: bytes, rows: int, n_embd: int) -> None:
@@ -47,13 +51,13 @@ class Capture:
         self.user_data = ctypes.addressof(self._native)
 
     def reset(self) -> None:
-        """Forget what was caught; to be called before each decode call."""
+        """Forget what was captured; to be called before each decode call."""
         self._native.count = 0
 
-    def take(self, count: int) -> np.ndarray | None:
+    def copy_rows(self, count: int) -> np.ndarray | None:
         """A copy of the (count, n_embd) float32 rows of the last decode call.
 
-        None if the tensor did not come exactly once with so many rows.
+        None if the tensor did not come exactly once with `count` rows.
         """
         row_bytes = self._rows.strides[0]
         if self._native.count != 1 or self._native.nbytes != count * row_bytes:
@@ -61,8 +65,10 @@ class Capture:
         return self._rows[:count].copy()
 
 
-def _address(function: object) -> int:
-    return ctypes.cast(function, ctypes.c_void_p).value
+def _address(function: "CFuncPtr") -> int:
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None, "a function has an address"
+    return address
 
 
 @cache

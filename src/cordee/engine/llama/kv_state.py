@@ -1,10 +1,10 @@
-"""The state of a sequence, as engines export it, taken apart and put together by layers.
+"""The KV state of a sequence, as engines export it, split and joined by layers.
 
-A stage of another placement has other layers, so what it takes over from its predecessors are ranges of
-theirs. Formats (all words little-endian):
+A stage of another placement has other layers, so what it takes over from its predecessors is ranges of their
+layers. Formats (all words little-endian):
 
 - libllama (`llama_state_seq_get_data`; llama.cpp, src/llama-kv-cache.cpp): two words of preamble, then one
-  cache, or two of a model with sliding windows, that of the layers without a window first. A cache is the
+  cache, or for a model with sliding windows two, that of the layers without a window first. A cache is the
   number of streams and, for each, its cells (position, sequences), whether V is transposed, the number of
   layers, then K of every layer and V of every layer, each with its type and the bytes of a row.
 - ternary ("CTKV"; native/src/engine/cache_state.c): six words, the third the number of layers, and equally
@@ -14,6 +14,7 @@ theirs. Formats (all words little-endian):
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cordee.errors import StageFailed
 
@@ -21,16 +22,18 @@ _TERNARY = b"CTKV"
 _TERNARY_WORDS = struct.Struct("<4s5I")
 _PREAMBLE_BYTES = 8
 _TENSOR = struct.Struct("<iQ")  # type, bytes of a row
-STREAMS_MAX = 1 << 16  # sequences of a stage; more are nonsense
+STREAMS_MAX = 1 << 16  # sequences of a stage; no stage has more
+
+_Words = tuple[Any, ...]  # as _TERNARY_WORDS unpacks them
 
 
 def pick_layers(state: bytes, windowed: Sequence[bool], first: int, last: int) -> bytes:
-    """The state of layers `first` to `last - 1` alone.
+    """The part of a state that is of layers `first` to `last - 1`.
 
-    `windowed` says of each of the stage's layers whether it has a sliding window.
+    `windowed` says for each of the stage's layers whether it has a sliding window.
 
     Raises:
-        StageFailed: the state is in no format that is known here, or not of so many layers.
+        StageFailed: the state is in an unknown format, or of another number of layers.
     """
     if not 0 <= first < last <= len(windowed):
         raise StageFailed(f"a state of {len(windowed)} layers has no layers {first} to {last - 1}")
@@ -41,7 +44,7 @@ def pick_layers(state: bytes, windowed: Sequence[bool], first: int, last: int) -
         return _ternary_state(words, layers[first:last])
     preamble, caches = _caches(state)
     kinds = (False, True) if len(caches) == 2 else (None,)
-    picked = []
+    picked: list[_Cache] = []
     for kind, cache in zip(kinds, caches, strict=True):
         own = [layer for layer, has in enumerate(windowed) if kind in (None, has)]
         if len(own) != len(cache.keys):
@@ -52,10 +55,10 @@ def pick_layers(state: bytes, windowed: Sequence[bool], first: int, last: int) -
 
 
 def join_layers(parts: Sequence[bytes]) -> bytes:
-    """The state of the parts' layers, one after the other; one part is given back as it is.
+    """One state from states of consecutive ranges of layers; a single one is returned as it is.
 
     Raises:
-        StageFailed: a part is in no format that is known here, or they are of different positions.
+        StageFailed: a part is in an unknown format, or they are of different positions.
     """
     if len(parts) == 1:
         return parts[0]
@@ -78,12 +81,12 @@ class _Cache:
     """A libllama cache with the cells of one sequence; `keys` and `values` are whole tensors, with heads."""
 
     streams: int
-    stream: int  # which of them has the cells
+    stream: int  # the one that has the cells
     cells: bytes
     count: int
     transposed: int
     keys: tuple[bytes, ...]
-    values: tuple[bytes, ...]  # none where K and V are one tensor
+    values: tuple[bytes, ...]  # empty where K and V are one tensor
 
     def of(self, places: Sequence[int]) -> "_Cache":
         values = tuple(self.values[place] for place in places) if self.values else ()
@@ -107,7 +110,7 @@ class _Cache:
 
 
 class _Reader:
-    """Bytes from the front to the end."""
+    """Reads bytes from front to end."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -129,18 +132,19 @@ class _Reader:
 
 def _caches(state: bytes) -> tuple[bytes, list[_Cache]]:
     reader = _Reader(state)
-    preamble, caches = reader.take(_PREAMBLE_BYTES), []
+    preamble = reader.take(_PREAMBLE_BYTES)
+    caches: list[_Cache] = []
     while reader.left and len(caches) < 2:
         caches.append(_cache(reader))
     if reader.left or not caches:
-        raise StageFailed("the state of a sequence is in a format that is not known")
+        raise StageFailed("the state of a sequence is in an unknown format")
     return preamble, caches
 
 
 def _cache(reader: _Reader) -> _Cache:
     streams = reader.word()
     if not 0 < streams <= STREAMS_MAX:
-        raise StageFailed("the state of a sequence is in a format that is not known")
+        raise StageFailed("the state of a sequence is in an unknown format")
     found = None
     for stream in range(streams):
         count = reader.word()
@@ -148,11 +152,10 @@ def _cache(reader: _Reader) -> _Cache:
             cells = b"".join(_cell(reader) for _ in range(count))
             transposed, layers = reader.word(), reader.word()
             if found is not None or transposed:
-                raise StageFailed("the state of a sequence is in a format that is not known")
+                raise StageFailed("the state of a sequence is in an unknown format")
             keys = tuple(_tensor(reader, count) for _ in range(layers))
-            has_values = reader.left > 4 * (
-                streams - stream - 1
-            )  # else only the other streams' counts follow
+            # Without values only the counts of the other streams follow.
+            has_values = reader.left > 4 * (streams - stream - 1)
             values = tuple(_tensor(reader, count) for _ in range(layers)) if has_values else ()
             found = _Cache(streams, stream, cells, count, transposed, keys, values)
     if found is None:
@@ -161,10 +164,10 @@ def _cache(reader: _Reader) -> _Cache:
 
 
 def _cell(reader: _Reader) -> bytes:
-    """A cell's position and its one sequence; whose number means nothing to who takes it over."""
+    """A cell's position and its one sequence, numbered 0: the number is only valid in the exporting stage."""
     position, sequences, _ = reader.take(4), reader.word(), reader.take(4)
     if sequences != 1:
-        raise StageFailed("the state of a sequence is in a format that is not known")
+        raise StageFailed("the state of a sequence is in an unknown format")
     return position + struct.pack("<II", 1, 0)
 
 
@@ -178,18 +181,18 @@ def _state(preamble: bytes, caches: Sequence[_Cache]) -> bytes:
     return preamble + b"".join(cache.written() for cache in caches)
 
 
-def _ternary_layers(state: bytes) -> tuple[tuple, list[bytes]]:
+def _ternary_layers(state: bytes) -> tuple[_Words, list[bytes]]:
     """The words before the layers, and the layers."""
     if len(state) < _TERNARY_WORDS.size:
         raise StageFailed("the state of a sequence ends too soon")
     words = _TERNARY_WORDS.unpack_from(state)
     count, nbytes = words[2], len(state) - _TERNARY_WORDS.size
     if not 0 < count <= STREAMS_MAX or nbytes % count:
-        raise StageFailed("the state of a sequence is in a format that is not known")
+        raise StageFailed("the state of a sequence is in an unknown format")
     each = nbytes // count
     starts = range(_TERNARY_WORDS.size, len(state), each) if each else ()
     return words, [state[start : start + each] for start in starts]
 
 
-def _ternary_state(words: tuple, layers: Sequence[bytes]) -> bytes:
+def _ternary_state(words: _Words, layers: Sequence[bytes]) -> bytes:
     return _TERNARY_WORDS.pack(*words[:2], len(layers), *words[3:]) + b"".join(layers)

@@ -16,18 +16,22 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from cordee.errors import SetupNeeded
 
+if TYPE_CHECKING:
+    from _ctypes import CFuncPtr
+
 REINSTALL = "run `make clean setup`, or reinstall llama-cpp-python in this environment"
-LOG_LINES_MAX = 100  # of those that are kept: problems, and a few buffer sizes for each device
+LOG_LINES_MAX = 100  # kept: problems, and a few buffer sizes for each device
 PROBE_SECONDS = 30.0  # a healthy child answers within a second, even on a slow machine
 DEVICE_KINDS = ("CPU", "GPU", "IGPU", "ACCEL", "META")  # enum ggml_backend_dev_type
 WARN, ERROR = 3, 4  # enum ggml_log_level
 BUFFER_LINE = re.compile(r"\b(model|KV|compute|output) buffer size = +([0-9.]+) MiB")
 
-# Defaults as llama_model_default_params and llama_context_default_params of llama.cpp set them: a field
-# that moved would show another value here.
+# Defaults as llama_model_default_params and llama_context_default_params of llama.cpp set them: if the layout
+# of a struct has changed, some field shows another value.
 MODEL_DEFAULTS = {
     "vocab_only": False,
     "check_tensors": False,
@@ -68,7 +72,7 @@ class LlamaDevice:
 
 
 class Log:
-    """What matters of the lines that libllama wrote since `clear`: problems and buffer sizes."""
+    """The relevant lines of libllama's log since `clear`: problems and buffer sizes."""
 
     def __init__(self) -> None:
         self._problems: deque[str] = deque(maxlen=LOG_LINES_MAX)
@@ -76,7 +80,7 @@ class Log:
         self._partial = ""
 
     def write(self, level: int, text: str) -> None:
-        """Take text of a level as libllama hands it over: parts of lines, or several."""
+        """Take text of a level as libllama gives it: parts of lines, or several lines."""
         *lines, self._partial = (self._partial + text).split("\n")
         for line in lines:
             if level in (WARN, ERROR):
@@ -99,14 +103,15 @@ class Log:
 
 
 log = Log()
+_callbacks: list[object] = []  # ctypes keeps no reference to a callback
 
 
 @cache
 def load() -> ModuleType:
-    """Load libllama, route its log into `log`, check the bindings; the low-level module.
+    """Load libllama, route its log into `log`, check the bindings; gives the bindings' low-level module.
 
     Raises:
-        SetupNeeded: the library is missing, does not load, or is not the one the bindings were made for.
+        SetupNeeded: the library is missing, does not load, or does not match the bindings.
     """
     try:
         from llama_cpp import llama_cpp as library
@@ -117,8 +122,8 @@ def load() -> ModuleType:
     def write(level: int, text: bytes, _: object) -> None:
         log.write(level, text.decode("utf-8", "replace"))
 
-    library.cordee_log_callback = write  # ctypes keeps no reference to a callback
-    library.llama_log_set(write, None)
+    _callbacks.append(write)
+    library.llama_log_set(write, ctypes.c_void_p())
     _check_defaults(library)
     library.llama_backend_init()
     return library
@@ -158,7 +163,7 @@ class Ggml:
         self.device_memory = _declared(base, "ggml_backend_dev_memory", None, pointer, sizes, sizes)
 
 
-def _declared(library: ctypes.CDLL, name: str, result: object, *arguments: object) -> ctypes._CFuncPtr:
+def _declared(library: ctypes.CDLL, name: str, result: object, *arguments: object) -> "CFuncPtr":
     function = getattr(library, name)
     function.restype, function.argtypes = result, list(arguments)
     return function
@@ -180,14 +185,14 @@ def ggml() -> Ggml:
 
 
 def devices() -> list[LlamaDevice]:
-    """Every device that the installed library can compute on, the CPU among them, with its memory."""
+    """Every device that the installed library can compute on, including the CPU, with its memory."""
     functions = ggml()
-    found = []
+    found: list[LlamaDevice] = []
     for index in range(functions.device_count()):
         handle = functions.device_get(index)
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         functions.device_memory(handle, ctypes.byref(free), ctypes.byref(total))
-        kind = functions.device_type(handle)
+        kind: int = functions.device_type(handle)
         found.append(
             LlamaDevice(
                 name=functions.device_name(handle).decode(),
@@ -202,7 +207,7 @@ def devices() -> list[LlamaDevice]:
 
 
 def build() -> str:
-    """What this build is: bindings' version and instruction sets. Stages of equal builds give equal bits."""
+    """This build: the bindings' version and instruction sets. Stages of equal builds give equal bits."""
     from llama_cpp import __version__
 
     features = load().llama_print_system_info().decode()
@@ -213,8 +218,8 @@ def build() -> str:
 def survives_extra_buffers() -> bool:
     """Whether this machine can use libllama's extra buffer types (AMX and repacked weights).
 
-    Virtual machines exist that advertise AMX and refuse it: a native build dies there with SIGSEGV or
-    SIGILL at its first tile instruction. So a child process tries.
+    Some virtual machines advertise AMX and refuse it: a native build dies there with SIGSEGV or SIGILL at its
+    first tile instruction. So a child process tries it.
     """
     command = [sys.executable, "-m", "cordee.engine.llama.probe"]
     try:
@@ -227,13 +232,13 @@ def survives_extra_buffers() -> bool:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity and its cgroups' CPU quotas, at least 1."""
+    """Cores that this process may use, by its affinity and its cgroups' CPU quotas; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, round(min(cores, cpu_quota())))
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
-    """Cores' worth of time that the control groups (containers) we are in grant; infinity without a limit.
+    """The CPU time, in cores, that our control groups (containers) grant; infinity without a limit.
 
     The kernel's files: https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max) and
     https://docs.kernel.org/scheduler/sched-bwc.html. `root` is where /proc and /sys are found.
@@ -247,7 +252,7 @@ def cpu_quota(root: Path = Path("/")) -> float:
             top, names = root / "sys/fs/cgroup", ("cpu.max",)
         else:
             continue
-        # Inside a container the path may be that outside of it: then only the top is there.
+        # Inside a container the path may be the one outside of it: then only the top folder is there.
         inner = top / path.lstrip("/")
         for folder in (inner, *inner.parents):
             quota, period, *_ = (*" ".join(_read(folder / name) for name in names).split(), "", "")

@@ -1,6 +1,6 @@
-"""A child process that tries libllama's extra buffer types on a tiny model and lives, or dies, by it.
+"""A child process that tries libllama's extra buffer types on a tiny model, which may crash it.
 
-Run as `python -m cordee.engine.probe`; exit status 0 means that they work here.
+Run as `python -m cordee.engine.llama.probe`; exit status 0 means that they work here.
 """
 
 import sys
@@ -14,15 +14,12 @@ from gguf.quants import quantize
 from cordee.engine.llama.stage import LlamaStage
 from cordee.engine.stage import StageConfig, batch_of_one
 
-WIDTH, HEADS, VOCABULARY = (
-    256,
-    4,
-    64,
-)  # large enough for ggml's AMX and repacking kernels to take the matrices
+# Large enough for ggml's AMX and repacking kernels to take the matrices.
+WIDTH, HEADS, VOCABULARY = 256, 4, 64
 
 
 def write_model(path: Path) -> None:
-    """A one-layer llama with random Q4_0 and Q8_0 matrices, which are the types those kernels take."""
+    """A llama of one layer with random Q4_0 and Q8_0 matrices, types that those kernels take."""
     draw = np.random.default_rng(0)
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(1)

@@ -1,23 +1,24 @@
 """A `Stage` on stock libllama: a slice with its KV cache; hidden rows in, hidden rows or logits out.
 
-How a part of a model becomes a stage (each point was found by trial; the golden tests hold it):
+How a slice becomes a stage (each point was found by experiment; the golden tests check it):
 
 - Hidden rows enter through `llama_batch.embd` and leave through the graph's evaluation callback
-  (native/capture.c), which wants the tensor `l_out-<last layer>` alone and ends the graph there, before the
-  final norm and the head. `l_out` is a habit of the model graphs, not an API: `_require_capture` checks it.
+  (native/capture.c), which asks for the tensor `l_out-<last layer>` only and ends the graph there, before the
+  final norm and the head. `l_out` is a convention of the model graphs, not an API: `_require_capture` checks
+  it.
 - Every row of a stage before the last is marked as an output: otherwise libllama drops the others in its
   last layer.
 - A decode call must be one micro-batch inside libllama, or rows come out in several captures. With a KV
   cache per sequence libllama takes rows of consecutive sequence numbers with equally many rows each in one
-  micro-batch, so `_groups` splits a batch along those lines. A cache per sequence keeps a sequence's cells in
-  order of position whatever other sequences do, which a shared cache does not, and sums depend on it.
+  micro-batch, so `_groups` splits a batch accordingly. A cache per sequence keeps a sequence's cells in order
+  of position whatever other sequences do, which a shared cache does not, and sums depend on that order.
 
-What makes a row's bits independent of its batch (`StageConfig.exact`), on the CPU:
+What makes a row's bits independent of its batch (`StageConfig.batch_invariant`), on the CPU:
 
 - Flash attention on, K in f16 and V in bf16. With equal types ggml computes 64 and more query rows by
   tiles and a single one over 512 cells split by threads, each with other roundings; with unequal types
-  every row takes the plain path. It also accumulates in f32 there, where f16 V accumulates in f16.
-- `GGML_CPU_TILED_MM=0` (set by whoever starts the process) keeps K-quants off a kernel for 8 and more rows.
+  every row takes the plain path. That path also accumulates in f32, where f16 V accumulates in f16.
+- `GGML_CPU_TILED_MM=0` (set by the parent process) keeps K-quants off a kernel for 8 and more rows.
 - Types that take llamafile's kernels (f32, f16, bf16, Q4_0 with some shapes) can still differ: the service
   measures each model once (serving/batch_invariance.py).
 """
@@ -40,14 +41,15 @@ LOAD_REMEDY = "the file may be damaged or newer than this program: fetch it agai
 
 
 class LlamaStage:
-    """A loaded slice; see `cordee.engine.stage.Stage`. `is_last` False: hidden rows come out.
+    """A loaded slice; see `cordee.engine.stage.Stage`. With `is_last` off it gives hidden rows.
 
-    `extra_buffers` (AMX and repacked weights) None: where not `exact`, and a probe shows that they work.
+    `extra_buffers` allows AMX and repacked weights; None allows them if the stage need not be batch-invariant
+    and a probe shows that they work.
 
     Raises:
         BadModelFile: libllama does not load the file.
-        UnsupportedModel: the model has no KV cache per position, or hides its layer output.
-        StageFailed: the context could not be made, which is nearly always memory.
+        UnsupportedModel: the model has no KV cache per position, or its graph does not show a layer's output.
+        StageFailed: the context could not be created, nearly always for lack of memory.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class LlamaStage:
             self._batch = NativeBatch(self._library, config.batch_rows, self._n_embd)
             self._memory = self._library.llama_get_memory(self._context)
             if not self._memory:
-                raise UnsupportedModel(f"{path.name} keeps no state between tokens: it is no text generator")
+                raise UnsupportedModel(
+                    f"{path.name} keeps no state between tokens: it does not generate text"
+                )
             self.description = self._describe()
             if not is_last:
                 self._require_capture(path)
@@ -89,22 +93,22 @@ class LlamaStage:
         """See `Stage.decode`.
 
         Raises:
-            StageFailed: libllama refused the batch; the rows' positions are forgotten again.
+            StageFailed: libllama refused the batch; the rows' positions are removed from the KV cache.
         """
         groups = _groups(batch, self._config.batch_rows)
         try:
             if groups is None:
                 return self._decode_group(batch)
-            parts = [self._decode_group(_picked(batch, rows)) for rows in groups]
+            results = [self._decode_group(_picked(batch, rows)) for rows in groups]
         except StageFailed:
             self._undo(batch)
             raise
         selected = np.flatnonzero(batch.outputs) if self._is_last else np.arange(len(batch))
-        result = np.empty((len(selected), parts[0].shape[1]), dtype=np.float32)
-        for rows, part in zip(groups, parts, strict=True):
+        joined = np.empty((len(selected), results[0].shape[1]), dtype=np.float32)
+        for rows, result in zip(groups, results, strict=True):
             given = rows[batch.outputs[rows]] if self._is_last else rows
-            result[np.searchsorted(selected, given)] = part
-        return result
+            joined[np.searchsorted(selected, given)] = result
+        return joined
 
     def trim(self, sequence: int, length: int) -> None:
         """See `Stage.trim`."""
@@ -228,7 +232,7 @@ class LlamaStage:
             raise StageFailed(self._reason(status))
         if self._capture is None:
             return self._logits(batch.outputs.tolist())
-        captured = self._capture.take(len(batch))
+        captured = self._capture.copy_rows(len(batch))
         if captured is None:
             raise StageFailed(f"libllama did not give {len(batch)} hidden rows at once")
         return captured
@@ -236,10 +240,10 @@ class LlamaStage:
     def _logits(self, outputs: list[bool]) -> np.ndarray:
         """A copy of the logits of the rows that are outputs.
 
-        The weights have just gone through the caches, so all Python between two tokens is cold: each call of
-        numpy costs 10 to 40 microseconds here, of a small model's 8,000 for a token.
+        The weights have just filled the CPU's caches, so all Python between two tokens is cold: each call of
+        numpy costs 10 to 40 µs here; a token of a small model takes 8,000 µs.
         """
-        rows = []
+        rows: list[np.ndarray] = []
         for row, wanted in enumerate(outputs):
             if wanted:
                 found = self._library.llama_get_logits_ith(self._context, row)
@@ -264,8 +268,8 @@ def _problems() -> str:
     return libllama.log.problems() or "libllama gives no reason"
 
 
-def _chosen_devices(names: tuple[str, ...]) -> ctypes.Array:
-    """A NULL-terminated list of device handles; an empty one keeps everything on the CPU.
+def _chosen_devices(names: tuple[str, ...]) -> ctypes.Array[ctypes.c_void_p]:
+    """A NULL-terminated list of device handles; an empty list keeps everything on the CPU.
 
     Raises:
         StageFailed: the installed library has no device of that name.
@@ -284,8 +288,8 @@ def _picked(batch: Batch, rows: np.ndarray) -> Batch:
 def _groups(batch: Batch, batch_rows: int) -> list[np.ndarray] | None:
     """Row indices of the decode calls that a batch takes, each one micro-batch inside libllama.
 
-    A call holds consecutive sequence numbers with equally many rows each, at most `batch_rows` in all; the
-    rows of one sequence that exceed `batch_rows` are split. None: one call takes the batch as it is.
+    A call has consecutive sequence numbers with equally many rows each, at most `batch_rows` in all; more
+    rows of one sequence are split. None means that one call takes the batch as it is.
     """
     if len(batch) == 1:
         return None
@@ -297,11 +301,11 @@ def _groups(batch: Batch, batch_rows: int) -> list[np.ndarray] | None:
     groups: list[list[np.ndarray]] = []
     previous = None
     for number, rows in zip(numbers, np.split(order, starts[1:]), strict=True):
-        parts = [rows[start : start + batch_rows] for start in range(0, len(rows), batch_rows)]
+        pieces = [rows[start : start + batch_rows] for start in range(0, len(rows), batch_rows)]
         fits = groups and len(rows) * (len(groups[-1]) + 1) <= batch_rows
         if fits and number - 1 == previous and len(groups[-1][-1]) == len(rows):
-            groups[-1] += parts
+            groups[-1] += pieces
         else:
-            groups += [[part] for part in parts]
+            groups += [[piece] for piece in pieces]
         previous = number
     return [np.concatenate(group) for group in groups]
