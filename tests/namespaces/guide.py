@@ -1,7 +1,7 @@
 """A guide in Markdown as a list of steps, and somebody who follows it: types its commands on hosts of a lab.
 
-Each fenced block of a guide follows a comment that says where it is typed, or why no test can type it. Readers,
-who do not see the comment, find the machines in bold above it:
+Each fenced block of a guide follows a comment that says where it is typed, or why no test can type it.
+Readers do not see the comment, and find the machines in bold above it:
 
     **pc-1, pc-2**
     <!-- on: pc-1 pc-2; OPTION; ... -->      typed on these machines, one after the other
