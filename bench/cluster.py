@@ -2,8 +2,8 @@
 
     python bench/cluster.py [--faults N] [--cases PREFIX] [--machine NAME] [--csv FILE]      as root, on Linux
 
-Takes six minutes on two quiet cores. Says what it does, prints the README's table, and writes all figures to
-bench/results/cluster-MACHINE.csv, and each fault to cluster-MACHINE-faults.csv beside it.
+Takes six minutes on two quiet cores. Says what it does, prints the table of docs/performance.md, and writes
+all figures to bench/results/cluster-MACHINE.csv, and each fault to cluster-MACHINE-faults.csv beside it.
 
 Hosts are network namespaces on this machine (tests/namespaces/netlab.py) with at most one processor each.
 Cases:
@@ -247,7 +247,7 @@ def milliseconds_a_token(cluster: Cluster) -> float:
 def promise() -> Iterator[Figure]:
     """From nothing to a first token; slices travel at RATE."""
     yield Figure(
-        "promise-install", INSTALL_SECONDS, "s", note="make setup on two cores, as README.md shows it"
+        "promise-install", INSTALL_SECONDS, "s", note="make setup on two cores, as docs/performance.md has it"
     )
     with Lab([Machine(memory_bytes=4_000_000_000)] * HOSTS) as lab:
         model = wide_model(lab.folder / "wide.gguf")
@@ -349,7 +349,7 @@ def this_machine() -> str:
 
 
 def readme(figures: Sequence[Figure]) -> str:
-    """The figures as README.md shows them."""
+    """The figures as docs/performance.md shows them."""
     by_case = {each.case: each for each in figures}
     losses: list[str] = []
     for what, title in (

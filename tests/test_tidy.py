@@ -339,3 +339,9 @@ def test_every_source_says_what_it_is_for() -> None:
             if not ast.get_docstring(tree(path))
         ]
     )
+
+
+def test_the_readme_is_short() -> None:
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.fr.md")}
+    counts = {name: len(text.split()) for name, text in texts.items()}  # as `wc -w` counts
+    hold([f"{name}:1: {count} words, at most 900" for name, count in counts.items() if count > 900])

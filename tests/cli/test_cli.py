@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import cli_reference
-
 from cordee import __version__, errors
 from cordee.cli import doctor, output
 from cordee.cli.main import cordee as program
