@@ -34,14 +34,14 @@ answer: setup
 chat: setup
 	@if [ -t 0 ]; then set -m; fi; $(bin)/cordee demo
 
-test: lint ## all that a change must pass: lint and the short tests
-	@$(bin)/python -m pytest
+test: lint ## all that a change must pass: lint and the short tests; COVERAGE=1 reports what they run (slower)
+	@$(bin)/python -m pytest $(if $(COVERAGE),--cov)
 
 test-long: lint ## the short tests and those that take minutes
 	@$(bin)/python -m pytest -m ''
 
 test-pentium2: setup ## boot the emulated PC of 1997 (fetched once) and all that is about it; LONG=1 the long tests, too
-	@sh scripts/old_machine.sh
+	@sh scripts/pentium2_machine.sh
 	@$(bin)/python -m pytest -rP $(if $(LONG),-m '') tests/pentium2
 
 lint: setup ## check style and formatting
@@ -64,8 +64,9 @@ native: ## build the ternary engine for this machine into the package (needs a C
 tiny: ## cross-build cordee-tiny for machines of 1997: build/pentium2 (Linux) and build/windows
 	@$(MAKE) -C native tiny
 
-docs: setup ## write docs/cli.md, and the tables of docs/api.md, from the program itself
+docs: setup ## write docs/cli.md, the tables of docs/api.md and the picture of the rooms from the program itself
 	@$(bin)/python scripts/cli_reference.py
+	@$(bin)/python scripts/rooms.py
 	@$(bin)/python scripts/api_reference.py
 
 clean: ## remove .venv and every cache

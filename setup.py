@@ -25,7 +25,7 @@ setup(
         Extension(
             TERNARY,
             sorted(str(path) for path in Path("native/src").rglob("*.c")),
-            include_dirs=["native/include"],
+            include_dirs=["native/include", "native/src"],
             depends=sorted(str(path) for path in Path("native").rglob("*.[hi]*")),
             extra_compile_args=[
                 "-std=c11",

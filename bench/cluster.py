@@ -1,22 +1,22 @@
-"""What a cluster costs: until a fault is noticed, mended and over; what hops add; the first half hour.
+"""What a cluster costs: seconds until a fault is noticed and over, what hops add, the first half hour.
 
     python bench/cluster.py [--faults N] [--cases PREFIX] [--machine NAME] [--csv FILE]      as root, on Linux
 
-Six minutes on two quiet cores. Tells what it does, prints the README's table, and writes all figures to
-bench/results/cluster-MACHINE.csv and each fault to cluster-MACHINE-faults.csv beside it.
+Takes six minutes on two quiet cores. Says what it does, prints the table of docs/performance.md, and writes
+all figures to bench/results/cluster-MACHINE.csv, and each fault to cluster-MACHINE-faults.csv beside it.
 
 Hosts are network namespaces on this machine (tests/namespaces/netlab.py) with at most one processor each.
 Cases:
 
     faults    random faults (tests/namespaces/netfaults.py, seeded) of nodes with a stage of a model that
               answers 8 streams. Seconds until another node sees that something is wrong (notice), until it
-              sees another placement or wiring serve (replace), and until the last of the streams goes on
-              (resume).
-    hops      one stream's milliseconds for a token, with the same model in 1 to 4 stages.
+              sees another placement, or other links between its workers, serve (replace), and until the
+              last of the streams goes on (resume).
+    hops      one stream's milliseconds a token, with the same model in 1 to 4 stages.
     promise   seconds of each step from nothing to a first token, slices at 1 Gbit/s (tc tbf); and the same
               for gpt-oss-120b on four machines, by arithmetic that is shown.
 
-There is no peer in any case: `peer` is null, but for hops, where it is the one stage.
+Only hops have a peer, the one stage; in the other cases `peer` is null.
 """
 
 import argparse
@@ -30,10 +30,11 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from gguf import GGMLQuantizationType
 
@@ -52,8 +53,8 @@ from netlab import MEGABYTE, PATIENCE_SECONDS, Lab, Machine, Unable, run  # noqa
 HOSTS = 4
 SEED = 1
 POLL_SECONDS = 0.02
-SILENCE_SECONDS = 0.5  # of a stream that gives 50 tokens a second: it was interrupted
-FAULTS_SECONDS = 1500.0  # after which no further fault begins
+SILENCE_SECONDS = 0.5  # in a stream of 50 tokens a second: it was interrupted
+FAULTS_SECONDS = 1500.0  # no fault begins later
 TOKENS = 400  # of the stream that hops are measured on
 ROUNDS = 3
 SEQUENCES = 8
@@ -68,10 +69,12 @@ INSTALL_SECONDS = 160.0
 RESULTS = Path(__file__).parent / "results"
 STARTED = time.monotonic()
 
+Row = dict[str, Any]  # of a CSV file: value by column
+
 
 @dataclass
 class Figure:
-    """A line of the result. `note` says where a figure comes from that was not measured."""
+    """A line of the result. `note` says where the figure comes from."""
 
     case: str
     ours: float
@@ -80,8 +83,8 @@ class Figure:
     peer_name: str | None = None
     note: str = ""
 
-    def line(self) -> dict:
-        """As the other benches print it."""
+    def line(self) -> Row:
+        """As the other benchmarks print theirs."""
         ratio = None if not self.peer else round(self.ours / self.peer, 3)
         return {
             "case": self.case,
@@ -93,8 +96,8 @@ class Figure:
         }
 
 
-def faults(count: int, rows: list[dict]) -> Iterator[Figure]:
-    """So many random faults of nodes with a stage, one after another; `rows` gets each of them."""
+def faults(count: int, rows: list[Row]) -> Iterator[Figure]:
+    """`count` random faults of nodes with a stage, one after another; `rows` gets each of them."""
     draw = random.Random(SEED)
     began = time.monotonic()
     with Lab([MACHINE] * HOSTS) as lab:
@@ -119,10 +122,12 @@ def faults(count: int, rows: list[dict]) -> Iterator[Figure]:
         yield from summary(kind, [row for row in rows if kind in ("", row["fault"])])
 
 
-def summary(kind: str, rows: Sequence[dict]) -> Iterator[Figure]:
-    """Median and p99 of what the faults of a kind, or all, cost; those that cost nothing are not counted."""
+def summary(kind: str, rows: Sequence[Row]) -> Iterator[Figure]:
+    """Median and p99 of the seconds that faults of a kind (all for "") cost; faults that cost nothing do not
+    count.
+    """
     for what in ("notice", "replace", "resume"):
-        seconds = [row[f"{what}_seconds"] for row in rows if row[f"{what}_seconds"] is not None]
+        seconds: list[float] = [row[f"{what}_seconds"] for row in rows if row[f"{what}_seconds"] is not None]
         name = f"faults-{kind}-{what}" if kind else f"faults-{what}"
         note = f"{len(seconds)} of {len(rows)} faults"
         if seconds:
@@ -132,22 +137,23 @@ def summary(kind: str, rows: Sequence[dict]) -> Iterator[Figure]:
 
 @dataclass
 class Loss:
-    """Seconds from a fault on until it was noticed, mended by another placement or wiring, and over for the
-    last of the streams; None where that did not happen, since there was no need."""
+    """Seconds from a fault until another node noticed it, until another placement or wiring served, and until
+    the last of the streams went on; None where that did not happen, since there was no need.
+    """
 
     notice_seconds: float | None = None
     replace_seconds: float | None = None
     resume_seconds: float | None = None
 
     def __str__(self) -> str:
-        parts = zip(("noticed", "re-placed", "resumed"), asdict(self).values(), strict=True)
+        steps = zip(("noticed", "replaced", "resumed"), asdict(self).values(), strict=True)
         return ", ".join(
-            f"{what} {'-' if seconds is None else f'{seconds:.1f} s'}" for what, seconds in parts
+            f"{what} {'-' if seconds is None else f'{seconds:.1f} s'}" for what, seconds in steps
         )
 
 
 def lose(cluster: Cluster, fault: netfaults.Fault, victim: Node, draw: random.Random) -> Loss:
-    """What a fault of a node costs its cluster, while streams run through all others."""
+    """What a fault of `victim` costs its cluster, while streams run through all other nodes."""
     gateways = [node for node in cluster.nodes if node is not victim]
     with cluster.streams(gateways) as streams, watched(gateways[0], victim) as (loss, began):
         mended = fault(cluster, victim, draw)
@@ -161,8 +167,8 @@ def lose(cluster: Cluster, fault: netfaults.Fault, victim: Node, draw: random.Ra
 
 
 @contextlib.contextmanager
-def watched(observer: Node, victim: Node) -> Iterator[tuple[Loss, float]]:
-    """How a node sees another fall, and when that begins."""
+def watched(observer: Node, victim: Node) -> Generator[tuple[Loss, float]]:
+    """What `observer` sees of the loss of `victim`, and when the block began (monotonic clock)."""
     placement = observer.placement()
     wiring = placement and placement["wiring"]
     loss, began, ended = Loss(), time.monotonic(), threading.Event()
@@ -186,21 +192,21 @@ def watched(observer: Node, victim: Node) -> Iterator[tuple[Loss, float]]:
 
 
 def resumed(stream: Stream, began: float) -> float | None:
-    """When a stream went on after a fault: the end of its longest silence, if that was one."""
+    """Seconds from `began` until a stream went on: the end of its longest pause; None if it had none."""
     times = [when for when, _ in stream.pieces]
-    silences = [(b - a, b) for a, b in pairwise(times) if b > began]
-    length, end = max(silences, default=(0.0, began))
+    pauses = [(b - a, b) for a, b in pairwise(times) if b > began]
+    length, end = max(pauses, default=(0.0, began))
     return end - began if length >= SILENCE_SECONDS else None
 
 
-def quantile(values: Sequence[float], part: float) -> float:
-    """The smallest value that so large a part of all does not exceed."""
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that `share` of all values do not exceed."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def hops() -> Iterator[Figure]:
-    """The same model in 1 to HOSTS stages, by what memory its nodes lend."""
+    """The same model in 1 to HOSTS stages, which the memory of its nodes decides."""
     alone = None
     for stages in range(1, HOSTS + 1):
         with Lab([replace(MACHINE, memory_bytes=2 * MACHINE.memory_bytes)] * stages) as lab:
@@ -220,7 +226,7 @@ def hops() -> Iterator[Figure]:
 
 
 def lent(path: Path, stages: int) -> str:
-    """Memory for a part of a model, if it is cut in so many even ones; as `cordee up --memory` wants it."""
+    """Memory for one of `stages` even stages of a model, as `cordee up --memory` takes it."""
     shape = model_shape(read_header(path), "bench")
     share = -(-shape.layers // stages)
     bounds = [*range(0, shape.layers, share), shape.layers]
@@ -239,9 +245,9 @@ def milliseconds_a_token(cluster: Cluster) -> float:
 
 
 def promise() -> Iterator[Figure]:
-    """From nothing to a first token, with slices at RATE."""
+    """From nothing to a first token; slices travel at RATE."""
     yield Figure(
-        "promise-install", INSTALL_SECONDS, "s", note="make setup on two cores, as README.md shows it"
+        "promise-install", INSTALL_SECONDS, "s", note="make setup on two cores, as docs/performance.md has it"
     )
     with Lab([Machine(memory_bytes=4_000_000_000)] * HOSTS) as lab:
         model = wide_model(lab.folder / "wide.gguf")
@@ -268,19 +274,22 @@ def promise() -> Iterator[Figure]:
     note = f"{sent / 1e6:.0f} MB leave the node that has the model, at {sent / travelled / 1e6:.0f} MB/s"
     yield Figure("promise-slices", travelled, "s", note=note)
     yield Figure("promise-load-and-first-token", first, "s")
-    # Founding takes what joining takes, and the model.
+    # The first node takes what each further one takes, and reads the model.
     yield from extrapolated(nbytes / max(founding - join, POLL_SECONDS), join, sent / travelled, first)
 
 
 def timed(work: Callable[[], object]) -> float:
-    """How many seconds it takes."""
+    """The seconds that `work` takes."""
     began = time.monotonic()
     work()
     return time.monotonic() - began
 
 
 def extrapolated(reading: float, join: float, rate: float, first: float) -> Iterator[Figure]:
-    """gpt-oss-120b: the first machine has it, its slices go from there to the others. Rates in bytes/s."""
+    """gpt-oss-120b: the first machine has the file, and its slices go from there to the others.
+
+    `reading` and `rate` are bytes/s, `join` and `first` seconds.
+    """
     share = LARGE_BYTES / LARGE_MACHINES
     leaving, disk, internet = LARGE_BYTES - share, DISK_BYTES_PER_SECOND, INTERNET_BYTES_PER_SECOND
     steps = {
@@ -299,12 +308,12 @@ def extrapolated(reading: float, join: float, rate: float, first: float) -> Iter
 
 
 def size(nbytes: float) -> str:
-    """In the unit that is easy to divide by."""
+    """Bytes in GB or MB."""
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
 def wide_model(path: Path) -> Path:
-    """A model of few and large tensors, for slices that take a while."""
+    """A model of few, large tensors, whose slices take a while to travel."""
     was = tiny.EMBD, tiny.FF
     tiny.EMBD, tiny.FF = WIDE, FEED_FORWARD
     try:
@@ -318,13 +327,13 @@ def is_loading(cluster: Cluster) -> bool:
     """Whether every stage has its slice."""
     placement = cluster.first.placement()
     states = [stage["state"] for stage in placement["stages"]] if placement else []
-    return bool(states) and not {"fetching", "unheard"} & set(states)
+    return bool(states) and not {"fetching", "unreported"} & set(states)
 
 
 def sent_bytes(lab: Lab) -> int:
-    """What the first host has sent."""
-    told = json.loads(run("ip", "-n", lab.hosts[0].namespace, "--json", "--stats", "link", "show", "eth0"))
-    return told[0]["stats64"]["tx"]["bytes"]
+    """What the first host has sent so far."""
+    links = json.loads(run("ip", "-n", lab.hosts[0].namespace, "--json", "--stats", "link", "show", "eth0"))
+    return links[0]["stats64"]["tx"]["bytes"]
 
 
 def tell(what: str) -> None:
@@ -333,16 +342,16 @@ def tell(what: str) -> None:
 
 
 def this_machine() -> str:
-    """What to call it: its cores, and its processor's name."""
+    """A name for it: its cores, and its processor's name."""
     text = Path("/proc/cpuinfo").read_text()
     name = re.search(r"model name\s*: (.*)", text)
     return f"{len(os.sched_getaffinity(0))} cores of {name[1] if name else 'an unknown processor'}"
 
 
 def readme(figures: Sequence[Figure]) -> str:
-    """The figures as README.md shows them."""
+    """The figures as docs/performance.md shows them."""
     by_case = {each.case: each for each in figures}
-    losses = []
+    losses: list[str] = []
     for what, title in (
         ("notice", "noticed"),
         ("replace", "another placement serves"),
@@ -363,8 +372,8 @@ def readme(figures: Sequence[Figure]) -> str:
     return "\n\n".join("\n".join((head, *lines)) for head, lines in tables.items() if lines)
 
 
-def write(path: Path, machine: str, rows: Sequence[dict]) -> None:
-    """Rows of the same columns, each with the machine's name before."""
+def write(path: Path, machine: str, rows: Sequence[Row]) -> None:
+    """Rows of the same columns as CSV, each with the machine's name first."""
     if rows:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
@@ -375,16 +384,22 @@ def write(path: Path, machine: str, rows: Sequence[dict]) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--faults", type=int, default=50)
-    parser.add_argument("--cases", default="", help="only faults, hops or promise")
-    parser.add_argument("--machine", default=this_machine(), help="what to call it")
+    parser.add_argument(
+        "--cases", default="", help="only the cases whose name begins so: faults, hops or promise"
+    )
+    parser.add_argument("--machine", default=this_machine(), help="name of this machine in the files")
     parser.add_argument("--csv", type=Path, help="where to write the figures")
     options = parser.parse_args()
     os.environ["PYTHONPATH"] = str(TESTS.parent / "src")
-    each_fault: list[dict] = []
-    cases = {"faults": lambda: faults(options.faults, each_fault), "hops": hops, "promise": promise}
-    figures = []
+    each_fault: list[Row] = []
+    cases: dict[str, Callable[[], Iterator[Figure]]] = {
+        "faults": lambda: faults(options.faults, each_fault),
+        "hops": hops,
+        "promise": promise,
+    }
+    figures: list[Figure] = []
     try:
         for name, measure in cases.items():
             if name.startswith(options.cases):

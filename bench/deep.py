@@ -1,7 +1,7 @@
 """A deeper model from a given one: its layers several times over, real weights and vocabulary.
 
-It says nothing sensible, but a token of it takes as long as one of a model that large: for measuring what
-stages cost where they are used.
+It says nothing sensible, but a token takes as long as one of a model that large: for measuring what stages
+cost with models that need them.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ LAYER = "blk."
 
 
 def deepen(source: Path, target: Path, times: int) -> None:
-    """Write a GGUF with the layers of `source` `times` over, in order, again and again."""
+    """Write a GGUF with the layers of `source` `times` over, each time in order."""
     reader = GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     count_key = f"{architecture}.block_count"

@@ -1,12 +1,12 @@
-"""What a large model takes: seconds to load, memory at its peak, tokens a second; in a process of its own.
+"""What a large model takes in a process of its own: seconds to load, peak memory, tokens a second.
 
     python bench/footprint.py [--shape 7b] [--models FOLDER] [--json]
 
-The model's file, of random weights, is made in FOLDER (kept) or in a temporary one, and read once, so that
-it is in memory as on a machine that has run it before. `load` ends with the logits of a first token: all
-weights have been read by then. `peak` is all memory of the process that was ever resident (VmHWM: Python and
-the mapped file included) once a context of 512 tokens is full. `decode` goes on behind a short prompt: with
-one thread by its CPU time, with two by the clock.
+The model's file, of random weights, is made in FOLDER (and kept) or in a temporary one, and read once, so
+that it is in memory as on a machine that has run it before. `load` ends with the logits of a first token, for
+which all weights have been read. `peak` is the process's largest resident memory (VmHWM, with Python and the
+mapped file) when a context of 512 tokens is full. `decode` goes on after a short prompt: with one thread by
+its CPU time, with two by the clock.
 """
 
 import argparse
@@ -31,7 +31,7 @@ CHUNK_BYTES = 1 << 24
 
 
 def measure(path: Path, threads: int) -> dict[str, float]:
-    """Figure by name, of this very process."""
+    """Figure by name, measured in this process: seconds, GB, tokens/s."""
     start = time.perf_counter()
     config = StageConfig(context=CONTEXT, sequences=1, batch_rows=BATCH_ROWS, threads=threads)
     stage = TernaryStage(path, config)
@@ -49,14 +49,14 @@ def measure(path: Path, threads: int) -> dict[str, float]:
 
 
 def child(path: Path, threads: int) -> dict[str, float]:
-    """The same of a new process."""
+    """What `measure` gives in a new process."""
     command = [sys.executable, __file__, "--measure", path, "--threads", str(threads)]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def results(folder: Path, shape: str) -> list[dict]:
+def results(folder: Path, shape: str) -> list[dict[str, str | float]]:
     """All figures of a shape."""
-    found = []
+    found: list[dict[str, str | float]] = []
     for layout in LAYOUTS:
         path = folder / f"{shape}-{layout}.gguf"
         if not path.exists():
@@ -81,7 +81,7 @@ def results(folder: Path, shape: str) -> list[dict]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--models", type=Path, help="folder that keeps the models")
     parser.add_argument("--json", action="store_true", help="one object a line")

@@ -3,14 +3,14 @@
     python bench/llama.py [--model FILE] [--rounds N] [--cases PREFIX] [--json]
 
 Everything runs on this machine with the same build, model and number of threads, in turn within each round,
-so that a machine that changes its speed changes it for all. Rates are medians over the rounds, in tokens per
-second; a ratio is the median of the rounds' own ratios, ours to the peer's. Two peers: `libllama` with its
-default settings, and `libllama-exact` with those of an exact stage (see src/cordee/engine/llama/stage.py),
-so that the price of stages and the price of batch-invariant arithmetic show apart. A stage costs about the
-same time whatever it computes, so the cases named deep show the same for a model whose tokens take DEEP
-times as long: the starter's layers so many times over. (With K-quants `libllama-exact` keeps ggml's tiled
-kernels, which our workers go without: they are switched for a whole process, and the other peer shall have
-its defaults.)
+so that a machine that changes its speed changes it for all. Rates are medians over the rounds, in tokens a
+second; a ratio is the median of the rounds' ratios, ours to the peer's. There are two peers: `libllama` with
+its default settings, and `libllama-exact` with those of a batch-invariant stage (see
+src/cordee/engine/llama/stage.py), so that the price of stages and the price of batch invariance show
+separately. A stage costs about the same time whatever it computes, so the cases named deep show the same for
+a model whose tokens take DEEP times as long, since it has the starter's layers DEEP times over. (With
+K-quants `libllama-exact` keeps ggml's tiled kernels, which our workers switch off: that holds for a whole
+process, and the other peer must have its defaults.)
 """
 
 import argparse
@@ -22,8 +22,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
+
+import numpy as np
 
 from cordee.engine.llama.libllama import usable_cores
 from cordee.generation.request import Request, SamplingParams
@@ -42,28 +44,30 @@ STREAMS = (1, 4, 8)
 DEEP = 4
 
 Rate = Callable[[], Awaitable[float]]
+Result = dict[str, str | float]
 
 
 def token(index: int) -> int:
-    """Some ordinary token of the starter model's vocabulary; varied, and the same in every run."""
+    """An ordinary token of the starter model's vocabulary; varied, but the same in every run."""
     return 1000 + (index * 7919) % 40_000
 
 
 class PlainPeer:
-    """Plain libllama, driven as tightly as Python can: no sampling but argmax, no service."""
+    """Plain libllama, driven as directly as Python can: argmax for sampling, no service."""
 
-    def __init__(self, path: Path, *, exact: bool) -> None:
+    def __init__(self, path: Path, *, batch_invariant: bool) -> None:
         self._model = Plain(
             path,
             context=CONTEXT,
             sequences=SEQUENCES,
             batch_rows=BATCH_ROWS,
             threads=usable_cores(),
-            batch_invariant=exact,
+            batch_invariant=batch_invariant,
         )
 
     async def decode(self, streams: int) -> float:
-        """Tokens per second of so many sequences in one batch."""
+        """Tokens per second of `streams` sequences in one batch."""
+        logits = np.empty((0, 0), np.float32)
         for sequence in range(streams):
             self._model.trim(sequence, 0)
             rows = [(token(sequence + i), i, sequence, i == PROMPT_TOKENS - 1) for i in range(PROMPT_TOKENS)]
@@ -76,7 +80,7 @@ class PlainPeer:
         return streams * DECODE_TOKENS / (time.perf_counter() - start)
 
     async def prefill(self) -> float:
-        """Tokens per second of a prompt that nobody has seen."""
+        """Tokens per second of a prompt that is not in the KV cache."""
         self._model.trim(0, 0)
         rows = [(token(i), i, 0, i == PREFILL_TOKENS - 1) for i in range(PREFILL_TOKENS)]
         start = time.perf_counter()
@@ -85,14 +89,14 @@ class PlainPeer:
 
 
 class ServicePeer:
-    """The service as its users have it: scheduler, worker processes, sampling, text."""
+    """The service as users have it: scheduler, worker processes, sampling, text."""
 
     def __init__(self, service: LocalService) -> None:
         self._service = service
         self._requests = 0
 
     async def decode(self, streams: int) -> float:
-        """Tokens per second of so many concurrent streams, from the moment that all decode."""
+        """Tokens per second of `streams` concurrent streams, from the moment when all decode."""
         results = await asyncio.gather(
             *(self._stream(PROMPT_TOKENS, DECODE_TOKENS + 1) for _ in range(streams))
         )
@@ -102,13 +106,13 @@ class ServicePeer:
         return (sum(moments[-1][1] for moments in results) - before) / (end - start)
 
     async def prefill(self) -> float:
-        """Tokens per second up to the first token of the answer, which is the whole wait of a user."""
+        """Tokens per second up to the first token of the answer: all that a user waits for."""
         start = time.perf_counter()
         moments = await self._stream(PREFILL_TOKENS, 1)
         return PREFILL_TOKENS / (moments[0][0] - start)
 
     async def _stream(self, prompt: int, tokens: int) -> list[tuple[float, int]]:
-        """When chunks came, and how many tokens had been made by then."""
+        """When chunks came, and how many tokens there were by then."""
         self._requests += 1
         request = Request(
             id=str(self._requests),
@@ -130,37 +134,37 @@ Contenders = tuple[PlainPeer, PlainPeer, ServicePeer, ServicePeer]
 
 def cases(contenders: Contenders) -> dict[str, dict[str, Rate]]:
     """Case -> contender -> what measures it once. `ours` comes first."""
-    plain, exact, one, three = contenders
+    plain, invariant, one, three = contenders
     table: dict[str, dict[str, Rate]] = {}
     for name, ours in (("1-stage", one), ("3-stages", three)):
         for streams in STREAMS:
             case = f"decode-{name}" if streams == 1 else f"decode-{name}-{streams}-streams"
-            table[case] = decoding(streams, ours, plain, exact)
+            table[case] = decoding(streams, ours, plain, invariant)
         table[f"prefill-{name}"] = {
             "ours": ours.prefill,
             "libllama": plain.prefill,
-            "libllama-exact": exact.prefill,
+            "libllama-exact": invariant.prefill,
         }
     return table
 
 
 def deep_cases(contenders: Contenders) -> dict[str, dict[str, Rate]]:
     """The same for the deep model; one stream decodes."""
-    plain, exact, one, three = contenders
+    plain, invariant, one, three = contenders
     return {
-        "decode-1-stage-deep": decoding(1, one, plain, exact),
-        "decode-3-stages-deep": decoding(1, three, plain, exact),
+        "decode-1-stage-deep": decoding(1, one, plain, invariant),
+        "decode-3-stages-deep": decoding(1, three, plain, invariant),
     }
 
 
-def decoding(streams: int, ours: ServicePeer, plain: PlainPeer, exact: PlainPeer) -> dict[str, Rate]:
+def decoding(streams: int, ours: ServicePeer, plain: PlainPeer, invariant: PlainPeer) -> dict[str, Rate]:
     """A row of the table."""
-    runners = {"ours": ours, "libllama": plain, "libllama-exact": exact}
+    runners = {"ours": ours, "libllama": plain, "libllama-exact": invariant}
     return {name: (lambda runner=runner: runner.decode(streams)) for name, runner in runners.items()}
 
 
 async def measure(table: dict[str, dict[str, Rate]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """All rates, interleaved; the round before the first is not counted."""
+    """All rates, interleaved, after one round of warm-up that does not count."""
     rates: dict[str, dict[str, list[float]]] = {
         case: {name: [] for name in row} for case, row in table.items()
     }
@@ -174,9 +178,9 @@ async def measure(table: dict[str, dict[str, Rate]], rounds: int) -> dict[str, d
     return rates
 
 
-def lines(rates: dict[str, dict[str, list[float]]]) -> list[dict]:
+def lines(rates: dict[str, dict[str, list[float]]]) -> list[Result]:
     """One object for each case and peer."""
-    found = []
+    found: list[Result] = []
     for case, contenders in rates.items():
         ours = contenders["ours"]
         for peer in [name for name in contenders if name != "ours"]:
@@ -195,22 +199,23 @@ def lines(rates: dict[str, dict[str, list[float]]]) -> list[dict]:
 
 
 @contextlib.asynccontextmanager
-async def contending(path: Path, store: Store) -> AsyncIterator[Contenders]:
-    """All contenders with a model, set up; taken down afterwards."""
+async def contending(path: Path, store: Store) -> AsyncGenerator[Contenders]:
+    """All contenders with a model, ready; closed afterwards."""
     model = store.add_file(path, path.stem)
     config = ServiceConfig(context=CONTEXT, sequences=SEQUENCES)
     services = [await LocalService.start(model, store, stages=stages, config=config) for stages in (1, 3)]
     try:
         one, three = (ServicePeer(service) for service in services)
-        yield PlainPeer(path, exact=False), PlainPeer(path, exact=True), one, three
+        yield PlainPeer(path, batch_invariant=False), PlainPeer(path, batch_invariant=True), one, three
     finally:
         for service in services:
             await service.close()
 
 
-async def run(path: Path, home: Path, rounds: int, prefix: str) -> list[dict]:
-    """Measure the cases whose names begin so; models are kept in `home`."""
-    deep, store, found = home / "deep.gguf", Store(), []
+async def run(path: Path, home: Path, rounds: int, prefix: str) -> list[Result]:
+    """Measure the cases whose names begin with `prefix`; models are kept in `home`."""
+    deep, store = home / "deep.gguf", Store()
+    found: list[Result] = []
     for model, table_of in ((path, cases), (deep, deep_cases)):
         if model is deep:
             deepen(path, deep, DEEP)
@@ -223,10 +228,10 @@ async def run(path: Path, home: Path, rounds: int, prefix: str) -> list[dict]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, default=Path(sys.prefix) / "share" / "cordee" / "starter.gguf")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cases", default="", help="only those whose name begins so")
+    parser.add_argument("--cases", default="", help="only the cases whose name begins so")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cordee-bench-") as home:

@@ -1,8 +1,8 @@
-"""Writes a model of random ternary weights in a known shape: for measuring speed and memory, not for talking.
+"""Writes a model of random ternary weights in a known shape, for measuring speed and memory.
 
     python bench/make_model.py --shape 2b4t -o FILE [--layout trit5] [--head int6] [--vocab N] [--layers N]
 
-The first layer is drawn at random and the others are the same weights, rotated by rows: the engine reads
+The first layer is drawn at random and the others have the same weights, rotated by rows: the engine reads
 every layer's bytes all the same, and a model of two billion weights is made in seconds.
 """
 
@@ -43,7 +43,7 @@ SHAPES = {
 
 
 class RandomWeights:
-    """Seeded random weights as a source of `cordee.convert.ternary_file`; the same model, the same bytes."""
+    """Seeded random weights, as a WeightSource of `cordee.convert.ternary_file`: same seed, same bytes."""
 
     def __init__(self, model: TernaryModel, seed: int) -> None:
         self._model = model
@@ -51,7 +51,7 @@ class RandomWeights:
         self._drawn: dict[str, np.ndarray] = {}
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """See `Source.rows`."""
+        """See `WeightSource.rows`."""
         if name in ("token_embd.weight", "output.weight"):
             draw = np.random.default_rng((self._seed, first))  # tied: the same for both
             if self._model.layout == LAYOUT:
@@ -62,12 +62,12 @@ class RandomWeights:
         return np.take(weights, range(first + int(layer), last + int(layer)), axis=0, mode="wrap")
 
     def scales(self, name: str) -> np.ndarray:
-        """See `Source.scales`: such that a matrix keeps its input's magnitude."""
+        """See `WeightSource.scales`: a matrix keeps its input's magnitude."""
         _, cols = self._model.matrices()[name.split(".")[2]]
         return np.array([np.sqrt(1.5 / cols)], dtype=np.float32)
 
     def vector(self, name: str) -> np.ndarray:
-        """See `Source.vector`."""
+        """See `WeightSource.vector`."""
         length = (
             self._model.n_embd if name == "output_norm.weight" else self._model.norms()[name.split(".")[2]]
         )
@@ -82,7 +82,7 @@ class RandomWeights:
 
 
 def add_vocabulary(writer: GGUFWriter, size: int) -> None:
-    """SentencePiece's kind of tokenizer with `size` (512 at least) tokens: bytes, letters, made-up words."""
+    """A tokenizer like SentencePiece's with `size` (512 at least) tokens: bytes, letters, made-up words."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     made_up = [f"▁{a}{b}{c}" for a in letters for b in letters for c in letters]
     made_up += [f"{word}{letter}" for word in made_up for letter in letters]
@@ -99,8 +99,10 @@ def add_vocabulary(writer: GGUFWriter, size: int) -> None:
 
 
 def make_model(path: Path, model: TernaryModel, seed: int = 0) -> None:
-    """Write the model to `path`. In the layout `pentium2` its embedding and head are ternary, too, and it has
-    a tokenizer, since the program for that machine reads text.
+    """Write the model to `path`.
+
+    In the layout `pentium2` its embedding and head are ternary, too, and it has a tokenizer: the program for
+    that machine reads text.
     """
     if model.layout != LAYOUT:
         return write(path, model, RandomWeights(model, seed))
@@ -111,7 +113,7 @@ def make_model(path: Path, model: TernaryModel, seed: int = 0) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("-o", dest="path", type=Path, required=True, metavar="FILE")
     parser.add_argument("--layout", choices=("trit2", "trit5", LAYOUT), default="trit2")

@@ -1,18 +1,20 @@
-"""What a Pentium II of 350 MHz would make of our program and of the same model as plain float loops.
+"""How fast a Pentium II of 350 MHz would run our program, and the same model as plain float loops.
 
     python bench/pentium2.py [--cases PREFIX] [--model FILE ...] [--json] [--csv FILE]
 
 Nothing is timed: instructions are counted under qemu-user, and a trace of one token drives a timing model of
-the processor, its caches and its memory (bench/p6): figures are the same on every machine, in every run.
+the processor, its caches and its memory (bench/pentium2_model). So figures are the same on every machine and
+in every run.
 
-Shapes have random weights; trained models are those in the package, or what `--model` names. A case is
-SHAPE-POSITION: the token at that position of a text, everything included (attention over all before it, the
-choice of the next token).
-`tokens/s` assumes memory of 55 clocks latency and 28 clocks a line, `tokens/s, slow memory` 70 and 45; a
-processor with nothing else to do; the model in memory.
+Shapes have random weights; trained models are those in the package, or those that `--model` names. A case is
+SHAPE-POSITION: the token at that position of a text, with everything (attention over all tokens before it,
+the choice of the next token).
+`tokens/s` assumes memory with a latency of 55 clocks and 28 clocks a line, `tokens/s, slow memory` 70 and 45;
+a processor with nothing else to do; and the model in memory.
 
-The peer (bench/p6/floats.c) does the same in single precision, compiled as well as gcc can (-O3 -ffast-math).
-The cases called calibration hold the timing model against a real machine: there `ours` is what it says of the
+The peer (bench/pentium2_model/floats.c) does the same in single precision, compiled as well as gcc can (-O3
+-ffast-math).
+The cases called calibration compare the timing model to a real machine: there `ours` is what it says of the
 float loops compiled without optimisation, and `peer` what llama98.c, such a program built without any flag,
 was reported to do on a Pentium II 350 with 128 MB (39.31 tokens/s on stories260K, 1.03 on stories15M).
 """
@@ -32,7 +34,7 @@ from cordee.convert.pentium2 import LAYOUT
 from cordee.engine.vocabulary import Vocabulary
 from cordee.models.gguf import read_header
 from make_model import SHAPES, make_model
-from p6.machine import HERE, NORMAL, PESSIMISTIC, Call, Machine, MissingTool, run
+from pentium2_model.machine import HERE, NORMAL, PESSIMISTIC, Call, Machine, MissingTool, run
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = Path("..", "build", "pentium2", "cordee-tiny")  # as native/Makefile calls it
@@ -40,7 +42,7 @@ POSITIONS = (4, 128, 250)
 TARGET = ("-m32", "-march=pentium2", "-mmmx", "-mno-sse", "-mfpmath=387", "-static", "-no-pie")
 BUILDS = {"float-O3": ("-O3", "-ffast-math"), "float-O0": ("-O0",)}
 PEER = "float-O3"
-# Published of llama98.c on a real machine; the middle of a story, whose length was not told.
+# Published of llama98.c on a real machine, for a story of unknown length: its middle.
 MEASURED = {"260k": 39.31, "15m": 1.03}
 MEASURED_POSITION = 128
 # (shape of bench/make_model.py, vocabulary, positions); a token of the largest takes the peer a minute.
@@ -51,12 +53,14 @@ RANDOM = (
     ("110m", 32_000, (128,)),
 )
 STORY = "Once upon a time there was a small cat who lived in a big red house. "
-FIELDS = ("case", "ours", "peer", "peer_name", "unit", "ratio")
+FIELDS: tuple[str, ...] = ("case", "ours", "peer", "peer_name", "unit", "ratio")
+
+Result = dict[str, str | float]  # value by field
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What both programs need to know."""
+    """A model to measure, as both programs need it."""
 
     name: str
     dim: int
@@ -71,6 +75,7 @@ class Shape:
 
     @property
     def peer_arguments(self) -> list[str]:
+        """The shape as the float program takes it."""
         numbers = (
             self.dim,
             self.hidden,
@@ -103,7 +108,7 @@ def figures(ours: Token, peer: Token) -> Iterator[tuple[str, float, float]]:
     yield "tokens/s, slow memory", round(ours.slow.per_second, 2), round(peer.slow.per_second, 2)
 
 
-def line(case: str, ours: float, peer: float, peer_name: str, unit: str) -> dict:
+def line(case: str, ours: float, peer: float, peer_name: str, unit: str) -> Result:
     """One result."""
     return dict(zip(FIELDS, (case, ours, peer, peer_name, unit, round(ours / peer, 4)), strict=True))
 
@@ -121,7 +126,7 @@ class Bench:
             run([*compiler, *flags, "-o", machine.folder / name, HERE / "floats.c", "-lm"])
 
     def shapes(self, models: list[Path]) -> Iterator[Shape]:
-        """The random ones, made when it is their turn, and the trained ones."""
+        """The random ones, each made when it is its turn, and the trained ones."""
         for name, vocabulary, positions in RANDOM:
             label = name if vocabulary == SHAPES[name].n_vocab else f"{name}-vocab{vocabulary}"
             path = self._machine.folder / f"{label}.gguf"
@@ -131,7 +136,7 @@ class Bench:
             yield shape_of(path.stem, path, POSITIONS)
 
     def ours(self, shape: Shape, position: int) -> Token:
-        """Our program at a position: the first token that it writes after so many that it reads."""
+        """Our program: the first token that it writes after reading `position` tokens."""
         command = [self._program, shape.model, beginning(shape.model, position), "-n", "3", "--greedy"]
         return self._token(command, position + 1)
 
@@ -146,13 +151,13 @@ class Bench:
 
 
 def trained_models() -> list[Path]:
-    """The models in the package that are made for that machine."""
+    """The models in the package that are made for a Pentium II."""
     found = sorted((ROOT / "src" / "cordee").rglob("*.gguf"))
     return [path for path in found if read_header(path).get("cordee.ternary.layout") == LAYOUT]
 
 
 def shape_of(name: str, path: Path, positions: tuple[int, ...]) -> Shape:
-    """What a model file is, and where it shall be measured."""
+    """The shape of a model file, to be measured at `positions`."""
     header = read_header(path)
     heads = header.get(".attention.head_count")
     return Shape(
@@ -170,7 +175,7 @@ def shape_of(name: str, path: Path, positions: tuple[int, ...]) -> Shape:
 
 
 def beginning(model: Path, tokens: int) -> str:
-    """A text of so many tokens, with the one that stands before every text."""
+    """A text of `tokens` tokens, counting the one that begins every text."""
     with closing(Vocabulary(model)) as vocabulary:
         ids = vocabulary.tokenize(STORY * tokens, add_bos=True)
         for end in range(1, len(ids)):
@@ -180,16 +185,16 @@ def beginning(model: Path, tokens: int) -> str:
     raise RuntimeError(f"{model}: no text of {tokens} tokens")
 
 
-def calibration(bench: Bench, shape: Shape) -> Iterator[dict]:
-    """The timing model beside a real machine."""
+def calibration(bench: Bench, shape: Shape) -> Iterator[Result]:
+    """The timing model compared to a real machine."""
     token = bench.peer(shape, MEASURED_POSITION, "float-O0")
     for unit, call in (("tokens/s", token.normal), ("tokens/s, slow memory", token.slow)):
-        case, said = f"calibration-{shape.name}", round(call.per_second, 2)
-        yield line(case, said, MEASURED[shape.name], "llama98.c, real machine", unit)
+        case, ours = f"calibration-{shape.name}", round(call.per_second, 2)
+        yield line(case, ours, MEASURED[shape.name], "llama98.c, real machine", unit)
 
 
-def measure(bench: Bench, models: list[Path], prefix: str) -> Iterator[dict]:
-    """All cases whose names begin so."""
+def measure(bench: Bench, models: list[Path], prefix: str) -> Iterator[Result]:
+    """All cases whose names begin with `prefix`."""
     for shape in bench.shapes(models):
         if shape.name in MEASURED and f"calibration-{shape.name}".startswith(prefix):
             yield from calibration(bench, shape)
@@ -203,15 +208,15 @@ def measure(bench: Bench, models: list[Path], prefix: str) -> Iterator[dict]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--cases", default="", help="only those whose name begins so")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--cases", default="", help="only the cases whose name begins so")
     parser.add_argument("--model", type=Path, nargs="*", help="trained models")
     parser.add_argument("--csv", type=Path, help="write the results there, too")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()
     subprocess.run(["make", "-C", ROOT / "native", PROGRAM], check=True, stdout=sys.stderr)
     models = trained_models() if options.model is None else options.model
-    results = []
+    results: list[Result] = []
     try:
         with Machine() as machine:
             for result in measure(Bench(machine), models, options.cases):

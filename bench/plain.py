@@ -1,6 +1,6 @@
 """Plain libllama, the oracle: the whole model, fed token ids through llama_decode, as its own programs do it.
 
-Written apart from cordee.engine on purpose; only the context's parameters are those of an exact stage.
+Deliberately independent of cordee.engine; only the context's parameters are those of a batch-invariant stage.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from cordee.engine.llama import libllama
 
 FLASH_ATTENTION_ON, TYPE_F16, TYPE_BF16 = 1, 1, 30
 
-Row = tuple[int, int, int, bool]  # token, position, sequence, whether its logits are wanted
+Row = tuple[int, int, int, bool]  # token, position, sequence, whether logits are wanted
 
 
 class Plain:
@@ -43,7 +43,7 @@ class Plain:
         if batch_invariant:
             params.flash_attn_type, params.type_v = FLASH_ATTENTION_ON, TYPE_BF16
             self.context = library.llama_init_from_model(self.model, params)
-            params.type_v = TYPE_F16  # what models with compressed attention (MLA) want
+            params.type_v = TYPE_F16  # which models with compressed attention (MLA) need
         self.context = self.context or library.llama_init_from_model(self.model, params)
         assert self.context, path
         self.vocabulary_size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self.model))

@@ -3,15 +3,15 @@
     python bench/ternary.py [--shape 2b4t] [--models FOLDER] [--rounds N] [--cases PREFIX] [--i2s LIBRARY]
                             [--json]
 
-Models of random weights are made in FOLDER (kept) or in a temporary one. `decode-weights` is the model with
-a vocabulary of 64: layers alone, attention over a short context and all norms included. `decode` and
+Models of random weights are made in FOLDER (and kept) or in a temporary one. `decode-weights` is the model
+with a vocabulary of 64: the layers alone, with attention over a short context and all norms. `decode` and
 `prefill-512` are the whole model, both with a head of 6 bits a weight: ours has one scale for each row (6.0
-bits in all), llama.cpp's Q6_K one for 16 weights (6.6). `decode-avx2` holds our AVX2 kernels against the peer
-as it is (its ternary dots use no more than AVX2). `roof` is what plain reading of as many bytes gives: there
-`ours` and `peer` are GB/s, elsewhere tokens/s. `dot` is the kernels alone beside bitnet.cpp's in billions of
-weights a second, given LIBRARY (ternary_i2s.py tells how to make it). One thread is timed by its CPU time,
-which other programs on the machine do not lengthen much; two by the clock. Figures are medians of the rounds;
-a ratio is the median of the rounds' own.
+bits in total), llama.cpp's Q6_K one for 16 weights (6.6). `decode-avx2` compares our AVX2 kernels to the peer
+as it is (its ternary dots use no more than AVX2). `roof` compares decoding to plain reading of as many bytes:
+there `ours` and `peer` are GB/s, elsewhere tokens/s. `dot` is the kernels alone beside bitnet.cpp's, in
+billions of weights a second, with LIBRARY (ternary_i2s.py says how to build it). One thread is timed by its
+CPU time, which other programs on the machine do not lengthen much; two are timed by the clock. Figures are
+medians of the rounds; a ratio is the median of the rounds' ratios.
 """
 
 import argparse
@@ -44,7 +44,7 @@ LAYOUTS = ("trit2", "trit5")
 HEAD = "int6"
 WEIGHTS_VOCABULARY = 64
 PROMPT_ROWS, DECODE_ROWS, PREFILL_ROWS = 16, 8, 512
-# libgomp's threads spin for some milliseconds after their work; ours must not be timed beside them.
+# libgomp's threads spin for some milliseconds after their work; ours must not be timed meanwhile.
 SETTLE_SECONDS = 0.05
 LINE_BYTES = 64  # of a cache
 
@@ -62,7 +62,7 @@ class Ours:
         self._stage.close()
 
     def run(self, rows: int, position: int) -> None:
-        """As LlamaPeer.run."""
+        """See LlamaPeer.run."""
         self._stage.trim(0, position)
         outputs = np.arange(rows) == rows - 1
         tokens = (np.arange(rows) % 60).astype(np.int32)
@@ -71,15 +71,16 @@ class Ours:
 
 
 Runner = Ours | LlamaPeer
+Result = dict[str, str | float]
 
 
 def clock(threads: int) -> Callable[[], float]:
-    """What to time with."""
+    """The clock to time with, in seconds."""
     return time.thread_time if threads == 1 else time.perf_counter
 
 
 def rate(runner: Runner, rows: int, threads: int) -> float:
-    """Tokens per second: of decoding one by one behind a short prompt, or of one prompt."""
+    """Tokens per second: of decoding one by one after a short prompt, or (`rows` > 1) of one prompt."""
     time.sleep(SETTLE_SECONDS)
     now = clock(threads)
     if rows > 1:
@@ -94,8 +95,11 @@ def rate(runner: Runner, rows: int, threads: int) -> float:
 
 
 def leave_cache(path: Path) -> None:
-    """Have a file that was just written read back from the disk: in the system's memory it lies in small
-    pages, which our decoding reads a fifth more slowly than the large ones a mapped file is read into."""
+    """Drop a file that was just written from the page cache, so that it is read back from the disk.
+
+    As it was written it lies in small pages, which our decoding reads a fifth more slowly than the large ones
+    that a mapped file is read into.
+    """
     if not hasattr(os, "posix_fadvise"):
         return
     with path.open("rb") as file:
@@ -104,14 +108,14 @@ def leave_cache(path: Path) -> None:
 
 
 class Models:
-    """The files that the cases need, made when first asked for."""
+    """The files that the cases need, made at their first use."""
 
     def __init__(self, folder: Path, shape: str) -> None:
         self._folder = folder
         self._shape = shape
 
     def ours(self, layout: str, weights_only: bool) -> Path:
-        """Our file."""
+        """The path of our file."""
         path = self._path(layout, weights_only)
         if not path.exists():
             make_model(path, replace(self._model(weights_only), layout=layout))
@@ -119,7 +123,7 @@ class Models:
         return path
 
     def peer(self, name: str, weights_only: bool) -> Path:
-        """llama.cpp's file."""
+        """The path of llama.cpp's file."""
         path = self._path(name, weights_only)
         if not path.exists():
             write_peer(path, self._model(weights_only), PEERS[name])
@@ -147,8 +151,8 @@ def cases() -> dict[str, tuple[bool, int, int, str | None]]:
     }
 
 
-def compare(models: Models, case: str, rounds: int) -> list[dict]:
-    """One case: every layout of ours against every peer."""
+def compare(models: Models, case: str, rounds: int) -> list[Result]:
+    """One case: each of our layouts compared to each peer."""
     weights_only, rows, threads, kernels = cases()[case]
     most = max(rows, PROMPT_ROWS)
     runners: dict[str, Runner] = {
@@ -171,8 +175,8 @@ def compare(models: Models, case: str, rounds: int) -> list[dict]:
     ]
 
 
-def line(case: str, layout: str, ours: list[float], peer_name: str, peer: list[float], unit: str) -> dict:
-    """One result."""
+def line(case: str, layout: str, ours: list[float], peer_name: str, peer: list[float], unit: str) -> Result:
+    """One result; `ours` and `peer` are the rounds' figures."""
     ratios = [left / right for left, right in zip(ours, peer, strict=True)]
     return {
         "case": case,
@@ -185,24 +189,24 @@ def line(case: str, layout: str, ours: list[float], peer_name: str, peer: list[f
     }
 
 
-def roof(models: Models, threads: int, rounds: int) -> list[dict]:
-    """Bytes of weights per second, decoding and plainly reading as many."""
-    results = []
+def roof(models: Models, threads: int, rounds: int) -> list[Result]:
+    """Bytes of weights per second, of decoding and of plain reading."""
+    results: list[Result] = []
     now = clock(threads)
     for layout in LAYOUTS:
         ours = Ours(models.ours(layout, True), threads, PROMPT_ROWS)
         nbytes = ours.weights_bytes // (256 * threads) * 256
         memory = np.ones(nbytes * threads + LINE_BYTES, np.uint8)  # in large pages where Linux has them
         address = -(-memory.ctypes.data // LINE_BYTES) * LINE_BYTES
-        read, decoded = [], []
+        read, decoded = list[float](), list[float]()
         with ThreadPoolExecutor(threads) as pool:
             for _ in range(rounds):
                 start = now()
                 if threads == 1:
                     library().ternary_memory_read(address, nbytes)
                 else:
-                    parts = [address + nbytes * part for part in range(threads)]
-                    list(pool.map(library().ternary_memory_read, parts, [nbytes] * threads))
+                    starts = [address + nbytes * number for number in range(threads)]
+                    list(pool.map(library().ternary_memory_read, starts, [nbytes] * threads))
                 read.append(nbytes * threads / (now() - start) / 1e9)
                 decoded.append(rate(ours, 1, threads) * ours.weights_bytes / 1e9)
         ours.close()
@@ -210,10 +214,10 @@ def roof(models: Models, threads: int, rounds: int) -> list[dict]:
     return results
 
 
-def measure(folder: Path, shape: str, rounds: int, prefix: str) -> list[dict]:
+def measure(folder: Path, shape: str, rounds: int, prefix: str) -> list[Result]:
     """All cases whose name begins with `prefix`."""
     models = Models(folder, shape)
-    results = []
+    results: list[Result] = []
     for case, (_, rows, _, _) in cases().items():
         if case.startswith(prefix):
             results += compare(models, case, rounds if rows == 1 else max(rounds // 3, 1))
@@ -225,11 +229,11 @@ def measure(folder: Path, shape: str, rounds: int, prefix: str) -> list[dict]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="2b4t")
     parser.add_argument("--models", type=Path, help="folder that keeps the models")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--cases", default="", help="only those whose name begins so")
+    parser.add_argument("--cases", default="", help="only the cases whose name begins so")
     parser.add_argument("--i2s", type=Path, metavar="LIBRARY", help="bitnet.cpp's dot: see ternary_i2s.py")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()

@@ -1,12 +1,12 @@
 """bitnet.cpp's side of bench/ternary.py: the dot of its I2_S beside ours, integers in and integers out.
 
 `--i2s LIBRARY` names a shared object that exports bitnet.cpp's `ggml_vec_dot_i2_i8_s` by its C name, as the
-project declares it; nothing of it is in this tree. It is made of the project's src/ggml-bitnet-mad.cpp and
-include/gemm-config.h by a C++ compiler with -O3 -march=native -fpermissive -shared -fPIC, as its own build
-does. Of ggml's headers that file needs no more than that declaration, ggml_row_size and GGML_TYPE_I2_S.
+project declares it; nothing of it is in this tree. Build it from the project's src/ggml-bitnet-mad.cpp and
+include/gemm-config.h with a C++ compiler and -O3 -march=native -fpermissive -shared -fPIC, as its own build
+does. Of ggml's headers that file needs only that declaration, ggml_row_size and GGML_TYPE_I2_S.
 
 `dot-1t` goes through the matrices of some layers of the 2B-4T shape, more bytes than caches hold;
-`dot-cached-1t` through one matrix of 6912 x 2560 again and again. One thread, by its CPU time.
+`dot-cached-1t` through one matrix of 6912 x 2560 again and again. One thread, timed by its CPU time.
 """
 
 import ctypes
@@ -24,11 +24,11 @@ PEER_NAME = "bitnet.cpp-I2_S"
 # 139 MB in 2 bits; a last-level cache has 32 MB or so.
 LAYERS = 8
 CACHED = (6912, 2560)
-# A round goes through all matrices as often as takes so long: many ticks of the clock.
+# A round goes through all matrices for this long: many ticks of the clock.
 ROUND_SECONDS = 0.1
 BLOCK, SHIFTS = 128, np.array([6, 4, 2, 0], dtype=np.uint8)[:, None]
 LINE_BYTES = 64  # of a cache
-PEER_COLUMNS = 4  # it takes so many rows, or a multiple, for as many columns of activations
+PEER_COLUMNS = 4  # it takes a multiple of 4 rows for 4 columns of activations
 
 Shape = tuple[int, int]  # rows, cols
 
@@ -43,11 +43,11 @@ class OurDot:
         self._names = kernels()[0].encode(), layout.encode()
 
     def packed(self, weights: np.ndarray) -> np.ndarray:
-        """(rows, cols) int8 of -1, 0, 1 as the kernel reads them."""
+        """(rows, cols) int8 of -1, 0, 1 -> the bytes that the kernel reads."""
         return pack(weights, self._layout)
 
     def run(self, matrix: int, shape: Shape, x: int, out: int) -> None:
-        """A matrix times activations, all of them by their addresses."""
+        """A matrix times activations; `matrix`, `x` and `out` are addresses."""
         groups, quads, _ = self._layout.shape(*shape)
         library().ternary_kernels_dot(*self._names, matrix, groups, quads, x, 1, out, None)
 
@@ -57,7 +57,7 @@ class OurDot:
 
 
 class PeerDot:
-    """The same of bitnet.cpp: its weights are 0, 1, 2, and its callers subtract the sum of activations."""
+    """bitnet.cpp's kernel: its weights are 0, 1, 2, and its callers subtract the sum of the activations."""
 
     number = np.float32
 
@@ -86,7 +86,7 @@ class PeerDot:
 
 
 class Stack:
-    """Random matrices of some shapes, those of one shape alike, packed one after the other in large pages."""
+    """Random matrices, those of one shape all the same, packed one after the other in large pages."""
 
     def __init__(self, dot: OurDot | PeerDot, shapes: list[Shape]) -> None:
         draw = np.random.default_rng(0)
@@ -99,7 +99,7 @@ class Stack:
         self._x = draw.integers(-127, 128, max(cols for _, cols in shapes)).astype(np.int8)
         self._out = np.empty(max(rows for rows, _ in shapes) + LAYOUTS["trit5"].group_rows, dot.number)
         self._addresses = self._x.ctypes.data, self._out.ctypes.data
-        self._matrices = []
+        self._matrices: list[tuple[int, Shape]] = []  # address, shape
         for shape in shapes:
             payload[at : at + packed[shape].nbytes] = packed[shape].reshape(-1)
             self._matrices.append((payload.ctypes.data + at, shape))
@@ -133,14 +133,15 @@ class Stack:
 def measure(
     path: Path, rounds: int, prefix: str
 ) -> Iterator[tuple[str, str, list[float], str, list[float], str]]:
-    """(case, layout, ours of each round, the peer's name, its rounds, unit) of the cases that begin so.
+    """(case, layout, our rounds, the peer's name, its rounds, unit) of the cases that begin with `prefix`.
 
     Raises:
         SystemExit: sums are wrong.
     """
     dots = {"trit2": OurDot("trit2"), "trit5": OurDot("trit5"), PEER_NAME: PeerDot(path)}
     layer = list(SHAPES["2b4t"].matrices().values())
-    for case, shapes in (("dot-1t", layer * LAYERS), ("dot-cached-1t", [CACHED])):
+    shapes_of: dict[str, list[Shape]] = {"dot-1t": layer * LAYERS, "dot-cached-1t": [CACHED]}
+    for case, shapes in shapes_of.items():
         if not case.startswith(prefix):
             continue
         stacks = {name: Stack(dot, shapes) for name, dot in dots.items()}

@@ -1,4 +1,4 @@
-"""llama.cpp's side of bench/ternary.py: models of random weights in its own formats, and how to run them."""
+"""llama.cpp's side of bench/ternary.py: models of random weights in its formats, and how to run them."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ Q6_K_BLOCK, Q6_K_BYTES = 256, 210  # the last two bytes are the block's f16 scal
 def write_peer(path: Path, model: TernaryModel, kind: GGMLQuantizationType) -> None:
     """The same shape as a llama.cpp model: layers in TQ1_0 or TQ2_0, the tied head in Q6_K.
 
-    All layers are the same random weights, each stored on its own.
+    All layers have the same random weights, each stored separately.
     """
     draw = np.random.default_rng(0)
     writer = GGUFWriter(path, model.architecture)
@@ -63,6 +63,6 @@ class LlamaPeer:
         self._model.close()
 
     def run(self, rows: int, position: int) -> None:
-        """Decode so many rows behind the first `position`; the last one's logits are wanted."""
+        """Decode `rows` rows after the first `position` ones; the last one's logits are wanted."""
         self._model.trim(0, position)
         self._model.decode([(i % 60, position + i, 0, i == rows - 1) for i in range(rows)])

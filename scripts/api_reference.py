@@ -17,7 +17,7 @@ from cordee.generation import sampling, text
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 SECTION = re.compile(r"(<!-- (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORDS = {str: "string", int: "integer", float: "number", bool: "boolean", msgspec.Raw: "JSON", dict: "object"}
-# Errors of the command line and of loading a model, which no request meets.
+# Errors of the command line and of loading a model; no request gets them.
 ELSEWHERE = {errors.BadModelFile, errors.DoesNotFit, errors.StorageFailed, errors.SetupNeeded}
 
 # What bounds a request, and in which unit.
@@ -43,7 +43,7 @@ def fields(name: str) -> str:
     shape = getattr(schemas, name)
     hints = get_type_hints(shape, include_extras=True)
     required = {field.name for field in msgspec.structs.fields(shape) if field.required}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for field, meta in schemas.policies(shape).items():
         extra = meta.extra or {}
         if "ignored" in extra:
@@ -54,12 +54,12 @@ def fields(name: str) -> str:
         else:
             state = "required" if field in required else "honoured"
             kind = ", ".join(filter(None, (type_name(hints[field]), extent(field, hints[field]))))
-            rows.append((field, kind, state, meta.description))
+            rows.append((field, kind, state, meta.description or ""))
     return table(("field", "value", "", "why, or what for"), [(f"`{field}`", *rest) for field, *rest in rows])
 
 
 def type_name(kind: Any) -> str:
-    """A type in JSON's words; null stands for what is left out, so it is not told."""
+    """A type in JSON's words. null means the same as leaving the field out, so it is not named."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return type_name(arguments[0])
@@ -72,7 +72,7 @@ def type_name(kind: Any) -> str:
 
 
 def extent(field: str, kind: Any) -> str:
-    """The range of a number or the length of a list, where there is one."""
+    """The range of a number or the length of a list, if it is limited."""
     if field in sampling.RANGES:
         low, high = sampling.RANGES[field]
         return f"{low} to {high}"
@@ -91,7 +91,7 @@ def constraints(kind: Any) -> list[msgspec.Meta]:
 
 
 def error_table(_: str) -> str:
-    """The table of the errors that a request can meet."""
+    """The table of the errors that a request can get."""
     kinds = [kind for kind in subclasses(errors.CordeeError) if kind not in ELSEWHERE]
     rows = sorted((kind.http_status, f"`{kind.code}`", (kind.__doc__ or "").split("\n")[0]) for kind in kinds)
     extra = [
@@ -120,7 +120,7 @@ MAKERS = {"fields": fields, "errors": error_table, "limits": limit_table}
 
 
 def renewed(document: str) -> str:
-    """The document with every table between `<!-- fields Name -->` and `<!-- end -->` made anew."""
+    """The document with each table between `<!-- fields Name -->` and `<!-- end -->` written anew."""
     return SECTION.sub(lambda match: match[1] + MAKERS[match[2]](match[3]) + match[4], document)
 
 

@@ -12,6 +12,7 @@ WIDTH = 100
 
 
 def help_of(command: click.Command) -> str:
+    """What `--help` prints, without trailing spaces."""
     group = click.Context(cordee, info_name="cordee", terminal_width=WIDTH, **cordee.context_settings)
     context = (
         group if command is cordee else click.Context(command, group, command.name, terminal_width=WIDTH)

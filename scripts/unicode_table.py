@@ -1,4 +1,4 @@
-"""Writes native/src/tokenizer_unicode.c: which characters are letters, numbers and white space.
+"""Writes native/src/tokenizer/unicode.c: which characters are letters, numbers and white space.
 
 Models' tokenizers split text by \\p{L}, \\p{N} and \\s of Oniguruma; the Unicode version below is that of the
 `tokenizers` package that the tests compare with. Python's own `unicodedata` is of another version in most
@@ -11,8 +11,8 @@ from pathlib import Path
 import unicodedata2
 
 VERSION = "16.0.0"
-TARGET = Path(__file__).resolve().parents[1] / "native" / "src" / "tokenizer_unicode.c"
-BLOCK = 128  # UNICODE_BLOCK of tokenizer_parts.h: the smallest whose blocks a byte can number; 8 kB in all
+TARGET = Path(__file__).resolve().parents[1] / "native" / "src" / "tokenizer" / "unicode.c"
+BLOCK = 128  # UNICODE_BLOCK of parts.h: the smallest whose blocks a byte can number; 8 kB in all
 LETTER, NUMBER, SPACE = 1, 2, 3  # enum character_class
 # The property White_Space, which `unicodedata2` does not tell: separators and these control characters.
 CONTROL_SPACES = {0x09, 0x0A, 0x0B, 0x0C, 0x0D, 0x85}
@@ -20,7 +20,7 @@ CONTROL_SPACES = {0x09, 0x0A, 0x0B, 0x0C, 0x0D, 0x85}
 HEAD = f"""\
 /* Letters (L), numbers (N) and white space (White_Space) of Unicode {VERSION}.
  * Written by scripts/unicode_table.py; not to be edited. */
-#include "tokenizer_parts.h"
+#include "parts.h"
 
 """
 

@@ -1,4 +1,4 @@
-"""`python -m sim --seed N [--seeds COUNT]`: plays seeds on all cores, reports the failures."""
+"""`python -m sim --seed N [--seeds COUNT]`: plays seeds on all cores and reports the failures."""
 
 import argparse
 import os
@@ -28,7 +28,9 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=1, help="how many")
     arguments = parser.parse_args()
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    failures, leases, streams = 0, [], Counter()
+    failures = 0
+    leases: list[float] = []
+    streams: Counter[str] = Counter()
     with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), len(seeds))) as pool:
         outcomes = pool.map(attempt, seeds, chunksize=max(1, min(50, len(seeds) // 8)))
         for outcome in track(outcomes, "seeds", total=len(seeds), console=Console(stderr=True)):

@@ -1,17 +1,19 @@
-"""One run of a node's agent: the real Mind, Crew, Gateway and Host, with a fake shell around them.
+"""One run of a node's agent: the real Controller, Gateway and Host, with a fake shell around them.
 
-The shell only carries out: it observes what is there, hands in what is heard, executes orders. It is what
-the real agent does with processes, disk and bus, less the waiting.
+The shell only carries out: it looks at what is there, hands in what is heard, and does what the controller
+decides. It is what the real agent (`cordee.agent`) does with processes, disk and bus, less the waiting.
 """
 
-import msgspec
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
-from cordee.cluster.controller import Controller
-from cordee.cluster.facts import Facts, Placement, SliceHeld
-from cordee.cluster.goals import Goals, HostGoal, SliceGoal, StageSpec, holds
+from cordee.cluster.choose import Planning
+from cordee.cluster.controller import Controller, Running
+from cordee.cluster.facts import Facts, SliceHeld, best_host
+from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec, holds
 from cordee.cluster.membership import HEARTBEAT_SECONDS, Heartbeat
-from cordee.cluster.reconcile import Actions, Reconciler, WireAction
-from cordee.generation.gateway import Gateway
+from cordee.cluster.reconcile import Actions, WireAction
+from cordee.generation.gateway import Gateway, News
 from cordee.generation.streams import Ask, Assert, Said
 from sim import stages
 from sim.machine import Machine
@@ -25,29 +27,29 @@ STEP_SECONDS = 0.01  # a stage's time for a micro-batch
 EPOCH = 1.8e9  # what correct clocks show at the start
 
 
-def _job(placement: Placement) -> tuple[str, int, int]:
-    return placement.model, placement.context, placement.sequences
+class Client(Protocol):
+    """A client that asked for a stream."""
+
+    def tell(self, news: News) -> None:
+        """Hear what became of it."""
+        ...
 
 
 class Agent:
     """See the module's docstring. Made when its machine starts; dropped when it crashes."""
 
-    def __init__(self, world: World, machine: Machine, planning: object) -> None:
+    def __init__(self, world: World, machine: Machine, planning: Planning) -> None:
         self.world, self.machine, self.name = world, machine, machine.name
         machine.boots += 1
         self.controller = Controller(
             machine.name, world.id(), planning, machine.deployments, machine.remembered
         )
-        self.reconciler = Reconciler()
         self.workers: dict[str, stages.Process] = {}
         self.gateway = Gateway(machine.name, world.random.getrandbits(62))
-        self.pipelines: dict[tuple, Pipeline] = {}
-        self.goals = Goals()
-        self.clients: dict[str, object] = {}
-        self._facts: Facts | None = None
+        self.pipelines: dict[str, Pipeline] = {}  # by stream key
+        self.clients: dict[str, Client] = {}  # by request id
         self._fetching: set[SliceGoal] = set()
         self._acting = False
-        self._said: Facts | None = None
         self._spawned = 0
         self._tick()
 
@@ -59,7 +61,11 @@ class Agent:
     @property
     def up(self) -> bool:
         """Whether this run still lasts."""
-        return self.world.agents.get(self.name) is self
+        return self.world.running.get(self.name) is self
+
+    def endpoints(self) -> set[str]:
+        """Where data links reach it: its workers, and its inbox."""
+        return {process.endpoint for process in self.workers.values()} | {f"{self.name}/inbox"}
 
     # What wakes it.
 
@@ -78,7 +84,7 @@ class Agent:
         for pipeline in self.pipelines.values():
             pipeline.host.tick(self.now)
             pipeline.pump()
-        self._drain()
+        self.drain()
         self.world.after(HEARTBEAT_SECONDS / TICKS_A_HEARTBEAT, self._tick, count + 1)
 
     def touch(self) -> None:
@@ -113,15 +119,15 @@ class Agent:
 
     def ask(self, message: Ask | Assert) -> None:
         """A gateway wants something of a model that we host."""
-        pipeline = self._hosted(message.model)
-        if pipeline is not None and message.node not in self.machine.revocations:
-            pipeline.host.receive(message)
-            pipeline.pump()
+        host = best_host(self._wirings(), message.model)
+        if host is not None and message.node not in self.machine.revocations:
+            self.pipelines[host].host.receive(message)
+            self.pipelines[host].pump()
 
     def said(self, message: Said) -> None:
         """A host has news for our streams."""
         self.gateway.receive(message)
-        self._drain()
+        self.drain()
 
     def rows(self, rows: stages.Rows) -> None:
         """A micro-batch came to one of our workers."""
@@ -164,51 +170,43 @@ class Agent:
     # What it does.
 
     def _act(self) -> None:
-        for _ in range(2):  # the second time with what the first made us say
-            clock = EPOCH + self.world.now + self.machine.clock_error
-            self.controller.observe(self._look(), self.now, clock, self.machine.revocations)
-            self.machine.deployments = self.controller.deployments
-            self.goals = self.controller.plan(self.now)
-            workers = {process.id: process.worker() for process in self.workers.values()}
-            actions = self.reconciler.step(self.goals, workers, tuple(self.machine.slices), self.now)
-            facts = self._facts
-            assert facts is not None
-            if actions.reports == facts.stages:
-                break
-            self._facts = msgspec.structs.replace(facts, stages=actions.reports)
-        self._execute(actions)
-        self._host()
-        if self._facts != self._said:
+        running = Running(
+            workers={process.id: process.worker() for process in self.workers.values()},
+            wirings=self._wirings(),
+            routes=self.gateway.routes,
+        )
+        clock = EPOCH + self.world.now + self.machine.clock_error
+        revocations = self.machine.revocations
+        decision = self.controller.step(self._look(), running, self.now, clock, revocations)
+        self.machine.deployments = self.controller.deployments
+        self._execute(decision.actions)
+        self._host(decision.hosts)
+        self.gateway.follow(decision.routes)
+        self.drain()
+        if decision.is_news:
             self._speak()
+
+    def _wirings(self) -> dict[str, str]:
+        return {key: pipeline.wiring for key, pipeline in self.pipelines.items()}
 
     def _look(self) -> Facts:
         machine = self.machine
-        slices = tuple(sorted(machine.slices, key=lambda held: (held.model, held.first, held.last)))
-        stages_now = self._facts.stages if self._facts is not None else ()
-        if (
-            self._facts is None
-            or self._facts.slices != slices
-            or self._facts.disk_free_bytes != machine.disk_bytes
-            or self._facts.draining != machine.draining
-        ):
-            self._facts = Facts(
-                node=self.name,
-                name=self.name,
-                build="sim",
-                devices=machine.devices,
-                disk_free_bytes=machine.disk_bytes,
-                api="",
-                rtts={},
-                bytes_per_second={},
-                slices=slices,
-                stages=stages_now,
-                draining=machine.draining,
-                inbox=f"{self.name}/inbox",
-            )
-        return self._facts
+        return Facts(
+            node=self.name,
+            name=self.name,
+            build="sim",
+            devices=machine.devices,
+            disk_free_bytes=machine.disk_bytes,
+            api="",
+            rtts={},
+            bytes_per_second={},
+            slices=tuple(sorted(machine.slices, key=lambda held: (held.model, held.first, held.last))),
+            stages=(),
+            draining=machine.draining,
+            inbox=f"{self.name}/inbox",
+        )
 
     def _speak(self) -> None:
-        self._said = self._facts
         heartbeat = self.controller.heartbeat(self.now)
         for other in self.world.machines:
             if other != self.name and other not in self.machine.revocations:
@@ -221,22 +219,22 @@ class Agent:
                 self._later(FETCH_SECONDS, self._fetched, goal)
         for name in actions.stop:
             self.end_worker(name)
-        for load in actions.start:
-            self._start(load)
+        for spec in actions.start:
+            self.start_worker(spec)
         for name in actions.rename:
             process = self.workers.pop(name)
             process.unwire()
             process.id, process.wirings = self.world.id(), frozenset()
             self.workers[process.id] = process
             self.touch()
-        for order in actions.wire:
-            self.world.after(WIRE_SECONDS, self.world.arrive, self.name, "wire", (self, order))
+        for action in actions.wire:
+            self.world.after(WIRE_SECONDS, self.world.arrive, self.name, "wire", (self, action))
 
-    def _later(self, seconds: float, call: object, *arguments: object) -> None:
+    def _later(self, seconds: float, call: Callable[..., None], *arguments: object) -> None:
         seconds *= self.machine.slow * (0.5 + self.world.random.random())
         self.world.after(seconds, self.world.arrive, self.name, "resume", (self, call, arguments))
 
-    def resume(self, what: tuple) -> None:
+    def resume(self, what: tuple["Agent", Callable[..., None], tuple[object, ...]]) -> None:
         """Something that took time is done, if this is still the same run."""
         run, call, arguments = what
         if run is self:
@@ -249,40 +247,38 @@ class Agent:
         if self.machine.disk_bytes > 0 or set().union(*held).issuperset(range(goal.first, goal.last)):
             self.machine.slices.add(SliceHeld(goal.model, goal.first, goal.last))
             return
-        for stage in self.goals.stages:
-            if stage.spec.slice == goal:
-                self.reconciler.failed(stage.spec, "the disk is full", self.now)
+        self.controller.fetch_failed(goal, "the disk is full", self.now)
 
-    def _start(self, load: StageSpec) -> None:
+    def start_worker(self, spec: StageSpec) -> stages.Process:
+        """A worker's process starts; it loads for a while."""
         self._spawned += 1
         endpoint = f"{self.name}/{self.machine.boots}.{self._spawned}"
-        process = stages.Process(self.world.id(), endpoint, load)
+        process = stages.Process(self.world.id(), endpoint, spec)
         self.workers[process.id] = process
         self._later(LOAD_SECONDS, self._loaded, process)
+        return process
 
     def _loaded(self, process: stages.Process) -> None:
         if process.id not in self.workers:
             return
-        if self.machine.breaks_loading or not holds(tuple(self.machine.slices), process.load.slice):
+        if self.machine.breaks_loading or not holds(tuple(self.machine.slices), process.spec.slice):
             del self.workers[process.id]
-            self.reconciler.failed(process.load, "it does not load", self.now)
+            self.controller.failed(process.spec, "it does not load", self.now)
         else:
             process.state = "loaded"
 
     def wire(self, what: tuple["Agent", WireAction]) -> None:
         """Try to join a worker to its downstream neighbour."""
-        run, order = what
-        process = self.workers.get(order.worker)
+        run, action = what
+        process = self.workers.get(action.worker)
         if run is not self or process is None or process.state == "loading":
             return
-        goal = order.goal
+        goal = action.goal
         target = goal.downstream.partition("/")[0]
-        stale = goal not in self.goals.stages or goal.wiring in process.wirings
+        stale = goal not in self.controller.goals.stages or goal.wiring in process.wirings
         if stale or not self.world.joined(self.name, target):
             return
-        target_agent = self.world.agents[target]
-        endpoints = {other.endpoint for other in target_agent.workers.values()} | {f"{target}/inbox"}
-        if goal.downstream in endpoints:
+        if goal.downstream in self.world.running[target].endpoints():
             process.wire(goal.wiring, goal.index, len(goal.placement.stages), goal.downstream)
         self.touch()
 
@@ -295,39 +291,17 @@ class Agent:
 
     # Streams.
 
-    def _host(self) -> None:
-        wanted: dict[object, HostGoal] = {}
-        for goal in self.goals.hosts:  # as the agent: of two wishes for one file, what is hosted already
-            key = _job(goal.placement)
-            hosted = self.pipelines.get(key)
-            if key not in wanted or (hosted is not None and goal.wiring and hosted.wiring == goal.wiring):
-                wanted[key] = goal
-        for key, pipeline in list(self.pipelines.items()):
-            if key not in wanted:
-                pipeline.leave()
-                del self.pipelines[key]
+    def _host(self, wanted: Mapping[str, HostGoal]) -> None:
+        for key in [key for key, each in self.pipelines.items() if not each.fits(wanted.get(key))]:
+            self.pipelines.pop(key).leave()
         for key, goal in wanted.items():
             if key not in self.pipelines:
-                self.pipelines[key] = Pipeline(self, key[1], key[2])
-            self.pipelines[key].follow(self._checked(goal))
+                self.pipelines[key] = Pipeline(self, goal.placement)
+            self.pipelines[key].follow(goal)
             self.pipelines[key].pump()
-        for model in self.world.models:
-            routes = self.goals.routes.get(model)
-            self.gateway.route(model, routes[0].host if routes else None)
-        self._drain()
 
-    def _checked(self, goal: HostGoal) -> HostGoal:
-        """Without the wiring if our own first stage has left it already."""
-        wired = any(p.wiring == goal.wiring and p.index == 0 for p in self.workers.values())
-        return goal if wired else HostGoal(goal.placement)
-
-    def _hosted(self, model: str) -> Pipeline | None:
-        for route in self.goals.routes.get(model, ()):
-            if route.host == self.name:
-                return self.pipelines.get(_job(route.placement))
-        return None
-
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Send what the gateway has to say, and tell clients."""
         messages, news = self.gateway.drain()
         for node, message in messages:
             self.world.send(self.name, node, "ask", message)

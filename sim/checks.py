@@ -23,13 +23,13 @@ def always(scenario: Scenario) -> str:
         for pick in _picks(agent):
             for placement in (pick.placement, pick.successor):
                 for place in placement.stages if placement is not None else ():
-                    if place.node in agent.controller._revocations:
+                    if place.node in agent.controller.revoked:
                         return f"{agent.name} places a stage on {place.node}, which is revoked"
     return ""
 
 
 def interrupted(scenario: Scenario, served: Mapping[str, Deployment]) -> str:
-    """Whether a model that served, and is wished as it was, does not serve now."""
+    """Whether a model that served, and is deployed as it was, does not serve now."""
     running = {
         process.wiring
         for agent in scenario.live()
@@ -45,7 +45,16 @@ def interrupted(scenario: Scenario, served: Mapping[str, Deployment]) -> str:
 
 def picture(scenario: Scenario) -> object:
     """What must not change once things are settled."""
-    return [(agent.name, agent.controller.chosen, sorted(agent.workers)) for agent in scenario.live()]
+    return [
+        (
+            agent.name,
+            agent.controller.chosen,
+            sorted(agent.workers),
+            {key: pipeline.wiring for key, pipeline in agent.pipelines.items()},
+            dict(agent.gateway.routes),
+        )
+        for agent in scenario.live()
+    ]
 
 
 def serving(scenario: Scenario) -> Speeds:
@@ -83,7 +92,7 @@ def unsettled(scenario: Scenario) -> str:
     for agent in agents[1:]:
         if agent.controller.chosen != chosen:
             return f"{agents[0].name} and {agent.name} do not agree"
-    if any(agent.reconciler._failures for agent in agents):
+    if any(agent.controller.failures for agent in agents):
         return "a failure still counts"
     return (
         _not_running(scenario, chosen)
@@ -111,11 +120,11 @@ def _not_running(scenario: Scenario, chosen: Mapping[str, tuple[Chosen, ...]]) -
             if pick.successor is not None:
                 return f"{model} is moving"
             for index, place in enumerate(pick.placement.stages):
-                agent = scenario.world.agents.get(place.node)
+                agent = scenario.agents.get(place.node)
                 if agent is None or place.node in scenario.revoked:
                     return f"{model} is placed on {place.node}, which is not there"
                 found = [p for p in agent.workers.values() if p.wiring == pick.wiring and p.index == index]
-                if len(found) != 1 or found[0].load != spec_of(pick.placement, index):
+                if len(found) != 1 or found[0].spec != spec_of(pick.placement, index):
                     return f"stage {index} of {model} is not wired"
     return ""
 
@@ -136,7 +145,7 @@ def _not_planned(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, t
 
 def _could_run(scenario: Scenario, agents: list[Agent], shape: ModelShape, without: str = "") -> bool:
     """Whether these machines have room for a model beside all that runs, save one wiring."""
-    nodes = []
+    nodes: list[Facts] = []
     for agent in agents:
         free = _free(scenario, agent, without)
         devices = tuple(replace(d, memory_bytes=free[d.name]) for d in agent.machine.devices)
@@ -147,18 +156,18 @@ def _could_run(scenario: Scenario, agents: list[Agent], shape: ModelShape, witho
 def _free(scenario: Scenario, agent: Agent, without: str = "") -> dict[str, int]:
     free = {device.name: device.memory_bytes for device in agent.machine.devices}
     for process in agent.workers.values():
-        if (not without or process.wiring != without) and process.load.device in free:
-            free[process.load.device] -= _worker_bytes(scenario, agent, process.load)
+        if (not without or process.wiring != without) and process.spec.device in free:
+            free[process.spec.device] -= _worker_bytes(scenario, agent, process.spec)
     return free
 
 
-def _worker_bytes(scenario: Scenario, agent: Agent, load: StageSpec) -> int:
-    """What a worker takes, by the shape of the wish that it is for: some wishes are wrong."""
-    place = StagePlace("", load.device, load.first, load.last)
-    placement = Placement(load.model, load.context, load.sequences, (place,))
+def _worker_bytes(scenario: Scenario, agent: Agent, spec: StageSpec) -> int:
+    """What a worker takes, by the shape of the deployment that it is for: some deployments are wrong."""
+    place = StagePlace("", spec.device, spec.first, spec.last)
+    placement = Placement(spec.model, spec.context, spec.sequences, (place,))
     for deployment in agent.controller.deployments:
         shape = deployment.shape
-        if shape is not None and shape.digest == load.model and shape.allows(load.first, load.last):
+        if shape is not None and shape.digest == spec.model and shape.allows(spec.first, spec.last):
             return scenario.planner.stage_bytes(shape, placement, 0)
     return 0
 
@@ -167,8 +176,8 @@ def _leftovers(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tup
     wirings = {pick.wiring for picks in chosen.values() for pick in picks}
     for agent in agents:
         for process in agent.workers.values():
-            if process.wiring not in wirings and process.id not in agent.goals.keep:
-                return f"{agent.name} runs a worker that nobody needs"
+            if process.wiring not in wirings and process.id not in agent.controller.goals.keep:
+                return f"{agent.name} runs a worker that is not needed"
         for pipeline in agent.pipelines.values():
             if pipeline.wiring not in wirings:
                 return f"{agent.name} hosts what does not serve"
@@ -200,9 +209,9 @@ def _open_streams(scenario: Scenario) -> str:
 
 def lines(scenario: Scenario) -> list[str]:
     """One line for each node, and for each stream."""
-    found = []
+    found: list[str] = []
     for name, machine in scenario.world.machines.items():
-        agent = scenario.world.agents.get(name)
+        agent = scenario.agents.get(name)
         if agent is None:
             found.append(f"  {name}: down")
             continue
@@ -212,10 +221,10 @@ def lines(scenario: Scenario) -> list[str]:
             for model, picks in agent.controller.chosen.items()
         }
         workers = [
-            f"{p.load.model}[{p.load.first}:{p.load.last}] {p.state} {p.wiring[:4]}"
+            f"{p.spec.model}[{p.spec.first}:{p.spec.last}] {p.state} {p.wiring[:4]}"
             for p in agent.workers.values()
         ]
-        failures = [f"{load.first}:{load.last}" for load in agent.reconciler._failures]
+        failures = [f"{spec.first}:{spec.last}" for spec in agent.controller.failures]
         knows = {node: state for node, (state, _) in agent.controller.nodes(agent.now).items()}
         found.append(f"  {name}: {state}; sees {knows}; wants {chosen}; runs {workers}; failed {failures}")
     found += [

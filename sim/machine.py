@@ -23,8 +23,8 @@ class Machine:
     draining: bool = False
     breaks_loading: bool = False  # workers fail to load
     # On disk:
-    slices: set[SliceHeld] = field(default_factory=set)
+    slices: set[SliceHeld] = field(default_factory=set[SliceHeld])
     deployments: tuple[Deployment, ...] = ()
-    revocations: dict[str, bytes] = field(default_factory=dict)
-    remembered: set[str] = field(default_factory=set)  # nodes that were heard
+    revocations: dict[str, bytes] = field(default_factory=dict[str, bytes])
+    remembered: set[str] = field(default_factory=set[str])  # nodes that were heard
     boots: int = 0

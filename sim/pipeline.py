@@ -1,32 +1,55 @@
 """The shell around a Host: its micro-batches go to the first stage, tokens come from the last."""
 
 from random import Random
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from cordee.cluster.facts import Placement
 from cordee.cluster.goals import HostGoal
 from cordee.generation.host import Host
 from cordee.generation.request import Choice
 from cordee.generation.scheduler import Limits, MicroBatch, Scheduler, Segment
 from sim import stages
-
-if TYPE_CHECKING:
-    from sim.agent import Agent
+from sim.world import World
 
 BATCH_ROWS, QUEUE = 16, 100
+
+
+class Shell(Protocol):
+    """The agent around a pipeline."""
+
+    @property
+    def name(self) -> str:
+        """Its machine."""
+        ...
+
+    @property
+    def world(self) -> World:
+        """Where it lives."""
+        ...
+
+    def unwire(self, wiring: str) -> None:
+        """The first stage leaves this wiring."""
+        ...
 
 
 class Pipeline:
     """A host's scheduler and what it has under way; outlives wirings and placements of its job."""
 
-    def __init__(self, agent: "Agent", context: int, sequences: int) -> None:
-        limits = Limits(sequences, context, max(BATCH_ROWS, sequences), QUEUE, in_flight=2)
+    def __init__(self, agent: Shell, placement: Placement) -> None:
+        self._sequences = sequences = placement.sequences
+        limits = Limits(sequences, placement.context, max(BATCH_ROWS, sequences), QUEUE, in_flight=2)
         random = Random(agent.world.random.getrandbits(32))
-        self.host = Host(Scheduler(limits, stages.ENDS), stages.VOCABULARY, random)
+        self._scheduler = Scheduler(limits, stages.ENDS)
+        self.host = Host(self._scheduler, stages.VOCABULARY, random)
         self._agent = agent
         self.goal: HostGoal | None = None
         self.wiring = ""  # whose caches grew under this scheduler
         self._under_way: dict[int, MicroBatch] = {}
         self._halted: set[int] = set()
+
+    def fits(self, goal: HostGoal | None) -> bool:
+        """Whether this scheduler does for a goal."""
+        return goal is not None and goal.placement.sequences == self._sequences
 
     def follow(self, goal: HostGoal) -> None:
         """Take up a wiring, or wait for one."""
@@ -69,6 +92,7 @@ class Pipeline:
         last = batch.steps == 1 or ended or batch.id in self._halted
         del self._under_way[batch.id]
         self.host.complete(batch.id, tokens.choices, {}, last=last)
+        self._scheduler.check_slots()
         if not last:
             self._send(_again(batch, tokens.choices))
         self.pump()

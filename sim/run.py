@@ -1,10 +1,10 @@
 """Plays one seed and judges it. What must hold:
 
-- always: a stream's tokens are those of the undisturbed answer, each once; who knows of a revocation places
-  nothing on that node;
-- within BOUND_LEASES after the last fault or wish: all live nodes agree, and run exactly what they agreed on,
-  within their memory; a model that could run does; nothing else runs; draining nodes are relieved where
-  possible; slices lie twice where disk allows; all streams are answered;
+- always: a stream's tokens are those of the undisturbed answer, each once; a node that knows of a revocation
+  places nothing on the revoked node;
+- within BOUND_LEASES after the last fault or deployment: all live nodes agree, and run exactly what they
+  agreed on, within their memory; a model that could run does; nothing else runs; draining nodes are relieved
+  where possible; slices lie twice where disk allows; all streams are answered;
 - then nothing changes any more: not by itself, and not when a liveliness token is lost for a moment;
 - a machine that comes back does not interrupt a model that serves.
 """
@@ -18,10 +18,10 @@ from cordee.cluster.membership import LEASE_SECONDS, SUSPICION_SECONDS
 from sim import checks
 from sim.scenario import Scenario
 
-# Within so many lease periods everything stands: the last fault may be a stage that failed, which counts for
-# FAILED_SECONDS (20 leases), twice if the next stage fails then; to notice, plan, load and wire is 2 or 3.
+# By then everything stands: the last fault may be a stage that failed, which counts for FAILED_SECONDS (20
+# leases), twice if the next stage fails then; to notice, plan, load and wire takes 2 or 3.
 BOUND_LEASES = 40
-STAY_LEASES = 2  # so long nothing may change then
+STAY_LEASES = 2  # for this long nothing may change then
 LOOK_SECONDS = 0.5
 LOOK_CLOSELY_SECONDS = 0.1
 NOTHING: Mapping[str, Deployment] = {}
@@ -36,7 +36,7 @@ class Outcome:
     """How a seed went: lease periods to convergence, and what befell its streams."""
 
     leases: float
-    streams: Counter
+    streams: Counter[str]
 
 
 def play(seed: int) -> Outcome:
@@ -63,10 +63,11 @@ def play(seed: int) -> Outcome:
 def _settle(
     scenario: Scenario, since: float, served: Mapping[str, Deployment]
 ) -> tuple[float, Mapping[str, Deployment]]:
-    """Let time pass until nothing changes; when that began, and what of `served` was wished alike all along.
+    """Let time pass until nothing changes; when that began, and what of `served` was deployed the same way
+    all along.
 
-    What is `served` must not be interrupted, unless its wish changes: clocks that are days apart may make an
-    old wish the newest for a moment.
+    What is `served` must not be interrupted, unless its deployment changes: clocks that are days apart may
+    make an old deployment the newest for a moment.
     """
     world = scenario.world
     look_seconds = LOOK_CLOSELY_SECONDS if served else LOOK_SECONDS
@@ -96,7 +97,7 @@ def _settle(
 
 def _blink(scenario: Scenario) -> None:
     """The bus takes one node's token away and gives it back: nothing may happen."""
-    names = sorted(scenario.world.agents)
+    names = sorted(scenario.agents)
     if not names:
         return
     before = checks.picture(scenario)
@@ -114,7 +115,7 @@ def _return(scenario: Scenario) -> None:
     """Machines that were thought dead come back: what serves goes on, and moves for a clear gain only."""
     before = checks.serving(scenario)
     known, deployed = scenario.known_revocations(), scenario.deployed()
-    scenario.promised = frozenset()  # their disks may hold wishes that are credible
+    scenario.promised = frozenset()  # their disks may hold deployments that are credible
     for name in sorted(scenario.dead):
         scenario.dead.discard(name)
         scenario.boot(name)

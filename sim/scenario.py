@@ -1,4 +1,4 @@
-"""What a seed means: machines, models, wishes, streams, and the faults that befall them."""
+"""What a seed means: machines, models, deployments, streams, and the faults that befall them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from cordee.cluster.deployments import Deployment
-from cordee.cluster.facts import Device, ModelShape
+from cordee.cluster.facts import Device, ModelShape, stream_key
 from cordee.cluster.membership import HEARTBEAT_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS
 from cordee.cluster.planner import Planner
 from cordee.generation.gateway import News
@@ -17,7 +17,8 @@ from sim.machine import DISK_BYTES, Machine
 from sim.world import FOUND_SECONDS, World
 
 FAULT_SECONDS = 12.0
-# From the end of the faults to the users' last wish: membership is right by then, so is the cluster's clock.
+# From the end of the faults to the users' last deployment: membership is right by then, so is the cluster's
+# clock.
 DEPLOYMENT_SECONDS = SILENCE_SECONDS + SUSPICION_SECONDS + HEARTBEAT_SECONDS
 CONTEXT, SEQUENCES = 64, 3
 MB = 1_000_000
@@ -27,13 +28,13 @@ DAY = 86400.0
 
 @dataclass(eq=False)
 class Client:
-    """Who asked for a stream: compares every token with the undisturbed answer."""
+    """A client that asked for a stream: it compares every token with the undisturbed answer."""
 
     request: Request
     model: str
     gateway: Agent
     expected: list[int]
-    got: list[int] = field(default_factory=list)
+    got: list[int] = field(default_factory=list[int])
     ended: str = ""
     wrong: str = ""
 
@@ -80,14 +81,17 @@ class Scenario:
         self.world = World(seed)
         self.random = self.world.random
         self.planner = Planner()
+        self.agents: dict[str, Agent] = {}  # of the machines that are up
         self.clients: list[Client] = []
         self.revoked: set[str] = set()
         self.dead: set[str] = set()  # never to come back
         self.muddled = self.random.random() < 0.5  # corrupted state at the start
         models = ("small", "large")[: 1 + (self.random.random() < 0.3)]
-        self.world.models = models
         self.shapes = {name: shape_of(name, 4 + 2 * index) for index, name in enumerate(models)}
-        self.promised = frozenset(models)  # users said last that these shall be served
+        self.sequences: dict[str, int] = dict.fromkeys(models, SEQUENCES)
+        if self.random.random() < 0.2:  # one file under two names, and not alike
+            self.shapes["again"], self.sequences["again"] = self.shapes["small"], SEQUENCES - 1
+        self.promised = frozenset(self.shapes)  # users said last that these shall be served
         for index in range(self.random.choice((2, 3, 3, 3, 4, 4, 5))):
             self._machine(f"n{index}")
 
@@ -112,7 +116,7 @@ class Scenario:
         if self.muddled:
             corrupt.everything(self)
         for name, shape in self.shapes.items():
-            world.after(random.random(), self._deployment, name, shape)
+            world.after(random.random(), self._deploy, name, shape)
         if random.random() < 0.7:
             world.loss, world.late = random.choice((0, 0.05, 0.2)), random.choice((0, 0.05, 0.3))
             world.doubled, world.breaks = random.choice((0, 0.1)), random.choice((0, 0.0, 0.01))
@@ -125,21 +129,23 @@ class Scenario:
         self._calm()
         world.run(FAULT_SECONDS + (DEPLOYMENT_SECONDS if self.muddled else HEARTBEAT_SECONDS))
         for name, shape in self.shapes.items():
-            self._deployment(name, shape)
+            self._deploy(name, shape)
 
     def boot(self, name: str) -> None:
         """A machine's agent starts."""
         world = self.world
-        if name not in world.agents and name not in self.dead:
+        if name not in self.agents and name not in self.dead:
             wait = self.random.random() * FOUND_SECONDS
             world.machines[name].found_at = world.now + wait
-            world.agents[name] = Agent(world, world.machines[name], self.planner)
+            agent = Agent(world, world.machines[name], self.planner)
+            self.agents[name] = world.running[name] = agent
             world.watch(name, wait)
 
     def crash(self, name: str) -> None:
         """A machine's agent and its workers end."""
-        agent = self.world.agents.pop(name, None)
+        agent = self.agents.pop(name, None)
         if agent is not None:
+            del self.world.running[name]
             for process in agent.workers.values():
                 if process.wiring:
                     self.world.worker_ended(process.wiring, process.index, process.stages)
@@ -147,10 +153,10 @@ class Scenario:
 
     def live(self) -> list[Agent]:
         """The agents that run and are not revoked."""
-        return [agent for name, agent in self.world.agents.items() if name not in self.revoked]
+        return [agent for name, agent in self.agents.items() if name not in self.revoked]
 
     def known_deployments(self) -> list[dict[str, Deployment]]:
-        """What each live agent holds to be wished, without dates."""
+        """The deployments that each live agent knows, without dates."""
         return [
             {
                 deployment.model: replace(deployment, stamp=0.0, author="")
@@ -160,7 +166,7 @@ class Scenario:
         ]
 
     def deployed(self) -> dict[str, Deployment]:
-        """What is wished, where all live agents know it; without its date."""
+        """The deployments that all live agents know, without dates."""
         known = self.known_deployments()
         return {
             model: deployment
@@ -168,12 +174,12 @@ class Scenario:
             if all(other.get(model) == deployment for other in known)
         }
 
-    def _deployment(self, name: str, shape: ModelShape) -> None:
+    def _deploy(self, name: str, shape: ModelShape) -> None:
         agents = self.live()
         if agents:
             agent = self.random.choice(agents)
             replicas = self.random.choice((1, 1, 1, 1, 2))
-            agent.controller.deploy(name, shape, CONTEXT, SEQUENCES, agent.now, replicas)
+            agent.controller.deploy(name, shape, CONTEXT, self.sequences[name], agent.now, replicas)
             agent.touch()
 
     def _open(self) -> None:
@@ -190,12 +196,12 @@ class Scenario:
             sampling=SamplingParams(seed=seed),
             max_tokens=limit,
         )
-        model = random.choice(self.world.models)
+        model = random.choice(list(self.shapes))
         client = Client(request, model, agent, stages.solo(prompt, seed, limit, CONTEXT))
         self.clients.append(client)
         agent.clients[request.id] = client
-        agent.gateway.open(request, model)
-        agent._drain()
+        agent.gateway.open(request, stream_key(self.shapes[model].digest, CONTEXT))
+        agent.drain()
 
     def _calm(self) -> None:
         """The faults end; what was only down comes back."""
@@ -263,7 +269,7 @@ def _breaks_loading(scenario: Scenario, name: str) -> None:
 
 
 def _kill_worker(scenario: Scenario, name: str) -> None:
-    agent = scenario.world.agents.get(name)
+    agent = scenario.agents.get(name)
     if agent is not None and agent.workers:
         agent.end_worker(scenario.random.choice(sorted(agent.workers)))
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cordee.cluster.goals import StageSpec
-from cordee.cluster.reconcile import WorkerStatus
+from cordee.cluster.reconcile import WorkerState, WorkerStatus
 from cordee.generation.request import Choice
 from cordee.generation.scheduler import MicroBatch
 
@@ -40,7 +40,8 @@ def draw(digest: int, sampler: int, seed: int) -> int:
 
 def solo(prompt: Sequence[int], seed: int, max_tokens: int, context: int) -> list[int]:
     """The undisturbed answer, without the token that ends it."""
-    digest, answer = digest_of(prompt), []
+    digest = digest_of(prompt)
+    answer: list[int] = []
     while len(answer) < max_tokens and len(prompt) + len(answer) < context:
         token = draw(digest, digest, seed)
         if token in ENDS:
@@ -83,7 +84,7 @@ class Tokens:
 
 def rows_of(batch: MicroBatch) -> list[Run]:
     """A scheduler's micro-batch as the host sends it."""
-    runs = []
+    runs: list[Run] = []
     for segment in batch.segments:
         log = batch.opens.get(segment.sequence)
         opens = (digest_of([*log.prompt, *log.generated]), log.sampling.seed) if log is not None else None
@@ -98,19 +99,21 @@ class Process:
 
     id: str
     endpoint: str
-    load: StageSpec
-    state: str = "loading"
+    spec: StageSpec
+    state: WorkerState = "loading"
     wiring: str = ""
     wirings: frozenset[str] = frozenset()
     index: int = 0  # of its stage in the wiring
     stages: int = 0  # of the wiring
     downstream: str = ""
-    cache: dict[int, list[int]] = field(default_factory=dict)  # digests by sequence and position
-    samplers: dict[int, tuple[int, int]] = field(default_factory=dict)
+    cache: dict[int, list[int]] = field(
+        default_factory=dict[int, list[int]]
+    )  # digests by sequence and position
+    samplers: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
 
     def worker(self) -> WorkerStatus:
-        """As the crew sees it."""
-        return WorkerStatus(self.id, self.load, self.state, self.endpoint, self.wiring, self.wirings)
+        """As the controller sees it."""
+        return WorkerStatus(self.id, self.spec, self.state, self.endpoint, self.wiring, self.wirings)
 
     def wire(self, wiring: str, index: int, stages: int, downstream: str) -> None:
         """Join a wiring, with an empty cache."""
@@ -127,13 +130,14 @@ class Process:
 
     def compute(self, rows: Rows) -> tuple[list[Run], dict[int, Choice]]:
         """Take rows in; give the rows for the next stage, and tokens where this is the last."""
-        runs, choices = [], {}
+        runs: list[Run] = []
+        choices: dict[int, Choice] = {}
         for run in rows.runs:
             held = self.cache.setdefault(run.sequence, [])
             del held[run.first_position :]
             while len(held) < run.first_position:
                 held.append(-7)  # a row that never came
-            out = []
+            out: list[tuple[int, int]] = []
             for token, upstream in run.rows:
                 digest = step(held[-1] & 0xFFFFFFFF if held else 0, token)
                 held.append(digest)

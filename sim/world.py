@@ -1,6 +1,6 @@
 """Time and network of the fake world. Everything random comes from one generator, so a seed is a run.
 
-Two kinds of messages, like in the building:
+Two kinds of messages, as in a real cluster:
 - the bus (heartbeats, asks, said): while faults last they are lost, late, doubled and out of order;
 - data links between stages: in order and without loss until the link breaks; then all that is under way is
   lost, and both ends notice within a lease.
@@ -9,19 +9,29 @@ Two kinds of messages, like in the building:
 import heapq
 from collections.abc import Callable
 from random import Random
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from cordee.cluster.membership import LEASE_SECONDS
-
-if TYPE_CHECKING:
-    from sim.agent import Agent
-    from sim.machine import Machine
+from sim.machine import Machine
 
 BUS_DELAY = 0.004
 LATE_SECONDS = 1.5  # less than REORDER_SECONDS
 LINK_DELAY = 0.003
 FOUND_SECONDS = 1.5  # at most, after a start
 RESET_SECONDS = 0.05  # until a neighbour hears that a process ended
+
+
+class Listener(Protocol):
+    """What runs on a machine: each message goes to the method that it is for."""
+
+    @property
+    def machine(self) -> Machine:
+        """Where it runs."""
+        ...
+
+    def endpoints(self) -> set[str]:
+        """Where it can be reached by data links."""
+        ...
 
 
 class World:
@@ -32,16 +42,15 @@ class World:
         self.now = 0.0
         self.loss = self.late = self.doubled = self.breaks = 0.0
         self.machines: dict[str, Machine] = {}
-        self.agents: dict[str, Agent] = {}  # of the machines that are up
-        self.models: tuple[str, ...] = ()
+        self.running: dict[str, Listener] = {}  # on the machines that are up
         self.cut: set[tuple[str, str]] = set()  # (from, to)
-        self._queue: list[tuple[float, int, Callable[..., None], tuple]] = []
+        self._queue: list[tuple[float, int, Callable[..., object], tuple[object, ...]]] = []
         self._count = 0
         self._broken: set[tuple[str, int]] = set()  # (wiring, hop)
         self._link_times: dict[tuple[str, int], float] = {}
-        self._unheard: set[tuple[str, str]] = set()  # (of, at): the token is lost there
+        self._lost_tokens: set[tuple[str, str]] = set()  # (of, at): the token is lost there
 
-    def after(self, seconds: float, call: Callable[..., None], *arguments: object) -> None:
+    def after(self, seconds: float, call: Callable[..., object], *arguments: object) -> None:
         """Something will happen."""
         self._count += 1
         heapq.heappush(self._queue, (self.now + seconds, self._count, call, arguments))
@@ -73,7 +82,7 @@ class World:
         random = self.random
         if (source, target) in self.cut or (self.loss and random.random() < self.loss):
             return
-        if target not in self.agents or (source != target and self._unfound(source, target)):
+        if target not in self.running or (source != target and self._unfound(source, target)):
             return
         delay = BUS_DELAY * (0.5 + random.random()) if source != target else 0.0
         if self.late and random.random() < self.late:
@@ -88,21 +97,21 @@ class World:
 
     def arrive(self, target: str, take: str, message: object) -> None:
         """A message is there; a machine that is stopped reads it once it goes on."""
-        agent = self.agents.get(target)
-        if agent is None:
+        listener = self.running.get(target)
+        if listener is None:
             return
-        wait = agent.machine.stopped_until - self.now
+        wait = listener.machine.stopped_until - self.now
         if wait > 0:
             self.after(wait, self.arrive, target, take, message)
         else:
-            getattr(agent, take)(message)
+            getattr(listener, take)(message)
 
     # Liveliness tokens.
 
     def joined(self, left: str, right: str) -> bool:
         """Whether two machines have a link now: both run, and both directions work."""
         for name in (left, right):
-            if name not in self.agents or self.machines[name].stopped_until > self.now:
+            if name not in self.running or self.machines[name].stopped_until > self.now:
                 return False
         if self._unfound(left, right):
             return False
@@ -118,8 +127,8 @@ class World:
                 continue
             joined = self.joined(name, other)
             for of, at in ((name, other), (other, name)):
-                if joined == ((of, at) in self._unheard):
-                    (self._unheard.discard if joined else self._unheard.add)((of, at))
+                if joined == ((of, at) in self._lost_tokens):
+                    (self._lost_tokens.discard if joined else self._lost_tokens.add)((of, at))
                     self.after(0, self.arrive, at, "token", (of, joined))
 
     # Data links.
@@ -144,5 +153,5 @@ class World:
         """A process ended: its neighbours' links break."""
         for hop in (index, index + 1):
             self._broken.add((wiring, hop))
-            for name in self.agents:
+            for name in self.running:
                 self.after(RESET_SECONDS, self.arrive, name, "link_broke", (wiring, hop))

@@ -1,4 +1,4 @@
-"""What every test shares: a state folder of its own, the starter model, and reproducible property tests."""
+"""What all tests share: a state folder of their own, the starter model, reproducible property tests."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Set-up and the Makefile, as far as they can be tried without doing it all again."""
+"""Set-up and the Makefile, as far as they can be tested without a full set-up."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a bare Debian has (its package `coreutils` and others marked essential) and the script uses.
+# What the script uses of what a bare Debian has (`coreutils` and other packages marked essential).
 ESSENTIAL = (
     "awk",
     "cat",
@@ -58,7 +58,7 @@ def test_make_passes_the_question_on_as_it_was_typed(tmp_path: Path, question: s
 
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
-    """A clone on a machine that has only what is essential; the folder of programs is beside it."""
+    """A clone on a machine that has only the essential programs, in the folder `bin` beside it."""
     (tmp_path / "clone" / "scripts").mkdir(parents=True)
     shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "clone" / "scripts")
     shutil.copy(ROOT / "pyproject.toml", tmp_path / "clone")
@@ -81,7 +81,7 @@ def add_program(clone: Path, name: str, text: str = "exit 0") -> None:
 
 
 def install_line(done: subprocess.CompletedProcess[str]) -> list[str]:
-    """The packages of the line that set-up tells to type; it says so on standard error and fails."""
+    """The packages of the install line on standard error, with which set-up fails."""
     assert (done.returncode, done.stdout) == (1, "")
     line = done.stderr.splitlines()[-1]
     return line.removeprefix("sudo ").removeprefix("apt-get install -y ").split()

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 import cordee
+import rooms
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "cordee"
 FILE_LINES = 600  # longer files hold more than one noun
 FUNCTION_LINES = 60  # what fits a screen
+ROOM_LINES = 4500  # a larger room has more than one subject
 
 PURE_ROOMS = ("generation", "cluster")
 IMPURE_MODULES = {
@@ -163,6 +165,34 @@ def test_the_rooms_are_those_of_the_architecture() -> None:
     assert tuple(named) == ROOMS
 
 
+def test_the_picture_of_the_rooms_is_that_of_the_imports() -> None:
+    text = rooms.TARGET.read_text(encoding="utf-8")
+    assert rooms.drawn(text) == text, "`make docs` draws it anew"
+
+
+@pytest.mark.parametrize("folder", ["src/cordee", "sim", "training", "bench"])
+def test_no_files_import_each_other_in_a_circle(folder: str) -> None:
+    assert rooms.circles(rooms.imports(folder)) == []
+
+
+def test_rooms_have_one_subject() -> None:
+    lines: dict[str, int] = {}
+    for path in sources("src"):
+        room = room_of(module_name(path))
+        if room is not None:
+            lines[room] = lines.get(room, 0) + path.read_text(encoding="utf-8").count("\n")
+    assert {room: count for room, count in lines.items() if count > ROOM_LINES} == {}
+
+
+def test_a_public_class_name_stands_once() -> None:
+    places: dict[str, list[str]] = {}
+    for path in sources("src"):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.ClassDef) and node.name[0] != "_":
+                places.setdefault(node.name, []).append(place(path, node.lineno, f"class {node.name}"))
+    hold([where for found in places.values() if len(found) > 1 for where in found])
+
+
 def modules_started(path: Path) -> set[str]:
     """Modules that a source names in a string: processes started as `python -m NAME`."""
     strings = (node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Constant))
@@ -220,7 +250,7 @@ def registers(decorator: ast.expr) -> bool:
 
 
 def test_nothing_public_is_unused() -> None:
-    used = set().union(*(names_used(path) for path in sources("src", "tests", "bench", "scripts")))
+    used = set().union(*(names_used(path) for path in sources("src", "tests", "bench", "scripts", "sim")))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     used |= {target.partition(":")[2] for target in project["scripts"].values()}
     hold(
@@ -309,3 +339,9 @@ def test_every_source_says_what_it_is_for() -> None:
             if not ast.get_docstring(tree(path))
         ]
     )
+
+
+def test_the_readme_is_short() -> None:
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.fr.md")}
+    counts = {name: len(text.split()) for name, text in texts.items()}  # as `wc -w` counts
+    hold([f"{name}:1: {count} words, at most 900" for name, count in counts.items() if count > 900])

@@ -5,8 +5,8 @@
 
 #include <string.h>
 
-#include "../src/p2_floats.h"
-#include "../src/p2_precision.h"
+#include "pentium2/floats.h"
+#include "pentium2/precision.h"
 
 #define LIKELIEST 40u
 #define TEMPERATURE 0.7f
@@ -65,7 +65,7 @@ static __attribute__((noinline)) int32_t draw(struct sampler *sampler, const flo
     const uint32_t most = select(kept, logits, n);
     uint32_t count = 0;
     for (; count < most && kept[count].logit - kept[0].logit >= LOG_LEAST_SHARE; count++)
-        sum += weights[count] = p2_exponential((kept[count].logit - kept[0].logit) * (1 / TEMPERATURE));
+        sum += weights[count] = pentium2_exponential((kept[count].logit - kept[0].logit) * (1 / TEMPERATURE));
     float left = uniform(&sampler->state) * sum;
     for (uint32_t i = 0; i < count; i++)
         if ((left -= weights[i]) < 0)

@@ -9,9 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../src/p2_floats.h"
-#include "../src/p2_lookup.h"
-#include "../src/p2_precision.h"
+#include "pentium2/floats.h"
+#include "pentium2/lookup.h"
+#include "pentium2/precision.h"
 
 #define ROWS 37u /* two blocks of a kernel's and some */
 #define BLOCKS 3u
@@ -107,14 +107,14 @@ static __attribute__((noinline)) uint32_t hash_of_floats(void)
             y[i] = (float)((int32_t)(random_bits(&state) >> 8) - (1 << 23)) * 0x1p-20f;
             weight[i] = (float)(int32_t)(random_bits(&state) >> 8) * 0x1p-23f;
         }
-        kernels_p2.normalise(y, y, weight, VALUES, 1e-5f);
-        (round % 2 == 0 ? kernels_p2.gate_silu : kernels_p2.gate_relu2)(x, y, VALUES);
-        p2_angles(cosines, sines, VALUES / 2, 10000.0f, NULL, (uint32_t)round * 1000);
-        (round % 2 == 0 ? kernels_p2.rotate_halves : kernels_p2.rotate_pairs)(y, 1, VALUES, cosines, sines);
-        kernels_p2.add(x, y, VALUES);
-        kernels_p2.quantise(&to, 0, x, VALUES);
+        kernels_pentium2.normalise(y, y, weight, VALUES, 1e-5f);
+        (round % 2 == 0 ? kernels_pentium2.gate_silu : kernels_pentium2.gate_relu2)(x, y, VALUES);
+        pentium2_angles(cosines, sines, VALUES / 2, 10000.0f, NULL, (uint32_t)round * 1000);
+        (round % 2 == 0 ? kernels_pentium2.rotate_halves : kernels_pentium2.rotate_pairs)(y, 1, VALUES, cosines, sines);
+        kernels_pentium2.add(x, y, VALUES);
+        kernels_pentium2.quantise(&to, 0, x, VALUES);
         for (uint32_t i = 0; i < VALUES; i++)
-            y[i] = p2_exponential(y[i]) + (float)digits[i] * scales[0];
+            y[i] = pentium2_exponential(y[i]) + (float)digits[i] * scales[0];
         mix(&hash, x, VALUES);
         mix(&hash, y, VALUES);
         mix(&hash, cosines, VALUES / 2);

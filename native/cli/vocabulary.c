@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../src/gguf.h"
+#include "base/gguf.h"
 
 #define NAME_BYTES 64 /* of a family or of a pre-tokenizer; the longest known has 14 */
 

@@ -1,3 +1,3 @@
 """Cordée: open language models on the machines you already have, alone or roped together."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

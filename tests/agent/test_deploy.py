@@ -1,4 +1,4 @@
-"""`cordee deploy owner/name` with real nodes: nobody has a disk for the model, the hub gives it once."""
+"""`cordee deploy owner/name` with real nodes: no disk holds all of the model, and the hub gives it once."""
 
 import asyncio
 import os
@@ -76,7 +76,7 @@ def holders(cluster: Cluster, first: int, last: int) -> list[str]:
     return found
 
 
-def test_a_model_of_the_hub_is_shared_fetched_once_and_outlives_hub_and_host(
+def test_a_model_of_the_hub_is_deployed_fetched_once_and_outlives_hub_and_host(
     cluster: Cluster, hub: FakeHub, starter_path: Path
 ) -> None:
     a, b, c = cluster.nodes.values()
@@ -85,9 +85,9 @@ def test_a_model_of_the_hub_is_shared_fetched_once_and_outlives_hub_and_host(
     assert "is not read from the hub, as the cluster could not run it" in refused.stderr
     assert fetched(hub, 0, 1 << 40) <= FIRST_BYTES  # its header
 
-    shared = b.cordee("deploy", "o/Small-GGUF", *SERVED)
-    assert shared.returncode == 0, shared.stderr
-    assert "serves Small from now on" in shared.stderr
+    deployed = b.cordee("deploy", "o/Small-GGUF", *SERVED)
+    assert deployed.returncode == 0, deployed.stderr
+    assert "serves Small from now on" in deployed.stderr
     assert re.search(r"reading o/Small-GGUF/small-Q4_K_M\.gguf from the hub once", b.said)
     until(lambda: all(node.model("Small")["state"] == "serving" for node in cluster.nodes.values()))
     answers = {hello(node, "Small") for node in cluster.nodes.values()}
@@ -96,7 +96,9 @@ def test_a_model_of_the_hub_is_shared_fetched_once_and_outlives_hub_and_host(
     layers = [tensor for tensor in read_header(starter_path).tensors if tensor.name.startswith("blk.")]
     start, end = layers[0].offset, layers[-1].offset + layers[-1].nbytes
     times = fetched(hub, start, end) / (end - start)
-    assert 2 <= times < 2.1 + 3 * FIRST_BYTES / (end - start)  # the pass, and once by the nodes together
+    assert (
+        2 <= times < 2.1 + 3 * FIRST_BYTES / (end - start)
+    )  # read once, then fetched once by the nodes together
 
     [placement] = a.model("Small")["placements"]
     ranges = [tuple(stage["layers"]) for stage in placement["stages"]]
@@ -115,19 +117,19 @@ def test_a_model_of_the_hub_is_shared_fetched_once_and_outlives_hub_and_host(
     assert {hello(node, "Small") for node in others} == answers
 
 
-def test_a_model_is_shared_right_after_it_was_pulled(cluster: Cluster, starter_path: Path) -> None:
+def test_a_model_is_deployed_right_after_it_was_pulled(cluster: Cluster, starter_path: Path) -> None:
     a = next(node for node in cluster.nodes.values() if node.process.poll() is None)
     assert a.cordee("pull", starter_path, "--name", "just-now").returncode == 0
-    shared = a.cordee("deploy", "just-now", "--context", 300)
-    assert shared.returncode == 0, shared.stderr
+    deployed = a.cordee("deploy", "just-now", "--context", 300)
+    assert deployed.returncode == 0, deployed.stderr
     until(lambda: _host(a) != "")
-    assert hello(a, "just-now") == hello(a, "Small")  # one file under two names, wished differently
+    assert hello(a, "just-now") == hello(a, "Small")  # one file under two names, deployed differently
     assert a.cordee("undeploy", "just-now").returncode == 0
     assert a.cordee("rm", "just-now").returncode == 0
 
 
-class Told:
-    """An agent that knows some offers and wishes; what is wished of it is kept, a pass is an error."""
+class FakeAgent:
+    """An agent that knows some offers and deployments; it keeps what is deployed, and reads nothing."""
 
     def __init__(self, offers: list[Offer], deployments: list[Deployment]) -> None:
         self.services: dict[str, object] = {}
@@ -154,7 +156,7 @@ class Told:
         pass
 
 
-def test_no_pass_is_made_for_what_is_known_under_way_or_has_a_taken_name(
+def test_nothing_is_read_that_is_known_under_way_or_has_a_taken_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def files(source: str) -> list[HubFile]:
@@ -163,31 +165,31 @@ def test_no_pass_is_made_for_what_is_known_under_way_or_has_a_taken_name(
 
     monkeypatch.setattr(hub_source, "files", files)
     pulled = Offer("mine", shape_of("p"), 64, "o/Pulled-GGUF/file.gguf")
-    taken_back = Deployment("Old", shape_of("o"), 32, 2, 0, source="o/Old-GGUF/file.gguf")
-    agent = Told([pulled, Offer("Taken", shape_of("t"), 64)], [taken_back])
+    undeployed = Deployment("Old", shape_of("o"), 32, 2, 0, source="o/Old-GGUF/file.gguf")
+    agent = FakeAgent([pulled, Offer("Taken", shape_of("t"), 64)], [undeployed])
 
-    def share(model: str, **more) -> Deployed:
+    def deploy(model: str, **more) -> Deployed:
         return asyncio.run(Deployer(agent).deploy(Deploy(model, **more)))
 
-    assert share("o/Pulled-GGUF:Q8_0") == Deployed("mine")
-    assert share("o/Old-GGUF", context=16) == Deployed("Old")
-    assert share("Old") == Deployed("Old")
+    assert deploy("o/Pulled-GGUF:Q8_0") == Deployed("mine")
+    assert deploy("o/Old-GGUF", context=16) == Deployed("Old")
+    assert deploy("Old") == Deployed("Old")
     assert agent.deployed == [
         ("mine", "p", 64, SEQUENCES, 1, "o/Pulled-GGUF/file.gguf"),
         ("Old", "o", 16, 2, 1, "o/Old-GGUF/file.gguf"),
         ("Old", "o", 32, 2, 1, "o/Old-GGUF/file.gguf"),
     ]
     with pytest.raises(BadRequest, match="another model called Taken"):
-        share("x/Taken-GGUF")
-    assert share("o/Third-GGUF").reading.done_bytes == 5  # another node reads it
+        deploy("x/Taken-GGUF")
+    assert deploy("o/Third-GGUF").reading.done_bytes == 5  # another node reads it
     with pytest.raises(ModelNotFound, match="one of the hub"):
-        share("nothing")
+        deploy("nothing")
     with pytest.raises(ModelNotFound, match=r"still being read \(30 %\)"):
-        share("pulled")
+        deploy("pulled")
     assert len(agent.deployed) == 3
 
 
 def _host(node: Node) -> str:
-    """Who hosts the model, once it serves."""
+    """The node that hosts the model, once it serves; empty before."""
     model = node.model("Small")
     return model["placements"][0]["host"] if model["state"] == "serving" else ""

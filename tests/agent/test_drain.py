@@ -11,7 +11,7 @@ TOKENS_AFTER = 20  # that are wanted from the node that took over
 
 
 def host(node: Node) -> str:
-    """The node that answers now; none yet: nothing."""
+    """The node that hosts the model now; empty before one does."""
     serving = (each for each in node.model("starter")["placements"] if each["state"] == "serving")
     return next((each["host"] for each in serving), "")
 

@@ -32,7 +32,7 @@ def answer(path: Path) -> str:
 
 
 def stages(node: Node) -> list[dict]:
-    """Of the placement that serves the model; none yet: nothing."""
+    """The stages of the placement that serves the model; empty before it does."""
     placements = node.model("starter")["placements"]
     return next((each["stages"] for each in placements if each["state"] == "serving"), [])
 

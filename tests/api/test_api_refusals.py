@@ -2,7 +2,6 @@
 
 import http.client
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import api_reference
-
 from cordee.api import schemas
 from cordee.api.bodies import BODY_BYTES_MAX, decode
 from cordee.api.schemas import ChatRequest, CompletionRequest

@@ -1,4 +1,4 @@
-"""`cordee bench` on every engine: figures for people and for programs, within the model's limits."""
+"""`cordee bench` on both engines: figures for people and for programs, within the model's limits."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_figures_of_both_engines_as_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("hasty")
-def test_a_short_context_is_respected_and_said(tmp_path: Path) -> None:
+def test_a_short_context_leaves_cases_out_and_says_so(tmp_path: Path) -> None:
     make_ternary("llama", tmp_path / "short.gguf", context=20)
     result = bench(tmp_path / "short.gguf", "--threads", 1)
     cases = [line.split()[0] for line in result.stdout.splitlines()]
@@ -84,7 +84,9 @@ def test_memory_for_fewer_answers_measures_fewer(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.usefixtures("hasty")
-def test_energy_is_told_where_the_machine_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_energy_is_shown_where_the_machine_measures_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Meter:
         def watts(self) -> float:
             return 10.0

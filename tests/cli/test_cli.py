@@ -1,4 +1,4 @@
-"""The program as a user meets it: real processes, what they print where, and how they end."""
+"""The program as users see it: real processes, what they print where, and how they end."""
 
 import json
 import os
@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import cli_reference
-
 from cordee import __version__, errors
 from cordee.cli import doctor, output
+from cordee.cli.main import cordee as program
 from cordee.cli.main import exit_codes, subclasses
 from cordee.engine.llama.libllama import usable_cores
 from cordee.machine import hardware
@@ -38,11 +37,27 @@ def cordee(*arguments: str, home: Path, stdin: bytes | None = b"") -> subprocess
     )
 
 
-# What the program says about itself
+# What the program says of itself
 
 
 def test_the_reference_is_current() -> None:
     assert cli_reference.TARGET.read_text(encoding="utf-8") == cli_reference.reference(), "run `make docs`"
+
+
+@pytest.mark.parametrize(("old", "verb"), [("share", "deploy"), ("unshare", "undeploy")])
+def test_old_names_of_verbs_are_known_but_not_listed(home: Path, old: str, verb: str) -> None:
+    assert program.commands[old].callback is program.commands[verb].callback
+    helped = cordee(old, "--help", home=home).stdout.decode()
+    assert helped.startswith(f"Usage: cordee {old} ")
+    assert helped.partition("\n")[2] == cordee(verb, "--help", home=home).stdout.decode().partition("\n")[2]
+    listed = cordee("--help", home=home).stdout.decode().partition("Commands:")[2]
+    names = {line.split()[0] for line in listed.splitlines() if line.strip()}
+    assert verb in names
+    assert old not in names
+    reference = cli_reference.TARGET.read_text(encoding="utf-8")
+    assert f"## cordee {verb}\n" in reference
+    assert f"cordee {old}\n" not in reference
+    assert f"cordee {old} " not in reference
 
 
 def test_version(home: Path) -> None:
@@ -194,7 +209,7 @@ def test_the_starter_enters_an_empty_store_by_itself(home: Path) -> None:
     assert [model["name"] for model in json.loads(cordee("ls", "--json", home=home).stdout)] == ["starter"]
 
 
-def test_a_reader_that_goes_away_ends_it_quietly(starter_home: Path) -> None:
+def test_a_closed_pipe_ends_it_quietly(starter_home: Path) -> None:
     command = [
         *PROGRAM,
         "run",

@@ -1,4 +1,4 @@
-"""The demo as a user meets it: three nodes, a terminal, one of them felled while it answers."""
+"""The demo as users see it: three nodes and a terminal; a node is killed while it answers."""
 
 import os
 import re
@@ -23,7 +23,7 @@ CONTROLS = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 @pytest.fixture(scope="module")
 def demo_home(tmp_path_factory: pytest.TempPathFactory, starter_path: Path) -> Path:
-    """A state folder with the starter model; the nodes of the first demo stay in it for the others."""
+    """A state folder with the starter model. The folders of the first demo's nodes stay for the others."""
     home = tmp_path_factory.mktemp("demo")
     command = [*PROGRAM, "pull", str(starter_path), "--name", "starter"]
     subprocess.run(command, env=os.environ | {"CORDEE_HOME": str(home)}, check=True, capture_output=True)
@@ -31,7 +31,7 @@ def demo_home(tmp_path_factory: pytest.TempPathFactory, starter_path: Path) -> P
 
 
 def processes(home: Path) -> list[psutil.Process]:
-    """All that run with a state folder within `home`."""
+    """All processes whose state folder lies in `home`."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -43,7 +43,7 @@ def processes(home: Path) -> list[psutil.Process]:
 
 
 def asked(chat: Terminal, *, kill: bool) -> str:
-    """The answer to QUESTION in a new conversation, without what is said of nodes and without spaces."""
+    """The answer to QUESTION in a new conversation, without notes about nodes and without white space."""
     chat.type("/reset\n")
     chat.until("forgotten")
     chat.until("> ")
@@ -61,19 +61,19 @@ def asked(chat: Terminal, *, kill: bool) -> str:
         shown += chat.until("the answer goes on (").removesuffix("the answer goes on (")
         chat.until(" s)")
     shown += chat.until("\r\n> ").removesuffix("> ")
-    chat.shown = "> " + chat.shown  # as it stands there
+    chat.shown = "> " + chat.shown  # put back
     chat.until("> ")
     text = re.sub(r"node [bc] is back", "", CONTROLS.sub("", shown))
     return re.sub(r"\s", "", text)
 
 
-def test_an_answer_goes_on_when_a_node_is_felled_in_its_middle(demo_home: Path) -> None:
+def test_an_answer_goes_on_when_a_node_is_killed_in_its_middle(demo_home: Path) -> None:
     chat = Terminal("demo", *OPTIONS, home=demo_home)
     table = chat.until("> ")
     assert table.count("alive") == 3
-    parts = sorted(map(int, re.findall(r" (\d+)-\d+ ", table)))
-    assert parts[0] == 0, "somebody holds the first layers"
-    assert len(parts) > 1, "and somebody else the others"
+    firsts = sorted(map(int, re.findall(r" (\d+)-\d+ ", table)))
+    assert firsts[0] == 0, "a node has the first layers"
+    assert len(firsts) > 1, "and another node the others"
     undisturbed = asked(chat, kill=False)
     assert len(undisturbed) > 200
     assert asked(chat, kill=True) == undisturbed
@@ -119,7 +119,7 @@ def test_no_process_outlives_the_demo(demo_home: Path, running: subprocess.Popen
         running.kill()
     else:
         program.send_signal(signal.Signals[how])
-        if how == "SIGINT":  # it only leaves a line; the end of its input ends it
+        if how == "SIGINT":  # it only ends a line; the end of its input ends the demo
             running.stdin.close()
     ends = time.monotonic() + SECONDS
     while rest := processes(demo_home):
@@ -128,7 +128,7 @@ def test_no_process_outlives_the_demo(demo_home: Path, running: subprocess.Popen
 
 
 @pytest.mark.long
-def test_damaged_folders_of_before_are_made_anew(demo_home: Path) -> None:
+def test_damaged_folders_of_the_last_demo_are_replaced(demo_home: Path) -> None:
     environment = os.environ | {"CORDEE_HOME": str(demo_home)}
     command = [*PROGRAM, "demo", "--max-tokens", "4"]
     for _ in range(2):
@@ -140,7 +140,7 @@ def test_damaged_folders_of_before_are_made_anew(demo_home: Path) -> None:
         (demo_home / "demo" / "b" / "cluster" / "node.pem").write_text("nonsense")
 
 
-def test_memory_that_a_node_lends_is_a_size() -> None:
+def test_the_memory_of_a_node_is_given_as_a_size() -> None:
     size = Size()
     assert size.convert("16GB", None, None) == 16_000_000_000
     assert size.convert("1.5 MiB", None, None) == 3 << 19

@@ -1,4 +1,4 @@
-"""`cordee plan`: large models on described machines, asked on a laptop; this machine alone; plain errors."""
+"""`cordee plan`: large models on machines of a file, this machine alone, and plain errors."""
 
 import json
 import platform
@@ -71,7 +71,7 @@ def test_gpt_oss_120b_on_four_pcs_with_a_24_gb_card_from_its_header_alone(home, 
     assert 60 < found["tokens_per_second"] < 300
 
 
-def test_three_of_them_are_too_tight(home, nodes):
+def test_three_of_them_have_too_little_memory_on_their_cards(home, nodes):
     three = nodes(OFFICE.replace("count = 4", "count = 3"))
     done = run("gpt-oss-120b", "--nodes", three, "--context", 1024, "--sequences", 1)
     assert done.exit_code == 0
@@ -94,15 +94,15 @@ def test_apertus_70b_on_the_same_machines(home, tmp_path, nodes):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_card_says_what_the_header_says(home, tmp_path, nodes, name):
     header = read_header(write_header(name, tmp_path / "m.gguf"), weights=False)
-    told, real = card_shape(cards()[name]), model_shape(header, name)
-    assert (told.layers, told.n_embd, told.n_vocab) == (real.layers, real.n_embd, real.n_vocab)
-    assert (told.windowed, told.cuttable, told.cell_bytes) == (real.windowed, True, real.cell_bytes)
+    card, real = card_shape(cards()[name]), model_shape(header, name)
+    assert (card.layers, card.n_embd, card.n_vocab) == (real.layers, real.n_embd, real.n_vocab)
+    assert (card.windowed, card.cuttable, card.cell_bytes) == (real.windowed, True, real.cell_bytes)
     for size in ("layer_bytes", "active_bytes"):
-        assert sum(getattr(told, size)) == pytest.approx(sum(getattr(real, size)), rel=1e-6)
-    assert told.row_floats == real.row_floats
-    assert told.whole_extra_bytes == pytest.approx(real.whole_extra_bytes, rel=1e-3)
-    assert told.last_extra_bytes == real.last_extra_bytes
-    assert told.active_head_bytes == real.active_head_bytes
+        assert sum(getattr(card, size)) == pytest.approx(sum(getattr(real, size)), rel=1e-6)
+    assert card.row_floats == real.row_floats
+    assert card.whole_extra_bytes == pytest.approx(real.whole_extra_bytes, rel=1e-3)
+    assert card.last_extra_bytes == real.last_extra_bytes
+    assert card.active_head_bytes == real.active_head_bytes
     asked = ("--nodes", nodes(OFFICE), "--context", 2048)
     stages = [len(planned(model, *asked)["stages"]) for model in (name, tmp_path / "m.gguf")]
     assert stages[0] == stages[1]
@@ -113,7 +113,7 @@ def test_the_table_is_for_people(home, nodes):
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
     assert lines[0] == "Model: gpt-oss-120b: 36 layers, 63.4 GB"
-    assert lines[1] == "Asked: 8 answers at the same time, of 4096 tokens each"
+    assert lines[1] == "Asked: 8 answers at a time, of 4096 tokens each"
     assert lines[2] == "Fit:   It fits in 4 stages: it needs 67.0 GB of memory in all."
     assert lines[3].startswith("Speed: about ")
     assert any(line.split()[:5] == ["0-8", "office-1", "RTX", "4090", "15.5"] for line in lines)
@@ -154,7 +154,7 @@ def test_a_stored_model_on_this_machine_alone(home, starter_path):
     ]
 
 
-def test_what_this_machine_says_of_itself():
+def test_the_devices_of_this_machine():
     devices = own_devices()
     assert len({one.name for one in devices}) == len(devices) > 0
     for one in devices:
@@ -182,7 +182,7 @@ def test_a_context_that_the_model_was_not_made_for(home, nodes):
     assert "at most 65536 tokens, not 65537" in done.stderr
 
 
-def test_a_header_that_ends_too_early_is_told(home, tmp_path, nodes):
+def test_a_header_that_ends_too_early_is_an_error(home, tmp_path, nodes):
     header = write_header("gpt-oss-20b", tmp_path / "m.gguf")
     header.write_bytes(header.read_bytes()[:-1])
     done = run(header, "--nodes", nodes(OFFICE))

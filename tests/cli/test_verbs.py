@@ -1,4 +1,4 @@
-"""The verbs of a cluster as people use them: real nodes on this machine, the starter model cut over two."""
+"""The verbs of a cluster as people use them: real nodes on this machine, the starter model on two of them."""
 
 import json
 import signal
@@ -27,7 +27,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, starter_path: Path) -> Ite
 
 @pytest.fixture
 def nodes(cluster: Cluster) -> list[Node]:
-    """All three, the starter model served."""
+    """All three; the cluster serves the starter model."""
     found = list(cluster.nodes.values())
     found[1].do("deploy", "starter", *SERVED)
     until(lambda: all(serves(node) for node in found))
@@ -72,9 +72,9 @@ def test_a_model_that_fits_no_node_is_answered_through_each(nodes: list[Node]) -
     assert "serves" in [change["text"] for change in told["changes"]]
 
 
-def test_it_is_tried_out_whether_an_answer_holds_token_for_token(nodes: list[Node]) -> None:
+def test_status_says_whether_an_answer_keeps_its_tokens_when_a_machine_fails(nodes: list[Node]) -> None:
     until(lambda: nodes[1].model("starter")["placements"][0]["batch_invariant"] is not None)
-    assert "if a machine falls, an answer holds token for token" in nodes[1].do("status")
+    assert "if a machine fails, an answer goes on with the very same tokens" in nodes[1].do("status")
     assert hello(nodes[2]) == hello(nodes[0])
 
 
@@ -88,7 +88,7 @@ def test_ps_shows_the_stages_of_this_machine(nodes: list[Node]) -> None:
 
 
 def test_run_is_answered_by_the_cluster(nodes: list[Node]) -> None:
-    assert nodes[1].told("ls") == []  # nothing that it could load itself
+    assert nodes[1].told("ls") == []  # it has no model of its own
     told = nodes[1].do("run", "starter", "Say hello.", "--max-tokens", 8, "--temperature", 0)
     assert told.strip() == hello(nodes[0]).strip()
 
@@ -102,7 +102,7 @@ def test_plan_is_for_the_cluster_as_it_is(nodes: list[Node]) -> None:
     assert "the machines have 0.4 GB" in refused.stderr  # beside what runs
 
 
-def test_no_model_is_shared_for_more_than_it_was_made_for(nodes: list[Node]) -> None:
+def test_no_model_is_deployed_for_more_than_it_was_made_for(nodes: list[Node]) -> None:
     refused = nodes[2].cordee("deploy", "starter", "--context", 8193)
     assert (refused.returncode, "at most 8192 tokens" in refused.stderr) == (2, True)
     assert nodes[2].model("starter")["context"] == 1024
@@ -116,6 +116,13 @@ def test_status_says_why_a_model_runs_nowhere(nodes: list[Node]) -> None:
     nodes[0].do("undeploy", "starter")
     until(lambda: not nodes[2].model("starter")["deployed"])
     assert nodes[0].cordee("undeploy", "starter").returncode == 3
+
+
+def test_the_old_names_of_deploy_and_undeploy_still_work(nodes: list[Node]) -> None:
+    nodes[0].do("unshare", "starter")
+    until(lambda: not nodes[2].model("starter")["deployed"])
+    nodes[0].do("share", "starter", *SERVED)
+    until(lambda: nodes[2].model("starter")["deployed"])
 
 
 def test_a_watched_verb_goes_on_until_ctrl_c(cluster: Cluster) -> None:
@@ -156,7 +163,7 @@ def test_a_code_with_a_slip_joins_nothing(tmp_path: Path) -> None:
 
 
 def test_a_drained_node_gives_its_stages_away(nodes: list[Node]) -> None:
-    """What fits nowhere else stays, and is told."""
+    """What fits on no other node stays, and the verb says so."""
     before = hello(nodes[0])
     ids = [node.id for node in nodes]
     leaving = nodes[ids.index(stages(nodes[0])[1]["node"])]
@@ -166,7 +173,7 @@ def test_a_drained_node_gives_its_stages_away(nodes: list[Node]) -> None:
     staying = nodes[ids.index(stages(nodes[0])[1]["node"])]
     stuck = staying.cordee("drain")
     assert stuck.returncode == 6
-    assert "Nowhere else to go for layers" in stuck.stderr
+    assert "No other node can take layers" in stuck.stderr
     for node in (leaving, staying):
         node.do("drain", "--off")
     assert not any(node["draining"] for node in staying.told("nodes")["nodes"] if node["self"])

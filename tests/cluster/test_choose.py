@@ -159,7 +159,7 @@ def deployment(name: str, layers: int = 4, replicas: int = 1) -> Deployment:
     return Deployment(name, shape_of(name, layers), CONTEXT, SEQUENCES, replicas)
 
 
-def test_a_new_wish_never_takes_the_memory_of_a_model_that_serves() -> None:
+def test_a_new_deployment_never_takes_the_memory_of_a_model_that_serves() -> None:
     serving = running(placed(("a", 0, 4), model="z"))["a"]
     view = view_of(facts_of("a", 4, stages=serving), deployments=[deployment("b"), deployment("z")])
     assert chosen(view, "b") == ()
@@ -189,7 +189,7 @@ def test_two_names_of_one_model_share_its_placement() -> None:
     assert chosen(view, "nick") == chosen(view, "name") != ()
 
 
-def test_a_wish_with_a_wrong_shape_spoils_no_other() -> None:
+def test_a_deployment_with_a_wrong_shape_spoils_no_other() -> None:
     wrong = Deployment(
         "a", msgspec.structs.replace(shape_of("x", 6), digest="m"), CONTEXT, SEQUENCES, stamp=2e9
     )
@@ -206,7 +206,7 @@ def test_draining_nodes_get_nothing_new_even_if_nothing_else_is_possible() -> No
         assert [choice.placement for choice in chosen(view_of(a, b))] == expected
 
 
-def test_wishes_taken_back_are_not_chosen() -> None:
+def test_models_that_were_undeployed_are_not_chosen() -> None:
     assert choose(view_of(facts_of("a"), deployments=[deployment("m", replicas=0)]), Simple()) == {}
 
 
@@ -216,7 +216,7 @@ def test_classes_of_speed_are_as_wide_as_a_clear_gain() -> None:
     assert speed_class(float("nan")) == speed_class(0.0) == speed_class(float("inf")) < speed_class(1e-9)
 
 
-def test_a_model_that_may_not_be_cut_is_not_run_in_parts() -> None:
+def test_a_model_that_may_not_be_cut_is_not_run_in_slices() -> None:
     whole = msgspec.structs.replace(shape_of(), cuttable=False)
     assert covers(whole, ALL)
     assert not covers(whole, HALVES)

@@ -1,4 +1,4 @@
-"""Wishes: whatever stamps faults wrote, all nodes come to hold the same, and who wishes later is heard."""
+"""Deployments: whatever stamps faults wrote, all nodes come to hold the same, and the last one counts."""
 
 import math
 from random import Random
@@ -50,7 +50,9 @@ def gossip(nodes: list[Deployments], clocks: list[float], random: Random) -> Non
 
 
 @given(st.lists(maps, min_size=2, max_size=4), st.randoms(use_true_random=False))
-def test_arbitrary_maps_converge_and_the_next_wish_wins(held: list[list[Deployment]], random: Random) -> None:
+def test_arbitrary_maps_converge_and_the_next_deployment_wins(
+    held: list[list[Deployment]], random: Random
+) -> None:
     nodes = [Deployments(held_here) for held_here in held]
     clocks = [NOW + random.uniform(-1, 1) for _ in nodes]
     gossip(nodes, clocks, random)
@@ -88,13 +90,13 @@ def test_a_machine_back_from_the_dead_with_a_future_stamp_undoes_nothing() -> No
     assert cluster.all[0].context == 2
 
 
-def test_a_future_stamp_is_better_than_no_wish_at_all() -> None:
+def test_a_future_stamp_is_better_than_no_deployment_at_all() -> None:
     node = Deployments([Deployment("a", None, 1, 1, stamp=NOW + DAY)])
     node.settle(NOW)
     assert [deployment.stamp for deployment in node.all] == [0.0]
 
 
-def test_of_two_wishes_in_the_same_instant_the_second_counts() -> None:
+def test_of_two_deployments_in_the_same_instant_the_second_counts() -> None:
     node, other = Deployments(), Deployments()
     node.write(Deployment("a", None, 1, 1), NOW)
     other.merge(node.all, NOW)

@@ -1,4 +1,4 @@
-"""Goals: each node's part of what was chosen, and the crew that carries it out."""
+"""Goals: each node's share of what was chosen; and the reconciler, which says how to get there."""
 
 import msgspec
 
@@ -12,11 +12,10 @@ from clusters import (
     view_of,
 )
 from cordee.cluster.choose import choose
-from cordee.cluster.facts import SliceHeld, StageReport, wiring_id
+from cordee.cluster.facts import KvSource, SliceHeld, StageReport, wiring_id
 from cordee.cluster.goals import (
     DISK_RESERVE_BYTES,
     Goals,
-    KvSource,
     SliceGoal,
     StageGoal,
     StageSpec,
@@ -101,8 +100,8 @@ def test_workers_of_a_lost_placement_are_kept_until_another_serves_if_memory_all
 
 def test_workers_of_a_lost_placement_are_kept_where_nothing_else_is_possible() -> None:
     assert goals_of(view_of(facts_of("a", 2, stages=running(HALVES)["a"])), "a").keep == {"w0a"}
-    unwished = view_of(facts_of("a", 2, stages=running(HALVES)["a"]), deployments=[])
-    assert goals_of(unwished, "a").keep == frozenset()
+    undeployed = view_of(facts_of("a", 2, stages=running(HALVES)["a"]), deployments=[])
+    assert goals_of(undeployed, "a").keep == frozenset()
 
 
 def test_each_slice_of_what_serves_is_kept_twice_by_one_other_node() -> None:
@@ -140,17 +139,17 @@ def test_a_copy_that_lies_somewhere_stays_and_full_disks_get_none() -> None:
         assert goals_of(view, "b").slices == expected
 
 
-# The crew.
+# The reconciler.
 
 GOAL = StageGoal(HALVES, 0)
-LOAD = spec_of(HALVES, 0)
+SPEC = spec_of(HALVES, 0)
 
 
 def steps(
     reconciler: Reconciler, *stages: StageGoal, keep: str = "", now: float = 0.0, held: bool = True
 ) -> Actions:
     return step(
-        reconciler, Goals(stages=stages, keep=frozenset(keep.split()), slices=(LOAD.slice,)), {}, now, held
+        reconciler, Goals(stages=stages, keep=frozenset(keep.split()), slices=(SPEC.slice,)), {}, now, held
     )
 
 
@@ -165,9 +164,9 @@ def step(
 
 
 def worker(
-    name: str = "w", state: str = "loaded", load: StageSpec = LOAD, **more: object
+    name: str = "w", state: str = "loaded", spec: StageSpec = SPEC, **more: object
 ) -> dict[str, WorkerStatus]:
-    return {name: WorkerStatus(name, load, state, "a/1", **more)}  # type: ignore[arg-type]
+    return {name: WorkerStatus(name, spec, state, "a/1", **more)}  # type: ignore[arg-type]
 
 
 def only(*stages: StageGoal, keep: str = "") -> Goals:
@@ -177,15 +176,15 @@ def only(*stages: StageGoal, keep: str = "") -> Goals:
 def test_a_stage_is_fetched_started_and_wired() -> None:
     reconciler = Reconciler()
     fetching = steps(reconciler, GOAL, held=False)
-    assert (fetching.fetch, fetching.start) == ((LOAD.slice,), ())
+    assert (fetching.fetch, fetching.start) == ((SPEC.slice,), ())
     assert [report.state for report in fetching.reports] == ["fetching"]
     starting = steps(reconciler, GOAL)
-    assert (starting.fetch, starting.start) == ((), (LOAD,))
+    assert (starting.fetch, starting.start) == ((), (SPEC,))
     assert [report.state for report in starting.reports] == ["loading"]
     assert step(reconciler, only(GOAL), worker(state="loading")).start == ()
     wanted = only(StageGoal(HALVES, 0, "W", "b/1"))
-    (order,) = step(reconciler, wanted, worker()).wire
-    assert (order.worker, order.goal.wiring, order.goal.downstream) == ("w", "W", "b/1")
+    (action,) = step(reconciler, wanted, worker()).wire
+    assert (action.worker, action.goal.wiring, action.goal.downstream) == ("w", "W", "b/1")
     done = step(reconciler, wanted, worker(state="wired", wiring="W", wirings=frozenset("W")))
     assert (done.wire, done.rename) == ((), ())
     assert (done.reports[0].state, done.reports[0].wiring) == ("wired", "W")
@@ -213,7 +212,7 @@ def test_two_stages_alike_need_two_workers() -> None:
     successor = StageGoal(placed(("a", 0, 2), ("c", 2, 4)), 0)
     step(reconciler, only(GOAL), worker())
     actions = step(reconciler, only(successor, GOAL), worker())
-    assert actions.start == (LOAD,)
+    assert actions.start == (SPEC,)
     assert [(report.placement, report.worker) for report in actions.reports] == [
         (successor.placement, ""),
         (HALVES, "w"),
@@ -221,13 +220,13 @@ def test_two_stages_alike_need_two_workers() -> None:
 
 
 def test_what_is_to_be_stopped_is_gone_before_its_device_is_used_again() -> None:
-    old = worker("old", load=LOAD._replace(first=1))
+    old = worker("old", spec=SPEC._replace(first=1))
     busy = step(Reconciler(), only(GOAL), old)
     assert (busy.stop, busy.start) == (("old",), ())
-    elsewhere = worker("old", load=LOAD._replace(first=1, device="gpu"))
-    assert step(Reconciler(), only(GOAL), elsewhere).start == (LOAD,)
+    elsewhere = worker("old", spec=SPEC._replace(first=1, device="gpu"))
+    assert step(Reconciler(), only(GOAL), elsewhere).start == (SPEC,)
     kept = step(Reconciler(), only(GOAL, keep="old"), old)
-    assert (kept.stop, kept.start) == ((), (LOAD,))
+    assert (kept.stop, kept.start) == ((), (SPEC,))
 
 
 def test_kept_workers_are_still_reported_as_what_they_were() -> None:
@@ -248,23 +247,23 @@ def test_a_kept_worker_that_holds_what_a_new_placement_needs_is_taken_over() -> 
 
 def test_a_failure_is_reported_for_a_while_even_if_the_stage_is_wanted_no_more() -> None:
     reconciler = Reconciler()
-    reconciler.failed(LOAD, "the disk is full", 10.0)
+    reconciler.failed(SPEC, "the disk is full", 10.0)
     for wanted in (only(GOAL), only()):
         actions = step(reconciler, wanted, {}, 11.0)
         assert actions.start == ()
         assert [(r.state, r.detail, r.placement) for r in actions.reports] == [
             ("failed", "the disk is full", HALVES)
         ]
-    assert step(reconciler, only(GOAL), {}, 10 + FAILED_SECONDS).start == (LOAD,)
+    assert step(reconciler, only(GOAL), {}, 10 + FAILED_SECONDS).start == (SPEC,)
 
 
-def test_what_the_crew_remembers_wrongly_is_mended() -> None:
+def test_what_the_reconciler_remembers_wrongly_is_mended() -> None:
     reconciler = Reconciler()
-    reconciler.failed(LOAD, "corrupted", 1e30)
+    reconciler.failed(SPEC, "corrupted", 1e30)
     reconciler._assignments = {"w": (HALVES, 7), "x": (HALVES, 0)}
     actions = step(reconciler, only(GOAL), worker(), 5.0)
     assert [report.worker for report in actions.reports] == ["w"]
-    wrong = worker("v", load=LOAD._replace(first=1))
+    wrong = worker("v", spec=SPEC._replace(first=1))
     reconciler._assignments = {"v": (HALVES, 0)}
     actions = step(reconciler, only(GOAL), wrong, 5.0)
     assert (actions.stop, [report.worker for report in actions.reports]) == (("v",), [""])

@@ -1,4 +1,4 @@
-"""What is told of placements that changed: what, and why."""
+"""What people are told about placements that changed: what, and why."""
 
 import msgspec
 import pytest
@@ -33,7 +33,7 @@ def texts(*steps: tuple[dict, Nodes]) -> list[str]:
     return [change.text for change in history.changes]
 
 
-def test_from_wish_to_end() -> None:
+def test_from_deploy_to_undeploy() -> None:
     told = texts(
         ({"m": []}, nodes()), ({"m": [pick(wiring="")]}, nodes()), ({"m": [pick()]}, nodes()), ({}, nodes())
     )
@@ -47,11 +47,11 @@ FAILED = StageReport(BOTH, 0, "failed", detail="its disk is full")
     ("now", "why"),
     [
         ({"state": "gone"}, "a is gone"),
-        ({"state": "suspect"}, "a is silent"),
+        ({"state": "suspect"}, "a is not heard from"),
         ({"draining": True}, "a is being drained"),
         ({"stages": (FAILED,)}, "a cannot run its stage: its disk is full"),
         ({"stages": (StageReport(BOTH, 0, "loading"),)}, "a lost its stage"),
-        ({}, "better"),
+        ({}, "a better placement"),
     ],
 )
 def test_why_a_model_moved(now: dict, why: str) -> None:
@@ -59,13 +59,13 @@ def test_why_a_model_moved(now: dict, why: str) -> None:
     assert told[2:] == [f"placed: layers 0-3 on b ({why})"]
 
 
-def test_why_a_model_that_is_wished_otherwise_moved_or_runs_nowhere() -> None:
+def test_why_a_model_with_other_options_moved_or_runs_nowhere() -> None:
     longer = placed(("b", 0, 4), context=128)
     told = texts(({"m": [pick()]}, nodes()), ({"m": [pick(longer)]}, nodes()), ({"m": []}, nodes()))
     assert told[2:] == [
-        "placed: layers 0-3 on b (deployed otherwise)",
+        "placed: layers 0-3 on b (deployed with other options)",
         "serves",
-        "without a placement: what is deployed fits nowhere",
+        "runs nowhere: no machines have room for it",
     ]
 
 
@@ -89,4 +89,4 @@ def test_it_is_bounded_and_silent_while_nothing_changes() -> None:
 def test_nodes_that_nobody_remembers_are_told_by_their_id() -> None:
     known: dict[str, tuple[str, Facts]] = {"b": ("alive", facts_of("b"))}
     told = texts(({"m": [pick()]}, nodes()), ({"m": []}, known))
-    assert told[-1] == "without a placement: a is gone"
+    assert told[-1] == "runs nowhere: a is gone"

@@ -48,7 +48,7 @@ def test_a_silent_node_is_suspected_then_gone_then_forgotten() -> None:
     assert membership.facts(gone + FORGET_SECONDS) == {}
 
 
-def test_who_says_farewell_is_gone_at_once_and_back_with_its_next_start() -> None:
+def test_a_node_that_says_farewell_is_gone_at_once_and_back_with_its_next_start() -> None:
     membership = heard((heartbeat(sent=1), 10.0), (farewell("stops", sent=2), 11.0))
     assert membership.liveness("b", 11.0) == "gone"
     assert "b" in membership.facts(11.0)
@@ -59,7 +59,7 @@ def test_who_says_farewell_is_gone_at_once_and_back_with_its_next_start() -> Non
     assert membership.liveness("b", 11.3) == "alive"
 
 
-def test_who_leaves_for_good_is_not_shown_any_more() -> None:
+def test_a_node_that_leaves_for_good_is_not_shown_any_more() -> None:
     membership = heard(
         (heartbeat(sent=1), 10.0), (farewell("leaves", sent=2), 11.0), (heartbeat(sent=1.5), 11.1)
     )
@@ -74,7 +74,7 @@ def farewell(kind: str, sent: float) -> Heartbeat:
     return msgspec.structs.replace(heartbeat(sent=sent), farewell=kind)
 
 
-def test_a_lost_token_is_a_suspicion_that_a_beat_or_the_token_clears() -> None:
+def test_a_lost_token_is_a_suspicion_that_a_heartbeat_or_the_token_clears() -> None:
     membership = heard((heartbeat(sent=1), 10.0))
     membership.liveliness("b", False, 10.5)
     assert membership.liveness("b", 10.6) == "suspect"
@@ -94,14 +94,14 @@ def test_nodes_never_heard_are_gone_and_their_tokens_mean_nothing() -> None:
     assert membership.liveness("a", 1.0) == "alive"
 
 
-def test_late_and_doubled_beats_change_nothing() -> None:
+def test_late_and_doubled_heartbeats_change_nothing() -> None:
     membership = heard((heartbeat(sent=2, name="new"), 10.0))
     assert not membership.hear(heartbeat(sent=1, name="old"), 10.1)
     assert not membership.hear(heartbeat(sent=2, name="new"), 10.2)
     assert membership.facts(10.2)["b"][1].name == "new"
 
 
-def test_a_late_beat_of_the_session_before_does_not_undo_a_restart() -> None:
+def test_a_late_heartbeat_of_the_session_before_does_not_undo_a_restart() -> None:
     membership = heard(
         (heartbeat(sent=500, session="first"), 10.0), (heartbeat(sent=1, session="second", name="2"), 11.0)
     )
@@ -109,11 +109,11 @@ def test_a_late_beat_of_the_session_before_does_not_undo_a_restart() -> None:
     assert membership.facts(11.5)["b"][1].name == "2"
 
 
-def test_our_own_beat_is_not_heard() -> None:
+def test_our_own_heartbeat_is_not_heard() -> None:
     assert not Membership("a").hear(heartbeat("a"), 1.0)
 
 
-def test_a_beat_that_says_the_same_changes_nothing_but_keeps_the_node_alive() -> None:
+def test_a_heartbeat_that_says_the_same_changes_nothing_but_keeps_the_node_alive() -> None:
     membership = heard((heartbeat(sent=1), 10.0))
     assert not membership.hear(heartbeat(sent=2), 13.0)
     assert membership.liveness("b", 13 + SILENCE_SECONDS - 0.1) == "alive"
@@ -164,6 +164,6 @@ def test_only_so_many_nodes_are_known() -> None:
     assert sorted(membership.facts(0.0)) == [f"n{index:04}" for index in range(5, NODES_MAX + 5)]
 
 
-def test_a_beat_travels_as_msgpack() -> None:
+def test_a_heartbeat_travels_as_msgpack() -> None:
     said = heartbeat("b", 1.5, "session", 2.5)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(said), type=Heartbeat) == said

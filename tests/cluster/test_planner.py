@@ -16,7 +16,7 @@ from cordee.cluster.search import BEAM_WIDTH, CPU_STAGE_TIME, FETCH_TIME, VISITS
 from cordee.cluster.speed import coarse, token_time
 from plans import GB, GBIT, device, machine, made_shape, named, slices
 
-LOAD = Demand(context=4096, sequences=2)
+DEMAND = Demand(context=4096, sequences=2)
 NAMES = ("ada", "bob", "cyd")
 
 
@@ -80,7 +80,7 @@ def every_placement(shape: ModelShape, nodes: Mapping[str, Facts]):
                 if list(bounds) == sorted(set(bounds)) and fits(shape, chosen, bounds):
                     yield Placement(
                         shape.digest,
-                        *LOAD,
+                        *DEMAND,
                         tuple(
                             StagePlace(node, one.name, bounds[i], bounds[i + 1])
                             for i, (node, one) in enumerate(chosen)
@@ -91,7 +91,7 @@ def every_placement(shape: ModelShape, nodes: Mapping[str, Facts]):
 def fits(shape: ModelShape, chosen, bounds: tuple[int, ...]) -> bool:
     return all(
         shape.allows(bounds[i], bounds[i + 1])
-        and needed_bytes(shape, LOAD, bounds[i], bounds[i + 1]) <= one.memory_bytes
+        and needed_bytes(shape, DEMAND, bounds[i], bounds[i + 1]) <= one.memory_bytes
         for i, (_, one) in enumerate(chosen)
     )
 
@@ -102,7 +102,7 @@ def fits(shape: ModelShape, chosen, bounds: tuple[int, ...]) -> bool:
 def test_no_placement_is_better_than_the_plan(beam_width, shape, nodes):
     best = min((cost(shape, one, nodes) for one in every_placement(shape, nodes)), default=None)
     with patch("cordee.cluster.search.BEAM_WIDTH", beam_width):
-        found = plan(shape, nodes, LOAD)
+        found = plan(shape, nodes, DEMAND)
     if best is None:
         assert found.placement is None
         assert found.why.endswith((".", "it fits."))
@@ -110,7 +110,7 @@ def test_no_placement_is_better_than_the_plan(beam_width, shape, nodes):
         assert cost(shape, found.placement, nodes) == best
 
 
-def check(shape: ModelShape, nodes: Mapping[str, Facts], load: Demand, found: Plan) -> None:
+def check(shape: ModelShape, nodes: Mapping[str, Facts], demand: Demand, found: Plan) -> None:
     """A plan covers all layers once, on devices that are there, not drained, and have the room."""
     stages = found.placement.stages
     assert [stage.first for stage in stages] == [0, *(stage.last for stage in stages[:-1])]
@@ -118,7 +118,7 @@ def check(shape: ModelShape, nodes: Mapping[str, Facts], load: Demand, found: Pl
     assert len({(stage.node, stage.device) for stage in stages}) == len(stages)
     for stage, told in zip(stages, found.stages, strict=True):
         one = next(one for one in nodes[stage.node].devices if one.name == stage.device)
-        needed = needed_bytes(shape, load, stage.first, stage.last)
+        needed = needed_bytes(shape, demand, stage.first, stage.last)
         assert shape.allows(stage.first, stage.last)
         assert needed == told.needed_bytes <= told.available_bytes == one.memory_bytes
         assert not nodes[stage.node].draining
@@ -143,33 +143,33 @@ def big_clusters(draw) -> dict[str, Facts]:
 @settings(max_examples=60)
 @given(big_shapes, big_clusters(), st.randoms(use_true_random=False))
 def test_a_plan_is_sound_and_does_not_depend_on_the_order(shape, nodes, random):
-    found = plan(shape, nodes, LOAD)
+    found = plan(shape, nodes, DEMAND)
     if found.placement:
-        check(shape, nodes, LOAD, found)
+        check(shape, nodes, DEMAND, found)
     shuffled = list(nodes.items())
     random.shuffle(shuffled)
-    assert plan(shape, dict(shuffled), LOAD) == found
-    assert Planner().plan(shape, *LOAD, [facts for _, facts in shuffled]) == found.placement
+    assert plan(shape, dict(shuffled), DEMAND) == found
+    assert Planner().plan(shape, *DEMAND, [facts for _, facts in shuffled]) == found.placement
 
 
 @settings(max_examples=60)
 @given(big_shapes, big_clusters(), st.data())
 def test_a_machine_that_is_not_used_might_as_well_not_be_there(shape, nodes, data):
-    found = plan(shape, nodes, LOAD)
+    found = plan(shape, nodes, DEMAND)
     used = {stage.node for stage in found.stages}
     idle = sorted(set(nodes) - used)
     if idle and found.placement:
         gone = data.draw(st.sampled_from(idle))
         left = {name: facts for name, facts in nodes.items() if name != gone}
-        assert plan(shape, left, LOAD).placement == found.placement
+        assert plan(shape, left, DEMAND).placement == found.placement
 
 
 @settings(max_examples=60)
 @given(big_shapes, big_clusters(), st.integers(1, 24), st.sampled_from([5, 50, 900]))
 def test_one_more_machine_never_makes_it_slower(shape, nodes, memory, speed):
-    before = plan(shape, nodes, LOAD)
+    before = plan(shape, nodes, DEMAND)
     more = nodes | named(machine("another", device(memory, speed, "gpu")))
-    assert plan(shape, more, LOAD).tokens_per_second >= before.tokens_per_second * (1 - 1e-5)
+    assert plan(shape, more, DEMAND).tokens_per_second >= before.tokens_per_second * (1 - 1e-5)
 
 
 def layers_of(found: Plan) -> list[tuple[str, int, int]]:
@@ -182,16 +182,16 @@ def whys(found: Plan) -> dict[str, str]:
 
 def test_one_machine_that_holds_all_is_best_alone():
     nodes = named(*(machine(name, device(20, 100)) for name in NAMES))
-    found = plan(made_shape(), nodes, LOAD)
+    found = plan(made_shape(), nodes, DEMAND)
     assert layers_of(found) == [("ada", 0, 12)]
     assert whys(found)["ada"] == "layers 0-11 on GPU"
     assert whys(found)["bob"].startswith("not needed: one more stage would add about ")
     assert found.why.startswith("It fits on ada: it needs 13.")
 
 
-def test_equal_machines_get_equal_parts():
+def test_equal_machines_get_equal_slices():
     nodes = named(*(machine(name, device(6, 100)) for name in NAMES))
-    assert layers_of(plan(made_shape(), nodes, LOAD)) == [("ada", 0, 4), ("bob", 4, 8), ("cyd", 8, 12)]
+    assert layers_of(plan(made_shape(), nodes, DEMAND)) == [("ada", 0, 4), ("bob", 4, 8), ("cyd", 8, 12)]
 
 
 def test_the_fastest_machines_get_what_they_can_hold_and_a_slow_one_is_left_out():
@@ -200,19 +200,19 @@ def test_the_fastest_machines_get_what_they_can_hold_and_a_slow_one_is_left_out(
         machine("mid", device(9, 50)),
         machine("fast", device(9, 500)),
     )
-    found = plan(made_shape(), nodes, LOAD)
+    found = plan(made_shape(), nodes, DEMAND)
     assert layers_of(found) == [("mid", 0, 4), ("fast", 4, 12)]  # the head is read by the faster one, too
-    assert whys(found)["slow"] == "slower: it reads 5.0 GB/s, all that are in at least 50.0 GB/s"
+    assert whys(found)["slow"] == "slower: it reads 5.0 GB/s, and those that are used at least 50.0 GB/s"
 
 
 def test_a_gpu_goes_before_the_processor():
     both = machine("ada", device(30, 40, "cpu"), device(30, 40, "gpu"))
-    assert plan(made_shape(), named(both), LOAD).stages[0].device == "GPU"
+    assert plan(made_shape(), named(both), DEMAND).stages[0].device == "GPU"
 
 
 def test_a_processor_takes_what_the_gpu_cannot_hold():
     both = machine("ada", device(30, 40, "cpu"), device(9, 400, "gpu"))
-    found = plan(made_shape(), named(both), LOAD)
+    found = plan(made_shape(), named(both), DEMAND)
     assert {stage.device: stage.last - stage.first for stage in found.stages} == {"GPU": 8, "CPU": 4}
     assert whys(found)["ada"].endswith("(host)")
 
@@ -225,7 +225,7 @@ def test_machines_near_each_other_go_together():
         machine("bob", device(9, 100), rtts=far),
         machine("cyd", device(9, 100), rtts=rtts),
     )
-    found = plan(made_shape(), nodes, LOAD)
+    found = plan(made_shape(), nodes, DEMAND)
     assert {stage.node for stage in found.stages} == {"ada", "cyd"}
     assert whys(found)["bob"] == "too far away: a hop to it takes about 15 ms"
 
@@ -234,7 +234,7 @@ def test_a_slow_link_counts_as_much_as_a_far_machine():
     slow = {"cyd": GBIT / 1000}
     nodes = named(*(machine(name, device(9, 100)) for name in ("bob", "cyd")))
     nodes |= named(machine("ada", device(9, 100), bytes_per_second=slow | {"bob": GBIT / 1000}))
-    assert {stage.node for stage in plan(made_shape(), nodes, LOAD).stages} == {"bob", "cyd"}
+    assert {stage.node for stage in plan(made_shape(), nodes, DEMAND).stages} == {"bob", "cyd"}
 
 
 def test_slices_stay_where_they_lie():
@@ -243,7 +243,7 @@ def test_slices_stay_where_they_lie():
         machine("bob", device(9, 100), slices=slices((0, 7))),
         machine("cyd", device(9, 103), slices=slices((7, 12))),
     )
-    found = plan(made_shape(), nodes, LOAD)
+    found = plan(made_shape(), nodes, DEMAND)
     assert layers_of(found) == [("bob", 0, 7), ("cyd", 7, 12)]
     assert sum(stage.fetch_bytes for stage in found.stages) == 0
 
@@ -253,39 +253,41 @@ def test_a_full_disk_takes_no_new_slice():
         machine("ada", device(30, 100), disk_free_bytes=GB - 1),
         machine("bob", device(30, 50), disk_free_bytes=20 * GB),
     )
-    assert layers_of(plan(made_shape(), nodes, LOAD)) == [("bob", 0, 12)]
+    assert layers_of(plan(made_shape(), nodes, DEMAND)) == [("bob", 0, 12)]
     nodes["ada"] = machine("ada", device(30, 100), disk_free_bytes=0, slices=slices((0, 12)))
-    assert layers_of(plan(made_shape(), nodes, LOAD)) == [("ada", 0, 12)]
+    assert layers_of(plan(made_shape(), nodes, DEMAND)) == [("ada", 0, 12)]
 
 
 def test_memory_that_is_promised_to_others_is_not_given_out_again():
     nodes = named(machine("ada", device(20, 100)), machine("bob", device(20, 50)))
-    assert layers_of(plan(made_shape(), nodes, LOAD)) == [("ada", 0, 12)]
-    part = plan(made_shape(), nodes, LOAD, {("ada", "GPU"): 10 * GB})
-    assert {stage.node: stage.available_bytes for stage in part.stages} == {"bob": 20 * GB, "ada": 10 * GB}
-    assert layers_of(plan(made_shape(), nodes, LOAD, {("ada", "GPU"): 19 * GB})) == [("bob", 0, 12)]
+    assert layers_of(plan(made_shape(), nodes, DEMAND)) == [("ada", 0, 12)]
+    shared = plan(made_shape(), nodes, DEMAND, {("ada", "GPU"): 10 * GB})
+    assert {stage.node: stage.available_bytes for stage in shared.stages} == {"bob": 20 * GB, "ada": 10 * GB}
+    assert layers_of(plan(made_shape(), nodes, DEMAND, {("ada", "GPU"): 19 * GB})) == [("bob", 0, 12)]
     everything = {("ada", "GPU"): 20 * GB, ("bob", "GPU"): 20 * GB}
-    assert plan(made_shape(), nodes, LOAD, everything).placement is None
+    assert plan(made_shape(), nodes, DEMAND, everything).placement is None
 
 
 def test_a_drained_machine_gets_nothing():
     nodes = named(machine("ada", device(20, 100), draining=True), machine("bob", device(20, 50)))
-    found = plan(made_shape(), nodes, LOAD)
+    found = plan(made_shape(), nodes, DEMAND)
     assert (layers_of(found), whys(found)["ada"]) == ([("bob", 0, 12)], "it is being drained")
 
 
 def test_a_model_that_may_not_be_cut_needs_one_device():
     halves = named(*(machine(name, device(9, 100)) for name in NAMES))
-    found = plan(made_shape(cuttable=False), halves, LOAD)
+    found = plan(made_shape(cuttable=False), halves, DEMAND)
     assert found.placement is None
     assert found.why.startswith("It cannot be cut, so one device must hold its 13.")
     assert "the largest has 9.0 GB: add a machine with at least 13." in found.why
     nodes = halves | named(machine("big", device(16, 20)))
-    assert layers_of(plan(made_shape(cuttable=False), nodes, LOAD)) == [("big", 0, 12)]
+    assert layers_of(plan(made_shape(cuttable=False), nodes, DEMAND)) == [("big", 0, 12)]
 
 
 def test_too_small_says_what_is_missing():
-    found = plan(made_shape(), named(machine("ada", device(9, 100)), machine("bob", device(0.5, 100))), LOAD)
+    found = plan(
+        made_shape(), named(machine("ada", device(9, 100)), machine("bob", device(0.5, 100))), DEMAND
+    )
     assert found.placement is None
     assert found.why.startswith("It needs 13.")
     assert "the machines have 9.5 GB: add a machine with at least " in found.why
@@ -304,7 +306,7 @@ def test_too_long_a_context_says_which_one_fits():
 
 
 def test_no_machines_at_all():
-    found = plan(made_shape(), {}, LOAD)
+    found = plan(made_shape(), {}, DEMAND)
     assert (found.placement, found.machines) == (None, ())
     assert found.why.startswith("No machine has memory for it: it needs 13.")
 
@@ -321,7 +323,7 @@ def test_what_a_fault_made_of_the_facts_does_no_harm():
         slices=slices((-5, 3), (9, 2), (4, 10**9)),
         disk_free_bytes=-1,
     )
-    found = plan(made_shape(), named(nonsense, machine("ada", device(20, 100))), LOAD)
+    found = plan(made_shape(), named(nonsense, machine("ada", device(20, 100))), DEMAND)
     assert layers_of(found) == [("ada", 0, 12)]
 
 
@@ -337,9 +339,9 @@ def test_noise_of_measurements_changes_nothing(monkeypatch):
     planner, shape = Planner(), made_shape()
     quiet = [machine(name, device(7, 100), rtts=dict.fromkeys(NAMES, 0.0004)) for name in NAMES]
     noisy = [machine(name, device(7, 101), rtts=dict.fromkeys(NAMES, 0.00041)) for name in NAMES]
-    first = planner.plan(shape, *LOAD, quiet)
+    first = planner.plan(shape, *DEMAND, quiet)
     monkeypatch.setattr("cordee.cluster.search.Search.best", None)  # a search now would fail
-    assert planner.plan(shape, *LOAD, noisy) == first
+    assert planner.plan(shape, *DEMAND, noisy) == first
 
 
 def test_many_unlike_machines_are_planned_within_the_bound(monkeypatch):
@@ -358,7 +360,7 @@ def test_many_unlike_machines_are_planned_within_the_bound(monkeypatch):
             for i in range(30)
         )
     )
-    check(made_shape(80), nodes, LOAD, plan(made_shape(80), nodes, LOAD))
+    check(made_shape(80), nodes, DEMAND, plan(made_shape(80), nodes, DEMAND))
     assert 0 < len(visits) <= VISITS_MAX
 
 
@@ -372,10 +374,10 @@ def test_a_cheaper_start_on_other_machines_does_not_hide_the_best(beam_width):
 
 def test_what_is_in_memory_stays_where_it_is():
     """Of three machines one fell; the survivor's stage is the model's second half, and stays so."""
-    load, room = Demand(4096, 8), device(9, 100)
+    demand, room = Demand(4096, 8), device(9, 100)
     fallen = Placement("m", 4096, 8, (StagePlace("bob", "GPU", 0, 6), StagePlace("ada", "GPU", 6, 12)))
     loaded = (StageReport(fallen, 1, "loaded", "w1"),)
     disk = slices((0, 12))
     nodes = named(machine("ada", room, slices=disk, stages=loaded), machine("cyd", room, slices=disk))
-    assert layers_of(plan(made_shape(), nodes, load)) == [("cyd", 0, 6), ("ada", 6, 12)]
+    assert layers_of(plan(made_shape(), nodes, demand)) == [("cyd", 0, 6), ("ada", 6, 12)]
     assert layers_of(plan(made_shape(), nodes, Demand(2048, 8)))[0][0] == "ada"  # that stage is no use there

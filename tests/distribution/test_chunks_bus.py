@@ -25,8 +25,9 @@ from cordee.distribution.slice_store import SliceStore
 from cordee.models.gguf import read_header
 from cordee.models.slices import cut
 from cordee.models.store import Store
+from cordee.net.bus import BusOptions
 from cordee.net.identity import Identity
-from cordee.net.zenoh_bus import BusOptions, ZenohBus
+from cordee.net.zenoh_bus import ZenohBus
 from members import cluster
 
 PEER = Path(__file__).resolve().parents[1] / "helpers" / "chunk_peer.py"

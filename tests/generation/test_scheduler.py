@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cordee.errors import BadRequest, ContextExceeded, Overloaded
-from cordee.generation.request import SamplingParams
+from cordee.generation.request import Choice, SamplingParams
 from cordee.generation.scheduler import PREFILL_ROWS_BESIDE_DECODE, Limits
 from cordee.generation.tokenlog import TokenLog
 from scheduler_world import NEVER, VOCABULARY, Client, World
@@ -455,6 +455,39 @@ def test_a_token_log_is_prompt_and_answer_in_one(prompt: list[int], generated: l
     stop = data.draw(st.integers(start, len(whole)))
     assert len(log) == len(whole)
     assert log.tokens(start, stop) == whole[start:stop]
+
+
+def one_stream(steps: int) -> tuple[World, TokenLog]:
+    """A world whose only stream has `steps` tokens and the row of the last one under way; and its log."""
+    world = roomy(1)
+    world.submit("a", [1, 2, 3])
+    (batch,) = world.pump()
+    for _ in range(steps):
+        world.answer()
+        world.pump()
+    return world, batch.opens[0]
+
+
+def test_a_slot_that_differs_from_its_log_at_the_end_is_noticed_at_the_next_token() -> None:
+    world, log = one_stream(steps=1)
+    log.generated[-1] += 1
+    with pytest.raises(AssertionError, match="its slot is not its log"):
+        world.answer()
+
+
+def test_a_slot_that_is_longer_than_its_log_is_noticed_at_the_next_token() -> None:
+    world, log = one_stream(steps=4)
+    del log.generated[:]
+    with pytest.raises(AssertionError, match="its slot is longer than its log"):
+        world.scheduler.complete(2, {0: Choice(5)}, {})
+
+
+def test_a_slot_that_differs_from_its_log_anywhere_is_noticed_by_tests() -> None:
+    world, log = one_stream(steps=4)
+    world.scheduler.check_slots()
+    log.generated[0] += 1
+    with pytest.raises(AssertionError, match="its slot is not its log"):
+        world.scheduler.check_slots()
 
 
 def test_what_the_placement_before_has_is_not_computed_again() -> None:

@@ -1,7 +1,7 @@
-"""A node of a bus as a process of its own, for tests: `python bus_node.py HOME OPTIONS`, OPTIONS as JSON.
+"""A node on the bus as a process of its own, for tests: `python bus_node.py HOME OPTIONS`, OPTIONS as JSON.
 
-Prints one JSON object a line: {"up": addresses}, {"alive": id, "is": bool}, {"heard": text}. Each line on
-standard input is published, and with its end the node ends.
+Prints one JSON object a line: {"up": addresses}, {"alive": id, "is": bool}, {"heard": text}. Each line of
+standard input is published; at its end the node ends.
 """
 
 import asyncio
@@ -10,10 +10,11 @@ import os
 import sys
 
 from cordee.net import identity
-from cordee.net.zenoh_bus import BusOptions, ZenohBus
+from cordee.net.bus import BusOptions
+from cordee.net.zenoh_bus import ZenohBus
 
 
-def tell(**event: object) -> None:
+def report(**event: object) -> None:
     print(json.dumps(event), flush=True)
 
 
@@ -24,10 +25,10 @@ async def main() -> None:
     bus = await ZenohBus.open(
         member, BusOptions(options["listen"], tuple(options["peers"]), options["scouting"])
     )
-    bus.watch("alive/*", lambda key, alive: tell(alive=key.removeprefix("alive/"), **{"is": alive}))
-    bus.subscribe("heartbeat/*", lambda key, payload: tell(heard=payload.decode()))
+    bus.watch("alive/*", lambda key, alive: report(alive=key.removeprefix("alive/"), **{"is": alive}))
+    bus.subscribe("heartbeat/*", lambda key, payload: report(heard=payload.decode()))
     bus.announce(f"alive/{member.node}")
-    tell(up=bus.addresses)
+    report(up=bus.addresses)
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin

@@ -17,7 +17,8 @@ from cordee.distribution.hub_source import Hub
 from cordee.distribution.slice_store import SliceStore
 from cordee.models.store import Store
 from cordee.net import identity
-from cordee.net.zenoh_bus import BusOptions, ZenohBus
+from cordee.net.bus import BusOptions
+from cordee.net.zenoh_bus import ZenohBus
 
 # Slow enough for a kill to come in the middle, whatever else the machine does.
 BYTES_PER_SECOND = 10e6

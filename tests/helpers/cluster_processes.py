@@ -19,7 +19,7 @@ from cordee.agent import control
 from cordee.errors import NotRunning
 from cordee.models.store import Store
 
-# All of the starter model, served like that, is too much for one node; two of the three hold it.
+# The whole starter model, served like this, is too much for one node; two of three hold it.
 MEMORY = "250MB"
 SERVED = ("--context", 1024, "--sequences", 4)
 PROGRAM = (sys.executable, "-m", "cordee.cli.main")
@@ -35,7 +35,7 @@ class Node:
         self.process: subprocess.Popen[str] | None = None
 
     def cordee(self, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """A verb, whatever becomes of it."""
+        """Run a verb, whether it succeeds or not."""
         return subprocess.run(
             [*PROGRAM, *map(str, arguments)],
             capture_output=True,
@@ -46,7 +46,7 @@ class Node:
         )
 
     def start(self, *arguments: object) -> subprocess.Popen[str]:
-        """A verb that goes on; what it prints is to be read."""
+        """Start a verb that goes on; the caller reads what it prints."""
         return subprocess.Popen(
             [*PROGRAM, *map(str, arguments)],
             env=os.environ | {"CORDEE_HOME": str(self.home)},
@@ -56,17 +56,17 @@ class Node:
         )
 
     def do(self, *arguments: object) -> str:
-        """A verb that must succeed; what it prints."""
+        """Run a verb that must succeed; what it prints."""
         done = self.cordee(*arguments)
         assert done.returncode == 0, f"{arguments}: {done.stderr}"
         return done.stdout
 
     def told(self, verb: str) -> Any:
-        """What `cordee VERB --json` tells."""
+        """What `cordee VERB --json` prints."""
         return json.loads(self.do(verb, "--json"))
 
     def asked(self, path: str) -> dict[str, Any]:
-        """What the agent tells a verb; quicker than a process, for whoever asks often."""
+        """What the agent answers a verb: quicker than a process, for those who ask often."""
         with mock.patch.dict(os.environ, CORDEE_HOME=str(self.home)):
             return control.ask("GET", path)
 
@@ -108,9 +108,9 @@ class Node:
         return {node["name"]: node["state"] for node in self.asked("/nodes")["nodes"]}
 
     def model(self, name: str) -> dict[str, Any]:
-        """What `status` tells of a model; a node may not have heard of it yet."""
+        """What `status` says of a model; a node may not have heard of it yet."""
         models = self.asked("/status")["models"]
-        return next((model for model in models if model["name"] == name), {"state": "unheard"})
+        return next((model for model in models if model["name"] == name), {"state": "unknown"})
 
     @contextlib.contextmanager
     def client(self) -> Iterator[openai.OpenAI]:
@@ -147,7 +147,7 @@ class Cluster:
         return node
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill the nodes that still run."""
         for node in self.nodes.values():
             if node.process is not None:
                 node.process.kill()
@@ -160,8 +160,8 @@ def free_port() -> int:
 
 
 def until(true: Callable[[], bool]) -> None:
-    """Wait until it is so."""
+    """Wait until it is true; fails after SECONDS."""
     ends = time.monotonic() + SECONDS
     while not true():
-        assert time.monotonic() < ends, "it did not come to that"
+        assert time.monotonic() < ends, "it did not become true"
         time.sleep(POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""Small clusters for the tests of cordee.cluster: models of equal layers, nodes of so many layers."""
+"""Small clusters for the tests of cordee.cluster: layers of equal size, nodes with room for a few each."""
 
 from collections.abc import Mapping, Sequence
 
@@ -48,7 +48,7 @@ def facts_of(
     draining: bool = False,
     disk_free_bytes: int = 1 << 40,
 ) -> Facts:
-    """A node with room for so many layers, whose device reads so many layers a second."""
+    """A node with room for `layers` layers, whose device reads `speed` layers a second."""
     device = Device("cpu", "cpu", layers * LAYER_BYTES, speed * LAYER_BYTES)
     return Facts(
         node=node,
@@ -75,7 +75,7 @@ def placed(*stages: tuple[str, int, int], model: str = "m", context: int = CONTE
 def running(
     placement: Placement, state: str = "wired", nodes: Sequence[str] | None = None
 ) -> dict[str, list[StageReport]]:
-    """What the nodes of a placement report of it; `nodes`: those that do."""
+    """What the nodes of a placement report about it; with `nodes`, only those do."""
     workers = [f"w{index}{place.node}" for index, place in enumerate(placement.stages)]
     wiring = wiring_id(placement, workers) if state == "wired" else ""
     reports: dict[str, list[StageReport]] = {}

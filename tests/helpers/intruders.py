@@ -1,4 +1,4 @@
-"""Who is no member, though he has papers: certificates of each kind, and a session without scruples."""
+"""Intruders on the bus: certificates that do not make a member, and a session without access control."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from members import DAY_SECONDS, founder, newcomer
 
 
 def intruder_certificate(kind: str, folder: Path, admin: Identity, removed: Identity) -> Path:
-    """A folder with ca.pem, node.pem and node.key of somebody who is no member."""
+    """A folder with ca.pem, node.pem and node.key of an intruder; `kind` is how its certificate is wrong."""
     key = identity.new_key()
     name = identity.slot_of(admin.node) if kind in ("foreign", "self-made") else "www.example.com"
     past = time.time() - 40 * DAY_SECONDS
@@ -29,7 +29,9 @@ def intruder_certificate(kind: str, folder: Path, admin: Identity, removed: Iden
     builder = builder.add_extension(
         x509.SubjectAlternativeName([x509.DNSName("www.example.com")]), critical=False
     )
-    signed = builder.sign(key if kind == "self-made" else admin.authority_key, hashes.SHA256())
+    authority_key = key if kind == "self-made" else admin.authority_key
+    assert authority_key is not None
+    signed = builder.sign(authority_key, hashes.SHA256())
     made = folder / kind
     made.mkdir()
     (made / "ca.pem").write_bytes((admin.folder / "ca.pem").read_bytes())
@@ -40,9 +42,9 @@ def intruder_certificate(kind: str, folder: Path, admin: Identity, removed: Iden
 
 
 def intruder(folder: Path, authority: Path, where: list[str], port: int) -> zenoh.Session:
-    """A session without scruples, with the certificate in `folder`: it has no access control.
+    """A session without access control, with the certificate in `folder`.
 
-    `authority` is the certificate that signed those of the members, whom it connects to at `where`.
+    `authority` is the certificate that signed those of the members; it connects to members at `where`.
     """
     tls = {
         f"{side}_{what}": str(folder / file)

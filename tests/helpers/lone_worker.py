@@ -1,4 +1,4 @@
-"""A worker process alone, whose parent and neighbours are played by the test."""
+"""A worker process alone; the test plays its parent and its neighbours."""
 
 import socket
 import subprocess
@@ -11,7 +11,7 @@ from streams import SECONDS
 
 
 class Lone:
-    """A worker whose pipeline and neighbours the test plays; it has said Hello already."""
+    """A worker whose parent and neighbours the test plays; its Hello was read."""
 
     def __init__(self, folder: Path) -> None:
         self.inbox, self.tokens = folder / "inbox", folder / "tokens"
@@ -22,24 +22,24 @@ class Lone:
         assert frames.receive(self.control)[0] == Hello("it")
 
     def accepted(self, index: int) -> socket.socket:
-        """Who connected to its parent (0), or to who takes its tokens (1)."""
+        """The next connection to its parent (0), or to where it sends its tokens (1)."""
         peer, _ = self._listening[index].accept()
         peer.settimeout(SECONDS)
         return peer
 
     def command(self, message: Message) -> Message:
-        """Say something on its control link; gives the answer."""
+        """Send a message on its control link; gives the answer."""
         frames.send(self.control, message)
         answer, _ = frames.receive(self.control)
         return answer
 
-    def wire(self, placement: str) -> tuple[socket.socket, socket.socket]:
-        """Wire it from the test to the test; gives both links."""
-        assert self.command(Wire(placement, str(self.tokens))) == Wired(placement)
+    def wire(self, wiring: str) -> tuple[socket.socket, socket.socket]:
+        """Wire it with the test on both sides; gives the links upstream and downstream."""
+        assert self.command(Wire(wiring, str(self.tokens))) == Wired(wiring)
         downstream = self.accepted(1)
-        assert frames.receive(downstream)[0] == Join(placement)
+        assert frames.receive(downstream)[0] == Join(wiring)
         upstream = self.connect()
-        frames.send(upstream, Join(placement))
+        frames.send(upstream, Join(wiring))
         return upstream, downstream
 
     def connect(self) -> socket.socket:

@@ -13,7 +13,7 @@ DAY_SECONDS = 86_400
 
 
 def at_home(folder: Path) -> None:
-    """From here on, this is the machine whose state lies in `folder`."""
+    """From here on, act as the machine whose state lies in `folder`."""
     os.environ["CORDEE_HOME"] = str(folder)
 
 
@@ -38,6 +38,6 @@ def newcomer(folder: Path, admin: Identity, now: float | None = None) -> Identit
 
 
 def cluster(folder: Path, count: int) -> list[Identity]:
-    """A cluster of so many nodes in folders of their own; the first is its admin."""
+    """A cluster of `count` nodes, each with a folder of its own; the first is its admin."""
     first = founder(folder / "0")
     return [first, *(newcomer(folder / str(number), first) for number in range(1, count))]

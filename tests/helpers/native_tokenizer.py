@@ -21,16 +21,15 @@ UNSET = -1
 
 def sources() -> list[str]:
     """The tokenizer's C files."""
-    return sorted(map(str, (NATIVE / "src").glob("tokenizer_*.c")))
+    return sorted(map(str, (NATIVE / "src" / "tokenizer").glob("*.c")))
 
 
 def compile_c(arguments: list[str], output: Path) -> Path:
     """Compile with every warning an error. The compiler is `cc`, or what CC says."""
     compiler = os.environ.get("CC", "cc")
     assert shutil.which(compiler), f"{compiler} is missing; the tests need a C compiler"
-    done = subprocess.run(
-        [compiler, *WARNINGS, *arguments, "-o", str(output)], capture_output=True, text=True, check=False
-    )
+    command = [compiler, *WARNINGS, f"-I{NATIVE / 'include'}", *arguments, "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return output
 

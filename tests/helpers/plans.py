@@ -28,12 +28,12 @@ def made_shape(layers: int = 12, size: int = GB, **given: object) -> ModelShape:
 
 
 def device(memory: float, speed: float, kind: str = "gpu", name: str = "") -> Device:
-    """A device of so many GB, that reads so many GB in a second."""
+    """A device with `memory` GB that reads `speed` GB a second."""
     return Device(name or kind.upper(), kind, int(memory * GB), speed * GB)
 
 
 def machine(node: str, *devices: Device, **given: object) -> Facts:
-    """A node with room on its disk and no measured links, so that the defaults hold."""
+    """A node with room on its disk and no measured links, so that the planner's defaults hold."""
     fields = {
         "name": node,
         "build": "b1",

@@ -156,6 +156,7 @@ class World:
                     assert client.apart and len(batch.segments) == len(self.pipeline.under_way) == 1
                     assert batch.steps == 1
         self.pipeline.halted.update(self.scheduler.halts())
+        self.scheduler.check_slots()
         assert self.pipeline.under_way or not self.clients, "deadlock"
         return sent
 
@@ -164,6 +165,7 @@ class World:
         batch, choices, failed, last = self.pipeline.answer(self.end, failures)
         chosen = {sequence: choice for sequence, choice in choices.items() if sequence not in failed}
         events = self.scheduler.complete(batch.id, chosen, failed, last=last)
+        self.scheduler.check_slots()
         for event in events:
             self.take(event)
         return events
@@ -201,6 +203,7 @@ class World:
         self.lose()
         self.pipeline.left = held
         self.scheduler.restore(held)
+        self.scheduler.check_slots()
 
     def forget_before(self) -> None:
         """The placement before will soon be gone."""

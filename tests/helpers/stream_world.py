@@ -108,7 +108,8 @@ class HostNode:
         """A new process; what the old one knew is gone."""
         limits = self.world.limits
         self.stages = Stages(limits, self.world.salted, self.world.salts)
-        self.host = Host(Scheduler(limits, {END}), VOCABULARY, self.world.random)
+        self.scheduler = Scheduler(limits, {END})
+        self.host = Host(self.scheduler, VOCABULARY, self.world.random)
         self.host.ready = True
         self.up = True
 
@@ -127,6 +128,7 @@ class HostNode:
             )
             chosen = {sequence: choice for sequence, choice in choices.items() if sequence not in failed}
             self.host.complete(batch.id, chosen, failed, last=last)
+        self.scheduler.check_slots()
 
 
 class World:

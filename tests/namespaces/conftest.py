@@ -1,4 +1,4 @@
-"""A cluster of four hosts, and a stranger, for all tests of this folder; skipped where there can be none."""
+"""A cluster of four hosts, and a stranger, for all tests of this folder; skipped where none can be made."""
 
 import os
 import shutil

@@ -1,9 +1,9 @@
-"""People who are no members, on a host of the lab: `net_intruder.py AUTHORITY CLUSTER FOLDER,... DOOR...`
+"""Intruders on a host of the lab, none a member: `net_intruder.py AUTHORITY CLUSTER FOLDER,... LISTENER...`
 
-Each FOLDER holds somebody's node.pem and node.key, AUTHORITY is the certificate that signs the cluster's, a
-DOOR is HOST:PORT. They listen on the bus of every node, speak on it, and knock at every door; so does
-somebody without any papers. Prints, by the folder's name (or "none"), what each of them learned:
-{"heard": keys, "replies": count, "said": what was said to him by door}.
+Each FOLDER holds a node.pem and node.key, AUTHORITY is the certificate that signs the cluster's, a LISTENER
+is HOST:PORT. The intruders listen on the bus of every node, publish on it, and connect to every listener; so
+does one without a certificate. Prints, by the folder's name (or "none"), what each of them learned:
+{"heard": keys, "replies": count, "said": what each listener sent}.
 """
 
 import contextlib
@@ -21,31 +21,31 @@ from intruders import intruder
 
 BUS_PORT = "7330"
 LISTEN_SECONDS = 2.5  # two heartbeats of every node
-KNOCK_SECONDS = 0.5
+CONNECT_SECONDS = 0.5
 BYTES_MAX = 4096
-HANDS = 16  # doors that are knocked at, at once
+THREADS = 16  # listeners that are connected to at the same time
 
 
 def main() -> None:
-    authority, cluster, folders, *doors = sys.argv[1:]
-    buses = [listener for listener in doors if listener.endswith(f":{BUS_PORT}")]
+    authority, cluster, folders, *listeners = sys.argv[1:]
+    buses = [listener for listener in listeners if listener.endswith(f":{BUS_PORT}")]
     forged = f"cordee/{cluster}/heartbeat/forged"
-    people = {_name(folder): folder for folder in map(Path, folders.split(","))}
+    intruders = {_name(folder): folder for folder in map(Path, folders.split(","))}
     with contextlib.ExitStack() as stack:
         heard: dict[str, list[str]] = {}
         sessions = {}
-        for name, folder in people.items():
+        for name, folder in intruders.items():
             sessions[name] = intruder(folder, Path(authority), buses, 0)
             stack.callback(sessions[name].close)
             heard[name] = listen(sessions[name])
-        said = {name: knock_at_all(doors, folder) for name, folder in {**people, "none": None}.items()}
+        said = {name: hear_all(listeners, folder) for name, folder in {**intruders, "none": None}.items()}
         for _ in range(10):
             time.sleep(LISTEN_SECONDS / 10)
             for session in sessions.values():
                 session.put(forged, b"forged")
         replies = {
             # An error is the session's own: that the time was up.
-            name: sum(reply.ok is not None for reply in session.get("cordee/**", timeout=KNOCK_SECONDS))
+            name: sum(reply.ok is not None for reply in session.get("cordee/**", timeout=CONNECT_SECONDS))
             for name, session in sessions.items()
         }
     learned = {
@@ -75,14 +75,14 @@ def listen(session: zenoh.Session) -> list[str]:
     return keys
 
 
-def knock_at_all(doors: list[str], folder: Path | None) -> dict[str, str]:
-    """`knock` at all of them at once."""
-    with ThreadPoolExecutor(HANDS) as hands:
-        return dict(zip(doors, hands.map(lambda listener: knock(folder, listener), doors), strict=True))
+def hear_all(listeners: list[str], folder: Path | None) -> dict[str, str]:
+    """`hear` of all listeners, by listener."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip(listeners, pool.map(lambda listener: hear(folder, listener), listeners), strict=True))
 
 
-def knock(folder: Path | None, listener: str) -> str:
-    """What is said inside of TLS at a door to who shows these papers, in hexadecimal."""
+def hear(folder: Path | None, listener: str) -> str:
+    """What a listener sends inside TLS to a client with the certificate of this folder, in hexadecimal."""
     host, _, port = listener.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -92,12 +92,12 @@ def knock(folder: Path | None, listener: str) -> str:
     said = b""
     with (
         contextlib.suppress(OSError),
-        socket.create_connection((host, int(port)), KNOCK_SECONDS) as plain,
+        socket.create_connection((host, int(port)), CONNECT_SECONDS) as plain,
         context.wrap_socket(plain) as link,
     ):
-        link.settimeout(KNOCK_SECONDS)
-        while part := link.recv(BYTES_MAX):
-            said += part
+        link.settimeout(CONNECT_SECONDS)
+        while data := link.recv(BYTES_MAX):
+            said += data
     return said.hex()
 
 

@@ -28,7 +28,7 @@ LAYERS = 24
 STREAMS = 8
 TOKENS = 240
 POLL_SECONDS = 0.05
-# No host can hold all of the model, any two can: a fault of one that has a part is a fault of the answer.
+# No host can hold all of the model, any two can: a fault of one that has a slice is a fault of the answer.
 MACHINE = Machine(memory_bytes=330 * MEGABYTE, cpus=1.0)
 ENDS = {"2": -100, "260": -100}  # the model's text is random; it shall not end by chance
 
@@ -179,7 +179,7 @@ class Cluster:
         node.up()
 
     def build(self) -> None:
-        """The whole cluster, serving, with its undisturbed answers known."""
+        """The whole cluster: it serves, and its undisturbed answers are known."""
         model = make_model(self.lab.folder / "tiny.gguf")
         with self._step("first node: pull the model, up"):
             self.found(model)
@@ -207,12 +207,12 @@ class Cluster:
         ids = {node.id for node in self.nodes}
 
         def settled() -> bool:
-            views = [(node.states(), node.placement()) for node in self.nodes]
+            known = [(node.states(), node.placement()) for node in self.nodes]
             alive = all(
-                {each for each, state in states.items() if state == "alive"} == ids for states, _ in views
+                {each for each, state in states.items() if state == "alive"} == ids for states, _ in known
             )
-            wirings = {placement["wiring"] if placement else "" for _, placement in views}
-            still = not any(placement and placement["successor"] for _, placement in views)
+            wirings = {placement["wiring"] if placement else "" for _, placement in known}
+            still = not any(placement and placement["successor"] for _, placement in known)
             return alive and still and len(wirings) == 1 and "" not in wirings
 
         until(settled, "all nodes see each other, and the model is served")
@@ -268,7 +268,7 @@ class Cluster:
 
 def make_model(path: Path) -> Path:
     """A model that is as large as MACHINE says; its text is random letters."""
-    # Of a type whose arithmetic does not depend on who else is answered: f32's does.
+    # Of a type whose arithmetic does not depend on what else is answered: f32's does.
     kind = GGMLQuantizationType.Q8_0
     return make_tiny("llama", path, layers=LAYERS, quantization=kind, tokenizer="bytes")
 

@@ -20,7 +20,7 @@ Fault = Callable[[Cluster, Node, Random], contextlib.AbstractContextManager[None
 
 @contextlib.contextmanager
 def crash(cluster: Cluster, node: Node, random: Random) -> Iterator[None]:
-    """A power cut: nobody hears a word any more."""
+    """A power cut: nothing more is heard from it."""
     node.host.crash()
     yield
     node.host.plug()
@@ -55,7 +55,7 @@ def pause(cluster: Cluster, node: Node, random: Random, seconds: float = 7.0) ->
 
 @contextlib.contextmanager
 def long_pause(cluster: Cluster, node: Node, random: Random) -> Iterator[None]:
-    """It stands still until nobody waits for it any more, and comes back to another world."""
+    """It stands still until no node waits for it any more, and comes back to a changed cluster."""
     with pause(cluster, node, random, seconds=30.0):
         yield
 
@@ -71,7 +71,7 @@ def cut(cluster: Cluster, node: Node, random: Random, seconds: float = 7.0) -> I
 
 @contextlib.contextmanager
 def short_cut(cluster: Cluster, node: Node, random: Random) -> Iterator[None]:
-    """Its cable is out for less time than anybody would be given up for."""
+    """Its cable is out for less time than it takes to give a node up."""
     with cut(cluster, node, random, seconds=0.8):
         yield
 

@@ -196,13 +196,18 @@ class Host:
 
 
 class Lab:
-    """See the module's docstring. `machines` are the hosts; no host has a default route."""
+    """See the module's docstring. `machines` are the hosts; no host has a default route.
 
-    def __init__(self, machines: Sequence[Machine]) -> None:
-        self.prefix = f"{PREFIX}{os.getpid()}"
+    A second lab of one process needs a `name`. The first host's address is `network`.`first`.
+    """
+
+    def __init__(
+        self, machines: Sequence[Machine], name: str = "", network: str = NETWORK, first: int = 1
+    ) -> None:
+        self.prefix = f"{PREFIX}{os.getpid()}{name and f'-{name}'}"
         # Not in pytest's own folder: the names of sockets are bounded.
         self.folder = _temporary() / f"{self.prefix}-{secrets.token_hex(4)}"
-        self._addresses = (f"{NETWORK}.{last}" for last in range(1, 255))
+        self._addresses = (f"{network}.{last}" for last in range(first, 255))
         self.switch = f"{self.prefix}-sw"
         self.hosts = [Host(self, number, machine) for number, machine in enumerate(machines)]
         self._reaper: subprocess.Popen | None = None

@@ -1,6 +1,6 @@
-"""Eight answers stream while something happens to a machine that has a part of the model: none is harmed.
+"""Eight answers stream while something happens to a machine that has a slice of the model: none is harmed.
 
-Every answer has to be, letter for letter, what it is on a cluster that nobody disturbs.
+Every answer has to be, letter for letter, what it is on an undisturbed cluster.
 """
 
 import random

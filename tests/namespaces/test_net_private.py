@@ -1,4 +1,4 @@
-"""What others learn: whoever listens on the wire, and whoever knocks without being a member. Nothing."""
+"""What outsiders learn who listen on the wire, or connect without being members: nothing."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_no_host_of_the_lab_has_a_way_out(cluster: Cluster) -> None:
         assert [route.split()[0] for route in routes] == [f"{NETWORK}.0/24"]
 
 
-def test_who_listens_on_the_wire_reads_neither_questions_nor_answers(cluster: Cluster) -> None:
+def test_a_listener_on_the_wire_reads_neither_questions_nor_answers(cluster: Cluster) -> None:
     gateway = next(node for node in cluster.nodes if node is not cluster.stages()[0])
     with captured(cluster.lab) as frames:
         stream = Stream(gateway, 1, tokens=TOKENS, prompt=f"{MARK} " * 8)
@@ -66,7 +66,7 @@ def test_every_conversation_between_nodes_is_tls(cluster: Cluster, traffic: list
 
 
 def test_beside_tls_the_wire_has_only_the_search_for_nodes(cluster: Cluster, traffic: list[bytes]) -> None:
-    """And that names nobody: who searches says nothing, and is answered a random id and addresses."""
+    """And that names no node: a searcher says nothing, and gets a random id and addresses as the answer."""
     assert all(map(is_known, traffic))
     first, count = SCOUTING_PORTS
     found = datagrams(traffic)
@@ -79,7 +79,7 @@ def test_beside_tls_the_wire_has_only_the_search_for_nodes(cluster: Cluster, tra
 
 
 def _pieces(text: str) -> list[str]:
-    """Parts of an answer that are long enough not to be found by chance."""
+    """Pieces of an answer that are long enough not to be found by chance."""
     return [text[at : at + 6] for at in range(0, len(text) - 6, 6)]
 
 
@@ -92,7 +92,7 @@ def admin(cluster: Cluster) -> Identity:
 
 @pytest.fixture(scope="module")
 def removed(cluster: Cluster, lab: Lab) -> Identity:
-    """Who was a member until a moment ago."""
+    """A node that was a member until a moment ago."""
     node = Node(lab.hosts[-1])
     cluster.join(node)
     at_home(node.host.home)
@@ -109,16 +109,18 @@ def removed(cluster: Cluster, lab: Lab) -> Identity:
 def learned(
     cluster: Cluster, lab: Lab, admin: Identity, removed: Identity, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """What each kind of stranger learns who knows every port of every node; and what a member would."""
-    folder = tmp_path_factory.mktemp("papers")
+    """What each kind of stranger learns that knows every port of every node; and what a member would."""
+    folder = tmp_path_factory.mktemp("certificates")
     strangers = [intruder_certificate(kind, folder, admin, removed) for kind in STRANGERS]
     member = newcomer(folder / "member", admin).folder
-    return knocks(cluster, lab.hosts[-1], admin, strangers) | knocks(cluster, lab.hosts[-1], admin, [member])
+    return intrude(cluster, lab.hosts[-1], admin, strangers) | intrude(
+        cluster, lab.hosts[-1], admin, [member]
+    )
 
 
 @pytest.mark.parametrize("kind", [*STRANGERS, "none"])
-def test_who_is_no_member_learns_nothing(learned: dict[str, dict[str, Any]], kind: str) -> None:
-    """Neither on the bus nor at the doors of the data plane nor anywhere else; but who was removed, that."""
+def test_a_stranger_learns_nothing(learned: dict[str, dict[str, Any]], kind: str) -> None:
+    """Neither on the bus nor on the data plane nor anywhere else; a removed node only that it was removed."""
     heard = [key for key in learned[kind]["heard"] if not (kind == "removed" and "/removed/" in key)]
     assert heard == [] and learned[kind]["replies"] == 0
     assert set(learned[kind]["said"].values()) == {""}
@@ -130,16 +132,17 @@ def test_a_member_would_have_learned_it(learned: dict[str, dict[str, Any]]) -> N
     assert WELCOME.hex() in learned["member"]["said"].values()
 
 
-def knocks(cluster: Cluster, where: Host, admin: Identity, papers: list[Path]) -> dict[str, dict[str, Any]]:
-    """What people with these papers learn on the cluster's network."""
-    doors = [f"{node.host.address}:{port}" for node in cluster.nodes for port in ports(node.host)]
-    assert len(doors) >= 2 * len(cluster.nodes) + 1  # each has the bus and its inbox, and somebody a stage
+def intrude(cluster: Cluster, where: Host, admin: Identity, folders: list[Path]) -> dict[str, dict[str, Any]]:
+    """What intruders with the certificates of these folders learn on the cluster's network."""
+    listeners = [f"{node.host.address}:{port}" for node in cluster.nodes for port in ports(node.host)]
+    assert len(listeners) >= 2 * len(cluster.nodes) + 1  # each has the bus and its inbox, and one a stage
     tests = Path(__file__).resolve().parents[1] / "helpers"
     authority = str(admin.folder / "ca.pem")
     script = str(Path(__file__).with_name("net_intruder.py"))
     path = os.pathsep.join([os.environ["PYTHONPATH"], str(tests)])
-    folders = ",".join(map(str, papers))
-    return json.loads(where.run(script, authority, admin.cluster, folders, *doors, PYTHONPATH=path))
+    return json.loads(
+        where.run(script, authority, admin.cluster, ",".join(map(str, folders)), *listeners, PYTHONPATH=path)
+    )
 
 
 def ports(host: Host) -> list[int]:
@@ -151,7 +154,7 @@ def ports(host: Host) -> list[int]:
 
 @pytest.mark.long
 def test_a_machine_that_is_removed_while_it_sleeps_is_out_and_is_told(cluster: Cluster) -> None:
-    """It stood still with a part of the model; the answers go on, and no link to it is left."""
+    """It stood still with a slice of the model; the answers go on, and no link to it is left."""
     node = next(each for each in reversed(cluster.stages()) if each is not cluster.first)
     others = [each for each in cluster.nodes if each is not node]
     with cluster.streams(others):

@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../native/include/ternary.h"
+#include "../../native/include/ternary.h"
 
 #define PROMPT 50u
 #define STEPS 16u

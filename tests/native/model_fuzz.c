@@ -6,8 +6,8 @@
  */
 #include <string.h>
 
-#include "../native/src/gguf.h"
-#include "../native/src/model.h"
+#include "base/gguf.h"
+#include "engine/model.h"
 #include "fuzz.h"
 
 /* Overwrites one to eight bytes somewhere: by anything, or by what is small, large or negative in its place. */
@@ -45,7 +45,7 @@ static uint64_t sum_of_scales(const struct matrix *matrix)
 static uint64_t sum_of_model(const ternary_model *model)
 {
     const ternary_shape *shape = &model->shape;
-    const size_t n_embd = shape->n_embd * sizeof(float), wide = shape->heads * shape->head_dim * sizeof(float);
+    const size_t n_embd = shape->n_embd * sizeof(float), q_dim = model->q_dim * sizeof(float);
     uint64_t sum = sum_of(model->rope_divisors, shape->head_dim / 2 * sizeof(float));
     float *row = get(n_embd);
     for (uint32_t i = 0; i < shape->layers; i++) {
@@ -56,7 +56,7 @@ static uint64_t sum_of_model(const ternary_model *model)
             sum += sum_of_scales(matrices[m]);
         sum += sum_of_layer(model, i);
         sum += sum_of(layer->attn_norm, n_embd) + sum_of(layer->ffn_norm, n_embd);
-        sum += sum_of(layer->attn_sub_norm, wide) + sum_of(layer->ffn_sub_norm, shape->n_ff * sizeof(float));
+        sum += sum_of(layer->attn_sub_norm, q_dim) + sum_of(layer->ffn_sub_norm, shape->n_ff * sizeof(float));
     }
     if (shape->has_head)
         sum += sum_of_layer(model, shape->layers) + sum_of_scales(&model->head) + sum_of(model->output_norm, n_embd);

@@ -13,7 +13,10 @@ from cordee.convert.pentium2 import write_pentium2
 from ternary_models import FAMILIES, Weights, make_ternary
 
 ROOT = Path(__file__).resolve().parents[2]
-READER = ("gguf.c", "model.c", "matrix.c", "error.c", "embedding.c", "p2_lookup.c", "p2_mmx.c", "p2_floats.c")
+READER = (
+    *("base/error.c", "base/gguf.c", "engine/embedding.c", "engine/matrix.c", "engine/model.c"),
+    "pentium2/lookup.c",
+)
 FILES = (*FAMILIES, "pentium2")
 # Between them they have every type that embeddings come in.
 EMBEDDINGS = {
@@ -28,7 +31,8 @@ EMBEDDINGS = {
 def fuzzer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("fuzz") / "fuzz"
     checks = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    flags = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", f"-I{ROOT / 'native' / 'include'}")
+    folders = [f"-I{ROOT / 'native' / name}" for name in ("include", "src")]
+    flags = ("-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", *folders)
     sources = [str(ROOT / "native" / "src" / name) for name in READER] + [
         str(ROOT / "tests" / "native" / "model_fuzz.c")
     ]

@@ -7,7 +7,7 @@
  */
 #include <string.h>
 
-#include "../native/include/tokenizer.h"
+#include "../../native/include/tokenizer.h"
 #include "fuzz.h"
 
 enum { MODEL, PRE, TOKENS, SCORES, TYPES, MERGES, TEXT, PARTS };

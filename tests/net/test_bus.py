@@ -1,4 +1,4 @@
-"""The bus with real zenoh sessions over loopback: who meets, what is heard, and who sees nothing at all."""
+"""The bus with real zenoh sessions over loopback: nodes meet and talk, and others see nothing at all."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ import zenoh
 from cordee.errors import BadRequest
 from cordee.net import address, enrolment, identity
 from cordee.net import zenoh_bus as bus_module
+from cordee.net.bus import REMOVED, BusOptions
 from cordee.net.identity import Identity
 from cordee.net.peers import Peers
-from cordee.net.zenoh_bus import BusOptions, Inbox, ZenohBus
-from cordee.net.zenoh_config import REMOVED
+from cordee.net.zenoh_bus import Inbox, ZenohBus
 from intruders import intruder, intruder_certificate
 from members import DAY_SECONDS, at_home, cluster, founder, newcomer
 
@@ -56,7 +56,7 @@ class Node:
 @contextlib.asynccontextmanager
 async def node(
     member: Identity, peers: list[str], *, scouting: str = "", listen: str = LOOPBACK
-) -> AsyncIterator[Node]:
+) -> AsyncGenerator[Node]:
     """A member on the bus, alive under its id."""
     opened = await ZenohBus.open(member, BusOptions(listen, tuple(peers), scouting))
     try:
@@ -75,7 +75,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 async def hears(listener: Node, speaker: Node, payload: bytes) -> None:
-    """Wait until one node hears the other; said again and again, as everything on the bus is."""
+    """Wait until one node hears the other; the message is repeated, as everything on the bus is."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while ("heartbeat/x", payload) not in listener.heard:
             speaker.bus.publish("heartbeat/x", payload)
@@ -86,7 +86,7 @@ def tokens(*members: Identity) -> set[str]:
     return {f"alive/{member.node}" for member in members}
 
 
-def run(story: Callable[[], Awaitable[None]]) -> None:
+def run(story: Callable[[], Coroutine[None, None, None]]) -> None:
     asyncio.run(story())
 
 
@@ -135,7 +135,7 @@ def test_nodes_of_one_cluster_meet_by_multicast_and_those_of_another_do_not(tmp_
     run(story)
 
 
-def test_questions_are_answered_by_all_who_serve_them(tmp_path: Path) -> None:
+def test_queries_are_answered_by_all_nodes_that_serve_them(tmp_path: Path) -> None:
     first, second, third = cluster(tmp_path, 3)
 
     async def story() -> None:
@@ -182,7 +182,7 @@ def test_a_restarted_node_is_the_same_node_at_a_new_address(tmp_path: Path) -> N
     run(story)
 
 
-def test_a_refresh_is_a_blink_that_the_node_itself_does_not_see(tmp_path: Path) -> None:
+def test_a_refresh_does_not_show_on_the_node_itself(tmp_path: Path) -> None:
     first, second = cluster(tmp_path, 2)
 
     async def story() -> None:
@@ -226,8 +226,8 @@ def test_a_removed_node_is_alone(tmp_path: Path) -> None:
             assert await r.bus.query("ask/*", b"?", seconds=1) == []
             await hears(a, b, b"end")
             assert not {key for key, _ in a.heard + b.heard} & {"heartbeat/r"}
-            assert [key for key, _ in r.heard] == ["heartbeat/r"]  # himself
-            await r.bus.refresh()  # and coming again does not help
+            assert [key for key, _ in r.heard] == ["heartbeat/r"]  # its own
+            await r.bus.refresh()  # and coming back does not help
             await asyncio.sleep(QUIET_SECONDS)
             await hears(b, a, b"secret again")
             assert r.alive == tokens(removed) or tokens(admin, member).isdisjoint(b.alive)
@@ -236,7 +236,7 @@ def test_a_removed_node_is_alone(tmp_path: Path) -> None:
     run(story)
 
 
-def test_a_removed_node_that_was_away_is_told_that_and_nothing_else(tmp_path: Path) -> None:
+def test_a_node_that_was_removed_while_away_learns_that_and_nothing_else(tmp_path: Path) -> None:
     admin, removed, other = cluster(tmp_path, 3)
     admin.revoke(removed.node)
     admin.revoke(other.node)
@@ -314,24 +314,24 @@ def test_intruders_see_nothing_and_are_not_heard(tmp_path: Path, kind: str) -> N
                     )
                     assert a.alive == b.alive == tokens(admin, member)
                 assert replies == []
-                # TLS itself turns the others away
+                # TLS itself refuses the others
                 assert bool(session.info.links()) == (kind in ("removed", "public"))
             finally:
                 await asyncio.to_thread(session.close)
             assert {payload for _, payload in a.heard + b.heard} <= {b"secret", b"end"}
 
     run(story)
-    # what he said himself, and that he was removed
+    # except its own messages, and the key that says that it was removed
     known = re.compile(
         f"heartbeat/x|alive/{removed.node}" + f"|removed/{removed.node}/.*" * (kind == "removed")
     )
     prefix = f"cordee/{admin.cluster}/"
     assert [key for key in seen if key.startswith(prefix) and not known.fullmatch(key, len(prefix))] == []
-    assert seen.count(f"cordee/{admin.cluster}/heartbeat/x") <= 20  # his own
+    assert seen.count(f"cordee/{admin.cluster}/heartbeat/x") <= 20  # its own
 
 
 def test_that_intruder_would_hear_everything_with_a_members_certificate(tmp_path: Path) -> None:
-    """The counterpart of the test above: without it that one could not fail."""
+    """The counterpart of the test above, which shows that it could fail."""
     admin, member = cluster(tmp_path, 2)
     seen: list[str] = []
 
@@ -382,7 +382,8 @@ def test_the_only_listener_speaks_tls_and_wants_a_certificate(tmp_path: Path) ->
 
 def answer_without_certificate(port: int) -> bytes:
     """What a TLS client without a certificate reads from the listener."""
-    context = ssl._create_unverified_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_SECONDS) as plain:
         try:
             with context.wrap_socket(plain) as link:
@@ -392,7 +393,7 @@ def answer_without_certificate(port: int) -> bytes:
             return b""
 
 
-def test_what_is_too_long_is_not_heard(tmp_path: Path) -> None:
+def test_a_message_that_is_too_long_is_dropped(tmp_path: Path) -> None:
     first, second = cluster(tmp_path, 2)
 
     async def story() -> None:
@@ -442,7 +443,7 @@ def test_a_taken_or_foreign_address_is_a_plain_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "garbage", [b"", b"\xff" * 300_000, b"x y z\n", b"0123456789abcdef ../..:1,a b:2,:\n"]
 )
-def test_garbage_among_the_remembered_peers_is_passed_over(tmp_path: Path, garbage: bytes) -> None:
+def test_garbage_among_the_remembered_peers_is_skipped(tmp_path: Path, garbage: bytes) -> None:
     first, second = cluster(tmp_path, 2)
     (second.folder / "peers").write_bytes(garbage)
 

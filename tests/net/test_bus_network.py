@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,15 +83,16 @@ class Host:
         self.addresses: list[str] = []
         self.alive: set[str] = set()
         self.heard: list[str] = []
-        self._events: queue.Queue[dict] = queue.Queue()
+        self._events: queue.Queue[dict[str, Any]] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             self._events.put(json.loads(line))
 
-    def take(self) -> None:
-        """Note what it told since."""
+    def read_events(self) -> None:
+        """Note the events that it printed since."""
         with contextlib.suppress(queue.Empty):
             while True:
                 event = self._events.get_nowait()
@@ -102,16 +104,18 @@ class Host:
                     (self.alive.add if event["is"] else self.alive.discard)(event["alive"])
 
     def say(self, text: str) -> None:
+        assert self.process.stdin is not None
         self.process.stdin.write(text + "\n")
         self.process.stdin.flush()
 
     def close(self) -> None:
+        assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.wait(PATIENCE_SECONDS) == 0
 
 
 @contextlib.contextmanager
-def hosts(members: list[Identity], peers: list[list[str]], scouting: str) -> Iterator[list[Host]]:
+def hosts(members: list[Identity], peers: list[list[str]], scouting: str) -> Generator[list[Host]]:
     """A node on each of HOSTS; they end well, without being killed."""
     opened = [Host(*each, scouting) for each in zip(HOSTS, members, peers, strict=True)]
     try:
@@ -124,13 +128,13 @@ def hosts(members: list[Identity], peers: list[list[str]], scouting: str) -> Ite
 
 
 def until(nodes: list[Host], condition: Callable[[], object]) -> float:
-    """Wait for it, at most PATIENCE_SECONDS; how long it took."""
+    """Wait for it, at most PATIENCE_SECONDS; gives how long it took, in seconds."""
     start = time.monotonic()
     while not condition():
         assert time.monotonic() - start < PATIENCE_SECONDS, [each.alive for each in nodes]
         time.sleep(0.01)
         for each in nodes:
-            each.take()
+            each.read_events()
     return time.monotonic() - start
 
 
@@ -179,7 +183,7 @@ def test_a_host_whose_address_changes_is_the_same_node(tmp_path: Path, network: 
         ip("-n", HOSTS[1], "address", "add", "10.77.0.2/24", "dev", "eth0")
 
 
-def test_a_capture_of_the_switch_holds_nothing_that_was_said(tmp_path: Path, network: None) -> None:
+def test_a_capture_of_the_switch_holds_nothing_that_was_sent(tmp_path: Path, network: None) -> None:
     """All TCP on the wire is TLS; what is not TCP is multicast scouting, and holds no id of a node."""
     members = cluster(tmp_path, 2)
     with captured() as frames, hosts(members, [[], []], "auto") as (a, b):
@@ -194,11 +198,12 @@ def test_a_capture_of_the_switch_holds_nothing_that_was_said(tmp_path: Path, net
 
 
 @contextlib.contextmanager
-def captured() -> Iterator[list[bytes]]:
+def captured() -> Generator[list[bytes]]:
     """The frames that pass the switch meanwhile; they are in the list after the block."""
     frames: list[bytes] = []
     command = ["ip", "netns", "exec", SWITCH, sys.executable, "-c", CAPTURE]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as tap:
+        assert tap.stdout is not None
         assert tap.stdout.readline() == b"ready\n"
         yield frames
         written, _ = tap.communicate(timeout=PATIENCE_SECONDS)

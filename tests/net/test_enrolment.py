@@ -1,12 +1,13 @@
-"""Invite and join over real TLS on loopback: the right code works once, and every other one is refused."""
+"""Invite and join over real TLS on loopback: the right code works once, and all others are refused."""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ def own_home(home: Path) -> Path:
 
 
 class Clock:
-    """Now, and as much later as a test says."""
+    """The time, and as much later as a test says."""
 
     def __init__(self) -> None:
         self.ahead_seconds = 0.0
@@ -39,7 +40,7 @@ class Clock:
 
 
 @contextlib.asynccontextmanager
-async def invitations(admin: Identity, clock: Clock | None = None) -> AsyncIterator[Invitations]:
+async def invitations(admin: Identity, clock: Clock | None = None) -> AsyncGenerator[Invitations]:
     opened = Invitations(admin, "127.0.0.1", lambda: [BUS], clock or time.time)
     try:
         yield opened
@@ -54,7 +55,7 @@ async def join(folder: Path, code: str, clock: Clock | None = None) -> Identity:
 
 
 async def refused(folder: Path, code: str, clock: Clock | None = None) -> str:
-    """Joining fails and leaves nothing half-made; the message."""
+    """The message with which joining fails; nothing half-made is left."""
     with pytest.raises(JoinFailed) as caught:
         await join(folder, code, clock)
     assert not identity.exists() or identity.load()
@@ -87,7 +88,7 @@ def test_a_code_makes_a_member_that_knows_the_others_and_who_was_removed(tmp_pat
     asyncio.run(story())
 
 
-def test_a_keeper_invited_by_a_keeper_can_invite_when_the_first_is_lost(tmp_path: Path) -> None:
+def test_an_admin_invited_by_an_admin_can_invite_when_the_first_is_lost(tmp_path: Path) -> None:
     admin = founder(tmp_path / "first")
 
     async def story() -> None:
@@ -142,13 +143,13 @@ def test_guesses_are_refused_and_bounded(tmp_path: Path) -> None:
                 assert "not (or no longer) known" in await refused(tmp_path / "new", guess(code))
             assert "Too many wrong codes" in await refused(tmp_path / "new", guess(code))
             assert "Too many wrong codes" in await refused(tmp_path / "new", code)
-            clock.ahead_seconds = invitations_module.MISS_SECONDS
+            clock.ahead_seconds = invitations_module.FAILED_ATTEMPT_SECONDS
             await join(tmp_path / "new", code)
 
     asyncio.run(story())
 
 
-def test_misses_are_counted_by_address_and_in_all() -> None:
+def test_failed_attempts_are_counted_by_address_and_in_all() -> None:
     failed_attempts = invitations_module.FailedAttempts()
     for number in range(invitations_module.FAILED_ATTEMPTS_MAX):
         assert not failed_attempts.too_many("a", 0.0)
@@ -157,7 +158,7 @@ def test_misses_are_counted_by_address_and_in_all() -> None:
     for number in range(invitations_module.FAILED_ATTEMPTS_TOTAL_MAX):
         failed_attempts.note(str(number), 10.0)
     assert failed_attempts.too_many("b", 11.0)
-    assert not failed_attempts.too_many("a", 10.0 + invitations_module.MISS_SECONDS)
+    assert not failed_attempts.too_many("a", 10.0 + invitations_module.FAILED_ATTEMPT_SECONDS)
 
 
 def test_an_impostor_never_gets_the_secret_nor_a_member(tmp_path: Path) -> None:
@@ -169,12 +170,12 @@ def test_an_impostor_never_gets_the_secret_nor_a_member(tmp_path: Path) -> None:
             there = read_code(await opened.invite())
             code = Code(there.addresses, enrolment.pin_of(admin.authority), b"s" * 16).text()
             assert "another cluster" in await refused(tmp_path / "new", code)
-            assert not opened._failed_attempts._misses  # nothing was shown to it
+            assert not opened._failed_attempts._attempts  # nothing was shown to it
 
     asyncio.run(story())
 
 
-def test_unreachable_is_said_with_the_addresses(tmp_path: Path) -> None:
+def test_an_unreachable_admin_is_reported_with_its_addresses(tmp_path: Path) -> None:
     admin = founder(tmp_path / "admin")
 
     async def story() -> None:
@@ -257,7 +258,7 @@ def test_a_member_of_another_cluster_stays_there(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_nobody_gets_a_slot_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_node_gets_a_slot_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     admin = founder(tmp_path / "admin")
     true, twins = identity.new_key, 0
 
@@ -266,7 +267,7 @@ def test_nobody_gets_a_slot_that_is_taken(tmp_path: Path, monkeypatch: pytest.Mo
         async with invitations(admin) as opened:
             first = await join(tmp_path / "first", await opened.invite())
 
-            def new_key():
+            def new_key() -> EllipticCurvePrivateKey:
                 nonlocal twins
                 key = true()
                 while twins < 2 and identity.slot_of(identity.node_id(key.public_key())) != slot:
@@ -302,7 +303,7 @@ def test_the_endpoint_closes_when_no_invitation_is_open(
 
 
 @given(st.data())
-def test_a_slip_in_a_code_is_noticed(data: st.DataObject) -> None:
+def test_a_typing_error_in_a_code_is_noticed(data: st.DataObject) -> None:
     code = Code(("192.168.1.20:41234", "[fd00::1]:41234"), b"p" * 16, b"s" * 16)
     text = code.text()
     assert read_code(text) == code
@@ -313,9 +314,12 @@ def test_a_slip_in_a_code_is_noticed(data: st.DataObject) -> None:
             [text[:place], text[:place] + text[place + 1 :], text[:place] + other + text[place + 1 :]]
         )
     )
-    if wrong != text:
-        with pytest.raises(JoinFailed, match="not a whole invitation code"):
-            read_code(wrong)
+    if wrong == text:
+        return
+    try:  # base32 uses only some bits of the last character: the others change nothing
+        assert (read_code(wrong), wrong[:-1]) == (code, text[:-1])
+    except JoinFailed as error:
+        assert "not a whole invitation code" in error.message
 
 
 @given(st.text(max_size=200))

@@ -129,7 +129,7 @@ def test_admins_renew_members_only(tmp_path: Path) -> None:
     for node in (removed, stranger):
         with pytest.raises(ValueError):
             admin.sign_again(node.request(), identity.pem(node.certificate), now)
-    with pytest.raises(ValueError):  # another's certificate
+    with pytest.raises(ValueError):  # the certificate of another node
         admin.sign_again(stranger.request(), identity.pem(member.certificate), now)
     with pytest.raises(ValueError):
         member.renew(identity.pem(removed.certificate))
@@ -165,7 +165,7 @@ def test_whatever_the_order_members_end_with_the_same_removals(
         assert before <= member.revoked == admin.revoked
 
 
-def test_a_second_keeper_signs_for_the_same_cluster(tmp_path: Path) -> None:
+def test_a_second_admin_signs_for_the_same_cluster(tmp_path: Path) -> None:
     admin, second, third = cluster(tmp_path, 3)
     second.become_admin(admin.authority_key_pem())
     at_home(tmp_path / "1")
@@ -183,7 +183,7 @@ def test_common_names_are_slots_that_no_public_authority_signs() -> None:
     assert not any("." in name for name in names)
 
 
-def test_what_a_killed_process_left_is_swept(home: Path) -> None:
+def test_what_a_killed_process_left_is_removed(home: Path) -> None:
     (home / ".cluster.half").mkdir(parents=True)
     (home / ".cluster.half" / "node.key").write_text("half a key")
     identity.found(time.time())

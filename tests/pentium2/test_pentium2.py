@@ -1,6 +1,6 @@
-"""`cordee-tiny` and the layout `pentium2`: nothing that a Pentium II lacks, everybody's bits, plain errors.
+"""`cordee-tiny` and the layout `pentium2`: no newer instructions, the same bits everywhere, plain errors.
 
-The whole machine is in test_pentium2_machine.py; here the program runs on an emulated CPU, or on this one.
+test_pentium2_machine.py emulates the whole machine; here the program runs on an emulated CPU, or on this one.
 """
 
 import re
@@ -24,7 +24,7 @@ from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import UnsupportedModel
 from cordee.models.cards import cards
 from make_model import SHAPES, RandomWeights, add_vocabulary, make_model
-from old_machine import ROOT, old_program
+from pentium2_machine import ROOT, old_program
 from ternary_models import FAMILIES, Weights
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
@@ -73,7 +73,7 @@ def emulated(cpu: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def tiny() -> Path:
-    """The program for this machine."""
+    """The program, built for this machine."""
     path = ROOT / "build" / "native" / "cordee-tiny"
     done = run("make", "-C", ROOT / "native", Path("..") / path.relative_to(ROOT))
     assert done.returncode == 0, done.stderr
@@ -81,7 +81,7 @@ def tiny() -> Path:
 
 
 class Restless(RandomWeights):
-    """With the embedding as its head a random model repeats what it hears."""
+    """Random weights with a head of their own: with the embedding as its head, a model repeats its prompt."""
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         shift = 10**6 if name == "output.weight" else 0
@@ -90,7 +90,7 @@ class Restless(RandomWeights):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of random weights, as small as they get: shapes that fill tiles and vectors, and one that does not."""
+    """Tiny models of random weights: a shape that fills tiles and vectors, and one that does not."""
     folder = tmp_path_factory.mktemp("models")
     shapes = {
         "stories": replace(SHAPES["15m"], layers=2, n_vocab=600),
@@ -110,7 +110,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def mnemonics(folder: Path, objdump: str) -> set[str]:
-    """Of all objects of a build, prefixes included."""
+    """The mnemonics in all objects of a build, prefixes included."""
     if shutil.which(objdump) is None:
         pytest.skip(f"no {objdump}: apt install binutils gcc-mingw-w64-i686")
     objects = sorted(folder.rglob("*.o"))
@@ -129,18 +129,18 @@ def mnemonics(folder: Path, objdump: str) -> set[str]:
 @pytest.mark.parametrize(
     ("system", "objdump"), [("pentium2", "objdump"), ("windows", "i686-w64-mingw32-objdump")]
 )
-def test_nothing_is_asked_of_the_processor_that_a_pentium_2_lacks(system: str, objdump: str) -> None:
-    """Emulators run some that it lacks (pshufw, prefetch), so the objects are read."""
+def test_the_program_has_no_instruction_that_a_pentium_2_lacks(system: str, objdump: str) -> None:
+    """Emulators run some that it lacks (pshufw, prefetch), so this reads the objects."""
     old_program(system)
     found = mnemonics(ROOT / "build" / system / "objects", objdump)
     assert {word for word in found if not is_of_a_pentium_2(word)} == set()
-    assert {"pmaddwd", "fldcw", "cmp"} <= found  # what is looked at is the program
+    assert {"pmaddwd", "fldcw", "cmp"} <= found  # these are the program's objects
     assert not any(map(is_of_a_pentium_2, WITHOUT.split()))
 
 
-# What the program for Windows may import: in the SDK's documentation each has the line "Windows 95 or later"
-# (of GetModuleHandleW Windows 98 has a stub that finds nothing), and the C library's are what its own
-# compilers of 1996 (Visual C++ 4.2) called, from the start of a program on.
+# What the program for Windows may import. The SDK's documentation says "Windows 95 or later" of each (of
+# GetModuleHandleW Windows 98 has a stub that finds nothing). Of the C library it is what Visual C++ 4.2, the
+# compiler of 1996, called from the start of a program on.
 WINDOWS_98 = {
     "KERNEL32.dll": """
         CloseHandle CreateFileA CreateFileMappingA CreateThread DeleteCriticalSection EnterCriticalSection
@@ -171,13 +171,13 @@ def test_windows_98_has_all_that_the_program_imports() -> None:
     assert {dll: names - set(WINDOWS_98[dll].split()) for dll, names in imported.items()} == {
         dll: set() for dll in WINDOWS_98
     }
-    assert re.search(r"MajorSubsystemVersion\s+4\n", listing)  # Windows 95 refuses what wants more
+    assert re.search(r"MajorSubsystemVersion\s+4\n", listing)  # Windows 95 refuses programs that ask for more
     assert "(Windows CUI)" in listing
 
 
 @pytest.mark.long
 def test_our_own_code_can_be_built_for_a_386(models: dict[str, Path], tiny: Path, tmp_path: Path) -> None:
-    """What is left of later processors is the C library's."""
+    """Instructions of later processors are only in the C library."""
     old_program()  # or skip
     program = tmp_path / "pentium2" / "cordee-tiny"
     done = run("make", "-C", ROOT / "native", f"build={tmp_path}", "old_cpu=i386", program)
@@ -190,17 +190,15 @@ def test_our_own_code_can_be_built_for_a_386(models: dict[str, Path], tiny: Path
 
 
 @pytest.mark.parametrize(("cpu", "kernels"), [("pentium2", "mmx"), ("pentium2,-mmx", "scalar")])
-def test_the_program_finds_out_what_the_processor_has_and_that_it_computes_right(
-    cpu: str, kernels: str
-) -> None:
+def test_the_self_test_chooses_the_kernels_of_the_processor_and_passes(cpu: str, kernels: str) -> None:
     done = run(*emulated(cpu), old_program(), "--selftest")
     assert done.returncode == 0, done.stdout
     assert f"by {kernels}: right" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["stories", "ragged"])
-def test_every_machine_says_the_same(models: dict[str, Path], tiny: Path, name: str) -> None:
-    """By chance, too: the largest logit alone would hide small differences."""
+def test_every_machine_gives_the_same_text(models: dict[str, Path], tiny: Path, name: str) -> None:
+    """With random sampling: the largest logit alone would hide small differences."""
     words = (models[name], "once upon a time", "-n", "40", "--seed", "5")
     here = run(tiny, *words)
     assert here.returncode == 0, here.stderr
@@ -211,22 +209,22 @@ def test_every_machine_says_the_same(models: dict[str, Path], tiny: Path, name: 
 
 
 @pytest.mark.parametrize("name", ["stories", "ragged"])
-def test_the_engine_of_the_cluster_says_what_the_program_says(
+def test_the_ternary_engine_gives_the_text_of_the_program(
     models: dict[str, Path], tiny: Path, name: str
 ) -> None:
     beginning, count = "once upon a time", 30
-    said = run(tiny, models[name], beginning, "-n", str(count), "--greedy").stdout
+    printed = run(tiny, models[name], beginning, "-n", str(count), "--greedy").stdout
     vocabulary = Vocabulary(models[name])
     stage = TernaryStage(models[name], StageConfig(context=61, sequences=1, batch_rows=64, threads=2))
     tokens = list(vocabulary.tokenize(beginning, add_bos=True))
-    heard = len(tokens)
+    prompt = len(tokens)
     rows = stage.decode(batch_of_one(tokens, 0, 0))
-    while len(tokens) < heard + count:
+    while len(tokens) < prompt + count:
         tokens.append(int(rows[-1].argmax()))
         rows = stage.decode(batch_of_one(tokens[-1:], len(tokens) - 1, 0))
     stage.close()
-    assert len(set(tokens[heard:])) > 5
-    assert said == beginning + vocabulary.detokenize(tokens[heard:]).decode(errors="replace")
+    assert len(set(tokens[prompt:])) > 5
+    assert printed == beginning + vocabulary.detokenize(tokens[prompt:]).decode(errors="replace")
 
 
 @pytest.mark.parametrize("key", ["eos_token_id", "eot_token_id"])
@@ -249,7 +247,7 @@ def test_a_text_ends_where_the_model_ends_it(
 
 
 def uniform(state: int) -> float:
-    """splitmix64 (https://prng.di.unimi.it/splitmix64.c), its highest 24 bits as a share of 1."""
+    """splitmix64 (https://prng.di.unimi.it/splitmix64.c): its highest 24 bits, as a number below 1."""
     z = state
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = (z ^ z >> shift) * factor % 2**64
@@ -257,16 +255,16 @@ def uniform(state: int) -> float:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_chance_keeps_its_rule(tiny: Path, seed: int) -> None:
-    """Among what is a tenth as likely as the likeliest, at a temperature of 0.7: said here by numpy."""
+def test_sampling_follows_its_rule(tiny: Path, seed: int) -> None:
+    """Tokens at least a tenth as likely as the most likely one, at a temperature of 0.7: here by numpy."""
     model = cards()["story-small"].path
     beginning, count = "Once upon a time", 60
     vocabulary = Vocabulary(model)
     stage = TernaryStage(model, StageConfig(context=128, sequences=1, batch_rows=16))
     tokens = list(vocabulary.tokenize(beginning, add_bos=True))
-    heard, state, surprises = len(tokens), seed, 0
+    prompt, state, surprises = len(tokens), seed, 0
     row = stage.decode(batch_of_one(tokens, 0, 0))[-1]
-    while len(tokens) < heard + count:
+    while len(tokens) < prompt + count:
         likely = np.argsort(-row, kind="stable")
         likely = likely[row[likely] >= row.max() + np.log(0.1)][:40]
         shares = np.exp((row[likely] - row.max()) / 0.7).cumsum()
@@ -276,8 +274,8 @@ def test_chance_keeps_its_rule(tiny: Path, seed: int) -> None:
         tokens.append(int(likely[place]))
         row = stage.decode(batch_of_one(tokens[-1:], len(tokens) - 1, 0))[-1]
     stage.close()
-    said = run(tiny, model, beginning, "-n", str(count), "--seed", str(seed)).stdout
-    assert said == vocabulary.detokenize(tokens[1:]).decode().lstrip()
+    printed = run(tiny, model, beginning, "-n", str(count), "--seed", str(seed)).stdout
+    assert printed == vocabulary.detokenize(tokens[1:]).decode().lstrip()
     assert surprises > count // 10
 
 
@@ -307,12 +305,12 @@ def logits_of(path: Path, tokens: np.ndarray, **config: int) -> np.ndarray:
 def test_a_row_is_the_same_in_any_batch_and_after_a_move(models: dict[str, Path], name: str) -> None:
     tokens = np.random.default_rng(2).integers(3, 500, 45).astype(np.int32)
     alone = logits_of(models[name], tokens, rows=1)
-    for _ in range(20):  # threads that are in one another's way are so by chance
+    for _ in range(20):  # threads that disturb each other do so only sometimes
         assert np.array_equal(alone, logits_of(models[name], tokens))
 
 
 class TernaryTables(Weights):
-    """A family's random weights, with embedding and head as this layout wants them."""
+    """A family's random weights, with embedding and head ternary, as this layout needs them."""
 
     def __init__(self, model, seed: int) -> None:
         super().__init__(model, seed)
@@ -322,7 +320,7 @@ class TernaryTables(Weights):
 
 @pytest.mark.parametrize("family", ["llama", "bitnet", "bitnet-silu"])
 def test_it_computes_what_the_other_layouts_compute(tmp_path: Path, family: str) -> None:
-    """Up to the rounding of keys and values: another model would not come near."""
+    """Up to the rounding of keys and values; the logits of another model would not correlate."""
     model = replace(FAMILIES[family], head="int8", head_planes=1)
     weights = TernaryTables(model, 3)
     write(tmp_path / "modern.gguf", replace(model, layout="trit2"), weights)
@@ -339,7 +337,7 @@ def test_weights_come_out_of_the_layout_as_they_went_in(rows: int, cols: int, se
     weights = np.random.default_rng(seed).integers(-1, 2, (rows, cols)).astype(np.int8)
     packed = pentium2.pack_rows(weights)
     assert packed.shape == (rows, pentium2.row_bytes(cols))
-    assert packed.max() < 252 and (packed % 28 < 27).all()  # tables have no other sums
+    assert packed.max() < 252 and (packed % 28 < 27).all()  # the tables have no other sums
     payload = np.concatenate([tile.reshape(-1) for tile in pentium2.tiles(packed)])
     assert np.array_equal(pentium2.unpack(payload, rows, cols), weights)
 
@@ -364,7 +362,7 @@ def test_15_million_weights_take_less_than_6_megabytes(tmp_path: Path) -> None:
 
 
 def complaint(tiny: Path, *words: str | Path) -> str:
-    """What it says when it refuses: one line, and nothing to standard output."""
+    """Its error message: one line, and nothing on standard output."""
     done = run(tiny, *words)
     assert (done.returncode, done.stdout) == (EXIT_FAILED, "")
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("cordee-tiny: ")
@@ -391,7 +389,7 @@ def test_files_that_are_no_models_are_refused_in_a_sentence(
         complaint(tiny, file, "a")
 
 
-def test_nonsense_on_the_command_line_shows_the_usage(models: dict[str, Path], tiny: Path) -> None:
+def test_a_wrong_command_line_shows_the_usage(models: dict[str, Path], tiny: Path) -> None:
     for words in ((), ("-n",), ("m", "-n", "x"), ("m", "--loud"), ("m", "a", "b"), ("m", "--seed", "-1")):
         done = run(tiny, *words)
         assert (done.returncode, done.stdout) == (EXIT_USAGE, "")
@@ -415,8 +413,8 @@ def test_without_a_text_it_asks_for_one_again_and_again(models: dict[str, Path],
     assert done.stderr.count("> ") == 3 and done.stderr.count("tokens/s]") == 0
 
 
-def test_a_talk_that_grows_too_long_begins_anew(tiny: Path, tmp_path: Path) -> None:
-    """A model that knows turns of ChatML, in a context that holds one of them and no two."""
+def test_a_conversation_that_grows_too_long_begins_anew(tiny: Path, tmp_path: Path) -> None:
+    """A model with the turns of ChatML, in a context that holds one turn but not two."""
     model = replace(SHAPES["15m"], layers=2, n_vocab=600, context=64, layout=pentium2.LAYOUT)
 
     def describe(writer: GGUFWriter) -> None:
@@ -429,7 +427,7 @@ def test_a_talk_that_grows_too_long_begins_anew(tiny: Path, tmp_path: Path) -> N
     words = (tmp_path / "x.gguf", "-n", "9", "--greedy")
     alone = [run(tiny, words[0], line, *words[1:]) for line in ("hello", "the end")]
     assert all(done.returncode == 0 and done.stdout for done in alone)
-    talk = run(tiny, *words, text="hello\nthe end\n")
-    assert talk.stderr.count("What was said before is forgotten") == 1
-    assert talk.stdout == "".join(done.stdout for done in alone)
+    chat = run(tiny, *words, text="hello\nthe end\n")
+    assert chat.stderr.count("What was said before is forgotten") == 1
+    assert chat.stdout == "".join(done.stdout for done in alone)
     assert "longer than" in run(tiny, words[0], "x" * 8190, "-n", "3").stderr

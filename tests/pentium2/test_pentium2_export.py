@@ -1,4 +1,4 @@
-"""The folder for an old machine: complete, checkable there, and never half of it."""
+"""The exported folder for an old machine: complete, with checksums, and never half written."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """A build folder; what the programs are is no matter here."""
+    """A build folder; the content of the programs does not matter here."""
     for place in export.PROGRAMS.values():
         path = tmp_path / "build" / place
         path.parent.mkdir(parents=True)
@@ -58,7 +58,7 @@ def test_the_folder_holds_all_that_the_machine_needs(model: Path, programs: Path
     assert nbytes % 2048 == 0
 
 
-def test_whoever_gets_the_folder_can_check_it(model: Path, programs: Path, tmp_path: Path) -> None:
+def test_the_folder_can_be_checked_with_its_checksums(model: Path, programs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cd"
     export.export(read_header(model), folder, programs=programs)
     check = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
@@ -76,7 +76,7 @@ def test_whoever_gets_the_folder_can_check_it(model: Path, programs: Path, tmp_p
 
 
 @pytest.mark.parametrize("name", ["README.TXT", "LISEZMOI.TXT"])
-def test_how_to_begin_reads_well_on_windows_98(
+def test_the_instructions_are_readable_on_windows_98(
     model: Path, programs: Path, tmp_path: Path, name: str
 ) -> None:
     export.export(read_header(model), tmp_path / "cd", programs=programs)
@@ -133,7 +133,7 @@ def test_nothing_is_left_of_a_folder_that_failed(
     assert left(tmp_path) == set()
 
 
-def test_what_a_killed_export_left_is_swept(model: Path, programs: Path, tmp_path: Path) -> None:
+def test_what_a_killed_export_left_is_removed(model: Path, programs: Path, tmp_path: Path) -> None:
     gone = subprocess.run(["sh", "-c", "echo $$"], capture_output=True, text=True).stdout.strip()
     remains = tmp_path / f".cd.{gone}.x.partial"
     remains.mkdir()
@@ -142,7 +142,7 @@ def test_what_a_killed_export_left_is_swept(model: Path, programs: Path, tmp_pat
     assert left(tmp_path) == {"cd"}
 
 
-def test_the_verb_takes_a_model_of_the_store_and_says_where_to_go_on(
+def test_the_verb_takes_a_model_of_the_store_and_names_the_instructions(
     model: Path, programs: Path, tmp_path: Path, home: Path
 ) -> None:
     Store().add_file(model, "bedtime")

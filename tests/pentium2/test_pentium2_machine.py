@@ -1,7 +1,7 @@
-"""`cordee-tiny` on a whole emulated PC of 1997: it says what the modern engine says, in the memory of then.
+"""`cordee-tiny` on a whole emulated PC of 1997: the text of the modern engine, in the memory of that time.
 
-`make test-pentium2` fetches the machine and runs these. The short tests share one boot; in the long ones it
-has a disk, with models that fill the memory or are larger.
+`make test-pentium2` fetches the machine and runs these. The short tests share one boot; in the long ones
+it has a disk, with models that fill the memory or exceed it.
 """
 
 import re
@@ -17,8 +17,8 @@ from cordee.engine.stage import StageConfig, batch_of_one
 from cordee.engine.ternary import TernaryStage
 from cordee.engine.vocabulary import Vocabulary
 from make_model import SHAPES, RandomWeights, add_vocabulary, make_model
-from old_machine import Finding, boot, make_disk, need_machine, old_program, sse_program
 from pentium2 import trained_models
+from pentium2_machine import Finding, boot, make_disk, need_machine, old_program, sse_program
 
 BEGINNING, TOKENS = "once upon a time there was a small cat", 40
 STORIES = {path.stem: path for path in trained_models()}
@@ -27,7 +27,7 @@ ILLEGAL_INSTRUCTION = 128 + 4  # as shells have it
 
 
 class Restless(RandomWeights):
-    """Random weights whose head is not the embedding: with both the same, a model repeats what it hears."""
+    """Random weights whose head is not the embedding: with both the same, a model repeats its prompt."""
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         return (
@@ -38,17 +38,17 @@ class Restless(RandomWeights):
 
 
 def said_by_the_modern_engine(path: Path, beginning: str, count: int) -> str:
-    """The text that follows, always by the likeliest token, on this machine's own engine, up to an end."""
+    """The greedy continuation on this machine's own engine: `count` tokens, or fewer up to an end token."""
     vocabulary = Vocabulary(path)
     stage = TernaryStage(path, StageConfig(context=256, sequences=1, batch_rows=64, threads=1))
-    heard = vocabulary.tokenize(beginning, add_bos=True)
-    said = [int(stage.decode(batch_of_one(heard, 0, 0))[0].argmax())]
-    while len(said) < count and said[-1] not in vocabulary.end_of_generation:
-        row = stage.decode(batch_of_one(said[-1:], len(heard) + len(said) - 1, 0))
-        said.append(int(row[0].argmax()))
+    prompt = vocabulary.tokenize(beginning, add_bos=True)
+    tokens = [int(stage.decode(batch_of_one(prompt, 0, 0))[0].argmax())]
+    while len(tokens) < count and tokens[-1] not in vocabulary.end_of_generation:
+        row = stage.decode(batch_of_one(tokens[-1:], len(prompt) + len(tokens) - 1, 0))
+        tokens.append(int(row[0].argmax()))
     stage.close()
-    assert len(set(said)) > count // 3, "this model is too monotonous to tell engines apart"
-    return vocabulary.detokenize(said).decode(errors="surrogateescape")
+    assert len(set(tokens)) > count // 3, "this model is too monotonous to tell engines apart"
+    return vocabulary.detokenize(tokens).decode(errors="surrogateescape")
 
 
 def tokens_per_second(finding: Finding) -> float:
@@ -60,7 +60,7 @@ def memory_megabytes(finding: Finding) -> float:
 
 
 def show(found: dict[str, Finding]) -> None:
-    """Print what the machine said, for whoever runs `make test-pentium2`."""
+    """Print what the machine printed, for the person who runs `make test-pentium2`."""
     for name, finding in found.items():
         print(f"\n{name}: {finding.text}")
 
@@ -82,7 +82,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def found(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finding]:
-    """What the machine said, all in one boot."""
+    """What the machine printed, all in one boot."""
     need_machine()
     files = {path.name: path for path in models.values()}
     files |= {"cordee-tiny": old_program(), "sse": sse_program()}
@@ -114,7 +114,7 @@ def test_the_program_finds_that_the_machine_computes_right(found: dict[str, Find
     assert "mmx" in found["selftest"].text
 
 
-def test_it_says_what_the_modern_engine_says(found: dict[str, Finding], models: dict[str, Path]) -> None:
+def test_it_writes_the_text_of_the_modern_engine(found: dict[str, Finding], models: dict[str, Path]) -> None:
     text = said_by_the_modern_engine(models["restless"], BEGINNING, TOKENS)
     assert found["text"] == Finding(0, BEGINNING + text)
 
@@ -143,7 +143,7 @@ def test_a_model_of_110_million_weights_runs_inside_128_megabytes(found: dict[st
 
 @pytest.fixture(scope="module")
 def found_on_disk(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finding]:
-    """What the machine says of a model that just fits and of one ten times larger than the memory."""
+    """What the machine prints with a model that just fits, and with one ten times larger than the memory."""
     need_machine()
     folder = tmp_path_factory.mktemp("disk")
     (folder / "content").mkdir()

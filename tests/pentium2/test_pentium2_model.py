@@ -1,11 +1,11 @@
-"""The timing model of the Pentium II (bench/p6) says of small loops what the manuals say of them."""
+"""The timing model of the Pentium II (bench/pentium2_model) gives loops the clocks that the manuals give."""
 
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from p6.machine import NORMAL, PESSIMISTIC, Call, Machine, Memory, MissingTool
+from pentium2_model.machine import NORMAL, PESSIMISTIC, Call, Machine, Memory, MissingTool
 
 ROUNDS = 2000
 PROGRAM = """
@@ -30,7 +30,7 @@ again:
 .globl forward
 .comm buffer, 4194304, 4096
 """
-# Body -> (clocks of a round, instructions of a round); the loop adds two instructions and at most two clocks.
+# Body -> clocks and instructions of a round; the loop adds two instructions and at most two clocks.
 LOOPS = {
     "a chain of products, 4 clocks each": ("imull %eax, %eax\n" * 8, 32, 8),
     "independent sums, two a clock": ("addl $1, %eax\naddl $1, %edx\n" * 8, 8, 16),
@@ -49,7 +49,7 @@ def machine() -> Machine:
 
 
 def measure(machine: Machine, folder: Path, body: str, memory: Memory = NORMAL) -> Call:
-    """The third call of a `forward` that runs the body ROUNDS times; its instructions are counted twice."""
+    """The third call of a `forward` that runs the body ROUNDS times; both passes must count the same."""
     source, program = folder / "loop.s", folder / "loop"
     source.write_text(PROGRAM.replace("ROUNDS", str(ROUNDS)).replace("BODY", body))
     subprocess.run(["gcc", "-m32", "-static", "-nostdlib", "-o", program, source], check=True)

@@ -1,4 +1,4 @@
-"""A new user of an old machine: a bare i386 Debian on the emulated Pentium II, and what its README says."""
+"""A newcomer with an old machine: a bare i386 Debian on the emulated Pentium II, and the exported README."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from make_model import SHAPES, make_model
-from old_machine import boot, make_disk, need_debootstrap, need_machine, old_program
+from pentium2_machine import boot, make_disk, need_debootstrap, need_machine, old_program
 from terminal import PROGRAM
 
 # The last release whose i386 packages run without SSE.
@@ -18,7 +18,7 @@ PLACE = "/home/cordee"
 
 @pytest.fixture
 def debian(tmp_path: Path) -> Path:
-    """The files of a Debian for i386: packages unpacked, not configured. Enough to run what they hold."""
+    """The files of a Debian for i386, unpacked but not configured, which is enough to run its programs."""
     need_machine()
     need_debootstrap()
     folder = tmp_path / "debian"
@@ -29,7 +29,7 @@ def debian(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Path:
-    """What `make tiny` and `cordee export` give."""
+    """The folder that `make tiny` and `cordee export` make."""
     for system in ("pentium2", "windows"):
         old_program(system)
     make_model(tmp_path / "model.gguf", replace(SHAPES["15m"], layout="pentium2"))
@@ -39,13 +39,13 @@ def exported(tmp_path: Path) -> Path:
 
 
 def typed(readme: Path) -> list[str]:
-    """The lines that a README for Linux says to type, in its order."""
+    """The lines that the README says to type on Linux, in order."""
     text = readme.read_text(encoding="cp1252").partition("On Linux")[2].partition("On Windows")[0]
     return [line.strip() for line in text.splitlines() if line.startswith("  ")]
 
 
 @pytest.mark.long
-def test_a_newcomer_gets_a_text_by_what_the_readme_says(debian: Path, exported: Path, tmp_path: Path) -> None:
+def test_a_newcomer_who_follows_the_readme_gets_a_text(debian: Path, exported: Path, tmp_path: Path) -> None:
     lines = typed(exported / "README.TXT")
     assert len(lines) == 4
     shutil.copytree(exported, debian / "media" / "cordee")

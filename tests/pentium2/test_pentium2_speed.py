@@ -1,4 +1,4 @@
-"""What the old machine would make of the program: instructions counted, clocks modelled, on any host."""
+"""How fast the old machine would run the program: instructions counted, clocks modelled, on any host."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from make_model import SHAPES, make_model
-from old_machine import old_program
-from p6.machine import NORMAL, Machine, MissingTool
 from pentium2 import beginning
+from pentium2_machine import old_program
+from pentium2_model.machine import NORMAL, Machine, MissingTool
 
 MILLION = 1_000_000
 
@@ -24,7 +24,7 @@ def machine() -> Iterator[Machine]:
 
 
 def program(folder: Path, shape: str, position: int) -> list[str | Path]:
-    """The command that has a model of that shape, of random weights, read so many tokens and write three."""
+    """The command by which a random model of that shape reads `position` tokens and writes three."""
     model = folder / f"{shape}.gguf"
     make_model(model, replace(SHAPES[shape], layout="pentium2"))
     return [old_program(), model, beginning(model, position), "-n", "3", "--greedy"]

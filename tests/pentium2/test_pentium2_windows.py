@@ -1,6 +1,6 @@
-"""The Windows program under Wine, in a Debian for i386 of its own: it says what the Linux program says.
+"""The Windows program under Wine, in a Debian for i386 of its own: it prints what the Linux program prints.
 
-Wine is not Windows 98, whose libraries `tests/pentium2/test_pentium2.py` holds the imports to; but it runs
+Wine is not Windows 98 (`tests/pentium2/test_pentium2.py` compares the imports to its libraries), but it runs
 every line.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cordee.models.cards import cards
-from old_machine import need_debootstrap, old_program
+from pentium2_machine import need_debootstrap, old_program
 
 RELEASE = "bookworm"
 MODEL = cards()["story-small"].path
@@ -21,17 +21,17 @@ INSTALL_SECONDS, RUN_SECONDS = 1200, 120
 
 
 class Wine:
-    """A Debian for i386 with Wine in it. What runs there sees no process but its own, and ends with it."""
+    """A Debian for i386 with Wine. What runs there sees only its own processes, and ends with the call."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         command = ["debootstrap", "--arch=i386", "--variant=minbase", RELEASE, str(folder)]
         subprocess.run(command, check=True, capture_output=True, timeout=INSTALL_SECONDS)
-        for part in ("etc/apt/apt.conf.d", "etc/resolv.conf"):  # how this machine reaches its packages
-            if (source := Path("/", part)).is_dir():
-                shutil.copytree(source, folder / part, dirs_exist_ok=True)
+        for name in ("etc/apt/apt.conf.d", "etc/resolv.conf"):  # how this machine reaches its packages
+            if (source := Path("/", name)).is_dir():
+                shutil.copytree(source, folder / name, dirs_exist_ok=True)
             elif source.exists():
-                shutil.copyfile(source, folder / part)
+                shutil.copyfile(source, folder / name)
         self._inside(["sh", "-c", INSTALL], INSTALL_SECONDS).check_returncode()
         (folder / "cordee").mkdir()
         shutil.copy(old_program("windows"), folder / "cordee")

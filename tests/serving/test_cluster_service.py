@@ -64,7 +64,7 @@ class Cluster:
     def start(self, name: str) -> Node:
         """A node, and the way to it."""
         self.nodes[name] = Node(self.gateway, self.service.vocabulary.size)
-        self.gateway.route(self.service.model.digest, name)
+        self.gateway.follow({self.service.key: name})
         return self.nodes[name]
 
     async def kill(self, name: str) -> None:
@@ -112,7 +112,7 @@ def test_an_answer_goes_on_when_its_host_dies(model: Model) -> None:
             )
             await halfway.wait()
             await made.kill("first")
-            made.gateway.route(made.service.model.digest, None)
+            made.gateway.follow({})
             assert not made.service.ready
             made.start("second")
             got = await answer

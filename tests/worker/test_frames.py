@@ -5,7 +5,7 @@ import contextlib
 import resource
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import msgspec
 import pytest
@@ -104,7 +104,7 @@ messages = st.one_of(
         digests=st.dictionaries(ids, texts, max_size=3),
     ),
 )
-# Around the bound below which a payload travels with its message, and beyond a socket's buffer.
+# Around the bound below which a payload is joined to its message, and beyond a socket's buffer.
 payloads = st.one_of(
     st.binary(max_size=200),
     st.sampled_from([frames.JOINED_BYTES_MAX, frames.JOINED_BYTES_MAX + 1, 400_000]).map(
@@ -115,7 +115,7 @@ cuts = st.lists(st.integers(1, 4000), max_size=20)
 
 
 @contextlib.contextmanager
-def linked() -> Iterator[tuple[socket.socket, socket.socket]]:
+def linked() -> Generator[tuple[socket.socket, socket.socket]]:
     left, right = socket.socketpair()
     with left, right:
         left.settimeout(SECONDS)
@@ -134,8 +134,8 @@ def frame(message: Message, payload: bytes = b"") -> bytes:
 
 
 def pieces(data: bytes, sizes: list[int]) -> list[bytes]:
-    """The data in parts of these sizes, the rest as one."""
-    parts = []
+    """The data in pieces of these sizes, and the rest as one."""
+    parts: list[bytes] = []
     for size in sizes:
         parts.append(data[:size])
         data = data[size:]
@@ -156,8 +156,8 @@ def feed(right: socket.socket, parts: list[bytes]) -> threading.Thread:
 
 
 def received(parts: list[bytes]) -> list[tuple[Message, bytes]]:
-    """All frames that a worker reads from these parts, until LinkClosed."""
-    found = []
+    """All frames that a worker reads from these pieces, until LinkClosed."""
+    found: list[tuple[Message, bytes]] = []
     with linked() as (left, right):
         writer = feed(right, parts)
         with pytest.raises(LinkClosed):
@@ -170,11 +170,11 @@ def received(parts: list[bytes]) -> list[tuple[Message, bytes]]:
 
 
 def read(parts: list[bytes]) -> list[tuple[Message, bytes]]:
-    """All frames that the service reads from these parts, until LinkClosed."""
+    """All frames that a worker's parent reads from these pieces, until LinkClosed."""
 
     async def run() -> list[tuple[Message, bytes]]:
         reader = asyncio.StreamReader()
-        found = []
+        found: list[tuple[Message, bytes]] = []
 
         async def write() -> None:
             for part in parts:
@@ -204,7 +204,7 @@ def test_frames_keep_their_borders(frames: list[tuple[Message, bytes]], sizes: l
     assert received(parts) == read(parts) == frames
 
 
-def test_the_service_writes_what_workers_read() -> None:
+def test_an_event_loop_writes_what_workers_read() -> None:
     rows = Rows("p", 7, (Run(0, 0, 3, True),), {}, n_embd=4)
     big = bytes(range(256)) * 5000
 
@@ -286,7 +286,7 @@ def test_a_peer_that_stops_in_mid_frame_is_given_up() -> None:
             frames.receive(left)
 
 
-def test_sending_to_who_is_gone_or_does_not_read_is_an_end() -> None:
+def test_sending_to_a_peer_that_is_gone_or_does_not_read_closes_the_link() -> None:
     with linked() as (left, right):
         left.settimeout(0.05)
         with pytest.raises(LinkClosed):

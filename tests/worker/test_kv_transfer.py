@@ -1,4 +1,4 @@
-"""Sequences go over to workers of the next placement, whose layers are cut elsewhere: real processes."""
+"""Workers of the next placement, cut at other layers, take sequences over: real processes."""
 
 import itertools
 import signal
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cordee.cluster.facts import KvSource
 from cordee.engine.stage import StageConfig
 from cordee.generation.request import SamplingParams
 from cordee.models.gguf import read_header
@@ -15,6 +16,7 @@ from cordee.models.slices import cut
 from cordee.worker import frames
 from cordee.worker.messages import (
     Broken,
+    HeldSequence,
     Join,
     KvAnswer,
     KvQuery,
@@ -26,7 +28,6 @@ from cordee.worker.messages import (
     ReaderJoin,
     Rows,
     Run,
-    Source,
     Tokens,
     Wire,
     Wired,
@@ -66,50 +67,51 @@ class Stages:
             assert isinstance(loaded, Loaded), loaded
             self.endpoints.append(loaded.endpoint)
 
-    def wire(self, placement: str, before: "Stages | None" = None, name: str = "old") -> None:
-        """Join them, last first; with the sources that their layers have in the placement before."""
-        self.placement = placement
+    def wire(self, wiring: str, before: "Stages | None" = None, name: str = "old") -> None:
+        """Wire them, last first; with the sources that their layers have in the wiring `name` before."""
+        self.wiring = wiring
         for index in reversed(range(len(self.workers))):
             last = index + 1 == len(self.workers)
             target = self.workers[index].tokens if last else self.workers[index + 1].inbox
             sources = () if before is None else before.sources(name, *self.ranges[index])
-            wire = Wire(placement, str(target), str(self.workers[0].inbox) if last else None, sources)
+            wire = Wire(wiring, str(target), str(self.workers[0].inbox) if last else None, sources)
             if last:
                 frames.send(self.workers[index].control, wire)
                 self.down = self.workers[index].accepted(1)
-                assert frames.receive(self.down)[0] == Join(placement)
-                assert heard(self.workers[index]) == Wired(placement)
+                assert frames.receive(self.down)[0] == Join(wiring)
+                assert reported(self.workers[index]) == Wired(wiring)
             else:
-                assert self.workers[index].command(wire) == Wired(placement)
+                assert self.workers[index].command(wire) == Wired(wiring)
         self.up = self.workers[0].connect()
-        frames.send(self.up, Join(placement))
+        frames.send(self.up, Join(wiring))
 
-    def sources(self, name: str, first: int, last: int) -> tuple[Source, ...]:
+    def sources(self, name: str, first: int, last: int) -> tuple[KvSource, ...]:
         """Where these layers are."""
         return tuple(
-            Source(endpoint, name, max(first, low) - low, min(last, high) - low)
+            KvSource(endpoint, name, max(first, low) - low, min(last, high) - low)
             for endpoint, (low, high) in zip(self.endpoints, self.ranges, strict=True)
             if max(first, low) < min(last, high)
         )
 
     def run(self, batch: int, tokens: list[int], first: int, *, inherit: bool = False, log: int = 0) -> int:
-        """Tokens of sequence 1 from this position on; the next one. `log` of them are an answer's already."""
+        """Compute tokens of sequence 1 from position `first` on; gives the next token. The last `log` of them
+        are of the answer."""
         opening = Opening(SamplingParams(temperature=0), PROMPT, tokens[len(tokens) - log :])
         runs = (Run(1, first, len(tokens), True, 7, inherit),)
         payload = np.array(tokens, np.int32).tobytes()
-        frames.send(self.up, Rows(self.placement, batch, runs, {1: opening}), payload)
-        message = self.said()
+        frames.send(self.up, Rows(self.wiring, batch, runs, {1: opening}), payload)
+        message = self.result()
         assert isinstance(message, Tokens), message
         return message.choices[1].token
 
-    def said(self) -> Message:
-        """What the last stage says."""
+    def result(self) -> Message:
+        """The next message of the last stage."""
         return frames.receive(self.down)[0]
 
-    def recall(self) -> dict:
+    def query(self) -> dict[int, HeldSequence]:
         """What all stages could take over."""
-        frames.send(self.up, KvQuery(self.placement))
-        message = self.said()
+        frames.send(self.up, KvQuery(self.wiring))
+        message = self.result()
         assert isinstance(message, KvAnswer), message
         return message.held
 
@@ -120,8 +122,8 @@ class Stages:
                 worker.close()
 
 
-def heard(worker: Lone) -> Message:
-    """What a worker told its parent."""
+def reported(worker: Lone) -> Message:
+    """The next message of a worker to its parent."""
     return frames.receive(worker.control)[0]
 
 
@@ -151,44 +153,44 @@ def test_a_sequence_goes_on_in_the_next_placement(stages: tuple[Stages, Stages])
     undisturbed = answer(old, 8)
     assert answer(old, 4) == undisturbed[:4]
     new.wire("new", old)
-    kv_readers = [heard(old.workers[0]) for _ in range(2)] + [heard(old.workers[1]) for _ in range(2)]
+    kv_readers = [reported(old.workers[0]) for _ in range(2)] + [reported(old.workers[1]) for _ in range(2)]
     assert kv_readers == [KvReaders(1), KvReaders(2), KvReaders(1), KvReaders(2)]
     assert old.run(5, undisturbed[3:4], 43, log=1) == undisturbed[4]  # it still serves, and computes one more
-    held = new.recall()
-    assert {heard(worker) for worker in old.workers} == {Broken("old")}
+    held = new.query()
+    assert {reported(worker) for worker in old.workers} == {Broken("old")}
     assert held[1].tokens == PROMPT + undisturbed[:4]
-    # The token before was said, but has not come: what is taken over may end anywhere.
+    # The last token was computed but has not arrived: what is taken over may end anywhere.
     assert new.run(1, undisturbed[2:4], 42, inherit=True, log=2) == undisturbed[4]
     for index in range(4, 7):
         assert new.run(index, undisturbed[index : index + 1], 40 + index, log=1) == undisturbed[index + 1]
 
 
-def test_who_cannot_inherit_says_so_and_computes_again(stages: tuple[Stages, Stages]) -> None:
+def test_a_worker_whose_source_is_gone_reports_it_and_computes_again(stages: tuple[Stages, Stages]) -> None:
     old, new = stages
     undisturbed = answer(old, 3)
     new.wire("new", old)
-    assert 1 in new.recall()
+    assert 1 in new.query()
     old.workers[0].process.send_signal(signal.SIGKILL)
     old.workers[0].process.wait()
     runs = (Run(1, 40, 1, True, 7, True),)
     frames.send(new.up, Rows("new", 1, runs, {}), np.array(undisturbed[:1], np.int32).tobytes())
-    assert heard(new.workers[0]) == Broken("new")
-    assert [heard(worker) for worker in new.workers[1:]] == [Broken("new")] * 2
+    assert reported(new.workers[0]) == Broken("new")
+    assert [reported(worker) for worker in new.workers[1:]] == [Broken("new")] * 2
     new.down.close()
     new.wire("newer")
-    assert new.recall() == {}
+    assert new.query() == {}
     assert new.run(1, PROMPT, 0) == undisturbed[0]
 
 
-def test_nothing_is_left_by_another_placement(stages: tuple[Stages, Stages]) -> None:
+def test_nothing_is_taken_over_from_another_wiring(stages: tuple[Stages, Stages]) -> None:
     old, new = stages
     undisturbed = answer(old, 2)
     new.wire("new", old, name="another")
-    assert new.recall() == {}
-    assert old.run(3, undisturbed[1:], 41, log=1) >= 0, "nobody made it leave its placement"
+    assert new.query() == {}
+    assert old.run(3, undisturbed[1:], 41, log=1) >= 0, "nothing made it leave its wiring"
 
 
-def test_strangers_at_a_worker_take_nothing(stages: tuple[Stages, Stages]) -> None:
+def test_strangers_at_a_worker_get_no_sequence(stages: tuple[Stages, Stages]) -> None:
     old, _ = stages
     undisturbed = answer(old, 2)
     for first, second in (
@@ -206,4 +208,4 @@ def test_strangers_at_a_worker_take_nothing(stages: tuple[Stages, Stages]) -> No
             while True:
                 assert frames.receive(stranger)[0] == ReaderJoin("old")
         stranger.close()
-    assert old.run(9, undisturbed[:1], 40, log=1) == undisturbed[1], "nobody made it leave its placement"
+    assert old.run(9, undisturbed[:1], 40, log=1) == undisturbed[1], "nothing made it leave its wiring"

@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from cordee.net import address
 from cordee.net.identity import Identity
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import LinkClosed
-from cordee.worker.messages import Join
+from cordee.worker.messages import Join, Message
 from cordee.worker.tls_link import Handshake, TlsListener
 from members import DAY_SECONDS, cluster, founder, newcomer
 
@@ -49,9 +50,10 @@ class Worker(threading.Thread):
                     if handshake := self.listener.accept():
                         selector.register(handshake, selectors.EVENT_READ)
                     continue
+                assert isinstance(ready, Handshake | socket.socket)
                 try:
                     if isinstance(ready, Handshake):
-                        if came := ready.greet():
+                        if came := ready.proceed():
                             selector.unregister(ready)
                             selector.register(came, selectors.EVENT_READ)
                     else:
@@ -60,8 +62,9 @@ class Worker(threading.Thread):
                     self.refusals.append(str(error))
                     selector.unregister(ready)
                     ready.close()
-        for key in list(selector.get_map().values()):  # the door too
-            key.fileobj.close()
+        for ready in [key.fileobj for key in selector.get_map().values()]:  # the listener too
+            assert isinstance(ready, TlsListener | Handshake | socket.socket)
+            ready.close()
 
 
 def test_frames_of_all_sizes_arrive_whole_and_in_order(tmp_path: Path) -> None:
@@ -93,7 +96,7 @@ def test_the_end_of_either_side_is_noticed_at_once(tmp_path: Path) -> None:
     again.ended.set()
 
 
-def wait_for(condition) -> None:
+def wait_for(condition: Callable[[], object]) -> None:
     until = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < until
@@ -101,7 +104,7 @@ def wait_for(condition) -> None:
 
 
 @pytest.mark.parametrize("kind", ["foreign", "expired", "removed", "none"])
-def test_strangers_are_refused_at_the_door_and_as_a_door(tmp_path: Path, kind: str) -> None:
+def test_strangers_are_refused_as_clients_and_as_servers(tmp_path: Path, kind: str) -> None:
     admin, member, removed = cluster(tmp_path, 3)
     admin.revoke(removed.node)
     stranger = {
@@ -110,10 +113,11 @@ def test_strangers_are_refused_at_the_door_and_as_a_door(tmp_path: Path, kind: s
         "removed": lambda: removed,
         "none": lambda: founder(tmp_path / "none"),
     }[kind]()
-    shutil.copy(admin.folder / "ca.pem", stranger.folder / "ca.pem")  # it believes what it is told
+    shutil.copy(admin.folder / "ca.pem", stranger.folder / "ca.pem")  # so it trusts the cluster's authority
     worker = Worker(admin)
     if kind == "none":
-        context = ssl._create_unverified_context()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         where = ("127.0.0.1", port_of(worker.listener))
         with socket.create_connection(where) as plain, context.wrap_socket(plain) as tls:
             assert alert_or_end(tls)
@@ -130,7 +134,7 @@ def test_strangers_are_refused_at_the_door_and_as_a_door(tmp_path: Path, kind: s
 
 
 def alert_or_end(tls: ssl.SSLSocket) -> bool:
-    """Whether the other side refuses instead of saying something."""
+    """Whether the other side refuses instead of sending anything."""
     try:
         return tls.recv(1) == b""
     except OSError:
@@ -155,13 +159,13 @@ def test_silent_strangers_do_not_keep_the_worker_from_its_work(tmp_path: Path) -
     worker.ended.set()
 
 
-def test_an_event_loop_speaks_with_workers(tmp_path: Path) -> None:
-    """The host of a pipeline: sends to the first worker, hears the last."""
+def test_an_event_loop_exchanges_frames_with_workers(tmp_path: Path) -> None:
+    """As the host of a pipeline, which sends to the first worker and reads from the last."""
     first, second = cluster(tmp_path, 2)
     worker = Worker(second)
 
     async def story() -> None:
-        heard = asyncio.Queue()
+        heard: asyncio.Queue[tuple[Message, bytes]] = asyncio.Queue()
 
         async def on_link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             heard.put_nowait(await frames.read(reader))
@@ -185,7 +189,7 @@ def test_an_event_loop_speaks_with_workers(tmp_path: Path) -> None:
     worker.ended.set()
 
 
-def test_a_door_on_all_interfaces_is_found_at_one_of_its_addresses(tmp_path: Path) -> None:
+def test_a_listener_is_found_at_any_of_its_addresses(tmp_path: Path) -> None:
     first, second = cluster(tmp_path, 2)
     worker = Worker(second)
     port = port_of(worker.listener)

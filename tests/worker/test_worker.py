@@ -1,4 +1,4 @@
-"""A worker process alone: it obeys its control link, refuses what is not for it, and ends with the link."""
+"""A worker process alone: it follows its control link, refuses rows of other wirings, and ends with it."""
 
 import contextlib
 import os
@@ -55,23 +55,23 @@ def lone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lone]:
         yield worker
 
 
-def prompt(placement: str, batch: int) -> tuple[Rows, bytes]:
-    """Ten tokens from the start of sequence 0, whose next one is wanted."""
+def prompt(wiring: str, batch: int) -> tuple[Rows, bytes]:
+    """Ten tokens from the start of sequence 0, the next of which is to be sampled."""
     tokens = np.arange(3, 13, dtype=np.int32)
     opens = {0: Opening(GREEDY, tokens.tolist(), [])}
-    return Rows(placement, batch, (Run(0, 0, 10, True),), opens), tokens.tobytes()
+    return Rows(wiring, batch, (Run(0, 0, 10, True),), opens), tokens.tobytes()
 
 
-def answered(upstream: socket.socket, downstream: socket.socket, placement: str, batch: int) -> int:
-    """The token that comes of `prompt`."""
-    frames.send(upstream, *prompt(placement, batch))
+def answered(upstream: socket.socket, downstream: socket.socket, wiring: str, batch: int) -> int:
+    """The token that follows `prompt`."""
+    frames.send(upstream, *prompt(wiring, batch))
     message, _ = frames.receive(downstream)
     assert isinstance(message, Tokens)
-    assert (message.wiring, message.batch) == (placement, batch)
+    assert (message.wiring, message.batch) == (wiring, batch)
     return message.choices[0].token
 
 
-def test_it_loads_answers_and_is_wired_anew(lone: Lone, model_path: Path) -> None:
+def test_it_loads_answers_and_can_be_wired_again(lone: Lone, model_path: Path) -> None:
     loaded = lone.command(LoadStage(str(model_path), CONFIG, True))
     assert isinstance(loaded, Loaded)
     assert loaded.description.layers == 6
@@ -80,11 +80,11 @@ def test_it_loads_answers_and_is_wired_anew(lone: Lone, model_path: Path) -> Non
     assert answered(*links, "one", 2) == token
     again = lone.wire("two")
     with pytest.raises(LinkClosed):
-        frames.receive(links[1])  # what belongs to the old placement is cut off
+        frames.receive(links[1])  # links of the old wiring are closed
     assert answered(*again, "two", 3) == token
 
 
-def test_what_cannot_be_loaded_or_reached_is_said(lone: Lone, model_path: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_or_reached_is_reported(lone: Lone, model_path: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("no model")
     failed = lone.command(LoadStage(str(tmp_path / "text.gguf"), CONFIG, True))
     assert isinstance(failed, LoadFailed)
@@ -96,7 +96,7 @@ def test_what_cannot_be_loaded_or_reached_is_said(lone: Lone, model_path: Path, 
     assert answered(*lone.wire("two"), "two", 1) > 0
 
 
-def test_rows_of_another_placement_are_refused(lone: Lone, model_path: Path) -> None:
+def test_rows_of_another_wiring_are_refused(lone: Lone, model_path: Path) -> None:
     lone.command(LoadStage(str(model_path), CONFIG, True))
     upstream, downstream = lone.wire("mine")
     stranger = lone.connect()
@@ -111,7 +111,7 @@ def test_rows_of_another_placement_are_refused(lone: Lone, model_path: Path) -> 
 
 
 @pytest.mark.parametrize("side", [0, 1], ids=["upstream", "downstream"])
-def test_a_link_that_ends_is_told_to_the_parent(lone: Lone, model_path: Path, side: int) -> None:
+def test_a_link_that_ends_is_reported_to_the_parent(lone: Lone, model_path: Path, side: int) -> None:
     lone.command(LoadStage(str(model_path), CONFIG, True))
     links = lone.wire("mine")
     assert answered(*links, "mine", 1) > 0
@@ -125,7 +125,7 @@ def test_strangers_and_garbage_do_not_stop_it(lone: Lone, model_path: Path) -> N
     upstream, downstream = lone.wire("p")
     chance = random.Random(1)
     token = answered(upstream, downstream, "p", 1)
-    silent = []
+    silent: list[socket.socket] = []
     for batch in range(2, 30):
         silent.append(lone.connect())
         noisy = lone.connect()
@@ -138,7 +138,7 @@ def test_strangers_and_garbage_do_not_stop_it(lone: Lone, model_path: Path) -> N
         peer.close()
 
 
-def test_a_stage_that_joins_before_the_wiring_is_not_lost(lone: Lone, model_path: Path) -> None:
+def test_a_stage_that_joins_before_the_wire_message_is_not_lost(lone: Lone, model_path: Path) -> None:
     lone.command(LoadStage(str(model_path), CONFIG, True))
     early = lone.connect()
     frames.send(early, Join("soon"))
@@ -158,11 +158,11 @@ def test_rows_that_make_no_sense_end_the_process(tmp_path: Path, model_path: Pat
     rows, payload = prompt("p", 1)
     frames.send(upstream, rows, payload[:-4])
     assert worker.process.wait(SECONDS) == 1
-    assert worker.control.recv(1) == b""  # so the pipeline hears of it
+    assert worker.control.recv(1) == b""  # so its parent notices
 
 
 @given(segments)
-def test_rows_stand_in_a_batch_as_their_runs_say(runs: list[Run]) -> None:
+def test_the_rows_of_a_batch_are_those_of_its_runs(runs: list[Run]) -> None:
     total = sum(run.rows for run in runs)
     batch = as_batch(Rows("p", 1, tuple(runs), {}), memoryview(os.urandom(4 * total)))
     rows = [(run, index) for run in runs for index in range(run.rows)]

@@ -1,20 +1,27 @@
-/* Dots of many activation rows in AMX tiles (Sapphire Rapids and later): prompts. What fills no 16 rows is left to
- * avx512vnni.c, of which these kernels take everything else.
+/* Kernels for AMX (Sapphire Rapids and later): dots of many activation rows in tiles, for prompts. What fills no 16
+ * rows, and what is no layout of trits, is left to the dots of avx512vnni.c.
  *
  * A tile of weights is 16 quads as they lie in the file, once their fields are unpacked: row k is quad k, 16 rows of the
  * matrix by 4 columns. Activations are read in tiles of 16 rows by 64 columns. The sums of two tiles of each, by one
  * another, stay in four tiles over a slice of columns whose weights, unpacked, stay in the first-level cache.
  */
 #if defined(__x86_64__)
-#pragma GCC target("avx2,avx512f,avx512bw,avx512vl,prefer-vector-width=512")
-#include "amx.h"
-
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
 #include <immintrin.h>
 #include <stdbool.h>
+#include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
+#include "kernels.h"
+
+#define ISA(name) name##_amx
+#include "wholes.inc"
+
 #include "digits.h"
 #include "tiles.h"
+
+/* Rows that share a group's unpacked weights: so many that unpacking them is little beside multiplying. */
+#define AMX_ROWS 128u
+_Static_assert(AMX_ROWS <= DOT_ROWS_LIMIT && AMX_ROWS % TILE_ROWS == 0, "they are whole tiles, and a dot takes them");
 
 #define SLICE_TILES 10u
 #define FIELDS_LIMIT 5u
@@ -142,9 +149,9 @@ static void take_zero(int32_t *out, size_t count, int32_t zero)
         out[i] -= zero;
 }
 
-INLINE void multiply(unpack_function *unpack, enum layout layout, const uint32_t fields, const uint8_t *data,
-                     uint32_t groups, uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,
-                     int32_t *out)
+INLINE void multiply(unpack_function *unpack, enum layout layout, const uint32_t fields, const struct kernels *kernels,
+                     const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
+                     const int32_t *sums, uint32_t n, int32_t *out)
 {
     const uint32_t rows = n / TILE_ROWS * TILE_ROWS, group_rows = fields * 16;
     const size_t out_stride = (size_t)groups * group_rows;
@@ -165,19 +172,36 @@ INLINE void multiply(unpack_function *unpack, enum layout layout, const uint32_t
             take_zero(out + row * out_stride, out_stride, sums[row]);
     }
     if (rows < n)
-        kernels_avx512vnni.dot[layout](data, groups, quads, x + rows * stride, stride, sums + rows, n - rows,
+        kernels_avx512vnni.dot[layout](kernels, data, groups, quads, x + rows * stride, stride, sums + rows, n - rows,
                                        out + rows * out_stride);
 }
 
-void amx_trit2(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-               const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_trit2(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
+                      const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
 {
-    multiply(unpack_trit2, LAYOUT_TRIT2, 4, data, groups, quads, x, stride, sums, n, out);
+    multiply(unpack_trit2, LAYOUT_TRIT2, 4, kernels, data, groups, quads, x, stride, sums, n, out);
 }
 
-void amx_trit5(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-               const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_trit5(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
+                      const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
 {
-    multiply(unpack_trit5, LAYOUT_TRIT5, 5, data, groups, quads, x, stride, sums, n, out);
+    multiply(unpack_trit5, LAYOUT_TRIT5, 5, kernels, data, groups, quads, x, stride, sums, n, out);
 }
+
+#define DOT_OF_AVX512VNNI(name, layout)                                                                              \
+    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,      \
+                           const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)            \
+    {                                                                                                                \
+        kernels_avx512vnni.dot[layout](kernels, data, groups, quads, x, stride, sums, n, out);                       \
+    }
+DOT_OF_AVX512VNNI(int8, LAYOUT_INT8)
+DOT_OF_AVX512VNNI(int6, LAYOUT_INT6)
+DOT_OF_AVX512VNNI(int4, LAYOUT_INT4)
+
+const struct kernels kernels_amx = {
+    .name = "amx",
+    .rows = AMX_ROWS,
+    .dot = {dot_trit2, dot_trit5, dot_int8, dot_int6, dot_int4},
+    FLOAT_KERNELS,
+};
 #endif

@@ -16,6 +16,7 @@
 
 /* Quads whose 16-bit sums cannot wrap. */
 #define NARROW_QUADS 16u
+_Static_assert(NARROW_QUADS * 2 * 8 * DIGIT_LIMIT <= INT16_MAX, "sums of fields, codes up to 8, fit 16 bits");
 
 /* a += pairs of 16-bit sums, widened. */
 INLINE __m256i widened(__m256i a, __m256i narrow)
@@ -38,8 +39,8 @@ INLINE __m256i add_pairs(__m256i sum, __m256i codes, __m256i x)
 
 /* `halves` halves from `first` on of a group's rows over at most NARROW_QUADS quads, for n rows of activations:
  * halves * n <= 2. */
-INLINE void trit2_strip(const uint8_t *p, uint32_t quads, const int8_t *x, size_t stride, const uint32_t n,
-                        __m256i (*sums)[2][4], const uint32_t first, const uint32_t halves)
+INLINE void trit2_strip(size_t prefetch_bytes, const uint8_t *p, uint32_t quads, const int8_t *x, size_t stride,
+                        const uint32_t n, __m256i (*sums)[2][4], const uint32_t first, const uint32_t halves)
 {
     __m256i s[2][4];
     UNROLLED for (uint32_t at = 0; at < halves * n; at++)
@@ -66,14 +67,14 @@ INLINE void trit2_strip(const uint8_t *p, uint32_t quads, const int8_t *x, size_
 }
 
 /* Not inlined: all sums of both halves then stay in registers. */
-static __attribute__((noinline)) void trit2_whole_strip(const uint8_t *p, uint32_t quads, const int8_t *x,
-                                                        __m256i (*sums)[2][4])
+static __attribute__((noinline)) void trit2_whole_strip(size_t prefetch_bytes, const uint8_t *p, uint32_t quads,
+                                                        const int8_t *x, __m256i (*sums)[2][4])
 {
-    trit2_strip(p, quads, x, 0, 1, sums, 0, 2);
+    trit2_strip(prefetch_bytes, p, quads, x, 0, 1, sums, 0, 2);
 }
 
-INLINE void trit2_group(const uint8_t *data, uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums,
-                        const uint32_t n, int32_t *out, size_t out_stride)
+INLINE void trit2_group(size_t prefetch_bytes, const uint8_t *data, uint32_t quads, const int8_t *x, size_t stride,
+                        const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
 {
     __m256i wide[2][2][4];
     memset(wide, 0, sizeof wide);
@@ -81,10 +82,10 @@ INLINE void trit2_group(const uint8_t *data, uint32_t quads, const int8_t *x, si
         uint32_t strip = quads - q < NARROW_QUADS ? quads - q : NARROW_QUADS;
         const uint8_t *p = data + (size_t)q * 64;
         if (n == 1)
-            trit2_whole_strip(p, strip, x + q * 4, wide);
+            trit2_whole_strip(prefetch_bytes, p, strip, x + q * 4, wide);
         else
             for (uint32_t half = 0; half < 2; half++)
-                trit2_strip(p, strip, x + q * 4, stride, n, wide, half, 1);
+                trit2_strip(prefetch_bytes, p, strip, x + q * 4, stride, n, wide, half, 1);
     }
     for (uint32_t i = 0; i < n; i++)
         for (uint32_t half = 0; half < 2; half++)
@@ -101,8 +102,8 @@ INLINE __m256i top_trit(__m256i flipped)
     return _mm256_abs_epi8(_mm256_add_epi8(one, two));
 }
 
-INLINE void trit5_strip(const uint8_t *p, uint32_t quads, const int8_t *x, size_t stride, const uint32_t n,
-                        __m256i (*sums)[2][5], uint32_t half)
+INLINE void trit5_strip(size_t prefetch_bytes, const uint8_t *p, uint32_t quads, const int8_t *x, size_t stride,
+                        const uint32_t n, __m256i (*sums)[2][5], uint32_t half)
 {
     __m256i s[2][5];
     UNROLLED for (uint32_t i = 0; i < n; i++)
@@ -125,15 +126,15 @@ INLINE void trit5_strip(const uint8_t *p, uint32_t quads, const int8_t *x, size_
             sums[i][half][digit] = widened(sums[i][half][digit], s[i][digit]);
 }
 
-INLINE void trit5_group(const uint8_t *data, uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums,
-                        const uint32_t n, int32_t *out, size_t out_stride)
+INLINE void trit5_group(size_t prefetch_bytes, const uint8_t *data, uint32_t quads, const int8_t *x, size_t stride,
+                        const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
 {
     __m256i wide[2][2][5];
     memset(wide, 0, sizeof wide);
     for (uint32_t q = 0; q < quads; q += NARROW_QUADS) {
         uint32_t strip = quads - q < NARROW_QUADS ? quads - q : NARROW_QUADS;
         for (uint32_t half = 0; half < 2; half++)
-            trit5_strip(data + (size_t)q * 64 + half * 32, strip, x + q * 4, stride, n, wide, half);
+            trit5_strip(prefetch_bytes, data + (size_t)q * 64 + half * 32, strip, x + q * 4, stride, n, wide, half);
     }
     for (uint32_t i = 0; i < n; i++)
         for (uint32_t half = 0; half < 2; half++)
@@ -143,29 +144,33 @@ INLINE void trit5_group(const uint8_t *data, uint32_t quads, const int8_t *x, si
 
 /* Two activation rows at a time share the fields of the weights. */
 #define PAIRS(name, group_rows)                                                                                      \
-    static void dot_##name(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,     \
-                           const int32_t *sums, uint32_t n, int32_t *out)                                            \
+    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,      \
+                           const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)            \
     {                                                                                                                \
-        const size_t out_stride = (size_t)groups * group_rows;                                                       \
+        const size_t out_stride = (size_t)groups * group_rows, prefetch_bytes = kernels->prefetch_bytes;             \
         for (uint32_t g = 0; g < groups; g++, data += (size_t)quads * 64, out += group_rows) {                       \
             uint32_t i = 0;                                                                                          \
             for (; i + 2 <= n; i += 2)                                                                               \
-                name##_group(data, quads, x + i * stride, stride, sums + i, 2, out + i * out_stride, out_stride);    \
+                name##_group(prefetch_bytes, data, quads, x + i * stride, stride, sums + i, 2, out + i * out_stride, \
+                             out_stride);                                                                            \
             if (i < n)                                                                                               \
-                name##_group(data, quads, x + i * stride, stride, sums + i, 1, out + i * out_stride, out_stride);    \
+                name##_group(prefetch_bytes, data, quads, x + i * stride, stride, sums + i, 1, out + i * out_stride, \
+                             out_stride);                                                                            \
         }                                                                                                            \
     }
 PAIRS(trit2, 64)
 PAIRS(trit5, 80)
 
 /* Signed bytes by signed bytes: |w| with the sign moved to x; two products are at most 32,512. */
+_Static_assert(2 * 128 * DIGIT_LIMIT <= INT16_MAX, "two products fit 16 bits");
+
 INLINE __m256i add_signed(__m256i sum, __m256i w, __m256i x)
 {
     return widened(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)));
 }
 
-static void dot_int8(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                     const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_int8(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
+                     const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
 {
     (void)sums; /* the zero is taken off the codes, not off the sums */
     const __m256i flip = _mm256_set1_epi8((char)128);
@@ -175,7 +180,7 @@ static void dot_int8(const uint8_t *data, uint32_t groups, uint32_t quads, const
             __m256i a = _mm256_setzero_si256(), b = a;
             for (uint32_t q = 0; q < quads; q++) {
                 __m256i four = quad_of(x + i * stride + q * 4);
-                _mm_prefetch((const char *)p + q * 64 + prefetch_bytes, _MM_HINT_T0);
+                _mm_prefetch((const char *)p + q * 64 + kernels->prefetch_bytes, _MM_HINT_T0);
                 a = add_signed(a, _mm256_xor_si256(half_at(p + q * 64), flip), four);
                 b = add_signed(b, _mm256_xor_si256(half_at(p + q * 64 + 32), flip), four);
             }
@@ -191,9 +196,10 @@ INLINE __m256i add_unsigned(__m256i sum, __m256i code, __m256i x)
     return widened(sum, _mm256_maddubs_epi16(code, x));
 }
 
-static void dot_int6(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                     const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_int6(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
+                     const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
 {
+    (void)kernels; /* nothing is asked for ahead */
     for (uint32_t i = 0; i < n; i++) {
         for (uint32_t g = 0; g < groups; g++, out += 64) {
             __m256i s[4][2];
@@ -223,9 +229,10 @@ static void dot_int6(const uint8_t *data, uint32_t groups, uint32_t quads, const
     }
 }
 
-static void dot_int4(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                     const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_int4(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
+                     const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
 {
+    (void)kernels; /* nothing is asked for ahead */
     for (uint32_t i = 0; i < n; i++) {
         for (uint32_t g = 0; g < groups; g++, out += 32) {
             __m256i s[2][2];

@@ -11,14 +11,12 @@
 #include <stdbool.h>
 #include <string.h>
 
-#include "amx.h"
-#include "digits.h"
+#include "kernels.h"
 
 #define ISA(name) name##_avx512vnni
-#define VECTOR_FLOATS 16
-#define WIDEN_HALVES(p) ((ISA(vec))_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
-#define WIDEN_BYTES(p) ((ISA(vec))_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))))
-#include "floats.inc"
+#include "wholes.inc"
+
+#include "digits.h"
 
 INLINE __m512i quad_of(const int8_t *x)
 {
@@ -32,7 +30,7 @@ INLINE __m512i low_bits(__m512i v, int mask)
     return _mm512_and_si512(v, _mm512_set1_epi8((char)mask));
 }
 
-INLINE __m512i ahead(const uint8_t *p)
+INLINE __m512i ahead(size_t prefetch_bytes, const uint8_t *p)
 {
     _mm_prefetch((const char *)p + prefetch_bytes, _MM_HINT_T0);
     return _mm512_loadu_si512(p);
@@ -67,8 +65,9 @@ INLINE void put_fields(const __m512i nested[4], __m512i zero, int32_t *out)
 }
 
 /* `groups` groups by `n` activation rows; groups * n <= 6 sets of four sums stay in registers. */
-INLINE void trit2_tile(const uint8_t *data, const uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                       const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
+INLINE void trit2_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, uint32_t quads,
+                       const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n, int32_t *out,
+                       size_t out_stride)
 {
     __m512i s[6][4];
     const size_t group_bytes = (size_t)quads * 64;
@@ -76,7 +75,7 @@ INLINE void trit2_tile(const uint8_t *data, const uint32_t groups, uint32_t quad
         s[i][0] = s[i][1] = s[i][2] = s[i][3] = _mm512_setzero_si512();
     for (uint32_t q = 0; q < quads; q++) {
         UNROLLED for (uint32_t g = 0; g < groups; g++) {
-            __m512i v = ahead(data + g * group_bytes + (size_t)q * 64);
+            __m512i v = ahead(prefetch_bytes, data + g * group_bytes + (size_t)q * 64);
             __m512i v0 = low_bits(v, 3), v1 = low_bits(v, 15), v2 = low_bits(v, 63);
             UNROLLED for (uint32_t i = 0; i < n; i++) {
                 __m512i four = quad_of(x + i * stride + q * 4);
@@ -93,9 +92,9 @@ INLINE void trit2_tile(const uint8_t *data, const uint32_t groups, uint32_t quad
             put_fields(s[g * n + i], _mm512_set1_epi32(sums[i]), out + i * out_stride + g * 64);
 }
 
-INLINE void add_fields(__m512i s[4], const uint8_t *p, const int8_t *x)
+INLINE void add_fields(__m512i s[4], size_t prefetch_bytes, const uint8_t *p, const int8_t *x)
 {
-    const __m512i v = ahead(p), four = quad_of(x);
+    const __m512i v = ahead(prefetch_bytes, p), four = quad_of(x);
     s[0] = DOT(s[0], low_bits(v, 3), four);
     s[1] = DOT(s[1], low_bits(v, 15), four);
     s[2] = DOT(s[2], low_bits(v, 63), four);
@@ -104,24 +103,26 @@ INLINE void add_fields(__m512i s[4], const uint8_t *p, const int8_t *x)
 
 /* One group and one activation row. Even and odd quads have sums of their own: with one set of four the next quad's dots
  * would wait for those of the one before. */
-static void trit2_stream(const uint8_t *data, uint32_t quads, const int8_t *x, int32_t sum, int32_t *out)
+static void trit2_stream(size_t prefetch_bytes, const uint8_t *data, uint32_t quads, const int8_t *x, int32_t sum,
+                         int32_t *out)
 {
     __m512i s[2][4];
     UNROLLED for (uint32_t field = 0; field < 4; field++)
         s[0][field] = s[1][field] = _mm512_setzero_si512();
     for (uint32_t q = 0; q + 1 < quads; q += 2) {
-        add_fields(s[0], data + (size_t)q * 64, x + q * 4);
-        add_fields(s[1], data + (size_t)q * 64 + 64, x + q * 4 + 4);
+        add_fields(s[0], prefetch_bytes, data + (size_t)q * 64, x + q * 4);
+        add_fields(s[1], prefetch_bytes, data + (size_t)q * 64 + 64, x + q * 4 + 4);
     }
     if (quads % 2)
-        add_fields(s[0], data + (size_t)(quads - 1) * 64, x + (quads - 1) * 4);
+        add_fields(s[0], prefetch_bytes, data + (size_t)(quads - 1) * 64, x + (quads - 1) * 4);
     UNROLLED for (uint32_t field = 0; field < 4; field++)
         s[0][field] = _mm512_add_epi32(s[0][field], s[1][field]);
     put_fields(s[0], _mm512_set1_epi32(sum), out);
 }
 
-INLINE void trit5_tile(const uint8_t *data, const uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                       const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
+INLINE void trit5_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, uint32_t quads,
+                       const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n, int32_t *out,
+                       size_t out_stride)
 {
     __m512i s[4][6];
     const size_t group_bytes = (size_t)quads * 64;
@@ -129,7 +130,7 @@ INLINE void trit5_tile(const uint8_t *data, const uint32_t groups, uint32_t quad
         s[i][0] = s[i][1] = s[i][2] = s[i][3] = s[i][4] = s[i][5] = _mm512_setzero_si512();
     for (uint32_t q = 0; q < quads; q++) {
         UNROLLED for (uint32_t g = 0; g < groups; g++) {
-            __m512i v = ahead(data + g * group_bytes + (size_t)q * 64);
+            __m512i v = ahead(prefetch_bytes, data + g * group_bytes + (size_t)q * 64);
             UNROLLED for (uint32_t digit = 0; digit < 6; digit++) {
                 UNROLLED for (uint32_t i = 0; i < n; i++)
                     s[g * n + i][digit] = DOT(s[g * n + i][digit], v, quad_of(x + i * stride + q * 4));
@@ -146,8 +147,9 @@ INLINE void trit5_tile(const uint8_t *data, const uint32_t groups, uint32_t quad
             }
 }
 
-INLINE void int8_tile(const uint8_t *data, const uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                      const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
+INLINE void int8_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, uint32_t quads,
+                      const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n, int32_t *out,
+                      size_t out_stride)
 {
     __m512i s[4][6];
     const size_t group_bytes = (size_t)quads * 64;
@@ -156,7 +158,7 @@ INLINE void int8_tile(const uint8_t *data, const uint32_t groups, uint32_t quads
             s[g][i] = _mm512_setzero_si512();
     for (uint32_t q = 0; q < quads; q++) {
         UNROLLED for (uint32_t g = 0; g < groups; g++) {
-            __m512i v = ahead(data + g * group_bytes + (size_t)q * 64);
+            __m512i v = ahead(prefetch_bytes, data + g * group_bytes + (size_t)q * 64);
             UNROLLED for (uint32_t i = 0; i < n; i++)
                 s[g][i] = DOT(s[g][i], v, quad_of(x + i * stride + q * 4));
         }
@@ -168,8 +170,9 @@ INLINE void int8_tile(const uint8_t *data, const uint32_t groups, uint32_t quads
 }
 
 /* Low nibbles of blocks 0 | 1 and 2 | 3 in two vectors, the high two bits of all four in a third. */
-INLINE void int6_tile(const uint8_t *data, const uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                      const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
+INLINE void int6_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, uint32_t quads,
+                      const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n, int32_t *out,
+                      size_t out_stride)
 {
     __m512i low[3][4], high[3][4];
     (void)groups; /* always one: a group is three streams already */
@@ -178,7 +181,7 @@ INLINE void int6_tile(const uint8_t *data, const uint32_t groups, uint32_t quads
             low[i][block] = high[i][block] = _mm512_setzero_si512();
     for (uint32_t q = 0; q < quads; q++) {
         const uint8_t *p = data + (size_t)q * 192;
-        __m512i a = ahead(p), b = ahead(p + 64), h = ahead(p + 128);
+        __m512i a = ahead(prefetch_bytes, p), b = ahead(prefetch_bytes, p + 64), h = ahead(prefetch_bytes, p + 128);
         UNROLLED for (uint32_t i = 0; i < n; i++) {
             __m512i four = quad_of(x + i * stride + q * 4);
             low[i][0] = DOT(low[i][0], low_bits(a, 15), four);
@@ -204,8 +207,9 @@ INLINE void int6_tile(const uint8_t *data, const uint32_t groups, uint32_t quads
     }
 }
 
-INLINE void int4_tile(const uint8_t *data, const uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                      const int32_t *sums, const uint32_t n, int32_t *out, size_t out_stride)
+INLINE void int4_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, uint32_t quads,
+                      const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n, int32_t *out,
+                      size_t out_stride)
 {
     __m512i s[12][2];
     const size_t group_bytes = (size_t)quads * 64;
@@ -213,7 +217,7 @@ INLINE void int4_tile(const uint8_t *data, const uint32_t groups, uint32_t quads
         s[i][0] = s[i][1] = _mm512_setzero_si512();
     for (uint32_t q = 0; q < quads; q++) {
         UNROLLED for (uint32_t g = 0; g < groups; g++) {
-            __m512i v = ahead(data + g * group_bytes + (size_t)q * 64);
+            __m512i v = ahead(prefetch_bytes, data + g * group_bytes + (size_t)q * 64);
             UNROLLED for (uint32_t i = 0; i < n; i++) {
                 __m512i four = quad_of(x + i * stride + q * 4);
                 s[g * n + i][0] = DOT(s[g * n + i][0], low_bits(v, 15), four);
@@ -233,17 +237,20 @@ INLINE void int4_tile(const uint8_t *data, const uint32_t groups, uint32_t quads
 /* A case of the rows' number: as many groups at once as registers hold, the rest, or all, one by one. */
 #define TILES(name, group_rows, n, width)                                                                            \
     case n:                                                                                                          \
-        for (; !is_one_stream && g + width <= groups; g += width)                                                    \
-            name##_tile(data + g * group_bytes, width, quads, x, stride, sums, n, out + g * group_rows, out_stride); \
+        for (; !kernels->is_one_stream && g + width <= groups; g += width)                                           \
+            name##_tile(prefetch_bytes, data + g * group_bytes, width, quads, x, stride, sums, n,                    \
+                        out + g * group_rows, out_stride);                                                           \
         for (; g < groups; g++)                                                                                      \
-            name##_tile(data + g * group_bytes, 1, quads, x, stride, sums, n, out + g * group_rows, out_stride);     \
+            name##_tile(prefetch_bytes, data + g * group_bytes, 1, quads, x, stride, sums, n, out + g * group_rows,  \
+                        out_stride);                                                                                 \
         break;
 
-#define DOT_FUNCTION(name, group_rows, quad_bytes, most_rows, CASES)                                         \
-    static void dot_##name(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,     \
-                           const int32_t *sums, uint32_t n, int32_t *out)                                            \
+#define DOT_FUNCTION(name, group_rows, quad_bytes, most_rows, CASES)                                                 \
+    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,      \
+                           const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)            \
     {                                                                                                                \
         const size_t group_bytes = (size_t)quads * quad_bytes, out_stride = (size_t)groups * group_rows;             \
+        const size_t prefetch_bytes = kernels->prefetch_bytes;                                                       \
         while (n > 0) {                                                                                              \
             const uint32_t rows = n <= most_rows ? n : n < 2 * most_rows ? (n + 1) / 2 : most_rows;                  \
             uint32_t g = 0;                                                                                          \
@@ -266,10 +273,10 @@ DOT_FUNCTION(int6, 64, 192, 3, INT6(1, 1) INT6(2, 1) INT6(3, 1))
 DOT_FUNCTION(int4, 32, 64, 6, INT4(1, 4) INT4(2, 4) INT4(3, 4) INT4(4, 2) INT4(5, 2) INT4(6, 2))
 
 /* One group and one activation row; apart, because the compiler then keeps the loop as it stands. */
-static __attribute__((noinline)) void trit5_stream(const uint8_t *data, uint32_t quads, const int8_t *x,
-                                                   const int32_t *sum, int32_t *out)
+static __attribute__((noinline)) void trit5_stream(size_t prefetch_bytes, const uint8_t *data, uint32_t quads,
+                                                   const int8_t *x, const int32_t *sum, int32_t *out)
 {
-    trit5_tile(data, 1, quads, x, 0, sum, 1, out, 0);
+    trit5_tile(prefetch_bytes, data, 1, quads, x, 0, sum, 1, out, 0);
 }
 
 /* Sums of a strip's digits with n <= 4 activation rows, added to those of the strips before. */
@@ -292,15 +299,15 @@ INLINE void digits_tile(const uint8_t *strip, uint32_t quads, bool is_first, con
             _mm512_storeu_si512(out + i * out_stride + digit * 16, s[i][digit]);
 }
 
-static void dot_trit2(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                      const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_trit2(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
+                      const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
 {
-    if (n > 1 || !is_one_stream) {
-        dot_trit2_streams(data, groups, quads, x, stride, sums, n, out);
+    if (n > 1 || !kernels->is_one_stream) {
+        dot_trit2_streams(kernels, data, groups, quads, x, stride, sums, n, out);
         return;
     }
     for (uint32_t g = 0; g < groups; g++)
-        trit2_stream(data + (size_t)g * quads * 64, quads, x, sums[0], out + g * 64);
+        trit2_stream(kernels->prefetch_bytes, data + (size_t)g * quads * 64, quads, x, sums[0], out + g * 64);
 }
 
 /* Quads whose digits, unpacked, stay in the first-level cache. */
@@ -308,18 +315,18 @@ static void dot_trit2(const uint8_t *data, uint32_t groups, uint32_t quads, cons
 /* Activation rows from which on it pays to unpack digits: then a weight costs one dot and not 6 / 5, nor additions. */
 #define UNPACK_ROWS 16u
 
-static void dot_trit5(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                      const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_trit5(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
+                      const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
 {
     _Alignas(64) uint8_t strip[STRIP_QUADS * DIGITS * 64];
     const size_t out_stride = (size_t)groups * 80;
-    if (n == 1 && is_one_stream) {
+    if (n == 1 && kernels->is_one_stream) {
         for (uint32_t g = 0; g < groups; g++)
-            trit5_stream(data + (size_t)g * quads * 64, quads, x, sums, out + g * 80);
+            trit5_stream(kernels->prefetch_bytes, data + (size_t)g * quads * 64, quads, x, sums, out + g * 80);
         return;
     }
     if (n < UNPACK_ROWS) {
-        dot_trit5_few(data, groups, quads, x, stride, sums, n, out);
+        dot_trit5_few(kernels, data, groups, quads, x, stride, sums, n, out);
         return;
     }
     for (uint32_t g = 0; g < groups; g++, data += (size_t)quads * 64)
@@ -339,13 +346,6 @@ static void dot_trit5(const uint8_t *data, uint32_t groups, uint32_t quads, cons
             }
         }
 }
-
-const struct kernels kernels_amx = {
-    .name = "amx",
-    .rows = AMX_ROWS,
-    .dot = {amx_trit2, amx_trit5, dot_int8, dot_int6, dot_int4},
-    FLOAT_KERNELS,
-};
 
 const struct kernels kernels_avx512vnni = {
     .name = "avx512vnni",

@@ -108,8 +108,8 @@ INLINE void put_int4(const __m256i sums[SUMS_LIMIT], int32_t zero, int32_t *out)
 /* `halves` halves from `first` on of a group's rows, times n activation rows: halves * n <= 2. */
 INLINE void multiply_halves(codes_function *codes_of, put_function *put_sums, const uint32_t count,
                             const uint32_t quad_bytes, const uint32_t first, const uint32_t halves,
-                            const uint8_t *data, size_t quads, const int8_t *x, size_t stride, const int32_t *zeros,
-                            const uint32_t n, int32_t *out, size_t out_stride)
+                            size_t prefetch_bytes, const uint8_t *data, size_t quads, const int8_t *x, size_t stride,
+                            const int32_t *zeros, const uint32_t n, int32_t *out, size_t out_stride)
 {
     __m256i sums[2][SUMS_LIMIT], codes[SUMS_LIMIT];
     UNROLLED for (uint32_t at = 0; at < halves * n; at++)
@@ -133,12 +133,12 @@ INLINE void multiply_halves(codes_function *codes_of, put_function *put_sums, co
 }
 
 #define HALVES(name, count, quad_bytes, first, halves, n)                                                            \
-    multiply_halves(codes_##name, put_##name, count, quad_bytes, first, halves, data, quads, x + i * stride, stride, \
-                    zeros, n, out + i * out_stride, out_stride)
+    multiply_halves(codes_##name, put_##name, count, quad_bytes, first, halves, kernels->prefetch_bytes, data, quads,\
+                    x + i * stride, stride, zeros, n, out + i * out_stride, out_stride)
 
 #define DOT_FUNCTION(name, group_rows, quad_bytes, count, zero)                                                      \
-    static void dot_##name(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,     \
-                           const int32_t *sums, uint32_t n, int32_t *out)                                            \
+    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,      \
+                           const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)            \
     {                                                                                                                \
         const size_t out_stride = (size_t)groups * group_rows;                                                       \
         for (uint32_t g = 0; g < groups; g++, data += (size_t)quads * quad_bytes, out += group_rows) {               \

@@ -6,11 +6,12 @@
 #ifndef CORDEE_KERNELS_H
 #define CORDEE_KERNELS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../cache.h"
-#include "../matrix.h"
+#include "engine/cache.h"
+#include "engine/matrix.h"
 
 /* Activation rows that any dot takes at most in one call. */
 #define DOT_ROWS_LIMIT 128u
@@ -46,14 +47,20 @@ static inline size_t attention_scratch(uint32_t positions, uint32_t head_dim, si
     return ATTENTION_QUERIES * (value_stride + head_dim + (positions + (size_t)LANES - 1) / LANES * LANES);
 }
 
+struct kernels;
+
 /* out[i][row] = sum over columns of weight * x, exact; out is [n][groups * group_rows], x [n][stride] with 4 * quads
- * used, n <= DOT_ROWS_LIMIT, groups <= DOT_GROUPS. x is -127..127: then no kernel's narrow sums can wrap. */
-typedef void dot_function(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                          const int32_t *sums, uint32_t n, int32_t *out);
+ * used, sums [n] those of x's rows, n <= DOT_ROWS_LIMIT, groups <= DOT_GROUPS. x is at most DIGIT_LIMIT in magnitude:
+ * then no kernel's narrow sums can wrap. `kernels` are those that the function is one of. */
+typedef void dot_function(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
+                          const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out);
 
 struct kernels {
     const char *name;
     uint32_t rows; /* that a dot is best given in one call; as many as PLANES_LIMIT at least, DOT_ROWS_LIMIT at most */
+    /* What suits the memory of this CPU (select.c). */
+    size_t prefetch_bytes; /* how far ahead of a stream of weights to ask for them */
+    bool is_one_stream;    /* to read group after group, not several at once */
     dot_function *dot[LAYOUTS];
 
     /* out[i] = x[i] / sqrt(mean(x^2) + epsilon) * weight[i]; out may be x. */
@@ -76,14 +83,10 @@ struct kernels {
     void (*attend[CACHE_KINDS])(const struct attention *attention);
 };
 
-/* How far ahead of a stream of weights to ask for them, and whether to read group after group, not several at once. */
-extern size_t prefetch_bytes;
-extern bool is_one_stream;
-
-/* The kernels at that place of the list of those this CPU runs, best first; NULL past the last. */
-const struct kernels *kernels_at(uint32_t index);
-/* The kernels of that name, or NULL; the best for a name that is NULL. */
-const struct kernels *kernels_named(const char *name);
+/* The name of the kernels at that place of the list of those this CPU runs, best first; NULL past the last. */
+const char *kernels_name(uint32_t index);
+/* The kernels of that name, for NULL the best, and what suits this CPU; false if it runs no such kernels. */
+bool kernels_named(const char *name, struct kernels *kernels);
 
 extern const struct kernels kernels_scalar;
 #if defined(__x86_64__)

@@ -60,9 +60,10 @@ static inline void dot(enum layout layout, int (*code)(const uint8_t *, uint32_t
 }
 
 #define DOT(name, layout)                                                                                            \
-    static void dot_##name(const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,     \
-                           const int32_t *sums, uint32_t n, int32_t *out)                                            \
+    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,      \
+                           const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)            \
     {                                                                                                                \
+        (void)kernels;                                                                                               \
         dot(layout, code_##name, data, groups, quads, x, stride, sums, n, out);                                      \
     }
 DOT(trit2, LAYOUT_TRIT2)

@@ -75,25 +75,27 @@ static int has_dot_product(void)
 }
 #endif
 
-/* Measured, weights of 520 MB: on a Xeon (Sapphire Rapids) four streams and 2048 bytes were best by 10 to 75 %; on an EPYC
- * (Zen 4) more than 512 cost 10 to 25 %, 256 gain 2 %, and one stream is 12 % faster than four. Set before any thread
- * computes; always to the same values. */
-size_t prefetch_bytes = 2048;
-bool is_one_stream = false;
-
 #if !defined(CORDEE_IS_AMD) /* tests run the choices of both makers */
 #define CORDEE_IS_AMD __builtin_cpu_is("amd")
 #endif
 
-static void tune(void)
+static bool is_amd(void)
 {
 #if CORDEE_X86_KERNELS
     __builtin_cpu_init();
-    if (CORDEE_IS_AMD) {
-        prefetch_bytes = 256;
-        is_one_stream = true;
-    }
+    return CORDEE_IS_AMD;
+#else
+    return false;
 #endif
+}
+
+/* Measured, weights of 520 MB: on a Xeon (Sapphire Rapids) four streams and 2048 bytes were best by 10 to 75 %; on an EPYC
+ * (Zen 4) more than 512 cost 10 to 25 %, 256 gain 2 %, and one stream is 12 % faster than four. */
+static void tune(struct kernels *kernels)
+{
+    const bool amd = is_amd();
+    kernels->prefetch_bytes = amd ? 256 : 2048;
+    kernels->is_one_stream = amd;
 }
 
 static int always(void)
@@ -127,20 +129,21 @@ static bool runs(size_t i)
     return answers[i] > 0;
 }
 
-const struct kernels *kernels_at(uint32_t index)
+const char *kernels_name(uint32_t index)
 {
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (runs(i) && index-- == 0)
-            return known[i].kernels;
+            return known[i].kernels->name;
     return NULL;
 }
 
-const struct kernels *kernels_named(const char *name)
+bool kernels_named(const char *name, struct kernels *kernels)
 {
-    const struct kernels *kernels;
-    tune();
-    for (uint32_t i = 0; (kernels = kernels_at(i)) != NULL; i++)
-        if (name == NULL || strcmp(kernels->name, name) == 0)
-            return kernels;
-    return NULL;
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (runs(i) && (name == NULL || strcmp(known[i].kernels->name, name) == 0)) {
+            *kernels = *known[i].kernels;
+            tune(kernels);
+            return true;
+        }
+    return false;
 }

@@ -1,13 +1,13 @@
 """The agent: one process on each node of a cluster. It joins what is pure with what is real.
 
-    bus, disk, workers --facts--> Mind --goals--> Crew --orders--> workers, fetches
-                                    '--routes--> gateway      '--hosts--> schedulers
+    bus, disk, workers --facts--> Controller --actions--> workers, fetches
+                                      |--hosts----> schedulers
+                                      '--routes---> gateway
 
 Theory of operation. Whenever something may have changed, and every TICK_SECONDS in any case, the agent looks
-at everything (`_act`): what it has and runs becomes its facts, the mind says what it should do, the crew
-what is missing, and the orders are given. Nothing is remembered between two looks that is not looked up
-again, so a missed event costs a tick and a wrong state is mended by the next. What it says of itself goes
-out as a heartbeat every BEAT_SECONDS and at each change.
+at everything (`_act`): it hands the controller what the node has and runs, and carries out what the
+controller decides. Nothing is remembered between two looks that is not looked up again, so a missed event
+costs a tick and a wrong state is mended by the next look.
 
 Stages are child processes; rows go from worker to worker and never through here, except to the first stage of
 a model that this node hosts, which is on the same machine.
@@ -20,34 +20,36 @@ import secrets
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from typing import Any
 
 import msgspec
 
 from cordee.agent.deployments_file import DeploymentsFile
-from cordee.cluster.controller import Controller
-from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld
-from cordee.cluster.goals import Goals, HostGoal, SliceGoal, StageSpec
+from cordee.agent.gossip import Gossip
+from cordee.agent.services import Services
+from cordee.cluster.controller import Controller, Running
+from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld, best_host
+from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec
 from cordee.cluster.history import History
-from cordee.cluster.membership import HEARTBEAT_SECONDS, Farewell, Heartbeat
+from cordee.cluster.membership import Farewell
 from cordee.cluster.planner import Planner
-from cordee.cluster.reconcile import Actions, Reconciler
+from cordee.cluster.reconcile import Actions
 from cordee.distribution.inventory import SEQUENCES
 from cordee.distribution.local_models import LocalModels
 from cordee.engine.llama import libllama
-from cordee.errors import BadRequest, CordeeError, ModelNotFound
+from cordee.errors import BadRequest, ModelNotFound
 from cordee.generation import streams
 from cordee.generation.streams import Said
 from cordee.machine.devices import own_devices
 from cordee.machine.energy import Meter
-from cordee.models.store import Store, StoredModel
+from cordee.models.store import Store
 from cordee.net import address, enrolment
-from cordee.net.identity import Identity, revoked_node
+from cordee.net.bus import Bus, BusOptions
+from cordee.net.identity import Identity
 from cordee.net.invitations import Invitations
 from cordee.net.latency import Distances
-from cordee.net.zenoh_bus import BusOptions, ZenohBus
-from cordee.net.zenoh_config import REMOVED
-from cordee.serving.cluster_service import ClusterGateway, ClusterService
+from cordee.net.zenoh_bus import ZenohBus
+from cordee.serving.cluster_service import ClusterGateway
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import LinkClosed
@@ -55,11 +57,11 @@ from cordee.worker.messages import Join, KvAnswer, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages
 
-TICK_SECONDS = 0.5  # how often everything is looked at though nothing was heard
+TICK_SECONDS = 0.5  # how often everything is looked at, even if nothing was heard
 GATHER_SECONDS = 0.02  # after news, so that several count as one
 HOST_SECONDS = 0.05  # how often schedulers let time pass
 RENEW_SECONDS = 3600.0  # how often the certificate's age is looked at
-FAREWELL_SECONDS = 0.5  # a removed node hears that it was, before nobody speaks to it any more
+FAREWELL_SECONDS = 0.5  # for a removed node to hear that it was, before nobody speaks to it any more
 
 log = logging.getLogger(__name__)
 
@@ -83,39 +85,39 @@ class Agent:
     `services` are the models that clients may ask for, by name; it changes while the agent lives.
     """
 
-    def __init__(self, identity: Identity, store: Store, bus: ZenohBus, options: AgentOptions) -> None:
-        self.services: dict[str, ClusterService] = {}
+    def __init__(self, identity: Identity, store: Store, bus: Bus, options: AgentOptions) -> None:
         self.identity = identity
         self.options = options
-        self.draining = False
-        self.removed = asyncio.Event()  # set when this node hears that it was
-        self.goals = Goals()
-        self.reconciler = Reconciler()
         self.bus = bus
-        self.scheduler_hosts: dict[str, SchedulerHost] = {}  # by model digest
+        self.draining = False
         self.local_models = LocalModels(store, identity.node, bus, self)
         self.distances = Distances(bus, identity.node, self.changed)
-        self.invitations = Invitations(identity, _host(options), lambda: bus.addresses)
+        self.invitations = Invitations(identity, _listen_host(options), lambda: bus.addresses)
         self._deployments_file = DeploymentsFile(identity.folder / "deployments")
         self.controller = Controller(
-            identity.node, secrets.token_hex(8), Planner(), self._deployments_file.deployments, bus.remembered
+            identity.node,
+            secrets.token_hex(8),
+            Planner(),
+            self._deployments_file.deployments,
+            bus.remembered,
         )
+        self.gossip = Gossip(bus, identity, self.controller, self.changed, self._cut_removed)
         self.history = History()
         self.gauges = Gauges()
         self._meter = Meter()
         self._gateway = ClusterGateway(identity.node, self._ask)
+        self.services = Services(self.local_models, self._gateway, self._keep, self.changed, self._want)
+        self._scheduler_hosts: dict[str, SchedulerHost] = {}  # by stream key
         self._stages: Stages | None = None
         self._inbox: asyncio.Server | None = None
         self._links: set[asyncio.StreamWriter] = set()  # that bring tokens
         self._facts: Facts | None = None
-        self._said: Facts | None = None
         self._news = asyncio.Event()
-        self._tasks: set[asyncio.Task] = set()
-        self._opening: set[str] = set()  # models whose vocabulary is on its way
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def start(cls, identity: Identity, store: Store, options: AgentOptions) -> "Agent":
-        """Join the cluster.
+        """Join the cluster over a bus of its own.
 
         Raises:
             CordeeError: the identity has run out or was removed, or an address cannot be listened on.
@@ -143,14 +145,21 @@ class Agent:
         assert self._stages is not None, "the agent has started"
         return self._stages
 
+    @property
+    def removed(self) -> asyncio.Event:
+        """Set when this node hears that it was removed from the cluster."""
+        return self.gossip.removed
+
     def changed(self) -> None:
         """Something may have changed: look at everything soon."""
         self._news.set()
 
+    # What people ask for.
+
     def deploy(
         self, name: str, *, context: int | None = None, sequences: int = SEQUENCES, replicas: int = 1
     ) -> None:
-        """Wish a model that some node offers to be served.
+        """Have the cluster serve a model that some node offers.
 
         Raises:
             ModelNotFound: no node of the cluster has it.
@@ -160,50 +169,35 @@ class Agent:
             raise ModelNotFound(
                 f"No node of the cluster has a model {name!r}: `cordee pull` on one of them fetches it."
             )
-        self.controller.deploy(
-            name, offer.shape, context or offer.context, sequences, time.monotonic(), replicas
-        )
+        now = time.monotonic()
+        self.controller.deploy(name, offer.shape, context or offer.context, sequences, now, replicas)
         self.changed()
 
     def undeploy(self, name: str) -> None:
-        """Wish a model to be served no more.
+        """Have the cluster serve a model no longer.
 
         Raises:
-            ModelNotFound: it is not wished.
+            ModelNotFound: it is not deployed.
         """
-        deployment = next(
-            (
-                deployment
-                for deployment in self.controller.deployments
-                if deployment.model == name and deployment.replicas
-            ),
-            None,
-        )
-        if deployment is None:
+        found = (each for each in self.controller.deployments if each.model == name and each.replicas)
+        old = next(found, None)
+        if old is None:
             raise ModelNotFound(f"The cluster does not serve a model {name!r}: `cordee status` lists them.")
         self.controller.deploy(
-            name,
-            deployment.shape,
-            deployment.context,
-            deployment.sequences,
-            time.monotonic(),
-            replicas=0,
-            source=deployment.source,
+            name, old.shape, old.context, old.sequences, time.monotonic(), replicas=0, source=old.source
         )
         self.changed()
 
     def offers(self) -> dict[str, Offer]:
-        """The models that nodes have whole, by name; of several with one name that of the smallest digest."""
-        found: dict[str, Offer] = {}
-        for _, facts in self.controller.nodes(time.monotonic()).values():
-            for offer in facts.offers:
-                other = found.get(offer.name)
-                if other is None or offer.shape.digest < other.shape.digest:
-                    found[offer.name] = offer
-        return found
+        """The models that nodes have whole, by name."""
+        return self.controller.offers(time.monotonic())
+
+    def models(self) -> dict[str, tuple[ModelShape, int]]:
+        """Shape and context of all that clients may ask for, by name; `services` follows in a moment."""
+        return self.controller.models(time.monotonic())
 
     async def look(self) -> None:
-        """Look at the disk now: a model may have come just now."""
+        """Look at the disk now: a model may just have come."""
         await self.local_models.look()
         self._act()
 
@@ -224,31 +218,20 @@ class Agent:
             self.identity.revoke(node)
         except ValueError as error:
             raise BadRequest(f"{node!r} is no node's id: `cordee nodes` lists them.", "node") from error
-        self._cut_removed()
+        self._close_removed_links()
         self._act()
-        self._speak()
+        self.gossip.speak(self.gauges)
         await asyncio.sleep(FAREWELL_SECONDS)
         await self.bus.refresh()
 
-    def models(self) -> dict[str, tuple[ModelShape, int]]:
-        """Shape and context of all that clients may ask for, by name; `services` follows in a moment."""
-        offered = {name: (offer.shape, offer.context) for name, offer in self.offers().items()}
-        deployed = {
-            deployment.model: (deployment.shape, deployment.context)
-            for deployment in self.controller.deployments
-            if deployment.shape is not None and deployment.replicas
-        }
-        return offered | deployed
-
     async def close(self, farewell: Farewell = "stops") -> None:
-        """Leave the cluster's sight, end all workers; closing twice is harmless."""
+        """Say farewell to the cluster and end all workers; closing twice is harmless."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._said is not None:
-            self._speak(farewell)  # it is on its way before the bus closes: the gateway takes longer
+        self.gossip.say_farewell(self.gauges, farewell)  # before the bus closes: the gateway takes a while
         await self._gateway.close()
-        for scheduler_host in self.scheduler_hosts.values():
+        for scheduler_host in self._scheduler_hosts.values():
             scheduler_host.leave()
         if self._inbox is not None:
             self._inbox.close()
@@ -258,23 +241,22 @@ class Agent:
         await self.invitations.close()
         if self._stages is not None:
             await self._stages.close()
-        for service in self.services.values():
-            await service.close()
+        await self.services.close()
         await self.bus.close()
 
-    # Stages' owner.
+    # What its stages ask of it.
 
-    async def prepare(self, load: StageSpec) -> Files:
+    async def prepare(self, spec: StageSpec) -> Files:
         """What a worker is loaded from."""
-        return await self.local_models.prepare(load)
+        return await self.local_models.prepare(spec)
 
-    def failed(self, load: StageSpec, detail: str) -> None:
+    def failed(self, spec: StageSpec, detail: str) -> None:
         """A worker could not load."""
-        log.warning("layers %d to %d cannot be run: %s", load.first, load.last - 1, detail)
-        self.reconciler.failed(load, detail, time.monotonic())
+        log.warning("layers %d to %d cannot be run: %s", spec.first, spec.last - 1, detail)
+        self.controller.failed(spec, detail, time.monotonic())
         self.changed()
 
-    # Library's owner.
+    # What its local models ask of it.
 
     def holders(self) -> Mapping[str, Sequence[SliceHeld]]:
         """What the other live nodes have on disk."""
@@ -283,27 +265,27 @@ class Agent:
 
     def sources(self) -> Mapping[str, str]:
         """Where on the hub models may be fetched from, by digest."""
-        deployments = self.controller.deployments
         return {
-            deployment.shape.digest: deployment.source
-            for deployment in deployments
-            if deployment.replicas and deployment.shape and deployment.source
+            each.shape.digest: each.source
+            for each in self.controller.deployments
+            if each.replicas and each.shape and each.source
         }
 
     def wanted(self) -> set[SliceGoal]:
-        """All that this node is to hold, or runs."""
-        return {*self.goals.slices, *(worker.spec.slice for worker in self.stages.workers.values())}
+        """The slices that this node is to hold, or runs."""
+        running = (worker.spec.slice for worker in self.stages.workers.values())
+        return {*self.controller.goals.slices, *running}
 
     def fetch_failed(self, goal: SliceGoal, detail: str) -> None:
         """A slice could not be had."""
-        for stage in self.goals.stages:
-            if stage.spec.slice == goal:
-                self.failed(stage.spec, detail)
+        log.warning("layers %d to %d cannot be had: %s", goal.first, goal.last - 1, detail)
+        self.controller.fetch_failed(goal, detail, time.monotonic())
+        self.changed()
 
     # How it starts.
 
     async def _open(self) -> None:
-        host = _host(self.options)
+        host = _listen_host(self.options)
         self._stages = await Stages.open(self, self.identity.folder, host)
         self._inbox, inbox = await tls_link.open_listener(self.identity.folder, host, self._accept)
         devices = await asyncio.to_thread(own_devices, self.options.lent_bytes)
@@ -324,58 +306,25 @@ class Agent:
         )
         if self.identity.is_admin:
             enrolment.serve_renewals(self.bus, self.identity)
-        self.bus.subscribe("heartbeat/*", self._hear)
         self.bus.subscribe(f"to/{self.node}/*", self._receive)
-        self.bus.watch("alive/*", self._note_liveliness)
-        self.bus.watch(REMOVED.format(self.node, "*"), self._hear_removed)
-        self.bus.announce(f"alive/{self.node}")
-        for loop in (self._act_always, self._heartbeat_always, self._host_always, self._renew_always):
+        self.gossip.open()
+        for loop in (self._act_always, self._tick_hosts_always, self._renew_always):
             self._keep(loop())
+        self._keep(self.gossip.speak_always(self._measure))
         self._keep(self.local_models.watch())
         self._keep(self.distances.watch(self._others))
 
-    def _keep(self, coroutine: Coroutine) -> None:
+    def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._forget)
 
-    def _forget(self, task: asyncio.Task) -> None:
+    def _forget(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a task of the agent failed", exc_info=task.exception())
 
-    # What it hears.
-
-    def _hear(self, key: str, payload: bytes) -> None:
-        try:
-            heartbeat = msgspec.msgpack.decode(payload, type=Heartbeat)
-        except (msgspec.MsgspecError, ValueError):
-            return
-        if heartbeat.facts.node in self.identity.revoked or key != f"heartbeat/{heartbeat.facts.node}":
-            return
-        self._admit(heartbeat.revocations)
-        if heartbeat.farewell == "leaves":
-            self.bus.forget(heartbeat.facts.node)
-        if self.controller.hear(heartbeat, time.monotonic()):
-            self.changed()
-
-    def _hear_removed(self, key: str, alive: bool) -> None:
-        with contextlib.suppress(ValueError):  # no hexadecimal digits
-            self._admit([bytes.fromhex(key.rpartition("/")[2])])
-
-    def _admit(self, revocations: Sequence[bytes]) -> None:
-        removed = self.identity.admit(revocations)
-        if self.node in removed:
-            self.removed.set()
-        elif removed:
-            self._cut_removed()
-            self._keep(self.bus.refresh())
-
-    def _note_liveliness(self, key: str, alive: bool) -> None:
-        node = key.rpartition("/")[2]
-        if node != self.node:
-            self.controller.liveliness(node, alive, time.monotonic())
-            self.changed()
+    # What it hears of streams.
 
     def _receive(self, key: str, payload: bytes) -> None:
         if key.endswith("/said"):
@@ -386,17 +335,9 @@ class Agent:
         except BadRequest:
             return
         if not isinstance(message, Said) and message.node not in self.identity.revoked:
-            scheduler_host = self.scheduler_hosts.get(message.model)
-            if scheduler_host is not None:
-                scheduler_host.receive(message)
-
-    def _cut_removed(self) -> None:
-        """Hear nothing more from stages of nodes that were removed."""
-        for writer in self._links:
-            try:
-                tls_link.check_member(self.identity.folder, writer.get_extra_info("peercert"))
-            except LinkClosed:
-                writer.transport.abort()
+            host = best_host(self._wirings(), message.model)
+            if host is not None:
+                self._scheduler_hosts[host].receive(message)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """A last stage brings tokens."""
@@ -406,13 +347,25 @@ class Agent:
                 while True:
                     message, _ = await frames.read(reader)
                     if isinstance(message, Tokens | KvAnswer):
-                        for scheduler_host in self.scheduler_hosts.values():
+                        for scheduler_host in self._scheduler_hosts.values():
                             scheduler_host.on_result(message)
         except LinkClosed:
             pass  # that worker was wired anew, or ended
         finally:
             self._links.discard(writer)
             writer.transport.abort()
+
+    def _cut_removed(self) -> None:
+        """Other nodes were removed: neither on the bus nor by links from stages are they to reach us."""
+        self._close_removed_links()
+        self._keep(self.bus.refresh())
+
+    def _close_removed_links(self) -> None:
+        for writer in self._links:
+            try:
+                tls_link.check_member(self.identity.folder, writer.get_extra_info("peercert"))
+            except LinkClosed:
+                writer.transport.abort()
 
     # What it does.
 
@@ -429,165 +382,85 @@ class Agent:
             self._news.clear()
 
     def _act(self) -> None:
-        now = time.monotonic()
-        actions = Actions()
-        for _ in range(2):  # the second time with what the first makes us say
-            self._facts = facts = self._look()
-            revocations = {revoked_node(entry): entry for entry in self.identity.revocations}
-            self.controller.observe(facts, now, time.time(), revocations)
-            self.goals = self.controller.plan(now)
-            actions = self.reconciler.step(self.goals, self.stages.workers, self.local_models.slices, now)
-            if actions.reports == facts.stages:
-                break
-            self._facts = msgspec.structs.replace(facts, stages=actions.reports)
-        self.history.note(self.controller.chosen, self.controller.nodes(now), time.time())
-        self._execute(actions)
-        self._host()
-        self._route()
-        self._serve()
-        self._deployments_file.keep(self.controller.deployments)
-        if self._facts != self._said:
-            self._speak()
+        """Look at everything, decide, and carry it out."""
+        now, clock = time.monotonic(), time.time()
+        controller = self.controller
+        decision = controller.step(self._look(), self._running(), now, clock, self.gossip.revocations())
+        self.history.note(controller.chosen, controller.nodes(now), clock)
+        self._execute(decision.actions)
+        self._host(decision.hosts)
+        self._gateway.follow(decision.routes)
+        self.services.follow(self.models(), controller.goals.routes)
+        self._deployments_file.keep(controller.deployments)
+        if decision.is_news:
+            self.gossip.speak(self.gauges)
 
     def _look(self) -> Facts:
         assert self._facts is not None
-        return msgspec.structs.replace(
+        self._facts = msgspec.structs.replace(
             self._facts,
             disk_free_bytes=self.local_models.disk_free_bytes,
-            inbox=address.renewed(self._facts.inbox, _host(self.options)),
+            inbox=address.renewed(self._facts.inbox, _listen_host(self.options)),
             rtts=self.distances.rtts,
             bytes_per_second=self.local_models.bytes_per_second,
             slices=self.local_models.slices,
             offers=self.local_models.offers,
             draining=self.draining,
         )
+        return self._facts
+
+    def _running(self) -> Running:
+        return Running(self.stages.workers, self._wirings(), self._gateway.routes)
+
+    def _wirings(self) -> dict[str, str]:
+        return {key: scheduler_host.wiring for key, scheduler_host in self._scheduler_hosts.items()}
 
     def _execute(self, actions: Actions) -> None:
         self.local_models.pursue(actions.fetch)
         for name in actions.stop:
             self.stages.stop(name)
-        for load in actions.start:
-            self.stages.start(load)
+        for spec in actions.start:
+            self.stages.start(spec)
         for name in actions.rename:
             self.stages.rename(name)
-        for order in actions.wire:
-            self.stages.wire(order)
+        for action in actions.wire:
+            self.stages.wire(action)
 
-    def _host(self) -> None:
-        wanted = self._wanted_hosts()
-        for digest in self.scheduler_hosts.keys() - wanted.keys():
-            self.scheduler_hosts.pop(digest).leave()
-        for digest, goal in wanted.items():
-            scheduler_host = self.scheduler_hosts.get(digest)
-            if scheduler_host is not None and not scheduler_host.fits(goal):
-                self.scheduler_hosts.pop(digest).leave()
-                scheduler_host = None
-            service = next((each for each in self.services.values() if each.model.digest == digest), None)
-            if scheduler_host is None and service is not None:
-                scheduler_host = self.scheduler_hosts[digest] = SchedulerHost(
-                    goal, service.vocabulary, self.stages, self._say
-                )
-            if scheduler_host is not None:
-                scheduler_host.follow(goal)
-
-    def _wanted_hosts(self) -> dict[str, HostGoal]:
-        """By model digest; where one file is wished under two names, what is hosted already stays."""
-        wanted: dict[str, HostGoal] = {}
-        for goal in self.goals.hosts:
-            digest = goal.placement.model
-            scheduler_host = self.scheduler_hosts.get(digest)
-            if digest not in wanted or (scheduler_host is not None and scheduler_host.follows(goal)):
-                wanted[digest] = goal
-        return wanted
-
-    def _route(self) -> None:
-        serving: dict[str, list[str]] = {}
-        for name, service in self.services.items():
-            service.is_deployed = name in self.goals.routes
-            hosts = [route.host for route in self.goals.routes.get(name, ()) if route.wiring]
-            serving.setdefault(service.model.digest, []).extend(hosts)
-        for digest, hosts in serving.items():
-            current = self._gateway.routes.get(digest)
-            host = current if current in hosts else next(iter(hosts), None)
-            if current != host:
-                self._gateway.route(digest, host)
-
-    def _serve(self) -> None:
-        """Have a service for every model that is offered or wished."""
-        models = self.models()
-        for name, service in list(self.services.items()):
-            shape, context = models.get(name, (None, 0))
-            if shape is None or (shape.digest, context) != (service.model.digest, service.context):
-                del self.services[name]
-                self._keep(service.close())
-        for name, (shape, context) in models.items():
-            if name not in self.services and name not in self._opening:
-                self._opening.add(name)
-                self._keep(self._open_service(name, shape, context))
-
-    async def _open_service(self, name: str, shape: ModelShape, context: int) -> None:
-        try:
-            path = await self.local_models.vocabulary(shape.digest)
-            model = StoredModel(
-                name=name,
-                digest=shape.digest,
-                path=path,
-                nbytes=sum(shape.layer_bytes),
-                source="cluster",
-                added=datetime.now(UTC).isoformat(timespec="seconds"),  # to this node
-                architecture=shape.architecture,
-                layers=shape.layers,
-            )
-            self.services[name] = ClusterService(
-                model, path, context, self._gateway, lambda: self._want(name)
-            )
-            self.changed()
-        except CordeeError as error:
-            log.warning("%s cannot be offered here yet: %s", name, error.message)
-            await asyncio.sleep(TICK_SECONDS)
-        finally:
-            self._opening.discard(name)
+    def _host(self, wanted: Mapping[str, HostGoal]) -> None:
+        hosts = self._scheduler_hosts
+        for key in [key for key, each in hosts.items() if not each.fits(wanted.get(key))]:
+            hosts.pop(key).leave()
+        for key, goal in wanted.items():
+            service = self.services.of_digest(goal.placement.model)
+            if key not in hosts and service is not None:
+                hosts[key] = SchedulerHost(goal, service.vocabulary, self.stages, self._say)
+            if key in hosts:
+                hosts[key].follow(goal)
 
     def _want(self, name: str) -> None:
-        """A client asks for a model: it is wished from now on."""
-        if not any(
-            deployment.model == name and deployment.replicas for deployment in self.controller.deployments
-        ):
+        """A client asks for a model: it is deployed from now on."""
+        if not any(each.model == name and each.replicas for each in self.controller.deployments):
             with contextlib.suppress(ModelNotFound):
                 self.deploy(name)
-
-    # What it says.
-
-    async def _heartbeat_always(self) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-            self.gauges = self._measure()
-            self._speak()
-
-    def _speak(self, farewell: Farewell = "") -> None:
-        if self._facts is None:
-            return
-        self._said = self._facts
-        heartbeat = self.controller.heartbeat(time.monotonic(), self.gauges, farewell)
-        self.bus.publish(f"heartbeat/{self.node}", msgspec.msgpack.encode(heartbeat))
 
     def _measure(self) -> Gauges:
         hosted = [
             Hosted(
-                digest,
+                key,
                 scheduler_host.active,
                 scheduler_host.waiting,
                 scheduler_host.rate.per_second(),
                 scheduler_host.inherited_tokens,
                 scheduler_host.batch_invariant,
             )
-            for digest, scheduler_host in self.scheduler_hosts.items()
+            for key, scheduler_host in self._scheduler_hosts.items()
         ]
         fetching = [
             Fetching(goal.model, goal.first, goal.last, *progress)
             for goal, progress in self.local_models.progress.items()
         ]
-        return Gauges(tuple(hosted), tuple(fetching), self._meter.watts(), self.local_models.reading)
+        self.gauges = Gauges(tuple(hosted), tuple(fetching), self._meter.watts(), self.local_models.reading)
+        return self.gauges
 
     def _ask(self, node: str, data: bytes) -> None:
         self.bus.publish(f"to/{node}/ask", data)
@@ -595,10 +468,10 @@ class Agent:
     def _say(self, node: str, said: Said) -> None:
         self.bus.publish(f"to/{node}/said", streams.encode(said))
 
-    async def _host_always(self) -> None:
+    async def _tick_hosts_always(self) -> None:
         while True:
             await asyncio.sleep(HOST_SECONDS)
-            for scheduler_host in self.scheduler_hosts.values():
+            for scheduler_host in self._scheduler_hosts.values():
                 scheduler_host.tick(time.monotonic())
 
     async def _renew_always(self) -> None:
@@ -613,6 +486,6 @@ class Agent:
         return [node for node, (state, _) in nodes.items() if state == "alive" and node != self.node]
 
 
-def _host(options: AgentOptions) -> str:
+def _listen_host(options: AgentOptions) -> str:
     """The host part of the address that the bus listens on: workers listen there as well."""
     return address.parse(options.bus.listen, 0)[0] if options.bus.listen else ""

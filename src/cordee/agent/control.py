@@ -1,11 +1,11 @@
 """The local control API: how the verbs talk to the agent that runs for the same state folder.
 
-HTTP with JSON over the Unix socket `cluster/agent.sock`, which only this user may open. Who answers there is
-the agent that holds the lock on `cluster/agent.lock`; the system takes a lock from a process that ends, so a
+HTTP with JSON over the Unix socket `cluster/agent.sock`, which only this user may open. The agent that
+answers there holds the lock on `cluster/agent.lock`; the system takes a lock from a process that ends, so a
 socket without a lock is what a dead agent left.
 
-    GET  /nodes, /status       what agent/status.py tells of the cluster
-    GET  /services             and of this node's stages
+    GET  /nodes, /status       what agent/status.py tells about the cluster
+    GET  /services             and about this node's stages
     POST /plan                 where a model would run now
     POST /invite, /remove      what admins do
     POST /deploy, /undeploy    what the cluster serves
@@ -50,7 +50,7 @@ class Remove(msgspec.Struct, frozen=True):
 
 
 class Deploy(msgspec.Struct, frozen=True):
-    """See Sharing.share. With `follow` nothing is begun: it asks how far that is. Answered by Shared."""
+    """See Deployer.deploy. With `follow` nothing is begun: it asks how far that is. Answered by Deployed."""
 
     model: str
     context: int | None = None
@@ -60,14 +60,14 @@ class Deploy(msgspec.Struct, frozen=True):
 
 
 class Deployed(msgspec.Struct, frozen=True):
-    """The name under which a model is shared; with a `reading` it will be, once it was read."""
+    """The name under which a model is deployed; with a `reading`, will be once it has been read."""
 
     name: str
     reading: Reading | None = None
 
 
 class Undeploy(msgspec.Struct, frozen=True):
-    """See Agent.unwish."""
+    """See Deployer.undeploy."""
 
     model: str
 
@@ -160,7 +160,7 @@ def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T
 
     Raises:
         NotRunning: none does.
-        CordeeError: it does not answer; or whatever it raised.
+        CordeeError: it does not answer, or what the agent raised.
     """
     connection = _Connection(_socket_path(home() / "cluster"))
     try:
@@ -181,7 +181,7 @@ def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T
 
 
 def error_of(code: str, message: str) -> CordeeError:
-    """The error that somebody else told of."""
+    """An error of cordee.errors again, from its code and message."""
     for kind in vars(errors).values():
         if isinstance(kind, type) and issubclass(kind, CordeeError) and kind.code == code:
             return kind(message)

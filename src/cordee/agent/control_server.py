@@ -86,8 +86,8 @@ def _route(method: str, path: str, kind: type, handler: Callable[[Any], Awaitabl
     async def answer(request: Request) -> Response:
         try:
             body = b""
-            async for part in request.stream():
-                body += part
+            async for piece in request.stream():
+                body += piece
                 if len(body) > BODY_BYTES_MAX:
                     raise BadRequest("the request is too long")
             found, status = await handler(decoder.decode(body or b"{}")), 200

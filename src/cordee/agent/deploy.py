@@ -1,8 +1,8 @@
-"""What `cordee deploy` does: a model that some node has is wished; one of the hub is read once first.
+"""What `cordee deploy` does: deploy a model that some node has, or one of the hub, which is read once first.
 
-A pass over the hub may take hours, so it is made only if it must be and can be of use: not for a model that
-some node has whole or that was shared before, not a second time at once, not under a name that is taken, and
-not for one that would fit nowhere.
+Reading a model from the hub may take hours, so it is done only if it must be and can be of use: not for a
+model that some node has whole or that was deployed before, not twice at the same time, not under a name that
+is taken, and not for one that would fit nowhere.
 """
 
 import asyncio
@@ -30,8 +30,10 @@ class Deployer:
         self._agent = agent
 
     async def deploy(self, asked: Deploy) -> Deployed:
-        """Wish a model by its name in the cluster; or one of the hub ('owner/name', or with ':QUANTIZATION'
-        or '/file.gguf'), which then has the name that `cordee pull` gives it.
+        """Deploy a model by its name in the cluster, or one of the hub.
+
+        Of the hub is 'owner/name', alone or with ':QUANTIZATION' or '/file.gguf' after it; it then has the
+        name that `cordee pull` gives it.
 
         Raises:
             ModelNotFound: no node of the cluster has it, and it is not on the hub.
@@ -39,7 +41,7 @@ class Deployer:
                 longer than the model was made for.
             DoesNotFit: the cluster's machines could not run it.
             StorageFailed: the hub cannot be reached.
-            CordeeError: what ended the pass that is asked for with `follow`.
+            CordeeError: what ended the reading that is asked for with `follow`.
         """
         agent, model = self._agent, asked.model
         await self._require_context(model, asked.context)
@@ -53,8 +55,8 @@ class Deployer:
         if not is_on_hub(model):
             self._require_read(model)
             raise ModelNotFound(
-                f"No node of the cluster has a model {model!r}: `cordee pull` on one of them fetches it; one "
-                "of the hub (owner/name) can be shared as it is."
+                f"No node of the cluster has a model {model!r}: `cordee pull` on one of them fetches it. "
+                "One of the hub (owner/name) can be deployed without that."
             )
         name = hub_name(model)
         reading = self._reading(name)
@@ -65,7 +67,11 @@ class Deployer:
         return await self._from_hub(name, await asyncio.to_thread(hub_source.files, model), asked)
 
     def undeploy(self, model: str) -> None:
-        """Wish a model no more, or end its pass. Raises ModelNotFound if it is not wished."""
+        """Have the cluster serve a model no longer, or stop reading it from the hub.
+
+        Raises:
+            ModelNotFound: it is neither deployed nor being read.
+        """
         name = hub_name(model) if is_on_hub(model) else model
         if not self._agent.local_models.hub.stop(name):
             deployed = {
@@ -78,7 +84,7 @@ class Deployer:
         source = f"{files[0].repository}/{files[0].path}"
         offers = agent.offers()
         for offer in offers.values():
-            if offer.source == source:  # some node pulled it, and gives it; the hub does if that node is gone
+            if offer.source == source:  # some node pulled it, and has it; the hub does if that node is gone
                 return self._again(
                     Deployment(offer.name, offer.shape, offer.context, SEQUENCES), asked, source
                 )
@@ -96,7 +102,7 @@ class Deployer:
         await self._require_fit(name, shape, context, sequences)
 
         def deploy_it(manifest: Manifest) -> None:
-            self._deployment(
+            self._write(
                 Deployment(
                     name,
                     model_shape(manifest.header, manifest.digest),
@@ -117,10 +123,10 @@ class Deployer:
         return Deployed(name)
 
     def _again(self, deployment: Deployment, asked: Deploy, source: str) -> Deployed:
-        """Its chunks are known."""
+        """Deploy a model whose chunks are known, with the options of before where none are given."""
         if not asked.follow:
             context, sequences = asked.context or deployment.context, asked.sequences or deployment.sequences
-            self._deployment(
+            self._write(
                 Deployment(
                     deployment.model, deployment.shape, context, sequences, asked.replicas, source=source
                 )
@@ -128,17 +134,16 @@ class Deployer:
         return Deployed(deployment.model)
 
     def _ended(self, name: str) -> Deployed:
-        """How a pass ended that is not under way any more."""
+        """How the reading of a model ended."""
         fault = self._agent.local_models.hub.fault(name)
         if fault is not None:
             raise fault
-        deployment = self._named(name)
-        if deployment is not None:
+        if self._named(name) is not None:
             return Deployed(name)
-        raise ModelNotFound(f"{name} is not shared: its reading was stopped.")
+        raise ModelNotFound(f"{name} is not deployed: reading it from the hub was stopped.")
 
     def _known(self, model: str) -> Deployment | None:
-        """The wish for a model of the hub that was shared before, by its name there."""
+        """The deployment of a model of the hub that was deployed before, by its name in the cluster."""
         deployment = self._named(model)
         return deployment if deployment is not None and deployment.source else None
 
@@ -151,7 +156,7 @@ class Deployer:
         return next(deployments, None)
 
     def _reading(self, name: str) -> Reading | None:
-        """The pass over a model, here or on another node."""
+        """How far a model of the hub is being read, here or on another node."""
         return next((each for each in self._readings() if each.name == name and each.source), None)
 
     def _readings(self) -> list[Reading]:
@@ -160,7 +165,7 @@ class Deployer:
         return [*self._agent.local_models.reading, *(each for gauge in gauges for each in gauge.reading)]
 
     async def _require_context(self, name: str, context: int | None) -> None:
-        """Refuse what a model was not made for, as far as its header is here already."""
+        """Refuse a longer context than the model was made for, if its header is here already."""
         service = self._agent.services.get(name)
         if service is None or context is None:
             return
@@ -170,21 +175,21 @@ class Deployer:
             raise BadRequest(f"{name} was made for at most {own} tokens, not {context}", "context")
 
     def _require_read(self, name: str) -> None:
-        """A large model that was pulled just now is offered once it was read."""
+        """A large model that was just pulled is offered once it has been read."""
         reading = next((each for each in self._readings() if each.name == name), None)
         if reading is not None:
             percent = 100 * reading.done_bytes // max(reading.total_bytes, 1)
-            raise ModelNotFound(f"{name} is still being read ({percent} %): share it again in a moment.")
+            raise ModelNotFound(f"{name} is still being read ({percent} %): deploy it in a moment.")
 
     async def _require_fit(self, name: str, shape: ModelShape, context: int, sequences: int) -> None:
         found = (await ClusterStatus(self._agent).plan(name, shape, context, sequences)).plan
         if found.placement is None:
             raise DoesNotFit(
-                f"{name} is not read from the hub, as the cluster could not run it ({sequences} answers of "
-                f"{context} tokens): {found.why}"
+                f"{name} is not read from the hub, as the cluster could not run it ({sequences} answers at a "
+                f"time, each of {context} tokens): {found.why}"
             )
 
-    def _deployment(self, deployment: Deployment) -> None:
+    def _write(self, deployment: Deployment) -> None:
         self._agent.controller.deploy(
             deployment.model,
             deployment.shape,

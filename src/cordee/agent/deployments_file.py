@@ -1,4 +1,4 @@
-"""What the cluster is wished to serve, on this disk: a cluster that was switched off knows it again."""
+"""The cluster's deployments on this disk, so that a cluster that was switched off knows them again."""
 
 from pathlib import Path
 
@@ -7,21 +7,21 @@ import msgspec
 from cordee.cluster.deployments import Deployment
 from cordee.files import atomic_file, write_all
 
-DEPLOYMENTS_BYTES_MAX = 4 << 20  # as many as there may be, of models with hundreds of layers
+DEPLOYMENTS_BYTES_MAX = 4 << 20  # DEPLOYMENTS_MAX of models with hundreds of layers take less
 
 
 class DeploymentsFile:
-    """The wishes in a file; `wishes` are those of the last run, as far as they can be read."""
+    """A file of deployments; `deployments` are those of the last run, as far as they can be read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.deployments = _read(path)
 
     def keep(self, deployments: tuple[Deployment, ...]) -> None:
-        """Write them down if they changed.
+        """Write them to the file if they changed.
 
         Raises:
-            StorageFailed: no room on the disk.
+            StorageFailed: the disk has no room.
         """
         if deployments != self.deployments:
             self.deployments = deployments
@@ -30,7 +30,7 @@ class DeploymentsFile:
 
 
 def _read(path: Path) -> tuple[Deployment, ...]:
-    """What cannot be read is heard from the others."""
+    """Nothing if the file cannot be read: the other nodes tell what the cluster serves."""
     try:
         data = path.read_bytes()
         return (

@@ -1,6 +1,6 @@
 """What an agent knows of its cluster, for people and programs: `cordee nodes`, `status`, `plan`, `drain`.
 
-JSON-able values; units stand in the names, layers are [first, last) as everywhere. Nothing here changes
+Values that JSON has; units are in the names, layers are [first, last) as everywhere. Nothing here changes
 anything.
 """
 
@@ -27,18 +27,19 @@ from cordee.cluster.facts import (
     StagePlace,
     StageReport,
     placement_id,
+    stream_key,
 )
 from cordee.cluster.memory import Demand, needed_bytes
 from cordee.errors import BadRequest, ModelNotFound
 from cordee.net.peers import Peers
 from cordee.serving.registry import resident_bytes
 
-# A model's state is that of its furthest placement.
+# A model's state is that of the placement that is furthest on.
 STATES = ("serving", "wiring", "loading", "fetching")
 
 
 class ClusterStatus:
-    """What is known when it is made."""
+    """What the agent knows at the moment when this is made."""
 
     def __init__(self, agent: Agent) -> None:
         now = time.monotonic()
@@ -50,19 +51,16 @@ class ClusterStatus:
         self._gauges = self._controller.gauges(now) | {agent.node: agent.gauges}
         self._offers = agent.offers()
         self._deployments = {
-            deployment.model: deployment
+            deployment.model: (deployment, deployment.shape)
             for deployment in self._controller.deployments
-            if deployment.replicas and deployment.shape
+            if deployment.replicas and deployment.shape is not None
         }
         self._models = {offer.shape.digest: (name, offer.shape) for name, offer in self._offers.items()}
-        self._models |= {
-            deployment.shape.digest: (name, deployment.shape)
-            for name, deployment in self._deployments.items()
-        }
+        self._models |= {shape.digest: (name, shape) for name, (_, shape) in self._deployments.items()}
         self._head = {"cluster": agent.identity.cluster, "node": agent.node}
 
     def nodes(self) -> dict[str, Any]:
-        """Every node that is known, this one first: what it has, and what stages take of it."""
+        """All nodes that are known, this one first: what each has, and what stages take of it."""
         listed = [self._node(state, facts) for state, facts in self._known.values()]
         listed.sort(key=lambda node: (not node["self"], node["name"], node["id"]))
         return self._head | {"nodes": listed}
@@ -71,7 +69,7 @@ class ClusterStatus:
         """A node by its id or name, for `remove`; also one that is gone.
 
         Raises:
-            BadRequest: none is called so, or several are.
+            BadRequest: no node has that name, or several have.
         """
         listed = self.nodes()["nodes"]
         found = [node for node in listed if node["id"] == wanted] or [
@@ -87,7 +85,7 @@ class ClusterStatus:
         return {key: found[0][key] for key in ("id", "name", "admin")}
 
     async def status(self) -> dict[str, Any]:
-        """The models of the cluster: who runs what, how fast, and why not."""
+        """The models of the cluster: which nodes run what, how fast, and why if none do."""
         models = [await self._model(name) for name in sorted(self._deployments.keys() | self._offers.keys())]
         watts = [gauges.watts for gauges in self._gauges.values() if gauges.watts is not None]
         return self._head | {
@@ -113,14 +111,14 @@ class ClusterStatus:
         }
 
     def services(self) -> list[dict[str, Any]]:
-        """The models that this node runs stages of, like those that `cordee ps` knows of services."""
+        """The models that this node runs stages of, as `cordee ps` shows them beside local services."""
         process = psutil.Process()
         own, pids = self._facts[self._agent.node], self._agent.stages.pids
         services: dict[str, dict[str, Any]] = {}
         for report in own.stages:
             stage = self._own_stage(report)
             pid = pids.get(report.worker)
-            service = {
+            service: dict[str, Any] = {
                 "model": stage["model"],
                 "digest": report.placement.model,
                 "node": own.name,
@@ -144,17 +142,17 @@ class ClusterStatus:
         return list(services.values())
 
     async def stays(self) -> list[dict[str, Any]]:
-        """The stages that this node still runs, and why: empty for those on their way elsewhere."""
+        """The stages that this node still runs, and why; `why` is empty if they are being moved."""
         others = [node for node, facts in self._alive().items() if not facts.draining]
         stuck = self._stuck()
-        found = []
+        found: list[dict[str, Any]] = []
         for report in self._facts[self._agent.node].stages:
             if report.state == "failed":
                 continue
             stage, why = self._own_stage(report), ""
             job = stuck.get(placement_id(report.placement)) or stuck.get(report.placement.model)
             if job is not None and not others:
-                why = "There is no other node that is not drained."
+                why = "There is no other node that could take it."
             elif job is not None:
                 elsewhere = await self._plan(*job)
                 why = "" if elsewhere.placement is not None else elsewhere.why
@@ -162,22 +160,15 @@ class ClusterStatus:
         return found
 
     def _stuck(self) -> dict[str, tuple[ModelShape, Demand]]:
-        """What nothing follows: placements by id; by digest, models that run nowhere, whose stages stay."""
-        found = {}
-        for deployment in self._controller.deployments:
-            if (
-                deployment.shape is not None
-                and deployment.replicas
-                and not self._controller.chosen.get(deployment.model)
-            ):
-                found[deployment.shape.digest] = (
-                    deployment.shape,
-                    Demand(deployment.context, deployment.sequences),
-                )
+        """What has no successor: placements, by id; and models that run nowhere, by digest."""
+        found: dict[str, tuple[ModelShape, Demand]] = {}
+        for name, (deployment, shape) in self._deployments.items():
+            if not self._controller.chosen.get(name):
+                found[shape.digest] = shape, Demand(deployment.context, deployment.sequences)
         for pick in (pick for picks in self._controller.chosen.values() for pick in picks):
             if pick.successor is None:
-                load = Demand(pick.placement.context, pick.placement.sequences)
-                found[placement_id(pick.placement)] = pick.shape, load
+                demand = Demand(pick.placement.context, pick.placement.sequences)
+                found[placement_id(pick.placement)] = pick.shape, demand
         return found
 
     async def plan(
@@ -223,7 +214,7 @@ class ClusterStatus:
         }
 
     def _own_stage(self, report: StageReport) -> dict[str, Any]:
-        """A stage as its node tells of it; `bytes` is what it takes of the device, None where unknown."""
+        """A stage as its node reports it; `bytes` is what it takes of the device, None where unknown."""
         placement, nbytes = report.placement, None
         name, shape = self._models.get(placement.model, (placement.model, None))
         place = placement.stages[report.index] if 0 <= report.index < len(placement.stages) else None
@@ -242,21 +233,21 @@ class ClusterStatus:
         }
 
     async def _model(self, name: str) -> dict[str, Any]:
-        deployment = self._deployments.get(name)
-        shape = deployment.shape if deployment is not None else self._offers[name].shape
+        found = self._deployments.get(name)
+        shape = self._offers[name].shape if found is None else found[1]
         holders = [facts.name for facts in self._facts.values() if name in {o.name for o in facts.offers}]
-        model = {
+        model: dict[str, Any] = {
             "name": name,
             "digest": shape.digest,
             "architecture": shape.architecture,
             "layers": shape.layers,
             "weights_bytes": sum(shape.layer_bytes) + shape.whole_extra_bytes,
             "offered_by": holders,
-            "deployed": deployment is not None,
+            "deployed": found is not None,
         }
-        return model if deployment is None else model | await self._deployed(deployment)
+        return model if found is None else model | await self._deployed(*found)
 
-    async def _deployed(self, deployment: Deployment) -> dict[str, Any]:
+    async def _deployed(self, deployment: Deployment, shape: ModelShape) -> dict[str, Any]:
         picks = self._controller.chosen.get(deployment.model, ())
         placements = [self._placement(pick) for pick in picks]
         states = {placement["state"] for placement in placements}
@@ -265,15 +256,15 @@ class ClusterStatus:
             "sequences": deployment.sequences,
             "replicas": deployment.replicas,
             "state": next((state for state in STATES if state in states), "unplaced"),
-            "why": "" if picks else await self._why_not(deployment),
+            "why": "" if picks else await self._why_not(deployment, shape),
             "placements": placements,
         }
 
     def _placement(self, pick: Chosen) -> dict[str, Any]:
         placement, host = pick.placement, pick.placement.stages[0].node
         hosted = self._gauges.get(host, Gauges()).hosted
-        idle = Hosted(placement.model, 0, 0, 0.0)
-        busy = next((each for each in hosted if each.model == placement.model), idle)
+        key = stream_key(placement.model, placement.context)
+        busy = next((each for each in hosted if each.key == key), Hosted(key, 0, 0, 0.0))
         return {
             "id": placement_id(placement),
             "wiring": pick.wiring,
@@ -306,37 +297,37 @@ class ClusterStatus:
             "name": self._name(place.node),
             "device": place.device,
             "layers": [place.first, place.last],
-            "state": "unheard" if report is None else report.state,
+            "state": "unreported" if report is None else report.state,
             "worker": "" if report is None else report.worker,
             "detail": "" if report is None else report.detail,
         }
 
-    async def _why_not(self, deployment: Deployment) -> str:
-        """Why a wished model has no placement."""
+    async def _why_not(self, deployment: Deployment, shape: ModelShape) -> str:
+        """Why a deployed model has no placement."""
         failed = {
             node: f"{facts.name} cannot run it: {report.detail}"
             for node, facts in self._facts.items()
             for report in facts.stages
-            if report.placement.model == deployment.shape.digest and report.state == "failed"
+            if report.placement.model == shape.digest and report.state == "failed"
         }
-        found = await self._plan(deployment.shape, Demand(deployment.context, deployment.sequences), failed)
+        found = await self._plan(shape, Demand(deployment.context, deployment.sequences), failed)
         if found.placement is not None:
-            return "It is placed in a moment."
+            return "It will be placed in a moment."
         return " ".join([found.why, *failed.values()])
 
-    async def _plan(self, shape: ModelShape, load: Demand, without: Collection[str] = ()) -> planner.Plan:
-        """Beside the other models; in a thread, since a large cluster takes a while."""
+    async def _plan(self, shape: ModelShape, demand: Demand, without: Collection[str] = ()) -> planner.Plan:
+        """Plan a model beside the others, without some nodes. In a thread: a large cluster takes a while."""
         reserved: dict[tuple[str, str], int] = {}
         for pick in (pick for picks in self._controller.chosen.values() for pick in picks):
             for placement in (pick.placement, pick.successor):
                 if placement is not None and placement.model != shape.digest:
                     _reserve(reserved, pick.shape, placement)
         able = {node: facts for node, facts in self._alive().items() if node not in without}
-        return await asyncio.to_thread(planner.plan, shape, able, load, reserved)
+        return await asyncio.to_thread(planner.plan, shape, able, demand, reserved)
 
 
 def _reserve(reserved: dict[tuple[str, str], int], shape: ModelShape, placement: Placement) -> None:
-    load = Demand(placement.context, placement.sequences)
+    demand = Demand(placement.context, placement.sequences)
     for place in placement.stages:
         key = (place.node, place.device)
-        reserved[key] = reserved.get(key, 0) + needed_bytes(shape, load, place.first, place.last)
+        reserved[key] = reserved.get(key, 0) + needed_bytes(shape, demand, place.first, place.last)

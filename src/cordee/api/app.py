@@ -27,7 +27,7 @@ from cordee.api.failures import (
 from cordee.api.openai import OpenAI
 from cordee.api.stream import Timing
 from cordee.errors import CordeeError, Overloaded
-from cordee.serving.local_service import LocalService
+from cordee.serving.interface import ModelService
 
 REQUESTS_MAX = 2048  # at work at once; each costs a task, a connection and its body, whatever the queues say
 HEADER_CHARS_MAX = 100  # of a header that a message quotes
@@ -39,7 +39,7 @@ def local_now() -> datetime:
 
 
 def create_app(
-    services: Mapping[str, LocalService],
+    services: Mapping[str, ModelService],
     *,
     expected: Collection[str] = (),
     clock: Callable[[], datetime] = local_now,
@@ -79,7 +79,7 @@ def create_app(
     )
 
 
-def health_response(services: Mapping[str, LocalService], expected: Collection[str]) -> Response:
+def health_response(services: Mapping[str, ModelService], expected: Collection[str]) -> Response:
     """200 while some model can answer and none is still being loaded, else 503; with each one's state.
 
     A model of the cluster that nobody has asked for yet is idle, which is as good as ready.

@@ -28,7 +28,7 @@ from cordee.api.schemas import (
 from cordee.api.stream import EventStream, Streams, Timing, while_connected
 from cordee.errors import BadRequest, ContextExceeded, ModelNotFound
 from cordee.generation.request import Grammar, Request, SamplingParams
-from cordee.serving.local_service import LocalService
+from cordee.serving.interface import ModelService
 
 Result = TypeVar("Result")
 
@@ -52,7 +52,7 @@ class OpenAI:
 
     def __init__(
         self,
-        services: Mapping[str, LocalService],
+        services: Mapping[str, ModelService],
         expected: Collection[str],
         clock: Callable[[], datetime],
         timing: Timing,
@@ -105,7 +105,7 @@ class OpenAI:
     async def _made(self, make: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, make, *arguments)
 
-    def _service(self, name: str) -> LocalService:
+    def _service(self, name: str) -> ModelService:
         service = self._services.get(name)
         if service is not None:
             return service
@@ -117,7 +117,7 @@ class OpenAI:
     def _job(
         self,
         prefix: str,
-        service: LocalService,
+        service: ModelService,
         body: Common,
         prompts: Sequence[tuple[int, ...]],
         sampling: SamplingParams,
@@ -155,7 +155,7 @@ class OpenAI:
         )
 
     async def _answer(
-        self, request: HttpRequest, service: LocalService, body: Common, reply: Reply
+        self, request: HttpRequest, service: ModelService, body: Common, reply: Reply
     ) -> Response:
         requests = reply.job.requests
         if body.stream:
@@ -164,7 +164,7 @@ class OpenAI:
         return json_response(reply.whole(answers))
 
 
-async def _collect(service: LocalService, requests: Sequence[Request]) -> list[PartialAnswer]:
+async def _collect(service: ModelService, requests: Sequence[Request]) -> list[PartialAnswer]:
     answers = [PartialAnswer() for _ in requests]
     async with Streams(service, requests) as streams:
         while streams.open:
@@ -181,7 +181,7 @@ def _check(body: Common) -> None:
         )
 
 
-def _check_length(service: LocalService, body: Common, prompt: Sequence[int]) -> None:
+def _check_length(service: ModelService, body: Common, prompt: Sequence[int]) -> None:
     """Refuse a prompt that leaves no room for an answer, by the name it has in the request."""
     if len(prompt) >= service.context:
         raise ContextExceeded(
@@ -237,6 +237,6 @@ def _grammar(body: Common) -> Grammar | None:
     return Grammar("gbnf", body.grammar)
 
 
-def _model(name: str, service: LocalService) -> dict[str, Any]:
+def _model(name: str, service: ModelService) -> dict[str, Any]:
     added = datetime.fromisoformat(service.model.added)
     return {"id": name, "object": "model", "created": int(added.timestamp()), "owned_by": "cordee"}

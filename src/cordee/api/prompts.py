@@ -9,14 +9,14 @@ from cordee.api.schemas import CHOICES_MAX, ChatRequest, CompletionRequest, Mess
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest
 from cordee.generation import template
-from cordee.serving.local_service import LocalService
+from cordee.serving.interface import ModelService
 
 # A conversation about chat templates may name some; each costs a few calls of the tokenizer.
 CONTROL_TEXTS_MAX = 4096
 PRIVATE = "\U000f0000"  # a private-use character around placeholders; what makes them unique is random
 
 
-def chat_prompt(service: LocalService, request: ChatRequest, now: datetime) -> tuple[int, ...]:
+def chat_prompt(service: ModelService, request: ChatRequest, now: datetime) -> tuple[int, ...]:
     """The prompt of a conversation, up to where the answer begins.
 
     The names of control tokens in a message, such as <|im_end|>, must not become those tokens, or whoever
@@ -40,7 +40,7 @@ def chat_prompt(service: LocalService, request: ChatRequest, now: datetime) -> t
     return tuple(hidden.tokens(service.template.render(messages, now=now, **extra)))
 
 
-def completion_prompts(service: LocalService, request: CompletionRequest) -> list[tuple[int, ...]]:
+def completion_prompts(service: ModelService, request: CompletionRequest) -> list[tuple[int, ...]]:
     """The prompts of a completion request, one or several.
 
     Raises:

@@ -16,7 +16,7 @@ streams in the service.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
@@ -27,6 +27,7 @@ from starlette.types import Receive, Scope, Send
 from cordee.api.failures import ClientGone
 from cordee.errors import CordeeError, StageFailed
 from cordee.generation.request import Request, TextChunk
+from cordee.serving.interface import Generator
 
 QUEUED_CHUNKS = 16  # between the service and a client; enough to write several at once
 SILENT_CLIENT_SECONDS = 60.0  # a client that reads nothing for so long is given up: its stream blocks a slot
@@ -43,12 +44,6 @@ class Timing:
     accept_seconds: float = 1.0
 
 
-class Generator(Protocol):
-    """The part of a service that makes answers."""
-
-    def generate(self, request: Request) -> AsyncIterator[TextChunk]: ...
-
-
 class Adapter(Protocol):
     """Turns chunks into the events of one API."""
 
@@ -56,15 +51,19 @@ class Adapter(Protocol):
 
     def begin(self) -> Iterable[bytes]:
         """The events before any token."""
+        ...
 
     def push(self, index: int, chunk: TextChunk) -> Iterable[bytes]:
         """The events that a chunk of the answer `index` makes; none if there is nothing to tell."""
+        ...
 
     def end(self) -> Iterable[bytes]:
         """The events after the last token of every answer."""
+        ...
 
     def failure(self, error: Exception) -> Iterable[bytes]:
         """The events that end a stream that failed."""
+        ...
 
 
 class Streams:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cordee.cli.bench_runs import Figure
     from cordee.models.gguf import Header
 
-DIGITS = 4  # that mean something, on any machine
+DIGITS = 4  # of a figure; more would be noise
 
 
 @click.command()
@@ -23,20 +23,20 @@ DIGITS = 4  # that mean something, on any machine
 @options.fast
 @options.as_json
 def bench(model: str, threads: int | None, devices: tuple[str, ...], fast: bool, as_json: bool) -> None:
-    """Measure MODEL on this machine.
+    """Measure how fast MODEL is on this machine.
 
-    MODEL is a model in the store, or a GGUF file. Measured are the time to load it, to read prompts (prefill)
-    and to go on with 1, 2, 4 and 8 answers at once (decode), how much of what this machine can read from
-    memory one answer reaches (roof: a model that fits the processor's cache may exceed it), and the energy of
-    the processors for each token, where the system tells. With --json each line is an object.
+    MODEL is a model in the store, or a GGUF file. Measured are the time to load it, the speed of reading
+    prompts (prefill) and of 1, 2, 4 and 8 answers at a time (decode), the share of this machine's memory
+    bandwidth that one answer reaches (roof; a model that fits the processor's cache may exceed 100 %), and
+    the processors' energy for each token, where the system can tell. With --json each line is an object.
     """
     from cordee.cli.bench_runs import StageOptions, figures
     from cordee.worker.process import BATCH_INVARIANT_ENVIRONMENT, ENVIRONMENT
 
-    # As in workers, and read when libllama is loaded.
+    # The same as in workers; libllama reads it when it is loaded.
     os.environ |= ENVIRONMENT | ({} if fast else BATCH_INVARIANT_ENVIRONMENT)
     header = _header(model)
-    found = []
+    found: list[Figure] = []
     with output.loading() as report:
         for figure in figures(header, StageOptions(threads, devices, not fast), report):
             found.append(figure)
@@ -56,7 +56,7 @@ def _header(model: str) -> "Header":
 
 
 def _entry(figure: "Figure") -> dict[str, Any]:
-    """As the programs in bench/ print theirs."""
+    """In the form in which the programs in bench/ print theirs."""
     value = _rounded(figure.value)
     if figure.peer is None or figure.ratio is None:
         return {"case": figure.case, "value": value, "unit": figure.unit}

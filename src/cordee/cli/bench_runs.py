@@ -1,7 +1,7 @@
 """What `cordee bench` measures: one stage with the whole model in this process, and this machine's memory.
 
-Nothing of the scheduler and no other process is on the way: the figures are the engine's. Rates are medians
-of repeated runs by the clock.
+There is no scheduler and no other process: the figures are the engine's alone. Rates are medians of repeated
+runs.
 """
 
 import statistics
@@ -26,12 +26,12 @@ PREFILL_ROWS = (16, 128, 512)
 DECODE_BATCHES = (1, 2, 4, 8)
 PROMPT_ROWS, DECODE_STEPS = 16, 16
 CONTEXT = max(*PREFILL_ROWS, PROMPT_ROWS + DECODE_STEPS)
-# A case is repeated so long and so often, behind a run that does not count unless it alone takes longer.
+# A case is repeated for this long and this often, after a warm-up; a warm-up that takes longer is the result.
 CASE_SECONDS = 2.0
 ROUNDS_MIN = 3
-# A case that would take longer by the rate of the one before it is left out.
+# A case that would take longer, by the rate of the one before it, is left out.
 CASE_SECONDS_MAX = 60.0
-# Larger than caches are; less where little memory is free.
+# Larger than caches; less where little memory is free.
 ROOF_BYTES, ROOF_PART = 256 << 20, 1 / 4
 ROOF_SECONDS, ROOF_PASSES = 2.0, 4
 ROOF_STEP_BYTES = 256  # ternary_memory_read takes multiples of it
@@ -42,7 +42,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Figure:
-    """One result; with a `peer` it is held against what that reached."""
+    """One result; with a `peer`, compared to the value that `peer_name` reached."""
 
     case: str
     value: float
@@ -54,7 +54,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How the stage shall be loaded, as the command line says."""
+    """How to load the stage, as the command line says."""
 
     threads: int | None
     devices: tuple[str, ...]
@@ -62,7 +62,7 @@ class StageOptions:
 
 
 def figures(header: Header, wanted: StageOptions, report: Report) -> Iterator[Figure]:
-    """All figures of a model, as they are found; `report` is told what is measured, and what is left out.
+    """All figures of a model, one by one; `report` gets what is being measured, and what is left out.
 
     Raises:
         DoesNotFit, BadRequest, UnsupportedModel, BadModelFile, StageFailed: it cannot be loaded.
@@ -86,7 +86,7 @@ def figures(header: Header, wanted: StageOptions, report: Report) -> Iterator[Fi
 
 
 class _Reader:
-    """Plain reading from memory by so many threads; `name` says by what."""
+    """Plain reading from memory by `threads` threads; `name` says what reads."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -99,11 +99,11 @@ class _Reader:
             self._read, self.name = None, "reading by numpy"
             return
         self._part = self._nbytes // threads // ROOF_STEP_BYTES * ROOF_STEP_BYTES
-        # Pages nobody has written to are not read from memory; numpy asks for large ones, as Linux has them.
+        # Pages that nobody wrote to are not read from memory; numpy asks Linux for huge ones.
         self._memory = np.ones(self._part * threads + LINE_BYTES, np.uint8)
 
     def speed(self) -> float:
-        """Bytes in a second, at best."""
+        """Bytes a second, the best of some passes."""
         if self._read is None:
             return memory_speed(self._nbytes, self._threads)
         address = -(-self._memory.ctypes.data // LINE_BYTES) * LINE_BYTES
@@ -119,7 +119,7 @@ class _Reader:
 
 @dataclass(frozen=True)
 class _Run:
-    """So many tokens in so many seconds; `joules` None where nothing tells."""
+    """`tokens` in `seconds`; `joules` None where the machine does not tell."""
 
     tokens: int
     seconds: float
@@ -136,7 +136,7 @@ class _Runs:
         self._meter = Meter()
 
     def tokens(self, count: int, first: int = 0) -> np.ndarray:
-        """Tokens of the vocabulary, one after the other: which they are makes no difference."""
+        """Tokens of the vocabulary in order, (count,) int32: which they are makes no difference."""
         return (np.arange(first, first + count) % self._stage.description.n_vocab).astype(np.int32)
 
     def prefill(self, rows: int) -> _Run:
@@ -145,7 +145,7 @@ class _Runs:
         return self._timed([batch_of_one(self.tokens(rows))])
 
     def decode(self, answers: int) -> _Run:
-        """Some tokens of so many answers at once, each behind a short prompt."""
+        """Some tokens of `answers` answers at a time, each after a short prompt."""
         self._stage.clear()
         for sequence in range(answers):
             self._stage.decode(batch_of_one(self.tokens(self._prompt), sequence=sequence))
@@ -227,8 +227,9 @@ def _decodes(runs: _Runs, sequences: int, report: Report) -> Iterator[Figure]:
 
 
 def _roof(runs: _Runs, header: Header, threads: int) -> Figure:
-    """What one answer reads of weights in a second beside plain reading; in turn, as machines change their
-    speed. The ratio is the median of the rounds' own.
+    """Weights that one answer reads a second, compared to plain reading.
+
+    The two are measured in turn, since a machine's speed changes; the ratio is the median of the rounds'.
     """
     shape, reader = model_shape(header, ""), _Reader(threads)
     nbytes = sum(shape.active_bytes) + shape.active_head_bytes
@@ -243,7 +244,7 @@ def _roof(runs: _Runs, header: Header, threads: int) -> Figure:
 
 
 def _repeated(run: Callable[[], _Run]) -> tuple[float, float | None]:
-    """Median tokens/s of a run, and median joules for each token where this machine tells."""
+    """Median tokens/s of a run, and median joules for each token where the machine tells."""
     took = [run()]
     if took[0].seconds < CASE_SECONDS:
         took.clear()

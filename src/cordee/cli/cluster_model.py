@@ -1,36 +1,34 @@
-"""Answers by the cluster whose node runs here, for `cordee run`: over that node's API, as any client's."""
+"""A model of the cluster whose node runs here, for `cordee run` and `demo`: asked over the node's API."""
 
 import http.client
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from cordee.agent import control
 from cordee.cli import output
+from cordee.cli.conversation import GenerationOptions
 from cordee.cli.status import state_of
 from cordee.errors import DoesNotFit, NotRunning, StageFailed
 from cordee.generation.request import TextChunk
 
-if TYPE_CHECKING:
-    from cordee.cli.run import GenerationOptions
-
 POLL_SECONDS = 0.3
-# A model that fits nowhere is given up after that long: nodes may still be starting.
+# How long a model may fit nowhere before that is an error: nodes may still be starting.
 UNPLACED_SECONDS = 10.0
-SILENCE_SECONDS = 60.0  # the API says something every few seconds, if only that it lives
+SILENCE_SECONDS = 60.0  # while it answers, the API sends something every few seconds, if only a keep-alive
 LINE_BYTES_MAX = 1 << 20
 
 
 class ClusterModel:
-    """A model of the cluster, ready to answer. Made by `Roped.find`."""
+    """A model of the cluster, ready to answer. Made by `ClusterModel.find`."""
 
     def __init__(self, model: str, api: str) -> None:
         self.name = model
-        place = urlsplit(api)
-        self._host, self._port, self._path = place.hostname or "", place.port, place.path
+        url = urlsplit(api)
+        self._host, self._port, self._path = url.hostname or "", url.port, url.path
 
     @classmethod
     def find(cls, model: str) -> Self | None:
@@ -38,43 +36,50 @@ class ClusterModel:
         try:
             if _model(model) is None:
                 return None
-            nodes = control.ask("GET", "/nodes")["nodes"]
+            nodes = control.ask("GET", "/nodes", kind=dict[str, Any])["nodes"]
         except NotRunning:
             return None
         return cls(model, nodes[0]["api"])
 
     def wait(self) -> None:
-        """Have the model loaded, and wait until it serves.
+        """Deploy the model if nobody has, and wait until the cluster serves it.
 
         Raises:
             DoesNotFit: the cluster cannot run it; says why.
+            NotRunning: the node here has ended.
         """
         if not (_model(self.name) or {}).get("deployed"):
             control.ask("POST", "/deploy", control.Deploy(self.name))
         unplaced_until = time.monotonic() + UNPLACED_SECONDS
         with output.loading() as report:
-            told = ""
+            reported = ""
             while (model := _model(self.name) or {}).get("state") != "serving":
                 text = state_of(model) if model.get("deployed") else f"{self.name} is unknown"
                 if model.get("state") != "unplaced":
                     unplaced_until = time.monotonic() + UNPLACED_SECONDS
                 elif time.monotonic() > unplaced_until:
                     raise DoesNotFit(f"The cluster does not run {self.name}. {model['why']}")
-                if text != told:
+                if text != reported:
                     report(text)
-                told = text
+                reported = text
                 time.sleep(POLL_SECONDS)
 
     def answer(
-        self, messages: Sequence[Mapping[str, str]], generation: "GenerationOptions"
-    ) -> Iterator[TextChunk]:
-        """The chunks of an answer to a conversation. Closing the iterator cancels the stream.
+        self, messages: Sequence[Mapping[str, str]], generation: GenerationOptions
+    ) -> Generator[TextChunk]:
+        """See ConversationModel.answer.
 
         Raises:
             CordeeError: as the API says.
         """
-        body = {"model": self.name, "messages": list(messages), "max_tokens": generation.max_tokens}
-        body |= generation.sampling() | {"stream": True, "stream_options": {"include_usage": True}}
+        body = {
+            "model": self.name,
+            "messages": messages,
+            "max_tokens": generation.max_tokens,
+            **generation.sampling(),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
         connection = http.client.HTTPConnection(self._host, self._port, timeout=SILENCE_SECONDS)
         with closing(connection):
             try:
@@ -85,16 +90,16 @@ class ClusterModel:
                     raise _error(json.loads(response.read()))
                 yield from _chunks(response)
             except (OSError, http.client.HTTPException) as error:
-                raise StageFailed("The node that runs here ended, or does not answer any more.") from error
+                raise StageFailed("The node on this machine ended, or does not answer any more.") from error
 
 
 def _model(name: str) -> dict[str, Any] | None:
-    models = control.ask("GET", "/status")["models"]
+    models: list[dict[str, Any]] = control.ask("GET", "/status", kind=dict[str, Any])["models"]
     return next((model for model in models if model["name"] == name), None)
 
 
-def _chunks(response: http.client.HTTPResponse) -> Iterator[TextChunk]:
-    """Server-sent events as chunks. Tokens are counted by events until the last tells how many they were."""
+def _chunks(response: http.client.HTTPResponse) -> Generator[TextChunk]:
+    """Server-sent events as chunks. Each event counts as a token, until the last one has the number."""
     tokens, finish = 0, None
     while line := response.readline(LINE_BYTES_MAX):
         data = line.strip().removeprefix(b"data: ")
@@ -118,7 +123,7 @@ def _chunks(response: http.client.HTTPResponse) -> Iterator[TextChunk]:
                 completion_tokens=usage["completion_tokens"],
             )
             return
-    raise StageFailed("The answer ended in its middle: the node that runs here ended.")
+    raise StageFailed("The answer broke off: the node on this machine ended.")
 
 
 def _error(body: dict[str, Any]) -> Exception:

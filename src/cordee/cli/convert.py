@@ -1,6 +1,7 @@
-"""The verb `convert`: a ternary model becomes a file for the ternary engine."""
+"""`cordee convert`: a ternary model becomes a file for the ternary engine."""
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -17,28 +18,35 @@ from cordee.cli import options, output
     type=click.Choice(["trit2", "trit5"]),
     default="trit2",
     show_default=True,
-    help="2 bits a weight, or 5 weights a byte (smaller; faster where AVX-512 is).",
+    help="2 bits a weight, or 5 weights a byte (smaller; faster on processors with AVX-512).",
 )
 @click.option(
     "--head",
     type=click.Choice(["int8", "int6", "int4"]),
     default="int8",
     show_default=True,
-    help="Precision of the head, which is rounded; the ternary weights never are.",
+    help="Precision of the output head, which is rounded; ternary weights never are.",
 )
 @click.option(
     "--target",
     type=click.Choice(["pentium2"]),
-    help="An old machine: five weights a byte as it looks sums up, embedding and head ternary, too.",
+    help="For an old PC: five weights a byte, multiplied by look-up; embedding and head ternary, too.",
 )
 @options.pre
-def convert(source: Path, path: Path, layout: str, head: str, target: str | None, pre: str | None) -> None:
+def convert(
+    source: Path,
+    path: Path,
+    layout: Literal["trit2", "trit5"],
+    head: str,
+    target: str | None,
+    pre: str | None,
+) -> None:
     """Turn a ternary model into a file for the ternary engine.
 
     SOURCE is a GGUF file whose layers hold nothing but -s, 0 and s (TQ1_0, TQ2_0, I2_S, or F16 and others
     of such values), or a checkpoint of the hub: a folder with config.json, safetensors and tokenizer, whose
-    matrices are packed, ternary floats, or the masters of a b1.58 model. No ternary weight and no scale is
-    changed; a model that is not ternary is refused.
+    matrices are packed, ternary floats, or the master weights of a b1.58 model. No ternary weight and no
+    scale is changed; a model that is not ternary is refused.
     """
     from cordee.convert.convert import convert as run
 

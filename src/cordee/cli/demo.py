@@ -1,4 +1,4 @@
-"""`cordee demo`: a chat over three nodes on this machine, of which any but the first may be felled."""
+"""`cordee demo`: a chat with a cluster of three nodes on this machine; all but the first may be killed."""
 
 import contextlib
 import queue
@@ -8,15 +8,15 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
 import click
 
 from cordee.cli import output
+from cordee.cli.conversation import MAX_TOKENS, TEMPERATURE, GenerationOptions
 from cordee.cli.models import STARTER, find
-from cordee.cli.run import MAX_TOKENS, TEMPERATURE, GenerationOptions
 from cordee.errors import ContextExceeded
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from cordee.cli.demo_cluster import DemoCluster
     from cordee.generation.request import TextChunk
 
-PAUSE_SECONDS = 0.3  # a silence behind a fall that is worth telling; between tokens there is less
+PAUSE_SECONDS = 0.3  # a pause after a kill that is worth a line; between tokens there is less
 TURN_SECONDS = 0.02  # how often keys and tokens are looked for while an answer comes in
 
 HELP = """\
-/kill    fell a node that runs a part of the model, also while it answers
-/nodes   who holds which layers
+/kill    kill a node that runs layers of the model, also during an answer
+/nodes   which node runs which layers
 /reset   forget the conversation
 /quit    leave (so does Ctrl-D)
 Ctrl-C   stops an answer"""
@@ -42,7 +42,7 @@ Ctrl-C   stops an answer"""
     type=click.FloatRange(0, 10),
     default=TEMPERATURE,
     show_default=True,
-    help="0 always takes the likeliest token.",
+    help="How freely tokens are chosen; 0 always takes the most likely one.",
 )
 @click.option(
     "--max-tokens",
@@ -53,12 +53,12 @@ Ctrl-C   stops an answer"""
     help="End an answer after N tokens.",
 )
 def demo(temperature: float, max_tokens: int) -> None:
-    """Chat over three nodes on this machine, and fell them while they answer.
+    """Chat with three nodes on this machine, and kill them while they answer.
 
-    They are processes of one cluster, as machines would be, none of which lends enough memory for the whole
-    starter model. /kill ends one that runs a part of it with SIGKILL: the others take over, and the
-    answer goes on. A felled node comes back after some seconds. All nodes end with the chat; their folders
-    stay, for the next time.
+    They are processes of one cluster, like three machines, none with enough memory for the whole starter
+    model. /kill ends one that runs layers of it, with SIGKILL: the others take over, and the answer goes on.
+    A killed node comes back after some seconds. All nodes end with the chat; their folders stay for the next
+    time.
     """
     from cordee.cli.cluster_model import ClusterModel
     from cordee.cli.demo_cluster import DemoCluster
@@ -67,31 +67,31 @@ def demo(temperature: float, max_tokens: int) -> None:
 
     signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # the terminal is gone
     folder, model = home() / "demo", find(Store(), STARTER)
-    news: queue.SimpleQueue[str] = queue.SimpleQueue()  # bounded by what can happen: a node ends or comes
+    news: queue.SimpleQueue[str] = queue.SimpleQueue()  # short: a line when a node is back
     with contextlib.ExitStack() as stack:
         with output.loading() as report:
             report("starting three nodes")
-            rope = stack.enter_context(DemoCluster(folder, model, report, news.put))
-        source = ClusterModel(model.name, rope.api)
-        source.wait()
-        Chat(rope, source, GenerationOptions(temperature, max_tokens, None, None), news).run()
+            cluster = stack.enter_context(DemoCluster(folder, model, report, news.put))
+        cluster_model = ClusterModel(model.name, cluster.api)
+        cluster_model.wait()
+        Chat(cluster, cluster_model, GenerationOptions(temperature, max_tokens, None, None), news).run()
 
 
 class AnswerReader:
-    """An answer that comes in on a thread of its own, so that the keyboard is heard meanwhile."""
+    """An answer that is read on a thread of its own, so that the keyboard works meanwhile."""
 
     def __init__(
-        self, source: "ClusterModel", messages: Sequence[dict[str, str]], generation: GenerationOptions
+        self, model: "ClusterModel", messages: Sequence[dict[str, str]], generation: GenerationOptions
     ) -> None:
         self.ended = False
         # Bounded by the answer: no more chunks than the context has tokens.
         self._items: queue.SimpleQueue[tuple[float, TextChunk] | Exception | None] = queue.SimpleQueue()
-        self._left = threading.Event()
-        work = (source, messages, generation)
+        self._cancelled = threading.Event()
+        work = (model, messages, generation)
         threading.Thread(target=self._read, args=work, name="answer", daemon=True).start()
 
     def chunks(self) -> "Iterator[tuple[float, TextChunk]]":
-        """The chunks that came since, each with the time of the monotonic clock when it did.
+        """The chunks since the last call, each with the time of the monotonic clock when it came.
 
         Raises:
             CordeeError: the answer failed.
@@ -105,51 +105,51 @@ class AnswerReader:
             else:
                 yield item
 
-    def leave(self) -> None:
-        """No more is wanted: the stream is cancelled at its next chunk."""
-        self._left.set()
+    def cancel(self) -> None:
+        """Cancel the answer, at its next chunk."""
+        self._cancelled.set()
 
     def _read(
-        self, source: "ClusterModel", messages: Sequence[dict[str, str]], generation: GenerationOptions
+        self, model: "ClusterModel", messages: Sequence[dict[str, str]], generation: GenerationOptions
     ) -> None:
         try:
-            with closing(source.answer(messages, generation)) as chunks:
+            with closing(model.answer(messages, generation)) as chunks:
                 for chunk in chunks:
-                    if self._left.is_set():
+                    if self._cancelled.is_set():
                         break
                     self._items.put((time.monotonic(), chunk))
             self._items.put(None)
-        except Exception as error:  # for whoever takes
+        except Exception as error:  # raised again by chunks()
             self._items.put(error)
 
 
 class Chat:
-    """The conversation, the keyboard and the screen. `news` are lines of what happens to the nodes."""
+    """The conversation, the keyboard and the screen. `news` are lines about the nodes."""
 
     def __init__(
         self,
-        rope: "DemoCluster",
-        source: "ClusterModel",
+        cluster: "DemoCluster",
+        model: "ClusterModel",
         generation: GenerationOptions,
         news: "queue.SimpleQueue[str]",
     ) -> None:
-        self._rope = rope
-        self._source = source
+        self._cluster = cluster
+        self._model = model
         self._generation = generation
         self._news = news
         self._keys = sys.stdin.isatty() and sys.stdout.isatty()
         self._messages: list[dict[str, str]] = []
-        self._in_line = False  # the screen's last line is not at its end
-        self._fell = 0.0  # when, in an answer; 0: not, or it went on since
-        self._heard = 0.0  # when the answer's last token came
+        self._in_line = False  # the cursor stands in the middle of a line
+        self._killed = 0.0  # when a node was, during this answer; 0: none, or the answer went on since
+        self._last_token = 0.0  # when it came
 
     def run(self) -> None:
-        """Until the person leaves."""
+        """Chat until the person leaves."""
         if self._keys:
             import readline  # gives input() line editing and a history that lives in memory only
 
             readline.set_auto_history(True)
-        self._note(f"{self._source.name} over three nodes; /help lists what you can type")
+        self._note(f"{self._model.name} over three nodes; /help lists what you can type")
         self._nodes()
         while True:
             try:
@@ -164,7 +164,7 @@ class Chat:
                 click.echo()
                 return
             except KeyboardInterrupt:
-                self._note("/quit or Ctrl-D leaves")
+                self._note("/quit or Ctrl-D ends the chat")
 
     # What is typed.
 
@@ -190,12 +190,12 @@ class Chat:
             self._note(HELP)
 
     def _kill(self) -> None:
-        felled = self._rope.fell()
-        if felled is None:
-            self._note("no other node runs a part of the model just now: try again in a moment")
+        killed = self._cluster.kill()
+        if killed is None:
+            self._note("no other node runs layers of the model just now: try again in a moment")
             return
-        self._fell = time.monotonic()
-        name, layers = felled
+        self._killed = time.monotonic()
+        name, layers = killed
         self._note(f"node {name} is gone, and layers {layers} with it")
 
     def _nodes(self) -> None:
@@ -208,7 +208,7 @@ class Chat:
                 layers_of(node["stages"]) or "-",
                 output.size(sum(device["memory_bytes"] for device in node["devices"])),
             )
-            for node in self._rope.nodes()
+            for node in self._cluster.nodes()
         ]
         self._note("\n".join(output.table(("NODE", "STATE", "LAYERS", "LENDS"), rows)))
 
@@ -216,23 +216,23 @@ class Chat:
 
     def _turn(self, text: str) -> None:
         self._messages.append({"role": "user", "content": text})
-        answer, pieces = AnswerReader(self._source, self._messages, self._generation), list[str]()
-        self._heard, self._fell = time.monotonic(), 0.0
+        answer, pieces = AnswerReader(self._model, self._messages, self._generation), list[str]()
+        self._last_token, self._killed = time.monotonic(), 0.0
         try:
-            with _silent_keys() if self._keys else contextlib.nullcontext() as loud:
+            with _silent_keys() if self._keys else contextlib.nullcontext() as echoing:
                 while not answer.ended:
-                    if self._keys and select.select([sys.stdin], [], [], TURN_SECONDS)[0]:
-                        with loud():
-                            self._interject()
-                    elif not self._keys:
+                    if echoing is None:
                         time.sleep(TURN_SECONDS)
+                    elif select.select([sys.stdin], [], [], TURN_SECONDS)[0]:
+                        with echoing():
+                            self._interject()
                     self._show(answer, pieces)
         except KeyboardInterrupt:
             self._note("(stopped)")
         except ContextExceeded as error:
             self._note(f"{error.message} /reset starts a new conversation.")
         finally:
-            answer.leave()
+            answer.cancel()
             if any(pieces):
                 self._messages.append({"role": "assistant", "content": "".join(pieces)})
             else:
@@ -240,7 +240,7 @@ class Chat:
         self._break_line()
 
     def _interject(self) -> None:
-        """Somebody types while an answer comes in: it waits for the end of the line."""
+        """Read a line that is typed while an answer comes in; the answer is not shown until its end."""
         self._break_line()
         line = input("> ").strip()
         if line == "/quit":
@@ -248,17 +248,17 @@ class Chat:
         if line in ("/kill", "/nodes", "/help"):
             self._command(line)
         elif line:
-            self._note("first the answer: wait for its end, or stop it with Ctrl-C")
+            self._note("wait for the end of the answer, or stop it with Ctrl-C")
 
     def _show(self, answer: AnswerReader, pieces: list[str]) -> None:
         for when, chunk in answer.chunks():
             if not chunk.text:
                 continue
-            silence = when - self._heard
-            if self._fell and when > self._fell and silence > PAUSE_SECONDS:
-                self._note(f"the answer goes on ({silence:.1f} s)")
-                self._fell = 0.0
-            self._heard = when
+            pause = when - self._last_token
+            if self._killed and when > self._killed and pause > PAUSE_SECONDS:
+                self._note(f"the answer goes on ({pause:.1f} s)")
+                self._killed = 0.0
+            self._last_token = when
             pieces.append(chunk.text)
             click.echo(chunk.text, nl=False)
             sys.stdout.flush()
@@ -282,14 +282,14 @@ class Chat:
 
 
 @contextlib.contextmanager
-def _silent_keys() -> "Iterator[Callable[[], contextlib.AbstractContextManager[None]]]":
-    """Keys are not shown, and are there as soon as they are pressed; but for blocks of what this gives."""
+def _silent_keys() -> "Generator[Callable[[], contextlib.AbstractContextManager[None]]]":
+    """Keys come one by one and are not echoed; in a block of what this gives, the terminal is as before."""
     before = termios.tcgetattr(sys.stdin)
     silent = [*before]
     silent[3] &= ~(termios.ECHO | termios.ICANON)
 
     @contextlib.contextmanager
-    def loud() -> Iterator[None]:
+    def echoing() -> Generator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
         try:
             yield
@@ -298,6 +298,6 @@ def _silent_keys() -> "Iterator[Callable[[], contextlib.AbstractContextManager[N
 
     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
     try:
-        yield loud
+        yield echoing
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

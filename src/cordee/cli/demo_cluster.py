@@ -1,7 +1,7 @@
-"""Three nodes of one cluster on this machine, for `cordee demo`: started, felled, brought back, ended.
+"""Three nodes of one cluster on this machine, for `cordee demo`: started, killed, brought back, ended.
 
-Each is a `cordee up` with a state folder of its own, told to end with its standard input: the pipe's other
-end is this process, so no node outlives it, however it ends. A thread starts again what ended.
+Each is a `cordee up` with a state folder of its own, which ends with its standard input. The other end of
+that pipe is this process, so no node outlives it, however it ends. A thread restarts nodes that ended.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -29,49 +29,49 @@ from cordee.net import address
 if TYPE_CHECKING:
     from cordee.models.store import StoredModel
 
-NAMES = ("a", "b", "c")  # people talk to the first, which is never felled and has the model's file
-# What the cluster serves the model with: room for some turns of a chat, and for an answer being given up.
+NAMES = ("a", "b", "c")  # the chat is with the first, which is never killed and has the model's file
+# How the model is deployed: room for some turns of a chat, and for an answer that is being cancelled.
 CONTEXT, SEQUENCES = 4096, 2
-# Of what one half of the model needs, so that any two nodes hold it, whoever has the larger half.
-LENT_PART = 1.05
+# A node's memory, of what one half of the model needs: any two nodes hold it, whichever has the larger half.
+LENT_RATIO = 1.05
 START_SECONDS = 60.0  # until the nodes know each other, on a slow and busy machine
 END_SECONDS = 10.0  # for nodes to end their stages and links
-RETURN_SECONDS = 8.0  # for which a felled node lies: longer than the others take to go on without it
+RETURN_SECONDS = 8.0  # until a killed node is restarted: longer than the others need to take over
 POLL_SECONDS = 0.1
-LOG_BYTES_SHOWN = 400  # of a node that does not start
+LOG_BYTES_SHOWN = 400  # the log's end, of a node that does not start
 
 Tell = Callable[[str], None]
 
 
 @dataclass
 class Node:
-    """A `cordee up`. `port` is where other nodes meet it."""
+    """A `cordee up`. `port` is where it listens for other nodes."""
 
     name: str
     home: Path
     port: int
     process: subprocess.Popen[bytes] | None = None
-    ended: float | None = None  # when it was found to be gone, on the monotonic clock
+    ended: float | None = None  # when it was found to have ended, on the monotonic clock
     is_returning: bool = False
 
     @property
-    def lives(self) -> bool:
-        """Whether its agent's process is there."""
+    def is_running(self) -> bool:
+        """Whether its agent's process runs."""
         return self.process is not None and self.process.poll() is None
 
     def kill(self) -> None:
-        """SIGKILL for the agent and its workers, which are groups of their own."""
-        assert self.process is not None
+        """SIGKILL for the agent and its workers, which are process groups of their own."""
+        assert self.process is not None, "it was started"
         with contextlib.suppress(psutil.Error):
             agent = psutil.Process(self.process.pid)
-            agent.suspend()  # or it would notice, and start new ones
+            agent.suspend()  # or it would notice that workers end, and start new ones
             for each in (*agent.children(recursive=True), agent):
                 with contextlib.suppress(psutil.Error):
                     each.kill()
         self.process.wait()
 
     def wait_for_former(self) -> None:
-        """Wait for an agent that a killed demo left, and that is about to end."""
+        """Wait for the agent of a demo that was killed: it is about to end."""
         ends = time.monotonic() + END_SECONDS
         with contextlib.suppress(FileNotFoundError):
             while time.monotonic() < ends:
@@ -81,18 +81,18 @@ class Node:
                 except BadRequest:
                     time.sleep(POLL_SECONDS)
 
-    def last_words(self) -> str:
-        """The end of what it said, in one line."""
+    def log_end(self) -> str:
+        """The end of its log, in one line."""
         with contextlib.suppress(OSError):
             return " ".join((self.home / "log").read_text(errors="replace")[-LOG_BYTES_SHOWN:].split())
         return ""
 
 
 class DemoCluster:
-    """The nodes and who watches over them; a context manager that ends them.
+    """The nodes, and the thread that watches them; a context manager that ends them.
 
-    `tell` hears from another thread what happens of its own accord. Entering it, this process becomes one
-    that asks the first node: `CORDEE_HOME` is that node's from then on.
+    `report` gets the steps of the start. `tell` is called on the other thread, with what happens later. From
+    its entry on, this process talks to the first node: `CORDEE_HOME` becomes that node's folder.
     """
 
     def __init__(self, folder: Path, model: "StoredModel", report: Tell, tell: Tell) -> None:
@@ -109,7 +109,7 @@ class DemoCluster:
 
     @property
     def gateway(self) -> Node:
-        """The node that this process asks."""
+        """The node that this process talks to."""
         return self._nodes[0]
 
     @property
@@ -121,7 +121,7 @@ class DemoCluster:
         with contextlib.ExitStack() as stack:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.enter_context(_locked(self._folder / "lock"))
-            # Here lie the sockets of stages; what a felled node leaves of them goes with it.
+            # For the sockets of stages: what a killed node leaves there is removed with it.
             self._sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="cordee-demo-"))
             os.environ["CORDEE_HOME"] = str(self.gateway.home)
             stack.callback(self._end)
@@ -129,8 +129,8 @@ class DemoCluster:
                 node.wait_for_former()
             try:
                 self._begin()
-            except CordeeError as error:  # folders of before may be damaged or out of date
-                self._report(f"making new nodes, since those of before do not start ({error.message})")
+            except CordeeError as error:  # the last demo's folders may be damaged or out of date
+                self._report(f"making new nodes, since the last demo's do not start ({error.message})")
                 self._end()
                 for node in self._nodes:
                     shutil.rmtree(node.home, ignore_errors=True)
@@ -144,8 +144,8 @@ class DemoCluster:
         self._watcher.join()
         self._stack.close()
 
-    def fell(self) -> tuple[str, str] | None:
-        """Kill a node that runs a stage, but not the first; its name and layers, None if there is none."""
+    def kill(self) -> tuple[str, str] | None:
+        """Kill a node that runs a stage, but not the first; its name and layers, or None if there is none."""
         stages = {each["name"]: each["stages"] for each in self.nodes()}
         running = [node for node in self._nodes[1:] if stages.get(node.name)]
         if not running:
@@ -155,26 +155,28 @@ class DemoCluster:
         return node.name, layers_of(stages[node.name])
 
     def nodes(self) -> list[dict[str, Any]]:
-        """What the first node knows of each, those that this process saw end marked as gone."""
-        lives = {node.name: node.lives for node in self._nodes}
-        found = control.ask("GET", "/nodes")["nodes"]
-        return [each if lives.get(each["name"]) else each | {"state": "gone", "stages": []} for each in found]
+        """What the first node knows of each; those that this process saw end are marked as gone."""
+        running = {node.name: node.is_running for node in self._nodes}
+        found: list[dict[str, Any]] = control.ask("GET", "/nodes", kind=dict[str, Any])["nodes"]
+        return [
+            each if running.get(each["name"]) else each | {"state": "gone", "stages": []} for each in found
+        ]
 
     # How it begins and ends.
 
     def _begin(self) -> None:
         self._put_model()
-        strangers = [node for node in self._nodes[1:] if not (node.home / "cluster" / "node.pem").is_file()]
+        new = [node for node in self._nodes[1:] if not (node.home / "cluster" / "node.pem").is_file()]
         for node in self._nodes:
-            if node not in strangers:
+            if node not in new:
                 self._start(node)
-        self._until(lambda: bool(control.ask("GET", "/nodes")), [self.gateway])
-        for node in strangers:
+        self._until(lambda: bool(self.nodes()), [self.gateway])
+        for node in new:
             self._report(f"node {node.name} joins")
             self._join(node)
             self._start(node)
         self._until(lambda: self._alive() == set(NAMES), self._nodes)
-        control.ask("POST", "/deploy", control.Deploy(self._model.name, CONTEXT, SEQUENCES))
+        control.ask("POST", "/deploy", control.Deploy(self._model.name, CONTEXT, SEQUENCES), control.Deployed)
 
     def _put_model(self) -> None:
         from cordee.models.store import Store
@@ -188,7 +190,7 @@ class DemoCluster:
 
     def _join(self, node: Node) -> None:
         node.home.mkdir(mode=0o700, exist_ok=True)
-        code = control.ask("POST", "/invite", control.Invite())["code"]
+        code = control.ask("POST", "/invite", control.Invite(), dict[str, str])["code"]
         done = subprocess.run(
             _command("join", code),
             env=self._environment(node),
@@ -198,7 +200,7 @@ class DemoCluster:
             timeout=START_SECONDS,
         )
         if done.returncode != 0:
-            raise StageFailed(f"node {node.name} could not join: {done.stderr.decode(errors='replace')}")
+            raise StageFailed(f"Node {node.name} could not join: {done.stderr.decode(errors='replace')}")
 
     def _start(self, node: Node) -> None:
         options = ["--name", node.name, "--listen", f"127.0.0.1:{node.port}", "--scouting", "off"]
@@ -226,8 +228,8 @@ class DemoCluster:
                 if true():
                     return
             for node in nodes:
-                if not node.lives:
-                    raise StageFailed(f"Node {node.name} ended: {node.last_words()}")
+                if not node.is_running:
+                    raise StageFailed(f"Node {node.name} ended: {node.log_end()}")
             if time.monotonic() > ends:
                 raise StageFailed(f"The nodes did not meet within {START_SECONDS:.0f} s.")
             time.sleep(POLL_SECONDS)
@@ -236,29 +238,29 @@ class DemoCluster:
         return {each["name"] for each in self.nodes() if each["state"] == "alive"}
 
     def _end(self) -> None:
-        """End all nodes, together; by force what takes too long."""
-        running = [node for node in self._nodes if node.lives]
-        for node in running:
-            node.process.terminate()
+        """End all nodes together; by SIGKILL those that take too long."""
+        running = [(node, node.process) for node in self._nodes if node.process and node.is_running]
+        for _, process in running:
+            process.terminate()
         ends = time.monotonic() + END_SECONDS
-        for node in running:
+        for node, process in running:
             try:
-                node.process.wait(max(0.0, ends - time.monotonic()))
+                process.wait(max(0.0, ends - time.monotonic()))
             except subprocess.TimeoutExpired:
                 node.kill()
 
-    # What it does on a thread of its own.
+    # On a thread of its own.
 
     def _watch(self) -> None:
         while not self._closing.wait(POLL_SECONDS):
-            if os.getppid() != self._parent:  # who started the demo is gone, and so is its terminal
+            if os.getppid() != self._parent:  # the parent is gone, and so is the terminal
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             for node in self._nodes[1:]:
                 self._look_after(node)
 
     def _look_after(self, node: Node) -> None:
-        if node.lives:
+        if node.is_running:
             with contextlib.suppress(NotRunning):
                 if node.is_returning and node.name in self._alive():
                     node.is_returning = False
@@ -271,7 +273,7 @@ class DemoCluster:
 
 
 def lent_bytes(model: "StoredModel") -> int:
-    """What each node lends: enough for any two to hold the model, too little for one."""
+    """Memory of each node: enough for any two to hold the model, too little for one."""
     from cordee.cluster.memory import Demand, needed_bytes
     from cordee.models.gguf import read_header
     from cordee.models.shape import model_shape
@@ -279,22 +281,22 @@ def lent_bytes(model: "StoredModel") -> int:
     shape = model_shape(read_header(model.path), model.digest)
     load, middle = Demand(CONTEXT, SEQUENCES), shape.layers // 2
     halves = needed_bytes(shape, load, 0, middle), needed_bytes(shape, load, middle, shape.layers)
-    return int(LENT_PART * max(halves))
+    return int(LENT_RATIO * max(halves))
 
 
 def layers_of(stages: Sequence[dict[str, Any]]) -> str:
-    """The layers of a node's stages, as people write them; empty without any."""
+    """The layers of a node's stages, as people write them: `0-14`; empty without any."""
     return ", ".join(f"{s['layers'][0]}-{s['layers'][1] - 1}" for s in stages if s["layers"])
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock on a file in a folder that is there; raises BadRequest if somebody else does."""
+def _locked(path: Path) -> Generator[None]:
+    """Hold a lock on a file; its folder must exist. Raises BadRequest if another process holds it."""
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadRequest("The demo runs already, in another terminal.") from None
+            raise BadRequest("The demo is already running, in another terminal.") from None
         yield
 
 

@@ -1,4 +1,4 @@
-"""Machines described in a file (TOML), for `cordee plan --nodes`: strict, and plain about mistakes."""
+"""Machines described in a TOML file, for `cordee plan --nodes`. An error names the place in the file."""
 
 import re
 import tomllib
@@ -13,8 +13,8 @@ from cordee.errors import BadRequest
 from cordee.models.fit import USABLE
 
 FILE_BYTES_MAX = 1 << 20  # thousands of machines
-MACHINES_MAX = 256  # more than the search is made for
-# What the system and its programs keep of the memory.
+MACHINES_MAX = 256  # the planner's search is not made for more
+# What the operating system and its programs need of the memory.
 SYSTEM_BYTES = 2e9
 
 SIZES = {"kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -57,7 +57,7 @@ def read_nodes(path: Path) -> dict[str, Facts]:
     """The machines that a file describes, by name.
 
     Raises:
-        BadRequest: the file cannot be read, or says something that makes no sense; names the place.
+        BadRequest: the file cannot be read or makes no sense; the message names the place.
     """
     try:
         with path.open("rb") as file:
@@ -89,7 +89,7 @@ def _named(entries: list[MachineEntry]) -> dict[str, MachineEntry]:
 
 
 def _facts(name: str, entry: MachineEntry, named: Mapping[str, MachineEntry]) -> Facts:
-    """What the machine would say of itself. A link is as good as the worse of its two ends."""
+    """The facts the machine would publish. A link is as good as the worse of its two ends."""
     others = {other: end for other, end in named.items() if other != name}
     own_rtt, own_network = _rtt(entry), _network(entry)
     return Facts(
@@ -107,8 +107,8 @@ def _facts(name: str, entry: MachineEntry, named: Mapping[str, MachineEntry]) ->
 
 
 def _devices(entry: MachineEntry) -> list[Device]:
-    """The graphics cards, then the processor; of all memory the part that may be promised."""
-    devices = []
+    """The graphics cards, then the processor; of each memory the part that stages may use."""
+    devices: list[Device] = []
     for gpu in entry.gpu:
         vram = _amount(entry.name, "vram", gpu.vram, SIZES)
         speed = _amount(entry.name, "speed", gpu.speed, SPEEDS)

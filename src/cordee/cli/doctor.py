@@ -1,4 +1,4 @@
-"""`cordee doctor`: what this machine has, what is wrong, and the line that puts it right."""
+"""`cordee doctor`: what this machine has, what is wrong with it, and the command that fixes it."""
 
 import importlib.metadata
 import os
@@ -22,7 +22,7 @@ FREE_MEMORY_BYTES = 400_000_000  # the starter model in one stage, with its cont
 
 @dataclass(frozen=True)
 class Backend:
-    """A GPU backend of libllama: the name its devices begin with, llama.cpp's option, Debian's packages."""
+    """A GPU backend of libllama: how its devices' names begin, llama.cpp's option, Debian's packages."""
 
     name: str
     option: str
@@ -34,13 +34,13 @@ VULKAN = Backend(
     "Vulkan", "-DGGML_VULKAN=on", ("glslc", "libvulkan-dev", "mesa-vulkan-drivers", "spirv-headers")
 )
 BACKENDS = {"NVIDIA": CUDA, "AMD": VULKAN, "Intel": VULKAN}
-# Debian's packages without which the kernel does not drive the GPU; they lie in its non-free components.
+# Debian's packages that the kernel needs to drive the GPU; they are in its non-free components.
 DRIVERS = {"NVIDIA": "nvidia-driver", "AMD": "firmware-amd-graphics", "Intel": "firmware-misc-nonfree"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know. A problem must be put right before a model can run; else it is advice."""
+    """Something to know. A problem must be fixed before a model can run; anything else is advice."""
 
     what: str
     remedy: str
@@ -51,7 +51,7 @@ class Finding:
 @options.as_json
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Tell what this machine has, what is wrong, and what to do.
+    """Check this machine: show what it has, what is wrong, and how to fix it.
 
     Exits 0 if models can run and 1 if something must be fixed first.
     """
@@ -78,9 +78,10 @@ def examine() -> tuple[dict[str, Any], list[Finding]]:
     gpus = hardware.gpus()
     library, findings = _library()
     disk, disk_findings = _disk()
-    facts = {
+    system = hardware.distribution()
+    facts: dict[str, Any] = {
         "version": __version__,
-        "system": hardware.distribution(),
+        "system": system,
         "python": ".".join(map(str, sys.version_info[:3])),
         "processor": asdict(hardware.processor(cpuinfo)) | {"cores": usable_cores()},
         "memory": asdict(room),
@@ -98,7 +99,7 @@ def examine() -> tuple[dict[str, Any], list[Finding]]:
         findings.append(Finding(what, "Close other programs.", True))
     backends = {device["backend"] for device in library["devices"]}
     for gpu in gpus:
-        findings += gpu_advice(gpu, backends, facts["system"])
+        findings += gpu_advice(gpu, backends, system)
     return facts, findings
 
 
@@ -106,7 +107,7 @@ def _library() -> tuple[dict[str, Any], list[Finding]]:
     """What libllama is and can use, and whether its bindings fit it."""
     from cordee.engine.llama import libllama
 
-    facts = {"build": None, "devices": [], "extra_buffers": False}
+    facts: dict[str, Any] = {"build": None, "devices": [], "extra_buffers": False}
     try:
         devices = libllama.devices()
         facts["build"] = libllama.build()
@@ -135,11 +136,11 @@ def _disk() -> tuple[dict[str, Any], list[Finding]]:
     except StorageFailed as error:
         return {"folder": None, "free_bytes": 0}, [Finding(error.message, "export CORDEE_HOME=FOLDER", True)]
     free = shutil.disk_usage(folder).free
-    findings = []
+    findings: list[Finding] = []
     if not os.access(folder, os.W_OK | os.X_OK):
         findings.append(Finding(f"{folder} cannot be written.", f"sudo chown -R $USER {folder}", True))
     if free < FREE_DISK_BYTES:
-        what = f"Only {output.size(free)} are free in {folder}, where models are kept."
+        what = f"Only {output.size(free)} of disk space is free in {folder}, where models are kept."
         findings.append(
             Finding(what, "Free some space, or set CORDEE_HOME to a folder on another disk.", True)
         )
@@ -147,7 +148,7 @@ def _disk() -> tuple[dict[str, Any], list[Finding]]:
 
 
 def gpu_advice(gpu: hardware.Gpu, backends: set[str], system: str) -> list[Finding]:
-    """What to do so that models use this GPU; nothing if libllama's build has a backend for it."""
+    """What to do so that models use this GPU; nothing if this build of libllama has a backend for it."""
     backend = BACKENDS[gpu.vendor]
     if backend.name in backends:
         return []
@@ -155,7 +156,7 @@ def gpu_advice(gpu: hardware.Gpu, backends: set[str], system: str) -> list[Findi
     if gpu.driver is None or gpu.driver == "nouveau":
         what = f"{name} has no driver that can compute."
         return [Finding(what, f"sudo apt-get install -y {DRIVERS[gpu.vendor]}", False)]
-    steps = []
+    steps: list[str] = []
     if missing := hardware.missing_packages(backend.packages):
         steps.append(f"sudo apt-get install -y {' '.join(missing)}")
     steps.append(build_line(backend))
@@ -168,14 +169,14 @@ def gpu_advice(gpu: hardware.Gpu, backends: set[str], system: str) -> list[Findi
 
 
 def build_line(backend: Backend | None) -> str:
-    """The shell line that installs libllama, with a GPU backend or without, into the running environment."""
+    """The shell command that installs libllama into this environment, with a GPU backend or without."""
     pip = Path(sys.prefix) / "bin" / "pip"
     option = f'CMAKE_ARGS="{backend.option}" ' if backend else ""
     return f"{option}{pip} install --force-reinstall --no-deps --no-cache-dir '{_requirement()}'"
 
 
 def _requirement() -> str:
-    """The binding that this version of Cordée needs, as pip writes it."""
+    """The Python binding that this version of Cordée needs, as pip writes it."""
     with suppress(importlib.metadata.PackageNotFoundError):  # run from the sources, not installed
         for line in importlib.metadata.requires("cordee") or ():
             if line.startswith("llama-cpp-python"):
@@ -206,4 +207,4 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def _amx(instruction_sets: list[str], extra_buffers: bool) -> str:
     if "amx_int8" not in instruction_sets:
         return "not on this processor"
-    return "usable" if extra_buffers else "advertised but refused when used; left alone"
+    return "usable" if extra_buffers else "advertised, but fails when used; not used"

@@ -1,4 +1,4 @@
-"""The verb `export`: a folder to copy to a machine that cannot have Cordée itself."""
+"""`cordee export`: a folder to copy to a machine that Cordée itself cannot run on."""
 
 from pathlib import Path
 
@@ -18,17 +18,18 @@ from cordee.cli.models import find
 )
 @click.argument("model")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
-@click.option("--any-size", is_flag=True, help="Write more than a CD holds, too.")
+@click.option("--any-size", is_flag=True, help="Write it even if a CD cannot hold it.")
 @click.option(
     "--programs",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="The build folder in which `make tiny` left the programs, if it is not this program's own.",
+    help="Build folder of `make tiny`, which has the programs; default: that of this program.",
 )
 def export(target: str, model: str, folder: Path, any_size: bool, programs: Path | None) -> None:
-    """Write all that an old machine needs to run MODEL into FOLDER, which must be new or empty.
+    """Write a FOLDER with all that an old PC needs to run MODEL.
 
     MODEL is a file that `cordee convert --target pentium2` wrote, or the name of such a model in the store.
-    The folder holds programs, model, how to begin (in French and English), and checksums.
+    FOLDER must be new or empty. It gets the programs, the model, instructions in French and English, and
+    checksums.
     """
     from cordee.convert.export import CD_BYTES
     from cordee.convert.export import export as run
@@ -46,4 +47,4 @@ def export(target: str, model: str, folder: Path, any_size: bool, programs: Path
             limit_bytes=None if any_size else CD_BYTES,
             progress=progress,
         )
-    click.echo(f"{folder}  {output.size(nbytes)} on a CD; README.TXT in it says how to begin")
+    click.echo(f"{folder}  {output.size(nbytes)} on a CD; its README.TXT says how to begin")

@@ -1,4 +1,4 @@
-"""Tables of verbs that may be watched: printed once, or again and again on a live screen."""
+"""Tables that `--watch` repeats: printed once, or again and again on a live screen."""
 
 import json
 import time
@@ -10,7 +10,7 @@ import click
 
 from cordee.cli import output
 
-WATCH_SECONDS = 1.0  # as often as nodes say something
+WATCH_SECONDS = 1.0  # as often as nodes send heartbeats
 
 watch = click.option("--watch", is_flag=True, help="Show it again every second, until Ctrl-C.")
 
@@ -18,7 +18,7 @@ watch = click.option("--watch", is_flag=True, help="Show it again every second, 
 def show(
     read: Callable[[], Any], lines: Callable[[Any], Sequence[str]], *, as_json: bool, watch: bool
 ) -> None:
-    """Print what `read` gives: as JSON, one object a line where it is watched, or as `lines` for people."""
+    """Print what `read` returns: as JSON (with `watch`, a line each time), or as `lines` for people."""
     if not watch:
         value = read()
         if as_json:

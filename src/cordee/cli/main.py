@@ -1,10 +1,11 @@
 """The program `cordee`: its verbs, and how an error or a signal becomes an exit code."""
 
 import copy
+import io
 import os
 import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -38,18 +39,18 @@ def subclasses(kind: type[CordeeError]) -> list[type[CordeeError]]:
 
 def exit_codes() -> dict[int, str]:
     """What each exit code of the program means."""
-    codes = {0: "All went well.", 1: "Something must be fixed (`doctor`), or a fault of the program itself."}
+    codes = {0: "All went well.", 1: "Something must be fixed (`doctor`), or the program itself has a fault."}
     for kind in subclasses(CordeeError):
         meaning = (kind.__doc__ or "").partition("\n")[0].partition(";")[0].rstrip(".")
         codes.setdefault(kind.exit_code, f"{meaning}.")
     codes[INTERRUPTED] = "Interrupted with Ctrl-C."
-    codes[BROKEN_PIPE] = "Whoever read the output went away."
-    codes[TERMINATED] = "Ended by SIGTERM; `serve` closes and ends with 0."
+    codes[BROKEN_PIPE] = "The program that read the output has ended."
+    codes[TERMINATED] = "Ended by SIGTERM; `serve` and `up` close and end with 0."
     return dict(sorted(codes.items()))
 
 
 class Program(click.Group):
-    """The group of verbs; the one place where expected errors become a line and an exit code."""
+    """The group of verbs; the one place where an expected error becomes a line and an exit code."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
@@ -79,7 +80,7 @@ class Program(click.Group):
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="cordee", message="%(prog)s %(version)s")
 def cordee() -> None:
-    """Open language models on the machines you already have, alone or roped together.
+    """Run open language models on the machines you already have: on one, or on several as one cluster.
 
     Try: cordee run starter "Why do climbers rope together?"
     """
@@ -92,7 +93,7 @@ VERBS = (
 )
 for verb in VERBS:
     cordee.add_command(verb)
-for alias, verb in {"share": deploy, "unshare": undeploy}.items():  # their names before 0.2
+for alias, verb in {"share": deploy, "unshare": undeploy}.items():  # the verbs' names before 0.2
     hidden = copy.copy(verb)
     hidden.hidden = True
     cordee.add_command(hidden, alias)
@@ -100,10 +101,16 @@ for alias, verb in {"share": deploy, "unshare": undeploy}.items():  # their name
 
 def main() -> None:
     """Entry point of the program."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # what is begun is put away
+    signal.signal(signal.SIGTERM, _terminated)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # an answer may hold characters the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an answer may hold characters the terminal cannot show
     cordee(prog_name="cordee")
+
+
+def _terminated(*_: object) -> NoReturn:
+    """SIGTERM as an exception, so that what was begun is cleaned up."""
+    sys.exit(TERMINATED)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`cordee invite`, `join`, `leave`, `drain`, `remove`: who belongs to the cluster, and who works for it."""
+"""`cordee invite`, `join`, `drain`, `leave`, `remove`: who is a member of the cluster, and takes stages."""
 
 import contextlib
 import sys
@@ -12,29 +12,31 @@ from cordee.cli import output
 from cordee.errors import BadRequest, DoesNotFit, IdentityDamaged, NotRunning
 
 POLL_SECONDS = 0.5
-# A stage that fits nowhere else is given up after that long: other nodes may still be starting.
+# How long a stage may fit nowhere else before that is an error: other nodes may still be starting.
 STUCK_SECONDS = 5.0
 END_SECONDS = 30.0  # for the agent to end its stages and links
 
 
 @click.command()
-@click.option("--admin", is_flag=True, help="The new node can invite and remove, too.")
+@click.option(
+    "--admin", is_flag=True, help="Invite an admin: a machine that can invite and remove nodes, too."
+)
 def invite(admin: bool) -> None:
-    """Print a code with which one more machine joins.
+    """Print a code with which one more machine can join the cluster.
 
-    It works once, for 15 minutes, as long as this node runs. Whoever has it can join: hand it over in person
-    or in a private message.
+    It works once, for 15 minutes, while this node runs. Anybody who has it can join: pass it on in person or
+    in a private message. Only admins can invite; the machine that created the cluster is one.
     """
     from cordee.agent import control
 
-    click.echo(control.ask("POST", "/invite", control.Invite(admin))["code"])
+    click.echo(control.ask("POST", "/invite", control.Invite(admin), dict[str, str])["code"])
     output.note("On the other machine: cordee join CODE, then cordee up")
 
 
 @click.command()
 @click.argument("code")
 def join(code: str) -> None:
-    """Make this machine a member of the cluster that CODE invites to."""
+    """Make this machine a member of a cluster; CODE is what `cordee invite` printed there."""
     from cordee.net import enrolment
 
     member = enrolment.join(code)
@@ -42,13 +44,13 @@ def join(code: str) -> None:
 
 
 @click.command()
-@click.option("--off", is_flag=True, help="Let the node take stages again.")
-@click.option("--no-wait", is_flag=True, help="Do not wait until the stages are gone.")
+@click.option("--off", is_flag=True, help="Let this node run models again.")
+@click.option("--no-wait", is_flag=True, help="Do not wait until nothing runs here any more.")
 def drain(off: bool, no_wait: bool) -> None:
-    """Move the stages of this node to others, without losing an answer, and take no new ones.
+    """Move what runs on this node to other nodes, without losing an answer.
 
-    The node stays a member, and answers clients by the others. It takes stages again after --off or when it
-    is started anew. Exits 6 if a stage fits nowhere else: it stays, until another machine can take it.
+    The node stays a member and answers clients through the others, but runs no part of a model until --off
+    or its next start. Exits 6 if something fits on no other node: it stays until a machine can take it.
     """
     from cordee.agent import control
 
@@ -63,15 +65,15 @@ def drain(off: bool, no_wait: bool) -> None:
 @click.command()
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def leave(yes: bool) -> None:
-    """Drain this node, and make this machine a member of no cluster.
+    """Drain this node, and take this machine out of the cluster.
 
-    Its models stay in the store. Only a new code makes it a member again, as another node.
+    Its models stay in the store. With a new code it can join again, as a new node.
     """
     from cordee.agent import control
     from cordee.net import identity
 
     if not identity.exists():
-        raise BadRequest("This machine belongs to no cluster.")
+        raise BadRequest("This machine is in no cluster.")
     if not yes:
         _confirm()
     try:
@@ -80,7 +82,7 @@ def leave(yes: bool) -> None:
         control.ask("POST", "/leave")
     except NotRunning:
         identity.forget()
-        output.note("This machine belongs to no cluster any more.")
+        output.note("This machine is in no cluster any more.")
         return
     _until_forgotten()
 
@@ -90,34 +92,34 @@ def leave(yes: bool) -> None:
 def remove(node: str) -> None:
     """Remove NODE (its name or id) from the cluster for good.
 
-    For a machine that was lost or stolen: nobody speaks to it any more. The others learn it as soon as they
-    are reached.
+    For a machine that was lost or stolen, for example: the other nodes no longer talk to it. A node that is
+    off now learns of it when it is back. Only admins can remove nodes.
     """
     from cordee.agent import control
 
-    gone = control.ask("POST", "/remove", control.Remove(node))
-    output.note(f"{gone['name']} ({gone['id']}) is removed for good.")
-    if gone["admin"]:
+    removed = control.ask("POST", "/remove", control.Remove(node), dict[str, Any])
+    output.note(f"{removed['name']} ({removed['id']}) is removed for good.")
+    if removed["admin"]:
         output.note(
-            "It was an admin and still holds the authority's key: whoever has that machine can make members. "
-            "If it is in wrong hands, found a new cluster: `cordee leave` on every node, then `cordee up`."
+            "It was an admin and still holds the cluster's key: with it, that machine can add members. If it "
+            "is in the wrong hands, create a new cluster: `cordee leave` on every node, then `cordee up`."
         )
 
 
 def _drain() -> None:
-    """Drain the agent's node, and tell what is still to go.
+    """Drain the agent's node, and show what is still to move.
 
     Raises:
         DoesNotFit: what is left fits on no other node.
     """
     stuck_since = None
     with output.loading() as report:
-        told = ""
+        reported = ""
         for stays in _stays():
             text = ", ".join(f"layers {s['layers'][0]}-{s['layers'][1] - 1} of {s['model']}" for s in stays)
-            if text != told:
+            if text != reported:
                 report(f"still here: {text}")
-            told = text
+            reported = text
             reasons = {stage["why"] for stage in stays}
             if "" in reasons:
                 stuck_since = None
@@ -125,16 +127,16 @@ def _drain() -> None:
                 stuck_since = stuck_since or time.monotonic()
                 if time.monotonic() - stuck_since > STUCK_SECONDS:
                     raise DoesNotFit(
-                        f"Nowhere else to go for {text}. {' '.join(sorted(reasons))} They stay until another "
-                        "machine can take them; `cordee drain --off` keeps them here."
+                        f"No other node can take {text}. {' '.join(sorted(reasons))} They stay until one "
+                        "can; `cordee drain --off` keeps them here."
                     )
 
 
 def _stays() -> Iterator[list[dict[str, Any]]]:
-    """Ask for draining again and again; what is still there, until nothing is."""
+    """Ask for draining again and again; the stages that are still there, until there are none."""
     from cordee.agent import control
 
-    while stays := control.ask("POST", "/drain", control.Drain())["stays"]:
+    while stays := control.ask("POST", "/drain", control.Drain(), dict[str, Any])["stays"]:
         yield stays
         time.sleep(POLL_SECONDS)
 
@@ -143,10 +145,10 @@ def _confirm() -> None:
     from cordee.net import identity
 
     if not sys.stdin.isatty():
-        raise BadRequest("This ends the membership for good: say --yes.")
+        raise BadRequest("Leaving cannot be undone: confirm with --yes.")
     with contextlib.suppress(IdentityDamaged):
         if identity.load().is_admin:
-            output.note("If this is the only admin, nobody can invite or remove nodes any more.")
+            output.note("This node is an admin. Without another one, nobody can invite or remove nodes.")
     click.confirm("Leave the cluster for good?", abort=True, err=True)
 
 
@@ -157,6 +159,6 @@ def _until_forgotten() -> None:
     ends = time.monotonic() + END_SECONDS
     while identity.exists():
         if time.monotonic() > ends:
-            raise NotRunning("The agent does not end: end it, then `cordee leave` again.")
+            raise NotRunning("The node does not end: stop `cordee up`, then try `cordee leave` again.")
         time.sleep(POLL_SECONDS)
-    output.note("This machine belongs to no cluster any more.")
+    output.note("This machine is in no cluster any more.")

@@ -19,7 +19,7 @@ STARTER = "starter"
 
 
 def find(store: "Store", name: str) -> "StoredModel":
-    """The model of that name; one that came with the program enters the store when it is first asked for.
+    """The model of that name. One that comes with the program is put into the store at its first use.
 
     Raises:
         ModelNotFound: no such model; the message says what to do.
@@ -39,15 +39,16 @@ def find(store: "Store", name: str) -> "StoredModel":
 
 @click.command()
 @click.argument("source")
-@click.option("--name", help="What to call the model; otherwise its file's or repository's name.")
+@click.option("--name", help="Name for the model; default: that of its file or repository.")
 @options.pre
 def pull(source: str, name: str | None, pre: str | None) -> None:
-    """Put a model into the store.
+    """Put a model into this machine's store.
 
-    SOURCE is a GGUF file, the folder of a ternary checkpoint (config.json, safetensors, tokenizer), a hub
-    repository (owner/name, or owner/name:QUANT), or the name of a model card. Ternary models become files for
-    the ternary engine on the way (see convert). An interrupted download resumes where it stopped. Only
-    this verb, and `share` of a model of the hub, use the internet.
+    SOURCE is a GGUF file, the folder of a ternary checkpoint (config.json, safetensors, tokenizer), a
+    repository of the Hugging Face Hub (owner/name, or owner/name:QUANTIZATION), or the name of a model card.
+    Ternary models become files for the ternary engine on the way (see `cordee convert`). An interrupted
+    download goes on where it stopped. Only this verb, and `cordee deploy` of a model of the hub, use the
+    internet.
     """
     from cordee.distribution.pull import pull as fetch
     from cordee.models.store import Store
@@ -80,7 +81,7 @@ def ls(as_json: bool) -> None:
 @options.sequences
 @options.as_json
 def show(model: str, stages: int, context: int | None, sequences: int, as_json: bool) -> None:
-    """Tell what a model is, and whether it fits this machine when it is served like that."""
+    """Show what a model is, and whether it fits this machine when served with these options."""
     from cordee.models.cards import cards
     from cordee.models.gguf import read_header
     from cordee.models.store import Store
@@ -120,7 +121,7 @@ def _facts_of_file(model: "StoredModel") -> dict[str, Any]:
 
 
 def _facts_of_header(header: "Header", card: "Card | None") -> dict[str, Any]:
-    """What the file says of the model: shape, size, quantisation (bytes by type); the card knows licences."""
+    """What the file says of the model: shape, size, bytes by quantisation; the card has the licence."""
     from cordee.models.fit import parameter_count
 
     kinds: Counter[str] = Counter()
@@ -179,11 +180,11 @@ def _fit(header: "Header", stages: int, context: int | None, sequences: int) -> 
 
 
 def _print_stages(stages: list[dict[str, Any]]) -> None:
-    parts = ("weights", "kv", "scratch", "runtime", "total")
+    kinds = ("weights", "kv", "scratch", "runtime", "total")
     rows = [
         (
             f"{stage['layers'][0]}-{stage['layers'][1] - 1}",
-            *(output.size(stage[f"{part}_bytes"]) for part in parts),
+            *(output.size(stage[f"{kind}_bytes"]) for kind in kinds),
         )
         for stage in stages
     ]
@@ -191,7 +192,7 @@ def _print_stages(stages: list[dict[str, Any]]) -> None:
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts for people; of the verdicts those on the installed build of libllama."""
+    """The facts for people; batch invariance as tried with the installed build of libllama."""
     from cordee.engine.llama.libllama import build
 
     weights = facts["weights_bytes"]
@@ -205,13 +206,17 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("Parameters", output.count(facts["parameters"])),
         ("Weights", f"{output.size(weights)}: {', '.join(mix)}"),
         ("Context", f"{facts['context']} tokens" if facts["context"] else "not stated in the file"),
-        ("Stages", "may be cut" if facts["cuts"]["allowed"] else f"not cut: {facts['cuts']['reason']}"),
+        ("Stages", "can be cut" if facts["cuts"]["allowed"] else f"cannot be cut: {facts['cuts']['reason']}"),
     ]
     for key, same in facts["batch_invariance"].items():
         if build() in key:
-            lines.append(("Verdict", f"{key.replace(build(), 'this build')}: {'yes' if same else 'no'}"))
+            lines.append(
+                ("Batch-invariant", f"{key.replace(build(), 'this build')}: {'yes' if same else 'no'}")
+            )
     fit = facts["fit"]
-    lines.append(("Fit", f"{fit['sequences']} answers of {fit['context']} tokens each. {fit['advice']}"))
+    lines.append(
+        ("Fit", f"{fit['sequences']} answers at a time, of {fit['context']} tokens each. {fit['advice']}")
+    )
     if facts["notes"]:
         lines.append(("Notes", facts["notes"]))
     return lines

@@ -1,4 +1,4 @@
-"""`cordee nodes`: who is in the cluster."""
+"""`cordee nodes`: the members of the cluster."""
 
 from typing import Any
 
@@ -6,17 +6,21 @@ import click
 
 from cordee.cli import live, options, output
 
-HEADER = ("NAME", "ID", "STATE", "MEMORY", "IN USE", "DEVICES", "RTT", "API")
+HEADER = ("NAME", "ID", "STATE", "MEMORY", "IN USE", "DEVICES", "ROUND TRIP", "API")
 
 
 @click.command()
 @options.as_json
 @live.watch
 def nodes(as_json: bool, watch: bool) -> None:
-    """List the nodes of the cluster: who is there, what stages may take and take, how far each is."""
+    """List the nodes of the cluster: state, memory, devices, network delay.
+
+    STATE is alive, suspect (not heard from for a few seconds) or gone. MEMORY is what models may use on a
+    node, IN USE what they use. ROUND TRIP is the time for a message from this node to that one and back.
+    """
     from cordee.agent import control
 
-    live.show(lambda: control.ask("GET", "/nodes"), _lines, as_json=as_json, watch=watch)
+    live.show(lambda: control.ask("GET", "/nodes", kind=dict[str, Any]), _lines, as_json=as_json, watch=watch)
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

@@ -1,10 +1,12 @@
-"""Options that several verbs share."""
+"""Options that several verbs have."""
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec
 
 import click
+
+P = ParamSpec("P")
 
 stages = click.option(
     "--stages",
@@ -12,10 +14,13 @@ stages = click.option(
     type=click.IntRange(1, 64),  # more processes than this on one machine only wait for each other
     default=1,
     show_default=True,
-    help="Cut the model into so many stages, each a process of its own.",
+    help="Cut the model into N stages, each a process of its own.",
 )
 context = click.option(
-    "--context", metavar="N", type=click.IntRange(16), help="Room for a prompt and its answer, in tokens."
+    "--context",
+    metavar="N",
+    type=click.IntRange(16),
+    help="Context length: tokens of a prompt and its answer together.",
 )
 sequences = click.option(
     "--sequences",
@@ -23,7 +28,7 @@ sequences = click.option(
     type=click.IntRange(1, 256),
     default=8,
     show_default=True,
-    help="Answers at the same time.",
+    help="Answers at a time.",
 )
 threads = click.option(
     "--threads", metavar="N", type=click.IntRange(1, 1024), help="Threads of each stage; default: all cores."
@@ -31,10 +36,10 @@ threads = click.option(
 fast = click.option(
     "--fast",
     is_flag=True,
-    help="Faster arithmetic; an answer may change when others run beside it or a stage is replaced.",
+    help="Faster, but an answer may change when others run beside it or a stage is replaced.",
 )
 force_cut = click.option(
-    "--force-cut", is_flag=True, help="Cut a model though no test has certified cuts of its architecture."
+    "--force-cut", is_flag=True, help="Cut the model even if no test has certified cuts of its architecture."
 )
 device = click.option(
     "--device",
@@ -45,7 +50,7 @@ device = click.option(
 )
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - older clicks have no argument
     """An amount of memory, such as 16GB or "512 MiB"; in bytes."""
 
     name = "size"
@@ -55,19 +60,19 @@ class Size(click.ParamType):
 
         match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", str(value).strip())
         if not match or match[2] not in SIZES:
-            self.fail(f"{value!r} is no size: write 16GB, or another of {', '.join(SIZES)}.", param, ctx)
+            self.fail(f"{value!r} is no size like 16GB; the units are {', '.join(SIZES)}.", param, ctx)
         return int(float(match[1]) * SIZES[match[2]])
 
 
 pre = click.option(
     "--pre",
     metavar="NAME",
-    help="GGUF's name of the pre-tokenizer, for a checkpoint that splits text in a way not known here.",
+    help="GGUF's name of the pre-tokenizer, for a checkpoint whose own is not known here.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def serving(command: Callable) -> Callable:
+def serving(command: Callable[P, None]) -> Callable[P, None]:
     """Options of every verb that loads a model to answer with it."""
     for option in (force_cut, fast, device, threads, context, stages):
         command = option(command)

@@ -4,7 +4,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -50,11 +50,12 @@ def note(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
+    """A result for programs, indented, on standard output."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns as wide as they need to be, two spaces apart: readable by people and by awk."""
+    """Lines of columns as wide as they need to be, two spaces apart, for people and for awk."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -68,17 +69,17 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
-    """`name: value` lines with the values under each other."""
+    """Lines `name: value` with the values aligned."""
     width = max(len(name) for name, _ in facts) + 1
     for name, value in facts:
         click.echo(f"{f'{name}:':{width}} {value}".rstrip())
 
 
 @contextmanager
-def loading() -> Iterator[Callable[[str], None]]:
-    """A function that shows what is being done: one changing line on a terminal, else a line each.
+def loading() -> Generator[Callable[[str], None]]:
+    """A function that shows what is being done: one changing line on a terminal, else a line for each report.
 
-    What is reported after the block, such as the loss of a stage, always gets a line.
+    What is reported after the block, such as the loss of a stage, always gets a line of its own.
     """
     with ExitStack() as stack:
         status = None
@@ -99,8 +100,8 @@ def loading() -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A function (bytes done, bytes in all) that shows percent, bytes, rate and time left."""
+def progress(title: str) -> Generator[Callable[[int, int], None]]:
+    """A function (bytes done, bytes in total) that shows percent, bytes, rate and time left."""
     if not sys.stderr.isatty():
         yield _PlainProgress(title)
         return

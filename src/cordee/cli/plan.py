@@ -24,18 +24,18 @@ if TYPE_CHECKING:
     "file",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Plan for the machines that this file describes.",
+    help="Plan for the machines that FILE describes.",
 )
 @options.context
 @options.sequences
 @options.as_json
 def plan(model: str, file: Path | None, context: int | None, sequences: int, as_json: bool) -> None:
-    """Tell where MODEL would run, how it fits, how fast it would be, and why.
+    """Show where MODEL would run, how it fits, how fast it would be, and why.
 
     MODEL is a model in the store, a GGUF file or just its header (the file's first megabytes, cut off
-    anywhere behind the list of tensors), or one of the cards gpt-oss-20b, gpt-oss-120b, apertus-8b and
-    apertus-70b. Without --nodes the plan is for the cluster whose node runs here, beside what runs there, or
-    else for this machine alone. Exits 6 if the model does not fit.
+    anywhere after the list of tensors), or one of the cards gpt-oss-20b, gpt-oss-120b, apertus-8b and
+    apertus-70b. Without --nodes the plan is for the cluster whose node runs here, beside what it runs
+    already; if no node runs here, for this machine alone. Exits 6 if the model does not fit.
 
     FILE is TOML, one table for each machine; all but name, ram and vram may be left out:
 
@@ -44,10 +44,10 @@ def plan(model: str, file: Path | None, context: int | None, sequences: int, as_
       name = "office"           # with a count they are office-1, office-2 ...
       count = 4
       ram = "32 GB"
-      ram_speed = "40 GB/s"     # what the processor reads in a second
+      ram_speed = "40 GB/s"     # memory that the processor reads in a second
       disk = "1 TB"             # free
-      network = "1 Gbit/s"      # the worse of two ends counts,
-      rtt = "0.5 ms"            # here too
+      network = "1 Gbit/s"      # between two machines the slower one counts
+      rtt = "0.5 ms"            # round-trip time; between two the longer one counts
       [[machine.gpu]]
       name = "RTX 4090"
       vram = "24 GB"
@@ -79,7 +79,7 @@ def _by_agent(model: str, context: int | None, sequences: int) -> "tuple[ModelSh
             return ask(None, context)
     except NotRunning:
         return None
-    except ModelNotFound:  # the cluster has it not: a card, or a model under another name
+    except ModelNotFound:  # no node of the cluster has it: a card, or a model under another name
         pass
     wanted = _wanted(model)
     try:
@@ -102,7 +102,7 @@ def _by_ourselves(
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model to plan; `context` is what it was made for, `stored` whether this machine has it."""
+    """A model to plan for; `context` is the longest it was made for, `stored` whether this machine has it."""
 
     shape: "ModelShape"
     context: int | None
@@ -125,7 +125,7 @@ def _wanted(model: str) -> PlannedModel:
     except ModelNotFound:
         card = cards().get(model)
         shape = card_shape(card) if card else None
-        if shape is None:
+        if card is None or shape is None:
             raise
         return PlannedModel(shape, card.context)
     header = read_header(stored.path)
@@ -133,7 +133,7 @@ def _wanted(model: str) -> PlannedModel:
 
 
 def _context(model: str, asked: int | None, own: int | None, sequences: int) -> int:
-    """What was asked for, else as much as a service takes by default."""
+    """The context asked for, else what a service has by default."""
     from cordee.machine.sizing import CELLS_DEFAULT
 
     if asked is not None and own is not None and asked > own:
@@ -148,7 +148,7 @@ def _described(file: Path) -> dict[str, "Facts"]:
 
 
 def _this_machine(wanted: PlannedModel) -> dict[str, "Facts"]:
-    """This machine alone."""
+    """This machine alone, without any cluster."""
     from cordee.cluster.facts import Facts, SliceHeld
     from cordee.files import home
     from cordee.machine.devices import own_devices
@@ -182,10 +182,10 @@ def _weights(shape: "ModelShape") -> int:
 
 
 def _print(model: str, shape: "ModelShape", load: "Demand", found: "Plan") -> None:
-    """For people: the question, the stages, the machines. Why a model does not fit is the error's line."""
+    """For people: the question, the stages, the machines. Why a model does not fit is the error's message."""
     lines = [
         ("Model", f"{model}: {shape.layers} layers, {output.size(_weights(shape))}"),
-        ("Asked", f"{load.sequences} answers at the same time, of {load.context} tokens each"),
+        ("Asked", f"{load.sequences} answers at a time, of {load.context} tokens each"),
     ]
     if found.placement:
         lines.append(("Fit", found.why))

@@ -1,4 +1,4 @@
-"""`cordee ps`: the services and stages that run on this machine."""
+"""`cordee ps`: the models and stages that run on this machine."""
 
 from typing import Any
 
@@ -12,7 +12,10 @@ from cordee.errors import NotRunning
 @options.as_json
 @live.watch
 def ps(as_json: bool, watch: bool) -> None:
-    """List the models that run on this machine, and their stages: those of its node, too."""
+    """List the models that run on this machine, and their stages.
+
+    These are the models of `cordee serve`, and those of the cluster that this node runs (`cordee up`).
+    """
     if watch or as_json or _running():
         live.show(_running, _lines, as_json=as_json, watch=watch)
     else:
@@ -24,7 +27,7 @@ def _running() -> list[dict[str, Any]]:
     from cordee.serving.registry import running
 
     try:
-        return running() + ask("GET", "/services", kind=list)
+        return running() + ask("GET", "/services", kind=list[dict[str, Any]])
     except NotRunning:
         return running()
 

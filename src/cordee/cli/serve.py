@@ -29,15 +29,15 @@ PORT = 8321
     type=click.IntRange(0, 65_535),
     default=PORT,
     show_default=True,
-    help="0 takes a free one.",
+    help="Port of the API; 0 takes a free one.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="A loopback address.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The loopback address to listen at.")
 @options.sequences
 @options.serving
 def serve(models: tuple[str, ...], port: int, host: str, stages: int, sequences: int, **loading: Any) -> None:
-    """Serve models to programs on this machine, as OpenAI's API does.
+    """Serve models to programs on this machine, with OpenAI's API.
 
-    Without a MODEL it serves the starter model. Ctrl-C ends it; answers that are under way are cut off.
+    Without a MODEL it serves the starter model. Ctrl-C ends it, and cuts off answers that are under way.
     """
     address = _loopback(host)
     from cordee.models.store import Store
@@ -46,8 +46,8 @@ def serve(models: tuple[str, ...], port: int, host: str, stages: int, sequences:
     store = Store()
     stored = [find(store, name) for name in dict.fromkeys(models or (STARTER,))]
     listener = listen(address, port)
-    taken = listener.getsockname()[1]
-    config = ServiceConfig(sequences=sequences, port=taken, **options.configuration(loading))
+    opened = listener.getsockname()[1]
+    config = ServiceConfig(sequences=sequences, port=opened, **options.configuration(loading))
     asyncio.run(_serve(stored, store, stages, config, listener))
 
 
@@ -59,15 +59,19 @@ def _loopback(host: str) -> str:
         address = None
     if address is None or not address.is_loopback:
         raise BadRequest(
-            f"--host {host} is no loopback address: there are no API keys yet, so whoever reaches another "
-            "address could use the models. Use 127.0.0.1, and a tunnel (ssh -L) from other machines.",
+            f"--host {host} is no loopback address. There are no API keys yet: at another address, anybody "
+            "could use the models. Use 127.0.0.1, and a tunnel (ssh -L) from other machines.",
             "host",
         )
     return str(address)
 
 
 def listen(address: str, port: int) -> socket.socket:
-    """A listening socket, taken before any model is loaded: a port in use shows at once."""
+    """A listening socket, opened before any model is loaded, so that a port in use shows at once.
+
+    Raises:
+        BadRequest: the address or port cannot be used.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         return socket.create_server((address, port), family=family, backlog=2048)
@@ -86,10 +90,11 @@ async def _serve(
     from cordee.serving.local_service import LocalService
 
     task = asyncio.current_task()
+    assert task is not None, "asyncio.run() runs this in a task"
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     services: dict[str, LocalService] = {}
-    # From the first moment on: who asks while a model loads is told so.
+    # It answers from now on: who asks while a model loads is told so.
     app = create_app(services, expected=[model.name for model in models])
     serving = asyncio.create_task(answer(app, listener))
     try:
@@ -98,7 +103,7 @@ async def _serve(
                 services[model.name] = await LocalService.start(
                     model, store, stages=stages, config=config, report=report
                 )
-        _greet(services, listener.getsockname()[:2])
+        _greet(services, *listener.getsockname()[:2])
         await serving
     except asyncio.CancelledError:
         output.note("closing")
@@ -109,12 +114,11 @@ async def _serve(
             await service.close()
 
 
-def _greet(names: Iterable[str], place: tuple[str, int]) -> None:
+def _greet(names: Iterable[str], address: str, port: int) -> None:
     """Where the models are, and a line to try them with."""
-    address, port = place
     base = f"http://{f'[{address}]' if ':' in address else address}:{port}/v1"
     question = {"model": next(iter(names)), "messages": [{"role": "user", "content": "Hello"}]}
-    output.note(f"Serving {', '.join(names)} at {base} (no API key). Ctrl-C ends it. Try:")
+    output.note(f"Serving {', '.join(names)} at {base} (no API key needed). Ctrl-C ends it. Try:")
     output.note(
         f"curl {base}/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(question)}'"
     )

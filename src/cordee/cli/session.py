@@ -8,17 +8,21 @@ import asyncio
 import queue
 import signal
 import threading
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import aclosing
+from datetime import datetime
 from typing import Any, Self, TypeVar
 
-from cordee.generation.request import Request, TextChunk
+from cordee.api.prompts import chat_prompt
+from cordee.api.schemas import ChatRequest, Message
+from cordee.cli.conversation import GenerationOptions
+from cordee.generation.request import Request, SamplingParams, TextChunk
 from cordee.models.store import Store, StoredModel
 from cordee.serving.local_service import LocalService, ServiceConfig
 
 Result = TypeVar("Result")
 
-# What loading leaves behind when it is interrupted is cleared away within this time, or with the process.
+# Within this time an interrupted load is cleaned up; else that ends with the process.
 CANCEL_SECONDS = 10.0
 
 
@@ -52,7 +56,7 @@ class Session:
         finally:
             self._stop()
 
-    def generate(self, request: Request) -> Iterator[TextChunk]:
+    def generate(self, request: Request) -> Generator[TextChunk]:
         """The chunks of an answer. Closing the iterator cancels the stream.
 
         Ctrl-C does so too, and raises KeyboardInterrupt when the stream has ended: while it is under way the
@@ -105,7 +109,34 @@ class Session:
         self._loop.close()
 
 
-async def _pour(stream: AsyncGenerator[TextChunk], chunks: "queue.SimpleQueue") -> asyncio.Task:
+class LocalModel:
+    """A model that this process loaded, for a conversation."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def answer(
+        self, messages: Sequence[Mapping[str, str]], generation: GenerationOptions
+    ) -> Generator[TextChunk]:
+        """See ConversationModel.answer."""
+        sampling = SamplingParams(**generation.sampling())
+        prompt = self._prompt(messages)
+        return self._session.generate(
+            Request(id="run", prompt=prompt, sampling=sampling, max_tokens=generation.max_tokens)
+        )
+
+    def _prompt(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        service = self._session.service
+        if service.template is None:  # a base model continues the text
+            text = "\n".join(message["content"] for message in messages)
+            return tuple(service.vocabulary.tokenize(text, add_bos=True))
+        request = ChatRequest(model=service.name, messages=[Message(**message) for message in messages])
+        return chat_prompt(service, request, datetime.now())
+
+
+async def _pour(
+    stream: AsyncGenerator[TextChunk], chunks: "queue.SimpleQueue[TextChunk | Exception | None]"
+) -> asyncio.Task[None]:
     """Start moving a stream's chunks, or the error that ends it, to a queue; None comes last."""
 
     async def pour() -> None:

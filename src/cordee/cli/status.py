@@ -11,17 +11,26 @@ if TYPE_CHECKING:
     from cordee.agent import control
 
 POLL_SECONDS = 0.5
-CHANGES_SHOWN = 8  # of the newest; --json has all that the node keeps
+CHANGES_SHOWN = 8  # the newest; --json has all that the node keeps
+# What people read for the states that the agent has other words for.
+STATE_WORDS = {"wired": "ready", "wiring": "connecting", "unheard": "not heard from"}
 
 
 @click.command()
 @options.as_json
 @live.watch
 def status(as_json: bool, watch: bool) -> None:
-    """Tell which models the cluster serves, who holds which layers, how fast, and what changed lately."""
+    """Show which models the cluster serves, where, how fast, and what changed lately.
+
+    The layers of a model lie on one node or on several. Their STATE is fetching (they come from another node
+    or from the hub), loading, loaded, ready (connected to the nodes with the other layers) or failed. The
+    host is the node that schedules the answers.
+    """
     from cordee.agent import control
 
-    live.show(lambda: control.ask("GET", "/status"), _lines, as_json=as_json, watch=watch)
+    live.show(
+        lambda: control.ask("GET", "/status", kind=dict[str, Any]), _lines, as_json=as_json, watch=watch
+    )
 
 
 @click.command()
@@ -34,18 +43,19 @@ def status(as_json: bool, watch: bool) -> None:
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="Run it so many times, on different nodes.",
+    help="Run it N times, on different nodes.",
 )
 def deploy(model: str, context: int | None, sequences: int, replicas: int) -> None:
     """Have the cluster serve MODEL from now on.
 
-    MODEL is one that a node has (`cordee pull`); what is asked for at the API is served without
-    this; deploy it to have it ready, or to say how.
+    MODEL is one that a node has (`cordee pull`). A request at the API starts such a model, too; deploy it to
+    have it ready, or to choose how it is served.
 
-    Or it is one of the hub (owner/name, owner/name:QUANTIZATION or owner/name/file.gguf) that no machine has
-    the disk for: this node reads it there once, to know its parts, and then each node fetches only the layers
-    that it runs. Ctrl-C leaves the node reading; `cordee undeploy` stops it. Where one machine has the disk
-    for all of it, `cordee pull` there takes half the traffic.
+    Or MODEL is one of the Hugging Face Hub (owner/name, owner/name:QUANTIZATION or owner/name/file.gguf) that
+    is too large for the disk of any machine: this node reads it from the hub once, to learn its layout, and
+    then each node downloads only the layers that it runs. Ctrl-C lets the node go on reading; `cordee
+    undeploy` stops it. If one machine has the disk for the whole model, `cordee pull` there takes half the
+    traffic.
     """
     from cordee.agent import control
 
@@ -53,20 +63,20 @@ def deploy(model: str, context: int | None, sequences: int, replicas: int) -> No
     deployed = control.ask("POST", "/deploy", asked, control.Deployed)
     if deployed.reading is not None:
         deployed = _follow(model, deployed.reading.source)
-    output.note(f"The cluster serves {deployed.name} from now on: `cordee status` shows where.")
+    output.note(f"The cluster serves {deployed.name} from now on; `cordee status` shows where.")
 
 
 @click.command()
 @click.argument("model")
 def undeploy(model: str) -> None:
-    """Have the cluster serve MODEL no more, until somebody asks for it."""
+    """Have the cluster stop serving MODEL, until a request asks for it again."""
     from cordee.agent import control
 
-    control.ask("POST", "/undeploy", control.Undeploy(model))
+    control.ask("POST", "/undeploy", control.Undeploy(model), dict[str, Any])
 
 
 def _follow(model: str, source: str) -> "control.Deployed":
-    """Show how far a node is with reading a model from the hub, until it is deployed."""
+    """Show how much of a model the node has read from the hub, until it is deployed."""
     from cordee.agent import control
 
     with output.progress(f"Reading {source} from the hub") as progress:
@@ -84,8 +94,12 @@ def state_of(model: dict[str, Any]) -> str:
     if model["state"] == "unplaced":
         return f"{model['name']} runs nowhere. {model['why']}"
     stages = [stage for placement in model["placements"] for stage in placement["stages"]]
-    where = ", ".join(f"{stage['name']}: {stage['state']}" for stage in stages)
-    return f"{model['name']} is {model['state']} ({where})"
+    where = ", ".join(f"{stage['name']}: {_word(stage['state'])}" for stage in stages)
+    return f"{model['name']} is {_word(model['state'])} ({where})"
+
+
+def _word(state: str) -> str:
+    return STATE_WORDS.get(state, state)
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -102,9 +116,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for each in found["reading"]:
         where = "from the hub" if each["source"] else "from its disk"
         done, total = output.size(each["done_bytes"]), output.size(each["total_bytes"])
-        lines.append(f"{each['node']} reads {each['name']} once, {where}: {done} of {total}")
+        lines.append(f"{each['node']} reads {each['name']} {where}, to learn its layout: {done} of {total}")
     if found["watts"] is not None:
-        lines.append(f"All nodes that tell take {found['watts']:.0f} W.")
+        lines.append(f"The nodes that can measure it use {found['watts']:.0f} W.")
     for change in found["changes"][-CHANGES_SHOWN:]:
         when = time.strftime("%H:%M:%S", time.localtime(change["clock"]))
         lines.append(f"{when}  {change['model']}: {change['text']}")
@@ -112,12 +126,12 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def _model(model: dict[str, Any]) -> list[str]:
-    holders = ", ".join(model["offered_by"]) or "nobody"
+    holders = ", ".join(model["offered_by"]) or "no node"
     size = output.size(model["weights_bytes"])
-    head = f"{model['name']}: {model['layers']} layers, {size}, whole on {holders}"
+    head = f"{model['name']}: {model['layers']} layers, {size}, whole file on {holders}"
     if not model["deployed"]:
         return [f"{head}; not served yet: a request or `cordee deploy` starts it"]
-    lines = [f"{head}; {model['sequences']} answers of {model['context']} tokens"]
+    lines = [f"{head}; {model['sequences']} answers at a time of {model['context']} tokens each"]
     if model["state"] == "unplaced":
         lines.append(f"  runs nowhere. {model['why']}")
     for placement in model["placements"]:
@@ -126,27 +140,27 @@ def _model(model: dict[str, Any]) -> list[str]:
 
 
 def _placement(placement: dict[str, Any]) -> list[str]:
-    head = f"  {placement['state']}"
+    head = f"  {_word(placement['state'])}"
     if placement["wiring"]:
         head += (
-            f" ({placement['wiring']}): {placement['tokens_per_second'] or 0:.1f} tokens/s now, "
+            f": {placement['tokens_per_second'] or 0:.1f} tokens/s now, "
             f"{placement['active']} answers under way, {placement['waiting']} waiting; "
-            f"about {placement['predicted_tokens_per_second'] or 0:.3g} tokens/s expected for one"
+            f"about {placement['predicted_tokens_per_second'] or 0:.3g} tokens/s expected for one answer"
         )
     rows = [
         (
             f"{stage['layers'][0]}-{stage['layers'][1] - 1}",
             stage["name"] + (" (host)" if index == 0 else ""),
             stage["device"],
-            stage["state"] + (f": {stage['detail']}" if stage["detail"] else ""),
+            _word(stage["state"]) + (f": {stage['detail']}" if stage["detail"] else ""),
         )
         for index, stage in enumerate(placement["stages"])
     ]
     lines = [head, *(f"  {line}" for line in output.table(("LAYERS", "NODE", "DEVICE", "STATE"), rows))]
     if placement["batch_invariant"] is not None:
-        held = "holds token for token" if placement["batch_invariant"] else "goes on, maybe in other words"
-        lines.append(f"  if a machine falls, an answer {held}")
+        how = "with the very same tokens" if placement["batch_invariant"] else "maybe in other words"
+        lines.append(f"  if a machine fails, an answer goes on {how}")
     if placement["successor"]:
-        parts = [f"{s['layers'][0]}-{s['layers'][1] - 1} on {s['name']}" for s in placement["successor"]]
-        lines.append(f"  moves to {', '.join(parts)}")
+        stages = [f"{s['layers'][0]}-{s['layers'][1] - 1} on {s['name']}" for s in placement["successor"]]
+        lines.append(f"  moving to {', '.join(stages)}")
     return lines

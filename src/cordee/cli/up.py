@@ -24,30 +24,30 @@ if TYPE_CHECKING:
     from cordee.net.identity import Identity
 
 NAME_CHARS_MAX = 64
-READ_BYTES = 4096  # of a standard input that nobody needs, at once
+READ_BYTES = 4096  # at once of a standard input that nobody needs
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What is remembered of the last `cordee up`; in `cluster/settings`."""
+    """What `cordee up` remembers for the next time; in `cluster/settings`."""
 
     name: str = ""
     listen: str = ""
 
 
 @click.command()
-@click.option("--name", metavar="NAME", help="What people call this node; default: the machine's name.")
+@click.option("--name", metavar="NAME", help="Name of this node; default: the machine's.")
 @click.option(
     "--listen",
     "address",
     metavar="ADDRESS",
-    help="Meet other nodes at this HOST or HOST:PORT; default: all interfaces, port 7330 if it is free.",
+    help="Listen for other nodes at HOST or HOST:PORT; default: all interfaces, port 7330 if it is free.",
 )
 @click.option(
     "--peer",
     "peers",
     metavar="ADDRESS",
     multiple=True,
-    help="Look for a node at this address too; for networks without multicast. May be repeated.",
+    help="Look for a node at this address, too; for networks without multicast. May be repeated.",
 )
 @click.option(
     "--port",
@@ -62,16 +62,16 @@ class Settings(msgspec.Struct, frozen=True):
     metavar="INTERFACE",
     default="auto",
     show_default=True,
-    help="Look for nodes by multicast on this interface; off: do not.",
+    help="Find nodes by multicast on this network interface; off: without multicast.",
 )
 @click.option(
     "--memory",
     "lent_bytes",
     metavar="SIZE",
     type=Size(),
-    help="Lend stages at most so much memory of each device, such as 16GB; default: what is free now.",
+    help="Memory of each device that models may use, such as 16GB; default: what is free now.",
 )
-@click.option("--until-eof", is_flag=True, hidden=True, help="End with standard input, too.")
+@click.option("--until-eof", is_flag=True, hidden=True, help="End when standard input ends, too.")
 def up(
     name: str | None,
     address: str | None,
@@ -83,32 +83,33 @@ def up(
 ) -> None:
     """Run this machine as a node of its cluster, until Ctrl-C.
 
-    The first time it makes a new cluster, unless `cordee join` made this machine a member of one. --name and
-    --listen are remembered. Programs on this machine reach every model of the cluster at the API.
+    The first time it creates a new cluster, unless `cordee join` made this machine a member of one. --name
+    and --listen are remembered. Programs on this machine reach all models of the cluster at
+    http://127.0.0.1:PORT/v1, with OpenAI's API.
     """
     from cordee.agent.agent import AgentOptions
     from cordee.agent.control import AgentSocket
     from cordee.net import identity
-    from cordee.net.zenoh_bus import BusOptions
+    from cordee.net.bus import BusOptions
 
     listener = listen("127.0.0.1", port)
     member = identity.load() if identity.exists() else identity.found(time.time())
-    place = AgentSocket(member.folder)
+    agent_socket = AgentSocket(member.folder)
     try:
         settings = _settings(member, name, address)
         api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
         interface = "" if scouting == "off" else scouting
         options = AgentOptions(settings.name, api, BusOptions(settings.listen, peers, interface), lent_bytes)
-        left = asyncio.run(_Running(member, options, listener, place).run(until_eof=until_eof))
+        left = asyncio.run(_Running(member, options, listener, agent_socket).run(until_eof=until_eof))
     finally:
-        place.close()
+        agent_socket.close()
     if left:
         identity.forget()
-        output.note("cordee: this machine belongs to no cluster any more")
+        output.note("cordee: this machine is in no cluster any more")
 
 
 def _settings(member: "Identity", name: str | None, address: str | None) -> Settings:
-    """What the options say, else what they said last time; remembered from now on."""
+    """What the options say, else what they said last time; saved for the next time."""
     from cordee.files import atomic_file, write_all
 
     path = member.folder / "settings"
@@ -130,24 +131,32 @@ class _Running:
     """The agent and its two servers."""
 
     def __init__(
-        self, member: "Identity", options: "AgentOptions", listener: socket.socket, place: "AgentSocket"
+        self,
+        member: "Identity",
+        options: "AgentOptions",
+        listener: socket.socket,
+        agent_socket: "AgentSocket",
     ) -> None:
         self._member = member
         self._options = options
         self._listener = listener
-        self._place = place
+        self._agent_socket = agent_socket
         self._left = False
 
     async def run(self, *, until_eof: bool) -> bool:
-        """Serve until a signal comes, or somebody says that this node leaves or was removed.
+        """Serve until a signal comes, or this node leaves the cluster or is removed from it.
 
-        With `until_eof`, until the end of standard input at the latest: whoever holds its other end is gone.
-        True if it leaves. Raises JoinFailed if it was removed.
+        With `until_eof`, until the end of standard input at the latest: the process at the pipe's other end
+        is gone. True if the node leaves.
+
+        Raises:
+            JoinFailed: it was removed.
         """
         from cordee.agent.agent import Agent
         from cordee.models.store import Store
 
         task = asyncio.current_task()
+        assert task is not None, "asyncio.run() runs this in a task"
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         if until_eof:
@@ -176,7 +185,7 @@ class _Running:
 
         servers = [
             serve(create_app(agent.services, expected=_Names(agent)), self._listener),
-            serve(Control(agent, leave).app(), self._place.socket),
+            serve(Control(agent, leave).app(), self._agent_socket.socket),
         ]
         tasks = [asyncio.create_task(server) for server in servers]
         try:
@@ -188,8 +197,8 @@ class _Running:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-class _Names(Collection):
-    """The models that there will be a service for."""
+class _Names(Collection[str]):
+    """The models that there is a service for, or will be."""
 
     def __init__(self, agent: "Agent") -> None:
         self._agent = agent
@@ -205,7 +214,7 @@ class _Names(Collection):
 
 
 def _at_eof(act: Callable[[], object]) -> None:
-    """Call it when standard input, a pipe or a terminal, ends."""
+    """Call `act` when standard input, a pipe or a terminal, ends."""
     loop = asyncio.get_running_loop()
 
     def read() -> None:
@@ -219,8 +228,8 @@ def _at_eof(act: Callable[[], object]) -> None:
 def _greet(agent: "Agent") -> None:
     """Who this is, and what to do next."""
     output.note(f"cordee: node {agent.options.name} ({agent.node}) of cluster {agent.identity.cluster}")
-    output.note(f"cordee: API at {agent.options.api} (no API key); Ctrl-C ends the node")
+    output.note(f"cordee: API at {agent.options.api} (no API key needed); Ctrl-C ends the node")
     if agent.identity.is_admin:
-        output.note("cordee: `cordee invite` prints a code that lets another machine join")
+        output.note("cordee: `cordee invite` prints a code with which another machine can join")
     else:
-        output.note("cordee: `cordee nodes` lists who is there, `cordee status` what runs where")
+        output.note("cordee: `cordee nodes` lists the nodes, `cordee status` what runs where")

@@ -1,10 +1,10 @@
 """Which placements the cluster should run: a pure function that every node evaluates on its own view.
 
 Theory of operation. Nobody is in charge and nothing is counted. What nodes *report running* is the memory of
-the cluster; `choose` only selects from it, and plans afresh where it finds nothing. For each wished model:
+the cluster; `choose` only selects from it, and plans afresh where it finds nothing. For each deployed model:
 
 1. Reported placements that are infeasible in this view are dropped: a node gone or revoked, a stage that
-   failed, layers not covered once, another shape or context than wished, memory or disk short.
+   failed, layers not covered once, another shape or context than deployed, memory or disk short.
 2. Of the rest the best are kept, as many as there are replicas, by `Candidate.rank`:
    serving first; then those without a draining node; then those that wait for no slice; then the better
    class of predicted speed (coarse, so that noise never decides); then the smallest id.
@@ -15,8 +15,8 @@ the cluster; `choose` only selects from it, and plans afresh where it finds noth
    whose stages fit nowhere beside the serving ones is relieved in their place, with a pause.
 
 Memory is given out in a fixed order: to all that serves, to what loads, to fresh plans, to successors, each
-by rank and model; whoever comes later gets what is left. So a new wish never takes the memory of a model that
-serves.
+by rank and model; those that come later get what is left. So a new deployment never takes the memory of a
+model that serves.
 
 Convergence: once views agree, all nodes select the same reported placements; the others' stages are stopped,
 so their reports vanish. A fresh plan is made only where nothing is reported; should nodes make different ones
@@ -62,15 +62,17 @@ class Planning(Protocol):
 
     def speed(self, shape: ModelShape, placement: Placement, nodes: Mapping[str, Facts]) -> float:
         """Predicted tokens per second of one stream."""
+        ...
 
     def stage_bytes(self, shape: ModelShape, placement: Placement, index: int) -> int:
         """Memory of the device that a stage takes."""
+        ...
 
 
 class Workload(NamedTuple):
-    """A model as it is wished; placements for another context are others.
+    """A model as it is deployed. A placement for another context does not count for it.
 
-    Wishes that disagree about a model's shape are different jobs: the one that is wrong spoils no other.
+    Deployments that disagree about a model's shape are different workloads: a wrong one spoils no other.
     """
 
     shape: ModelShape
@@ -142,7 +144,7 @@ class Reports:
 
     def wiring(self, placement: Placement) -> str:
         """The id that its links should have; empty unless all stages are loaded."""
-        workers = []
+        workers: list[str] = []
         for report in self.stages(placement):
             if report is None or report.state not in ("loaded", "wired"):
                 return ""
@@ -172,7 +174,7 @@ def covers(shape: ModelShape, placement: Placement) -> bool:
 
 
 def choose(view: View, planning: Planning) -> dict[str, tuple[Chosen, ...]]:
-    """What should run for each wished model, by its name. Total: nonsense in the view is passed over."""
+    """What should run for each deployed model, by its name. Total: nonsense in the view is passed over."""
     return Selection(view, planning).made()
 
 
@@ -292,7 +294,7 @@ class Selection:
     def _successor(
         self, job: Workload, kept: Candidate, candidates: Sequence[Candidate], speed: float
     ) -> Candidate | None:
-        """The best reported placement that is at least so fast and fits; else a planned one."""
+        """The best reported placement that fits and is at least as fast as `speed`; else a planned one."""
         others = {place.node for c in self._kept[job] if c is not kept for place in c.placement.stages}
         for candidate in candidates:
             fast = candidate.speed >= speed and candidate.id != kept.id and not candidate.leaving
@@ -307,7 +309,7 @@ class Selection:
     def _plan(self, job: Workload, taken: set[str]) -> Candidate | None:
         if self._view.listening:
             return None
-        nodes = []
+        nodes: list[Facts] = []
         for node, facts in self._view.facts.items():
             failed = (node, job.shape.digest) in self._reports.failed
             if not (failed or facts.draining or node in self._view.suspects or node in taken):

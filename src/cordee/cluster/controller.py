@@ -1,32 +1,69 @@
-"""The mind of a node: what it heard, what it is, and what it should do; composed of the pure parts.
+"""The controller of a node: from what it heard, is and runs to what it does next. Pure.
 
-    heartbeats, liveliness ----> Membership --.
-    wishes of all nodes --> Wishes       >--> View --> choose --> goals --> Crew --> orders
-    own facts ------------> Mind  -------'
+    heartbeats, liveliness -------> Membership --.
+    deployments of all nodes -----> Deployments --> View --> choose --> goals --.
+    own facts --------------------> Controller --'                              |
+                                                                                v
+    workers, hosts, routes as they really are -----------------------> Reconciler --> Decision
 
-Pure: the shell hands in what happened with the time, and asks for the heartbeat to send and the goals to
-pursue. `now` is a clock that never jumps, in seconds since anything; `clock` is seconds since 1970 as the
-machine believes, which may be wrong. Nothing here lasts: after a restart all but the wishes is heard again.
+The agent (`cordee.agent`) and the simulator (`sim/`) are shells around it: they hand in what happened with
+the time, call `step` whenever something may have changed and once a heartbeat in any case, and carry out what
+it decides. Each step looks at everything anew, so a missed event costs a moment and a wrong state is mended
+by the next step; carrying out a decision twice does no harm.
+
+`now` is a clock that never jumps, in seconds since any moment; `clock` is seconds since 1970 as the machine
+believes, which may be wrong. Nothing here lasts: after a restart all but the deployments is heard again.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import msgspec
 
 from cordee.cluster.choose import Chosen, Planning, choose
 from cordee.cluster.deployments import Deployment, Deployments
-from cordee.cluster.facts import Facts, Gauges, ModelShape
-from cordee.cluster.goals import Goals, goals
+from cordee.cluster.facts import Facts, Gauges, ModelShape, Offer, Placement, stream_key
+from cordee.cluster.goals import Goals, HostGoal, SliceGoal, StageSpec, goals
 from cordee.cluster.membership import LISTEN_SECONDS, Farewell, Heartbeat, Liveness, Membership, View
+from cordee.cluster.reconcile import Actions, Reconciler, WorkerStatus
 
-# Goals are computed anew when the view changed, and so often in any case: what is kept may be damaged.
+# Goals are computed anew when the view changed, and this often in any case: what is kept may be damaged.
 RETHINK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """What really runs on a node.
+
+    `workers` by id. By stream key: `wirings`, each the one that a scheduler host of ours works on ("" for
+    none), and `routes`, the node to which the streams of our clients go.
+    """
+
+    workers: Mapping[str, WorkerStatus]
+    wirings: Mapping[str, str]
+    routes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a node is to do, in this order. `hosts` and `routes` say all that should be, not a difference.
+
+    `hosts` are the schedulers to run and `routes` the nodes to which streams go, both by stream key: no other
+    scheduler is to run, no other route to be used. With `is_news` the others should hear our facts at once.
+    """
+
+    actions: Actions
+    hosts: Mapping[str, HostGoal]
+    routes: Mapping[str, str]
+    is_news: bool
 
 
 class Controller:
     """See the module's theory of operation.
 
-    `session` is random and new with each start of the agent. `wishes` and the nodes that were `remembered`
-    are those of the last run, from disk.
+    `session` is random and new with each start of the agent. `deployments` and the nodes that were
+    `remembered` are those of the last run, from disk.
     """
 
     def __init__(
@@ -49,30 +86,82 @@ class Controller:
         self._planned = -math.inf
         self._observed = -math.inf
         self._listens_until = 0.0
-        # Whom to hear before there is nobody more to listen for; empty: listen for LISTEN_SECONDS.
+        # The nodes to hear before there is no more to listen for; empty: listen for LISTEN_SECONDS.
         self._awaited = set(remembered) - {me}
-        self._heard = {me}  # since the start, while anybody is awaited
+        self._heard = {me}  # since the start, while any node is awaited
         self._chosen: dict[str, tuple[Chosen, ...]] = {}
         self._goals = Goals()
+        self._reconciler = Reconciler()
+        self._said: Facts | None = None  # in the last heartbeat
 
     @property
     def deployments(self) -> tuple[Deployment, ...]:
-        """What the cluster is wished to serve, to be kept on disk; with `replicas` 0: taken back."""
+        """What the cluster is to serve, or with `replicas` 0 no longer; the shell keeps it on disk."""
         return self._deployments.all
+
+    @property
+    def revoked(self) -> Collection[str]:
+        """The nodes that were removed from the cluster, by id."""
+        return self._revocations.keys()
+
+    @property
+    def failures(self) -> Collection[StageSpec]:
+        """The stages of this node that count as failed."""
+        return self._reconciler.failures
+
+    @property
+    def goals(self) -> Goals:
+        """What this node should do, as the last `step` found."""
+        return self._goals
 
     @property
     def chosen(self) -> Mapping[str, tuple[Chosen, ...]]:
         """What the last `plan` found should run, by model."""
         return self._chosen
 
+    def step(
+        self,
+        facts: Facts,
+        running: Running,
+        now: float,
+        clock: float,
+        revocations: Mapping[str, bytes] | None = None,
+    ) -> Decision:
+        """Look at everything, and decide. `facts` are ours now; their `stages` are filled in here.
+
+        The other arguments are those of `observe`.
+        """
+        reports = () if self._facts is None else self._facts.stages
+        actions = Actions()
+        for _ in range(2):  # the second time with what the first makes us say
+            self.observe(msgspec.structs.replace(facts, stages=reports), now, clock, revocations)
+            self.plan(now)
+            actions = self._reconciler.step(self._goals, running.workers, facts.slices, now)
+            if actions.reports == reports:
+                break
+            reports = actions.reports
+        self._facts = msgspec.structs.replace(facts, stages=reports)
+        hosts = self._hosts(running, actions)
+        return Decision(actions, hosts, self._routes(running.routes), self._facts != self._said)
+
+    def failed(self, spec: StageSpec, detail: str, now: float) -> None:
+        """A worker could not load what it should hold."""
+        self._reconciler.failed(spec, detail, now)
+
+    def fetch_failed(self, goal: SliceGoal, detail: str, now: float) -> None:
+        """A slice could not be had: the stages that need it fail."""
+        for stage in self._goals.stages:
+            if stage.spec.slice == goal:
+                self.failed(stage.spec, detail, now)
+
     def observe(
         self, facts: Facts, now: float, clock: float, revocations: Mapping[str, bytes] | None = None
     ) -> None:
         """Our own facts, the machine's clock, and the valid revocations by node; all of them, each time.
 
-        To be called once a heartbeat at least. After its start and after a longer silence the node listens
-        before it plans anything; after its start until it heard all whom it remembers or sees, and all of
-        whom those tell.
+        To be called at least once a heartbeat. After its start and after a longer pause the node listens
+        before it plans anything; after its start until it heard all nodes that it remembers or sees, and all
+        that those name.
         """
         stopped = not 0 <= now - self._observed <= LISTEN_SECONDS
         if stopped or not self._listens_until <= now + LISTEN_SECONDS:
@@ -87,7 +176,7 @@ class Controller:
         self._deployments.settle(self._clock(now))
 
     def hear(self, heartbeat: Heartbeat, now: float) -> bool:
-        """A heartbeat came; False if it changes nothing. Its revocations are the shell's to check first."""
+        """A heartbeat came; False if it changes nothing. The shell checks its revocations first."""
         if heartbeat.facts.node == self.me or self._refuses(heartbeat.facts.node):
             return False
         if self._awaited:
@@ -98,7 +187,7 @@ class Controller:
         return self._membership.hear(heartbeat, now) or self._deployments.all is not before
 
     def _listen(self, facts: Facts, now: float) -> None:
-        """Who was heard may tell of others: all whom it measured, or runs a placement with."""
+        """A node that was heard may name others: those it measured, or runs a placement with."""
         self._heard.add(facts.node)
         self._awaited.update(facts.rtts)
         for report in facts.stages:
@@ -123,7 +212,7 @@ class Controller:
         replicas: int = 1,
         source: str = "",
     ) -> None:
-        """Wish a model to be served by the cluster, or with `replicas` 0 no more."""
+        """Have the cluster serve a model from now on, or with `replicas` 0 no longer."""
         deployment = Deployment(model, shape, context, sequences, replicas, author=self.me, source=source)
         self._deployments.write(deployment, self._clock(now))
 
@@ -134,13 +223,32 @@ class Controller:
             known[self.me] = ("alive", self._facts)
         return dict(sorted(known.items()))
 
+    def offers(self, now: float) -> dict[str, Offer]:
+        """The models that nodes have whole, by name; of several with one name that of the smallest digest."""
+        found: dict[str, Offer] = {}
+        for _, facts in self.nodes(now).values():
+            for offer in facts.offers:
+                other = found.get(offer.name)
+                if other is None or offer.shape.digest < other.shape.digest:
+                    found[offer.name] = offer
+        return found
+
+    def models(self, now: float) -> dict[str, tuple[ModelShape, int]]:
+        """Shape and context of all that clients may ask for, offered or deployed, by name."""
+        models = {name: (offer.shape, offer.context) for name, offer in self.offers(now).items()}
+        for each in self.deployments:
+            if each.shape is not None and each.replicas:
+                models[each.model] = (each.shape, each.context)
+        return models
+
     def gauges(self, now: float) -> dict[str, Gauges]:
         """What the other nodes that are alive measured last, by id."""
         return self._membership.gauges(now)
 
     def heartbeat(self, now: float, gauges: Gauges = Gauges(), farewell: Farewell = "") -> Heartbeat:  # noqa: B008
-        """What to say now. `observe` comes first."""
+        """What to say now. `step` comes first."""
         assert self._facts is not None
+        self._said = self._facts
         return Heartbeat(
             self._session,
             now,
@@ -161,6 +269,49 @@ class Controller:
             self._view, self._planned = view, now
         return self._goals
 
+    def _hosts(self, running: Running, actions: Actions) -> dict[str, HostGoal]:
+        """The schedulers to run, each without its wiring until our worker with the first stage has it.
+
+        A file may be deployed under two names, with a placement for each: the one that is hosted stays, else
+        one that is wired is better than one that is not.
+        """
+        changing = {*actions.stop, *actions.rename, *(action.worker for action in actions.wire)}
+        wired = {
+            worker.wiring
+            for name, worker in running.workers.items()
+            if worker.state == "wired" and worker.spec.first == 0 and name not in changing
+        }
+        found: dict[str, HostGoal] = {}
+        ranks: dict[str, tuple[bool, bool]] = {}
+        for goal in self._goals.hosts:
+            key, is_wired = _key(goal.placement), goal.wiring in wired
+            rank = (is_wired and goal.wiring == running.wirings.get(key), is_wired)
+            if key not in found or rank > ranks[key]:
+                found[key] = goal if is_wired else replace(goal, wiring="", upstream="")
+                ranks[key] = rank
+        return found
+
+    def _routes(self, current: Mapping[str, str]) -> dict[str, str]:
+        """Where streams go: they stay with their node as long as it serves the model, under any name.
+
+        Else they go to a placement with just the context that is deployed, or the next larger one.
+        """
+        serving = [route for routes in self._goals.routes.values() for route in routes if route.wiring]
+        serving.sort(key=lambda route: route.placement.context)
+        found: dict[str, str] = {}
+        for each in self.deployments:
+            if each.shape is None or not each.replicas:
+                continue
+            key = stream_key(each.shape.digest, each.context)
+            hosts = [
+                route.host
+                for route in serving
+                if route.placement.model == each.shape.digest and route.placement.context >= each.context
+            ]
+            if hosts:
+                found[key] = current[key] if current.get(key) in hosts else hosts[0]
+        return found
+
     def _refuses(self, node: str) -> bool:
         return node in self._revocations
 
@@ -175,3 +326,7 @@ class Controller:
 
     def _clock(self, now: float) -> float:
         return self._membership.clock(now + self._offset, now)
+
+
+def _key(placement: Placement) -> str:
+    return stream_key(placement.model, placement.context)

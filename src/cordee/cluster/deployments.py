@@ -1,22 +1,22 @@
-"""What the cluster is wished to serve: one map for all, last writer wins.
+"""Deployments: which models the cluster is to serve. One map for all nodes; the last writer wins.
 
-Theory of operation. Every node holds the whole map and says it with every heartbeat; whoever hears one
-keeps, for each model, the wish with the greatest (stamp, author, content). Taking the greatest is
+Theory of operation. Every node holds the whole map and sends it with every heartbeat. A node that hears one
+keeps, for each model, the deployment with the greatest (stamp, author, content). Taking the greatest is
 associative, commutative and idempotent, so loss, repetition and order of messages do not matter.
 
 Stamps are seconds of the *cluster's clock*, the median of the live nodes' clocks. One clock that is a day off
 does not move it, and a stamp that a fault wrote is not believed:
 
-    stamp <= clock + AHEAD_SECONDS    as it is
-    later, or not a number            becomes 0: the wish gives way to any other for its model
+    stamp <= clock + AHEAD_SECONDS    kept as it is
+    later, or not a number            becomes 0: the deployment gives way to any other of its model
 
-Not `clock`, which would let a machine that comes back after a year with a wrong stamp on its disk undo what
-was wished since.
+It does not become `clock`: then a machine that comes back after a year with a wrong stamp on its disk would
+undo what was deployed since.
 
 Why that converges: once nodes hear each other, the clocks that they compute differ by little, and time makes
 every stamp more credible, never less; so what one node believes all others believe that little later. From
-then on the greatest stamp in the cluster neither grows nor shrinks, and reaches every node. A wish written
-later wins: its stamp is past the one it replaces, and credible, as it is about now.
+then on the greatest stamp in the cluster neither grows nor shrinks, and reaches every node. A deployment that
+is written later wins: its stamp is past the one it replaces, and credible, as it is about now.
 """
 
 from collections.abc import Iterable
@@ -27,10 +27,10 @@ from cordee.cluster.facts import ModelShape
 
 # Clocks of a LAN agree better than this; a wrong stamp outlives the cluster's clock by no more.
 AHEAD_SECONDS = 60.0
-# By how much a wish's stamp passes that of the one it replaces, if the clock has not. A float of the present
-# resolves a quarter of a microsecond.
+# By how much a deployment's stamp passes that of the one it replaces, if the clock has not. A float of the
+# present resolves a quarter of a microsecond.
 TICK_SECONDS = 0.001
-# Models wished or taken back; the latest stay. Heartbeats carry all of them.
+# Deployments, those with no replicas included; the latest stay. Heartbeats carry all of them.
 DEPLOYMENTS_MAX = 64
 # The name of a repository has at most 96 characters, the path of a file in it seldom more than 100.
 SOURCE_CHARS_MAX = 400
@@ -40,8 +40,8 @@ class Deployment(msgspec.Struct, frozen=True):
     """Serve `model` (a name), or with `replicas` 0 serve it no more.
 
     The shape comes along so that every node can plan. `context` is in tokens for each of `sequences` streams.
-    `source` is where on the hub ('owner/name/file.gguf') the model may be fetched from, if nobody here has
-    it; without one nobody asks anything outside for it.
+    `source` is where on the hub ('owner/name/file.gguf') the model may be fetched from if no node has it;
+    without one nothing outside the cluster is asked for it.
     """
 
     model: str
@@ -65,27 +65,27 @@ class Deployments:
 
     @property
     def all(self) -> tuple[Deployment, ...]:
-        """Every wish, those taken back included, by model."""
+        """Every deployment, sorted by model; those with `replicas` 0 are models that were undeployed."""
         if self._sorted is None:
             self._sorted = tuple(self._deployments[model] for model in sorted(self._deployments))
         return self._sorted
 
     def merge(self, deployments: Iterable[Deployment], clock: float) -> None:
-        """Hear another node's map."""
+        """Take in the map that another node sent."""
         for deployment in deployments:
             if deployment is not self._deployments.get(deployment.model):
                 self._keep_greatest(_credible(deployment, clock))
         self._forget()
 
     def settle(self, clock: float) -> None:
-        """Doubt what is held: memory and disk may hold what no node would write, too."""
+        """Doubt what is held, too: memory and disk may hold what no node would write."""
         for deployment in self.all:
             credible = _credible(deployment, clock)
             if credible is not deployment:
                 self._put(credible)
 
     def write(self, deployment: Deployment, clock: float) -> None:
-        """Replace the wish for its model, here and soon everywhere; its stamp is set."""
+        """Replace the deployment of its model, here and soon everywhere. The stamp is set here."""
         old = self._deployments.get(deployment.model)
         stamp = clock if old is None else max(clock, _credible(old, clock).stamp + TICK_SECONDS)
         self._put(msgspec.structs.replace(deployment, stamp=stamp))

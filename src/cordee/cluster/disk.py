@@ -1,10 +1,10 @@
-"""Which parts of models may go when a node's disk is short: pure, and safe though every node decides alone.
+"""Which slices may go when a node's disk is short: pure, and safe though every node decides alone.
 
-A part goes only if nothing of this node wants it, and only while the disk has less than its reserve; the one
-that was used longest ago goes first. That the others have its layers is not enough, as they may be short of
-disk at the same moment and think the same. So the nodes that hold a layer stand in a fixed order (those with
-the whole model first, then by a hash), and the first COPIES of them keep it: whoever goes by the same view
-lets go of different copies, and never of the last ones.
+A slice goes only if nothing of this node needs it, and only while the disk has less free than its reserve;
+the one that was used longest ago goes first. That other nodes have its layers is not enough, as they may be
+short of disk at the same moment and think the same. So the nodes that hold a layer stand in a fixed order
+(those with the whole model first, then by a hash), and the first COPIES of them keep it: nodes that share a
+view let go of different copies, and never of the last ones.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ COPIES = 2  # nodes that keep each layer
 
 
 class StoredSlice(NamedTuple):
-    """A part that lies on this node's disk, and takes `nbytes` of it. `used` is in seconds since anything."""
+    """A slice on this node's disk, which takes `nbytes` of it. `used`: when last, in seconds of any clock."""
 
     held: SliceHeld
     nbytes: int
@@ -27,26 +27,28 @@ class StoredSlice(NamedTuple):
 
 def removable(
     me: str,
-    parts: Iterable[StoredSlice],
+    slices: Iterable[StoredSlice],
     wanted: Iterable[SliceGoal],
     others: Mapping[str, Sequence[SliceHeld]],
     free_bytes: int,
 ) -> list[SliceHeld]:
-    """What to remove now, in this order. `others` is what the other live nodes hold, `wanted` what this node
-    is to hold or runs."""
-    missing, parts, wanted = DISK_RESERVE_BYTES - free_bytes, list(parts), set(wanted)
-    unmet = wanted - {_goal(part.held) for part in parts}
+    """What to remove now, in this order.
+
+    `others` is what the other live nodes hold, `wanted` what this node is to hold or runs.
+    """
+    missing, slices, wanted = DISK_RESERVE_BYTES - free_bytes, list(slices), set(wanted)
+    unmet = wanted - {_goal(stored.held) for stored in slices}
     models = {goal.model for goal in wanted}
-    found = []
-    for part in sorted(parts, key=lambda part: (part.used, _goal(part.held))):
+    found: list[SliceHeld] = []
+    for stored in sorted(slices, key=lambda stored: (stored.used, _goal(stored.held))):
         if missing <= 0:
             break
-        held = part.held
+        held = stored.held
         is_embedding = held.last == 0 and held.model in models  # a host needs it beside its layers
         needed = is_embedding or _goal(held) in wanted or any(_overlap(held, goal) for goal in unmet)
         if not needed and _kept_elsewhere(me, held, others):
             found.append(held)
-            missing -= part.nbytes
+            missing -= stored.nbytes
     return found
 
 
@@ -55,7 +57,7 @@ def _goal(held: SliceHeld) -> SliceGoal:
 
 
 def _overlap(held: SliceHeld, goal: SliceGoal) -> bool:
-    """Whether some of a goal can be copied from a part: two cuts of one model share layers."""
+    """Whether some of a goal can be copied from a slice: two cuts of one model share layers."""
     return held.model == goal.model and held.first < goal.last and goal.first < held.last
 
 

@@ -1,13 +1,14 @@
 """What nodes tell each other about themselves: the vocabulary of the cluster, and its wire format (msgpack).
 
-Everything here is soft state. A node says it again and again, whoever hears it keeps the last word, and what
-is no longer said is forgotten; so nothing that a fault wrote into it survives.
+Everything here is soft state. A node says it again and again, the others keep what it said last, and what is
+no longer said is forgotten; so nothing that a fault wrote into it survives.
 """
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -117,11 +118,24 @@ class StageReport(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
-class Offer(msgspec.Struct, frozen=True):
-    """A whole model on a node's disk: any node may wish it to be served, under this name.
+class KvSource(NamedTuple):
+    """A worker of a serving placement, from which a successor's stage may take sequences over.
 
-    `context` is what it is served with unless told otherwise, in tokens for each stream; `source` where it
-    came from on the hub ('owner/name/file.gguf'), if it did.
+    `endpoint` is where it is reached, `wiring` what it serves. `first` to `last` (exclusive) are the layers
+    to take, counted from the first layer of its own slice.
+    """
+
+    endpoint: str
+    wiring: str
+    first: int
+    last: int
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """A whole model on a node's disk, which any node may deploy under this name.
+
+    `context` is what it is served with unless the deployment says otherwise, in tokens for each stream;
+    `source` where it came from on the hub ('owner/name/file.gguf'), if it did.
     """
 
     name: str
@@ -167,13 +181,13 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 class Hosted(msgspec.Struct, frozen=True):
-    """How busy a model is at its host: streams, and the tokens per second of all of them together.
+    """How busy a model is at its host, by stream key: streams, and the tokens per second of all together.
 
     `inherited_tokens` were taken over from the placement before instead of being computed again.
     `batch_invariant`: a row gives the same bits alone, batched and replayed; None: not known (yet).
     """
 
-    model: str
+    key: str
     active: int
     waiting: int
     tokens_per_second: float
@@ -192,7 +206,7 @@ class Fetching(msgspec.Struct, frozen=True):
 
 
 class Reading(msgspec.Struct, frozen=True):
-    """How far a node is with reading a whole model once, to know its chunks; then it is shared as `name`.
+    """How far a node is with reading a whole model once, to know its chunks; then it is deployed as `name`.
 
     With a `source` ('owner/name/file.gguf') it is read from the hub, else from the node's disk.
     """
@@ -204,7 +218,7 @@ class Reading(msgspec.Struct, frozen=True):
 
 
 class Gauges(msgspec.Struct, frozen=True):
-    """What changes all the time at a node. Nothing is decided by it: it goes beside the facts and is no news.
+    """What changes all the time at a node. Nothing is decided by it: it travels beside the facts.
 
     `watts` is what its processors take, where the machine tells.
     """
@@ -219,6 +233,36 @@ class Gauges(msgspec.Struct, frozen=True):
 def placement_id(placement: Placement) -> str:
     """The id of a placement: the hash of its content."""
     return hashlib.sha256(msgspec.msgpack.encode(placement)).hexdigest()[:16]
+
+
+def stream_key(model: str, context: int) -> str:
+    """What streams ask for: a model, by its digest, and at least `context` tokens of context.
+
+    One file may be deployed under two names, with a context for each. A scheduler host answers the streams of
+    either if its own context does.
+    """
+    return f"{model}/{context}"
+
+
+def best_host(wirings: Mapping[str, str], wanted: str) -> str | None:
+    """Of the scheduler hosts of a node the one that is to answer streams of the key `wanted`, by its own key.
+
+    `wirings` has the wiring of each, "" where it has none: one that can answer now is better, then the one
+    with the least context that does.
+    """
+    model, context = _parts(wanted)
+    found: list[tuple[bool, int, str]] = []
+    for key, wiring in wirings.items():
+        other, held = _parts(key)
+        if other == model and held >= context:
+            found.append((not wiring, held, key))
+    return min(found)[2] if found else None
+
+
+def _parts(key: str) -> tuple[str, int]:
+    """Model and context of a stream key; no model's where another node says something else."""
+    model, _, context = key.rpartition("/")
+    return (model, int(context)) if re.fullmatch("[0-9]{1,18}", context) else ("", 0)
 
 
 def wiring_id(placement: Placement, workers: Sequence[str]) -> str:

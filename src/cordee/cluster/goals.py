@@ -1,7 +1,7 @@
 """What one node should hold, run, wire and host now, from what the cluster chose: pure and level-triggered.
 
-Goals say how things should be, not what to do: whoever executes them compares with what is there, so a goal
-that is heard twice, or was missed, does no harm. For each placement that was chosen, and for its successor:
+Goals say how things should be, not what to do: the reconciler compares them with what is there, so a goal
+that comes twice, or was missed, does no harm. For each placement that was chosen, and for its successor:
 
     all stages              goal of a stage's node       goal of the host (node of the first stage)
     not all loaded          hold its slice, run it       host it, no wiring: wait
@@ -19,7 +19,7 @@ Workers of other placements are kept as they are while none that was chosen serv
 node that was lost comes back first, the old placement goes on at once. Then they are to be stopped.
 
 Once a placement serves, each of its slices (and the embedding that the host of a cut model looks rows up in)
-is kept on a second node where disk allows, so that its loss costs no transfer. Who holds the copy is decided
+is kept on a second node where disk allows, so that its loss costs no transfer. Which node that is is decided
 by a hash, so a change elsewhere does not move it.
 """
 
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from cordee.cluster.choose import Chosen, Planning, Reports
-from cordee.cluster.facts import Facts, ModelShape, Placement, SliceHeld, placement_id
+from cordee.cluster.facts import Facts, KvSource, ModelShape, Placement, SliceHeld, placement_id
 from cordee.cluster.membership import View
 
 DISK_RESERVE_BYTES = 2 << 30  # a copy leaves this free: the node's owner needs disk more than we need copies
@@ -66,15 +66,6 @@ def spec_of(placement: Placement, index: int) -> StageSpec:
     return StageSpec(
         placement.model, place.device, place.first, place.last, placement.context, placement.sequences
     )
-
-
-class KvSource(NamedTuple):
-    """A worker of a serving placement, from whose slice layers `first` to `last - 1` are to be inherited."""
-
-    endpoint: str
-    wiring: str
-    first: int
-    last: int
 
 
 @dataclass(frozen=True)
@@ -124,7 +115,7 @@ class Goals:
     stages: tuple[StageGoal, ...] = ()
     keep: frozenset[str] = frozenset()
     hosts: tuple[HostGoal, ...] = ()
-    routes: Mapping[str, tuple[Route, ...]] = field(default_factory=dict)
+    routes: Mapping[str, tuple[Route, ...]] = field(default_factory=dict[str, tuple[Route, ...]])
 
 
 def holds(slices: Sequence[SliceHeld], goal: SliceGoal) -> bool:
@@ -154,7 +145,7 @@ def goals(view: View, me: str, chosen: Mapping[str, tuple[Chosen, ...]], plannin
         if pick.placement.stages[0].node == me:
             hosts.append(_host(reports, pick))
     slices = [goal.spec.slice for goal in stages]
-    slices += _copies(view, picks.values(), me)
+    slices += _copies(view, list(picks.values()), me)
     return Goals(
         slices=tuple(dict.fromkeys(slices)),
         stages=tuple(stages),
@@ -167,7 +158,7 @@ def goals(view: View, me: str, chosen: Mapping[str, tuple[Chosen, ...]], plannin
 def _stages(view: View, reports: Reports, placement: Placement, me: str) -> list[StageGoal]:
     mine = [index for index, place in enumerate(placement.stages) if place.node == me]
     wiring = reports.wiring(placement) if mine else ""
-    found = []
+    found: list[StageGoal] = []
     for index in mine:
         downstream = first = ""
         if wiring and index + 1 < len(placement.stages):
@@ -181,7 +172,8 @@ def _stages(view: View, reports: Reports, placement: Placement, me: str) -> list
 
 def _sources(reports: Reports, pick: Chosen, goal: StageGoal) -> tuple[KvSource, ...]:
     """Where a successor's stage finds its layers in the placement that serves; none if that is broken."""
-    wanted, found = goal.spec, []
+    wanted = goal.spec
+    found: list[KvSource] = []
     for index, place in enumerate(pick.placement.stages):
         report = reports.by_stage.get((placement_id(pick.placement), index))
         first, last = max(wanted.first, place.first), min(wanted.last, place.last)
@@ -204,7 +196,7 @@ def _route(pick: Chosen) -> Route:
 
 
 def _unserved(view: View, chosen: Mapping[str, tuple[Chosen, ...]]) -> dict[str, ModelShape]:
-    """The wished models, by digest, of which something chosen, or everything, does not serve."""
+    """The deployed models, by digest, of which something chosen, or everything, does not serve."""
     return {
         deployment.shape.digest: deployment.shape
         for deployment in view.deployments
@@ -221,7 +213,7 @@ def _workers_to_keep(
     for goal, stage_bytes in stages.items():
         free[goal.spec.device] -= stage_bytes
     wanted = {(placement_id(goal.placement), goal.index) for goal in stages}
-    keep = set()
+    keep: set[str] = set()
     for report in sorted(own.stages, key=lambda report: report.worker):
         placement, index = report.placement, report.index
         running = report.state in ("loading", "loaded", "wired") and 0 <= index < len(placement.stages)
@@ -239,7 +231,7 @@ def _workers_to_keep(
 
 def _copies(view: View, picks: Sequence[Chosen], me: str) -> list[SliceGoal]:
     """Slices of serving placements that this node should hold a second copy of."""
-    found = []
+    found: list[SliceGoal] = []
     for pick in picks:
         if not pick.wiring:
             continue
@@ -259,7 +251,7 @@ def _copies(view: View, picks: Sequence[Chosen], me: str) -> list[SliceGoal]:
 
 
 def _copy_holder(facts: Mapping[str, Facts], goal: SliceGoal, runner: str, slice_bytes: int) -> str | None:
-    """Who holds the second copy: one who has it already, else one with the disk for it; by hash."""
+    """The node to hold the second copy: one that has it already, else one with the disk for it; by hash."""
     others = [own for node, own in facts.items() if node != runner and not own.draining]
     able = [own for own in others if holds(own.slices, goal)] or [
         own for own in others if own.disk_free_bytes >= slice_bytes + DISK_RESERVE_BYTES

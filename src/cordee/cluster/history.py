@@ -1,4 +1,4 @@
-"""What happened to the placements of models, as one node saw it, and why: for people. Pure.
+"""What happened to the placements of models, as one node saw it, and why: for people to read. Pure.
 
 The reasons are read from what is known when a change is seen. Each node has its own history; nothing is
 decided by it.
@@ -48,8 +48,8 @@ class History:
 
 def where(placement: Placement, nodes: Nodes) -> str:
     """A placement in words: `layers 0-14 on a, 15-29 on b`."""
-    parts = [f"{place.first}-{place.last - 1} on {_name(place.node, nodes)}" for place in placement.stages]
-    return f"layers {', '.join(parts)}"
+    stages = [f"{place.first}-{place.last - 1} on {_name(place.node, nodes)}" for place in placement.stages]
+    return f"layers {', '.join(stages)}"
 
 
 def _by_id(picks: Iterable[Chosen]) -> dict[str, Chosen]:
@@ -61,21 +61,22 @@ def _changes(before: Mapping[str, Chosen], now: Mapping[str, Chosen], nodes: Nod
     new = [pick.placement for name, pick in now.items() if name not in before]
     texts = [f"placed: {where(placement, nodes)}" for placement in new]
     if new and lost:
-        better = "better" if _load(new[0]) == _load(lost[0]) else "deployed otherwise"
-        texts[0] += f" ({_fault(lost[0], nodes) or better})"
+        is_alike = _demand(new[0]) == _demand(lost[0])
+        reason = "a better placement" if is_alike else "deployed with other options"
+        texts[0] += f" ({_fault(lost[0], nodes) or reason})"
     elif lost:
-        texts.append(f"without a placement: {_fault(lost[0], nodes) or 'what is deployed fits nowhere'}")
+        texts.append(f"runs nowhere: {_fault(lost[0], nodes) or 'no machines have room for it'}")
     for name, pick in now.items():
         was = before[name].wiring if name in before else ""
         if was and not pick.wiring:
-            fault = _fault(pick.placement, nodes, wanted=True) or "links between its stages are made anew"
+            fault = _fault(pick.placement, nodes, wanted=True) or "its stages are being connected again"
             texts.append(f"interrupted: {fault}")
         elif was != pick.wiring:
             texts.append("serves")
     return texts
 
 
-def _load(placement: Placement) -> tuple[int, int]:
+def _demand(placement: Placement) -> tuple[int, int]:
     return placement.context, placement.sequences
 
 
@@ -89,7 +90,7 @@ def _fault(placement: Placement, nodes: Nodes, *, wanted: bool = False) -> str:
         name = _name(place.node, nodes)
         state = nodes[place.node][0] if place.node in nodes else "gone"
         if state != "alive":
-            return f"{name} is gone" if state == "gone" else f"{name} is silent"
+            return f"{name} is gone" if state == "gone" else f"{name} is not heard from"
         if nodes[place.node][1].draining:
             return f"{name} is being drained"
         if report is not None and report.state == "failed":

@@ -1,18 +1,20 @@
-"""Membership: who is there, and what each node said last.
+"""Membership: which nodes are there, and what each said last.
 
-Theory of operation. Every node says all of itself in each *heartbeat*, once a second and at each change;
-there are no differences to lose and no history to agree on. A node is judged by two signs: its heartbeats,
-and the liveliness token that the bus takes away when the node's links end. Neither alone is believed at
-once:
+Theory of operation. Every node says everything about itself in each *heartbeat*, once a second and at each
+change; there are no differences to lose and no history to agree on. A node is judged by two signs: its
+heartbeats, and the liveliness token that the bus takes away when the node's links end. Neither alone is
+believed at once:
 
-    state     entered when                                            placements of it   new placements
-    alive     a heartbeat is heard                                         stay               may use it
-    suspect   its token is lost, or no heartbeat for SILENCE_SECONDS       stay               do not use it
-    gone      suspect for SUSPICION_SECONDS, or it said that it stops are infeasible     do not use it
+    state     entered when                                        its placements   new placements
+    alive     a heartbeat is heard                                stay             may use it
+    suspect   its token is lost, or SILENCE_SECONDS passed        stay             do not use it
+              without a heartbeat
+    gone      suspect for SUSPICION_SECONDS, or it said that      are infeasible   do not use it
+              it stops
     (none)    gone for FORGET_SECONDS, or it said that it leaves
 
 Only the times of the last signs are stored; states are computed from them and `now`. A time that a fault put
-into the future becomes now, so it delays a verdict by one period at most.
+into the future becomes now, so it delays a change of state by one period at most.
 
 Order without counters. A heartbeat names its *session* (random, made when the node's agent starts) and when
 it was sent (a clock of that session). Within a session a heartbeat sent earlier than the last heard is old,
@@ -39,10 +41,10 @@ Liveness = Literal["alive", "suspect", "gone"]
 Farewell = Literal["", "stops", "leaves"]  # until it is started again, or for good
 
 HEARTBEAT_SECONDS = 1.0  # how often a node says everything again
-# The bus closes a link that was silent so long. Bounds on healing are stated in this unit.
+# The bus closes a link that was silent for this long. Bounds on healing are stated in this unit.
 LEASE_SECONDS = 3.0
 SILENCE_SECONDS = 4.0  # three heartbeats lost in a row, and one late
-# A machine busy with something else misses a lease of 2 s now and then; moving a model costs more than this.
+# A machine busy with something else misses a lease of 2 s now and then; moving a model costs more than that.
 SUSPICION_SECONDS = 2.0
 LISTEN_SECONDS = 3.0  # after a start: long enough to be found by all others, and to hear a heartbeat of each
 REORDER_SECONDS = 2.0  # TCP keeps order, so only messages of a link that was just replaced come late
@@ -54,8 +56,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     """All that a node says, again and again.
 
     `sent` is in seconds of the session's own clock, `clock` in seconds since 1970 as the sender believes.
-    `revocations` are signed records; the shell checks them and hands the ids to `Controller.observe`. The
-    last heartbeat of a session that ends as it should is its `farewell`.
+    `revocations` are signed records; the shell checks them and hands those that are valid to
+    `Controller.observe`. The last heartbeat of a session that ends as it should carries a `farewell`.
     """
 
     session: str
@@ -70,7 +72,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class View:
-    """What one node knows, as far as it decides anything. `facts` are of alive and suspect nodes, by id.
+    """What one node knows, as far as anything depends on it. `facts` are of alive and suspect nodes, by id.
 
     `listening`: the node has just started, or was stopped, and may not have heard of what runs already.
     """
@@ -108,7 +110,7 @@ class Membership:
         self._seen: dict[str, Sighting] = {}
 
     def hear(self, heartbeat: Heartbeat, now: float) -> bool:
-        """Take a heartbeat; False if it is our own, an old one, or changes nothing that the view shows."""
+        """Take a heartbeat; False if it is our own, an old one, or changes nothing that `View` shows."""
         node = heartbeat.facts.node
         seen = self._seen.get(node)
         if node == self._me or (seen is not None and _is_old(heartbeat, seen, now)):
@@ -134,7 +136,7 @@ class Membership:
             seen.lost = None if alive else now
 
     def liveness(self, node: str, now: float) -> Liveness:
-        """A node's state; one that never was heard is gone."""
+        """A node's state; one that was never heard from is gone."""
         seen = self._seen.get(node)
         if seen is None:
             return "alive" if node == self._me else "gone"
@@ -144,7 +146,7 @@ class Membership:
         return "suspect" if now < since + SUSPICION_SECONDS and not seen.heartbeat.farewell else "gone"
 
     def facts(self, now: float) -> dict[str, tuple[Liveness, Facts]]:
-        """The other nodes, by id; those that left for good are no more of them."""
+        """The other nodes, by id, without those that left for good."""
         return {
             node: (self.liveness(node, now), seen.heartbeat.facts)
             for node, seen in self._seen.items()
@@ -163,7 +165,7 @@ class Membership:
                 seen.heard = now
             if seen.lost is not None and not seen.lost <= now:
                 seen.lost = now
-            # Who left is remembered for as long as a heartbeat of before may still come.
+            # A node that left is remembered for as long as an earlier heartbeat of it may still come.
             kept_seconds = REORDER_SECONDS if seen.heartbeat.farewell == "leaves" else FORGET_SECONDS
             if now - seen.since() >= kept_seconds:
                 del self._seen[node]

@@ -1,6 +1,6 @@
 """The memory of a stage: one formula for a file's slice (models/fit.py) and for a shape heard from a node.
 
-What the parts are, and where they come from (llama.cpp, read and measured at the build that
+What its amounts are, and where they come from (llama.cpp, read and measured at the build that
 llama-cpp-python 0.3.36 carries, on the CPU, with flash attention on and a KV cache per sequence of full
 length in every layer):
 
@@ -36,7 +36,7 @@ LAYER_BYTES = 70_000
 TOKEN_BYTES = 220
 # Rows of a micro-batch: enough to use the processor fully, little enough not to block it.
 BATCH_ROWS = 512
-# Tables of so many models and sizes are kept: far more than a cluster serves. Each takes at most 2 MB.
+# Tables that are kept, one for each model and size: far more than a cluster serves. Each takes at most 2 MB.
 TABLES_KEPT = 32
 
 
@@ -122,7 +122,7 @@ def stage_of(shape: ModelShape, first: int, last: int) -> StageShape:
 
 
 class Demand(NamedTuple):
-    """What is asked of a model: tokens of context for each of so many answers at the same time."""
+    """What is asked of a model: `context` tokens for each of `sequences` answers at the same time."""
 
     context: int
     sequences: int
@@ -133,17 +133,17 @@ class Demand(NamedTuple):
         return max(BATCH_ROWS, self.sequences)
 
 
-def needed_bytes(shape: ModelShape, load: Demand, first: int, last: int) -> int:
+def needed_bytes(shape: ModelShape, demand: Demand, first: int, last: int) -> int:
     """The memory of a stage; the first of several also has the embedding, which its host reads."""
     scheduler_host = shape.embedding_bytes if first == 0 and last < shape.layers else 0
-    return stage_of(shape, first, last).fit(load).total_bytes + scheduler_host
+    return stage_of(shape, first, last).fit(demand).total_bytes + scheduler_host
 
 
 @lru_cache(maxsize=TABLES_KEPT)
-def needs(shape: ModelShape, load: Demand) -> tuple[tuple[int, ...], ...]:
+def needs(shape: ModelShape, demand: Demand) -> tuple[tuple[int, ...], ...]:
     """`needs[first][last]` are the `needed_bytes` of all stages that are allowed, 0 for the others."""
     bounds = range(shape.layers + 1)
     return tuple(
-        tuple(needed_bytes(shape, load, first, last) if shape.allows(first, last) else 0 for last in bounds)
+        tuple(needed_bytes(shape, demand, first, last) if shape.allows(first, last) else 0 for last in bounds)
         for first in bounds
     )

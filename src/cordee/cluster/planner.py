@@ -22,9 +22,9 @@ from cordee.cluster.speed import (
     token_time,
 )
 
-# Answers that a Planner keeps: a cluster asks the same few questions at every change of its view.
+# Answers that a Planner keeps: a cluster asks the same few questions at every change.
 ANSWERS_KEPT = 64
-# A machine whose hop takes so many times that of the others is said to be far away.
+# A machine whose hop takes more than this times that of the others is said to be far away.
 FAR = 2
 
 Reserved = Mapping[tuple[str, str], int]  # bytes of (node, device) that are promised already
@@ -101,14 +101,14 @@ class Planner:
         self, shape: ModelShape, context: int, sequences: int, nodes: Sequence[Facts]
     ) -> Placement | None:
         """The best placement on these nodes, whose devices' memory is what is free; None if none fits."""
-        load, names = Demand(context, sequences), {facts.node for facts in nodes}
+        demand, names = Demand(context, sequences), {facts.node for facts in nodes}
         facts = [settled(shape, one, names) for one in sorted(nodes, key=lambda one: one.node)]
-        question = msgspec.msgpack.encode((shape, load, facts), order="sorted")
+        question = msgspec.msgpack.encode((shape, demand, facts), order="sorted")
         if question not in self._answers:
             if len(self._answers) >= ANSWERS_KEPT:
                 del self._answers[next(iter(self._answers))]
-            steps = Search(shape, load, _units(facts, {})).best()
-            self._answers[question] = _placement(shape, load, steps) if steps else None
+            steps = Search(shape, demand, _units(facts, {})).best()
+            self._answers[question] = _placement(shape, demand, steps) if steps else None
         return self._answers[question]
 
     def speed(self, shape: ModelShape, placement: Placement, nodes: Mapping[str, Facts]) -> float:
@@ -130,12 +130,12 @@ def _units(facts: Sequence[Facts], reserved: Reserved) -> list[Unit]:
     ]
 
 
-def _placement(shape: ModelShape, load: Demand, steps: Sequence[Step]) -> Placement:
+def _placement(shape: ModelShape, demand: Demand, steps: Sequence[Step]) -> Placement:
     stages = tuple(StagePlace(s.unit.facts.node, s.unit.device.name, s.first, s.last) for s in steps)
-    return Placement(shape.digest, load.context, load.sequences, stages)
+    return Placement(shape.digest, demand.context, demand.sequences, stages)
 
 
-def _stage_plan(shape: ModelShape, load: Demand, steps: Sequence[Step], index: int) -> StagePlan:
+def _stage_plan(shape: ModelShape, demand: Demand, steps: Sequence[Step], index: int) -> StagePlan:
     unit, first, last = steps[index]
     held = held_layers(shape, unit.facts)
     if len(steps) == 1:
@@ -151,8 +151,8 @@ def _stage_plan(shape: ModelShape, load: Demand, steps: Sequence[Step], index: i
         kind=unit.device.kind,
         first=first,
         last=last,
-        fit=stage_of(shape, first, last).fit(load),
-        needed_bytes=needed_bytes(shape, load, first, last),
+        fit=stage_of(shape, first, last).fit(demand),
+        needed_bytes=needed_bytes(shape, demand, first, last),
         available_bytes=unit.available_bytes,
         fetch_bytes=sum(shape.layer_bytes[layer] for layer in range(first, last) if layer not in held),
         read_seconds=(STAGE_TIME + read_bytes(shape, first, last) * unit.byte_time) / SECOND,
@@ -168,7 +168,7 @@ def _summary(shape: ModelShape, stages: Sequence[StagePlan]) -> str:
 
 def _machine_plan(
     shape: ModelShape,
-    load: Demand,
+    demand: Demand,
     facts: Facts,
     units: Sequence[Unit],
     stages: Sequence[StagePlan],
@@ -176,17 +176,17 @@ def _machine_plan(
 ) -> MachinePlan:
     own = [stage for stage in stages if stage.node == facts.node]
     if own:
-        parts = [f"layers {stage.first}-{stage.last - 1} on {stage.device}" for stage in own]
-        why = ", ".join(parts) + (" (host)" if own[0] is stages[0] and len(stages) > 1 else "")
+        layers = [f"layers {stage.first}-{stage.last - 1} on {stage.device}" for stage in own]
+        why = ", ".join(layers) + (" (host)" if own[0] is stages[0] and len(stages) > 1 else "")
     else:
         mine = [unit for unit in units if unit.facts.node == facts.node]
-        why = _why_out(shape, load, facts, mine, stages, nodes)
+        why = _why_out(shape, demand, facts, mine, stages, nodes)
     return MachinePlan(facts.node, facts.name, bool(own), why)
 
 
 def _why_out(
     shape: ModelShape,
-    load: Demand,
+    demand: Demand,
     facts: Facts,
     units: Sequence[Unit],
     stages: Sequence[StagePlan],
@@ -196,18 +196,19 @@ def _why_out(
         return "it is being drained"
     units = [unit for unit in units if unit.byte_time]
     if not units:
-        return "none of its devices says how fast it is"
-    able = [unit for unit in units if Search(shape, load, [unit]).able]
+        return "the speed of its devices is not known"
+    able = [unit for unit in units if Search(shape, demand, [unit]).able]
     if not able:
-        room = max(unit.available_bytes for unit in units)
-        return f"too small: a stage takes {_gb(_least(shape, load))} or more, it has {_gb(max(room, 0))} free"
+        least, room = _least(shape, demand), max(unit.available_bytes for unit in units)
+        return f"too small: a stage takes {_gb(least)} or more, and it has {_gb(max(room, 0))} free"
     if not stages:
         return f"it has room for a stage ({_gb(max(unit.available_bytes for unit in able))})"
-    used = [device_of(nodes, stage.node, stage.device) for stage in stages]
+    devices = [device_of(nodes, stage.node, stage.device) for stage in stages]
+    used = [device for device in devices if device is not None]
     if min(unit.byte_time for unit in able) > max(map(byte_time, used)):
         own = max(unit.device.read_bytes_per_second for unit in able)
-        least = min(device.read_bytes_per_second for device in used)
-        return f"slower: it reads {_gb(own)}/s, all that are in at least {_gb(least)}/s"
+        slowest = min(device.read_bytes_per_second for device in used)
+        return f"slower: it reads {_gb(own)}/s, and those that are used at least {_gb(slowest)}/s"
     hop = min(hop_time(shape, facts, nodes[stage.node]) for stage in stages)
     usual = max((stage.hop_seconds for stage in stages), default=0.0) or hop / SECOND
     if hop / SECOND > FAR * usual:
@@ -216,39 +217,39 @@ def _why_out(
     return f"not needed: one more stage would add about {more:.1f} ms to each token"
 
 
-def _least(shape: ModelShape, load: Demand) -> int:
+def _least(shape: ModelShape, demand: Demand) -> int:
     """What the smallest stage takes."""
-    return min(nbytes for row in needs(shape, load) for nbytes in row if nbytes)
+    return min(nbytes for row in needs(shape, demand) for nbytes in row if nbytes)
 
 
-def _refusal(shape: ModelShape, load: Demand, units: Sequence[Unit]) -> str:
+def _refusal(shape: ModelShape, demand: Demand, units: Sequence[Unit]) -> str:
     """Why no placement was found, and what to do about it."""
     rooms = [unit.available_bytes for unit in units if unit.byte_time and unit.available_bytes > 0]
-    whole, have = needs(shape, load)[0][shape.layers], sum(rooms)
+    whole, have = needs(shape, demand)[0][shape.layers], sum(rooms)
     if not rooms:
         return f"No machine has memory for it: it needs {_gb(whole)}. Add machines, or free some memory."
     if shape.cuttable:
         fault = f"It needs {_gb(whole)} of memory in all, and the machines have {_gb(have)}"
         missing = whole - have
         if missing <= 0:
-            fault += f" in parts that do not hold it (one layer takes {_gb(_least(shape, load))})"
-            missing = _least(shape, load)
+            fault += f", but no cut of it fits them (the smallest stage takes {_gb(_least(shape, demand))})"
+            missing = _least(shape, demand)
     else:
         fault = (
             f"It cannot be cut, so one device must hold its {_gb(whole)}; the largest has {_gb(max(rooms))}"
         )
         missing = whole
-    context = _fitting_context(shape, load, units)
+    context = _fitting_context(shape, demand, units)
     if context:
         return f"{fault}: with `--context {context}` it fits."
     return f"{fault}: add a machine with at least {_gb(missing)}, or take a smaller quantization."
 
 
-def _fitting_context(shape: ModelShape, load: Demand, units: Sequence[Unit]) -> int:
+def _fitting_context(shape: ModelShape, demand: Demand, units: Sequence[Unit]) -> int:
     """A shorter context that fits, 0 if none does: halves, as any is a guess of what is wanted."""
-    context = load.context // 2 // CELLS_STEP * CELLS_STEP
+    context = demand.context // 2 // CELLS_STEP * CELLS_STEP
     while context:
-        if Search(shape, load._replace(context=context), units).best():
+        if Search(shape, demand._replace(context=context), units).best():
             return context
         context = context // 2 // CELLS_STEP * CELLS_STEP
     return 0

@@ -1,28 +1,29 @@
-"""The crew: what a node's agent does next about its workers, so that they come to match its goals. Pure.
+"""The reconciler: what a node's agent does next so that its workers come to match its goals. Pure.
 
-Theory of operation. The agent calls `step` with its goals and with what is really there, whenever either may
-have changed and at least once a heartbeat. It gets orders, and the reports that its facts should carry.
-Orders are what is missing between the two, computed anew each time; carrying out an order twice must do no
-harm.
+Theory of operation. The controller calls `step` with the node's goals and with what is really there, whenever
+either may have changed and at least once a heartbeat. It gets actions, and the reports that the node's facts
+should carry. Actions are what is missing between the two, computed anew each time; carrying out an action
+twice must do no harm.
 
 A stage goal goes through these states, which are also what is reported of it:
 
-    fetching   its slice is not on disk                                 order: fetch
-    loading    its worker is being started, or loads                    order: start
-    loaded     ready to be wired, or its links broke
-    wired      joined to its neighbours under a wiring                  order: wire, when all are loaded
-    failed     its slice could not be had, or its worker could not      nothing, for FAILED_SECONDS; the
-               load it                                                  cluster plans without this node
+    state       when                                                action
+    fetching    its slice is not on disk                            fetch
+    loading     its worker is being started, or loads               start
+    loaded      ready to be wired, or its links broke               wire, once all stages are loaded
+    wired       joined to its neighbours under a wiring             none
+    failed      its slice could not be had, or its worker           none for FAILED_SECONDS; the cluster
+                could not load it                                   plans without this node
 
-- A worker is told apart by what it holds (`Load`), not by its placement: one that a new placement needs again
-  keeps its weights.
+- A worker is told apart by what it holds (`StageSpec`), not by its placement: one that a new placement needs
+  again keeps its weights.
 - Workers without a goal are stopped, unless the goals keep them; and nothing is started on a device before
   what is to be stopped there is gone.
 - A wiring stands for KV caches that grew together, so it is entered once: a worker that left a wiring and is
-  wanted in it again gets a new id first (`rename`), which changes the wiring for all.
+  needed in it again gets a new id first (`rename`), which changes the wiring for all.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,10 +34,12 @@ from cordee.cluster.goals import Goals, SliceGoal, StageGoal, StageSpec, holds, 
 FAILED_SECONDS = 60.0
 WIRINGS_MAX = 100  # that a worker remembers; then it gets a new id
 
+WorkerState = Literal["loading", "loaded", "wired"]
+
 
 @dataclass(frozen=True)
 class WorkerStatus:
-    """A worker as it really is. `wirings` are all that it was ever wired in, since it has this id.
+    """A worker as it really is. `wirings` are all that it was wired in since it has this id.
 
     A worker whose links broke, to either side, is `loaded` and no longer `wired`; so is the first stage's
     when the host stopped or restarted its scheduler.
@@ -44,7 +47,7 @@ class WorkerStatus:
 
     id: str
     spec: StageSpec
-    state: Literal["loading", "loaded", "wired"]
+    state: WorkerState
     endpoint: str = ""
     wiring: str = ""
     wirings: frozenset[str] = frozenset()
@@ -60,7 +63,7 @@ class WireAction:
 
 @dataclass(frozen=True)
 class Actions:
-    """What is to be done, `reports` being what is to be said. `fetch` in the order of urgency."""
+    """What is to be done, the most urgent of `fetch` first; `reports` are what the facts should say."""
 
     reports: tuple[StageReport, ...] = ()
     fetch: tuple[SliceGoal, ...] = ()
@@ -86,9 +89,14 @@ class Reconciler:
         self._assignments: dict[str, tuple[Placement, int]] = {}  # by worker, the stage it was last run as
         self._failures: dict[StageSpec, _Failure] = {}
 
-    def failed(self, load: StageSpec, detail: str, now: float) -> None:
+    @property
+    def failures(self) -> Collection[StageSpec]:
+        """The stages that count as failed."""
+        return self._failures.keys()
+
+    def failed(self, spec: StageSpec, detail: str, now: float) -> None:
         """A stage's slice could not be had, or its worker could not load it."""
-        self._failures[load] = _Failure(now + FAILED_SECONDS, detail)
+        self._failures[spec] = _Failure(now + FAILED_SECONDS, detail)
 
     def step(
         self, goals: Goals, workers: Mapping[str, WorkerStatus], slices: Sequence[SliceHeld], now: float
@@ -100,7 +108,10 @@ class Reconciler:
         kept = goals.keep - at_work
         idle = workers.keys() - at_work - kept
         busy = {workers[name].spec.device for name in idle}
-        reports, start, rename, wire = [], [], [], []
+        reports: list[StageReport] = []
+        start: list[StageSpec] = []
+        rename: list[str] = []
+        wire: list[WireAction] = []
         for goal, worker in zip(goals.stages, assigned, strict=True):
             reports.append(self._report(goal, worker, slices))
             if worker is None:
@@ -116,9 +127,9 @@ class Reconciler:
         return Actions(tuple(reports), fetch, tuple(sorted(idle)), tuple(start), tuple(rename), tuple(wire))
 
     def _forget(self, workers: Mapping[str, WorkerStatus], now: float) -> None:
-        for load, failure in list(self._failures.items()):
+        for spec, failure in list(self._failures.items()):
             if not 0 < failure.until - now <= FAILED_SECONDS:
-                del self._failures[load]
+                del self._failures[spec]
         for name, (placement, index) in list(self._assignments.items()):
             stages = placement.stages
             fits = name in workers and 0 <= index < len(stages)
@@ -130,11 +141,11 @@ class Reconciler:
 
         Of those that are kept, too: weights that are loaded already are the shortest way to serving again.
         """
-        posts = {
+        by_stage = {
             (placement_id(placement), index): name for name, (placement, index) in self._assignments.items()
         }
         wanted = [(placement_id(goal.placement), goal.index) for goal in goals.stages]
-        assigned = [workers.get(posts.get(key, "")) for key in wanted]
+        assigned = [workers.get(by_stage.get(key, "")) for key in wanted]
         others = workers.keys() - {worker.id for worker in assigned if worker is not None}
         free = sorted(others, key=lambda name: (name in goals.keep, name))
         for place, goal in enumerate(goals.stages):
@@ -163,11 +174,11 @@ class Reconciler:
     def _other_reports(
         self, goals: Goals, workers: Mapping[str, WorkerStatus], kept: frozenset[str]
     ) -> list[StageReport]:
-        """Of workers that are kept, and of what failed: that must be known once nobody wants it, too."""
+        """Of workers that are kept, and of what failed: that must be known even when no goal needs it."""
         wanted = {goal.spec for goal in goals.stages}
-        failed = [failure.report for load, failure in self._failures.items() if load not in wanted]
-        posted = sorted(kept & self._assignments.keys())
-        return [_worker_report(*self._assignments[name], workers[name]) for name in posted] + [
+        failed = [failure.report for spec, failure in self._failures.items() if spec not in wanted]
+        assigned = sorted(kept & self._assignments.keys())
+        return [_worker_report(*self._assignments[name], workers[name]) for name in assigned] + [
             report for report in failed if report is not None
         ]
 

@@ -75,9 +75,9 @@ Path = list[Stage]
 class _Ability:
     """What one unit can do with one model: where its stages may end, and what they cost."""
 
-    def __init__(self, shape: ModelShape, load: Demand, unit: Unit) -> None:
+    def __init__(self, shape: ModelShape, demand: Demand, unit: Unit) -> None:
         self.unit = unit
-        self._needs = needs(shape, load)
+        self._needs = needs(shape, demand)
         held = held_layers(shape, unit.facts)
         missing = (0 if i in held else nbytes for i, nbytes in enumerate(shape.layer_bytes))
         self.missing = [0, *accumulate(missing)]  # bytes of layers that lie elsewhere, up to each layer
@@ -87,7 +87,7 @@ class _Ability:
         self.layers_max = max((last - first for first, last in spans), default=0)
         self.reads_max = max((self.reads[first] - self.reads[last] for first, last in spans), default=0)
         self.held = tuple(sorted(held))
-        self.loaded = loaded_stages(shape, load, unit)
+        self.loaded = loaded_stages(shape, demand, unit)
         self._layer_bytes = [0, *accumulate(shape.layer_bytes)]
 
     def _ends_from(self, first: int) -> list[int]:
@@ -123,18 +123,18 @@ def held_layers(shape: ModelShape, facts: Facts) -> frozenset[int]:
     )
 
 
-def loaded_stages(shape: ModelShape, load: Demand, unit: Unit) -> frozenset[tuple[int, int]]:
+def loaded_stages(shape: ModelShape, demand: Demand, unit: Unit) -> frozenset[tuple[int, int]]:
     """The layers of each stage that a worker of this device holds in memory."""
     return frozenset(
         (place.first, place.last)
         for placement, place in loaded_stages_of(shape.digest, unit.facts)
-        if (placement.context, placement.sequences) == (load.context, load.sequences)
+        if (placement.context, placement.sequences) == (demand.context, demand.sequences)
         and (place.node, place.device) == (unit.facts.node, unit.device.name)
     )
 
 
 class _Links:
-    """Hops between units, as numbers of the list of abilities; who is interchangeable with whom."""
+    """Hops between units, as numbers of the list of abilities; and which units are interchangeable."""
 
     def __init__(self, shape: ModelShape, able: Sequence[_Ability]) -> None:
         facts = [ability.unit.facts for ability in able]
@@ -171,7 +171,7 @@ class _Links:
     def _earlier_twins(self, able: Sequence[_Ability], nodes: list[list[int]]) -> list[tuple[int, ...]]:
         """For each unit the masks of the units of earlier nodes that are like its own in every respect."""
         twins: list[tuple[int, ...]] = [()] * len(able)
-        known: dict[tuple, tuple[int, ...]] = {}
+        known: dict[tuple[object, ...], tuple[int, ...]] = {}
         for members in nodes:
             kinds = tuple(
                 (able[i].unit.device.kind, able[i].unit.byte_time, able[i].unit.available_bytes)
@@ -239,9 +239,11 @@ class _Bounds:
 class Search:
     """One search: for one model on these units."""
 
-    def __init__(self, shape: ModelShape, load: Demand, units: Sequence[Unit]) -> None:
+    def __init__(self, shape: ModelShape, demand: Demand, units: Sequence[Unit]) -> None:
         self._shape, self._layers = shape, shape.layers
-        able = [_Ability(shape, load, unit) for unit in units if unit.byte_time and unit.available_bytes > 0]
+        able = [
+            _Ability(shape, demand, unit) for unit in units if unit.byte_time and unit.available_bytes > 0
+        ]
         # The order in which candidates are tried, so it decides between those of equal cost.
         self._able = sorted(
             (ability for ability in able if ability.layers_max),
@@ -285,6 +287,7 @@ class Search:
                         self._consider([*path, step], total, grace=1)
                     else:
                         rest = self._bounds.after(now_used)[step[2]]
+                        assert rest is not None, "_children yields no others"
                         wider.append((total + rest, now_used, total, [*path, step]))
             beam = [partial[1:] for partial in sorted(wider)[:BEAM_WIDTH]]
 
@@ -296,9 +299,10 @@ class Search:
                 return
             if step[2] == self._layers:
                 self._consider([*path, step], total)
-            elif self._promising(total + self._bounds.after(now_used)[step[2]]) and self._is_news(
-                path, step, now_used, total
-            ):
+                continue
+            rest = self._bounds.after(now_used)[step[2]]
+            assert rest is not None, "_children yields no others"
+            if self._promising(total + rest) and self._is_news(path, step, now_used, total):
                 self._extend([*path, step], now_used, total)
 
     def _children(
@@ -335,8 +339,8 @@ class Search:
 
     def _is_news(self, path: Path, step: Stage, used: int, total: int) -> bool:
         """Whether no pipeline to this boundary, of the same units and with the same links, cost as little."""
-        ends = [self._end_class(number) for number in (path[0][0] if path else step[0], step[0])]
-        key = (step[2], used, *ends)
+        first = path[0][0] if path else step[0]
+        key = (step[2], used, self._end_class(first), self._end_class(step[0]))
         if self._seen.get(key, total + 1) <= total:
             return False
         self._seen[key] = total

@@ -21,7 +21,7 @@ MICROSECOND = SECOND // 10**6
 # stage adds 0.6 ms to a token of libllama, each further stage of the same machine 1 ms, links included).
 STAGE_TIME = 600 * MICROSECOND
 LOCAL_HOP_TIME = 250 * MICROSECOND
-# A round trip and a link that nobody measured yet: a wired local network of 1 Gbit/s.
+# A round trip and a link that were not measured yet: a wired local network of 1 Gbit/s.
 ROUND_TRIP_SECONDS = 0.0005
 LINK_BYTES_PER_SECOND = 125_000_000
 ROW_NUMBER_BYTES = 4  # rows travel as f32
@@ -32,7 +32,7 @@ NUMBER_MAX = 1 << 62  # whatever a damaged message claims, sums stay small numbe
 
 
 def coarse(value: float, digits: int) -> int:
-    """The nearest whole number with so many leading binary digits; 0 for what is no positive number."""
+    """The nearest whole number with `digits` leading binary digits; 0 for what is no positive number."""
     if not value > 0:
         return 0
     whole = int(min(value, NUMBER_MAX))

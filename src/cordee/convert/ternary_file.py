@@ -1,7 +1,7 @@
 """Writing model files for the ternary engine: GGUF containers whose payloads are laid out for its kernels.
 
-native/FORMAT.md defines the format; native/src/model.c reads it. Writing streams strips of rows, so memory
-depends on the widest row and not on the model.
+native/FORMAT.md defines the format; native/src/engine/model.c reads it. Writing streams strips of rows, so
+memory depends on the widest row and not on the model.
 """
 
 import io

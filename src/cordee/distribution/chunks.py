@@ -62,7 +62,7 @@ Holders = Callable[[], Mapping[str, Sequence[SliceHeld]]]
 
 
 class Queries(Protocol):
-    """What is needed of the bus (`cordee.net.zenoh_bus.Bus`)."""
+    """What is needed of the bus (`cordee.net.bus.Bus`)."""
 
     async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
         """The replies that came within `seconds` from the nodes that serve the key."""

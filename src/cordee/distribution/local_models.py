@@ -27,7 +27,7 @@ from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError
 from cordee.models.gguf import engine_of
 from cordee.models.store import Store
-from cordee.net.zenoh_bus import Bus
+from cordee.net.bus import Bus
 from cordee.worker.stages import Files
 
 FETCHES_MAX = 2  # slices fetched at once: each asks several neighbours already

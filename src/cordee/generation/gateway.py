@@ -21,6 +21,7 @@ be told. See streams.py for the messages. A stream's life:
   first token is the client's to hear, unless a host had accepted it before; any other is tried again.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from cordee.errors import BadRequest, CordeeError, Overloaded, StageFailed
@@ -126,6 +127,11 @@ class Gateway:
         self._news: list[News] = []
 
     @property
+    def routes(self) -> Mapping[str, str]:
+        """The node that hosts a model now, by model; where none does, the model is not there."""
+        return self._routes
+
+    @property
     def busy(self) -> bool:
         """Whether time matters: streams are open, or hosts hear that they are not."""
         return bool(self._streams or self._peers)
@@ -163,6 +169,11 @@ class Gateway:
             if stream.model == model and (stream.ask is None or stream.ask.peer.node != node):
                 self._leave(stream)
                 self._ask(stream)
+
+    def follow(self, routes: Mapping[str, str]) -> None:
+        """These nodes host models now, and no others do."""
+        for model in [*self._routes.keys() - routes.keys(), *routes]:
+            self.route(model, routes.get(model))
 
     def receive(self, said: Said) -> None:
         """Take what a host says."""

@@ -1,4 +1,4 @@
-"""Grammars that bind the text, by llguidance: JSON schema, GBNF, Lark or regex become a mask over the tokens.
+"""Grammars that constrain the text, by llguidance: JSON schema, GBNF, Lark or regex become a token mask.
 
 llguidance compiles the grammar once per stream and walks it token by token. Its tokenizer (a trie of the
 whole vocabulary) takes a second to build for a large one, so there is one per vocabulary, built when the
@@ -6,9 +6,9 @@ first grammar is asked for.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -16,6 +16,9 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from cordee.errors import BadRequest, UnsupportedModel
 from cordee.generation.request import Grammar
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions  # pyright: ignore[reportPrivateUsage] - not exported
 
 TEXT_CHARS_MAX = 128 << 10  # OpenAI's schemas end at 120,000 characters of names
 GBNF_CHARS_MAX = 16 << 10  # its reader is quadratic in the rules: 16 k take a quarter of a second
@@ -30,11 +33,11 @@ LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-# Free white space would let a small model write blank lines for ever.
-JSON_OPTIONS = {"whitespace_pattern": r"[ \n\t]{0,40}"}
+# With unlimited white space a small model may write blank lines for ever.
+JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,40}"}
 MESSAGE_CHARS_MAX = 300  # of llguidance's reasons, some of which quote the grammar
 
-# How messages call each kind, and the request's parameter (OpenAI's where it has one) that asks for it.
+# Each kind's name in messages, and the request's parameter (OpenAI's where it has one) that asks for it.
 NAMES = {
     "json_object": ("JSON mode", "response_format"),
     "json_schema": ("JSON schema", "response_format"),
@@ -42,11 +45,11 @@ NAMES = {
     "lark": ("Lark grammar", "grammar"),
     "regex": ("regular expression", "grammar"),
 }
-SPECIAL = b"\xff"  # llguidance's mark of a token that no text gives
+SPECIAL = b"\xff"  # llguidance's mark of a token that no text tokenizes to
 
 
 class TokenSource(Protocol):
-    """What a grammar must know of a vocabulary; `engine.vocabulary.Vocabulary` is one."""
+    """What a grammar needs of a vocabulary; `engine.vocabulary.Vocabulary` is one."""
 
     size: int
     bos: int | None
@@ -81,7 +84,7 @@ class GrammarTokenizer:
 
 
 class _Tokens:
-    """The vocabulary in the shape that llguidance's `TokenizerWrapper` asks for."""
+    """The vocabulary as llguidance's `TokenizerWrapper` takes it."""
 
     def __init__(self, vocabulary: TokenSource, eos: int) -> None:
         self.eos_token_id = eos
@@ -113,7 +116,7 @@ def check(grammar: Grammar, tokenizer: GrammarTokenizer) -> None:
 
 
 class GrammarState:
-    """Where one stream stands in its grammar, after the tokens already generated.
+    """The state of one stream in its grammar, after the tokens already generated.
 
     Raises:
         BadRequest: the grammar is bad, or the tokens do not follow it.
@@ -130,7 +133,7 @@ class GrammarState:
             self.accept(token)
 
     def allowed(self) -> np.ndarray:
-        """Give a (n_vocab,) bool array of the tokens that may come next; after a complete text, only ends.
+        """A (n_vocab,) bool array of the tokens that may come next; after a complete text, only end tokens.
 
         Raises:
             BadRequest: nothing may come next, or the grammar passed its limits.
@@ -159,7 +162,7 @@ class GrammarState:
 
 
 def _compile(grammar: Grammar) -> str:
-    """Give llguidance's form of a grammar, whose rules only the matcher checks."""
+    """llguidance's form of a grammar; its rules are checked only by the matcher."""
     limit = GBNF_CHARS_MAX if grammar.kind == "gbnf" else TEXT_CHARS_MAX
     if len(grammar.text) > limit:
         raise _refusal(grammar.kind, f"it has {len(grammar.text)} characters; at most {limit} are accepted")
@@ -186,7 +189,7 @@ def _gbnf(text: str) -> str:
         raise ValueError(str(error)) from error
 
 
-_FORMS = {
+_FORMS: dict[str, Callable[[str], str]] = {
     "json_object": lambda _: _json_schema('{"type": "object"}'),
     "json_schema": _json_schema,
     "gbnf": _gbnf,

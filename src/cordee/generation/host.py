@@ -3,17 +3,17 @@
 Pure: messages, results and the clock are handed in; `drain` gives what is to be sent. See streams.py for the
 messages. An ask's life:
 
-    Ask -> (refused | queued and generated) -> its tokens are said as they come, in one Said for each gateway
-           and step; kept until an Assert shows that they arrived, and said again where it shows the contrary
-        -> dropped: an Assert does not name it, a newer ask of its stream came, or nobody asserted anything
-           for LEASE_SECONDS
+    Ask -> (refused | queued and generated) -> its tokens are sent as they come, in one Said for each gateway
+           and step; kept until an Assert shows that they arrived, and sent again where it shows the contrary
+        -> dropped: an Assert does not name it, a newer ask of its stream came, or its gateway asserted
+           nothing for LEASE_SECONDS
 
-- Everything about a gateway is its *session*, which lives by asserts. Whatever a fault wrote into it ends
-  with it, and a gateway that still wants something is told that its asks are unknown, and asks again.
+- Everything about a gateway is its *session*, which asserts keep alive. Anything that a fault wrote into it
+  ends with it, and a gateway that still wants something is told that its asks are unknown, and asks again.
 - Within a session an ask is started once at most: Asks that are not newer than the last Assert count only if
   it names them; one that was replaced is older than the ask that replaced it; and one that ended, however it
   did, is kept until it is dropped.
-- Losing the pipeline is nothing that a gateway notices: the scheduler replays its own logs.
+- A gateway does not notice that the pipeline is lost: the scheduler replays its own logs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,8 +38,8 @@ from cordee.generation.streams import (
 )
 from cordee.generation.suspects import Suspects
 
-# Streams of a gateway that asserts nothing for so long are dropped. Gateways assert every second: ten lost in
-# a row are no accident, and one that was merely stopped asks again and loses nothing but time.
+# Streams of a gateway that asserts nothing for this long are dropped. Gateways assert every second: ten lost
+# in a row are no accident, and a gateway that was merely stopped asks again and loses nothing but time.
 LEASE_SECONDS = 10.0
 # Gateways at a time: the nodes of a cluster, several times over, since each restart makes a new one.
 SESSIONS_MAX = 256
@@ -49,15 +49,15 @@ WINDOW_TOKENS = 1024
 
 @dataclass(eq=False)
 class _Entry:
-    """An ask that is worked on, or whose end the gateway has not acknowledged."""
+    """An ask under way, or one whose end the gateway has not acknowledged."""
 
     ask: int
     stream: int
     name: str  # the scheduler's id
     base: int  # index of the first of `choices`; the gateway has all before
-    sent: int  # the first index that is to be said next
+    sent: int  # the first index that was not sent yet
     heard: float  # when it was asked for, or an Assert last named it, in awake seconds
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list[Choice])
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     failure: Failure | None = None
@@ -68,14 +68,14 @@ class _Entry:
         return ended or self.sent < self.base + len(self.choices)
 
     def rewind(self, have: int) -> bool:
-        """Say again what follows the first `have` tokens; False if that is not kept."""
+        """Send again what follows the first `have` tokens; False if that is no longer kept."""
         kept = self.base <= have <= self.base + len(self.choices)
         self.choices = self.choices[have - self.base :] if kept else []
         self.base = self.sent = have
         return kept
 
     def take_news(self) -> Piece:
-        """What is to be said now."""
+        """What is to be sent now; it counts as sent."""
         first, self.sent = self.sent, self.base + len(self.choices)
         choices = tuple(self.choices[first - self.base :])
         return piece(self.ask, first, choices, self.cached_tokens, self.finish_reason, self.failure)
@@ -92,13 +92,13 @@ class _Session:
     heard: float  # when it last asserted or asked, in awake seconds
     asserted: int = 0  # number of the last Assert ...
     wanted: frozenset[int] = frozenset()  # ... and what it named
-    entries: dict[int, _Entry] = field(default_factory=dict)  # by ask
-    news: dict[int, _Entry] = field(default_factory=dict)  # of them, those that have something to say
+    entries: dict[int, _Entry] = field(default_factory=dict[int, _Entry])  # by ask
+    news: dict[int, _Entry] = field(default_factory=dict[int, _Entry])  # those with something to send
     answers: int = 0  # the Assert to answer
     unknown: tuple[int, ...] = ()  # to it
 
     def said(self, ready: bool) -> Said | None:
-        """Everything that is to be said now; None if that is nothing."""
+        """All that is to be sent now; None if there is nothing."""
         if not self.news and not self.answers:
             return None
         pieces = tuple(entry.take_news() for entry in self.news.values())
@@ -109,14 +109,14 @@ class _Session:
 
 
 class Host:
-    """See the module's theory of operation. It serves one model, and must hear of no other; it owns the
-    scheduler: all micro-batches come from here.
+    """See the module's theory of operation. It serves one model, and owns the scheduler: all micro-batches
+    come from here.
 
     `n_vocab` bounds the token ids of asks. `random` gives session ids, and must differ between runs.
     """
 
     def __init__(self, scheduler: Scheduler, n_vocab: int, random: Random) -> None:
-        self.ready = False  # whether micro-batches can be sent; the shell sets it
+        self.ready = False  # whether micro-batches can be sent; the caller sets it
         self._scheduler = scheduler
         self._n_vocab = n_vocab
         self._random = random
@@ -136,10 +136,10 @@ class Host:
         return self._scheduler.active
 
     def receive(self, message: Ask | Assert) -> None:
-        """Take what a gateway says."""
+        """Handle a message of a gateway, which must be about this model."""
         session = self._session(message)
         if session is None:
-            return  # the gateway says it again; leases end
+            return  # the gateway repeats it; leases end
         if isinstance(message, Ask):
             self._ask(session, message)
         else:
@@ -151,7 +151,7 @@ class Host:
         oldest = self._clock.seconds - LEASE_SECONDS
         for key, session in list(self._sessions.items()):
             for entry in list(session.entries.values()):
-                # An ask of a number that no Assert of the gateway will ever reach is a fault's.
+                # Only a fault makes an ask whose number no Assert of the gateway will ever reach.
                 if min(entry.heard, session.heard) < oldest:
                     self._drop(session, entry)
             if session.heard < oldest:
@@ -176,14 +176,14 @@ class Host:
         *,
         last: bool = True,
     ) -> None:
-        """Take a micro-batch's result, as `Scheduler.complete` does."""
+        """Handle a micro-batch's result, as `Scheduler.complete` does."""
         events = self._scheduler.complete(batch_id, choices, failures, last=last)
         self._suspects.result(batch_id, [event.stream for event in events], last=last)
         for event in events:
             self._tell(event)
 
     def lost(self) -> None:
-        """The pipeline lost its state, or is wired anew: everything is computed again from the logs."""
+        """The pipeline lost its state, or has a new wiring: everything is computed again from the logs."""
         self._scheduler.lost()
         apart, ended = self._suspects.lost()
         for name in apart:
@@ -194,7 +194,7 @@ class Host:
             self._end(name, None, reason)
 
     def restore(self, held: Mapping[int, Sequence[int]]) -> None:
-        """The placement before has these tokens, by sequence: see `Scheduler.recall`."""
+        """The placement before has these tokens, by sequence: see `Scheduler.restore`."""
         self._scheduler.restore(held)
 
     def forget_restored(self) -> None:
@@ -202,12 +202,12 @@ class Host:
         self._scheduler.forget_restored()
 
     def drain(self) -> list[tuple[str, Said]]:
-        """What is to be sent now, and to which nodes: one message for each gateway with news."""
+        """The messages to send now, each with the node it goes to: one for each gateway with news."""
         said = ((session.node, session.said(self.ready)) for session in self._sessions.values())
         return [(node, message) for node, message in said if message is not None]
 
     def _session(self, message: Ask | Assert) -> _Session | None:
-        """The session that a message belongs to; None where it is over, or there is no place for another."""
+        """The session that a message belongs to; None where it is over, or there is no room for another."""
         key = (message.node, message.gateway)
         session = self._sessions.get(key)
         if session is not None and session.peer < message.peer:
@@ -247,14 +247,14 @@ class Host:
 
     def _assert(self, session: _Session, message: Assert) -> None:
         if message.number <= session.asserted:
-            return  # late, or there twice
+            return  # late, or a duplicate
         wanted = dict(message.asks[:STREAMS_MAX])
         session.heard = self._clock.seconds
         session.asserted, session.wanted = message.number, frozenset(wanted)
         for entry in list(session.entries.values()):
             if entry.ask not in wanted and entry.ask < message.number:
                 self._drop(session, entry)
-        unknown = []
+        unknown: list[int] = []
         for ask, have in wanted.items():
             entry = session.entries.get(ask)
             if entry is None:
@@ -281,7 +281,7 @@ class Host:
             self._give_up(session, entry)
 
     def _give_up(self, session: _Session, entry: _Entry) -> None:
-        """The gateway must ask again, with what it has."""
+        """End an ask; its gateway must ask again, with the tokens that it has."""
         self._scheduler.cancel(entry.name)
         self._suspects.forget(entry.name)
         self._named.pop(entry.name, None)

@@ -1,4 +1,4 @@
-"""What is asked of a model and what comes back, before any network or wire format."""
+"""Requests to a model and the pieces of its answers, before any network or wire format."""
 
 from typing import Literal
 
@@ -54,7 +54,7 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class TextChunk(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of an answer as the client may see it: never half a character, never part of a stop string.
+    """A piece of an answer as the client may see it: whole characters only, and nothing of a stop string.
 
     The last chunk of a stream, and only that one, has a `finish_reason`; `text` may be empty.
     """

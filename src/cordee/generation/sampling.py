@@ -85,9 +85,8 @@ def _check_bias(logit_bias: dict[int, float], n_vocab: int) -> None:
 class Sampler:
     """Chooses the tokens of one stream, each when its logits are there. Not thread-safe.
 
-    `tokenizer` binds the grammar, where `params` has one. `history` is the prompt; `generated` are tokens of
-    the answer that are already chosen (a replay).
-    `params` must have passed `check`.
+    `params` must have passed `check`; where it has a grammar, `tokenizer` is needed. `history` is the prompt;
+    `generated` are tokens of the answer that are already chosen (a replay).
 
     Raises:
         BadRequest: the grammar is bad, or `generated` does not follow it.
@@ -106,6 +105,7 @@ class Sampler:
         self._edits = _Edits(params, history, generated)
         self._grammar = None
         if params.grammar is not None:
+            assert tokenizer is not None, "a grammar needs a tokenizer"
             self._grammar = GrammarState(params.grammar, tokenizer, generated)
 
     def sample(self, logits: np.ndarray) -> Choice:
@@ -200,7 +200,7 @@ class _Edits:
                 del self._counts[oldest]
 
     def apply(self, logits: np.ndarray) -> np.ndarray:
-        """Give the row with its edits: a copy, or the row itself where there are none."""
+        """The row with its edits: a copy, or the row itself where there are none."""
         if not self.active:
             return logits
         row = logits.copy()
@@ -234,7 +234,7 @@ def _draw(params: SamplingParams, row: np.ndarray, ids: np.ndarray | None, seed:
 
 
 def _nucleus_bound(row: np.ndarray, top_p: float) -> tuple[np.ndarray, float]:
-    """Leave out tokens that top-p cannot keep, which spares libllama sorting the vocabulary (12 ms at 200k).
+    """Leave out tokens that top-p cannot keep, so that libllama need not sort the vocabulary (12 ms at 200k).
 
     Of k tokens those with less than (1 - top_p) / k of the probability hold less than 1 - top_p together, so
     the nucleus is among the others. Gives their places in the row, and `top_p` as a share of theirs.
@@ -281,7 +281,7 @@ def _every_id(n_vocab: int) -> np.ndarray:
 
 
 def _with_logprobs(token: int, logits: np.ndarray, top: int) -> Choice:
-    """The choice with the log-softmax of the raw row; equal logits rank by id."""
+    """The choice with the log-softmax of the raw row; equal logits are ranked by id."""
     shifted = logits - logits.max()
     log_sum = np.log(np.exp(shifted).sum(dtype=np.float64))
     best = ()

@@ -1,6 +1,6 @@
 """A Jinja environment for untrusted templates: the library's sandbox, and a budget for what that leaves open.
 
-Jinja's sandbox keeps a template away from Python's internals, and changes nothing it is given. It does not
+Jinja's sandbox keeps a template away from Python's internals, and from changing what it is given. It does not
 bound time or memory: 'a' * 10**9, nested loops, a list of lists of lists that is small until it is printed.
 So a render has a budget in units of about one character copied, and each thing that takes time or makes
 data pays for it first:
@@ -15,14 +15,18 @@ The measuring nodes are put into the syntax tree that Jinja's parser gives; Jinj
 
 import json
 import re
-from collections.abc import Callable, Iterable, MappingView
+from collections.abc import Callable, Collection, Iterable, MappingView, Sized
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from jinja2 import nodes, pass_context
+from jinja2.environment import Template
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 WORK_MAX = 128 << 20  # 3 s and 512 MB at the very worst; a prompt of a million tokens takes a third
@@ -31,6 +35,9 @@ ITEM = 64  # an item of a list or dict
 NODE = 4  # a node of the syntax tree in a loop's body
 NUMBER_MAX = 1000  # widths, counts and digits given to methods and filters
 INTEGER_BITS_MAX = 4096
+
+T = TypeVar("T")
+Function = Callable[..., Any]  # a filter, test or method of a template
 
 _left: ContextVar[int] = ContextVar("work left to the render under way", default=WORK_MAX)
 
@@ -63,18 +70,20 @@ def measure(value: Any) -> Any:
         TooMuchWork: it contains more than is left.
         SecurityError: it holds a namespace, which has no text and may contain itself.
     """
-    stack = [value]
+    stack: list[object] = [value]
     while stack:
         item = stack.pop()
         if isinstance(item, str):
             charge(len(item))
         elif isinstance(item, list | tuple | set | frozenset | MappingView):
-            charge(ITEM * (len(item) + 1))
-            stack.extend(item)
+            items = cast("Collection[object]", item)
+            charge(ITEM * (len(items) + 1))
+            stack.extend(items)
         elif isinstance(item, dict):
-            charge(ITEM * (len(item) + 1))
-            stack.extend(item)
-            stack.extend(item.values())
+            mapping = cast("dict[object, object]", item)
+            charge(ITEM * (len(mapping) + 1))
+            stack.extend(mapping)
+            stack.extend(mapping.values())
         elif isinstance(item, range):
             charge(ITEM * len(item))
         elif isinstance(item, Namespace):
@@ -82,12 +91,13 @@ def measure(value: Any) -> Any:
     return value
 
 
-def glance(value: Any) -> Any:
+def glance(value: T) -> T:
     """Charge for a value's own length, not for what it contains; give the value."""
-    if isinstance(value, str):
-        charge(len(value))
-    elif isinstance(value, list | tuple | dict | set | frozenset | range | MappingView):
-        charge(ITEM * len(value))
+    given: object = value
+    if isinstance(given, str):
+        charge(len(given))
+    elif isinstance(given, list | tuple | dict | set | frozenset | range | MappingView):
+        charge(ITEM * len(cast("Sized", given)))
     return value
 
 
@@ -95,6 +105,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """Jinja as chat templates use it (Hugging Face's settings), bounded. Compile with `compiled`."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
+    filters: dict[str, Function]
+    tests: dict[str, Function]
 
     def __init__(self) -> None:
         super().__init__(
@@ -116,19 +128,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
             for name, function in self.tests.items()
         }
 
-    def compiled(self, source: str):
-        """Give the template of a source.
+    def compiled(self, source: str) -> Template:
+        """The template of a source.
 
         Raises:
             jinja2.TemplateError, RecursionError, SyntaxError, ValueError, ArithmeticError, MemoryError:
-                it is no template, or more than Python can compile.
+                it is not a template, or more than Python can compile.
         """
         tree = self.parse(source)
         _bound(tree)
         tree.set_environment(self)
         return self.from_string(tree)
 
-    def call_binop(self, context, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Do one of `intercepted_binops`, paid for by what it makes."""
         if operator == "%" and isinstance(left, str):
             raise SecurityError("strings are formatted by %")
@@ -141,14 +153,14 @@ class Sandbox(ImmutableSandboxedEnvironment):
             glance(right)
         return super().call_binop(context, operator, left, right)
 
-    def call(__self, __context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function or method of the template, paid for by its arguments and what it makes of them."""
         charge(STEP)
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
             args = _text_method(owner, __obj.__name__, args)
         elif isinstance(owner, list | tuple | dict):
-            glance(owner)
+            glance(cast("object", owner))
         elif owner is not None and type(owner).__module__ == "builtins":
             raise SecurityError(f"a method of {type(owner).__name__} is used")
         for name, value in (*enumerate(args), *kwargs.items()):
@@ -175,17 +187,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         """Subscribe; a tuple as key is hashed, so it pays for what it contains."""
-        if isinstance(argument, tuple):
+        key: object = argument
+        if isinstance(key, tuple):
             measure(argument)
         return super().getitem(obj, argument)
 
 
 class GenerationTag(Extension):
-    """{% generation %}…{% endgeneration %}, which marks the answer for training; here it is its body."""
+    """{% generation %}…{% endgeneration %}, which marks the answer for training; here it is only its body."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 - the base class declares a set
 
-    def parse(self, parser) -> list[nodes.Node]:
+    def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -203,7 +216,7 @@ def _bound(tree: nodes.Template) -> None:
         ),
     ]
     for concat in list(tree.find_all(nodes.Concat)):
-        concat.nodes = [_filter(part, "measure") for part in concat.nodes]
+        concat.nodes = [_filter(operand, "measure") for operand in concat.nodes]
     for node, field, name in measured:
         setattr(node, field, _filter(getattr(node, field), name))
     for body, cost in bodies:
@@ -234,14 +247,14 @@ def _turn(cost: int) -> bool:
 
 
 @pass_context  # with a context Jinja does not call it while compiling
-def _output(_context, value: Any) -> str:
+def _output(_context: Context, value: Any) -> str:
     return str(measure(value))
 
 
 def _charge_product(left: Any, right: Any) -> None:
     for one, other in ((left, right), (right, left)):
         if isinstance(one, str | list | tuple) and isinstance(other, int):
-            charge((ITEM if isinstance(one, list | tuple) else 1) * len(one) * max(other, 0))
+            charge((1 if isinstance(one, str) else ITEM) * len(cast("Sized", one)) * max(other, 0))
     if isinstance(left, int) and isinstance(right, int):
         _check_bits(left.bit_length() + right.bit_length())
 
@@ -257,7 +270,7 @@ def _check_bits(bits: int) -> None:
 
 
 _NO_FILTERS = {"format", "wordwrap", "urlize", "random"}  # much of little; `random`: no two renders are equal
-_SIZED = {"batch", "center", "indent", "round", "slice", "truncate"}
+_SIZED_FILTERS = {"batch", "center", "indent", "round", "slice", "truncate"}
 _SIZED_METHODS = {"center", "ljust", "rjust", "zfill"}
 _NO_METHODS = {"encode", "expandtabs", "maketrans", "translate"}
 # Filters whose work does not grow with the value; and those that only walk over it, not into its items.
@@ -273,7 +286,7 @@ _COMPARING_TESTS = {"==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan",
 }
 
 
-def _charged(name: str, function: Callable) -> Callable:
+def _charged(name: str, function: Function) -> Function:
     """A filter that pays for what it is given and what it gives."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0  # the place of the value among the arguments
 
@@ -281,7 +294,7 @@ def _charged(name: str, function: Callable) -> Callable:
     def charged(*args: Any, **kwargs: Any) -> Any:
         charge(STEP)
         value, options = args[first], (*args[first + 1 :], *kwargs.values())
-        if name in _SIZED:
+        if name in _SIZED_FILTERS:
             _check_small(options)
         if name in _GROWTH:
             value = list(value) if name == "join" else str(measure(value))
@@ -298,7 +311,7 @@ def _charged(name: str, function: Callable) -> Callable:
     return charged
 
 
-def _charged_test(function: Callable) -> Callable:
+def _charged_test(function: Function) -> Function:
     @wraps(function)
     def charged(*args: Any) -> bool:
         measure(args)
@@ -312,7 +325,7 @@ def _check_small(options: Iterable[Any]) -> None:
         raise SecurityError(f"a number over {NUMBER_MAX} is given as a width, count or number of digits")
 
 
-def _joined_length(items: list, options: list[str]) -> int:
+def _joined_length(items: list[Any], options: list[str]) -> int:
     return len(items) * max(map(len, options), default=0)
 
 
@@ -326,10 +339,14 @@ def _indented_length(text: str, options: list[str]) -> int:
 
 
 # What a filter may add to its value, given its options as text: a separator per item, say.
-_GROWTH = {"join": _joined_length, "replace": _replaced_length, "indent": _indented_length}
+_GROWTH: dict[str, Callable[[Any, list[str]], int]] = {
+    "join": _joined_length,
+    "replace": _replaced_length,
+    "indent": _indented_length,
+}
 
 
-def _text_method(text: str, name: str, args: tuple) -> tuple:
+def _text_method(text: str, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Charge for a method of a string; give its arguments, an iterator among them made a list."""
     charge(len(text))
     if name in _NO_METHODS:
@@ -344,7 +361,13 @@ def _text_method(text: str, name: str, args: tuple) -> tuple:
     return args
 
 
-def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """As Hugging Face's template environment does: no HTML escapes, characters as they are."""
     measure([value, separators])
     _check_small([indent])
@@ -353,7 +376,7 @@ def _tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_k
     )
     if indent is None and separators is None:
         return glance(encoder.encode(value))
-    return "".join(glance(part) for part in encoder.iterencode(value))
+    return "".join(glance(piece) for piece in encoder.iterencode(value))
 
 
 def _from_json(text: str) -> Any:

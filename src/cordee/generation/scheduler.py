@@ -1,6 +1,6 @@
 """The scheduler: which rows of which streams travel the pipeline together, and in which order.
 
-Pure: it is told what happened and says what to do; no clock, no socket, no thread. The service asks
+Pure: it is told what happened and says what to do; no clock, no socket, no thread. Its owner calls
 `next_batch` until it gives None, sends what it gives, and reports each result with `complete`. All messages
 travel the pipeline in the order they were sent, so a sequence's rows and replays never overtake.
 
@@ -12,24 +12,25 @@ A stream's life:
 
 - **Continuous batching**: streams join and leave between micro-batches, first come first served. Each has a
   *slot*, which is a sequence number of the KV cache with a fixed context.
-- **Chunked prefill**: a prompt goes in chunks, so that it never blocks the others for long. The rows that a
-  micro-batch has for prefill are shared out by water-filling: every prompt gets an equal share, and what
-  short ones do not need goes to the long ones. So a short request starts after about its own work however
+- **Chunked prefill**: a prompt is computed in chunks, so that it never blocks the others for long. The rows
+  that a micro-batch has for prefill are shared by water-filling: every prompt gets an equal share, and what
+  short ones do not need goes to the long ones. So a short request starts after about its own work, however
   long its neighbours are.
 - **Several micro-batches in flight**: with `in_flight` n the decoding streams go in n groups, so that n
   stages work at once. A stream has at most one decode row under way, since the next needs its token; the
   chunks of one prompt may follow each other closely.
-- **Repeats**: a micro-batch of nothing but decode rows may go round by itself, each time with the tokens that
-  it gave, for a bounded number of steps; so nobody has to be asked between two tokens. It ends with the
-  first stream that ends, or when `halts` asks for that because something else wants to travel. Until it has
-  ended, the slots of its streams are not given to others.
+- **Repeats**: a micro-batch of decode rows alone may go round by itself, each time with the tokens that it
+  gave, for a bounded number of steps; so the scheduler is not needed between two tokens. It ends with the
+  first stream that ends, or when `halts` names it because other rows wait. Until it has ended, the slots of
+  its streams are not given to others.
 - **Prefix reuse**: a slot remembers the tokens of its last stream; the next turn of a chat finds its history
   there and computes only what is new.
-- **Inheritance**: when a placement was followed by another, what its slots held can be `recalled`: those
-  positions are taken over instead of computed, each time a stream first goes on in such a slot.
+- **Inheritance**: when a placement was followed by another, what its slots held can be restored: those
+  positions are taken over instead of computed, when a stream first goes on in such a slot (see
+  worker/kv_transfer.py).
 - **Resumed streams** begin with tokens that another host generated, or this one before the gateway missed
-  something. The next token depends on log, index and parameters alone, so they go on as if nothing had been.
-- **Suspects**: a stream that is set apart travels alone, which tells whether it is what breaks the pipeline.
+  something. The next token depends on log, index and parameters alone, so they go on undisturbed.
+- **Suspects**: a stream that is set apart travels alone, which shows whether it is what breaks the pipeline.
 """
 
 from collections import OrderedDict
@@ -43,8 +44,8 @@ from cordee.generation.tokenlog import TokenLog
 # Prefill rows that may join a micro-batch while others decode: they wait for it, so it is kept to a few
 # decode steps' worth of work.
 PREFILL_ROWS_BESIDE_DECODE = 128
-# So often a micro-batch goes round before the scheduler looks at it again: asking is then a small part of the
-# work, and a stream that nobody wants any more, or that could not be halted, costs no more than this.
+# How often a micro-batch goes round before it comes back to the scheduler: that is then a small part of the
+# work, and a stream that was cancelled, or could not be halted, costs no more than this.
 STEPS_MAX = 32
 # Fewer cached tokens than this do not decide which slot a stream gets: so few rows are soon computed again.
 PREFIX_TOKENS_MIN = 8
@@ -55,7 +56,7 @@ class Limits:
     """Bounds of a scheduler.
 
     `context` is in tokens for each of `sequences` slots; `queue` bounds the streams that wait for a slot;
-    `in_flight` the micro-batches under way. A micro-batch has a row for every sequence at least, so that no
+    `in_flight` the micro-batches under way. A micro-batch has room for a row of every sequence, so that no
     stream has to wait for others to end.
 
     Raises:
@@ -78,10 +79,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive rows of one stream in a micro-batch. `sample`: the last one's logits become a token.
+    """Consecutive rows of one stream in a micro-batch. `sample`: the last one's logits give a token.
 
-    `tenure` numbers the streams that had the sequence. `inherit`: what stands before the first position is to
-    be taken over from the placement before.
+    `tenure` is the number of the stream among all that had a slot. `inherit`: the positions before the first
+    one are to be taken over from the placement before.
     """
 
     stream: str
@@ -98,8 +99,9 @@ class MicroBatch:
     """What travels the pipeline as one message; at most one segment of each sequence.
 
     A segment that starts before the end of what its sequence holds replaces the rest of it. `opens` maps a
-    sequence to the token log that its new sampler starts from (as it is when the batch is made). It goes
-    round up to `steps` times: each time after the first with the token of the time before, one position on.
+    sequence to the token log that its new sampler starts from (as it is when the batch is made). The
+    micro-batch goes round up to `steps` times: after the first time with the tokens of the time before, one
+    position on.
     """
 
     id: int
@@ -110,7 +112,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Event:
-    """A stream got a token, or ended, or both. `choice` None: it ended without a token of its own.
+    """A stream got a token, or ended, or both. `choice` None: it ended without another token.
 
     `cached_tokens` of its prompt were in the KV cache when it got its slot. `failure` says why its token
     could not be chosen; the stream has ended then, without a finish reason.
@@ -135,10 +137,10 @@ class _Flight:
 @dataclass(eq=False)
 class _Slot:
     sequence: int
-    tokens: list[int] = field(default_factory=list)  # in the KV cache, or on their way there, by position
+    tokens: list[int] = field(default_factory=list[int])  # by position, in the KV cache or on their way
     released: int = 0  # when its last stream ended, counted in ended streams
     tenure: int = 0  # of the stream that has it, or had it last
-    recalled: bool = False  # the tokens are in the KV cache of the placement before
+    restored: bool = False  # the tokens are in the KV cache of the placement before, not in this one
 
 
 @dataclass(eq=False)
@@ -161,6 +163,17 @@ class _Stream:
     def decodes(self) -> bool:
         """Only the row of the last generated token is left to send."""
         return self.rows_left == 1 and bool(self.log.generated)
+
+    def check_end(self) -> None:
+        """Assert that the slot's tokens may be the beginning of the log, from their number and the last one.
+
+        A row at a wrong position, or of a wrong token, would silently change the answer.
+        """
+        held = self.slot.tokens
+        assert len(held) <= len(self.log), f"{self.request.id}: its slot is longer than its log"
+        assert not held or held[-1] == self.log.token(len(held) - 1), (
+            f"{self.request.id}: its slot is not its log"
+        )
 
 
 class Scheduler:
@@ -263,17 +276,17 @@ class Scheduler:
         *,
         last: bool = True,
     ) -> list[Event]:
-        """Take a micro-batch's result: the token chosen for each sampled sequence, or why there is none.
+        """Handle a micro-batch's result: the token chosen for each sampled sequence, or why there is none.
 
-        Not the `last`: it is on its way again with these tokens. Results of batches that were lost, and
-        tokens of streams that ended meanwhile, are dropped.
+        Not `last`: it is on its way again with these tokens. Results of batches that were lost, and tokens of
+        streams that ended meanwhile, are dropped.
         """
         flight = self._in_flight.get(batch_id)
         if flight is None:
             return []
         if last:
             del self._in_flight[batch_id]
-        events = []
+        events: list[Event] = []
         for stream in flight.streams:
             sequence = stream.slot.sequence
             if self._active.get(stream.request.id) is not stream:
@@ -285,16 +298,17 @@ class Scheduler:
                 if not last:
                     stream.slot.tokens.append(choices[sequence].token)
                 events.append(self._advance(stream, choices[sequence]))
+                stream.check_end()
         return events
 
     def halts(self) -> list[int]:
-        """Micro-batches that should not go round again, each named once: their last result is then near.
+        """Micro-batches that should not go round again, each named once.
 
-        That is so when other rows wait for their place, or when nobody wants their tokens any more.
+        That is so when other rows wait for their place, or when all of their streams have ended.
         """
         full = len(self._in_flight) >= self._limits.in_flight
         wanted = full and (self._others_wait() or any(stream.apart for stream in self._active.values()))
-        found = []
+        found: list[int] = []
         for number, flight in self._in_flight.items():
             dead = not any(self._active.get(stream.request.id) is stream for stream in flight.streams)
             if flight.repeats and not flight.halted and (wanted or dead):
@@ -307,25 +321,38 @@ class Scheduler:
         self._in_flight.clear()
         for slot in self._slots:
             slot.tokens.clear()
-            slot.recalled = False
+            slot.restored = False
         for stream in self._active.values():
             stream.opened = False
 
     def restore(self, held: Mapping[int, Sequence[int]]) -> None:
-        """The placement before has these tokens, by sequence; to be said after `lost`, before any batch."""
+        """The placement before has these tokens, by sequence; to be called after `lost`, before any batch."""
         logs = {stream.slot.sequence: stream.log for stream in self._active.values()}
         for slot in self._slots:
             tokens = list(held.get(slot.sequence, ()))[: self._limits.context]
             if slot.sequence in logs:  # the last token is computed in any case, for its logits
                 log = logs[slot.sequence].tokens(0, len(logs[slot.sequence]) - 1)
                 del tokens[_common_prefix(tokens, log) :]
-            slot.tokens, slot.recalled = tokens, bool(tokens)
+            slot.tokens, slot.restored = tokens, bool(tokens)
 
     def forget_restored(self) -> None:
-        """The placement before is gone: what was not taken over by now is computed again."""
+        """The placement before is gone: what was not taken over yet is computed again."""
         for slot in self._slots:
-            if slot.recalled:
-                slot.tokens, slot.recalled = [], False
+            if slot.restored:
+                slot.tokens, slot.restored = [], False
+
+    def check_slots(self) -> None:
+        """Assert that the tokens of each stream's slot are the beginning of its token log.
+
+        All tokens are compared, so this is for tests; while streams run, only the ends are (`check_end`).
+
+        Raises:
+            AssertionError: they are not.
+        """
+        for stream in self._active.values():
+            stream.check_end()
+            held = stream.slot.tokens
+            assert held == stream.log.tokens(0, len(held)), f"{stream.request.id}: its slot is not its log"
 
     def _steps(self, segments: Sequence[Segment]) -> int:
         """How often a micro-batch may go round: as often as each of its streams wants a token."""
@@ -343,7 +370,7 @@ class Scheduler:
         return room if limit is None else min(room, limit - len(stream.log.generated))
 
     def _others_wait(self) -> bool:
-        """Whether some stream could have rows in the next micro-batch that is in none now."""
+        """Whether some stream that is in no micro-batch could have rows in the next one."""
         if self._waiting and self.active < self._limits.sequences:
             return True
         return any(stream.rows_left for stream in self._active.values())
@@ -411,9 +438,9 @@ class Scheduler:
         return slot, found[slot]
 
     def _decode_segments(self) -> list[Segment]:
-        """One row each of an equal part of the streams, but leaving some for each micro-batch still unsent.
+        """One row each of an equal share of the streams, leaving some for each micro-batch still unsent.
 
-        `in_flight` parts make the whole, so a stream that is left over goes with one of the next few.
+        `in_flight` shares make the whole, so a stream that is left over goes with one of the next few.
         """
         ready = [stream for stream in self._active.values() if stream.decodes]
         ready.sort(key=lambda stream: stream.slot.sequence)
@@ -427,7 +454,7 @@ class Scheduler:
         streams.sort(key=lambda stream: stream.rows_left)
         if any(stream.decodes or not stream.rows_left for stream in self._active.values()):
             budget = min(budget, max(PREFILL_ROWS_BESIDE_DECODE, len(streams)))
-        segments = []
+        segments: list[Segment] = []
         for index, stream in enumerate(streams):
             rows = min(stream.rows_left, budget // (len(streams) - index))
             budget -= rows
@@ -435,11 +462,12 @@ class Scheduler:
         return segments
 
     def _segment(self, stream: _Stream, rows: int) -> Segment:
+        stream.check_end()
         slot = stream.slot
         first = len(slot.tokens)
         tokens = stream.log.tokens(first, first + rows)
         slot.tokens += tokens
-        inherit, slot.recalled = slot.recalled and first > 0, False
+        inherit, slot.restored = slot.restored and first > 0, False
         sample = stream.rows_left == 0
         return Segment(stream.request.id, slot.sequence, first, tokens, sample, slot.tenure, inherit)
 

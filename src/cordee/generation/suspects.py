@@ -1,13 +1,13 @@
-"""Which stream breaks the pipeline: those under way whenever it is lost are suspects, and then go alone."""
+"""Which stream breaks the pipeline: those under way whenever it is lost are suspects, which travel alone."""
 
 from collections.abc import Iterable
 
 from cordee.generation.scheduler import MicroBatch
 
-# A stream that is under way at this many losses, without a token of its own in between, may be their cause:
-# from then on it travels alone, so that no other is suspected with it ...
+# A stream that was under way at this many losses, without getting a token in between, may be their cause:
+# from then on it travels alone, so that no other stream is suspected with it ...
 LOSSES_SUSPECT = 2
-LOSSES_MAX = 3  # ... and one more loss than this ends it
+LOSSES_MAX = 3  # ... and a further loss after this many ends it
 
 
 class Suspects:
@@ -18,12 +18,12 @@ class Suspects:
         self._losses: dict[str, int] = {}
 
     def sent(self, batch: MicroBatch) -> None:
-        """A micro-batch left."""
+        """A micro-batch was sent."""
         self._under_way[batch.id] = {segment.stream for segment in batch.segments}
 
     def result(self, batch_id: int, streams: Iterable[str], *, last: bool) -> None:
-        """A micro-batch's result came, with news of these streams: they are cleared. Not the `last`: it is
-        still under way."""
+        """A result of a micro-batch came for these streams, which clears them. Not `last`: it is still under
+        way."""
         if last:
             self._under_way.pop(batch_id, None)
         for stream in streams:
@@ -37,8 +37,9 @@ class Suspects:
 
     def lost(self) -> tuple[list[str], list[str]]:
         """Everything under way was lost. Gives the streams to set apart and those to end, in order."""
-        apart, ended = [], []
-        for stream in sorted(set().union(*self._under_way.values())):
+        apart: list[str] = []
+        ended: list[str] = []
+        for stream in sorted(set[str]().union(*self._under_way.values())):
             self._losses[stream] = losses = self._losses.get(stream, 0) + 1
             if losses > LOSSES_MAX:
                 ended.append(stream)

@@ -1,10 +1,10 @@
 """Chat templates: the Jinja text in a model's file turns messages into a prompt.
 
-Model files are untrusted; `generation.sandbox` keeps a template from doing harm. Who is told what when a
-render fails: the messages' author, unless the template fails on the plainest message too.
+Model files are untrusted; `generation.sandbox` keeps a template from doing harm. When a render fails, the
+messages are blamed, unless the template fails on the plainest message too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +13,7 @@ import jinja2
 from cordee.errors import BadRequest, UnsupportedModel
 from cordee.generation.sandbox import Sandbox, measure, start_budget
 
-SOURCE_CHARS_MAX = 64 << 10  # the longest of the 71 templates that llama.cpp collects has 17,000
+SOURCE_CHARS_MAX = 64 << 10  # the longest of the 71 templates in llama.cpp's collection has 17,000
 OUTPUT_CHARS_MAX = 8 << 20  # as much text as a vocabulary tokenizes
 MESSAGE_CHARS_MAX = 500  # of an error text that comes from the template
 DATE_FORMAT_CHARS_MAX = 100  # strftime takes up to 256 bytes for each
@@ -33,7 +33,7 @@ RENDER_ERRORS = (
 
 
 class Refused(jinja2.TemplateError):
-    """The template called raise_exception: it does not take these messages, and says why."""
+    """The template called raise_exception: it refuses these messages, and says why."""
 
 
 def missing(model: str) -> UnsupportedModel:
@@ -48,7 +48,7 @@ class ChatTemplate:
     """A model's chat template; `bos` and `eos` are the texts of those tokens.
 
     Raises:
-        UnsupportedModel: the template is no valid Jinja, or absurdly long.
+        UnsupportedModel: the template is not valid Jinja, or absurdly long.
     """
 
     def __init__(self, source: str, bos: str = "", eos: str = "") -> None:
@@ -65,18 +65,18 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: list[dict],
+        messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         now: datetime,
-        tools: list[dict] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **extra: Any,
     ) -> str:
-        """Give the prompt for the messages. `extra` are variables of the model's own, `enable_thinking` say.
+        """The prompt for the messages. `extra` are variables of the template, such as `enable_thinking`.
 
         Raises:
-            BadRequest: the template does not take these messages (the text is its own), or the prompt is too
-                long.
+            BadRequest: the template refuses these messages (in the template's own words), or the prompt is
+                too long.
             UnsupportedModel: the template fails on the plainest message too.
         """
         variables = {"add_generation_prompt": add_generation_prompt, "tools": tools}
@@ -121,7 +121,8 @@ def _raise_exception(message: Any) -> None:
 
 
 def _joined(pieces: Iterable[str]) -> str:
-    text, length = [], 0
+    text: list[str] = []
+    length = 0
     for piece in pieces:
         length += len(piece)
         if length > OUTPUT_CHARS_MAX:

@@ -1,4 +1,4 @@
-"""From the bytes of tokens to text a client may see: whole characters, nothing of a stop string."""
+"""From the bytes of tokens to text that a client may see: whole characters, nothing of a stop string."""
 
 import codecs
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from cordee.errors import BadRequest
 
 STOPS_MAX = 16  # OpenAI allows 4; each costs a search per token
-STOP_CHARS_MAX = 256  # what may become a stop string is held back: longer ones would stall the stream
+STOP_CHARS_MAX = 256  # text that may become a stop string is held back: longer ones would stall the stream
 
 
 def check(stop: Sequence[str]) -> None:
@@ -23,7 +23,7 @@ def check(stop: Sequence[str]) -> None:
 
 
 class TextStream:
-    """Takes the bytes of tokens in any cut and gives text that never has to be taken back.
+    """Turns the bytes of tokens, split anywhere, into text that never has to be taken back.
 
     Bytes that do not yet make a character, and characters that may become a stop string, are held back.
     Of several stop strings the one that completes first in the stream counts; of those that complete
@@ -43,11 +43,11 @@ class TextStream:
         self._held = ""
 
     def push(self, piece: bytes) -> str:
-        """Take the bytes of one token; give what can be sent now, perhaps nothing."""
+        """Add the bytes of one token; gives what can be sent now, perhaps nothing."""
         return self._append(self._decoder.decode(piece))
 
     def finish(self) -> str:
-        """Give what was held back, now that nothing follows; a cut character becomes U+FFFD."""
+        """What was held back, now that nothing follows; an incomplete character becomes U+FFFD."""
         text = self._append(self._decoder.decode(b"", final=True)) + self._held
         self._held = ""
         return text

@@ -1,4 +1,4 @@
-"""The token log: all it takes to go on with a stream after any loss."""
+"""The token log: all that is needed to go on with a stream after any loss."""
 
 from collections.abc import Sequence
 
@@ -25,6 +25,11 @@ class TokenLog:
     def append(self, token: int) -> None:
         """Add a generated token."""
         self.generated.append(token)
+
+    def token(self, position: int) -> int:
+        """The token at a position from 0."""
+        edge = len(self.prompt)
+        return self.prompt[position] if position < edge else self.generated[position - edge]
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """The tokens at positions start (inclusive) to stop (exclusive)."""

@@ -20,7 +20,7 @@ from cordee.models.slices import SliceTensor, even_cuts, plan_slice, window_patt
 Tensors = Mapping[str, SliceTensor | Tensor]
 
 KV_NUMBER_BYTES = 2  # f16 and bf16
-TERNARY_LANES = 16  # native/src/cache.h, LANES
+TERNARY_LANES = 16  # native/src/engine/cache.h, LANES
 # The share of free memory that may be promised: the estimate is right to a tenth.
 USABLE = 0.9
 # A shorter context is of no use.
@@ -138,7 +138,7 @@ def row_floats(header: Header, tensors: Tensors) -> int:
 
 
 def _ternary_row_floats(header: Header, embd: int) -> int:
-    """The same in the ternary engine, whose buffers last a whole batch (native/src/session.c, cut_batch)."""
+    """The same in the ternary engine, whose buffers last a batch (native/src/engine/session.c, cut_batch)."""
     width, (heads, groups, head_dim) = size_of(header, ".feed_forward_length"), _ternary_heads(header)
     planes = max(size_of(header, f"cordee.ternary.{key}") for key in ("planes", "head_planes"))
     digits = planes * _padded(max(width, heads * head_dim, embd))  # of activations, in bytes

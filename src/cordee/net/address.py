@@ -8,7 +8,7 @@ import psutil
 from cordee.errors import BadRequest
 
 PORT_MAX = 65_535
-# A wire and a radio, each with two kinds of address. More would be tried by every node again and again.
+# A cable and Wi-Fi, each with IPv4 and IPv6. Every node would try more of them again and again.
 ADDRESSES_MAX = 4
 
 
@@ -16,7 +16,7 @@ def parse(text: str, default_port: int) -> tuple[str, int]:
     """Host and port of an address; a host alone gets `default_port`.
 
     Raises:
-        BadRequest: it is neither `host` nor `host:port`.
+        BadRequest: it is neither `host` nor `host:port`, or the port is out of range.
     """
     host, port = text, str(default_port)
     if text.startswith("["):
@@ -25,7 +25,7 @@ def parse(text: str, default_port: int) -> tuple[str, int]:
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
     if not host or not (port.isascii() and port.isdigit()) or int(port) > PORT_MAX:
-        raise BadRequest(f"{text!r} is no address: write HOST or HOST:PORT, and [HOST]:PORT for IPv6.")
+        raise BadRequest(f"{text!r} is not an address: write HOST or HOST:PORT, and [HOST]:PORT for IPv6.")
     return host, int(port)
 
 
@@ -35,7 +35,7 @@ def text(host: str, port: int) -> str:
 
 
 def own(host: str, port: int) -> list[str]:
-    """The addresses under which others reach what listens on `host` and `port`, at most ADDRESSES_MAX.
+    """The addresses at which other nodes reach what listens on `host` and `port`, at most ADDRESSES_MAX.
 
     An empty host means all interfaces. Loopback is named only where the machine has nothing else.
     """
@@ -53,7 +53,7 @@ def own(host: str, port: int) -> list[str]:
 
 
 def renewed(endpoint: str, host: str) -> str:
-    """An endpoint of this machine, addresses joined by commas, with those that it has by now.
+    """An endpoint of this machine (addresses joined by commas) with the addresses that it has now.
 
     `host` is where it listens: empty means all interfaces.
     """

@@ -1,18 +1,18 @@
-"""How a machine becomes a member, and how members stay it: codes, join, renewals. Admins are in
-invitations.py.
+"""How a machine becomes a member, and how members stay members: codes, join, renewals. The admin's side of
+join is in invitations.py.
 
     admin                                     newcomer
     invite: prints a code                      join CODE
-      |<---------------- GET /cluster ------------|   TLS, nobody known yet
+      |<---------------- GET /cluster ------------|   TLS, the other side is not known yet
       |----- the authority's certificate, time -->|   is it the one of the code? else stop
       |<------ POST /join: request, proof --------|   TLS verified by that authority
       |- certificate, peers, removed nodes, ... ->|   and the authority's key, if invited as an admin
 
 A code holds the admin's addresses, the first half of the SHA-256 of the authority's certificate, a secret,
-and a checksum against slips. The secret never travels: the proof is its HMAC over the newcomer's request, so
-it serves nobody else's key, and the authority's key travels sealed with it. A code works once, for
-INVITE_SECONDS, and as long as the admin's process lives; whoever used it may repeat his request, since
-answers get lost. Renewals go over the bus: whoever asks there is a member.
+and a checksum against typing errors. The secret never travels: the proof is its HMAC over the newcomer's
+request, so it is of no use for another key, and the authority's key travels sealed with the secret. A code
+works once, for INVITE_SECONDS, and as long as the admin's process lives; the newcomer that used it may repeat
+its request, since answers get lost. Renewals go over the bus, where only members can ask.
 """
 
 import base64
@@ -31,19 +31,20 @@ import msgspec
 from cryptography import x509
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cordee.errors import CordeeError, JoinFailed
 from cordee.net import address, identity
+from cordee.net.bus import Bus
 from cordee.net.identity import Identity
 from cordee.net.peers import Peers
-from cordee.net.zenoh_bus import Bus
 
 CODE_PREFIX = "cordee"
 SECRET_BYTES = PIN_BYTES = 16  # 128 bits can neither be guessed nor matched by another authority
 CHECKSUM_BYTES = 4
-ANSWER_BYTES_MAX = 1 << 20  # SLOTS addresses and removals take a tenth
+ANSWER_BYTES_MAX = 1 << 20  # addresses and removals of SLOTS nodes take a tenth
 REACH_SECONDS = 5.0  # for each step with one address of a code
 CLOCK_SECONDS_MAX = identity.BACKDATED_SECONDS * 3 / 4  # beyond it a fresh certificate seems not yet valid
 KEYS_TRIED_MAX = 16  # until a node's slot is free: with half of them taken, 1 in 65,000 fails
@@ -54,7 +55,7 @@ T = TypeVar("T")
 
 
 class Code(msgspec.Struct, frozen=True, array_like=True):
-    """What an invitation's code says."""
+    """The content of an invitation's code."""
 
     addresses: tuple[str, ...]
     pin: bytes
@@ -82,7 +83,7 @@ class Application(msgspec.Struct, frozen=True):
 
 
 class Admission(msgspec.Struct, frozen=True, tag=True):
-    """Answer to POST /join. `peers`: where nodes are, by id; `authority_key`: sealed, empty for most."""
+    """Answer to POST /join. `peers`: addresses by node id; `authority_key`: sealed, for admins only."""
 
     certificate: bytes
     peers: dict[str, str]
@@ -97,11 +98,14 @@ class JoinRefusal(msgspec.Struct, frozen=True, tag=True):
 
 
 class Renewal(msgspec.Struct, frozen=True):
-    """A member's question to admins on the bus, answered by a certificate (PEM)."""
+    """A member's query to the admins on the bus, answered with a certificate (PEM)."""
 
     request: bytes
     certificate: bytes
 
+
+_cluster = msgspec.msgpack.Decoder(Cluster)
+_joined: msgspec.msgpack.Decoder[Admission | JoinRefusal] = msgspec.msgpack.Decoder(Admission | JoinRefusal)
 
 REFUSALS = {
     "unknown": "The code is not (or no longer) known there: ask for a new one with `cordee invite`.",
@@ -114,10 +118,10 @@ REFUSALS = {
 
 
 def read_code(text: str) -> Code:
-    """The code that somebody pasted; blanks and line breaks in it do not matter.
+    """The code in a text that was pasted; blanks and line breaks in it do not matter.
 
     Raises:
-        JoinFailed: it is no code, or has a slip in it.
+        JoinFailed: it is not a code, or not exactly the one that was printed.
     """
     word = "".join(text.split()).lower()
     encoded = word.removeprefix(CODE_PREFIX).upper()
@@ -137,8 +141,8 @@ def join(text: str, clock: Callable[[], float] = time.time) -> Identity:
     """Become a member of the cluster whose code this is; a member of it stays the same node.
 
     Raises:
-        JoinFailed: a slip in the code, no admin reached, another cluster there, a code that expired or was
-            used, clocks too far apart, or this machine is in another cluster; the message says what to do.
+        JoinFailed: the code is mistyped, expired or used; no admin is reached, or another cluster answers;
+            clocks are too far apart; or this machine is in another cluster. The message says what to do.
         IdentityDamaged: this machine has an identity that cannot be read.
     """
     code = read_code(text)
@@ -146,20 +150,22 @@ def join(text: str, clock: Callable[[], float] = time.time) -> Identity:
     if member is not None and pin_of(member.authority) != code.pin:
         raise JoinFailed("This machine belongs to another cluster: `cordee leave` first, then join.")
     where, authority = _find(code, clock)
+    reason = ""
     for _ in range(KEYS_TRIED_MAX):
         key = member.key if member is not None else identity.new_key()
         request = identity.certificate_request(key)
         application = Application(request, proof_of(code.secret, request))
-        answer = _ask(where, "POST", "/join", authority, Admission | JoinRefusal, application)
+        answer = _ask(where, "POST", "/join", authority, _joined, application)
         if isinstance(answer, Admission):
             return _settle(answer, key, authority, code.secret, member)
-        if answer.reason != "slot" or member is not None:
+        reason = answer.reason
+        if reason != "slot" or member is not None:
             break
-    raise JoinFailed(REFUSALS.get(answer.reason, REFUSALS["unknown"]))
+    raise JoinFailed(REFUSALS.get(reason, REFUSALS["unknown"]))
 
 
 def check(member: Identity, now: float) -> None:
-    """Whether other members can be met with this identity.
+    """Check that the other members will accept this identity.
 
     Raises:
         JoinFailed: the node was removed, or its certificate is not valid now; the message says what to do.
@@ -177,12 +183,12 @@ def check(member: Identity, now: float) -> None:
 
 
 def pin_of(authority: x509.Certificate) -> bytes:
-    """What a code says of the authority."""
+    """What a code holds of the authority's certificate."""
     return authority.fingerprint(hashes.SHA256())[:PIN_BYTES]
 
 
 def serve_renewals(bus: Bus, member: Identity, clock: Callable[[], float] = time.time) -> None:
-    """Let an admin answer the renewals of others."""
+    """Answer the renewals of other members, as an admin."""
 
     async def answer(question: bytes) -> bytes | None:
         try:
@@ -195,9 +201,9 @@ def serve_renewals(bus: Bus, member: Identity, clock: Callable[[], float] = time
 
 
 async def renew(bus: Bus, member: Identity, now: float) -> bool:
-    """Renew the certificate, by oneself or any admin on the bus; False when none answered.
+    """Renew a member's certificate, by itself or any admin on the bus; False when none answered.
 
-    Afterwards the bus wants a `refresh`: its listener still shows the old certificate.
+    Afterwards the bus needs a `refresh`: its listener still shows the old certificate.
     """
     if member.is_admin:
         member.renew_self(now)
@@ -213,12 +219,12 @@ async def renew(bus: Bus, member: Identity, now: float) -> bool:
 
 def _settle(
     admission: Admission,
-    key,
+    key: EllipticCurvePrivateKey,
     authority: x509.Certificate,
     secret: bytes,
     member: Identity | None,
 ) -> Identity:
-    """Write what the admin answered."""
+    """Store what the admin answered."""
     try:
         if member is None:
             certificate = x509.load_pem_x509_certificate(admission.certificate)
@@ -238,10 +244,10 @@ def _settle(
 
 def _find(code: Code, clock: Callable[[], float]) -> tuple[str, x509.Certificate]:
     """The first address of a code behind which its cluster is, and the cluster's authority."""
-    unreached = []
+    unreached: list[str] = []
     for where in code.addresses[: address.ADDRESSES_MAX]:
         try:
-            cluster = _ask(where, "GET", "/cluster", None, Cluster, None)
+            cluster = _ask(where, "GET", "/cluster", None, _cluster, None)
             authority = x509.load_pem_x509_certificate(cluster.authority)
         except (JoinFailed, ValueError) as error:
             unreached.append(f"{where}: {error}")
@@ -270,13 +276,13 @@ def _ask(
     method: str,
     path: str,
     authority: x509.Certificate | None,
-    kind: type[T],
+    decoder: msgspec.msgpack.Decoder[T],
     body: Application | None,
 ) -> T:
-    """One exchange with the endpoint; without `authority` whoever answers is believed.
+    """One exchange with the endpoint; without `authority` any certificate is accepted.
 
     Raises:
-        JoinFailed: no answer, or none of this kind.
+        JoinFailed: there is no answer, or none that `decoder` takes.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
@@ -289,13 +295,13 @@ def _ask(
         with contextlib.closing(connection):
             connection.request(method, path, msgspec.msgpack.encode(body) if body is not None else None)
             answer = connection.getresponse().read(ANSWER_BYTES_MAX)
-        return msgspec.msgpack.decode(answer, type=kind)
+        return decoder.decode(answer)
     except (OSError, http.client.HTTPException, CordeeError, msgspec.MsgspecError) as error:
         raise JoinFailed(str(error) or type(error).__name__) from error
 
 
 def proof_of(secret: bytes, request: bytes) -> bytes:
-    """What shows the knowledge of a code's secret and serves for this request only."""
+    """Proves knowledge of a code's secret, for this request only."""
     return hmac.digest(secret, b"cordee join " + request, "sha256")
 
 
@@ -304,7 +310,7 @@ def _sealing(secret: bytes) -> AESGCM:
 
 
 def seal(authority_key: bytes, secret: bytes) -> bytes:
-    """The authority's key, to be read by who knows a code's secret."""
+    """The authority's key (PEM), encrypted with a code's secret."""
     nonce = os.urandom(SEAL_NONCE_BYTES)
     return nonce + _sealing(secret).encrypt(nonce, authority_key, None)
 

@@ -1,21 +1,21 @@
-"""Who this machine is: the cluster's certificate authority, the node's key and certificate, who was removed.
+"""Who this machine is: the cluster's authority, the node's key and certificate, and the removed nodes.
 
     cluster/ca.pem     the cluster's authority: trusted for this cluster and nothing else
-    cluster/ca.key     its key; only admins have it (the first node, and whoever was invited as one)
+    cluster/ca.key     its key; only admins have it (the first node, and nodes invited as admins)
     cluster/node.key   made here; never leaves this machine
     cluster/node.pem   the authority's signature under that key, short-lived
     cluster/revoked    nodes that were removed, each signed by the authority
 
-The folder appears whole or not at all, so whatever is missing or damaged in it is a fault that is reported; a
-new identity in its place would be a stranger to the cluster. Times are seconds since 1970, as `time.time()`.
+The folder appears whole or not at all, so anything missing or damaged in it is a fault that is reported: the
+cluster would not know a new identity in its place. Times are seconds since 1970, as `time.time()`.
 
 A node's id is the first 16 hex digits of the SHA-256 of its public key, the cluster's id those of the SHA-256
 of its authority's certificate. Keys are EC P-256: the smallest that rustls, OpenSSL and old clients all know.
 
 **Common names are slots.** A certificate's common name is `slot_of(node)`, one of SLOTS names, by the first
-digits of the node's id. These names are whom `cordee.net.zenoh_bus` lets speak: that list changes when a
-node is removed, not when one joins. No public authority signs a name without a dot. Two members never share
-a slot; whoever joins with a taken one makes another key.
+digits of the node's id. `cordee.net.zenoh_bus` gives access to these names: its list changes when a node is
+removed, not when one joins. No public authority signs a name without a dot. Two members never share a slot: a
+machine that would join with a taken one makes another key.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cordee import files
@@ -40,8 +41,8 @@ from cordee.errors import IdentityDamaged
 DAY_SECONDS = 86_400
 # A stolen machine that nobody removes stops being a member by itself; long enough for a summer holiday.
 CERTIFICATE_SECONDS = 30 * DAY_SECONDS
-RENEW_SECONDS = CERTIFICATE_SECONDS // 3  # two more thirds in which some admin has to be up
-BACKDATED_SECONDS = 2 * DAY_SECONDS  # a clock that is a day slow, read by one that is right
+RENEW_SECONDS = CERTIFICATE_SECONDS // 3  # then some admin has to be up within the other two thirds
+BACKDATED_SECONDS = 2 * DAY_SECONDS  # so that a node whose clock is a day slow takes a fresh certificate
 AUTHORITY_SECONDS = 30 * 365 * DAY_SECONDS  # outlives the machines
 SLOT_DIGITS = 2
 SLOTS = 16**SLOT_DIGITS  # members and nodes ever removed; each costs a zenoh session 15 kB and 40 µs
@@ -62,7 +63,7 @@ class Identity:
     certificate: x509.Certificate
     authority: x509.Certificate
     authority_key: ec.EllipticCurvePrivateKey | None  # admins have it
-    _revoked: dict[str, bytes] = field(default_factory=dict)  # the authority's signature by node
+    _revoked: dict[str, bytes] = field(default_factory=dict[str, bytes])  # the authority's signature, by node
 
     @property
     def node(self) -> str:
@@ -86,7 +87,7 @@ class Identity:
 
     @property
     def revocations(self) -> tuple[bytes, ...]:
-        """What `admit` of any other member understands: tell everybody, again and again."""
+        """What `admit` of the other members takes; to be sent to all of them, again and again."""
         return tuple(bytes.fromhex(node) + signature for node, signature in sorted(self._revoked.items()))
 
     def validity(self) -> tuple[float, float]:
@@ -99,20 +100,20 @@ class Identity:
         return now >= self.validity()[1] - CERTIFICATE_SECONDS + RENEW_SECONDS
 
     def request(self) -> bytes:
-        """A request (PKCS #10, DER) to sign this node's key; whoever reads it learns nothing secret."""
+        """A request (PKCS #10, DER) to sign this node's key; there is nothing secret in it."""
         return certificate_request(self.key)
 
     def sign(self, request: bytes, now: float) -> bytes:
         """A certificate (PEM) for the key of a request; only an admin can.
 
         Raises:
-            ValueError: it is no request, or it does not prove the possession of a P-256 key.
+            ValueError: it is not a request, or does not prove possession of a P-256 key.
         """
         assert self.authority_key is not None, "only an admin signs"
         return pem(_issue(requested_key(request), self.authority, self.authority_key, now))
 
     def sign_again(self, request: bytes, certificate: bytes, now: float) -> bytes:
-        """`sign` for a member, who shows the certificate (PEM) that he has; it may have run out.
+        """`sign` for a member, which shows its present certificate (PEM); that one may have expired.
 
         Raises:
             ValueError: the certificate is not this cluster's for the request's key, or the node was removed.
@@ -128,7 +129,7 @@ class Identity:
         """Take a new certificate (PEM) for this node's key.
 
         Raises:
-            ValueError: it is another's, or not of this cluster's authority.
+            ValueError: it is for another key, or not of this cluster's authority.
         """
         renewed = x509.load_pem_x509_certificate(certificate)
         if not _belongs(renewed, self.key.public_key(), self.authority):
@@ -137,7 +138,7 @@ class Identity:
         self.certificate = renewed
 
     def renew_self(self, now: float) -> None:
-        """What an admin does when its own certificate is due."""
+        """Renew the certificate of an admin, which signs its own."""
         self.renew(self.sign(self.request(), now))
 
     def become_admin(self, authority_key: bytes) -> None:
@@ -153,7 +154,7 @@ class Identity:
         self.authority_key = key
 
     def authority_key_pem(self) -> bytes:
-        """The authority's key, for a node that is invited as an admin."""
+        """The authority's key (PEM), for a node that is invited as an admin."""
         assert self.authority_key is not None, "only an admin has it"
         return _private_pem(self.authority_key)
 
@@ -161,7 +162,7 @@ class Identity:
         """Remove a node for good; only an admin can. The others learn it from `revocations`.
 
         Raises:
-            ValueError: that is no node's id.
+            ValueError: that is not a node id.
         """
         assert self.authority_key is not None, "only an admin removes"
         if node in self._revoked:
@@ -170,9 +171,9 @@ class Identity:
         self.admit([bytes.fromhex(node) + signature])
 
     def admit(self, revocations: Iterable[bytes]) -> frozenset[str]:
-        """Take note of `revocations` of another member; returns the nodes that are new among them.
+        """Add the `revocations` of another member; returns the nodes that are new among them.
 
-        An entry that the authority did not sign is passed over: it can only be damaged or made up.
+        An entry that the authority did not sign is ignored: it can only be damaged or forged.
         """
         new: dict[str, bytes] = {}
         for entry in revocations:
@@ -218,7 +219,7 @@ def install(
         StorageFailed: the folder cannot be written.
     """
     folder = _folder()
-    for left in folder.parent.glob(f"{PARTIAL}*"):  # by a process that was killed; there is a key in it
+    for left in folder.parent.glob(f"{PARTIAL}*"):  # of a process that was killed; there is a key in it
         shutil.rmtree(left, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
     try:
@@ -246,7 +247,7 @@ def load() -> Identity:
         IdentityDamaged: a file is missing, unreadable or not what it should be; the message names it.
     """
     folder = _folder()
-    with contextlib.suppress(OSError):  # another's folder is caught below, when its files cannot be read
+    with contextlib.suppress(OSError):  # another user's folder shows below, when its files cannot be read
         folder.chmod(0o700)
     authority = _read(folder / "ca.pem", x509.load_pem_x509_certificate)
     key = _read(folder / "node.key", _private_key)
@@ -258,9 +259,8 @@ def load() -> Identity:
         authority_key = _read(folder / "ca.key", _private_key)
         if _spki(authority_key.public_key()) != _spki(authority.public_key()):
             raise _damaged(folder / "ca.key", "it is not the key of ca.pem")
-    identity = Identity(folder, key, certificate, authority, authority_key)
-    identity._revoked = _read(folder / "revoked", lambda data: _revoked_of(data, authority))
-    return identity
+    revoked = _read(folder / "revoked", lambda data: _revoked_of(data, authority))
+    return Identity(folder, key, certificate, authority, authority_key, revoked)
 
 
 def forget() -> None:
@@ -274,7 +274,7 @@ def new_key() -> ec.EllipticCurvePrivateKey:
 
 
 def node_id(key: ec.EllipticCurvePublicKey) -> str:
-    """The id of the node that holds this key's private half."""
+    """The id of the node that holds the private key."""
     return hashlib.sha256(_spki(key)).hexdigest()[:ID_DIGITS]
 
 
@@ -294,21 +294,21 @@ def revoked_node(revocation: bytes) -> str:
 
 
 def slots() -> list[str]:
-    """All common names that there can be, SLOTS of them."""
+    """All SLOTS common names that there can be."""
     return [f"cordee-{number:0{SLOT_DIGITS}x}" for number in range(SLOTS)]
 
 
 def certificate_request(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A request (PKCS #10, DER) to sign this key, signed with it: it proves the possession of the key."""
+    """A request (PKCS #10, DER) to sign this key, signed with it, which proves possession of the key."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(_name(slot_of(node_id(key.public_key()))))
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
 
 
 def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
-    """The key that a request proves the possession of.
+    """The key of which a request proves possession.
 
     Raises:
-        ValueError: it is no request, its signature is wrong, or the key is not EC P-256.
+        ValueError: it is not a request, its signature is wrong, or the key is not EC P-256.
     """
     parsed = x509.load_der_x509_csr(request)
     key = parsed.public_key()
@@ -320,7 +320,7 @@ def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
 
 
 def pem(certificate: x509.Certificate) -> bytes:
-    """A certificate as text, as files and messages hold it."""
+    """A certificate in PEM, as files and messages hold it."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
@@ -410,8 +410,11 @@ def _revocation(cluster: str, node: str) -> bytes:
 
 def _is_revoked(authority: x509.Certificate, node: str, signature: bytes) -> bool:
     statement = _revocation(cluster_id(authority), node)
+    key = authority.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        return False
     try:
-        authority.public_key().verify(signature, statement, ec.ECDSA(hashes.SHA256()))
+        key.verify(signature, statement, ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
         return False
     return True
@@ -466,5 +469,5 @@ def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
     )
 
 
-def _spki(key: ec.EllipticCurvePublicKey) -> bytes:
+def _spki(key: CertificatePublicKeyTypes) -> bytes:
     return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)

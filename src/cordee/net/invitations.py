@@ -1,7 +1,7 @@
-"""An admin's desk: invitations, and the endpoint where newcomers show that they have one (enrolment.py).
+"""An admin's invitations, and the endpoint where newcomers use them (see enrolment.py).
 
-The endpoint is open while an invitation is. Wrong proofs are counted, by address and in all, and beyond a
-bound nothing is looked at for a while.
+The endpoint is open while an invitation is. Wrong proofs are counted, by address and in all; above a bound
+every request is refused unread for a while.
 """
 
 import asyncio
@@ -39,9 +39,9 @@ from cordee.net.peers import Peers
 
 INVITES_MAX = 16  # that are remembered, open or not
 BODY_BYTES_MAX = 16 << 10  # a request takes 300 bytes
-MISS_SECONDS = 60.0  # for which a wrong proof counts
-FAILED_ATTEMPTS_MAX = 5  # of one address: a person mistypes a few times
-FAILED_ATTEMPTS_TOTAL_MAX = 50  # of all: 128 bits stand anyway, this bounds the work
+FAILED_ATTEMPT_SECONDS = 60.0  # for which a wrong proof counts
+FAILED_ATTEMPTS_MAX = 5  # from one address: a person mistypes a few times
+FAILED_ATTEMPTS_TOTAL_MAX = 50  # from all: nobody guesses 128 bits, so this only bounds the work
 CONNECTIONS_MAX = 32
 LINGER_SECONDS = 30.0  # after the last invitation was used, for a newcomer whose answer was lost
 INVITE_SECONDS = 900  # to walk to the other machine and install
@@ -59,25 +59,25 @@ class _Invitation:
 
 
 class FailedAttempts:
-    """Wrong proofs of the last MISS_SECONDS; bounded, because the newest MISSES_TOTAL_MAX tell enough."""
+    """Wrong proofs of the last FAILED_ATTEMPT_SECONDS; the newest FAILED_ATTEMPTS_TOTAL_MAX are enough."""
 
     def __init__(self) -> None:
-        self._misses: deque[tuple[float, str]] = deque(maxlen=FAILED_ATTEMPTS_TOTAL_MAX)
+        self._attempts: deque[tuple[float, str]] = deque(maxlen=FAILED_ATTEMPTS_TOTAL_MAX)
 
     def note(self, who: str, now: float) -> None:
-        """A wrong proof came from this address."""
-        self._misses.append((now, who))
+        """A wrong proof came from the address `who`."""
+        self._attempts.append((now, who))
 
     def too_many(self, who: str, now: float) -> bool:
-        """Whether nothing of this address should be looked at now."""
-        recent = [each for then, each in self._misses if 0 <= now - then < MISS_SECONDS]
+        """Whether requests from this address are to be refused now."""
+        recent = [each for then, each in self._attempts if 0 <= now - then < FAILED_ATTEMPT_SECONDS]
         return len(recent) >= FAILED_ATTEMPTS_TOTAL_MAX or recent.count(who) >= FAILED_ATTEMPTS_MAX
 
 
 class Invitations:
     """An admin's invitations and their endpoint.
 
-    `addresses` tells where this node's bus listens now; `host` is where the endpoint listens, empty for all
+    `addresses` gives where this node's bus listens now; `host` is where the endpoint listens, empty for all
     interfaces. Use it in one event loop, and `close` it.
     """
 
@@ -96,14 +96,14 @@ class Invitations:
         self._issued: set[str] = set()
         self._failed_attempts = FailedAttempts()
         self._port = 0  # of the endpoint while it is open
-        self._serving: set[asyncio.Task] = set()  # the open endpoint, and one that is closing
+        self._serving: set[asyncio.Task[None]] = set()  # the open endpoint, and one that is closing
         self._changed = asyncio.Event()
 
     async def invite(self, *, admin: bool = False) -> str:
         """A new code; the endpoint opens if it is not open.
 
         Raises:
-            JoinFailed: this node is no admin.
+            JoinFailed: this node is not an admin.
         """
         if not self._identity.is_admin:
             raise JoinFailed("This node cannot invite, since it is no admin: invite on another node.")
@@ -146,12 +146,12 @@ class Invitations:
             timeout_graceful_shutdown=1,
         )
         server = uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext
+        server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue] - it is a context manager, too
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             await self._until_unwanted()
         finally:
-            self._port = 0  # whoever invites from here on opens another
+            self._port = 0  # the next invitation opens another
             server.should_exit = True
             await serving
 
@@ -173,8 +173,8 @@ class Invitations:
 
     async def _join(self, request: Request) -> Response:
         body = b""
-        async for part in request.stream():
-            body += part
+        async for piece in request.stream():
+            body += piece
             if len(body) > BODY_BYTES_MAX:
                 return _packed(JoinRefusal("unknown"), 413)
         who = request.client.host if request.client else ""

@@ -1,7 +1,7 @@
 """Where the other nodes were seen last, so that a restarted node finds them without multicast.
 
-A cache: `cluster/peers` holds a line `NODE ADDRESS,ADDRESS` for each node. What makes no sense is passed
-over, and a lost file costs nothing where somebody else remembers.
+A cache: `cluster/peers` holds a line `NODE ADDRESS,ADDRESS` for each node. Lines that make no sense
+are skipped, and a lost file costs nothing where another node remembers.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ class Peers:
     @property
     def known(self) -> dict[str, str]:
         """All of them by id, their addresses joined by commas."""
-        return {node: ",".join(them) for node, them in self._known.items()}
+        return {node: ",".join(addresses) for node, addresses in self._known.items()}
 
     def addresses(self) -> list[str]:
         """Where to look for nodes that were not removed."""
         revoked = self._identity.revoked
-        return [each for node, them in self._known.items() if node not in revoked for each in them]
+        return [each for node, known in self._known.items() if node not in revoked for each in known]
 
     def remember(self, node: str, addresses: str) -> None:
-        """A node was seen at these addresses, joined by commas; what it was seen at before is forgotten."""
+        """A node was seen at these addresses, joined by commas; they replace those of before."""
         sound = _sound(addresses)
         if not NODE.fullmatch(node) or not sound or self._known.get(node) == sound:
             return
@@ -51,7 +51,7 @@ class Peers:
             self._write()
 
     def _write(self) -> None:
-        lines = "".join(f"{node} {them}\n" for node, them in self.known.items())
+        lines = "".join(f"{node} {addresses}\n" for node, addresses in self.known.items())
         with (
             contextlib.suppress(StorageFailed),  # remembered until the node stops
             files.atomic_file(self._identity.folder / "peers") as file,
@@ -67,12 +67,12 @@ def _load(path: Path) -> dict[str, tuple[str, ...]]:
         return {}
     pairs = (line.partition(" ") for line in text.splitlines()[:SLOTS])
     known = {node: _sound(addresses) for node, _, addresses in pairs if NODE.fullmatch(node)}
-    return {node: them for node, them in known.items() if them}
+    return {node: addresses for node, addresses in known.items() if addresses}
 
 
 def _sound(addresses: str) -> tuple[str, ...]:
-    """Those of them that are addresses with a port."""
-    sound = []
+    """The well-formed addresses, with a port, of a list joined by commas."""
+    sound: list[str] = []
     for each in addresses.split(",")[: address.ADDRESSES_MAX]:
         with contextlib.suppress(BadRequest):
             host, port = address.parse(each, 0)

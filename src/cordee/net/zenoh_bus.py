@@ -1,21 +1,22 @@
-"""The bus between the agents of a cluster: `Bus`, what they need of it, and `ZenohBus`, how they get it.
+"""The bus between the agents of a cluster, over zenoh: `ZenohBus` is a `cordee.net.bus.Bus`.
 
 Every link is TLS with a certificate on both sides; no other listener is opened, no other protocol spoken.
-Peers are found by multicast (on a port of the cluster's own, so that two clusters do not knock at each
-other), by addresses given with `--peer`, by those remembered from last time, and by gossip. What multicast
-says, a random id and addresses, is all that travels outside of TLS.
+Peers are found by multicast (on a port of the cluster's own, so that two clusters do not contact each other),
+by addresses given with `--peer`, by those remembered from last time, and by gossip. The multicast messages, a
+random id and addresses, are all that travels outside of TLS.
 
-**Who may speak.** Beside the cluster's authority zenoh trusts the web's public authorities when it connects,
-and cannot be told not to; and anybody can answer its multicast with an address of his own. So a link alone is
-no membership. zenoh's access control lets nothing in or out but for common names that only the cluster's
-authority signs (`identity.slots`), less those of removed nodes; a removed node, which may have slept then,
-hears one thing: that it was. Who may is read when a session opens, and so is the listener's certificate:
-`refresh` reopens the session after a removal or a renewal, in about 0.1 s, on the same port. Host names would
-add nothing and are not verified: addresses change, ids do not.
+**Access.** Beside the cluster's authority zenoh trusts the web's public authorities when it connects, and
+this cannot be switched off; and anybody can answer its multicast with an address of theirs. So a link alone
+does not make a member. zenoh's access control lets nothing in or out except for common names that only the
+cluster's authority signs (`identity.slots`), without those of removed nodes; a removed node, which may have
+been asleep when it was removed, may see one key: the one that tells it so. The list is read when a session
+opens, and so is the listener's certificate: `refresh` reopens the session after a removal or a renewal, in
+about 0.1 s, on the same port. Host names would add nothing and are not verified: addresses change, ids do
+not.
 
 **Threads.** zenoh calls on its own threads; everything is handed to the event loop, in order, through bounded
-inboxes. Sending may block while a neighbour does not take data and so happens on threads of this module.
-Whatever is on the bus is soft state: what a full queue drops is said again by its owner.
+inboxes. Sending may block while a neighbour does not take data, and so happens on threads of this module.
+Everything on the bus is soft state: what a full queue drops, its sender repeats.
 """
 
 import asyncio
@@ -24,76 +25,35 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import zenoh
-from zenoh.handlers import Callback
+from zenoh.handlers import Callback  # pyright: ignore[reportMissingModuleSource] - in the native module
 
 from cordee.errors import BadRequest, SetupNeeded
 from cordee.net import address
+from cordee.net.bus import REMOVED, Answer, BusOptions
 from cordee.net.identity import Identity, revoked_node
 from cordee.net.peers import Peers
-from cordee.net.zenoh_config import MESSAGE_BYTES_MAX, REMOVED, RUNTIME, session_config
+from cordee.net.zenoh_config import MESSAGE_BYTES_MAX, RUNTIME, session_config
 
 PORT = 7330  # where a node listens unless told otherwise or taken: `--peer HOST` means this port
 INBOX_MESSAGES_MAX = 4096  # a second of heartbeats and tokens of the largest cluster
 INBOX_BYTES_MAX = 64 << 20  # two of the longest messages
-OUTBOX_MESSAGES_MAX = 1024  # more means that no neighbour takes anything
-QUERIES_MAX = 64  # that are answered at once; the rest find no answer and ask again
-ANSWERS_MAX = 256  # to one query: one of each node
+OUTBOX_MESSAGES_MAX = 1024  # more means that no neighbour takes any data
+QUERIES_MAX = 64  # that are answered at once; the rest get no answer and are asked again
+ANSWERS_MAX = 256  # to one query: one from each node
 REPLY_THREADS = 2  # chunks to two slow neighbours do not stop those to a third
-PORT_SECONDS = 0.01  # between looks whether a closed session's port is free
-ADDRESS_SECONDS = 2.0  # between looks at this machine's addresses
-SETTLE_SECONDS = 2.0  # after a reopening: who has not come back by then is gone
-
-
-class Bus(Protocol):
-    """What agents need of each other. Keys are `a/b/c`; in patterns `*` is any one part, `**` any number.
-
-    Handlers are called in the event loop, in the order of what one node said. Nothing here waits for
-    another node except `query`. What is said while no link is up is lost.
-    """
-
-    def publish(self, key: str, payload: bytes) -> None:
-        """Say it to whoever subscribed to the key."""
-
-    def subscribe(self, pattern: str, handler: Callable[[str, bytes], None]) -> None:
-        """Hear (key, payload) of what is published under the pattern, this node's own words too."""
-
-    async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
-        """Ask everybody who serves a key of the pattern; the answers that came within `seconds`."""
-
-    def serve(self, key: str, handler: Callable[[bytes], Awaitable[bytes | None]]) -> None:
-        """Answer queries for the key, at most QUERIES_MAX at once; None is no answer."""
-
-    def announce(self, key: str) -> None:
-        """Be seen alive under the key, until `close` or until the link is lost."""
-
-    def watch(self, pattern: str, handler: Callable[[str, bool], None]) -> None:
-        """Hear (key, alive) of whoever comes or goes under the pattern, those already there first."""
-
-    async def close(self) -> None:
-        """Leave; the others see it at once."""
-
-
-@dataclass(frozen=True)
-class BusOptions:
-    """Where to listen and whom to look for.
-
-    `listen`: HOST, HOST:PORT, or empty for all interfaces; port 0 is any free one. `peers`: addresses given
-    by hand. `scouting`: the interface for multicast, "auto" for all that can, empty for none.
-    """
-
-    listen: str = ""
-    peers: tuple[str, ...] = ()
-    scouting: str = "auto"
+PORT_SECONDS = 0.01  # between checks whether the port of a closed session is free
+ADDRESS_SECONDS = 2.0  # between checks of this machine's addresses
+SETTLE_SECONDS = 2.0  # after a session was reopened: nodes that have not come back by then are gone
 
 
 class Inbox:
-    """Hands items from any thread to the event loop, in order; bounded, the newest are dropped."""
+    """Hands items from any thread to the event loop, in order; when it is full, new ones are dropped."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, deliver: Callable[..., None]) -> None:
         self._loop = loop
@@ -132,22 +92,22 @@ class Inbox:
 
 @dataclass
 class _Watch:
-    """Who is alive under a pattern, as far as the handler was told."""
+    """The keys that are alive under a pattern, as far as the handler was told."""
 
     pattern: str
     handler: Callable[[str, bool], None]
-    told: set[str] = field(default_factory=set)
-    seen: set[str] = field(default_factory=set)  # by the present session
+    told: set[str] = field(default_factory=set[str])
+    seen: set[str] = field(default_factory=set[str])  # by the present session
 
     def note(self, key: str, alive: bool) -> None:
-        """What the present session says."""
+        """The present session saw a key appear or disappear."""
         (self.seen.add if alive else self.seen.discard)(key)
         if alive != (key in self.told):
             (self.told.add if alive else self.told.discard)(key)
             self.handler(key, alive)
 
     def settle(self) -> None:
-        """Give up those who did not come back after a reopening."""
+        """Report as gone the keys that did not come back after the session was reopened."""
         for key in self.told - self.seen:
             self.note(key, False)
 
@@ -163,16 +123,16 @@ class ZenohBus:
         self._prefix = f"cordee/{identity.cluster}/"
         self._peers = Peers(identity)
         self._session: zenoh.Session | None = None
-        self._tokens: list[Any] = []  # dropped, they are undeclared
+        self._tokens: list[zenoh.LivelinessToken] = []  # held here: zenoh undeclares those that are dropped
         self._turn = asyncio.Lock()  # one reopening at a time
         self._subscriptions: list[tuple[str, Inbox]] = []
-        self._services: list[tuple[str, Callable[[bytes], Awaitable[bytes | None]]]] = []
+        self._services: list[tuple[str, Answer]] = []
         self._announced: list[str] = []
         self._watches: list[_Watch] = []
-        self._tasks: set[asyncio.Task] = set()  # answers under way
-        self._closing: set[asyncio.Task] = set()  # sessions of before
-        self._follower: asyncio.Task | None = None
-        self._told_addresses: list[str] = []
+        self._tasks: set[asyncio.Task[None]] = set()  # answers under way
+        self._closing: set[asyncio.Task[None]] = set()  # earlier sessions
+        self._follower: asyncio.Task[None] | None = None
+        self._announced_addresses: list[str] = []
         self._queued = 0
         self._sender = ThreadPoolExecutor(1, "bus-send")
         self._repliers = ThreadPoolExecutor(REPLY_THREADS, "bus-reply")
@@ -184,7 +144,7 @@ class ZenohBus:
         """Join the bus; returns at once, whether or not a peer is there.
 
         Raises:
-            BadRequest: an address is none, or cannot be listened on.
+            BadRequest: an address is malformed, or cannot be listened on.
             SetupNeeded: zenoh cannot open a session; the message says why.
         """
         bus = cls(identity, options)
@@ -199,20 +159,20 @@ class ZenohBus:
 
     @property
     def addresses(self) -> list[str]:
-        """Under which others reach this node."""
+        """See `Bus.addresses`."""
         return address.own(self._host, self._port)
 
     @property
     def remembered(self) -> set[str]:
-        """The nodes that were seen some time, but for those that were removed."""
+        """See `Bus.remembered`."""
         return self._peers.known.keys() - self._identity.revoked
 
     def forget(self, node: str) -> None:
-        """A node left for good: look for it no more."""
+        """See `Bus.forget`."""
         self._peers.forget(node)
 
     async def refresh(self) -> None:
-        """Reopen the session with the certificate and the removals of now; the others see a blink.
+        """Reopen the session with the present certificate and removals; see `Bus.refresh`.
 
         Raises:
             SetupNeeded: zenoh cannot open a session.
@@ -225,8 +185,8 @@ class ZenohBus:
                 await self._open_session()
             finally:
                 self._loop.call_later(SETTLE_SECONDS, self._settle, self._session)
-            self._told_addresses = self.addresses
-            self._declare_token(f"at/{self._identity.node}/{','.join(self._told_addresses)}")
+            self._announced_addresses = self.addresses
+            self._declare_token(f"at/{self._identity.node}/{','.join(self._announced_addresses)}")
             for entry in self._identity.revocations:
                 self._declare_token(REMOVED.format(revoked_node(entry), entry.hex()))
             for pattern, inbox in self._subscriptions:
@@ -259,11 +219,12 @@ class ZenohBus:
             ) from error
 
     def publish(self, key: str, payload: bytes) -> None:
+        """See `Bus.publish`; what is longer than MESSAGE_BYTES_MAX is dropped."""
         session = self._session
         if session is None or len(payload) > MESSAGE_BYTES_MAX:
             return
         self._send(
-            session.put,
+            session.put,  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType] - no return type
             self._prefix + key,
             payload,
             congestion_control=zenoh.CongestionControl.BLOCK,
@@ -272,11 +233,13 @@ class ZenohBus:
         )
 
     def subscribe(self, pattern: str, handler: Callable[[str, bytes], None]) -> None:
+        """See `Bus.subscribe`."""
         inbox = Inbox(self._loop, handler)
         self._subscriptions.append((pattern, inbox))
         self._declare_subscriber(pattern, inbox)
 
     async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
+        """See `Bus.query`; at most ANSWERS_MAX answers."""
         answers: list[bytes] = []
         finished = asyncio.Event()
 
@@ -309,23 +272,27 @@ class ZenohBus:
         except TimeoutError:
             pass
         finally:
-            self._send(cancel.cancel)
+            self._send(cancel.cancel)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType] - as put
         return list(answers)
 
-    def serve(self, key: str, handler: Callable[[bytes], Awaitable[bytes | None]]) -> None:
+    def serve(self, key: str, handler: Answer) -> None:
+        """See `Bus.serve`; at most QUERIES_MAX at once."""
         self._services.append((key, handler))
         self._declare_queryable(key, handler)
 
     def announce(self, key: str) -> None:
+        """See `Bus.announce`."""
         self._announced.append(key)
         self._declare_token(key)
 
     def watch(self, pattern: str, handler: Callable[[str, bool], None]) -> None:
+        """See `Bus.watch`."""
         watch = _Watch(pattern, handler)
         self._watches.append(watch)
         self._declare_watch(watch)
 
     async def close(self) -> None:
+        """See `Bus.close`."""
         async with self._turn:
             if self._follower is not None:
                 self._follower.cancel()
@@ -339,8 +306,8 @@ class ZenohBus:
     async def _end_session(self) -> None:
         """Close the session, and wait until its port is free.
 
-        A link that broke a moment ago holds zenoh's close for up to 10 s, but not its listener: what is left
-        of it goes on beside the next session.
+        A link that broke a moment ago holds up zenoh's close for as long as 10 s, but not its listener: the
+        rest of the close goes on beside the next session.
         """
         session, self._session = self._session, None
         self._tokens.clear()
@@ -353,22 +320,22 @@ class ZenohBus:
             await asyncio.sleep(PORT_SECONDS)
 
     async def _follow_addresses(self) -> None:
-        """Reopen the session when this machine's addresses change, since zenoh keeps to those it opened with;
+        """Reopen the session when this machine's addresses change, since zenoh keeps those it opened with;
         and when it could not be opened."""
         while True:
             await asyncio.sleep(ADDRESS_SECONDS)
-            is_stale = self._session is None or self.addresses != self._told_addresses
+            is_stale = self._session is None or self.addresses != self._announced_addresses
             if is_stale and not self._turn.locked():
                 with contextlib.suppress(SetupNeeded):  # the next round tries again
                     await self.refresh()
 
-    def _settle(self, session: zenoh.Session) -> None:
+    def _settle(self, session: zenoh.Session | None) -> None:
         if session is self._session:
             for watch in self._watches:
                 watch.settle()
 
-    def _send(self, function: Callable[..., None], *arguments: Any, **options: Any) -> None:
-        """Call it on the sending thread, in order, unless too much waits there."""
+    def _send(self, function: Callable[..., object], *arguments: Any, **options: Any) -> None:
+        """Call a function on the sending thread, in order, unless too much waits there."""
         if self._queued >= OUTBOX_MESSAGES_MAX:
             return
 
@@ -394,8 +361,14 @@ class ZenohBus:
         if self._session is not None:
             self._session.declare_subscriber(self._prefix + pattern, Callback(on_sample, indirect=False))
 
-    def _declare_queryable(self, key: str, handler: Callable[[bytes], Awaitable[bytes | None]]) -> None:
-        inbox = Inbox(self._loop, lambda query, payload: self._start_answer(query, payload, handler))
+    def _declare_queryable(self, key: str, handler: Answer) -> None:
+        def start(query: zenoh.Query, payload: bytes) -> None:
+            if len(self._tasks) < QUERIES_MAX:
+                task = self._loop.create_task(self._answer(query, payload, handler))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+        inbox = Inbox(self._loop, start)
 
         def on_query(query: zenoh.Query) -> None:
             payload = query.payload.to_bytes() if query.payload is not None else b""
@@ -404,21 +377,16 @@ class ZenohBus:
         if self._session is not None:
             self._session.declare_queryable(self._prefix + key, Callback(on_query, indirect=False))
 
-    def _start_answer(
-        self, query: zenoh.Query, payload: bytes, handler: Callable[[bytes], Awaitable[bytes | None]]
-    ) -> None:
-        if len(self._tasks) < QUERIES_MAX:
-            task = self._loop.create_task(self._answer(query, payload, handler))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _answer(
-        self, query: zenoh.Query, payload: bytes, handler: Callable[[bytes], Awaitable[bytes | None]]
-    ) -> None:
+    async def _answer(self, query: zenoh.Query, payload: bytes, handler: Answer) -> None:
         answer = await handler(payload)
         if answer is not None:
             with contextlib.suppress(zenoh.ZError):  # the asker is gone
-                await self._loop.run_in_executor(self._repliers, query.reply, query.key_expr, answer)
+                await self._loop.run_in_executor(
+                    self._repliers,
+                    query.reply,  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType] - as put
+                    query.key_expr,
+                    answer,
+                )
 
     def _declare_token(self, key: str) -> None:
         if self._session is not None:
@@ -426,9 +394,12 @@ class ZenohBus:
 
     def _declare_watch(self, watch: _Watch) -> None:
         session = self._session
-        inbox = Inbox(
-            self._loop, lambda key, alive: watch.note(key, alive) if self._session is session else None
-        )
+
+        def note(key: str, alive: bool) -> None:
+            if self._session is session:
+                watch.note(key, alive)
+
+        inbox = Inbox(self._loop, note)
 
         def on_token(sample: zenoh.Sample) -> None:
             inbox.put(self._key(sample.key_expr), sample.kind == zenoh.SampleKind.PUT)
@@ -442,7 +413,7 @@ class ZenohBus:
         return str(key).removeprefix(self._prefix)
 
     def _remember(self, key: str, alive: bool) -> None:
-        """Keep where a node was seen last; `at/NODE/ADDRESSES` is its token."""
+        """Keep where a node was seen last; its token is `at/NODE/ADDRESSES`."""
         _, node, addresses = key.split("/")
         if alive and node != self._identity.node:
             self._peers.remember(node, addresses)
@@ -450,6 +421,7 @@ class ZenohBus:
 
 def _free_port(host: str, port: int, *, fixed: bool) -> int:
     """The port to listen on: the wanted one; unless `fixed`, any other if it is taken."""
+    reason = ""
     for each in (port,) if fixed else (port, 0):
         try:
             with address.listener(host, each) as probe:
@@ -460,10 +432,10 @@ def _free_port(host: str, port: int, *, fixed: bool) -> int:
 
 
 def _close(session: zenoh.Session) -> None:
-    """Close it; the second attempt finds done what the first gave up waiting for."""
+    """Close a session; if the first attempt gives up waiting, the second finds the work done."""
     for _ in range(2):
         with contextlib.suppress(zenoh.ZError):
-            session.close()
+            session.close()  # pyright: ignore[reportUnknownMemberType] - zenoh declares no return type
             return
 
 

@@ -1,30 +1,30 @@
-"""How a zenoh session is set up for the bus: whom it trusts, where it listens, what bounds it has.
+"""How a zenoh session is set up for the bus: what it trusts, where it listens, what bounds it has.
 
-Why it is set up like this stands in bus.py.
+The reasons are in zenoh_bus.py.
 """
 
 import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from cordee.net.bus import REMOVED
 from cordee.net.identity import Identity, slot_of, slots
 
 LEASE_SECONDS = 3  # of silence until a link is given up
 KEEP_ALIVES = 6  # in a lease: a busy machine may miss some
-# First and longest pause before an address is tried again; so is a second address of a node that is linked.
+# First and longest pause before an address is tried again, also a further address of a node that is linked.
 RETRY_SECONDS = (0.2, 4.0)
-STALLED_SECONDS = 2.0  # a neighbour that takes no data for so long loses its link, and may come again
+STALLED_SECONDS = 2.0  # a neighbour that takes no data for this long loses its link, and may connect again
 MESSAGE_BYTES_MAX = 32 << 20  # a chunk of a slice and its header; token logs take far less
 LINKS_MAX = 512  # two for each of slots(), one from either side
-# zenoh reads what comes in on two threads, unless told so in the environment before its first session. But a
+# zenoh reads its links on two threads, unless the environment says otherwise before its first session. But a
 # link whose node fell silent keeps one of them in the system's close() for 10 s (zenoh sets SO_LINGER), and
-# a lost node had two links: the bus would be deaf to all others meanwhile. With so many threads 32 nodes may
-# be lost at once; a thread costs 20 kB.
+# a lost node had two links: nothing else would be read meanwhile. With this many threads 32 nodes may be lost
+# at once; a thread costs 20 kB.
 RUNTIME = ("ZENOH_RUNTIME", "(rx: (worker_threads: 64))")
 PENDING_LINKS_MAX = 32  # whose handshake is under way
 SCOUTING_GROUP = "224.0.0.224"  # link-local: no switch needs to be asked to forward it
 SCOUTING_PORTS = (20_000, 10_000)  # the first, how many: below the ports that systems hand out
-REMOVED = "removed/{}/{}"  # node, its revocation in hexadecimal: all that a removed node may hear
 MESSAGES = (
     "put",
     "query",
@@ -98,9 +98,9 @@ def _scouting(cluster: str, interface: str) -> dict[str, Any]:
 
 
 def _access(revoked: Iterable[str]) -> dict[str, Any]:
-    """Let members say and hear everything, a removed node that it was removed, and nobody else anything.
+    """Members may send and receive everything, a removed node may see that it was removed, others nothing.
 
-    A subject is whoever shows one of its common names.
+    A subject is a session that shows one of the listed common names.
     """
     removed = {slot_of(node): node for node in sorted(revoked)}
     members = [slot for slot in slots() if slot not in removed]
@@ -132,5 +132,5 @@ def _rule(name: str, messages: Sequence[str], flows: Sequence[str], key: str) ->
 
 
 def _locator(host: str, port: int) -> str:
-    """zenoh's form of an address; in brackets it takes an IPv6 address for a host name, and fails."""
+    """zenoh's form of an address. It takes an IPv6 address in brackets for a host name, and fails."""
     return f"tls/{host or '[::]'}:{port}"

@@ -9,10 +9,10 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
-from typing import Literal
 
+from cordee.cluster.facts import stream_key
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, CordeeError, StageFailed
 from cordee.generation import streams
@@ -21,6 +21,7 @@ from cordee.generation.request import Request, TextChunk
 from cordee.generation.streams import Said
 from cordee.models.store import StoredModel
 from cordee.serving.answers import Answer, Checks, Rate, template_of
+from cordee.serving.interface import Health
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +33,16 @@ class ClusterGateway:
     """
 
     def __init__(self, node: str, send: Callable[[str, bytes], None]) -> None:
-        self.routes: dict[str, str] = {}  # model digest: host, where there is one
         self._gateway = Gateway(node, secrets.randbits(63))
         self._send = send
         self._open: dict[str, tuple[Answer, Callable[[int], None]]] = {}
         self._ticking: asyncio.Task[None] | None = None
         self._closed = False
+
+    @property
+    def routes(self) -> Mapping[str, str]:
+        """The node that hosts a model now, by stream key; where none does, the model is not there."""
+        return self._gateway.routes
 
     def receive(self, data: bytes) -> None:
         """Take what a host sent to this node."""
@@ -50,17 +55,13 @@ class ClusterGateway:
             self._gateway.receive(message)
             self._flush()
 
-    def route(self, digest: str, node: str | None) -> None:
-        """The node that hosts a model now; None where nobody does."""
-        if node is None:
-            self.routes.pop(digest, None)
-        else:
-            self.routes[digest] = node
-        self._gateway.route(digest, node)
+    def follow(self, routes: Mapping[str, str]) -> None:
+        """These nodes host models now, by stream key, and no others do."""
+        self._gateway.follow(routes)
         self._flush()
 
-    def open(self, request: Request, digest: str, answer: Answer, count: Callable[[int], None]) -> None:
-        """Begin a stream; `count` hears how many tokens came.
+    def open(self, request: Request, key: str, answer: Answer, count: Callable[[int], None]) -> None:
+        """Begin a stream for what the stream key names; `count` hears how many tokens came.
 
         Raises:
             BadRequest: a stream of that id is open.
@@ -69,7 +70,7 @@ class ClusterGateway:
         """
         if self._closed:
             raise StageFailed("this node is being stopped: ask another")
-        self._gateway.open(request, digest)
+        self._gateway.open(request, key)
         self._open[request.id] = (answer, count)
         if self._ticking is None or self._ticking.done():
             self._ticking = asyncio.get_running_loop().create_task(self._tick())
@@ -155,6 +156,7 @@ class ClusterService:
         self.vocabulary = Vocabulary(path)
         self.template = template_of(self.vocabulary)
         self.context = context
+        self.key = stream_key(model.digest, context)
         self.batch_invariant: bool | None = None
         self.port: int | None = None
         self.is_deployed = False  # whether the cluster is to serve it
@@ -168,19 +170,19 @@ class ClusterService:
     @property
     def ready(self) -> bool:
         """Whether a host is known that would work on a request now."""
-        return self.model.digest in self._gateway.routes
+        return self.key in self._gateway.routes
 
     @property
-    def health(self) -> Literal["ready", "recovering", "idle"]:
+    def health(self) -> Health:
         """What `/health` says of it."""
         if self.ready:
             return "ready"
         return "recovering" if self.is_deployed else "idle"
 
-    async def generate(self, request: Request) -> AsyncIterator[TextChunk]:
+    async def generate(self, request: Request) -> AsyncGenerator[TextChunk]:
         """Answer a request: chunks as they come, the last with a finish reason.
 
-        Closing the iterator cancels the stream. Losing any machine but this one is a pause.
+        Closing the generator cancels the stream. Losing any machine but this one is a pause.
 
         Raises:
             BadRequest, ContextExceeded, Overloaded: before the first chunk.
@@ -189,7 +191,7 @@ class ClusterService:
         await self._checks.check(request)
         self._wanted()
         answer = Answer(request, self.vocabulary)
-        self._gateway.open(request, self.model.digest, answer, self._rate.count)
+        self._gateway.open(request, self.key, answer, self._rate.count)
         self._answers[request.id] = answer
         try:
             while True:
@@ -207,7 +209,7 @@ class ClusterService:
             "model": self.name,
             "digest": self.model.digest,
             "state": "ready" if self.ready else "replacing",
-            "host": self._gateway.routes.get(self.model.digest),
+            "host": self._gateway.routes.get(self.key),
             "port": self.port,
             "context": self.context,
             "active": len(self._answers),

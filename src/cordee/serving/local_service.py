@@ -10,10 +10,9 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from cordee.models.slices import SliceFile, even_cuts
 from cordee.models.store import Store, StoredModel
 from cordee.serving import batch_invariance, registry
 from cordee.serving.answers import Answer, Checks, Rate, template_of
+from cordee.serving.interface import Health
 from cordee.serving.local_pipeline import Pipeline, SlicedModel
 from cordee.worker.messages import Rows, Run, Tokens, rows_of
 
@@ -136,14 +136,14 @@ class LocalService:
         return self._pipeline is not None and self._pipeline.state == "ready"
 
     @property
-    def health(self) -> Literal["ready", "recovering"]:
+    def health(self) -> Health:
         """What `/health` says of it."""
         return "ready" if self.ready else "recovering"
 
-    async def generate(self, request: Request) -> AsyncIterator[TextChunk]:
+    async def generate(self, request: Request) -> AsyncGenerator[TextChunk]:
         """Answer a request: chunks as they come, the last with a finish reason.
 
-        Closing the iterator cancels the stream.
+        Closing the generator cancels the stream.
 
         Raises:
             BadRequest, ContextExceeded, Overloaded: before the first chunk.

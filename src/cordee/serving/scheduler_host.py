@@ -81,14 +81,17 @@ class SchedulerHost:
         self.rate = Rate()
         self.inherited_tokens = 0
 
-    def fits(self, goal: HostGoal) -> bool:
+    @property
+    def wiring(self) -> str:
+        """The wiring that it works on; empty: none."""
+        return self._wiring
+
+    def fits(self, goal: HostGoal | None) -> bool:
         """Whether this scheduler does for a goal: its slots are as many and as long."""
+        if goal is None:
+            return False
         wanted = (goal.placement.sequences, goal.placement.context, _in_flight(goal))
         return wanted == (self._limits.sequences, self._limits.context, self._limits.in_flight)
-
-    def follows(self, goal: HostGoal) -> bool:
-        """Whether this scheduler works on a goal's wiring."""
-        return bool(goal.wiring) and goal.wiring == self._wiring
 
     @property
     def active(self) -> int:
@@ -105,13 +108,12 @@ class SchedulerHost:
         places = frozenset((place.node, place.device) for place in goal.placement.stages)
         if places != self._places:
             self._places, self.is_judged, self.batch_invariant = places, False, None
-        wiring = goal.wiring if self._stages.first(goal.wiring) is not None else ""
-        if wiring == self._wiring:
+        if goal.wiring == self._wiring:
             return
         self.leave()
-        if wiring:
-            self._wiring = wiring
-            self._joining = asyncio.get_running_loop().create_task(self._join(wiring))
+        if goal.wiring:
+            self._wiring = goal.wiring
+            self._joining = asyncio.get_running_loop().create_task(self._join(goal.wiring))
 
     def leave(self) -> None:
         """Give the wiring up: what is under way will not be answered."""

@@ -1,8 +1,9 @@
-"""What a worker computes: micro-batches in, hidden rows or tokens out; its stage, and who samples on it."""
+"""What a worker computes: micro-batches in, hidden rows or tokens out; its stage and its samplers."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,10 @@ from cordee.generation.request import Choice
 from cordee.generation.sampling import Sampler
 from cordee.worker.frames import PAYLOAD_BYTES_MAX
 from cordee.worker.messages import HeldSequence, LoadStage, Opening, Rows, Run, Tokens
+
+if TYPE_CHECKING:
+    from cordee.engine.ternary import TernaryStage
+    from cordee.models.embedding import Embedding
 
 Result = tuple[Rows | Tokens, memoryview]
 
@@ -53,7 +58,7 @@ class Compute:
         self._held.clear()
 
     def held(self) -> dict[int, HeldSequence]:
-        """What could be handed over, by sequence."""
+        """What could be transferred to another worker, by sequence."""
         longest = PAYLOAD_BYTES_MAX // self._position_bytes
         return {sequence: held for sequence, held in self._held.items() if 0 < held.length <= longest}
 
@@ -74,13 +79,13 @@ class Compute:
             self._held[sequence] = HeldSequence(held.tenure, length, tokens)
         return pick_layers(self._stage.export_sequence(sequence), _windowed(self._path), first, last)
 
-    def restore(self, sequence: int, held: HeldSequence, parts: Sequence[bytes]) -> None:
-        """Take a sequence over, its layers in parts.
+    def restore(self, sequence: int, held: HeldSequence, states: Sequence[bytes]) -> None:
+        """Take a sequence over: `states` are those of its layers, in order.
 
         Raises:
             StageFailed: they are not of this slice.
         """
-        self._stage.import_sequence(sequence, join_layers(parts))
+        self._stage.import_sequence(sequence, join_layers(states))
         self._held[sequence] = held
 
     def run(self, message: Rows, payload: memoryview) -> Result:
@@ -105,7 +110,7 @@ class Compute:
             steps=message.steps,
             measure=message.measure,
         )
-        return forwarded, memoryview(result).cast("B")
+        return forwarded, result.data.cast("B")
 
     def goes_round(self, message: Rows, tokens: Tokens) -> bool:
         """Whether a micro-batch may travel again with its tokens."""
@@ -116,7 +121,7 @@ class Compute:
         )
 
     def _hold(self, message: Rows, inputs: np.ndarray) -> None:
-        """Make each sequence as long as its next run expects it, and write down what it will have."""
+        """Trim each sequence to where its run starts, and note what it will hold."""
         start = 0
         for run in message.runs:
             held, first, end = self._held.get(run.sequence), run.first_position, start + run.rows
@@ -155,22 +160,22 @@ class Compute:
         return Sampler(opening.sampling, self._tokenizer, opening.prompt, opening.generated)
 
 
-def again(message: Rows, tokens: Tokens) -> Result:
+def again(message: Rows, tokens: Tokens) -> tuple[Rows, memoryview]:
     """The micro-batch's next step: the same streams one position on, with the tokens that they got."""
     runs = tuple(Run(run.sequence, run.first_position + 1, 1, True, run.tenure) for run in message.runs)
     chosen = np.array([tokens.choices[run.sequence].token for run in runs], dtype=np.int32)
     rows = Rows(message.wiring, message.batch, runs, {}, steps=message.steps - 1)
-    return rows, memoryview(chosen).cast("B")
+    return rows, chosen.data.cast("B")
 
 
 def as_batch(message: Rows, payload: memoryview) -> Batch:
-    """The engine's batch behind a message; its inputs lie in `payload`."""
+    """A message as the engine's batch; its inputs lie in `payload`."""
     runs = message.runs
     positions = np.array([run.first_position for run in runs], dtype=np.int32)
     sequences = np.array([run.sequence for run in runs], dtype=np.int32)
     outputs = np.array([run.output for run in runs], dtype=bool)
     counts = [run.rows for run in runs]
-    if max(counts) > 1:  # else nobody prefills, and every run is its row
+    if max(counts) > 1:  # else nothing is prefilled, and each run is one row
         ends = np.cumsum(counts)
         total = int(ends[-1])
         positions = np.arange(total, dtype=np.int32) + np.repeat(
@@ -187,7 +192,7 @@ def as_batch(message: Rows, payload: memoryview) -> Batch:
     return Batch(inputs, positions, sequences, outputs)
 
 
-def _ternary_engine():
+def _ternary_engine() -> "type[TernaryStage]":
     from cordee.engine.ternary import TernaryStage  # most workers have no use for it
 
     return TernaryStage
@@ -204,7 +209,7 @@ def _windowed(path: Path) -> list[bool]:
     return window_pattern(header, rules) or [False] * header.layers
 
 
-def _embedding(path: Path):
+def _embedding(path: Path) -> "Embedding":
     from cordee.models.embedding import Embedding  # only the first of several stages needs it
     from cordee.models.gguf import read_header
 

@@ -1,7 +1,7 @@
 """Frames on a stream socket: a message in msgpack and, after it, a payload of raw bytes.
 
 A frame is two little-endian uint32, the lengths of message and payload, then both. Blocking functions for
-workers, coroutines for the service. Memory is committed as bytes arrive, not as the lengths announce them.
+workers, coroutines for their parent. Memory is committed as bytes arrive, not as the lengths announce them.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def send(link: socket.socket, message: Message, payload: bytes | memoryview = b"
         LinkClosed: it could not be sent whole.
     """
     try:
-        for part in _parts(message, payload):
-            link.sendall(part)
+        for piece in _pieces(message, payload):
+            link.sendall(piece)
     except OSError as error:
         raise LinkClosed(str(error)) from error
 
@@ -58,8 +58,8 @@ def receive(link: socket.socket) -> tuple[Message, memoryview]:
 
 def write(writer: asyncio.StreamWriter, message: Message, payload: bytes | memoryview = b"") -> None:
     """Queue a frame on a stream; how much may be queued is bounded by the micro-batches in flight."""
-    for part in _parts(message, payload):
-        writer.write(part)
+    for piece in _pieces(message, payload):
+        writer.write(piece)
 
 
 async def read(reader: asyncio.StreamReader) -> tuple[Message, bytes]:
@@ -76,8 +76,8 @@ async def read(reader: asyncio.StreamReader) -> tuple[Message, bytes]:
         raise LinkClosed(str(error)) from error
 
 
-def _parts(message: Message, payload: bytes | memoryview) -> list[bytes | memoryview]:
-    """What to send, one after the other; a small payload goes with its message."""
+def _pieces(message: Message, payload: bytes | memoryview) -> list[bytes | memoryview]:
+    """What to send, one after the other; a small payload is joined to its message."""
     payload = memoryview(payload).cast("B")
     encoded = _encoder.encode(message)
     lengths = LENGTHS.pack(len(encoded), len(payload))
@@ -102,7 +102,7 @@ def _decoded(data: bytes | memoryview) -> Message:
 
 def _receive_exactly(link: socket.socket, count: int) -> memoryview:
     try:
-        view = memoryview(np.empty(count, np.uint8))  # its pages become memory when they are filled
+        view = np.empty(count, np.uint8).data  # its pages become memory when they are filled
     except MemoryError as error:
         raise LinkClosed(f"no memory for {count} bytes") from error
     filled = 0

@@ -1,15 +1,17 @@
 """What the processes of a node say to each other, as msgspec structs; the frames are in frames.py.
 
-Two kinds of link. On one machine they are Unix sockets in a folder that only this user may enter; data links
-between machines are those of tls_link.py.
+Three kinds of link. On one machine they are Unix sockets in a folder that only this user may enter; links
+between machines are those of tls_link.py. A *wiring* is the set of links between the workers of a placement;
+its id changes whenever one of the workers does.
 
-- *control*, between the pipeline and each worker: Hello, then Load -> Loaded or LoadFailed, Wire -> Wired
-  or WireFailed; Broken when a link is lost.
-- *data*, from the service to the first worker, from worker to worker, from the last back to the service and
-  to the first worker: Join first, which names the placement, then Recall, Rows and Halt onwards and Tokens or
-  Recalled at the end. A message of another placement than the link's is refused.
-- *hand-over*, from a worker to one of the placement before: Inherit first, which names that placement, then
-  Recall -> Recalled and Take -> State; see kv_transfer.py.
+- *control*, between a worker and its parent: Hello, then LoadStage -> Loaded or LoadFailed, Wire -> Wired or
+  WireFailed; Broken when a link is lost, KvReaders when their number changes.
+- *data*, from the scheduler's process to the first worker, from worker to worker, and from the last one back
+  to the scheduler's process and to the first worker: Join first, which names the wiring, then KvQuery, Rows
+  and Halt downstream, and Tokens or KvAnswer at the end. A message of another wiring than the link's is
+  refused.
+- *KV transfer*, from a worker to one of the placement before: ReaderJoin first, which names the wiring of
+  that placement, then KvQuery -> KvAnswer and KvRead -> KvState; see kv_transfer.py.
 """
 
 from collections.abc import Sequence
@@ -17,19 +19,20 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
+from cordee.cluster.facts import KvSource
 from cordee.engine.stage import EngineName, StageConfig, StageDescription
 from cordee.generation.request import Choice, SamplingParams
 from cordee.generation.scheduler import MicroBatch
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """First on every control link: the id that the pipeline gave this worker."""
+    """First on every control link: the id that its parent gave this worker."""
 
     worker: str
 
 
 class LoadStage(msgspec.Struct, frozen=True, tag=True):
-    """Load this slice into `engine`. `is_last`: its logits are sampled here; `ends` end an answer.
+    """Load this slice into `engine`. `is_last`: its logits are sampled here; the tokens `ends` end an answer.
 
     `embedding` is the model file that turns token ids into rows, for the first of several stages. With an
     `identity`, a member's folder, the worker also takes rows of other machines, at the address `listen`.
@@ -59,17 +62,8 @@ class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-class Source(msgspec.Struct, frozen=True, array_like=True):
-    """A worker of the placement before, and which layers of its slice are to be taken over."""
-
-    endpoint: str
-    wiring: str
-    first: int
-    last: int
-
-
 class Wire(msgspec.Struct, frozen=True, tag=True):
-    """Forget all sequences, take rows of this placement only, send on to `downstream`.
+    """Forget all sequences, take rows of this wiring only, send results to `downstream`.
 
     `first` is where the last of several stages sends micro-batches that go round again. Both are paths of
     Unix sockets, or endpoints of other machines. `sources` have the sequences of the placement before, in
@@ -79,45 +73,45 @@ class Wire(msgspec.Struct, frozen=True, tag=True):
     wiring: str
     downstream: str
     first: str | None = None
-    sources: tuple[Source, ...] = ()
+    sources: tuple[KvSource, ...] = ()
 
 
 class Wired(msgspec.Struct, frozen=True, tag=True):
-    """The worker sends to its downstream and waits for rows of this placement."""
+    """The worker is connected to its downstream and waits for rows of this wiring."""
 
     wiring: str
 
 
 class WireFailed(msgspec.Struct, frozen=True, tag=True):
-    """The worker cannot reach the downstream of this placement; it waits to be wired again."""
+    """The worker cannot reach its downstream; it waits for another Wire."""
 
     wiring: str
     message: str
 
 
 class KvReaders(msgspec.Struct, frozen=True, tag=True):
-    """So many workers of the next placement may take over sequences of this one."""
+    """How many workers of the next placement may take over sequences from this one."""
 
     count: int
 
 
 class Broken(msgspec.Struct, frozen=True, tag=True):
-    """A link of this placement is gone, on either side of the worker; it waits to be wired again."""
+    """A link of this wiring is gone, on either side of the worker; it waits for another Wire."""
 
     wiring: str
 
 
 class Halt(msgspec.Struct, frozen=True, tag=True):
-    """Goes through all stages to the last: this micro-batch, and all before, shall not go round again."""
+    """Passed on to the last stage: this micro-batch, and all before it, must not go round again."""
 
     wiring: str
     batch: int
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """First on every data link: what follows belongs to this placement.
+    """First on every data link: what follows belongs to this wiring.
 
-    `again`: it comes from the last stage, and is micro-batches that go round.
+    `again`: the link comes from the last stage and brings micro-batches that go round.
     """
 
     wiring: str
@@ -125,15 +119,15 @@ class Join(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReaderJoin(msgspec.Struct, frozen=True, tag=True):
-    """First on every hand-over link: sequences of this placement are to be taken over."""
+    """First on every KV transfer link: sequences of this wiring are to be taken over."""
 
     wiring: str
 
 
 class HeldSequence(msgspec.Struct, frozen=True, array_like=True):
-    """What a stage has of a sequence: `length` positions, which the scheduler computed in this `tenure`.
+    """What a stage has of a sequence: `length` positions, computed for the stream of this `tenure`.
 
-    `tokens` are those at the positions, where the stage knows them: the first one does.
+    `tokens` are those at the positions, where the stage knows them: the first stage does.
     """
 
     tenure: int
@@ -142,9 +136,9 @@ class HeldSequence(msgspec.Struct, frozen=True, array_like=True):
 
 
 class KvQuery(msgspec.Struct, frozen=True, tag=True):
-    """Goes through all stages: which sequences of the placement before could each of them take over?
+    """Passed on through all stages: which sequences of the placement before could each of them take over?
 
-    `held` is what all stages so far could; None: none has been asked yet.
+    `held` is what all stages so far could; None: no stage has been asked yet.
     """
 
     wiring: str
@@ -159,7 +153,7 @@ class KvAnswer(msgspec.Struct, frozen=True, tag=True):
 
 
 class KvRead(msgspec.Struct, frozen=True, tag=True):
-    """The first `length` positions of a sequence are wanted, of layers `first` to `last - 1` of the slice."""
+    """Asks for the first `length` positions of a sequence, of layers `first` to `last - 1` of the slice."""
 
     sequence: int
     length: int
@@ -168,7 +162,7 @@ class KvRead(msgspec.Struct, frozen=True, tag=True):
 
 
 class KvState(msgspec.Struct, frozen=True, tag=True):
-    """What was wanted of this sequence is the payload."""
+    """Answers a KvRead: the payload is the state that was asked for."""
 
     sequence: int
 
@@ -176,7 +170,7 @@ class KvState(msgspec.Struct, frozen=True, tag=True):
 class Run(msgspec.Struct, frozen=True, array_like=True):
     """Consecutive rows of a sequence in a micro-batch. `output`: the last row's logits are wanted.
 
-    `tenure` is the scheduler's number for the stream that has the sequence now. `inherit`: all positions
+    `tenure` is the scheduler's number of the stream that has the sequence now. `inherit`: all positions
     before the first are to be taken over from the placement before.
     """
 
@@ -199,10 +193,10 @@ class Opening(msgspec.Struct, frozen=True):
 class Rows(msgspec.Struct, frozen=True, tag=True):
     """A micro-batch. The payload is int32 token ids, or float32 rows of width `n_embd` where that is not 0.
 
-    A run that starts before the end of what its sequence holds replaces the rest of it. `opens` are samplers
-    to be made first. Where `steps` is more than 1, every run is one row, and the micro-batch goes round with
-    the tokens that it gave, unless one of them ends its answer. `measure`: answer with digests of the logits,
-    not with tokens.
+    A run that starts before the end of what its sequence holds replaces the rest of it. `opens` are the
+    samplers to make first, by sequence. Where `steps` is more than 1, every run is one row, and the
+    micro-batch goes round with the tokens that it gave, unless one of them ends its answer. `measure`: answer
+    with digests of the logits, not with tokens.
     """
 
     wiring: str
@@ -230,7 +224,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     earlier: tuple[dict[int, Choice], ...] = ()
 
 
-def rows_of(placement: str, batch: MicroBatch) -> tuple[Rows, memoryview]:
+def rows_of(wiring: str, batch: MicroBatch) -> tuple[Rows, memoryview]:
     """A scheduler's micro-batch as the first stage takes it, and its payload."""
     runs = tuple(
         Run(each.sequence, each.first_position, len(each.tokens), each.sample, each.tenure, each.inherit)
@@ -241,7 +235,7 @@ def rows_of(placement: str, batch: MicroBatch) -> tuple[Rows, memoryview]:
         for sequence, log in batch.opens.items()
     }
     tokens = np.array([token for each in batch.segments for token in each.tokens], dtype=np.int32)
-    return Rows(placement, batch.id, runs, opens, steps=batch.steps), memoryview(tokens).cast("B")
+    return Rows(wiring, batch.id, runs, opens, steps=batch.steps), tokens.data.cast("B")
 
 
 Control = Hello | LoadStage | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | KvReaders

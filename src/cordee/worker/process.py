@@ -1,7 +1,7 @@
 """Worker processes as their parent sees them: started, loaded, wired, watched, ended.
 
-`Workers` has the folder with their sockets; each `WorkerProcess` is one process. What a worker says of its
-own accord, that it ended or that a link of its broke, goes to the callbacks it was started with.
+`Workers` has the folder with their sockets; each `WorkerProcess` is one process. What a worker reports
+unasked, that it ended or that one of its links broke, goes to the owner it was started for.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Protocol, TextIO, TypeVar
 
@@ -40,7 +40,7 @@ COMMAND = (sys.executable, "-m", "cordee.worker.worker")
 START_SECONDS = 60.0  # a worker's interpreter and imports, on a slow and busy machine
 LOAD_SECONDS = 3600.0  # 60 GB from a slow disk take half an hour
 HELLO_SECONDS = 10.0  # for the first message of a link, which is sent as soon as it is there
-WIRE_SECONDS = 600.0  # a survivor first finishes what it computes: 512 rows, at one row a second
+WIRE_SECONDS = 600.0  # a worker first finishes what it computes: 512 rows, at one row a second
 CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is stopped or swapped out
 
 # How long threads spin at a barrier before they sleep (libgomp; single trials on 2 cores, starter model).
@@ -60,13 +60,13 @@ Answer = TypeVar("Answer", bound=Message)
 
 
 class WorkerOwner(Protocol):
-    """Who is told what workers do of their own accord; called on the event loop, and must not raise."""
+    """Who is told what workers report unasked; called on the event loop, and must not raise."""
 
     def on_ended(self, worker: "WorkerProcess") -> None:
         """Its process is gone."""
 
-    def on_broken(self, worker: "WorkerProcess", placement: str) -> None:
-        """A link by which it was joined to this placement is gone."""
+    def on_broken(self, worker: "WorkerProcess", wiring: str) -> None:
+        """One of its links in this wiring is gone."""
 
 
 class WorkerProcess:
@@ -81,7 +81,7 @@ class WorkerProcess:
         self.kv_readers = 0  # workers of the next placement that may take sequences over from it
         self._process = process
         self._reader, self._writer = streams
-        self._said: asyncio.Queue[Message | None] = asyncio.Queue()  # one for each it was sent; None: ended
+        self._answers: asyncio.Queue[Message | None] = asyncio.Queue()  # to what it was sent; None: it ended
 
     @property
     def pid(self) -> int:
@@ -90,12 +90,12 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether it is there, loaded or loading."""
+        """Whether its process runs, loaded or loading."""
         return not self.ended and self._process.returncode is None
 
     @property
     def status(self) -> int | None:
-        """What its process ended with; negative: by that signal."""
+        """The exit status of its process; negative: it was ended by that signal."""
         return self._process.returncode
 
     @property
@@ -107,7 +107,7 @@ class WorkerProcess:
             return False
 
     async def load(self, load: LoadStage) -> None:
-        """Let it load a slice.
+        """Have it load a slice.
 
         Raises:
             CordeeError: the slice cannot be loaded, or the process ended.
@@ -119,14 +119,14 @@ class WorkerProcess:
         self.description, self.endpoint = answer.description, answer.endpoint
 
     async def wire(self, wire: Wire) -> None:
-        """Join it to a placement, without any sequence.
+        """Connect it to its neighbours in a new wiring; it forgets all sequences.
 
         Raises:
             StageFailed: the next stage cannot be reached, or the process ended.
         """
         frames.write(self._writer, wire)
         kinds = (Wired, WireFailed)
-        answer = await self._answer(kinds, WIRE_SECONDS, lambda said: said.wiring == wire.wiring)
+        answer = await self._answer(kinds, WIRE_SECONDS, lambda answer: answer.wiring == wire.wiring)
         if isinstance(answer, WireFailed):
             raise StageFailed(f"a stage cannot reach the next one ({answer.message})")
 
@@ -136,7 +136,7 @@ class WorkerProcess:
             self._process.kill()
 
     async def end(self) -> None:
-        """End it: by its control link, else by force; ending twice is harmless."""
+        """End it by closing its control link, else by force; ending twice is harmless."""
         self._writer.transport.abort()
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
@@ -148,7 +148,7 @@ class WorkerProcess:
             await self._writer.wait_closed()
 
     async def follow(self, owner: WorkerOwner) -> None:
-        """Hear it out: once its control link ends, so does its process."""
+        """Read its messages until its control link ends; then its process ends too."""
         try:
             while True:
                 message, _ = await frames.read(self._reader)
@@ -157,10 +157,10 @@ class WorkerProcess:
                 elif isinstance(message, KvReaders):
                     self.kv_readers = message.count
                 else:
-                    self._said.put_nowait(message)
+                    self._answers.put_nowait(message)
         except LinkClosed:
             self.ended = True
-        self._said.put_nowait(None)
+        self._answers.put_nowait(None)
         await self.end()
         owner.on_ended(self)
 
@@ -177,13 +177,13 @@ class WorkerProcess:
         """
         try:
             async with asyncio.timeout(seconds):
-                while (message := await self._said.get()) is not None:
+                while (message := await self._answers.get()) is not None:
                     if isinstance(message, kinds) and fits(message):
                         return message
         except TimeoutError as error:
             self.kill()
             raise StageFailed(f"process {self.pid} did not answer within {seconds:.0f} s") from error
-        self._said.put_nowait(None)  # for whoever asks next
+        self._answers.put_nowait(None)  # for the next call
         raise StageFailed(f"process {self.pid} ended before it answered")
 
 
@@ -199,7 +199,7 @@ class Workers:
     async def open(cls) -> "Workers":
         """A folder of sockets, and their control socket."""
         workers = cls()
-        await workers.listen("control", workers._meet)
+        await workers.listen("control", workers._identify)
         return workers
 
     async def listen(
@@ -211,7 +211,10 @@ class Workers:
         return str(path)
 
     async def spawn(
-        self, environment: Mapping[str, str], owner: WorkerOwner, keep: Callable
+        self,
+        environment: Mapping[str, str],
+        owner: WorkerOwner,
+        keep: Callable[[Coroutine[None, None, None]], object],
     ) -> WorkerProcess:
         """Start a process; `keep` runs the coroutine that follows it.
 
@@ -249,13 +252,13 @@ class Workers:
         return worker
 
     def close(self) -> None:
-        """Remove the sockets; the workers are ended by whoever started them."""
+        """Remove the sockets; the workers must have been ended."""
         for server in self._servers:
             server.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
-    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _identify(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         hello = await opening(reader)
         expected = self._expected.pop(hello.worker, None) if isinstance(hello, Hello) else None
         if expected is None or expected.done():

@@ -1,8 +1,9 @@
-"""The stages of a node: real worker processes, as the crew's orders want them (cluster/reconcile.py).
+"""The stages of a node: real worker processes, started, stopped and wired by the reconciler's actions
+(cluster/reconcile.py).
 
-A worker is known to the cluster by an id that names its KV cache; a new one is drawn when the cache is in
-doubt (`rename`), without a new process. An order is tried once each time it is given: what fails shows in
-`workers` and is ordered again, or is told to the owner.
+A worker is known to the cluster by an id that names its KV cache; a new id is drawn when the cache is in
+doubt (`rename`), without a new process. Each action is tried once: a failure shows in `workers`, so that the
+reconciler asks for it again, or is reported to the owner.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from cordee.net import address
 from cordee.worker import messages
 from cordee.worker.process import BATCH_INVARIANT_ENVIRONMENT, WorkerProcess, Workers
 
-WATCH_SECONDS = 1.0  # how often wired workers are looked at: who is stopped holds everybody up
-# So long a worker with heirs stays after it was stopped: the host's RECALL_SECONDS, and time for the largest
-# states to travel. Its memory was planned for beside that of its successors.
+WATCH_SECONDS = 1.0  # how often wired workers are checked: a stopped process holds up the whole pipeline
+# How long a worker with KV readers stays after it was told to stop: the host's KV_QUERY_SECONDS, and time to
+# transfer the largest states. Its memory was planned for beside that of its successors.
 LINGER_SECONDS = 15.0
-LINGER_LOOK_SECONDS = 0.2  # how often it is looked whether they are all gone
+LINGER_POLL_SECONDS = 0.2  # how often it is checked whether all readers are gone
 
 log = logging.getLogger(__name__)
 
@@ -50,41 +51,46 @@ class Files:
 
 
 class StagesOwner(Protocol):
-    """Who gives the orders; called on the event loop."""
+    """What `Stages` needs of the agent; called on the event loop."""
 
-    async def prepare(self, load: StageSpec) -> Files:
-        """Bring what a load needs to this disk. Raises CordeeError where that cannot be."""
+    async def prepare(self, spec: StageSpec, /) -> Files:
+        """Bring the files of a stage to this disk.
+
+        Raises:
+            CordeeError: that cannot be done.
+        """
+        ...
 
     def changed(self) -> None:
-        """`Stages.workers` would tell something new."""
+        """`Stages.workers` has changed."""
 
-    def failed(self, load: StageSpec, detail: str) -> None:
-        """A load could not be had."""
+    def failed(self, spec: StageSpec, detail: str, /) -> None:
+        """A stage could not be loaded."""
 
 
 @dataclass(eq=False)
 class _Process:
-    """A worker and what the crew should know of it."""
+    """A worker process and its state, as the reconciler should know it."""
 
     id: str
-    load: StageSpec
+    spec: StageSpec
     worker: WorkerProcess | None = None  # once it has started
     is_loaded: bool = False
     wiring: str = ""
-    wirings: set[str] = field(default_factory=set)
+    wirings: set[str] = field(default_factory=set[str])  # all that this KV cache was in
     index: int = 0  # of its stage in the wiring
-    inherits: bool = False  # what the wiring's predecessor left
-    running: asyncio.Task | None = None
-    joining: asyncio.Task | None = None
-    joins: str = ""  # the wiring that it is being joined to
+    inherits: bool = False  # it may take over sequences of the wiring before
+    running: asyncio.Task[None] | None = None
+    joining: asyncio.Task[None] | None = None
+    joins: str = ""  # the wiring that it is being connected in
 
     def report(self, listen: str) -> WorkerStatus:
-        """As the crew wants to know it; `listen` is the host at which it takes rows of other machines."""
+        """As the reconciler takes it; `listen` is the host at which it takes rows of other machines."""
         state = "loading" if not self.is_loaded else "wired" if self.wiring else "loaded"
         endpoint = self.worker.endpoint if self.worker is not None else ""
         if endpoint:
-            endpoint = address.renewed(endpoint, listen)  # this machine may have moved since
-        return WorkerStatus(self.id, self.load, state, endpoint, self.wiring, frozenset(self.wirings))
+            endpoint = address.renewed(endpoint, listen)  # this machine's addresses may have changed since
+        return WorkerStatus(self.id, self.spec, state, endpoint, self.wiring, frozenset(self.wirings))
 
 
 class Stages:
@@ -99,7 +105,7 @@ class Stages:
         self._identity = identity
         self._listen = listen
         self._processes: dict[str, _Process] = {}
-        self._tasks: set[asyncio.Task] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
 
     @classmethod
@@ -111,12 +117,12 @@ class Stages:
 
     @property
     def workers(self) -> dict[str, WorkerStatus]:
-        """Those that live, by id."""
+        """The state of each worker, by id."""
         return {name: process.report(self._listen) for name, process in self._processes.items()}
 
     @property
     def pids(self) -> dict[str, int]:
-        """Their processes, by the worker's id."""
+        """The process ids of the workers that have started, by the worker's id."""
         running = self._processes.items()
         return {name: process.worker.pid for name, process in running if process.worker is not None}
 
@@ -130,9 +136,9 @@ class Stages:
         process = self._first(wiring)
         return process is not None and process.inherits
 
-    def start(self, load: StageSpec) -> None:
-        """Start a worker for a load."""
-        process = _Process(secrets.token_hex(8), load)
+    def start(self, spec: StageSpec) -> None:
+        """Start a worker that loads a stage."""
+        process = _Process(secrets.token_hex(8), spec)
         self._processes[process.id] = process
         process.running = self._keep(self._run(process))
         self._owner.changed()
@@ -147,7 +153,7 @@ class Stages:
             self._owner.changed()
 
     def rename(self, name: str) -> None:
-        """Give a worker a new id: its KV cache is another one from now on."""
+        """Give a worker a new id: from now on its KV cache counts as another one."""
         process = self._processes.pop(name, None)
         if process is not None:
             process.id, process.wirings = secrets.token_hex(8), set()
@@ -155,14 +161,14 @@ class Stages:
             self._unwire(process)
 
     def unwire(self, wiring: str) -> None:
-        """The scheduler left this wiring: its first stage is to be joined anew."""
+        """The scheduler left this wiring: its first stage has to be wired again."""
         for process in self._processes.values():
             if process.wiring == wiring and process.index == 0:
                 self._unwire(process)
 
-    def wire(self, order: WireAction) -> None:
-        """Join a worker to its neighbours, unless it is being joined so already."""
-        process, wiring = self._processes.get(order.worker), order.goal.wiring
+    def wire(self, action: WireAction) -> None:
+        """Connect a worker to its neighbours, unless that is under way already."""
+        process, wiring = self._processes.get(action.worker), action.goal.wiring
         if process is None or process.worker is None or not process.is_loaded:
             return
         if process.joining is not None and not process.joining.done():
@@ -170,7 +176,7 @@ class Stages:
                 return
             process.joining.cancel()
         process.wiring, process.joins = "", wiring
-        process.joining = self._keep(self._join(process, process.worker, order))
+        process.joining = self._keep(self._join(process, process.worker, action))
 
     async def close(self) -> None:
         """End all workers; closing twice is harmless."""
@@ -189,10 +195,10 @@ class Stages:
                 log.warning("process %d of a stage ended with status %s", worker.pid, worker.status)
                 self.stop(name)
 
-    def on_broken(self, worker: WorkerProcess, placement: str) -> None:
+    def on_broken(self, worker: WorkerProcess, wiring: str) -> None:
         """Workers' owner: a link is gone."""
         for process in self._processes.values():
-            if process.worker is worker and process.wiring == placement:
+            if process.worker is worker and process.wiring == wiring:
                 self._unwire(process)
 
     def _first(self, wiring: str) -> _Process | None:
@@ -205,13 +211,13 @@ class Stages:
         process.wiring = process.joins = ""
         self._owner.changed()
 
-    def _keep(self, coroutine: Coroutine) -> asyncio.Task:
+    def _keep(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._forget)
         return task
 
-    def _forget(self, task: asyncio.Task) -> None:
+    def _forget(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a task of the stages failed", exc_info=task.exception())
@@ -219,16 +225,16 @@ class Stages:
     async def _run(self, process: _Process) -> None:
         """A worker's life, from its start to its end, or until it is stopped."""
         try:
-            files = await self._owner.prepare(process.load)
+            files = await self._owner.prepare(process.spec)
             process.worker = await self._sockets.spawn(BATCH_INVARIANT_ENVIRONMENT, self, self._keep)
-            await process.worker.load(self._load(process.load, files))
+            await process.worker.load(self._load_message(process.spec, files))
             process.is_loaded = True
             self._owner.changed()
             await asyncio.Event().wait()
         except CordeeError as error:
             if self._processes.pop(process.id, None) is not None:
-                self._owner.failed(process.load, error.message)
-        except asyncio.CancelledError:  # it is stopped
+                self._owner.failed(process.spec, error.message)
+        except asyncio.CancelledError:  # it is to stop
             if process.worker is not None and not self._closing:
                 await self._linger(process.worker)
             raise
@@ -237,18 +243,18 @@ class Stages:
                 await process.worker.end()
 
     async def _linger(self, worker: WorkerProcess) -> None:
-        """Leave a worker to its heirs for a while."""
+        """Let a worker run on for its KV readers, for a while."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
                 while worker.kv_readers and worker.alive:
-                    await asyncio.sleep(LINGER_LOOK_SECONDS)
+                    await asyncio.sleep(LINGER_POLL_SECONDS)
 
-    def _load(self, load: StageSpec, files: Files) -> messages.LoadStage:
-        devices = () if load.device == "CPU" else (load.device,)
+    def _load_message(self, spec: StageSpec, files: Files) -> messages.LoadStage:
+        devices = () if spec.device == "CPU" else (spec.device,)
         config = StageConfig(
-            context=load.context,
-            sequences=load.sequences,
-            batch_rows=max(BATCH_ROWS, load.sequences),
+            context=spec.context,
+            sequences=spec.sequences,
+            batch_rows=max(BATCH_ROWS, spec.sequences),
             devices=devices,
         )
         return messages.LoadStage(
@@ -262,22 +268,21 @@ class Stages:
             listen=self._listen,
         )
 
-    async def _join(self, process: _Process, worker: WorkerProcess, order: WireAction) -> None:
-        goal = order.goal
+    async def _join(self, process: _Process, worker: WorkerProcess, action: WireAction) -> None:
+        goal = action.goal
         try:
-            sources = tuple(messages.Source(*source) for source in goal.sources)
-            await worker.wire(messages.Wire(goal.wiring, goal.downstream, goal.first or None, sources))
+            await worker.wire(messages.Wire(goal.wiring, goal.downstream, goal.first or None, goal.sources))
         except CordeeError as error:
-            log.info("stage %d is not joined yet: %s", goal.index, error.message)
+            log.info("stage %d is not wired yet: %s", goal.index, error.message)
             return
         process.wirings.add(goal.wiring)
-        if process.joins == goal.wiring:  # no link broke meanwhile
+        if process.joins == goal.wiring:  # no link was lost meanwhile
             process.wiring, process.index = goal.wiring, goal.index
             process.inherits = bool(goal.sources)
             self._owner.changed()
 
     async def _watch(self) -> None:
-        """Kill wired workers that are stopped: only their neighbours' silence would tell otherwise."""
+        """Kill wired workers whose process is stopped: nothing else would show it but their silence."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             for process in self._processes.values():

@@ -3,13 +3,13 @@
 Plain sockets and not the bus, because a worker is one blocking thread: a round trip of 2.3 kB takes half the
 time that it takes through zenoh. The frames on a link are those of `cordee.worker.frames`.
 
-    connect  -> TLS handshake -> the door looks whether the guest may enter -> WELCOME -> frames
-                                 |no: the link closes, and `connect` says so
+    connect -> TLS handshake -> the listener checks that the client is a member -> WELCOME -> frames
+                                |no: the link closes, and `connect` says so
 
-Only the cluster's authority is trusted here, for servers and for guests. Host names say nothing and are not
-verified: what counts is a certificate of this cluster whose node was not removed. A certificate's alternative
-name holds the node's id. The files are read for each link, so renewals and removals need no restart; they are
-read without `cryptography`, which would make workers start a tenth of a second later.
+Only the cluster's authority is trusted here, for servers and for clients. Host names prove nothing and are
+not verified: what counts is a certificate of this cluster whose node was not removed. A certificate's
+alternative name holds the node's id. The files are read for each link, so renewals and removals need no
+restart; they are read without `cryptography`, which would make workers start a tenth of a second later.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ import socket
 import ssl
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cordee.net import address
 from cordee.worker.frames import SOCKET_SECONDS, LinkClosed
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
 WELCOME = b"\x01"  # a client of TLS 1.3 is done before the server has looked at its certificate
-GREETING_SECONDS = 10.0  # to connect, shake hands and be welcomed; the other worker may be in a decode
+HANDSHAKE_SECONDS = 10.0  # to connect, shake hands and get WELCOME; the other worker may be in a decode
 SILENCE_SECONDS = 3  # until a cable that was cut ends an idle link: as fast as the bus notices
 # For TCP alone, which its system answers whatever the other worker does: an address may be one that the
 # machine had before, or one that cannot be reached from here.
 CONNECT_SECONDS = 2.0
-BACKLOG = 64  # who knocks during a decode waits there
+BACKLOG = 64  # links that are opened during a decode wait there
 NODE_SUFFIX = ".cordee"  # of the alternative name that holds the node's id
 
 
 class Handshake:
-    """Somebody who knocked: greets without blocking, and becomes a link or is closed."""
+    """A connection whose handshake is under way, without blocking; it becomes a link or is closed."""
 
     def __init__(self, folder: Path, plain: socket.socket) -> None:
         self._folder = folder
@@ -50,14 +50,14 @@ class Handshake:
         )
 
     def fileno(self) -> int:
-        """For a selector; readable: call `greet`."""
+        """For a selector; when it is readable, call `proceed`."""
         return self._link.fileno()
 
-    def greet(self) -> ssl.SSLSocket | None:
-        """Go on with the handshake: the link once it is a member's, None while more has to arrive.
+    def proceed(self) -> ssl.SSLSocket | None:
+        """Go on with the handshake: gives the link once it is a member's, None while more has to arrive.
 
         Raises:
-            LinkClosed: it is no member, was removed, or left; the guest is closed.
+            LinkClosed: the other side is no member, was removed, or closed it; the connection is closed.
         """
         try:
             self._link.do_handshake()
@@ -72,7 +72,7 @@ class Handshake:
         return self._link
 
     def close(self) -> None:
-        """Turn the guest away."""
+        """Close the connection."""
         self._link.close()
 
 
@@ -91,11 +91,15 @@ class TlsListener:
         self.endpoint = ",".join(address.own(host, self._listener.getsockname()[1]))
 
     def fileno(self) -> int:
-        """For a selector; readable: call `accept`."""
+        """For a selector; when it is readable, call `accept`."""
         return self._listener.fileno()
 
     def accept(self) -> Handshake | None:
-        """Whoever knocked; None if he left again. Raises LinkClosed where this node has no valid identity."""
+        """The next connection; None if it was closed again.
+
+        Raises:
+            LinkClosed: this node has no valid identity.
+        """
         try:
             plain, _ = self._listener.accept()
         except OSError:
@@ -103,20 +107,20 @@ class TlsListener:
         return Handshake(self._folder, plain)
 
     def close(self) -> None:
-        """Listen no more; links that were let in stay."""
+        """Stop listening; links that were accepted stay."""
         self._listener.close()
 
 
 def connect(folder: Path, endpoint: str) -> ssl.SSLSocket:
-    """A link to a `TlsListener` by its endpoint, welcomed, blocking, with SOCKET_SECONDS for each call.
+    """A link to a `TlsListener` by its endpoint: after WELCOME, blocking, with SOCKET_SECONDS for each call.
 
-    What becomes readable on it later is its end: doors send nothing but WELCOME.
+    What becomes readable on it later is its end: listeners send nothing but WELCOME.
 
     Raises:
         LinkClosed: none of the endpoint's addresses answers as a member that lets this node in.
     """
-    until = time.monotonic() + GREETING_SECONDS
-    reasons = []
+    until = time.monotonic() + HANDSHAKE_SECONDS
+    reasons: list[str] = []
     for each in endpoint.split(",")[: address.ADDRESSES_MAX]:
         try:
             return _connect(folder, each, until)
@@ -150,11 +154,11 @@ async def open_stream(folder: Path, endpoint: str) -> tuple[asyncio.StreamReader
     """
     import asyncio  # here, because workers do without it
 
-    reasons = []
+    reasons: list[str] = []
     for each in endpoint.split(",")[: address.ADDRESSES_MAX]:
         writer = None
         try:
-            async with asyncio.timeout(GREETING_SECONDS):
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
                 host, port = address.parse(each, 0)
                 context = _context(folder, server=False)
                 reader, writer = await asyncio.open_connection(host, port, ssl=context)
@@ -175,9 +179,9 @@ async def open_listener(
     host: str,
     on_link: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> tuple[asyncio.Server, str]:
-    """A `TlsListener` for an event loop, and its endpoint; `on_link` gets each member that came in.
+    """A `TlsListener` for an event loop, and its endpoint; `on_link` gets each member's link.
 
-    Its own certificate is that of now: open another door after a renewal.
+    It shows the certificate of now for as long as it is open: after a renewal, open another one.
 
     Raises:
         LinkClosed: this node has no valid identity.
@@ -200,19 +204,20 @@ async def open_listener(
         welcome,
         sock=listener,
         ssl=_context(folder, server=True),
-        ssl_handshake_timeout=GREETING_SECONDS,
+        ssl_handshake_timeout=HANDSHAKE_SECONDS,
         backlog=BACKLOG,
     )
     return server, ",".join(address.own(host, listener.getsockname()[1]))
 
 
-def check_member(folder: Path, certificate: dict | None) -> str:
+def check_member(folder: Path, certificate: Mapping[str, Any] | None) -> str:
     """The id of the node behind a certificate that TLS has verified (`getpeercert`).
 
     Raises:
         LinkClosed: it is no node's, or the node was removed.
     """
-    names = [name for kind, name in (certificate or {}).get("subjectAltName", ()) if kind == "DNS"]
+    alternatives: Iterable[tuple[str, str]] = (certificate or {}).get("subjectAltName", ())
+    names = [name for kind, name in alternatives if kind == "DNS"]
     node = names[0].removesuffix(NODE_SUFFIX) if names and names[0].endswith(NODE_SUFFIX) else ""
     if not node:
         raise LinkClosed("the certificate is no node's")
@@ -241,7 +246,7 @@ def _tune(plain: socket.socket) -> None:
     """Send small frames at once, and notice when the network falls silent under an idle link.
 
     Under data in flight the system alone would notice after minutes; TCP_USER_TIMEOUT would also end links to
-    workers that do not read because they compute. There the bus notices, and the agent wires anew.
+    workers that do not read because they compute. There the bus notices, and the stages are wired again.
     """
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

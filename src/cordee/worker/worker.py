@@ -1,19 +1,20 @@
 """A stage worker: one process, one stage. Run as `python -m cordee.worker.worker ID CONTROL INBOX`.
 
 CONTROL is its parent's socket, INBOX the path at which this worker listens for the stage before it. One
-thread does everything but to reach the neighbours, since the stage is the only thing worth waiting for:
+thread does everything except connecting to the neighbours, since the stage is the only thing worth waiting
+for:
 
-    start -> Load -> loaded -> Wire -> wired: rows in, rows (or tokens) out
-                        ^                |
-                        '--- Wire again, |link lost: Broken, and rows are dropped until then
+    start -> LoadStage -> loaded -> Wire -> wired: rows in, rows (or tokens) out
+                            ^                 |
+                            '--- Wire again --' a link was lost: Broken, and rows are dropped until then
 
-Rows come through the inbox from this machine, and through a door of tls_link.py from others. A micro-batch
-that goes round comes back to the first stage from the last, or stays here if that is the same; the service
-hears of its tokens meanwhile.
+Rows come through the inbox from this machine, and through a listener of tls_link.py from others. A
+micro-batch that goes round comes back to the first stage from the last, or stays here if that is the same
+worker; its tokens are also sent to the scheduler.
 
 The process ends when its control link does, even in the middle of a decode, so that no worker outlives its
 parent: a second thread waits for that and for nothing else. A failure in the stage ends the process too: the
-parent replaces it, which also gets rid of whatever state made it fail.
+parent replaces it, which also gets rid of any state that made it fail.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ import time
 from collections import deque
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
 
 from cordee.errors import BadRequest, CordeeError, StageFailed
 from cordee.worker import frames
-from cordee.worker.compute import Compute, Result, again
+from cordee.worker.compute import Compute, again
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import (
     Broken,
@@ -61,16 +62,29 @@ from cordee.worker.messages import (
 )
 
 if TYPE_CHECKING:  # workers of one machine start sooner without TLS
+    from collections.abc import Iterable
+
     from cordee.worker.kv_transfer import KvSources
     from cordee.worker.tls_link import Handshake, TlsListener
 
-PEERS_MAX = 4  # that connected and are not wired yet: a new placement's while an old one is being closed
-BACKLOG = 64  # peers that knock during a decode: with a full backlog the true one would be refused
+PEERS_MAX = 4  # that connected and are not wired yet: those of a new wiring while the old one is closed
+BACKLOG = 64  # peers that connect during a decode: with a full backlog the right one would be refused
 JOIN_SECONDS = 1.0  # for the rest of a Join that began to arrive: it is one small write
 KV_READERS_MAX = 16  # workers of the next placement whose layers overlap with this one's, and some that fell
-# A micro-batch that goes round may keep its tokens back for so long: nobody reads faster, and each message
-# costs the service as much as a small model's layer.
+# The tokens of a micro-batch that goes round are held back for this long, to be sent together: nobody reads
+# faster, and each message costs the scheduler's process as much as a layer of a small model.
 GATHER_SECONDS = 0.02
+
+
+class _Closable(Protocol):
+    """What a selector can wait for, and what can be closed."""
+
+    def fileno(self) -> int: ...
+    def close(self) -> None: ...
+
+
+T = TypeVar("T")
+C = TypeVar("C", bound=_Closable)
 
 
 class Worker:
@@ -81,21 +95,21 @@ class Worker:
         self._inbox = inbox
         self._upstream: dict[bool, socket.socket] = {}  # by whether what comes there goes round
         self._downstream: socket.socket | None = None
-        self._first: socket.socket | None = None  # where micro-batches go round to; None: here
-        self._round: deque[Result] = deque()  # that go round here; as many as are in flight at most
-        self._halted = 0  # the newest micro-batch that shall not go round again
+        self._first: socket.socket | None = None  # where micro-batches go to again; None: to this worker
+        self._round: deque[tuple[Rows, memoryview]] = deque()  # that go round in this worker
+        self._halted = 0  # the newest micro-batch that must not go round again
         self._gathered: dict[int, list[Tokens]] = {}  # of micro-batches that go round; STEPS_MAX each at most
-        self._told = 0.0  # when tokens were sent last
+        self._sent_at = 0.0  # when tokens were sent last
         self._wiring = ""
-        self._left_wiring = ""  # the placement before it was left, whose sequences are still here
+        self._left_wiring = ""  # the last wiring that was left, whose sequences are still here
         self._kv_readers: list[socket.socket] = []
         self._kv_sources: KvSources | None = None
-        self._kv_found: dict[int, HeldSequence] = {}  # what the sources said
+        self._kv_found: dict[int, HeldSequence] = {}  # what the sources hold
         self._identity: Path | None = None  # of this node, where other machines take part
         self._listener: TlsListener | None = None
         self._handshakes: list[Handshake] = []  # of other machines, that are still proving who they are
-        self._unjoined: list[socket.socket] = []  # that connected and said nothing yet
-        self._early: dict[Join, socket.socket] = {}  # that joined before this worker heard of their placement
+        self._unjoined: list[socket.socket] = []  # that connected and sent nothing yet
+        self._early: dict[Join, socket.socket] = {}  # that joined before this worker got their Wire
         self._compute: Compute | None = None
         self._connected: SimpleQueue[tuple[Wire, list[socket.socket], KvSources | None, str]] = SimpleQueue()
         self._waker, self._woken = socket.socketpair()
@@ -105,37 +119,35 @@ class Worker:
         self._selector.register(self._woken, selectors.EVENT_READ)
 
     def serve(self) -> None:
-        """Do what comes in until the control link ends."""
-        with contextlib.suppress(
-            LinkClosed
-        ):  # of the control link; what ends others is handled where it is met
+        """Handle messages until the control link ends."""
+        with contextlib.suppress(LinkClosed):  # of the control link; the others are handled where they end
             while True:
                 for key, _ in self._selector.select(0 if self._round else None):
                     if key.fileobj is self._control:
                         self._handle_control()
                     else:
-                        self._hear(key.fileobj)
+                        self._handle(key.fileobj)
                 if self._round:
                     self._run(*self._round.popleft())
 
-    def _hear(self, source) -> None:
-        """Something came from somewhere else than the parent; what was dropped a moment ago is nobody's."""
+    def _handle(self, source: object) -> None:
+        """A source other than the control link is readable; one that was dropped a moment ago is ignored."""
         if source is self._inbox:
             self._accept()
         elif source is self._woken:
             self._attach_links()
         elif source is self._listener:
             self._accept_handshake()
-        elif source in self._handshakes:
-            self._continue_handshake(source)
-        elif source in self._unjoined:
-            self._read_join(source)
+        elif (handshake := _same(self._handshakes, source)) is not None:
+            self._continue_handshake(handshake)
+        elif (peer := _same(self._unjoined, source)) is not None:
+            self._read_join(peer)
         elif source in (self._downstream, self._first):
-            self._link_lost()  # nothing is ever said there
-        elif source in self._upstream.values():
-            self._handle_rows(source)
-        elif source in self._kv_readers:
-            self._handle_kv_reader(source)
+            self._link_lost()  # nothing is ever sent here on these links
+        elif (upstream := _same(self._upstream.values(), source)) is not None:
+            self._handle_rows(upstream)
+        elif (reader := _same(self._kv_readers, source)) is not None:
+            self._handle_kv_reader(reader)
 
     def _handle_control(self) -> None:
         message, _ = frames.receive(self._control)
@@ -168,7 +180,7 @@ class Worker:
         self._selector.register(self._listener, selectors.EVENT_READ)
 
     def _wire(self, wire: Wire) -> None:
-        assert self._compute is not None, "Load comes before Wire"
+        assert self._compute is not None, "LoadStage comes before Wire"
         self._drop_upstream()
         self._drop_downstream()
         self._drop_kv_readers()
@@ -178,14 +190,14 @@ class Worker:
         threading.Thread(target=self._connect, args=(wire,), daemon=True).start()
 
     def _connect(self, wire: Wire) -> None:
-        """Reach the neighbours, on a thread of its own: they greet only while they are not greeting us."""
+        """Connect to the neighbours, on a thread of its own: they may be connecting to this worker."""
         links: list[socket.socket] = []
         kv_sources, fault = None, ""
         try:
             links.append(_joined(self._identity, wire.downstream, Join(wire.wiring)))
             if wire.first is not None:
                 links.append(_joined(self._identity, wire.first, Join(wire.wiring, again=True)))
-        except (OSError, LinkClosed) as error:  # that stage just died: another Wire follows
+        except (OSError, LinkClosed) as error:  # that stage has just ended: another Wire follows
             fault = str(error) or "it closed the link"
         if wire.sources and not fault and self._identity is not None:
             from cordee.worker.kv_transfer import KvSources
@@ -200,7 +212,7 @@ class Worker:
         if fault or wire.wiring != self._wiring or self._downstream is not None:
             for peer in [*links, *([] if kv_sources is None else [kv_sources])]:
                 peer.close()
-            frames.send(self._control, WireFailed(wire.wiring, fault or "another one was wired"))
+            frames.send(self._control, WireFailed(wire.wiring, fault or "another Wire came"))
             return
         self._downstream = links[0]
         self._first = links[1] if len(links) > 1 else None
@@ -211,17 +223,17 @@ class Worker:
         frames.send(self._control, Wired(wire.wiring))
 
     def _accept(self) -> None:
-        """Let a peer in; whoever says nothing costs a place among PEERS_MAX and no time."""
+        """Accept a peer; one that sends nothing takes one of PEERS_MAX places, and no time."""
         peer, _ = self._inbox.accept()
         self._admit(peer, self._unjoined)
 
-    def _admit(self, peer, among: list, at_most: int = PEERS_MAX) -> None:
+    def _admit(self, peer: C, among: list[C], at_most: int = PEERS_MAX) -> None:
         if len(among) == at_most:
             self._forget(among[0], among).close()
         among.append(peer)
         self._selector.register(peer, selectors.EVENT_READ)
 
-    def _forget(self, peer, among: list):
+    def _forget(self, peer: C, among: list[C]) -> C:
         among.remove(peer)
         self._selector.unregister(peer)
         return peer
@@ -238,7 +250,7 @@ class Worker:
     def _continue_handshake(self, handshake: Handshake) -> None:
         self._selector.unregister(handshake)  # the link that it becomes has the same file descriptor
         try:
-            peer = handshake.greet()
+            peer = handshake.proceed()
         except LinkClosed:
             self._handshakes.remove(handshake)
             return
@@ -248,9 +260,9 @@ class Worker:
             self._handshakes.remove(handshake)
             self._admit(peer, self._unjoined)
 
-    def _read_join(self, stranger: socket.socket) -> None:
-        """Hear which placement a peer joins; it may have learnt of it before this worker."""
-        peer = self._forget(stranger, self._unjoined)
+    def _read_join(self, peer: socket.socket) -> None:
+        """Read which wiring a peer joins; the peer may have learnt of it before this worker."""
+        self._forget(peer, self._unjoined)
         peer.settimeout(JOIN_SECONDS)
         try:
             message, _ = frames.receive(peer)
@@ -271,7 +283,7 @@ class Worker:
         self._attach_upstream()
 
     def _attach_upstream(self) -> None:
-        """Take rows from the stages that joined this placement, once there is somewhere to send theirs."""
+        """Take rows from the stages that joined this wiring, once there is somewhere to send the results."""
         if self._downstream is None:
             return
         for join in (Join(self._wiring), Join(self._wiring, again=True)):
@@ -303,22 +315,22 @@ class Worker:
             self._send(answer, rows)
         elif message.batch > self._halted and self._compute.goes_round(message, answer):
             self._gathered.setdefault(answer.batch, []).append(answer)
-            if time.monotonic() - self._told >= GATHER_SECONDS:
-                self._tell(answer.batch, last=False)
+            if time.monotonic() - self._sent_at >= GATHER_SECONDS:
+                self._send_tokens(answer.batch, last=False)
             self._send_round(*again(message, answer))
         else:
             self._gathered.setdefault(answer.batch, []).append(answer)
-            self._tell(answer.batch, last=True)
+            self._send_tokens(answer.batch, last=True)
 
-    def _tell(self, batch: int, *, last: bool) -> None:
+    def _send_tokens(self, batch: int, *, last: bool) -> None:
         """Send the tokens of a micro-batch that were gathered."""
         *before, newest = self._gathered.pop(batch)
-        self._told = time.monotonic()
+        self._sent_at = time.monotonic()
         earlier = tuple(tokens.choices for tokens in before)
         self._send(msgspec.structs.replace(newest, earlier=earlier, last=last))
 
     def _inherit(self, message: Rows) -> bool:
-        """Take over what the runs want of the placement before; without it the placement is lost."""
+        """Take over the sequences that the runs inherit; False where that fails, and the wiring is lost."""
         assert self._compute is not None
         for run in message.runs:
             if not run.inherit:
@@ -326,11 +338,11 @@ class Worker:
             held = self._kv_found.get(run.sequence)
             try:
                 if self._kv_sources is None or held is None:
-                    raise LinkClosed("nothing was left to this worker")
+                    raise LinkClosed("this worker has no sources for it")
                 tokens = None if held.tokens is None else held.tokens[: run.first_position]
-                parts = self._kv_sources.read(run.sequence, run.first_position)
+                states = self._kv_sources.read(run.sequence, run.first_position)
                 self._compute.restore(
-                    run.sequence, HeldSequence(run.tenure, run.first_position, tokens), parts
+                    run.sequence, HeldSequence(run.tenure, run.first_position, tokens), states
                 )
             except (LinkClosed, StageFailed):
                 self._link_lost()
@@ -338,7 +350,7 @@ class Worker:
         return True
 
     def _query_kv(self, message: KvQuery) -> None:
-        """Tell what could be taken over: what all stages before, and all of this one's sources, have."""
+        """Pass on what could be taken over: what all stages before, and all of this one's sources, hold."""
         assert self._compute is not None
         self._kv_found = {}
         if self._kv_sources is not None:
@@ -357,7 +369,7 @@ class Worker:
             self._send(KvQuery(message.wiring, held))
 
     def _handle_kv_reader(self, reader: socket.socket) -> None:
-        """An heir wants something: the next placement is there, and this one has nothing to do any more."""
+        """A reader sent something; a query means that the next placement takes over: leave this wiring."""
         try:
             message, _ = frames.receive(reader)
         except LinkClosed:
@@ -370,6 +382,8 @@ class Worker:
         from cordee.worker.kv_transfer import serve
 
         try:
+            if self._compute is None:
+                raise LinkClosed("nothing is loaded here")
             serve(self._compute, reader, message, self._left_wiring)
         except LinkClosed:
             self._forget(reader, self._kv_readers).close()
@@ -400,12 +414,12 @@ class Worker:
             self._link_lost()
 
     def _link_lost(self) -> None:
-        """A link is gone: so is what this placement computed together."""
+        """A link is gone, and with it what the stages of this wiring computed together."""
         self._drop_upstream()
         self._drop_downstream()
-        placement, self._wiring = self._wiring, ""
-        self._left_wiring = placement or self._left_wiring
-        frames.send(self._control, Broken(placement))
+        wiring, self._wiring = self._wiring, ""
+        self._left_wiring = wiring or self._left_wiring
+        frames.send(self._control, Broken(wiring))
 
     def _drop_upstream(self) -> None:
         for goes_round in list(self._upstream):
@@ -436,11 +450,16 @@ class Worker:
         self._kv_sources, self._kv_found = None, {}
 
 
+def _same(items: Iterable[T], source: object) -> T | None:
+    """The item that is this very object, if there is one."""
+    return next((each for each in items if each is source), None)
+
+
 def _joined(identity: Path | None, target: str, join: Join) -> socket.socket:
-    """A link to the worker, or the service, that is there.
+    """A link to the worker, or the parent, at `target`; the Join is sent.
 
     Raises:
-        OSError, LinkClosed: nobody takes it.
+        OSError, LinkClosed: it cannot be reached.
     """
     if target.startswith("/"):
         peer = socket.socket(socket.AF_UNIX)
@@ -449,14 +468,14 @@ def _joined(identity: Path | None, target: str, join: Join) -> socket.socket:
     else:
         from cordee.worker import tls_link
 
-        assert identity is not None, "who has neighbours on other machines listens for them"
+        assert identity is not None, "a worker with neighbours on other machines has an identity"
         peer = tls_link.connect(identity, target)
     frames.send(peer, join)
     return peer
 
 
 def _end_with(control: socket.socket) -> None:
-    """End the process when the other side of its control link is gone, whatever the main thread does."""
+    """End the process once the other side of its control link is gone, even if the main thread computes."""
     hangup = select.poll()
     hangup.register(control, 0)  # POLLHUP alone, which cannot be left out
     hangup.poll()
@@ -465,7 +484,7 @@ def _end_with(control: socket.socket) -> None:
 
 def main() -> None:
     """Connect, listen, serve."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the service's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for its parent to handle
     worker_id, control_path, inbox_path = sys.argv[1:]
     inbox = socket.socket(socket.AF_UNIX)
     inbox.bind(inbox_path)

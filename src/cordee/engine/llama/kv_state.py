@@ -7,8 +7,8 @@ layers. Formats (all words little-endian):
   cache, or for a model with sliding windows two, that of the layers without a window first. A cache is the
   number of streams and, for each, its cells (position, sequences), whether V is transposed, the number of
   layers, then K of every layer and V of every layer, each with its type and the bytes of a row.
-- ternary ("CTKV"; native/src/cache.c): six words, the third the number of layers, and equally many bytes
-  for each layer.
+- ternary ("CTKV"; native/src/engine/cache_state.c): six words, the third the number of layers, and equally
+  many bytes for each layer.
 """
 
 import struct

@@ -1,0 +1,49 @@
+/* A packed matrix: codes in one of the layouts of native/FORMAT.md, and scales. */
+#ifndef CORDEE_MATRIX_H
+#define CORDEE_MATRIX_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum layout { LAYOUT_TRIT2, LAYOUT_TRIT5, LAYOUT_INT8, LAYOUT_INT6, LAYOUT_INT4, LAYOUTS };
+
+/* Beside those: multiplied by look-up, with no groups or quads (pentium2/lookup.h). */
+#define LAYOUT_PENTIUM2 ((enum layout)(LAYOUTS + 1))
+
+/* Columns are padded so that kernels may take four quads at a time. */
+#define COLUMN_PADDING 16u
+#define BLOCK_ROWS 16u
+#define LARGEST_GROUP_ROWS 80u
+
+struct layout_facts {
+    const char *name;
+    uint32_t group_rows; /* a multiple of BLOCK_ROWS */
+    uint32_t quad_bytes; /* bytes of a group's quad: group_rows x 4 weights */
+    int32_t zero;        /* the code of weight 0 */
+};
+
+extern const struct layout_facts layout_facts[LAYOUTS];
+
+/* The layout of that name, or LAYOUTS. */
+enum layout layout_named(const char *name);
+
+struct matrix {
+    enum layout layout;
+    uint32_t rows, cols;
+    uint32_t groups, quads;
+    const uint8_t *data;    /* [groups][quads][quad_bytes], borrowed from the file */
+    const float *scales;    /* [rows / scale_rows], borrowed */
+    uint32_t scale_rows;    /* rows that share a scale */
+};
+
+static inline uint32_t quads_of(uint32_t cols)
+{
+    return (cols + COLUMN_PADDING - 1) / COLUMN_PADDING * (COLUMN_PADDING / 4);
+}
+
+static inline uint32_t groups_of(enum layout layout, uint32_t rows)
+{
+    return (rows + layout_facts[layout].group_rows - 1) / layout_facts[layout].group_rows;
+}
+
+#endif

@@ -1,0 +1,51 @@
+/* A session's memory: the cache, the buffers of one batch, the threads. */
+#ifndef CORDEE_SESSION_H
+#define CORDEE_SESSION_H
+
+#include "cache.h"
+#include "kernels/kernels.h"
+#include "model.h"
+#include "pentium2/attention.h"
+#include "base/pool.h"
+
+/* Sequences are numbers in a queue of people; more would be a mistake. */
+#define SEQUENCES_LIMIT 4096u
+#define BATCH_ROWS_LIMIT 8192u
+#define CONTEXT_LIMIT (1u << 20)
+
+struct ternary_session {
+    const ternary_model *model;
+    struct kernels kernels;
+    const struct lookup_kernels *lookup; /* for files of the layout `pentium2` */
+    ternary_config config;
+    struct cache cache;
+    ternary_watcher *watcher; /* told before a layer is computed, or NULL */
+    void *watcher_argument;
+    struct pool pool;
+    uint32_t *ends; /* [sequences]: lengths after the batch being checked */
+
+    /* Of one batch; every row belongs to one row of the batch. */
+    float *hidden;                                      /* [rows][n_embd] */
+    float *queries;                                     /* [rows][q_dim]; becomes attention's result */
+    float *keys, *values;                               /* [rows][kv_dim] */
+    float *gates, *ups;                                 /* [rows][n_ff] */
+    float *added;                                       /* [rows][n_embd]: what a block adds to the hidden rows */
+    float *cosines, *sines;                             /* [rows][head_dim / 2] */
+    uint32_t *marked;                                   /* rows whose logits are wanted */
+    uint32_t *runs;                                     /* [rows + 1]: where rows that attend together begin */
+    struct activations inputs;                          /* of the matrix that comes next */
+    /* Of each thread. */
+    int32_t *dots;                                      /* [threads][dots_elements] */
+    float *scratch;                                     /* [threads][scratch_elements]: of attention */
+    float *normal;                                      /* [threads][widest row] */
+    int16_t *tables;                                    /* [threads][LOOKUP_TILE * LOOKUP_ENTRIES], for look-up */
+    size_t scratch_elements, normal_elements;
+};
+
+/* Of one call of a dot. */
+static inline size_t dots_elements(const struct kernels *kernels)
+{
+    return (size_t)kernels->rows * DOT_GROUPS * LARGEST_GROUP_ROWS;
+}
+
+#endif

@@ -1,0 +1,100 @@
+"""The models that clients of a node may ask for: a service for each that is offered or deployed."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Container, Coroutine, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from cordee.cluster.facts import ModelShape
+from cordee.distribution.local_models import LocalModels
+from cordee.errors import CordeeError
+from cordee.models.store import StoredModel
+from cordee.serving.cluster_service import ClusterGateway, ClusterService
+
+RETRY_SECONDS = 0.5  # after a service could not be opened, before the next attempt
+
+log = logging.getLogger(__name__)
+
+
+class Services(Mapping[str, ClusterService]):
+    """The services of a node by model name; they come and go while the agent lives.
+
+    `keep` runs a coroutine to its end, `changed` is called when a service has come, and `wanted` with the
+    name of a model that a client asks for.
+    """
+
+    def __init__(
+        self,
+        local_models: LocalModels,
+        gateway: ClusterGateway,
+        keep: Callable[[Coroutine[Any, Any, None]], object],
+        changed: Callable[[], None],
+        wanted: Callable[[str], None],
+    ) -> None:
+        self._local_models = local_models
+        self._gateway = gateway
+        self._keep = keep
+        self._changed = changed
+        self._wanted = wanted
+        self._services: dict[str, ClusterService] = {}
+        self._opening: set[str] = set()  # models whose vocabulary is on its way
+
+    def __getitem__(self, name: str) -> ClusterService:
+        return self._services[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._services)
+
+    def __len__(self) -> int:
+        return len(self._services)
+
+    def of_digest(self, digest: str) -> ClusterService | None:
+        """A service of that model, under any name."""
+        return next((each for each in self._services.values() if each.model.digest == digest), None)
+
+    def follow(self, models: Mapping[str, tuple[ModelShape, int]], deployed: Container[str]) -> None:
+        """Have a service for each of these models, by name with shape and context, and for no others.
+
+        A service opens in a moment, and again after RETRY_SECONDS if it could not. `deployed` are the names
+        that the cluster serves now.
+        """
+        for name, service in list(self._services.items()):
+            shape, context = models.get(name, (None, 0))
+            if shape is None or (shape.digest, context) != (service.model.digest, service.context):
+                del self._services[name]
+                self._keep(service.close())
+            else:
+                service.is_deployed = name in deployed
+        for name, (shape, context) in models.items():
+            if name not in self._services and name not in self._opening:
+                self._opening.add(name)
+                self._keep(self._open(name, shape, context))
+
+    async def close(self) -> None:
+        """Close all services; closing twice is harmless."""
+        for service in self._services.values():
+            await service.close()
+
+    async def _open(self, name: str, shape: ModelShape, context: int) -> None:
+        try:
+            path = await self._local_models.vocabulary(shape.digest)
+            model = StoredModel(
+                name=name,
+                digest=shape.digest,
+                path=path,
+                nbytes=sum(shape.layer_bytes),
+                source="cluster",
+                added=datetime.now(UTC).isoformat(timespec="seconds"),  # to this node
+                architecture=shape.architecture,
+                layers=shape.layers,
+            )
+            self._services[name] = ClusterService(
+                model, path, context, self._gateway, lambda: self._wanted(name)
+            )
+            self._changed()
+        except CordeeError as error:
+            log.warning("%s cannot be offered here yet: %s", name, error.message)
+            await asyncio.sleep(RETRY_SECONDS)
+        finally:
+            self._opening.discard(name)

@@ -1,0 +1,153 @@
+"""What a node says over the bus, and whom it believes: a fake bus, true identities."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from clusters import Simple, facts_of
+from cordee.agent.gossip import Gossip
+from cordee.cluster.controller import Controller
+from cordee.cluster.facts import Gauges
+from cordee.cluster.membership import Heartbeat
+from cordee.net.bus import REMOVED
+from cordee.net.identity import Identity
+from members import cluster
+
+
+@dataclass
+class FakeBus:
+    """Keeps what is said; the tests call the handlers."""
+
+    published: list[tuple[str, bytes]] = field(default_factory=list)
+    announced: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
+    handlers: dict[str, Callable] = field(default_factory=dict)
+
+    def publish(self, key: str, payload: bytes) -> None:
+        self.published.append((key, payload))
+
+    def announce(self, key: str) -> None:
+        self.announced.append(key)
+
+    def forget(self, node: str) -> None:
+        self.forgotten.append(node)
+
+    def subscribe(self, pattern: str, handler: Callable) -> None:
+        self.handlers[pattern] = handler
+
+    def watch(self, pattern: str, handler: Callable) -> None:
+        self.handlers[pattern] = handler
+
+
+class World:
+    """Three members of a cluster, the first an admin; the second gossips."""
+
+    def __init__(self, folder: Path) -> None:
+        self.admin, self.me, self.other = cluster(folder, 3)
+        self.bus, self.calls = FakeBus(), []
+        self.controller = Controller(self.me.node, "session", Simple())
+        self.controller.observe(facts_of(self.me.node), time.monotonic(), time.time())
+        self.gossip = Gossip(
+            self.bus,
+            self.me,
+            self.controller,
+            lambda: self.calls.append("changed"),
+            lambda: self.calls.append("excluded"),
+        )
+        self.gossip.open()
+
+    def hear(self, node: str, key: str = "", **more: object) -> None:
+        """A heartbeat of a node comes, under its own key or another."""
+        said = Heartbeat("its session", 1.0, time.time(), facts_of(node), **more)
+        self.bus.handlers["heartbeat/*"](key or f"heartbeat/{node}", msgspec.msgpack.encode(said))
+
+    def hear_removal(self, entry: str) -> None:
+        """The other buses announce that this node was removed."""
+        self.bus.handlers[REMOVED.format(self.me.node, "*")](REMOVED.format(self.me.node, entry), True)
+
+    @property
+    def others(self) -> set[str]:
+        """The other nodes that the controller knows."""
+        return self.controller.nodes(time.monotonic()).keys() - {self.me.node}
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setenv("CORDEE_HOME", str(tmp_path))  # which the members change
+    return World(tmp_path)
+
+
+def removal_of(identity: Identity, admin: Identity) -> bytes:
+    admin.revoke(identity.node)
+    return next(entry for entry in admin.revocations if entry.startswith(bytes.fromhex(identity.node)))
+
+
+def test_a_node_is_seen_and_heard(world: World) -> None:
+    assert world.bus.announced == [f"alive/{world.me.node}"]
+    world.gossip.speak(Gauges(watts=3.0))
+    [(key, payload)] = world.bus.published
+    said = msgspec.msgpack.decode(payload, type=Heartbeat)
+    assert (key, said.facts.node, said.gauges.watts) == (f"heartbeat/{world.me.node}", world.me.node, 3.0)
+    world.hear(world.other.node)
+    assert (world.others, world.calls) == ({world.other.node}, ["changed"])
+
+
+def test_a_heartbeat_under_another_nodes_key_or_that_is_none_is_not_heard(world: World) -> None:
+    world.hear(world.other.node, f"heartbeat/{world.admin.node}")
+    world.bus.handlers["heartbeat/*"](f"heartbeat/{world.other.node}", b"\xc1")
+    assert (world.others, world.calls) == (set(), [])
+
+
+def test_a_removed_node_is_not_heard_any_more_and_is_excluded_once(world: World) -> None:
+    entry = removal_of(world.other, world.admin)
+    world.hear(world.admin.node, revocations=(entry, b"no removal"))
+    assert world.calls == ["excluded", "changed"]
+    assert world.gossip.revocations() == {world.other.node: entry}
+    world.hear(world.other.node)
+    world.hear(world.admin.node, revocations=(entry,))
+    assert (world.others, world.calls.count("excluded")) == ({world.admin.node}, 1)
+    assert not world.gossip.removed.is_set()
+
+
+def test_a_node_hears_of_its_own_removal_by_key_or_by_heartbeat(world: World) -> None:
+    entry = removal_of(world.me, world.admin)
+    for nonsense in ("no hexadecimal", "", entry[:-1].hex() + "00"):
+        world.hear_removal(nonsense)
+        assert not world.gossip.removed.is_set()
+    world.hear_removal(entry.hex())
+    assert world.gossip.removed.is_set()
+    assert "excluded" not in world.calls
+
+
+def test_a_heartbeat_brings_the_same_news(world: World) -> None:
+    world.hear(world.admin.node, revocations=(removal_of(world.me, world.admin),))
+    assert world.gossip.removed.is_set()
+
+
+def test_a_farewell_is_said_only_by_a_node_that_was_heard(world: World) -> None:
+    world.gossip.say_farewell(Gauges(), "stops")
+    assert world.bus.published == []
+    world.gossip.speak(Gauges())
+    world.gossip.say_farewell(Gauges(), "leaves")
+    assert msgspec.msgpack.decode(world.bus.published[-1][1], type=Heartbeat).farewell == "leaves"
+
+
+def test_a_node_that_leaves_for_good_is_not_looked_for_any_more(world: World) -> None:
+    world.hear(world.other.node, farewell="stops")
+    assert world.bus.forgotten == []
+    world.hear(world.other.node, farewell="leaves")
+    assert world.bus.forgotten == [world.other.node]
+
+
+def test_a_lost_token_is_a_suspicion_but_not_of_oneself(world: World) -> None:
+    world.hear(world.other.node)
+    world.calls.clear()
+    world.bus.handlers["alive/*"](f"alive/{world.me.node}", False)
+    assert world.calls == []
+    world.bus.handlers["alive/*"](f"alive/{world.other.node}", False)
+    assert world.calls == ["changed"]
+    assert world.controller.nodes(time.monotonic())[world.other.node][0] == "suspect"

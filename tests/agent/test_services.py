@@ -1,0 +1,118 @@
+"""Which models clients may ask a node for: services come and go with what is offered or deployed."""
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+
+import pytest
+
+from clusters import shape_of
+from cordee.agent import services as services_module
+from cordee.agent.services import Services
+from cordee.errors import ModelNotFound, StageFailed
+from cordee.generation.request import Request
+from cordee.serving.cluster_service import ClusterGateway
+from streams import Model, tiny_model, until
+
+SHAPE, OTHER = shape_of("m"), shape_of("other")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+class FakeLocalModels:
+    """Has the vocabulary of every model, save those that are `missing`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.missing: set[str] = set()
+        self.asked: list[str] = []
+
+    async def vocabulary(self, digest: str) -> Path:
+        self.asked.append(digest)
+        if digest in self.missing:
+            raise ModelNotFound("its chunks have not come yet")
+        return self.path
+
+
+class World:
+    """The services of a node, and what they ask of it."""
+
+    def __init__(self, model: Model) -> None:
+        self.local_models = FakeLocalModels(model.stored.path)
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.changes = 0
+        self.wanted: list[str] = []
+        gateway = ClusterGateway("here", lambda node, data: None)
+        self.services = Services(self.local_models, gateway, self._keep, self._changed, self.wanted.append)
+
+    def _keep(self, coroutine: Coroutine[None, None, None]) -> None:
+        self.tasks.add(asyncio.get_running_loop().create_task(coroutine))
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+
+def test_a_service_comes_changes_and_goes_with_what_is_offered_or_deployed(model: Model) -> None:
+    async def play() -> None:
+        world = World(model)
+        services = world.services
+        for _ in range(2):  # the second while it opens
+            services.follow({"a": (SHAPE, 64)}, ())
+        await until(lambda: "a" in services)
+        assert (world.local_models.asked, world.changes) == (["m"], 1)
+        first = services["a"]
+        assert (first.context, first.health, services.of_digest("m")) == (64, "idle", first)
+        services.follow({"a": (SHAPE, 64)}, ("a",))
+        assert (services["a"], first.health) == (first, "recovering")
+
+        services.follow({"a": (SHAPE, 32)}, ("a",))
+        assert not services
+        await until(lambda: "a" in services)
+        assert services["a"].context == 32
+        services.follow({"a": (OTHER, 32)}, ())
+        await until(lambda: "a" in services)
+        assert services["a"].model.digest == "other"
+
+        services.follow({}, ())
+        assert (list(services), len(services), services.of_digest("other")) == ([], 0, None)
+        await asyncio.gather(*world.tasks)
+
+    asyncio.run(play())
+
+
+def test_a_model_whose_vocabulary_is_missing_is_tried_again(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services_module, "RETRY_SECONDS", 0.0)
+
+    async def play() -> None:
+        world = World(model)
+        world.local_models.missing.add("m")
+        models = {"a": (SHAPE, 64), "b": (OTHER, 64)}
+        world.services.follow(models, ())
+        await asyncio.gather(*world.tasks)
+        assert list(world.services) == ["b"]
+        world.local_models.missing.clear()
+        world.services.follow(models, ())
+        await until(lambda: "a" in world.services)
+        assert world.local_models.asked == ["m", "other", "m"]
+
+    asyncio.run(play())
+
+
+def test_a_request_says_which_model_is_wanted(model: Model) -> None:
+    async def play() -> None:
+        world = World(model)
+        world.services.follow({"a": (SHAPE, 64)}, ())
+        await until(lambda: "a" in world.services)
+        request = Request(id="s", prompt=(1, 2, 3), max_tokens=1)
+        answering = asyncio.ensure_future(anext(world.services["a"].generate(request)))
+        await until(lambda: world.wanted == ["a"])
+        await world.services.close()
+        with pytest.raises(StageFailed, match="no longer answered"):
+            await answering
+
+    asyncio.run(play())
