@@ -1,8 +1,8 @@
 """A node of a cluster as a process of its own, which serves a model's chunks or fetches a slice of one.
 
-    chunk_peer.py serve STORE PEER…                     prints its addresses, then serves until killed
-    chunk_peer.py fetch STORE PEER NODE DIGEST FIRST LAST   prints the bytes that are there, line by line
-    chunk_peer.py hub STORE SOURCE DIGEST FIRST LAST        the same from the hub alone, without a cluster
+    chunk_peer.py serve STORE PEER…                        prints its addresses, then serves until killed
+    chunk_peer.py fetch STORE PEER NODE DIGEST FIRST LAST  prints how many bytes have come, line by line
+    chunk_peer.py hub STORE SOURCE DIGEST FIRST LAST       the same from the hub alone, without a cluster
 
 Its identity is that in CORDEE_HOME.
 """
@@ -20,7 +20,7 @@ from cordee.net import identity
 from cordee.net.bus import BusOptions
 from cordee.net.zenoh_bus import ZenohBus
 
-# Slow enough for a kill to come in the middle, whatever else the machine does.
+# Slow enough to be killed in the middle of a fetch, whatever else the machine does.
 BYTES_PER_SECOND = 10e6
 
 
@@ -61,7 +61,7 @@ class Nobody:
     """A bus without neighbours."""
 
     async def query(self, pattern: str, payload: bytes, *, seconds: float) -> list[bytes]:
-        raise AssertionError("nobody has anything")
+        raise AssertionError("there is no neighbour")
 
 
 if __name__ == "__main__":

@@ -18,13 +18,13 @@ SLOW_SECONDS = 0.05
 
 @dataclass
 class FakeHub:
-    """`files` are path in 'owner/name' -> content. `promised` overrides what is said of a content's digest.
+    """A hub with `files`: by repository ('owner/name'), path -> content.
 
-    `stop_after` cuts each answer of a file after so many bytes, and with `stall` then waits until that is
-    cleared; `ignore_ranges` sends whole files always; `status` answers everything with an error; so many file
-    answers as `corrupt` says have a wrong byte in the middle; `slow` sends 20 MB/s. `ranges` collects the
-    Range header of each file request, `sent` is how many bytes of files went out, `strange` collects what no
-    download should ask for.
+    `promised` overrides the digest that is stated for a path. `stop_after` cuts each file response after that
+    many bytes, and `stall` then waits until it is set; `ignore_ranges` always sends whole files; `status`
+    answers everything with an error; the next `corrupt` file responses have a wrong byte in the middle;
+    `slow` sends 20 MB/s. `ranges` collects the Range header of each file request, `sent` counts the bytes of
+    files that were sent, `strange` collects requests that no download should make.
     """
 
     files: dict[str, dict[str, bytes]]
@@ -59,7 +59,7 @@ class FakeHub:
         self._thread.start()
 
     def use(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        """Be the only hub that this process knows, for a test."""
+        """Make this the only hub of this process, for a test."""
         monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
         template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -75,13 +75,13 @@ class FakeHub:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         self.tokens.add(request.headers["Authorization"])
-        parts = [*unquote(urlsplit(request.path).path).strip("/").split("/"), "", "", ""]
+        path = [*unquote(urlsplit(request.path).path).strip("/").split("/"), "", "", ""]
         if self.status:
             self._send(request, self.status, b"", {"X-Error-Code": self.error_code})
-        elif parts[:2] == ["api", "models"] and parts[4] == "tree":
-            self._send_tree(request, self.files.get("/".join(parts[2:4])))
-        elif parts[2] == "resolve":
-            self._send_file(request, self.files["/".join(parts[:2])]["/".join(parts[4:-3])])
+        elif path[:2] == ["api", "models"] and path[4] == "tree":
+            self._send_tree(request, self.files.get("/".join(path[2:4])))
+        elif path[2] == "resolve":
+            self._send_file(request, self.files["/".join(path[:2])]["/".join(path[4:-3])])
         else:
             self.strange.append(request.path)
             self._send(request, 404, b"", {})
@@ -99,12 +99,16 @@ class FakeHub:
         self._send(request, 200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
 
     def _promise(self, path: str, content: bytes) -> dict:
-        """The digest of a file: git's own of JSON files, which lie in git, SHA-256 of all others."""
-        told = self.promised.get(path)
+        """The digests of a file: git's own for JSON files, which are in git, SHA-256 for all others."""
+        promised = self.promised.get(path)
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         if path.endswith(".json"):
-            return {"oid": told or blob}
-        lfs = {"oid": told or hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+            return {"oid": promised or blob}
+        lfs = {
+            "oid": promised or hashlib.sha256(content).hexdigest(),
+            "size": len(content),
+            "pointerSize": 130,
+        }
         return {"oid": blob, "lfs": lfs}
 
     def _send_file(self, request: BaseHTTPRequestHandler, content: bytes) -> None:

@@ -8,7 +8,7 @@ from gguf import GGUFWriter
 
 
 def write_shards(header, folder: Path) -> Path:
-    """A model as two shards; the first one's path."""
+    """Write a model as two shards; gives the path of the first."""
     half = len(header.tensors) // 2
     paths = [folder / f"m-0000{number}-of-00002.gguf" for number in (1, 2)]
     for number, tensors in enumerate((header.tensors[:half], header.tensors[half:])):

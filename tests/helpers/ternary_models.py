@@ -1,6 +1,6 @@
-"""Tiny ternary models of every family, and what they ought to compute: numpy, straight from the definitions.
+"""Tiny ternary models of every family, and what they should compute: numpy, straight from the definitions.
 
-The reference shares nothing with the engine but the numbers of the model: matrices are plain arrays, sums are
+The reference shares nothing with the engine but the sizes of the model: matrices are plain arrays, sums are
 numpy's, attention is over whole sequences. It rounds where the definitions round (activations to int8 where
 b1.58 says so, the head's and the cache's stored precision) and is float32 elsewhere.
 """
@@ -30,7 +30,7 @@ _BASE = TernaryModel(
     head="int8",
 )
 FAMILIES = {
-    # BitNet b1.58 2B 4T: sub-norms, squared ReLU, rotation of halves, grouped queries.
+    # BitNet b1.58 2B 4T: sub-norms, squared ReLU, RoPE on halves, grouped queries.
     "bitnet": replace(
         _BASE, architecture="bitnet", kv_heads=2, activation="relu2", rope="neox", sub_norms=True
     ),
@@ -45,7 +45,7 @@ FAMILIES = {
         rope="neox",
         sub_norms=True,
     ),
-    # Llama3-8B-1.58, Falcon-E: a llama block, rotation of pairs, five weights in a byte.
+    # Llama3-8B-1.58, Falcon-E: a llama block, RoPE on pairs, five weights in a byte.
     "llama": replace(_BASE, kv_heads=4, layout="trit5", rope_base=500_000.0),
     # TriLM: activations are not quantized, matrices have several scales.
     "trilm": replace(_BASE, planes=3),
@@ -71,7 +71,7 @@ class Weights:
                     "f4"
                 )
         self.arrays["output_norm.weight"] = (1 + 0.1 * draw.standard_normal(model.n_embd)).astype("f4")
-        # Small beside what layers add, so that every layer decides about the token.
+        # Small beside what layers add, so that every layer matters for the token.
         embedding = 0.3 * draw.standard_normal((model.n_vocab, model.n_embd))
         self.arrays["token_embd.weight"] = embedding.astype("f4")
         self.arrays["output.weight"] = draw.standard_normal(embedding.shape).astype("f4")
@@ -100,7 +100,7 @@ def make_ternary(family: str, path: Path, *, seed: int = 1, **changes: object) -
 
 
 def assert_computes(path: Path, weights: Weights) -> None:
-    """A file's logits are those of the weights, but for the rounding of head and cache."""
+    """A file's logits are those of the weights, except for the rounding of head and cache."""
     stage = TernaryStage(path, StageConfig(context=64, sequences=1, batch_rows=64, threads=1))
     tokens = np.arange(10, 50)
     logits = stage.decode(batch_of_one(tokens))[0]
@@ -186,5 +186,5 @@ class Reference:
 
 
 def half(x: np.ndarray) -> np.ndarray:
-    """As the cache keeps it."""
+    """Rounded as in the cache."""
     return x.astype(np.float16).astype(np.float32)

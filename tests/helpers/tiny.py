@@ -192,12 +192,12 @@ class Maker:
         if self.recipe.ffn == "experts" and not dense:
             self.experts(at)
             return
-        parts = {"ffn_gate": (EMBD, FF), "ffn_up": (EMBD, FF), "ffn_down": (FF, EMBD)}
+        matrices = {"ffn_gate": (EMBD, FF), "ffn_up": (EMBD, FF), "ffn_down": (FF, EMBD)}
         if self.recipe.ffn in ("plain", "fused"):
-            del parts["ffn_gate"]
+            del matrices["ffn_gate"]
         if self.recipe.ffn == "fused":
-            parts["ffn_up"] = (EMBD, 2 * FF)
-        for name, shape in parts.items():
+            matrices["ffn_up"] = (EMBD, 2 * FF)
+        for name, shape in matrices.items():
             self.matrix(f"{at}{name}.weight", *shape)
             if self.recipe.ffn_bias:
                 self.bias(f"{at}{name}.bias", shape[1])

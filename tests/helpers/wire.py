@@ -12,7 +12,7 @@ Handler = Callable[[bytes], Awaitable[bytes | None]]
 
 
 class Wire:
-    """A bus within this process; `asked` lists (node, request), `bend` may replace a node's answers."""
+    """A bus within this process; `asked` lists (node, request), `bend` may replace a node's replies."""
 
     def __init__(self) -> None:
         self.handlers: dict[str, Handler] = {}

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from cordee.cluster.disk import StoredSlice
 from cordee.cluster.facts import SliceHeld
@@ -50,6 +50,9 @@ LAYOUTS_KEPT = 32
 MANIFESTS_KEPT = 256
 # The unit of `st_blocks`, whatever the file system.
 STAT_BLOCK_BYTES = 512
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 _SLICE_NAME = re.compile(r"(\d+)-(\d+)\.gguf")
 
@@ -328,7 +331,7 @@ def _copy(assembly: Assembly, source: Path, offsets: dict[int, int]) -> None:
                 assembly.put(chunk, data, str(source))
 
 
-def _remember(memory: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
+def _remember(memory: dict[Key, Value], key: Key, value: Value, limit: int) -> None:
     """Keep a value; the oldest goes when there are too many."""
     memory[key] = value
     while len(memory) > limit:

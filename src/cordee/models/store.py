@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TextIO
+from typing import Any, BinaryIO, Literal, TextIO, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -46,6 +46,8 @@ LOCK_SECONDS = 30.0
 LOCK_POLL_SECONDS = 0.02
 # From linux/fs.h: make a file share the blocks of another until one of them is written to.
 FICLONE = 0x40049409
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"\w[\w.:/@+-]*")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
@@ -496,7 +498,7 @@ def _is_slice(path: Path, header: bytes, nbytes: int) -> bool:
         return False
 
 
-def _read_json(path: Path, kind: Any) -> Any:
+def _read_json(path: Path, kind: type[T]) -> T | None:
     """A small file that the store can do without; None if it is missing or damaged."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)

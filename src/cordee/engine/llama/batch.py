@@ -1,7 +1,7 @@
 """A `llama_batch` that is reused for each call: making one took a third of a step's time in Python."""
 
 import ctypes
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -15,7 +15,7 @@ class NativeBatch:
     libllama's `n_seq_id` and `seq_id` are arrays of counts and of pointers: each row belongs to one sequence.
     """
 
-    def __init__(self, library: Any, rows: int, n_embd: int) -> None:
+    def __init__(self, library: ModuleType, rows: int, n_embd: int) -> None:
         self._n_embd = n_embd
         self._tokens = np.zeros(rows, dtype=np.int32)
         self._positions = np.zeros(rows, dtype=np.int32)
