@@ -1,4 +1,4 @@
-"""Chat templates: what real ones use works, what a hostile one tries does not."""
+"""Chat templates: what real templates use works; what a hostile one tries does not."""
 
 import json
 from datetime import datetime
