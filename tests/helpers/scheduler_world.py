@@ -161,7 +161,7 @@ class World:
         return sent
 
     def answer(self, failures: Callable[[int], bool] = lambda _: False) -> list[Event]:
-        """Let the oldest result come; `failures` tells sequences whose token cannot be chosen."""
+        """Let the oldest result come; `failures` says of which sequences the token cannot be chosen."""
         batch, choices, failed, last = self.pipeline.answer(self.end, failures)
         chosen = {sequence: choice for sequence, choice in choices.items() if sequence not in failed}
         events = self.scheduler.complete(batch.id, chosen, failed, last=last)

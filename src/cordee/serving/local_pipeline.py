@@ -39,7 +39,7 @@ State = Literal["loading", "ready", "replacing", "failed", "closed"]
 STALL_SECONDS = 600.0  # 512 rows of prefill take this long on a machine that does one row a second
 WATCH_SECONDS = 1.0  # how often workers that owe an answer are checked
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.05, 30.0
-FAILURES_MAX = 3  # replacements that failed one after the other before the state says so
+FAILURES_MAX = 3  # failed replacements in a row before the state is `failed`
 
 P = ParamSpec("P")
 
@@ -101,7 +101,7 @@ class PipelineStage:
 
     @property
     def description(self) -> StageDescription | None:
-        """What the loaded stage says of itself."""
+        """The description of the loaded stage; None before it is loaded."""
         return None if self.worker is None else self.worker.description
 
 
