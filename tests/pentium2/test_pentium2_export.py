@@ -95,7 +95,7 @@ def test_an_empty_folder_is_filled_and_a_used_one_is_not(model: Path, programs: 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cd").iterdir()}
     with pytest.raises(BadRequest, match="new folder"):
         export.export(read_header(model), tmp_path / "cd", programs=programs)
-    with pytest.raises(BadRequest, match="make it"):
+    with pytest.raises(BadRequest, match="create it"):
         export.export(read_header(model), tmp_path / "no" / "cd", programs=programs)
     with pytest.raises(StorageFailed, match="another place"):
         export.export(read_header(model), Path("/proc/cd"), programs=programs)
