@@ -26,7 +26,7 @@ setup: ## make .venv: libllama, Cordée and the starter model
 
 run: ## chat over three nodes that may fall; ASK="…" answers one question on standard output
 
-# By one process: it answers in half the time that a rope of three takes to tie, and beside a running demo.
+# By one process: it answers in half the time that a cluster of three takes to start, and beside a running demo.
 answer: setup
 	@exec $(bin)/cordee run starter -- "$$ASK"
 
@@ -44,9 +44,10 @@ test-pentium2: setup ## boot the emulated PC of 1997 (fetched once) and all that
 	@sh scripts/pentium2_machine.sh
 	@$(bin)/python -m pytest -rP $(if $(LONG),-m '') tests/pentium2
 
-lint: setup ## check style and formatting
+lint: setup ## check style, formatting and types
 	@$(bin)/ruff check $(code)
 	@$(bin)/ruff format --check $(code)
+	@$(bin)/basedpyright --level error
 
 format: setup ## rewrite the sources in the house's format
 	@$(bin)/ruff check --fix $(code)

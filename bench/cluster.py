@@ -327,7 +327,7 @@ def is_loading(cluster: Cluster) -> bool:
     """Whether every stage has its slice."""
     placement = cluster.first.placement()
     states = [stage["state"] for stage in placement["stages"]] if placement else []
-    return bool(states) and not {"fetching", "unreported"} & set(states)
+    return bool(states) and not {"fetching", "unheard"} & set(states)
 
 
 def sent_bytes(lab: Lab) -> int:

@@ -30,6 +30,7 @@ import numpy as np
 from cordee.engine.llama.libllama import usable_cores
 from cordee.generation.request import Request, SamplingParams
 from cordee.models.store import Store
+from cordee.serving.interface import ModelService
 from cordee.serving.local_service import LocalService, ServiceConfig
 from deep import deepen
 from plain import Plain
@@ -91,7 +92,7 @@ class PlainPeer:
 class ServicePeer:
     """The service as users have it: scheduler, worker processes, sampling, text."""
 
-    def __init__(self, service: LocalService) -> None:
+    def __init__(self, service: ModelService) -> None:
         self._service = service
         self._requests = 0
 

@@ -70,7 +70,7 @@ class ClusterOfOne:
         await self._until("wired")
         goal = HostGoal(self._placement, WIRING)
         self._host = SchedulerHost(goal, self.service.vocabulary, self._stages, self._say)
-        self._host.is_judged = True  # trying the model out is no part of what is measured
+        self._host.is_measured = True  # trying the model out is no part of what is measured
         self._host.follow(goal)
         self._gateway.follow({self.service.key: "one"})
         self._tasks.append(asyncio.create_task(self._tick()))
@@ -165,7 +165,9 @@ def _line(count: int, cluster: list[float], local: list[float]) -> dict[str, obj
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="One machine by itself: the local service beside a cluster of one."
+    )
     parser.add_argument("--model", type=Path, default=Path(sys.prefix) / "share" / "cordee" / "starter.gguf")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", action="store_true", help="one object a line")

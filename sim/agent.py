@@ -153,7 +153,7 @@ class Agent:
             pipeline.take(tokens)
 
     def link_broke(self, link: tuple[str, int]) -> None:
-        """An end of a data link is told so: what it joins is no longer wired."""
+        """A data link broke, and this end of it hears so: what it joined is no longer wired."""
         wiring, hop = link
         for process in self.workers.values():
             if process.wiring == wiring and process.index in (hop - 1, hop):

@@ -139,7 +139,7 @@ def _routes_in_turn(self: controller.Controller, current: Mapping[str, str]) -> 
 
 MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "a suspect is dead at once": _set((membership, "SUSPICION_SECONDS", 0.0)),
-    "nobody is ever gone": _set((membership, "SUSPICION_SECONDS", math.inf)),
+    "no node is ever gone": _set((membership, "SUSPICION_SECONDS", math.inf)),
     "times from the future are believed": _set((membership.Membership, "settle", _nothing)),
     "heartbeats sent earlier are old for ever": _set((membership, "_is_old", _old_for_ever)),
     "a node plans before it has listened": _set((controller, "LISTEN_SECONDS", 0.0)),

@@ -91,7 +91,7 @@ class Scenario:
         self.sequences: dict[str, int] = dict.fromkeys(models, SEQUENCES)
         if self.random.random() < 0.2:  # one file under two names, and not alike
             self.shapes["again"], self.sequences["again"] = self.shapes["small"], SEQUENCES - 1
-        self.promised = frozenset(self.shapes)  # users said last that these shall be served
+        self.promised = frozenset(self.shapes)  # what users deployed last
         for index in range(self.random.choice((2, 3, 3, 3, 4, 4, 5))):
             self._machine(f"n{index}")
 

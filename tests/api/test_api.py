@@ -41,7 +41,7 @@ LONG = {
 def server(
     starter_path: Path, session_home: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
-    """One for all tests that leave it as it was. It is impatient, so that waits show soon."""
+    """One for all tests that leave it as it was. Its waits are short."""
     folder = tmp_path_factory.mktemp("store")
     config = ServiceConfig(context=CONTEXT)
     timing = Timing(keep_alive_seconds=0.05, accept_seconds=0.05)
@@ -50,7 +50,7 @@ def server(
 
 
 def endless(server: Running) -> dict[str, Any]:
-    """A request whose answer ends only with the context: the model may not end it."""
+    """A request whose answer ends only with the context: end tokens are ruled out."""
     ends = {str(token): -100 for token in server.service.vocabulary.end_of_generation}
     return {**HELLO, "logit_bias": ends, "stream": True}
 
@@ -86,7 +86,7 @@ def test_health_is_ok_while_the_model_can_answer(server: Running) -> None:
     assert (reply.status, reply.json) == (200, {"status": "ok", "models": {"starter": "ready"}})
 
 
-def test_a_model_that_is_loading_is_told_as_such(session_home: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_loading_is_reported_as_such(session_home: Path, tmp_path: Path) -> None:
     with running(None, tmp_path, expected=["starter"]) as server:
         reply = server.request("GET", "/health")
         assert (reply.status, reply.json) == (503, {"status": "loading", "models": {"starter": "loading"}})
@@ -147,7 +147,7 @@ def test_a_chat_stream_has_the_shape_that_clients_rely_on(server: Running) -> No
     assert used["usage"]["total_tokens"] == whole["usage"]["total_tokens"]
 
 
-def test_a_stream_tells_usage_only_when_asked(server: Running) -> None:
+def test_a_stream_reports_usage_only_when_asked(server: Running) -> None:
     events = server.request("POST", CHAT, {**HELLO, "max_tokens": 1, "stream": True}).events
     assert not any("usage" in event for event in events[:-1])
     assert all(event["choices"] for event in events[:-1])
@@ -290,7 +290,7 @@ def test_content_parts_are_joined_by_line_breaks(server: Running) -> None:
     assert prompt_of(server, user(parts)) == prompt_of(server, user("one\ntwo"))
 
 
-def test_developer_messages_are_the_systems(server: Running) -> None:
+def test_developer_messages_become_system_messages(server: Running) -> None:
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     as_system = [{**messages[0], "role": "system"}, messages[1]]
     assert prompt_of(server, messages) == prompt_of(server, as_system)
@@ -302,7 +302,7 @@ CHAT_DECODER = msgspec.json.Decoder(ChatRequest)
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 
 
-def prompt_of(server: Running, messages: list[dict]) -> tuple[int, ...]:
+def prompt_of(server: Running, messages: list[dict[str, Any]]) -> tuple[int, ...]:
     body = json.dumps({"model": "starter", "messages": messages}).encode()
     return chat_prompt(server.service, decode(body, CHAT_DECODER), NOW)
 
@@ -351,7 +351,7 @@ def test_a_conversation_of_nothing_but_control_tokens_is_refused(server: Running
 
 
 class Client:
-    """A connection by hand. It sends a request and reads events when told to."""
+    """A connection that a test drives: it sends a request, and reads events when told to."""
 
     def __init__(self, server: Running, path: str, body: dict, receive_bytes: int | None = None) -> None:
         self._socket = socket.socket()
@@ -411,9 +411,7 @@ def test_a_client_that_reads_nothing_is_given_up(
     client.close()
 
 
-def test_a_body_that_does_not_arrive_is_not_waited_for(
-    server: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_body_that_does_not_arrive_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.1)
     with socket.create_connection(("127.0.0.1", server.port), SECONDS) as client:
         head = "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n"
@@ -431,7 +429,7 @@ def test_bodies_share_a_bounded_memory(server: Running, monkeypatch: pytest.Monk
     assert server.request("POST", CHAT, {**HELLO, "max_tokens": 1}).status == 200
 
 
-def test_requests_at_work_are_bounded(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_requests_are_bounded(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "REQUESTS_MAX", 1)
     client = Client(server, CHAT, endless(server))
     until_text(client)
@@ -441,7 +439,7 @@ def test_requests_at_work_are_bounded(server: Running, monkeypatch: pytest.Monke
     server.until(lambda status: status["active"] == 0)
 
 
-# Faults of our own
+# Bugs of the server
 
 
 def test_a_fault_is_an_error_for_one_client_and_a_traceback_without_prompts(
@@ -465,10 +463,10 @@ def test_a_fault_is_an_error_for_one_client_and_a_traceback_without_prompts(
     assert server.request("POST", CHAT, body).status == 200
 
 
-# Stages that fall
+# Stages that fail
 
 
-def test_a_lost_stage_is_a_pause_with_heartbeats(server: Running) -> None:
+def test_a_lost_stage_is_a_pause_with_keep_alives(server: Running) -> None:
     """The worker hangs before the prompt is computed, and is replaced; the answer is the same."""
     body = {**HELLO, "messages": user("Count to ten."), "max_tokens": 6, "stream": True}
     undisturbed = server.request("POST", CHAT, body).events
@@ -489,11 +487,11 @@ def test_a_lost_stage_is_a_pause_with_heartbeats(server: Running) -> None:
     assert server.request("GET", "/health").status == 200
 
 
-def texts(events: list[dict]) -> list[dict]:
+def texts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [event["choices"][0] for event in events]
 
 
-def test_a_service_that_ends_tells_its_streams(
+def test_a_service_that_closes_ends_its_streams_with_a_reason(
     starter_path: Path, session_home: Path, tmp_path: Path
 ) -> None:
     with running(starter_path, tmp_path, config=ServiceConfig(context=CONTEXT)) as server:

@@ -1,4 +1,4 @@
-"""What the HTTP API refuses, and how: every refusal names the field, has its status and OpenAI's shape."""
+"""What the HTTP API refuses: every refusal names the field, and has its own status and OpenAI's shape."""
 
 import http.client
 import json
@@ -177,13 +177,13 @@ def test_every_field_may_be_null_unless_it_is_required(server: Running) -> None:
         (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, ""),
         (b'{"user": ' + b"[" * 1_000_000 + b"]" * 1_000_000 + b"}", 400, "nested"),
         (b'{"user": ' + b'{"a":' * 1_000_000 + b"1" + b"}" * 1_000_000 + b"}", 400, "nested"),
-        (b'{"%s": 1}' % (b"x" * 100_000), 400, "no field"),
+        (b'{"%s": 1}' % (b"x" * 100_000), 400, "not a field"),
         (b'{"temperature": 1e999}', 400, "range"),
         (b" " * (BODY_BYTES_MAX + 1), 413, "larger"),
     ],
     ids=lambda value: value[:24] if isinstance(value, bytes) else value,
 )
-def test_bodies_that_are_no_requests(server: Running, body: bytes, status: int, says: str) -> None:
+def test_bodies_that_are_not_requests(server: Running, body: bytes, status: int, says: str) -> None:
     for path in (CHAT, COMPLETIONS):
         reply = server.request("POST", path, body)
         assert reply.status == status
@@ -272,7 +272,7 @@ def test_only_this_machine_may_ask(server: Running, headers: dict[str, str], sta
             assert reply.error["code"] == "forbidden_origin"
 
 
-# Bodies from strategies: whatever is sent, it is a request or a named refusal
+# Bodies from strategies: anything that is sent is a request, or is refused by name
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -306,7 +306,7 @@ def test_any_bytes_are_a_request_or_a_refusal(body: bytes) -> None:
 # The document
 
 
-def test_the_document_is_that_of_the_program() -> None:
+def test_the_document_is_generated_from_the_program() -> None:
     text = api_reference.TARGET.read_text(encoding="utf-8")
     assert api_reference.renewed(text) == text, "run `make docs`"
     assert text.count("<!-- end -->") == 8

@@ -1,5 +1,5 @@
 """Streams between gateways and hosts: whatever network, hosts and routes do, every client gets the tokens of
-the undisturbed answer, each once; nobody computes for long what nobody wants."""
+the undisturbed answer, each once; and hosts soon stop computing what no client wants."""
 
 from collections import Counter
 from random import Random
@@ -31,7 +31,7 @@ def request(name: str, prompt: tuple[int, ...] = (1, 2, 3), **rest) -> Request:
 
 
 def long_request(name: str, length: int = 60) -> Request:
-    """One whose undisturbed answer has so many tokens at least."""
+    """A request whose undisturbed answer has at least `length` tokens."""
     random = Random(name)
     while True:
         prompt = tuple(random.randrange(VOCABULARY) for _ in range(3))
@@ -43,7 +43,7 @@ def long_request(name: str, length: int = 60) -> Request:
 
 
 def calm_world(limits: Limits = ROOMY) -> World:
-    """A world where all gateways know the way to `small0`."""
+    """A world where all gateways route to `small0`."""
     world = World(1, limits=limits)
     for gateway in world.gateways.values():
         gateway.route("small", "small0")
@@ -154,7 +154,7 @@ def test_without_a_host_a_stream_waits_then_fails_with_a_remedy() -> None:
     assert isinstance(news.error, StageFailed) and "cordee status" in news.error.message
 
 
-def test_time_in_which_the_gateway_was_stopped_is_no_waiting() -> None:
+def test_time_in_which_the_gateway_was_stopped_does_not_count() -> None:
     gateway = Gateway("g", 1)
     gateway.open(request("a"), "m")
     gateway.tick(0.0)
@@ -166,7 +166,7 @@ def test_time_in_which_the_gateway_was_stopped_is_no_waiting() -> None:
 # --- refusals ---------------------------------------------------------------------------------------------
 
 
-def test_refusals_before_the_first_token_are_the_clients() -> None:
+def test_refusals_before_the_first_token_go_to_the_client() -> None:
     world = calm_world(NARROW)
     running = world.open("g0", long_request("running"))
     until_tokens(world, running, 5)
@@ -210,7 +210,7 @@ def test_ids_and_numbers_of_open_streams_are_bounded() -> None:
 
 
 def endless() -> World:
-    """A world whose streams end only when somebody ends them."""
+    """A world whose streams end only when they are cancelled."""
     return calm_world(Limits(sequences=2, context=100_000, batch_rows=8, queue=30))
 
 
@@ -313,7 +313,7 @@ def test_an_ask_that_is_no_longer_wanted_is_not_begun() -> None:
     assert lone.host.waiting == 2
 
 
-def test_a_gateway_that_forgot_the_host_begins_afresh() -> None:
+def test_a_gateway_that_forgot_the_host_begins_a_new_session() -> None:
     lone = Lone()
     lone.ask(1)
     lone.ask(5, peer=4)
@@ -332,7 +332,7 @@ def test_an_older_assert_is_not_believed() -> None:
     assert [(said.answers, said.unknown) for said in lone.said()] == [(5, ())]
 
 
-def test_what_was_lost_is_said_again_until_it_is_acknowledged() -> None:
+def test_what_was_lost_is_sent_again_until_it_is_acknowledged() -> None:
     lone = Lone()
     lone.ask(1)
     lone.work(4)
@@ -440,7 +440,7 @@ def test_a_host_that_forgot_a_stream_is_asked_with_the_log_as_it_is() -> None:
         assert (again.number == ask.number) == (not generated)
 
 
-def test_what_concerns_another_gateway_or_nobody_is_dropped() -> None:
+def test_messages_for_another_gateway_or_none_are_dropped() -> None:
     gateway = Gateway("g", 7)
     gateway.route("m", "h")
     gateway.open(request("a"), "m")
@@ -454,7 +454,7 @@ def test_what_concerns_another_gateway_or_nobody_is_dropped() -> None:
     assert gateway.drain() == ([], [])
 
 
-def test_a_host_that_answers_nothing_is_asked_afresh() -> None:
+def test_a_host_that_does_not_answer_is_asked_again() -> None:
     gateway = Gateway("g", 7)
     gateway.route("m", "h")
     gateway.open(request("a"), "m")

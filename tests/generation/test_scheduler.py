@@ -1,4 +1,4 @@
-"""The scheduler: streams get the tokens of their solo runs, in fair turns, and reuse what was computed."""
+"""The scheduler: streams get the tokens of their undisturbed answers, in fair turns, and reuse the cache."""
 
 from collections import Counter
 from random import Random
@@ -39,7 +39,7 @@ class Chaos:
         self.clients: list[Client] = []
         self.lost_before: set[Client] = set()
         self.failing = self.rng.random() < 0.2
-        self.handed_over = 0
+        self.transfers = 0
 
     def submit(self) -> None:
         rng, limits = self.rng, self.world.limits
@@ -62,8 +62,7 @@ class Chaos:
     def answer(self) -> None:
         if not self.world.pipeline.under_way:
             return
-        fails = (lambda _: self.rng.random() < 0.1) if self.failing else (lambda _: False)
-        self.world.answer(fails)
+        self.world.answer(lambda _: self.failing and self.rng.random() < 0.1)
 
     def lose(self) -> None:
         late = [batch.id for batch, _ in self.world.pipeline.under_way]
@@ -72,10 +71,10 @@ class Chaos:
         for number in late:
             assert self.world.scheduler.complete(number, {}, {}) == []
 
-    def hand_over(self) -> None:
-        self.world.hand_over(lambda length: self.rng.choice((0, self.rng.randint(0, length), length)))
+    def transfer(self) -> None:
+        self.world.transfer(lambda length: self.rng.choice((0, self.rng.randint(0, length), length)))
         self.lost_before |= set(self.clients)
-        self.handed_over += bool(self.world.pipeline.left)
+        self.transfers += bool(self.world.pipeline.before)
 
     def run(self) -> None:
         rng = self.rng
@@ -84,7 +83,7 @@ class Chaos:
             self.answer,
             self.world.pump,
             self.lose,
-            self.hand_over,
+            self.transfer,
             self.world.forget_before,
         ]
         weights = [4, 8, 8, *(rng.choice((0, 0.2, 1)) for _ in range(3))]
@@ -108,7 +107,7 @@ class Chaos:
 
 
 @pytest.mark.parametrize("block", range(10))
-def test_whatever_happens_every_stream_gets_the_tokens_of_its_solo_run(block: int) -> None:
+def test_whatever_happens_every_stream_gets_the_tokens_of_its_undisturbed_answer(block: int) -> None:
     for seed in range(block * 250, (block + 1) * 250):
         try:
             Chaos(seed).run()
@@ -126,8 +125,8 @@ def test_the_chaos_has_everything_in_it() -> None:
         seen.update(client.ended for client in chaos.clients)
         seen["cached"] += sum(bool(client.cached) for client in chaos.clients)
         seen["lost"] += len(chaos.lost_before)
-        seen["handed over"] += chaos.handed_over
-    wanted = ("stop", "length", "cancelled", "failed", "cached", "lost", "handed over")
+        seen["transferred"] += chaos.transfers
+    wanted = ("stop", "length", "cancelled", "failed", "cached", "lost", "transferred")
     assert all(seen[what] > 20 for what in wanted), seen
 
 
@@ -174,7 +173,7 @@ def test_a_micro_batch_has_a_row_for_every_sequence() -> None:
 def test_streams_get_their_slots_in_the_order_they_came() -> None:
     world = World(Limits(sequences=1, context=20, batch_rows=20, queue=9))
     clients = [world.submit(str(name), [name + 1] * (9 - name), max_tokens=2) for name in range(6)]
-    started = []
+    started: list[str] = []
     while world.clients:
         started += [segment.stream for batch in world.pump() for segment in batch.segments]
         world.answer()
@@ -289,6 +288,7 @@ def test_prefill_rows_are_shared_by_water_filling() -> None:
     for name, length in (("long", 1000), ("short", 3), ("middle", 100)):
         world.submit(name, [1] * length)
     batch = world.scheduler.next_batch()
+    assert batch is not None
     rows = {segment.stream: len(segment.tokens) for segment in batch.segments}
     assert rows == {"short": 3, "middle": 30, "long": 31}
 
@@ -309,6 +309,7 @@ def test_a_replay_is_not_slowed_down_for_streams_that_cannot_decode_yet() -> Non
     world.pump()
     world.lose()
     batch = world.scheduler.next_batch()
+    assert batch is not None
     assert [len(segment.tokens) for segment in batch.segments] == [301]
 
 
@@ -446,7 +447,9 @@ def test_a_few_cached_tokens_do_not_decide() -> None:
 
 
 @given(prompt=st.lists(st.integers(), min_size=1), generated=st.lists(st.integers()), data=st.data())
-def test_a_token_log_is_prompt_and_answer_in_one(prompt: list[int], generated: list[int], data) -> None:
+def test_a_token_log_is_prompt_and_answer_in_one(
+    prompt: list[int], generated: list[int], data: st.DataObject
+) -> None:
     log = TokenLog(prompt, SamplingParams())
     for token in generated:
         log.append(token)
@@ -493,12 +496,12 @@ def test_a_slot_that_differs_from_its_log_anywhere_is_noticed_by_tests() -> None
 def test_what_the_placement_before_has_is_not_computed_again() -> None:
     rng, world = Random(10), roomy(2)
     history, _ = answered(world, "turn 1", tokens(rng, 60))
-    world.hand_over(lambda length: length)
+    world.transfer(lambda length: length)
     _, rows = answered(world, "turn 2", history + tokens(rng, 10))
     assert rows == 1 + 10 + 3
     world.submit("under way", tokens(rng, 60))
     world.step()
-    world.hand_over(lambda length: length)
+    world.transfer(lambda length: length)
     (batch,) = world.pump()
     assert [(len(segment.tokens), segment.inherit) for segment in batch.segments] == [(1, True)]
 
@@ -507,7 +510,7 @@ def test_what_was_not_taken_over_in_time_is_computed_again() -> None:
     rng, world = Random(11), roomy(2)
     world.submit("a", tokens(rng, 60))
     world.step()
-    world.hand_over(lambda length: length)
+    world.transfer(lambda length: length)
     world.forget_before()
     (batch,) = world.pump()
     assert (batch.segments[0].first_position, batch.segments[0].inherit) == (0, False)

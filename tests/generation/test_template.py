@@ -1,4 +1,4 @@
-"""Chat templates: what real ones use works, what a hostile one tries does not."""
+"""Chat templates: what real templates use works; what a hostile one tries does not."""
 
 import json
 from datetime import datetime
@@ -194,7 +194,7 @@ def test_a_long_conversation_fits_the_budget() -> None:
         assert len(rendered(source, turns)) > 3_990_000
 
 
-# Who is told what
+# Which error is raised
 
 
 def test_the_template_s_own_objection_reaches_the_client() -> None:

@@ -1,4 +1,4 @@
-"""What a client sees of a stream of bytes: whole characters, and nothing of a stop string or behind it."""
+"""What a client sees of a stream of bytes: whole characters, and nothing of a stop string or after it."""
 
 from itertools import pairwise
 

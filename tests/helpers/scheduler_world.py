@@ -1,4 +1,4 @@
-"""A world for the scheduler: clients that know their solo runs, a fake pipeline that checks every message.
+"""A world for the scheduler: clients that know their answers, a fake pipeline that checks every message.
 
 The fake computes a token as a pure function of all tokens that the stream's sequence holds, so a row that is
 wrong, missing or there twice changes the text.
@@ -24,7 +24,7 @@ def next_token(seed: int, history: Sequence[int]) -> int:
 
 @dataclass(eq=False)
 class Client:
-    """What the asker of one request sees."""
+    """What the client of one request sees."""
 
     request: Request
     got: list[int] = field(default_factory=list)
@@ -50,8 +50,8 @@ class FakePipeline:
         self.opened: set[TokenLog] = set()
         self.under_way.clear()
         self.halted: set[int] = set()
-        self.left: dict[int, list[int]] = {}  # what the placement before had
-        self.leaves = True  # whether batches that are sent now may still take it over
+        self.before: dict[int, list[int]] = {}  # what the placement before had
+        self.may_inherit = True  # whether batches that are sent now may still take it over
 
     def send(self, batch: MicroBatch) -> None:
         sequences = [segment.sequence for segment in batch.segments]
@@ -64,7 +64,7 @@ class FakePipeline:
         assert set(batch.opens) <= {segment.sequence for segment in batch.segments if segment.sample}
         logs = batch.opens.items()
         opens = {sequence: (log.sampling.seed, [*log.prompt, *log.generated]) for sequence, log in logs}
-        assert self.leaves or not any(segment.inherit for segment in batch.segments)
+        assert self.may_inherit or not any(segment.inherit for segment in batch.segments)
         assert self.opened.isdisjoint(batch.opens.values()), "a sampler is made once"
         self.opened.update(batch.opens.values())
         self.under_way.append((batch, opens))
@@ -73,7 +73,7 @@ class FakePipeline:
     def answer(
         self, end: int, failures: Callable[[int], bool]
     ) -> tuple[MicroBatch, dict[int, Choice], dict[int, str], bool]:
-        """Compute the oldest micro-batch, and send it round again if it may go on."""
+        """Compute the oldest micro-batch, and let it go round again if it may."""
         batch, opens = self.under_way.popleft()
         choices = self.compute(batch, opens)
         failed = {sequence: "no token fits" for sequence in choices if failures(sequence)}
@@ -95,11 +95,11 @@ class FakePipeline:
         return batch, choices, failed, last
 
     def compute(self, batch: MicroBatch, opens: dict[int, tuple[int, list[int]]]) -> dict[int, Choice]:
-        choices = {}
+        choices: dict[int, Choice] = {}
         for segment in batch.segments:
             held = self.cache[segment.sequence]
             if segment.inherit:
-                held[:] = self.left[segment.sequence][: segment.first_position]
+                held[:] = self.before[segment.sequence][: segment.first_position]
                 assert len(held) == segment.first_position > 0, "more is taken over than was there"
             assert segment.first_position <= len(held), "rows are missing"
             held[segment.first_position :] = segment.tokens
@@ -141,7 +141,7 @@ class World:
 
     def pump(self) -> list[MicroBatch]:
         """Send all that may be sent now."""
-        sent = []
+        sent: list[MicroBatch] = []
         while (batch := self.scheduler.next_batch()) is not None:
             self.pipeline.send(batch)
             sent.append(batch)
@@ -161,33 +161,33 @@ class World:
         return sent
 
     def answer(self, failures: Callable[[int], bool] = lambda _: False) -> list[Event]:
-        """Let the oldest result come; `failures` tells sequences whose token cannot be chosen."""
+        """Let the oldest result come; `failures` says of which sequences the token cannot be chosen."""
         batch, choices, failed, last = self.pipeline.answer(self.end, failures)
         chosen = {sequence: choice for sequence, choice in choices.items() if sequence not in failed}
         events = self.scheduler.complete(batch.id, chosen, failed, last=last)
         self.scheduler.check_slots()
         for event in events:
-            self.take(event)
+            self.check_event(event)
         return events
 
-    def take(self, event: Event) -> None:
-        """Compare an event with the next one of the stream's solo run."""
+    def check_event(self, event: Event) -> None:
+        """Compare an event with the next one of the undisturbed answer."""
         client = self.clients[event.stream]  # KeyError: an event for a stream that ended
-        request, said = client.request, (event.choice, event.finish_reason)
+        request, got = client.request, (event.choice, event.finish_reason)
         client.cached, client.apart = event.cached_tokens, False
         expected = next_token(request.sampling.seed, [*request.prompt, *client.got])
         if event.failure is not None:
-            assert said == (None, None)
+            assert got == (None, None)
             client.ended = "failed"
         elif expected == self.end:
-            assert said == (None, "stop")
+            assert got == (None, "stop")
             client.ended = "stop"
         else:
             client.got.append(expected)
             room = self.limits.context - len(request.prompt)
             full = len(client.got) in (request.max_tokens, room)
             client.ended = "length" if full else None
-            assert said == (Choice(expected), client.ended)
+            assert got == (Choice(expected), client.ended)
         if client.ended:
             del self.clients[event.stream]
 
@@ -195,19 +195,19 @@ class World:
         self.pipeline.forget()
         self.scheduler.lost()
 
-    def hand_over(self, length_of: Callable[[int], int]) -> None:
-        """Another placement follows; of a sequence it may take over what `length_of` its length says."""
+    def transfer(self, length_of: Callable[[int], int]) -> None:
+        """Another placement follows; of a sequence it may take over `length_of(its length)` tokens."""
         held = {
             sequence: tokens[: length_of(len(tokens))] for sequence, tokens in self.pipeline.cache.items()
         }
         self.lose()
-        self.pipeline.left = held
+        self.pipeline.before = held
         self.scheduler.restore(held)
         self.scheduler.check_slots()
 
     def forget_before(self) -> None:
-        """The placement before will soon be gone."""
-        self.pipeline.leaves = False
+        """The placement before is about to be gone."""
+        self.pipeline.may_inherit = False
         self.scheduler.forget_restored()
 
     def set_apart(self, name: str) -> None:

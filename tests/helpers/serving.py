@@ -5,7 +5,7 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Callable, Collection, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ HELLO = {"model": "starter", "messages": [{"role": "user", "content": "Say hello
 FRANCE = {"model": "starter", "prompt": "The capital of France is", "temperature": 0}
 
 
-def user(content: Any) -> list[dict]:
+def user(content: Any) -> list[dict[str, Any]]:
     """A conversation of one message."""
     return [{"role": "user", "content": content}]
 
 
 class Running:
-    """A server in a thread of its own. `services` are those it serves; `port` is where."""
+    """A server in a thread of its own, at `port`. `services` are those it serves."""
 
     def __init__(self, services: dict[str, LocalService], listener: socket.socket) -> None:
         self.services = services
@@ -48,13 +48,13 @@ class Running:
         """Run a coroutine on the server's event loop."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(SECONDS)
 
-    def status(self) -> dict:
-        async def read() -> dict:
+    def status(self) -> dict[str, Any]:
+        async def read() -> dict[str, Any]:
             return self.service.status()
 
         return self.run(read())
 
-    def until(self, true: Callable[[dict], bool]) -> None:
+    def until(self, true: Callable[[dict[str, Any]], bool]) -> None:
         """Wait until the service's status is as wanted."""
         settled = threading.Event()
         for _ in range(SECONDS * 50):
@@ -120,7 +120,7 @@ def running(
     stages: int = 1,
     expected: Collection[str] = (),
     timing: Timing | None = None,
-) -> Iterator[Running]:
+) -> Generator[Running]:
     """Serve the model file `path` as `starter` from a store in `folder`; without a path, nothing yet."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
@@ -150,7 +150,7 @@ def running(
 
 
 async def _close(server: Running) -> None:
-    """Close what is served, and wait for what still runs on the loop: the HTTP server's last words."""
+    """Close the services, and wait for what still runs on the loop, such as the HTTP server's end."""
     for service in server.services.values():
         await service.close()
     rest = asyncio.all_tasks() - {asyncio.current_task()}

@@ -1,4 +1,4 @@
-"""A world for streams between gateways and hosts, all from one seed: a network that loses, doubles, delays
+"""A world for streams between gateways and hosts, all from one seed: a network that loses, duplicates, delays
 and reorders, hosts that crash, freeze and lose their pipelines, gateways that disagree on the host, and
 clients that know the undisturbed answer.
 
@@ -29,7 +29,7 @@ BAD_TOKEN = VOCABULARY  # no token of the vocabulary
 
 @dataclass
 class Weather:
-    """How the network is: chances, and seconds."""
+    """How bad the network is: probabilities, and the mean delay in seconds."""
 
     loss: float = 0.0
     doubled: float = 0.0
@@ -37,11 +37,12 @@ class Weather:
 
 
 class Stages(FakePipeline):
-    """Whose arithmetic may differ with each stream that a host starts."""
+    """Stages whose arithmetic may differ with each stream that a host starts."""
 
     def __init__(self, limits: Limits, salted: bool, salts: "itertools.count[int]") -> None:
         super().__init__(limits)
-        self._salted, self._next, self._salts = salted, salts, {}
+        self._salted, self._next = salted, salts
+        self._salts: dict[TokenLog, int] = {}
 
     def _salt(self, log: TokenLog) -> int:
         if not self._salted:
@@ -60,13 +61,13 @@ class Stages(FakePipeline):
 
 @dataclass(eq=False)
 class Client:
-    """What the asker of one request sees; it compares every token with the undisturbed answer."""
+    """What the client of one request sees; it compares every token with the undisturbed answer."""
 
     request: Request
     model: str
     context: int
     salts: int
-    got: list[int] = field(default_factory=list)
+    got: list[int] = field(default_factory=list[int])
     ended: str | None = None
 
     def tell(self, news: News) -> None:
@@ -97,7 +98,7 @@ class Client:
 
 
 class HostNode:
-    """A machine that hosts one model, when it is up."""
+    """A node that hosts one model, when it is up."""
 
     def __init__(self, world: "World", name: str, model: str) -> None:
         self.world, self.name, self.model = world, name, model
@@ -105,7 +106,7 @@ class HostNode:
         self.start()
 
     def start(self) -> None:
-        """A new process; what the old one knew is gone."""
+        """A new process; what the old one held is gone."""
         limits = self.world.limits
         self.stages = Stages(limits, self.world.salted, self.world.salts)
         self.scheduler = Scheduler(limits, {END})
@@ -114,7 +115,7 @@ class HostNode:
         self.up = True
 
     def lose(self) -> None:
-        """A worker died: the pipeline is wired anew."""
+        """A worker ended: the pipeline gets a new wiring."""
         self.stages.forget()
         self.host.lost()
 
@@ -222,8 +223,8 @@ class World:
             self.ended.append(self.clients[gateway].pop(news.stream))
 
     def settle(self, seconds: float) -> None:
-        """No fault any more: one host of each model is up, and all agree on it. Every stream must end within
-        so long."""
+        """No more faults: one host of each model is up, and all gateways agree on it. Every stream must end
+        within `seconds`."""
         self.weather, self.failing = Weather(), 0.0
         for model in MODELS:
             chosen, other = self.random.sample([f"{model}0", f"{model}1"], 2)
@@ -260,7 +261,7 @@ def random_request(random: Random, name: str, context: int) -> Request:
 
 
 class Chaos:
-    """Everything at once, then peace."""
+    """All faults at once, then none."""
 
     def __init__(self, seed: int) -> None:
         random = self.random = Random(seed)
@@ -302,7 +303,7 @@ class Chaos:
         world.settle(60.0)
         world.pass_time(60.0)  # what was sent in bad weather arrives; leases of gateways that are no more end
         for node in filter(lambda node: node.up, world.hosts.values()):
-            assert (node.host.active, node.host.waiting) == (0, 0), "work that nobody wants"
+            assert (node.host.active, node.host.waiting) == (0, 0), "work for no client"
         failed = any(client.ended == "StageFailed" for client in world.ended)
         assert not failed or self.can_fail
 

@@ -4,14 +4,15 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gguf import GGMLQuantizationType
 
 from cordee.generation.request import Request, SamplingParams
 from cordee.models.store import Store, StoredModel
+from cordee.serving.interface import Generator
 from cordee.serving.local_service import LocalService, ServiceConfig
 from tiny import make_tiny
 
@@ -35,10 +36,11 @@ class Model(NamedTuple):
 
     @contextlib.asynccontextmanager
     async def serve(
-        self, stages: int = 1, report: Callable[[str], None] = lambda _: None, **config: int
-    ) -> AsyncIterator[LocalService]:
+        self, stages: int = 1, report: Callable[[str], None] = lambda _: None, **config: Any
+    ) -> AsyncGenerator[LocalService]:
         """A service of this model, closed afterwards."""
-        settings = ServiceConfig(**{"context": 256, "threads": 1, **config})
+        defaults: dict[str, Any] = {"context": 256, "threads": 1}
+        settings = ServiceConfig(**(defaults | config))
         service = await LocalService.start(
             self.stored, self.store, stages=stages, config=settings, report=report
         )
@@ -49,7 +51,7 @@ class Model(NamedTuple):
 
 
 def tiny_model(folder: Path, seed: int = 0) -> Model:
-    """A model of a few hundred kB that speaks gibberish, batch-invariant, seldom at a loss for a word."""
+    """A model of a few hundred kB that writes gibberish; it is batch-invariant, and seldom ends an answer."""
     path = make_tiny(
         "llama", folder / "tiny.gguf", seed=seed, quantization=GGMLQuantizationType.Q8_0, tokenizer="bytes"
     )
@@ -58,7 +60,11 @@ def tiny_model(folder: Path, seed: int = 0) -> Model:
 
 
 def request(
-    name: str, prompt: Sequence[int] | int, max_tokens: int = 32, sampling: SamplingParams = GREEDY, **rest
+    name: str,
+    prompt: Sequence[int] | int,
+    max_tokens: int = 32,
+    sampling: SamplingParams = GREEDY,
+    **rest: Any,
 ) -> Request:
     """A request; a number as the prompt gives that many varied tokens of the tiny model's plain text."""
     if isinstance(prompt, int):
@@ -66,11 +72,10 @@ def request(
     return Request(id=name, prompt=tuple(prompt), max_tokens=max_tokens, sampling=sampling, **rest)
 
 
-async def ask(
-    service: LocalService, asked: Request, on_token: Callable[[int], None] = lambda _: None
-) -> Answer:
-    """The whole answer; `on_token` hears how many tokens have come."""
-    tokens, text = [], ""
+async def ask(service: Generator, asked: Request, on_token: Callable[[int], None] = lambda _: None) -> Answer:
+    """The whole answer; `on_token` is called with how many tokens have come."""
+    tokens: list[tuple[int, float | None]] = []
+    text = ""
     async with asyncio.timeout(SECONDS):
         async for chunk in service.generate(asked):
             text += chunk.text
@@ -81,13 +86,13 @@ async def ask(
     raise AssertionError("the stream ended without a reason")
 
 
-async def ask_all(service: LocalService, requests: Sequence[Request]) -> list[Answer]:
+async def ask_all(service: Generator, requests: Sequence[Request]) -> list[Answer]:
     """All answers, asked for at once."""
     return list(await asyncio.gather(*(ask(service, each) for each in requests)))
 
 
 def kill(service: LocalService, stage: int, number: signal.Signals = signal.SIGKILL) -> bool:
-    """Send a stage's worker a signal; False if there is none just now."""
+    """Send a stage's worker a signal; False if it has no worker just now."""
     pid = service.status()["stages"][stage]["pid"]
     if pid is None:
         return False
@@ -95,7 +100,7 @@ def kill(service: LocalService, stage: int, number: signal.Signals = signal.SIGK
     return True
 
 
-async def until(true: Callable[[], bool]) -> None:
+async def until(true: Callable[[], object]) -> None:
     """Wait until something is so."""
     async with asyncio.timeout(SECONDS):
         while not true():
@@ -105,8 +110,8 @@ async def until(true: Callable[[], bool]) -> None:
 def kill_at(
     service: LocalService, token: int, stage: int, killed: set[int] | None = None
 ) -> Callable[[int], None]:
-    """For `ask`: when that many tokens have come, kill a stage's worker, or the next one's if that one is
-    among the `killed` processes already."""
+    """For `ask`: when `token` tokens have come, kill the worker of a stage, or the next stage's if that one
+    is among the `killed` processes already."""
     killed = set() if killed is None else killed
     done = False
 

@@ -2,8 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from cordee.generation import streams
 from cordee.generation.host import Host
 from cordee.generation.request import Request, SamplingParams
 from cordee.generation.scheduler import Limits, Scheduler
+from cordee.generation.streams import Said
 from cordee.serving.cluster_service import ClusterGateway, ClusterService
 from scheduler_world import NEVER, FakePipeline, next_token
 from streams import SECONDS, Model, ask, tiny_model, until
@@ -59,16 +61,18 @@ class Cluster:
 
     def _send(self, node: str, data: bytes) -> None:
         if node in self.nodes:
-            self.nodes[node].host.receive(streams.decode(data))
+            message = streams.decode(data)
+            assert not isinstance(message, Said)
+            self.nodes[node].host.receive(message)
 
     def start(self, name: str) -> Node:
-        """A node, and the way to it."""
+        """Start a node, and route the model to it."""
         self.nodes[name] = Node(self.gateway, self.service.vocabulary.size)
         self.gateway.follow({self.service.key: name})
         return self.nodes[name]
 
     async def kill(self, name: str) -> None:
-        """A node is gone."""
+        """End a node without notice."""
         working = self.nodes.pop(name).working
         working.cancel()
         await asyncio.gather(working, return_exceptions=True)
@@ -83,7 +87,7 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(model: Model) -> AsyncIterator[Cluster]:
+async def cluster(model: Model) -> AsyncGenerator[Cluster]:
     made = Cluster(model)
     try:
         async with asyncio.timeout(SECONDS):
@@ -95,7 +99,7 @@ async def cluster(model: Model) -> AsyncIterator[Cluster]:
             await made.kill(name)
 
 
-def request(name: str, max_tokens: int = 30, **rest) -> Request:
+def request(name: str, max_tokens: int = 30, **rest: Any) -> Request:
     sampling = SamplingParams(seed=len(name), top_logprobs=0)
     return Request(id=name, prompt=(5, 6, 7), max_tokens=max_tokens, sampling=sampling, **rest)
 
@@ -184,7 +188,7 @@ def test_refusals_reach_the_client(model: Model) -> None:
     asyncio.run(run())
 
 
-def test_a_node_that_stops_ends_its_streams_plainly_and_tells_the_hosts(model: Model) -> None:
+def test_a_node_that_stops_ends_its_streams_with_a_reason_and_tells_the_hosts(model: Model) -> None:
     async def run() -> None:
         async with cluster(model) as made:
             host = made.start("first").host

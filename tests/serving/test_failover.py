@@ -1,4 +1,4 @@
-"""Whatever becomes of a stage's worker, its streams go on with the same tokens, or end with a reason."""
+"""However a stage's worker fails, its streams go on with the same tokens, or end with a reason."""
 
 import asyncio
 import json
@@ -143,7 +143,7 @@ def test_a_stopped_worker_is_replaced(model: Model, stage: int) -> None:
             await asyncio.sleep(0.03)
             assert kill(service, stage, signal.SIGSTOP)
             assert await asyncio.gather(*tasks) == undisturbed
-            # A neighbour of the dead that is stopped cannot be wired: it is replaced as well.
+            # A stopped neighbour of the dead worker cannot be wired: it is replaced as well.
             task = asyncio.create_task(ask(service, asked[0]))
             await until(lambda: service.status()["active"] == 1)
             kill(service, (stage + 1) % 3, signal.SIGSTOP)
@@ -162,11 +162,11 @@ def test_a_slice_that_is_damaged_fails_its_streams_and_heals(tmp_path: Path, dam
         async with model.serve(3) as service:
             undisturbed = await ask(service, asked)
             first, last = service.status()["stages"][1]["layers"]
-            piece = model.store.slice_for(model.stored, first, last).path
-            data = piece.read_bytes()
-            piece.unlink()  # the running workers keep the file that they mapped
+            path = model.store.slice_for(model.stored, first, last).path
+            data = path.read_bytes()
+            path.unlink()  # the running workers keep the file that they mapped
             if damage == "cut short":
-                piece.write_bytes(data[:-5000])
+                path.write_bytes(data[:-5000])
             tasks = [asyncio.create_task(ask(service, request(f"s{n}", 20 + n, 200))) for n in range(12)]
             await until(lambda: service.status()["active"] == 8)
             kill(service, 1)
@@ -176,7 +176,7 @@ def test_a_slice_that_is_damaged_fails_its_streams_and_heals(tmp_path: Path, dam
             assert service.status()["state"] == "failed"
             with pytest.raises(StageFailed, match="tiny cannot answer"):
                 await ask(service, asked)
-            piece.write_bytes(data)
+            path.write_bytes(data)
             await until(lambda: service.ready)
             assert await ask(service, asked) == undisturbed
 
@@ -282,9 +282,10 @@ def test_sockets_of_a_killed_process_are_removed_by_the_next(
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert killed.stdout is not None
     left = Path(killed.stdout.readline().strip())
     first = process.Workers()
-    assert left.parent == tmp_path and left.exists()  # its owner lives
+    assert left.parent == tmp_path and left.exists()  # its owner still runs
     killed.kill()
     killed.wait()
     second = process.Workers()
@@ -294,7 +295,7 @@ def test_sockets_of_a_killed_process_are_removed_by_the_next(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_listener_or_a_report_that_raises_does_not_stop_the_replacing(model: Model) -> None:
+def test_a_report_that_raises_does_not_stop_the_replacing(model: Model) -> None:
     async def run() -> None:
         lines: list[str] = []
 

@@ -1,10 +1,10 @@
-"""The service: answers do not depend on company, cut or load; whatever clients do, nothing is left behind."""
+"""The local service: answers do not depend on other streams, cuts or load; nothing is left behind."""
 
 import asyncio
 import contextlib
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import msgspec
@@ -24,7 +24,7 @@ QUESTIONS = [
     "Name three rivers of Europe and the seas into which they flow.",
     "Write a line about snow.",
     "What is 12 times 12? Think step by step, then give the number.",
-    "Once upon a time there was a mountain hut whose admin",
+    "Once upon a time there was a mountain hut whose keeper",
     "List the planets from the sun outwards, one on each line, with a word about each of them.",
     "def fibonacci(n):",
 ]
@@ -45,7 +45,7 @@ def starter(starter_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Mod
 def questions(starter: Model, sampling: SamplingParams) -> list[Request]:
     """Prompts and answers of different lengths."""
     vocabulary = Vocabulary(starter.stored.path)
-    asked = []
+    asked: list[Request] = []
     for index, text in enumerate(QUESTIONS):
         chat = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
         asked.append(
@@ -60,10 +60,10 @@ def questions(starter: Model, sampling: SamplingParams) -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def alone(starter: Model) -> dict:
+def alone(starter: Model) -> dict[str, Answer]:
     """Each question's answer when nothing else runs, on the uncut model: greedy, then seeded."""
 
-    async def run() -> dict:
+    async def run() -> dict[str, Answer]:
         async with starter.serve(context=512, threads=None) as service:
             assert service.batch_invariant
             asked = [*questions(starter, GREEDY), *questions(starter, SEEDED)]
@@ -73,7 +73,9 @@ def alone(starter: Model) -> dict:
 
 
 @pytest.mark.parametrize("stages", [1, 3])
-def test_eight_streams_at_once_each_get_what_they_get_alone(starter: Model, alone: dict, stages: int) -> None:
+def test_eight_streams_at_once_each_get_what_they_get_alone(
+    starter: Model, alone: dict[str, Answer], stages: int
+) -> None:
     async def run() -> None:
         async with starter.serve(stages, context=512, threads=None) as service:
             for sampling in (GREEDY, SEEDED):
@@ -95,7 +97,7 @@ def test_streams_that_come_and_go_do_not_change_each_other(model: Model, stages:
     async def run() -> None:
         async with model.serve(stages, sequences=5, in_flight=in_flight) as service:
             solo = [await ask(service, each) for each in asked]
-            tasks = []
+            tasks: list[asyncio.Task[Answer]] = []
             for each in asked:
                 tasks.append(asyncio.create_task(ask(service, each)))
                 await asyncio.sleep(0.01)
@@ -120,12 +122,12 @@ def test_a_follow_up_finds_its_beginning_in_the_cache_and_gets_the_same_tokens(m
 
 
 @contextlib.contextmanager
-def nothing_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     """Processes, threads, file descriptors and temporary files are the same before and after."""
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     me = psutil.Process()
 
-    def counted() -> tuple:
+    def counted() -> tuple[object, ...]:
         gc.collect()
         workers = [child for child in me.children(recursive=True) if child.is_running()]
         return workers, me.num_fds(), threading.active_count(), sorted(folder.iterdir())
@@ -165,7 +167,14 @@ def test_a_start_that_fails_halfway_leaves_nothing(
 ) -> None:
     fresh = tiny_model(tmp_path, seed=3)
     last = fresh.store.slice_for(fresh.stored, 4, 6).path
-    monkeypatch.setattr("cordee.serving.local_service.even_cuts", lambda header, stages: [0, 2, 4, 6])
+
+    def cuts(*_: object) -> list[int]:
+        return [0, 2, 4, 6]
+
+    def is_slice(*_: object) -> bool:
+        return True
+
+    monkeypatch.setattr("cordee.serving.local_service.even_cuts", cuts)
     data = last.read_bytes()
 
     async def run() -> None:
@@ -173,7 +182,7 @@ def test_a_start_that_fails_halfway_leaves_nothing(
             pass
         last.unlink()
         last.write_bytes(data[: len(data) // 2])
-        monkeypatch.setattr("cordee.models.store._is_slice", lambda *_: True)  # it broke after the check
+        monkeypatch.setattr("cordee.models.store._is_slice", is_slice)  # it broke after the check
         with pytest.raises(BadModelFile, match="4-6"):
             async with fresh.serve(3):
                 pass
@@ -233,7 +242,7 @@ def test_a_cancelled_stream_frees_its_slot_at_once(model: Model) -> None:
     asyncio.run(run())
 
 
-def test_a_client_that_never_reads_stops_nobody(model: Model) -> None:
+def test_a_client_that_never_reads_stops_no_other(model: Model) -> None:
     async def run() -> None:
         async with model.serve(3, sequences=2) as service:
             lazy = service.generate(request("lazy", 10, 100))
@@ -308,7 +317,7 @@ def test_a_thousand_requests_at_once_are_answered_or_refused(model: Model) -> No
             assert len(answered) + len(refused) == 1000
             assert len(answered) >= 256
             assert (service.status()["queue"], service.status()["active"]) == (0, 0)
-            by_prompt: dict[int, set] = {}
+            by_prompt: dict[int, set[object]] = {}
             for each, end in zip(asked, ends, strict=True):
                 if not isinstance(end, BaseException):
                     by_prompt.setdefault(len(each.prompt), set()).add(end.tokens)
@@ -339,7 +348,7 @@ def test_a_fault_at_one_stream_stops_no_other(model: Model, caplog: pytest.LogCa
     assert "a fault of ours" in caplog.text
 
 
-def test_the_status_tells_what_there_is(model: Model) -> None:
+def test_the_status_shows_model_and_stages(model: Model) -> None:
     async def run() -> None:
         lines: list[str] = []
         async with model.serve(2, lines.append, sequences=3) as service:

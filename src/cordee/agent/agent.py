@@ -61,7 +61,7 @@ TICK_SECONDS = 0.5  # how often everything is looked at, even if nothing was hea
 GATHER_SECONDS = 0.02  # after news, so that several count as one
 HOST_SECONDS = 0.05  # how often schedulers let time pass
 RENEW_SECONDS = 3600.0  # how often the certificate's age is looked at
-FAREWELL_SECONDS = 0.5  # for a removed node to hear that it was, before nobody speaks to it any more
+FAREWELL_SECONDS = 0.5  # for a removed node to hear that it was, before the links to it close
 
 log = logging.getLogger(__name__)
 

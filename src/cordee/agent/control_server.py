@@ -19,7 +19,7 @@ BODY_BYTES_MAX = 1 << 20  # the shape of a model with hundreds of layers takes a
 
 
 class Control:
-    """The agent's side. `leave` is called when the node is to be no member any more."""
+    """The agent's side. `leave` is called when the node is to leave the cluster."""
 
     def __init__(self, agent: Agent, leave: Callable[[], None]) -> None:
         self._agent = agent

@@ -297,7 +297,7 @@ class ClusterStatus:
             "name": self._name(place.node),
             "device": place.device,
             "layers": [place.first, place.last],
-            "state": "unreported" if report is None else report.state,
+            "state": "unheard" if report is None else report.state,
             "worker": "" if report is None else report.worker,
             "detail": "" if report is None else report.detail,
         }

@@ -1,7 +1,7 @@
-"""The HTTP application: its endpoints, who may ask, and how much at once."""
+"""The HTTP application: its endpoints, which requests are let in, and how many at once."""
 
 import ipaddress
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
 from urllib.parse import urlsplit
@@ -29,12 +29,12 @@ from cordee.api.stream import Timing
 from cordee.errors import CordeeError, Overloaded
 from cordee.serving.interface import ModelService
 
-REQUESTS_MAX = 2048  # at work at once; each costs a task, a connection and its body, whatever the queues say
+REQUESTS_MAX = 2048  # at once; each costs a task, a connection and its body, beside its place in a queue
 HEADER_CHARS_MAX = 100  # of a header that a message quotes
 
 
 def local_now() -> datetime:
-    """The time that chat templates print and replies carry."""
+    """The time for chat templates and replies."""
     return datetime.now().astimezone()
 
 
@@ -48,12 +48,12 @@ def create_app(
     """The application over running services, by the model's name.
 
     `services` may be filled after the server has started: a model of `expected` that is not in it yet is
-    loading, and its requests are told to come back. Only this machine may ask.
+    loading, and its requests are told to try again. Only this machine may send requests.
     """
     openai = OpenAI(services, expected, clock, timing)
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         yield
         openai.close()
 
@@ -82,7 +82,7 @@ def create_app(
 def health_response(services: Mapping[str, ModelService], expected: Collection[str]) -> Response:
     """200 while some model can answer and none is still being loaded, else 503; with each one's state.
 
-    A model of the cluster that nobody has asked for yet is idle, which is as good as ready.
+    A model of the cluster that was not asked for yet is idle, which counts as ready.
     """
     states = dict.fromkeys(expected, "loading") | {name: each.health for name, each in services.items()}
     if not states or "loading" in states.values():
@@ -94,16 +94,16 @@ def health_response(services: Mapping[str, ModelService], expected: Collection[s
 
 
 class Guard:
-    """Lets in what comes from this machine by a name of this machine, and not too much at once.
+    """Lets in requests from this machine to a name of this machine, and bounds how many there are at once.
 
-    A page of another site can make a browser send requests here: by our own address, which its Origin
-    header gives away, or by a name of its own that it makes point here (DNS rebinding), which the Host
-    header does.
+    A page of another site can make a browser send requests here: to this server's address, which the Origin
+    header shows, or to a name of its own that it makes point here (DNS rebinding), which the Host header
+    shows.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._at_work = 0
+        self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -111,16 +111,16 @@ class Guard:
             return
         try:
             _check_headers(Headers(scope=scope))
-            if self._at_work >= REQUESTS_MAX:
+            if self._open >= REQUESTS_MAX:
                 raise Overloaded(f"{REQUESTS_MAX} requests are being answered; try again in a moment")
         except CordeeError as error:
             await error_response(error)(scope, receive, send)
             return
-        self._at_work += 1
+        self._open += 1
         try:
             await self._app(scope, receive, send)
         finally:
-            self._at_work -= 1
+            self._open -= 1
 
 
 def _check_headers(headers: Headers) -> None:

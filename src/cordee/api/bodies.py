@@ -11,10 +11,9 @@ from cordee.api.failures import ClientGone, RequestTimeout, RequestTooLarge, Wro
 from cordee.errors import BadRequest, Overloaded
 
 BODY_BYTES_MAX = 16 << 20  # as much text as a vocabulary tokenizes: four times a million-token prompt
-BODIES_BYTES_MAX = (
-    64 << 20
-)  # of all requests together while they are read; a decoded one takes several times its size
-PARAM_CHARS_MAX = 100  # an unknown field's name is whatever the client says
+# Of all requests together while they are read; a decoded body takes several times its size.
+BODIES_BYTES_MAX = 64 << 20
+PARAM_CHARS_MAX = 100  # the client chooses the name of an unknown field
 BODY_SECONDS = 60.0  # a client on this machine sends the largest body in less than one
 
 # msgspec's messages: what is wrong, and where it is.
@@ -25,17 +24,17 @@ Body = TypeVar("Body")
 
 
 class Bodies:
-    """Reads request bodies, and knows how much of them is in memory at a time."""
+    """Reads request bodies, and counts how many bytes of them are in memory."""
 
     def __init__(self) -> None:
         self._held_bytes = 0
 
     async def read(self, request: Request, decoder: msgspec.json.Decoder[Body]) -> Body:
-        """Give a request's body, decoded.
+        """A request's body, decoded.
 
         Raises:
             BadRequest: it is not declared as JSON, too large, too slow, malformed, or not as the schema says.
-            Overloaded: other requests' bodies fill the memory there is for them.
+            Overloaded: the bodies of other requests fill the memory that there is for them.
             ClientGone: the client left before it had sent all.
         """
         _check_headers(request)
@@ -67,26 +66,28 @@ def decode(body: bytes | bytearray, decoder: msgspec.json.Decoder[Body]) -> Body
         BadRequest: with msgspec's reason, and the path of the field as `param`.
     """
     try:
-        body.decode()  # msgspec looks at the bytes of those strings only that it keeps
+        body.decode()  # msgspec validates only the strings that it keeps
         return decoder.decode(body)
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body is not UTF-8: byte {error.start} is wrong") from None
     except msgspec.ValidationError as error:
         raise _refusal(str(error)) from None
     except msgspec.DecodeError as error:
-        raise BadRequest(f"the body is no sound JSON: {error}") from None
+        raise BadRequest(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise BadRequest("the body is nested too deeply") from None
 
 
 def _refusal(message: str) -> BadRequest:
-    what, path = PLACE.match(message).group("what", "path")
+    match = PLACE.match(message)
+    assert match is not None, "it matches any text"
+    what, path = match.group("what", "path")
     field = FIELD.match(what)
     if field is None:
         return BadRequest(f"{path or 'the body'}: {what[0].lower()}{what[1:]}", path)
     param = (f"{path}.{field['field']}" if path else field["field"])[:PARAM_CHARS_MAX]
     if "unknown" in what[: field.start("field")]:
-        return BadRequest(f"{param} is no field that this server knows; docs/api.md lists them", param)
+        return BadRequest(f"{param} is not a field that this server knows; docs/api.md lists them", param)
     return BadRequest(f"{param} is missing", param)
 
 

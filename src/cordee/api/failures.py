@@ -1,5 +1,6 @@
-"""Errors as an HTTP client sees them: OpenAI's error body, a status, and when to try again."""
+"""Errors as HTTP clients see them: OpenAI's error body, a status, and when to try again."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ from starlette.responses import Response
 
 from cordee.errors import BadRequest, CordeeError, ModelNotFound
 
-# A full queue moves on within an answer; a lost stage is replaced, and most models are loaded, in this time.
+# In this time a full queue moves on, a lost stage is replaced, and most models are loaded.
 RETRY_AFTER_SECONDS = 5
 MESSAGE_CHARS_MAX = 1000  # some messages quote the request
 
@@ -36,7 +37,7 @@ class RequestTimeout(BadRequest):
 
 
 class ForbiddenOrigin(BadRequest):
-    """A page of another site, or a host name that is not this machine's, asks."""
+    """The request comes from a page of another site, or is for a host name that is not this machine's."""
 
     http_status = 403
     code = "forbidden_origin"
@@ -51,11 +52,11 @@ class ModelLoading(CordeeError):
 
 
 class ClientGone(Exception):
-    """The client closed the connection: there is nobody to answer."""
+    """The client closed the connection: no answer can be sent."""
 
 
 def error_body(error: Exception) -> dict[str, Any]:
-    """OpenAI's error object. What is not a `CordeeError` is a fault of ours, and its text stays here."""
+    """OpenAI's error object. Anything but a `CordeeError` is a bug, whose text is not shown to the client."""
     if not isinstance(error, CordeeError):
         return _body("the server failed at this request; its log says why", 500, None, CordeeError.code)
     param = "model" if isinstance(error, ModelNotFound | ModelLoading) else getattr(error, "param", None)
@@ -69,7 +70,7 @@ def error_response(error: Exception) -> Response:
     return json_response(error_body(error), status, headers)
 
 
-def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """A JSON response."""
     return Response(msgspec.json.encode(body), status, headers, "application/json")
 
@@ -80,12 +81,13 @@ async def on_failure(_: Request, error: Exception) -> Response:
 
 
 async def on_client_gone(_: Request, __: Exception) -> Response:
-    """Nobody reads this: the server drops what is sent to a closed connection."""
+    """Never read: the server drops what is sent to a closed connection."""
     return Response(status_code=499)
 
 
-async def on_http_exception(request: Request, error: HTTPException) -> Response:
+async def on_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's handler of its own errors: no such path, or not with this method."""
+    assert isinstance(error, HTTPException), "it is registered for these"
     method, path = request.method, request.url.path
     if error.status_code == 405:
         message, code = f"{path} is not for {method}; docs/api.md lists the endpoints", "method_not_allowed"

@@ -21,7 +21,7 @@ def chat_logprobs(vocabulary: Vocabulary, choices: Sequence[Choice]) -> dict[str
 
 
 class LegacyLogprobs:
-    """A completion choice's `logprobs`, made piece by piece: parallel lists, and where each token begins.
+    """A completion choice's `logprobs`, chunk by chunk: parallel lists, and where each token begins.
 
     `text_offset` counts characters of the answer; a token within a character begins where that does.
     """
@@ -35,7 +35,7 @@ class LegacyLogprobs:
         """The lists for the next tokens."""
         return {
             "tokens": [self._name(choice.token) for choice in choices],
-            "token_logprobs": [max(choice.logprob, LEAST) for choice in choices],
+            "token_logprobs": [_finite(choice.logprob) for choice in choices],
             "top_logprobs": [self._top(choice) for choice in choices],
             "text_offset": [self._advance(choice.token) for choice in choices],
         }
@@ -44,11 +44,11 @@ class LegacyLogprobs:
         """Names to log-probabilities; of tokens with the same name the likeliest counts."""
         names: dict[str, float] = {}
         for token, logprob in (*choice.top_logprobs, (choice.token, choice.logprob)):
-            names.setdefault(self._name(token), max(logprob, LEAST))
+            names.setdefault(self._name(token), _finite(logprob))
         return names
 
     def _name(self, token: int) -> str:
-        """A token's text; OpenAI's form for bytes that are no whole characters."""
+        """A token's text; OpenAI's form for bytes that are not whole characters."""
         data = self._vocabulary.piece(token, special=True)
         try:
             return data.decode()
@@ -61,10 +61,15 @@ class LegacyLogprobs:
         return start
 
 
-def _entry(vocabulary: Vocabulary, token: int, logprob: float) -> dict[str, Any]:
+def _finite(logprob: float | None) -> float:
+    assert logprob is not None, "log-probabilities were asked for"
+    return max(logprob, LEAST)
+
+
+def _entry(vocabulary: Vocabulary, token: int, logprob: float | None) -> dict[str, Any]:
     data = vocabulary.piece(token, special=True)
     return {
         "token": data.decode("utf-8", "replace"),
-        "logprob": max(logprob, LEAST),
+        "logprob": _finite(logprob),
         "bytes": list(data),
     }

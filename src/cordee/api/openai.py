@@ -1,11 +1,12 @@
-"""OpenAI's endpoints over the service: requests in, `replies` out."""
+"""OpenAI's endpoints over model services: HTTP requests in, `replies` out."""
 
 import asyncio
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 from starlette.requests import Request as HttpRequest
@@ -30,10 +31,11 @@ from cordee.errors import BadRequest, ContextExceeded, ModelNotFound
 from cordee.generation.request import Grammar, Request, SamplingParams
 from cordee.serving.interface import ModelService
 
+P = ParamSpec("P")
 Result = TypeVar("Result")
 
 SEEDS = 1 << 63  # seeds are int64, as OpenAI's
-# Prompts are rendered and tokenized beside the event loop: the longest takes seconds, but heartbeats go on.
+# Prompts are rendered and tokenized beside the event loop: the longest takes seconds, but keep-alives go on.
 PROMPT_THREADS = 2
 NAME_CHARS_MAX = 100  # of a model's name, in a message
 SAMPLING = (
@@ -67,7 +69,7 @@ class OpenAI:
         self._completion = msgspec.json.Decoder(CompletionRequest)
 
     def close(self) -> None:
-        """Wait until no prompt is being made: services may be closed then."""
+        """Wait until no prompt is being rendered: then services may be closed."""
         self._threads.shutdown(cancel_futures=True)
 
     async def models(self, _: HttpRequest) -> Response:
@@ -86,7 +88,7 @@ class OpenAI:
         service = self._service(body.model)
         _check(body)
         sampling = _sampling(body, _top_logprobs(body), _grammar(body))
-        prompt = await self._made(chat_prompt, service, body, self._clock())
+        prompt = await self._in_thread(chat_prompt, service, body, self._clock())
         limit = body.max_completion_tokens or body.max_tokens
         job = self._job("chatcmpl-", service, body, [prompt], sampling, limit)
         return await self._answer(request, service, body, ChatReply(job))
@@ -97,13 +99,16 @@ class OpenAI:
         service = self._service(body.model)
         _check(body)
         sampling = _sampling(body, body.logprobs, _grammar(body))
-        prompts = await self._made(completion_prompts, service, body)
+        prompts = await self._in_thread(completion_prompts, service, body)
         limit = body.max_tokens or LEGACY_MAX_TOKENS
         job = self._job("cmpl-", service, body, prompts, sampling, limit)
         return await self._answer(request, service, body, CompletionReply(job))
 
-    async def _made(self, make: Callable[..., Result], *arguments: Any) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, make, *arguments)
+    async def _in_thread(
+        self, function: Callable[P, Result], *arguments: P.args, **options: P.kwargs
+    ) -> Result:
+        call = partial(function, *arguments, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def _service(self, name: str) -> ModelService:
         service = self._services.get(name)
@@ -168,7 +173,9 @@ async def _collect(service: ModelService, requests: Sequence[Request]) -> list[P
     answers = [PartialAnswer() for _ in requests]
     async with Streams(service, requests) as streams:
         while streams.open:
-            index, chunk = await streams.next()
+            item = await streams.next()
+            assert item is not None, "it waits without a bound"
+            index, chunk = item
             answers[index].add(chunk)
     return answers
 
@@ -182,7 +189,7 @@ def _check(body: Common) -> None:
 
 
 def _check_length(service: ModelService, body: Common, prompt: Sequence[int]) -> None:
-    """Refuse a prompt that leaves no room for an answer, by the name it has in the request."""
+    """Refuse a prompt that leaves no room for an answer; the error names its field in the request."""
     if len(prompt) >= service.context:
         raise ContextExceeded(
             f"the prompt has {len(prompt)} tokens; the context of {service.name} holds "

@@ -4,6 +4,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Any, cast
 
 from cordee.api.schemas import CHOICES_MAX, ChatRequest, CompletionRequest, Message, refuse
 from cordee.engine.vocabulary import Vocabulary
@@ -19,9 +20,9 @@ PRIVATE = "\U000f0000"  # a private-use character around placeholders; what make
 def chat_prompt(service: ModelService, request: ChatRequest, now: datetime) -> tuple[int, ...]:
     """The prompt of a conversation, up to where the answer begins.
 
-    The names of control tokens in a message, such as <|im_end|>, must not become those tokens, or whoever
-    writes a message could speak in another role. So they stand as placeholders while the template is rendered
-    and the text between them is tokenized; each is then spelt out as plain text. A conversation without any
+    The names of control tokens in a message, such as <|im_end|>, must not become those tokens, or the author
+    of a message could speak in another role. So placeholders replace them while the template is rendered and
+    the text between them is tokenized; then each name is tokenized as plain text. A conversation without any
     is tokenized in one piece, as a template's author expects.
 
     Raises:
@@ -36,7 +37,9 @@ def chat_prompt(service: ModelService, request: ChatRequest, now: datetime) -> t
     for message in messages:
         if message["role"] == "developer" and not knows_developer:
             message["role"] = "system"
-    extra = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+    extra: dict[str, Any] = (
+        {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
+    )
     return tuple(hidden.tokens(service.template.render(messages, now=now, **extra)))
 
 
@@ -44,7 +47,7 @@ def completion_prompts(service: ModelService, request: CompletionRequest) -> lis
     """The prompts of a completion request, one or several.
 
     Raises:
-        BadRequest: it is none of the forms there are, or empty.
+        BadRequest: it has none of the accepted forms, or is empty.
     """
     prompt = request.prompt
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
@@ -60,7 +63,7 @@ def _tokens(vocabulary: Vocabulary, prompt: str | Sequence[int | str | list[int]
     if isinstance(prompt, str):
         tokens = vocabulary.tokenize(prompt, special=True, add_bos=True)
     elif isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
-        tokens = prompt
+        tokens = cast("list[int]", prompt)
     else:
         raise BadRequest("prompt must be a text, a list of token ids, or a list of either", "prompt")
     for token in tokens:
@@ -84,7 +87,7 @@ def _content(message: Message, path: str) -> str:
         raise BadRequest(f"{path}content is missing", f"{path}content")
     if isinstance(message.content, str):
         return message.content
-    texts = []
+    texts: list[str] = []
     for place, part in enumerate(message.content):
         at = f"{path}content[{place}]."
         if part.type != "text":
@@ -118,9 +121,9 @@ class _Hidden:
 
     def tokens(self, text: str) -> list[int]:
         """The token ids of a rendered text, where placeholders become the names as plain text."""
-        parts = re.split(f"{self._mark}([0-9]+){PRIVATE}", text)
-        tokens = self._vocabulary.tokenize(parts[0], special=True, add_bos=True)
-        for name, literal in zip(parts[1::2], parts[2::2], strict=True):
+        pieces = re.split(f"{self._mark}([0-9]+){PRIVATE}", text)
+        tokens = self._vocabulary.tokenize(pieces[0], special=True, add_bos=True)
+        for name, literal in zip(pieces[1::2], pieces[2::2], strict=True):
             tokens += self._vocabulary.tokenize(self._names[int(name)], special=False, add_bos=False)
             tokens += self._vocabulary.tokenize(literal, special=True, add_bos=False)
         return tokens

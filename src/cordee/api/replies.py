@@ -17,7 +17,7 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class Job:
-    """What a request asks the service for. `requests` holds `n` for each prompt, in order."""
+    """What an HTTP request asks a service for. `requests` holds `n` for each prompt, in order."""
 
     id: str
     created: int  # seconds since 1970
@@ -31,10 +31,10 @@ class Job:
 
 @dataclass
 class PartialAnswer:
-    """One answer as far as it has come."""
+    """An answer as far as it has come."""
 
-    text: list[str] = field(default_factory=list)
-    choices: list[Choice] = field(default_factory=list)
+    text: list[str] = field(default_factory=list[str])
+    choices: list[Choice] = field(default_factory=list[Choice])
     last: TextChunk = field(default_factory=lambda: TextChunk(text=""))
 
     def add(self, chunk: TextChunk) -> None:
@@ -44,7 +44,7 @@ class PartialAnswer:
 
 
 class Reply(ABC):
-    """What both endpoints have in common: the frame around choices, and what was used."""
+    """What both endpoints have in common: the frame around choices, and the usage."""
 
     object: str
     event_object: str
@@ -67,13 +67,13 @@ class Reply(ABC):
             yield self._event([self._finish(index, chunk.finish_reason)])
 
     def end(self) -> Iterable[bytes]:
-        """What was used, where it was asked for, and the mark that all is told."""
+        """The usage, where it was asked for, and the end mark."""
         if self.job.usage_event:
             yield self._event([], self._usage(self._last))
         yield DONE
 
     def failure(self, error: Exception) -> Iterable[bytes]:
-        """The error, after which nothing comes."""
+        """An event with the error; nothing follows it."""
         return (_data(error_body(error)),)
 
     def whole(self, answers: Sequence[PartialAnswer]) -> dict[str, Any]:
@@ -105,15 +105,15 @@ class Reply(ABC):
 
     @abstractmethod
     def _piece(self, index: int, chunk: TextChunk) -> dict[str, Any]:
-        """What a chunk adds to a choice."""
+        """The choice in the event of a chunk."""
 
     @abstractmethod
     def _finish(self, index: int, reason: str) -> dict[str, Any]:
-        """Why a choice ended."""
+        """The choice in the event of an answer's end."""
 
     @abstractmethod
     def _choice(self, index: int, answer: PartialAnswer) -> dict[str, Any]:
-        """A whole choice."""
+        """The choice of a reply that is not streamed."""
 
 
 class ChatReply(Reply):
@@ -123,7 +123,7 @@ class ChatReply(Reply):
     event_object = "chat.completion.chunk"
 
     def begin(self) -> Iterable[bytes]:
-        """Who speaks, for every answer."""
+        """The role, for every answer."""
         for index in range(len(self.job.requests)):
             yield self._event([_chat_delta(index, {"role": "assistant", "content": ""})])
 
@@ -146,7 +146,7 @@ class ChatReply(Reply):
 
 
 class CompletionReply(Reply):
-    """`/v1/completions`: text, and nothing around it."""
+    """`/v1/completions`: text alone."""
 
     object = event_object = "text_completion"
 

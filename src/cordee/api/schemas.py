@@ -1,7 +1,7 @@
-"""What a request may hold, field by field: honoured, ignored with a reason, or refused by name.
+"""The fields of requests: each is honoured, ignored with a reason, or refused by name.
 
-A field that stands nowhere here is refused as unknown, so that a misspelt or a new one never passes for
-one that was honoured. `docs/api.md` is made from these classes.
+A field that is not listed here is refused as unknown, so that a misspelt or a new one is never taken for one
+that was honoured. `docs/api.md` is generated from these classes.
 """
 
 from collections.abc import Mapping
@@ -25,19 +25,19 @@ ABSENT = msgspec.Raw(b"null")
 IDENTIFIER = r"\A[A-Za-z][A-Za-z0-9_-]{0,63}\Z"  # roles and names stand between control tokens in a prompt
 
 
-def honoured(kind: Any, note: str, **constraints: Any) -> Any:
+def honoured(note: str, **constraints: Any) -> msgspec.Meta:
     """A field that has its effect. `constraints` are msgspec's."""
-    return Annotated[kind, msgspec.Meta(description=note, **constraints)]
+    return msgspec.Meta(description=note, **constraints)
 
 
-def ignored(reason: str) -> Any:
+def ignored(reason: str) -> msgspec.Meta:
     """A field that may hold anything, and is not even read."""
-    return Annotated[msgspec.Raw, msgspec.Meta(extra={"ignored": reason})]
+    return msgspec.Meta(extra={"ignored": reason})
 
 
-def refused(reason: str, *harmless: Any) -> Any:
+def refused(reason: str, *harmless: Any) -> msgspec.Meta:
     """A field that must be absent, null, or one of the `harmless` values, which ask for nothing."""
-    return Annotated[msgspec.Raw, msgspec.Meta(extra={"refused": reason, "harmless": (None, *harmless)})]
+    return msgspec.Meta(extra={"refused": reason, "harmless": (None, *harmless)})
 
 
 class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,172 +50,197 @@ NO_FUNCTIONS = "function calls are not implemented"
 CACHED = "a prompt that begins as an earlier one did is always taken up there while there is room"
 
 
-class ContentPart(Shape):
+class ContentPart(Shape, frozen=True):
     """A part of a message's content."""
 
-    type: honoured(str, "`text`; other kinds are refused by name")
-    text: honoured(str | None, "joined with the other parts by line breaks") = None
-    image_url: refused(NO_MEDIA) = ABSENT
-    input_audio: refused(NO_MEDIA) = ABSENT
-    file: refused(NO_MEDIA) = ABSENT
-    refusal: refused("send what was said as text") = ABSENT
-    prompt_cache_breakpoint: ignored(CACHED) = ABSENT
+    type: Annotated[str, honoured("`text`; other kinds are refused by name")]
+    text: Annotated[str | None, honoured("joined with the other parts by line breaks")] = None
+    image_url: Annotated[msgspec.Raw, refused(NO_MEDIA)] = ABSENT
+    input_audio: Annotated[msgspec.Raw, refused(NO_MEDIA)] = ABSENT
+    file: Annotated[msgspec.Raw, refused(NO_MEDIA)] = ABSENT
+    refusal: Annotated[msgspec.Raw, refused("send what was said as text")] = ABSENT
+    prompt_cache_breakpoint: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
 
 
-class Message(Shape):
+class Message(Shape, frozen=True):
     """A message of a conversation, as a client writes it or as it got it from here."""
 
-    role: honoured(
+    role: Annotated[
         str,
-        "what the model's chat template knows; `developer` becomes `system` where it does not know that",
-        pattern=IDENTIFIER,
-    )
-    content: honoured(
+        honoured(
+            "what the model's chat template knows; `developer` becomes `system` where it does not know that",
+            pattern=IDENTIFIER,
+        ),
+    ]
+    content: Annotated[
         str | Annotated[list[ContentPart], msgspec.Meta(max_length=PARTS_MAX)] | None,
-        "text; the names of control tokens in it, such as `<|im_end|>`, stay text",
-    ) = None
-    name: honoured(Annotated[str, msgspec.Meta(pattern=IDENTIFIER)] | None, "for templates that use it") = (
-        None
-    )
-    tool_calls: refused(NO_TOOLS, []) = ABSENT
-    tool_call_id: refused(NO_TOOLS) = ABSENT
-    function_call: refused(NO_FUNCTIONS) = ABSENT
-    audio: refused(NO_MEDIA) = ABSENT
-    refusal: ignored("clients send answers back whole; no answer from here has one") = ABSENT
-    annotations: ignored("clients send answers back whole; no answer from here has any") = ABSENT
+        honoured("text; the names of control tokens in it, such as `<|im_end|>`, stay text"),
+    ] = None
+    name: Annotated[
+        Annotated[str, msgspec.Meta(pattern=IDENTIFIER)] | None, honoured("for templates that use it")
+    ] = None
+    tool_calls: Annotated[msgspec.Raw, refused(NO_TOOLS, [])] = ABSENT
+    tool_call_id: Annotated[msgspec.Raw, refused(NO_TOOLS)] = ABSENT
+    function_call: Annotated[msgspec.Raw, refused(NO_FUNCTIONS)] = ABSENT
+    audio: Annotated[msgspec.Raw, refused(NO_MEDIA)] = ABSENT
+    refusal: Annotated[
+        msgspec.Raw, ignored("clients send answers back whole; no answer from here has one")
+    ] = ABSENT
+    annotations: Annotated[
+        msgspec.Raw, ignored("clients send answers back whole; no answer from here has any")
+    ] = ABSENT
 
 
-class StreamOptions(Shape):
+class StreamOptions(Shape, frozen=True):
     """How an answer is streamed."""
 
-    include_usage: honoured(bool | None, "a last chunk with `usage` and no choices") = None
-    include_obfuscation: ignored("padding against eavesdroppers has no use on this machine") = ABSENT
+    include_usage: Annotated[bool | None, honoured("a last chunk with `usage` and no choices")] = None
+    include_obfuscation: Annotated[
+        msgspec.Raw, ignored("padding against eavesdroppers has no use on this machine")
+    ] = ABSENT
 
 
-class TextFormat(Shape, tag_field="type", tag="text"):
+class TextFormat(Shape, tag_field="type", tag="text", frozen=True):
     """Any text."""
 
 
-class JsonObjectFormat(Shape, tag_field="type", tag="json_object"):
+class JsonObjectFormat(Shape, tag_field="type", tag="json_object", frozen=True):
     """Some JSON object."""
 
 
-class JsonSchema(Shape):
+class JsonSchema(Shape, frozen=True):
     """A schema that the answer follows to the letter."""
 
-    schema: honoured(msgspec.Raw, "the JSON schema")
-    name: ignored("the model does not see it") = ABSENT
-    description: ignored("say in the prompt what the answer is for") = ABSENT
-    strict: ignored("every schema is enforced") = ABSENT
+    schema: Annotated[msgspec.Raw, honoured("the JSON schema")]
+    name: Annotated[msgspec.Raw, ignored("the model does not see it")] = ABSENT
+    description: Annotated[msgspec.Raw, ignored("say in the prompt what the answer is for")] = ABSENT
+    strict: Annotated[msgspec.Raw, ignored("every schema is enforced")] = ABSENT
 
 
-class JsonSchemaFormat(Shape, tag_field="type", tag="json_schema"):
+class JsonSchemaFormat(Shape, tag_field="type", tag="json_schema", frozen=True):
     """JSON that follows a schema."""
 
-    json_schema: honoured(JsonSchema, "holds the schema")
+    json_schema: Annotated[JsonSchema, honoured("holds the schema")]
 
 
-class Common(Shape):
+class Common(Shape, frozen=True):
     """What chat completions and completions share."""
 
-    model: honoured(str, "an id that `GET /v1/models` lists")
-    stream: honoured(bool | None, "server-sent events, as the tokens come") = None
-    stream_options: honoured(StreamOptions | None, "only with `stream`") = None
-    max_tokens: honoured(
-        Annotated[int, msgspec.Meta(ge=1, le=TOKENS_MAX)] | None, "ends the answer after so many tokens"
-    ) = None
-    n: honoured(
-        Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MAX)] | None,
-        "answers to each prompt; with several prompts the limit holds for all together",
-    ) = None
-    stop: honoured(
-        str | Annotated[list[str], msgspec.Meta(max_length=STOPS_MAX)] | None,
-        "ends the answer before any of these texts",
-    ) = None
-    temperature: honoured(float | None, "0 always takes the likeliest token; default 1") = None
-    top_p: honoured(float | None, "keeps the likeliest tokens that hold this much probability") = None
-    top_k: honoured(int | None, "keeps so many of the likeliest tokens; 0: all (llama.cpp, vLLM)") = None
-    min_p: honoured(
-        float | None, "drops tokens less likely than this share of the likeliest (llama.cpp, vLLM)"
-    ) = None
-    repeat_penalty: honoured(float | None, "divides the logits of recent tokens (llama.cpp)") = None
-    frequency_penalty: honoured(float | None, "lowers a recent token's logit for each occurrence") = None
-    presence_penalty: honoured(float | None, "lowers the logits of recent tokens once") = None
-    logit_bias: honoured(
-        dict[str, float] | None, "token ids, as strings, to what is added to their logits"
-    ) = None
-    seed: honoured(
-        int | None, "the same seed gives the same answer; choice `i` takes `seed + i`; default: a random one"
-    ) = None
-    grammar: honoured(str | None, "a GBNF grammar that the answer follows (llama.cpp)") = None
-    user: ignored("nothing is kept about who asks") = ABSENT
-    store: refused("nothing is stored", False) = ABSENT
-    metadata: ignored("it describes stored answers, and nothing is stored") = ABSENT
-    service_tier: ignored("there is one tier") = ABSENT
-
-
-class ChatRequest(Common, kw_only=True):
-    """`POST /v1/chat/completions`"""
-
-    messages: honoured(list[Message], "the conversation", min_length=1, max_length=MESSAGES_MAX)
-    max_completion_tokens: honoured(
+    model: Annotated[str, honoured("an id that `GET /v1/models` lists")]
+    stream: Annotated[bool | None, honoured("server-sent events, as the tokens come")] = None
+    stream_options: Annotated[StreamOptions | None, honoured("only with `stream`")] = None
+    max_tokens: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=TOKENS_MAX)] | None,
-        "the newer name of `max_tokens`; default: up to the end of the context",
-    ) = None
-    logprobs: honoured(bool | None, "log-probabilities of the answer's tokens") = None
-    top_logprobs: honoured(int | None, "and of so many of the likeliest at each place; needs `logprobs`") = (
+        honoured("the answer ends after this many tokens"),
+    ] = None
+    n: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MAX)] | None,
+        honoured("answers to each prompt; with several prompts the limit holds for all together"),
+    ] = None
+    stop: Annotated[
+        str | Annotated[list[str], msgspec.Meta(max_length=STOPS_MAX)] | None,
+        honoured("the answer ends before any of these texts"),
+    ] = None
+    temperature: Annotated[float | None, honoured("0 always takes the likeliest token; default 1")] = None
+    top_p: Annotated[float | None, honoured("keeps the likeliest tokens that hold this much probability")] = (
         None
     )
-    response_format: honoured(
-        TextFormat | JsonObjectFormat | JsonSchemaFormat | None, "`text`, `json_object` or `json_schema`"
-    ) = None
-    reasoning_effort: honoured(
-        Annotated[str, msgspec.Meta(pattern=IDENTIFIER)] | None, "given to the model's chat template"
-    ) = None
-    safety_identifier: ignored("nothing is kept about who asks") = ABSENT
-    prompt_cache_key: ignored(CACHED) = ABSENT
-    prompt_cache_options: ignored(CACHED) = ABSENT
-    prompt_cache_retention: ignored(CACHED) = ABSENT
-    tools: refused(NO_TOOLS, []) = ABSENT
-    tool_choice: refused(NO_TOOLS, "none") = ABSENT
-    parallel_tool_calls: ignored("it needs `tools`, which are refused") = ABSENT
-    functions: refused(NO_FUNCTIONS, []) = ABSENT
-    function_call: refused(NO_FUNCTIONS, "none") = ABSENT
-    modalities: refused(NO_MEDIA, ["text"]) = ABSENT
-    audio: refused(NO_MEDIA) = ABSENT
-    moderation: refused("nothing is sent anywhere to be judged") = ABSENT
-    prediction: refused("predicted outputs are not implemented") = ABSENT
-    verbosity: refused("no model here has such a setting; ask for it in the prompt", "medium") = ABSENT
-    web_search_options: refused("nothing is fetched from outside") = ABSENT
+    top_k: Annotated[
+        int | None, honoured("keeps this many of the likeliest tokens; 0: all (llama.cpp, vLLM)")
+    ] = None
+    min_p: Annotated[
+        float | None, honoured("drops tokens less likely than this share of the likeliest (llama.cpp, vLLM)")
+    ] = None
+    repeat_penalty: Annotated[float | None, honoured("divides the logits of recent tokens (llama.cpp)")] = (
+        None
+    )
+    frequency_penalty: Annotated[
+        float | None, honoured("lowers a recent token's logit for each occurrence")
+    ] = None
+    presence_penalty: Annotated[float | None, honoured("lowers the logits of recent tokens once")] = None
+    logit_bias: Annotated[
+        dict[str, float] | None, honoured("token ids, as strings, to what is added to their logits")
+    ] = None
+    seed: Annotated[
+        int | None,
+        honoured("the same seed gives the same answer; choice `i` takes `seed + i`; default: a random one"),
+    ] = None
+    grammar: Annotated[str | None, honoured("a GBNF grammar that the answer follows (llama.cpp)")] = None
+    user: Annotated[msgspec.Raw, ignored("nothing is kept about who asks")] = ABSENT
+    store: Annotated[msgspec.Raw, refused("nothing is stored", False)] = ABSENT
+    metadata: Annotated[msgspec.Raw, ignored("it describes stored answers, and nothing is stored")] = ABSENT
+    service_tier: Annotated[msgspec.Raw, ignored("there is one tier")] = ABSENT
 
 
-class CompletionRequest(Common, kw_only=True):
+class ChatRequest(Common, kw_only=True, frozen=True):
+    """`POST /v1/chat/completions`"""
+
+    messages: Annotated[list[Message], honoured("the conversation", min_length=1, max_length=MESSAGES_MAX)]
+    max_completion_tokens: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=TOKENS_MAX)] | None,
+        honoured("the newer name of `max_tokens`; default: up to the end of the context"),
+    ] = None
+    logprobs: Annotated[bool | None, honoured("log-probabilities of the answer's tokens")] = None
+    top_logprobs: Annotated[
+        int | None, honoured("and of this many of the likeliest at each position; needs `logprobs`")
+    ] = None
+    response_format: Annotated[
+        TextFormat | JsonObjectFormat | JsonSchemaFormat | None,
+        honoured("`text`, `json_object` or `json_schema`"),
+    ] = None
+    reasoning_effort: Annotated[
+        Annotated[str, msgspec.Meta(pattern=IDENTIFIER)] | None,
+        honoured("given to the model's chat template"),
+    ] = None
+    safety_identifier: Annotated[msgspec.Raw, ignored("nothing is kept about who asks")] = ABSENT
+    prompt_cache_key: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
+    prompt_cache_options: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
+    prompt_cache_retention: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
+    tools: Annotated[msgspec.Raw, refused(NO_TOOLS, [])] = ABSENT
+    tool_choice: Annotated[msgspec.Raw, refused(NO_TOOLS, "none")] = ABSENT
+    parallel_tool_calls: Annotated[msgspec.Raw, ignored("it needs `tools`, which are refused")] = ABSENT
+    functions: Annotated[msgspec.Raw, refused(NO_FUNCTIONS, [])] = ABSENT
+    function_call: Annotated[msgspec.Raw, refused(NO_FUNCTIONS, "none")] = ABSENT
+    modalities: Annotated[msgspec.Raw, refused(NO_MEDIA, ["text"])] = ABSENT
+    audio: Annotated[msgspec.Raw, refused(NO_MEDIA)] = ABSENT
+    moderation: Annotated[msgspec.Raw, refused("nothing is sent anywhere to be judged")] = ABSENT
+    prediction: Annotated[msgspec.Raw, refused("predicted outputs are not implemented")] = ABSENT
+    verbosity: Annotated[
+        msgspec.Raw, refused("no model here has such a setting; ask for it in the prompt", "medium")
+    ] = ABSENT
+    web_search_options: Annotated[msgspec.Raw, refused("nothing is fetched from outside")] = ABSENT
+
+
+class CompletionRequest(Common, kw_only=True, frozen=True):
     """`POST /v1/completions`"""
 
-    prompt: honoured(
+    prompt: Annotated[
         str | list[str | int | list[int]],
-        "a text, token ids, or a list of either; control tokens in a text are read as tokens",
-    )
-    logprobs: honoured(
+        honoured("a text, token ids, or a list of either; control tokens in a text are read as tokens"),
+    ]
+    logprobs: Annotated[
         Annotated[int, msgspec.Meta(ge=0, le=RANGES["top_logprobs"][1])] | None,
-        "log-probabilities of the answer's tokens and of so many of the likeliest at each place",
-    ) = None
-    best_of: refused("answers are not ranked; use `n`", 1) = ABSENT
-    echo: refused("the prompt is not repeated", False) = ABSENT
-    suffix: refused("insertion is not implemented; write the model's own infill tokens in the prompt", "") = (
-        ABSENT
-    )
+        honoured(
+            "log-probabilities of the answer's tokens, and of this many of the likeliest at each position"
+        ),
+    ] = None
+    best_of: Annotated[msgspec.Raw, refused("answers are not ranked; use `n`", 1)] = ABSENT
+    echo: Annotated[msgspec.Raw, refused("the prompt is not repeated", False)] = ABSENT
+    suffix: Annotated[
+        msgspec.Raw,
+        refused("insertion is not implemented; write the model's own infill tokens in the prompt", ""),
+    ] = ABSENT
 
 
 @cache
 def policies(kind: type[Shape]) -> Mapping[str, msgspec.Meta]:
-    """What each field of an object is for, in the order in which they are declared."""
+    """The `msgspec.Meta` of each field of an object, in the order of declaration."""
     hints = get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name].__metadata__[-1] for field in msgspec.structs.fields(kind)}
 
 
 def refuse(shape: Shape, path: str = "") -> None:
-    """Refuse an object with a field that asks for what cannot be honoured. `path` is where it stands.
+    """Refuse an object with a field that cannot be honoured. `path` is the object's place in the request.
 
     Raises:
         BadRequest: names the field and the reason.

@@ -20,7 +20,7 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
     """Answer requests on `listener` until the task is cancelled, which is the way to end it.
 
     Then no connection is accepted any more, answers that are under way get SHUTDOWN_SECONDS, and the
-    listener is closed. Signals are the caller's affair; requests are not logged.
+    listener is closed. Signals are left to the caller; requests are not logged.
     """
     _allow_open_files()
     config = uvicorn.Config(
@@ -36,7 +36,7 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext
+    server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue] - it is a context manager, too
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await asyncio.shield(serving)

@@ -1,13 +1,13 @@
-"""From the service's chunks to a client: several streams as one, heartbeats, an end when it leaves.
+"""From the service's chunks to a client: several streams as one, keep-alives, an end when it leaves.
 
 Theory of operation. A request asks for one or several answers; each is a stream of chunks of the service.
 `Streams` runs a task for each and joins them in a short queue: a client that reads slowly holds back its own
-streams and nobody else's. Two kinds of adapter take what comes out: one collects whole answers, the other
-(`EventStream`) writes server-sent events in three phases:
+streams and no others. What comes out is either collected to whole answers, or written as server-sent events
+(`EventStream`), in three phases:
 
-    accept:  wait until the service has taken every stream or refused one. A refusal here still has its own
-             HTTP status. A long prefill looks like neither, so the wait is short.
-    stream:  send the headers, then events as chunks come; where none comes for a while, a heartbeat.
+    accept:  wait until the service has accepted every stream or refused one. A refusal here still has its
+             own HTTP status. During a long prefill neither shows, so the wait is short.
+    stream:  send the headers, then events as chunks come; where none comes for a while, a keep-alive.
     end:     the adapter's last events; or, where the service failed, an event that holds the error.
 
 In every phase the connection is watched: when the client leaves, the tasks are cancelled, and with them the
@@ -30,7 +30,7 @@ from cordee.generation.request import Request, TextChunk
 from cordee.serving.interface import Generator
 
 QUEUED_CHUNKS = 16  # between the service and a client; enough to write several at once
-SILENT_CLIENT_SECONDS = 60.0  # a client that reads nothing for so long is given up: its stream blocks a slot
+SILENT_CLIENT_SECONDS = 60.0  # a client that reads nothing for this long is given up: it blocks a slot
 
 Result = TypeVar("Result")
 
@@ -54,7 +54,7 @@ class Adapter(Protocol):
         ...
 
     def push(self, index: int, chunk: TextChunk) -> Iterable[bytes]:
-        """The events that a chunk of the answer `index` makes; none if there is nothing to tell."""
+        """The events for a chunk of the answer `index`; none if there is nothing to show."""
         ...
 
     def end(self) -> Iterable[bytes]:
@@ -87,18 +87,18 @@ class Streams:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def accepted(self, seconds: float) -> None:
-        """Wait until every stream has given something, but no longer than `seconds`.
+        """Wait until every stream has given a chunk, but no longer than `seconds`.
 
         Raises:
             CordeeError: the service refused one of them.
         """
-        heard: set[int] = set()
+        started: set[int] = set()
         try:
             async with asyncio.timeout(seconds):
-                while len(heard) < len(self._requests):
+                while len(started) < len(self._requests):
                     item = await self._queue.get()
                     self._early.append(item)
-                    heard.add(item[0])
+                    started.add(item[0])
                     if isinstance(item[1], Exception):
                         raise item[1]
         except TimeoutError:
@@ -127,7 +127,7 @@ class Streams:
         return index, chunk
 
     async def _pump(self, index: int, request: Request) -> None:
-        """Move a stream's chunks into the queue, and what it fails of."""
+        """Move a stream's chunks into the queue, and the error that it fails with."""
         finished = False
         try:
             async with aclosing(self._service.generate(request)) as chunks:
@@ -141,7 +141,7 @@ class Streams:
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Do the work while the client is there; the request's body must have been read.
+    """Do the work while the client is connected; the request's body must have been read.
 
     Raises:
         ClientGone: the client left first, and the work was cancelled.
@@ -175,7 +175,7 @@ class EventStream(Response):
     def __init__(
         self, service: Generator, requests: Sequence[Request], adapter: Adapter, timing: Timing
     ) -> None:
-        # Proxies must not gather what is meant to be seen at once (nginx: X-Accel-Buffering).
+        # Proxies must not buffer what is meant to be seen at once (nginx: X-Accel-Buffering).
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._streams = Streams(service, requests)

@@ -130,7 +130,10 @@ class LocalModel:
         if service.template is None:  # a base model continues the text
             text = "\n".join(message["content"] for message in messages)
             return tuple(service.vocabulary.tokenize(text, add_bos=True))
-        request = ChatRequest(model=service.name, messages=[Message(**message) for message in messages])
+        request = ChatRequest(
+            model=service.name,
+            messages=[Message(message["role"], message["content"]) for message in messages],
+        )
         return chat_prompt(service, request, datetime.now())
 
 

@@ -86,7 +86,7 @@ class Controller:
         self._planned = -math.inf
         self._observed = -math.inf
         self._listens_until = 0.0
-        # The nodes to hear before there is no more to listen for; empty: listen for LISTEN_SECONDS.
+        # The nodes to hear from before listening ends early; empty: listen for LISTEN_SECONDS.
         self._awaited = set(remembered) - {me}
         self._heard = {me}  # since the start, while any node is awaited
         self._chosen: dict[str, tuple[Chosen, ...]] = {}

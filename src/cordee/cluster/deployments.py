@@ -37,7 +37,7 @@ SOURCE_CHARS_MAX = 400
 
 
 class Deployment(msgspec.Struct, frozen=True):
-    """Serve `model` (a name), or with `replicas` 0 serve it no more.
+    """Serve `model` (a name), or with `replicas` 0 serve it no longer.
 
     The shape comes along so that every node can plan. `context` is in tokens for each of `sequences` streams.
     `source` is where on the hub ('owner/name/file.gguf') the model may be fetched from if no node has it;

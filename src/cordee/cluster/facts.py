@@ -37,7 +37,7 @@ class ModelShape(msgspec.Struct, frozen=True):
     layer, `row_floats` what a row of a batch needs in the buffers of each, `windowed` whether its attention
     has a sliding window. A stage holds `extra_bytes` beside its layers, the last one (the head) instead
     `last_extra_bytes`, and one that is all of the model `whole_extra_bytes`; the host of a model that is cut
-    reads from `embedding_bytes`. What may be cut is told by `cuttable` and the fields behind it.
+    reads from `embedding_bytes`. `cuttable` and the fields after it say what may be cut.
     """
 
     digest: str

@@ -19,8 +19,8 @@ Workers of other placements are kept as they are while none that was chosen serv
 node that was lost comes back first, the old placement goes on at once. Then they are to be stopped.
 
 Once a placement serves, each of its slices (and the embedding that the host of a cut model looks rows up in)
-is kept on a second node where disk allows, so that its loss costs no transfer. Which node that is is decided
-by a hash, so a change elsewhere does not move it.
+is kept on a second node where disk allows, so that a loss costs no transfer. A hash decides which node holds
+the copy, so a change elsewhere does not move it.
 """
 
 import hashlib

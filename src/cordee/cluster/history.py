@@ -27,14 +27,14 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class History:
-    """Compares what should run, each time it is told."""
+    """Notes what changed of what should run, since it was last asked to."""
 
     def __init__(self) -> None:
         self.changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
         self._before: Mapping[str, tuple[Chosen, ...]] = {}
 
     def note(self, chosen: Mapping[str, tuple[Chosen, ...]], nodes: Nodes, clock: float) -> None:
-        """What is chosen now, and what is known of the nodes."""
+        """Compare what is `chosen` now with the time before; the reasons are read from `nodes`."""
         if chosen == self._before:
             return
         for model in sorted(chosen.keys() | self._before.keys()):
@@ -81,7 +81,7 @@ def _demand(placement: Placement) -> tuple[int, int]:
 
 
 def _fault(placement: Placement, nodes: Nodes, *, wanted: bool = False) -> str:
-    """What happened to a placement that serves no more; empty if nothing did.
+    """What happened to a placement that no longer serves; empty if nothing did.
 
     Unless it is `wanted` still, a stage that is not reported was just stopped, and no fault.
     """

@@ -1,7 +1,7 @@
 """The gateway's side of streams: it keeps their token logs, finds them a host, gives clients each token once.
 
-Pure: messages, routes and the clock are handed in; `drain` gives what is to be sent and what clients are to
-be told. See streams.py for the messages. A stream's life:
+Pure: messages, routes and the clock are handed in; `drain` gives what is to be sent, and the news for
+clients. See streams.py for the messages. A stream's life:
 
     open -> unasked <-------------------- (the host lost it, refused it, or the route leads elsewhere)
                | a route, and no pause         ^
@@ -10,15 +10,16 @@ be told. See streams.py for the messages. A stream's life:
 
 - **The log decides.** A token counts if it is the next one of the log and comes from the current ask, in the
   session of the host that first confirmed that ask. So all tokens after those the ask began with come from
-  one computation, whoever else still believes to be the host; and no token is ever taken back.
-- **Everything is said again.** An Assert goes to each host every ASSERT_SECONDS, and soon after something
-  began, ended or is missing. It names all asks that the host shall work on, and how many tokens of each are
-  there. The answer brings what was lost on the way, and tells which asks are not known there (any more):
-  those are asked again, with the log as it is then.
+  one computation, even if another node still believes that it is the host; and no token is ever taken back.
+- **Everything is repeated.** An Assert goes to each host every ASSERT_SECONDS, and soon after something
+  began, ended or is missing. It names all asks that the host is to work on, and how many tokens of each have
+  arrived. The answer brings what was lost on the way, and says which asks are unknown there (by now): those
+  are asked again, with the log as it is then.
 - **Nothing is believed for long.** What is known of a host that answers no Assert for SILENCE_SECONDS is
-  forgotten, and its streams are asked anew: so whatever a fault wrote into these tables heals.
-- **Patience is bounded.** A stream that no ready host has held for WAIT_SECONDS fails. A refusal before its
-  first token is the client's to hear, unless a host had accepted it before; any other is tried again.
+  forgotten, and its streams are asked again: so anything that a fault wrote into these tables heals.
+- **Waiting is bounded.** A stream that no ready host has held for WAIT_SECONDS fails. A refusal before its
+  first token goes to the client, unless a host had accepted the stream before; after any other the stream is
+  asked again.
 """
 
 from collections.abc import Mapping
@@ -37,24 +38,24 @@ from cordee.generation.streams import (
     as_error,
 )
 
-TICK_SECONDS = 0.05  # how often the shell ticks
+TICK_SECONDS = 0.05  # how often `tick` is to be called
 ASSERT_SECONDS = 1.0  # often enough to notice a loss soon, for 20 bytes a stream
-HURRY_SECONDS = 0.05  # before an extra Assert, so that one tells of many beginnings and ends
-# A host of which nothing was wanted for so long is forgotten: its leases have ended long ago. Not sooner, so
-# that one request after the other stays one session.
+HURRY_SECONDS = 0.05  # before an extra Assert, so that one covers many beginnings and ends
+# A host of which nothing was wanted for this long is forgotten: its leases have ended long ago. Not sooner,
+# so that requests that follow one another stay one session.
 IDLE_SECONDS = 60.0
-# As long as three leases: by then the host holds nothing of what we believe.
+# As long as three leases: by then the host holds nothing for this gateway.
 SILENCE_SECONDS = 30.0
-# How long a stream waits for a host: loading 60 GB at 100 MB/s takes as long, and a client that hears a
-# heartbeat waits longer.
+# How long a stream waits for a host: loading 60 GB at 100 MB/s takes this long, and clients that get
+# keep-alive events wait longer.
 WAIT_SECONDS = 600.0
-# Between two attempts that failed alike; doubled each time, from a token's time to what a person notices.
+# Between two attempts that failed; doubled each time, from the time of a token to what a person notices.
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 4.0
 
 
 @dataclass(frozen=True)
 class News:
-    """What a client is to be told of its stream, in order. The last has a finish reason or an error."""
+    """News for the client of a stream, in order. The last has a finish reason or an error."""
 
     stream: str
     choices: tuple[Choice, ...] = ()
@@ -65,7 +66,7 @@ class News:
 
 @dataclass(eq=False)
 class _Peer:
-    """A host as the home of a model."""
+    """A node as the host of a model."""
 
     number: int
     node: str
@@ -75,7 +76,7 @@ class _Peer:
     heard: float  # when it last answered
     asserted: int = 0  # number of the last Assert ...
     answered: int = 0  # ... and of the last that was answered
-    asks: dict[int, "_Stream"] = field(default_factory=dict)
+    asks: dict[int, "_Stream"] = field(default_factory=dict[int, "_Stream"])
 
 
 @dataclass(eq=False)
@@ -84,8 +85,8 @@ class _Asked:
 
     number: int
     peer: _Peer
-    sent: int  # the counter when it was sent last: older asserts' answers do not know of it
-    again: float  # not to be sent again before
+    sent: int  # the counter when it was sent last: answers to older asserts do not cover it
+    again: float  # it is not sent again before
     session: int | None = None  # of the host, once it has confirmed
 
 
@@ -94,12 +95,12 @@ class _Stream:
     number: int
     request: Request
     model: str
-    waiting: float  # since when no ready host holds it
-    generated: list[int] = field(default_factory=list)
+    waiting: float  # since when no ready host has held it
+    generated: list[int] = field(default_factory=list[int])
     accepted: bool = False  # some host held it once
-    cached_tokens: int | None = None  # as the first token's host said
+    cached_tokens: int | None = None  # as the host of the first token reported
     ask: _Asked | None = None
-    ask_at: float = 0.0  # not before
+    ask_at: float = 0.0  # when it may be asked
     pause: float = PAUSE_SECONDS_MIN
     refusal: CordeeError | None = None  # the last one
 
@@ -110,7 +111,7 @@ class _Stream:
 
 
 class Gateway:
-    """See the module's theory of operation. Models are named by whatever `route` and `open` agree on.
+    """See the module's theory of operation. Models are named as the callers of `route` and `open` agree.
 
     `node` is this node's id; `id` is a random number of 63 bits, new for each run.
     """
@@ -133,7 +134,7 @@ class Gateway:
 
     @property
     def busy(self) -> bool:
-        """Whether time matters: streams are open, or hosts hear that they are not."""
+        """Whether `tick` is needed: streams are open, or hosts are still to learn that they are not."""
         return bool(self._streams or self._peers)
 
     def open(self, request: Request, model: str) -> None:
@@ -162,7 +163,7 @@ class Gateway:
         if self._routes.get(model) == node:
             return
         if node is None:
-            del self._routes[model]  # who is asked already may go on
+            del self._routes[model]  # a host that was asked already may go on
             return
         self._routes[model] = node
         for stream in self._streams.values():
@@ -176,7 +177,7 @@ class Gateway:
             self.route(model, routes.get(model))
 
     def receive(self, said: Said) -> None:
-        """Take what a host says."""
+        """Handle the news of a host."""
         peer = self._peers.get(said.peer)
         if said.gateway != self._id or peer is None:
             return
@@ -207,7 +208,7 @@ class Gateway:
                 self._assert(peer)
 
     def drain(self) -> tuple[list[tuple[str, Ask | Assert]], list[News]]:
-        """What is to be sent now, with the nodes it goes to, and what clients are to be told."""
+        """The messages to send now, with the nodes they go to, and the news for clients."""
         drained = self._messages, self._news
         self._messages, self._news = [], []
         return drained
@@ -225,7 +226,7 @@ class Gateway:
         number = self._next()
         stream.ask = _Asked(number, peer, number, again=self._clock.seconds)
         peer.asks[number] = stream
-        self._hurry(peer)  # the answer tells whether the host has it
+        self._hurry(peer)  # the answer says whether the host has it
         self._send(stream, stream.ask)
 
     def _send(self, stream: _Stream, ask: _Asked) -> None:
@@ -266,7 +267,7 @@ class Gateway:
         peer.due = min(peer.due, self._clock.seconds + HURRY_SECONDS)
 
     def _leave(self, stream: _Stream) -> None:
-        """The current ask, if there is one, is void; its host hears of it soon."""
+        """Give up the current ask, if there is one; its host learns of it soon."""
         if stream.ask is not None:
             del stream.ask.peer.asks[stream.ask.number]
             self._hurry(stream.ask.peer)
@@ -274,7 +275,7 @@ class Gateway:
         stream.ask_at = self._clock.seconds
 
     def _confirmed(self, stream: _Stream, session: int) -> bool:
-        """Whether the current ask belongs to this session of its host. If not, it is asked anew."""
+        """Whether the current ask belongs to this session of its host. If not, the stream is asked again."""
         assert stream.ask is not None
         if stream.ask.session is None:
             stream.ask.session = session
@@ -285,7 +286,7 @@ class Gateway:
         return True
 
     def _advance(self, stream: _Stream, piece: Piece) -> None:
-        """Take what is new of a piece, if nothing is missing before it."""
+        """Add what is new in a piece to the log, if nothing is missing before it."""
         assert stream.ask is not None
         have = len(stream.generated)
         if piece.first > have:
@@ -322,14 +323,14 @@ class Gateway:
         self._news.append(News(stream.request.id, error=error))
 
     def _answered(self, peer: _Peer, said: Said) -> None:
-        """An Assert's answer: the asks it named are held by the host, or unknown there."""
+        """The answer to an Assert: the asks it named are held by the host, or unknown there."""
         peer.heard = self._clock.seconds
         unknown = set(said.unknown)
         for number, stream in list(peer.asks.items()):
             ask = stream.ask
             assert ask is not None
             if ask.sent > said.answers:
-                continue  # on its way
+                continue  # it is still on its way
             if number not in unknown:
                 if self._confirmed(stream, said.session):
                     stream.accepted = True
@@ -338,11 +339,11 @@ class Gateway:
                 self._leave(stream)
                 self._ask(stream)
             elif ask.again <= self._clock.seconds:
-                # It was lost; or if it is only late, the same again does no harm.
+                # It was lost; and if it is only late, a second copy does no harm.
                 ask.sent = self._next()
                 ask.again = self._clock.seconds + stream.paused()
                 self._send(stream, ask)
 
 
 def _nobody() -> StageFailed:
-    return StageFailed(f"no machine was ready to answer for {WAIT_SECONDS:.0f} s: `cordee status` tells why")
+    return StageFailed(f"no machine was ready to answer for {WAIT_SECONDS:.0f} s: `cordee status` shows why")

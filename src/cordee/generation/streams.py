@@ -1,13 +1,13 @@
-"""What gateways and hosts say to each other about streams, and its wire format (msgpack).
+"""The messages between gateways and hosts about streams, and their wire format (msgpack).
 
 A *gateway* is the node a client talks to; it keeps the token logs of its streams. The *host* of a model runs
-the scheduler. Three messages suffice, each of which may be lost, late, doubled or out of order:
+the scheduler. Three messages suffice, each of which may be lost, late, duplicated or out of order:
 
     gateway -> host   Ask     generate this stream, from this log on
-                      Assert  these are the asks that I still want, and how far I have each; drop all others
-    host -> gateway   Said    tokens and ends, of all streams that moved; and what an Assert named in vain
+                      Assert  the asks still wanted, and how much of each has arrived; drop all others
+    host -> gateway   Said    tokens and ends of all streams with news; the unknown asks of an Assert
 
-So there is no message to cancel or to acknowledge: an Assert does both, and is said again and again.
+So there is no message to cancel or to acknowledge: an Assert does both, and is sent again and again.
 
 Numbers that keep old messages from doing harm:
 
@@ -24,16 +24,16 @@ from cordee.errors import BadRequest, CordeeError, StageFailed
 from cordee.generation.request import Choice, FinishReason, Request
 
 # Streams that a gateway has open at a time; a host keeps as many asks of each. A waiting stream costs its
-# prompt, 4 MB at the longest; so many are a hundred times what a household's pipeline answers at once.
+# prompt, 4 MB at the longest; this is a hundred times what a household's pipeline answers at once.
 STREAMS_MAX = 1024
 MESSAGE_BYTES_MAX = 64 << 20  # an Ask with a context of a million tokens takes 5 MB, a Said of all streams 40
 
 
 class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
-    """Generate a stream whose first tokens, perhaps none, are there already: `generated`.
+    """Generate a stream of which the tokens `generated`, perhaps none, are there already.
 
-    `node` is where to answer. `stream` is the number of the stream's first ask: an older ask of the same
-    stream is void.
+    `node` is where to answer. `stream` is the number of the stream's first ask: of asks with the same
+    `stream` only the newest counts.
     """
 
     node: str
@@ -47,7 +47,7 @@ class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
 
 
 class Assert(msgspec.Struct, frozen=True, array_like=True, tag="assert"):
-    """All asks that this peer shall work on: (number, tokens of the answer that the gateway has).
+    """All asks that this peer is to work on: (number, tokens of the answer that the gateway has).
 
     Asks that are older than this message and not in it are to be dropped. A host answers with a Said.
     """
@@ -73,9 +73,9 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens of an answer, from index `first` of the whole of it on, and its end where it follows them.
+    """Tokens of an answer, from index `first` on, and the end of the answer where it follows them.
 
-    `logprobs`, where they were asked for, are a `Choice`'s of each token.
+    `logprobs`, where they were asked for, are those of each token's `Choice`.
     """
 
     ask: int
@@ -125,7 +125,7 @@ def decode(data: bytes) -> Message:
     """The message in `data`.
 
     Raises:
-        BadRequest: there is none.
+        BadRequest: it is not a message.
     """
     if len(data) > MESSAGE_BYTES_MAX:
         raise BadRequest(f"a message of {len(data)} bytes is longer than any about streams")
@@ -141,7 +141,7 @@ def failure(error: CordeeError, *, refused: bool) -> Failure:
 
 
 def as_error(said: Failure) -> CordeeError:
-    """The error that a host met, as an exception of this process; of an unknown class it is a StageFailed."""
+    """The error of a host as an exception of this process; a StageFailed where its class is unknown."""
     kind = getattr(errors, said.error, None)
     if not (isinstance(kind, type) and issubclass(kind, CordeeError)):
         kind = StageFailed
@@ -158,7 +158,7 @@ def piece(
     finish_reason: FinishReason | None,
     failed: Failure | None,
 ) -> Piece:
-    """A piece of choices; log-probabilities go with them only where there are some."""
+    """A piece made of choices; it has log-probabilities only where they do."""
     logprobs = ()
     if any(choice.logprob is not None for choice in choices):
         logprobs = tuple((choice.logprob, choice.top_logprobs) for choice in choices)

@@ -92,23 +92,23 @@ class Inbox:
 
 @dataclass
 class _Watch:
-    """The keys that are alive under a pattern, as far as the handler was told."""
+    """The keys that are alive under a pattern, as they were reported to the handler."""
 
     pattern: str
     handler: Callable[[str, bool], None]
-    told: set[str] = field(default_factory=set[str])
+    reported: set[str] = field(default_factory=set[str])
     seen: set[str] = field(default_factory=set[str])  # by the present session
 
     def note(self, key: str, alive: bool) -> None:
         """The present session saw a key appear or disappear."""
         (self.seen.add if alive else self.seen.discard)(key)
-        if alive != (key in self.told):
-            (self.told.add if alive else self.told.discard)(key)
+        if alive != (key in self.reported):
+            (self.reported.add if alive else self.reported.discard)(key)
             self.handler(key, alive)
 
     def settle(self) -> None:
         """Report as gone the keys that did not come back after the session was reopened."""
-        for key in self.told - self.seen:
+        for key in self.reported - self.seen:
             self.note(key, False)
 
 

@@ -1,4 +1,4 @@
-"""Between clients and tokens, on the node a client talks to: requests checked, tokens made text, a rate."""
+"""What services of both kinds need: checks of requests, tokens turned into text, tokens per second."""
 
 import asyncio
 import time
@@ -11,8 +11,8 @@ from cordee.generation.grammar import GrammarTokenizer
 from cordee.generation.request import Choice, FinishReason, Request, TextChunk
 from cordee.generation.template import ChatTemplate
 
-RATE_TOKENS = 256  # tokens that the reported rate looks back at ...
-RATE_SECONDS = 10.0  # ... and for how long
+RATE_TOKENS = 256  # how many tokens the reported rate covers at most ...
+RATE_SECONDS = 10.0  # ... and how many seconds
 
 
 def template_of(vocabulary: Vocabulary) -> ChatTemplate | None:
@@ -26,7 +26,7 @@ def template_of(vocabulary: Vocabulary) -> ChatTemplate | None:
 
 
 class Checks:
-    """Refuses requests that cannot be honoured, before they are queued. It owns the vocabulary."""
+    """Refuses requests that cannot be answered as asked, before they are queued. It owns the vocabulary."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
@@ -35,12 +35,12 @@ class Checks:
         self._closed = False
 
     async def check(self, request: Request) -> None:
-        """A grammar takes up to a second to compile, in a thread.
+        """Check a request; a grammar takes up to a second to compile, in a thread.
 
         Raises:
             BadRequest: names the parameter.
             UnsupportedModel: a grammar is asked for and cannot bind this model.
-            StageFailed: it is closed.
+            StageFailed: the service is closed.
         """
         text.check(request.stop)
         size = self._vocabulary.size
@@ -55,14 +55,14 @@ class Checks:
             await asyncio.to_thread(sampling.check, request.sampling, size, self._tokenizer)
 
     async def close(self) -> None:
-        """Free the vocabulary, once nobody uses it; closing twice is harmless."""
+        """Free the vocabulary, once no check uses it; closing twice is harmless."""
         self._closed = True
         async with self._lock:
             self._vocabulary.close()
 
 
 class Answer:
-    """A stream on its way to its client: text is made here, and waits here.
+    """A stream on its way to its client: its tokens become text here, which waits here.
 
     The queue needs no bound of its own: a stream never has more chunks than its context has tokens.
     """
@@ -83,7 +83,7 @@ class Answer:
         return self._text.stopped
 
     def add(self, choice: Choice | None, finish_reason: FinishReason | None) -> None:
-        """Take a token, or the end, or both; queue a chunk if there is something to show."""
+        """Add a token, or the end, or both; queue a chunk if there is something to show."""
         shown = ""
         if choice is not None:
             self._completion_tokens += 1
@@ -121,17 +121,17 @@ class Answer:
 
 
 class Rate:
-    """Tokens per second of late."""
+    """Recent tokens per second."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque(maxlen=RATE_TOKENS)
 
     def count(self, tokens: int = 1) -> None:
-        """So many tokens came now."""
+        """Count tokens that came now."""
         self._recent.extend([time.monotonic()] * tokens)
 
     def per_second(self) -> float:
-        """Over the last RATE_TOKENS tokens or RATE_SECONDS, whichever is less; 0 where that tells nothing."""
+        """Over the last RATE_TOKENS tokens or RATE_SECONDS, whichever is less; 0 below two tokens."""
         now = time.monotonic()
         recent = [moment for moment in self._recent if now - moment < RATE_SECONDS]
         return len(recent) / (now - recent[0]) if len(recent) > 1 else 0.0

@@ -1,8 +1,8 @@
 """The gateway of a node: answers of models that run anywhere in the cluster, for clients of this node.
 
 `ClusterGateway` gives the pure gateway (generation/gateway.py) a clock and a way to send; there is one on
-each node. `ClusterService` is a model of the cluster as the API sees one: like `Service`, but the scheduler
-and the stages are elsewhere. All methods on one event loop.
+each node. `ClusterService` is a model of the cluster as the API sees it (`ModelService`): like
+`LocalService`, but the scheduler and the stages may be on other nodes. All methods on one event loop.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from cordee.cluster.facts import stream_key
 from cordee.engine.vocabulary import Vocabulary
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 class ClusterGateway:
     """The streams of this node's clients.
 
-    `send` takes a node id and a message's bytes, must not wait and may lose them.
+    `send` takes a node id and the bytes of a message; it must not wait, and may lose them.
     """
 
     def __init__(self, node: str, send: Callable[[str, bytes], None]) -> None:
@@ -45,7 +46,7 @@ class ClusterGateway:
         return self._gateway.routes
 
     def receive(self, data: bytes) -> None:
-        """Take what a host sent to this node."""
+        """Handle a message that a host sent to this node."""
         try:
             message = streams.decode(data)
         except BadRequest as error:
@@ -83,11 +84,11 @@ class ClusterGateway:
             self._gateway.cancel(stream_id)
 
     async def close(self) -> None:
-        """End every stream, and tell the hosts; closing twice is harmless."""
+        """End every stream, and tell the hosts so; closing twice is harmless."""
         self._closed = True
         for stream_id in list(self._open):
             self._fail(stream_id, StageFailed("the node that this answer came through is being stopped"))
-        await asyncio.sleep(2 * TICK_SECONDS)  # for the last word to the hosts
+        await asyncio.sleep(2 * TICK_SECONDS)  # for the last messages to the hosts
         if self._ticking is not None:
             self._ticking.cancel()
             await asyncio.gather(self._ticking, return_exceptions=True)
@@ -140,7 +141,7 @@ class ClusterGateway:
 class ClusterService:
     """A model of the cluster. `path` is a file with its vocabulary: any GGUF that has the model's header.
 
-    `context` is in tokens for each stream, as the model's wish says. `wanted` is called with each request.
+    `context` is in tokens for each stream, as in the model's deployment. `wanted` is called at each request.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class ClusterService:
         self.key = stream_key(model.digest, context)
         self.batch_invariant: bool | None = None
         self.port: int | None = None
-        self.is_deployed = False  # whether the cluster is to serve it
+        self.is_deployed = False  # whether the cluster is to serve it, whoever asks
         self._gateway = gateway
         self._wanted = wanted
         self._checks = Checks(self.vocabulary)
@@ -174,7 +175,7 @@ class ClusterService:
 
     @property
     def health(self) -> Health:
-        """What `/health` says of it."""
+        """See `ModelService.health`."""
         if self.ready:
             return "ready"
         return "recovering" if self.is_deployed else "idle"
@@ -203,8 +204,8 @@ class ClusterService:
             del self._answers[request.id]
             self._gateway.leave(request.id, answer)
 
-    def status(self) -> dict:
-        """What is answered through this node, as JSON-able values; bytes and seconds in the names."""
+    def status(self) -> dict[str, Any]:
+        """What is answered through this node, as values for JSON."""
         return {
             "model": self.name,
             "digest": self.model.digest,

@@ -4,13 +4,13 @@
        |         |           |          |
        '---------'-----------'----------'--> closed
 
-- One worker process per stage. The pipeline hands micro-batches to the first and hears tokens from the last;
-  between them rows go from worker to worker, and what goes round goes from the last to the first.
-- A worker that ends, for whatever reason, is replaced; the others keep their loaded stages. All are then
-  wired to a new placement, whose id is the hash of the slices and of who runs them, and start without any
-  sequence: the listener's `on_lost` has told the scheduler to replay its token logs.
-- A worker that hangs (stopped while something is wanted of it, or silent for STALL_SECONDS with work under
-  way) is killed, which makes it one that ended. So is one that closes its control link or garbles it.
+- One worker process per stage. The pipeline sends micro-batches to the first and gets tokens from the last;
+  between them rows go from worker to worker, and micro-batches that go round go from the last to the first.
+- A worker that ends, for any reason, is replaced; the others keep their loaded stages. All then get a new
+  wiring, whose id is the hash of the slices and of the workers that run them, and start without any sequence:
+  the listener's `on_lost` has told the scheduler to replay its token logs.
+- A worker that hangs (its process is stopped while work waits for it, or it is silent for STALL_SECONDS with
+  work under way) is killed, and then replaced. So is one that closes its control link or garbles it.
 - Replacing is tried again after a pause that doubles up to RETRY_SECONDS_MAX, for as long as the pipeline
   lives; after FAILURES_MAX in a row its state is `failed` until one succeeds.
 """
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, ParamSpec, Protocol
 
 import msgspec
 
@@ -37,9 +37,11 @@ from cordee.worker.process import BATCH_INVARIANT_ENVIRONMENT, WorkerProcess, Wo
 State = Literal["loading", "ready", "replacing", "failed", "closed"]
 
 STALL_SECONDS = 600.0  # 512 rows of prefill take this long on a machine that does one row a second
-WATCH_SECONDS = 1.0  # how often workers that owe an answer are looked at
+WATCH_SECONDS = 1.0  # how often workers that owe an answer are checked
 RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.05, 30.0
-FAILURES_MAX = 3  # replacements that failed one after the other before the state says so
+FAILURES_MAX = 3  # failed replacements in a row before the state is `failed`
+
+P = ParamSpec("P")
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ log = logging.getLogger(__name__)
 class SlicedModel:
     """The model behind the slices.
 
-    `path` is its file, which has the embedding; `engine` what it is laid out for; `ends` end an answer.
+    `path` is its file, which has the embedding; `engine` what it is laid out for; the tokens `ends` end an
+    answer.
     """
 
     path: Path
@@ -57,7 +60,7 @@ class SlicedModel:
 
 
 class Listener(Protocol):
-    """Who is told what the pipeline does; called on the event loop, and must not raise."""
+    """Who is told what happens in the pipeline; called on the event loop, and must not raise."""
 
     def on_tokens(self, tokens: Tokens) -> None:
         """A result of a micro-batch came."""
@@ -69,12 +72,12 @@ class Listener(Protocol):
         """Micro-batches may be sent."""
 
     def on_failed(self, error: CordeeError) -> None:
-        """No replacement for now; the pipeline goes on trying."""
+        """A stage could not be replaced so far; the pipeline goes on trying."""
 
 
 @dataclass
 class PipelineStage:
-    """A place in the pipeline: its slice, and the worker that runs it now."""
+    """A stage of the pipeline: its slice, and the worker that runs it now."""
 
     slice: SliceFile
     worker: WorkerProcess | None = None
@@ -98,7 +101,7 @@ class PipelineStage:
 
     @property
     def description(self) -> StageDescription | None:
-        """What the loaded stage says of itself."""
+        """The description of the loaded stage; None before it is loaded."""
         return None if self.worker is None else self.worker.description
 
 
@@ -114,21 +117,21 @@ class Pipeline:
         report: Callable[[str], None],
     ) -> None:
         self.state: State = "loading"
-        self.stages = [PipelineStage(piece) for piece in slices]
+        self.stages = [PipelineStage(each) for each in slices]
         self._config = config
         self._source = source
         self._listener = listener
         self._report = report
-        self._placement = ""
+        self._wiring = ""
         self._workers: Workers | None = None
         self._tokens = ""  # the socket to which the last stage sends
         self._first: asyncio.StreamWriter | None = None
         self._links: set[asyncio.StreamWriter] = set()  # all that bring tokens
-        self._change = asyncio.Event()  # a worker ended, or a link broke
+        self._changed = asyncio.Event()  # a worker ended, or a link broke
         self._broken = False
         self._owed = 0
         self._heard = time.monotonic()
-        self._tasks: set[asyncio.Task] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def start(
@@ -142,7 +145,7 @@ class Pipeline:
         """Start the workers, load the slices of the model `source`, wire them.
 
         Raises:
-            CordeeError: what the first worker that could not load says, or why there is none.
+            CordeeError: the error of the first worker that could not load, or why none could be started.
         """
         pipeline = cls(slices, config, source, listener, report)
         pipeline._keep(pipeline._watch())
@@ -161,9 +164,9 @@ class Pipeline:
         return pipeline
 
     @property
-    def placement(self) -> str:
-        """The id of the placement that is wired; empty while a stage is replaced."""
-        return self._placement
+    def wiring(self) -> str:
+        """The id of the present wiring; empty while a stage is replaced."""
+        return self._wiring
 
     def send(self, rows: Rows, payload: bytes | memoryview) -> None:
         """Send a micro-batch of token ids to the first stage; results, or a loss, come to the listener."""
@@ -176,7 +179,7 @@ class Pipeline:
     def halt(self, batch: int) -> None:
         """Ask that a micro-batch does not go round again."""
         assert self._first is not None, "only a ready pipeline has micro-batches under way"
-        frames.write(self._first, Halt(self._placement, batch))
+        frames.write(self._first, Halt(self._wiring, batch))
 
     async def close(self) -> None:
         """End all workers and remove the sockets; closing twice is harmless."""
@@ -185,7 +188,7 @@ class Pipeline:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(stage.worker.end() for stage in self.stages if stage.worker is not None))
-        writers = self._links | ({self._first} if self._first is not None else set())
+        writers = [*self._links, *([self._first] if self._first is not None else [])]
         for writer in writers:
             writer.transport.abort()
         await asyncio.gather(*(writer.wait_closed() for writer in writers), return_exceptions=True)
@@ -194,49 +197,47 @@ class Pipeline:
 
     def on_ended(self, worker: WorkerProcess) -> None:
         """Workers' owner: a process is gone."""
-        self._change.set()
+        self._changed.set()
         for stage in self.stages:
             if stage.worker is worker:
-                self._tell(
-                    self._report,
-                    f"{stage.layers}: process {worker.pid} ended with status {worker.status}",
-                )
+                line = f"{stage.layers}: process {worker.pid} ended with status {worker.status}"
+                self._call(self._report, line)
 
-    def on_broken(self, worker: WorkerProcess, placement: str) -> None:
-        """Workers' owner: a link is gone; what is still true of that will be wired again."""
-        if placement == self._placement:
+    def on_broken(self, worker: WorkerProcess, wiring: str) -> None:
+        """Workers' owner: a link is gone; if it is of the present wiring, the workers are wired again."""
+        if wiring == self._wiring:
             self._broken = True
-            self._change.set()
+            self._changed.set()
 
-    def _keep(self, coroutine: Coroutine) -> None:
+    def _keep(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._forget)
 
-    def _forget(self, task: asyncio.Task) -> None:
+    def _forget(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a task of the pipeline failed", exc_info=task.exception())
 
-    def _tell(self, listener: Callable, *arguments: object) -> None:
-        """Call someone outside, whose failure must not stop the pipeline."""
+    def _call(self, callback: Callable[P, None], *arguments: P.args, **options: P.kwargs) -> None:
+        """Call a callback of the owner, whose failure must not stop the pipeline."""
         try:
-            listener(*arguments)
+            callback(*arguments, **options)
         except Exception:
-            log.exception("a listener of the pipeline failed")
+            log.exception("a callback of the pipeline's owner failed")
 
     async def _accept_tokens(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._links.add(writer)
         join = await opening(reader)
         try:
-            while isinstance(join, Join) and join.wiring == self._placement:
+            while isinstance(join, Join) and join.wiring == self._wiring:
                 message, _ = await frames.read(reader)
-                if isinstance(message, Tokens) and message.wiring == self._placement:
+                if isinstance(message, Tokens) and message.wiring == self._wiring:
                     self._owed -= message.last
                     self._heard = time.monotonic()
-                    self._tell(self._listener.on_tokens, message)
+                    self._call(self._listener.on_tokens, message)
         except LinkClosed:
-            pass  # the last worker ended, or was wired anew
+            pass  # the last worker ended, or was wired again
         finally:
             self._drop(writer)
 
@@ -267,7 +268,7 @@ class Pipeline:
             await worker.end()
             raise
         stage.restarts += old is not None
-        self._tell(self._report, f"{stage.layers} loaded (process {worker.pid})")
+        self._call(self._report, f"{stage.layers} loaded (process {worker.pid})")
 
     def _load(self, stage: PipelineStage) -> LoadStage:
         cut_first = len(self.stages) > 1 and stage is self.stages[0]
@@ -281,18 +282,18 @@ class Pipeline:
         )
 
     async def _wire(self) -> None:
-        """Join the workers to a new placement, without any sequence."""
+        """Connect the workers in a new wiring, without any sequence."""
         workers = [stage.worker for stage in self.stages if stage.worker is not None]
         slices = [stage.slice for stage in self.stages]
-        self._placement = _placement_id(slices, workers)
+        self._wiring = _wiring_id(slices, workers)
         self._broken = False
         self._owed = 0
         if self._first is not None:
             self._first.transport.abort()
         first, downstream = workers[0].inbox, [worker.inbox for worker in workers[1:]]
-        wires = [Wire(self._placement, target) for target in downstream]
-        wires.append(Wire(self._placement, self._tokens, first if downstream else None))
-        # All of them answer, or end; whoever waited for less would leave readers of the others behind.
+        wires = [Wire(self._wiring, target) for target in downstream]
+        wires.append(Wire(self._wiring, self._tokens, first if downstream else None))
+        # All of them answer, or end: their answers must be read before they are wired again.
         answers = await asyncio.gather(
             *(worker.wire(wire) for worker, wire in zip(workers, wires, strict=True)), return_exceptions=True
         )
@@ -300,21 +301,21 @@ class Pipeline:
             if isinstance(answer, BaseException):
                 raise answer
         _, self._first = await asyncio.open_unix_connection(first)
-        frames.write(self._first, Join(self._placement))
+        frames.write(self._first, Join(self._wiring))
 
     async def _supervise(self) -> None:
-        """Replace workers that ended, and wire anew where a link broke, for as long as the pipeline lives."""
+        """Replace workers that ended, and wire again where a link broke, while the pipeline lives."""
         while True:
             while not self._broken and all(stage.alive for stage in self.stages):
-                self._change.clear()
-                await self._change.wait()
+                self._changed.clear()
+                await self._changed.wait()
             self.state = "replacing"
-            self._placement = ""  # what still comes of the old one is nobody's
+            self._wiring = ""  # what still comes of the old one is ignored
             self._owed = 0
-            self._tell(self._listener.on_lost)
+            self._call(self._listener.on_lost)
             await self._replace()
             self.state = "ready"
-            self._tell(self._listener.on_ready)
+            self._call(self._listener.on_ready)
 
     async def _replace(self) -> None:
         failures, pause = 0, RETRY_SECONDS_MIN
@@ -325,19 +326,19 @@ class Pipeline:
                 return
             except Exception as error:
                 if not isinstance(error, CordeeError | OSError):
-                    log.exception("replacing a stage met what it does not know")
+                    log.exception("replacing a stage failed unexpectedly")
                 failures += 1
                 line = f"a stage could not be replaced ({error}); trying again in {pause:.2g} s"
-                self._tell(self._report, line)
+                self._call(self._report, line)
                 if failures == FAILURES_MAX:
                     self.state = "failed"
                     reason = error if isinstance(error, CordeeError) else StageFailed(str(error))
-                    self._tell(self._listener.on_failed, reason)
+                    self._call(self._listener.on_failed, reason)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_SECONDS_MAX)
 
     async def _watch(self) -> None:
-        """Kill workers that hang while something is wanted of them."""
+        """Kill workers that hang while work waits for them."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             if self.state == "ready" and self._owed == 0:
@@ -346,11 +347,11 @@ class Pipeline:
             for stage in self.stages:
                 worker = stage.worker
                 if worker is not None and worker.alive and (stalled or worker.stopped):
-                    self._tell(self._report, f"process {worker.pid} hangs: it is replaced")
+                    self._call(self._report, f"process {worker.pid} hangs: it is replaced")
                     worker.kill()
 
 
-def _placement_id(slices: Sequence[SliceFile], workers: Sequence[WorkerProcess]) -> str:
+def _wiring_id(slices: Sequence[SliceFile], workers: Sequence[WorkerProcess]) -> str:
     """The hash of (slice digest, worker id) of the stages, in order."""
-    pairs = [(piece.digest, worker.id) for piece, worker in zip(slices, workers, strict=True)]
+    pairs = [(each.digest, worker.id) for each, worker in zip(slices, workers, strict=True)]
     return hashlib.sha256(msgspec.msgpack.encode(pairs)).hexdigest()[:16]

@@ -1,9 +1,9 @@
-"""The service: one model, ready to answer. Requests in, chunks of text out.
+"""A model served by worker processes of this machine: requests in, chunks of text out.
 
-It owns the scheduler (which decides), the pipeline (which computes) and the vocabulary (which turns tokens
-into text), and is the only one who knows all three. The token logs live here, in the scheduler, so the loss
-of any stage costs a pause and nothing else. Everything runs on one event loop; nothing here blocks it for
-longer than a tokenization.
+The service owns the scheduler (which decides), the pipeline (which computes) and the vocabulary (which turns
+tokens into text), and connects the three. The token logs are here, in the scheduler, so the loss of any stage
+costs a pause and nothing else. Everything runs on one event loop; nothing here blocks it for longer than a
+tokenization.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,9 +43,9 @@ class ServiceConfig:
     `context` is tokens per stream, answer included; None takes the model's own, bounded by
     `sizing.CELLS_DEFAULT` and by memory. `queue` bounds the streams that wait while `sequences` are answered.
     `in_flight` micro-batches travel the pipeline at once: on one machine more than one only makes batches
-    smaller, since the stages share its cores. `exact` asks for the same bits alone, batched and replayed.
-    `force_cut` cuts architectures that no test has certified. `devices` as `sizing.stage_config` takes them.
-    `port` is only shown by `ps`.
+    smaller, since the stages share its cores. `batch_invariant` asks for the same bits alone, batched and
+    replayed. `force_cut` cuts architectures that no test has certified. `devices` are as
+    `sizing.stage_config` takes them. `port` is only shown by `ps`.
     """
 
     context: int | None = None
@@ -59,7 +60,7 @@ class ServiceConfig:
 
 
 class LocalService:
-    """A model being served. Made by `Service.start`; all methods on one event loop."""
+    """A model being served. Made by `LocalService.start`; all methods on one event loop."""
 
     def __init__(self, model: StoredModel, config: StageConfig, limits: Limits) -> None:
         self.model = model
@@ -91,9 +92,9 @@ class LocalService:
         config: ServiceConfig | None = None,
         report: Callable[[str], None] = lambda _: None,
     ) -> "LocalService":
-        """Cut the model if need be, load its stages, find out whether it is batch-invariant.
+        """Cut the model if need be, load its stages, measure whether it is batch-invariant.
 
-        `report` gets lines about what is being done.
+        `report` gets lines about the progress.
 
         Raises:
             CordeeError: the model cannot be read, cut or loaded, or does not fit.
@@ -137,7 +138,7 @@ class LocalService:
 
     @property
     def health(self) -> Health:
-        """What `/health` says of it."""
+        """See `ModelService.health`."""
         return "ready" if self.ready else "recovering"
 
     async def generate(self, request: Request) -> AsyncGenerator[TextChunk]:
@@ -167,15 +168,15 @@ class LocalService:
                 self._cancel(request.id)
                 self._pump()
 
-    def status(self) -> dict:
-        """What the service is doing, as JSON-able values; bytes and seconds in the names."""
+    def status(self) -> dict[str, Any]:
+        """What the service is doing, as values for JSON."""
         pipeline = self._pipeline
         stages = [] if pipeline is None else pipeline.stages
         return {
             "model": self.name,
             "digest": self.model.digest,
             "state": "loading" if pipeline is None else pipeline.state,
-            "placement": "" if pipeline is None else pipeline.placement,
+            "placement": "" if pipeline is None else pipeline.wiring,
             "port": self.port,
             "context": self.context,
             "sequences": self._config.sequences,
@@ -219,7 +220,7 @@ class LocalService:
             events += self._scheduler.complete(tokens.batch, choices, {}, last=False)
         events += self._scheduler.complete(tokens.batch, tokens.choices, tokens.failures, last=tokens.last)
         self._suspects.result(tokens.batch, [event.stream for event in events], last=tokens.last)
-        self._pump()  # first, so that the stages work while the text is made
+        self._pump()  # first, so that the stages compute while the text is made
         for event in events:
             try:
                 self._tell(event)
@@ -233,7 +234,7 @@ class LocalService:
         self._scheduler.lost()
         for future in self._measured.values():
             if not future.done():
-                future.set_exception(StageFailed("a stage was lost while the model was tried out"))
+                future.set_exception(StageFailed("a stage was lost while batch invariance was measured"))
         self._measured.clear()
         apart, ended = self._suspects.lost()
         for name in apart:
@@ -259,7 +260,7 @@ class LocalService:
             return
         while self.ready and (batch := self._scheduler.next_batch()) is not None:
             self._suspects.sent(batch)
-            self._pipeline.send(*rows_of(self._pipeline.placement, batch))
+            self._pipeline.send(*rows_of(self._pipeline.wiring, batch))
         if self.ready:
             for batch in self._scheduler.halts():
                 self._pipeline.halt(batch)
@@ -271,7 +272,7 @@ class LocalService:
         known = store.note(self.model.digest, name)
         if known is not None:
             return known
-        report("trying out whether batches change the model's arithmetic (once for each model)")
+        report("measuring whether batches change the model's arithmetic (once for each model)")
         try:
             found = await batch_invariance.measure(self._measure, self.vocabulary.size, self._config)
         except StageFailed:
@@ -280,16 +281,16 @@ class LocalService:
             if found is not None:
                 store.set_note(self.model.digest, name, found)
         except StorageFailed as error:
-            report(f"the result is not kept: {error.message}")
+            report(f"the result is not stored: {error.message}")
         return found
 
     async def _measure(self, runs: Sequence[Run], tokens: Sequence[int]) -> dict[int, str]:
         if self._pipeline is None or not self.ready:
-            raise StageFailed("a stage was lost while the model was tried out")
+            raise StageFailed("a stage was lost while batch invariance was measured")
         number = -1 - len(self._measured)  # the scheduler's batches count up from 1
         self._measured[number] = answer = asyncio.get_running_loop().create_future()
-        rows = Rows(self._pipeline.placement, number, tuple(runs), {}, measure=True)
-        self._pipeline.send(rows, memoryview(np.asarray(tokens, dtype=np.int32)).cast("B"))
+        rows = Rows(self._pipeline.wiring, number, tuple(runs), {}, measure=True)
+        self._pipeline.send(rows, np.asarray(tokens, dtype=np.int32).data.cast("B"))
         return await answer
 
     def _tell(self, event: Event) -> None:
@@ -345,13 +346,13 @@ def _slices(
 
 
 def _announced(first: int, last: int, report: Callable[[str], None]) -> Callable[[int, int], None]:
-    """A progress callback that says once what is being cut; slices that lie ready make no progress."""
-    told = False
+    """A progress callback that reports once what is being cut; slices that are on disk make no progress."""
+    reported = False
 
     def progress(done_bytes: int, total_bytes: int) -> None:
-        nonlocal told
-        if not told:
-            told = True
+        nonlocal reported
+        if not reported:
+            reported = True
             report(f"cutting layers {first} to {last - 1}: {total_bytes / 1e6:.0f} MB")
 
     return progress

@@ -1,14 +1,16 @@
-"""Hosting: the scheduler of a model on the node of its first stage, and its links to the pipeline.
+"""The scheduler of a model, on the node of its first stage, and its links to the pipeline.
 
     gateways --asks--> Host (generation/host.py) --micro-batches--> first stage ... last stage
-    gateways <--said--   '------------------------tokens, through the node's inbox------'
+    gateways <--said--        ^                                                         |
+                              '------------- tokens, through the node's inbox ----------'
 
-A `SchedulerHost` follows the goal of its model: it takes up a wiring once the first stage is wired so, and
-never enters one again that it left. Tokens of other wirings are nobody's. Where that wiring has a
-predecessor it asks first, through all stages, which sequences they could take over (kv_transfer.py).
+A `SchedulerHost` follows the goal of its model: it joins a wiring (the links between the workers of a
+placement, see worker/messages.py) once the first stage is wired so, and never joins one again that it left.
+Tokens of other wirings are ignored. Where the wiring has a predecessor it first queries all stages which
+sequences they could take over (worker/kv_transfer.py).
 
-While nobody wants anything it tries out, once, whether the model is batch-invariant on these stages
-(batch_invariance.py): then what is answered after a loss is token for token what would have been.
+While there are no streams it measures, once, whether the model is batch-invariant on these stages
+(batch_invariance.py): then an answer after a loss is token for token what it would have been.
 """
 
 import asyncio
@@ -35,17 +37,17 @@ from cordee.worker.stages import Stages
 
 QUEUE = 256  # streams that wait while others are answered
 IN_FLIGHT_MAX = 8  # micro-batches that travel at once: one for each machine keeps all of them busy
-ANSWER_SECONDS = 3.0  # for the stages to say what they could take over; their predecessors may be computing
-# So long streams may take over what the placement before has of them: gateways ask a new host at once.
+ANSWER_SECONDS = 3.0  # for the stages to answer a KV query; their predecessors may be computing
+# For how long streams may take over what the placement before has of them: gateways ask a new host at once.
 KV_QUERY_SECONDS = 5.0
-IDLE_SECONDS = 3.0  # without streams, before the model is tried out: a chat's next turn would have to wait
-MEASURE_SECONDS = 60.0  # for one micro-batch of it; slower stages are not tried out
+IDLE_SECONDS = 3.0  # without streams, before batch invariance is measured: the next turn of a chat would wait
+MEASURE_SECONDS = 60.0  # for one micro-batch of the measurement; on slower stages it is given up
 
 log = logging.getLogger(__name__)
 
 
 class SchedulerHost:
-    """The scheduler of one placement's job. `send` takes a gateway's node and what is said to it."""
+    """The scheduler of a placement's model. `send` takes the node of a gateway and the message to it."""
 
     def __init__(
         self,
@@ -68,16 +70,16 @@ class SchedulerHost:
         self._send = send
         self._wiring = ""
         self._first: asyncio.StreamWriter | None = None
-        self._joining: asyncio.Task | None = None
-        self._recalled: asyncio.Future[KvAnswer] | None = None
-        self._kv_query_ends = 0.0  # on the event loop's clock; 0: nothing was recalled
+        self._joining: asyncio.Task[None] | None = None
+        self._kv_answer: asyncio.Future[KvAnswer] | None = None
+        self._kv_query_ends = 0.0  # on the event loop's clock; 0: nothing may be taken over
         self._n_vocab = vocabulary.size
-        self._judging: asyncio.Task | None = None
-        self._measured: asyncio.Future[dict[int, str]] | None = None
+        self._measuring: asyncio.Task[None] | None = None
+        self._digests: asyncio.Future[dict[int, str]] | None = None
         self._idle_since: float | None = None
         self._places: frozenset[tuple[str, str]] = frozenset()
-        self.is_judged = False  # on these machines and devices
-        self.batch_invariant: bool | None = None  # None: not tried out, or the context is too small to tell
+        self.is_measured = False  # on these machines and devices
+        self.batch_invariant: bool | None = None  # None: not measured, or the context is too small for that
         self.rate = Rate()
         self.inherited_tokens = 0
 
@@ -87,7 +89,7 @@ class SchedulerHost:
         return self._wiring
 
     def fits(self, goal: HostGoal | None) -> bool:
-        """Whether this scheduler does for a goal: its slots are as many and as long."""
+        """Whether this scheduler suits a goal: it has as many slots, of the same length."""
         if goal is None:
             return False
         wanted = (goal.placement.sequences, goal.placement.context, _in_flight(goal))
@@ -104,10 +106,10 @@ class SchedulerHost:
         return self._host.waiting
 
     def follow(self, goal: HostGoal) -> None:
-        """Take up the goal's wiring, or wait for one."""
+        """Join the goal's wiring, or wait for one."""
         places = frozenset((place.node, place.device) for place in goal.placement.stages)
         if places != self._places:
-            self._places, self.is_judged, self.batch_invariant = places, False, None
+            self._places, self.is_measured, self.batch_invariant = places, False, None
         if goal.wiring == self._wiring:
             return
         self.leave()
@@ -116,8 +118,8 @@ class SchedulerHost:
             self._joining = asyncio.get_running_loop().create_task(self._join(goal.wiring))
 
     def leave(self) -> None:
-        """Give the wiring up: what is under way will not be answered."""
-        for task in (self._joining, self._judging):
+        """Leave the wiring: what is under way will not be answered."""
+        for task in (self._joining, self._measuring):
             if task is not None:
                 task.cancel()
         if self._first is not None:
@@ -127,10 +129,10 @@ class SchedulerHost:
             wiring, self._wiring = self._wiring, ""
             self._host.lost()
             self._stages.unwire(wiring)
-        self._host.ready, self._recalled, self._kv_query_ends = False, None, 0.0
+        self._host.ready, self._kv_answer, self._kv_query_ends = False, None, 0.0
 
     def receive(self, message: Ask | Assert) -> None:
-        """A gateway wants something."""
+        """Handle a message of a gateway."""
         self._host.receive(message)
         self.pump()
 
@@ -140,20 +142,20 @@ class SchedulerHost:
         if self._kv_query_ends and asyncio.get_running_loop().time() >= self._kv_query_ends:
             self._host.forget_restored()
             self._kv_query_ends = 0.0
-        self._judge_when_idle(now)
+        self._measure_when_idle(now)
         self.pump()
 
     def on_result(self, message: Tokens | KvAnswer) -> None:
-        """The last stage of some wiring has a result."""
+        """Handle a result of the last stage of some wiring."""
         if message.wiring != self._wiring:
             return
         if isinstance(message, KvAnswer):
-            if self._recalled is not None and not self._recalled.done():
-                self._recalled.set_result(message)
+            if self._kv_answer is not None and not self._kv_answer.done():
+                self._kv_answer.set_result(message)
             return
         if message.digests:
-            if self._measured is not None and not self._measured.done():
-                self._measured.set_result(message.digests)
+            if self._digests is not None and not self._digests.done():
+                self._digests.set_result(message.digests)
             return
         for choices in message.earlier:
             self._host.complete(message.batch, choices, {}, last=False)
@@ -191,54 +193,54 @@ class SchedulerHost:
         self.pump()
 
     async def _query_kv(self, wiring: str, first: asyncio.StreamWriter) -> None:
-        """Let streams go on where the placement before leaves them."""
+        """Let streams go on where the placement before left them."""
         loop = asyncio.get_running_loop()
-        self._recalled = loop.create_future()
+        self._kv_answer = loop.create_future()
         frames.write(first, KvQuery(wiring))
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                recalled = await self._recalled
+                answer = await self._kv_answer
         except TimeoutError:
-            log.info("the stages do not say what they could take over: streams are computed again")
+            log.info("the stages did not answer a KV query: streams are computed again")
             return
-        held = recalled.held.items()
+        held = answer.held.items()
         self._host.restore({sequence: each.tokens for sequence, each in held if each.tokens})
         self._kv_query_ends = loop.time() + KV_QUERY_SECONDS
-        log.info("%d sequences of the placement before can be taken over", len(recalled.held))
+        log.info("%d sequences of the placement before can be taken over", len(answer.held))
 
-    def _judge_when_idle(self, now: float) -> None:
-        if self.is_judged or not self._host.ready or self._host.active or self._host.waiting:
+    def _measure_when_idle(self, now: float) -> None:
+        if self.is_measured or not self._host.ready or self._host.active or self._host.waiting:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now
         elif now - self._idle_since >= IDLE_SECONDS:
-            self._judging = asyncio.get_running_loop().create_task(self._judge())
+            self._measuring = asyncio.get_running_loop().create_task(self._measure())
 
-    async def _judge(self) -> None:
-        """Try the model out; nothing else travels meanwhile, and no slot keeps what it held."""
+    async def _measure(self) -> None:
+        """Measure batch invariance; nothing else travels meanwhile, and no slot keeps what it held."""
         self._host.ready = False
         wiring, limits = self._wiring, self._limits
         config = StageConfig(context=limits.context, sequences=limits.sequences, batch_rows=limits.batch_rows)
         try:
-            self.batch_invariant = await batch_invariance.measure(self._measure, self._n_vocab, config)
-            self.is_judged = True
+            self.batch_invariant = await batch_invariance.measure(self._send_measured, self._n_vocab, config)
+            self.is_measured = True
         except TimeoutError:
-            self.is_judged = True
+            self.is_measured = True
         except StageFailed:
-            pass  # somebody wants something: again when all is quiet
+            pass  # a stream came: again when there are none
         if self._wiring == wiring:
             self._host.lost()
             self._host.ready = True
             self.pump()
 
-    async def _measure(self, runs: Sequence[Run], tokens: Sequence[int]) -> dict[int, str]:
+    async def _send_measured(self, runs: Sequence[Run], tokens: Sequence[int]) -> dict[int, str]:
         if self._first is None or self._host.waiting:
-            raise StageFailed("the stages are wanted for something else")
-        self._measured = asyncio.get_running_loop().create_future()
-        payload = memoryview(np.asarray(tokens, dtype=np.int32)).cast("B")
+            raise StageFailed("the stages are needed for a stream")
+        self._digests = asyncio.get_running_loop().create_future()
+        payload = np.asarray(tokens, dtype=np.int32).data.cast("B")
         frames.write(self._first, Rows(self._wiring, 0, tuple(runs), {}, measure=True), payload)
         async with asyncio.timeout(MEASURE_SECONDS):
-            return await self._measured
+            return await self._digests
 
 
 def _in_flight(goal: HostGoal) -> int:

@@ -48,7 +48,7 @@ class Compute:
 
     @property
     def description(self) -> StageDescription:
-        """What the stage says of itself."""
+        """The description of the loaded stage."""
         return self._stage.description
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""What the processes of a node say to each other, as msgspec structs; the frames are in frames.py.
+"""The messages between worker processes and their parent, as msgspec structs; the frames are in frames.py.
 
 Three kinds of link. On one machine they are Unix sockets in a folder that only this user may enter; links
 between machines are those of tls_link.py. A *wiring* is the set of links between the workers of a placement;
@@ -212,7 +212,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     """A micro-batch's result, by sequence: choices, or why none could be made, or digests of logits.
 
     Not the `last`: the micro-batch is on its way again with these tokens. `earlier` are the choices of its
-    rounds before, as far as they have not been told yet.
+    rounds before that were not sent yet.
     """
 
     wiring: str
