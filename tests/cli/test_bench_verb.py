@@ -111,7 +111,7 @@ def test_what_cannot_be_measured_is_said(home: Path, tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"no model at all, and not short either")
     for model, code, message in (
         ("nothing", 3, "no model 'nothing'"),
-        (tmp_path / "no.gguf", 4, "is no GGUF"),
+        (tmp_path / "no.gguf", 4, "is not a GGUF model file"),
     ):
         result = CliRunner().invoke(cordee, ["bench", str(model)])
         assert (result.exit_code, result.stdout) == (code, "")
