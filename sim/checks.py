@@ -6,7 +6,7 @@ from msgspec.structs import replace
 
 from cordee.cluster.choose import UPGRADE_RATIO, Chosen
 from cordee.cluster.deployments import Deployment
-from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace, placement_id
+from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace, placement_id, stream_key
 from cordee.cluster.goals import StageSpec, holds, spec_of
 from sim.agent import Agent
 from sim.scenario import CONTEXT, SEQUENCES, Scenario
@@ -199,10 +199,16 @@ def _copies(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tuple[
 
 
 def _open_streams(scenario: Scenario) -> str:
-    served = {model for agent in scenario.live() for model, picks in agent.controller.chosen.items() if picks}
+    """A stream of a model that is deployed and placed; a wrong deployment may have put another in its place."""
+    served = {
+        stream_key(each.shape.digest, each.context)
+        for agent in scenario.live()
+        for each in agent.controller.deployments
+        if each.shape is not None and agent.controller.chosen.get(each.model)
+    }
     for client in scenario.clients:
         lost = not client.gateway.up or client.gateway.name in scenario.revoked
-        if not client.ended and not lost and client.model in served:
+        if not client.ended and not lost and client.key in served:
             return f"stream {client.request.id} is not answered"
     return ""
 

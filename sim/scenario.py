@@ -31,7 +31,7 @@ class Client:
     """A client that asked for a stream: it compares every token with the undisturbed answer."""
 
     request: Request
-    model: str
+    key: str  # of the stream
     gateway: Agent
     expected: list[int]
     got: list[int] = field(default_factory=list[int])
@@ -196,11 +196,11 @@ class Scenario:
             sampling=SamplingParams(seed=seed),
             max_tokens=limit,
         )
-        model = random.choice(list(self.shapes))
-        client = Client(request, model, agent, stages.solo(prompt, seed, limit, CONTEXT))
+        key = stream_key(random.choice(list(self.shapes.values())).digest, CONTEXT)
+        client = Client(request, key, agent, stages.solo(prompt, seed, limit, CONTEXT))
         self.clients.append(client)
         agent.clients[request.id] = client
-        agent.gateway.open(request, stream_key(self.shapes[model].digest, CONTEXT))
+        agent.gateway.open(request, key)
         agent.drain()
 
     def _calm(self) -> None:
