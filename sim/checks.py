@@ -199,7 +199,7 @@ def _copies(scenario: Scenario, agents: list[Agent], chosen: Mapping[str, tuple[
 
 
 def _open_streams(scenario: Scenario) -> str:
-    """A stream of a model that is deployed and placed; a wrong deployment may have put another in its place."""
+    """A stream of a model that is deployed and placed; a corrupted deployment may have replaced it."""
     served = {
         stream_key(each.shape.digest, each.context)
         for agent in scenario.live()
