@@ -255,7 +255,8 @@ def _find(code: Code, clock: Callable[[], float]) -> tuple[str, x509.Certificate
         if pin_of(authority) != code.pin:
             raise JoinFailed(
                 f"The machine at {where} is in another cluster than this code: the address now belongs to "
-                "another machine, or somebody pretends to be the right one. Ask for a new code with `cordee invite`."
+                "another machine, or somebody pretends to be the right one. Ask for a new code with "
+                "`cordee invite`."
             )
         off_seconds = clock() - cluster.now
         if abs(off_seconds) > CLOCK_SECONDS_MAX:
