@@ -37,7 +37,7 @@ class ContextExceeded(BadRequest):
 
 
 class ModelNotFound(CordeeError):
-    """There is no model of that name in the store."""
+    """There is no model of that name."""
 
     exit_code = 3
     http_status = 404
@@ -61,7 +61,7 @@ class UnsupportedModel(CordeeError):
 
 
 class DoesNotFit(CordeeError):
-    """The model needs more memory than this machine has."""
+    """The model needs more memory than this machine, or the cluster, has."""
 
     exit_code = 6
     http_status = 507
@@ -83,7 +83,7 @@ class HubUnreachable(StorageFailed):
 
 
 class StageFailed(CordeeError):
-    """A stage could not be loaded, or keeps failing after it was replaced."""
+    """A stage could not be loaded, or keeps failing after being replaced."""
 
     exit_code = 8
     http_status = 503
@@ -123,7 +123,7 @@ class JoinFailed(CordeeError):
 
 
 class NotRunning(CordeeError):
-    """No agent runs for this state folder; `cordee up` starts one."""
+    """No node runs here for this state folder; `cordee up` starts one."""
 
     exit_code = 13
     http_status = 503

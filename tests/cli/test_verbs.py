@@ -74,7 +74,7 @@ def test_a_model_that_fits_no_node_is_answered_through_each(nodes: list[Node]) -
 
 def test_status_says_whether_an_answer_keeps_its_tokens_when_a_machine_fails(nodes: list[Node]) -> None:
     until(lambda: nodes[1].model("starter")["placements"][0]["batch_invariant"] is not None)
-    assert "if a machine fails, an answer goes on with the very same tokens" in nodes[1].do("status")
+    assert "if a machine fails, an answer goes on with exactly the same tokens" in nodes[1].do("status")
     assert hello(nodes[2]) == hello(nodes[0])
 
 

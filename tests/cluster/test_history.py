@@ -47,7 +47,7 @@ FAILED = StageReport(BOTH, 0, "failed", detail="its disk is full")
     ("now", "why"),
     [
         ({"state": "gone"}, "a is gone"),
-        ({"state": "suspect"}, "a is not heard from"),
+        ({"state": "suspect"}, "a has gone silent"),
         ({"draining": True}, "a is being drained"),
         ({"stages": (FAILED,)}, "a cannot run its stage: its disk is full"),
         ({"stages": (StageReport(BOTH, 0, "loading"),)}, "a lost its stage"),

@@ -202,7 +202,7 @@ def test_the_fastest_machines_get_what_they_can_hold_and_a_slow_one_is_left_out(
     )
     found = plan(made_shape(), nodes, DEMAND)
     assert layers_of(found) == [("mid", 0, 4), ("fast", 4, 12)]  # the head is read by the faster one, too
-    assert whys(found)["slow"] == "slower: it reads 5.0 GB/s, and those that are used at least 50.0 GB/s"
+    assert whys(found)["slow"] == "slower: it reads 5.0 GB/s, the devices in use at least 50.0 GB/s"
 
 
 def test_a_gpu_goes_before_the_processor():

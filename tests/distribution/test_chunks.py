@@ -213,7 +213,9 @@ def test_when_nobody_gives_the_rest_the_error_says_why_and_what_came_is_kept(wor
         return await handler(payload)
 
     world.wire.bend["a"] = dying
-    with pytest.raises(StorageFailed, match=r"Nobody gives \d+ chunks of layers 0 to 3 .*node a: it gave no"):
+    with pytest.raises(
+        StorageFailed, match=r"No node provides \d+ chunks of layers 0 to 3 .*node a: it gave no"
+    ):
         asyncio.run(world.fetch(0, 3))
     world.wire.bend.clear()
     world.wire.asked.clear()

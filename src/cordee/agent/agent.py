@@ -213,11 +213,11 @@ class Agent:
             BadRequest: this node cannot, or that is no node's id.
         """
         if not self.identity.is_admin:
-            raise BadRequest("Only an admin removes nodes: do it on the node that made the cluster.", "node")
+            raise BadRequest("Only admins can remove nodes: `cordee nodes` shows which they are.", "node")
         try:
             self.identity.revoke(node)
         except ValueError as error:
-            raise BadRequest(f"{node!r} is no node's id: `cordee nodes` lists them.", "node") from error
+            raise BadRequest(f"{node!r} is not a node's id: `cordee nodes` lists them.", "node") from error
         self._close_removed_links()
         self._act()
         self.gossip.speak(self.gauges)

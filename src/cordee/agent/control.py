@@ -139,8 +139,8 @@ def _locked(path: Path) -> TextIO:
         pid = file.read(20).strip() or "unknown"
         file.close()
         raise BadRequest(
-            f"An agent runs here already (process {pid}): `cordee status` asks it. For a second node on this "
-            "machine set CORDEE_HOME to another folder."
+            f"A node already runs here (process {pid}): `cordee nodes` shows it. For a second node on this "
+            "machine, set CORDEE_HOME to another folder."
         ) from None
     file.truncate(0)
     file.write(str(os.getpid()))
@@ -168,10 +168,10 @@ def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T
         response = connection.getresponse()
         data = response.read()
     except TimeoutError as error:
-        raise CordeeError("The agent here does not answer: end it, then `cordee up` again.") from error
+        raise CordeeError("The node here does not answer: end it, then run `cordee up` again.") from error
     except (OSError, http.client.HTTPException) as error:
         raise NotRunning(
-            "No agent runs here: start it with `cordee up` in another terminal, then try again."
+            "No node runs here: start one with `cordee up` in another terminal, then try again."
         ) from error
     finally:
         connection.close()

@@ -60,7 +60,7 @@ class Control:
     async def _remove(self, asked: Remove) -> Any:
         found = ClusterStatus(self._agent).find(asked.node)
         if found["id"] == self._agent.node:
-            raise BadRequest("That is this node itself: `cordee leave` is for it.", "node")
+            raise BadRequest("That is this node itself: use `cordee leave` for it.", "node")
         await self._agent.remove(found["id"])
         return found
 

@@ -56,7 +56,7 @@ class Deployer:
             self._require_read(model)
             raise ModelNotFound(
                 f"No node of the cluster has a model {model!r}: `cordee pull` on one of them fetches it. "
-                "Or deploy one of the hub (owner/name)."
+                "Or deploy one from the hub (owner/name)."
             )
         name = hub_name(model)
         reading = self._reading(name)

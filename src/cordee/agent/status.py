@@ -1,6 +1,6 @@
 """What an agent knows of its cluster, for people and programs: `cordee nodes`, `status`, `plan`, `drain`.
 
-Values that JSON has; units are in the names, layers are [first, last) as everywhere. Nothing here changes
+Values fit for JSON; units are in the names, layers are [first, last) as everywhere. Nothing here changes
 anything.
 """
 
@@ -34,7 +34,7 @@ from cordee.errors import BadRequest, ModelNotFound
 from cordee.net.peers import Peers
 from cordee.serving.registry import resident_bytes
 
-# A model's state is that of the placement that is furthest on.
+# A model's state is that of its most advanced placement.
 STATES = ("serving", "wiring", "loading", "fetching")
 
 

@@ -90,7 +90,7 @@ class ClusterModel:
                     raise _error(json.loads(response.read()))
                 yield from _chunks(response)
             except (OSError, http.client.HTTPException) as error:
-                raise StageFailed("The node on this machine ended, or does not answer any more.") from error
+                raise StageFailed("The node on this machine ended, or no longer answers.") from error
 
 
 def _model(name: str) -> dict[str, Any] | None:

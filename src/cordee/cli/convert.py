@@ -18,7 +18,7 @@ from cordee.cli import options, output
     type=click.Choice(["trit2", "trit5"]),
     default="trit2",
     show_default=True,
-    help="2 bits a weight, or 5 weights a byte (smaller; faster on processors with AVX-512).",
+    help="2 bits per weight, or 5 weights per byte (smaller; faster on processors with AVX-512).",
 )
 @click.option(
     "--head",
@@ -30,7 +30,7 @@ from cordee.cli import options, output
 @click.option(
     "--target",
     type=click.Choice(["pentium2"]),
-    help="For an old PC: five weights a byte, multiplied by look-up; embedding and head ternary, too.",
+    help="For an old PC: five weights per byte, multiplied by look-up; embedding and head ternary, too.",
 )
 @options.pre
 def convert(
@@ -43,10 +43,10 @@ def convert(
 ) -> None:
     """Turn a ternary model into a file for the ternary engine.
 
-    SOURCE is a GGUF file whose layers hold nothing but -s, 0 and s (TQ1_0, TQ2_0, I2_S, or F16 and others
-    of such values), or a checkpoint of the hub: a folder with config.json, safetensors and tokenizer, whose
-    matrices are packed, ternary floats, or the master weights of a b1.58 model. No ternary weight and no
-    scale is changed; a model that is not ternary is refused.
+    SOURCE is a GGUF file whose layers hold only the values -s, 0 and s (TQ1_0, TQ2_0, I2_S, or F16 and others
+    with such values), or a checkpoint from the hub: a folder with config.json, safetensors and tokenizer,
+    whose matrices are packed, ternary floats, or the master weights of a b1.58 model. No ternary weight and
+    no scale is changed; a model that is not ternary is refused.
     """
     from cordee.convert.convert import convert as run
 

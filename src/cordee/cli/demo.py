@@ -57,7 +57,7 @@ def demo(temperature: float, max_tokens: int) -> None:
 
     They are processes of one cluster, like three machines, none with enough memory for the whole starter
     model. /kill ends one that runs layers of it, with SIGKILL: the others take over, and the answer goes on.
-    A killed node comes back after some seconds. All nodes end with the chat; their folders stay for the next
+    A killed node comes back after a few seconds. All nodes end with the chat; their folders stay for the next
     time.
     """
     from cordee.cli.cluster_model import ClusterModel
@@ -192,7 +192,7 @@ class Chat:
     def _kill(self) -> None:
         killed = self._cluster.kill()
         if killed is None:
-            self._note("no other node runs layers of the model just now: try again in a moment")
+            self._note("no other node runs layers of the model right now: try again in a moment")
             return
         self._killed = time.monotonic()
         name, layers = killed

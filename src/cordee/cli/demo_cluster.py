@@ -231,7 +231,7 @@ class DemoCluster:
                 if not node.is_running:
                     raise StageFailed(f"Node {node.name} ended: {node.log_end()}")
             if time.monotonic() > ends:
-                raise StageFailed(f"The nodes did not meet within {START_SECONDS:.0f} s.")
+                raise StageFailed(f"The nodes did not find each other within {START_SECONDS:.0f} s.")
             time.sleep(POLL_SECONDS)
 
     def _alive(self) -> set[str]:

@@ -148,7 +148,7 @@ def _disk() -> tuple[dict[str, Any], list[Finding]]:
 
 
 def gpu_advice(gpu: hardware.Gpu, backends: set[str], system: str) -> list[Finding]:
-    """What to do so that models use this GPU; nothing if this build of libllama has a backend for it."""
+    """How to let models use this GPU; nothing if this build of libllama has a backend for it."""
     backend = BACKENDS[gpu.vendor]
     if backend.name in backends:
         return []

@@ -47,4 +47,4 @@ def export(target: str, model: str, folder: Path, any_size: bool, programs: Path
             limit_bytes=None if any_size else CD_BYTES,
             progress=progress,
         )
-    click.echo(f"{folder}  {output.size(nbytes)} on a CD; its README.TXT says how to begin")
+    click.echo(f"{folder}  {output.size(nbytes)} on a CD; its README.TXT says how to start")

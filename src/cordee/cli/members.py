@@ -73,7 +73,7 @@ def leave(yes: bool) -> None:
     from cordee.net import identity
 
     if not identity.exists():
-        raise BadRequest("This machine is in no cluster.")
+        raise BadRequest("This machine does not belong to a cluster.")
     if not yes:
         _confirm()
     try:
@@ -82,7 +82,7 @@ def leave(yes: bool) -> None:
         control.ask("POST", "/leave")
     except NotRunning:
         identity.forget()
-        output.note("This machine is in no cluster any more.")
+        output.note("This machine no longer belongs to a cluster.")
         return
     _until_forgotten()
 
@@ -133,7 +133,7 @@ def _drain() -> None:
 
 
 def _stays() -> Iterator[list[dict[str, Any]]]:
-    """Ask for draining again and again; the stages that are still there, until there are none."""
+    """Ask the agent to drain, again and again; yield the stages still there, until there are none."""
     from cordee.agent import control
 
     while stays := control.ask("POST", "/drain", control.Drain(), dict[str, Any])["stays"]:
@@ -159,6 +159,6 @@ def _until_forgotten() -> None:
     ends = time.monotonic() + END_SECONDS
     while identity.exists():
         if time.monotonic() > ends:
-            raise NotRunning("The node does not end: stop `cordee up`, then try `cordee leave` again.")
+            raise NotRunning("The node is still running: stop `cordee up`, then try `cordee leave` again.")
         time.sleep(POLL_SECONDS)
-    output.note("This machine is in no cluster any more.")
+    output.note("This machine no longer belongs to a cluster.")

@@ -47,7 +47,7 @@ def pull(source: str, name: str | None, pre: str | None) -> None:
     SOURCE is a GGUF file, the folder of a ternary checkpoint (config.json, safetensors, tokenizer), a
     repository of the Hugging Face Hub (owner/name, or owner/name:QUANTIZATION), or the name of a model card.
     Ternary models become files for the ternary engine on the way (see `cordee convert`). An interrupted
-    download goes on where it stopped. Only this verb, and `cordee deploy` of a model of the hub, use the
+    download resumes where it stopped. Only this verb, and `cordee deploy` of a model from the hub, use the
     internet.
     """
     from cordee.distribution.pull import pull as fetch

@@ -36,7 +36,7 @@ threads = click.option(
 fast = click.option(
     "--fast",
     is_flag=True,
-    help="Faster, but an answer may change when others run beside it or a stage is replaced.",
+    help="Faster, but an answer may change when others run at the same time or a stage is replaced.",
 )
 force_cut = click.option(
     "--force-cut", is_flag=True, help="Cut the model even if no test has certified cuts of its architecture."
@@ -60,14 +60,14 @@ class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - old
 
         match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", str(value).strip())
         if not match or match[2] not in SIZES:
-            self.fail(f"{value!r} is no size like 16GB; the units are {', '.join(SIZES)}.", param, ctx)
+            self.fail(f"{value!r} is not a size like 16GB; the units are {', '.join(SIZES)}.", param, ctx)
         return int(float(match[1]) * SIZES[match[2]])
 
 
 pre = click.option(
     "--pre",
     metavar="NAME",
-    help="GGUF's name of the pre-tokenizer, for a checkpoint whose own is not known here.",
+    help="GGUF's name for the pre-tokenizer, for a checkpoint whose own Cordée does not know.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -80,7 +80,7 @@ def serving(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def configuration(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the options of `serving` say, save for stages, as fields of a ServiceConfig."""
+    """What the options of `serving` say, except stages, as fields of a ServiceConfig."""
     return {
         "context": given["context"],
         "threads": given["threads"],

@@ -35,7 +35,7 @@ def plan(model: str, file: Path | None, context: int | None, sequences: int, as_
     MODEL is a model in the store, a GGUF file or just its header (the file's first megabytes, cut off
     anywhere after the list of tensors), or one of the cards gpt-oss-20b, gpt-oss-120b, apertus-8b and
     apertus-70b. Without --nodes the plan is for the cluster whose node runs here, beside what it runs
-    already; if no node runs here, for this machine alone. Exits 6 if the model does not fit.
+    already; or, if no node runs here, for this machine alone. Exits 6 if the model does not fit.
 
     FILE is TOML, one table for each machine; all but name, ram and vram may be left out:
 
@@ -44,7 +44,7 @@ def plan(model: str, file: Path | None, context: int | None, sequences: int, as_
       name = "office"           # with a count they are office-1, office-2 ...
       count = 4
       ram = "32 GB"
-      ram_speed = "40 GB/s"     # memory that the processor reads in a second
+      ram_speed = "40 GB/s"     # how fast the processor reads memory
       disk = "1 TB"             # free
       network = "1 Gbit/s"      # between two machines the slower one counts
       rtt = "0.5 ms"            # round-trip time; between two the longer one counts
@@ -217,6 +217,6 @@ def _print_stages(found: "Plan") -> None:
     ]
     header = (
         *("LAYERS", "MACHINE", "DEVICE", "WEIGHTS", "KV CACHE", "NEEDS", "MAY TAKE", "TO FETCH"),
-        *("A TOKEN", "HOP"),
+        *("PER TOKEN", "HOP"),
     )
     output.print_table(header, rows)

@@ -52,7 +52,7 @@ Ctrl-C   stops an answer"""
     "--seed", metavar="N", type=click.IntRange(0, 2**32 - 1), help="The same seed gives the same answer."
 )
 @click.option(
-    "--system", metavar="TEXT", help="System prompt: instructions that stand before the conversation."
+    "--system", metavar="TEXT", help="System prompt: instructions that come before the conversation."
 )
 @click.option(
     "--stats", is_flag=True, help="Print tokens and speed to standard error, even without a terminal."
@@ -142,7 +142,7 @@ def _prompt(argument: str | None) -> str | None:
 
 
 def _say(conversation: Conversation, text: str) -> Stats:
-    """Print an answer as it comes, and a note if it was cut off; what it took."""
+    """Print an answer as it comes, and a note if it was cut off; return what it took."""
     end = ""
     with closing(conversation.answer(text)) as pieces:
         for piece in pieces:

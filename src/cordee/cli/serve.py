@@ -31,7 +31,7 @@ PORT = 8321
     show_default=True,
     help="Port of the API; 0 takes a free one.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="The loopback address to listen at.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The loopback address to listen on.")
 @options.sequences
 @options.serving
 def serve(models: tuple[str, ...], port: int, host: str, stages: int, sequences: int, **loading: Any) -> None:
@@ -59,8 +59,8 @@ def _loopback(host: str) -> str:
         address = None
     if address is None or not address.is_loopback:
         raise BadRequest(
-            f"--host {host} is no loopback address. There are no API keys yet: at another address, anybody "
-            "could use the models. Use 127.0.0.1, and a tunnel (ssh -L) from other machines.",
+            f"--host {host} is not a loopback address. There are no API keys yet: on another address, "
+            "anybody could use the models. Use 127.0.0.1, and a tunnel (ssh -L) from other machines.",
             "host",
         )
     return str(address)
@@ -94,7 +94,7 @@ async def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     services: dict[str, LocalService] = {}
-    # It answers from now on: who asks while a model loads is told so.
+    # It answers from now on: a client that asks while a model loads is told so.
     app = create_app(services, expected=[model.name for model in models])
     serving = asyncio.create_task(answer(app, listener))
     try:

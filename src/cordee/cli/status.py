@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 POLL_SECONDS = 0.5
 CHANGES_SHOWN = 8  # the newest; --json has all that the node keeps
 # What people read for the states that the agent has other words for.
-STATE_WORDS = {"wired": "ready", "wiring": "connecting", "unheard": "not heard from"}
+STATE_WORDS = {"wired": "ready", "wiring": "connecting", "unheard": "not reported"}
 
 
 @click.command()
@@ -23,8 +23,9 @@ def status(as_json: bool, watch: bool) -> None:
     """Show which models the cluster serves, where, how fast, and what changed lately.
 
     The layers of a model lie on one node or on several. Their STATE is fetching (they come from another node
-    or from the hub), loading, loaded, ready (connected to the nodes with the other layers) or failed. The
-    host is the node that schedules the answers.
+    or from the hub), loading, loaded, ready (connected to the nodes with the other layers) or failed;
+    "not reported" means that the node has not said anything about them yet. The host is
+    the node that schedules the answers.
     """
     from cordee.agent import control
 
@@ -53,9 +54,9 @@ def deploy(model: str, context: int | None, sequences: int, replicas: int) -> No
 
     Or MODEL is one of the Hugging Face Hub (owner/name, owner/name:QUANTIZATION or owner/name/file.gguf) that
     is too large for the disk of any machine: this node reads it from the hub once, to learn its layout, and
-    then each node downloads only the layers that it runs. Ctrl-C lets the node go on reading; `cordee
-    undeploy` stops it. If one machine has the disk for the whole model, `cordee pull` there takes half the
-    traffic.
+    then each node downloads only the layers that it runs. After Ctrl-C the node goes on reading; `cordee
+    undeploy` stops it. If one machine has room on its disk for the whole model, `cordee pull` there takes
+    half the traffic.
     """
     from cordee.agent import control
 
@@ -158,7 +159,7 @@ def _placement(placement: dict[str, Any]) -> list[str]:
     ]
     lines = [head, *(f"  {line}" for line in output.table(("LAYERS", "NODE", "DEVICE", "STATE"), rows))]
     if placement["batch_invariant"] is not None:
-        how = "with the very same tokens" if placement["batch_invariant"] else "maybe in other words"
+        how = "with exactly the same tokens" if placement["batch_invariant"] else "perhaps in other words"
         lines.append(f"  if a machine fails, an answer goes on {how}")
     if placement["successor"]:
         stages = [f"{s['layers'][0]}-{s['layers'][1] - 1} on {s['name']}" for s in placement["successor"]]

@@ -1,4 +1,4 @@
-"""`cordee up`: this machine as a node of a cluster, until it is told to end."""
+"""`cordee up`: this machine as a node of a cluster, until it is stopped."""
 
 import asyncio
 import os
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cordee.net.identity import Identity
 
 NAME_CHARS_MAX = 64
-READ_BYTES = 4096  # at once of a standard input that nobody needs
+READ_BYTES = 4096  # at a time, of a standard input that nobody needs
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -40,7 +40,7 @@ class Settings(msgspec.Struct, frozen=True):
     "--listen",
     "address",
     metavar="ADDRESS",
-    help="Listen for other nodes at HOST or HOST:PORT; default: all interfaces, port 7330 if it is free.",
+    help="Listen for other nodes on HOST or HOST:PORT; default: all interfaces, port 7330 if it is free.",
 )
 @click.option(
     "--peer",
@@ -105,7 +105,7 @@ def up(
         agent_socket.close()
     if left:
         identity.forget()
-        output.note("cordee: this machine is in no cluster any more")
+        output.note("cordee: this machine no longer belongs to a cluster")
 
 
 def _settings(member: "Identity", name: str | None, address: str | None) -> Settings:

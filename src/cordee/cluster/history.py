@@ -90,7 +90,7 @@ def _fault(placement: Placement, nodes: Nodes, *, wanted: bool = False) -> str:
         name = _name(place.node, nodes)
         state = nodes[place.node][0] if place.node in nodes else "gone"
         if state != "alive":
-            return f"{name} is gone" if state == "gone" else f"{name} is not heard from"
+            return f"{name} is gone" if state == "gone" else f"{name} has gone silent"
         if nodes[place.node][1].draining:
             return f"{name} is being drained"
         if report is not None and report.state == "failed":

@@ -1,6 +1,6 @@
-"""Planning a model onto machines: the placement, how each stage fits, how fast it will be, and why so.
+"""Planning a model onto machines: the placement, how each stage fits, how fast it will be, and why.
 
-`plan` explains itself and serves people (`cordee plan`); `Planner` is what `choose` asks again and again.
+`plan` explains its result, for people (`cordee plan`); `Planner` is what `choose` asks, again and again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ Reserved = Mapping[tuple[str, str], int]  # bytes of (node, device) that are pro
 
 
 class StagePlan(msgspec.Struct, frozen=True):
-    """A stage as planned. `needed_bytes` are `fit` and, with the host of a model that is cut, the embedding.
+    """A stage as planned. `needed_bytes` are `fit` and, on the host of a model that is cut, the embedding.
 
     `read_seconds` is what a token takes in it, `hop_seconds` the way to the next stage or back to the host.
     """
@@ -208,7 +208,7 @@ def _why_out(
     if min(unit.byte_time for unit in able) > max(map(byte_time, used)):
         own = max(unit.device.read_bytes_per_second for unit in able)
         slowest = min(device.read_bytes_per_second for device in used)
-        return f"slower: it reads {_gb(own)}/s, and those that are used at least {_gb(slowest)}/s"
+        return f"slower: it reads {_gb(own)}/s, the devices in use at least {_gb(slowest)}/s"
     hop = min(hop_time(shape, facts, nodes[stage.node]) for stage in stages)
     usual = max((stage.hop_seconds for stage in stages), default=0.0) or hop / SECOND
     if hop / SECOND > FAR * usual:
@@ -232,7 +232,9 @@ def _refusal(shape: ModelShape, demand: Demand, units: Sequence[Unit]) -> str:
         fault = f"It needs {_gb(whole)} of memory in all, and the machines have {_gb(have)}"
         missing = whole - have
         if missing <= 0:
-            fault += f", but no cut of it fits them (the smallest stage takes {_gb(_least(shape, demand))})"
+            fault += (
+                f", but no way of cutting it fits (the smallest stage takes {_gb(_least(shape, demand))})"
+            )
             missing = _least(shape, demand)
     else:
         fault = (
@@ -246,7 +248,7 @@ def _refusal(shape: ModelShape, demand: Demand, units: Sequence[Unit]) -> str:
 
 
 def _fitting_context(shape: ModelShape, demand: Demand, units: Sequence[Unit]) -> int:
-    """A shorter context that fits, 0 if none does: halves, as any is a guess of what is wanted."""
+    """A shorter context that fits, 0 if none does; halved each time, as any is a guess at what is wanted."""
     context = demand.context // 2 // CELLS_STEP * CELLS_STEP
     while context:
         if Search(shape, demand._replace(context=context), units).best():

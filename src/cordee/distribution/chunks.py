@@ -443,7 +443,7 @@ class _Fetch:
         if self._open_fallback:
             faults.append(f"hub: {self._fallback_fault}")
         return StorageFailed(
-            f"Nobody gives {len(missing)} chunks of {self._assembly.layout.name}, such as "
+            f"No node provides {len(missing)} chunks of {self._assembly.layout.name}, such as "
             f"{self._manifest.chunk_name(next(iter(missing)))} ({'; '.join(faults) or 'nobody has them'}): "
             "what came is kept."
         )

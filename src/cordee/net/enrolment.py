@@ -178,7 +178,7 @@ def check(member: Identity, now: float) -> None:
         state = f"ran out on {day}" if now >= end else f"is not valid before {day}"
         raise JoinFailed(
             f"This node's certificate {state}: check this machine's clock. If it is right, `cordee join` a "
-            "code that `cordee invite` prints on another node; this one stays the node that it is."
+            "code that `cordee invite` prints on another node; this one remains the same node."
         )
 
 
@@ -254,8 +254,9 @@ def _find(code: Code, clock: Callable[[], float]) -> tuple[str, x509.Certificate
             continue
         if pin_of(authority) != code.pin:
             raise JoinFailed(
-                f"At {where} there is another cluster than the code's: its address went to another machine, "
-                "or somebody pretends to be it. Ask for a new code with `cordee invite`."
+                f"The machine at {where} is in another cluster than this code: the address now belongs to "
+                "another machine, or somebody pretends to be the right one. Ask for a new code with "
+                "`cordee invite`."
             )
         off_seconds = clock() - cluster.now
         if abs(off_seconds) > CLOCK_SECONDS_MAX:
