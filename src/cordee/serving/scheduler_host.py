@@ -246,8 +246,11 @@ class SchedulerHost:
         elif now - self._idle_since >= IDLE_SECONDS:
             self._measuring = asyncio.get_running_loop().create_task(self._measure(MEASURE_SECONDS))
 
-    async def measure(self, seconds: float = MEASURE_SECONDS) -> None:
-        """Measure batch invariance now, with `seconds` for each micro-batch, unless the wiring is lost."""
+    async def measure(self, seconds: float) -> None:
+        """Measure batch invariance now, with `seconds` for each micro-batch. If a stage is lost it stays
+        unknown."""
+        if not self._is_joined:
+            return
         self._measuring = asyncio.get_running_loop().create_task(self._measure(seconds))
         await asyncio.wait((self._measuring,))
 

@@ -269,11 +269,11 @@ class Stages:
             process.is_loaded = True
             self._owner.changed()
             await asyncio.Event().wait()
-        except (CordeeError, OSError) as error:
+        except Exception as error:
+            if not isinstance(error, CordeeError | OSError):
+                log.exception("starting a stage failed unexpectedly")
             if self._processes.pop(process.id, None) is not None:
-                known = (
-                    error if isinstance(error, CordeeError) else StageFailed(f"it cannot be started: {error}")
-                )
+                known = error if isinstance(error, CordeeError) else StageFailed(f"it cannot start: {error}")
                 self._owner.failed(process.spec, known)
         except asyncio.CancelledError:  # it is to stop
             if process.worker is not None and not self._closing:
