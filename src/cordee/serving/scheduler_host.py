@@ -151,6 +151,16 @@ class SchedulerHost:
         self._host.ready, self._kv_answer, self._kv_query_ends = False, None, 0.0
         self._is_joined, self._owed = False, 0
 
+    def _leave_stalled(self) -> None:
+        """A stage hangs: have the worker killed, and all wired again.
+
+        Which one hangs is not known. If there are stages on other machines it shows when they are wired
+        again: a worker that does not answer that is killed by its own node.
+        """
+        if len({node for node, _ in self._places}) == 1:
+            self._stages.kill(self._wiring)
+        self.leave()
+
     def receive(self, message: Ask | Assert) -> None:
         """Handle a message of a gateway."""
         self._host.receive(message)
@@ -163,9 +173,7 @@ class SchedulerHost:
             self._host.forget_restored()
             self._kv_query_ends = 0.0
         if self._owed and now - self._heard > STALL_SECONDS:
-            # Those of other machines are killed there when they are wired again and do not answer.
-            self._stages.kill(self._wiring)
-            self.leave()
+            self._leave_stalled()
         self._measure_when_idle(now)
         self.pump()
 
