@@ -127,7 +127,8 @@ def test_a_stream_bound_to_a_schema_goes_on_within_it(model: Model) -> None:
             length = len(undisturbed.tokens)
             for token in (1, length // 2, length - 2):
                 assert await ask(service, asked, kill_at(service, token, 2)) == undisturbed
-            assert service.status()["stages"][2]["restarts"] == 3
+            # The answer may have ended with the tokens that had come when its stage was killed.
+            await until(lambda: service.status()["stages"][2]["restarts"] == 3)
 
     asyncio.run(run())
 
