@@ -213,3 +213,48 @@ def test_garbage_from_the_network_is_dropped(model: Model) -> None:
             assert (await ask(made.service, request("a"))).text == made.expected(request("a"))
 
     asyncio.run(run())
+
+
+def test_a_host_that_is_called_may_answer_within_the_call(model: Model) -> None:
+    """Of the answers that come while messages are being sent, each gets to its client in order."""
+
+    async def run() -> None:
+        stages = FakePipeline(LIMITS)
+        host = Host(Scheduler(LIMITS, {NEVER}), 320, Random(1))
+        host.ready = True
+
+        def call(_: str, data: bytes) -> None:
+            message = streams.decode(data)
+            assert not isinstance(message, Said)
+            host.receive(message)
+            work(3)
+
+        def work(batches: int) -> None:
+            for _ in range(batches):
+                while (batch := host.next_batch()) is not None:
+                    stages.send(batch)
+                if stages.under_way:
+                    batch, choices, failures, last = stages.answer(NEVER, lambda _: False)
+                    host.complete(batch.id, choices, failures, last=last)
+                for _, said in host.drain():
+                    gateway.receive(streams.encode(said))
+
+        gateway = ClusterGateway("here", call, by_call=True)
+        service = ClusterService(model.stored, model.stored.path, LIMITS.context, gateway)
+        gateway.follow({service.key: "here"})
+        asked = [request("a", 40), request("bb", 40)]
+        answers = [asyncio.create_task(ask(service, each)) for each in asked]
+        for _ in range(200):
+            await asyncio.sleep(0)
+            work(1)
+        for each, answer in zip(asked, await asyncio.gather(*answers), strict=True):
+            assert answer.text == Cluster(model).expected(each)
+        left = service.generate(request("ccc", 100))
+        assert (await anext(left)).text
+        assert host.active == 1
+        await left.aclose()
+        assert host.active == 0  # it was told within the call
+        await gateway.close()
+        await service.close()
+
+    asyncio.run(run())

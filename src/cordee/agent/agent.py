@@ -37,7 +37,7 @@ from cordee.cluster.reconcile import Actions
 from cordee.distribution.inventory import SEQUENCES
 from cordee.distribution.local_models import LocalModels
 from cordee.engine.llama import libllama
-from cordee.errors import BadRequest, ModelNotFound
+from cordee.errors import BadRequest, CordeeError, ModelNotFound
 from cordee.generation import streams
 from cordee.generation.streams import Said
 from cordee.machine.devices import own_devices
@@ -250,11 +250,15 @@ class Agent:
         """What a worker is loaded from."""
         return await self.local_models.prepare(spec)
 
-    def failed(self, spec: StageSpec, detail: str) -> None:
+    def failed(self, spec: StageSpec, error: CordeeError) -> None:
         """A worker could not load."""
-        log.warning("layers %d to %d cannot be run: %s", spec.first, spec.last - 1, detail)
-        self.controller.failed(spec, detail, time.monotonic())
+        log.warning("layers %d to %d cannot be run: %s", spec.first, spec.last - 1, error.message)
+        self.controller.failed(spec, error.message, time.monotonic())
         self.changed()
+
+    def report(self, line: str) -> None:
+        """A worker ended, or hangs."""
+        log.warning("%s", line)
 
     # What its local models ask of it.
 

@@ -17,12 +17,14 @@ from weakref import WeakValueDictionary
 from cordee.cluster.facts import Offer, Reading, SliceHeld
 from cordee.cluster.goals import SliceGoal, StageSpec
 from cordee.cluster.membership import LISTEN_SECONDS
+from cordee.cluster.memory import BATCH_ROWS
 from cordee.distribution.chunks import ChunkClient, ChunkServer, chunk_key
 from cordee.distribution.hub_ranges import HubModel
 from cordee.distribution.hub_source import Hub
 from cordee.distribution.inventory import SCAN_SECONDS, Inventory
 from cordee.distribution.manifest import Manifest
 from cordee.distribution.slice_store import SliceStore
+from cordee.engine.stage import StageConfig
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError
 from cordee.models.gguf import engine_of
@@ -153,7 +155,14 @@ class LocalModels:
         layers = header.layers
         is_cut_first = load.first == 0 and load.last < layers
         embedding = await self._slice(SliceGoal(load.model, 0, 0)) if is_cut_first else None
-        return Files(engine_of(header), path, embedding, load.last == layers, await self._ends_of(load.model))
+        config = StageConfig(
+            context=load.context,
+            sequences=load.sequences,
+            batch_rows=max(BATCH_ROWS, load.sequences),
+            devices=() if load.device == "CPU" else (load.device,),
+        )
+        ends = await self._ends_of(load.model)
+        return Files(config, engine_of(header), path, embedding, load.last == layers, ends)
 
     async def close(self) -> None:
         """End all fetches."""

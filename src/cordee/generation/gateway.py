@@ -113,12 +113,21 @@ class _Stream:
 class Gateway:
     """See the module's theory of operation. Models are named as the callers of `route` and `open` agree.
 
-    `node` is this node's id; `id` is a random number of 63 bits, new for each run.
+    `node` is this node's id; `id` is a random number of 63 bits, new for each run. The defaults of
+    `assert_seconds` and `hurry_seconds` are those of gateways whose messages travel over a network.
     """
 
-    def __init__(self, node: str, id: int) -> None:
+    def __init__(
+        self,
+        node: str,
+        id: int,
+        assert_seconds: float = ASSERT_SECONDS,
+        hurry_seconds: float = HURRY_SECONDS,
+    ) -> None:
         self._node = node
         self._id = id
+        self._assert_seconds = assert_seconds
+        self._hurry_seconds = hurry_seconds
         self._clock = AwakeClock()
         self._counter = 0
         self._streams: dict[str, _Stream] = {}  # by request id, oldest first
@@ -247,14 +256,14 @@ class Gateway:
             if (peer.node, peer.model) == (node, model):
                 return peer
         clock = self._clock.seconds
-        peer = _Peer(self._next(), node, model, due=clock + ASSERT_SECONDS, wanted=clock, heard=clock)
+        peer = _Peer(self._next(), node, model, due=clock + self._assert_seconds, wanted=clock, heard=clock)
         self._peers[peer.number] = peer
         return peer
 
     def _assert(self, peer: _Peer) -> None:
         asks = tuple((number, len(stream.generated)) for number, stream in peer.asks.items())
         peer.asserted = self._next()
-        peer.due = self._clock.seconds + ASSERT_SECONDS
+        peer.due = self._clock.seconds + self._assert_seconds
         message = Assert(self._node, self._id, peer.number, peer.model, peer.asserted, asks)
         self._messages.append((peer.node, message))
 
@@ -264,7 +273,7 @@ class Gateway:
             self._leave(stream)
 
     def _hurry(self, peer: _Peer) -> None:
-        peer.due = min(peer.due, self._clock.seconds + HURRY_SECONDS)
+        peer.due = min(peer.due, self._clock.seconds + self._hurry_seconds)
 
     def _leave(self, stream: _Stream) -> None:
         """Give up the current ask, if there is one; its host learns of it soon."""

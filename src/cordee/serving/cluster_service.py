@@ -1,8 +1,8 @@
 """The gateway of a node: answers of models that run anywhere in the cluster, for clients of this node.
 
 `ClusterGateway` gives the pure gateway (generation/gateway.py) a clock and a way to send; there is one on
-each node. `ClusterService` is a model of the cluster as the API sees it (`ModelService`): like
-`LocalService`, but the scheduler and the stages may be on other nodes. All methods on one event loop.
+each node. `ClusterService` is a model of the cluster as the API sees it (`ModelService`): the
+scheduler and the stages may be on other nodes. All methods on one event loop.
 """
 
 import asyncio
@@ -24,18 +24,26 @@ from cordee.models.store import StoredModel
 from cordee.serving.answers import Answer, Checks, Rate, template_of
 from cordee.serving.interface import Health
 
+# Where messages are function calls: how often a gateway says which tokens have come. A host keeps 1,024
+# tokens of a stream until then, and a small model's pipeline on one machine makes thousands a second.
+CALL_ASSERT_SECONDS = 0.1
+
 log = logging.getLogger(__name__)
 
 
 class ClusterGateway:
     """The streams of this node's clients.
 
-    `send` takes a node id and the bytes of a message; it must not wait, and may lose them.
+    `send` takes a node id and the bytes of a message; it must not wait, and may lose them. `by_call`: it
+    calls the host, so a message costs little, and the host may learn of a cancelled stream at once.
     """
 
-    def __init__(self, node: str, send: Callable[[str, bytes], None]) -> None:
-        self._gateway = Gateway(node, secrets.randbits(63))
+    def __init__(self, node: str, send: Callable[[str, bytes], None], *, by_call: bool = False) -> None:
+        number = secrets.randbits(63)
+        self._gateway = Gateway(node, number, CALL_ASSERT_SECONDS, 0.0) if by_call else Gateway(node, number)
         self._send = send
+        self._by_call = by_call
+        self._flushing = False
         self._open: dict[str, tuple[Answer, Callable[[int], None]]] = {}
         self._ticking: asyncio.Task[None] | None = None
         self._closed = False
@@ -77,18 +85,23 @@ class ClusterGateway:
             self._ticking = asyncio.get_running_loop().create_task(self._tick())
         self._flush()
 
-    def leave(self, stream_id: str, answer: Answer) -> None:
-        """The client needs no more of a stream; harmless where it has ended."""
-        if self._open.get(stream_id, (None,))[0] is answer:  # not a later one's of the same id
-            del self._open[stream_id]
-            self._gateway.cancel(stream_id)
+    def leave(self, *left: tuple[str, Answer]) -> None:
+        """Clients need no more of these streams; harmless where they have ended."""
+        for stream_id, answer in left:
+            if self._open.get(stream_id, (None,))[0] is answer:  # not a later one's of the same id
+                del self._open[stream_id]
+                self._gateway.cancel(stream_id)
+        if self._by_call:
+            self._gateway.tick(time.monotonic())
+            self._flush()
 
     async def close(self) -> None:
         """End every stream, and tell the hosts so; closing twice is harmless."""
         self._closed = True
         for stream_id in list(self._open):
             self._fail(stream_id, StageFailed("the node that this answer came through is being stopped"))
-        await asyncio.sleep(2 * TICK_SECONDS)  # for the last messages to the hosts
+        if not self._by_call:
+            await asyncio.sleep(2 * TICK_SECONDS)  # for the last messages to the hosts
         if self._ticking is not None:
             self._ticking.cancel()
             await asyncio.gather(self._ticking, return_exceptions=True)
@@ -103,15 +116,29 @@ class ClusterGateway:
             await asyncio.sleep(TICK_SECONDS)
 
     def _flush(self) -> None:
-        messages, news = self._gateway.drain()
-        for node, message in messages:
-            self._send(node, streams.encode(message))
-        for each in news:
-            try:
-                self._tell(each)
-            except Exception:  # a fault at one stream must not stop the others
-                log.exception("an answer could not be made")
-                self._fail(each.stream, StageFailed("the answer could not be turned into text"))
+        """Give clients what is new, and hosts their messages.
+
+        A host that is called may answer within the call: what that makes is flushed after what came first.
+        """
+        if self._flushing:
+            return
+        self._flushing = True
+        try:
+            while any(drained := self._gateway.drain()):
+                messages, news = drained
+                for each in news:
+                    self._try_to_tell(each)
+                for node, message in messages:
+                    self._send(node, streams.encode(message))
+        finally:
+            self._flushing = False
+
+    def _try_to_tell(self, news: News) -> None:
+        try:
+            self._tell(news)
+        except Exception:  # a fault at one stream must not stop the others
+            log.exception("an answer could not be made")
+            self._fail(news.stream, StageFailed("the answer could not be turned into text"))
 
     def _tell(self, news: News) -> None:
         if news.stream not in self._open:
@@ -129,7 +156,7 @@ class ClusterGateway:
         else:
             answer.add(news.choices[-1] if news.choices else None, news.finish_reason)
         if answer.stopped:
-            self.leave(news.stream, answer)
+            self.leave((news.stream, answer))
 
     def _fail(self, stream_id: str, error: CordeeError) -> None:
         self._gateway.cancel(stream_id)
@@ -141,7 +168,8 @@ class ClusterGateway:
 class ClusterService:
     """A model of the cluster. `path` is a file with its vocabulary: any GGUF that has the model's header.
 
-    `context` is in tokens for each stream, as in the model's deployment. `wanted` is called at each request.
+    `context` is in tokens for each stream, as in the model's deployment. `wanted` is called at each request,
+    which it may refuse by raising an error.
     """
 
     def __init__(
@@ -201,8 +229,9 @@ class ClusterService:
                 if chunk.finish_reason is not None:
                     return
         finally:
-            del self._answers[request.id]
-            self._gateway.leave(request.id, answer)
+            if self._answers.get(request.id) is answer:  # not a later one's of the same id
+                del self._answers[request.id]
+            self._gateway.leave((request.id, answer))
 
     def status(self) -> dict[str, Any]:
         """What is answered through this node, as values for JSON."""
@@ -219,9 +248,13 @@ class ClusterService:
             "uptime": time.monotonic() - self._started,
         }
 
+    def fail_all(self, reason: str) -> None:
+        """End every stream of this model."""
+        self._gateway.leave(*self._answers.items())
+        for answer in self._answers.values():
+            answer.fail(StageFailed(reason))
+
     async def close(self) -> None:
         """End every stream of this model, take no more; closing twice is harmless."""
-        for name, answer in self._answers.items():
-            self._gateway.leave(name, answer)
-            answer.fail(StageFailed(f"{self.name} is no longer answered by this node"))
+        self.fail_all(f"{self.name} is no longer answered by this node")
         await self._checks.close()

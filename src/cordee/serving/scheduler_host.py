@@ -16,6 +16,7 @@ While there are no streams it measures, once, whether the model is batch-invaria
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from random import Random
 
@@ -42,12 +43,17 @@ ANSWER_SECONDS = 3.0  # for the stages to answer a KV query; their predecessors 
 KV_QUERY_SECONDS = 5.0
 IDLE_SECONDS = 3.0  # without streams, before batch invariance is measured: the next turn of a chat would wait
 MEASURE_SECONDS = 60.0  # for one micro-batch of the measurement; on slower stages it is given up
+STALL_SECONDS = 600.0  # 512 rows of prefill take this long on a machine that does one row a second
 
 log = logging.getLogger(__name__)
 
 
 class SchedulerHost:
-    """The scheduler of a placement's model. `send` takes the node of a gateway and the message to it."""
+    """The scheduler of a placement's model. `send` takes the node of a gateway and the message to it.
+
+    `queue` streams may wait. `in_flight` micro-batches travel at once; None: as many as there are machines.
+    `joined` is called when it has joined a wiring.
+    """
 
     def __init__(
         self,
@@ -55,20 +61,28 @@ class SchedulerHost:
         vocabulary: Vocabulary,
         stages: Stages,
         send: Callable[[str, Said], None],
+        *,
+        queue: int = QUEUE,
+        in_flight: int | None = None,
+        joined: Callable[[], None] = lambda: None,
     ) -> None:
         placement = goal.placement
         self._limits = limits = Limits(
             sequences=placement.sequences,
             context=placement.context,
             batch_rows=max(BATCH_ROWS, placement.sequences),
-            queue=QUEUE,
-            in_flight=_in_flight(goal),
+            queue=queue,
+            in_flight=in_flight or _in_flight(goal),
         )
         scheduler = Scheduler(limits, vocabulary.end_of_generation)
         self._host = Host(scheduler, vocabulary.size, Random(secrets.randbits(64)))
         self._stages = stages
         self._send = send
+        self._on_joined = joined
         self._wiring = ""
+        self._is_joined = False
+        self._owed = 0  # micro-batches under way ...
+        self._heard = 0.0  # ... and when a result of one came last, or the first of them left; time.monotonic
         self._first: asyncio.StreamWriter | None = None
         self._joining: asyncio.Task[None] | None = None
         self._kv_answer: asyncio.Future[KvAnswer] | None = None
@@ -94,6 +108,11 @@ class SchedulerHost:
             return False
         wanted = (goal.placement.sequences, goal.placement.context, _in_flight(goal))
         return wanted == (self._limits.sequences, self._limits.context, self._limits.in_flight)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether rows can flow."""
+        return self._is_joined
 
     @property
     def active(self) -> int:
@@ -130,6 +149,17 @@ class SchedulerHost:
             self._host.lost()
             self._stages.unwire(wiring)
         self._host.ready, self._kv_answer, self._kv_query_ends = False, None, 0.0
+        self._is_joined, self._owed = False, 0
+
+    def _leave_stalled(self) -> None:
+        """A stage hangs: have the worker killed, and all wired again.
+
+        Which one hangs is not known. If there are stages on other machines it shows when they are wired
+        again: a worker that does not answer that is killed by its own node.
+        """
+        if len({node for node, _ in self._places}) == 1:
+            self._stages.kill(self._wiring)
+        self.leave()
 
     def receive(self, message: Ask | Assert) -> None:
         """Handle a message of a gateway."""
@@ -137,11 +167,13 @@ class SchedulerHost:
         self.pump()
 
     def tick(self, now: float) -> None:
-        """Let time pass; several times a second."""
+        """Let time pass; `now` is that of `time.monotonic`. Several times a second."""
         self._host.tick(now)
         if self._kv_query_ends and asyncio.get_running_loop().time() >= self._kv_query_ends:
             self._host.forget_restored()
             self._kv_query_ends = 0.0
+        if self._owed and now - self._heard > STALL_SECONDS:
+            self._leave_stalled()
         self._measure_when_idle(now)
         self.pump()
 
@@ -157,6 +189,8 @@ class SchedulerHost:
             if self._digests is not None and not self._digests.done():
                 self._digests.set_result(message.digests)
             return
+        self._owed -= message.last
+        self._heard = time.monotonic()
         for choices in message.earlier:
             self._host.complete(message.batch, choices, {}, last=False)
         self._host.complete(message.batch, message.choices, message.failures, last=message.last)
@@ -169,6 +203,9 @@ class SchedulerHost:
             while (batch := self._host.next_batch()) is not None:
                 inherited = (each.first_position for each in batch.segments if each.inherit)
                 self.inherited_tokens += sum(inherited)
+                if self._owed == 0:
+                    self._heard = time.monotonic()
+                self._owed += 1
                 frames.write(self._first, *rows_of(self._wiring, batch))
             for number in self._host.halts():
                 frames.write(self._first, Halt(self._wiring, number))
@@ -189,8 +226,9 @@ class SchedulerHost:
         self._first = writer
         if self._stages.inherits(wiring):
             await self._query_kv(wiring, writer)
-        self._host.ready = True
+        self._host.ready = self._is_joined = True
         self.pump()
+        self._on_joined()
 
     async def _query_kv(self, wiring: str, first: asyncio.StreamWriter) -> None:
         """Let streams go on where the placement before left them."""
@@ -214,15 +252,29 @@ class SchedulerHost:
         elif self._idle_since is None:
             self._idle_since = now
         elif now - self._idle_since >= IDLE_SECONDS:
-            self._measuring = asyncio.get_running_loop().create_task(self._measure())
+            self._measuring = asyncio.get_running_loop().create_task(self._measure(MEASURE_SECONDS))
 
-    async def _measure(self) -> None:
+    async def measure(self, seconds: float) -> None:
+        """Measure batch invariance now, with `seconds` for each micro-batch. If a stage is lost it stays
+        unknown."""
+        if not self._is_joined:
+            return
+        self._measuring = asyncio.get_running_loop().create_task(self._measure(seconds))
+        await asyncio.wait((self._measuring,))
+
+    async def _measure(self, seconds: float) -> None:
         """Measure batch invariance; nothing else travels meanwhile, and no slot keeps what it held."""
         self._host.ready = False
         wiring, limits = self._wiring, self._limits
         config = StageConfig(context=limits.context, sequences=limits.sequences, batch_rows=limits.batch_rows)
         try:
-            self.batch_invariant = await batch_invariance.measure(self._send_measured, self._n_vocab, config)
+            async with asyncio.timeout(None) as patience:
+
+                async def send(runs: Sequence[Run], tokens: Sequence[int]) -> dict[int, str]:
+                    patience.reschedule(asyncio.get_running_loop().time() + seconds)
+                    return await self._send_measured(runs, tokens)
+
+                self.batch_invariant = await batch_invariance.measure(send, self._n_vocab, config)
             self.is_measured = True
         except TimeoutError:
             self.is_measured = True
@@ -239,8 +291,7 @@ class SchedulerHost:
         self._digests = asyncio.get_running_loop().create_future()
         payload = np.asarray(tokens, dtype=np.int32).data.cast("B")
         frames.write(self._first, Rows(self._wiring, 0, tuple(runs), {}, measure=True), payload)
-        async with asyncio.timeout(MEASURE_SECONDS):
-            return await self._digests
+        return await self._digests
 
 
 def _in_flight(goal: HostGoal) -> int:

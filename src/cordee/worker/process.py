@@ -199,7 +199,11 @@ class Workers:
     async def open(cls) -> "Workers":
         """A folder of sockets, and their control socket."""
         workers = cls()
-        await workers.listen("control", workers._identify)
+        try:
+            await workers.listen("control", workers._identify)
+        except BaseException:  # among them that it is cancelled
+            workers.close()
+            raise
         return workers
 
     async def listen(

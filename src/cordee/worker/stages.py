@@ -12,25 +12,26 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from cordee.cluster.goals import StageSpec
-from cordee.cluster.memory import BATCH_ROWS
 from cordee.cluster.reconcile import WireAction, WorkerStatus
-from cordee.engine.stage import EngineName, StageConfig
-from cordee.errors import CordeeError
+from cordee.engine.stage import EngineName, StageConfig, StageDescription
+from cordee.errors import CordeeError, StageFailed
 from cordee.net import address
 from cordee.worker import messages
 from cordee.worker.process import BATCH_INVARIANT_ENVIRONMENT, WorkerProcess, Workers
 
-WATCH_SECONDS = 1.0  # how often wired workers are checked: a stopped process holds up the whole pipeline
+WATCH_SECONDS = 1.0  # how often workers are checked: a stopped process holds up the whole pipeline
 # How long a worker with KV readers stays after it was told to stop: the host's KV_QUERY_SECONDS, and time to
 # transfer the largest states. Its memory was planned for beside that of its successors.
 LINGER_SECONDS = 15.0
 LINGER_POLL_SECONDS = 0.2  # how often it is checked whether all readers are gone
+
+Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,10 @@ class Files:
     """What a stage is loaded from.
 
     `embedding` is for the first of several stages. `is_last`: the slice has the head. `ends` are the tokens
-    that end an answer.
+    that end an answer. `config` is how it is loaded.
     """
 
+    config: StageConfig
     engine: EngineName
     slice: Path
     embedding: Path | None
@@ -51,7 +53,7 @@ class Files:
 
 
 class StagesOwner(Protocol):
-    """What `Stages` needs of the agent; called on the event loop."""
+    """What `Stages` needs of its owner; called on the event loop."""
 
     async def prepare(self, spec: StageSpec, /) -> Files:
         """Bring the files of a stage to this disk.
@@ -64,8 +66,11 @@ class StagesOwner(Protocol):
     def changed(self) -> None:
         """`Stages.workers` has changed."""
 
-    def failed(self, spec: StageSpec, detail: str, /) -> None:
+    def failed(self, spec: StageSpec, error: CordeeError, /) -> None:
         """A stage could not be loaded."""
+
+    def report(self, line: str, /) -> None:
+        """A line for people: a worker ended, or hangs."""
 
 
 @dataclass(eq=False)
@@ -84,12 +89,9 @@ class _Process:
     joining: asyncio.Task[None] | None = None
     joins: str = ""  # the wiring that it is being connected in
 
-    def report(self, listen: str) -> WorkerStatus:
-        """As the reconciler takes it; `listen` is the host at which it takes rows of other machines."""
+    def status(self, endpoint: str) -> WorkerStatus:
+        """As the reconciler takes it; `endpoint` is where it takes rows."""
         state = "loading" if not self.is_loaded else "wired" if self.wiring else "loaded"
-        endpoint = self.worker.endpoint if self.worker is not None else ""
-        if endpoint:
-            endpoint = address.renewed(endpoint, listen)  # this machine's addresses may have changed since
         return WorkerStatus(self.id, self.spec, state, endpoint, self.wiring, frozenset(self.wirings))
 
 
@@ -97,9 +99,10 @@ class Stages:
     """See the module's docstring. Made by `Stages.open`; all methods on one event loop.
 
     `identity` is the folder of this node's identity, `listen` the host at which other machines reach workers.
+    Without an identity no other machine does, and all links are Unix sockets.
     """
 
-    def __init__(self, owner: StagesOwner, sockets: Workers, identity: Path, listen: str) -> None:
+    def __init__(self, owner: StagesOwner, sockets: Workers, identity: Path | None, listen: str) -> None:
         self._owner = owner
         self._sockets = sockets
         self._identity = identity
@@ -109,7 +112,7 @@ class Stages:
         self._closing = False
 
     @classmethod
-    async def open(cls, owner: StagesOwner, identity: Path, listen: str) -> Stages:
+    async def open(cls, owner: StagesOwner, identity: Path | None = None, listen: str = "") -> Stages:
         """A node's stages, none of them running yet."""
         stages = cls(owner, await Workers.open(), identity, listen)
         stages._keep(stages._watch())
@@ -118,13 +121,25 @@ class Stages:
     @property
     def workers(self) -> dict[str, WorkerStatus]:
         """The state of each worker, by id."""
-        return {name: process.report(self._listen) for name, process in self._processes.items()}
+        running = self._processes.items()
+        return {name: process.status(self._endpoint(process.worker)) for name, process in running}
 
     @property
     def pids(self) -> dict[str, int]:
         """The process ids of the workers that have started, by the worker's id."""
         running = self._processes.items()
-        return {name: process.worker.pid for name, process in running if process.worker is not None}
+        started = ((name, process.worker) for name, process in running if process.worker is not None)
+        return {name: worker.pid for name, worker in started if worker.alive}
+
+    @property
+    def descriptions(self) -> list[StageDescription]:
+        """Those of the stages that are loaded."""
+        workers = (process.worker for process in self._processes.values())
+        return [each.description for each in workers if each is not None and each.description is not None]
+
+    async def listen(self, accept: Accept) -> str:
+        """Open the inbox for the tokens of last stages on this machine: a Unix socket; its path."""
+        return await self._sockets.listen("tokens", accept)
 
     def first(self, wiring: str) -> WorkerProcess | None:
         """The worker that takes a wiring's micro-batches first, if it is here and wired."""
@@ -166,6 +181,12 @@ class Stages:
             if process.wiring == wiring and process.index == 0:
                 self._unwire(process)
 
+    def kill(self, wiring: str) -> None:
+        """Kill the workers of a wiring that are here: one of its stages hangs."""
+        for process in self._processes.values():
+            if process.wiring == wiring and process.worker is not None:
+                self._kill(process.worker)
+
     def wire(self, action: WireAction) -> None:
         """Connect a worker to its neighbours, unless that is under way already."""
         process, wiring = self._processes.get(action.worker), action.goal.wiring
@@ -192,13 +213,16 @@ class Stages:
         """Workers' owner: a process is gone."""
         for name, process in list(self._processes.items()):
             if process.worker is worker:
-                log.warning("process %d of a stage ended with status %s", worker.pid, worker.status)
+                spec = process.spec
                 self.stop(name)
+                ended = f"process {worker.pid} ended with status {worker.status}"
+                self._owner.report(f"layers {spec.first} to {spec.last - 1}: {ended}")
 
     def on_broken(self, worker: WorkerProcess, wiring: str) -> None:
         """Workers' owner: a link is gone."""
         for process in self._processes.values():
-            if process.worker is worker and process.wiring == wiring:
+            if process.worker is worker and process.joins == wiring != "":
+                process.wirings.add(wiring)
                 self._unwire(process)
 
     def _first(self, wiring: str) -> _Process | None:
@@ -206,6 +230,19 @@ class Stages:
             if process.wiring == wiring and process.index == 0:
                 return process
         return None
+
+    def _endpoint(self, worker: WorkerProcess | None) -> str:
+        """Where a worker takes rows; empty before it is known."""
+        if worker is None:
+            return ""
+        if self._identity is None:
+            return worker.inbox
+        # This machine's addresses may have changed since it was loaded.
+        return worker.endpoint and address.renewed(worker.endpoint, self._listen)
+
+    def _kill(self, worker: WorkerProcess) -> None:
+        self._owner.report(f"process {worker.pid} hangs: it is replaced")
+        worker.kill()
 
     def _unwire(self, process: _Process) -> None:
         process.wiring = process.joins = ""
@@ -226,14 +263,18 @@ class Stages:
         """A worker's life, from its start to its end, or until it is stopped."""
         try:
             files = await self._owner.prepare(process.spec)
-            process.worker = await self._sockets.spawn(BATCH_INVARIANT_ENVIRONMENT, self, self._keep)
-            await process.worker.load(self._load_message(process.spec, files))
+            environment = BATCH_INVARIANT_ENVIRONMENT if files.config.batch_invariant else {}
+            process.worker = await self._sockets.spawn(environment, self, self._keep)
+            await process.worker.load(self._load_message(files))
             process.is_loaded = True
             self._owner.changed()
             await asyncio.Event().wait()
-        except CordeeError as error:
+        except Exception as error:
+            if not isinstance(error, CordeeError | OSError):
+                log.exception("starting a stage failed unexpectedly")
             if self._processes.pop(process.id, None) is not None:
-                self._owner.failed(process.spec, error.message)
+                known = error if isinstance(error, CordeeError) else StageFailed(f"it cannot start: {error}")
+                self._owner.failed(process.spec, known)
         except asyncio.CancelledError:  # it is to stop
             if process.worker is not None and not self._closing:
                 await self._linger(process.worker)
@@ -249,22 +290,15 @@ class Stages:
                 while worker.kv_readers and worker.alive:
                     await asyncio.sleep(LINGER_POLL_SECONDS)
 
-    def _load_message(self, spec: StageSpec, files: Files) -> messages.LoadStage:
-        devices = () if spec.device == "CPU" else (spec.device,)
-        config = StageConfig(
-            context=spec.context,
-            sequences=spec.sequences,
-            batch_rows=max(BATCH_ROWS, spec.sequences),
-            devices=devices,
-        )
+    def _load_message(self, files: Files) -> messages.LoadStage:
         return messages.LoadStage(
             path=str(files.slice),
-            config=config,
+            config=files.config,
             is_last=files.is_last,
             engine=files.engine,
             embedding=None if files.embedding is None else str(files.embedding),
             ends=files.ends,
-            identity=str(self._identity),
+            identity=None if self._identity is None else str(self._identity),
             listen=self._listen,
         )
 
@@ -282,9 +316,9 @@ class Stages:
             self._owner.changed()
 
     async def _watch(self) -> None:
-        """Kill wired workers whose process is stopped: nothing else would show it but their silence."""
+        """Kill workers whose process is stopped: nothing else would show it but their silence."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             for process in self._processes.values():
-                if process.wiring and process.worker is not None and process.worker.stopped:
-                    process.worker.kill()
+                if process.worker is not None and process.worker.stopped:
+                    self._kill(process.worker)
