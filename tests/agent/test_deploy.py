@@ -182,7 +182,7 @@ def test_nothing_is_read_that_is_known_under_way_or_has_a_taken_name(
     with pytest.raises(BadRequest, match="another model called Taken"):
         deploy("x/Taken-GGUF")
     assert deploy("o/Third-GGUF").reading.done_bytes == 5  # another node reads it
-    with pytest.raises(ModelNotFound, match="one of the hub"):
+    with pytest.raises(ModelNotFound, match="one from the hub"):
         deploy("nothing")
     with pytest.raises(ModelNotFound, match=r"still being read \(30 %\)"):
         deploy("pulled")
