@@ -315,6 +315,7 @@ class Agent:
         for loop in (self._act_always, self._tick_hosts_always, self._renew_always):
             self._keep(loop())
         self._keep(self.gossip.speak_always(self._measure))
+        self._keep(self.gossip.seek_lost_always())
         self._keep(self.local_models.watch())
         self._keep(self.distances.watch(self._others))
 

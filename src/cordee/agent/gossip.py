@@ -10,6 +10,7 @@ HEARTBEAT_SECONDS, and at once where the controller's decision is news.
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -18,8 +19,14 @@ import msgspec
 from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Gauges
 from cordee.cluster.membership import HEARTBEAT_SECONDS, Farewell, Heartbeat
+from cordee.errors import SetupNeeded
 from cordee.net.bus import REMOVED, Bus
 from cordee.net.identity import Identity, revoked_node
+from cordee.net.lost_nodes import LostNodes
+
+SEEK_SECONDS = 2.0  # between looks for a node that is there but not heard; one is asked at a time
+
+log = logging.getLogger(__name__)
 
 
 class Gossip:
@@ -62,6 +69,22 @@ class Gossip:
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             self.speak(measure())
+
+    async def seek_lost_always(self) -> None:
+        """Connect anew where a node is there but not heard."""
+        lost = LostNodes(self._identity.node)
+        while True:
+            await asyncio.sleep(SEEK_SECONDS)
+            node = lost.due(self._bus.remembered, self._heard(), time.monotonic())
+            if node is not None and await self._bus.answers(node) and node not in self._heard():
+                log.warning("node %s answers at its address, but is not heard: connecting anew", node)
+                lost.reopened(node, time.monotonic())
+                with contextlib.suppress(SetupNeeded):  # the bus tries again by itself
+                    await self._bus.refresh()
+
+    def _heard(self) -> set[str]:
+        nodes = self._controller.nodes(time.monotonic())
+        return {node for node, (state, _) in nodes.items() if state == "alive"}
 
     def speak(self, gauges: Gauges, farewell: Farewell = "") -> None:
         """Send a heartbeat now. The controller's first `step` comes before."""
