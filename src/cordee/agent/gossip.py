@@ -88,7 +88,7 @@ class Gossip:
         self._has_spoken = True
 
     def say_farewell(self, gauges: Gauges, farewell: Farewell) -> None:
-        """Send the last heartbeat, if the others have heard any; not if another machine goes on as this node."""
+        """Send the last heartbeat, if the others heard any; not if another machine goes on as this node."""
         if self._has_spoken and not self.cloned.is_set():
             self.speak(gauges, farewell)
 

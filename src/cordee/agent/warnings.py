@@ -24,8 +24,8 @@ def warnings(
 def _clones(agent: Agent, known: Mapping[str, tuple[Liveness, Facts]], now: float) -> list[str]:
     return [
         f"Two machines run, or ran a moment ago, as {known[node][1].name if node in known else node} "
-        f"({node}): the disk of one is probably a copy of the other's. On the copy, type `cordee leave --yes`, "
-        "then `cordee join` a new code."
+        f"({node}): the disk of one is probably a copy of the other's. On the copy, type "
+        "`cordee leave --yes`, then `cordee join` a new code."
         for node in sorted(agent.controller.clones(now))
     ]
 

@@ -1,4 +1,4 @@
-"""`cordee invite`, `join`, `drain`, `leave`, `remove`, `admin`: who is a member or admin, and takes stages."""
+"""`cordee invite`, `join`, `drain`, `leave`, `remove`, `admin`: who is a member, an admin, takes stages."""
 
 import contextlib
 import sys

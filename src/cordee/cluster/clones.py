@@ -54,7 +54,7 @@ class Clones:
         _bound(runs, RUNS_MAX, lambda run: run.last)
 
     def settle(self, now: float) -> None:
-        """Call it often: silent runs and impossible times are forgotten. Our run begins with the first call."""
+        """Call it often: silent runs and impossible times are forgotten. Our run begins at the first call."""
         if self._began is None or not self._began <= now:
             self._began = now
         for node, runs in list(self._runs.items()):

@@ -3,8 +3,8 @@
     MAGIC | salt | nonce | AES-256-GCM of a msgpack map, name -> bytes, of the files of the identity's folder
 
 The key is scrypt (RFC 7914) of the pass phrase, with parameters that OWASP's Password Storage Cheat Sheet
-recommends: 64 MB and half a second for each guess. They belong to the format: MAGIC changes with them, so a file
-cannot ask for more memory. The head is authenticated, too.
+recommends: 64 MB and half a second for each guess. They belong to the format: MAGIC changes with them, so a
+file cannot ask for more memory. The head is authenticated, too.
 """
 
 import os

@@ -12,8 +12,8 @@ A code holds the admin's addresses, the first half of the SHA-256 of the authori
 and a checksum against typing errors. The secret never travels: the proof is its HMAC over the newcomer's
 request, so it is of no use for another key, and the authority's key travels sealed with the secret. A code
 works once, for INVITE_SECONDS, and as long as the admin's process lives; the newcomer that used it may repeat
-its request, since answers get lost. Renewals go over the bus, where only members can ask; those of certificates
-that are not valid now, with which nobody enters the bus, in renewal.py.
+its request, since answers get lost. Renewals go over the bus, where only members can ask; renewal.py has
+those of certificates that are not valid now, with which nobody enters the bus.
 """
 
 import base64
@@ -123,8 +123,8 @@ REFUSALS = {
     "used": "The code was used already, and each works once: ask for a new one with `cordee invite`.",
     "removed": "This node was removed from the cluster for good: `cordee leave` here makes it a new one.",
     "cloned": "Another machine runs as this very node, and has done so for longer: the disk of this one is "
-    "probably a copy of its disk. Give this machine an identity of its own: `cordee leave --yes`, then `cordee "
-    "join` a code that `cordee invite` prints on an admin. The models here stay.",
+    "probably a copy of its disk. Give this machine an identity of its own: `cordee leave --yes`, then "
+    "`cordee join` a code that `cordee invite` prints on an admin. The models here stay.",
     "busy": "Too many wrong codes were tried there: wait a minute, then try again.",
     "slot": "The cluster is full.",
 }
@@ -195,7 +195,7 @@ def check(member: Identity, now: float) -> None:
     if not member.is_valid(now):
         raise JoinFailed(
             f"This node's certificate {when_valid(member, now)}: check this machine's clock. If it is right, "
-            "`cordee join` a code that `cordee invite` prints on another node; this one remains the same node."
+            "`cordee join` a code that `cordee invite` prints on another node; it remains the same node."
         )
 
 
@@ -301,8 +301,8 @@ def _find(code: Code, clock: Callable[[], float]) -> tuple[str, x509.Certificate
             raise JoinFailed(f"{clock_fault(off_seconds)}: set it, then join again.")
         if cluster.wire != WIRE:
             raise JoinFailed(
-                f"The machine at {where} runs Cordée {cluster.version} and this one {__version__}, which do not "
-                "understand each other: update both to the same version, then join again."
+                f"The machine at {where} runs Cordée {cluster.version} and this one {__version__}, which do "
+                "not understand each other: update both to the same version, then join again."
             )
         return where, authority
     raise JoinFailed(

@@ -10,9 +10,9 @@ The folder appears whole or not at all, so anything missing or damaged in it is 
 cluster would not know a new identity in its place. Times are seconds since 1970, as `time.time()`.
 
 **Clocks.** Only a node's certificate depends on them. It is renewed long before it runs out; one that ran out
-while its machine was off, or was made while a clock was wrong, is renewed all the same (renewal.py), unless the
-node was removed. The authority is trusted because it is this cluster's, whatever the time: its certificate has
-no end that anybody will see, and no beginning that a wrong clock could put into the future.
+while its machine was off, or was made while a clock was wrong, is renewed all the same (renewal.py), unless
+the node was removed. The authority is trusted because it is this cluster's, whatever the time: its
+certificate has no end that anybody will see, and no beginning that a wrong clock could put into the future.
 
 A node's id is the first 16 hex digits of the SHA-256 of its public key, the cluster's id those of the SHA-256
 of its authority's certificate. Keys are EC P-256: the smallest that rustls, OpenSSL and old clients all know.

@@ -153,8 +153,8 @@ async def until_valid(
             if not said:
                 state = enrolment.when_valid(member, now)
                 report(
-                    f"This node's certificate {state}, and no admin has renewed it yet ({fault}). It is renewed "
-                    "as soon as one of them runs and can be reached. Is this machine's clock right?"
+                    f"This node's certificate {state}, and no admin has renewed it yet ({fault}). It is "
+                    "renewed as soon as one of them runs and can be reached. Is this machine's clock right?"
                 )
             said = True
             hosts = await scouting.hosts(member.cluster, interface, SCOUT_SECONDS)
@@ -245,7 +245,7 @@ def _context(member: Identity, *, server: bool) -> ssl.SSLContext:
 
 
 def _kept_listener(path: Path, host: str) -> socket.socket:
-    """A listener on the port that the file names; on any other, which it names from then on, if that is taken."""
+    """A listener on the port that the file names; if that is taken on another, which it names then."""
     kept = 0
     with contextlib.suppress(OSError, ValueError):
         kept = min(max(int(path.read_text(encoding="ascii")[:8]), 0), address.PORT_MAX)

@@ -34,5 +34,5 @@ async def hosts(cluster: str, interface: str, seconds: float) -> list[str]:
     except zenoh.ZError:  # no network, or no such interface
         return []
     await asyncio.sleep(seconds)
-    scout.stop()
+    scout.stop()  # pyright: ignore[reportUnknownMemberType] - zenoh declares no return type
     return list(found)

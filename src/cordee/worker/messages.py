@@ -240,7 +240,7 @@ def rows_of(wiring: str, batch: MicroBatch) -> tuple[Rows, memoryview]:
 
 
 class Promotion(msgspec.Struct, frozen=True, tag=True):
-    """First and last from an admin to a member's agent: the authority's key (PEM), which makes it an admin."""
+    """First and last from an admin to a member's agent: the authority's key (PEM) makes it one, too."""
 
     authority_key: bytes
     nonce: bytes
