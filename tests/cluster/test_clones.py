@@ -107,7 +107,9 @@ def test_a_clone_is_named_for_a_while_and_then_forgotten() -> None:
 
 @given(
     st.lists(
-        st.tuples(st.floats(), st.floats(), st.floats()) | st.just((math.nan, 1e30, -1e30)), min_size=1, max_size=4
+        st.tuples(st.floats(), st.floats(), st.floats()) | st.just((math.nan, 1e30, -1e30)),
+        min_size=1,
+        max_size=4,
     ),
     st.floats(),
 )

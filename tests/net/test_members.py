@@ -89,7 +89,9 @@ def test_what_a_node_says_at_length_is_not_remembered(admin: Identity) -> None:
     ("admins", "count", "said"),
     [(["a"], 2, False), (["a"], 3, True), (["a"], 4, True), (["a", "b"], 4, False), ([], 4, False)],
 )
-def test_a_second_admin_is_advised_from_the_third_machine_on(admins: list[str], count: int, said: bool) -> None:
+def test_a_second_admin_is_advised_from_the_third_machine_on(
+    admins: list[str], count: int, said: bool
+) -> None:
     told = advice(admins, count)
     assert bool(told) == said
-    assert not said or told.startswith(f"a is the only admin of {count} machines") and "admin add" in told
+    assert not said or (told.startswith(f"a is the only admin of {count} machines") and "admin add" in told)

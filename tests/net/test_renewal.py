@@ -131,7 +131,9 @@ def test_nothing_but_the_renewal_is_served_and_nothing_is_read(tmp_path: Path) -
         async with endpoint(admin, member) as opened:
             for said in (b"", b"GET /join HTTP/1.1\r\n\r\n", bytes(100_000)):
                 answer = await asyncio.to_thread(exchange, said, opened.addresses)
-                assert identity.certified_node(x509.load_pem_x509_certificate(answer.certificate)) == member.node
+                assert (
+                    identity.certified_node(x509.load_pem_x509_certificate(answer.certificate)) == member.node
+                )
                 assert not answer.revocation
 
     def exchange(said: bytes, where: str) -> renewal.RenewalAnswer:
@@ -259,7 +261,9 @@ def test_nonsense_for_addresses_does_no_harm(tmp_path: Path, parts: list[str]) -
 
 
 @pytest.mark.parametrize("wrong", [4 * YEAR_SECONDS, -20 * YEAR_SECONDS])
-def test_a_founder_whose_clock_was_wrong_once_goes_on_and_lets_others_in(tmp_path: Path, wrong: float) -> None:
+def test_a_founder_whose_clock_was_wrong_once_goes_on_and_lets_others_in(
+    tmp_path: Path, wrong: float
+) -> None:
     now = time.time()
     admin = founder(tmp_path / "admin", now + wrong)
     cluster = admin.cluster
