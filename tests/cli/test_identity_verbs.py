@@ -1,5 +1,6 @@
 """Holidays, a second admin, copied disks, versions, missing machines: real nodes on this machine."""
 
+import json
 import os
 import re
 import shutil
@@ -33,19 +34,30 @@ main()
 """
 
 
-@pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """Admin a, and members b and c."""
-    monkeypatch.setenv("CORDEE_HOME", str(tmp_path / "nobody"))  # `at_home` changes it
-    made = Cluster(tmp_path, None, *SCOUTING)
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Admin a, and members b and c, which know each other by address alone."""
+    made = Cluster(tmp_path_factory.mktemp("cluster"), None, *SCOUTING)
     try:
         made.add("a")
         for name in "bc":
             made.add(name, "--peer", f"127.0.0.1:{made.port}")
-        until(lambda: all(node.states() == dict.fromkeys("abc", "alive") for node in made.nodes.values()))
         yield made
     finally:
         made.close()
+
+
+@pytest.fixture
+def cluster(running: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """All three are alive, see each other, and nothing is wrong; each test leaves them so."""
+    monkeypatch.setenv("CORDEE_HOME", str(running.nodes["a"].home.parent / "nobody"))  # `at_home` changes it
+    until(lambda: all(healthy(node) for node in running.nodes.values()))
+    return running
+
+
+def healthy(node: Node) -> bool:
+    everybody = {each["name"]: each["state"] for each in node.asked("/nodes")["nodes"]}
+    return everybody == dict.fromkeys("abc", "alive") and bool(Members(loaded(node)).known)
 
 
 def peer(cluster: Cluster) -> tuple[object, ...]:
@@ -69,28 +81,38 @@ def fails(node: Node, *options: object) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def log_to(node: Node, *command: object) -> subprocess.Popen[str]:
+    """A program that goes on, and says what it says in the node's log."""
+    with (node.home / "up.log").open("a") as log:
+        return subprocess.Popen(
+            [*map(str, command)],
+            env=os.environ | {"CORDEE_HOME": str(node.home)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            text=True,
+        )
+
+
 def described(node: Node, name: str) -> dict:
     return next(each for each in node.asked("/nodes")["nodes"] if each["name"] == name)
 
 
 def test_after_the_holidays_members_start_by_themselves_in_any_order(cluster: Cluster) -> None:
     a, b, c = cluster.nodes.values()
-    ids = {node: node.id for node in (a, b, c)}
-    until(lambda: Members(loaded(b)).admins and Members(loaded(c)).admins)
+    ids = [node.id for node in (a, b, c)]
     for node in (c, b, a):
         assert node.down() == 0
     for node in (a, b, c):
         expire(a, node)
-    a.up()
-    b.up(*peer(cluster))  # after an admin
-    assert b.id == ids[b]
-    a.down()
-    c.process = c.start("up", "--port", 0, *peer(cluster))  # before any admin: it waits
-    until(lambda: c.cordee("nodes").returncode == 13)
+    c.process = log_to(c, *PROGRAM, "up", "--port", 0, *peer(cluster))  # before any admin: it waits
+    until(lambda: "no admin has renewed it yet (a at 127.0.0.1:" in c.said)
+    waiting = c.cordee("nodes")
+    assert (waiting.returncode, "not ready yet" in waiting.stderr) == (13, True)
     a.up("--listen", f"127.0.0.1:{cluster.port}")
     until(lambda: c.runs)
-    assert c.id == ids[c]
-    until(lambda: a.states() == dict.fromkeys("abc", "alive"))
+    b.up(*peer(cluster))  # after an admin
+    assert [node.id for node in (a, b, c)] == ids
 
 
 def loaded(node: Node) -> identity.Identity:
@@ -98,147 +120,94 @@ def loaded(node: Node) -> identity.Identity:
     return identity.load()
 
 
-def test_a_removed_machine_does_not_come_back_after_the_holidays(cluster: Cluster) -> None:
+def test_a_machine_that_is_off_is_listed_and_once_removed_never_comes_back(cluster: Cluster) -> None:
     a, b, _ = cluster.nodes.values()
-    until(lambda: Members(loaded(b)).admins)
-    b.down()
-    a.do("remove", "b")
-    expire(a, b)
-    done = fails(b, *peer(cluster))
-    assert (done.returncode, "removed from the cluster for good" in done.stderr) == (12, True)
-    assert "b" not in a.states()
-
-
-def test_a_second_admin_is_advised_and_made_while_everything_runs(cluster: Cluster) -> None:
-    a, b, c = cluster.nodes.values()
-    for verb in (("invite",), ("remove", "c"), ("admin", "add", "c")):
-        refused = b.cordee(*verb)
-        assert refused.returncode in (2, 12)
-        assert re.search(
-            rf"Only admins can .*Type `cordee {' '.join(verb[:2]) if verb[0] == 'admin' else verb[0]}` on a\.",
-            refused.stderr,
-        )
-    code = a.cordee("invite")
-    assert "Advice: a is the only admin of 4 machines" in code.stderr
     d = Node(a.home.parent / "d")
-    joined = d.cordee("join", code.stdout.strip())
+    joined = d.cordee("join", a.do("invite").strip())
     assert "Advice: a is the only admin of 4 machines" in joined.stderr
-    added = a.cordee("admin", "add", "c")
-    assert f"c ({c.id}) confirms that it is an admin now" in added.stderr
-    assert "an admin already" in a.cordee("admin", "add", "c").stderr
-    assert "No node is called 'x'" in a.cordee("admin", "add", "x").stderr
-    until(lambda: described(b, "c")["admin"])
-    assert "on a or c." in b.cordee("invite").stderr
-    a.down()
-    code = c.cordee("invite")
-    assert (code.returncode, "Advice" in code.stderr) == (0, False)
-    e = Node(a.home.parent / "e")
-    assert "Advice" not in e.cordee("join", code.stdout.strip()).stderr
-    expire_by_copy = loaded(c)
-    assert expire_by_copy.is_admin
-    b.down()
-    expire(c, b)
-    b.up(*peer(cluster))  # the new admin renews, too, though the first one is off
-    assert "gone since" in b.do("nodes")
-
-
-def test_missing_machines_are_listed_and_removed_by_name(cluster: Cluster) -> None:
-    a, b, c = cluster.nodes.values()
-    assert {each["version"] for each in a.told("nodes")["nodes"]} == {cordee.__version__}
-    before, gone = time.time(), c.id
-    c.down()
+    before = time.time()
+    d.up("--name", "d", *peer(cluster))
+    gone = d.id
+    until(lambda: a.states().get("d") == b.states().get("d") == "alive")
+    d.down()
     a.down()
     a.up("--listen", f"127.0.0.1:{cluster.port}")
-    until(lambda: a.states().get("b") == "alive")
-    missing = described(a, "c")
+    missing = described(a, "d")
     assert (missing["id"], missing["state"], missing["version"]) == (gone, "gone", cordee.__version__)
-    assert before - 60 < missing["last_heard"] <= time.time()
-    assert re.search(r"^c +\w+ +gone since 20\d\d-\d\d-\d\d \d\d:\d\d ", a.do("nodes"), re.MULTILINE)
-    assert "is not running: start `cordee up` on it" in a.cordee("admin", "add", "c").stderr
-    assert f"c ({gone}) is removed for good" in a.cordee("remove", "c").stderr
-    assert set(a.states()) == {"a", "b"}
+    assert before - 1 <= missing["last_heard"] <= time.time()
+    assert re.search(r"^d +\w+ +gone since 20\d\d-\d\d-\d\d \d\d:\d\d ", a.do("nodes"), re.MULTILINE)
+    assert "is not running: start `cordee up` on it" in a.cordee("admin", "add", "d").stderr
+    assert f"d ({gone}) is removed for good" in a.cordee("remove", "d").stderr
+    assert "d" not in a.states()
+    expire(a, d)
+    done = fails(d, *peer(cluster))
+    assert (done.returncode, "removed from the cluster for good" in done.stderr) == (12, True)
+    until(lambda: "d" not in b.states())
 
 
-def test_a_copied_disk_is_noticed_and_the_copy_asks_for_an_identity_of_its_own(cluster: Cluster) -> None:
+def test_a_copied_disk_is_noticed_and_asks_for_an_identity_of_its_own(cluster: Cluster) -> None:
     a, b, _ = cluster.nodes.values()
     copy = Node(a.home.parent / "copy")
     shutil.copytree(b.home, copy.home, ignore=shutil.ignore_patterns("agent.*"))
     done = fails(copy, *peer(cluster))
-    assert done.returncode == 12
-    assert "Another machine runs as this very node" in done.stderr
-    assert "cordee leave --yes" in done.stderr
+    assert (done.returncode, "Another machine runs as this very node" in done.stderr) == (12, True)
+    assert "`cordee leave --yes`" in done.stderr
     assert b.process.poll() is None
-    until(lambda: a.states() == dict.fromkeys("abc", "alive"))
     for node in (a, b):
         assert f"Warning: Two machines run, or ran a moment ago, as b ({b.id})" in node.do("nodes")
-        assert "Two machines run" in node.do("status")
-    findings = [each["what"] for each in doctor(copy)["findings"]]
-    assert any("identity of this machine" in what and "is cloned" in what for what in findings), findings
-    assert any("Two machines run as b" in each["what"] for each in doctor(b)["findings"])
-    assert not any(
-        "clone" in each["what"] or "machines run" in each["what"]
-        for each in doctor(a)["findings"]
-        if "as b" not in each["what"]
-    )
+    assert "Warning: Two machines run" in a.do("status")
+    assert "identity of this machine" in found(copy, "is cloned")[0]["what"]
+    assert found(b, "Two machines run as b")
     copy.do("leave", "--yes")
+    assert not found(copy, "clone")
     copy.do("join", a.do("invite").strip())
-    copy.up("--name", "d", *peer(cluster))
-    assert copy.id != b.id
-    until(lambda: a.states() == dict.fromkeys("abcd", "alive"))
-    copy.down()
+    assert identity_of(copy) != b.id
+    until(lambda: a.states().get("b") == "alive")
 
 
-def doctor(node: Node) -> dict:
-    import json
+def identity_of(node: Node) -> str:
+    return loaded(node).node
 
-    return json.loads(node.cordee("doctor", "--json").stdout)
+
+def found(node: Node, text: str) -> list[dict]:
+    """The findings of `cordee doctor` that say this."""
+    findings = json.loads(node.cordee("doctor", "--json").stdout)["findings"]
+    return [each for each in findings if text in each["what"]]
 
 
 def test_a_machine_that_restarts_often_is_no_copy(cluster: Cluster) -> None:
-    a, b, _ = cluster.nodes.values()
-    for _ in range(4):
-        b.process.kill()
-        b.process.wait()
-        b.up(*peer(cluster))
-    until(lambda: a.states().get("b") == "alive")
-    time.sleep(5)  # longer than it would take to notice
-    assert a.asked("/nodes")["warnings"] == []
-    assert not described(a, "b")["cloned"]
+    a, _, c = cluster.nodes.values()
+    for _ in range(3):
+        c.process.kill()
+        c.process.wait()
+        c.up(*peer(cluster))
+    until(lambda: a.states().get("c") == "alive")
+    assert not described(a, "c")["cloned"]
+    assert not [said for said in a.asked("/nodes")["warnings"] if "as c" in said]
 
 
 def test_versions_that_do_not_understand_each_other_say_so_on_both_sides(cluster: Cluster) -> None:
     a, b, c = cluster.nodes.values()
     c.down()
-    with (c.home / "up.log").open("a") as log:
-        c.process = subprocess.Popen(
-            [sys.executable, "-c", LATER, "up", "--port", "0", *map(str, peer(cluster))],
-            env=os.environ | {"CORDEE_HOME": str(c.home)},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-        )
+    c.process = log_to(c, sys.executable, "-c", LATER, "up", "--port", 0, *peer(cluster))
     said = f"c runs Cordée 9.9.9 and this node {cordee.__version__}, which do not understand each other"
     for node in (a, b):
         until(lambda node=node: any(said in each for each in node.asked("/nodes")["warnings"]))
-        assert f"Warning: {said}" in node.do("status")
         assert said in node.said
+    assert f"Warning: {said}" in a.do("status")
     said = f"a runs Cordée {cordee.__version__} and this node 9.9.9, which do not understand each other"
     until(lambda: said in c.said)
     assert said in "".join(c.asked("/nodes")["warnings"])
-    newcomer = subprocess.run(
-        [sys.executable, "-c", LATER, "join", a.do("invite").strip()],
-        env=os.environ | {"CORDEE_HOME": str(a.home.parent / "later")},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+    later = Node(a.home.parent / "later")
+    newcomer = typed(later, "", "join", a.do("invite").strip(), program=(sys.executable, "-c", LATER))
     assert newcomer.returncode == 12
     assert f"runs Cordée {cordee.__version__} and this one 9.9.9" in newcomer.stderr
+    c.down()
+    c.up(*peer(cluster))
 
 
 def test_a_certificate_near_its_end_is_told_ten_days_before(cluster: Cluster) -> None:
     a, b, _ = cluster.nodes.values()
-    until(lambda: Members(loaded(b)).admins)
     a.down()
     b.down()
     signer, member = loaded(a), loaded(b)
@@ -246,23 +215,38 @@ def test_a_certificate_near_its_end_is_told_ten_days_before(cluster: Cluster) ->
         member.renew(signer.sign(member.request(), time.time() - (30 - days) * DAY_SECONDS))
         b.up(*peer(cluster))
         warnings = b.asked("/nodes")["warnings"]
-        assert (
-            any(
-                "The certificate of b runs out on" in each and "on a for an hour" in each for each in warnings
-            )
-            == told
-        )
-        assert ("Warning: The certificate of b" in b.do("status")) == told
-        what = [
-            each for each in doctor(b)["findings"] if "No admin of the cluster can be reached" in each["what"]
-        ]
-        assert len(what) == 1
-        assert not what[0]["problem"] and "on a." in what[0]["remedy"]
+        assert len([said for said in warnings if "The certificate of b runs out on" in said]) == told
+        assert all("running on a for an hour" in said for said in warnings)
         b.down()
+    [unreached] = found(b, "No admin of the cluster can be reached")
+    assert not unreached["problem"] and "on a." in unreached["remedy"]
     a.up("--listen", f"127.0.0.1:{cluster.port}")
+    assert not found(b, "admin")
     b.up(*peer(cluster))
-    until(lambda: b.asked("/nodes")["warnings"] == [])
-    assert not [each for each in doctor(b)["findings"] if "admin" in each["what"]]
+    until(lambda: not [each for each in b.asked("/nodes")["warnings"] if "certificate" in each])
+
+
+def test_a_second_admin_is_advised_and_made_while_everything_runs(cluster: Cluster) -> None:
+    a, b, c = cluster.nodes.values()
+    for verb in ("invite", "remove", "admin add"):
+        refused = b.cordee(*verb.split(), *(() if verb == "invite" else ("c",)))
+        assert refused.returncode in (2, 12)
+        assert re.search(rf"Only admins can .* Type `cordee {verb}` on a\.", refused.stderr), refused.stderr
+    assert re.search(r"Advice: a is the only admin of \d machines", a.cordee("invite").stderr)
+    assert f"c ({c.id}) confirms that it is an admin now" in a.cordee("admin", "add", "c").stderr
+    assert "c is an admin already" in a.cordee("admin", "add", "c").stderr
+    assert "No node is called 'x'" in a.cordee("admin", "add", "x").stderr
+    until(lambda: described(b, "c")["admin"])
+    assert "on a or c." in b.cordee("invite").stderr
+    a.down()
+    invited = c.cordee("invite")
+    assert (invited.returncode, "Advice" in invited.stderr) == (0, False)
+    e = Node(a.home.parent / "e")
+    assert "Advice" not in e.cordee("join", invited.stdout.strip()).stderr
+    b.down()
+    expire(c, b)
+    b.up(*peer(cluster))  # the new admin renews, too, though the first one is off
+    a.up("--listen", f"127.0.0.1:{cluster.port}")
 
 
 # One machine
@@ -297,9 +281,11 @@ def test_a_later_up_that_fails_keeps_the_identity(tmp_path: Path) -> None:
     node.down()
 
 
-def typed(node: Node, phrase: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def typed(
+    node: Node, phrase: str, *arguments: object, program: tuple[str, ...] = PROGRAM
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*PROGRAM, *map(str, arguments)],
+        [*program, *map(str, arguments)],
         env=os.environ | {"CORDEE_HOME": str(node.home)},
         input=phrase,
         capture_output=True,
@@ -319,7 +305,8 @@ def test_an_identity_is_backed_up_and_restored(tmp_path: Path) -> None:
     assert "and the cluster's key" in done.stderr and "Advice" not in done.stderr
     assert "exists already" in typed(node, "x\n", "identity", "backup", file).stderr
     assert "There is no pass phrase" in typed(node, "", "identity", "backup", file, "--overwrite").stderr
-    assert "A node runs here" in typed(node, "x\n", "identity", "restore", file).stderr
+    refused = typed(node, "x\n", "identity", "restore", file, "--overwrite")
+    assert (refused.returncode, "A node already runs here" in refused.stderr) == (2, True)
     node.down()
     refused = typed(node, "five random words are good\n", "identity", "restore", file)
     assert (refused.returncode, "--overwrite" in refused.stderr) == (2, True)

@@ -66,7 +66,7 @@ def test_accents_typed_either_way_are_the_same_phrase(tmp_path: Path) -> None:
 def test_without_the_phrase_nothing_changes(tmp_path: Path, phrase: str) -> None:
     backup.write(founder(tmp_path / "a"), tmp_path / "file", PHRASE)
     other = founder(tmp_path / "b")
-    with pytest.raises(BadRequest, match="The pass phrase is wrong, or .*file is damaged"):
+    with pytest.raises(BadRequest, match=r"The pass phrase is wrong, or .*file is damaged"):
         backup.restore(tmp_path / "file", phrase)
     assert identity.load().node == other.node
 

@@ -1,4 +1,4 @@
-"""Certificates that are not valid now, over real TLS on loopback: renewed with the node's own key, or refused."""
+"""Certificates that are not valid now, over real TLS on loopback: renewed with the node's key, or refused."""
 
 import asyncio
 import contextlib
@@ -117,14 +117,17 @@ def test_whoever_does_not_hold_the_key_of_a_member_gets_nothing(tmp_path: Path, 
 
 
 def all_that_comes(context: ssl.SSLContext, where: str) -> bytes:
-    with contextlib.suppress(OSError), socket.create_connection(parse(where, 0), 20) as plain:
-        with context.wrap_socket(plain) as link:
-            return link.recv(1 << 16)
+    with (
+        contextlib.suppress(OSError),
+        socket.create_connection(parse(where, 0), 20) as plain,
+        context.wrap_socket(plain) as link,
+    ):
+        return link.recv(1 << 16)
     return b""
 
 
 def test_nothing_but_the_renewal_is_served_and_nothing_is_read(tmp_path: Path) -> None:
-    """A member whose certificate ran out says what it likes: it gets a certificate for its key, and the end."""
+    """A member whose certificate ran out says what it likes: it gets a certificate for its key alone."""
     admin, member = made(tmp_path, 60)
 
     async def story() -> None:

@@ -1,12 +1,13 @@
 """`cordee identity`: a copy of this machine's place in its cluster, for the day when its disk dies."""
 
+import contextlib
 import sys
 from pathlib import Path
 
 import click
 
 from cordee.cli import output
-from cordee.errors import BadRequest, NotRunning
+from cordee.errors import BadRequest
 
 PHRASE_BYTES_MAX = 4096
 SHORT_CHARS = 12  # so few can be guessed from a stolen file, whatever the encryption
@@ -64,17 +65,16 @@ def restore(file: Path, passphrase_file: Path | None, overwrite: bool) -> None:
     from cordee.net import backup as backups
     from cordee.net import identity as identities
 
-    try:
-        control.ask("GET", "/nodes")
-        raise BadRequest("A node runs here: end it first (Ctrl-C where `cordee up` runs), then try again.")
-    except NotRunning:
-        pass
-    if identities.exists() and not overwrite:
-        raise BadRequest(
-            f"This machine has an identity already, in {identities.place()}. With --overwrite it is given up "
-            "for the one in the file; nothing can bring it back."
-        )
-    member = backups.restore(file, _phrase(passphrase_file, new=False))
+    with contextlib.ExitStack() as held:
+        if identities.exists():
+            if not overwrite:
+                raise BadRequest(
+                    f"This machine has an identity already, in {identities.place()}. With --overwrite it is "
+                    "given up for the one in the file; nothing can bring it back."
+                )
+            no_node = control.AgentSocket(identities.place())  # refuses where a node runs or starts
+            held.enter_context(contextlib.closing(no_node))
+        member = backups.restore(file, _phrase(passphrase_file, new=False))
     output.note(f"This machine is node {member.node} of cluster {member.cluster} again. Now: cordee up")
 
 

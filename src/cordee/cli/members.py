@@ -116,7 +116,7 @@ def remove(node: str) -> None:
 
 @click.group()
 def admin() -> None:
-    """Say which machines are admins: those that can invite, renew certificates and remove nodes."""
+    """Make admins of members: machines that can invite, renew and remove others."""
 
 
 @admin.command()

@@ -39,7 +39,9 @@ HANDSHAKE_SECONDS = 10.0
 REACH_SECONDS = 3.0  # for each address of an admin
 ANSWER_BYTES_MAX = 16 << 10  # a certificate takes 1 kB
 ADMINS_MAX = 8  # that are asked, those heard last first
+ROUND_SECONDS = 30.0  # for all of them: whoever answers a multicast may name any number of hosts
 RETRY_SECONDS = 3.0  # until all admins are asked again
+FAULTS_SHOWN = 4
 SCOUT_SECONDS = 1.0  # for nodes to answer a multicast
 
 log = logging.getLogger(__name__)
@@ -170,7 +172,10 @@ def renew(member: Identity, clock: Callable[[], float] = time.time, hosts: Itera
         JoinFailed: the node was removed, or this machine's clock is wrong.
     """
     faults: list[str] = []
+    ends = time.monotonic() + ROUND_SECONDS
     for admin, where in _endpoints(member, hosts):
+        if time.monotonic() > ends:
+            break
         try:
             answer = _ask(member, where)
             if answer.certificate:
@@ -183,7 +188,7 @@ def renew(member: Identity, clock: Callable[[], float] = time.time, hosts: Itera
         if member.node in member.revoked:
             raise JoinFailed(enrolment.REFUSALS["removed"])
         faults.append(f"{admin.name} at {where}: {fault}")
-    return "; ".join(faults) or "none is known"
+    return "; ".join(faults[:FAULTS_SHOWN]) or "none is known"
 
 
 def reachable(member: Identity) -> KnownMember | None:
