@@ -155,16 +155,22 @@ def test_nothing_but_the_renewal_is_served_and_nothing_is_read(tmp_path: Path) -
 
 
 def test_an_admin_that_was_removed_is_not_believed(tmp_path: Path) -> None:
+    """It still holds the authority's key, and listens where another admin was: it is not asked."""
     admin, member = made(tmp_path, 60)
-    admin.revoke(admin.node)
+    stolen = newcomer(tmp_path / "stolen", admin)
+    stolen.become_admin(admin.authority_key_pem())
+    admin.revoke(stolen.node)
     member.admit(admin.revocations)
 
     async def story() -> None:
-        async with endpoint(admin) as opened:
-            remember(member, admin, opened.addresses)
+        async with endpoint(stolen) as opened:
+            remember(member, stolen, opened.addresses)
             assert await renewed(member) == "none is known"
+            remember(member, admin, opened.addresses)
+            assert "it was removed from the cluster" in await renewed(member)
 
     asyncio.run(story())
+    assert not member.is_valid(time.time())
 
 
 @pytest.mark.parametrize(("days", "side"), [(400, "ahead of"), (-400, "behind")])
