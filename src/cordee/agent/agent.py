@@ -26,6 +26,7 @@ import msgspec
 
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
+from cordee.agent.reach import Reach
 from cordee.agent.services import Services
 from cordee.cluster.controller import Controller, Running
 from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld, best_host
@@ -92,7 +93,9 @@ class Agent:
         self.draining = False
         self.local_models = LocalModels(store, identity.node, bus, self)
         self.distances = Distances(bus, identity.node, self.changed)
-        self.invitations = Invitations(identity, _listen_host(options), lambda: bus.addresses)
+        self._listen_host = options.bus.listening().host  # workers listen there as well
+        self.reach = Reach(bus, identity, self._others)
+        self.invitations = Invitations(identity, self._listen_host, lambda: bus.addresses)
         self._deployments_file = DeploymentsFile(identity.folder / "deployments")
         self.controller = Controller(
             identity.node,
@@ -289,7 +292,7 @@ class Agent:
     # How it starts.
 
     async def _open(self) -> None:
-        host = _listen_host(self.options)
+        host = self._listen_host
         self._stages = await Stages.open(self, self.identity.folder, host)
         self._inbox, inbox = await tls_link.open_listener(self.identity.folder, host, self._accept)
         devices = await asyncio.to_thread(own_devices, self.options.lent_bytes)
@@ -316,7 +319,7 @@ class Agent:
             self._keep(loop())
         self._keep(self.gossip.speak_always(self._measure))
         self._keep(self.local_models.watch())
-        self._keep(self.distances.watch(self._others))
+        self._keep(self.distances.watch(lambda: list(self._others())))
 
     def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -404,7 +407,7 @@ class Agent:
         self._facts = msgspec.structs.replace(
             self._facts,
             disk_free_bytes=self.local_models.disk_free_bytes,
-            inbox=address.renewed(self._facts.inbox, _listen_host(self.options)),
+            inbox=address.renewed(self._facts.inbox, self._listen_host),
             rtts=self.distances.rtts,
             bytes_per_second=self.local_models.bytes_per_second,
             slices=self.local_models.slices,
@@ -485,11 +488,8 @@ class Agent:
                 await self.bus.refresh()
             await asyncio.sleep(RENEW_SECONDS)
 
-    def _others(self) -> list[str]:
+    def _others(self) -> dict[str, Facts]:
         nodes = self.controller.nodes(time.monotonic())
-        return [node for node, (state, _) in nodes.items() if state == "alive" and node != self.node]
-
-
-def _listen_host(options: AgentOptions) -> str:
-    """The host part of the address that the bus listens on: workers listen there as well."""
-    return address.parse(options.bus.listen, 0)[0] if options.bus.listen else ""
+        return {
+            node: facts for node, (state, facts) in nodes.items() if state == "alive" and node != self.node
+        }

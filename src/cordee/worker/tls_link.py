@@ -85,7 +85,7 @@ class TlsListener:
 
     def __init__(self, folder: Path, host: str) -> None:
         self._folder = folder
-        self._listener = address.listener(host, 0)
+        self._listener = address.listener_in_range(host)
         self._listener.listen(BACKLOG)
         self._listener.setblocking(False)
         self.endpoint = ",".join(address.own(host, self._listener.getsockname()[1]))
@@ -146,6 +146,22 @@ def _connect(folder: Path, where: str, until: float) -> ssl.SSLSocket:
     return link
 
 
+async def node_behind(folder: Path, host: str, port: int) -> str:
+    """The id of the member that listens there, on a port of the bus or of links; the connection is closed.
+
+    Raises:
+        OSError: nothing answers, or not with a certificate of this cluster.
+        LinkClosed: what answers was removed from it, or this node has no valid identity.
+    """
+    import asyncio  # here, because workers do without it
+
+    _, writer = await asyncio.open_connection(host, port, ssl=_context(folder, server=False))
+    try:
+        return check_member(folder, writer.get_extra_info("peercert"))
+    finally:
+        writer.transport.abort()
+
+
 async def open_stream(folder: Path, endpoint: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """`connect` for an event loop.
 
@@ -199,7 +215,7 @@ async def open_listener(
         writer.write(WELCOME)
         await on_link(reader, writer)
 
-    listener = address.listener(host, 0)
+    listener = address.listener_in_range(host)
     server = await asyncio.start_server(
         welcome,
         sock=listener,
