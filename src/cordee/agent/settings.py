@@ -1,4 +1,4 @@
-"""What `cordee up` remembers for the next time: the node's name, and where it listens (`cluster/settings`)."""
+"""What `cordee up` remembers in `cluster/settings`: the node's name, and where it listens."""
 
 from pathlib import Path
 

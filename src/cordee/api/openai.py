@@ -120,8 +120,8 @@ class OpenAI:
         if self._services:
             raise ModelNotFound(f"{wanted}; there is: {', '.join(sorted(self._services))}")
         raise ModelNotFound(
-            f"{wanted}, and no other yet: `cordee deploy starter` on this machine serves the small model that "
-            "comes with Cordée, `cordee pull MODEL` and `cordee deploy MODEL` any other"
+            f"{wanted}, and no other yet: `cordee deploy starter` on this machine serves the small model "
+            "that comes with Cordée, `cordee pull MODEL` and `cordee deploy MODEL` any other"
         )
 
     def _job(

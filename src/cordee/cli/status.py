@@ -51,8 +51,8 @@ def status(as_json: bool, watch: bool) -> None:
 def deploy(model: str, context: int | None, sequences: int, replicas: int) -> None:
     """Have the cluster serve MODEL from now on.
 
-    MODEL is one that a node has (`cordee pull`), or `starter`, which comes with Cordée. A request at the API starts such a model, too; deploy it to
-    have it ready, or to choose how it is served.
+    MODEL is one that a node has (`cordee pull`), or `starter`, which comes with Cordée. A request at the API
+    starts such a model, too; deploy it to have it ready, or to choose how it is served.
 
     Or MODEL is one of the Hugging Face Hub (owner/name, owner/name:QUANTIZATION or owner/name/file.gguf) that
     is too large for the disk of any machine: this node reads it from the hub once, to learn its layout, and

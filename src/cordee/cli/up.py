@@ -169,10 +169,8 @@ class _Running:
         agent = None
         try:
             agent = await Agent.start(self._member, Store(), self._options)
-            # Only what works is remembered.
-            settings.save(
-                self._member.folder, settings.Settings(agent.options.name, agent.options.bus.listen)
-            )
+            works = settings.Settings(agent.options.name, agent.options.bus.listen)
+            settings.save(self._member.folder, works)
             await _ready(agent)
             _greet(agent)
             await self._serve(agent, task.cancel)

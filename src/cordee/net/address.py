@@ -5,6 +5,7 @@ they can reach, never names, and never "all interfaces". Which of its own addres
 and in which order, is `own`.
 """
 
+import contextlib
 import errno
 import ipaddress
 import random
@@ -12,6 +13,7 @@ import re
 import socket
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 
@@ -308,19 +310,17 @@ def refusal(error: OSError, port: int) -> str:
 def holder(port: int) -> str:
     """What listens on a TCP port of this machine, for people: `cordee (process 4711)`."""
     try:
-        found = [
-            each.pid
-            for each in psutil.net_connections("tcp")
-            if each.status == psutil.CONN_LISTEN and each.laddr.port == port
-        ]
+        found = [each.pid for each in psutil.net_connections("tcp") if _listens_on(each, port)]
     except psutil.Error:  # some systems tell only root
         found = []
     for pid in found:
         if pid is not None:
-            try:
+            with contextlib.suppress(psutil.Error):
                 return f"{psutil.Process(pid).name()} (process {pid})"
-            except psutil.Error:
-                continue
     if found:
         return f"a program of another user; `sudo ss -ltnp sport = :{port}` names it"
     return "another program"
+
+
+def _listens_on(connection: Any, port: int) -> bool:
+    return connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port

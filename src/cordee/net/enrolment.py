@@ -273,7 +273,7 @@ def _find(code: Code, clock: Callable[[], float]) -> tuple[str, x509.Certificate
         )
     raise JoinFailed(
         f"The inviting machine cannot be reached ({'; '.join(unreached)}): it must be up, on this network, "
-        f"and its firewall open for TCP ports {PORT} to {address.PORTS[-1]} (`cordee doctor` there checks that)."
+        f"and its firewall open for TCP {PORT} to {address.PORTS[-1]} (`cordee doctor` there checks that)."
     )
 
 
