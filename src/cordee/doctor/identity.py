@@ -13,10 +13,10 @@ from cordee.net.identity import DAY_SECONDS
 WARN_SECONDS = 10 * DAY_SECONDS
 
 
-def certificate(_: dict[str, Any]) -> Sequence[Finding]:
+def certificate(facts: dict[str, Any]) -> Sequence[Finding]:
     """Is the certificate whole, valid, and not about to run out?"""
     now = time.time()
-    if not identity.exists():
+    if facts["disk"]["fault"] or not identity.exists():
         return []
     try:
         member = identity.load()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cordee.agent import control
-from cordee.errors import CordeeError, NotRunning
+from cordee.errors import CordeeError, NotRunning, StorageFailed
 from cordee.findings import Finding
 
 
@@ -12,7 +12,7 @@ def node_facts() -> dict[str, Any]:
     """Whether a node runs here."""
     try:
         known = control.ask("GET", "/nodes", kind=dict[str, Any])
-    except NotRunning:
+    except (NotRunning, StorageFailed):  # or there is no state folder, which `disk` tells
         return {"node": None}
     except CordeeError as error:
         return {"node": {"name": "unknown", "fault": error.message}}

@@ -155,7 +155,8 @@ def _is_link_local_v6(each: IpAddress) -> bool:
 
 
 def _this_machine_has() -> str:
-    found = ", ".join(f"{each} ({name})" for name, each in interfaces() if not _is_link_local_v6(each))
+    usable = [pair for pair in interfaces() if not (pair[1].is_loopback or _is_link_local_v6(pair[1]))]
+    found = ", ".join(f"{each} ({name})" for name, each in usable)
     return f"It has {found}." if found else "It has none at the moment."
 
 

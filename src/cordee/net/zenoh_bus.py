@@ -420,7 +420,7 @@ class ZenohBus:
 
 
 def _free_port(listening: address.Listening) -> int:
-    """The port to listen on: the wanted one; unless somebody chose it, else the last free one of the range."""
+    """The port to listen on: the wanted one; if taken and nobody chose it, the range's last free one."""
     wanted = address.text(listening.host, listening.port) if listening.host else f"Port {listening.port}"
     reason = ""
     others = () if listening.is_chosen else (*reversed(address.PORTS), 0)
