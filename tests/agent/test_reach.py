@@ -6,6 +6,7 @@ import socket
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from clusters import facts_of
@@ -38,10 +39,7 @@ class Node:
         self.says(inbox)
 
     def says(self, inbox: str) -> None:
-        facts = facts_of(self.id)
-        self.known[self.id] = Facts(
-            **{**{f: getattr(facts, f) for f in facts.__struct_fields__}, "inbox": inbox}
-        )
+        self.known[self.id] = msgspec.structs.replace(facts_of(self.id), inbox=inbox)
 
     @property
     def ports(self) -> tuple[int, ...]:

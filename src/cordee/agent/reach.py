@@ -9,7 +9,8 @@ between stages, which stay in "wiring". So the agent's own ports are tried: the 
 in the range of the stages' ports.
 
 Nobody can have a port of somebody else tried: the request has no address. The other node takes those that the
-asker announces for itself, and says "reached" only of those behind which TLS shows the asker's certificate.
+asker announces for itself, and says "reached" only of those behind which TLS shows the asker's certificate;
+of all others it says the same, after the same time.
 """
 
 import asyncio
@@ -77,9 +78,14 @@ class Reach:
         if node not in self._alive() or self._tries >= TRIES_MAX:
             return None
         self._tries += 1
+        at_least = asyncio.create_task(asyncio.sleep(TRY_SECONDS))
         try:
-            return msgspec.msgpack.encode(await self._try(node))
+            tried = await self._try(node)
+            if tried.closed:
+                await at_least
+            return msgspec.msgpack.encode(tried)
         finally:
+            at_least.cancel()
             self._tries -= 1
 
     async def _try(self, node: str) -> Tried:
