@@ -85,6 +85,8 @@ def test_open_ports_are_reached_and_closed_ones_are_not(tmp_path: Path) -> None:
             assert await b.reach.seen_from_here() == {a.id: Tried(a.ports), c.id: Tried(c.ports)}
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 nobody = probe.getsockname()[1]
+            assert await b.reach.answers("localhost", a.ports[0])
+            assert not await b.reach.answers("127.0.0.1", nobody)
             a.says(f"127.0.0.1:{nobody}")
             bus = address.parse(a.bus.addresses[0], 0)[1]
             assert set((await seen(a)).values()) == {Tried((bus,), (nobody,))}

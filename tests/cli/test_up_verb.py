@@ -109,11 +109,13 @@ def test_what_may_be_wrong_is_said_and_looked_at_by_doctor(node: Node) -> None:
     taken = contextlib.ExitStack()
     with contextlib.suppress(OSError):  # a node runs on this machine, then: taken all the same
         taken.enter_context(socket.create_server(("127.0.0.1", 7330)))
-    node.up("--listen", "localhost", "--peer", "nosuchhost.invalid", *QUIET)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        nobody = f"127.0.0.1:{probe.getsockname()[1]}"
+    node.up("--listen", "localhost", "--peer", "nosuchhost.invalid", "--peer", nobody, *QUIET)
     words = ("Port 7330 is taken by", "no other machine can reach it", "--peer nosuchhost.invalid")
     until(lambda: all(word in node.said for word in words))
     found = json.loads(node.cordee("doctor", "--json").stdout)["findings"]
-    for word in words:
+    for word in (*words, f"answers at --peer {nobody}"):
         [finding] = [each for each in found if word in each["what"]]
         assert finding["remedy"] and not finding["problem"]
     taken.close()

@@ -107,6 +107,20 @@ def test_a_clock_that_is_off_is_named_on_both_sides(cluster: Cluster) -> None:
         cluster.settle()
 
 
+@pytest.mark.long
+def test_a_machine_that_is_off_is_named(cluster: Cluster) -> None:
+    node = cluster.nodes[3]
+    assert not about(cluster.first, "Not heard from")
+    node.host.kill()
+    try:
+        until(lambda: node.id not in _alive(cluster.first), f"{node.host.name} is missed")
+        where = f"{node.host.name} ({node.host.address}:7330)"
+        assert about(cluster.first, "Not heard from") == [f"Not heard from: {where}."]
+    finally:
+        node.up()
+        cluster.settle()
+
+
 def _alive(node: Node) -> list[str]:
     return [each for each, state in node.states().items() if state == "alive"]
 

@@ -6,6 +6,7 @@ node.
 """
 
 import asyncio
+import contextlib
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,12 +19,14 @@ from cordee.findings import Finding
 from cordee.net import address
 from cordee.net.bus import PORT
 from cordee.net.identity import BACKDATED_SECONDS
+from cordee.net.peers import Peers
 
 AgentCheck = Callable[[Agent], Awaitable[Sequence[Finding]]]
 
 CLOCK_OFF_SECONDS = 60.0  # less disturbs nobody; a clock that is set from the network is off by far less
 # From here on a certificate that was just made may seem to be not yet valid, or to have run out early.
 CLOCK_WRONG_SECONDS = BACKDATED_SECONDS / 2
+NAMED_MAX = 8  # nodes in one sentence
 PORTS_TEXT = f"{PORT}:{address.PORTS[-1]}"
 OPEN_FIREWALL = f"sudo ufw allow proto tcp from {{}} to any port {PORTS_TEXT}"
 
@@ -77,6 +80,46 @@ async def peers(agent: Agent) -> Sequence[Finding]:
             remedy = "Write its address instead, or wait: this node tries again and again."
             found.append(Finding(f"--peer {wanted}: {error.message}", remedy, False))
     return found
+
+
+async def silent_peers(agent: Agent) -> Sequence[Finding]:
+    """Does a node of this cluster listen behind each --peer?"""
+
+    async def is_silent(host: str, port: int) -> bool:
+        with contextlib.suppress(BadRequest):  # `peers` tells that
+            await asyncio.to_thread(address.resolve, host)
+            return not await agent.reach.answers(host, port)
+        return False
+
+    wanted = [address.peer(each, PORT) for each in agent.options.bus.peers]
+    silent = await asyncio.gather(*(is_silent(*each) for each in wanted))
+    remedy = f"Is that machine on, does `cordee up` run there, and is its firewall open for TCP {PORTS_TEXT}?"
+    return [
+        Finding(f"No node of this cluster answers at --peer {address.text(*each)}.", remedy, False)
+        for each, nobody in zip(wanted, silent, strict=True)
+        if nobody
+    ]
+
+
+async def missing(agent: Agent) -> Sequence[Finding]:
+    """Are all nodes there that were once?"""
+    nodes = agent.controller.nodes(time.monotonic())
+    alive = {node for node, (state, _) in nodes.items() if state == "alive"}
+    known = Peers(agent.identity).known
+    absent = [
+        f"{nodes[node][1].name if node in nodes else node} ({where})"
+        for node, where in known.items()
+        if node not in alive | agent.identity.revoked
+    ]
+    if not absent:
+        return []
+    more = f", and {len(absent) - NAMED_MAX} more" if len(absent) > NAMED_MAX else ""
+    what = f"Not heard from: {', '.join(absent[:NAMED_MAX])}{more}."
+    remedy = (
+        f"Is each of them on and on this network, does `cordee up` run there, and are firewalls open for TCP "
+        f"{PORTS_TEXT}? One that is gone for good: cordee remove NODE, on an admin."
+    )
+    return [Finding(what, remedy, False)]
 
 
 async def clocks(agent: Agent) -> Sequence[Finding]:
@@ -161,4 +204,4 @@ def _at(tries: Mapping[str, Tried]) -> str:
 
 
 AT_START: tuple[AgentCheck, ...] = (port, listens_for_itself, peers)
-CHECKS: tuple[AgentCheck, ...] = (*AT_START, clocks, firewall)
+CHECKS: tuple[AgentCheck, ...] = (*AT_START, silent_peers, missing, clocks, firewall)

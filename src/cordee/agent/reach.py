@@ -64,6 +64,10 @@ class Reach:
         found = await asyncio.gather(*map(self._try, nodes))
         return dict(zip(nodes, found, strict=True))
 
+    async def answers(self, host: str, port: int) -> bool:
+        """Whether a node of this cluster listens there."""
+        return bool(await self._node_behind(host, port))
+
     async def _ask(self, node: str) -> Tried | None:
         own = self._identity.node.encode()
         for answer in await self._bus.query(f"reach/{node}", own, seconds=ANSWER_SECONDS):
@@ -93,17 +97,18 @@ class Reach:
         facts = self._alive().get(node)
         announced = (Peers(self._identity).known.get(node, ""), "" if facts is None else facts.inbox)
         wanted = list(dict.fromkeys(where for each in announced for where in _some(each)))
-        answers = await asyncio.gather(*(self._is_reached(where, node) for where in wanted))
-        reached = {port for (_, port), answer in zip(wanted, answers, strict=True) if answer}
+        answers = await asyncio.gather(*(self._node_behind(*where) for where in wanted))
+        reached = {port for (_, port), answer in zip(wanted, answers, strict=True) if answer == node}
         closed = {port for _, port in wanted} - reached
         return Tried(tuple(sorted(reached)), tuple(sorted(closed)))
 
-    async def _is_reached(self, where: tuple[str, int], node: str) -> bool:
+    async def _node_behind(self, host: str, port: int) -> str:
+        """The id of the node that listens there; empty if none answers in TRY_SECONDS."""
         try:
             async with asyncio.timeout(TRY_SECONDS):
-                return await tls_link.node_behind(self._identity.folder, *where) == node
+                return await tls_link.node_behind(self._identity.folder, host, port)
         except (OSError, LinkClosed):  # TimeoutError is an OSError
-            return False
+            return ""
 
 
 def _some(endpoint: str) -> Iterable[tuple[str, int]]:
