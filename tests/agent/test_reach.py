@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from clusters import facts_of
+from cordee.agent import reach
 from cordee.agent.checks import clock_findings
 from cordee.agent.reach import Reach, Tried
 from cordee.cluster.facts import Facts
@@ -25,8 +26,9 @@ PATIENCE_SECONDS = 20.0
 
 
 @pytest.fixture(autouse=True)
-def own_home(home: Path) -> Path:
-    """State of its own for each test, and the old one afterwards."""
+def own_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """State of its own for each test, and the old one afterwards; and less patience, as on loopback."""
+    monkeypatch.setattr(reach, "TRY_SECONDS", 1.5)
     return home
 
 

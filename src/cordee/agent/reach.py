@@ -27,8 +27,8 @@ from cordee.net.peers import Peers
 from cordee.worker import tls_link
 from cordee.worker.frames import LinkClosed
 
-TRY_SECONDS = 3.0  # for one address: TCP's first repetition comes after one
-ANSWER_SECONDS = TRY_SECONDS + 2.0  # for the other node, which may be busy
+TRY_SECONDS = 5.0  # for one address: TCP repeats itself after one and after three; machines may be busy
+ANSWER_SECONDS = TRY_SECONDS + 3.0
 NODES_MAX = 8  # that are asked, and tried: a firewall treats them alike
 TRIES_MAX = 4  # of other nodes at once; the rest get no answer
 

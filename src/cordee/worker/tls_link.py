@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cordee.errors import BadRequest
 from cordee.net import address
 from cordee.worker.frames import SOCKET_SECONDS, LinkClosed
 
@@ -124,7 +125,7 @@ def connect(folder: Path, endpoint: str) -> ssl.SSLSocket:
     for each in endpoint.split(",")[: address.ADDRESSES_MAX]:
         try:
             return _connect(folder, each, until)
-        except (OSError, LinkClosed) as error:
+        except (OSError, LinkClosed, BadRequest) as error:
             reasons.append(f"{each}: {error}")
     raise LinkClosed("; ".join(reasons))
 
@@ -183,7 +184,7 @@ async def open_stream(folder: Path, endpoint: str) -> tuple[asyncio.StreamReader
                 if await reader.read(1) != WELCOME:
                     raise LinkClosed("the other side does not let this node in")
                 return reader, writer
-        except (OSError, LinkClosed) as error:  # TimeoutError is an OSError
+        except (OSError, LinkClosed, BadRequest) as error:  # TimeoutError is an OSError
             if writer is not None:
                 writer.close()
             reasons.append(f"{each}: {error}")
