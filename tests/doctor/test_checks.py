@@ -138,6 +138,8 @@ def test_a_certificate_that_ran_out(tmp_path: Path) -> None:
     newcomer(tmp_path / "member", admin, time.time() - 40 * DAY_SECONDS)
     finding = one(told(tmp_path / "member"), "ran out on")
     assert finding["problem"]
+    founder(tmp_path / "old", time.time() - 40 * DAY_SECONDS)  # an admin renews its own when it starts
+    assert not [each for each in told(tmp_path / "old") if "certificate" in each["what"]]
 
 
 def test_a_certificate_that_runs_out_soon(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ node.
 
 import asyncio
 import contextlib
+import ipaddress
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from cordee.agent.agent import Agent
 from cordee.agent.reach import Tried
@@ -177,8 +178,7 @@ async def firewall(agent: Agent) -> Sequence[Finding]:
     closed = {names.get(node, node): tried for node, tried in there.items() if tried.closed}
     if closed:
         what = f"{_list(closed)} cannot connect to this machine{_at(closed)}: a firewall here is closed."
-        networks = dict.fromkeys(map(address.network_of, agent.bus.addresses))
-        lines = [OPEN_FIREWALL.format(network) for network in networks]
+        lines = [OPEN_FIREWALL.format(network) for network in _networks(agent, there)]
         remedy = "\n  ".join([*lines, "(nftables: see docs/office.md, step 4)"])
         found.append(Finding(what, remedy, True))
     for node, tried in here.items():
@@ -187,6 +187,15 @@ async def firewall(agent: Agent) -> Sequence[Finding]:
             what = f"This machine cannot connect to {name}{_at({name: tried})}: a firewall there is closed."
             found.append(Finding(what, f"Run `cordee doctor` on {name}: it says what to open.", True))
     return found
+
+
+def _networks(agent: Agent, nodes: Iterable[str]) -> list[str]:
+    """The networks of this machine that other nodes are on; all of its networks where that is not known."""
+    known = Peers(agent.identity).known
+    announced = [each for node in nodes for each in known.get(node, "").split(",") if each]
+    theirs = [address.number(address.parse(each, 0)[0]) for each in announced]
+    own = list(dict.fromkeys(map(address.network_of, agent.bus.addresses)))
+    return [each for each in own if any(it in ipaddress.ip_network(each) for it in theirs if it)] or own
 
 
 def _nodes(agent: Agent) -> dict[str, Facts]:

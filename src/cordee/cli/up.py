@@ -264,4 +264,4 @@ async def _warn(agent: "Agent") -> None:
     from cordee.agent import checks
 
     for finding in await checks.findings_at_start(agent):
-        output.note(f"cordee: {finding.what} {finding.remedy}")
+        output.note(f"cordee: {' '.join(f'{finding.what} {finding.remedy}'.split())}")

@@ -16,9 +16,9 @@ def node_facts() -> dict[str, Any]:
         return {"node": None}
     except CordeeError as error:
         return {"node": {"name": "unknown", "fault": error.message}}
-    [own] = [each for each in known["nodes"] if each["self"]]
+    own = next((each["name"] for each in known["nodes"] if each["self"]), "starting")
     alive = sum(each["state"] == "alive" for each in known["nodes"])
-    return {"node": {"name": own["name"], "fault": "", "alive": alive, "known": len(known["nodes"])}}
+    return {"node": {"name": own, "fault": "", "alive": alive, "known": len(known["nodes"])}}
 
 
 def node(facts: dict[str, Any]) -> Sequence[Finding]:
