@@ -43,8 +43,8 @@ IMPURE_CALLS = {"now", "utcnow", "today", "urandom", "default_rng"}
 
 # A room may import the rooms before it (ARCHITECTURE.md); modules of no room stand first.
 ROOMS = (
-    *("errors", "files", "cluster", "models", "convert", "engine", "generation", "machine", "net", "worker"),
-    *("distribution", "serving", "agent", "api", "cli"),
+    *("errors", "files", "findings", "cluster", "models", "convert", "engine", "generation", "machine"),
+    *("net", "worker", "distribution", "serving", "agent", "doctor", "api", "cli"),
 )
 LANGUAGE_DECORATORS = {
     "asynccontextmanager",

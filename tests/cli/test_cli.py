@@ -13,7 +13,7 @@ import pytest
 
 import cli_reference
 from cordee import __version__, errors
-from cordee.cli import doctor, output
+from cordee.cli import output
 from cordee.cli.main import cordee as program
 from cordee.cli.main import exit_codes, subclasses
 from cordee.engine.llama.libllama import usable_cores
@@ -95,6 +95,10 @@ def test_wrong_usage_ends_with_2_and_prints_no_answer(home: Path, arguments: lis
         (["serve", "nosuch", "--port", "0"], 3, "nosuch"),
         (["serve", "--host", "0.0.0.0"], 2, "API keys"),
         (["serve", "--host", "example.org"], 2, "loopback"),
+        (["serve", "--host", "::"], 2, "API keys"),
+        (["serve", "--host", "127.0.0.1:9000"], 2, "loopback"),
+        (["serve", "nosuch", "--host", "[::1]"], 3, "nosuch"),
+        (["serve", "nosuch", "--host", "localhost"], 3, "nosuch"),
         (["run", "starter"], 2, "empty"),
         (["run", "starter", " "], 2, "empty"),
     ],
@@ -328,37 +332,6 @@ def test_processor_is_read_from_cpuinfo() -> None:
     read = hardware.processor(CPUINFO)
     assert read.name == "Imaginary Xeon"
     assert read.instruction_sets == ("sse4_2", "avx", "avx2", "amx_tile", "amx_int8")
-
-
-def fake_device(root: Path, slot: str, kind: str, vendor: str, driver: str | None) -> None:
-    device = root / "bus/pci/devices" / slot
-    device.mkdir(parents=True)
-    for name, value in (("class", kind), ("vendor", vendor), ("device", "0x2484")):
-        (device / name).write_text(value + "\n")
-    if driver:
-        (root / "drivers" / driver).mkdir(parents=True)
-        (device / "driver").symlink_to(root / "drivers" / driver)
-
-
-def test_gpus_are_found_among_the_pci_devices(tmp_path: Path) -> None:
-    fake_device(tmp_path, "0000:01:00.0", "0x030000", "0x10de", "nvidia")
-    fake_device(tmp_path, "0000:02:00.0", "0x030200", "0x1002", None)
-    fake_device(tmp_path, "0000:03:00.0", "0x030000", "0x1234", "bochs-drm")  # a virtual display
-    fake_device(tmp_path, "0000:04:00.0", "0x020000", "0x8086", "e1000e")  # a network card
-    found = hardware.gpus(tmp_path)
-    assert [(gpu.vendor, gpu.driver) for gpu in found] == [("NVIDIA", "nvidia"), ("AMD", None)]
-
-
-def test_advice_for_a_gpu_is_a_line_to_paste() -> None:
-    gpu = hardware.Gpu("NVIDIA", "GA104", "nvidia")
-    [advice] = doctor.gpu_advice(gpu, {"CPU"}, "Debian GNU/Linux 13 (trixie)")
-    assert not advice.problem
-    line = advice.remedy.splitlines()[-1].strip()
-    assert line.startswith('CMAKE_ARGS="-DGGML_CUDA=on" ')
-    assert "llama-cpp-python" in line
-    assert doctor.gpu_advice(gpu, {"CPU", "CUDA"}, "") == []
-    [driver] = doctor.gpu_advice(hardware.Gpu("AMD", "Navi", None), {"CPU"}, "")
-    assert "apt-get install" in driver.remedy
 
 
 @pytest.mark.parametrize(

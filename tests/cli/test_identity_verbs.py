@@ -14,7 +14,9 @@ import pytest
 
 import cordee
 from cluster_processes import PROGRAM, SECONDS, Cluster, Node, until
-from cordee.cli import doctor_identity
+from cordee.doctor import examine
+from cordee.doctor import members as doctor_members
+from cordee.findings import Finding
 from cordee.net import identity
 from cordee.net.members import Members
 from members import DAY_SECONDS, at_home
@@ -171,10 +173,12 @@ def identity_of(node: Node) -> str:
     return loaded(node).node
 
 
-def found(node: Node, text: str) -> list[tuple[str, str, bool]]:
+def found(node: Node, text: str) -> list[Finding]:
     """What `cordee doctor` finds there in the identity, as far as it says this."""
     at_home(node.home)
-    return [each for each in doctor_identity.findings(time.time()) if text in each[0]]
+    facts = examine.facts()
+    all_found = (*doctor_members.clone(facts), *doctor_members.admins(facts))
+    return [each for each in all_found if text in each.what]
 
 
 def test_a_machine_that_restarts_often_is_no_copy(cluster: Cluster) -> None:
@@ -220,8 +224,8 @@ def test_a_certificate_near_its_end_is_told_ten_days_before(cluster: Cluster) ->
         assert len([said for said in warnings if "The certificate of b runs out on" in said]) == told
         assert all("running on a for an hour" in said for said in warnings)
         b.down()
-    [(_, remedy, is_problem)] = found(b, "No admin of the cluster can be reached")
-    assert (is_problem, "on a." in remedy) == (False, True)
+    [unreachable] = found(b, "No admin of the cluster can be reached")
+    assert (unreachable.problem, "on a." in unreachable.remedy) == (False, True)
     a.up("--listen", f"127.0.0.1:{cluster.port}")
     assert not found(b, "admin")
     b.up(*peer(cluster))

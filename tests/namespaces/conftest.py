@@ -34,8 +34,13 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture(scope="session")
 def cluster(lab: Lab) -> Cluster:
-    """A cluster of the first four hosts that serves the model."""
+    """A cluster of the first four hosts that serves the model.
+
+    Two of them are told to listen on all interfaces, each as people write that.
+    """
     cluster = Cluster(lab, lab.hosts[:4])
+    for node, everywhere in zip(cluster.nodes, ("0.0.0.0", "::"), strict=False):
+        node.options = ("--listen", everywhere)
     cluster.build()
     return cluster
 

@@ -19,7 +19,7 @@ import zenoh
 from cordee.errors import BadRequest
 from cordee.net import address, enrolment, identity, scouting
 from cordee.net import zenoh_bus as bus_module
-from cordee.net.bus import REMOVED, BusOptions
+from cordee.net.bus import PORT, REMOVED, BusOptions
 from cordee.net.identity import Identity
 from cordee.net.peers import Peers
 from cordee.net.zenoh_bus import Inbox, ZenohBus
@@ -454,6 +454,43 @@ def test_a_taken_or_foreign_address_is_a_plain_error(tmp_path: Path) -> None:
                     await ZenohBus.open(admin, BusOptions(listen, scouting=""))
 
     run(story)
+
+
+def test_a_port_that_is_taken_is_left_to_others_only_if_nobody_chose_it(tmp_path: Path) -> None:
+    """And the sentence says who has it."""
+    (admin,) = cluster(tmp_path, 1)
+    taken = contextlib.ExitStack()
+    with contextlib.suppress(OSError):  # somebody else's, then: a node that runs here
+        taken.enter_context(socket.create_server(("127.0.0.1", PORT)))
+
+    async def story() -> None:
+        async with node(admin, [], listen="127.0.0.1") as a:
+            assert address.parse(a.bus.addresses[0], 0)[1] in address.PORTS
+        for listen in (f"127.0.0.1:{PORT}", f"localhost:{PORT}", f":{PORT}"):
+            with pytest.raises(BadRequest, match=rf"{PORT}.*taken by .*--listen HOST:PORT"):
+                await ZenohBus.open(admin, BusOptions(listen, scouting=""))
+
+    with taken:
+        run(story)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [BusOptions(LOOPBACK, ("0.0.0.0",)), BusOptions(LOOPBACK, scouting="nosuch"), BusOptions("192.168.1")],
+    ids=["peer", "scouting", "listen"],
+)
+def test_an_option_that_cannot_work_is_refused_and_leaves_no_thread(
+    tmp_path: Path, options: BusOptions
+) -> None:
+    (admin,) = cluster(tmp_path, 1)
+    before = threading.active_count()
+
+    async def story() -> None:
+        with pytest.raises(BadRequest):
+            await ZenohBus.open(admin, options)
+
+    run(story)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Links between workers over real TLS on loopback: in order, whole, and for members only."""
 
 import asyncio
+import re
 import selectors
 import shutil
 import socket
@@ -229,8 +230,11 @@ def test_a_listener_is_found_at_any_of_its_addresses(tmp_path: Path) -> None:
     port = port_of(worker.listener)
     downstream = tls_link.connect(first.folder, f"127.0.0.1:1,127.0.0.1:{port}")
     downstream.close()
-    with pytest.raises(LinkClosed, match=r"127\.0\.0\.1:1: "):
-        tls_link.connect(first.folder, "127.0.0.1:1")
+    for nowhere in ("127.0.0.1:1", "x y:1,http://pc-1:7331,192.168.1:7", "localhost:99999", ""):
+        with pytest.raises(LinkClosed, match=re.escape(nowhere.partition(",")[0])):
+            tls_link.connect(first.folder, nowhere)
+        with pytest.raises(LinkClosed):
+            asyncio.run(tls_link.open_stream(first.folder, nowhere))
     worker.ended.set()
 
 

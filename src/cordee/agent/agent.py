@@ -28,6 +28,7 @@ from cordee import __version__
 from cordee.agent import admins
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
+from cordee.agent.reach import Reach
 from cordee.agent.services import Services
 from cordee.cluster.controller import Controller, Running
 from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld, best_host
@@ -98,8 +99,10 @@ class Agent:
         self.draining = False
         self.local_models = LocalModels(store, identity.node, bus, self)
         self.distances = Distances(bus, identity.node, self.changed)
+        self._listen_host = options.bus.listening().host  # workers listen there as well
+        self.reach = Reach(bus, identity, self._others)
         self.invitations = Invitations(
-            identity, _listen_host(options), lambda: bus.addresses, members=self._all_members
+            identity, self._listen_host, lambda: bus.addresses, members=self._all_members
         )
         self._renewals: RenewalEndpoint | None = None  # of an admin
         self._deployments_file = DeploymentsFile(identity.folder / "deployments")
@@ -319,7 +322,7 @@ class Agent:
     # How it starts.
 
     async def _open(self) -> None:
-        host = _listen_host(self.options)
+        host = self._listen_host
         self._stages = await Stages.open(self, self.identity.folder, host)
         self._inbox, inbox = await tls_link.open_listener(self.identity.folder, host, self._accept)
         devices = await asyncio.to_thread(own_devices, self.options.lent_bytes)
@@ -348,7 +351,7 @@ class Agent:
         self._keep(self.gossip.speak_always(self._measure))
         self._keep(self.gossip.seek_lost_always())
         self._keep(self.local_models.watch())
-        self._keep(self.distances.watch(self._others))
+        self._keep(self.distances.watch(lambda: list(self._others())))
 
     def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -440,7 +443,7 @@ class Agent:
         self._facts = msgspec.structs.replace(
             self._facts,
             disk_free_bytes=self.local_models.disk_free_bytes,
-            inbox=address.renewed(self._facts.inbox, _listen_host(self.options)),
+            inbox=address.renewed(self._facts.inbox, self._listen_host),
             rtts=self.distances.rtts,
             bytes_per_second=self.local_models.bytes_per_second,
             slices=self.local_models.slices,
@@ -519,7 +522,7 @@ class Agent:
 
     async def _serve_as_admin(self) -> None:
         """Renew certificates, on the bus and outside of it."""
-        endpoint = await RenewalEndpoint.open(self.identity, _listen_host(self.options))
+        endpoint = await RenewalEndpoint.open(self.identity, self._listen_host)
         if self._renewals is not None:
             endpoint.close()  # it was an admin already
             return
@@ -554,11 +557,8 @@ class Agent:
         )
         return [own, *self.members.known.values()]
 
-    def _others(self) -> list[str]:
+    def _others(self) -> dict[str, Facts]:
         nodes = self.controller.nodes(time.monotonic())
-        return [node for node, (state, _) in nodes.items() if state == "alive" and node != self.node]
-
-
-def _listen_host(options: AgentOptions) -> str:
-    """The host part of the address that the bus listens on: workers listen there as well."""
-    return address.parse(options.bus.listen, 0)[0] if options.bus.listen else ""
+        return {
+            node: facts for node, (state, facts) in nodes.items() if state == "alive" and node != self.node
+        }

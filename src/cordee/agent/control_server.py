@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from cordee.agent import checks
 from cordee.agent.agent import Agent
 from cordee.agent.control import (
     AddAdmin,
@@ -43,6 +44,7 @@ class Control:
                 _route("GET", "/nodes", Empty, self._nodes),
                 _route("GET", "/status", Empty, self._status),
                 _route("GET", "/services", Empty, self._services),
+                _route("GET", "/findings", Empty, self._findings),
                 _route("POST", "/plan", PlanRequest, self._plan),
                 _route("POST", "/invite", Invite, self._invite),
                 _route("POST", "/remove", Remove, self._remove),
@@ -62,6 +64,9 @@ class Control:
 
     async def _services(self, _: Empty) -> Any:
         return ClusterStatus(self._agent).services()
+
+    async def _findings(self, _: Empty) -> Any:
+        return await checks.findings(self._agent)
 
     async def _plan(self, asked: PlanRequest) -> Any:
         return await ClusterStatus(self._agent).plan(asked.model, asked.shape, asked.context, asked.sequences)

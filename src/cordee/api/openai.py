@@ -116,8 +116,13 @@ class OpenAI:
             return service
         if name in self._expected:
             raise ModelLoading(f"{name} is still being loaded; try again in a moment")
-        known = ", ".join(sorted(self._services)) or "none"
-        raise ModelNotFound(f"no model {name[:NAME_CHARS_MAX]!r} is served here; there is: {known}")
+        wanted = f"no model {name[:NAME_CHARS_MAX]!r} is served here"
+        if self._services:
+            raise ModelNotFound(f"{wanted}; there is: {', '.join(sorted(self._services))}")
+        raise ModelNotFound(
+            f"{wanted}, and no other yet: `cordee deploy starter` on this machine serves the small model "
+            "that comes with Cordée, `cordee pull MODEL` and `cordee deploy MODEL` any other"
+        )
 
     def _job(
         self,

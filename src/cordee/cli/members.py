@@ -28,12 +28,19 @@ def invite(admin: bool) -> None:
     in a private message. Only admins can invite; the machine that created the cluster is one.
     """
     from cordee.agent import control
+    from cordee.net import address, enrolment
 
     found = control.ask("POST", "/invite", control.Invite(admin), dict[str, str])
-    click.echo(found["code"])
+    code = found["code"]
+    click.echo(code)
     output.note("On the other machine: cordee join CODE, then cordee up")
     if found["advice"]:
         output.note(f"Advice: {found['advice']}")
+    if all(map(address.is_loopback, enrolment.read_code(code).addresses)):
+        output.note(
+            "But this node listens on 127.0.0.1, so no other machine can reach it, and only another node on "
+            "this machine can use the code: `cordee doctor` says what to do."
+        )
 
 
 @click.command()

@@ -27,14 +27,28 @@ def find(store: "Store", name: str) -> "StoredModel":
     try:
         return store.get(name)
     except ModelNotFound:
-        from cordee.distribution.pull import pull as fetch
-        from cordee.models.cards import cards
-
-        card = cards().get(name)
-        if card is None or card.path is None:
+        found = _put(store, name)
+        if found is None:
             raise
-        with output.progress(f"putting {name} into the store") as progress:
-            return fetch(name, store=store, progress=progress)
+        return found
+
+
+def put_if_here(name: str) -> bool:
+    """Put a model that comes with the program into the store; False if none of that name does."""
+    from cordee.models.store import Store
+
+    return _put(Store(), name) is not None
+
+
+def _put(store: "Store", name: str) -> "StoredModel | None":
+    from cordee.distribution.pull import pull as fetch
+    from cordee.models.cards import cards
+
+    card = cards().get(name)
+    if card is None or card.path is None:
+        return None
+    with output.progress(f"putting {name} into the store") as progress:
+        return fetch(name, store=store, progress=progress)
 
 
 @click.command()

@@ -1,7 +1,6 @@
 """`cordee serve`: models behind the OpenAI endpoints, for programs on this machine."""
 
 import asyncio
-import ipaddress
 import json
 import signal
 import socket
@@ -53,31 +52,37 @@ def serve(models: tuple[str, ...], port: int, host: str, stages: int, sequences:
 
 def _loopback(host: str) -> str:
     """The loopback address that `host` names."""
+    from cordee.net import address
+
     try:
-        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
-    except ValueError:
-        address = None
-    if address is None or not address.is_loopback:
+        found = address.resolve(host.strip("[]"))
+    except BadRequest:
+        found = []
+    if not found or not all(each.is_loopback for each in found):
         raise BadRequest(
             f"--host {host} is not a loopback address. There are no API keys yet: on another address, "
             "anybody could use the models. Use 127.0.0.1, and a tunnel (ssh -L) from other machines.",
             "host",
         )
-    return str(address)
+    return str(min(found, key=lambda each: each.version))
 
 
-def listen(address: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket, opened before any model is loaded, so that a port in use shows at once.
 
     Raises:
         BadRequest: the address or port cannot be used.
     """
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    from cordee.net import address
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((address, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise BadRequest(
-            f"Port {port} of {address} cannot be used ({error.strerror}): choose another with --port.", "port"
+            f"Port {port} of {host} cannot be used ({address.refusal(error, port)}): choose another with "
+            "--port.",
+            "port",
         ) from error
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cordee.cli import live, options, output
+from cordee.cli.models import put_if_here
+from cordee.errors import ModelNotFound
 
 if TYPE_CHECKING:
     from cordee.agent import control
@@ -49,8 +51,8 @@ def status(as_json: bool, watch: bool) -> None:
 def deploy(model: str, context: int | None, sequences: int, replicas: int) -> None:
     """Have the cluster serve MODEL from now on.
 
-    MODEL is one that a node has (`cordee pull`). A request at the API starts such a model, too; deploy it to
-    have it ready, or to choose how it is served.
+    MODEL is one that a node has (`cordee pull`), or `starter`, which comes with Cordée. A request at the API
+    starts such a model, too; deploy it to have it ready, or to choose how it is served.
 
     Or MODEL is one of the Hugging Face Hub (owner/name, owner/name:QUANTIZATION or owner/name/file.gguf) that
     is too large for the disk of any machine: this node reads it from the hub once, to learn its layout, and
@@ -61,7 +63,12 @@ def deploy(model: str, context: int | None, sequences: int, replicas: int) -> No
     from cordee.agent import control
 
     asked = control.Deploy(model, context, sequences, replicas)
-    deployed = control.ask("POST", "/deploy", asked, control.Deployed)
+    try:
+        deployed = control.ask("POST", "/deploy", asked, control.Deployed)
+    except ModelNotFound:
+        if not put_if_here(model):
+            raise
+        deployed = control.ask("POST", "/deploy", asked, control.Deployed)
     if deployed.reading is not None:
         deployed = _follow(model, deployed.reading.source)
     output.note(f"The cluster serves {deployed.name} from now on; `cordee status` shows where.")
@@ -105,7 +112,7 @@ def _word(state: str) -> str:
 
 def _lines(found: dict[str, Any]) -> list[str]:
     if not found["models"] and not found["reading"]:
-        return ["No node has a model yet. Try: cordee pull starter", *live.warnings(found)]
+        return ["No node has a model yet. Try: cordee deploy starter", *live.warnings(found)]
     lines = [line for model in found["models"] for line in (*_model(model), "")]
     for each in found["fetching"]:
         first, last = each["layers"]

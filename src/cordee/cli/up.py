@@ -12,27 +12,23 @@ from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
-import msgspec
 
 from cordee.cli import output
+from cordee.cli.models import STARTER, find
 from cordee.cli.options import Size
 from cordee.cli.serve import PORT, listen
-from cordee.errors import JoinFailed
+from cordee.errors import CordeeError, JoinFailed
 
 if TYPE_CHECKING:
     from cordee.agent.agent import Agent, AgentOptions
     from cordee.agent.control import AgentSocket
+    from cordee.agent.settings import Settings
     from cordee.net.identity import Identity
 
 NAME_CHARS_MAX = 64
+READY_SECONDS = 5.0  # to read the vocabularies of the models on this disk; seldom more than one takes
+POLL_SECONDS = 0.05
 READ_BYTES = 4096  # at a time, of a standard input that nobody needs
-
-
-class Settings(msgspec.Struct, frozen=True):
-    """What `cordee up` remembers for the next time; in `cluster/settings`."""
-
-    name: str = ""
-    listen: str = ""
 
 
 @click.command()
@@ -41,7 +37,8 @@ class Settings(msgspec.Struct, frozen=True):
     "--listen",
     "address",
     metavar="ADDRESS",
-    help="Listen for other nodes on HOST or HOST:PORT; default: all interfaces, port 7330 if it is free.",
+    help="Listen for other nodes on HOST or HOST:PORT; default: all interfaces (0.0.0.0), port 7330, or if "
+    "that is taken one of 7331 to 7360.",
 )
 @click.option(
     "--peer",
@@ -94,17 +91,20 @@ def up(
     from cordee.net import identity
     from cordee.net.bus import BusOptions
 
+    interface = "" if scouting == "off" else scouting
+    BusOptions(address or "", peers, interface).check()  # before anything is made, or kept
     listener = listen("127.0.0.1", port)
     is_new = not identity.exists()
     member = identity.found(time.time()) if is_new else identity.load()
     running = None
     try:
         with contextlib.closing(AgentSocket(member.folder)) as agent_socket:
-            settings = _settings(member, name, address)
+            chosen = _settings(member, name, address)
             api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-            interface = "" if scouting == "off" else scouting
-            bus = BusOptions(settings.listen, peers, interface)
-            options = AgentOptions(settings.name, api, bus, lent_bytes)
+            bus = BusOptions(chosen.listen, peers, interface)
+            options = AgentOptions(chosen.name, api, bus, lent_bytes)
+            if is_new:
+                _offer_starter()
             running = _Running(member, options, listener, agent_socket, is_new=is_new)
             left = asyncio.run(running.run(until_eof=until_eof))
     finally:
@@ -115,23 +115,25 @@ def up(
         output.note("cordee: this machine no longer belongs to a cluster")
 
 
-def _settings(member: "Identity", name: str | None, address: str | None) -> Settings:
-    """What the options say, else what they said last time; saved for the next time."""
-    from cordee.files import atomic_file, write_all
+def _settings(member: "Identity", name: str | None, address: str | None) -> "Settings":
+    """What the options say, else what they said last time."""
+    from cordee.agent import settings
 
-    path = member.folder / "settings"
-    try:
-        old = msgspec.json.decode(path.read_bytes(), type=Settings)
-    except (OSError, msgspec.MsgspecError):
-        old = Settings()
-    chosen = Settings(
+    old = settings.load(member.folder)
+    return settings.Settings(
         (name or old.name or platform.node() or member.node)[:NAME_CHARS_MAX],
         old.listen if address is None else address,
     )
-    if chosen != old:
-        with atomic_file(path) as file:
-            write_all(file, msgspec.json.encode(chosen))
-    return chosen
+
+
+def _offer_starter() -> None:
+    """Let a new cluster have something to answer with: the model that came with the program, if it did."""
+    from cordee.models.store import Store
+
+    store = Store()
+    if not store.list():
+        with contextlib.suppress(CordeeError):  # it did not, or has no room: `_greet` says what to do
+            find(store, STARTER)
 
 
 class _Running:
@@ -163,6 +165,7 @@ class _Running:
         Raises:
             JoinFailed: it was removed, or another machine runs as this node.
         """
+        from cordee.agent import settings
         from cordee.agent.agent import Agent
         from cordee.models.store import Store
         from cordee.net import renewal
@@ -179,6 +182,9 @@ class _Running:
             await renewal.until_valid(self._member, interface, lambda text: output.note(f"cordee: {text}"))
             agent = await Agent.start(self._member, Store(), self._options)
             self.has_run = True
+            works = settings.Settings(agent.options.name, agent.options.bus.listen)
+            settings.save(self._member.folder, works)
+            await _ready(agent)
             _greet(agent, is_new=self._is_new)
             await self._serve(agent, task.cancel)
         except asyncio.CancelledError:
@@ -203,7 +209,10 @@ class _Running:
             serve(Control(agent, leave).app(), self._agent_socket.socket),
         ]
         ends = [asyncio.create_task(event.wait()) for event in (agent.removed, agent.cloned)]
-        tasks: list[asyncio.Task[Any]] = [*ends, *(asyncio.create_task(server) for server in servers)]
+        tasks: list[asyncio.Task[Any]] = [
+            *ends,
+            *(asyncio.create_task(each) for each in (*servers, _warn(agent))),
+        ]
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if agent.removed.is_set():
@@ -244,6 +253,14 @@ def _at_eof(act: Callable[[], object]) -> None:
     loop.add_reader(sys.stdin, read)
 
 
+async def _ready(agent: "Agent") -> None:
+    """Wait a little until clients may ask for the models on this disk."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(READY_SECONDS):
+            while not {offer.name for offer in agent.local_models.offers} <= agent.services.keys():
+                await asyncio.sleep(POLL_SECONDS)
+
+
 def _greet(agent: "Agent", *, is_new: bool) -> None:
     """Who this is, and what to do next."""
     if is_new:
@@ -257,3 +274,19 @@ def _greet(agent: "Agent", *, is_new: bool) -> None:
         output.note("cordee: `cordee invite` prints a code with which another machine can join")
     else:
         output.note("cordee: `cordee nodes` lists the nodes, `cordee status` what runs where")
+    models = list(agent.services)
+    if models == [STARTER]:
+        output.note(f'cordee: to try it, in another terminal: cordee run {STARTER} "Hello"')
+    elif not models and not agent.bus.remembered:
+        output.note(
+            "cordee: no model yet. `cordee deploy starter` serves the small one "
+            "that comes with Cordée; `cordee pull MODEL`, then `cordee deploy MODEL`, any other"
+        )
+
+
+async def _warn(agent: "Agent") -> None:
+    """Say what is wrong with how this node was started."""
+    from cordee.agent import checks
+
+    for finding in await checks.findings_at_start(agent):
+        output.note(f"cordee: {' '.join(f'{finding.what} {finding.remedy}'.split())}")

@@ -259,6 +259,10 @@ class Controller:
         """What the other nodes that are alive measured last, by id."""
         return self._membership.gauges(now)
 
+    def clocks(self, now: float) -> dict[str, float]:
+        """By how many seconds the clocks of the other alive nodes are ahead of ours, by id."""
+        return self._membership.clocks(now + self._offset, now)
+
     def heartbeat(self, now: float, gauges: Gauges = Gauges(), farewell: Farewell = "") -> Heartbeat:  # noqa: B008
         """What to say now. `step` comes first."""
         assert self._facts is not None

@@ -178,6 +178,14 @@ class Membership:
         seen = self._seen.items()
         return {node: each.heartbeat.gauges for node, each in seen if self.liveness(node, now) == "alive"}
 
+    def clocks(self, own: float, now: float) -> dict[str, float]:
+        """By how many seconds the clocks of the other alive nodes are ahead of ours, by id."""
+        return {
+            node: seen.offset + now - own
+            for node, seen in self._seen.items()
+            if math.isfinite(seen.offset) and self.liveness(node, now) == "alive"
+        }
+
     def settle(self, now: float) -> None:
         """Call it often: impossible times are mended, long gone nodes forgotten."""
         for node, seen in list(self._seen.items()):

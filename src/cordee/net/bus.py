@@ -8,6 +8,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from cordee.net import address
+
+PORT = 7330  # where a node listens unless told otherwise or taken: `--peer HOST` means this port
 # A node's id and its revocation in hexadecimal: the key that is announced for a node that was removed, and
 # the only one that such a node may see.
 REMOVED = "removed/{}/{}"
@@ -20,13 +23,33 @@ Answer = Callable[[bytes], Awaitable[bytes | None]]
 class BusOptions:
     """Where to listen, and which nodes to look for.
 
-    `listen`: HOST, HOST:PORT, or empty for all interfaces; port 0 is any free one. `peers`: addresses given
-    by hand. `scouting`: the interface for multicast, "auto" for all that can, empty for none.
+    `listen`: HOST, HOST:PORT, :PORT, or empty for all interfaces; port 0 is any free one. `peers`: addresses
+    given by hand. `scouting`: the interface for multicast, "auto" for all that can, empty for none.
     """
 
     listen: str = ""
     peers: tuple[str, ...] = ()
     scouting: str = "auto"
+
+    def listening(self) -> address.Listening:
+        """Where to listen, checked and in numbers.
+
+        Raises:
+            BadRequest: that is no address, or none of this machine.
+        """
+        return address.listening(self.listen, PORT)
+
+    def check(self) -> None:
+        """Refuse what can never work; whether a peer is there is another question.
+
+        Raises:
+            BadRequest: an address is none, or cannot be used; there is no such interface.
+        """
+        self.listening()
+        for each in self.peers:
+            address.peer(each, PORT)
+        if self.scouting not in ("", "auto"):
+            address.check_interface(self.scouting)
 
 
 class Bus(Protocol):

@@ -40,7 +40,7 @@ from cordee import __version__
 from cordee.cluster.membership import WIRE
 from cordee.errors import CordeeError, JoinFailed
 from cordee.net import address, identity
-from cordee.net.bus import Bus
+from cordee.net.bus import PORT, Bus
 from cordee.net.identity import Identity
 from cordee.net.members import KnownMember, Members
 from cordee.net.peers import Peers
@@ -305,9 +305,14 @@ def _find(code: Code, clock: Callable[[], float]) -> tuple[str, x509.Certificate
                 "not understand each other: update both to the same version, then join again."
             )
         return where, authority
+    if all(map(address.is_loopback, code.addresses)):
+        raise JoinFailed(
+            "The inviting machine listens for itself alone (127.0.0.1): connect it to the network, or start "
+            "`cordee up --listen 0.0.0.0` there, and ask for a new code."
+        )
     raise JoinFailed(
         f"The inviting machine cannot be reached ({'; '.join(unreached)}): it must be up, on this network, "
-        "and behind no firewall."
+        f"and its firewall open for TCP {PORT} to {address.PORTS[-1]} (`cordee doctor` there checks that)."
     )
 
 

@@ -120,7 +120,7 @@ class Invitations:
         self._invitations.append(_Invitation(secret, admin, now + INVITE_SECONDS))
         self._changed.set()
         if not self._port:
-            listener = address.listener(self._host, 0)
+            listener = address.listener_in_range(self._host)
             self._port = listener.getsockname()[1]
             task = asyncio.create_task(self._serve(listener))
             self._serving.add(task)

@@ -251,13 +251,14 @@ def _context(member: Identity, *, server: bool) -> ssl.SSLContext:
 
 def _kept_listener(path: Path, host: str) -> socket.socket:
     """A listener on the port that the file names; if that is taken on another, which it names then."""
-    kept = 0
+    kept, listener = 0, None
     with contextlib.suppress(OSError, ValueError):
         kept = min(max(int(path.read_text(encoding="ascii")[:8]), 0), address.PORT_MAX)
-    try:
-        listener = address.listener(host, kept)
-    except OSError:
-        listener = address.listener(host, 0)
+    if kept:
+        with contextlib.suppress(OSError):
+            listener = address.listener(host, kept)
+    if listener is None:
+        listener = address.listener_in_range(host)
     port = listener.getsockname()[1]
     if port != kept:
         with contextlib.suppress(StorageFailed), files.atomic_file(path) as file:

@@ -35,12 +35,11 @@ from zenoh.handlers import Callback  # pyright: ignore[reportMissingModuleSource
 
 from cordee.errors import BadRequest, SetupNeeded
 from cordee.net import address, lost_nodes
-from cordee.net.bus import REMOVED, Answer, BusOptions
+from cordee.net.bus import PORT, REMOVED, Answer, BusOptions
 from cordee.net.identity import Identity, revoked_node
 from cordee.net.peers import Peers
 from cordee.net.zenoh_config import MESSAGE_BYTES_MAX, RUNTIME, session_config
 
-PORT = 7330  # where a node listens unless told otherwise or taken: `--peer HOST` means this port
 INBOX_MESSAGES_MAX = 4096  # a second of heartbeats and tokens of the largest cluster
 INBOX_BYTES_MAX = 64 << 20  # two of the longest messages
 OUTBOX_MESSAGES_MAX = 1024  # more means that no neighbour takes any data
@@ -136,15 +135,16 @@ class ZenohBus:
         self._queued = 0
         self._sender = ThreadPoolExecutor(1, "bus-send")
         self._repliers = ThreadPoolExecutor(REPLY_THREADS, "bus-reply")
-        host, port = address.parse(options.listen, PORT) if options.listen else ("", PORT)
-        self._host, self._port = host, _free_port(host, port, fixed=port != PORT)
+        options.check()
+        listening = options.listening()
+        self._host, self._port = listening.host, _free_port(listening)
 
     @classmethod
     async def open(cls, identity: Identity, options: BusOptions) -> "ZenohBus":
         """Join the bus; returns at once, whether or not a peer is there.
 
         Raises:
-            BadRequest: an address is malformed, or cannot be listened on.
+            BadRequest: an option makes no sense here, or the address cannot be listened on.
             SetupNeeded: zenoh cannot open a session; the message says why.
         """
         bus = cls(identity, options)
@@ -203,7 +203,7 @@ class ZenohBus:
                 self._declare_watch(watch)
 
     async def _open_session(self) -> None:
-        given = [address.parse(peer, PORT) for peer in self._options.peers]
+        given = [address.peer(peer, PORT) for peer in self._options.peers]
         known = [address.parse(each, PORT) for each in self._peers.addresses()]
         own = {address.parse(each, PORT) for each in self.addresses}
         peers = [each for each in dict.fromkeys((*given, *known)) if each not in own]
@@ -328,7 +328,7 @@ class ZenohBus:
         and when it could not be opened."""
         while True:
             await asyncio.sleep(ADDRESS_SECONDS)
-            is_stale = self._session is None or self.addresses != self._announced_addresses
+            is_stale = self._session is None or set(self.addresses) != set(self._announced_addresses)
             if is_stale and not self._turn.locked():
                 with contextlib.suppress(SetupNeeded):  # the next round tries again
                     await self.refresh()
@@ -423,16 +423,18 @@ class ZenohBus:
             self._peers.remember(node, addresses)
 
 
-def _free_port(host: str, port: int, *, fixed: bool) -> int:
-    """The port to listen on: the wanted one; unless `fixed`, any other if it is taken."""
+def _free_port(listening: address.Listening) -> int:
+    """The port to listen on: the wanted one; if taken and nobody chose it, the range's last free one."""
+    wanted = address.text(listening.host, listening.port) if listening.host else f"Port {listening.port}"
     reason = ""
-    for each in (port,) if fixed else (port, 0):
+    others = () if listening.is_chosen else (*reversed(address.PORTS), 0)
+    for port in (listening.port, *others):
         try:
-            with address.listener(host, each) as probe:
+            with address.listener(listening.host, port) as probe:
                 return probe.getsockname()[1]
         except OSError as error:
-            reason = error.strerror or str(error)
-    raise BadRequest(f"{address.text(host, port)} cannot be listened on ({reason}): choose another --listen.")
+            reason = reason or address.refusal(error, port)
+    raise BadRequest(f"{wanted} cannot be used ({reason}): choose another with --listen HOST:PORT.")
 
 
 def _close(session: zenoh.Session) -> None:

@@ -4,6 +4,7 @@ The reasons are in zenoh_bus.py.
 """
 
 import hashlib
+import socket
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -133,5 +134,9 @@ def _rule(name: str, messages: Sequence[str], flows: Sequence[str], key: str) ->
 
 
 def _locator(host: str, port: int) -> str:
-    """zenoh's form of an address. It takes an IPv6 address in brackets for a host name, and fails."""
-    return f"tls/{host or '[::]'}:{port}"
+    """zenoh's form of an address. It takes an IPv6 address in brackets for a host name, and fails.
+
+    On all interfaces it listens with one socket of IPv6, where the system has that.
+    """
+    everywhere = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"
+    return f"tls/{host or everywhere}:{port}"

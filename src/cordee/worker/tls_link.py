@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cordee.errors import BadRequest
 from cordee.net import address
 from cordee.worker.frames import SOCKET_SECONDS, LinkClosed
 
@@ -85,7 +86,7 @@ class TlsListener:
 
     def __init__(self, folder: Path, host: str) -> None:
         self._folder = folder
-        self._listener = address.listener(host, 0)
+        self._listener = address.listener_in_range(host)
         self._listener.listen(BACKLOG)
         self._listener.setblocking(False)
         self.endpoint = ",".join(address.own(host, self._listener.getsockname()[1]))
@@ -124,7 +125,7 @@ def connect(folder: Path, endpoint: str) -> ssl.SSLSocket:
     for each in endpoint.split(",")[: address.ADDRESSES_MAX]:
         try:
             return _connect(folder, each, until)
-        except (OSError, LinkClosed) as error:
+        except (OSError, LinkClosed, BadRequest) as error:
             reasons.append(f"{each}: {error}")
     raise LinkClosed("; ".join(reasons))
 
@@ -144,6 +145,22 @@ def _connect(folder: Path, where: str, until: float) -> ssl.SSLSocket:
         link.settimeout(SOCKET_SECONDS)
         on_failure.pop_all()
     return link
+
+
+async def node_behind(folder: Path, host: str, port: int) -> str:
+    """The id of the member that listens there, on a port of the bus or of links; the connection is closed.
+
+    Raises:
+        OSError: nothing answers, or not with a certificate of this cluster.
+        LinkClosed: what answers was removed from it, or this node has no valid identity.
+    """
+    import asyncio  # here, because workers do without it
+
+    _, writer = await asyncio.open_connection(host, port, ssl=_context(folder, server=False))
+    try:
+        return check_member(folder, writer.get_extra_info("peercert"))
+    finally:
+        writer.transport.abort()
 
 
 async def open_stream(
@@ -171,7 +188,7 @@ async def open_stream(
                 if await reader.read(1) != WELCOME:
                     raise LinkClosed("the other side does not let this node in")
                 return reader, writer
-        except (OSError, LinkClosed) as error:  # TimeoutError is an OSError
+        except (OSError, LinkClosed, BadRequest) as error:  # TimeoutError is an OSError
             if writer is not None:
                 writer.close()
             reasons.append(f"{each}: {error}")
@@ -208,7 +225,7 @@ async def open_listener(
 
     context = _context(folder, server=True)
     context.sni_callback = renewed  # called in each handshake, with a name or without one
-    listener = address.listener(host, 0)
+    listener = address.listener_in_range(host)
     server = await asyncio.start_server(
         welcome,
         sock=listener,

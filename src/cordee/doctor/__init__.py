@@ -1,0 +1,1 @@
+"""What may be wrong on this machine: small checks, each of which says what to do."""
