@@ -52,7 +52,7 @@ class Control:
         return ClusterStatus(self._agent).services()
 
     async def _plan(self, asked: PlanRequest) -> Any:
-        return await ClusterStatus(self._agent).plan(asked.model, asked.shape, asked.context, asked.sequences)
+        return await ClusterStatus(self._agent).plan(asked.model, asked.shape, asked.wish)
 
     async def _invite(self, asked: Invite) -> Any:
         return {"code": await self._agent.invitations.invite(admin=asked.admin)}

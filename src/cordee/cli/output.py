@@ -49,6 +49,12 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
+def note_shortened(model: str, lacks: str) -> None:
+    """Say what a model lacks because memory is short, if anything."""
+    if lacks:
+        note(f"cordee: memory is short: {model} has {lacks}")
+
+
 def print_json(value: Any) -> None:
     """A result for programs, indented, on standard output."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
