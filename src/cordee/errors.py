@@ -12,7 +12,7 @@ NEAREST_MAX, NEAREST_CUTOFF = 3, 0.5  # how many names are suggested, and how al
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """What to put behind a name that does not exist: ` (did you mean a or b?)`, or nothing if none is like it."""
+    """What to put behind a name that does not exist: ` (did you mean a or b?)`, if any is like it."""
     close = get_close_matches(name, sorted(set(names)), n=NEAREST_MAX, cutoff=NEAREST_CUTOFF)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 

@@ -17,8 +17,8 @@ Tensor = tuple[str, tuple[int, ...], GGMLQuantizationType]
 class Model:
     """A model's dimensions; `experts` 0 is a dense one, `tied` one whose head is the embedding.
 
-    `file_bytes` is the size of the published file, 0 where it is not known here: the vocabulary and the rest of
-    the metadata are what it has beside the tensors.
+    `file_bytes` is the size of the published file, 0 where it is not known here: beside the tensors it has
+    the vocabulary and the rest of the metadata.
     """
 
     architecture: str
@@ -118,7 +118,7 @@ def tensors(model: Model) -> Iterator[Tensor]:
 
 
 def stored(model: Model, width: int, kind: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The type that llama.cpp's quantizer stores: rows that are no multiple of 256 get types of smaller blocks."""
+    """The type that llama.cpp's quantizer stores: one of smaller blocks where 256 do not divide the rows."""
     if model.all_q8 and kind in (Q4_K, Q6_K):
         return Q8
     return {Q4_K: Q5_0, Q6_K: Q8}.get(kind, kind) if width % 256 else kind

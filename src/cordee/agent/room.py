@@ -17,8 +17,8 @@ LOOK_SECONDS = 0.1  # how often it is looked whether the other nodes were heard
 async def sized(controller: Controller, name: str, shape: ModelShape, wish: Wish) -> Demand | None:
     """The most of what is asked of a model that fits beside the others; None if not even the least does.
 
-    A node that has just started first hears the others, so as not to count itself alone; what runs of the model
-    under this name makes room. In a thread: a large cluster takes a while.
+    A node that has just started first hears the others, so as not to count itself alone. What runs of the
+    model under this name makes room. In a thread: a large cluster takes a while.
     """
     while controller.is_listening(time.monotonic()):  # for LISTEN_SECONDS at most
         await asyncio.sleep(LOOK_SECONDS)

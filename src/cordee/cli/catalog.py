@@ -29,9 +29,9 @@ def models(fits: bool, language: str | None, max_bytes: int | None, as_json: boo
 
     FITS says whether this machine alone can serve a model in the memory that is free now: yes, or with fewer
     answers at a time or less context than usual; "cluster" means that the cluster whose node runs here can.
-    `cordee plan` says more, also for machines that you do not have yet. HERE says whether the model is in this
-    machine's store, or on which nodes it is. Models of 100 languages and more are listed for every --language;
-    how well they know it, try out. Nothing is downloaded for this.
+    `cordee plan` says more, also for machines that you do not have yet. HERE says whether the model is in
+    this machine's store, or on which nodes it is. Models of 100 languages and more are listed for every
+    --language; how well they know it, try out. Nothing is downloaded for this.
     """
     from cordee.models.cards import cards
 
@@ -40,12 +40,10 @@ def models(fits: bool, language: str | None, max_bytes: int | None, as_json: boo
     chosen = [card for card in cards().values() if language is None or _speaks(card, language.lower())]
     around = _Surroundings()
     listed = [_facts(card, around) for card in chosen]
-    listed = [
-        model
-        for model in listed
-        if (max_bytes is None or model["bytes"] <= max_bytes)
-        and (not fits or model["fit"]["where"] != "nowhere")
-    ]
+    if max_bytes is not None:
+        listed = [model for model in listed if model["bytes"] <= max_bytes]
+    if fits:
+        listed = [model for model in listed if model["fit"]["where"] != "nowhere"]
     listed.sort(key=lambda model: (model["bytes"], model["name"]))
     if as_json:
         output.print_json(listed)
@@ -123,9 +121,8 @@ def _fit(card: "Card", shape: "ModelShape", around: _Surroundings) -> dict[str, 
         in_cluster = _planned(card.name, shape, wish) if around.cluster is not None else None
         where = "nowhere" if in_cluster is None else "cluster"
         demand = in_cluster or demand
-    return (
-        {"where": where} | demand._asdict() | {"lacks": wish.shortened(demand) if where != "nowhere" else ""}
-    )
+    lacks = wish.shortened(demand) if where != "nowhere" else ""
+    return {"where": where} | demand._asdict() | {"lacks": lacks}
 
 
 def _planned(name: str, shape: "ModelShape", wish: "Wish") -> "Demand | None":

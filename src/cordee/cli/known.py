@@ -47,16 +47,16 @@ def unknown(store: "Store", name: str) -> ModelNotFound:
     others = cluster_models() or {}
     if name in others:
         return ModelNotFound(
-            f"The model {name!r} is not on this machine, but {where(others[name])}: `cordee run {name}` asks the "
-            f"cluster, `cordee plan {name}` says where it runs."
+            f"The model {name!r} is not on this machine, but {where(others[name])}: `cordee run {name}` asks "
+            f"the cluster, `cordee plan {name}` says where it would run."
         )
     if name in cards():
         return ModelNotFound(f"The model {name!r} is not here yet: `cordee pull {name}` fetches it.")
     here = store.list(lambda _: None)  # damaged entries are not the question
     names = [*others, *cards(), *(model.name for model in here)]
     return ModelNotFound(
-        f"There is no model {name!r}{nearest(name, names)}: `cordee ls` lists the models here, `cordee models` "
-        "those that `cordee pull` fetches by name."
+        f"There is no model {name!r}{nearest(name, names)}: `cordee ls` lists the models here, "
+        "`cordee models` those that `cordee pull` fetches by name."
     )
 
 

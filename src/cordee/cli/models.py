@@ -82,8 +82,8 @@ def rm(model: str, yes: bool) -> None:
         others = known.cluster_models() or {}
         if model in others:
             raise ModelNotFound(
-                f"The model {model!r} is not on this machine, but {known.where(others[model])}: `cordee rm` there "
-                f"removes it, `cordee undeploy {model}` ends its serving."
+                f"The model {model!r} is not on this machine, but {known.where(others[model])}: `cordee rm` "
+                f"there removes it, `cordee undeploy {model}` ends its serving."
             ) from None
         raise
     if not yes:

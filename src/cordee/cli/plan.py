@@ -202,9 +202,7 @@ def _is_too_slow(found: "Plan") -> bool:
 def _print(model: str, planned: "Planned", file: Path | None) -> None:
     """For people: the question, the stages, the machines. Why a model does not fit is the error's message."""
     found, demand = planned.plan, planned.demand
-    asked = f"{demand.sequences} answers at a time, of {demand.context} tokens each"
-    if demand.sequences == 1:
-        asked = f"1 answer at a time, of {demand.context} tokens"
+    asked = output.asked(demand.sequences, demand.context)
     if planned.lacks:
         asked += f" (memory is short: {planned.lacks})"
     lines = [
@@ -248,8 +246,8 @@ def _speeds(model: str, planned: "Planned", file: Path | None) -> list[tuple[str
         lines.append(
             (
                 "More",
-                f"the machines hold {planned.copies} copies: `cordee deploy {model} --replicas {planned.copies}` "
-                f"answers up to {planned.copies} times as many at a time, and goes on if a machine fails.",
+                f"the machines hold {planned.copies} copies: `cordee deploy {model} --replicas "
+                f"{planned.copies}` answers {planned.copies} times as many at a time.",
             )
         )
     return lines

@@ -1,4 +1,4 @@
-"""`cordee show`: what a model is, and whether it fits this machine; from its header or, before it is here, its card."""
+"""`cordee show`: what a model is, and whether it fits this machine; from its header or its card."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -83,12 +83,11 @@ def _from_afar(model: str, stages: int, context: int | None, sequences: int | No
         return None
     if stages > 1:
         raise BadRequest(
-            f"{model} is not on this machine, where it could be cut: `cordee plan {model}` says how a cluster would "
-            "cut it.",
+            f"{model} is not on this machine: `cordee plan {model}` says how a cluster would cut it.",
             "stages",
         )
     source = known.where(found) if found else f"{card.source} on the hub" if card else ""
-    facts = {"name": model, "digest": None, "path": None, "source": source, "added": None}
+    facts: dict[str, Any] = {"name": model, "digest": None, "path": None, "source": source, "added": None}
     facts |= _facts_of_shape(shape, card)
     facts["bytes"], facts["batch_invariance"] = facts["weights_bytes"], {}
     wish = wish_of(card.context if card else None, context, sequences, model)
@@ -191,9 +190,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
     weights, kinds = facts["weights_bytes"], facts["quantization_bytes"].items()
     mix = ", ".join(f"{name} {100 * nbytes / weights:.0f} %" for name, nbytes in kinds)
-    title = facts["title"] or "no title"
     lines = [
-        ("Model", f"{facts['name']} ({title})"),
+        ("Model", f"{facts['name']} ({facts['title'] or 'no title'})"),
         ("Licence", facts["license"] or "not stated in the file"),
     ]
     if facts["path"]:
@@ -215,10 +213,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
                 ("Batch-invariant", f"{key.replace(build(), 'this build')}: {'yes' if same else 'no'}")
             )
     fit = facts["fit"]
-    how = f"{fit['sequences']} answers at a time, of {fit['context']} tokens each"
-    lines.append(
-        ("Fit", f"{how if fit['sequences'] > 1 else how.replace('answers', 'answer')}. {fit['advice']}")
-    )
+    lines.append(("Fit", f"{output.asked(fit['sequences'], fit['context'])}. {fit['advice']}"))
     if facts["notes"]:
         lines.append(("Notes", facts["notes"]))
     return lines

@@ -1,8 +1,8 @@
 """How much is asked of a model, and what gives way where memory is short.
 
-People seldom say how many answers at a time and how much context they want. What they left open is chosen: the
-usual, or where that does not fit fewer answers, down to one, and then less context, down to CONTEXT_USEFUL.
-What they did say is never changed: if it does not fit they are told what would.
+People seldom say how many answers at a time and how much context they want. What they leave open is chosen:
+the usual; where that does not fit, fewer answers, down to one; and then less context, down to CONTEXT_USEFUL.
+What they do say is never changed: if it does not fit, they are told what would.
 """
 
 from bisect import bisect_left
@@ -22,12 +22,15 @@ Fits = Callable[[Demand], bool]
 
 
 def usual_context(own: int | None, sequences: int | None = None) -> int:
-    """Tokens for each of `sequences` answers where none are asked for; `own` is what the model was made for."""
+    """Tokens for each of `sequences` answers unless asked for; `own` is what the model was made for."""
     return min(own or CELLS_DEFAULT, max(1, CELLS_DEFAULT // (sequences or SEQUENCES)))
 
 
 class Wish(NamedTuple):
-    """What is asked of a model; None was not said: it gets `usual` tokens of context, `usual_sequences` answers."""
+    """What is asked of a model; None was not said.
+
+    `usual` and `usual_sequences` are the context in tokens and the answers at a time that it then gets.
+    """
 
     context: int | None
     sequences: int | None

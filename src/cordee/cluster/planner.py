@@ -294,14 +294,12 @@ def _refusal(shape: ModelShape, demand: Demand, units: Sequence[Unit], command: 
             "The machines have the memory for it, but their disks are too full for its "
             f"{_gb(sum(shape.layer_bytes))} of weights: free some space on them."
         )
-    return (
-        f"{fault}: add a machine with at least {_gb(_missing(shape, demand, units))} of memory for models, or "
-        "take a smaller quantization."
-    )
+    missing = f"{_gb(_missing(shape, demand, units))} of memory for models"
+    return f"{fault}: add a machine with at least {missing}, or take a smaller quantization."
 
 
 def _missing(shape: ModelShape, demand: Demand, units: Sequence[Unit]) -> int:
-    """The least memory of one more machine with which it fits, as fast as the fastest and with a free disk."""
+    """The least memory of one more machine, as fast as the fastest and with a free disk, so that it fits."""
     speed = max((unit.device.read_bytes_per_second for unit in units if unit.byte_time), default=1e9)
     facts = _with_disk(Facts("", "", "", (), 0, "", {}, {}, (), ()))
     device = Device("", "cpu", 0, speed)

@@ -27,10 +27,11 @@ LOCAL_HOP_TIME = 250 * MICROSECOND
 ROUND_TRIP_SECONDS = 0.0005
 LINK_BYTES_PER_SECOND = 125_000_000
 ROW_NUMBER_BYTES = 4  # rows travel as f32
-# A long prompt is read at least so many times as fast as an answer is written, since many rows share a reading
-# of the weights. CPU: measured on two cores (docs/performance.md, prefill and decode with one stage); more cores
-# read prompts faster still, while memory bounds how fast they write. GPU: llama-bench, pp512 over tg128, of a
-# card of 2017 without matrix units (Radeon RX 580, Llama 3.2 3B Q4_K_M): 9.6; a GeForce RTX 3060: 24.
+# A long prompt is read at least so many times as fast as an answer is written, since many rows share a
+# reading of the weights. CPU: measured on two cores (docs/performance.md, prefill and decode with one stage);
+# more cores read prompts faster still, while memory bounds how fast they write. GPU: pp512 over tg128 of
+# llama-bench, published for a card of 2017 without matrix units (Radeon RX 580, Llama 3.2 3B Q4_K_M): 9.6;
+# for a GeForce RTX 3060 24.
 PROMPT_RATIOS = {"cpu": 2, "gpu": 8}
 # Speeds are kept to 4 binary digits (steps of 6 to 12 %), times of links, which are noisier, to 3.
 SPEED_DIGITS = 4
@@ -164,8 +165,8 @@ def token_time(shape: ModelShape, placement: Placement, nodes: Mapping[str, Fact
 def prompt_time(shape: ModelShape, placement: Placement, nodes: Mapping[str, Facts]) -> int | None:
     """Femtoseconds that each token of a long prompt takes at most; None if a device is not there.
 
-    The rows of a micro-batch share a reading of the weights, of a mixture those of all experts. Its stages work
-    one after another.
+    The rows of a micro-batch share a reading of the weights, of a mixture those of all experts. Its stages
+    work one after another.
     """
     total = 0
     for place in placement.stages:

@@ -323,8 +323,8 @@ class Store:
             return ModelNotFound(f"The model {name!r} is not here yet: `cordee pull {name}` fetches it.")
         names = [*cards(), *(model.name for model in self.list(lambda _: None))]
         return ModelNotFound(
-            f"There is no model {name!r}{nearest(name, names)}: `cordee ls` lists the models here, `cordee pull` "
-            "fetches others."
+            f"There is no model {name!r}{nearest(name, names)}: `cordee ls` lists the models here, "
+            "`cordee pull` fetches others."
         )
 
     def _collect(self) -> None:
