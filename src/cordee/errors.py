@@ -8,7 +8,7 @@ Any other exception that escapes is a bug and keeps its traceback.
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-NEAREST_MAX, NEAREST_CUTOFF = 3, 0.5  # how many names are suggested, and how alike they must be
+NEAREST_MAX, NEAREST_CUTOFF = 3, 0.6  # how many names are suggested, and how alike they must be
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -8,11 +8,12 @@ from cordee.cli import known, options, output
 from cordee.errors import BadRequest, CordeeError, NotRunning
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cordee.cluster.demand import Wish
     from cordee.cluster.facts import ModelShape
     from cordee.cluster.memory import Demand
     from cordee.models.cards import Card
-    from cordee.models.store import StoredModel
 
 LANGUAGES_SHOWN = 4
 # A model of so many languages is listed for each of them, though a card cannot name them all.
@@ -49,7 +50,7 @@ def models(fits: bool, language: str | None, max_bytes: int | None, as_json: boo
         output.print_json(listed)
     elif listed:
         header = ("NAME", "FOR", "LANGUAGES", "SIZE", "LICENCE", "FITS", "HERE")
-        output.print_table(header, [_row(model) for model in listed])
+        output.print_table(header, [_row(model, language or "") for model in listed])
     else:
         output.note("No model is like that. `cordee models` lists all that have a short name.")
 
@@ -61,8 +62,7 @@ class _Surroundings:
         from cordee.machine import sizing
         from cordee.models.store import Store
 
-        self.store: Store = Store()
-        self.stored: dict[str, StoredModel] = {model.name: model for model in self.store.list(output.note)}
+        self.stored = {model.name: model for model in Store().list(output.note) if model.path.is_file()}
         self.room_bytes = sizing.usable_memory(sizing.chosen_devices(()))
         self.cluster = known.cluster_models()
 
@@ -74,8 +74,9 @@ def _speaks(card: "Card", language: str) -> bool:
 def _facts(card: "Card", around: _Surroundings) -> dict[str, Any]:
     """A model as values for JSON. `fit` says where it fits, with what, and what that lacks."""
     stored, cluster = around.stored.get(card.name), around.cluster or {}
-    shape = _shape(card, stored)
-    nbytes = stored.nbytes if stored else sum(shape.layer_bytes) + shape.whole_extra_bytes
+    path = stored.path if stored else card.path
+    shape = _shape(card, path)
+    nbytes = path.stat().st_size if path else sum(shape.layer_bytes) + shape.whole_extra_bytes
     return {
         "name": card.name,
         "title": card.title,
@@ -89,18 +90,17 @@ def _facts(card: "Card", around: _Surroundings) -> dict[str, Any]:
         "context": card.context,
         "source": card.source or None,
         "notes": card.notes,
-        "here": stored is not None or card.path is not None,
+        "here": path is not None,
         "nodes": cluster.get(card.name, {}).get("offered_by", []),
         "fit": _fit(card, shape, around),
     }
 
 
-def _shape(card: "Card", stored: "StoredModel | None") -> "ModelShape":
+def _shape(card: "Card", path: "Path | None") -> "ModelShape":
     """From the header, if the file is here, else from the card."""
     from cordee.models.gguf import read_header
     from cordee.models.shape import card_shape, model_shape
 
-    path = stored.path if stored else card.path
     try:
         shape = card_shape(card) if path is None else model_shape(read_header(path), card.name)
     except CordeeError:  # damaged: the other models are listed all the same
@@ -136,22 +136,23 @@ def _planned(name: str, shape: "ModelShape", wish: "Wish") -> "Demand | None":
     return found.demand if found.plan.placement is not None else None
 
 
-def _row(model: dict[str, Any]) -> tuple[str, ...]:
+def _row(model: dict[str, Any], language: str) -> tuple[str, ...]:
     here = "yes" if model["here"] else ", ".join(model["nodes"]) or "-"
     about = (
         model["name"],
         model["purpose"],
-        _languages(model),
+        _languages(model, language.lower()),
         output.size(model["bytes"]),
         model["license"],
     )
     return (*about, _fit_words(model["fit"]), here)
 
 
-def _languages(model: dict[str, Any]) -> str:
-    shown = " ".join(model["languages"][:LANGUAGES_SHOWN])
-    count = model["language_count"]
-    return shown if count <= LANGUAGES_SHOWN else f"{shown} of {count}"
+def _languages(model: dict[str, Any], first: str) -> str:
+    """Some of a model's languages, the one that was asked for first, and how many more there are."""
+    shown = sorted(model["languages"], key=lambda code: code != first)[:LANGUAGES_SHOWN]
+    more = model["language_count"] - len(shown)
+    return " ".join([*shown, f"+{more}"] if more else shown)
 
 
 def _fit_words(fit: dict[str, Any]) -> str:

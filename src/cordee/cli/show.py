@@ -86,7 +86,7 @@ def _from_afar(model: str, stages: int, context: int | None, sequences: int | No
             f"{model} is not on this machine: `cordee plan {model}` says how a cluster would cut it.",
             "stages",
         )
-    source = known.where(found) if found else f"{card.source} on the hub" if card else ""
+    source = known.where(found) if found else f"`cordee pull {model}` fetches it from the hub"
     facts: dict[str, Any] = {"name": model, "digest": None, "path": None, "source": source, "added": None}
     facts |= _facts_of_shape(shape, card)
     facts["bytes"], facts["batch_invariance"] = facts["weights_bytes"], {}
@@ -198,7 +198,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("Source", f"{facts['source']}, added {facts['added'][:10]}"))
         lines.append(("Digest", facts["digest"]))
     else:
-        lines.append(("Source", f"not on this machine: {facts['source']}; `cordee pull` fetches models"))
+        lines.append(("Source", f"not on this machine; {facts['source']}"))
     lines.append(("Architecture", f"{facts['architecture']}, {facts['layers']} layers"))
     if facts["parameters"]:
         lines.append(("Parameters", output.count(facts["parameters"])))
