@@ -26,7 +26,7 @@ LANGUAGES_MANY = 100
 @click.option("--size", "max_bytes", metavar="SIZE", type=options.Size(), help="Only models of at most SIZE.")
 @options.as_json
 def models(fits: bool, language: str | None, max_bytes: int | None, as_json: bool) -> None:
-    """List the models that `cordee pull` knows by a short name, the smallest first.
+    """List the models that have a short name, and which fit here.
 
     FITS says whether this machine alone can serve a model in the memory that is free now: yes, or with fewer
     answers at a time or less context than usual; "cluster" means that the cluster whose node runs here can.

@@ -39,7 +39,7 @@ def pull(source: str, name: str | None, pre: str | None) -> None:
 @click.command()
 @options.as_json
 def ls(as_json: bool) -> None:
-    """List the models in the store, and those that only other nodes of the cluster have.
+    """List the models in the store and in the cluster.
 
     ON says which nodes have the whole model, if a node runs here (`cordee up`). `cordee models` lists what
     there is to fetch.

@@ -120,7 +120,7 @@ class PlannedModel:
 
 def _wanted(model: str) -> PlannedModel:
     """A file, a model in the store, or a card."""
-    from cordee.cli.known import find
+    from cordee.cli.known import unknown
     from cordee.models.cards import cards
     from cordee.models.fit import own_context
     from cordee.models.gguf import read_header
@@ -130,16 +130,19 @@ def _wanted(model: str) -> PlannedModel:
     if Path(model).is_file():
         header = read_header(Path(model), weights=False)
         return PlannedModel(model_shape(header, model), own_context(header))
+    store, card = Store(), cards().get(model)
     try:
-        stored = find(Store(), model)
+        stored = store.get(model)
+        path, digest = stored.path, stored.digest
     except ModelNotFound:
-        card = cards().get(model)
-        shape = card_shape(card) if card else None
-        if card is None or shape is None:
-            raise
-        return PlannedModel(shape, card.context)
-    header = read_header(stored.path)
-    return PlannedModel(model_shape(header, stored.digest), own_context(header), stored=True)
+        path, digest = card.path if card else None, model
+    if path is not None:
+        header = read_header(path)
+        return PlannedModel(model_shape(header, digest), own_context(header), stored=True)
+    shape = card_shape(card) if card else None
+    if card is None or shape is None:
+        raise unknown(store, model)
+    return PlannedModel(shape, card.context)
 
 
 def _wish(model: str, wanted: PlannedModel, context: int | None, sequences: int | None) -> "Wish":

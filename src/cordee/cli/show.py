@@ -12,12 +12,13 @@ from cordee.cli import known, options, output
 from cordee.errors import BadRequest, ModelNotFound
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from cordee.cluster.demand import Wish
     from cordee.cluster.facts import ModelShape
     from cordee.cluster.memory import StageShape
     from cordee.models.cards import Card
     from cordee.models.gguf import Header
-    from cordee.models.store import Store, StoredModel
 
 
 @click.command()
@@ -36,13 +37,15 @@ def show(model: str, stages: int, context: int | None, sequences: int | None, as
 
     store = Store()
     try:
-        stored = known.find(store, model)
+        stored = store.get(model)
     except ModelNotFound:
-        facts = _from_afar(model, stages, context, sequences)
+        facts = _without_a_file(model, stages, context, sequences)
+        facts = facts or _of_bundled(model, stages, context, sequences)
         if facts is None:
-            raise
+            raise known.unknown(store, model) from None
     else:
-        facts = _of_stored(store, stored, stages, context, sequences)
+        facts = known.facts_of_file(stored) | _of_file(stored.path, stored.name, stages, context, sequences)
+        facts["batch_invariance"] = store.notes(stored.digest)
     if as_json:
         output.print_json(facts)
     else:
@@ -51,34 +54,50 @@ def show(model: str, stages: int, context: int | None, sequences: int | None, as
         _print_stages(facts["fit"]["stages"])
 
 
-def _of_stored(
-    store: "Store", stored: "StoredModel", stages: int, context: int | None, sequences: int | None
+def _of_file(
+    path: "Path", name: str, stages: int, context: int | None, sequences: int | None
 ) -> dict[str, Any]:
+    """What a model's file says, and how it fits."""
     from cordee.machine.sizing import wish_of
     from cordee.models.cards import cards
     from cordee.models.fit import own_context, stage_shapes
     from cordee.models.gguf import read_header
     from cordee.models.slices import even_cuts
 
-    header = read_header(stored.path)
-    facts = known.facts_of_file(stored) | _facts_of_header(header, cards().get(stored.name))
-    facts["batch_invariance"] = store.notes(stored.digest)
-    wish = wish_of(own_context(header), context, sequences, stored.name)
-    facts["fit"] = _fit(stored.name, stage_shapes(header, stages), even_cuts(header, stages), wish)
-    return facts
+    header = read_header(path)
+    wish = wish_of(own_context(header), context, sequences, name)
+    fit = _fit(name, stage_shapes(header, stages), even_cuts(header, stages), wish)
+    return _facts_of_header(header, cards().get(name)) | {"fit": fit}
 
 
-def _from_afar(model: str, stages: int, context: int | None, sequences: int | None) -> dict[str, Any] | None:
-    """A model that is not here, from its card or as the cluster knows it; None if neither does."""
+def _of_bundled(model: str, stages: int, context: int | None, sequences: int | None) -> dict[str, Any] | None:
+    """A model that comes with the program and is not in the store yet; None if this is no such model."""
+    from cordee.models.cards import cards
+
+    card = cards().get(model)
+    if card is None or card.path is None:
+        return None
+    about = _afar(model, "it comes with Cordée and enters the store when it is used")
+    facts = about | _of_file(card.path, model, stages, context, sequences)
+    return facts | {"bytes": card.path.stat().st_size}
+
+
+def _without_a_file(
+    model: str, stages: int, context: int | None, sequences: int | None
+) -> dict[str, Any] | None:
+    """A model that is not here, as the cluster knows it or from its card; None if neither does."""
     from cordee.cluster.memory import stage_of
     from cordee.machine.sizing import wish_of
     from cordee.models.cards import cards
     from cordee.models.shape import card_shape
 
     card, found = cards().get(model), (known.cluster_models() or {}).get(model)
-    shape = card_shape(card) if card else None
     if found is not None:
-        shape = _shape_in_cluster(model)
+        shape, source = _shape_in_cluster(model), known.where(found)
+    elif card is not None and card.path is None:
+        shape, source = card_shape(card), f"`cordee pull {model}` fetches it from the hub"
+    else:
+        return None
     if shape is None:
         return None
     if stages > 1:
@@ -86,12 +105,16 @@ def _from_afar(model: str, stages: int, context: int | None, sequences: int | No
             f"{model} is not on this machine: `cordee plan {model}` says how a cluster would cut it.",
             "stages",
         )
-    source = known.where(found) if found else f"`cordee pull {model}` fetches it from the hub"
-    facts: dict[str, Any] = {"name": model, "digest": None, "path": None, "source": source, "added": None}
-    facts |= _facts_of_shape(shape, card)
-    facts["bytes"], facts["batch_invariance"] = facts["weights_bytes"], {}
     wish = wish_of(card.context if card else None, context, sequences, model)
-    return facts | {"fit": _fit(model, [stage_of(shape, 0, shape.layers)], [0, shape.layers], wish)}
+    facts = _afar(model, source) | _facts_of_shape(shape, card)
+    fit = _fit(model, [stage_of(shape, 0, shape.layers)], [0, shape.layers], wish)
+    return facts | {"bytes": facts["weights_bytes"], "fit": fit}
+
+
+def _afar(model: str, source: str) -> dict[str, Any]:
+    """The facts of a model that is not in the store."""
+    absent = dict.fromkeys(("digest", "path", "added"))
+    return {"name": model, **absent, "source": source, "batch_invariance": {}}
 
 
 def _shape_in_cluster(model: str) -> "ModelShape":
@@ -198,7 +221,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("Source", f"{facts['source']}, added {facts['added'][:10]}"))
         lines.append(("Digest", facts["digest"]))
     else:
-        lines.append(("Source", f"not on this machine; {facts['source']}"))
+        lines.append(("Source", f"not in the store; {facts['source']}"))
     lines.append(("Architecture", f"{facts['architecture']}, {facts['layers']} layers"))
     if facts["parameters"]:
         lines.append(("Parameters", output.count(facts["parameters"])))
