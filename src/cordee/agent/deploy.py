@@ -155,7 +155,11 @@ class Deployer:
             return ModelNotFound(
                 f"No node of the cluster has {model} yet: `cordee pull {model}` on one of them fetches it."
             )
-        names = [*ClusterStatus(self._agent).names, *cards()]
+        names = [
+            *self._agent.offers(),
+            *(each.model for each in self._agent.controller.deployments),
+            *cards(),
+        ]
         return ModelNotFound(
             f"No node of the cluster has a model {model!r}{nearest(model, names)}: `cordee pull` on one of "
             "them fetches it. Or deploy one from the hub (owner/name)."
