@@ -177,7 +177,7 @@ def header(tmp_path_factory) -> Header:
 
 
 @given(
-    memory_bytes=st.integers(0, 10**9),
+    memory_bytes=st.integers(0, 10**9) | st.integers(50 * 10**6, 150 * 10**6),
     context=st.none() | st.integers(16, 4096),
     sequences=st.none() | st.integers(1, 64),
     stages=st.integers(1, 3),
