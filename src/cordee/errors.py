@@ -5,6 +5,17 @@ the sentence and exits with `exit_code`; the API answers `http_status` with `cod
 Any other exception that escapes is a bug and keeps its traceback.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+NEAREST_MAX, NEAREST_CUTOFF = 3, 0.6  # how many names are suggested, and how alike they must be
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What to put behind a name that does not exist: ` (did you mean a or b?)`, if any is like it."""
+    close = get_close_matches(name, sorted(set(names)), n=NEAREST_MAX, cutoff=NEAREST_CUTOFF)
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
+
 
 class CordeeError(Exception):
     """Base of all expected errors."""

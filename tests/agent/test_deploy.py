@@ -14,12 +14,13 @@ from cluster_processes import MEMORY, SERVED, Cluster, Node, until
 from clusters import shape_of
 from cordee.agent.control import Deploy, Deployed
 from cordee.agent.deploy import Deployer
+from cordee.cluster.demand import SEQUENCES, Wish
 from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Gauges, Offer, Reading
+from cordee.cluster.memory import Demand
 from cordee.distribution import hub_source
 from cordee.distribution.hub import HubFile
 from cordee.distribution.hub_ranges import FIRST_BYTES
-from cordee.distribution.inventory import SEQUENCES
 from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadRequest, ModelNotFound
 from cordee.models.gguf import read_header
@@ -125,7 +126,9 @@ def test_a_model_is_deployed_right_after_it_was_pulled(cluster: Cluster, starter
     until(lambda: _host(a) != "")
     assert hello(a, "just-now") == hello(a, "Small")  # one file under two names, deployed differently
     assert a.cordee("undeploy", "just-now").returncode == 0
-    assert a.cordee("rm", "just-now").returncode == 0
+    asked = a.cordee("rm", "just-now")  # of what was read from the hub no node has a whole copy
+    assert (asked.returncode, "last whole copy of just-now" in asked.stderr) == (2, True)
+    assert a.cordee("rm", "just-now", "--yes").returncode == 0
 
 
 class FakeAgent:
@@ -154,6 +157,9 @@ class FakeAgent:
 
     async def look(self) -> None:
         pass
+
+    async def sized(self, _name: str, _shape: object, wish: Wish) -> Demand:
+        return wish.full
 
 
 def test_nothing_is_read_that_is_known_under_way_or_has_a_taken_name(

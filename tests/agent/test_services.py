@@ -116,3 +116,25 @@ def test_a_request_says_which_model_is_wanted(model: Model) -> None:
             await answering
 
     asyncio.run(play())
+
+
+def test_a_request_whose_model_is_deployed_anew_with_another_context_is_told_to_ask_again(
+    model: Model,
+) -> None:
+    """As by the request itself, where memory is too short for the usual context."""
+
+    async def play() -> None:
+        world = World(model)
+        world.services.follow({"a": (SHAPE, 64)}, ())
+        await until(lambda: "a" in world.services)
+        request = Request(id="s", prompt=(1, 2, 3), max_tokens=1)
+        answering = asyncio.ensure_future(anext(world.services["a"].generate(request)))
+        await until(lambda: world.wanted == ["a"])
+        world.services.follow({"a": (SHAPE, 32)}, ("a",))
+        with pytest.raises(StageFailed, match="a is deployed anew, with 32 tokens of context: ask again"):
+            await answering
+        await until(lambda: "a" in world.services)
+        await world.services.close()
+        await asyncio.gather(*world.tasks)
+
+    asyncio.run(play())

@@ -10,7 +10,7 @@ from cordee.cli import bench_runs
 from cordee.cli.main import cordee
 from cordee.engine.stage import StageConfig
 from cordee.machine import sizing
-from cordee.models.fit import USABLE, verdict
+from cordee.models.fit import USABLE, estimate
 from cordee.models.gguf import read_header
 from ternary_models import make_ternary
 from tiny import make_tiny
@@ -74,8 +74,8 @@ def test_memory_for_fewer_answers_measures_fewer(tmp_path: Path, monkeypatch: py
     path = tmp_path / "model.gguf"
     make_ternary("llama", path)
     for answers in (1, 4):
-        config = StageConfig(context=512, sequences=answers, batch_rows=512)
-        room = verdict(read_header(path), config, 0).need_bytes / USABLE + 1
+        config, header = StageConfig(context=512, sequences=answers, batch_rows=512), read_header(path)
+        room = estimate(header, 0, header.layers, config).total_bytes / USABLE + 1
         monkeypatch.setattr(sizing, "usable_memory", lambda devices, room=room: room)
         result = bench(path, "--json", "--threads", 1)
         cases = [case for case in lines(result) if case.startswith("decode")]

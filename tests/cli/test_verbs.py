@@ -1,6 +1,7 @@
 """The verbs of a cluster as people use them: real nodes on this machine, the starter model on two of them."""
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster_processes import MEMORY, SERVED, Cluster, Node, until
+from terminal import Terminal
 
 HELLO = [{"role": "user", "content": "Say hello."}]
 
@@ -88,7 +90,8 @@ def test_ps_shows_the_stages_of_this_machine(nodes: list[Node]) -> None:
 
 
 def test_run_is_answered_by_the_cluster(nodes: list[Node]) -> None:
-    assert nodes[1].told("ls") == []  # it has no model of its own
+    [listed] = nodes[1].told("ls")
+    assert (listed["path"], listed["nodes"]) == (None, ["a"])  # it has no model of its own
     told = nodes[1].do("run", "starter", "Say hello.", "--max-tokens", 8, "--temperature", 0)
     assert told.strip() == hello(nodes[0]).strip()
 
@@ -109,13 +112,77 @@ def test_no_model_is_deployed_for_more_than_it_was_made_for(nodes: list[Node]) -
 
 
 def test_status_says_why_a_model_runs_nowhere(nodes: list[Node]) -> None:
-    nodes[0].do("deploy", "starter", "--context", 8192, "--sequences", 16)
+    told = nodes[0].cordee("deploy", "starter", "--context", 8192, "--sequences", 16)
+    assert told.returncode == 0
+    assert "starter is deployed, but cannot run for now. It needs" in told.stderr
     until(lambda: nodes[2].model("starter")["state"] == "unplaced")
     assert "It needs" in nodes[2].model("starter")["why"]
     assert "runs nowhere. It needs" in nodes[2].do("status")
+    advised = re.search(r"`cordee (deploy starter --context 8192 --sequences \d+)` fits", told.stderr)
+    assert advised, told.stderr
+    nodes[0].do(*advised[1].split())
+    until(lambda: all(serves(node) for node in nodes))
     nodes[0].do("undeploy", "starter")
     until(lambda: not nodes[2].model("starter")["deployed"])
     assert nodes[0].cordee("undeploy", "starter").returncode == 3
+    assert "(did you mean starter?)" in nodes[0].cordee("deploy", "startr").stderr
+
+
+def test_where_memory_is_short_a_deployed_model_gets_fewer_answers(nodes: list[Node]) -> None:
+    """Eight answers of 4096 tokens take more than the three nodes lend."""
+    told = nodes[1].cordee("deploy", "starter")
+    assert told.returncode == 0, told.stderr
+    short = re.search(r"memory is short: starter has (\d) answers at a time instead of 8", told.stderr)
+    assert short, told.stderr
+    until(lambda: all(node.model("starter").get("sequences") == int(short[1]) for node in nodes))
+    until(lambda: all(serves(node) for node in nodes))
+    assert nodes[0].model("starter")["context"] == 4096
+    refused = nodes[1].cordee("deploy", "starter", "--sequences", 8, "--context", 4096)
+    assert "cannot run for now. It needs" in refused.stderr  # what was asked for is not changed
+    nodes[1].do("undeploy", "starter")
+    until(lambda: not any(node.model("starter")["deployed"] for node in nodes))
+    assert hello(nodes[2])  # a request chooses as well
+    assert nodes[2].model("starter")["sequences"] == int(short[1])
+
+
+def test_verbs_know_the_models_that_only_another_node_has(nodes: list[Node]) -> None:
+    other = nodes[1]
+    listed = other.do("ls").splitlines()
+    assert [line.split()[0] for line in listed] == ["NAME", "starter"]
+    assert listed[1].split()[-1] == "a"
+    removed = other.cordee("rm", "starter")
+    assert (removed.returncode, "a has it: `cordee rm` there" in removed.stderr) == (3, True)
+    shown = json.loads(other.do("show", "starter", "--json"))
+    assert (shown["path"], shown["layers"]) == (None, 30)
+    assert "a has it" in other.do("show", "starter")
+    near = other.cordee("export", "startr", other.home / "out", "--for", "pentium2")
+    assert "(did you mean starter" in near.stderr
+    unknown = other.cordee("plan", "startr")
+    assert (unknown.returncode, "(did you mean starter" in unknown.stderr) == (3, True)
+    [line] = [line for line in other.do("models").splitlines() if line.startswith("starter ")]
+    assert line.split()[-1] in ("yes", "a")  # set-up may have put a copy beside the program
+
+
+def test_the_last_whole_copy_is_removed_only_if_that_is_confirmed(
+    cluster: Cluster, nodes: list[Node], starter_path: Path
+) -> None:
+    """A second copy, under another name, goes without a question; so does a second name."""
+    a, c = cluster.nodes["a"], cluster.nodes["c"]
+    refused = a.cordee("rm", "starter")
+    assert refused.returncode == 2
+    assert "the cluster's last whole copy of starter" in refused.stderr
+    assert "which it serves: confirm with `cordee rm starter --yes`" in refused.stderr
+    c.do("pull", starter_path, "--name", "copy")
+    until(lambda: "copy" in {model["name"] for model in a.told("status")["models"]})
+    c.do("rm", "copy")
+    until(lambda: "copy" not in {model["name"] for model in a.told("status")["models"]})
+    a.do("pull", starter_path, "--name", "second")
+    a.do("rm", "second")
+    asked = Terminal("rm", "starter", home=a.home)
+    asked.until("Remove it? [y/N]")
+    asked.type("n\n")
+    assert asked.exit_code() == 1
+    assert [model["name"] for model in a.told("ls")] == ["starter"]
 
 
 def test_the_old_names_of_deploy_and_undeploy_still_work(nodes: list[Node]) -> None:

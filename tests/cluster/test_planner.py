@@ -1,17 +1,20 @@
 """The plan: covers the model, fits every device, is the fastest there is, and explains itself."""
 
+import re
 from collections.abc import Mapping
 from itertools import permutations, product
 from random import Random
 from unittest.mock import patch
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cordee.cluster.demand import CONTEXT_USEFUL, Wish
 from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace, StageReport
 from cordee.cluster.memory import Demand, needed_bytes
-from cordee.cluster.planner import Plan, Planner, plan
+from cordee.cluster.planner import COPIES_TOLD, Plan, Planner, copies, largest, plan
 from cordee.cluster.search import BEAM_WIDTH, CPU_STAGE_TIME, FETCH_TIME, VISITS_MAX, Search, held_layers
 from cordee.cluster.speed import coarse, token_time
 from plans import GB, GBIT, device, machine, made_shape, named, slices
@@ -105,7 +108,7 @@ def test_no_placement_is_better_than_the_plan(beam_width, shape, nodes):
         found = plan(shape, nodes, DEMAND)
     if best is None:
         assert found.placement is None
-        assert found.why.endswith((".", "it fits."))
+        assert found.why.endswith((".", "` fits."))
     else:
         assert cost(shape, found.placement, nodes) == best
 
@@ -300,9 +303,116 @@ def test_too_long_a_context_says_which_one_fits():
     nodes = named(machine("ada", device(14, 100)))
     found = plan(made_shape(), nodes, Demand(65_536, 4))
     assert found.placement is None
-    context = int(found.why.partition("`--context ")[2].partition("`")[0])
-    assert context < 65_536
-    assert plan(made_shape(), nodes, Demand(context, 4)).placement is not None
+    assert plan(made_shape(), nodes, advised(found, Demand(65_536, 4))).placement is not None
+
+
+def advised(found: Plan, asked: Demand, command: str = "cordee deploy MODEL") -> Demand | None:
+    """What the refusal says to ask for instead."""
+    match = re.search(f"`{command} --context (\\d+)(?: --sequences (\\d+))?` fits", found.why)
+    return match and Demand(int(match[1]), int(match[2] or asked.sequences))
+
+
+def with_the_machine_it_wants(found: Plan, nodes: Mapping[str, Facts]) -> dict[str, Facts]:
+    """The nodes, and the machine that the refusal says to add."""
+    wanted = re.search(r"add a machine with at least ([\d.]+) GB of memory for models", found.why)
+    assert wanted, found.why
+    return {**nodes, **named(machine("added", device(float(wanted[1]), 10, "cpu")))}
+
+
+# Their KV caches take as much as their weights: an answer of 10,000 tokens 0.5 GB in each layer.
+deep_shapes = shapes().map(lambda shape: msgspec.structs.replace(shape, cell_bytes=(50_000,) * shape.layers))
+
+
+@settings(max_examples=150)
+@given(deep_shapes, clusters(), st.integers(1, 40_000), st.integers(1, 16), st.sampled_from([GB, 10**13]))
+def test_what_a_refusal_advises_works(shape, nodes, context, sequences, disk):
+    asked = Demand(context, sequences)
+    nodes = {n: msgspec.structs.replace(facts, disk_free_bytes=disk) for n, facts in nodes.items()}
+    found = plan(shape, nodes, asked)
+    if found.placement or not nodes or found.why.startswith("No machine has memory"):
+        return
+    instead = advised(found, asked)
+    if instead:
+        assert plan(shape, nodes, instead).placement
+    elif "disks are too full" in found.why:
+        roomy = {n: msgspec.structs.replace(facts, disk_free_bytes=10**15) for n, facts in nodes.items()}
+        assert plan(shape, roomy, asked).placement
+    else:
+        assert plan(shape, with_the_machine_it_wants(found, nodes), asked).placement
+        assert plan(shape, nodes, Demand(min(context, 256), 1)).placement is None
+
+
+@settings(max_examples=100)
+@given(
+    deep_shapes,
+    clusters(),
+    st.none() | st.integers(16, 40_000),
+    st.none() | st.integers(1, 16),
+    st.integers(256, 8192),
+)
+def test_what_was_left_open_gives_way_and_what_was_asked_for_does_not(
+    shape, nodes, context, sequences, usual
+):
+    wish = Wish(context, sequences, usual)
+    given_ = largest(shape, nodes, wish)
+    if given_ is None:
+        assert plan(shape, nodes, wish.least).placement is None
+        return
+    assert plan(shape, nodes, given_).placement
+    assert context in (None, given_.context)
+    assert sequences in (None, given_.sequences)
+    assert given_.context >= min(usual, CONTEXT_USEFUL) or context
+    if given_ != wish.full:
+        more = given_._replace(sequences=given_.sequences + 1)
+        if given_.context < wish.full.context:  # only one answer is left then
+            assert given_.sequences == wish.least.sequences
+            more = given_._replace(context=min(wish.full.context, (given_.context // 256 + 1) * 256))
+        assert plan(shape, nodes, more).placement is None
+    assert bool(wish.shortened(given_)) == (given_ != wish.full)
+
+
+def test_by_a_hair_a_cluster_gives_fewer_answers():
+    whole = needed_bytes(made_shape(), Demand(4096, 8), 0, 12)
+    hair = named(machine("ada", device((whole - 1) / GB, 100)))
+    wish = Wish(None, None, 4096)
+    assert largest(made_shape(), hair, wish) == (4096, 7)
+    assert wish.shortened(Demand(4096, 7)) == "7 answers at a time instead of 8"
+    refused = plan(made_shape(), hair, Demand(4096, 8), command="cordee deploy m")
+    assert advised(refused, Demand(4096, 8), "cordee deploy m") == (4096, 7)
+    wants, have = re.search(r"It needs ([\d.]+) GB .* the machines have ([\d.]+) GB", refused.why).groups()
+    assert float(wants) > float(have)
+
+
+def test_what_little_is_left_of_a_disk_is_the_reason_that_is_told():
+    full = named(machine("ada", device(30, 100), disk_free_bytes=GB - 1))
+    found = plan(made_shape(), full, DEMAND)
+    assert found.placement is None
+    assert found.why.startswith(
+        "The machines have the memory for it, but their disks are too full for its 12.0"
+    )
+
+
+def test_copies_are_counted_on_machines_of_their_own():
+    nodes = named(*(machine(name, device(14, 100)) for name in NAMES))
+    assert copies(made_shape(), nodes, DEMAND) == 3
+    assert copies(made_shape(), nodes, DEMAND, {("ada", "GPU"): 10 * GB}) == 2
+    halves = named(*(machine(name, device(9, 100)) for name in NAMES))
+    assert copies(made_shape(), halves, DEMAND) == 1
+    assert copies(made_shape(), {}, DEMAND) == 0
+    many = named(*(machine(f"n{i}", device(14, 100)) for i in range(COPIES_TOLD + 3)))
+    assert copies(made_shape(), many, DEMAND) == COPIES_TOLD
+
+
+def test_prompts_are_read_faster_than_answers_are_written():
+    for kind, ratio in (("cpu", 2), ("gpu", 8)):
+        alone = plan(made_shape(), named(machine("ada", device(20, 100, kind))), DEMAND)
+        assert alone.prompt_tokens_per_second > ratio * alone.tokens_per_second
+    expert = made_shape(active_bytes=(GB // 100,) * 12)  # all experts are read for a batch of prompts
+    mixture = plan(expert, named(machine("ada", device(20, 100, "gpu"))), DEMAND)
+    assert mixture.prompt_tokens_per_second < 512 * 100 / 12
+    slow = dict.fromkeys(NAMES, 1000.0)
+    linked = named(*(machine(name, device(9, 100), bytes_per_second=slow) for name in NAMES[:2]))
+    assert plan(made_shape(), linked, DEMAND).prompt_tokens_per_second < 1  # 4 kB a token on a link of 1 kB/s
 
 
 def test_no_machines_at_all():

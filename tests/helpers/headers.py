@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 
-F32, Q8 = GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0
+F32, Q8, Q5_0 = GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q5_0
 Q4_K, Q6_K, MXFP4 = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K, GGMLQuantizationType.MXFP4
 
 Tensor = tuple[str, tuple[int, ...], GGMLQuantizationType]
@@ -15,7 +15,11 @@ Tensor = tuple[str, tuple[int, ...], GGMLQuantizationType]
 
 @dataclass(frozen=True)
 class Model:
-    """A model's dimensions; `experts` 0 is a dense one."""
+    """A model's dimensions; `experts` 0 is a dense one, `tied` one whose head is the embedding.
+
+    `file_bytes` is the size of the published file, 0 where it is not known here: beside the tensors it has
+    the vocabulary and the rest of the metadata.
+    """
 
     architecture: str
     layers: int
@@ -27,6 +31,9 @@ class Model:
     vocab: int
     context: int
     experts: int = 0
+    tied: bool = False
+    all_q8: bool = False
+    file_bytes: int = 0
 
 
 MODELS = {
@@ -34,7 +41,37 @@ MODELS = {
     "gpt-oss-120b": Model("gpt-oss", 36, 2880, 2880, 64, 8, 64, 201088, 131072, experts=128),
     "apertus-8b": Model("apertus", 32, 4096, 21504, 32, 8, 128, 131072, 65536),
     "apertus-70b": Model("apertus", 80, 8192, 43008, 64, 8, 128, 131072, 65536),
+    "llama3.2-1b": Model(
+        "llama", 16, 2048, 8192, 32, 8, 64, 128256, 131072, tied=True, file_bytes=807_694_464
+    ),
+    "llama3.2-3b": Model(
+        "llama", 28, 3072, 8192, 24, 8, 128, 128256, 131072, tied=True, file_bytes=2_019_377_696
+    ),
+    "mistral-small": Model("llama", 40, 5120, 32768, 32, 8, 128, 131072, 131072, file_bytes=14_333_922_848),
+    "qwen3-0.6b": Model(
+        "qwen3", 28, 1024, 3072, 16, 8, 128, 151936, 40960, tied=True, all_q8=True, file_bytes=639_446_688
+    ),
+    "qwen3-1.7b": Model(
+        "qwen3", 28, 2048, 6144, 16, 8, 128, 151936, 40960, tied=True, all_q8=True, file_bytes=1_834_426_016
+    ),
+    "qwen3-4b": Model(
+        "qwen3", 36, 2560, 9728, 32, 8, 128, 151936, 40960, tied=True, file_bytes=2_497_280_256
+    ),
+    "qwen3-8b": Model("qwen3", 36, 4096, 12288, 32, 8, 128, 151936, 40960, file_bytes=5_027_783_488),
+    "qwen3-30b-a3b": Model(
+        "qwen3moe", 48, 2048, 768, 32, 4, 128, 151936, 40960, experts=128, file_bytes=18_556_685_824
+    ),
+    "gemma3-1b": Model("gemma3", 26, 1152, 6912, 4, 1, 256, 262144, 32768, tied=True, file_bytes=806_058_240),
+    "gemma3-4b": Model(
+        "gemma3", 34, 2560, 10240, 8, 4, 256, 262144, 131072, tied=True, file_bytes=2_489_757_856
+    ),
+    "gemma3-12b": Model(
+        "gemma3", 48, 3840, 15360, 16, 8, 256, 262144, 131072, tied=True, file_bytes=7_300_574_880
+    ),
 }
+# The experts that are used for each token.
+EXPERTS_USED = {"gpt-oss": 4, "qwen3moe": 8}
+SLIDING_WINDOWS = {"gpt-oss": 128, "gemma3": 1024}
 
 
 def write_header(name: str, path: Path) -> Path:
@@ -51,8 +88,9 @@ def write_header(name: str, path: Path) -> Path:
     writer.add_value_length(model.head)
     if model.experts:
         writer.add_expert_count(model.experts)
-        writer.add_expert_used_count(4)
-        writer.add_sliding_window(128)
+        writer.add_expert_used_count(EXPERTS_USED[model.architecture])
+    if model.architecture in SLIDING_WINDOWS:
+        writer.add_sliding_window(SLIDING_WINDOWS[model.architecture])
     for title, shape, kind in tensors(model):
         block, block_bytes = GGML_QUANT_SIZES[kind]
         nbytes = int(np.prod(shape)) // block * block_bytes
@@ -66,15 +104,27 @@ def write_header(name: str, path: Path) -> Path:
 
 def tensors(model: Model) -> Iterator[Tensor]:
     """All tensors, in ggml's order of dimensions, as `MXFP4` and `Q4_K_M` files have them."""
-    yield "token_embd.weight", (model.embd, model.vocab), Q8 if model.experts else Q4_K
-    yield "output.weight", (model.embd, model.vocab), Q8 if model.experts else Q6_K
+    is_mxfp4 = model.architecture == "gpt-oss"
+    embedding = Q8 if is_mxfp4 else Q6_K if model.tied else Q4_K
+    yield "token_embd.weight", (model.embd, model.vocab), stored(model, model.embd, embedding)
+    if not model.tied:
+        yield "output.weight", (model.embd, model.vocab), Q8 if is_mxfp4 else Q6_K
     yield "output_norm.weight", (model.embd,), F32
+    if model.architecture == "llama" and model.tied:  # Llama 3.2 stretches its rotation
+        yield "rope_freqs.weight", (model.head // 2,), F32
     for layer in range(model.layers):
-        for title, shape, kind in expert_layer(model) if model.experts else dense_layer(model, layer):
-            yield f"blk.{layer}.{title}", shape, kind
+        for title, shape, kind in gpt_oss_layer(model) if is_mxfp4 else usual_layer(model, layer):
+            yield f"blk.{layer}.{title}", shape, stored(model, shape[0], kind)
 
 
-def expert_layer(model: Model) -> Iterator[Tensor]:
+def stored(model: Model, width: int, kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type that llama.cpp's quantizer stores: one of smaller blocks where 256 do not divide the rows."""
+    if model.all_q8 and kind in (Q4_K, Q6_K):
+        return Q8
+    return {Q4_K: Q5_0, Q6_K: Q8}.get(kind, kind) if width % 256 else kind
+
+
+def gpt_oss_layer(model: Model) -> Iterator[Tensor]:
     embd, wide, narrow = model.embd, model.heads * model.head, model.kv_heads * model.head
     yield "attn_norm.weight", (embd,), F32
     yield "post_attention_norm.weight", (embd,), F32
@@ -94,17 +144,27 @@ def expert_layer(model: Model) -> Iterator[Tensor]:
         yield f"ffn_{matrix}_exps.bias", (model.ffn, model.experts), F32
 
 
-def dense_layer(model: Model, layer: int) -> Iterator[Tensor]:
+def usual_layer(model: Model, layer: int) -> Iterator[Tensor]:
     embd, wide, narrow = model.embd, model.heads * model.head, model.kv_heads * model.head
     eighth = model.layers // 8  # Q4_K_M: which layers get more bits (llama.cpp, use_more_bits)
-    more = layer < eighth or layer >= 7 * eighth or (layer - eighth) % 3 == 2
-    for norm in ("attn_norm", "ffn_norm"):
+    more = layer < eighth or layer >= 7 * model.layers // 8 or (layer - eighth) % 3 == 2
+    norms = ["attn_norm", "ffn_norm"]
+    if model.architecture == "gemma3":
+        norms += ["post_attention_norm", "post_ffw_norm"]
+    for norm in norms:
         yield f"{norm}.weight", (embd,), F32
-    for norm in ("attn_q_norm", "attn_k_norm"):
-        yield f"{norm}.weight", (model.head,), F32
+    if model.architecture != "llama":
+        for norm in ("attn_q_norm", "attn_k_norm"):
+            yield f"{norm}.weight", (model.head,), F32
     yield "attn_q.weight", (embd, wide), Q4_K
     yield "attn_k.weight", (embd, narrow), Q4_K
     yield "attn_v.weight", (embd, narrow), Q6_K if more else Q4_K
     yield "attn_output.weight", (wide, embd), Q4_K
-    yield "ffn_up.weight", (embd, model.ffn), Q4_K
-    yield "ffn_down.weight", (model.ffn, embd), Q6_K if more else Q4_K
+    experts, suffix = (), ""
+    if model.experts:
+        experts, suffix = (model.experts,), "_exps"
+        yield "ffn_gate_inp.weight", (embd, model.experts), F32
+    if model.architecture != "apertus":  # whose activation needs no gate
+        yield f"ffn_gate{suffix}.weight", (embd, model.ffn, *experts), Q4_K
+    yield f"ffn_up{suffix}.weight", (embd, model.ffn, *experts), Q4_K
+    yield f"ffn_down{suffix}.weight", (model.ffn, embd, *experts), Q6_K if more else Q4_K

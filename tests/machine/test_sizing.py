@@ -1,14 +1,17 @@
 """A service is as large as the machine allows, and refused with a clear message where it does not fit."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from cordee.cluster.demand import CELLS_DEFAULT, CONTEXT_USEFUL, SEQUENCES
 from cordee.errors import BadRequest, DoesNotFit
 from cordee.machine.memory import memory
-from cordee.machine.sizing import CELLS_DEFAULT, stage_config
+from cordee.machine.sizing import stage_config, wish_of
+from cordee.models.fit import own_context
 from cordee.models.gguf import Header, read_header
 from tiny import make_tiny
 
@@ -35,8 +38,9 @@ def huge_model(path: Path, nbytes: int, context: int) -> Header:
     return read_header(path)
 
 
-def config_of(header: Header, context: int | None = None, **given: object):
-    return stage_config(header, stages=1, sequences=given.pop("sequences", 4), context=context, **given)
+def config_of(header: Header, context: int | None = None, sequences: int | None = 4, **given: object):
+    wish = wish_of(own_context(header), context, sequences, header.path.name)
+    return stage_config(header, wish, name=header.path.name, command="cordee serve m", **given)
 
 
 def test_a_model_larger_than_memory_is_refused(tmp_path: Path) -> None:
@@ -59,7 +63,42 @@ def test_little_memory_makes_the_context_shorter(tmp_path: Path, monkeypatch: py
     generous = config_of(header, sequences=1).context
     monkeypatch.setattr("cordee.machine.sizing.usable_memory", lambda devices: 500_000_000)
     tight = config_of(header, sequences=1).context
-    assert 256 <= tight < generous == CELLS_DEFAULT
+    assert CONTEXT_USEFUL <= tight < generous == CELLS_DEFAULT
+
+
+def test_by_a_hair_there_are_fewer_answers_and_then_a_shorter_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = huge_model(tmp_path / "long.gguf", nbytes=1 << 24, context=1 << 20)
+    found: list[tuple[int, int]] = []
+    for room in range(1_000_000_000, 200_000_000, -5_000_000):
+        monkeypatch.setattr("cordee.machine.sizing.usable_memory", lambda devices, room=room: room)
+        config = config_of(header, sequences=None)
+        if (config.sequences, config.context) not in found:
+            found.append((config.sequences, config.context))
+    assert found[:8] == [(answers, CELLS_DEFAULT // SEQUENCES) for answers in range(8, 0, -1)]
+    assert [answers for answers, _ in found[8:]] == [1] * len(found[8:])
+    contexts = [context for _, context in found[7:]]
+    assert contexts == sorted(contexts, reverse=True)
+    assert contexts[-1] >= CONTEXT_USEFUL
+
+
+def test_what_was_asked_for_is_refused_rather_than_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = huge_model(tmp_path / "long.gguf", nbytes=1 << 24, context=1 << 20)
+    monkeypatch.setattr("cordee.machine.sizing.usable_memory", lambda devices: 350_000_000)
+    config = config_of(header, context=2048, sequences=None)
+    assert (config.context, config.sequences < SEQUENCES) == (2048, True)
+    with pytest.raises(
+        DoesNotFit, match=r"long\.gguf does not fit\. It needs .* for 8 answers of 4096"
+    ) as no:
+        config_of(header, context=4096, sequences=8)
+    advised = re.search(r"`cordee serve m --context (\d+) --sequences (\d+)` fits", no.value.message)
+    assert advised, no.value.message
+    context, sequences = map(int, advised.groups())
+    config = config_of(header, context=context, sequences=sequences)
+    assert (config.context, config.sequences) == (4096, sequences)
 
 
 def test_the_models_own_context_bounds_what_is_asked_for(tmp_path: Path) -> None:

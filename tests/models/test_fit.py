@@ -1,6 +1,7 @@
 """The fit estimate against what libllama and a worker process really take; verdicts; containers."""
 
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,15 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from cordee.cluster.demand import Wish, usual_context
 from cordee.cluster.memory import PROCESS_BYTES, StageShape
 from cordee.engine.llama.libllama import cpu_quota
 from cordee.engine.llama.stage import LlamaStage
 from cordee.engine.stage import StageConfig
-from cordee.errors import BadModelFile, DoesNotFit
+from cordee.errors import BadModelFile
 from cordee.machine.memory import memory
 from cordee.models import fit
 from cordee.models.architectures import architecture
-from cordee.models.fit import estimate, sized_context, stage_shape, verdict
+from cordee.models.fit import Verdict, estimate, own_context, stage_shape, stage_shapes, verdict
 from cordee.models.gguf import Header, read_header
 from cordee.models.slices import cut, even_cuts
 
@@ -174,50 +176,64 @@ def header(tmp_path_factory) -> Header:
     return read_header(tiny.make_tiny("qwen3", tmp_path_factory.mktemp("models") / "m.gguf"))
 
 
-@given(memory_bytes=st.integers(0, 10**9), sequences=st.integers(1, 64), stages=st.integers(1, 3))
-def test_the_longest_context_fits_and_a_longer_one_does_not(header, memory_bytes, sequences, stages):
-    asked = StageConfig(context=4096, sequences=sequences)
-    found = verdict(header, asked, memory_bytes, stages)
-    assert found.fits == (found.need_bytes <= found.have_bytes) == (found.longest_context >= 4096)
+@given(
+    memory_bytes=st.integers(0, 10**9) | st.integers(50 * 10**6, 150 * 10**6),
+    context=st.none() | st.integers(16, 4096),
+    sequences=st.none() | st.integers(1, 64),
+    stages=st.integers(1, 3),
+)
+def test_what_is_advised_works_and_what_was_asked_for_is_kept(
+    header, memory_bytes, context, sequences, stages
+):
+    found = served(header, context, sequences, memory_bytes, stages)
+    assert found.fits == (found.need_bytes <= found.have_bytes)
     assert found.need_bytes == sum(stage.total_bytes for stage in found.stages)
-    assert len(found.stages) == stages
-    longest = found.longest_context
-    if longest:
-        assert verdict(header, StageConfig(longest, sequences), memory_bytes, stages).fits
-        assert f"--context {longest}" in found.advice or found.fits
-    if longest < 4096:  # what the model was made for
-        longer = StageConfig(longest + fit.CELLS_STEP, sequences)
-        assert not verdict(header, longer, memory_bytes, stages).fits
+    assert context in (None, found.demand.context)
+    assert sequences in (None, found.demand.sequences)
+    advised = re.search(r"`cordee serve m --context (\d+)(?: --sequences (\d+))?` fits", found.advice)
+    assert not (found.fits and advised)
+    if advised:
+        answers = int(advised[2]) if advised[2] else sequences
+        assert served(header, int(advised[1]), answers, memory_bytes, stages).fits
+    elif not found.fits:
+        assert found.advice.endswith("take a smaller quantization, or more machines.")
+        assert not served(header, min(context or 256, 256), 1, memory_bytes, stages).fits
+
+
+def served(
+    header: Header, context: int | None, sequences: int | None, room: float, stages: int = 1
+) -> Verdict:
+    wish = Wish(context, sequences, usual_context(own_context(header), sequences))
+    return verdict(stage_shapes(header, stages), wish, int(room), "cordee serve m")
 
 
 def test_a_verdict_says_what_to_do(header):
-    config = StageConfig(context=4096, sequences=8)
-    need = verdict(header, config, 0).need_bytes
-    plenty = verdict(header, config, 2 * need)
+    need = served(header, 4096, 8, 0).need_bytes
+    plenty = served(header, 4096, 8, 2 * need)
     assert (plenty.fits, plenty.have_bytes) == (True, int(2 * need * fit.USABLE))
     assert plenty.advice.startswith("It fits: it needs 0.1 GB of memory")
-    short = verdict(header, config, need)
+    short = served(header, 4096, 8, need)
     assert not short.fits
-    assert f"with `--context {short.longest_context}` it fits" in short.advice
-    nothing = verdict(header, config, 10**6)
-    assert (nothing.fits, nothing.longest_context) == (False, 0)
+    assert "`cordee serve m --context 4096 --sequences " in short.advice
+    nothing = served(header, 4096, 8, 10**6)
+    assert not nothing.fits
     assert "smaller quantization, or more machines" in nothing.advice
 
 
+def test_by_a_hair_the_amounts_can_be_told_apart_and_what_gives_way_is_said(header):
+    need = served(header, None, None, 10**12).need_bytes
+    hair = served(header, None, None, (need - 1) / fit.USABLE)
+    assert hair.fits
+    assert hair.demand == (4096, 7)
+    assert hair.advice.endswith("Memory is short: 7 answers at a time instead of 8.")
+    refused = served(header, 4096, 8, (need - 1) / fit.USABLE)
+    wants, has = re.search(r"It needs ([\d.]+) GB .* and ([\d.]+) GB may be used", refused.advice).groups()
+    assert float(wants) > float(has)
+
+
 def test_each_stage_is_a_process_of_its_own(header):
-    config = StageConfig(context=512, sequences=2)
-    whole, staged = (verdict(header, config, 10**9, stages) for stages in (1, 3))
+    whole, staged = (served(header, 512, 2, 10**9, stages) for stages in (1, 3))
     assert staged.need_bytes - whole.need_bytes > 2 * PROCESS_BYTES
-
-
-def test_a_service_sizes_its_context_by_model_limit_and_memory(header):
-    room = {"sequences": 8, "batch_rows": 512}
-    assert sized_context(header, 10**12, limit=10**6, **room) == header.get(".context_length")
-    assert sized_context(header, 10**12, limit=1000, **room) == 1000
-    need = verdict(header, StageConfig(context=1024, sequences=8), 0).need_bytes
-    assert sized_context(header, int(need / fit.USABLE) + 1, limit=10**6, **room) == 1024
-    with pytest.raises(DoesNotFit, match=r"m\.gguf does not fit\. It needs .* smaller quantization"):
-        sized_context(header, 10**6, limit=10**6, **room)
 
 
 @pytest.mark.parametrize("key", ["embedding_length", "attention.head_count", "attention.key_length"])

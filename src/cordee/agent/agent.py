@@ -25,22 +25,23 @@ from typing import Any
 import msgspec
 
 from cordee import __version__
-from cordee.agent import admins
+from cordee.agent import admins, room
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
 from cordee.agent.reach import Reach
 from cordee.agent.services import Services
 from cordee.cluster.controller import Controller, Running
+from cordee.cluster.demand import Wish
 from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld, best_host
 from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec
 from cordee.cluster.history import History
 from cordee.cluster.membership import Farewell
+from cordee.cluster.memory import Demand
 from cordee.cluster.planner import Planner
 from cordee.cluster.reconcile import Actions
-from cordee.distribution.inventory import SEQUENCES
 from cordee.distribution.local_models import LocalModels
 from cordee.engine.llama import libllama
-from cordee.errors import BadRequest, CordeeError, ModelNotFound
+from cordee.errors import BadRequest, CordeeError, ModelNotFound, nearest
 from cordee.generation import streams
 from cordee.generation.streams import Said
 from cordee.machine.devices import own_devices
@@ -120,6 +121,7 @@ class Agent:
         self._meter = Meter()
         self._gateway = ClusterGateway(identity.node, self._ask)
         self.services = Services(self.local_models, self._gateway, self._keep, self.changed, self._want)
+        self._wanted: set[str] = set()  # models that clients asked for, and that are about to be deployed
         self._scheduler_hosts: dict[str, SchedulerHost] = {}  # by stream key
         self._stages: Stages | None = None
         self._inbox: asyncio.Server | None = None
@@ -174,22 +176,14 @@ class Agent:
 
     # What people ask for.
 
-    def deploy(
-        self, name: str, *, context: int | None = None, sequences: int = SEQUENCES, replicas: int = 1
-    ) -> None:
-        """Have the cluster serve a model that some node offers.
-
-        Raises:
-            ModelNotFound: no node of the cluster has it.
-        """
-        offer = self.offers().get(name)
-        if offer is None:
-            raise ModelNotFound(
-                f"No node of the cluster has a model {name!r}: `cordee pull` on one of them fetches it."
-            )
-        now = time.monotonic()
-        self.controller.deploy(name, offer.shape, context or offer.context, sequences, now, replicas)
+    def deploy(self, offer: Offer, demand: Demand, replicas: int = 1) -> None:
+        """Have the cluster serve a model that some node offers."""
+        self.controller.deploy(offer.name, offer.shape, *demand, time.monotonic(), replicas)
         self.changed()
+
+    async def sized(self, name: str, shape: ModelShape, wish: Wish) -> Demand | None:
+        """The most of what is asked of a model that fits now; None if not even the least does."""
+        return await room.sized(self.controller, name, shape, wish)
 
     def undeploy(self, name: str) -> None:
         """Have the cluster serve a model no longer.
@@ -200,7 +194,11 @@ class Agent:
         found = (each for each in self.controller.deployments if each.model == name and each.replicas)
         old = next(found, None)
         if old is None:
-            raise ModelNotFound(f"The cluster does not serve a model {name!r}: `cordee status` lists them.")
+            served = [each.model for each in self.controller.deployments if each.replicas]
+            raise ModelNotFound(
+                f"The cluster does not serve a model {name!r}{nearest(name, served)}: `cordee status` lists "
+                "them."
+            )
         self.controller.deploy(
             name, old.shape, old.context, old.sequences, time.monotonic(), replicas=0, source=old.source
         )
@@ -485,9 +483,24 @@ class Agent:
 
     def _want(self, name: str) -> None:
         """A client asks for a model: it is deployed from now on."""
-        if not any(each.model == name and each.replicas for each in self.controller.deployments):
-            with contextlib.suppress(ModelNotFound):
-                self.deploy(name)
+        if not self._is_deployed(name) and name not in self._wanted:
+            self._wanted.add(name)
+            self._keep(self._deploy_wanted(name))
+
+    async def _deploy_wanted(self, name: str) -> None:
+        try:
+            offer = self.offers().get(name)
+            if offer is None:
+                return
+            wish = Wish(None, None, offer.context)
+            demand = await self.sized(name, offer.shape, wish)
+            if not self._is_deployed(name):  # by somebody else, meanwhile
+                self.deploy(offer, demand or wish.full)
+        finally:
+            self._wanted.discard(name)
+
+    def _is_deployed(self, name: str) -> bool:
+        return any(each.model == name and each.replicas for each in self.controller.deployments)
 
     def _measure(self) -> Gauges:
         hosted = [

@@ -28,7 +28,9 @@ import psutil
 
 from cordee import errors
 from cordee.cluster import planner
+from cordee.cluster.demand import Wish
 from cordee.cluster.facts import ModelShape, Reading
+from cordee.cluster.memory import Demand
 from cordee.errors import BadRequest, CordeeError, NotRunning
 from cordee.files import home
 
@@ -67,10 +69,15 @@ class Deploy(msgspec.Struct, frozen=True):
 
 
 class Deployed(msgspec.Struct, frozen=True):
-    """The name under which a model is deployed; with a `reading`, will be once it has been read."""
+    """The name under which a model is deployed; with a `reading`, will be once it has been read.
+
+    For people: `lacks` says how much less it gets as memory is short, `why` why it cannot run for now.
+    """
 
     name: str
     reading: Reading | None = None
+    lacks: str = ""
+    why: str = ""
 
 
 class Undeploy(msgspec.Struct, frozen=True):
@@ -90,17 +97,20 @@ class PlanRequest(msgspec.Struct, frozen=True):
 
     model: str
     shape: ModelShape | None
-    context: int | None
-    sequences: int
+    wish: Wish
 
 
 class Planned(msgspec.Struct, frozen=True):
-    """A plan, and what it is for."""
+    """A plan, and what it is for; `lacks` says what that is less than was asked, for people.
+
+    `copies` is how often the model fits, each time on other nodes.
+    """
 
     shape: ModelShape
-    context: int
-    sequences: int
+    demand: Demand
+    lacks: str
     plan: planner.Plan
+    copies: int
 
 
 class Empty(msgspec.Struct, frozen=True):

@@ -11,14 +11,17 @@ import time
 from cordee.agent.agent import Agent
 from cordee.agent.control import Deploy, Deployed
 from cordee.agent.status import ClusterStatus
+from cordee.cluster.demand import Wish
 from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import ModelShape, Reading
+from cordee.cluster.memory import Demand
 from cordee.distribution import hub_source
 from cordee.distribution.hub import HubFile
-from cordee.distribution.inventory import SEQUENCES
 from cordee.distribution.manifest import Manifest
 from cordee.distribution.pull import hub_name, is_on_hub
-from cordee.errors import BadRequest, DoesNotFit, ModelNotFound
+from cordee.errors import BadRequest, DoesNotFit, ModelNotFound, nearest
+from cordee.models.cards import cards
+from cordee.models.fit import own_context
 from cordee.models.gguf import read_header
 from cordee.models.shape import model_shape
 
@@ -33,7 +36,9 @@ class Deployer:
         """Deploy a model by its name in the cluster, or one of the hub.
 
         Of the hub is 'owner/name', alone or with ':QUANTIZATION' or '/file.gguf' after it; it then has the
-        name that `cordee pull` gives it.
+        name that `cordee pull` gives it. Context and answers at a time that were not asked for are chosen by
+        memory (cluster/demand.py). A model that a node has is deployed even if it does not fit: it will run
+        once it does.
 
         Raises:
             ModelNotFound: no node of the cluster has it, and it is not on the hub.
@@ -48,16 +53,13 @@ class Deployer:
         if model not in agent.offers() and not is_on_hub(model):
             await agent.look()
         if model in agent.offers():
-            return self._offered(model, asked)
+            return await self._offered(model, asked)
         deployment = self._known(model)
         if deployment is not None:
-            return self._again(deployment, asked, deployment.source)
+            return await self._again(deployment, asked, deployment.source)
         if not is_on_hub(model):
             self._require_read(model)
-            raise ModelNotFound(
-                f"No node of the cluster has a model {model!r}: `cordee pull` on one of them fetches it. "
-                "Or deploy one from the hub (owner/name)."
-            )
+            raise self._not_found(model)
         name = hub_name(model)
         reading = self._reading(name)
         if reading is not None:
@@ -85,53 +87,83 @@ class Deployer:
         offers = agent.offers()
         for offer in offers.values():
             if offer.source == source:  # some node pulled it, and has it; the hub does if that node is gone
-                return self._again(
-                    Deployment(offer.name, offer.shape, offer.context, SEQUENCES), asked, source
-                )
+                before = Wish(None, None, offer.context).full
+                return await self._again(Deployment(offer.name, offer.shape, *before), asked, source)
         for deployment in agent.controller.deployments:
             if deployment.source == source and deployment.shape is not None:
-                return self._again(deployment, asked, source)
+                return await self._again(deployment, asked, source)
         if name in offers or self._named(name):
             raise BadRequest(
                 f"The cluster has another model called {name}: `cordee pull {asked.model} --name NAME` on a "
                 "node gives this one another name.",
                 "model",
             )
-        shape, context = await asyncio.to_thread(agent.local_models.hub.shape, source, name, asked.context)
-        sequences = asked.sequences or SEQUENCES
-        await self._require_fit(name, shape, context, sequences)
+        shape, wish = await asyncio.to_thread(
+            agent.local_models.hub.shape, source, name, asked.context, asked.sequences
+        )
+        demand = await agent.sized(name, shape, wish)
+        if demand is None:
+            why = await self._why_not(asked.model, shape, wish)
+            raise DoesNotFit(f"{name} is not read from the hub, as the cluster could not run it. {why}")
 
         def deploy_it(manifest: Manifest) -> None:
             self._write(
                 Deployment(
                     name,
                     model_shape(manifest.header, manifest.digest),
-                    context,
-                    sequences,
+                    *demand,
                     asked.replicas,
                     source=source,
                 )
             )
 
         total = sum(file.nbytes for file in files)
-        return Deployed(name, agent.local_models.hub.read(name, source, total, deploy_it))
+        reading = agent.local_models.hub.read(name, source, total, deploy_it)
+        return Deployed(name, reading, wish.shortened(demand))
 
-    def _offered(self, name: str, asked: Deploy) -> Deployed:
-        sequences = asked.sequences or SEQUENCES
-        if not asked.follow:
-            self._agent.deploy(name, context=asked.context, sequences=sequences, replicas=asked.replicas)
-        return Deployed(name)
+    async def _offered(self, name: str, asked: Deploy) -> Deployed:
+        if asked.follow:
+            return Deployed(name)
+        offer = self._agent.offers()[name]
+        wish = Wish(asked.context, asked.sequences, offer.context)
+        demand, told = await self._sized(name, offer.shape, wish)
+        self._agent.deploy(offer, demand, asked.replicas)
+        return told
 
-    def _again(self, deployment: Deployment, asked: Deploy, source: str) -> Deployed:
+    async def _again(self, deployment: Deployment, asked: Deploy, source: str) -> Deployed:
         """Deploy a model whose chunks are known, with the options of before where none are given."""
-        if not asked.follow:
-            context, sequences = asked.context or deployment.context, asked.sequences or deployment.sequences
-            self._write(
-                Deployment(
-                    deployment.model, deployment.shape, context, sequences, asked.replicas, source=source
-                )
+        name, shape = deployment.model, deployment.shape
+        if asked.follow or shape is None:
+            return Deployed(name)
+        wish = Wish(asked.context, asked.sequences, deployment.context, deployment.sequences)
+        demand, told = await self._sized(name, shape, wish)
+        self._write(Deployment(name, shape, *demand, asked.replicas, source=source))
+        return told
+
+    async def _sized(self, name: str, shape: ModelShape, wish: Wish) -> tuple[Demand, Deployed]:
+        """What a model is deployed with, and what people are told."""
+        demand = await self._agent.sized(name, shape, wish)
+        if demand is None:
+            return wish.full, Deployed(name, why=await self._why_not(name, shape, wish))
+        return demand, Deployed(name, lacks=wish.shortened(demand))
+
+    async def _why_not(self, name: str, shape: ModelShape, wish: Wish) -> str:
+        return (await ClusterStatus(self._agent).plan(name, shape, wish)).plan.why
+
+    def _not_found(self, model: str) -> ModelNotFound:
+        if model in cards():
+            return ModelNotFound(
+                f"No node of the cluster has {model} yet: `cordee pull {model}` on one of them fetches it."
             )
-        return Deployed(deployment.model)
+        names = [
+            *self._agent.offers(),
+            *(each.model for each in self._agent.controller.deployments),
+            *cards(),
+        ]
+        return ModelNotFound(
+            f"No node of the cluster has a model {model!r}{nearest(model, names)}: `cordee pull` on one of "
+            "them fetches it. Or deploy one from the hub (owner/name)."
+        )
 
     def _ended(self, name: str) -> Deployed:
         """How the reading of a model ended."""
@@ -170,7 +202,7 @@ class Deployer:
         if service is None or context is None:
             return
         header = await asyncio.to_thread(read_header, service.vocabulary.path, weights=False)
-        own = header.get(".context_length")
+        own = own_context(header)
         if own is not None and context > own:
             raise BadRequest(f"{name} was made for at most {own} tokens, not {context}", "context")
 
@@ -180,14 +212,6 @@ class Deployer:
         if reading is not None:
             percent = 100 * reading.done_bytes // max(reading.total_bytes, 1)
             raise ModelNotFound(f"{name} is still being read ({percent} %): deploy it in a moment.")
-
-    async def _require_fit(self, name: str, shape: ModelShape, context: int, sequences: int) -> None:
-        found = (await ClusterStatus(self._agent).plan(name, shape, context, sequences)).plan
-        if found.placement is None:
-            raise DoesNotFit(
-                f"{name} is not read from the hub, as the cluster could not run it ({sequences} answers at a "
-                f"time, each of {context} tokens): {found.why}"
-            )
 
     def _write(self, deployment: Deployment) -> None:
         self._agent.controller.deploy(

@@ -63,6 +63,8 @@ class Services(Mapping[str, ClusterService]):
             shape, context = models.get(name, (None, 0))
             if shape is None or (shape.digest, context) != (service.model.digest, service.context):
                 del self._services[name]
+                if shape is not None:
+                    service.fail_all(f"{name} is deployed anew, with {context} tokens of context: ask again")
                 self._keep(service.close())
             else:
                 service.is_deployed = name in deployed

@@ -15,9 +15,11 @@ import psutil
 
 from cordee.agent.agent import Agent
 from cordee.agent.control import Planned
+from cordee.agent.room import reserved
 from cordee.agent.warnings import listing, warnings
 from cordee.cluster import planner
 from cordee.cluster.choose import Chosen, Reports
+from cordee.cluster.demand import Wish
 from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import (
     Facts,
@@ -31,7 +33,7 @@ from cordee.cluster.facts import (
     stream_key,
 )
 from cordee.cluster.memory import Demand, needed_bytes
-from cordee.errors import BadRequest, ModelNotFound
+from cordee.errors import BadRequest, ModelNotFound, nearest
 from cordee.net.members import KnownMember
 from cordee.serving.registry import resident_bytes
 
@@ -116,7 +118,7 @@ class ClusterStatus:
 
     async def status(self) -> dict[str, Any]:
         """The models of the cluster: which nodes run what, how fast, and why if none do."""
-        models = [await self._model(name) for name in sorted(self._deployments.keys() | self._offers.keys())]
+        models = [await self._model(name) for name in sorted(self.names)]
         watts = [gauges.watts for gauges in self._gauges.values() if gauges.watts is not None]
         return self._head | {
             "models": models,
@@ -184,7 +186,7 @@ class ClusterStatus:
             if job is not None and not others:
                 why = "There is no other node that could take it."
             elif job is not None:
-                elsewhere = await self._plan(*job)
+                elsewhere = await self._plan(stage["model"], *job)
                 why = "" if elsewhere.placement is not None else elsewhere.why
             found.append({"model": stage["model"], "layers": stage["layers"], "why": why})
         return found
@@ -201,24 +203,34 @@ class ClusterStatus:
                 found[placement_id(pick.placement)] = pick.shape, demand
         return found
 
-    async def plan(
-        self, model: str, shape: ModelShape | None, context: int | None, sequences: int
-    ) -> Planned:
+    async def plan(self, model: str, shape: ModelShape | None, wish: Wish) -> Planned:
         """Where a model would run now, beside what else runs. Without a `shape`, a model of the cluster.
 
         Raises:
             ModelNotFound: the cluster has no such model.
-            BadRequest: a shape without a context.
         """
         if shape is None:
-            if model not in self._offers:
-                raise ModelNotFound(f"No node of the cluster has a model {model!r}.")
-            offer = self._offers[model]
-            shape, context = offer.shape, context or offer.context
-        if context is None:
-            raise BadRequest("a plan needs a context", "context")
-        found = await self._plan(shape, Demand(context, sequences))
-        return Planned(shape, context, sequences, found)
+            shape, usual = self._known_shape(model)
+            wish = wish._replace(usual=usual)
+        able, taken = self._alive(), self._reserved(shape)
+        demand = await asyncio.to_thread(planner.largest, shape, able, wish, taken) or wish.least
+        found = await self._plan(model, shape, demand)
+        copies = await asyncio.to_thread(planner.copies, shape, able, demand, taken)
+        return Planned(shape, demand, wish.shortened(demand), found, copies)
+
+    def _known_shape(self, model: str) -> tuple[ModelShape, int]:
+        """Shape and usual context of a model that nodes have, whole or in slices."""
+        if model in self._offers:
+            return self._offers[model].shape, self._offers[model].context
+        if model in self._deployments:
+            deployment, shape = self._deployments[model]
+            return shape, deployment.context
+        raise ModelNotFound(f"No node of the cluster has a model {model!r}{nearest(model, self.names)}.")
+
+    @property
+    def names(self) -> set[str]:
+        """The models of the cluster."""
+        return self._offers.keys() | self._deployments.keys()
 
     def _alive(self) -> dict[str, Facts]:
         return {node: facts for node, (state, facts) in self._known.items() if state == "alive"}
@@ -283,6 +295,7 @@ class ClusterStatus:
             "layers": shape.layers,
             "weights_bytes": sum(shape.layer_bytes) + shape.whole_extra_bytes,
             "offered_by": holders,
+            "offered_here": name in {offer.name for offer in self._facts[self._agent.node].offers},
             "deployed": found is not None,
         }
         return model if found is None else model | await self._deployed(*found)
@@ -350,24 +363,24 @@ class ClusterStatus:
             for report in facts.stages
             if report.placement.model == shape.digest and report.state == "failed"
         }
-        found = await self._plan(shape, Demand(deployment.context, deployment.sequences), failed)
+        demand = Demand(deployment.context, deployment.sequences)
+        found = await self._plan(deployment.model, shape, demand, failed)
         if found.placement is not None:
             return "It will be placed in a moment."
         return " ".join([found.why, *failed.values()])
 
-    async def _plan(self, shape: ModelShape, demand: Demand, without: Collection[str] = ()) -> planner.Plan:
+    async def _plan(
+        self, name: str, shape: ModelShape, demand: Demand, without: Collection[str] = ()
+    ) -> planner.Plan:
         """Plan a model beside the others, without some nodes. In a thread: a large cluster takes a while."""
-        reserved: dict[tuple[str, str], int] = {}
-        for pick in (pick for picks in self._controller.chosen.values() for pick in picks):
-            for placement in (pick.placement, pick.successor):
-                if placement is not None and placement.model != shape.digest:
-                    _reserve(reserved, pick.shape, placement)
         able = {node: facts for node, facts in self._alive().items() if node not in without}
-        return await asyncio.to_thread(planner.plan, shape, able, demand, reserved)
+        command = f"cordee deploy {name}"
+        return await asyncio.to_thread(planner.plan, shape, able, demand, self._reserved(shape), command)
 
-
-def _reserve(reserved: dict[tuple[str, str], int], shape: ModelShape, placement: Placement) -> None:
-    demand = Demand(placement.context, placement.sequences)
-    for place in placement.stages:
-        key = (place.node, place.device)
-        reserved[key] = reserved.get(key, 0) + needed_bytes(shape, demand, place.first, place.last)
+    def _reserved(self, shape: ModelShape) -> dict[tuple[str, str], int]:
+        """What the other models take."""
+        chosen = self._controller.chosen
+        others = {
+            name: [pick for pick in chosen[name] if pick.shape.digest != shape.digest] for name in chosen
+        }
+        return reserved(others)

@@ -38,7 +38,7 @@ def bench(model: str, threads: int | None, devices: tuple[str, ...], fast: bool,
     header = _header(model)
     found: list[Figure] = []
     with output.loading() as report:
-        for figure in figures(header, StageOptions(threads, devices, not fast), report):
+        for figure in figures(header, StageOptions(model, threads, devices, not fast), report):
             found.append(figure)
             if as_json:
                 click.echo(json.dumps({"model": model} | _entry(figure)))
@@ -47,7 +47,7 @@ def bench(model: str, threads: int | None, devices: tuple[str, ...], fast: bool,
 
 
 def _header(model: str) -> "Header":
-    from cordee.cli.models import find
+    from cordee.cli.known import find
     from cordee.models.gguf import read_header
     from cordee.models.store import Store
 

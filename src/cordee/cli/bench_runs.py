@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cordee.cluster.demand import Wish
 from cordee.engine.stage import Batch, Stage, StageConfig, batch_of_one
-from cordee.errors import DoesNotFit, SetupNeeded
+from cordee.errors import SetupNeeded
 from cordee.machine import sizing
 from cordee.machine.devices import memory_speed
 from cordee.machine.energy import Meter
 from cordee.machine.memory import memory
-from cordee.models.fit import size_of
+from cordee.models.fit import own_context
 from cordee.models.gguf import Header, engine_of
 from cordee.models.shape import model_shape
 
@@ -54,8 +55,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How to load the stage, as the command line says."""
+    """How to load the stage, as the command line says; `name` is what people call the model."""
 
+    name: str
     threads: int | None
     devices: tuple[str, ...]
     batch_invariant: bool
@@ -172,23 +174,16 @@ class _Runs:
 
 def _config(header: Header, wanted: StageOptions) -> StageConfig:
     """The most sequences of CONTEXT tokens that fit; fewer tokens where the model was made for fewer."""
-    context = min(CONTEXT, size_of(header, ".context_length", default=CONTEXT) or CONTEXT)
+    context = min(CONTEXT, own_context(header) or CONTEXT)
     devices = ("CPU",) if engine_of(header) == "ternary" else wanted.devices
-    for sequences in reversed(DECODE_BATCHES):
-        try:
-            return sizing.stage_config(
-                header,
-                stages=1,
-                sequences=sequences,
-                context=context,
-                threads=wanted.threads,
-                devices=devices,
-                batch_invariant=wanted.batch_invariant,
-            )
-        except DoesNotFit:
-            if sequences == 1:
-                raise
-    raise AssertionError("DECODE_BATCHES begins with 1")
+    return sizing.stage_config(
+        header,
+        Wish(context, None, context),
+        name=wanted.name,
+        threads=wanted.threads,
+        devices=devices,
+        batch_invariant=wanted.batch_invariant,
+    )
 
 
 def _load(header: Header, config: StageConfig) -> Stage:

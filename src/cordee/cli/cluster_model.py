@@ -49,7 +49,8 @@ class ClusterModel:
             NotRunning: the node here has ended.
         """
         if not (_model(self.name) or {}).get("deployed"):
-            control.ask("POST", "/deploy", control.Deploy(self.name))
+            deployed = control.ask("POST", "/deploy", control.Deploy(self.name), control.Deployed)
+            output.note_shortened(self.name, deployed.lacks)
         unplaced_until = time.monotonic() + UNPLACED_SECONDS
         with output.loading() as report:
             reported = ""

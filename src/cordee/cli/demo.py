@@ -16,7 +16,8 @@ import click
 
 from cordee.cli import output
 from cordee.cli.conversation import MAX_TOKENS, TEMPERATURE, GenerationOptions
-from cordee.cli.models import STARTER, find
+from cordee.cli.known import find
+from cordee.cli.models import STARTER
 from cordee.errors import ContextExceeded
 
 if TYPE_CHECKING:

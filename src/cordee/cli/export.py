@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from cordee.cli import output
-from cordee.cli.models import find
+from cordee.cli.known import find
 
 
 @click.command()

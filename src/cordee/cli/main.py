@@ -11,18 +11,20 @@ import click
 
 from cordee import __version__
 from cordee.cli.bench import bench
+from cordee.cli.catalog import models
 from cordee.cli.convert import convert
 from cordee.cli.demo import demo
 from cordee.cli.doctor import doctor
 from cordee.cli.export import export
 from cordee.cli.identity import identity
 from cordee.cli.members import admin, drain, invite, join, leave, remove
-from cordee.cli.models import ls, pull, rm, show
+from cordee.cli.models import ls, pull, rm
 from cordee.cli.nodes import nodes
 from cordee.cli.plan import plan
 from cordee.cli.ps import ps
 from cordee.cli.run import run
 from cordee.cli.serve import serve
+from cordee.cli.show import show
 from cordee.cli.status import deploy, status, undeploy
 from cordee.cli.up import up
 from cordee.errors import CordeeError
@@ -88,7 +90,7 @@ def cordee() -> None:
 
 
 VERBS = (
-    *(run, serve, pull, ls, show, rm, convert, export, plan),
+    *(run, serve, models, pull, ls, show, rm, convert, export, plan),
     *(up, invite, join, nodes, status, deploy, undeploy, drain, leave, remove, admin, identity),
     *(ps, doctor, bench, demo),
 )

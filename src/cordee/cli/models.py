@@ -1,54 +1,18 @@
 """The verbs of the model store: `pull`, `ls`, `show`, `rm`."""
 
-from collections import Counter
-from dataclasses import asdict
-from itertools import pairwise
+import shlex
+import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from cordee.cli import options, output
-from cordee.errors import ModelNotFound
+from cordee.cli import known, options, output
+from cordee.errors import BadRequest, ModelNotFound
 
 if TYPE_CHECKING:
-    from cordee.models.cards import Card
-    from cordee.models.gguf import Header
-    from cordee.models.store import Store, StoredModel
+    from cordee.models.store import StoredModel
 
 STARTER = "starter"
-
-
-def find(store: "Store", name: str) -> "StoredModel":
-    """The model of that name. One that comes with the program is put into the store at its first use.
-
-    Raises:
-        ModelNotFound: no such model; the message says what to do.
-    """
-    try:
-        return store.get(name)
-    except ModelNotFound:
-        found = _put(store, name)
-        if found is None:
-            raise
-        return found
-
-
-def put_if_here(name: str) -> bool:
-    """Put a model that comes with the program into the store; False if none of that name does."""
-    from cordee.models.store import Store
-
-    return _put(Store(), name) is not None
-
-
-def _put(store: "Store", name: str) -> "StoredModel | None":
-    from cordee.distribution.pull import pull as fetch
-    from cordee.models.cards import cards
-
-    card = cards().get(name)
-    if card is None or card.path is None:
-        return None
-    with output.progress(f"putting {name} into the store") as progress:
-        return fetch(name, store=store, progress=progress)
 
 
 @click.command()
@@ -75,162 +39,95 @@ def pull(source: str, name: str | None, pre: str | None) -> None:
 @click.command()
 @options.as_json
 def ls(as_json: bool) -> None:
-    """List the models in the store."""
+    """List the models in the store and in the cluster.
+
+    ON says which nodes have the whole model, if a node runs here (`cordee up`). `cordee models` lists what
+    there is to fetch.
+    """
     from cordee.models.store import Store
 
-    models = Store().list()
+    cluster = known.cluster_models()
+    here = [known.facts_of_file(model) for model in Store().list()]
+    elsewhere = [_facts_elsewhere(model) for model in (cluster or {}).values() if not model["offered_here"]]
+    names = {model["name"] for model in here}
+    listed = [*here, *(model for model in elsewhere if model["name"] not in names)]
+    for model in listed:
+        model["nodes"] = (cluster or {}).get(model["name"], {}).get("offered_by", [])
     if as_json:
-        output.print_json([_facts_of_file(model) for model in models])
-    elif models:
-        rows = [(m.name, output.size(m.nbytes), m.added[:10], m.source) for m in models]
-        output.print_table(("NAME", "SIZE", "ADDED", "SOURCE"), rows)
+        output.print_json(listed)
+    elif listed:
+        header, rows = ("NAME", "SIZE", "ADDED", "SOURCE"), [_row(model) for model in listed]
+        if cluster is not None:
+            header = (*header, "ON")
+            rows = [(*row, ", ".join(model["nodes"]) or "-") for row, model in zip(rows, listed, strict=True)]
+        output.print_table(header, rows)
     else:
-        output.note("No models yet. Try: cordee run starter")
+        output.note("No models yet. Try: cordee run starter. `cordee models` lists what there is.")
 
 
 @click.command()
 @click.argument("model")
-@options.stages
-@options.context
-@options.sequences
-@options.as_json
-def show(model: str, stages: int, context: int | None, sequences: int, as_json: bool) -> None:
-    """Show what a model is, and whether it fits this machine when served with these options."""
-    from cordee.models.cards import cards
-    from cordee.models.gguf import read_header
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def rm(model: str, yes: bool) -> None:
+    """Remove a model and its slices from the store.
+
+    If no other node of the cluster has the whole model, it asks first; without a terminal it wants --yes.
+    """
     from cordee.models.store import Store
 
     store = Store()
-    stored = find(store, model)
-    header = read_header(stored.path)
-    facts = _facts_of_file(stored) | _facts_of_header(header, cards().get(stored.name))
-    facts["batch_invariance"] = store.notes(stored.digest)
-    facts["fit"] = _fit(header, stages, context, sequences)
-    if as_json:
-        output.print_json(facts)
+    try:
+        stored = store.get(model)
+    except ModelNotFound:
+        others = known.cluster_models() or {}
+        if model in others:
+            raise ModelNotFound(
+                f"The model {model!r} is not on this machine, but {known.where(others[model])}: `cordee rm` "
+                f"there removes it, `cordee undeploy {model}` ends its serving."
+            ) from None
+        raise
+    if not yes:
+        _confirm_last(stored, store.list(lambda _: None))
+    store.remove(model)
+
+
+def _confirm_last(model: "StoredModel", stored: "list[StoredModel]") -> None:
+    """Ask before the cluster's last whole copy of a model is removed.
+
+    Raises:
+        BadRequest: there is nobody to ask.
+    """
+    from cordee.net import identity
+
+    if not identity.exists() or any(m.digest == model.digest and m.name != model.name for m in stored):
+        return
+    cluster = known.cluster_models()
+    if cluster is None:
+        what = f"No node runs here, so it is not known whether another has {model.name}"
+    elif _is_elsewhere(model.name, cluster):
+        return
     else:
-        output.print_facts(_lines(facts))
-        click.echo()
-        _print_stages(facts["fit"]["stages"])
+        what = f"This is the cluster's last whole copy of {model.name} ({output.size(model.nbytes)})"
+        if cluster.get(model.name, {}).get("deployed"):
+            what += ", which it serves"
+    if not sys.stdin.isatty():
+        raise BadRequest(f"{what}: confirm with `cordee rm {shlex.quote(model.name)} --yes`.")
+    click.confirm(f"{what}. Remove it?", abort=True, err=True)
 
 
-@click.command()
-@click.argument("model")
-def rm(model: str) -> None:
-    """Remove a model and its slices from the store."""
-    from cordee.models.store import Store
-
-    Store().remove(model)
+def _is_elsewhere(name: str, cluster: dict[str, dict[str, Any]]) -> bool:
+    """Whether another node has the whole model, under any name."""
+    digest = cluster[name]["digest"] if name in cluster else None
+    alike = [model for other, model in cluster.items() if other == name or model["digest"] == digest]
+    return any(len(model["offered_by"]) > model["offered_here"] for model in alike)
 
 
-def _facts_of_file(model: "StoredModel") -> dict[str, Any]:
-    return {
-        "name": model.name,
-        "digest": model.digest,
-        "path": str(model.path),
-        "bytes": model.nbytes,
-        "source": model.source,
-        "added": model.added,
-    }
+def _facts_elsewhere(model: dict[str, Any]) -> dict[str, Any]:
+    """A model of the cluster that is not in this store."""
+    absent = dict.fromkeys(("path", "source", "added"))
+    return {"name": model["name"], "digest": model["digest"], "bytes": model["weights_bytes"]} | absent
 
 
-def _facts_of_header(header: "Header", card: "Card | None") -> dict[str, Any]:
-    """What the file says of the model: shape, size, bytes by quantisation; the card has the licence."""
-    from cordee.models.fit import parameter_count
-
-    kinds: Counter[str] = Counter()
-    for tensor in header.tensors:
-        kinds[tensor.type.name] += tensor.nbytes
-    return {
-        "title": card.title if card else header.get("general.name"),
-        "license": card.license if card else header.get("general.license"),
-        "notes": card.notes if card else None,
-        "architecture": header.architecture,
-        "layers": header.layers,
-        "parameters": parameter_count(header),
-        "context": header.get(".context_length"),
-        "weights_bytes": header.size_bytes,
-        "quantization_bytes": dict(kinds.most_common()),
-        "cuts": _cuts(header),
-    }
-
-
-def _cuts(header: "Header") -> dict[str, Any]:
-    """Whether the model may be cut into stages, and why not."""
-    from cordee.models.architectures import architecture
-
-    known = architecture(header.architecture)
-    if known is None or not known.certified:
-        reason = f"no test has certified cuts of {header.architecture}"
-    else:
-        reason = known.obstacle(header.layers)
-    return {"allowed": reason is None, "reason": reason}
-
-
-def _fit(header: "Header", stages: int, context: int | None, sequences: int) -> dict[str, Any]:
-    """What the stages would take of this machine's free memory, and whether that is enough."""
-    from cordee.engine.stage import StageConfig
-    from cordee.machine import sizing
-    from cordee.models.fit import verdict
-    from cordee.models.slices import even_cuts
-
-    limit = max(1, sizing.CELLS_DEFAULT // sequences)
-    context = context or min(limit, header.get(".context_length", limit))
-    config = StageConfig(context=context, sequences=sequences, batch_rows=sizing.BATCH_ROWS)
-    found = verdict(header, config, sizing.usable_memory(sizing.chosen_devices(())), stages)
-    return {
-        "fits": found.fits,
-        "advice": found.advice,
-        "need_bytes": found.need_bytes,
-        "have_bytes": found.have_bytes,
-        "context": context,
-        "sequences": sequences,
-        "longest_context": found.longest_context,
-        "stages": [
-            {"layers": layers} | asdict(fit) | {"total_bytes": fit.total_bytes}
-            for layers, fit in zip(pairwise(even_cuts(header, stages)), found.stages, strict=True)
-        ],
-    }
-
-
-def _print_stages(stages: list[dict[str, Any]]) -> None:
-    kinds = ("weights", "kv", "scratch", "runtime", "total")
-    rows = [
-        (
-            f"{stage['layers'][0]}-{stage['layers'][1] - 1}",
-            *(output.size(stage[f"{kind}_bytes"]) for kind in kinds),
-        )
-        for stage in stages
-    ]
-    output.print_table(("LAYERS", "WEIGHTS", "KV CACHE", "SCRATCH", "RUNTIME", "TOTAL"), rows)
-
-
-def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """The facts for people; batch invariance as tried with the installed build of libllama."""
-    from cordee.engine.llama.libllama import build
-
-    weights = facts["weights_bytes"]
-    mix = (f"{name} {100 * nbytes / weights:.0f} %" for name, nbytes in facts["quantization_bytes"].items())
-    lines = [
-        ("Model", f"{facts['name']} ({facts['title'] or 'no title'})"),
-        ("Licence", facts["license"] or "not stated in the file"),
-        ("Source", f"{facts['source']}, added {facts['added'][:10]}"),
-        ("Digest", facts["digest"]),
-        ("Architecture", f"{facts['architecture']}, {facts['layers']} layers"),
-        ("Parameters", output.count(facts["parameters"])),
-        ("Weights", f"{output.size(weights)}: {', '.join(mix)}"),
-        ("Context", f"{facts['context']} tokens" if facts["context"] else "not stated in the file"),
-        ("Stages", "can be cut" if facts["cuts"]["allowed"] else f"cannot be cut: {facts['cuts']['reason']}"),
-    ]
-    for key, same in facts["batch_invariance"].items():
-        if build() in key:
-            lines.append(
-                ("Batch-invariant", f"{key.replace(build(), 'this build')}: {'yes' if same else 'no'}")
-            )
-    fit = facts["fit"]
-    lines.append(
-        ("Fit", f"{fit['sequences']} answers at a time, of {fit['context']} tokens each. {fit['advice']}")
-    )
-    if facts["notes"]:
-        lines.append(("Notes", facts["notes"]))
-    return lines
+def _row(model: dict[str, Any]) -> tuple[str, ...]:
+    added = model["added"][:10] if model["added"] else "-"
+    return model["name"], output.size(model["bytes"]), added, model["source"] or "the cluster"

@@ -20,15 +20,13 @@ context = click.option(
     "--context",
     metavar="N",
     type=click.IntRange(16),
-    help="Context length: tokens of a prompt and its answer together.",
+    help="Context length: tokens of a prompt and its answer together; default: as long as is usual and fits.",
 )
 sequences = click.option(
     "--sequences",
     metavar="N",
     type=click.IntRange(1, 256),
-    default=8,
-    show_default=True,
-    help="Answers at a time.",
+    help="Answers at a time; default: 8, or fewer where memory is short.",
 )
 threads = click.option(
     "--threads", metavar="N", type=click.IntRange(1, 1024), help="Threads of each stage; default: all cores."

@@ -49,6 +49,19 @@ def note(text: str) -> None:
     click.echo(text, err=True)
 
 
+def note_shortened(model: str, lacks: str) -> None:
+    """Say what a model lacks because memory is short, if anything."""
+    if lacks:
+        note(f"cordee: memory is short: {model} has {lacks}")
+
+
+def asked(sequences: int, context: int) -> str:
+    """What a model is asked for: `8 answers at a time, of 4096 tokens each`."""
+    if sequences == 1:
+        return f"1 answer at a time, of {context} tokens"
+    return f"{sequences} answers at a time, of {context} tokens each"
+
+
 def print_json(value: Any) -> None:
     """A result for programs, indented, on standard output."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))

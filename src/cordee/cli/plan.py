@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cordee.cli import options, output
-from cordee.errors import BadRequest, DoesNotFit, ModelNotFound, NotRunning
+from cordee.errors import DoesNotFit, ModelNotFound, NotRunning
 
 if TYPE_CHECKING:
+    from cordee.agent.control import Planned
+    from cordee.cluster.demand import Wish
     from cordee.cluster.facts import Facts, ModelShape
-    from cordee.cluster.memory import Demand
     from cordee.cluster.planner import Plan
+
+# People read about five tokens a second; one that comes every other second is of no use to anybody.
+TOO_SLOW_TOKENS_PER_SECOND = 1.0
+PAGE_TOKENS = 600
 
 
 @click.command()
@@ -29,13 +34,17 @@ if TYPE_CHECKING:
 @options.context
 @options.sequences
 @options.as_json
-def plan(model: str, file: Path | None, context: int | None, sequences: int, as_json: bool) -> None:
+def plan(model: str, file: Path | None, context: int | None, sequences: int | None, as_json: bool) -> None:
     """Show where MODEL would run, how it fits, how fast it would be, and why.
 
-    MODEL is a model in the store, a GGUF file or just its header (the file's first megabytes, cut off
-    anywhere after the list of tensors), or one of the cards gpt-oss-20b, gpt-oss-120b, apertus-8b and
-    apertus-70b. Without --nodes the plan is for the cluster whose node runs here, beside what it runs
+    MODEL is a model in the store or of the cluster, a GGUF file or just its header (the file's first
+    megabytes, cut off anywhere after the list of tensors), or one that `cordee models` lists; nothing is
+    downloaded for it. Without --nodes the plan is for the cluster whose node runs here, beside what it runs
     already; or, if no node runs here, for this machine alone. Exits 6 if the model does not fit.
+
+    An answer is as fast as the machines read their memory. Without --nodes that is measured (graphics cards
+    do not tell: 300 GB/s); in FILE say what was measured (`cordee bench`, roof), or about 70 % of the data
+    sheet. Prompts are read faster than answers are written, on a graphics card many times faster.
 
     FILE is TOML, one table for each machine; all but name, ram and vram may be left out:
 
@@ -55,49 +64,49 @@ def plan(model: str, file: Path | None, context: int | None, sequences: int, as_
       count = 1
     """
     answer = _by_agent(model, context, sequences) if file is None else None
-    shape, load, found = answer or _by_ourselves(model, file, context, sequences)
+    found = answer or _by_ourselves(model, file, context, sequences)
     if as_json:
-        output.print_json(_facts(model, shape, load, found))
+        output.print_json(_facts(model, found))
     else:
-        _print(model, shape, load, found)
-    if found.placement is None:
-        raise DoesNotFit(f"{model} does not fit. {found.why}")
+        _print(model, found, file)
+    if found.plan.placement is None:
+        raise DoesNotFit(f"{model} does not fit. {found.plan.why}")
 
 
-def _by_agent(model: str, context: int | None, sequences: int) -> "tuple[ModelShape, Demand, Plan] | None":
+def _by_agent(model: str, context: int | None, sequences: int | None) -> "Planned | None":
     """Planned by the agent that runs here, for the cluster as it is; None if none runs."""
     from cordee.agent import control
-    from cordee.cluster.memory import Demand
+    from cordee.cluster.demand import Wish
 
-    def ask(shape: "ModelShape | None", context: int | None) -> "tuple[ModelShape, Demand, Plan]":
-        asked = control.PlanRequest(model, shape, context, sequences)
-        found = control.ask("POST", "/plan", asked, control.Planned)
-        return found.shape, Demand(found.context, found.sequences), found.plan
+    def ask(shape: "ModelShape | None", wish: Wish) -> "Planned":
+        return control.ask("POST", "/plan", control.PlanRequest(model, shape, wish), control.Planned)
 
     try:
         if not Path(model).is_file():
-            return ask(None, context)
+            return ask(None, Wish(context, sequences, 0))
     except NotRunning:
         return None
     except ModelNotFound:  # no node of the cluster has it: a card, or a model under another name
         pass
     wanted = _wanted(model)
     try:
-        return ask(wanted.shape, _context(model, context, wanted.context, sequences))
+        return ask(wanted.shape, _wish(model, wanted, context, sequences))
     except NotRunning:
         return None
 
 
-def _by_ourselves(
-    model: str, file: Path | None, context: int | None, sequences: int
-) -> "tuple[ModelShape, Demand, Plan]":
-    from cordee.cluster.memory import Demand
-    from cordee.cluster.planner import plan
+def _by_ourselves(model: str, file: Path | None, context: int | None, sequences: int | None) -> "Planned":
+    from cordee.agent.control import Planned
+    from cordee.cluster.planner import copies, largest, plan
 
     wanted = _wanted(model)
     nodes = _described(file) if file else _this_machine(wanted)
-    load = Demand(_context(model, context, wanted.context, sequences), sequences)
-    return wanted.shape, load, plan(wanted.shape, nodes, load)
+    command = f"cordee {'deploy' if file else 'serve'} {model}"
+    wish = _wish(model, wanted, context, sequences)
+    demand = largest(wanted.shape, nodes, wish) or wish.least
+    found = plan(wanted.shape, nodes, demand, command=command)
+    lacks = wish.shortened(demand)
+    return Planned(wanted.shape, demand, lacks, found, copies(wanted.shape, nodes, demand))
 
 
 @dataclass(frozen=True)
@@ -111,34 +120,35 @@ class PlannedModel:
 
 def _wanted(model: str) -> PlannedModel:
     """A file, a model in the store, or a card."""
-    from cordee.cli.models import find
+    from cordee.cli.known import unknown
     from cordee.models.cards import cards
+    from cordee.models.fit import own_context
     from cordee.models.gguf import read_header
     from cordee.models.shape import card_shape, model_shape
     from cordee.models.store import Store
 
     if Path(model).is_file():
         header = read_header(Path(model), weights=False)
-        return PlannedModel(model_shape(header, model), header.get(".context_length"))
+        return PlannedModel(model_shape(header, model), own_context(header))
+    store, card = Store(), cards().get(model)
     try:
-        stored = find(Store(), model)
+        stored = store.get(model)
+        path, digest = stored.path, stored.digest
     except ModelNotFound:
-        card = cards().get(model)
-        shape = card_shape(card) if card else None
-        if card is None or shape is None:
-            raise
-        return PlannedModel(shape, card.context)
-    header = read_header(stored.path)
-    return PlannedModel(model_shape(header, stored.digest), header.get(".context_length"), stored=True)
+        path, digest = card.path if card else None, model
+    if path is not None:
+        header = read_header(path)
+        return PlannedModel(model_shape(header, digest), own_context(header), stored=True)
+    shape = card_shape(card) if card else None
+    if card is None or shape is None:
+        raise unknown(store, model)
+    return PlannedModel(shape, card.context)
 
 
-def _context(model: str, asked: int | None, own: int | None, sequences: int) -> int:
-    """The context asked for, else what a service has by default."""
-    from cordee.machine.sizing import CELLS_DEFAULT
+def _wish(model: str, wanted: PlannedModel, context: int | None, sequences: int | None) -> "Wish":
+    from cordee.machine.sizing import wish_of
 
-    if asked is not None and own is not None and asked > own:
-        raise BadRequest(f"{model} was made for at most {own} tokens, not {asked}", "context")
-    return asked or min(max(1, CELLS_DEFAULT // sequences), own or CELLS_DEFAULT)
+    return wish_of(wanted.context, context, sequences, model)
 
 
 def _described(file: Path) -> dict[str, "Facts"]:
@@ -170,26 +180,41 @@ def _this_machine(wanted: PlannedModel) -> dict[str, "Facts"]:
     return {name: facts}
 
 
-def _facts(model: str, shape: "ModelShape", load: "Demand", found: "Plan") -> dict[str, Any]:
+def _facts(model: str, planned: "Planned") -> dict[str, Any]:
     from msgspec import to_builtins
 
-    asked = {"model": model, "architecture": shape.architecture, "layers": shape.layers} | load._asdict()
-    return asked | {"weights_bytes": _weights(shape)} | to_builtins(found)
+    shape, found = planned.shape, planned.plan
+    asked = {"model": model, "architecture": shape.architecture, "layers": shape.layers}
+    about = {
+        "weights_bytes": _weights(shape),
+        "lacks": planned.lacks,
+        "copies": planned.copies,
+        "too_slow": _is_too_slow(found),
+    }
+    return asked | planned.demand._asdict() | about | to_builtins(found)
 
 
 def _weights(shape: "ModelShape") -> int:
     return sum(shape.layer_bytes) + shape.whole_extra_bytes
 
 
-def _print(model: str, shape: "ModelShape", load: "Demand", found: "Plan") -> None:
+def _is_too_slow(found: "Plan") -> bool:
+    return found.placement is not None and found.tokens_per_second < TOO_SLOW_TOKENS_PER_SECOND
+
+
+def _print(model: str, planned: "Planned", file: Path | None) -> None:
     """For people: the question, the stages, the machines. Why a model does not fit is the error's message."""
+    found, demand = planned.plan, planned.demand
+    asked = output.asked(demand.sequences, demand.context)
+    if planned.lacks:
+        asked += f" (memory is short: {planned.lacks})"
     lines = [
-        ("Model", f"{model}: {shape.layers} layers, {output.size(_weights(shape))}"),
-        ("Asked", f"{load.sequences} answers at a time, of {load.context} tokens each"),
+        ("Model", f"{model}: {planned.shape.layers} layers, {output.size(_weights(planned.shape))}"),
+        ("Asked", asked),
     ]
     if found.placement:
         lines.append(("Fit", found.why))
-        lines.append(("Speed", f"about {found.tokens_per_second:.3g} tokens/s for one answer"))
+        lines += _speeds(model, planned, file)
     output.print_facts(lines)
     if found.stages:
         click.echo()
@@ -197,6 +222,43 @@ def _print(model: str, shape: "ModelShape", load: "Demand", found: "Plan") -> No
     click.echo()
     rows = [(one.name, "in" if one.used else "out", one.why) for one in found.machines]
     output.print_table(("MACHINE", "", "WHY"), rows)
+
+
+def _speeds(model: str, planned: "Planned", file: Path | None) -> list[tuple[str, str]]:
+    found = planned.plan
+    if file:
+        source = f"if memory is read as fast as {file.name} says"
+    elif any(stage.kind == "gpu" for stage in found.stages):
+        source = "with memory speed as measured, 300 GB/s for a graphics card"
+    else:
+        source = "with memory speed as measured"
+    prompts = found.prompt_tokens_per_second
+    lines = [
+        ("Speed", f"about {found.tokens_per_second:.3g} tokens/s for one answer, {source}"),
+        ("Reads", f"prompts at {prompts:.3g} tokens/s or faster: a page in {_page_seconds(prompts)} or less"),
+    ]
+    if _is_too_slow(found):
+        lines.append(
+            (
+                "Note",
+                "That is too slow to use: people read 5 tokens/s. Take a smaller model, or faster machines: "
+                "`cordee models --fits` lists what fits here.",
+            )
+        )
+    elif planned.copies > 1:
+        lines.append(
+            (
+                "More",
+                f"the machines hold {planned.copies} copies: `cordee deploy {model} --replicas "
+                f"{planned.copies}` answers {planned.copies} times as many at a time.",
+            )
+        )
+    return lines
+
+
+def _page_seconds(tokens_per_second: float) -> str:
+    seconds = PAGE_TOKENS / max(tokens_per_second, 1e-6)
+    return output.duration(seconds) if seconds >= 1 else "a second"
 
 
 def _print_stages(found: "Plan") -> None:

@@ -106,17 +106,18 @@ def _model(
         cluster_model.wait()
         yield cluster_model
         return
-    from cordee.cli.models import find
+    from cordee.cli.known import find
     from cordee.cli.session import LocalModel, Session
     from cordee.models.store import Store
     from cordee.serving.local_service import ServiceConfig
 
     store = Store()
     stored = find(store, name)
-    config = ServiceConfig(sequences=1, **options.configuration(loading))
+    config = ServiceConfig(sequences=1, command=f"cordee run {name}", **options.configuration(loading))
     with output.loading() as report:
         session = Session(stored, store, stages, config, report)
     with session:
+        output.note_shortened(name, session.service.shortened)
         yield LocalModel(session)
 
 

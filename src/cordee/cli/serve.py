@@ -5,12 +5,14 @@ import json
 import signal
 import socket
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cordee.cli import options, output
-from cordee.cli.models import STARTER, find
+from cordee.cli.known import find
+from cordee.cli.models import STARTER
 from cordee.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ PORT = 8321
 @click.option("--host", default="127.0.0.1", show_default=True, help="The loopback address to listen on.")
 @options.sequences
 @options.serving
-def serve(models: tuple[str, ...], port: int, host: str, stages: int, sequences: int, **loading: Any) -> None:
+def serve(
+    models: tuple[str, ...], port: int, host: str, stages: int, sequences: int | None, **loading: Any
+) -> None:
     """Serve models to programs on this machine, with OpenAI's API.
 
     Without a MODEL it serves the starter model. Ctrl-C ends it, and cuts off answers that are under way.
@@ -105,9 +109,12 @@ async def _serve(
     try:
         with output.loading() as report:
             for model in models:
+                own = replace(config, command=f"cordee serve {model.name}")
                 services[model.name] = await LocalService.start(
-                    model, store, stages=stages, config=config, report=report
+                    model, store, stages=stages, config=own, report=report
                 )
+        for name, service in services.items():
+            output.note_shortened(name, service.shortened)
         _greet(services, *listener.getsockname()[:2])
         await serving
     except asyncio.CancelledError:

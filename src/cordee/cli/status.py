@@ -1,16 +1,13 @@
 """`cordee status`, `deploy`, `undeploy`: what the cluster serves."""
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from cordee.cli import live, options, output
-from cordee.cli.models import put_if_here
+from cordee.cli.known import put_if_here
 from cordee.errors import ModelNotFound
-
-if TYPE_CHECKING:
-    from cordee.agent import control
 
 POLL_SECONDS = 0.5
 CHANGES_SHOWN = 8  # the newest; --json has all that the node keeps
@@ -48,11 +45,13 @@ def status(as_json: bool, watch: bool) -> None:
     show_default=True,
     help="Run it N times, on different nodes.",
 )
-def deploy(model: str, context: int | None, sequences: int, replicas: int) -> None:
+def deploy(model: str, context: int | None, sequences: int | None, replicas: int) -> None:
     """Have the cluster serve MODEL from now on.
 
     MODEL is one that a node has (`cordee pull`), or `starter`, which comes with Cordée. A request at the API
-    starts such a model, too; deploy it to have it ready, or to choose how it is served.
+    starts such a model, too; deploy it to have it ready, or to choose how it is served. Where memory is
+    short, it gets fewer answers at a time or less context than usual, unless --sequences or --context say how
+    many; deploying it anew chooses anew.
 
     Or MODEL is one of the Hugging Face Hub (owner/name, owner/name:QUANTIZATION or owner/name/file.gguf) that
     is too large for the disk of any machine: this node reads it from the hub once, to learn its layout, and
@@ -70,8 +69,12 @@ def deploy(model: str, context: int | None, sequences: int, replicas: int) -> No
             raise
         deployed = control.ask("POST", "/deploy", asked, control.Deployed)
     if deployed.reading is not None:
-        deployed = _follow(model, deployed.reading.source)
+        _follow(model, deployed.reading.source)
+    if deployed.why:
+        output.note(f"{deployed.name} is deployed, but cannot run for now. {deployed.why}")
+        return
     output.note(f"The cluster serves {deployed.name} from now on; `cordee status` shows where.")
+    output.note_shortened(deployed.name, deployed.lacks)
 
 
 @click.command()
@@ -83,7 +86,7 @@ def undeploy(model: str) -> None:
     control.ask("POST", "/undeploy", control.Undeploy(model), dict[str, Any])
 
 
-def _follow(model: str, source: str) -> "control.Deployed":
+def _follow(model: str, source: str) -> None:
     """Show how much of a model the node has read from the hub, until it is deployed."""
     from cordee.agent import control
 
@@ -93,7 +96,7 @@ def _follow(model: str, source: str) -> "control.Deployed":
             asked = control.Deploy(model, follow=True)
             deployed = control.ask("POST", "/deploy", asked, control.Deployed)
             if deployed.reading is None:
-                return deployed
+                return
             progress(deployed.reading.done_bytes, deployed.reading.total_bytes)
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cordee.cli import output
-from cordee.cli.models import STARTER, find
+from cordee.cli.known import find
+from cordee.cli.models import STARTER
 from cordee.cli.options import Size
 from cordee.cli.serve import PORT, listen
 from cordee.errors import CordeeError, JoinFailed

@@ -222,6 +222,10 @@ class Controller:
         deployment = Deployment(model, shape, context, sequences, replicas, author=self.me, source=source)
         self._deployments.write(deployment, self._clock(now))
 
+    def is_listening(self, now: float) -> bool:
+        """Whether this node has just started and has not heard all others yet."""
+        return now < self._listens_until
+
     def nodes(self, now: float) -> dict[str, tuple[Liveness, Facts]]:
         """All known nodes, us included, by id."""
         known = {node: seen for node, seen in self._membership.facts(now).items() if not self._refuses(node)}
@@ -340,7 +344,7 @@ class Controller:
             {node: facts for node, (state, facts) in known.items() if state != "gone"},
             frozenset(node for node, (state, _) in known.items() if state == "suspect"),
             tuple(deployment for deployment in self._deployments.all if deployment.replicas > 0),
-            now < self._listens_until,
+            self.is_listening(now),
         )
 
     def _clock(self, now: float) -> float:

@@ -3,12 +3,14 @@
 `plan` explains its result, for people (`cordee plan`); `Planner` is what `choose` asks, again and again.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace
-from cordee.cluster.memory import CELLS_STEP, Demand, Fit, needed_bytes, needs, stage_of
+from cordee.cluster.demand import Wish, described, gigabytes, options, smaller
+from cordee.cluster.facts import Device, Facts, ModelShape, Placement, StagePlace
+from cordee.cluster.memory import Demand, Fit, needed_bytes, needs, stage_of
 from cordee.cluster.search import Search, Step, Unit, held_layers
 from cordee.cluster.speed import (
     SECOND,
@@ -16,6 +18,7 @@ from cordee.cluster.speed import (
     byte_time,
     device_of,
     hop_time,
+    prompt_time,
     read_bytes,
     return_time,
     settled,
@@ -26,6 +29,12 @@ from cordee.cluster.speed import (
 ANSWERS_KEPT = 64
 # A machine whose hop takes more than this times that of the others is said to be far away.
 FAR = 2
+# What a machine lacks is told in steps of 0.1 GB.
+STEP_BYTES = 100_000_000
+# Room on a disk that never runs short, of machines that are only imagined.
+BOUNDLESS_BYTES = 1 << 62
+COPIES_TOLD = 8  # of a model that would fit beside each other; more are not counted
+COMMAND = "cordee deploy MODEL"
 
 Reserved = Mapping[tuple[str, str], int]  # bytes of (node, device) that are promised already
 
@@ -60,29 +69,65 @@ class MachinePlan(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Where a model would run. Without a `placement`, `why` says what is missing and what to do."""
+    """Where a model would run. Without a `placement`, `why` says what is missing and what to do.
+
+    `tokens_per_second` is how fast an answer is written, `prompt_tokens_per_second` how fast a long prompt is
+    read at least.
+    """
 
     placement: Placement | None
     why: str
     tokens_per_second: float
+    prompt_tokens_per_second: float
     stages: tuple[StagePlan, ...]
     machines: tuple[MachinePlan, ...]
 
 
 def plan(
-    shape: ModelShape, nodes: Mapping[str, Facts], demand: Demand, reserved: Reserved | None = None
+    shape: ModelShape,
+    nodes: Mapping[str, Facts],
+    demand: Demand,
+    reserved: Reserved | None = None,
+    command: str = COMMAND,
 ) -> Plan:
-    """The best placement of a model, explained. The same whatever the order of `nodes`."""
+    """The best placement of a model, explained. The same whatever the order of `nodes`.
+
+    `command` is what people would type to ask for another context or fewer answers at a time.
+    """
     facts = [nodes[node] for node in sorted(nodes)]
     units = _units(facts, reserved or {})
     steps = Search(shape, demand, units).best()
     stages = tuple(_stage_plan(shape, demand, steps, index) for index in range(len(steps)))
     machines = tuple(_machine_plan(shape, demand, one, units, stages, nodes) for one in facts)
     if not steps:
-        return Plan(None, _refusal(shape, demand, units), 0.0, (), machines)
+        return Plan(None, _refusal(shape, demand, units, command), 0.0, 0.0, (), machines)
     placement = _placement(shape, demand, steps)
     speed = tokens_per_second(shape, placement, nodes)
-    return Plan(placement, _summary(shape, stages), speed, stages, machines)
+    reading = prompt_time(shape, placement, nodes)
+    prompts = SECOND / reading if reading else 0.0
+    return Plan(placement, _summary(shape, stages), speed, prompts, stages, machines)
+
+
+def largest(
+    shape: ModelShape, nodes: Mapping[str, Facts], wish: Wish, reserved: Reserved | None = None
+) -> Demand | None:
+    """The most of what is asked of a model that fits; None if not even the least of it does."""
+    units = _units([nodes[node] for node in sorted(nodes)], reserved or {})
+    return wish.largest(lambda demand: Search(shape, demand, units).fits())
+
+
+def copies(
+    shape: ModelShape, nodes: Mapping[str, Facts], demand: Demand, reserved: Reserved | None = None
+) -> int:
+    """How many times a model fits, each time on other nodes; at most COPIES_TOLD are counted."""
+    left = {node: facts for node, facts in nodes.items() if not facts.draining}
+    for count in range(COPIES_TOLD):
+        steps = Search(shape, demand, _units([left[node] for node in sorted(left)], reserved or {})).best()
+        if not steps:
+            return count
+        used = {step.unit.facts.node for step in steps}
+        left = {node: facts for node, facts in left.items() if node not in used}
+    return COPIES_TOLD
 
 
 def tokens_per_second(shape: ModelShape, placement: Placement, nodes: Mapping[str, Facts]) -> float:
@@ -222,39 +267,52 @@ def _least(shape: ModelShape, demand: Demand) -> int:
     return min(nbytes for row in needs(shape, demand) for nbytes in row if nbytes)
 
 
-def _refusal(shape: ModelShape, demand: Demand, units: Sequence[Unit]) -> str:
+def _refusal(shape: ModelShape, demand: Demand, units: Sequence[Unit], command: str) -> str:
     """Why no placement was found, and what to do about it."""
     rooms = [unit.available_bytes for unit in units if unit.byte_time and unit.available_bytes > 0]
-    whole, have = needs(shape, demand)[0][shape.layers], sum(rooms)
+    whole = needs(shape, demand)[0][shape.layers]
     if not rooms:
         return f"No machine has memory for it: it needs {_gb(whole)}. Add machines, or free some memory."
     if shape.cuttable:
-        fault = f"It needs {_gb(whole)} of memory in all, and the machines have {_gb(have)}"
-        missing = whole - have
-        if missing <= 0:
+        wants, have = gigabytes(whole, sum(rooms))
+        fault = f"It needs {wants} of memory in all for {described(demand)}, and the machines have {have}"
+        if whole <= sum(rooms):
             fault += (
                 f", but no way of cutting it fits (the smallest stage takes {_gb(_least(shape, demand))})"
             )
-            missing = _least(shape, demand)
     else:
-        fault = (
-            f"It cannot be cut, so one device must hold its {_gb(whole)}; the largest has {_gb(max(rooms))}"
+        wants, have = gigabytes(whole, max(rooms))
+        fault = f"It cannot be cut, so one device must hold its {wants}; the largest has {have}"
+    instead = smaller(demand, lambda demand: Search(shape, demand, units).fits())
+    if instead:
+        return f"{fault}: `{command} {options(demand, instead)}` fits."
+    roomy = [
+        Unit(_with_disk(unit.facts), unit.device, unit.available_bytes) for unit in units if unit.byte_time
+    ]
+    if Search(shape, demand, roomy).fits():
+        return (
+            "The machines have the memory for it, but their disks are too full for its "
+            f"{_gb(sum(shape.layer_bytes))} of weights: free some space on them."
         )
-        missing = whole
-    context = _fitting_context(shape, demand, units)
-    if context:
-        return f"{fault}: with `--context {context}` it fits."
-    return f"{fault}: add a machine with at least {_gb(missing)}, or take a smaller quantization."
+    missing = f"{_gb(_missing(shape, demand, units))} of memory for models"
+    return f"{fault}: add a machine with at least {missing}, or take a smaller quantization."
 
 
-def _fitting_context(shape: ModelShape, demand: Demand, units: Sequence[Unit]) -> int:
-    """A shorter context that fits, 0 if none does; halved each time, as any is a guess at what is wanted."""
-    context = demand.context // 2 // CELLS_STEP * CELLS_STEP
-    while context:
-        if Search(shape, demand._replace(context=context), units).best():
-            return context
-        context = context // 2 // CELLS_STEP * CELLS_STEP
-    return 0
+def _missing(shape: ModelShape, demand: Demand, units: Sequence[Unit]) -> int:
+    """The least memory of one more machine, as fast as the fastest and with a free disk, so that it fits."""
+    speed = max((unit.device.read_bytes_per_second for unit in units if unit.byte_time), default=1e9)
+    facts = _with_disk(Facts("", "", "", (), 0, "", {}, {}, (), ()))
+    device = Device("", "cpu", 0, speed)
+
+    def fits(steps: int) -> bool:
+        return Search(shape, demand, [*units, Unit(facts, device, steps * STEP_BYTES)]).fits()
+
+    alone = -(-needs(shape, demand)[0][shape.layers] // STEP_BYTES)
+    return bisect_left(range(alone), True, key=fits) * STEP_BYTES
+
+
+def _with_disk(facts: Facts) -> Facts:
+    return msgspec.structs.replace(facts, disk_free_bytes=BOUNDLESS_BYTES)
 
 
 def _gb(nbytes: float) -> str:

@@ -267,11 +267,22 @@ class Search:
     def best(self) -> list[Step]:
         """The best pipeline; empty if none fits, or none was found among VISITS_MAX."""
         if self._able:
-            self._links = _Links(self._shape, self._able)
-            self._bounds = _Bounds(self._able, self._links)
-            self._guess()
+            self._begin()
             self._extend([], 0, 0)
         return self._evened()
+
+    def fits(self) -> bool:
+        """Whether `best` would find a pipeline; quicker, as the first one will do."""
+        if self._able:
+            self._begin()
+            if not self._best:
+                self._extend([], 0, 0)
+        return bool(self._best)
+
+    def _begin(self) -> None:
+        self._links = _Links(self._shape, self._able)
+        self._bounds = _Bounds(self._able, self._links)
+        self._guess()
 
     def _guess(self) -> None:
         """Find a good pipeline quickly, so that the search need not look at bad ones.

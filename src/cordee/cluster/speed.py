@@ -10,10 +10,12 @@ and the noise of a measurement does not show. Times are femtoseconds: fine enoug
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from itertools import pairwise
 
 import msgspec
 
 from cordee.cluster.facts import Device, Facts, ModelShape, Placement, StagePlace, StageReport
+from cordee.cluster.memory import BATCH_ROWS
 
 SECOND = 10**15  # in femtoseconds
 MICROSECOND = SECOND // 10**6
@@ -25,6 +27,12 @@ LOCAL_HOP_TIME = 250 * MICROSECOND
 ROUND_TRIP_SECONDS = 0.0005
 LINK_BYTES_PER_SECOND = 125_000_000
 ROW_NUMBER_BYTES = 4  # rows travel as f32
+# A long prompt is read at least so many times as fast as an answer is written, since many rows share a
+# reading of the weights. CPU: measured on two cores (docs/performance.md, prefill and decode with one stage);
+# more cores read prompts faster still, while memory bounds how fast they write. GPU: pp512 over tg128 of
+# llama-bench, published for a card of 2017 without matrix units (Radeon RX 580, Llama 3.2 3B Q4_K_M): 9.6;
+# for a GeForce RTX 3060 24.
+PROMPT_RATIOS = {"cpu": 2, "gpu": 8}
 # Speeds are kept to 4 binary digits (steps of 6 to 12 %), times of links, which are noisier, to 3.
 SPEED_DIGITS = 4
 LINK_DIGITS = 3
@@ -107,13 +115,17 @@ def hop_time(shape: ModelShape, sender: Facts, receiver: Facts) -> int:
     """Femtoseconds from the end of a stage to the start of the next."""
     if sender.node == receiver.node:
         return LOCAL_HOP_TIME
+    return return_time(sender, receiver) + _row_time(shape, sender, receiver)
+
+
+def _row_time(shape: ModelShape, sender: Facts, receiver: Facts) -> int:
+    """Femtoseconds of a hidden row on the wire between two nodes."""
     known = [
         speed
         for one, other in ((sender, receiver), (receiver, sender))
         if (speed := coarse(one.bytes_per_second.get(other.node, 0), LINK_DIGITS))
     ]
-    link = min(known, default=LINK_BYTES_PER_SECOND)
-    return return_time(sender, receiver) + shape.n_embd * ROW_NUMBER_BYTES * SECOND // link
+    return shape.n_embd * ROW_NUMBER_BYTES * SECOND // min(known, default=LINK_BYTES_PER_SECOND)
 
 
 def return_time(sender: Facts, receiver: Facts) -> int:
@@ -148,3 +160,23 @@ def token_time(shape: ModelShape, placement: Placement, nodes: Mapping[str, Fact
         total += sum(hop_time(shape, path[i], path[i + 1]) for i in range(len(path) - 1))
         total += return_time(path[-1], path[0])
     return total
+
+
+def prompt_time(shape: ModelShape, placement: Placement, nodes: Mapping[str, Facts]) -> int | None:
+    """Femtoseconds that each token of a long prompt takes at most; None if a device is not there.
+
+    The rows of a micro-batch share a reading of the weights, of a mixture those of all experts. Its stages
+    work one after another.
+    """
+    total = 0
+    for place in placement.stages:
+        device = device_of(nodes, place.node, place.device)
+        per_byte = byte_time(device) if device else 0
+        if device is None or not per_byte:
+            return None
+        layers = slice(place.first, place.last)
+        active = sum(shape.active_bytes[layers])  # of the head only the last row is computed
+        all_of_them = sum(shape.layer_bytes[layers])
+        total += per_byte * (active // PROMPT_RATIOS[device.kind] + (all_of_them - active) // BATCH_ROWS)
+    path = [nodes[place.node] for place in placement.stages]
+    return total + sum(_row_time(shape, *ends) for ends in pairwise(path) if ends[0].node != ends[1].node)

@@ -13,14 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from cordee.cluster.demand import Wish
 from cordee.cluster.facts import ModelShape, Reading
 from cordee.distribution.hub import HubFile
 from cordee.distribution.hub_ranges import HubModel
-from cordee.distribution.inventory import Stopped, default_context
+from cordee.distribution.inventory import Stopped
 from cordee.distribution.manifest import Manifest
 from cordee.distribution.pull import hub_files
 from cordee.distribution.slice_store import SliceStore
-from cordee.errors import BadRequest, CordeeError, Overloaded
+from cordee.errors import CordeeError, Overloaded
+from cordee.machine.sizing import wish_of
+from cordee.models.fit import own_context
 from cordee.models.shape import model_shape
 
 PASSES_MAX = 2  # at once: one fills most connections already
@@ -58,18 +61,18 @@ class Hub:
         with _opened(source) as model:
             return model
 
-    def shape(self, source: str, name: str, context: int | None) -> tuple[ModelShape, int]:
-        """The shape of a model with `name` for a digest, and the context, which None sets to the default.
+    def shape(
+        self, source: str, name: str, context: int | None, sequences: int | None
+    ) -> tuple[ModelShape, Wish]:
+        """The shape of a model with `name` for a digest, and what is asked of it.
 
         Raises:
             BadRequest: the model was made for a shorter context.
             CordeeError: as `open` does.
         """
         with _opened(source) as model:
-            own = model.header.get(".context_length")
-            if own is not None and context is not None and context > own:
-                raise BadRequest(f"{name} was made for at most {own} tokens, not {context}", "context")
-            return model_shape(model.header, name), context or default_context(model.header)
+            own = own_context(model.header)
+            return model_shape(model.header, name), wish_of(own, context, sequences, name)
 
     def read(self, name: str, source: str, nbytes: int, then: Callable[[Manifest], None]) -> Reading:
         """Begin to read a model for its manifest, unless that is under way; `then` is called with it.

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
+from cordee.cluster.demand import usual_context
 from cordee.cluster.disk import StoredSlice, removable
 from cordee.cluster.facts import Offer, Reading, SliceHeld
 from cordee.cluster.goals import DISK_RESERVE_BYTES, SliceGoal
 from cordee.distribution.pull import is_on_hub
 from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadModelFile, CordeeError
-from cordee.machine.sizing import CELLS_DEFAULT
-from cordee.models.gguf import Header
+from cordee.models.fit import own_context
 from cordee.models.shape import model_shape
 from cordee.models.store import Store, StoredModel
 
@@ -28,7 +28,6 @@ SCAN_SECONDS = 5.0  # how often the store is scanned: `cordee pull` may have add
 # How long a starting node waits for models to be read, so that its first heartbeat offers them; and a request
 # for a model that may have been pulled just now.
 READING_SECONDS = 2.0
-SEQUENCES = 8  # streams that a model is served for, unless its deployment says otherwise
 OFFERS_MAX = 32  # heartbeats carry them all
 # Free space is published in steps, so that not every log line on disk makes a heartbeat.
 DISK_STEP_BYTES = 256 << 20
@@ -162,7 +161,7 @@ class Inventory:
         except BadModelFile:  # the manifest is damaged: make it again
             return None
         source = model.source if is_on_hub(model.source) else ""
-        return Offer(model.name, model_shape(header, digest), default_context(header), source)
+        return Offer(model.name, model_shape(header, digest), usual_context(own_context(header)), source)
 
     async def _read(self, model: StoredModel) -> None:
         def progress(done_bytes: int, total_bytes: int) -> None:
@@ -244,9 +243,3 @@ class Inventory:
 
 def _key(stored: StoredSlice) -> tuple[str, int, int]:
     return stored.held.model, stored.held.first, stored.held.last
-
-
-def default_context(header: Header) -> int:
-    """Tokens for each of SEQUENCES streams: the default context of a deployment."""
-    own = header.get(".context_length") or CELLS_DEFAULT
-    return min(own, CELLS_DEFAULT // SEQUENCES)

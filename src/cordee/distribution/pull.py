@@ -6,7 +6,6 @@ Ternary models of any format are stored as files for the ternary engine (convert
 import re
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 
 from gguf import GGMLQuantizationType
@@ -15,7 +14,7 @@ from cordee.convert.checkpoint import quantization
 from cordee.convert.convert import convert
 from cordee.convert.safetensors import INDEX, read_json
 from cordee.distribution.hub import HubFile, downloaded, repository_files
-from cordee.errors import BadRequest, ModelNotFound, UnsupportedModel
+from cordee.errors import BadRequest, ModelNotFound, UnsupportedModel, nearest
 from cordee.models.cards import cards
 from cordee.models.gguf import BLOCK, BitnetType, read_header
 from cordee.models.slices import Progress
@@ -274,6 +273,7 @@ def _plain(text: str) -> str:
 
 
 def _nothing_like(source: str) -> ModelNotFound:
-    close = get_close_matches(source, cards(), n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "cards are " + ", ".join(cards()) + "."
-    return ModelNotFound(f"{source!r} is not a file, a hub repository (owner/name) or a model card: {hint}")
+    return ModelNotFound(
+        f"{source!r} is not a file, a hub repository (owner/name) or a model card{nearest(source, cards())}: "
+        "`cordee models` lists the cards."
+    )

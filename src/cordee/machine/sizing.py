@@ -1,7 +1,6 @@
-"""The size of a service's stages: the context that fits on the devices there are."""
+"""The size of a service's stages: the answers at a time and the context that fit on the devices there are."""
 
-from dataclasses import replace
-
+from cordee.cluster.demand import Wish, usual_context
 from cordee.cluster.memory import BATCH_ROWS
 from cordee.engine.llama import libllama
 from cordee.engine.stage import StageConfig
@@ -10,50 +9,53 @@ from cordee.machine.memory import memory
 from cordee.models import fit
 from cordee.models.gguf import Header
 
-# By default the KV cache has room for this many tokens in all: 0.75 GB for the starter model.
-CELLS_DEFAULT = 32768
 ACCELERATORS = ("GPU", "IGPU")  # kinds of devices that are used by default
+
+
+def wish_of(own: int | None, context: int | None, sequences: int | None, name: str) -> Wish:
+    """What is asked of a model called `name`, which was made for `own` tokens (None: it does not say).
+
+    Raises:
+        BadRequest: the context is longer than that.
+    """
+    if context is not None and own is not None and context > own:
+        raise BadRequest(f"{name} was made for at most {own} tokens, not {context}.", "context")
+    return Wish(context, sequences, usual_context(own, sequences))
 
 
 def stage_config(
     header: Header,
+    wish: Wish,
     *,
-    stages: int,
-    sequences: int,
-    context: int | None,
+    name: str,
+    stages: int = 1,
     threads: int | None = None,
     devices: tuple[str, ...] = (),
     batch_invariant: bool = True,
+    command: str = "",
 ) -> StageConfig:
-    """The configuration of every stage of a model on this machine.
+    """The configuration of every stage of a model on this machine, with as much of `wish` as fits.
 
-    `context` None means the model's own, bounded by CELLS_DEFAULT and by memory. No `devices` means every GPU
-    that libllama can use, or else the CPU; `CPU` among them means the CPU alone.
+    No `devices` means every GPU that libllama can use, or else the CPU; `CPU` among them means the CPU alone.
+    `name` is what people call the model; `command` is as for `fit.verdict`.
 
     Raises:
-        DoesNotFit: the model, or the requested context, needs more memory than there is.
-        BadRequest: a device is unknown, the context is longer than the model's own, or no such cut exists.
+        DoesNotFit: it needs more memory than there is; says what would fit.
+        BadRequest: a device is unknown, or no such cut exists.
         UnsupportedModel: the model cannot be cut.
     """
-    own = header.get(".context_length")
-    if context is not None and own is not None and context > own:
-        raise BadRequest(f"{header.path.name} was made for at most {own} tokens, not {context}", "context")
     chosen = chosen_devices(devices)
-    config = StageConfig(
-        context=context or max(1, CELLS_DEFAULT // sequences),
-        sequences=sequences,
-        batch_rows=max(BATCH_ROWS, sequences),
+    found = fit.verdict(fit.stage_shapes(header, stages), wish, usable_memory(chosen), command)
+    if not found.fits:
+        raise DoesNotFit(f"{name} does not fit. {found.advice}")
+    return StageConfig(
+        context=found.demand.context,
+        sequences=found.demand.sequences,
+        batch_rows=max(BATCH_ROWS, found.demand.sequences),
         threads=threads,
         devices=tuple(device.name for device in chosen),
         batch_invariant=batch_invariant,
     )
-    have_bytes = usable_memory(chosen)
-    if context is None:
-        return _sized(header, config, have_bytes, stages)
-    found = fit.verdict(header, config, have_bytes, stages)
-    if not found.fits:
-        raise DoesNotFit(f"{header.path.name} does not fit. {found.advice}")
-    return config
 
 
 def chosen_devices(names: tuple[str, ...]) -> list[libllama.LlamaDevice]:
@@ -76,15 +78,3 @@ def chosen_devices(names: tuple[str, ...]) -> list[libllama.LlamaDevice]:
 def usable_memory(devices: list[libllama.LlamaDevice]) -> int:
     """Bytes that stages may take: the devices' free memory, or this machine's if there are none."""
     return sum(device.free_bytes for device in devices) if devices else memory().available_bytes
-
-
-def _sized(header: Header, config: StageConfig, have_bytes: int, stages: int) -> StageConfig:
-    context = fit.sized_context(
-        header,
-        have_bytes,
-        sequences=config.sequences,
-        batch_rows=config.batch_rows,
-        limit=config.context,
-        stages=stages,
-    )
-    return replace(config, context=context)

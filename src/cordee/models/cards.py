@@ -14,7 +14,8 @@ class CardShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How large a model is, as its header would say, so that it can be planned without the file.
 
     The fields are those of the cluster's `ModelShape`, averaged over the layers. `head_bytes` are read for
-    every token; of each `window_period` layers all but the last have a sliding window.
+    every token, and with `tied` they are the embedding; of each `window_period` layers all but the last have
+    a sliding window.
     """
 
     n_embd: int
@@ -27,6 +28,12 @@ class CardShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_bytes: int
     last_extra_bytes: int
     window_period: int = 1
+    tied: bool = False
+
+    @property
+    def whole_extra_bytes(self) -> int:
+        """Bytes beside the layers in the whole model."""
+        return self.embedding_bytes + (0 if self.tied else self.head_bytes)
 
 
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,8 +42,8 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     `source` is what `pull` fetches from the hub: 'owner/name:QUANTIZATION'. For a model that comes with the
     program, `file` is its name beside the card, or `installed` its path in the Python environment, where
     set-up puts it; such a model need not be on the hub. `parameters` counts all weights, `active_parameters`
-    those used for one token; `languages` are ISO 639-1 codes, and where a model has too many to list, the
-    notes say how many.
+    those used for one token; `purpose` says in a few words what it is for. `languages` are ISO 639-1 codes;
+    where a model has more than are listed, `language_count` says how many.
     """
 
     name: str
@@ -49,7 +56,9 @@ class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: int
     context: int
     languages: list[str]
+    purpose: str
     notes: str
+    language_count: int = 0
     file: str = ""
     installed: str = ""
     shape: CardShape | None = None

@@ -3,15 +3,15 @@
 The formula and its derivation are in cluster/memory.py; here it gets its numbers from a GGUF header.
 """
 
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import cast
 
-from cordee.cluster.memory import CELLS_STEP, Fit, Sizes, StageShape
-from cordee.errors import BadModelFile, DoesNotFit
+from cordee.cluster.demand import Wish, described, gigabytes, options, smaller
+from cordee.cluster.memory import Demand, Fit, Sizes, StageShape
+from cordee.errors import BadModelFile
 from cordee.models.architectures import Architecture, architecture
 from cordee.models.gguf import BLOCK, CONVERT_AGAIN, Header, Scalar, Tensor, engine_of
 from cordee.models.slices import SliceTensor, even_cuts, plan_slice, window_pattern
@@ -23,10 +23,6 @@ KV_NUMBER_BYTES = 2  # f16 and bf16
 TERNARY_LANES = 16  # native/src/engine/cache.h, LANES
 # The share of free memory that may be promised: the estimate is right to a tenth.
 USABLE = 0.9
-# A shorter context is of no use.
-CONTEXT_MIN = CELLS_STEP
-# The longest context is searched up to here: 16 million tokens, a hundred times what models are made for.
-STEPS_MAX = 65_536
 
 
 def stage_shape(header: Header, first: int, last: int) -> StageShape:
@@ -123,6 +119,11 @@ def size_of(header: Header, key: str, layer: int = 0, default: int | None = None
     return value
 
 
+def own_context(header: Header) -> int | None:
+    """Tokens that a model was made for; None if its file does not say. Raises as `size_of`."""
+    return size_of(header, ".context_length", default=0) or None
+
+
 def row_floats(header: Header, tensors: Tensors) -> int:
     """Floats that the buffers of one layer hold for each row at their peak."""
     embd = size_of(header, ".embedding_length")
@@ -204,74 +205,61 @@ def _width_out(tensors: Tensors, name: str) -> int:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a model fits. `have_bytes` is the usable share of the given memory; `advice` is a sentence."""
+    """How a model would be served. `have_bytes` is the usable share of the given memory; `advice` sentences.
+
+    `demand` is what it gets; if nothing that was asked for fits, the least of that.
+    """
 
     fits: bool
+    demand: Demand
     need_bytes: int
     have_bytes: int
     stages: tuple[Fit, ...]
-    longest_context: int  # tokens per sequence that fit, at most what the model was made for; 0 if none do
     advice: str
 
 
-@dataclass(frozen=True)
-class _Context:
-    """A configuration in numbers."""
+def verdict(shapes: Sequence[StageShape], wish: Wish, memory_bytes: int, command: str = "") -> Verdict:
+    """How much of what is asked of these stages fits into `memory_bytes` of one machine.
 
-    context: int
-    sequences: int
-    batch_rows: int
+    `command` is what people would type to be served with other options, as in "cordee serve starter"; without
+    one there are no such options.
+    """
+    have = int(memory_bytes * USABLE)
+
+    def need(demand: Demand) -> int:
+        return sum(shape.fit(demand).total_bytes for shape in shapes)
+
+    def fits(demand: Demand) -> bool:
+        return need(demand) <= have
+
+    found = wish.largest(fits)
+    demand = found or wish.least
+    wants, has = gigabytes(need(demand), have)
+    if found is None:
+        instead = smaller(demand, fits) if command else None
+        advice = f"It needs {wants} of memory for {described(demand)}, and {has} may be used: "
+        if instead:
+            advice += f"`{command} {options(demand, instead)}` fits."
+        else:
+            advice += "take a smaller quantization, or more machines."
+    else:
+        advice = f"It fits: it needs {wants} of memory, and {has} may be used."
+        if lacks := wish.shortened(found):
+            advice += f" Memory is short: {lacks}."
+    return Verdict(
+        found is not None,
+        demand,
+        need(demand),
+        have,
+        tuple(shape.fit(demand) for shape in shapes),
+        advice,
+    )
 
 
-def verdict(header: Header, sizes: Sizes, memory_bytes: int, stages: int = 1) -> Verdict:
-    """Whether a model in this number of stages fits into `memory_bytes` of one machine.
+def stage_shapes(header: Header, stages: int) -> list[StageShape]:
+    """The shapes of a model's stages, cut evenly.
 
     Raises:
         BadRequest, UnsupportedModel: it cannot be cut into that many stages.
     """
-    shapes = _shapes(header, stages)
-    fits = tuple(shape.fit(sizes) for shape in shapes)
-    need, have = sum(fit.total_bytes for fit in fits), int(memory_bytes * USABLE)
-    own = size_of(header, ".context_length", default=STEPS_MAX * CELLS_STEP)
-    longest = min(own, _longest_context(shapes, sizes, have))
-    return Verdict(need <= have, need, have, fits, longest, _advice(need, have, longest, sizes))
-
-
-def sized_context(
-    header: Header, memory_bytes: int, *, sequences: int, batch_rows: int, limit: int, stages: int = 1
-) -> int:
-    """The longest context per sequence that fits: at most `limit` and what the model was made for.
-
-    Raises:
-        DoesNotFit: not even CONTEXT_MIN tokens fit; says what to do.
-        BadRequest, UnsupportedModel: it cannot be cut into that many stages.
-    """
-    own = size_of(header, ".context_length", default=limit)
-    shortest = min(CONTEXT_MIN, limit, own)
-    found = verdict(header, _Context(shortest, sequences, batch_rows), memory_bytes, stages)
-    if not found.fits:
-        raise DoesNotFit(f"{header.path.name} does not fit. {found.advice}")
-    return min(limit, found.longest_context)
-
-
-def _shapes(header: Header, stages: int) -> list[StageShape]:
     return [stage_shape(header, first, last) for first, last in pairwise(even_cuts(header, stages))]
-
-
-def _longest_context(shapes: Sequence[StageShape], sizes: Sizes, have_bytes: int) -> int:
-    """The most cells per sequence, in whole steps."""
-
-    def need(steps: int) -> int:
-        tried = _Context(steps * CELLS_STEP, sizes.sequences, sizes.batch_rows)
-        return sum(shape.fit(tried).total_bytes for shape in shapes)
-
-    return max(0, bisect_right(range(STEPS_MAX), have_bytes, key=need) - 1) * CELLS_STEP
-
-
-def _advice(need: int, have: int, longest: int, sizes: Sizes) -> str:
-    state = f"it needs {need / 1e9:.1f} GB of memory, and {have / 1e9:.1f} GB may be used"
-    if need <= have:
-        return f"It fits: {state}."
-    if longest:
-        return f"With a context of {sizes.context} tokens {state}: with `--context {longest}` it fits."
-    return f"{state[0].upper()}{state[1:]}: take a smaller quantization, or more machines."

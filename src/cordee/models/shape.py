@@ -72,7 +72,7 @@ def card_shape(card: Card) -> ModelShape | None:
         embedding_bytes=shape.embedding_bytes,
         extra_bytes=0,
         last_extra_bytes=shape.last_extra_bytes,
-        whole_extra_bytes=shape.embedding_bytes + shape.head_bytes,
+        whole_extra_bytes=shape.whole_extra_bytes,
         active_head_bytes=shape.head_bytes,
         cuttable=rules.certified and rules.obstacle(card.layers) is None,
         cut_step=rules.cut_step,

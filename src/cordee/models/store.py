@@ -24,14 +24,13 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO, TypeVar
 from urllib.parse import quote
 
 import msgspec
 
-from cordee.errors import BadModelFile, BadRequest, ModelNotFound, StorageFailed
+from cordee.errors import BadModelFile, BadRequest, ModelNotFound, StorageFailed, nearest
 from cordee.files import atomic_file, disk_faults, home, publish, write_all
 from cordee.models.cards import cards
 from cordee.models.gguf import Header, read_header
@@ -322,11 +321,10 @@ class Store:
     def _not_found(self, name: str) -> ModelNotFound:
         if name in cards():
             return ModelNotFound(f"The model {name!r} is not here yet: `cordee pull {name}` fetches it.")
-        close = get_close_matches(name, [model.name for model in self.list()], n=3, cutoff=0.5)
-        if close:
-            return ModelNotFound(f"There is no model {name!r}; did you mean {' or '.join(close)}?")
+        names = [*cards(), *(model.name for model in self.list(lambda _: None))]
         return ModelNotFound(
-            f"There is no model {name!r}: `cordee ls` lists the models here, `cordee pull` fetches others."
+            f"There is no model {name!r}{nearest(name, names)}: `cordee ls` lists the models here, "
+            "`cordee pull` fetches others."
         )
 
     def _collect(self) -> None:

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cordee.cluster.memory import Demand
 from cordee.engine.stage import StageConfig
 from cordee.errors import CordeeError, StageFailed, StorageFailed
 from cordee.generation import streams
 from cordee.generation.streams import Said
 from cordee.machine import sizing
+from cordee.models.fit import own_context
 from cordee.models.gguf import Header, engine_of, read_header
 from cordee.models.slices import SliceFile, even_cuts
 from cordee.models.store import Store, StoredModel
@@ -36,8 +38,9 @@ log = logging.getLogger(__name__)
 class ServiceConfig:
     """How a model is served.
 
-    `context` is tokens per stream, answer included; None takes the model's own, bounded by
-    `sizing.CELLS_DEFAULT` and by memory. `queue` bounds the streams that wait while `sequences` are answered.
+    `context` is tokens per stream, answer included; it and `sequences`, the answers at a time, are chosen by
+    memory where they are None (cluster/demand.py). `command` is what people type to choose them, for advice.
+    `queue` bounds the streams that wait while `sequences` are answered.
     `in_flight` micro-batches travel the pipeline at once: on one machine more than one only makes batches
     smaller, since the stages share its cores. `batch_invariant` asks for the same bits alone, batched and
     replayed. `force_cut` cuts architectures that no test has certified. `devices` are as
@@ -45,7 +48,8 @@ class ServiceConfig:
     """
 
     context: int | None = None
-    sequences: int = 8
+    sequences: int | None = None
+    command: str = ""
     threads: int | None = None
     queue: int = 256
     in_flight: int = 1
@@ -66,6 +70,7 @@ class LocalService(ClusterService):
         self._local_gateway = gateway
         self._cluster: ClusterOfOne | None = None
         self._failure: str | None = None  # why nothing can be answered now
+        self.shortened = ""  # what it lacks because memory is short, for people
         self._is_closed = False
         self._entry: Path | None = None
 
@@ -88,16 +93,19 @@ class LocalService(ClusterService):
         """
         config = config or ServiceConfig()
         header = read_header(model.path)
+        wish = sizing.wish_of(own_context(header), config.context, config.sequences, model.name)
         stage_config = sizing.stage_config(
             header,
+            wish,
+            name=model.name,
             stages=stages,
-            sequences=config.sequences,
-            context=config.context,
             threads=config.threads,
             devices=config.devices,
             batch_invariant=config.batch_invariant,
+            command=config.command,
         )
         service = cls(model, stage_config)
+        service.shortened = wish.shortened(Demand(stage_config.context, stage_config.sequences))
         try:
             slices = await asyncio.to_thread(_slices, header, model, store, stages, config.force_cut, report)
             ends = tuple(service.vocabulary.end_of_generation)
