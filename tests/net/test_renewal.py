@@ -132,7 +132,7 @@ def test_nothing_but_the_renewal_is_served_and_nothing_is_read(tmp_path: Path) -
 
     async def story() -> None:
         async with endpoint(admin, member) as opened:
-            for said in (b"", b"GET /join HTTP/1.1\r\n\r\n", bytes(100_000)):
+            for said in (b"", b"GET /join HTTP/1.1\r\n\r\n", bytes(20_000)):
                 answer = await asyncio.to_thread(exchange, said, opened.addresses)
                 assert (
                     identity.certified_node(x509.load_pem_x509_certificate(answer.certificate)) == member.node
@@ -174,17 +174,43 @@ def test_an_admin_that_was_removed_is_not_believed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("days", "side"), [(400, "ahead of"), (-400, "behind")])
-def test_a_machine_whose_own_clock_is_wrong_is_told_so(tmp_path: Path, days: int, side: str) -> None:
+def test_a_clock_that_is_wrong_is_named_and_may_be_set_meanwhile(
+    tmp_path: Path, days: int, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with an old PC that begins in 1970 until the network has told it the time."""
+    monkeypatch.setattr(renewal, "RETRY_SECONDS", 0.05)
     admin, member = made(tmp_path, 0)
-    before = member.validity()
+    before, said, off_seconds = member.validity(), [], days * DAY_SECONDS
 
     async def story() -> None:
+        nonlocal off_seconds
         async with endpoint(admin, member):
-            with pytest.raises(JoinFailed, match=rf"400\.0 days {side} the cluster's"):
-                await renewal.until_valid(member, "", print, lambda: time.time() + days * DAY_SECONDS)
+            waiting = asyncio.create_task(
+                renewal.until_valid(member, "", said.append, lambda: time.time() + off_seconds)
+            )
+            while not said:
+                await asyncio.sleep(0.01)
+            off_seconds = 0
+            await asyncio.wait_for(waiting, 60)
 
     asyncio.run(story())
+    assert f"400.0 days {side} the cluster's" in said[0]
     assert member.validity() == before
+
+
+def test_an_admin_whose_clock_is_wrong_does_not_keep_another_from_renewing(tmp_path: Path) -> None:
+    admin, member = made(tmp_path, 60)
+    second = newcomer(tmp_path / "second", admin)
+    second.become_admin(admin.authority_key_pem())
+
+    async def story() -> None:
+        wrong = lambda: time.time() + YEAR_SECONDS  # noqa: E731
+        async with endpoint(admin, member, clock=wrong), endpoint(second, member):
+            assert len(renewal._endpoints(member)) == 2
+            assert await renewed(member) == ""
+
+    asyncio.run(story())
+    enrolment.check(member, time.time())
 
 
 def test_a_certificate_from_an_admin_whose_clock_is_wrong_is_not_taken_on_the_bus(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def _clone(own: str, nodes: list[dict[str, Any]]) -> list[Found]:
     for node in nodes:
         if node["cloned"]:
             what = f"Two machines run as {node['name']} ({node['id']}): one disk is a copy of the other."
-            return [(what, "On the copy: cordee leave --yes, then cordee join CODE", True)]
+            return [(what, "On the copy: cordee leave --yes, then cordee join CODE", node["self"])]
     try:
         text = (identity.place() / CLONE_FILE).read_text(encoding="ascii")
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(int(text[:20])))

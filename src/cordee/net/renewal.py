@@ -136,10 +136,11 @@ async def until_valid(
     """Wait until a member's certificate is valid now: an admin's own is renewed at once, others by an admin.
 
     Admins that moved are found by multicast on `interface` (see BusOptions.scouting). `report` is told once
-    why it takes long; the clock may also be set meanwhile.
+    why it takes long; this machine's clock, which is often wrong just after it was switched on, may also be
+    set meanwhile.
 
     Raises:
-        JoinFailed: the node was removed, no admin is known, or this machine's clock is wrong.
+        JoinFailed: the node was removed, or no admin is known.
     """
     hosts: list[str] = []
     said = False
@@ -169,7 +170,7 @@ def renew(member: Identity, clock: Callable[[], float] = time.time, hosts: Itera
     Admins are also looked for at `hosts`.
 
     Raises:
-        JoinFailed: the node was removed, or this machine's clock is wrong.
+        JoinFailed: the node was removed.
     """
     faults: list[str] = []
     ends = time.monotonic() + ROUND_SECONDS
@@ -201,9 +202,14 @@ def reachable(member: Identity) -> KnownMember | None:
 
 
 def _take(member: Identity, answer: RenewalAnswer, now: float) -> None:
+    """Store what an admin answered.
+
+    Raises:
+        ValueError: its clock and ours disagree, or the certificate is not ours.
+    """
     off_seconds = now - answer.now
     if abs(off_seconds) > enrolment.CLOCK_SECONDS_MAX:
-        raise JoinFailed(f"{enrolment.clock_fault(off_seconds)}: set it, then start this node again.")
+        raise ValueError(f"{enrolment.clock_fault(off_seconds)}, so set whichever of the two is wrong")
     member.renew(answer.certificate, now)
 
 
