@@ -129,7 +129,7 @@ def all_that_comes(context: ssl.SSLContext, where: str) -> bytes:
 
 
 def test_nothing_but_the_renewal_is_served(tmp_path: Path) -> None:
-    """Whatever a member whose certificate ran out says: it gets a certificate for its key alone, or nothing."""
+    """Whatever a member whose certificate ran out says: it gets one for its own key, or nothing."""
     admin, member = made(tmp_path, 60)
 
     async def story() -> None:
