@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography import x509
 from hypothesis import HealthCheck, given, settings
@@ -59,7 +60,7 @@ async def renewed(member: Identity, clock: Callable[[], float] = time.time) -> s
 
 
 @given(st.floats(-30 * 365, 20 * 365))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_certificate_of_any_date_is_renewed_for_its_own_key(tmp_path: Path, days: float) -> None:
     at_home(tmp_path / "admin")
     admin = identity.load() if identity.exists() else identity.found(time.time())
@@ -122,34 +123,39 @@ def all_that_comes(context: ssl.SSLContext, where: str) -> bytes:
         socket.create_connection(parse(where, 0), 20) as plain,
         context.wrap_socket(plain) as link,
     ):
+        link.sendall(renewal.REQUEST)
         return link.recv(1 << 16)
     return b""
 
 
-def test_nothing_but_the_renewal_is_served_and_nothing_is_read(tmp_path: Path) -> None:
-    """A member whose certificate ran out says what it likes: it gets a certificate for its key alone."""
+def test_nothing_but_the_renewal_is_served(tmp_path: Path) -> None:
+    """Whatever a member whose certificate ran out says: it gets one for its own key, or nothing."""
     admin, member = made(tmp_path, 60)
 
     async def story() -> None:
         async with endpoint(admin, member) as opened:
-            for said in (b"", b"GET /join HTTP/1.1\r\n\r\n", bytes(100_000)):
-                answer = await asyncio.to_thread(exchange, said, opened.addresses)
-                assert (
-                    identity.certified_node(x509.load_pem_x509_certificate(answer.certificate)) == member.node
-                )
+            for said in (b"", b"rene", b"GET /join HTTP/1.1\r\n\r\n", bytes(20_000)):
+                assert await asyncio.to_thread(exchange, said, opened.addresses) == b""
+            for more in (b"", b"al of everything", member.request()):
+                data = await asyncio.to_thread(exchange, renewal.REQUEST + more, opened.addresses)
+                answer = msgspec.msgpack.decode(data, type=renewal.RenewalAnswer)
+                signed = x509.load_pem_x509_certificate(answer.certificate)
+                assert identity.certified_node(signed) == member.node
                 assert not answer.revocation
 
-    def exchange(said: bytes, where: str) -> renewal.RenewalAnswer:
+    def exchange(said: bytes, where: str) -> bytes:
+        data = b""
         with (
+            contextlib.suppress(OSError),
             socket.create_connection(parse(where, 0), 20) as plain,
             renewal._context(member, server=False).wrap_socket(plain) as link,
         ):
-            with contextlib.suppress(OSError):
-                link.sendall(said)
-            data = b""
+            link.sendall(said)
+            if len(said) < len(renewal.REQUEST):
+                link.unwrap()  # it has no more to say
             while piece := link.recv(1 << 16):
                 data += piece
-        return renewal.msgspec.msgpack.decode(data, type=renewal.RenewalAnswer)
+        return data
 
     asyncio.run(story())
 
@@ -174,17 +180,43 @@ def test_an_admin_that_was_removed_is_not_believed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("days", "side"), [(400, "ahead of"), (-400, "behind")])
-def test_a_machine_whose_own_clock_is_wrong_is_told_so(tmp_path: Path, days: int, side: str) -> None:
+def test_a_clock_that_is_wrong_is_named_and_may_be_set_meanwhile(
+    tmp_path: Path, days: int, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with an old PC that begins in 1970 until the network has told it the time."""
+    monkeypatch.setattr(renewal, "RETRY_SECONDS", 0.05)
     admin, member = made(tmp_path, 0)
-    before = member.validity()
+    before, said, off_seconds = member.validity(), [], days * DAY_SECONDS
 
     async def story() -> None:
+        nonlocal off_seconds
         async with endpoint(admin, member):
-            with pytest.raises(JoinFailed, match=rf"400\.0 days {side} the cluster's"):
-                await renewal.until_valid(member, "", print, lambda: time.time() + days * DAY_SECONDS)
+            waiting = asyncio.create_task(
+                renewal.until_valid(member, "", said.append, lambda: time.time() + off_seconds)
+            )
+            while not said:
+                await asyncio.sleep(0.01)
+            off_seconds = 0
+            await asyncio.wait_for(waiting, 60)
 
     asyncio.run(story())
+    assert f"400.0 days {side} the cluster's" in said[0]
     assert member.validity() == before
+
+
+def test_an_admin_whose_clock_is_wrong_does_not_keep_another_from_renewing(tmp_path: Path) -> None:
+    admin, member = made(tmp_path, 60)
+    second = newcomer(tmp_path / "second", admin)
+    second.become_admin(admin.authority_key_pem())
+
+    async def story() -> None:
+        wrong = lambda: time.time() + YEAR_SECONDS  # noqa: E731
+        async with endpoint(admin, member, clock=wrong), endpoint(second, member):
+            assert len(renewal._endpoints(member)) == 2
+            assert await renewed(member) == ""
+
+    asyncio.run(story())
+    enrolment.check(member, time.time())
 
 
 def test_a_certificate_from_an_admin_whose_clock_is_wrong_is_not_taken_on_the_bus(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def certificate(facts: dict[str, Any]) -> Sequence[Finding]:
     try:
         member = identity.load()
     except CordeeError as error:
-        return [Finding(error.message, "docs/office.md, step 12, says how to get it back.", True)]
+        return [Finding(error.message, "cordee identity restore FILE    (from a back-up: docs/office.md, step 12)", True)]
     start, end = member.validity()
     if now < start:
         what = (

@@ -4,10 +4,11 @@ wrong when it was made. Such a node cannot enter the bus, where all other certif
     node                                        admin (RenewalEndpoint, open as long as the admin runs)
       |---- TLS 1.3, certificates on both sides --->|   made by the cluster's authority? its key held? the
       |                                             |   dates alone are not looked at; not removed?
+      |---- REQUEST, one fixed word --------------->|
       |<--- a fresh certificate, the time ----------|   and the link closes
 
-The handshake is the whole request: the admin reads nothing that the node says, and signs nothing but the key
-that the handshake has proved. A recorded link is of no use to anybody: a handshake cannot be repeated without
+The handshake says all: the admin reads nothing of the node but that word, and signs nothing but the key that
+the handshake has proved. A recorded link is of no use to anybody: a handshake cannot be repeated without
 the key, and the certificate in it is not a secret. There is no bound on how long a certificate may have run
 out. What ends a membership is `cordee remove`: a removed node gets the proof of its removal instead.
 
@@ -33,6 +34,7 @@ from cordee.net import address, enrolment, identity, scouting
 from cordee.net.identity import Identity
 from cordee.net.members import KnownMember, Members
 
+REQUEST = b"renew"  # whoever only listens learns nothing
 NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python's ssl has no name for
 CONNECTIONS_MAX = 32
 HANDSHAKE_SECONDS = 10.0
@@ -96,17 +98,17 @@ class RenewalEndpoint:
         if self._server is not None:
             self._server.close()
 
-    async def _serve(self, _: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open += 1
         try:
-            if self._open <= CONNECTIONS_MAX:
-                async with asyncio.timeout(HANDSHAKE_SECONDS):
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                if self._open <= CONNECTIONS_MAX and await reader.readexactly(len(REQUEST)) == REQUEST:
                     link: ssl.SSLObject = writer.get_extra_info("ssl_object")
                     writer.write(msgspec.msgpack.encode(self._answer(link.getpeercert(binary_form=True))))
                     await writer.drain()
                     writer.close()
                     await writer.wait_closed()
-        except (OSError, ValueError, TimeoutError):  # it went, or shows what is no node's certificate
+        except (OSError, EOFError, ValueError):  # it went or says nothing, or its certificate is no node's
             pass
         finally:
             self._open -= 1
@@ -136,10 +138,11 @@ async def until_valid(
     """Wait until a member's certificate is valid now: an admin's own is renewed at once, others by an admin.
 
     Admins that moved are found by multicast on `interface` (see BusOptions.scouting). `report` is told once
-    why it takes long; the clock may also be set meanwhile.
+    why it takes long; this machine's clock, which is often wrong just after it was switched on, may also be
+    set meanwhile.
 
     Raises:
-        JoinFailed: the node was removed, no admin is known, or this machine's clock is wrong.
+        JoinFailed: the node was removed, or no admin is known.
     """
     hosts: list[str] = []
     said = False
@@ -169,7 +172,7 @@ def renew(member: Identity, clock: Callable[[], float] = time.time, hosts: Itera
     Admins are also looked for at `hosts`.
 
     Raises:
-        JoinFailed: the node was removed, or this machine's clock is wrong.
+        JoinFailed: the node was removed.
     """
     faults: list[str] = []
     ends = time.monotonic() + ROUND_SECONDS
@@ -201,9 +204,14 @@ def reachable(member: Identity) -> KnownMember | None:
 
 
 def _take(member: Identity, answer: RenewalAnswer, now: float) -> None:
+    """Store what an admin answered.
+
+    Raises:
+        ValueError: its clock and ours disagree, or the certificate is not ours.
+    """
     off_seconds = now - answer.now
     if abs(off_seconds) > enrolment.CLOCK_SECONDS_MAX:
-        raise JoinFailed(f"{enrolment.clock_fault(off_seconds)}: set it, then start this node again.")
+        raise ValueError(f"{enrolment.clock_fault(off_seconds)}, so set whichever of the two is wrong")
     member.renew(answer.certificate, now)
 
 
@@ -229,6 +237,7 @@ def _ask(member: Identity, where: str) -> RenewalAnswer:
         shown = x509.load_der_x509_certificate(link.getpeercert(binary_form=True) or b"")
         if identity.certified_node(shown) in member.revoked:
             raise ValueError("it was removed from the cluster")
+        link.sendall(REQUEST)
         data = b""
         while len(data) <= ANSWER_BYTES_MAX and (piece := link.recv(ANSWER_BYTES_MAX)):
             data += piece
