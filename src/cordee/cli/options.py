@@ -6,6 +6,8 @@ from typing import Any, ParamSpec
 
 import click
 
+from cordee.files import printable
+
 P = ParamSpec("P")
 
 stages = click.option(
@@ -63,6 +65,22 @@ class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - old
             self.fail(f"{value!r} is not a size like 16GB; the units are {', '.join(SIZES)}.", param, ctx)
         return int(float(match[1]) * SIZES[match[2]])
 
+
+class Text(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+    """A name or a text. What is not in the terminal's encoding would fail where it is sent or written."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.fail(f"{printable(text)} is not UTF-8 text.", param, ctx)
+        return text
+
+
+TEXT = Text()
 
 pre = click.option(
     "--pre",
