@@ -47,13 +47,17 @@ def home() -> Path:
     """The folder of all state: `CORDEE_HOME`, else the user's data folder. Created readable by the user only.
 
     Raises:
-        StorageFailed: the folder cannot be created, or this user has no home folder for it.
+        StorageFailed: the folder cannot be created, its name is not text, or this user has no home folder.
     """
     chosen = os.environ.get("CORDEE_HOME")
     folder = Path(expanded(chosen) if chosen else platformdirs.user_data_dir("cordee"))
     if folder.parts[:1] == ("~",):  # neither HOME nor an entry of this user says where it is
         raise StorageFailed(
             f"There is no home folder for {folder}: set CORDEE_HOME to a folder that you may write to."
+        )
+    if printable(str(folder)) != str(folder):  # it is sent to processes and written down
+        raise StorageFailed(
+            f"The state folder's name, {printable(str(folder))}, is not UTF-8: set CORDEE_HOME to another."
         )
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -180,7 +180,11 @@ def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T
     """
     connection = _Connection(home() / "cluster" / SOCKET)
     try:
-        connection.request(method, path, b"" if body is None else msgspec.json.encode(body))
+        data = b"" if body is None else msgspec.json.encode(body)
+    except UnicodeEncodeError as error:  # the name of a file, where that of a model should be
+        raise BadRequest("A name in the cluster is UTF-8 text.") from error
+    try:
+        connection.request(method, path, data)
         response = connection.getresponse()
         data = response.read()
     except TimeoutError as error:

@@ -66,9 +66,9 @@ class Program(click.Group):
         except CordeeError as error:
             _fail(error)
         except OSError as error:
-            if error.errno not in STORAGE_FAULTS:
+            if error.errno not in STORAGE_FAULTS or not error.filename:
                 raise
-            _fail(storage_failed(error.filename or "A file", error, "cannot be used"))
+            _fail(storage_failed(error.filename, error, "cannot be used"))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -98,10 +98,10 @@ VERBS = (
     *(up, invite, join, nodes, status, deploy, undeploy, drain, leave, remove),
     *(ps, doctor, bench, demo),
 )
-PATHS = ("source", "model", "prompt")  # may name a file, whose name is bytes, or are looked at by their verb
+LOOKED_AT = ("source", "prompt")  # by their verb, which knows more of what they may be
 for verb in VERBS:
     for parameter in verb.params:
-        if isinstance(parameter.type, click.types.StringParamType) and parameter.name not in PATHS:
+        if isinstance(parameter.type, click.types.StringParamType) and parameter.name not in LOOKED_AT:
             parameter.type = options.TEXT
     cordee.add_command(verb)
 for alias, verb in {"share": deploy, "unshare": undeploy}.items():  # the verbs' names before 0.2

@@ -1,5 +1,6 @@
 """Options that several verbs have."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
@@ -67,7 +68,7 @@ class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - old
 
 
 class Text(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
-    """A name or a text. What is not in the terminal's encoding would fail where it is sent or written."""
+    """A name or a text, or a file that is there; its name alone may be other than UTF-8."""
 
     name = "text"
 
@@ -76,7 +77,8 @@ class Text(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
         try:
             text.encode()
         except UnicodeEncodeError:
-            self.fail(f"{printable(text)} is not UTF-8 text.", param, ctx)
+            if not os.path.lexists(text):
+                self.fail(f"{printable(text)} is not UTF-8 text.", param, ctx)
         return text
 
 

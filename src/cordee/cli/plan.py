@@ -10,6 +10,7 @@ import click
 
 from cordee.cli import options, output
 from cordee.errors import BadRequest, DoesNotFit, ModelNotFound, NotRunning
+from cordee.files import printable
 
 if TYPE_CHECKING:
     from cordee.cluster.facts import Facts, ModelShape
@@ -70,7 +71,7 @@ def _by_agent(model: str, context: int | None, sequences: int) -> "tuple[ModelSh
     from cordee.cluster.memory import Demand
 
     def ask(shape: "ModelShape | None", context: int | None) -> "tuple[ModelShape, Demand, Plan]":
-        asked = control.PlanRequest(model, shape, context, sequences)
+        asked = control.PlanRequest(printable(model), shape, context, sequences)
         found = control.ask("POST", "/plan", asked, control.Planned)
         return found.shape, Demand(found.context, found.sequences), found.plan
 
@@ -119,7 +120,7 @@ def _wanted(model: str) -> PlannedModel:
 
     if Path(model).is_file():
         header = read_header(Path(model), weights=False)
-        return PlannedModel(model_shape(header, model), header.get(".context_length"))
+        return PlannedModel(model_shape(header, printable(model)), header.get(".context_length"))
     try:
         stored = find(Store(), model)
     except ModelNotFound:

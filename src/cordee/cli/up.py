@@ -222,7 +222,10 @@ def _at_eof(act: Callable[[], object]) -> None:
             loop.remove_reader(sys.stdin)
             act()
 
-    loop.add_reader(sys.stdin, read)
+    try:
+        loop.add_reader(sys.stdin, read)
+    except PermissionError:  # a file, or /dev/null: there is nothing to wait for
+        loop.call_soon(act)
 
 
 def _greet(agent: "Agent") -> None:
