@@ -1,8 +1,10 @@
 """An answer on a terminal, as it is generated: lines end between words, at the terminal's width."""
 
-import shutil
+import os
+import sys
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 
 import click
 from rich.cells import cell_len
@@ -13,11 +15,14 @@ NO_LINE_BEGINS_WITH = frozenset(
     "、。，．：；！？）］｝〉》」』】〕々ー…ゝゞァィゥェォッャュョぁぃぅぇぉっゃゅょ"
 )
 TAB_CELLS = 8
+FALLBACK_CELLS = 80  # of a terminal that does not know its width
 
 
 def terminal_cells() -> int:
-    """The width of the terminal now; it may change during an answer."""
-    return shutil.get_terminal_size().columns
+    """The width of the terminal now: it may change during an answer, which COLUMNS would not tell."""
+    with suppress(OSError):
+        return os.get_terminal_size(sys.stdout.fileno()).columns or FALLBACK_CELLS
+    return FALLBACK_CELLS
 
 
 def show(text: str) -> None:
