@@ -239,7 +239,8 @@ class Chat:
         """Do what a line says that was typed while an answer comes in."""
         typed = os.read(sys.stdin.fileno(), LINE_BYTES)
         line = typed.decode(errors="replace").strip()
-        self._note(f"> {line}")
+        self._printer.break_line()
+        click.echo(f"> {line}")
         if line == "/quit" or not typed:
             raise EOFError
         if line in ("/kill", "/nodes", "/help"):

@@ -4,6 +4,7 @@ Python's readline edits the lines, and takes what is pasted as a whole (terminal
 Its history lives in memory only.
 """
 
+import os
 import re
 import sys
 import termios
@@ -19,7 +20,8 @@ def prepare() -> None:
     import readline
 
     readline.set_auto_history(True)
-    readline.parse_and_bind("set enable-bracketed-paste on")  # not the default of all versions
+    if os.environ.get("TERM", "dumb") != "dumb":  # which would show what turns it on
+        readline.parse_and_bind("set enable-bracketed-paste on")  # not the default of all versions
 
 
 def read_message(ask: Callable[[str], str] = input) -> str:
