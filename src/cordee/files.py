@@ -50,10 +50,14 @@ def home() -> Path:
         StorageFailed: the folder cannot be created, its name is not text, or this user has no home folder.
     """
     chosen = os.environ.get("CORDEE_HOME")
-    folder = Path(expanded(chosen) if chosen else platformdirs.user_data_dir("cordee"))
-    if folder.parts[:1] == ("~",):  # neither HOME nor an entry of this user says where it is
+    try:
+        folder = Path(expanded(chosen) if chosen else platformdirs.user_data_dir("cordee"))
+    except RuntimeError:  # neither HOME nor an entry of this user says where it is
+        folder = Path("~")
+    if folder.parts[0].startswith("~"):
         raise StorageFailed(
-            f"There is no home folder for {folder}: set CORDEE_HOME to a folder that you may write to."
+            f"There is no home folder for {chosen or 'this user'}: set CORDEE_HOME to a folder that you "
+            "may write to."
         )
     if printable(str(folder)) != str(folder):  # it is sent to processes and written down
         raise StorageFailed(
@@ -98,7 +102,8 @@ def partial_name(name: str, suffix: str) -> str:
     A suffix has at most PARTIAL_BYTES, and a file name NAME_BYTES_MAX.
     """
     encoded = os.fsencode(name)
-    if len(encoded) > NAME_BYTES_MAX - PARTIAL_BYTES:
+    # What is longer than a name may be (and a dot before it) stays: to make such a file fails at once.
+    if NAME_BYTES_MAX - PARTIAL_BYTES < len(encoded) <= NAME_BYTES_MAX + 1:
         name = hashlib.sha256(encoded).hexdigest()[:32]
     return name + suffix
 

@@ -1,7 +1,8 @@
 """What a person types in a conversation: messages of one line or several, and keys while an answer comes.
 
 Python's readline edits the lines, and takes what is pasted as a whole (terminals mark it: bracketed paste).
-Its history lives in memory only.
+Its history lives in memory only. prompt_toolkit would do the same, also where Python has libedit and not GNU
+readline (there, pasted lines are messages of their own), for two more packages.
 """
 
 import os
