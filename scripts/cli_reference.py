@@ -11,12 +11,12 @@ TARGET = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 WIDTH = 100
 
 
-def help_of(command: click.Command) -> str:
-    """What `--help` prints, without trailing spaces."""
-    group = click.Context(cordee, info_name="cordee", terminal_width=WIDTH, **cordee.context_settings)
-    context = (
-        group if command is cordee else click.Context(command, group, command.name, terminal_width=WIDTH)
-    )
+def help_of(command: click.Command, *groups: click.Group) -> str:
+    """What `--help` prints, without trailing spaces; `groups` are those around the command."""
+    context = click.Context(cordee, info_name="cordee", terminal_width=WIDTH, **cordee.context_settings)
+    for each in (*groups, command):
+        if each is not cordee:
+            context = click.Context(each, context, each.name, terminal_width=WIDTH)
     return "\n".join(line.rstrip() for line in command.get_help(context).splitlines())
 
 
@@ -28,6 +28,8 @@ def reference() -> str:
         if command.hidden:  # an old name of a verb
             continue
         parts.append(f"## cordee {name}\n\n```\n{help_of(command)}\n```")
+        if isinstance(command, click.Group):
+            parts += [f"```\n{help_of(each, command)}\n```" for each in command.commands.values()]
     rows = "\n".join(f"| {code} | {meaning} |" for code, meaning in exit_codes().items())
     parts.append(f"## Exit codes\n\n| code | meaning |\n|---|---|\n{rows}")
     return "\n\n".join(parts) + "\n"

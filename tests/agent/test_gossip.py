@@ -8,13 +8,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import cordee
 from clusters import Simple, facts_of
 from cordee.agent.gossip import Gossip
 from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Gauges
-from cordee.cluster.membership import Heartbeat
+from cordee.cluster.membership import WIRE, Heartbeat
 from cordee.net.bus import REMOVED
 from cordee.net.identity import Identity
+from cordee.net.members import Members
 from members import cluster
 
 
@@ -141,6 +143,63 @@ def test_a_node_that_leaves_for_good_is_not_looked_for_any_more(world: World) ->
     assert world.bus.forgotten == []
     world.hear(world.other.node, farewell="leaves")
     assert world.bus.forgotten == [world.other.node]
+
+
+def test_a_heartbeat_of_another_wire_is_not_believed_but_its_node_is_named(world: World) -> None:
+    world.hear(world.other.node, wire=WIRE + 1)
+    assert (world.others, world.calls) == (set(), [])
+    [said] = world.gossip.strangers(time.monotonic())
+    assert f"{world.other.node} runs Cordée 0.2.0 or older and this node {cordee.__version__}" in said
+    world.hear(world.other.node)  # it was updated
+    assert world.gossip.strangers(time.monotonic()) == []
+    assert world.others == {world.other.node}
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"session": "s", "sent": 1.0, "clock": 1.0, "facts": {"node": "n", "name": "pc-9"}},  # 0.2.0
+        {"wire": 99, "facts": {"name": "pc-9", "version": "7.0", "new": [1, 2]}, "session": 7, "more": None},
+        {"facts": {"version": 3}, "wire": 99},  # no promise was kept: silence
+    ],
+)
+def test_any_later_or_older_heartbeat_is_read_as_far_as_was_promised(world: World, payload: dict) -> None:
+    key = f"heartbeat/{world.other.node}"
+    world.bus.handlers["heartbeat/*"](key, msgspec.msgpack.encode(payload))
+    said = world.gossip.strangers(time.monotonic())
+    assert world.others == set()
+    assert all("pc-9 runs Cordée" in each and "update all machines" in each for each in said)
+    assert len(said) == (payload["facts"].get("version") != 3)
+
+
+def test_a_removed_node_is_no_stranger(world: World) -> None:
+    removal_of(world.other, world.admin)
+    world.me.admit(world.admin.revocations)
+    world.hear(world.other.node, wire=99)
+    assert world.gossip.strangers(time.monotonic()) == []
+
+
+def test_what_is_heard_of_members_is_remembered_until_they_leave(world: World) -> None:
+    world.hear(world.other.node)
+    assert Members(world.me).known[world.other.node].name == world.other.node
+    world.hear(world.other.node, farewell="leaves")
+    assert Members(world.me).known == {}
+
+
+def test_the_newer_of_two_machines_with_one_identity_ends_without_a_farewell(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.gossip.speak(Gauges())
+    for second in range(8):
+        now = time.monotonic() + 1
+        monkeypatch.setattr(time, "monotonic", lambda now=now: now)
+        world.controller.observe(facts_of(world.me.node), now, time.time())
+        world.hear(world.me.node, age_seconds=1000.0 + second)
+    assert world.gossip.cloned.is_set()
+    assert world.others == set()
+    count = len(world.bus.published)
+    world.gossip.say_farewell(Gauges(), "stops")
+    assert len(world.bus.published) == count
 
 
 def test_a_lost_token_is_a_suspicion_but_not_of_oneself(world: World) -> None:

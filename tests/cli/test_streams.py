@@ -171,6 +171,7 @@ def test_the_agent_is_found_however_long_its_folders_name_is(
     with pytest.raises(NotRunning):
         control.ask("GET", "/nodes")
     held = AgentSocket(home / "cluster")
+    held.socket.listen()
     assert stat.S_IMODE((home / "cluster" / control.SOCKET).stat().st_mode) == 0o600
     with pytest.raises(BadRequest, match="already runs here"):
         AgentSocket(home / "cluster")

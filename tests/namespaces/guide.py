@@ -17,6 +17,7 @@ Options of a block, which otherwise must end well:
     prints: PATTERN    prints this; `A & B` are two patterns
     until: PATTERN     typed again and again, until it prints this
     fails: PATTERN     must fail, and say this
+    types: TEXT        types this line when it is asked for something
     needs: PROGRAM     passed over where that program is missing
 """
 
@@ -34,7 +35,7 @@ from pathlib import Path
 from netfaults import fake_clock
 from netlab import Host, Lab, Machine
 
-OPTIONS = {"stays", "code", "answers", "prints", "until", "fails", "needs"}
+OPTIONS = {"stays", "code", "answers", "prints", "until", "fails", "types", "needs"}
 SECONDS = 60.0  # for any block
 READY_SECONDS = 30.0  # until a node that was started can be asked
 CODE = re.compile(r"\bcordee[a-z2-7]{40,}\b")
@@ -149,7 +150,7 @@ class Reader:
             return
         ends = time.monotonic() + SECONDS
         while True:
-            status, printed = self.typed(name, text)
+            status, printed = self.typed(name, text, step.options.get("types", ""))
             where = f"line {step.line}, {name}: {text}\n{printed}"
             if "fails" in step.options:
                 assert status != 0, f"it did not fail: {where}"
@@ -170,11 +171,12 @@ class Reader:
         if "serving" in step.options.get("until", ""):
             self.spread.add(len(set(re.findall(r"^ +\d+-\d+ +(pc-\d)", printed, re.MULTILINE))))
 
-    def typed(self, name: str, text: str) -> tuple[int, str]:
-        """Type lines on a machine: exit status, and all that is printed."""
-        child = self._popen(self.machines[name], text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    def typed(self, name: str, text: str, answer: str = "") -> tuple[int, str]:
+        """Type lines on a machine, and the answer to what they ask: exit status, and all that is printed."""
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        child = self._popen(self.machines[name], text, **streams)
         try:
-            printed, _ = child.communicate(timeout=SECONDS)
+            printed, _ = child.communicate(f"{answer}\n".encode() if answer else b"", timeout=SECONDS)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             printed, _ = child.communicate()

@@ -101,9 +101,8 @@ class Host:
         child = subprocess.Popen(
             [*command, sys.executable, *arguments],
             env={**os.environ, **self.machine.environment, **(environment or {}), **own},
-            stdin=subprocess.DEVNULL,
             start_new_session=True,
-            **streams,
+            **{"stdin": subprocess.DEVNULL, **streams},
         )
         self._children.append(child)
         return child

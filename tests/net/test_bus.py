@@ -17,7 +17,7 @@ import pytest
 import zenoh
 
 from cordee.errors import BadRequest
-from cordee.net import address, enrolment, identity
+from cordee.net import address, enrolment, identity, scouting
 from cordee.net import zenoh_bus as bus_module
 from cordee.net.bus import REMOVED, BusOptions
 from cordee.net.identity import Identity
@@ -131,6 +131,22 @@ def test_nodes_of_one_cluster_meet_by_multicast_and_those_of_another_do_not(tmp_
             await hears(y, x, b"theirs")
             assert not {payload for _, payload in a.heard + b.heard} & {b"theirs"}
             assert not {payload for _, payload in x.heard + y.heard} & {b"ours"}
+
+    run(story)
+
+
+def test_nodes_are_found_by_multicast_without_entering_the_bus(tmp_path: Path) -> None:
+    """As a node does whose certificate ran out, while the admin's address changed."""
+    first = founder(tmp_path)
+
+    async def story() -> None:
+        async with node(first, [], scouting="lo"):
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                while await scouting.hosts(first.cluster, "lo", 0.5) != ["127.0.0.1"]:
+                    pass
+            assert await scouting.hosts("0123456789abcdef", "lo", 0.5) == []
+            assert await scouting.hosts(first.cluster, "", 0.5) == []
+            assert await scouting.hosts(first.cluster, "nosuch", 0.1) == []
 
     run(story)
 

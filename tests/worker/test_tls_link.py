@@ -189,6 +189,40 @@ def test_an_event_loop_exchanges_frames_with_workers(tmp_path: Path) -> None:
     worker.ended.set()
 
 
+def test_a_listener_that_stays_open_shows_the_certificate_that_was_renewed_meanwhile(tmp_path: Path) -> None:
+    """As the inbox of a node that runs for longer than a certificate lasts."""
+    admin = founder(tmp_path / "0")
+    host = newcomer(tmp_path / "1", admin, time.time() - 40 * DAY_SECONDS)
+
+    async def story() -> None:
+        async def on_link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.close()
+
+        server, endpoint = await tls_link.open_listener(host.folder, "127.0.0.1", on_link)
+        with pytest.raises(LinkClosed, match="expired"):
+            await asyncio.to_thread(tls_link.connect, admin.folder, endpoint)
+        host.renew(admin.sign(host.request(), time.time()))
+        (await asyncio.to_thread(tls_link.connect, admin.folder, endpoint)).close()
+        server.close()
+
+    asyncio.run(story())
+
+
+def test_a_link_to_one_node_alone_goes_to_no_other(tmp_path: Path) -> None:
+    first, second, third = cluster(tmp_path, 3)
+    worker = Worker(second)
+
+    async def story() -> None:
+        where = worker.listener.endpoint
+        _, writer = await tls_link.open_stream(first.folder, where, second.node)
+        writer.close()
+        with pytest.raises(LinkClosed, match=f"node {second.node} is there"):
+            await tls_link.open_stream(first.folder, where, third.node)
+
+    asyncio.run(story())
+    worker.ended.set()
+
+
 def test_a_listener_is_found_at_any_of_its_addresses(tmp_path: Path) -> None:
     first, second = cluster(tmp_path, 2)
     worker = Worker(second)

@@ -24,6 +24,8 @@ from typing import Any
 
 import msgspec
 
+from cordee import __version__
+from cordee.agent import admins
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
 from cordee.agent.services import Services
@@ -43,24 +45,28 @@ from cordee.generation.streams import Said
 from cordee.machine.devices import own_devices
 from cordee.machine.energy import Meter
 from cordee.models.store import Store
-from cordee.net import address, enrolment
+from cordee.net import address, enrolment, renewal
 from cordee.net.bus import Bus, BusOptions
 from cordee.net.identity import Identity
 from cordee.net.invitations import Invitations
 from cordee.net.latency import Distances
+from cordee.net.members import KnownMember
+from cordee.net.renewal import RenewalEndpoint
 from cordee.net.zenoh_bus import ZenohBus
 from cordee.serving.cluster_service import ClusterGateway
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import LinkClosed
-from cordee.worker.messages import Join, KvAnswer, Tokens
+from cordee.worker.messages import Join, KvAnswer, Promotion, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages
 
 TICK_SECONDS = 0.5  # how often everything is looked at, even if nothing was heard
 GATHER_SECONDS = 0.02  # after news, so that several count as one
 HOST_SECONDS = 0.05  # how often schedulers let time pass
-RENEW_SECONDS = 3600.0  # how often the certificate's age is looked at
+RENEW_SECONDS = 3600.0  # how often a renewal is asked for that has time
+AGE_SECONDS = 60.0  # how often the certificate's age is looked at: a clock may be set at any time
+CLONE_FILE = "cloned"  # in the identity's folder: that another machine ran as this node
 FAREWELL_SECONDS = 0.5  # for a removed node to hear that it was, before the links to it close
 
 log = logging.getLogger(__name__)
@@ -92,7 +98,10 @@ class Agent:
         self.draining = False
         self.local_models = LocalModels(store, identity.node, bus, self)
         self.distances = Distances(bus, identity.node, self.changed)
-        self.invitations = Invitations(identity, _listen_host(options), lambda: bus.addresses)
+        self.invitations = Invitations(
+            identity, _listen_host(options), lambda: bus.addresses, members=self._all_members
+        )
+        self._renewals: RenewalEndpoint | None = None  # of an admin
         self._deployments_file = DeploymentsFile(identity.folder / "deployments")
         self.controller = Controller(
             identity.node,
@@ -102,6 +111,7 @@ class Agent:
             bus.remembered,
         )
         self.gossip = Gossip(bus, identity, self.controller, self.changed, self._cut_removed)
+        self.members = self.gossip.members
         self.history = History()
         self.gauges = Gauges()
         self._meter = Meter()
@@ -149,6 +159,11 @@ class Agent:
     def removed(self) -> asyncio.Event:
         """Set when this node hears that it was removed from the cluster."""
         return self.gossip.removed
+
+    @property
+    def cloned(self) -> asyncio.Event:
+        """Set when another machine has been running as this node for longer; then this one has to end."""
+        return self.gossip.cloned
 
     def changed(self) -> None:
         """Something may have changed: look at everything soon."""
@@ -207,22 +222,34 @@ class Agent:
         self._act()
 
     async def remove(self, node: str) -> None:
-        """Remove a node of the cluster for good.
+        """Remove a node of the cluster for good; this one is an admin.
 
         Raises:
-            BadRequest: this node cannot, or that is no node's id.
+            BadRequest: that is no node's id.
         """
-        if not self.identity.is_admin:
-            raise BadRequest("Only admins can remove nodes: `cordee nodes` shows which they are.", "node")
         try:
             self.identity.revoke(node)
         except ValueError as error:
             raise BadRequest(f"{node!r} is not a node's id: `cordee nodes` lists them.", "node") from error
         self._close_removed_links()
+        self.members.forget(node)
         self._act()
         self.gossip.speak(self.gauges)
         await asyncio.sleep(FAREWELL_SECONDS)
         await self.bus.refresh()
+
+    async def add_admin(self, node: str) -> None:
+        """Make an admin of another node, which is alive; this one is an admin.
+
+        Raises:
+            BadRequest: it does not confirm.
+        """
+        await admins.hand_over(self.identity, self.controller.nodes(time.monotonic())[node][1])
+
+    def note_clone(self) -> None:
+        """Leave a note that this node ended because it is cloned, for `cordee doctor`."""
+        with contextlib.suppress(OSError):
+            (self.identity.folder / CLONE_FILE).write_text(str(round(time.time())), encoding="ascii")
 
     async def close(self, farewell: Farewell = "stops") -> None:
         """Say farewell to the cluster and end all workers; closing twice is harmless."""
@@ -237,8 +264,11 @@ class Agent:
             self._inbox.close()
         for writer in self._links:
             writer.transport.abort()
+        self.members.save()
         await self.local_models.close()
         await self.invitations.close()
+        if self._renewals is not None:
+            self._renewals.close()
         if self._stages is not None:
             await self._stages.close()
         await self.services.close()
@@ -306,15 +336,17 @@ class Agent:
             slices=(),
             stages=(),
             inbox=inbox,
-            admin=self.identity.is_admin,
+            version=__version__,
         )
         if self.identity.is_admin:
-            enrolment.serve_renewals(self.bus, self.identity)
+            await self._serve_as_admin()
+        (self.identity.folder / CLONE_FILE).unlink(missing_ok=True)  # it comes back if that is still so
         self.bus.subscribe(f"to/{self.node}/*", self._receive)
         self.gossip.open()
         for loop in (self._act_always, self._tick_hosts_always, self._renew_always):
             self._keep(loop())
         self._keep(self.gossip.speak_always(self._measure))
+        self._keep(self.gossip.seek_lost_always())
         self._keep(self.local_models.watch())
         self._keep(self.distances.watch(self._others))
 
@@ -344,10 +376,14 @@ class Agent:
                 self._scheduler_hosts[host].receive(message)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A last stage brings tokens."""
+        """A last stage brings tokens, or an admin makes this node one, too."""
         self._links.add(writer)
         try:
-            if isinstance(await opening(reader), Join):
+            first = await opening(reader)
+            if isinstance(first, Promotion) and await admins.accept(self.identity, first, writer):
+                await self._serve_as_admin()
+                log.warning("this node is an admin now: another admin gave it the cluster's key")
+            elif isinstance(first, Join):
                 while True:
                     message, _ = await frames.read(reader)
                     if isinstance(message, Tokens | KvAnswer):
@@ -410,6 +446,9 @@ class Agent:
             slices=self.local_models.slices,
             offers=self.local_models.offers,
             draining=self.draining,
+            admin=self.identity.is_admin,
+            renewals="" if self._renewals is None else self._renewals.addresses,
+            certificate_ends=self.identity.validity()[1],
         )
         return self._facts
 
@@ -478,12 +517,42 @@ class Agent:
             for scheduler_host in self._scheduler_hosts.values():
                 scheduler_host.tick(time.monotonic())
 
+    async def _serve_as_admin(self) -> None:
+        """Renew certificates, on the bus and outside of it."""
+        endpoint = await RenewalEndpoint.open(self.identity, _listen_host(self.options))
+        if self._renewals is not None:
+            endpoint.close()  # it was an admin already
+            return
+        self._renewals = endpoint
+        enrolment.serve_renewals(self.bus, self.identity)
+        self.changed()
+
     async def _renew_always(self) -> None:
+        asked = -RENEW_SECONDS
         while True:
-            now = time.time()
-            if self.identity.renewal_due(now) and await enrolment.renew(self.bus, self.identity, now):
-                await self.bus.refresh()
-            await asyncio.sleep(RENEW_SECONDS)
+            due, valid = self.identity.renewal_due(time.time()), self.identity.is_valid(time.time())
+            if due and (time.monotonic() - asked >= RENEW_SECONDS or self.identity.is_admin or not valid):
+                asked = time.monotonic()
+                with contextlib.suppress(CordeeError):  # the disk is full, or a clock is wrong: again later
+                    if await self._renew():
+                        await self.bus.refresh()
+                if self.identity.node in self.identity.revoked:
+                    self.removed.set()
+            await asyncio.sleep(AGE_SECONDS)
+
+    async def _renew(self) -> bool:
+        """On the bus, or where nodes are renewed whose certificates the bus does not accept."""
+        if await enrolment.renew(self.bus, self.identity, time.time()):
+            return True
+        return not await asyncio.to_thread(renewal.renew, self.identity)
+
+    def _all_members(self) -> list[KnownMember]:
+        """All that are known, and this one."""
+        renewals = "" if self._renewals is None else self._renewals.addresses
+        own = KnownMember(
+            self.node, self.options.name, self.identity.is_admin, __version__, renewals, round(time.time())
+        )
+        return [own, *self.members.known.values()]
 
     def _others(self) -> list[str]:
         nodes = self.controller.nodes(time.monotonic())

@@ -7,7 +7,7 @@ socket without a lock is what a dead agent left.
     GET  /nodes, /status       what agent/status.py tells about the cluster
     GET  /services             and about this node's stages
     POST /plan                 where a model would run now
-    POST /invite, /remove      what admins do
+    POST /invite, /remove, /admin    what admins do
     POST /deploy, /undeploy    what the cluster serves
     POST /drain, /leave        what this node does for the cluster
 
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 import msgspec
+import psutil
 
 from cordee import errors
 from cordee.cluster import planner
@@ -35,19 +36,24 @@ from cordee.files import disk_faults, home
 ANSWER_SECONDS = 120.0  # planning a large model on many machines takes some
 SOCKET_NAME_BYTES_MAX = 107  # what the system allows (unix(7), without the null character at its end)
 SOCKET = "agent.sock"
-BACKLOG = 64
 
 T = TypeVar("T")
 
 
 class Invite(msgspec.Struct, frozen=True):
-    """Answered by the code."""
+    """Answered by the code, and by advice to be shown with it (perhaps empty)."""
 
     admin: bool = False
 
 
 class Remove(msgspec.Struct, frozen=True):
     """`node` is an id or a name. Answered by the node's id and name, and whether it was an admin."""
+
+    node: str
+
+
+class AddAdmin(msgspec.Struct, frozen=True):
+    """`node` is an id or a name. Answered by the node's id and name."""
 
     node: str
 
@@ -126,8 +132,7 @@ class AgentSocket:
             self.socket = socket.socket(socket.AF_UNIX)
             with _short_name(self._path) as name:
                 self.socket.bind(name)
-            self._path.chmod(0o600)
-        self.socket.listen(BACKLOG)
+            self._path.chmod(0o600)  # whoever serves on it listens: until then nobody waits in vain
 
     def close(self) -> None:
         """Make room for the next agent."""
@@ -190,6 +195,10 @@ def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T
     except TimeoutError as error:
         raise CordeeError("The node here does not answer: end it, then run `cordee up` again.") from error
     except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, ConnectionRefusedError) and _is_starting(home() / "cluster" / "agent.lock"):
+            raise NotRunning(
+                "The node here is not ready yet: what `cordee up` printed says what it waits for."
+            ) from error
         raise NotRunning(
             "No node runs here: start one with `cordee up` in another terminal, then try again."
         ) from error
@@ -198,6 +207,14 @@ def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T
     if response.status == 200:
         return msgspec.json.decode(data, type=kind)
     raise _error(data)
+
+
+def _is_starting(lock: Path) -> bool:
+    """Whether the process that took the lock last lives. To try the lock would disturb one that wants it."""
+    try:
+        return psutil.pid_exists(int(lock.read_text(encoding="ascii")[:20]))
+    except (OSError, ValueError):
+        return False
 
 
 def error_of(code: str, message: str) -> CordeeError:

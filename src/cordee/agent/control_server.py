@@ -10,10 +10,21 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cordee.agent.agent import Agent
-from cordee.agent.control import Deploy, Drain, Empty, Invite, PlanRequest, Refusal, Remove, Undeploy
+from cordee.agent.control import (
+    AddAdmin,
+    Deploy,
+    Drain,
+    Empty,
+    Invite,
+    PlanRequest,
+    Refusal,
+    Remove,
+    Undeploy,
+)
 from cordee.agent.deploy import Deployer
 from cordee.agent.status import ClusterStatus
-from cordee.errors import BadRequest, CordeeError
+from cordee.errors import BadRequest, CordeeError, JoinFailed
+from cordee.net.members import advice
 
 BODY_BYTES_MAX = 1 << 20  # the shape of a model with hundreds of layers takes a tenth
 
@@ -35,6 +46,7 @@ class Control:
                 _route("POST", "/plan", PlanRequest, self._plan),
                 _route("POST", "/invite", Invite, self._invite),
                 _route("POST", "/remove", Remove, self._remove),
+                _route("POST", "/admin", AddAdmin, self._add_admin),
                 _route("POST", "/deploy", Deploy, self._deploy),
                 _route("POST", "/undeploy", Undeploy, self._undeploy),
                 _route("POST", "/drain", Drain, self._drain),
@@ -55,10 +67,32 @@ class Control:
         return await ClusterStatus(self._agent).plan(asked.model, asked.shape, asked.context, asked.sequences)
 
     async def _invite(self, asked: Invite) -> Any:
-        return {"code": await self._agent.invitations.invite(admin=asked.admin)}
+        if not self._agent.identity.is_admin:
+            raise JoinFailed(f"Only admins can invite. {ClusterStatus(self._agent).admins('invite')}")
+        code = await self._agent.invitations.invite(admin=asked.admin)
+        nodes = ClusterStatus(self._agent).nodes()["nodes"]
+        admins = [node["name"] for node in nodes if node["admin"]]
+        return {"code": code, "advice": "" if asked.admin else advice(admins, len(nodes) + 1)}
+
+    async def _add_admin(self, asked: AddAdmin) -> Any:
+        status = ClusterStatus(self._agent)
+        if not self._agent.identity.is_admin:
+            raise BadRequest(f"Only admins can make an admin of a node. {status.admins('admin add')}", "node")
+        found = status.find(asked.node)
+        if found["admin"]:
+            raise BadRequest(f"{found['name']} is an admin already.", "node")
+        if found["state"] != "alive":
+            raise BadRequest(
+                f"{found['name']} is not running: start `cordee up` on it, then try again.", "node"
+            )
+        await self._agent.add_admin(found["id"])
+        return found
 
     async def _remove(self, asked: Remove) -> Any:
-        found = ClusterStatus(self._agent).find(asked.node)
+        status = ClusterStatus(self._agent)
+        if not self._agent.identity.is_admin:
+            raise BadRequest(f"Only admins can remove nodes. {status.admins('remove')}", "node")
+        found = status.find(asked.node)
         if found["id"] == self._agent.node:
             raise BadRequest("That is this node itself: use `cordee leave` for it.", "node")
         await self._agent.remove(found["id"])

@@ -15,6 +15,7 @@ import psutil
 
 from cordee.agent.agent import Agent
 from cordee.agent.control import Planned
+from cordee.agent.warnings import listing, warnings
 from cordee.cluster import planner
 from cordee.cluster.choose import Chosen, Reports
 from cordee.cluster.deployments import Deployment
@@ -31,7 +32,7 @@ from cordee.cluster.facts import (
 )
 from cordee.cluster.memory import Demand, needed_bytes
 from cordee.errors import BadRequest, ModelNotFound
-from cordee.net.peers import Peers
+from cordee.net.members import KnownMember
 from cordee.serving.registry import resident_bytes
 
 # A model's state is that of its most advanced placement.
@@ -57,16 +58,47 @@ class ClusterStatus:
         }
         self._models = {offer.shape.digest: (name, offer.shape) for name, offer in self._offers.items()}
         self._models |= {shape.digest: (name, shape) for name, (_, shape) in self._deployments.items()}
-        self._head = {"cluster": agent.identity.cluster, "node": agent.node}
+        self._head = {
+            "cluster": agent.identity.cluster,
+            "node": agent.node,
+            "warnings": warnings(agent, self._known, now, time.time()),
+        }
 
     def nodes(self) -> dict[str, Any]:
-        """All nodes that are known, this one first: what each has, and what stages take of it."""
+        """All members, this one first: what each has, and what stages take of it.
+
+        Those that are missing are `gone`: they said farewell, fell silent, or were not heard since this node
+        started. Of the latter no more is known than what they are called, and when they were heard last.
+        """
         listed = [self._node(state, facts) for state, facts in self._known.values()]
+        listed += [self._node("gone", facts) for facts in self._missing()]
         listed.sort(key=lambda node: (not node["self"], node["name"], node["id"]))
         return self._head | {"nodes": listed}
 
+    def _missing(self) -> list[Facts]:
+        """What is remembered of members that the controller does not know."""
+        members = self._agent.members.known
+        remembered = (members.keys() | self._agent.bus.remembered) - self._known.keys()
+        found: list[Facts] = []
+        for node in remembered - {self._agent.node}:
+            member = members.get(node, KnownMember(node, node))
+            facts = Facts(node, member.name, "", (), 0, "", {}, {}, (), ())
+            found.append(msgspec.structs.replace(facts, admin=member.admin, version=member.version))
+        return found
+
+    def admins(self, verb: str) -> str:
+        """In words, on which other nodes a verb works that only admins have: for a node that is none."""
+        found = [node for node in self.nodes()["nodes"] if node["admin"] and not node["self"]]
+        running = [node["name"] for node in found if node["state"] == "alive"]
+        if running:
+            return f"Type `cordee {verb}` on {listing(running, 'or')}."
+        if found:
+            names = listing([node["name"] for node in found], "or")
+            return f"Start `cordee up` on {names}, then type `cordee {verb}` there."
+        return "No node is known to be one: a machine that was an admin may be off."
+
     def find(self, wanted: str) -> dict[str, Any]:
-        """A node by its id or name, for `remove`; also one that is gone.
+        """A node by its id or name, for `remove` and `admin add`; also one that is gone.
 
         Raises:
             BadRequest: no node has that name, or several have.
@@ -75,14 +107,12 @@ class ClusterStatus:
         found = [node for node in listed if node["id"] == wanted] or [
             node for node in listed if node["name"] == wanted
         ]
-        if not found and wanted in Peers(self._agent.identity).known:  # not seen since this agent started
-            return {"id": wanted, "name": wanted, "admin": False}
         if not found:
             raise BadRequest(f"No node is called {wanted!r}: `cordee nodes` lists them.", "node")
         if len(found) > 1:
             ids = ", ".join(node["id"] for node in found)
             raise BadRequest(f"Several nodes are called {wanted!r}: say which by its id ({ids}).", "node")
-        return {key: found[0][key] for key in ("id", "name", "admin")}
+        return {key: found[0][key] for key in ("id", "name", "admin", "state")}
 
     async def status(self) -> dict[str, Any]:
         """The models of the cluster: which nodes run what, how fast, and why if none do."""
@@ -207,11 +237,21 @@ class ClusterStatus:
             "api": facts.api,
             "rtt_seconds": self._known[self._agent.node][1].rtts.get(facts.node),
             "build": facts.build,
+            "version": facts.version,
+            "last_heard": self._last_heard(facts.node, state),
+            "cloned": facts.node in self._controller.clones(time.monotonic()),
             "disk_free_bytes": facts.disk_free_bytes,
             "devices": msgspec.to_builtins(facts.devices),
             "stages": [self._own_stage(report) for report in facts.stages] if state != "gone" else [],
             "watts": self._gauges[facts.node].watts if facts.node in self._gauges else None,
         }
+
+    def _last_heard(self, node: str, state: str) -> float | None:
+        """When a node was heard last, in seconds since 1970; None: never, as far as is remembered."""
+        if state == "alive":
+            return time.time()
+        member = self._agent.members.known.get(node)
+        return member.heard if member is not None and member.heard else None
 
     def _own_stage(self, report: StageReport) -> dict[str, Any]:
         """A stage as its node reports it; `bytes` is what it takes of the device, None where unknown."""

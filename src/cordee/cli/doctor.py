@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import shutil
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import click
 
 from cordee import __version__
-from cordee.cli import options, output
+from cordee.cli import doctor_identity, options, output
 from cordee.errors import SetupNeeded, StorageFailed
 from cordee.machine import hardware
 
@@ -91,6 +92,7 @@ def examine() -> tuple[dict[str, Any], list[Finding]]:
         "libllama": library,
     }
     findings += disk_findings
+    findings += [Finding(*found) for found in doctor_identity.findings(time.time())]
     if room.available_bytes < FREE_MEMORY_BYTES:
         wanted = output.size(FREE_MEMORY_BYTES)
         what = (

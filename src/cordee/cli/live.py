@@ -33,6 +33,11 @@ def show(
             _screen(read, lines)
 
 
+def warnings(found: dict[str, Any]) -> list[str]:
+    """The warnings that belong to what an agent said of its cluster, as lines below it."""
+    return [line for said in found["warnings"] for line in ("", f"Warning: {said}")]
+
+
 def _stream(read: Callable[[], Any]) -> None:
     while True:
         click.echo(json.dumps(read(), ensure_ascii=False))

@@ -14,7 +14,8 @@ from cordee.cli.convert import convert
 from cordee.cli.demo import demo
 from cordee.cli.doctor import doctor
 from cordee.cli.export import export
-from cordee.cli.members import drain, invite, join, leave, remove
+from cordee.cli.identity import identity
+from cordee.cli.members import admin, drain, invite, join, leave, remove
 from cordee.cli.models import ls, pull, rm, show
 from cordee.cli.nodes import nodes
 from cordee.cli.plan import plan
@@ -95,7 +96,7 @@ def cordee() -> None:
 
 VERBS = (
     *(run, serve, pull, ls, show, rm, convert, export, plan),
-    *(up, invite, join, nodes, status, deploy, undeploy, drain, leave, remove),
+    *(up, invite, join, nodes, status, deploy, undeploy, drain, leave, remove, admin, identity),
     *(ps, doctor, bench, demo),
 )
 LOOKED_AT = ("source", "prompt")  # by their verb, which knows more of what they may be

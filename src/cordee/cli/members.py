@@ -1,4 +1,4 @@
-"""`cordee invite`, `join`, `drain`, `leave`, `remove`: who is a member of the cluster, and takes stages."""
+"""`cordee invite`, `join`, `drain`, `leave`, `remove`, `admin`: who is a member, an admin, takes stages."""
 
 import contextlib
 import sys
@@ -29,8 +29,11 @@ def invite(admin: bool) -> None:
     """
     from cordee.agent import control
 
-    click.echo(control.ask("POST", "/invite", control.Invite(admin), dict[str, str])["code"])
+    found = control.ask("POST", "/invite", control.Invite(admin), dict[str, str])
+    click.echo(found["code"])
     output.note("On the other machine: cordee join CODE, then cordee up")
+    if found["advice"]:
+        output.note(f"Advice: {found['advice']}")
 
 
 @click.command()
@@ -38,9 +41,14 @@ def invite(admin: bool) -> None:
 def join(code: str) -> None:
     """Make this machine a member of a cluster; CODE is what `cordee invite` printed there."""
     from cordee.net import enrolment
+    from cordee.net.members import Members, advice
 
     member = enrolment.join(code)
     output.note(f"This machine is node {member.node} of cluster {member.cluster}. Now: cordee up")
+    members = Members(member)
+    admins = [admin.name for admin in members.admins]
+    if not member.is_admin and (said := advice(admins, len(members.known) + 1)):
+        output.note(f"Advice: {said}")
 
 
 @click.command()
@@ -104,6 +112,25 @@ def remove(node: str) -> None:
             "It was an admin and still holds the cluster's key: with it, that machine can add members. If it "
             "is in the wrong hands, create a new cluster: `cordee leave` on every node, then `cordee up`."
         )
+
+
+@click.group()
+def admin() -> None:
+    """Make admins of members: machines that can invite, renew and remove others."""
+
+
+@admin.command()
+@click.argument("node")
+def add(node: str) -> None:
+    """Make an admin of NODE (its name or id), a member that is running now.
+
+    It gets the cluster's key, which cannot be taken back: with it, that machine can add and remove members.
+    So choose one that is behind a locked door. Have two admins, in case one is lost. Only admins can do this.
+    """
+    from cordee.agent import control
+
+    added = control.ask("POST", "/admin", control.AddAdmin(node), dict[str, Any])
+    output.note(f"{added['name']} ({added['id']}) confirms that it is an admin now.")
 
 
 def _drain() -> None:

@@ -105,7 +105,7 @@ def _word(state: str) -> str:
 
 def _lines(found: dict[str, Any]) -> list[str]:
     if not found["models"] and not found["reading"]:
-        return ["No node has a model yet. Try: cordee pull starter"]
+        return ["No node has a model yet. Try: cordee pull starter", *live.warnings(found)]
     lines = [line for model in found["models"] for line in (*_model(model), "")]
     for each in found["fetching"]:
         first, last = each["layers"]
@@ -123,7 +123,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for change in found["changes"][-CHANGES_SHOWN:]:
         when = time.strftime("%H:%M:%S", time.localtime(change["clock"]))
         lines.append(f"{when}  {change['model']}: {change['text']}")
-    return lines
+    return [*lines, *live.warnings(found)]
 
 
 def _model(model: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """`cordee up`: this machine as a node of a cluster, until it is stopped."""
 
 import asyncio
+import contextlib
 import os
 import platform
 import signal
@@ -8,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -85,7 +86,8 @@ def up(
 
     The first time it creates a new cluster, unless `cordee join` made this machine a member of one. --name
     and --listen are remembered. Programs on this machine reach all models of the cluster at
-    http://127.0.0.1:PORT/v1, with OpenAI's API.
+    http://127.0.0.1:PORT/v1, with OpenAI's API. A member whose certificate ran out while it was off waits
+    until an admin runs that renews it.
     """
     from cordee.agent.agent import AgentOptions
     from cordee.agent.control import AgentSocket
@@ -93,16 +95,21 @@ def up(
     from cordee.net.bus import BusOptions
 
     listener = listen("127.0.0.1", port)
-    member = identity.load() if identity.exists() else identity.found(time.time())
-    agent_socket = AgentSocket(member.folder)
+    is_new = not identity.exists()
+    member = identity.found(time.time()) if is_new else identity.load()
+    running = None
     try:
-        settings = _settings(member, name, address)
-        api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        interface = "" if scouting == "off" else scouting
-        options = AgentOptions(settings.name, api, BusOptions(settings.listen, peers, interface), lent_bytes)
-        left = asyncio.run(_Running(member, options, listener, agent_socket).run(until_eof=until_eof))
+        with contextlib.closing(AgentSocket(member.folder)) as agent_socket:
+            settings = _settings(member, name, address)
+            api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            interface = "" if scouting == "off" else scouting
+            bus = BusOptions(settings.listen, peers, interface)
+            options = AgentOptions(settings.name, api, bus, lent_bytes)
+            running = _Running(member, options, listener, agent_socket, is_new=is_new)
+            left = asyncio.run(running.run(until_eof=until_eof))
     finally:
-        agent_socket.close()
+        if is_new and not (running and running.has_run):
+            identity.forget()  # the next attempt may be `cordee join`
     if left:
         identity.forget()
         output.note("cordee: this machine no longer belongs to a cluster")
@@ -136,7 +143,11 @@ class _Running:
         options: "AgentOptions",
         listener: socket.socket,
         agent_socket: "AgentSocket",
+        *,
+        is_new: bool,
     ) -> None:
+        self.has_run = False
+        self._is_new = is_new
         self._member = member
         self._options = options
         self._listener = listener
@@ -150,10 +161,11 @@ class _Running:
         is gone. True if the node leaves.
 
         Raises:
-            JoinFailed: it was removed.
+            JoinFailed: it was removed, or another machine runs as this node.
         """
         from cordee.agent.agent import Agent
         from cordee.models.store import Store
+        from cordee.net import renewal
 
         task = asyncio.current_task()
         assert task is not None, "asyncio.run() runs this in a task"
@@ -163,8 +175,11 @@ class _Running:
             _at_eof(task.cancel)
         agent = None
         try:
+            interface = self._options.bus.scouting
+            await renewal.until_valid(self._member, interface, lambda text: output.note(f"cordee: {text}"))
             agent = await Agent.start(self._member, Store(), self._options)
-            _greet(agent)
+            self.has_run = True
+            _greet(agent, is_new=self._is_new)
             await self._serve(agent, task.cancel)
         except asyncio.CancelledError:
             output.note("cordee: closing")
@@ -187,10 +202,14 @@ class _Running:
             serve(create_app(agent.services, expected=_Names(agent)), self._listener),
             serve(Control(agent, leave).app(), self._agent_socket.socket),
         ]
-        tasks = [asyncio.create_task(server) for server in servers]
+        ends = [asyncio.create_task(event.wait()) for event in (agent.removed, agent.cloned)]
+        tasks: list[asyncio.Task[Any]] = [*ends, *(asyncio.create_task(server) for server in servers)]
         try:
-            await agent.removed.wait()
-            raise JoinFailed(REFUSALS["removed"])
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if agent.removed.is_set():
+                raise JoinFailed(REFUSALS["removed"])
+            agent.note_clone()
+            raise JoinFailed(REFUSALS["cloned"])
         finally:
             for each in tasks:
                 each.cancel()
@@ -228,8 +247,13 @@ def _at_eof(act: Callable[[], object]) -> None:
         loop.call_soon(act)
 
 
-def _greet(agent: "Agent") -> None:
+def _greet(agent: "Agent", *, is_new: bool) -> None:
     """Who this is, and what to do next."""
+    if is_new:
+        output.note(
+            "cordee: this is a new cluster, with this machine as its first node; to be a member of an "
+            "existing one instead: `cordee leave`, then `cordee join CODE`"
+        )
     output.note(f"cordee: node {agent.options.name} ({agent.node}) of cluster {agent.identity.cluster}")
     output.note(f"cordee: API at {agent.options.api} (no API key needed); Ctrl-C ends the node")
     if agent.identity.is_admin:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from cordee.cluster.choose import Chosen, Planning, choose
+from cordee.cluster.clones import Clones
 from cordee.cluster.deployments import Deployment, Deployments
 from cordee.cluster.facts import Facts, Gauges, ModelShape, Offer, Placement, stream_key
 from cordee.cluster.goals import Goals, HostGoal, SliceGoal, StageSpec, goals
@@ -78,6 +79,7 @@ class Controller:
         self._session = session
         self._planning = planning
         self._membership = Membership(me)
+        self._clones = Clones(me, session)
         self._deployments = Deployments(deployments)
         self._facts: Facts | None = None
         self._offset = 0.0  # the machine's clock less `now`
@@ -173,11 +175,15 @@ class Controller:
         self._offset = clock - now
         self._revocations = dict(revocations or {})
         self._membership.settle(now)
+        self._clones.settle(now)
         self._deployments.settle(self._clock(now))
 
     def hear(self, heartbeat: Heartbeat, now: float) -> bool:
         """A heartbeat came; False if it changes nothing. The shell checks its revocations first."""
-        if heartbeat.facts.node == self.me or self._refuses(heartbeat.facts.node):
+        if self._refuses(heartbeat.facts.node):
+            return False
+        self._clones.hear(heartbeat, now)
+        if heartbeat.facts.node == self.me:
             return False
         if self._awaited:
             self._listen(heartbeat.facts, now)
@@ -241,6 +247,14 @@ class Controller:
                 models[each.model] = (each.shape, each.context)
         return models
 
+    def clones(self, now: float) -> frozenset[str]:
+        """The nodes, perhaps us included, that two machines run as."""
+        return self._clones.nodes(now)
+
+    def is_newer_clone(self, now: float) -> bool:
+        """Whether another machine has been running as this node for longer than we do."""
+        return self._clones.is_newer(now)
+
     def gauges(self, now: float) -> dict[str, Gauges]:
         """What the other nodes that are alive measured last, by id."""
         return self._membership.gauges(now)
@@ -258,6 +272,7 @@ class Controller:
             tuple(self._revocations[node] for node in sorted(self._revocations)),
             gauges,
             farewell,
+            age_seconds=self._clones.age_seconds(now),
         )
 
     def plan(self, now: float) -> Goals:

@@ -160,8 +160,10 @@ class Facts(msgspec.Struct, frozen=True):
     `api` is where it serves clients, `inbox` where the last stages of the models it hosts send their tokens.
     What it *has* (devices' memory, disk) counts as if nothing of this cluster ran or was half fetched, so
     that a decision does not undo itself. `rtts` are seconds to other nodes and back, as measured; `build`
-    names the engine's build (streams move token-identically only between equal ones); `draining`: the node
-    wants its stages elsewhere; `admin`: it can invite and remove nodes.
+    names the engine's build (streams move token-identically only between equal ones), `version` that of
+    Cordée; `draining`: the node wants its stages elsewhere; `admin`: it can invite and remove nodes, and
+    renews certificates that ran out at the addresses `renewals`, joined by commas. Its own is valid until
+    `certificate_ends`, in seconds since 1970.
     """
 
     node: str
@@ -178,6 +180,9 @@ class Facts(msgspec.Struct, frozen=True):
     inbox: str = ""
     offers: tuple[Offer, ...] = ()
     admin: bool = False
+    version: str = ""
+    renewals: str = ""
+    certificate_ends: float = 0.0
 
 
 class Hosted(msgspec.Struct, frozen=True):

@@ -50,6 +50,9 @@ LISTEN_SECONDS = 3.0  # after a start: long enough to be found by all others, an
 REORDER_SECONDS = 2.0  # TCP keeps order, so only messages of a link that was just replaced come late
 FORGET_SECONDS = 3600.0  # how long a node that went is still shown
 NODES_MAX = 256  # known at once; of those that are gone the longest gone are forgotten first
+# One more with each change after which nodes no longer understand those of the version before. A node whose
+# WIRE differs is not believed, but named: see `Greeting`.
+WIRE = 1
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
@@ -57,7 +60,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
 
     `sent` is in seconds of the session's own clock, `clock` in seconds since 1970 as the sender believes.
     `revocations` are signed records; the shell checks them and hands those that are valid to
-    `Controller.observe`. The last heartbeat of a session that ends as it should carries a `farewell`.
+    `Controller.observe`. The last heartbeat of a session that ends as it should carries a `farewell`. The
+    session lasts for `age_seconds`.
     """
 
     session: str
@@ -68,6 +72,22 @@ class Heartbeat(msgspec.Struct, frozen=True):
     revocations: tuple[bytes, ...] = ()
     gauges: Gauges = Gauges()
     farewell: Farewell = ""
+    wire: int = WIRE
+    age_seconds: float = 0.0
+
+
+class Caller(msgspec.Struct, frozen=True):
+    """What a `Greeting` says of the node's facts."""
+
+    name: str = ""
+    version: str = ""
+
+
+class Greeting(msgspec.Struct, frozen=True):
+    """What of a heartbeat every version can read, whatever the others add or drop: this never changes."""
+
+    wire: int = 0  # nodes up to 0.2.0 do not say it
+    facts: Caller = Caller()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ A code holds the admin's addresses, the first half of the SHA-256 of the authori
 and a checksum against typing errors. The secret never travels: the proof is its HMAC over the newcomer's
 request, so it is of no use for another key, and the authority's key travels sealed with the secret. A code
 works once, for INVITE_SECONDS, and as long as the admin's process lives; the newcomer that used it may repeat
-its request, since answers get lost. Renewals go over the bus, where only members can ask.
+its request, since answers get lost. Renewals go over the bus, where only members can ask; renewal.py has
+those of certificates that are not valid now, with which nobody enters the bus.
 """
 
 import base64
@@ -35,10 +36,13 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+from cordee import __version__
+from cordee.cluster.membership import WIRE
 from cordee.errors import CordeeError, JoinFailed
 from cordee.net import address, identity
 from cordee.net.bus import Bus
 from cordee.net.identity import Identity
+from cordee.net.members import KnownMember, Members
 from cordee.net.peers import Peers
 
 CODE_PREFIX = "cordee"
@@ -69,10 +73,12 @@ class Code(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Cluster(msgspec.Struct, frozen=True):
-    """Answer to GET /cluster: the authority's certificate (PEM) and the admin's clock."""
+    """Answer to GET /cluster: the authority's certificate (PEM), the admin's clock, wire and version."""
 
     authority: bytes
     now: float
+    wire: int = 0  # nodes up to 0.2.0 do not say it
+    version: str = "0.2.0 or older"
 
 
 class Application(msgspec.Struct, frozen=True):
@@ -83,12 +89,16 @@ class Application(msgspec.Struct, frozen=True):
 
 
 class Admission(msgspec.Struct, frozen=True, tag=True):
-    """Answer to POST /join. `peers`: addresses by node id; `authority_key`: sealed, for admins only."""
+    """Answer to POST /join. `peers`: addresses by node id; `authority_key`: sealed, for admins only.
+
+    `members`: the admin itself and all that it remembers.
+    """
 
     certificate: bytes
     peers: dict[str, str]
     revocations: tuple[bytes, ...]
     authority_key: bytes
+    members: tuple[KnownMember, ...] = ()
 
 
 class JoinRefusal(msgspec.Struct, frozen=True, tag=True):
@@ -112,6 +122,9 @@ REFUSALS = {
     "expired": "The code has expired: ask for a new one with `cordee invite`.",
     "used": "The code was used already, and each works once: ask for a new one with `cordee invite`.",
     "removed": "This node was removed from the cluster for good: `cordee leave` here makes it a new one.",
+    "cloned": "Another machine runs as this very node, and has done so for longer: the disk of this one is "
+    "probably a copy of its disk. Give this machine an identity of its own: `cordee leave --yes`, then "
+    "`cordee join` a code that `cordee invite` prints on an admin. The models here stay.",
     "busy": "Too many wrong codes were tried there: wait a minute, then try again.",
     "slot": "The cluster is full.",
 }
@@ -172,14 +185,36 @@ def check(member: Identity, now: float) -> None:
     """
     if member.node in member.revoked:
         raise JoinFailed(REFUSALS["removed"])
-    start, end = member.validity()
+    start, end = identity.validity_of(member.authority)
     if not start <= now < end:
-        day = time.strftime("%Y-%m-%d", time.gmtime(end if now >= end else start))
-        state = f"ran out on {day}" if now >= end else f"is not valid before {day}"
         raise JoinFailed(
-            f"This node's certificate {state}: check this machine's clock. If it is right, `cordee join` a "
-            "code that `cordee invite` prints on another node; this one remains the same node."
+            f"The cluster's own certificate {_when((start, end), now)}: check this machine's clock. If it is "
+            "right, the clock of the machine that created the cluster was not. Create the cluster anew: "
+            "`cordee leave` on every node, then `cordee up` on one, and invite the others."
         )
+    if not member.is_valid(now):
+        raise JoinFailed(
+            f"This node's certificate {when_valid(member, now)}: check this machine's clock. If it is right, "
+            "`cordee join` a code that `cordee invite` prints on another node; it remains the same node."
+        )
+
+
+def when_valid(member: Identity, now: float) -> str:
+    """In words, why a member's certificate is not valid now: "ran out on 2026-07-01"."""
+    return _when(member.validity(), now)
+
+
+def _when(validity: tuple[float, float], now: float) -> str:
+    start, end = validity
+    day = time.strftime("%Y-%m-%d", time.gmtime(end if now >= end else start))
+    return f"ran out on {day}" if now >= end else f"is not valid before {day}"
+
+
+def clock_fault(off_seconds: float) -> str:
+    """In words, that this machine's clock differs from an admin's."""
+    days = abs(off_seconds) / identity.DAY_SECONDS
+    side = "ahead of" if off_seconds > 0 else "behind"
+    return f"This machine's clock is {days:.1f} days {side} the cluster's"
 
 
 def pin_of(authority: x509.Certificate) -> bytes:
@@ -212,7 +247,7 @@ async def renew(bus: Bus, member: Identity, now: float) -> bool:
     answers = await bus.query("renew/*", msgspec.msgpack.encode(question), seconds=RENEW_SECONDS)
     for answer in answers:
         with contextlib.suppress(ValueError):
-            member.renew(answer)
+            member.renew(answer, now)
             return True
     return False
 
@@ -236,9 +271,12 @@ def _settle(
     except (ValueError, InvalidTag) as error:
         raise JoinFailed(f"The admin's answer makes no sense ({error}): try again.") from error
     member.admit(admission.revocations)
-    peers = Peers(member)
+    peers, members = Peers(member), Members(member)
     for node, addresses in admission.peers.items():
         peers.remember(node, addresses)
+    for each in admission.members:
+        members.remember(each)
+    members.save()
     return member
 
 
@@ -260,10 +298,11 @@ def _find(code: Code, clock: Callable[[], float]) -> tuple[str, x509.Certificate
             )
         off_seconds = clock() - cluster.now
         if abs(off_seconds) > CLOCK_SECONDS_MAX:
-            days = abs(off_seconds) / identity.DAY_SECONDS
-            side = "ahead of" if off_seconds > 0 else "behind"
+            raise JoinFailed(f"{clock_fault(off_seconds)}: set it, then join again.")
+        if cluster.wire != WIRE:
             raise JoinFailed(
-                f"This machine's clock is {days:.1f} days {side} the cluster's: set it, then join again."
+                f"The machine at {where} runs Cordée {cluster.version} and this one {__version__}, which do "
+                "not understand each other: update both to the same version, then join again."
             )
         return where, authority
     raise JoinFailed(

@@ -9,6 +9,11 @@
 The folder appears whole or not at all, so anything missing or damaged in it is a fault that is reported: the
 cluster would not know a new identity in its place. Times are seconds since 1970, as `time.time()`.
 
+**Clocks.** Only a node's certificate depends on them. It is renewed long before it runs out; one that ran out
+while its machine was off, or was made while a clock was wrong, is renewed all the same (renewal.py), unless
+the node was removed. The authority is trusted because it is this cluster's, whatever the time: its
+certificate has no end that anybody will see, and no beginning that a wrong clock could put into the future.
+
 A node's id is the first 16 hex digits of the SHA-256 of its public key, the cluster's id those of the SHA-256
 of its authority's certificate. Keys are EC P-256: the smallest that rustls, OpenSSL and old clients all know.
 
@@ -39,11 +44,12 @@ from cordee import files
 from cordee.errors import IdentityDamaged
 
 DAY_SECONDS = 86_400
-# A stolen machine that nobody removes stops being a member by itself; long enough for a summer holiday.
-CERTIFICATE_SECONDS = 30 * DAY_SECONDS
+CERTIFICATE_SECONDS = 30 * DAY_SECONDS  # without an admin that renews it, a machine stops being a member
 RENEW_SECONDS = CERTIFICATE_SECONDS // 3  # then some admin has to be up within the other two thirds
+WARN_SECONDS = 10 * DAY_SECONDS  # before the end: no admin was there for the ten days before
 BACKDATED_SECONDS = 2 * DAY_SECONDS  # so that a node whose clock is a day slow takes a fresh certificate
-AUTHORITY_SECONDS = 30 * 365 * DAY_SECONDS  # outlives the machines
+AUTHORITY_START = 946_684_800  # 2000-01-01, whatever the clock of the first machine says
+AUTHORITY_SECONDS = 253_402_300_799 - AUTHORITY_START  # until 9999-12-31 23:59:59: no end (RFC 5280, 4.1.2.5)
 SLOT_DIGITS = 2
 SLOTS = 16**SLOT_DIGITS  # members and nodes ever removed; each costs a zenoh session 15 kB and 40 µs
 FILE_BYTES_MAX = 1 << 20  # a list of SLOTS removed nodes takes 50 kB
@@ -92,12 +98,17 @@ class Identity:
 
     def validity(self) -> tuple[float, float]:
         """From when until when the certificate is valid."""
-        certificate = self.certificate
-        return certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+        return validity_of(self.certificate)
+
+    def is_valid(self, now: float) -> bool:
+        """Whether the other members accept the certificate now."""
+        start, end = self.validity()
+        return start <= now < end
 
     def renewal_due(self, now: float) -> bool:
-        """Whether a third of the certificate's life is over."""
-        return now >= self.validity()[1] - CERTIFICATE_SECONDS + RENEW_SECONDS
+        """Whether a third of the certificate's life is over, or it begins later: a clock was wrong."""
+        start, end = self.validity()
+        return now < start or now >= end - CERTIFICATE_SECONDS + RENEW_SECONDS
 
     def request(self) -> bytes:
         """A request (PKCS #10, DER) to sign this node's key; there is nothing secret in it."""
@@ -118,22 +129,42 @@ class Identity:
         Raises:
             ValueError: the certificate is not this cluster's for the request's key, or the node was removed.
         """
-        key = requested_key(request)
-        if not _belongs(x509.load_pem_x509_certificate(certificate), key, self.authority):
+        return self.sign_for(x509.load_pem_x509_certificate(certificate), requested_key(request), now)
+
+    def sign_for(self, certificate: x509.Certificate, key: CertificatePublicKeyTypes, now: float) -> bytes:
+        """A certificate (PEM) for a member that shows its present one and has proved to hold `key`.
+
+        Raises:
+            ValueError: the certificate is not this cluster's for the key, or the node was removed.
+        """
+        assert self.authority_key is not None, "only an admin signs"
+        if not isinstance(key, ec.EllipticCurvePublicKey) or not _belongs(certificate, key, self.authority):
             raise ValueError("the certificate is not this cluster's for that key")
         if node_id(key) in self._revoked:
             raise ValueError("the node was removed")
-        return self.sign(request, now)
+        return pem(_issue(key, self.authority, self.authority_key, now))
 
-    def renew(self, certificate: bytes) -> None:
-        """Take a new certificate (PEM) for this node's key.
+    def prove_admin(self, nonce: bytes) -> bytes:
+        """A signature that proves to whoever chose `nonce` that this node holds the authority's key."""
+        assert self.authority_key is not None, "only an admin can prove it"
+        return self.authority_key.sign(_admin_proof(self.node, nonce), ec.ECDSA(hashes.SHA256()))
+
+    def is_admin_proof(self, node: str, nonce: bytes, proof: bytes) -> bool:
+        """Whether `proof` is what `prove_admin` gives at that node of this cluster."""
+        return _is_signed(self.authority, _admin_proof(node, nonce), proof)
+
+    def renew(self, certificate: bytes, now: float | None = None) -> None:
+        """Take a new certificate (PEM) for this node's key; with `now`, only one that is valid then.
 
         Raises:
-            ValueError: it is for another key, or not of this cluster's authority.
+            ValueError: it is for another key, or not of this cluster's authority, or not valid.
         """
         renewed = x509.load_pem_x509_certificate(certificate)
         if not _belongs(renewed, self.key.public_key(), self.authority):
             raise ValueError("the certificate is not this cluster's for this node's key")
+        start, end = validity_of(renewed)
+        if now is not None and not start <= now < end:
+            raise ValueError("the certificate is not valid now")
         _write(self.folder / "node.pem", pem(renewed))
         self.certificate = renewed
 
@@ -188,9 +219,14 @@ class Identity:
         return frozenset(new)
 
 
+def place() -> Path:
+    """The folder of this machine's identity, whether or not it has one."""
+    return files.home() / "cluster"
+
+
 def exists() -> bool:
     """Whether this machine belongs to a cluster; its identity may still be damaged."""
-    return _folder().exists()
+    return place().exists()
 
 
 def found(now: float) -> Identity:
@@ -200,7 +236,7 @@ def found(now: float) -> Identity:
         StorageFailed: the folder cannot be written.
     """
     authority_key = new_key()
-    authority = _issue_authority(authority_key, now)
+    authority = _issue_authority(authority_key)
     key = new_key()
     certificate = _issue(key.public_key(), authority, authority_key, now)
     return install(key, certificate, authority, authority_key)
@@ -218,7 +254,7 @@ def install(
         IdentityDamaged: there is one already.
         StorageFailed: the folder cannot be written.
     """
-    folder = _folder()
+    folder = place()
     for left in folder.parent.glob(f"{PARTIAL}*"):  # of a process that was killed; there is a key in it
         shutil.rmtree(left, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
@@ -240,13 +276,13 @@ def install(
     return Identity(folder, key, certificate, authority, authority_key)
 
 
-def load() -> Identity:
-    """This machine's identity, every file of it checked.
+def load(folder: Path | None = None) -> Identity:
+    """This machine's identity, or the one in another folder, every file of it checked.
 
     Raises:
         IdentityDamaged: a file is missing, unreadable or not what it should be; the message names it.
     """
-    folder = _folder()
+    folder = folder or place()
     with contextlib.suppress(OSError):  # another user's folder shows below, when its files cannot be read
         folder.chmod(0o700)
     authority = _read(folder / "ca.pem", x509.load_pem_x509_certificate)
@@ -265,7 +301,7 @@ def load() -> Identity:
 
 def forget() -> None:
     """Leave the cluster: delete this machine's identity. Nothing can bring it back."""
-    shutil.rmtree(_folder(), ignore_errors=True)
+    shutil.rmtree(place(), ignore_errors=True)
 
 
 def new_key() -> ec.EllipticCurvePrivateKey:
@@ -276,6 +312,18 @@ def new_key() -> ec.EllipticCurvePrivateKey:
 def node_id(key: ec.EllipticCurvePublicKey) -> str:
     """The id of the node that holds the private key."""
     return hashlib.sha256(_spki(key)).hexdigest()[:ID_DIGITS]
+
+
+def certified_node(certificate: x509.Certificate) -> str:
+    """The id of the node that a certificate is for.
+
+    Raises:
+        ValueError: its key is none of a node.
+    """
+    key = certificate.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ValueError("the key is not an EC key")
+    return node_id(key)
 
 
 def cluster_id(authority: x509.Certificate) -> str:
@@ -319,13 +367,14 @@ def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
     return key
 
 
+def validity_of(certificate: x509.Certificate) -> tuple[float, float]:
+    """From when until when a certificate is valid."""
+    return certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
+
+
 def pem(certificate: x509.Certificate) -> bytes:
     """A certificate in PEM, as files and messages hold it."""
     return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def _folder() -> Path:
-    return files.home() / "cluster"
 
 
 def _issue(
@@ -348,10 +397,10 @@ def _issue(
     )
 
 
-def _issue_authority(key: ec.EllipticCurvePrivateKey, now: float) -> x509.Certificate:
+def _issue_authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
     name = _name("cordee authority")
     return (
-        _certificate(key.public_key(), "cordee authority", name, now, AUTHORITY_SECONDS)
+        _certificate(key.public_key(), "cordee authority", name, AUTHORITY_START, AUTHORITY_SECONDS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA256())
@@ -408,8 +457,15 @@ def _revocation(cluster: str, node: str) -> bytes:
     return f"cordee revocation {cluster} {node}".encode()
 
 
+def _admin_proof(node: str, nonce: bytes) -> bytes:
+    return f"cordee admin {node} ".encode() + nonce
+
+
 def _is_revoked(authority: x509.Certificate, node: str, signature: bytes) -> bool:
-    statement = _revocation(cluster_id(authority), node)
+    return _is_signed(authority, _revocation(cluster_id(authority), node), signature)
+
+
+def _is_signed(authority: x509.Certificate, statement: bytes, signature: bytes) -> bool:
     key = authority.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey):
         return False

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import msgspec
@@ -21,6 +21,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from cordee import __version__
+from cordee.cluster.membership import WIRE
 from cordee.errors import JoinFailed
 from cordee.net import address, identity
 from cordee.net.enrolment import (
@@ -35,6 +37,7 @@ from cordee.net.enrolment import (
     seal,
 )
 from cordee.net.identity import Identity
+from cordee.net.members import KnownMember
 from cordee.net.peers import Peers
 
 INVITES_MAX = 16  # that are remembered, open or not
@@ -77,8 +80,9 @@ class FailedAttempts:
 class Invitations:
     """An admin's invitations and their endpoint.
 
-    `addresses` gives where this node's bus listens now; `host` is where the endpoint listens, empty for all
-    interfaces. Use it in one event loop, and `close` it.
+    `addresses` gives where this node's bus listens now, `members` who is known of the cluster, this node
+    included; `host` is where the endpoint listens, empty for all interfaces. Use it in one event loop, and
+    `close` it.
     """
 
     def __init__(
@@ -87,8 +91,10 @@ class Invitations:
         host: str,
         addresses: Callable[[], list[str]],
         clock: Callable[[], float] = time.time,
+        members: Callable[[], Iterable[KnownMember]] = tuple,
     ) -> None:
         self._identity = member
+        self._members = members
         self._host = host
         self._addresses = addresses
         self._clock = clock
@@ -169,7 +175,7 @@ class Invitations:
 
     async def _show(self, _: Request) -> Response:
         authority = identity.pem(self._identity.authority)
-        return _packed(Cluster(authority, self._clock()))
+        return _packed(Cluster(authority, self._clock(), WIRE, __version__))
 
     async def _join(self, request: Request) -> Response:
         body = b""
@@ -210,8 +216,8 @@ class Invitations:
             return JoinRefusal("expired")
         if node in self._identity.revoked:
             return JoinRefusal("removed")
-        members = {**Peers(self._identity).known, self._identity.node: ",".join(self._addresses())}
-        others = (members.keys() | self._issued | self._identity.revoked) - {node}
+        peers = {**Peers(self._identity).known, self._identity.node: ",".join(self._addresses())}
+        others = (peers.keys() | self._issued | self._identity.revoked) - {node}
         if identity.slot_of(node) in map(identity.slot_of, others):
             return JoinRefusal("slot")
         invitation.used_by = node
@@ -219,7 +225,7 @@ class Invitations:
         self._changed.set()
         sealed = seal(self._identity.authority_key_pem(), invitation.secret) if invitation.admin else b""
         certificate = self._identity.sign(application.request, now)
-        return Admission(certificate, members, self._identity.revocations, sealed)
+        return Admission(certificate, peers, self._identity.revocations, sealed, tuple(self._members()))
 
 
 def _packed(answer: Cluster | Admission | JoinRefusal, status: int = 200) -> Response:

@@ -56,7 +56,7 @@ def session_config(
             },
         },
         "open": {"return_conditions": {"connect_scouted": False, "declares": False}},
-        "scouting": _scouting(identity.cluster, scouting),
+        "scouting": scouting_config(identity.cluster, scouting),
         "access_control": _access(identity.revoked),
         "transport": {
             "shared_memory": {"enabled": False},  # it would lie in the clear in /dev/shm
@@ -88,7 +88,8 @@ def session_config(
     }
 
 
-def _scouting(cluster: str, interface: str) -> dict[str, Any]:
+def scouting_config(cluster: str, interface: str) -> dict[str, Any]:
+    """zenoh's configuration for finding the nodes of a cluster; `interface` as in BusOptions.scouting."""
     first, count = SCOUTING_PORTS
     port = first + int.from_bytes(hashlib.sha256(cluster.encode()).digest()[:4]) % count
     multicast: dict[str, Any] = {"enabled": bool(interface), "address": f"{SCOUTING_GROUP}:{port}"}

@@ -1,6 +1,6 @@
 """The messages between worker processes and their parent, as msgspec structs; the frames are in frames.py.
 
-Three kinds of link. On one machine they are Unix sockets in a folder that only this user may enter; links
+Four kinds of link. On one machine they are Unix sockets in a folder that only this user may enter; links
 between machines are those of tls_link.py. A *wiring* is the set of links between the workers of a placement;
 its id changes whenever one of the workers does.
 
@@ -10,6 +10,7 @@ its id changes whenever one of the workers does.
   to the scheduler's process and to the first worker: Join first, which names the wiring, then KvQuery, Rows
   and Halt downstream, and Tokens or KvAnswer at the end. A message of another wiring than the link's is
   refused.
+- *admin*, between agents, where a data link could be: Promotion -> Promoted; see agent/admins.py.
 - *KV transfer*, from a worker to one of the placement before: ReaderJoin first, which names the wiring of
   that placement, then KvQuery -> KvAnswer and KvRead -> KvState; see kv_transfer.py.
 """
@@ -238,6 +239,19 @@ def rows_of(wiring: str, batch: MicroBatch) -> tuple[Rows, memoryview]:
     return Rows(wiring, batch.id, runs, opens, steps=batch.steps), tokens.data.cast("B")
 
 
+class Promotion(msgspec.Struct, frozen=True, tag=True):
+    """First and last from an admin to a member's agent: the authority's key (PEM) makes it one, too."""
+
+    authority_key: bytes
+    nonce: bytes
+
+
+class Promoted(msgspec.Struct, frozen=True, tag=True):
+    """Answers a Promotion: the node's signature with that key, under its nonce."""
+
+    proof: bytes
+
+
 Control = Hello | LoadStage | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | KvReaders
 Data = Join | Rows | Halt | Tokens | KvQuery | KvAnswer | ReaderJoin | KvRead | KvState
-Message = Control | Data
+Message = Control | Data | Promotion | Promoted

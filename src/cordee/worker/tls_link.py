@@ -146,8 +146,10 @@ def _connect(folder: Path, where: str, until: float) -> ssl.SSLSocket:
     return link
 
 
-async def open_stream(folder: Path, endpoint: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """`connect` for an event loop.
+async def open_stream(
+    folder: Path, endpoint: str, node: str = ""
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """`connect` for an event loop; with a `node` only to that very node, by its certificate.
 
     Raises:
         LinkClosed: as `connect`.
@@ -163,7 +165,9 @@ async def open_stream(folder: Path, endpoint: str) -> tuple[asyncio.StreamReader
                 context = _context(folder, server=False)
                 reader, writer = await asyncio.open_connection(host, port, ssl=context)
                 _tune(writer.get_extra_info("socket"))
-                check_member(folder, writer.get_extra_info("peercert"))
+                found = check_member(folder, writer.get_extra_info("peercert"))
+                if node not in ("", found):
+                    raise LinkClosed(f"node {found} is there")
                 if await reader.read(1) != WELCOME:
                     raise LinkClosed("the other side does not let this node in")
                 return reader, writer
@@ -181,7 +185,7 @@ async def open_listener(
 ) -> tuple[asyncio.Server, str]:
     """A `TlsListener` for an event loop, and its endpoint; `on_link` gets each member's link.
 
-    It shows the certificate of now for as long as it is open: after a renewal, open another one.
+    It shows the node's certificate of the moment, whatever that was when it was opened.
 
     Raises:
         LinkClosed: this node has no valid identity.
@@ -199,11 +203,16 @@ async def open_listener(
         writer.write(WELCOME)
         await on_link(reader, writer)
 
+    def renewed(link: ssl.SSLObject, _name: str | None, _context_of_start: ssl.SSLContext) -> None:
+        link.context = _context(folder, server=True)
+
+    context = _context(folder, server=True)
+    context.sni_callback = renewed  # called in each handshake, with a name or without one
     listener = address.listener(host, 0)
     server = await asyncio.start_server(
         welcome,
         sock=listener,
-        ssl=_context(folder, server=True),
+        ssl=context,
         ssl_handshake_timeout=HANDSHAKE_SECONDS,
         backlog=BACKLOG,
     )
