@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pwd
 import resource
 import stat
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cordee.errors import StorageFailed
-from cordee.files import atomic_file, home
+from cordee.files import atomic_file, atomic_folder, home, partial_name
 
 
 def test_home_is_where_the_variable_says_and_private(monkeypatch, tmp_path):
@@ -34,6 +35,37 @@ def test_home_that_cannot_be_made_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("CORDEE_HOME", str(tmp_path / "file" / "state"))
     with pytest.raises(StorageFailed, match="CORDEE_HOME"):
         home()
+
+
+def test_without_any_home_folder_the_remedy_is_named(monkeypatch, tmp_path):
+    """As in a container whose user has no entry: nothing may be made in a folder called `~`."""
+    for name in ("CORDEE_HOME", "HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.chdir(tmp_path)
+    for chosen in ("", "~/state", "~nobody-of-this-name/state"):
+        monkeypatch.setenv("CORDEE_HOME", chosen)
+        with pytest.raises(StorageFailed, match=r"no home folder .*set CORDEE_HOME"):
+            home()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u6a21" * 85, os.fsdecode(b"\xe9" * 255)])
+def test_a_name_may_be_as_long_as_names_may_be(tmp_path, name):
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True)
+    left = tmp_path / partial_name(f".{name}", f".{int(gone.stdout)}.abc.partial")
+    left.write_bytes(b"half")
+    with atomic_file(tmp_path / name) as file:
+        file.write(b"whole")
+    assert [entry.name for entry in tmp_path.iterdir()] == [name], "and what was left is swept"
+    with atomic_folder(tmp_path / f"y{name[1:]}") as folder:
+        (folder / "a").write_bytes(b"b")
+    with pytest.raises(StorageFailed, match="the name is too long: choose a shorter one"):
+        atomic_file(tmp_path / (name + "x")).__enter__()
 
 
 def test_a_file_appears_only_when_it_is_complete(tmp_path):

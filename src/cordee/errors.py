@@ -110,7 +110,7 @@ class Overloaded(CordeeError):
 
 
 class SetupNeeded(CordeeError):
-    """Something that this machine needs is missing; the message has the command that installs it."""
+    """Something that this machine needs is missing or set wrongly; the message has the remedy."""
 
     exit_code = 10
     http_status = 503

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -122,7 +123,10 @@ def test_a_text_file_is_no_model(home: Path, tmp_path: Path) -> None:
 def test_a_prompt_that_is_no_text(home: Path) -> None:
     done = cordee("run", "starter", home=home, stdin=b"\xff\xfe")
     assert done.returncode == 2
-    assert b"UTF-8" in done.stderr
+    assert b"not UTF-8 text: convert it first" in done.stderr
+    done = cordee("run", "starter", os.fsdecode(b"caf\xe9"), home=home)
+    assert done.returncode == 2
+    assert b"not UTF-8 text" in done.stderr
 
 
 def test_a_port_in_use_shows_before_a_model_is_loaded(starter_home: Path) -> None:
@@ -269,6 +273,40 @@ def test_a_chat_remembers_stops_and_leaves(starter_home: Path) -> None:
     chat.until("> ")
     chat.type("/quit\n")
     assert chat.exit_code() == 0
+
+
+def test_a_key_in_the_middle_of_an_answer_neither_hides_it_nor_stands_in_it(starter_home: Path) -> None:
+    arguments = ("run", "starter", "--temperature", "0", "--max-tokens", "60")
+    chat = Terminal(*arguments, home=starter_home, term="xterm", columns=40)
+    chat.until("> ")
+    chat.type("Tell me a story about a mountain.\r")
+    chat.until("mountain.\r\n")
+    begun = chat.until(" ")
+    chat.type("/sta")
+    answer = begun + chat.until("> ").removesuffix("> ")
+    chat.shown = "> " + chat.shown
+    assert "/sta" not in answer
+    answer = re.sub(r"\x1b\[[0-9;?]*[a-z]", "", answer)
+    body = answer.partition("cordee:")[0].splitlines()
+    assert len("".join(body)) > 60, "it went on"
+    assert max(map(len, body)) <= 40
+    chat.type("ts\r")
+    assert "60 tokens" in chat.until("prompt of")
+    chat.until("> ")
+    chat.type("/quit\r")
+    assert chat.exit_code() == 0
+
+
+def test_a_pipe_and_a_prompt_are_both_used(starter_home: Path) -> None:
+    letter = b"Dear Ada, the rope is ready. " * 5
+    line = ("run", "starter", "--temperature", "0", "--max-tokens", "8", "--stats")
+    both = cordee(*line, "Summarise this.", home=starter_home, stdin=letter)
+    assert both.returncode == 0, both.stderr
+    joined = cordee(*line, home=starter_home, stdin=letter + b"\n\nSummarise this.")
+    assert both.stdout == joined.stdout
+    counts = [re.search(rb"prompt of (\d+) tokens", each.stderr)[1] for each in (both, joined)]
+    assert counts[0] == counts[1]
+    assert int(counts[0]) > 40, "the letter alone has more"
 
 
 def test_nothing_of_a_prompt_is_written_to_disk(starter_home: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_file_in_the_users_home_and_one_that_is_not_there(home, model, monkeyp
     monkeypatch.setenv("HOME", str(model.parent))
     assert pull("~/tiny.gguf").name == "tiny"
     for missing in ("~/other.gguf", "/nowhere/x.gguf", "./x"):
-        with pytest.raises(BadModelFile, match=r"cannot be read"):
+        with pytest.raises(ModelNotFound, match=r"There is no file"):
             pull(missing)
 
 
@@ -246,6 +246,16 @@ def test_all_shards_are_fetched_and_merged(served, home, model, tmp_path):
         ("o/m:IQ4_XS", ["m-IQ4_XS", "m-Q4_K_M"], "m-IQ4_XS"),
         ("o/m:Q4_0", ["m-Q4_0", "m-Q4_0_4_4"], "m-Q4_0"),
         ("o/m/sub/b.gguf", ["sub/a", "sub/b"], "sub/b"),
+        # quantizations that only the folder names, as in a repository of one model in all of them
+        ("o/m", ["Q8_0/model", "Q4_K_M/model", "F16/model"], "Q4_K_M/model"),
+        ("o/m:q8_0", ["Q8_0/model", "Q4_K_M/model"], "Q8_0/model"),
+        ("o/m:IQ2_XS", ["UD-IQ2_XS/m-0.5B", "Q4_0/m-IQ4_XS"], "UD-IQ2_XS/m-0.5B"),
+        ("o/m:IQ4_XS", ["UD-IQ2_XS/m-0.5B", "Q4_0/m-IQ4_XS"], "Q4_0/m-IQ4_XS"),
+        # statistics of a quantizer, and models that were quantized by them
+        ("o/m", ["m-Q4_K_M", "m-f16-imatrix", "imatrix", "m.imatrix"], "m-Q4_K_M"),
+        ("o/m", ["m-Q4_K_M-imatrix", "m-Q5_K_M-imatrix", "m-BF16-imatrix"], "m-Q4_K_M-imatrix"),
+        ("o/m:IQ3_XXS", ["m-IQ3_XXS-imatrix", "imatrix-m-F32"], "m-IQ3_XXS-imatrix"),
+        ("o/m", ["Q4_K_M/model", "Q4_K_M/imatrix", "Q4_K_M/mmproj-model-f16"], "Q4_K_M/model"),
     ],
 )
 def test_the_right_one_of_several_files_is_chosen(served, model, source, files, expected):
@@ -284,9 +294,9 @@ def test_a_repository_without_models_says_so(served):
     [
         (403, "GatedRepo", StorageFailed, "agree to its terms.*HF_TOKEN"),
         (404, "RepoNotFound", ModelNotFound, "check the spelling"),
-        (404, "EntryNotFound", ModelNotFound, "check the spelling"),
-        (500, "", StorageFailed, "500 .*check the connection"),
-        (429, "", StorageFailed, "429 .*try again"),
+        (404, "EntryNotFound", ModelNotFound, "no longer has what was asked for"),
+        (500, "", StorageFailed, "fault of its own .500.*try again later"),
+        (429, "", StorageFailed, "429.*try again in some minutes"),
     ],
 )
 def test_the_hubs_refusals_come_with_the_remedy(served, home, status, code, error, message):
@@ -331,7 +341,7 @@ def test_a_disk_that_fills_up_keeps_what_came(served, home, model, monkeypatch):
         return write(self, data)
 
     monkeypatch.setattr(hub_module._Counted, "write", full)
-    with pytest.raises(StorageFailed, match=r"No space left.*resumes where it stopped"):
+    with pytest.raises(StorageFailed, match=r"the disk is full: free some space.*resumes where it stopped"):
         pull("o/m")
     assert downloads(home) == ["a.gguf.partial"]
     monkeypatch.undo()

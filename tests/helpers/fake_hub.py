@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
@@ -22,9 +22,11 @@ class FakeHub:
 
     `promised` overrides the digest that is stated for a path. `stop_after` cuts each file response after that
     many bytes, and `stall` then waits until it is set; `ignore_ranges` always sends whole files; `status`
-    answers everything with an error; the next `corrupt` file responses have a wrong byte in the middle;
-    `slow` sends 20 MB/s. `ranges` collects the Range header of each file request, `sent` counts the bytes of
-    files that were sent, `strange` collects requests that no download should make.
+    answers everything with an error, explained by `error_code` and `error_message`; `says` answers everything
+    with a page of a stranger; a list comes in parts of `page_files` files; the next `corrupt` file responses
+    have a wrong byte in the middle; `slow` sends 20 MB/s. `ranges` collects the Range header of each file
+    request, `sent` counts the bytes of files that were sent, `strange` collects requests that no download
+    should make.
     """
 
     files: dict[str, dict[str, bytes]]
@@ -33,6 +35,9 @@ class FakeHub:
     ignore_ranges: bool = False
     status: int | None = None
     error_code: str = ""
+    error_message: str = ""
+    says: bytes | None = None
+    page_files: int = 1000
     ranges: list[str | None] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
     strange: list[str] = field(default_factory=list)
@@ -77,7 +82,10 @@ class FakeHub:
         self.tokens.add(request.headers["Authorization"])
         path = [*unquote(urlsplit(request.path).path).strip("/").split("/"), "", "", ""]
         if self.status:
-            self._send(request, self.status, b"", {"X-Error-Code": self.error_code})
+            explained = {"X-Error-Code": self.error_code, "X-Error-Message": self.error_message}
+            self._send(request, self.status, b"", explained)
+        elif self.says is not None:
+            self._send(request, 200, self.says, {"Content-Type": "text/html"})
         elif path[:2] == ["api", "models"] and path[4] == "tree":
             self._send_tree(request, self.files.get("/".join(path[2:4])))
         elif path[2] == "resolve":
@@ -96,7 +104,13 @@ class FakeHub:
         ]
         entries.append({"type": "file", "path": "README.md", "size": 5, "oid": "0" * 40})
         entries.append({"type": "directory", "path": "docs", "oid": "0" * 40})
-        self._send(request, 200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
+        url = urlsplit(request.path)
+        start = int(parse_qs(url.query).get("cursor", ["0"])[0])
+        end = start + self.page_files
+        headers = {"Content-Type": "application/json"}
+        if end < len(entries):
+            headers["Link"] = f'<{self.endpoint}{url.path}?recursive=true&cursor={end}>; rel="next"'
+        self._send(request, 200, json.dumps(entries[start:end]).encode(), headers)
 
     def _promise(self, path: str, content: bytes) -> dict:
         """The digests of a file: git's own for JSON files, which are in git, SHA-256 for all others."""

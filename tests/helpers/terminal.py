@@ -4,6 +4,8 @@ import os
 import pty
 import signal
 import sys
+import termios
+from collections.abc import Sequence
 from pathlib import Path
 
 PROGRAM = (sys.executable, "-m", "cordee.cli.main")
@@ -11,13 +13,21 @@ SECONDS = 120  # a command that takes longer hangs
 
 
 class Terminal:
-    """A program on a pseudo-terminal, as at a keyboard."""
+    """A program on a pseudo-terminal of 80 columns, as at a keyboard; `term` is the terminal's kind."""
 
-    def __init__(self, *arguments: str, home: Path) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        home: Path,
+        program: Sequence[str] = PROGRAM,
+        term: str = "dumb",
+        columns: int = 80,
+    ) -> None:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
-            os.environ |= {"CORDEE_HOME": str(home), "TERM": "dumb"}
-            os.execv(PROGRAM[0], [*PROGRAM, *arguments])
+            os.environ |= {"CORDEE_HOME": str(home), "TERM": term}
+            termios.tcsetwinsize(0, (24, columns))
+            os.execv(program[0], [*program, *arguments])
         signal.alarm(SECONDS)
         self.shown = ""
 

@@ -20,6 +20,8 @@ import fcntl
 import http.client
 import os
 import socket
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO, TypeVar
 
@@ -32,10 +34,11 @@ from cordee.cluster.demand import Wish
 from cordee.cluster.facts import ModelShape, Reading
 from cordee.cluster.memory import Demand
 from cordee.errors import BadRequest, CordeeError, NotRunning
-from cordee.files import home
+from cordee.files import disk_faults, home
 
 ANSWER_SECONDS = 120.0  # planning a large model on many machines takes some
-SOCKET_NAME_BYTES_MAX = 103  # what systems allow: macOS the least
+SOCKET_NAME_BYTES_MAX = 107  # what the system allows (unix(7), without the null character at its end)
+SOCKET = "agent.sock"
 
 T = TypeVar("T")
 
@@ -128,16 +131,19 @@ class AgentSocket:
     """The one place per state folder where an agent can be asked. Close it when the agent has ended.
 
     Raises:
-        BadRequest: another agent holds it, or the folder's name is too long for a socket.
+        BadRequest: another agent holds it.
+        StorageFailed: it cannot be made in this folder.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._lock = _locked(folder / "agent.lock")
-        self._path = _socket_path(folder)
-        self._path.unlink(missing_ok=True)  # a dead agent's
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.bind(str(self._path))
-        self._path.chmod(0o600)  # whoever serves on it listens: until then nobody waits for an answer in vain
+        with disk_faults(folder):
+            self._lock = _locked(folder / "agent.lock")
+            self._path = folder / SOCKET
+            self._path.unlink(missing_ok=True)  # a dead agent's
+            self.socket = socket.socket(socket.AF_UNIX)
+            with _short_name(self._path) as name:
+                self.socket.bind(name)
+            self._path.chmod(0o600)  # whoever serves on it listens: until then nobody waits in vain
 
     def close(self) -> None:
         """Make room for the next agent."""
@@ -164,11 +170,21 @@ def _locked(path: Path) -> TextIO:
     return file
 
 
-def _socket_path(folder: Path) -> Path:
-    path = folder / "agent.sock"
-    if len(os.fsencode(path)) > SOCKET_NAME_BYTES_MAX:
-        raise BadRequest(f"The name {path} is too long for a socket: set CORDEE_HOME to a shorter one.")
-    return path
+@contextmanager
+def _short_name(path: Path) -> Generator[str]:
+    """A name for a socket, short enough for the system: if need be through a descriptor of its folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if len(os.fsencode(path)) <= SOCKET_NAME_BYTES_MAX:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T] = dict) -> T:
@@ -178,9 +194,13 @@ def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T
         NotRunning: none does.
         CordeeError: it does not answer, or what the agent raised.
     """
-    connection = _Connection(_socket_path(home() / "cluster"))
+    connection = _Connection(home() / "cluster" / SOCKET)
     try:
-        connection.request(method, path, b"" if body is None else msgspec.json.encode(body))
+        data = b"" if body is None else msgspec.json.encode(body)
+    except UnicodeEncodeError as error:  # the name of a file, where that of a model should be
+        raise BadRequest("A name in the cluster is UTF-8 text.") from error
+    try:
+        connection.request(method, path, data)
         response = connection.getresponse()
         data = response.read()
     except TimeoutError as error:
@@ -234,4 +254,5 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
+        with _short_name(self._path) as name:
+            self.sock.connect(name)

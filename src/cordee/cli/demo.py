@@ -1,23 +1,24 @@
 """`cordee demo`: a chat with a cluster of three nodes on this machine; all but the first may be killed."""
 
 import contextlib
+import os
 import queue
 import select
 import signal
 import sys
-import termios
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
 import click
 
-from cordee.cli import output
+from cordee.cli import keyboard, output
 from cordee.cli.conversation import MAX_TOKENS, TEMPERATURE, GenerationOptions
 from cordee.cli.known import find
 from cordee.cli.models import STARTER
+from cordee.cli.wrapping import AnswerPrinter
 from cordee.errors import ContextExceeded
 
 if TYPE_CHECKING:
@@ -28,12 +29,15 @@ if TYPE_CHECKING:
 PAUSE_SECONDS = 0.3  # a pause after a kill that is worth a line; between tokens there is less
 TURN_SECONDS = 0.02  # how often keys and tokens are looked for while an answer comes in
 
-HELP = """\
-/kill    kill a node that runs layers of the model, also during an answer
+LINE_BYTES = 4096  # what a terminal gives as a line
+
+HELP = f"""\
+/kill    kill a node that runs layers of the model, also during an answer (it then shows after Enter)
 /nodes   which node runs which layers
 /reset   forget the conversation
 /quit    leave (so does Ctrl-D)
-Ctrl-C   stops an answer"""
+Ctrl-C   stops an answer
+{keyboard.MESSAGE_HELP}"""
 
 
 @click.command()
@@ -140,27 +144,25 @@ class Chat:
         self._news = news
         self._keys = sys.stdin.isatty() and sys.stdout.isatty()
         self._messages: list[dict[str, str]] = []
-        self._in_line = False  # the cursor stands in the middle of a line
+        self._printer = AnswerPrinter(wrap=sys.stdout.isatty())
         self._killed = 0.0  # when a node was, during this answer; 0: none, or the answer went on since
         self._last_token = 0.0  # when it came
 
     def run(self) -> None:
         """Chat until the person leaves."""
         if self._keys:
-            import readline  # gives input() line editing and a history that lives in memory only
-
-            readline.set_auto_history(True)
+            keyboard.prepare()
         self._note(f"{self._model.name} over three nodes; /help lists what you can type")
         self._nodes()
         while True:
             try:
-                line = self._line()
-                if line == "/quit":
+                message = self._message()
+                if message == "/quit":
                     return
-                if line.startswith("/"):
-                    self._command(line)
-                elif line:
-                    self._turn(line)
+                if keyboard.is_command(message):
+                    self._command(message)
+                elif message:
+                    self._turn(message)
             except EOFError:
                 click.echo()
                 return
@@ -169,15 +171,9 @@ class Chat:
 
     # What is typed.
 
-    def _line(self) -> str:
+    def _message(self) -> str:
         self._tell_news()
-        self._break_line()
-        if self._keys:
-            return input("> ").strip()
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.strip()
+        return keyboard.read_message(input if self._keys else _piped_line)
 
     def _command(self, line: str) -> None:
         if line == "/kill":
@@ -220,13 +216,12 @@ class Chat:
         answer, pieces = AnswerReader(self._model, self._messages, self._generation), list[str]()
         self._last_token, self._killed = time.monotonic(), 0.0
         try:
-            with _silent_keys() if self._keys else contextlib.nullcontext() as echoing:
+            with keyboard.silent():
                 while not answer.ended:
-                    if echoing is None:
+                    if not self._keys:
                         time.sleep(TURN_SECONDS)
                     elif select.select([sys.stdin], [], [], TURN_SECONDS)[0]:
-                        with echoing():
-                            self._interject()
+                        self._interject()
                     self._show(answer, pieces)
         except KeyboardInterrupt:
             self._note("(stopped)")
@@ -238,13 +233,16 @@ class Chat:
                 self._messages.append({"role": "assistant", "content": "".join(pieces)})
             else:
                 self._messages.pop()
-        self._break_line()
+            self._printer.end()
+            self._printer.break_line()
 
     def _interject(self) -> None:
-        """Read a line that is typed while an answer comes in; the answer is not shown until its end."""
-        self._break_line()
-        line = input("> ").strip()
-        if line == "/quit":
+        """Do what a line says that was typed while an answer comes in."""
+        typed = os.read(sys.stdin.fileno(), LINE_BYTES)
+        line = typed.decode(errors="replace").strip()
+        self._printer.break_line()
+        click.echo(f"> {line}")
+        if line == "/quit" or not typed:
             raise EOFError
         if line in ("/kill", "/nodes", "/help"):
             self._command(line)
@@ -261,9 +259,7 @@ class Chat:
                 self._killed = 0.0
             self._last_token = when
             pieces.append(chunk.text)
-            click.echo(chunk.text, nl=False)
-            sys.stdout.flush()
-            self._in_line = not chunk.text.endswith("\n")
+            self._printer.add(chunk.text)
         self._tell_news()
 
     # The screen.
@@ -273,32 +269,12 @@ class Chat:
             self._note(self._news.get())
 
     def _note(self, text: str) -> None:
-        self._break_line()
+        self._printer.break_line()
         click.secho(text, dim=True, err=True)
 
-    def _break_line(self) -> None:
-        if self._in_line:
-            click.echo()
-        self._in_line = False
 
-
-@contextlib.contextmanager
-def _silent_keys() -> "Generator[Callable[[], contextlib.AbstractContextManager[None]]]":
-    """Keys come one by one and are not echoed; in a block of what this gives, the terminal is as before."""
-    before = termios.tcgetattr(sys.stdin)
-    silent = [*before]
-    silent[3] &= ~(termios.ECHO | termios.ICANON)
-
-    @contextlib.contextmanager
-    def echoing() -> Generator[None]:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
-        try:
-            yield
-        finally:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
-
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, silent)
-    try:
-        yield echoing
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+def _piped_line(_: str) -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line

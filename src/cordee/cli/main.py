@@ -1,8 +1,6 @@
 """The program `cordee`: its verbs, and how an error or a signal becomes an exit code."""
 
 import copy
-import io
-import os
 import signal
 import sys
 from typing import Any, NoReturn
@@ -10,6 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from cordee import __version__
+from cordee.cli import options, streams
 from cordee.cli.bench import bench
 from cordee.cli.catalog import models
 from cordee.cli.convert import convert
@@ -28,9 +27,9 @@ from cordee.cli.show import show
 from cordee.cli.status import deploy, status, undeploy
 from cordee.cli.up import up
 from cordee.errors import CordeeError
+from cordee.files import STORAGE_FAULTS, storage_failed
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-BROKEN_PIPE = 141  # 128 + SIGPIPE
 TERMINATED = 143  # 128 + SIGTERM
 
 
@@ -47,7 +46,7 @@ def exit_codes() -> dict[int, str]:
         meaning = (kind.__doc__ or "").partition("\n")[0].partition(";")[0].rstrip(".")
         codes.setdefault(kind.exit_code, f"{meaning}.")
     codes[INTERRUPTED] = "Interrupted with Ctrl-C."
-    codes[BROKEN_PIPE] = "The program that read the output has ended."
+    codes[streams.BROKEN_PIPE] = "The program that read the output has ended."
     codes[TERMINATED] = "Ended by SIGTERM; `serve` and `up` close and end with 0."
     return dict(sorted(codes.items()))
 
@@ -64,20 +63,28 @@ class Program(click.Group):
                 [(str(code), meaning.replace("`", "")) for code, meaning in exit_codes().items()]
             )
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs)
+        except CordeeError as error:
+            _fail(error)
+        except OSError as error:
+            if error.errno not in STORAGE_FAULTS or not error.filename:
+                raise
+            _fail(storage_failed(error.filename, error, "cannot be used"))
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
-        except CordeeError as error:
-            click.echo(f"cordee: {' '.join(error.message.split())}", err=True)
-            ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
-        except BrokenPipeError:
-            # The interpreter flushes once more at its end; let that go nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            ctx.exit(BROKEN_PIPE)
         return result
+
+
+def _fail(error: CordeeError) -> NoReturn:
+    click.echo(f"cordee: {' '.join(error.message.split())}", err=True)
+    sys.exit(error.exit_code)
 
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -94,7 +101,11 @@ VERBS = (
     *(up, invite, join, nodes, status, deploy, undeploy, drain, leave, remove, admin, identity),
     *(ps, doctor, bench, demo),
 )
+LOOKED_AT = ("source", "prompt")  # by their verb, which knows more of what they may be
 for verb in VERBS:
+    for parameter in verb.params:
+        if isinstance(parameter.type, click.types.StringParamType) and parameter.name not in LOOKED_AT:
+            parameter.type = options.TEXT
     cordee.add_command(verb)
 for alias, verb in {"share": deploy, "unshare": undeploy}.items():  # the verbs' names before 0.2
     hidden = copy.copy(verb)
@@ -104,10 +115,8 @@ for alias, verb in {"share": deploy, "unshare": undeploy}.items():  # the verbs'
 
 def main() -> None:
     """Entry point of the program."""
+    streams.prepare()
     signal.signal(signal.SIGTERM, _terminated)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # an answer may hold characters the terminal cannot show
     cordee(prog_name="cordee")
 
 

@@ -23,7 +23,8 @@ def pull(source: str, name: str | None, pre: str | None) -> None:
     """Put a model into this machine's store.
 
     SOURCE is a GGUF file, the folder of a ternary checkpoint (config.json, safetensors, tokenizer), a
-    repository of the Hugging Face Hub (owner/name, or owner/name:QUANTIZATION), or the name of a model card.
+    repository of the Hugging Face Hub (owner/name, owner/name:QUANTIZATION, or the address of its page or of
+    a file in it), or the name of a model card.
     Ternary models become files for the ternary engine on the way (see `cordee convert`). An interrupted
     download resumes where it stopped. Only this verb, and `cordee deploy` of a model from the hub, use the
     internet.

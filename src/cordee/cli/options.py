@@ -1,10 +1,13 @@
 """Options that several verbs have."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec
 
 import click
+
+from cordee.files import printable
 
 P = ParamSpec("P")
 
@@ -61,6 +64,23 @@ class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - old
             self.fail(f"{value!r} is not a size like 16GB; the units are {', '.join(SIZES)}.", param, ctx)
         return int(float(match[1]) * SIZES[match[2]])
 
+
+class Text(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+    """A name or a text, or a file that is there; its name alone may be other than UTF-8."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        text = str(value)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            if not os.path.lexists(text):
+                self.fail(f"{printable(text)} is not UTF-8 text.", param, ctx)
+        return text
+
+
+TEXT = Text()
 
 pre = click.option(
     "--pre",

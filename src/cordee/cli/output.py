@@ -69,9 +69,13 @@ def print_json(value: Any) -> None:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of columns as wide as they need to be, two spaces apart, for people and for awk."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    from rich.cells import cell_len  # the width on a terminal, where letters of East Asia take two columns
+
+    widths = [max(map(cell_len, column)) for column in zip(header, *rows, strict=True)]
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  ".join(
+            cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)
+        ).rstrip()
         for row in (header, *rows)
     ]
 

@@ -10,6 +10,7 @@ import click
 
 from cordee.cli import options, output
 from cordee.errors import DoesNotFit, ModelNotFound, NotRunning
+from cordee.files import printable
 
 if TYPE_CHECKING:
     from cordee.agent.control import Planned
@@ -79,7 +80,8 @@ def _by_agent(model: str, context: int | None, sequences: int | None) -> "Planne
     from cordee.cluster.demand import Wish
 
     def ask(shape: "ModelShape | None", wish: Wish) -> "Planned":
-        return control.ask("POST", "/plan", control.PlanRequest(model, shape, wish), control.Planned)
+        asked = control.PlanRequest(printable(model), shape, wish)
+        return control.ask("POST", "/plan", asked, control.Planned)
 
     try:
         if not Path(model).is_file():
@@ -129,7 +131,7 @@ def _wanted(model: str) -> PlannedModel:
 
     if Path(model).is_file():
         header = read_header(Path(model), weights=False)
-        return PlannedModel(model_shape(header, model), own_context(header))
+        return PlannedModel(model_shape(header, printable(model)), own_context(header))
     store, card = Store(), cards().get(model)
     try:
         stored = store.get(model)

@@ -1,15 +1,15 @@
 """`cordee run`: one answer on standard output, or a chat on the terminal. Prompts stay in memory."""
 
-import os
+import select
 import sys
 from collections.abc import Generator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from cordee.cli import options, output
+from cordee.cli import keyboard, options, output
 from cordee.cli.conversation import (
     MAX_TOKENS,
     TEMPERATURE,
@@ -21,12 +21,15 @@ from cordee.cli.conversation import (
 from cordee.errors import BadRequest, ContextExceeded
 
 PROMPT_BYTES = 16 << 20  # what a vocabulary tokenizes at most; a prompt from a pipe is held whole
-HELP = """\
+# A pipe beside a PROMPT that says nothing for so long may be one that nobody meant to be read.
+SILENT_PIPE_SECONDS = 3.0
+HELP = f"""\
 /help    this list
 /reset   forget the conversation
 /stats   tokens and speed of the last answer
 /quit    leave (so does Ctrl-D)
-Ctrl-C   stops an answer"""
+Ctrl-C   stops an answer
+{keyboard.MESSAGE_HELP}"""
 
 
 @click.command()
@@ -72,7 +75,8 @@ def run(
     """Answer PROMPT with MODEL, or chat.
 
     With PROMPT, or with text from a pipe, the answer alone goes to standard output, as it is generated. With
-    neither, it is a chat. Prompts and answers are never written to disk.
+    both, PROMPT comes after the text: cat letter.txt | cordee run starter "Summarise this." With neither, it
+    is a chat. Prompts and answers are never written to disk.
 
     If a node runs on this machine (`cordee up`) and its cluster has MODEL, the cluster answers. With an
     option that says how to load the model (--stages and those below it), this machine answers alone.
@@ -122,35 +126,58 @@ def _model(
 
 
 def _prompt(argument: str | None) -> str | None:
-    """The prompt from the command line or a pipe; None means a chat."""
-    if argument is None:
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            return None
-        data = sys.stdin.buffer.read(PROMPT_BYTES + 1)
-        source = "standard input"
-    else:
-        data = os.fsencode(argument)
-        source = "the command line"
-    if len(data) > PROMPT_BYTES:
-        raise BadRequest(f"The prompt is longer than {output.size(PROMPT_BYTES)}: shorten it.", "prompt")
+    """The prompt from a pipe and the command line; None means a chat."""
+    if argument is None and sys.stdin.isatty() and sys.stdout.isatty():
+        return None
+    given = "" if argument is None else argument
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise BadRequest(f"The prompt from {source} is not UTF-8 text.", "prompt") from None
-    if not text.strip():
+        given.encode()
+    except UnicodeEncodeError:
+        raise BadRequest("The prompt from the command line is not UTF-8 text.", "prompt") from None
+    piped = "" if argument is not None and sys.stdin.isatty() else _piped(expected=argument is None)
+    parts = [part for part in (piped, given) if part.strip()]
+    if not parts:
+        source = "the command line" if argument is not None else "standard input"
         raise BadRequest(f"The prompt from {source} is empty: write something.", "prompt")
+    text = "\n\n".join(parts)
+    _require_short(text.encode())
     return text
+
+
+def _require_short(prompt: bytes) -> None:
+    if len(prompt) > PROMPT_BYTES:
+        raise BadRequest(f"The prompt is longer than {output.size(PROMPT_BYTES)}: shorten it.", "prompt")
+
+
+def _piped(*, expected: bool) -> str:
+    """The text from standard input, which is `expected` if there is no other prompt."""
+    if not expected and not select.select([sys.stdin], [], [], SILENT_PIPE_SECONDS)[0]:
+        output.note("cordee: waiting for the end of standard input; without a text there, add </dev/null")
+    data = sys.stdin.buffer.read(PROMPT_BYTES + 1)
+    _require_short(data)
+    for encoding in ("utf-8", sys.stdin.encoding):  # an old terminal's programs write in its encoding
+        with suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    raise BadRequest(
+        "The prompt from standard input is not UTF-8 text: convert it first, as with "
+        "`iconv -f ISO-8859-1 -t UTF-8`.",
+        "prompt",
+    )
 
 
 def _say(conversation: Conversation, text: str) -> Stats:
     """Print an answer as it comes, and a note if it was cut off; return what it took."""
-    end = ""
+    from cordee.cli.wrapping import AnswerPrinter
+
+    printer, has_text = AnswerPrinter(wrap=sys.stdout.isatty()), False
     with closing(conversation.answer(text)) as pieces:
-        for piece in pieces:
-            click.echo(piece, nl=False)
-            sys.stdout.flush()
-            end = piece or end
-    if not end.endswith("\n"):
+        try:
+            for piece in pieces:
+                printer.add(piece)
+                has_text = has_text or bool(piece)
+        finally:
+            printer.end()
+    if printer.in_line or not has_text:
         click.echo()
     assert conversation.stats is not None, "the answer above set it"
     if conversation.stats.finish == "length":
@@ -159,24 +186,22 @@ def _say(conversation: Conversation, text: str) -> Stats:
 
 
 def _chat(conversation: Conversation) -> None:
-    import readline  # gives input() line editing and a history that lives in memory only
-
-    readline.set_auto_history(True)
+    keyboard.prepare()
     while True:
         try:
-            line = input("> ").strip()
+            message = keyboard.read_message()
         except EOFError:
             click.echo()
             return
         except KeyboardInterrupt:
             output.note("\n/quit or Ctrl-D ends the chat")
             continue
-        if line == "/quit":
+        if message == "/quit":
             return
-        if line.startswith("/"):
-            _command(conversation, line)
-        elif line:
-            _turn(conversation, line)
+        if keyboard.is_command(message):
+            _command(conversation, message)
+        elif message:
+            _turn(conversation, message)
 
 
 def _command(conversation: Conversation, line: str) -> None:
@@ -189,9 +214,10 @@ def _command(conversation: Conversation, line: str) -> None:
         output.note(HELP)
 
 
-def _turn(conversation: Conversation, line: str) -> None:
+def _turn(conversation: Conversation, message: str) -> None:
     try:
-        _say(conversation, line)
+        with keyboard.silent():
+            _say(conversation, message)
     except KeyboardInterrupt:
         output.note("\n(stopped)")
     except ContextExceeded as error:

@@ -251,7 +251,10 @@ def _at_eof(act: Callable[[], object]) -> None:
             loop.remove_reader(sys.stdin)
             act()
 
-    loop.add_reader(sys.stdin, read)
+    try:
+        loop.add_reader(sys.stdin, read)
+    except PermissionError:  # a file, or /dev/null: there is nothing to wait for
+        loop.call_soon(act)
 
 
 async def _ready(agent: "Agent") -> None:

@@ -17,34 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from huggingface_hub import HfApi, constants, hf_hub_url
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage] - of whichever HTTP library it uses
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+import msgspec
+from huggingface_hub import constants, hf_hub_url
 from huggingface_hub.file_download import (
     http_get,  # pyright: ignore[reportUnknownVariableType] - a class in its signature lacks type arguments
 )
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (
     build_hf_headers,  # pyright: ignore[reportUnknownVariableType] - a dict in its signature lacks them, too
     disable_progress_bars,
+    hf_raise_for_status,
+    http_backoff,  # pyright: ignore[reportUnknownVariableType] - its other arguments have no types
+    validate_repo_id,
 )
+from huggingface_hub.utils import logging as hub_logging
 
-from cordee.errors import (
-    BadModelFile,
-    BadRequest,
-    CordeeError,
-    HubUnreachable,
-    ModelNotFound,
-    StorageFailed,
-)
-from cordee.files import home
+from cordee.distribution.hub_faults import hub_faults
+from cordee.errors import BadModelFile, StorageFailed
+from cordee.files import home, partial_name
 from cordee.models.slices import Progress
 
 if TYPE_CHECKING:
@@ -52,9 +41,17 @@ if TYPE_CHECKING:
 
 # The library would send the hub data about this installation.
 constants.HF_HUB_DISABLE_TELEMETRY = True
+# What it has to say of its attempts would stand before our sentence for the same.
+hub_logging.set_verbosity_error()
 
 # A repository of a large model in all its quantizations has some hundred files; a data set has millions.
 FILES_LIMIT = 10_000
+# For each part of a list of files: a hub that has said nothing for so long does not answer.
+LIST_SECONDS = 20.0
+# A list is asked for again after these faults of the hub, which pass; not when there is no way to it:
+# whoever asked learns that at once.
+LIST_RETRIES = 2
+PASSING_FAULTS = (500, 502, 503, 504)
 # An interrupted download that was not resumed for this long is removed.
 KEEP_SECONDS = 14 * 24 * 3600
 
@@ -73,24 +70,65 @@ class HubFile:
     git_sha1: str = ""
 
 
+class _Stored(msgspec.Struct):
+    """Where the hub keeps a large file."""
+
+    oid: str
+    size: int
+
+
+class _Entry(msgspec.Struct):
+    """A file or folder in the hub's list of a repository."""
+
+    type: str
+    path: str
+    size: int = 0
+    oid: str = ""
+    lfs: _Stored | None = None
+
+
 def repository_files(repository: str) -> list[HubFile]:
     """All files of a repository.
 
     Raises:
         ModelNotFound: no such repository, or a private one.
         StorageFailed: the hub cannot be reached, or wants an agreement first.
+        SetupNeeded: the proxy, the certificates or the token of this machine cannot be used.
         BadRequest: this cannot be the name of a repository.
     """
-    with _hub_faults(repository):
-        entries = HfApi().list_repo_tree(repository, recursive=True)
+    with hub_faults(repository):
+        validate_repo_id(repository)
+        entries = (entry for page in _pages(repository) for entry in page)
         files = [entry for entry, _ in zip(entries, range(FILES_LIMIT), strict=False)]
     return [
-        HubFile(repository, file.path, file.lfs.size, file.lfs.sha256)
+        HubFile(repository, file.path, file.lfs.size, file.lfs.oid)
         if file.lfs
-        else HubFile(repository, file.path, file.size, "", file.blob_id)
+        else HubFile(repository, file.path, file.size, "", file.oid)
         for file in files
-        if isinstance(file, RepoFile)
+        if file.type == "file"
     ]
+
+
+def _pages(repository: str) -> Iterator[list[_Entry]]:
+    """The parts of the list of a repository's files.
+
+    The hub's API: GET /api/models/OWNER/NAME/tree/REVISION; a header `Link` leads to the next part. HfApi's
+    own function for this tries for half a minute before it says that there is no network.
+    """
+    url = f"{constants.ENDPOINT}/api/models/{repository}/tree/{constants.DEFAULT_REVISION}?recursive=true"
+    while url:
+        response = http_backoff(
+            "GET",
+            url,
+            headers=build_hf_headers(),
+            timeout=LIST_SECONDS,
+            max_retries=LIST_RETRIES,
+            retry_on_exceptions=(),
+            retry_on_status_codes=PASSING_FAULTS,
+        )
+        hf_raise_for_status(response)
+        yield msgspec.json.decode(response.content, type=list[_Entry])
+        url = response.links.get("next", {}).get("url", "")
 
 
 @contextmanager
@@ -130,7 +168,7 @@ def fetch_range(file: HubFile, start: int, nbytes: int, sink: BinaryIO | io.RawI
     """
     disable_progress_bars("huggingface_hub.http_get")
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
-    with _hub_faults(file.repository):
+    with hub_faults(file.repository):
         http_get(
             hf_hub_url(file.repository, file.path, endpoint=constants.ENDPOINT),
             cast(BinaryIO, sink),
@@ -160,8 +198,8 @@ def _fetch(file: HubFile, path: Path, report: Callable[[int], None]) -> None:
         raise StorageFailed(
             f"{file.path} is larger than the hub gives in one piece: choose a model that comes in shards."
         )
-    partial = path.with_name(path.name + ".partial")
-    with _hub_faults(file.repository), partial.open("ab", buffering=0) as raw, _Counted(raw, report) as out:
+    partial = path.with_name(partial_name(path.name, ".partial"))
+    with hub_faults(file.repository), partial.open("ab", buffering=0) as raw, _Counted(raw, report) as out:
         if out.tell() > file.nbytes:
             out.truncate(0)
             out.seek(0)
@@ -241,46 +279,6 @@ def _require_room(folder: Path, files: Sequence[HubFile]) -> None:
     if needed > free:
         raise StorageFailed(
             f"{files[0].repository} needs {needed / 1e9:.1f} GB on the disk of {folder.parent}, where "
-            f"{free / 1e9:.1f} GB are free: free some space, or set CORDEE_HOME to a folder on another disk."
+            f"{free / 1e9:.1f} GB are free: free some space, or set CORDEE_HOME to a folder on another "
+            "disk."
         )
-
-
-@contextmanager
-def _hub_faults(repository: str) -> Generator[None]:
-    """Turn what goes wrong between us and the hub into expected errors."""
-    try:
-        yield
-    except GatedRepoError as error:
-        raise StorageFailed(
-            f"{repository} is only for those who agree to its terms: do so on "
-            f"{constants.ENDPOINT}/{repository}, then set HF_TOKEN to one of your tokens."
-        ) from error
-    except (RepositoryNotFoundError, EntryNotFoundError) as error:
-        raise ModelNotFound(
-            f"The hub has no {repository}, or it is private: check the spelling, or set HF_TOKEN."
-        ) from error
-    except HFValidationError as error:
-        raise BadRequest(
-            f"{repository} cannot be the name of a repository (owner/name).", "source"
-        ) from error
-    except (HTTPError, HfHubHTTPError, OfflineModeIsEnabled) as error:
-        raise HubUnreachable(
-            f"{repository} cannot be fetched from {constants.ENDPOINT} ({_first_line(error)}): check the "
-            "connection and try again; it resumes where it stopped."
-        ) from error
-    except OSError as error:
-        raise _storage_fault(repository, error) from error
-
-
-def _storage_fault(repository: str, error: OSError) -> CordeeError:
-    if error.errno is None:  # http_get: the connection ended early or the size is wrong
-        return HubUnreachable(f"{repository} came incomplete: try again; it resumes where it stopped.")
-    return StorageFailed(
-        f"{repository} cannot be stored ({error.strerror}): free some space, then try again; "
-        "it resumes where it stopped."
-    )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

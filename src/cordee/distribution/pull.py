@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
 from gguf import GGMLQuantizationType
 
@@ -14,22 +15,33 @@ from cordee.convert.checkpoint import quantization
 from cordee.convert.convert import convert
 from cordee.convert.safetensors import INDEX, read_json
 from cordee.distribution.hub import HubFile, downloaded, repository_files
-from cordee.errors import BadRequest, ModelNotFound, UnsupportedModel, nearest
+from cordee.distribution.source import (
+    HubModelName,
+    hub_model_name,
+    looks_like_file,
+    nothing_like,
+    require_file,
+)
+from cordee.errors import BadRequest, ModelNotFound, UnsupportedModel
+from cordee.files import expanded
 from cordee.models.cards import cards
 from cordee.models.gguf import BLOCK, BitnetType, read_header
 from cordee.models.slices import Progress
-from cordee.models.store import Store, StoredModel, check_name
+from cordee.models.store import QUOTED_NAME_BYTES, Store, StoredModel, check_name
 
 # The default choice, best first: a good trade of size and quality that also runs fast on a CPU.
 PREFERENCE = ("Q4_K_M", "MXFP4", "MXFP4_MOE", "Q4_0", "Q4_K_S", "Q5_K_M", "Q8_0", "F16", "BF16")
 
-_HUB = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?::(?P<quantization>[\w.-]+)|/(?P<file>.+\.gguf))?")
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _QUANTIZATION = re.compile(
     r"(?<![a-z0-9])((?:ud-)?(?:i?q\d\w*|tq\d_\d|i2_s|mxfp4(?:_moe)?|bf16|f16|f32))(?![a-z0-9])", re.IGNORECASE
 )
-# Marks of GGUF files that are not language models: a vision encoder, a quantizer's statistics.
-_OTHER_FILES = ("mmproj", "imatrix")
+# A vision encoder, which is no language model.
+_VISION = "mmproj"
+# A quantizer's statistics. It also marks models that were quantized by them: `m-Q4_K_M-imatrix.gguf`.
+# Weights of full precision never are, so the `f16` of `m-f16-imatrix.gguf` says what the statistics are of.
+_STATISTICS = "imatrix"
+_FULL_PRECISION = ("", "F16", "BF16", "F32")
 # The files of a checkpoint beside its weights; the first must be there.
 CHECKPOINT_FILES = (
     *("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
@@ -51,13 +63,15 @@ def pull(
     """Put a model into the store under `name`, by default under its card's, repository's or file's name.
 
     `source` is a model card's name; a path to a GGUF file (the first of a set), or to the folder of a ternary
-    checkpoint; or `owner/name`, `owner/name:QUANTIZATION` or `owner/name/file.gguf` on the hub, the only case
-    that uses the network: `report` then says what is fetched from where. It also says when a model is
-    converted; `pre` is as for `convert`. `progress(done_bytes, total_bytes)`.
+    checkpoint; or `owner/name`, `owner/name:QUANTIZATION` or `owner/name/file.gguf` on the hub, or the
+    address of such a page or file there. Only those of the hub use the network: `report` then says what is
+    fetched from where. It also says when a model is converted; `pre` is as for `convert`.
+    `progress(done_bytes, total_bytes)`.
 
     Raises:
         ModelNotFound: nothing of that name, here or on the hub.
         BadRequest: the repository has several models and `source` does not say which; `name` is invalid.
+        SetupNeeded: the proxy, the certificates or the token of this machine cannot be used.
         BadModelFile: what was given or fetched is not a model.
         UnsupportedModel: a checkpoint is not ternary.
         StorageFailed: no room on the disk, no connection to the hub, or it sent other content than promised.
@@ -70,27 +84,44 @@ def pull(
         if card.path is not None:
             return puller.store.add_file(card.path, name or card.name, progress, take="link")
         return puller.from_hub(card.source, name or card.name)
-    path = Path(source).expanduser()
-    is_checkpoint = (path / CHECKPOINT_FILES[0]).is_file()
-    if path.is_file() or is_checkpoint or source.startswith(("/", ".", "~")):
+    path = Path(expanded(source))
+    if _is_model(path):
         return puller.from_disk(path, name)
+    require_file(source)
     if not is_on_hub(source):
-        raise _nothing_like(source)
-    return puller.from_hub(source, name or hub_name(source))
+        raise nothing_like(source, cards())
+    try:
+        return puller.from_hub(source, name or hub_name(source))
+    except ModelNotFound as error:
+        if source.count("/") > 1 or not looks_like_file(source):
+            raise
+        raise ModelNotFound(f"{error.message} Nor is there a file {path.absolute()}.") from error
+
+
+def _is_model(path: Path) -> bool:
+    """Whether there is a file, or the folder of a checkpoint."""
+    try:
+        return path.is_file() or (path / CHECKPOINT_FILES[0]).is_file()
+    except (OSError, ValueError):  # no name of a file at all: too long, or with a null character
+        return False
 
 
 def is_on_hub(source: str) -> bool:
-    """Whether `source` names a model on the hub ('owner/name…'), which a card's name alone does not."""
-    return bool(_HUB.fullmatch(source))
+    """Whether `source` names a model on the hub ('owner/name…' or an address), which a card's name does not.
+
+    Raises:
+        BadRequest: an address of something else.
+    """
+    return hub_model_name(source) is not None
 
 
 def hub_name(source: str) -> str:
-    """The default name of a model on the hub ('owner/name…').
+    """The default name of a model on the hub ('owner/name…' or an address).
 
     Raises:
         BadRequest: `source` does not name one.
     """
-    asked = _hub_source(source)
+    asked = _asked(source)
     name = _plain(re.sub(r"-gguf$", "", asked.repository.partition("/")[2], flags=re.IGNORECASE))
     return f"{name}:{asked.quantization}" if asked.quantization else name
 
@@ -104,7 +135,7 @@ def hub_files(source: str) -> list[HubFile]:
         StorageFailed: as `pull` does.
     """
     card = cards().get(source)
-    asked = _hub_source(card.source if card else source)
+    asked = _asked(card.source if card else source)
     files = repository_files(asked.repository)
     if not _models(files):
         raise ModelNotFound(
@@ -115,20 +146,11 @@ def hub_files(source: str) -> list[HubFile]:
     return _choose(asked, files)
 
 
-@dataclass(frozen=True)
-class _HubSource:
-    """A model on the hub: in a `repository` ('owner/name'), of a `quantization` or in a `file`, if given."""
-
-    repository: str
-    quantization: str | None
-    file: str | None
-
-
-def _hub_source(source: str) -> _HubSource:
-    match = _HUB.fullmatch(source)
-    if match is None:
+def _asked(source: str) -> HubModelName:
+    asked = hub_model_name(source)
+    if asked is None:
         raise BadRequest(f"{source!r} is not a model of a hub repository (owner/name).", "source")
-    return _HubSource(match["repository"], match["quantization"], match["file"])
+    return asked
 
 
 def _ignore(_: str) -> None:
@@ -156,7 +178,7 @@ class _Puller:
 
     def from_hub(self, source: str, name: str) -> StoredModel:
         """The model of a repository that `source` names: a GGUF, or if there is none a checkpoint."""
-        asked = _hub_source(source)
+        asked = _asked(source)
         repository = asked.repository
         files = repository_files(repository)
         is_open = not (_models(files) or asked.quantization or asked.file)
@@ -212,7 +234,7 @@ def _has_type(path: Path, types: Container[int]) -> bool:
     return any(tensor.type in types for tensor in read_header(path).tensors if BLOCK.match(tensor.name))
 
 
-def _choose(asked: _HubSource, files: list[HubFile]) -> list[HubFile]:
+def _choose(asked: HubModelName, files: list[HubFile]) -> list[HubFile]:
     """The files of one model of a repository: one, or all shards in order."""
     repository, models = asked.repository, _models(files)
     if asked.file:
@@ -228,10 +250,14 @@ def _choose(asked: _HubSource, files: list[HubFile]) -> list[HubFile]:
             wanted = wanted or [m for stem, m in models.items() if _label(stem) == label]
     if len(wanted) == 1:
         return wanted[0]
+    if asked.file and any(file.path == asked.file and _other_kind(file.path) for file in files):
+        raise BadRequest(
+            f"{asked.file} of {repository} is {_other_kind(asked.file)}, not a language model.", "source"
+        )
     if not models:
         raise ModelNotFound(
-            f"{repository} on the hub holds no GGUF model, and no checkpoint whose config.json says that it "
-            "is ternary: look for its GGUF edition."
+            f"{repository} on the hub holds no GGUF model, and no checkpoint whose config.json says that "
+            "it is ternary: look for its GGUF edition."
         )
     labels = [_label(stem) for stem in models]
     known = labels if all(labels) and len(set(labels)) == len(labels) and not asked.file else None
@@ -251,7 +277,7 @@ def _models(files: list[HubFile]) -> dict[str, list[HubFile]]:
     of_models = (file for file in files if file.sha256 and file.path.lower().endswith(".gguf"))
     for file in sorted(of_models, key=lambda file: file.path):
         stem = str(PurePosixPath(file.path).with_suffix(""))
-        if not any(mark in PurePosixPath(stem).name.lower() for mark in _OTHER_FILES):
+        if not _other_kind(file.path):
             models.setdefault(_SHARD.sub("", stem), []).append(file)
     return {stem: shards for stem, shards in models.items() if len(shards) == _shard_count(shards[0])}
 
@@ -261,19 +287,29 @@ def _shard_count(first: HubFile) -> int:
     return int(match[2]) if match else 1
 
 
+def _other_kind(path: str) -> str:
+    """What a GGUF file is that is no language model, by its name; empty if it seems to be one."""
+    name = PurePosixPath(path).stem
+    if _VISION in name.lower():
+        return "a vision encoder"
+    is_statistics = _STATISTICS in name.lower() and _quantization(name) in _FULL_PRECISION
+    return "a quantizer's statistics" if is_statistics else ""
+
+
 def _label(stem: str) -> str:
-    """The quantization in a file's name, in capitals; empty if there is none."""
-    found = _QUANTIZATION.findall(PurePosixPath(stem).name)
+    """The quantization in a file's name, or else in its folder's, in capitals; empty if there is none."""
+    path = PurePosixPath(stem)
+    return _quantization(path.name) or _quantization(path.parent.name)
+
+
+def _quantization(name: str) -> str:
+    found = _QUANTIZATION.findall(name)
     return found[-1].upper() if found else ""
 
 
 def _plain(text: str) -> str:
     """A name for a model, made from that of a file or a repository."""
-    return re.sub(r"[^\w.+-]+", "-", text).strip("-.") or "model"
-
-
-def _nothing_like(source: str) -> ModelNotFound:
-    return ModelNotFound(
-        f"{source!r} is not a file, a hub repository (owner/name) or a model card{nearest(source, cards())}: "
-        "`cordee models` lists the cards."
-    )
+    name = re.sub(r"[^\w.+-]+", "-", text).strip("-.")
+    while len(quote(name, safe="")) > QUOTED_NAME_BYTES:
+        name = name[:-1].rstrip("-.")
+    return name or "model"

@@ -18,7 +18,13 @@ def certificate(facts: dict[str, Any]) -> Sequence[Finding]:
     try:
         member = identity.load()
     except CordeeError as error:
-        return [Finding(error.message, "cordee identity restore FILE    (from a back-up: docs/office.md, step 12)", True)]
+        return [
+            Finding(
+                error.message,
+                "cordee identity restore FILE    (from a back-up: docs/office.md, step 12)",
+                True,
+            )
+        ]
     start, end = member.validity()
     if now < start:
         what = (

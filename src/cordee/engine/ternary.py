@@ -136,7 +136,7 @@ class TernaryStage:
         # A stage that nobody closes must not leave threads that use memory after it is freed.
         self._release = weakref.finalize(self, _release, self._file, self._session, self._memories)
         try:
-            self._call("ternary_file_map", str(path).encode(), ctypes.byref(self._file))
+            self._call("ternary_file_map", os.fsencode(path), ctypes.byref(self._file))
             self._model = self._make_model()
             self._shape = _Shape()
             self._library.ternary_model_shape(self._model, ctypes.byref(self._shape))

@@ -31,7 +31,7 @@ from urllib.parse import quote
 import msgspec
 
 from cordee.errors import BadModelFile, BadRequest, ModelNotFound, StorageFailed, nearest
-from cordee.files import atomic_file, disk_faults, home, publish, write_all
+from cordee.files import atomic_file, disk_faults, home, printable, publish, storage_failed, write_all
 from cordee.models.cards import cards
 from cordee.models.gguf import Header, read_header
 from cordee.models.slices import Progress, SliceFile, cut, plan_slice
@@ -98,9 +98,7 @@ class Store:
             for name in ("blobs", "names", "slices", "notes", "manifests", "incoming"):
                 (self.root / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise StorageFailed(
-                f"{self.root} cannot be created ({error.strerror}): check its permissions."
-            ) from error
+            raise storage_failed(self.root, error, "cannot be created") from error
 
     def list(self, report: Callable[[str], None] | None = None) -> list[StoredModel]:
         """All models by name. With `report`, damaged entries are reported and skipped.
@@ -181,7 +179,7 @@ class Store:
                 name=name,
                 digest=digest,
                 nbytes=nbytes,
-                source=source or str(header.path.resolve()),
+                source=printable(source or str(header.path.resolve())),
                 added=datetime.now(UTC).isoformat(timespec="seconds"),
                 architecture=header.architecture,
                 layers=header.layers,

@@ -20,7 +20,8 @@ import psutil
 
 from cordee import errors
 from cordee.engine.stage import StageDescription
-from cordee.errors import CordeeError, StageFailed
+from cordee.errors import CordeeError, StageFailed, StorageFailed
+from cordee.files import disk_faults
 from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import (
@@ -54,6 +55,8 @@ BATCH_INVARIANT_ENVIRONMENT = {"GGML_CPU_TILED_MM": "0"}  # see engine/llama/sta
 
 FOLDER_PREFIX = "cordee-run-"  # begins the name of a folder of sockets
 LOCK = "lock"
+# A socket's name has at most 107 bytes (unix(7)); those of the folder and of a socket in it are the rest.
+TOP_BYTES_MAX = 107 - len(f"/.{FOLDER_PREFIX}12345678/0123456789abcdef")
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Answer = TypeVar("Answer", bound=Message)
@@ -273,16 +276,39 @@ class Workers:
 
 def _own_folder() -> tuple[Path, TextIO]:
     """A new folder for sockets (mode 0700), and a lock that the system takes from a process that ends: a
-    folder without one is what a killed process left, and is removed here."""
-    top = Path(tempfile.gettempdir())
-    for left in top.glob(f"{FOLDER_PREFIX}*"):
-        with contextlib.suppress(OSError), (left / LOCK).open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left)
-    made = Path(tempfile.mkdtemp(prefix=f".{FOLDER_PREFIX}"))
-    lock = (made / LOCK).open("w")
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return made.rename(top / made.name.removeprefix(".")), lock  # others see it once it is locked
+    folder without one is what a killed process left, and is removed here.
+
+    Raises:
+        StorageFailed: there is no place for it.
+    """
+    top = _sockets_top()
+    with disk_faults(top):
+        for left in top.glob(f"{FOLDER_PREFIX}*"):
+            with contextlib.suppress(OSError), (left / LOCK).open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+        made = Path(tempfile.mkdtemp(prefix=f".{FOLDER_PREFIX}", dir=top))
+        lock = (made / LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return made.rename(top / made.name.removeprefix(".")), lock  # others see it once it is locked
+
+
+def _sockets_top() -> Path:
+    """The folder for temporary files, or if its name is too long for sockets one for the same purpose.
+
+    Raises:
+        StorageFailed: there is none that can be written to.
+    """
+    places = [os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp"]
+    with contextlib.suppress(FileNotFoundError):
+        places.insert(0, tempfile.gettempdir())
+    for place in places:
+        is_short = place.startswith("/") and len(os.fsencode(place)) <= TOP_BYTES_MAX
+        if is_short and os.access(place, os.W_OK | os.X_OK):
+            return Path(place)
+    raise StorageFailed(
+        "There is no folder for temporary files with a short name that can be written to: set TMPDIR to one."
+    )
 
 
 async def opening(reader: asyncio.StreamReader) -> Message | None:

@@ -24,6 +24,7 @@ What makes a row's bits independent of its batch (`StageConfig.batch_invariant`)
 """
 
 import ctypes
+import os
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,7 @@ class LlamaStage:
         params.use_extra_bufts = extra_buffers
         params.n_gpu_layers = -1 if self._config.devices else 0
         params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
-        model = self._library.llama_model_load_from_file(str(path).encode(), params)
+        model = self._library.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
             raise BadModelFile(f"libllama cannot load {path.name} ({_problems()}): {LOAD_REMEDY}")
         return model
