@@ -13,7 +13,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "ARCHITECTURE.md"
 BEGIN, END = "<!-- rooms: make docs -->\n", "<!-- end -->\n"
-BASE = ("errors", "files")  # single files that every room may import; without them the picture has a shape
+BASE = (
+    "errors",
+    "files",
+    "children",
+)  # single files that every room may import; without them the picture has a shape
 
 Graph = Mapping[str, frozenset[str]]
 
