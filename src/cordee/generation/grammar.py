@@ -10,7 +10,7 @@ first grammar is asked for.
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
@@ -18,11 +18,15 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from cordee.errors import BadRequest, UnsupportedModel
 from cordee.generation import gbnf, gbnf_lark
 from cordee.generation.request import Grammar
+from cordee.generation.schema_depth import depth_bound
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # pyright: ignore[reportPrivateUsage] - not exported
 
 TEXT_CHARS_MAX = 128 << 10  # OpenAI's schemas end at 120,000 characters of names
+# Levels of a JSON schema, through its references: llguidance goes down them by calls, each of up to 4 kB, and
+# a thread may have as little as 2 MB.
+SCHEMA_DEPTH_MAX = 400
 GBNF_CHARS_MAX = 32 << 10  # 32 k take half a second to translate, if they are made for it
 # What one grammar may cost, in llguidance's units. The costliest found within these limits, (a{1000}){1000},
 # takes 0.2 s and 34 MB before it is refused; with llguidance's own limits 1.1 s and 170 MB.
@@ -194,8 +198,11 @@ def _compiled(grammar: Grammar, tokenizer: GrammarTokenizer) -> Iterator[str]:
 
 
 def _json_schema(text: str) -> str:
-    if not isinstance(json.loads(text), dict):
+    schema = json.loads(text)
+    if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object")
+    if depth_bound(cast("dict[str, Any]", schema)) > SCHEMA_DEPTH_MAX:
+        raise ValueError("it is nested too deeply: let fewer definitions refer to one another")
     return LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS)
 
 
