@@ -13,11 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "ARCHITECTURE.md"
 BEGIN, END = "<!-- rooms: make docs -->\n", "<!-- end -->\n"
-BASE = (
-    "errors",
-    "files",
-    "children",
-)  # single files that every room may import; without them the picture has a shape
+# Single files that every room may import; without them the picture has a shape.
+BASE = ("errors", "files", "children")
 
 Graph = Mapping[str, frozenset[str]]
 
