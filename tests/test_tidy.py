@@ -43,8 +43,8 @@ IMPURE_CALLS = {"now", "utcnow", "today", "urandom", "default_rng"}
 
 # A room may import the rooms before it (ARCHITECTURE.md); modules of no room stand first.
 ROOMS = (
-    *("errors", "files", "findings", "cluster", "models", "convert", "engine", "generation", "machine"),
-    *("net", "worker", "distribution", "serving", "agent", "doctor", "api", "cli"),
+    *("errors", "files", "findings", "children", "cluster", "models", "convert", "engine", "generation"),
+    *("machine", "net", "worker", "distribution", "serving", "agent", "doctor", "api", "cli"),
 )
 LANGUAGE_DECORATORS = {
     "asynccontextmanager",
@@ -59,6 +59,8 @@ LANGUAGE_DECORATORS = {
     "staticmethod",
 }
 ENTRY_POINTS = {"cordee", "cordee.cli.main"}
+# Only this file starts Python, so that nothing is imported from the folder that a user is in.
+STARTS_PYTHON = PACKAGE / "children.py"
 
 
 @cache
@@ -212,6 +214,19 @@ def test_no_dead_module() -> None:
             place(path, 1, f"{module} is imported by no other module")
             for path in sources("src")
             if (module := module_name(path)) not in used | packages
+        ]
+    )
+
+
+def test_python_is_started_in_one_place() -> None:
+    hold(
+        [
+            place(path, node.lineno, "starts Python: use children.command")
+            for path in sources("src")
+            if path != STARTS_PYTHON
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.Attribute | ast.alias)
+            and ast.unparse(node) in ("sys.executable", "multiprocessing", "ProcessPoolExecutor")
         ]
     )
 

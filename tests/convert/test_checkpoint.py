@@ -164,7 +164,7 @@ def test_tokenizer_and_template_come_along(tmp_path: Path) -> None:
     assert all(vocabulary[number] == text for text, number in described["model"]["vocab"].items())
     assert len(header.get("tokenizer.ggml.merges")) == len(described["model"]["merges"])
     assert header.get("tokenizer.chat_template") == "{{ messages }}"
-    assert header.get("tokenizer.ggml.eos_token_id") == 2
+    assert vocabulary[header.get("tokenizer.ggml.eos_token_id")] == "<|im_end|>"
     assert header.get("general.name") == "hub"
 
 

@@ -26,11 +26,12 @@ TEXTS = (*training_texts()[::40], "  two spaces, a tab\tand\n\nlines  ", "l'Ã©tÃ
 SMALL = {"layers": 1, "n_embd": 32, "n_ff": 64, "heads": 2, "kv_heads": 1, "head_dim": 16, "rope": "neox"}
 
 
-def converted(folder: Path, n_vocab: int) -> Path:
+def converted(folder: Path, n_vocab: int, **config: object) -> Path:
     """The file converted from a tiny checkpoint in `folder`, which has a tokenizer already."""
     weights = Weights(replace(FAMILIES["llama"], n_vocab=n_vocab, **SMALL), 1)
     write_safetensors(folder / "model.safetensors", tensors_of(weights, "divided"))
-    (folder / "config.json").write_text(json.dumps(config_of(weights.model, "divided")))
+    config = config_of(weights.model, "divided") | config
+    (folder / "config.json").write_text(json.dumps(config))
     convert(folder, folder / "ours.gguf")
     return folder / "ours.gguf"
 
@@ -73,7 +74,8 @@ def test_a_sentencepiece_model(tmp_path: Path) -> None:
 def test_byte_level_bpe(pre: str, tmp_path: Path) -> None:
     source, reference = trained_bytes(pre)
     reference.save(str(tmp_path / "tokenizer.json"))
-    path = converted(tmp_path, len(source.tokens))
+    end = reference.token_to_id("<|endoftext|>")
+    path = converted(tmp_path, len(source.tokens), eos_token_id=end)
     tokens, types, merges = keys(read_header(path), "tokens", "token_type", "merges")
     assert [token.encode() for token in tokens] == source.tokens
     assert types == source.types

@@ -135,7 +135,7 @@ def write_tokenizer(folder: Path, pre: str = "llama-bpe") -> None:
     """tokenizer.json of the trained vocabulary of that kind, and a chat template."""
     _, reference = trained_bytes(pre)
     reference.save(str(folder / "tokenizer.json"))
-    settings = {"chat_template": "{{ messages }}", "add_bos_token": False}
+    settings = {"chat_template": "{{ messages }}", "add_bos_token": False, "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

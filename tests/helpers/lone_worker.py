@@ -2,9 +2,9 @@
 
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
+from cordee import children
 from cordee.worker import frames
 from cordee.worker.messages import Hello, Join, Message, Wire, Wired
 from streams import SECONDS
@@ -17,7 +17,7 @@ class Lone:
         self.inbox, self.tokens = folder / "inbox", folder / "tokens"
         self._listening = [listening(folder / "control"), listening(self.tokens)]
         names = ["it", str(folder / "control"), str(self.inbox)]
-        self.process = subprocess.Popen([sys.executable, "-m", "cordee.worker.worker", *names])
+        self.process = subprocess.Popen(children.command("cordee.worker.worker", *names))
         self.control = self.accepted(0)
         assert frames.receive(self.control)[0] == Hello("it")
 

@@ -38,8 +38,9 @@ class Client:
 class FakePipeline:
     """Holds for each sequence the tokens of its KV cache and the history of its sampler."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, can_trim: bool = True) -> None:
         self.limits = limits
+        self.can_trim = can_trim
         self.under_way: deque[tuple[MicroBatch, dict[int, tuple[int, list[int]]]]] = deque()
         self.rows_sent = 0
         self.forget()
@@ -102,6 +103,8 @@ class FakePipeline:
                 held[:] = self.before[segment.sequence][: segment.first_position]
                 assert len(held) == segment.first_position > 0, "more is taken over than was there"
             assert segment.first_position <= len(held), "rows are missing"
+            kept = (0, len(held) if not segment.inherit else len(self.before[segment.sequence]))
+            assert self.can_trim or segment.first_position in kept, "a state is shortened that cannot be"
             held[segment.first_position :] = segment.tokens
             assert len(held) < self.limits.context
             if not segment.sample:
@@ -119,11 +122,12 @@ class FakePipeline:
 class World:
     """A scheduler, a fake pipeline and clients."""
 
-    def __init__(self, limits: Limits, end: int = END) -> None:
+    def __init__(self, limits: Limits, end: int = END, *, can_trim: bool = True) -> None:
         self.limits = limits
         self.end = end
         self.scheduler = Scheduler(limits, {end})
-        self.pipeline = FakePipeline(limits)
+        self.scheduler.can_trim = can_trim
+        self.pipeline = FakePipeline(limits, can_trim)
         self.clients: dict[str, Client] = {}  # the running ones
 
     def submit(

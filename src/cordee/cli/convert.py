@@ -6,6 +6,7 @@ from typing import Literal
 import click
 
 from cordee.cli import options, output
+from cordee.errors import UnsupportedModel
 
 
 @click.command()
@@ -61,3 +62,18 @@ def convert(
             progress=progress,
         )
     click.echo(f"{path}  {model.architecture}, {model.layers} layers  {output.size(path.stat().st_size)}")
+    if ends := _ends(path):
+        click.echo(f"Answers end with {', '.join(ends)}.")
+
+
+def _ends(path: Path) -> list[str]:
+    """The tokens that end an answer, as the engine will read them from the file; none without a tokenizer."""
+    from cordee.engine.vocabulary import Vocabulary
+
+    try:
+        vocabulary = Vocabulary(path)
+    except UnsupportedModel:
+        return []
+    pieces = [vocabulary.piece(token, special=True) for token in sorted(vocabulary.end_of_generation)]
+    vocabulary.close()
+    return [piece.decode(errors="replace") for piece in pieces]

@@ -11,7 +11,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
+from cordee import children
 from cordee.agent import control
 from cordee.errors import BadRequest, CordeeError, ModelNotFound, NotRunning, StageFailed
 from cordee.net import address
@@ -29,6 +29,7 @@ from cordee.net import address
 if TYPE_CHECKING:
     from cordee.models.store import StoredModel
 
+MAIN = "cordee.cli.main"
 NAMES = ("a", "b", "c")  # the chat is with the first, which is never killed and has the model's file
 # How the model is deployed: room for some turns of a chat, and for an answer that is being cancelled.
 CONTEXT, SEQUENCES = 4096, 2
@@ -192,7 +193,7 @@ class DemoCluster:
         node.home.mkdir(mode=0o700, exist_ok=True)
         code = control.ask("POST", "/invite", control.Invite(), dict[str, str])["code"]
         done = subprocess.run(
-            _command("join", code),
+            children.command(MAIN, "join", code),
             env=self._environment(node),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -209,7 +210,7 @@ class DemoCluster:
             options += ["--peer", f"127.0.0.1:{self.gateway.port}"]
         with (node.home / "log").open("wb") as log:
             node.process = subprocess.Popen(
-                _command("up", *options),
+                children.command(MAIN, "up", *options),
                 env=self._environment(node),
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -304,7 +305,3 @@ def _free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(address.listener("127.0.0.1", 0)) for _ in range(count)]
         return [probe.getsockname()[1] for probe in probes]
-
-
-def _command(*words: str) -> list[str]:
-    return [sys.executable, "-m", "cordee.cli.main", *words]

@@ -17,6 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
+from cordee.convert import ends
 from cordee.convert.scales import found_scales
 from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, exact_type, strips
 from cordee.errors import BadModelFile, UnsupportedModel
@@ -133,6 +134,9 @@ class GgufSource:
     def describe(self, writer: GGUFWriter) -> None:
         """See `Convertible.describe`."""
         own = {f"general.{key}" for key in ("architecture", "alignment", "file_type", "quantization_version")}
+        end = ends.of_gguf(self.header)
+        if end is not None:
+            own.add("tokenizer.ggml.eos_token_id")
         for key, value in self.header.metadata.items():
             if not key.startswith(("tokenizer.", "general.")) or key in own:
                 continue
@@ -146,6 +150,8 @@ class GgufSource:
         )
         if silent and vocabulary == RELU2_VOCABULARY:
             writer.add_tokenizer_pre(LLAMA3_PRE)
+        if end is not None:
+            ends.add(writer, [end])
 
     def _i2_weights(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows of an I2_S matrix as int8 of -1, 0, 1. Blocks may span rows."""

@@ -14,6 +14,7 @@ from gguf import GGUFWriter, SpecialVocab, TokenType
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
+from cordee.convert import ends
 from cordee.convert.safetensors import is_array, is_object, read_json
 from cordee.errors import BadModelFile, UnsupportedModel
 from cordee.models.gguf import FETCH_AGAIN
@@ -43,17 +44,21 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, n_vocab: int, pre: str | Non
     """
     pieces, described = folder / "tokenizer.model", folder / "tokenizer.json"
     if pieces.is_file():
-        merges = _add_pieces(writer, pieces, n_vocab)
+        tokens, merges = _add_pieces(writer, pieces, n_vocab)
     elif described.is_file():
-        merges = _add_described(writer, described, n_vocab, pre)
+        tokens, merges = _add_described(writer, described, n_vocab, pre)
     else:
         raise BadModelFile(f"{folder} has no tokenizer.json and no tokenizer.model: {FETCH_AGAIN}.")
     try:
-        SpecialVocab(folder, load_merges=merges, n_vocab=n_vocab).add_to_gguf(writer, quiet=True)
+        special = SpecialVocab(folder, load_merges=merges, n_vocab=n_vocab)
+        for key in ends.KEYS:
+            special.special_token_ids.pop(key, None)
+        special.add_to_gguf(writer, quiet=True)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BadModelFile(
             f"{folder}: its special tokens cannot be read ({error}): {FETCH_AGAIN}."
         ) from error
+    ends.add(writer, ends.of_checkpoint(folder, tokens.texts, tokens.kinds))
 
 
 class _Tokens:
@@ -89,8 +94,8 @@ class _Tokens:
         writer.add_token_types(self.kinds)
 
 
-def _add_pieces(writer: GGUFWriter, path: Path, n_vocab: int) -> bool:
-    """Add a SentencePiece model and its added tokens; whether to add merges too: no."""
+def _add_pieces(writer: GGUFWriter, path: Path, n_vocab: int) -> tuple[_Tokens, bool]:
+    """Add a SentencePiece model and its added tokens; the tokens, and whether to add merges too: no."""
     try:
         processor = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
@@ -113,11 +118,11 @@ def _add_pieces(writer: GGUFWriter, path: Path, n_vocab: int) -> bool:
     tokens.put_added({token: entry for token, entry in added.items() if token >= count})
     tokens.write(writer, "llama", "default")
     writer.add_add_space_prefix(described.get("add_prefix_space") is not False)
-    return False
+    return tokens, False
 
 
-def _add_described(writer: GGUFWriter, path: Path, n_vocab: int, pre: str | None) -> bool:
-    """Add a tokenizer.json; whether to add its merges too."""
+def _add_described(writer: GGUFWriter, path: Path, n_vocab: int, pre: str | None) -> tuple[_Tokens, bool]:
+    """Add a tokenizer.json; the tokens, and whether to add its merges too."""
     described = read_json(path)
     model = described.get("model")
     if not is_object(model) or model.get("type", "BPE") != "BPE":
@@ -139,7 +144,7 @@ def _add_described(writer: GGUFWriter, path: Path, n_vocab: int, pre: str | None
         writer.add_add_space_prefix(_split(tokenizer, "a")[0].startswith(SPACE))
     else:
         tokens.write(writer, "gpt2", pre or _pre_tokenizer(tokenizer, path))
-    return not is_pieces
+    return tokens, not is_pieces
 
 
 def _tokenizer(path: Path) -> Tokenizer:

@@ -54,7 +54,11 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class StageDescription:
-    """Facts about a loaded stage. Bytes are measured by the engine, not estimated."""
+    """Facts about a loaded stage. Bytes are measured by the engine, not estimated.
+
+    Where `can_trim` is off the state of a sequence is not kept by position (mamba, rwkv, hybrids with
+    attention): it can go on or be forgotten, but not be shortened.
+    """
 
     architecture: str
     layers: int
@@ -67,6 +71,7 @@ class StageDescription:
     scratch_bytes: int
     threads: int
     devices: tuple[str, ...]
+    can_trim: bool = True
 
 
 class Stage(Protocol):
@@ -85,7 +90,11 @@ class Stage(Protocol):
         ...
 
     def trim(self, sequence: int, length: int) -> None:
-        """Keep only the first `length` positions of a sequence (0 forgets it)."""
+        """Keep only the first `length` positions of a sequence (0 forgets it).
+
+        Raises:
+            StageFailed: it is longer, `length` is not 0, and the stage cannot trim: it is forgotten.
+        """
 
     def clear(self) -> None:
         """Forget every sequence."""

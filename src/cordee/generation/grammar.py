@@ -1,27 +1,33 @@
 """Grammars that constrain the text, by llguidance: JSON schema, GBNF, Lark or regex become a token mask.
 
+GBNF is translated to Lark first (gbnf.py, gbnf_lark.py).
+
 llguidance compiles the grammar once per stream and walks it token by token. Its tokenizer (a trie of the
 whole vocabulary) takes a second to build for a large one, so there is one per vocabulary, built when the
 first grammar is asked for.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
-from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from cordee.errors import BadRequest, UnsupportedModel
+from cordee.generation import gbnf, gbnf_lark
 from cordee.generation.request import Grammar
+from cordee.generation.schema_depth import depth_bound
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # pyright: ignore[reportPrivateUsage] - not exported
 
 TEXT_CHARS_MAX = 128 << 10  # OpenAI's schemas end at 120,000 characters of names
-GBNF_CHARS_MAX = 16 << 10  # its reader is quadratic in the rules: 16 k take a quarter of a second
+# Levels of a JSON schema, through its references: llguidance goes down them by calls, each of up to 4 kB, and
+# a thread may have as little as 2 MB.
+SCHEMA_DEPTH_MAX = 400
+GBNF_CHARS_MAX = 32 << 10  # 32 k take half a second to translate, if they are made for it
 # What one grammar may cost, in llguidance's units. The costliest found within these limits, (a{1000}){1000},
 # takes 0.2 s and 34 MB before it is refused; with llguidance's own limits 1.1 s and 170 MB.
 LIMITS = LLParserLimits(
@@ -82,6 +88,14 @@ class GrammarTokenizer:
         wrapper = TokenizerWrapper(_Tokens(self._vocabulary, self.end_of_generation[0]))
         return LLTokenizer(wrapper, n_vocab=self.size, eos_token=list(self.end_of_generation))
 
+    def token_id(self, written: str) -> int | None:
+        """The token that a GBNF grammar writes as `<text>` or `<[id]>`; None if there is no such token."""
+        if written.startswith("<["):
+            number = int(written[2:-2])
+            return number if number < self.size else None
+        tokens = self._vocabulary.tokenize(written, special=True, add_bos=False)
+        return tokens[0] if len(tokens) == 1 else None
+
 
 class _Tokens:
     """The vocabulary as llguidance's `TokenizerWrapper` takes it."""
@@ -127,7 +141,11 @@ class GrammarState:
         self._kind = grammar.kind
         self._size = tokenizer.size
         self._mask = np.zeros((tokenizer.size + 31) // 32, dtype=np.int32)
-        self._matcher = LLMatcher(tokenizer.native, _compile(grammar), log_level=0, limits=LIMITS)
+        native = tokenizer.native
+        for form in _compiled(grammar, tokenizer):
+            self._matcher = LLMatcher(native, form, log_level=0, limits=LIMITS)
+            if not self._matcher.is_error():
+                break
         self._fail_if_broken()
         for token in generated:
             self.accept(token)
@@ -158,16 +176,21 @@ class GrammarState:
         reason = " ".join(self._matcher.get_error().replace("<non-verbose/>", "").split())
         if reason.startswith("NoExtension"):
             reason = "no text can satisfy it"
+        elif self._kind == "gbnf":  # the reason is about the translation, which is valid
+            reason = f"it is too complex: use fewer and shorter repetitions and optional parts ({reason})"
         raise _refusal(self._kind, reason)
 
 
-def _compile(grammar: Grammar) -> str:
-    """llguidance's form of a grammar; its rules are checked only by the matcher."""
+def _compiled(grammar: Grammar, tokenizer: GrammarTokenizer) -> Iterator[str]:
+    """llguidance's form of a grammar, or two of which the second is for when the first is too complex.
+
+    Only the matcher checks its rules.
+    """
     limit = GBNF_CHARS_MAX if grammar.kind == "gbnf" else TEXT_CHARS_MAX
     if len(grammar.text) > limit:
         raise _refusal(grammar.kind, f"it has {len(grammar.text)} characters; at most {limit} are accepted")
     try:
-        return _FORMS[grammar.kind](grammar.text)
+        yield from _FORMS[grammar.kind](grammar.text, tokenizer)
     except RecursionError:
         raise _refusal(grammar.kind, "it is nested too deeply") from None
     except ValueError as error:
@@ -175,26 +198,25 @@ def _compile(grammar: Grammar) -> str:
 
 
 def _json_schema(text: str) -> str:
-    if not isinstance(json.loads(text), dict):
+    schema = json.loads(text)
+    if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object")
+    if depth_bound(cast("dict[str, Any]", schema)) > SCHEMA_DEPTH_MAX:
+        raise ValueError("it is nested too deeply: let fewer definitions refer to one another")
     return LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS)
 
 
-def _gbnf(text: str) -> str:
-    try:
-        return LLMatcher.grammar_from_lark(gbnf_to_lark(text))
-    except RecursionError:
-        raise
-    except Exception as error:  # the reader raises bare Exception for a rule that is missing
-        raise ValueError(str(error)) from error
+def _gbnf(text: str, tokenizer: GrammarTokenizer) -> Iterator[str]:
+    rules = gbnf.parse(text, tokenizer.token_id)
+    return map(LLMatcher.grammar_from_lark, gbnf_lark.to_lark(rules, tokenizer.end_of_generation))
 
 
-_FORMS: dict[str, Callable[[str], str]] = {
-    "json_object": lambda _: _json_schema('{"type": "object"}'),
-    "json_schema": _json_schema,
+_FORMS: dict[str, Callable[[str, GrammarTokenizer], Iterable[str]]] = {
+    "json_object": lambda _, __: [_json_schema('{"type": "object"}')],
+    "json_schema": lambda text, _: [_json_schema(text)],
     "gbnf": _gbnf,
-    "lark": LLMatcher.grammar_from_lark,
-    "regex": LLMatcher.grammar_from_regex,
+    "lark": lambda text, _: [LLMatcher.grammar_from_lark(text)],
+    "regex": lambda text, _: [LLMatcher.grammar_from_regex(text)],
 }
 
 

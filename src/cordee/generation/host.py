@@ -193,6 +193,10 @@ class Host:
             self._scheduler.cancel(name)
             self._end(name, None, reason)
 
+    def set_can_trim(self, can_trim: bool) -> None:
+        """Say whether the stages can shorten a sequence; see `Scheduler`. After `lost`, before any batch."""
+        self._scheduler.can_trim = can_trim
+
     def restore(self, held: Mapping[int, Sequence[int]]) -> None:
         """The placement before has these tokens, by sequence: see `Scheduler.restore`."""
         self._scheduler.restore(held)

@@ -24,7 +24,8 @@ A stream's life:
   first stream that ends, or when `halts` names it because other rows wait. Until it has ended, the slots of
   its streams are not given to others.
 - **Prefix reuse**: a slot remembers the tokens of its last stream; the next turn of a chat finds its history
-  there and computes only what is new.
+  there and computes only what is new. Where stages cannot shorten a sequence (`can_trim`), a slot is of use
+  only if the new stream goes on from its very end; else it is computed from the beginning.
 - **Inheritance**: when a placement was followed by another, what its slots held can be restored: those
   positions are taken over instead of computed, when a stream first goes on in such a slot (see
   worker/kv_transfer.py).
@@ -177,9 +178,13 @@ class _Stream:
 
 
 class Scheduler:
-    """See the module's theory of operation. `end_of_generation` are the tokens that end an answer."""
+    """See the module's theory of operation. `end_of_generation` are the tokens that end an answer.
+
+    `can_trim` says whether the stages can shorten a sequence; its owner sets it before the first batch.
+    """
 
     def __init__(self, limits: Limits, end_of_generation: Collection[int]) -> None:
+        self.can_trim = True
         self._limits = limits
         self._end_of_generation = frozenset(end_of_generation)
         self._waiting: OrderedDict[str, tuple[Request, TokenLog]] = OrderedDict()
@@ -290,6 +295,8 @@ class Scheduler:
         for stream in flight.streams:
             sequence = stream.slot.sequence
             if self._active.get(stream.request.id) is not stream:
+                if not last:  # it was cancelled, and goes round until it is halted
+                    stream.slot.tokens.append(choices[sequence].token)
                 continue
             if sequence in failures:
                 self._release(stream)
@@ -332,7 +339,7 @@ class Scheduler:
             tokens = list(held.get(slot.sequence, ()))[: self._limits.context]
             if slot.sequence in logs:  # the last token is computed in any case, for its logits
                 log = logs[slot.sequence].tokens(0, len(logs[slot.sequence]) - 1)
-                del tokens[_common_prefix(tokens, log) :]
+                del tokens[self._usable(tokens, log) :]
             slot.tokens, slot.restored = tokens, bool(tokens)
 
     def forget_restored(self) -> None:
@@ -421,7 +428,7 @@ class Scheduler:
         """
         taken = {stream.slot.sequence for stream in self._active.values()}
         # The last token is computed in any case: its logits give the next token of the answer.
-        found = {slot: _common_prefix(slot.tokens, tokens[:-1]) for slot in free}
+        found = {slot: self._usable(slot.tokens, tokens[:-1]) for slot in free}
         useful = [
             slot for slot in free if found[slot] >= max(PREFIX_TOKENS_MIN, len(slot.tokens) - found[slot])
         ]
@@ -436,6 +443,11 @@ class Scheduler:
 
         slot = min(free, key=loss)
         return slot, found[slot]
+
+    def _usable(self, held: Sequence[int], wanted: Sequence[int]) -> int:
+        """How many of the tokens that a slot holds are the beginning of those that are wanted."""
+        common = _common_prefix(held, wanted)
+        return common if self.can_trim or common == len(held) else 0
 
     def _decode_segments(self) -> list[Segment]:
         """One row each of an equal share of the streams, leaving some for each micro-batch still unsent.

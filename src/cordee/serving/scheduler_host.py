@@ -224,6 +224,8 @@ class SchedulerHost:
             return
         frames.write(writer, Join(wiring))
         self._first = writer
+        if worker.description is not None:
+            self._host.set_can_trim(worker.description.can_trim)
         if self._stages.inherits(wiring):
             await self._query_kv(wiring, writer)
         self._host.ready = self._is_joined = True

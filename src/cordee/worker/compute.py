@@ -58,7 +58,12 @@ class Compute:
         self._held.clear()
 
     def held(self) -> dict[int, HeldSequence]:
-        """What could be transferred to another worker, by sequence."""
+        """What could be transferred to another worker, by sequence.
+
+        Nothing of a stage that cannot trim: its state is taken neither apart by layers nor at a length.
+        """
+        if not self.description.can_trim:
+            return {}
         longest = PAYLOAD_BYTES_MAX // self._position_bytes
         return {sequence: held for sequence, held in self._held.items() if 0 < held.length <= longest}
 

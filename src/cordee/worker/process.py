@@ -10,7 +10,6 @@ import fcntl
 import os
 import secrets
 import shutil
-import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Protocol, TextIO, TypeVar
 
 import psutil
 
-from cordee import errors
+from cordee import children, errors
 from cordee.engine.stage import StageDescription
 from cordee.errors import CordeeError, StageFailed, StorageFailed
 from cordee.files import disk_faults
@@ -37,7 +36,7 @@ from cordee.worker.messages import (
     WireFailed,
 )
 
-COMMAND = (sys.executable, "-m", "cordee.worker.worker")
+COMMAND = tuple(children.command("cordee.worker.worker"))
 START_SECONDS = 60.0  # a worker's interpreter and imports, on a slow and busy machine
 LOAD_SECONDS = 3600.0  # 60 GB from a slow disk take half an hour
 HELLO_SECONDS = 10.0  # for the first message of a link, which is sent as soon as it is there

@@ -1,4 +1,4 @@
-"""A stage worker: one process, one stage. Run as `python -m cordee.worker.worker ID CONTROL INBOX`.
+"""A stage worker: one process, one stage. Started with the arguments ID CONTROL INBOX.
 
 CONTROL is its parent's socket, INBOX the path at which this worker listens for the stage before it. One
 thread does everything except connecting to the neighbours, since the stage is the only thing worth waiting
@@ -497,7 +497,3 @@ def main() -> None:
         Worker(control, inbox).serve()
     except CordeeError as error:
         sys.exit(f"stage: {error.message}")
-
-
-if __name__ == "__main__":
-    main()

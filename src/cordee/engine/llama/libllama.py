@@ -10,7 +10,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 from collections import deque
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from cordee import children
 from cordee.errors import SetupNeeded
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def survives_extra_buffers() -> bool:
     Some virtual machines advertise AMX and refuse it: a native build dies there with SIGSEGV or SIGILL at its
     first tile instruction. So a child process tries it.
     """
-    command = [sys.executable, "-m", "cordee.engine.llama.probe"]
+    command = children.command("cordee.engine.llama.probe")
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_SECONDS, check=False

@@ -1,9 +1,8 @@
 """A child process that tries libllama's extra buffer types on a tiny model, which may crash it.
 
-Run as `python -m cordee.engine.llama.probe`; exit status 0 means that they work here.
+Exit status 0 means that they work here.
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -56,7 +55,3 @@ def main() -> int:
         prefill = stage.decode(batch_of_one(range(16)))
         decode = stage.decode(batch_of_one([3], first_position=16))
         return 0 if np.isfinite(prefill).all() and np.isfinite(decode).all() else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -209,6 +209,10 @@ class LlamaStage:
             scratch_bytes=log.buffer_bytes("compute") + log.buffer_bytes("output"),
             threads=self._config.threads or libllama.usable_cores(),
             devices=self._config.devices or ("CPU",),
+            can_trim=not (
+                self._library.llama_model_is_recurrent(self._model)
+                or self._library.llama_model_is_hybrid(self._model)
+            ),
         )
 
     def _require_capture(self, path: Path) -> None:
