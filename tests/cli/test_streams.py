@@ -123,7 +123,7 @@ def test_a_pipe_that_was_made_non_blocking_gets_all() -> None:
     """As programs on Node.js make a pipe or terminal that they share with others."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    script = "from cordee.cli import streams; streams.prepare(); print('x' * 1_000_000)"
+    script = "from cordee.terminal import streams; streams.prepare(); print('x' * 1_000_000)"
     with subprocess.Popen([sys.executable, "-c", script], stdout=writer, stderr=subprocess.PIPE) as process:
         os.close(writer)
         with os.fdopen(reader, "rb") as text:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cordee.cli import keyboard, output
+from cordee.cli import output
 from cordee.cli.conversation import MAX_TOKENS, TEMPERATURE, GenerationOptions
 from cordee.cli.known import find
 from cordee.cli.models import STARTER
-from cordee.cli.wrapping import AnswerPrinter
 from cordee.errors import ContextExceeded
+from cordee.terminal import keyboard
+from cordee.terminal.wrapping import AnswerPrinter
 
 if TYPE_CHECKING:
     from cordee.cli.cluster_model import ClusterModel

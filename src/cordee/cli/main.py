@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from cordee import __version__
-from cordee.cli import options, streams
+from cordee.cli import options
 from cordee.cli.bench import bench
 from cordee.cli.catalog import models
 from cordee.cli.convert import convert
@@ -28,6 +28,7 @@ from cordee.cli.status import deploy, status, undeploy
 from cordee.cli.up import up
 from cordee.errors import CordeeError
 from cordee.files import STORAGE_FAULTS, storage_failed
+from cordee.terminal import streams
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 TERMINATED = 143  # 128 + SIGTERM

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from cordee.cli import keyboard, options, output
+from cordee.cli import options, output
 from cordee.cli.conversation import (
     MAX_TOKENS,
     TEMPERATURE,
@@ -19,6 +19,7 @@ from cordee.cli.conversation import (
     Stats,
 )
 from cordee.errors import BadRequest, ContextExceeded
+from cordee.terminal import keyboard
 
 PROMPT_BYTES = 16 << 20  # what a vocabulary tokenizes at most; a prompt from a pipe is held whole
 # A pipe beside a PROMPT that says nothing for so long may be one that nobody meant to be read.
@@ -167,7 +168,7 @@ def _piped(*, expected: bool) -> str:
 
 def _say(conversation: Conversation, text: str) -> Stats:
     """Print an answer as it comes, and a note if it was cut off; return what it took."""
-    from cordee.cli.wrapping import AnswerPrinter
+    from cordee.terminal.wrapping import AnswerPrinter
 
     printer, has_text = AnswerPrinter(wrap=sys.stdout.isatty()), False
     with closing(conversation.answer(text)) as pieces:

@@ -6,6 +6,7 @@ import ssl
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -121,9 +122,10 @@ def _require_proxies() -> None:
                 f"The proxy in {name} is no address: write http://HOST:PORT, or `unset {name}`."
             )
         if scheme.startswith("socks") and not _speaks_socks():
+            pip = Path(sys.prefix) / "bin" / "pip"
             raise SetupNeeded(
-                f"The proxy in {name} speaks SOCKS, for which a package is missing: `{sys.executable} -m "
-                f"pip install socksio`; or set {name} to an HTTP proxy, or `unset {name}`."
+                f"The proxy in {name} speaks SOCKS, for which a package is missing: `{pip} install "
+                f"socksio`; or set {name} to an HTTP proxy, or `unset {name}`."
             )
 
 

@@ -18,13 +18,8 @@ def certificate(facts: dict[str, Any]) -> Sequence[Finding]:
     try:
         member = identity.load()
     except CordeeError as error:
-        return [
-            Finding(
-                error.message,
-                "cordee identity restore FILE    (from a back-up: docs/office.md, step 12)",
-                True,
-            )
-        ]
+        remedy = "cordee identity restore FILE    (from a back-up: docs/office.md, step 12)"
+        return [Finding(error.message, remedy, True)]
     start, end = member.validity()
     if now < start:
         what = (

@@ -40,7 +40,7 @@ class Chars:
 
 
 @dataclass(frozen=True)
-class Text:
+class LiteralText:
     """Characters that follow one another, at least one."""
 
     text: str
@@ -84,7 +84,7 @@ class Repetition:
     most: int | None
 
 
-Node = Chars | Text | Reference | TokenMatch | Concatenation | Alternation | Repetition
+Node = Chars | LiteralText | Reference | TokenMatch | Concatenation | Alternation | Repetition
 
 
 def parse(text: str, token_id: Callable[[str], int | None]) -> dict[str, Node]:
@@ -313,7 +313,7 @@ class _Reader:
                 self.fail(opened, 'this " is not closed')
             text += self._character()
         self._at += 1
-        return Text(text) if text else Concatenation(())
+        return LiteralText(text) if text else Concatenation(())
 
     def _class(self) -> Chars:
         opened = self._at

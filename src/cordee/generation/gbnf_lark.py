@@ -21,10 +21,10 @@ from cordee.generation.gbnf import (
     Alternation,
     Chars,
     Concatenation,
+    LiteralText,
     Node,
     Reference,
     Repetition,
-    Text,
     TokenMatch,
     children,
     settled,
@@ -97,7 +97,7 @@ def _may_be_empty(node: Node, empty: set[str]) -> bool:
 def _has_characters(node: Node, visible: set[str]) -> bool:
     if isinstance(node, Reference):
         return node.name in visible
-    if isinstance(node, Chars | Text | TokenMatch):
+    if isinstance(node, Chars | LiteralText | TokenMatch):
         return True
     cancelled = isinstance(node, Repetition) and node.most == 0
     return not cancelled and any(_has_characters(each, visible) for each in children(node))
@@ -144,12 +144,12 @@ class _Automaton:
 
     def _add(self, node: Node) -> tuple[bool, set[int], set[int]]:
         """Add a part; whether it may be empty, and its first and last states."""
-        self._visits += len(node.text) if isinstance(node, Text) else 1
+        self._visits += len(node.text) if isinstance(node, LiteralText) else 1
         if self._visits > LEXEME_CHARACTERS_MAX:
             raise _TooLargeError
         if isinstance(node, Chars):
             return self._add_state(_mask(node))
-        if isinstance(node, Text):
+        if isinstance(node, LiteralText):
             return self._add_all(self._add_state(_mask(_character(each))) for each in node.text)
         if isinstance(node, Reference):
             return self._add(self._grammar.rules[node.name])
@@ -210,7 +210,7 @@ class _Lexemes:
         """What a node that is parsed consists of."""
         if self.is_lexeme(node):
             return ()
-        return tuple(map(_character, node.text)) if isinstance(node, Text) else children(node)
+        return tuple(map(_character, node.text)) if isinstance(node, LiteralText) else children(node)
 
     def disturbing(self, comparisons: int) -> tuple[set[Node], int]:
         """The lexemes to be cut, and how many of the `comparisons` are left."""
@@ -264,7 +264,7 @@ class _Following:
             return self._first.get(node.name, 0)
         if isinstance(node, TokenMatch):
             return (1 << 256) - 1 if node.negated else 1 << TOKEN_BYTE
-        if isinstance(node, Concatenation | Text):
+        if isinstance(node, Concatenation | LiteralText):
             mask = 0
             for part in self._lexemes.parts(node):
                 mask |= self._begins(part)
@@ -342,7 +342,7 @@ class _Writer:
             return '""'
         if isinstance(node, Chars):
             return f"/{_class(node)}/"
-        if isinstance(node, Text):
+        if isinstance(node, LiteralText):
             return f"/{''.join(_escaped(ord(each)) for each in node.text)}/"
         if isinstance(node, Reference):
             return self._terminal(node.name)

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from cordee.cli import keyboard
+from cordee.terminal import keyboard
 from terminal import Terminal
 
 READER = (
     sys.executable,
     "-c",
-    "from cordee.cli import keyboard\n"
+    "from cordee.terminal import keyboard\n"
     "keyboard.prepare()\n"
     "while True: print('read', ascii(keyboard.read_message()))",
 )

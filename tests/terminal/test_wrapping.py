@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from cordee.cli.wrapping import AnswerPrinter
+from cordee.terminal.wrapping import AnswerPrinter
 
 
 def printed(*pieces: str, cells: int = 20, wrap: bool = True) -> str:
