@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cordee.engine import vocabulary as vocabulary_module
+from cordee.engine.llama.vocabulary import LlamaVocabulary
 from cordee.engine.vocabulary import Vocabulary
-from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
+from cordee.errors import BadModelFile, BadRequest, StageFailed, UnsupportedModel
 from tiny import make_tiny
 
 CLIMBER = "🧗🏽‍♀️ ropes up – ça va? 登山"
@@ -70,10 +71,10 @@ def test_control_tokens_are_read_where_asked_and_never_shown(vocabulary: Vocabul
 
 
 def test_names_of_control_tokens_are_found_in_a_text(vocabulary: Vocabulary) -> None:
-    assert vocabulary.control_names.findall("a <|im_end|> b <|im_en|> <|endoftext|>") == [
-        "<|im_end|>",
-        "<|endoftext|>",
-    ]
+    text = "é <|im_end|> b <|im_en|> <|endoftext|>"
+    found = [text[start:end] for start, end in vocabulary.control_spans(text)]
+    assert found == ["<|im_end|>", "<|endoftext|>"]
+    assert vocabulary.control_spans("a < b | c > d") == vocabulary.control_spans("") == []
 
 
 def test_bos_where_the_model_wants_it_and_only_once(vocabulary: Vocabulary, with_bos: Vocabulary) -> None:
@@ -112,9 +113,11 @@ def test_long_runs_are_cut_and_lose_nothing(vocabulary: Vocabulary, text: str) -
     assert vocabulary.detokenize(tokens) == f"{text} end".encode()
 
 
-def test_text_without_long_runs_is_tokenized_in_one_piece(vocabulary: Vocabulary) -> None:
+def test_text_without_long_runs_is_tokenized_in_one_piece(
+    vocabulary: Vocabulary, starter_path: Path
+) -> None:
     text = "The rope holds. If one of them slips, the others hold: 12 m, 3 °C.\n\n    It does.\n" * 200
-    whole = vocabulary._tokenize(text, True)
+    whole = LlamaVocabulary(starter_path)._tokenize(text, True)
     assert vocabulary.tokenize(text, add_bos=False) == whole
 
 
@@ -167,7 +170,5 @@ def test_closing_is_final_and_harmless_twice(starter_path: Path) -> None:
     loaded = Vocabulary(starter_path)
     loaded.close()
     loaded.close()
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(StageFailed, match="no longer"):
         loaded.tokenize("a", add_bos=False)
-    with pytest.raises(ValueError, match="closed"):
-        loaded.piece(5)

@@ -8,7 +8,7 @@ from typing import Any
 
 from cordee.cluster.facts import ModelShape
 from cordee.distribution.local_models import LocalModels
-from cordee.errors import CordeeError
+from cordee.errors import BadModelFile, CordeeError, UnsupportedModel
 from cordee.models.store import StoredModel
 from cordee.serving.cluster_service import ClusterGateway, ClusterService
 
@@ -39,6 +39,7 @@ class Services(Mapping[str, ClusterService]):
         self._wanted = wanted
         self._services: dict[str, ClusterService] = {}
         self._opening: set[str] = set()  # models whose vocabulary is on its way
+        self._refused: dict[str, CordeeError] = {}  # by digest: models that cannot be used here, and why
 
     def __getitem__(self, name: str) -> ClusterService:
         return self._services[name]
@@ -53,12 +54,18 @@ class Services(Mapping[str, ClusterService]):
         """A service of that model, under any name."""
         return next((each for each in self._services.values() if each.model.digest == digest), None)
 
+    def refusal(self, digest: str) -> CordeeError | None:
+        """Why a model cannot be used here, if that is so: its file is damaged, or too new for this program."""
+        return self._refused.get(digest)
+
     def follow(self, models: Mapping[str, tuple[ModelShape, int]], deployed: Container[str]) -> None:
         """Have a service for each of these models, by name with shape and context, and for no others.
 
         A service opens in a moment, and again after RETRY_SECONDS if it could not. `deployed` are the names
         that the cluster serves now.
         """
+        digests = {shape.digest for shape, _ in models.values()}
+        self._refused = {digest: error for digest, error in self._refused.items() if digest in digests}
         for name, service in list(self._services.items()):
             shape, context = models.get(name, (None, 0))
             if shape is None or (shape.digest, context) != (service.model.digest, service.context):
@@ -67,7 +74,8 @@ class Services(Mapping[str, ClusterService]):
             else:
                 service.is_deployed = name in deployed
         for name, (shape, context) in models.items():
-            if name not in self._services and name not in self._opening:
+            known = self._services.keys() | self._opening
+            if name not in known and shape.digest not in self._refused:
                 self._opening.add(name)
                 self._keep(self._open(name, shape, context))
 
@@ -78,11 +86,11 @@ class Services(Mapping[str, ClusterService]):
 
     async def _open(self, name: str, shape: ModelShape, context: int) -> None:
         try:
-            path = await self._local_models.vocabulary(shape.digest)
+            vocabulary = await self._local_models.vocabulary(shape.digest, name)
             model = StoredModel(
                 name=name,
                 digest=shape.digest,
-                path=path,
+                path=vocabulary.path,
                 nbytes=sum(shape.layer_bytes),
                 source="cluster",
                 added=datetime.now(UTC).isoformat(timespec="seconds"),  # to this node
@@ -90,9 +98,12 @@ class Services(Mapping[str, ClusterService]):
                 layers=shape.layers,
             )
             self._services[name] = ClusterService(
-                model, path, context, self._gateway, lambda: self._wanted(name)
+                model, vocabulary, context, self._gateway, lambda: self._wanted(name)
             )
             self._changed()
+        except (BadModelFile, UnsupportedModel) as error:  # which does not change: the model is refused
+            self._refused[shape.digest] = error
+            log.warning("%s is not offered here: %s", name, error.message)
         except CordeeError as error:
             log.warning("%s cannot be offered here yet: %s", name, error.message)
             await asyncio.sleep(RETRY_SECONDS)

@@ -88,7 +88,7 @@ def show(model: str, stages: int, context: int | None, sequences: int, as_json: 
 
     store = Store()
     stored = find(store, model)
-    header = read_header(stored.path)
+    header = read_header(stored.path, name=stored.name)
     facts = _facts_of_file(stored) | _facts_of_header(header, cards().get(stored.name))
     facts["batch_invariance"] = store.notes(stored.digest)
     facts["fit"] = _fit(header, stages, context, sequences)
@@ -122,19 +122,19 @@ def _facts_of_file(model: "StoredModel") -> dict[str, Any]:
 
 def _facts_of_header(header: "Header", card: "Card | None") -> dict[str, Any]:
     """What the file says of the model: shape, size, bytes by quantisation; the card has the licence."""
-    from cordee.models.fit import parameter_count
+    from cordee.models.fit import own_context, parameter_count
 
     kinds: Counter[str] = Counter()
     for tensor in header.tensors:
         kinds[tensor.type.name] += tensor.nbytes
     return {
-        "title": card.title if card else header.get("general.name"),
-        "license": card.license if card else header.get("general.license"),
+        "title": card.title if card else header.text("general.name", "") or None,
+        "license": card.license if card else header.text("general.license", "") or None,
         "notes": card.notes if card else None,
         "architecture": header.architecture,
         "layers": header.layers,
         "parameters": parameter_count(header),
-        "context": header.get(".context_length"),
+        "context": own_context(header),
         "weights_bytes": header.size_bytes,
         "quantization_bytes": dict(kinds.most_common()),
         "cuts": _cuts(header),
@@ -157,11 +157,11 @@ def _fit(header: "Header", stages: int, context: int | None, sequences: int) -> 
     """What the stages would take of this machine's free memory, and whether that is enough."""
     from cordee.engine.stage import StageConfig
     from cordee.machine import sizing
-    from cordee.models.fit import verdict
+    from cordee.models.fit import own_context, verdict
     from cordee.models.slices import even_cuts
 
     limit = max(1, sizing.CELLS_DEFAULT // sequences)
-    context = context or min(limit, header.get(".context_length", limit))
+    context = context or min(limit, own_context(header) or limit)
     config = StageConfig(context=context, sequences=sequences, batch_rows=sizing.BATCH_ROWS)
     found = verdict(header, config, sizing.usable_memory(sizing.chosen_devices(())), stages)
     return {

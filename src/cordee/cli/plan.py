@@ -113,13 +113,14 @@ def _wanted(model: str) -> PlannedModel:
     """A file, a model in the store, or a card."""
     from cordee.cli.models import find
     from cordee.models.cards import cards
+    from cordee.models.fit import own_context
     from cordee.models.gguf import read_header
     from cordee.models.shape import card_shape, model_shape
     from cordee.models.store import Store
 
     if Path(model).is_file():
         header = read_header(Path(model), weights=False)
-        return PlannedModel(model_shape(header, model), header.get(".context_length"))
+        return PlannedModel(model_shape(header, model), own_context(header))
     try:
         stored = find(Store(), model)
     except ModelNotFound:
@@ -128,8 +129,8 @@ def _wanted(model: str) -> PlannedModel:
         if card is None or shape is None:
             raise
         return PlannedModel(shape, card.context)
-    header = read_header(stored.path)
-    return PlannedModel(model_shape(header, stored.digest), header.get(".context_length"), stored=True)
+    header = read_header(stored.path, name=model)
+    return PlannedModel(model_shape(header, stored.digest), own_context(header), stored=True)
 
 
 def _context(model: str, asked: int | None, own: int | None, sequences: int) -> int:

@@ -233,7 +233,7 @@ def _fetch_header(file: HubFile, folder: Path) -> Path:
 
 def _joined(header: Header, folder: Path) -> Header:
     """The header of the one file that a set of shards would make."""
-    if header.get("split.count", 1) == 1:
+    if header.count("split.count", 1) == 1:
         return header
     path = folder / "joined.gguf"
     with atomic_file(path) as file:

@@ -21,6 +21,7 @@ from cordee.distribution.manifest import Manifest
 from cordee.distribution.pull import hub_files
 from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadRequest, CordeeError, Overloaded
+from cordee.models.fit import own_context
 from cordee.models.shape import model_shape
 
 PASSES_MAX = 2  # at once: one fills most connections already
@@ -66,7 +67,7 @@ class Hub:
             CordeeError: as `open` does.
         """
         with _opened(source) as model:
-            own = model.header.get(".context_length")
+            own = own_context(model.header)
             if own is not None and context is not None and context > own:
                 raise BadRequest(f"{name} was made for at most {own} tokens, not {context}", "context")
             return model_shape(model.header, name), context or default_context(model.header)

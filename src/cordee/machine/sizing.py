@@ -35,9 +35,9 @@ def stage_config(
         BadRequest: a device is unknown, the context is longer than the model's own, or no such cut exists.
         UnsupportedModel: the model cannot be cut.
     """
-    own = header.get(".context_length")
+    own = fit.own_context(header)
     if context is not None and own is not None and context > own:
-        raise BadRequest(f"{header.path.name} was made for at most {own} tokens, not {context}", "context")
+        raise BadRequest(f"{header.name} was made for at most {own} tokens, not {context}", "context")
     chosen = chosen_devices(devices)
     config = StageConfig(
         context=context or max(1, CELLS_DEFAULT // sequences),
@@ -52,7 +52,7 @@ def stage_config(
         return _sized(header, config, have_bytes, stages)
     found = fit.verdict(header, config, have_bytes, stages)
     if not found.fits:
-        raise DoesNotFit(f"{header.path.name} does not fit. {found.advice}")
+        raise DoesNotFit(f"{header.name} does not fit. {found.advice}")
     return config
 
 

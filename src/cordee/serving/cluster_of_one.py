@@ -54,10 +54,11 @@ log = logging.getLogger(__name__)
 class SlicedModel:
     """The model behind the slices.
 
-    `digest` names it, `path` is its file, which has the embedding; `engine` what it is laid out for; the
+    `name` is what people call it, `digest` what the cluster does; `path` is its file, which has the embedding; `engine` what it is laid out for; the
     tokens `ends` end an answer. `slices` cover all layers, in order.
     """
 
+    name: str
     digest: str
     path: Path
     engine: EngineName
@@ -200,6 +201,7 @@ class ClusterOfOne:
             embedding=model.path if is_cut_first else None,
             is_last=index == len(self._specs) - 1,
             ends=model.ends,
+            name=model.name,
         )
 
     def changed(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.engine.stage import StageConfig
+from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError, StageFailed, StorageFailed
 from cordee.generation import streams
 from cordee.generation.streams import Said
@@ -58,9 +59,9 @@ class ServiceConfig:
 class LocalService(ClusterService):
     """A model being served. Made by `LocalService.start`; all methods on one event loop."""
 
-    def __init__(self, model: StoredModel, config: StageConfig) -> None:
+    def __init__(self, model: StoredModel, vocabulary: Vocabulary, config: StageConfig) -> None:
         gateway = ClusterGateway(NODE, self._ask, by_call=True)
-        super().__init__(model, model.path, config.context, gateway, self._check)
+        super().__init__(model, vocabulary, config.context, gateway, self._check)
         gateway.follow({self.key: NODE})
         self._config = config
         self._local_gateway = gateway
@@ -87,21 +88,20 @@ class LocalService(ClusterService):
             CordeeError: the model cannot be read, cut or loaded, or does not fit.
         """
         config = config or ServiceConfig()
-        header = read_header(model.path)
-        stage_config = sizing.stage_config(
-            header,
-            stages=stages,
-            sequences=config.sequences,
-            context=config.context,
-            threads=config.threads,
-            devices=config.devices,
-            batch_invariant=config.batch_invariant,
-        )
-        service = cls(model, stage_config)
+        header = read_header(model.path, name=model.name)
+        opening = asyncio.create_task(asyncio.to_thread(Vocabulary, model.path, model.name, served=True))
+        try:
+            stage_config = await asyncio.to_thread(_stage_config, header, stages, config)
+        except CordeeError:
+            (await opening).close()  # if that fails, its error counts: the file may be too new to be understood
+            raise
+        service = cls(model, await opening, stage_config)
         try:
             slices = await asyncio.to_thread(_slices, header, model, store, stages, config.force_cut, report)
             ends = tuple(service.vocabulary.end_of_generation)
-            sliced = SlicedModel(model.digest, header.path, engine_of(header), ends, tuple(slices))
+            sliced = SlicedModel(
+                model.name, model.digest, header.path, engine_of(header), ends, tuple(slices)
+            )
             service._cluster = cluster = ClusterOfOne(sliced, stage_config, service, report)
             await cluster.open(
                 service.vocabulary, service._say, queue=config.queue, in_flight=config.in_flight
@@ -217,6 +217,18 @@ class LocalService(ClusterService):
             self._entry = registry.publish(self.name, self.status())
         except (OSError, StorageFailed):
             log.exception("`cordee ps` will not show this service as it is")
+
+
+def _stage_config(header: Header, stages: int, config: ServiceConfig) -> StageConfig:
+    return sizing.stage_config(
+        header,
+        stages=stages,
+        sequences=config.sequences,
+        context=config.context,
+        threads=config.threads,
+        devices=config.devices,
+        batch_invariant=config.batch_invariant,
+    )
 
 
 def _slices(

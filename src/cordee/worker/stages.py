@@ -41,7 +41,7 @@ class Files:
     """What a stage is loaded from.
 
     `embedding` is for the first of several stages. `is_last`: the slice has the head. `ends` are the tokens
-    that end an answer. `config` is how it is loaded.
+    that end an answer. `config` is how it is loaded. `name` is what people call the model.
     """
 
     config: StageConfig
@@ -50,6 +50,7 @@ class Files:
     embedding: Path | None
     is_last: bool
     ends: tuple[int, ...]
+    name: str
 
 
 class StagesOwner(Protocol):
@@ -300,6 +301,7 @@ class Stages:
             ends=files.ends,
             identity=None if self._identity is None else str(self._identity),
             listen=self._listen,
+            name=files.name,
         )
 
     async def _join(self, process: _Process, worker: WorkerProcess, action: WireAction) -> None:

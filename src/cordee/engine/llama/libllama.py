@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from cordee.errors import SetupNeeded
+from cordee.errors import BadModelFile, CordeeError, SetupNeeded, UnsupportedModel
 
 if TYPE_CHECKING:
     from _ctypes import CFuncPtr
@@ -28,6 +28,9 @@ LOG_LINES_MAX = 100  # kept: problems, and a few buffer sizes for each device
 PROBE_SECONDS = 30.0  # a healthy child answers within a second, even on a slow machine
 DEVICE_KINDS = ("CPU", "GPU", "IGPU", "ACCEL", "META")  # enum ggml_backend_dev_type
 WARN, ERROR = 3, 4  # enum ggml_log_level
+REASON_CHARS_MAX = 400  # of libllama's own words in a message
+# What libllama says of a file that is whole, but newer than itself (llama-model.cpp, llama-vocab.cpp).
+NEWER = re.compile(r"unknown (?:model architecture|pre-tokenizer type|tokenizer)\b")
 BUFFER_LINE = re.compile(r"\b(model|KV|compute|output) buffer size = +([0-9.]+) MiB")
 
 # Defaults as llama_model_default_params and llama_context_default_params of llama.cpp set them: if the layout
@@ -127,6 +130,21 @@ def load() -> ModuleType:
     _check_defaults(library)
     library.llama_backend_init()
     return library
+
+
+def reason() -> str:
+    """Why something failed, in libllama's words."""
+    return log.problems()[:REASON_CHARS_MAX] or "libllama gives no reason"
+
+
+def load_error(name: str) -> CordeeError:
+    """The error for a model of that name that libllama has just refused to load: too new, or damaged."""
+    if NEWER.search(log.problems()):
+        return UnsupportedModel(
+            f"{name} is of a kind that this program does not know yet ({reason()}): update cordee, or choose "
+            "another model"
+        )
+    return BadModelFile(f"{name} cannot be loaded ({reason()}): fetch the file again, or update cordee")
 
 
 def _check_defaults(library: ModuleType) -> None:
