@@ -59,9 +59,7 @@ class Original:
         fields = {key: field for key, field in (self.fields | dict(changes)).items() if field is not None}
         first = min(tensor.offset for tensor in self.header.tensors)
         out = b"GGUF" + struct.pack("<IQQ", 3, len(self.header.tensors), len(fields))
-        out += b"".join(
-            _packed(GGUFValueType.STRING, key) + field.encoded() for key, field in fields.items()
-        )
+        out += b"".join(_packed(GGUFValueType.STRING, key) + field.encoded() for key, field in fields.items())
         for tensor in self.header.tensors:
             out += _packed(GGUFValueType.STRING, tensor.name)
             out += struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
@@ -176,7 +174,9 @@ def _flag(random: Random, fields: Fields, changed: dict) -> None:
 
 
 def _template(random: Random, fields: Fields, changed: dict) -> None:
-    text = random.choice(["", "{{", "{% for x in", "(" * 3000, "{{ " + "(" * 500, "{{ 1 // 0 }}", "a" * 70_000])
+    text = random.choice(
+        ["", "{{", "{% for x in", "(" * 3000, "{{ " + "(" * 500, "{{ 1 // 0 }}", "a" * 70_000]
+    )
     changed["tokenizer.chat_template"] = Field(GGUFValueType.STRING, text)
 
 

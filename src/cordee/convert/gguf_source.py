@@ -21,7 +21,7 @@ from cordee.convert.scales import found_scales
 from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, exact_type, strips
 from cordee.errors import BadModelFile, UnsupportedModel
 from cordee.models.fit import own_context, size_of
-from cordee.models.gguf import BLOCK, I2_BLOCK, I2_TAIL_BYTES, BitnetType, Header, Tensor
+from cordee.models.gguf import BLOCK, I2_BLOCK, I2_TAIL_BYTES, TERNARY_KEY, BitnetType, Header, Tensor
 from cordee.models.metadata import CONVERT_AGAIN, FETCH_AGAIN, Array
 
 # Architectures by their names in GGUF: their names in our files, and how RoPE pairs values.
@@ -49,7 +49,7 @@ class GgufSource:
 
     def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
         """See `Convertible.model`."""
-        if "cordee.ternary.version" in self.header.metadata:
+        if TERNARY_KEY in self.header.metadata:
             raise UnsupportedModel(f"{self.header.name} is a file for the ternary engine already.")
         model = _model(self.header, self, layout, head)
         _refuse_unknown(self.header, model)
@@ -227,6 +227,4 @@ def _refuse_unknown(header: Header, model: TernaryModel) -> None:
         block = BLOCK.fullmatch(tensor.name)
         known = block[2] in of_layers if block else tensor.name in (EMBEDDING, HEAD, OUTPUT_NORM)
         if not known:
-            raise UnsupportedModel(
-                f"{header.name} has {tensor.name}, which the ternary engine does not use."
-            )
+            raise UnsupportedModel(f"{header.name} has {tensor.name}, which the ternary engine does not use.")

@@ -160,7 +160,10 @@ class Inventory:
             return None
         try:
             header = self._slice_store.manifest(digest).header
-        except (BadModelFile, UnsupportedModel):  # the manifest is damaged: make it again, if the model is sound
+        except (
+            BadModelFile,
+            UnsupportedModel,
+        ):  # the manifest is damaged: make it again, if the model is sound
             return None
         source = model.source if is_on_hub(model.source) else ""
         return Offer(model.name, model_shape(header, digest), default_context(header), source)

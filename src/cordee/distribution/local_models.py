@@ -31,7 +31,7 @@ from cordee.errors import CordeeError
 from cordee.models.gguf import engine_of
 from cordee.models.store import Store
 from cordee.net.bus import Bus
-from cordee.worker.stages import Files
+from cordee.worker.stages import Files, stage_name
 
 FETCHES_MAX = 2  # slices fetched at once: each asks several neighbours already
 # A failed fetch is tried again after this long: a neighbour may have started, the hub may answer again.
@@ -180,8 +180,8 @@ class LocalModels:
             devices=() if load.device == "CPU" else (load.device,),
         )
         opened = await self._opened_of(load.model)
-        is_last = load.last == layers
-        return Files(config, engine_of(header), path, embedding, is_last, opened.ends, opened.name)
+        is_last, name = load.last == layers, stage_name(opened.name, load, layers)
+        return Files(config, engine_of(header), path, embedding, is_last, opened.ends, name)
 
     async def close(self) -> None:
         """End all fetches."""

@@ -98,7 +98,10 @@ class SliceStore:
             self._manifests.pop(digest, None)
             try:
                 return self.manifest(digest)
-            except (BadModelFile, UnsupportedModel):  # the digest is that of something else, or of a newer file
+            except (
+                BadModelFile,
+                UnsupportedModel,
+            ):  # the digest is that of something else, or of a newer file
                 (folder / "manifest").unlink()
                 with suppress(OSError):  # it has slices
                     folder.rmdir()

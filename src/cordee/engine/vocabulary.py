@@ -162,7 +162,7 @@ class Vocabulary:
                 except _Rested:  # it was idle, and ended when this request was on its way
                     continue
                 except _Ended as error:
-                    raise self._failure(error, "this text") from error
+                    raise self._failure(error, "tokenize this text with its vocabulary") from error
                 break
         if isinstance(answer, Failed):
             raise _rebuilt(answer)
@@ -194,20 +194,20 @@ class Vocabulary:
         try:
             answer = child.receive(START_SECONDS)
         except (_Ended, _Rested) as error:
-            raise self._failure(error, "ordinary text" if how == "table" else "any text") from error
+            raise self._failure(error, "use its vocabulary") from error
         if isinstance(answer, Failed):
             child.end()
             raise _rebuilt(answer)
         return answer
 
-    def _failure(self, error: "_Ended | _Rested", text: str) -> CordeeError:
-        """The error for a child that ended over a text, or was ended because it did not answer."""
+    def _failure(self, error: "_Ended | _Rested", work: str) -> CordeeError:
+        """The error for a child that ended over its work, or was ended because it did not answer."""
         if self._closed:
             return StageFailed(f"{self.name} is no longer answered here")
         self._crashes.append(time.monotonic())
         if isinstance(error, _Rested) or error.is_late:
-            return StageFailed(f"{self.name}: tokenizing {text} took too long, and was given up: try again")
-        return BadModelFile(f"{self.name}: libllama cannot tokenize {text} with it ({error}): {ANOTHER}")
+            return StageFailed(f"{self.name}: it took libllama too long to {work}: try again")
+        return BadModelFile(f"{self.name}: libllama cannot {work} ({error}): {ANOTHER}")
 
 
 class _Ended(Exception):
@@ -319,13 +319,15 @@ class _Child:
         said = [line.strip() for line in lines if line.strip()]
         marked = [line for line in said if "GGML_ASSERT" in line or "what():" in line]
         text = (marked or said[-1:] or [f"status {status}"])[-1]
-        return text.rpartition("/")[2][:REASON_CHARS_MAX]
+        return " ".join(text.rpartition("/")[2].split())[:REASON_CHARS_MAX]
 
     def _make_room(self) -> None:
         """End the child that has had nothing to do for longest, if there are too many."""
         with self._guard:
             self._living.add(self)
-            idle = sorted((each for each in list(self._living) if not each.is_asked), key=lambda each: each.used)
+            idle = sorted(
+                (each for each in list(self._living) if not each.is_asked), key=lambda each: each.used
+            )
             leaving = idle[: max(0, len(self._living) - CHILDREN_MAX)]
             for each in leaving:
                 each.rested = True

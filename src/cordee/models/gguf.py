@@ -53,6 +53,9 @@ NEWER_LIMIT = 256
 
 UPDATE = "update cordee"
 
+# The presence of this key makes a file one for the ternary engine (native/FORMAT.md).
+TERNARY_KEY, TERNARY_VERSION = "cordee.ternary.version", 1
+
 _U32, _U64 = SCALARS[GGUFValueType.UINT32], SCALARS[GGUFValueType.UINT64]
 # Names of tensors of a layer; they have at most 63 bytes, so the number stays small.
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
@@ -165,14 +168,19 @@ def engine_of(header: Header) -> Literal["llama", "ternary"]:
     """The engine that a model's file is made for.
 
     Raises:
-        UnsupportedModel: the file is in bitnet.cpp's own format.
+        UnsupportedModel: the file is in bitnet.cpp's own format, or newer than the ternary engine.
+        BadModelFile: the version of its layout is no number.
     """
     if any(isinstance(tensor.type, BitnetType) for tensor in header.tensors):
         raise UnsupportedModel(
             f"{header.name} is in bitnet.cpp's I2_S, which no engine here runs as it is: `cordee pull` "
             "converts it for the ternary engine."
         )
-    return "ternary" if "cordee.ternary.version" in header.metadata else "llama"
+    if TERNARY_KEY not in header.metadata:
+        return "llama"
+    if (version := header.count(TERNARY_KEY)) > TERNARY_VERSION:
+        raise UnsupportedModel(f"{header.name} has version {version} of the ternary layout: {UPDATE}.")
+    return "ternary"
 
 
 def has_header(path: Path) -> bool:

@@ -183,8 +183,7 @@ def even_cuts(header: Header, stages: int) -> list[int]:
 
 def _too_many(header: Header, stages: int) -> BadRequest:
     return BadRequest(
-        f"{header.name} with its {header.layers} layers cannot be cut into {stages} stages: "
-        "ask for fewer.",
+        f"{header.name} with its {header.layers} layers cannot be cut into {stages} stages: ask for fewer.",
         "stages",
     )
 
@@ -380,9 +379,7 @@ def _slice_pieces(header: Header, unread: Sequence[str], first: int, last: int) 
         elif tensor.name in SHARED:
             pieces.append(SliceTensor(tensor.name, tensor.shape, tensor.type, tensor.nbytes, tensor))
         else:
-            raise UnsupportedModel(
-                f"{header.name} cannot be cut: where {tensor.name} belongs is unknown."
-            )
+            raise UnsupportedModel(f"{header.name} cannot be cut: where {tensor.name} belongs is unknown.")
     return tuple(pieces)
 
 

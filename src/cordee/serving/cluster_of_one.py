@@ -35,7 +35,7 @@ from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import Join, KvAnswer, Tokens
 from cordee.worker.process import opening
-from cordee.worker.stages import Files, Stages
+from cordee.worker.stages import Files, Stages, stage_name
 
 State = Literal["loading", "ready", "replacing", "failed", "closed"]
 
@@ -201,7 +201,7 @@ class ClusterOfOne:
             embedding=model.path if is_cut_first else None,
             is_last=index == len(self._specs) - 1,
             ends=model.ends,
-            name=model.name,
+            name=stage_name(model.name, spec, self._specs[-1].last),
         )
 
     def changed(self) -> None:

@@ -93,7 +93,9 @@ class LocalService(ClusterService):
         try:
             stage_config = await asyncio.to_thread(_stage_config, header, stages, config)
         except CordeeError:
-            (await opening).close()  # if that fails, its error counts: the file may be too new to be understood
+            (
+                await opening
+            ).close()  # if that fails, its error counts: the file may be too new to be understood
             raise
         service = cls(model, await opening, stage_config)
         try:

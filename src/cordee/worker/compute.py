@@ -156,7 +156,9 @@ class Compute:
 
     def _sampler(self, opening: Opening) -> Sampler:
         if opening.sampling.grammar is not None and self._tokenizer is None:
-            self._tokenizer = GrammarTokenizer(LlamaVocabulary(self._path, self._name))  # slow, and most streams need none
+            self._tokenizer = GrammarTokenizer(
+                LlamaVocabulary(self._path, self._name)
+            )  # slow, and most streams need none
         return Sampler(opening.sampling, self._tokenizer, opening.prompt, opening.generated)
 
 

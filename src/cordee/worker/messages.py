@@ -33,7 +33,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 class LoadStage(msgspec.Struct, frozen=True, tag=True):
     """Load this slice into `engine`. `is_last`: its logits are sampled here; the tokens `ends` end an answer.
-    `name` is what people call its model.
+    `name` is what messages call it.
 
     `embedding` is the model file that turns token ids into rows, for the first of several stages. With an
     `identity`, a member's folder, the worker also takes rows of other machines, at the address `listen`.

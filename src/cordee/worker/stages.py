@@ -41,7 +41,7 @@ class Files:
     """What a stage is loaded from.
 
     `embedding` is for the first of several stages. `is_last`: the slice has the head. `ends` are the tokens
-    that end an answer. `config` is how it is loaded. `name` is what people call the model.
+    that end an answer. `config` is how it is loaded. `name` is what messages call the stage (`stage_name`).
     """
 
     config: StageConfig
@@ -51,6 +51,13 @@ class Files:
     is_last: bool
     ends: tuple[int, ...]
     name: str
+
+
+def stage_name(model: str, spec: StageSpec, layers: int) -> str:
+    """What to call a stage of a model that people call `model`, and that has so many layers."""
+    if (spec.first, spec.last) == (0, layers):
+        return model
+    return f"layers {spec.first} to {spec.last - 1} of {model}"
 
 
 class StagesOwner(Protocol):

@@ -30,6 +30,7 @@ DEVICE_KINDS = ("CPU", "GPU", "IGPU", "ACCEL", "META")  # enum ggml_backend_dev_
 WARN, ERROR = 3, 4  # enum ggml_log_level
 REASON_CHARS_MAX = 400  # of libllama's own words in a message
 # What libllama says of a file that is whole, but newer than itself (llama-model.cpp, llama-vocab.cpp).
+LOAD_REASON = re.compile(r"error loading model: (.+?)(?:; |$)")
 NEWER = re.compile(r"unknown (?:model architecture|pre-tokenizer type|tokenizer)\b")
 BUFFER_LINE = re.compile(r"\b(model|KV|compute|output) buffer size = +([0-9.]+) MiB")
 
@@ -139,12 +140,14 @@ def reason() -> str:
 
 def load_error(name: str) -> CordeeError:
     """The error for a model of that name that libllama has just refused to load: too new, or damaged."""
-    if NEWER.search(log.problems()):
+    found = LOAD_REASON.search(log.problems())
+    why = found[1][:REASON_CHARS_MAX] if found else reason()
+    if NEWER.search(why):
         return UnsupportedModel(
-            f"{name} is of a kind that this program does not know yet ({reason()}): update cordee, or choose "
-            "another model"
+            f"{name} is of a kind that this program does not know yet ({why}): update cordee, or choose another "
+            "model"
         )
-    return BadModelFile(f"{name} cannot be loaded ({reason()}): fetch the file again, or update cordee")
+    return BadModelFile(f"libllama cannot load {name} ({why}): fetch the file again, or update cordee")
 
 
 def _check_defaults(library: ModuleType) -> None:
