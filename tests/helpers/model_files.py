@@ -78,7 +78,7 @@ class Original:
         return {TOKENS: Field(GGUFValueType.ARRAY, texts, GGUFValueType.STRING)}
 
     def without_bytes(self) -> dict[str, Field]:
-        """Its vocabulary without any of the tokens that stand for bytes; others are as many in their place."""
+        """Its vocabulary without the tokens that stand for bytes: they are named otherwise."""
         return self.with_tokens(_name_bytes_otherwise)
 
     def mangled(self, seed: int) -> dict[str, Field | None]:

@@ -23,8 +23,8 @@ from cordee.models.fit import own_context
 from cordee.models.gguf import read_header
 from cordee.models.shape import model_shape
 
-# A model that has just come is a service within a second, unless the machine is busy: then it is deployed as it
-# is, and what is wrong with it shows in `cordee status`.
+# A model that has just come is a service within a second, unless the machine is busy: then it is deployed as
+# it is, and what is wrong with it shows in `cordee status`.
 OPENING_SECONDS, OPENING_POLL_SECONDS = 10.0, 0.05
 
 

@@ -55,7 +55,7 @@ class Services(Mapping[str, ClusterService]):
         return next((each for each in self._services.values() if each.model.digest == digest), None)
 
     def refusal(self, digest: str) -> CordeeError | None:
-        """Why a model cannot be used here, if that is so: its file is damaged, or too new for this program."""
+        """Why a model cannot be used here, if so: its file is damaged, or too new for this program."""
         return self._refused.get(digest)
 
     def follow(self, models: Mapping[str, tuple[ModelShape, int]], deployed: Container[str]) -> None:

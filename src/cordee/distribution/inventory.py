@@ -163,7 +163,7 @@ class Inventory:
         except (
             BadModelFile,
             UnsupportedModel,
-        ):  # the manifest is damaged: make it again, if the model is sound
+        ):  # the manifest is damaged: make it again
             return None
         source = model.source if is_on_hub(model.source) else ""
         return Offer(model.name, model_shape(header, digest), default_context(header), source)

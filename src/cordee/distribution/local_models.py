@@ -70,7 +70,7 @@ class LocalModelsOwner(Protocol):
 
 @dataclass(frozen=True)
 class _Opened:
-    """What stages need of a model's vocabulary: what people call the model, and the tokens that end answers."""
+    """What stages need to know of a model: what people call it, and the tokens that end an answer."""
 
     name: str
     ends: tuple[int, ...]

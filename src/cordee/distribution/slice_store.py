@@ -101,7 +101,7 @@ class SliceStore:
             except (
                 BadModelFile,
                 UnsupportedModel,
-            ):  # the digest is that of something else, or of a newer file
+            ):  # the digest is that of something else
                 (folder / "manifest").unlink()
                 with suppress(OSError):  # it has slices
                     folder.rmdir()

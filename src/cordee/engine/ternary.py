@@ -115,8 +115,8 @@ def kernels() -> list[str]:
 class TernaryStage:
     """A loaded slice; see `cordee.engine.stage.Stage`. With `is_last` off it gives hidden rows.
 
-    `kernels` chooses kernels by name; None means the best of this CPU. `name` is what messages call the model,
-    by default its file's name.
+    `kernels` chooses kernels by name; None means the best of this CPU. `name` is what messages call the
+    model, by default its file's name.
 
     Raises:
         BadModelFile: the file is damaged.

@@ -1,8 +1,8 @@
 """The vocabulary of a model, safe for a process that serves others: text to token ids and back, template.
 
 A vocabulary comes from outside, and libllama ends the process on many that are wrong: when it loads them, at
-some text, or when it spells a token (of 3,000 random changes to a sound one, 263 did that). So libllama has it
-in a child process (vocabulary_child.py), which gives everything but the tokenizer as a table, once it has
+some text, or when it spells a token (of 3,000 random changes to a sound one, 263 did that). So libllama has
+it in a child process (vocabulary_child.py), which gives everything but the tokenizer as a table, once it has
 tokenized ordinary texts. Here tokens become text from that table; only texts that become tokens go to the
 child. If it ends at one, that text is refused, and the next one gets a new child.
 """
@@ -19,6 +19,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from cordee import errors
 from cordee.engine.vocabulary_messages import (
@@ -185,8 +186,8 @@ class Vocabulary:
         now = time.monotonic()
         if len(self._crashes) == CRASHES_MAX and now - self._crashes[0] < CRASH_SECONDS:
             raise BadModelFile(
-                f"{self.name}: libllama ended {CRASHES_MAX} times on its vocabulary within a minute, so it is "
-                f"given no text for another: {ANOTHER}"
+                f"{self.name}: libllama ended {CRASHES_MAX} times on its vocabulary within a minute, so it "
+                f"is given no text for another: {ANOTHER}"
             )
         self._child = child = _Child(self.path, self.name, self._fresh_seconds, how)
         self._forget.detach()
@@ -225,8 +226,9 @@ class _Rested(Exception):
 class _Child:
     """A process with a vocabulary. Asked by one thread at a time; `end` is for any."""
 
-    _living: "set[_Child]" = set()
-    _guard = threading.RLock()  # of `_living`, and of `asked_at` and `rested` of those in it
+    _living: ClassVar["set[_Child]"] = set()
+    # Of `_living`, and of `is_asked` and `rested` of those in it; the garbage collector may end some, too.
+    _guard = threading.RLock()
 
     def __init__(self, path: Path, name: str, fresh_seconds: float, how: str) -> None:
         self.ended = False
@@ -325,10 +327,8 @@ class _Child:
         """End the child that has had nothing to do for longest, if there are too many."""
         with self._guard:
             self._living.add(self)
-            idle = sorted(
-                (each for each in list(self._living) if not each.is_asked), key=lambda each: each.used
-            )
-            leaving = idle[: max(0, len(self._living) - CHILDREN_MAX)]
+            idle = [each for each in list(self._living) if not each.is_asked]
+            leaving = sorted(idle, key=lambda each: each.used)[: max(0, len(self._living) - CHILDREN_MAX)]
             for each in leaving:
                 each.rested = True
         for each in leaving:

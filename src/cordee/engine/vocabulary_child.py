@@ -1,8 +1,8 @@
 """A child process that holds one vocabulary, which may end it at any text.
 
-Run as `python -m cordee.engine.vocabulary_child SOCKET PATH NAME FRESH_SECONDS HOW`: SOCKET is the number of an
-open socket to its parent, HOW is `table` or `again`. It first sends the vocabulary's table, once libllama has
-tokenized a few ordinary texts with it, or `Ready` if the parent has the table. Then it answers, until its
+Run as `python -m cordee.engine.vocabulary_child SOCKET PATH NAME FRESH_SECONDS HOW`: SOCKET is the number of
+an open socket to its parent, HOW is `table` or `again`. It first sends the vocabulary's table, once libllama
+has tokenized a few ordinary texts with it, or `Ready` if the parent has the table. Then it answers, until its
 parent ends, or asks nothing for a while: for FRESH_SECONDS after the start, or IDLE_SECONDS.
 """
 
@@ -30,7 +30,7 @@ from cordee.errors import BadRequest, CordeeError
 IDLE_SECONDS = 600.0
 # What people write: a model whose vocabulary cannot take it is of no use, and would end this process later.
 ORDINARY_TEXTS = (
-    "Hello, world! It's 12:30 on 2024-05-06; 3.14 > 2, isn't it? (Yes.) [x] {y} <z> a_b @c #d $5 50% ^ & * ~ `",
+    "Hello, world! It's 12:30 on 2024-05-06; 3.14 > 2, isn't it? (Yes.) [x] {y} <z> a_b @c #d $5 50% ^&*~`",
     "Le café d'à côté, où l'été brûle : « Ça va ? » — œuvre, naïve, 20 €.\nÜber Straßen.\t¿Qué?\r\n\r\n    x",
     "漢字とかな、한국어, العربية, עברית, हिन्दी, Ελληνικά, Русский 🧗🏽‍♀️🙂",
     "",

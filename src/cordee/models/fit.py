@@ -119,8 +119,8 @@ def size_of(header: Header, key: str, layer: int = 0, default: int | None = None
     is_missing = default is None and header.key(key) not in header.metadata
     if is_missing and architecture(header.architecture) is None:
         raise UnsupportedModel(
-            f"{header.name} is of architecture {header.architecture!r}, which this program does not know, and "
-            f"has no {header.key(key)}: {UPDATE}."
+            f"{header.name} is of architecture {header.architecture!r}, which this program does not know, "
+            f"and has no {header.key(key)}: {UPDATE}."
         )
     return header.count_of_layer(key, layer, default, limit=SIZE_LIMIT)
 

@@ -8,7 +8,6 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 
 
 import os
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -47,8 +46,8 @@ DIMENSIONS_LIMIT = 4  # GGML_MAX_DIMS
 BYTES_LIMIT = 1 << 63  # sizes and offsets must fit a signed 64-bit integer
 # A set of this many files of 50 GB each is beyond any published model.
 SHARDS_LIMIT = 1000
-# A version or a type of tensors beyond the known ones, up to here, is newer than this program; ggml numbered 40
-# types in three years. Higher numbers are damage.
+# A version or a type of tensors beyond the known ones, up to here, is newer than this program; ggml numbered
+# 40 types in three years. Higher numbers are damage.
 NEWER_LIMIT = 256
 
 UPDATE = "update cordee"

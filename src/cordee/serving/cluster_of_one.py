@@ -54,8 +54,9 @@ log = logging.getLogger(__name__)
 class SlicedModel:
     """The model behind the slices.
 
-    `name` is what people call it, `digest` what the cluster does; `path` is its file, which has the embedding; `engine` what it is laid out for; the
-    tokens `ends` end an answer. `slices` cover all layers, in order.
+    `name` is what people call it, `digest` what the cluster does; `path` is its file, which has the
+    embedding; `engine` what it is laid out for; the tokens `ends` end an answer. `slices` cover all
+    layers, in order.
     """
 
     name: str

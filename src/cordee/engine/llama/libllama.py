@@ -144,8 +144,8 @@ def load_error(name: str) -> CordeeError:
     why = found[1][:REASON_CHARS_MAX] if found else reason()
     if NEWER.search(why):
         return UnsupportedModel(
-            f"{name} is of a kind that this program does not know yet ({why}): update cordee, or choose another "
-            "model"
+            f"{name} is of a kind that this program does not know yet ({why}): update cordee, or choose "
+            "another model"
         )
     return BadModelFile(f"libllama cannot load {name} ({why}): fetch the file again, or update cordee")
 

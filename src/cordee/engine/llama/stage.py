@@ -47,7 +47,8 @@ class LlamaStage:
 
     Raises:
         BadModelFile: libllama does not load the file.
-        UnsupportedModel: libllama does not know this kind of model yet, the model has no KV cache per position, or its graph does not show a layer's output.
+        UnsupportedModel: libllama does not know this kind of model yet, the model has no KV cache per
+            position, or its graph does not show a layer's output.
         StageFailed: the context could not be created, nearly always for lack of memory.
     """
 
