@@ -120,14 +120,14 @@ def test_a_model_whose_vocabulary_ends_libllama_is_refused_once_and_hides_no_oth
             await asyncio.gather(*world.tasks)
         assert list(world.services) == ["good"]
         assert sorted(world.local_models.asked) == ["m", "other"]
-        refusal = world.services.refusal("m")
+        refusal = world.services.refusal("bad")
         assert isinstance(refusal, BadModelFile) and refusal.message.startswith("bad: libllama cannot use")
-        assert world.services.refusal("other") is None
+        assert world.services.refusal("good") is None
         assert [record.message for record in caplog.records] == [
             f"bad is not offered here: {refusal.message}"
         ]
         world.services.follow({}, ())
-        assert world.services.refusal("m") is None
+        assert world.services.refusal("bad") is None
         await asyncio.gather(*world.tasks)
 
     asyncio.run(play())

@@ -186,10 +186,8 @@ class Deployer:
         services = self._agent.services
         until = time.monotonic() + OPENING_SECONDS
         while name not in services and time.monotonic() < until:
-            offer = self._agent.offers().get(name)
-            refusal = None if offer is None else services.refusal(offer.shape.digest)
-            if refusal is not None:
-                raise type(refusal)(refusal.message)
+            if (refusal := services.refusal(name)) is not None:
+                raise refusal
             await asyncio.sleep(OPENING_POLL_SECONDS)
 
     def _require_read(self, name: str) -> None:

@@ -39,7 +39,9 @@ class Services(Mapping[str, ClusterService]):
         self._wanted = wanted
         self._services: dict[str, ClusterService] = {}
         self._opening: set[str] = set()  # models whose vocabulary is on its way
-        self._refused: dict[str, CordeeError] = {}  # by digest: models that cannot be used here, and why
+        self._refused: dict[
+            str, tuple[str, CordeeError]
+        ] = {}  # by name: digest, and why it cannot be used here
 
     def __getitem__(self, name: str) -> ClusterService:
         return self._services[name]
@@ -54,9 +56,10 @@ class Services(Mapping[str, ClusterService]):
         """A service of that model, under any name."""
         return next((each for each in self._services.values() if each.model.digest == digest), None)
 
-    def refusal(self, digest: str) -> CordeeError | None:
+    def refusal(self, name: str) -> CordeeError | None:
         """Why a model cannot be used here, if so: its file is damaged, or too new for this program."""
-        return self._refused.get(digest)
+        _, error = self._refused.get(name, ("", None))
+        return None if error is None else type(error)(error.message)
 
     def follow(self, models: Mapping[str, tuple[ModelShape, int]], deployed: Container[str]) -> None:
         """Have a service for each of these models, by name with shape and context, and for no others.
@@ -64,8 +67,8 @@ class Services(Mapping[str, ClusterService]):
         A service opens in a moment, and again after RETRY_SECONDS if it could not. `deployed` are the names
         that the cluster serves now.
         """
-        digests = {shape.digest for shape, _ in models.values()}
-        self._refused = {digest: error for digest, error in self._refused.items() if digest in digests}
+        digests = {name: shape.digest for name, (shape, _) in models.items()}
+        self._refused = {name: each for name, each in self._refused.items() if digests.get(name) == each[0]}
         for name, service in list(self._services.items()):
             shape, context = models.get(name, (None, 0))
             if shape is None or (shape.digest, context) != (service.model.digest, service.context):
@@ -74,8 +77,7 @@ class Services(Mapping[str, ClusterService]):
             else:
                 service.is_deployed = name in deployed
         for name, (shape, context) in models.items():
-            known = self._services.keys() | self._opening
-            if name not in known and shape.digest not in self._refused:
+            if name not in self._services.keys() | self._opening | self._refused.keys():
                 self._opening.add(name)
                 self._keep(self._open(name, shape, context))
 
@@ -102,7 +104,7 @@ class Services(Mapping[str, ClusterService]):
             )
             self._changed()
         except (BadModelFile, UnsupportedModel) as error:  # which does not change: the model is refused
-            self._refused[shape.digest] = error
+            self._refused[name] = shape.digest, error
             log.warning("%s is not offered here: %s", name, error.message)
         except CordeeError as error:
             log.warning("%s cannot be offered here yet: %s", name, error.message)

@@ -89,15 +89,17 @@ class LocalService(ClusterService):
         """
         config = config or ServiceConfig()
         header = read_header(model.path, name=model.name)
-        opening = asyncio.create_task(asyncio.to_thread(Vocabulary, model.path, model.name, served=True))
-        try:
-            stage_config = await asyncio.to_thread(_stage_config, header, stages, config)
-        except CordeeError:
-            (
-                await opening
-            ).close()  # if that fails, its error counts: the file may be too new to be understood
-            raise
-        service = cls(model, await opening, stage_config)
+        vocabulary, stage_config = await asyncio.gather(
+            asyncio.to_thread(Vocabulary, model.path, model.name, served=True),
+            asyncio.to_thread(_stage_config, header, stages, config),
+            return_exceptions=True,
+        )
+        if isinstance(vocabulary, BaseException):  # the first to count: the file may be too new
+            raise vocabulary
+        if isinstance(stage_config, BaseException):
+            vocabulary.close()
+            raise stage_config
+        service = cls(model, vocabulary, stage_config)
         try:
             slices = await asyncio.to_thread(_slices, header, model, store, stages, config.force_cut, report)
             ends = tuple(service.vocabulary.end_of_generation)
