@@ -139,7 +139,12 @@ def test_a_node_with_bad_files_starts_again(cluster: Cluster) -> None:
     assert "Traceback" not in a.said
 
 
-@pytest.mark.parametrize("verb", ["run", "serve", "show", "plan"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "verb", ["run", *(pytest.param(verb, marks=LONG) for verb in ("serve", "show", "plan"))]
+)
 def test_verbs_refuse_bad_files_by_name_or_do_their_work(
     cluster: Cluster, original: Original, verb: str
 ) -> None:
