@@ -39,9 +39,8 @@ class Services(Mapping[str, ClusterService]):
         self._wanted = wanted
         self._services: dict[str, ClusterService] = {}
         self._opening: set[str] = set()  # models whose vocabulary is on its way
-        self._refused: dict[
-            str, tuple[str, CordeeError]
-        ] = {}  # by name: digest, and why it cannot be used here
+        # By name: the digest of a model that cannot be used here, and why.
+        self._refused: dict[str, tuple[str, CordeeError]] = {}
 
     def __getitem__(self, name: str) -> ClusterService:
         return self._services[name]

@@ -160,11 +160,8 @@ class Inventory:
             return None
         try:
             header = self._slice_store.manifest(digest).header
-        except (
-            BadModelFile,
-            UnsupportedModel,
-        ):  # the manifest is damaged: make it again
-            return None
+        except (BadModelFile, UnsupportedModel):
+            return None  # the manifest is damaged: make it again
         source = model.source if is_on_hub(model.source) else ""
         return Offer(model.name, model_shape(header, digest), default_context(header), source)
 

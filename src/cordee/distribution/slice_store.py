@@ -98,10 +98,7 @@ class SliceStore:
             self._manifests.pop(digest, None)
             try:
                 return self.manifest(digest)
-            except (
-                BadModelFile,
-                UnsupportedModel,
-            ):  # the digest is that of something else
+            except (BadModelFile, UnsupportedModel):  # the digest is of something else
                 (folder / "manifest").unlink()
                 with suppress(OSError):  # it has slices
                     folder.rmdir()

@@ -10,6 +10,7 @@ child. If it ends at one, that text is refused, and the next one gets a new chil
 import array
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -33,11 +34,10 @@ from cordee.engine.vocabulary_messages import (
     Tokenize,
     receive,
     send,
+    text_bytes,
 )
 from cordee.errors import BadModelFile, BadRequest, CordeeError, StageFailed
 
-# Four times a prompt of a million tokens.
-TEXT_BYTES_MAX = 16 << 20
 # For the start of a child: its interpreter, libllama, the vocabulary. On a slow and busy machine.
 START_SECONDS = 60.0
 # For a request: its fixed part, and the slowest rate at which texts are tokenized; a PC does 2 MB/s.
@@ -206,17 +206,17 @@ class Vocabulary:
         if self._closed:
             return StageFailed(f"{self.name} is no longer answered here")
         self._crashes.append(time.monotonic())
-        if isinstance(error, _Rested) or error.is_late:
-            return StageFailed(f"{self.name}: it took libllama too long to {work}: try again")
+        if isinstance(error, _Rested) or error.is_passing:
+            return StageFailed(f"{self.name}: libllama could not {work} now ({error}): try again")
         return BadModelFile(f"{self.name}: libllama cannot {work} ({error}): {ANOTHER}")
 
 
 class _Ended(Exception):
-    """A child ended, for the reason in the text; or was ended since it did not answer: `is_late`."""
+    """A child ended, for the reason in the text. `is_passing`: it may be otherwise next time."""
 
-    def __init__(self, reason: str, is_late: bool = False) -> None:
+    def __init__(self, reason: str, is_passing: bool = False) -> None:
         super().__init__(reason)
-        self.is_late = is_late
+        self.is_passing = is_passing
 
 
 class _Rested(Exception):
@@ -281,7 +281,7 @@ class _Child:
             answer = receive(self._link, seconds)
         except TimeoutError:
             self.end()
-            raise _Ended("it did not answer", is_late=True) from None
+            raise _Ended("it took too long", is_passing=True) from None
         except (EOFError, OSError):
             raise self._how_it_ended() from None
         except BaseException:  # an interrupt: what is left of this answer must not become the next one
@@ -307,9 +307,11 @@ class _Child:
         except subprocess.TimeoutExpired:
             status = None
         reason = self._reason(status)
-        rested = self.rested or status == 0
+        rested, killed = self.rested or status == 0, status == -signal.SIGKILL
         self.end()
-        return _Rested() if rested else _Ended(reason)
+        if killed:  # by no fault of its own: the system does that when memory is short
+            reason = "its process was killed, for want of memory perhaps"
+        return _Rested("it was idle") if rested else _Ended(reason, is_passing=killed)
 
     def _reason(self, status: int | None) -> str:
         """What it wrote last, or its status."""
@@ -333,21 +335,6 @@ class _Child:
                 each.rested = True
         for each in leaving:
             each.end()
-
-
-def text_bytes(text: str) -> int:
-    """The length of a text in UTF-8.
-
-    Raises:
-        BadRequest: it is longer than TEXT_BYTES_MAX, or is not valid Unicode.
-    """
-    try:
-        length = len(text.encode("utf-8"))
-    except UnicodeEncodeError:
-        raise BadRequest("the text has half of a surrogate pair, which is not valid Unicode") from None
-    if length > TEXT_BYTES_MAX:
-        raise BadRequest(f"the text has {length} bytes; at most {TEXT_BYTES_MAX} are accepted")
-    return length
 
 
 def _rebuilt(failed: Failed) -> CordeeError:

@@ -9,6 +9,10 @@ import time
 
 import msgspec
 
+from cordee.errors import BadRequest
+
+# Four times a prompt of a million tokens; keeps libllama's int32 lengths far from overflow.
+TEXT_BYTES_MAX = 16 << 20
 # The longest are a table and the tokens of a text of 16 MB; a table's pieces have 64 MB, its template too.
 FRAME_BYTES_MAX = 192 << 20
 CONTROL, HIDDEN = 1, 2  # flags of a token: a control token; without text unless special tokens are shown
@@ -71,6 +75,21 @@ Message = Table | Ready | Tokenize | FindControls | Numbers | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
+
+
+def text_bytes(text: str) -> int:
+    """The length of a text in UTF-8.
+
+    Raises:
+        BadRequest: it is longer than TEXT_BYTES_MAX, or is not valid Unicode.
+    """
+    try:
+        length = len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        raise BadRequest("the text has half of a surrogate pair, which is not valid Unicode") from None
+    if length > TEXT_BYTES_MAX:
+        raise BadRequest(f"the text has {length} bytes; at most {TEXT_BYTES_MAX} are accepted")
+    return length
 
 
 def send(link: socket.socket, message: Message) -> None:

@@ -182,14 +182,14 @@ def engine_of(header: Header) -> Literal["llama", "ternary"]:
     return "ternary"
 
 
-def has_header(path: Path) -> bool:
-    """Whether a file, which may be one of a set of shards, begins with a complete header.
+def has_header(path: Path, name: str) -> bool:
+    """Whether a file called `name`, which may be one of a set of shards, begins with a complete header.
 
     Raises:
         UnsupportedModel: as `read_header` does.
     """
     try:
-        _read_shard(path, False, None)
+        _read_shard(path, False, name)
     except BadModelFile:
         return False
     return True

@@ -16,11 +16,9 @@ from functools import cached_property
 from pathlib import Path
 
 from cordee.engine.llama import libllama
-from cordee.engine.vocabulary_messages import CONTROL, HIDDEN, Table
+from cordee.engine.vocabulary_messages import CONTROL, HIDDEN, Table, text_bytes
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 
-# Four times a prompt of a million tokens; keeps libllama's int32 lengths far from overflow.
-TEXT_BYTES_MAX = 16 << 20
 PIECE_BYTES = 256  # nearly all pieces are shorter; of a longer one libllama says the size
 PIECE_BYTES_MAX = 1 << 20  # no valid vocabulary has a longer token: the file is damaged
 # All pieces together: of the largest vocabularies met they have 3 MB.
@@ -115,7 +113,7 @@ class LlamaVocabulary:
         Raises:
             BadRequest: the text is longer than TEXT_BYTES_MAX, or is not valid Unicode.
         """
-        encoded(text)
+        text_bytes(text)
         tokens = [token for piece in self._pieces(text, special) for token in self._tokenize(piece, special)]
         if add_bos and self.wants_bos and self.bos is not None and tokens[:1] != [self.bos]:
             tokens.insert(0, self.bos)
@@ -209,18 +207,3 @@ class LlamaVocabulary:
         """Refuse ids outside the vocabulary: libllama would end the process."""
         if not 0 <= token < self.size:
             raise BadRequest(f"token id {token} is outside the model's vocabulary of {self.size} tokens")
-
-
-def encoded(text: str) -> bytes:
-    """A text in UTF-8.
-
-    Raises:
-        BadRequest: it is longer than TEXT_BYTES_MAX, or is not valid Unicode.
-    """
-    try:
-        data = text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRequest("the text has half of a surrogate pair, which is not valid Unicode") from None
-    if len(data) > TEXT_BYTES_MAX:
-        raise BadRequest(f"the text has {len(data)} bytes; at most {TEXT_BYTES_MAX} are accepted")
-    return data
