@@ -74,11 +74,10 @@ class LlamaVocabulary:
         Raises:
             BadModelFile: a token, or all of them, are absurdly long.
         """
-        pieces, ends, flags = bytearray(), array.array("I"), bytearray(self.size)
+        pieces, ends = bytearray(), array.array("I")
         buffer = ctypes.create_string_buffer(PIECE_BYTES)
         view, spell, handle = memoryview(buffer), self._library.llama_token_to_piece, self._open()
         for token in range(self.size):  # a tight loop: 200,000 tokens take a third of a second
-            flags[token] = self._flags(token)
             count = spell(handle, token, buffer, PIECE_BYTES, 0, True)
             pieces += view[:count] if count >= 0 else self.piece(token, special=True)
             ends.append(len(pieces))
@@ -94,7 +93,7 @@ class LlamaVocabulary:
             chat_template=self.chat_template,
             pieces=bytes(pieces),
             ends=ends.tobytes(),
-            flags=bytes(flags),
+            flags=bytes(map(self._flags, range(self.size), self._attributes)),
             control_starts="".join(sorted({name[0] for name in self._control_names})),
         )
 
@@ -164,7 +163,8 @@ class LlamaVocabulary:
 
     @cached_property
     def _control_names(self) -> set[str]:
-        return {self._text(token) for token in range(self.size) if self.is_control(token)} - {""}
+        controls = (token for token, each in enumerate(self._attributes) if each & ATTRIBUTE_CONTROL)
+        return {self._text(token) for token in controls} - {""}
 
     @cached_property
     def _controls(self) -> re.Pattern[str]:
@@ -187,9 +187,14 @@ class LlamaVocabulary:
             raise ValueError(f"the vocabulary of {self.name} is closed")
         return self.handle
 
-    def _flags(self, token: int) -> int:
+    @cached_property
+    def _attributes(self) -> list[int]:
+        """Those of each token, as enum llama_token_attr has them."""
+        get, handle = self._library.llama_vocab_get_attr, self._open()
+        return [get(handle, token) for token in range(self.size)]
+
+    def _flags(self, token: int, attributes: int) -> int:
         """CONTROL and HIDDEN, as `Table` has them."""
-        attributes = self._library.llama_vocab_get_attr(self._open(), token)
         if not attributes & (ATTRIBUTE_CONTROL | ATTRIBUTE_UNKNOWN):
             return 0
         return (CONTROL if attributes & ATTRIBUTE_CONTROL else 0) | (HIDDEN if not self.piece(token) else 0)
