@@ -153,24 +153,24 @@ class Bench:
 def trained_models() -> list[Path]:
     """The models in the package that are made for a Pentium II."""
     found = sorted((ROOT / "src" / "cordee").rglob("*.gguf"))
-    return [path for path in found if read_header(path).get("cordee.ternary.layout") == LAYOUT]
+    return [path for path in found if read_header(path).text("cordee.ternary.layout", "") == LAYOUT]
 
 
 def shape_of(name: str, path: Path, positions: tuple[int, ...]) -> Shape:
     """The shape of a model file, to be measured at `positions`."""
     header = read_header(path)
-    heads = header.get(".attention.head_count")
+    heads = header.count(".attention.head_count")
     return Shape(
         name=name,
-        dim=header.get(".embedding_length"),
-        hidden=header.get(".feed_forward_length"),
+        dim=header.count(".embedding_length"),
+        hidden=header.count(".feed_forward_length"),
         layers=header.layers,
         heads=heads,
-        kv_heads=header.get(".attention.head_count_kv", heads),
-        vocabulary=header.get(".vocab_size"),
-        context=header.get(".context_length"),
+        kv_heads=header.count(".attention.head_count_kv", heads),
+        vocabulary=header.count(".vocab_size"),
+        context=header.count(".context_length"),
         model=path,
-        positions=tuple(position for position in positions if position < header.get(".context_length") - 1),
+        positions=tuple(position for position in positions if position < header.count(".context_length") - 1),
     )
 
 

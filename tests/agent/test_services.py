@@ -9,9 +9,11 @@ import pytest
 from clusters import shape_of
 from cordee.agent import services as services_module
 from cordee.agent.services import Services
-from cordee.errors import ModelNotFound, StageFailed
+from cordee.engine.vocabulary import Vocabulary
+from cordee.errors import BadModelFile, ModelNotFound, StageFailed
 from cordee.generation.request import Request
 from cordee.serving.cluster_service import ClusterGateway
+from model_files import Original
 from streams import Model, tiny_model, until
 
 SHAPE, OTHER = shape_of("m"), shape_of("other")
@@ -27,14 +29,15 @@ class FakeLocalModels:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.paths: dict[str, Path] = {}  # of some models others
         self.missing: set[str] = set()
         self.asked: list[str] = []
 
-    async def vocabulary(self, digest: str) -> Path:
+    async def vocabulary(self, digest: str, name: str) -> Vocabulary:
         self.asked.append(digest)
         if digest in self.missing:
             raise ModelNotFound("its chunks have not come yet")
-        return self.path
+        return await asyncio.to_thread(Vocabulary, self.paths.get(digest, self.path), name)
 
 
 class World:
@@ -99,6 +102,33 @@ def test_a_model_whose_vocabulary_is_missing_is_tried_again(
         world.services.follow(models, ())
         await until(lambda: "a" in world.services)
         assert world.local_models.asked == ["m", "other", "m"]
+
+    asyncio.run(play())
+
+
+def test_a_model_whose_vocabulary_ends_libllama_is_refused_once_and_hides_no_other(
+    model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = Original(model.stored.path)
+
+    async def play() -> None:
+        world = World(model)
+        world.local_models.paths["m"] = original.write(tmp_path / "bad.gguf", original.without_bytes())
+        models = {"bad": (SHAPE, 64), "good": (OTHER, 64)}
+        for _ in range(3):
+            world.services.follow(models, ())
+            await asyncio.gather(*world.tasks)
+        assert list(world.services) == ["good"]
+        assert sorted(world.local_models.asked) == ["m", "other"]
+        refusal = world.services.refusal("bad")
+        assert isinstance(refusal, BadModelFile) and refusal.message.startswith("bad: libllama cannot use")
+        assert world.services.refusal("good") is None
+        assert [record.message for record in caplog.records] == [
+            f"bad is not offered here: {refusal.message}"
+        ]
+        world.services.follow({}, ())
+        assert world.services.refusal("bad") is None
+        await asyncio.gather(*world.tasks)
 
     asyncio.run(play())
 

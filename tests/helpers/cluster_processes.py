@@ -133,7 +133,7 @@ class Cluster:
     def add(self, name: str, *options: object) -> Node:
         """One more node, up."""
         home = self._folder / name
-        home.mkdir()
+        home.mkdir(exist_ok=True)  # a test may have put files there
         node = Node(home)
         if self.nodes:
             node.do("join", next(iter(self.nodes.values())).do("invite").strip())

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cordee.errors import BadModelFile, CordeeError
+from cordee.errors import BadModelFile, CordeeError, UnsupportedModel
 from cordee.models import gguf as reading
 from cordee.models.gguf import Array, read_header
 from cordee.models.slices import even_cuts, plan_slice
@@ -282,7 +282,8 @@ LIES = {
     "an odd alignment": ({"keys": [text("general.alignment") + struct.pack("<II", 4, 48)]}, "alignment"),
     "no alignment": ({"keys": [text("general.alignment") + struct.pack("<II", 4, 0)]}, "alignment"),
     "version 1": ({"version": 1}, "version 1"),
-    "version 9": ({"version": 9}, "version 9"),
+    "version 0": ({"version": 0}, "version 0"),
+    "version 1000": ({"version": 1000}, "version 1000"),
     "big endian": ({"version": 3 << 24}, "big endian"),
     "a tensor of no dimensions": ({"tensors": [("t", (), F32, 0)]}, "0 dimensions"),
     "a tensor of five dimensions": ({"tensors": [("t", (1, 1, 1, 1, 1), F32, 0)]}, "5 dimensions"),
@@ -295,7 +296,8 @@ LIES = {
     "a tensor beyond the end": ({"tensors": [("t", (8,), F32, TERA)]}, "cut short"),
     "a tensor at minus 32": ({"tensors": [("t", (8,), F32, MOST - 31)]}, "cut short"),
     "a tensor between the lines": ({"tensors": [("t", (8,), F32, 4)]}, "not aligned"),
-    "an unknown tensor type": ({"tensors": [("t", (8,), 99, 0)]}, "type 99"),
+    "a tensor type that was given up": ({"tensors": [("t", (8,), 4, 0)]}, "type 4"),
+    "a tensor type beyond all": ({"tensors": [("t", (8,), 1000, 0)]}, "type 1000"),
     "half a block": ({"tensors": [("t", (48,), Q4_0, 0)]}, "not a multiple of 32"),
     "two tensors on one place": ({"tensors": [("t", (16,), F32, 0), ("u", (8,), F32, 32)]}, "same bytes"),
     "two tensors of one name": ({"tensors": [("t", (8,), F32, 0), ("t", (8,), F32, 32)]}, "one name"),
@@ -308,6 +310,17 @@ def test_a_header_that_lies_is_refused(tmp_path, contents, fault):
     path = tmp_path / "liar.gguf"
     path.write_bytes(header_bytes(**contents) + bytes(4096))
     refused(path, fault)
+
+
+@pytest.mark.parametrize(
+    ("contents", "what"),
+    [({"version": 4}, "GGUF version 4"), ({"tensors": [("t", (8,), 99, 0)]}, "'t' as type 99")],
+)
+def test_what_is_newer_than_this_program_is_not_called_damaged(tmp_path, contents, what):
+    path = tmp_path / "new.gguf"
+    path.write_bytes(header_bytes(**contents) + bytes(4096))
+    with pytest.raises(UnsupportedModel, match=rf"new\.gguf .*{what}.*: update cordee"):
+        read_header(path)
 
 
 def test_the_hand_written_header_is_valid_without_a_lie(tmp_path):
@@ -409,14 +422,14 @@ def damaged(draw, original: bytes, places: list[int]) -> bytes:
 
 
 def check_damaged(path: Path, data: bytes) -> None:
-    """Only BadModelFile, or a valid header; only expected errors from what uses it."""
+    """Only expected errors, or a valid header; only expected errors from what uses it."""
     path.write_bytes(data)
     before = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
     try:
         header = read_header(path)
         use(header)
-    except BadModelFile:
+    except (BadModelFile, UnsupportedModel):
         return
     finally:
         assert tracemalloc.get_traced_memory()[1] - before < MEMORY_LIMIT

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, Overloaded, StageFailed
 from cordee.generation import streams
 from cordee.generation.host import Host
@@ -56,7 +57,9 @@ class Cluster:
 
     def __init__(self, model: Model) -> None:
         self.gateway = ClusterGateway("here", self._send)
-        self.service = ClusterService(model.stored, model.stored.path, LIMITS.context, self.gateway)
+        self.service = ClusterService(
+            model.stored, Vocabulary(model.stored.path), LIMITS.context, self.gateway
+        )
         self.nodes: dict[str, Node] = {}
 
     def _send(self, node: str, data: bytes) -> None:
@@ -240,7 +243,7 @@ def test_a_host_that_is_called_may_answer_within_the_call(model: Model) -> None:
                     gateway.receive(streams.encode(said))
 
         gateway = ClusterGateway("here", call, by_call=True)
-        service = ClusterService(model.stored, model.stored.path, LIMITS.context, gateway)
+        service = ClusterService(model.stored, Vocabulary(model.stored.path), LIMITS.context, gateway)
         gateway.follow({service.key: "here"})
         asked = [request("a", 40), request("bb", 40)]
         answers = [asyncio.create_task(ask(service, each)) for each in asked]

@@ -183,7 +183,7 @@ def test_a_start_that_fails_halfway_leaves_nothing(
         last.unlink()
         last.write_bytes(data[: len(data) // 2])
         monkeypatch.setattr("cordee.models.store._is_slice", is_slice)  # it broke after the check
-        with pytest.raises(BadModelFile, match="4-6"):
+        with pytest.raises(BadModelFile, match="layers 4 to 5 of tiny"):
             async with fresh.serve(3):
                 pass
         last.write_bytes(data)

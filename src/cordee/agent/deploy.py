@@ -25,6 +25,10 @@ from cordee.models.fit import own_context
 from cordee.models.gguf import read_header
 from cordee.models.shape import model_shape
 
+# A model that has just come is a service within a second, unless the machine is busy: then it is deployed as
+# it is, and what is wrong with it shows in `cordee status`.
+OPENING_SECONDS, OPENING_POLL_SECONDS = 10.0, 0.05
+
 
 class Deployer:
     """See the module's docstring."""
@@ -44,6 +48,7 @@ class Deployer:
             ModelNotFound: no node of the cluster has it, and it is not on the hub.
             BadRequest: the repository has several models, the name is another model's, or the context is
                 longer than the model was made for.
+            BadModelFile, UnsupportedModel: this node cannot use its vocabulary.
             DoesNotFit: the cluster's machines could not run it.
             StorageFailed: the hub cannot be reached.
             CordeeError: what ended the reading that is asked for with `follow`.
@@ -53,6 +58,7 @@ class Deployer:
         if model not in agent.offers() and not is_on_hub(model):
             await agent.look()
         if model in agent.offers():
+            await self._require_usable(model)
             return await self._offered(model, asked)
         deployment = self._known(model)
         if deployment is not None:
@@ -205,6 +211,15 @@ class Deployer:
         own = own_context(header)
         if own is not None and context > own:
             raise BadRequest(f"{name} was made for at most {own} tokens, not {context}", "context")
+
+    async def _require_usable(self, name: str) -> None:
+        """Refuse a model whose vocabulary this node cannot use; one that has just come is opened first."""
+        services = self._agent.services
+        until = time.monotonic() + OPENING_SECONDS
+        while name not in services and time.monotonic() < until:
+            if (refusal := services.refusal(name)) is not None:
+                raise refusal
+            await asyncio.sleep(OPENING_POLL_SECONDS)
 
     def _require_read(self, name: str) -> None:
         """A large model that was just pulled is offered once it has been read."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from cordee.cluster.facts import ModelShape
 from cordee.distribution.local_models import LocalModels
-from cordee.errors import CordeeError
+from cordee.errors import BadModelFile, CordeeError, UnsupportedModel
 from cordee.models.store import StoredModel
 from cordee.serving.cluster_service import ClusterGateway, ClusterService
 
@@ -39,6 +39,8 @@ class Services(Mapping[str, ClusterService]):
         self._wanted = wanted
         self._services: dict[str, ClusterService] = {}
         self._opening: set[str] = set()  # models whose vocabulary is on its way
+        # By name: the digest of a model that cannot be used here, and why.
+        self._refused: dict[str, tuple[str, CordeeError]] = {}
 
     def __getitem__(self, name: str) -> ClusterService:
         return self._services[name]
@@ -53,12 +55,19 @@ class Services(Mapping[str, ClusterService]):
         """A service of that model, under any name."""
         return next((each for each in self._services.values() if each.model.digest == digest), None)
 
+    def refusal(self, name: str) -> CordeeError | None:
+        """Why a model cannot be used here, if so: its file is damaged, or too new for this program."""
+        _, error = self._refused.get(name, ("", None))
+        return None if error is None else type(error)(error.message)
+
     def follow(self, models: Mapping[str, tuple[ModelShape, int]], deployed: Container[str]) -> None:
         """Have a service for each of these models, by name with shape and context, and for no others.
 
         A service opens in a moment, and again after RETRY_SECONDS if it could not. `deployed` are the names
         that the cluster serves now.
         """
+        digests = {name: shape.digest for name, (shape, _) in models.items()}
+        self._refused = {name: each for name, each in self._refused.items() if digests.get(name) == each[0]}
         for name, service in list(self._services.items()):
             shape, context = models.get(name, (None, 0))
             if shape is None or (shape.digest, context) != (service.model.digest, service.context):
@@ -69,7 +78,7 @@ class Services(Mapping[str, ClusterService]):
             else:
                 service.is_deployed = name in deployed
         for name, (shape, context) in models.items():
-            if name not in self._services and name not in self._opening:
+            if name not in self._services.keys() | self._opening | self._refused.keys():
                 self._opening.add(name)
                 self._keep(self._open(name, shape, context))
 
@@ -80,11 +89,11 @@ class Services(Mapping[str, ClusterService]):
 
     async def _open(self, name: str, shape: ModelShape, context: int) -> None:
         try:
-            path = await self._local_models.vocabulary(shape.digest)
+            vocabulary = await self._local_models.vocabulary(shape.digest, name)
             model = StoredModel(
                 name=name,
                 digest=shape.digest,
-                path=path,
+                path=vocabulary.path,
                 nbytes=sum(shape.layer_bytes),
                 source="cluster",
                 added=datetime.now(UTC).isoformat(timespec="seconds"),  # to this node
@@ -92,9 +101,12 @@ class Services(Mapping[str, ClusterService]):
                 layers=shape.layers,
             )
             self._services[name] = ClusterService(
-                model, path, context, self._gateway, lambda: self._wanted(name)
+                model, vocabulary, context, self._gateway, lambda: self._wanted(name)
             )
             self._changed()
+        except (BadModelFile, UnsupportedModel) as error:  # which does not change: the model is refused
+            self._refused[name] = shape.digest, error
+            log.warning("%s is not offered here: %s", name, error.message)
         except CordeeError as error:
             log.warning("%s cannot be offered here yet: %s", name, error.message)
             await asyncio.sleep(RETRY_SECONDS)

@@ -42,15 +42,17 @@ def create_app(
     services: Mapping[str, ModelService],
     *,
     expected: Collection[str] = (),
+    refusal: Callable[[str], CordeeError | None] = lambda _: None,
     clock: Callable[[], datetime] = local_now,
     timing: Timing = Timing(),  # noqa: B008  frozen
 ) -> Starlette:
     """The application over running services, by the model's name.
 
     `services` may be filled after the server has started: a model of `expected` that is not in it yet is
-    loading, and its requests are told to try again. Only this machine may send requests.
+    loading, and its requests are told to try again. `refusal` says why a model cannot be used here, if that
+    is so. Only this machine may send requests.
     """
-    openai = OpenAI(services, expected, clock, timing)
+    openai = OpenAI(services, expected, refusal, clock, timing)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:

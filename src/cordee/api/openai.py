@@ -27,7 +27,7 @@ from cordee.api.schemas import (
     refuse,
 )
 from cordee.api.stream import EventStream, Streams, Timing, while_connected
-from cordee.errors import BadRequest, ContextExceeded, ModelNotFound
+from cordee.errors import BadRequest, ContextExceeded, CordeeError, ModelNotFound
 from cordee.generation.request import Grammar, Request, SamplingParams
 from cordee.serving.interface import ModelService
 
@@ -56,11 +56,13 @@ class OpenAI:
         self,
         services: Mapping[str, ModelService],
         expected: Collection[str],
+        refusal: Callable[[str], CordeeError | None],
         clock: Callable[[], datetime],
         timing: Timing,
     ) -> None:
         self._services = services
         self._expected = expected
+        self._refusal = refusal
         self._clock = clock
         self._timing = timing
         self._bodies = Bodies()
@@ -114,6 +116,8 @@ class OpenAI:
         service = self._services.get(name)
         if service is not None:
             return service
+        if (refusal := self._refusal(name)) is not None:
+            raise refusal
         if name in self._expected:
             raise ModelLoading(f"{name} is still being loaded; try again in a moment")
         wanted = f"no model {name[:NAME_CHARS_MAX]!r} is served here"

@@ -111,13 +111,15 @@ class _Hidden:
         self._names: list[str] = []
 
     def hide(self, text: str) -> str:
-        return self._vocabulary.control_names.sub(self._placeholder, text)
-
-    def _placeholder(self, match: re.Match[str]) -> str:
-        self._names.append(match.group())
-        if len(self._names) > CONTROL_TEXTS_MAX:
+        spans = self._vocabulary.control_spans(text)
+        if len(self._names) + len(spans) > CONTROL_TEXTS_MAX:
             raise BadRequest(f"more than {CONTROL_TEXTS_MAX} names of control tokens are used", "messages")
-        return f"{self._mark}{len(self._names) - 1}{PRIVATE}"
+        shown, at = "", 0
+        for start, end in spans:
+            shown += f"{text[at:start]}{self._mark}{len(self._names)}{PRIVATE}"
+            self._names.append(text[start:end])
+            at = end
+        return shown + text[at:]
 
     def tokens(self, text: str) -> list[int]:
         """The token ids of a rendered text, where placeholders become the names as plain text."""

@@ -52,7 +52,7 @@ def _header(model: str) -> "Header":
     from cordee.models.store import Store
 
     path = Path(model)
-    return read_header(path if path.is_file() else find(Store(), model).path)
+    return read_header(path if path.is_file() else find(Store(), model).path, name=model)
 
 
 def _entry(figure: "Figure") -> dict[str, Any]:

@@ -279,7 +279,7 @@ def lent_bytes(model: "StoredModel") -> int:
     from cordee.models.gguf import read_header
     from cordee.models.shape import model_shape
 
-    shape = model_shape(read_header(model.path), model.digest)
+    shape = model_shape(read_header(model.path, name=model.name), model.digest)
     load, middle = Demand(CONTEXT, SEQUENCES), shape.layers // 2
     halves = needed_bytes(shape, load, 0, middle), needed_bytes(shape, load, middle, shape.layers)
     return int(LENT_RATIO * max(halves))

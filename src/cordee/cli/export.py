@@ -37,7 +37,7 @@ def export(target: str, model: str, folder: Path, any_size: bool, programs: Path
     from cordee.models.store import Store
 
     given = Path(model)
-    header = read_header(given if given.is_file() else find(Store(), model).path)
+    header = read_header(given if given.is_file() else find(Store(), model).path, name=model)
     with output.progress(folder.name) as progress:
         nbytes = run(
             header,

@@ -139,7 +139,7 @@ def _wanted(model: str) -> PlannedModel:
     except ModelNotFound:
         path, digest = card.path if card else None, model
     if path is not None:
-        header = read_header(path)
+        header = read_header(path, name=model)
         return PlannedModel(model_shape(header, digest), own_context(header), stored=True)
     shape = card_shape(card) if card else None
     if card is None or shape is None:

@@ -64,7 +64,7 @@ def _of_file(
     from cordee.models.gguf import read_header
     from cordee.models.slices import even_cuts
 
-    header = read_header(path)
+    header = read_header(path, name=name)
     wish = wish_of(own_context(header), context, sequences, name)
     fit = _fit(name, stage_shapes(header, stages), even_cuts(header, stages), wish)
     return _facts_of_header(header, cards().get(name)) | {"fit": fit}
@@ -134,8 +134,8 @@ def _facts_of_header(header: "Header", card: "Card | None") -> dict[str, Any]:
     for tensor in header.tensors:
         kinds[tensor.type.name] += tensor.nbytes
     return {
-        "title": card.title if card else header.get("general.name"),
-        "license": card.license if card else header.get("general.license"),
+        "title": card.title if card else header.text("general.name", "") or None,
+        "license": card.license if card else header.text("general.license", "") or None,
         "notes": card.notes if card else None,
         "architecture": header.architecture,
         "layers": header.layers,

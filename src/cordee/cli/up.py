@@ -206,7 +206,10 @@ class _Running:
             asyncio.get_running_loop().call_soon(cancel)
 
         servers = [
-            serve(create_app(agent.services, expected=_Names(agent)), self._listener),
+            serve(
+                create_app(agent.services, expected=_Names(agent), refusal=agent.services.refusal),
+                self._listener,
+            ),
             serve(Control(agent, leave).app(), self._agent_socket.socket),
         ]
         ends = [asyncio.create_task(event.wait()) for event in (agent.removed, agent.cloned)]
@@ -233,13 +236,17 @@ class _Names(Collection[str]):
         self._agent = agent
 
     def __contains__(self, name: object) -> bool:
-        return name in self._agent.models()
+        return name in self._names()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._agent.models())
+        return iter(self._names())
 
     def __len__(self) -> int:
-        return len(self._agent.models())
+        return len(self._names())
+
+    def _names(self) -> list[str]:
+        agent = self._agent
+        return [name for name in agent.models() if agent.services.refusal(name) is None]
 
 
 def _at_eof(act: Callable[[], object]) -> None:

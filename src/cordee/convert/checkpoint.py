@@ -29,7 +29,8 @@ from cordee.convert.scales import Read, found_scales, grouped, mean_scale, round
 from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, exact_type, strips
 from cordee.convert.tokenizer import add_tokenizer
 from cordee.errors import BadModelFile, UnsupportedModel
-from cordee.models.gguf import FETCH_AGAIN, LAYERS_LIMIT
+from cordee.models.gguf import LAYERS_LIMIT
+from cordee.models.metadata import FETCH_AGAIN
 
 # The hub's classes of models: the architecture in GGUF, and the activation if config.json does not give it.
 ARCHITECTURES = {

@@ -27,7 +27,8 @@ from cordee.convert.ternary_file import (
     write,
 )
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
-from cordee.models.gguf import FETCH_AGAIN, read_header
+from cordee.models.gguf import read_header
+from cordee.models.metadata import FETCH_AGAIN
 
 Progress = Callable[[int, int], None]
 

@@ -27,6 +27,7 @@ SECTOR_BYTES = 2048
 CD_BYTES = (333_000 - 1000) * SECTOR_BYTES
 CHUNK_BYTES = 1 << 20
 PROMPT = "Once upon a time"
+TITLE_CHARS_MAX = 40  # a line of the texts
 
 Progress = Callable[[int, int], None]
 
@@ -57,9 +58,9 @@ def export(
         BadRequest: the folder is not empty, or would be too large.
         StorageFailed: it cannot be written.
     """
-    if header.get("cordee.ternary.layout") != LAYOUT:
+    if header.text("cordee.ternary.layout", "") != LAYOUT:
         raise UnsupportedModel(
-            f"{header.path} is not a file for a Pentium II. Convert a ternary model: "
+            f"{header.name} is not a file for a Pentium II. Convert a ternary model: "
             f"cordee convert --target {LAYOUT} {header.path} -o FILE"
         )
     folder = folder.resolve()
@@ -118,13 +119,19 @@ def _copy(sources: dict[str, Path], folder: Path, progress: Progress | None) -> 
 
 def _write_texts(header: Header, title: str, folder: Path) -> None:
     facts = {
-        "title": str(header.get("general.name") or title).splitlines()[0][:40],
+        "title": _title(header, title),
         "megabytes": f"{header.path.stat().st_size / 1e6:.1f}",
         "prompt": PROMPT,
     }
     for name in TEXTS:
         text = (files("cordee.convert") / "export_texts" / name).read_text(encoding="utf-8").format(**facts)
         _write(folder / name, text.replace("\n", "\r\n").encode(TEXT_ENCODING, errors="replace"))
+
+
+def _title(header: Header, title: str) -> str:
+    """The first line of what the file calls its model, or else of `title`."""
+    lines = (header.text("general.name", "").strip() or title).splitlines()
+    return lines[0][:TITLE_CHARS_MAX]
 
 
 def _write_lists(folder: Path) -> None:

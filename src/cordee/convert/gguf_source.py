@@ -21,18 +21,9 @@ from cordee.convert import ends
 from cordee.convert.scales import found_scales
 from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, exact_type, strips
 from cordee.errors import BadModelFile, UnsupportedModel
-from cordee.models.fit import size_of
-from cordee.models.gguf import (
-    BLOCK,
-    CONVERT_AGAIN,
-    FETCH_AGAIN,
-    I2_BLOCK,
-    I2_TAIL_BYTES,
-    Array,
-    BitnetType,
-    Header,
-    Tensor,
-)
+from cordee.models.fit import own_context, size_of
+from cordee.models.gguf import BLOCK, I2_BLOCK, I2_TAIL_BYTES, TERNARY_KEY, BitnetType, Header, Tensor
+from cordee.models.metadata import CONVERT_AGAIN, FETCH_AGAIN, Array
 
 # Architectures by their names in GGUF: their names in our files, and how RoPE pairs values.
 ARCHITECTURES: dict[str, tuple[str, Literal["neox", "interleaved"]]] = {
@@ -59,8 +50,8 @@ class GgufSource:
 
     def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
         """See `Convertible.model`."""
-        if "cordee.ternary.version" in self.header.metadata:
-            raise UnsupportedModel(f"{self.header.path.name} is a file for the ternary engine already.")
+        if TERNARY_KEY in self.header.metadata:
+            raise UnsupportedModel(f"{self.header.name} is a file for the ternary engine already.")
         model = _model(self.header, self, layout, head)
         _refuse_unknown(self.header, model)
         _refuse_rotation(self.header, model)
@@ -69,7 +60,7 @@ class GgufSource:
     def check(self, name: str, rows: int, cols: int) -> None:
         """See `Convertible.check`."""
         if self.tensor(name).shape != (cols, rows):
-            raise BadModelFile(f"{self.header.path}: {name} is not {rows} x {cols}: {CONVERT_AGAIN}.")
+            raise BadModelFile(f"{self.header.name}: {name} is not {rows} x {cols}: {CONVERT_AGAIN}.")
         self.scales(name)
 
     def nbytes(self, name: str) -> int:
@@ -84,7 +75,7 @@ class GgufSource:
         """
         found = self.header.tensor(EMBEDDING if name == HEAD and self.header.tied else name)
         if found is None:
-            raise BadModelFile(f"{self.header.path} has no tensor {name}: {CONVERT_AGAIN}.")
+            raise BadModelFile(f"{self.header.name} has no tensor {name}: {CONVERT_AGAIN}.")
         return found
 
     def floats(self, name: str, first: int, last: int) -> np.ndarray:
@@ -145,8 +136,8 @@ class GgufSource:
             else:
                 writer.add_key_value(key, value, self.header.types[key])
         vocabulary = self.tensor(EMBEDDING).shape[-1]
-        silent = self.header.get("tokenizer.ggml.model") == "gpt2" and not self.header.get(
-            "tokenizer.ggml.pre"
+        silent = self.header.text("tokenizer.ggml.model", "") == "gpt2" and not self.header.text(
+            "tokenizer.ggml.pre", ""
         )
         if silent and vocabulary == RELU2_VOCABULARY:
             writer.add_tokenizer_pre(LLAMA3_PRE)
@@ -186,7 +177,7 @@ def _read(tensor: Tensor, offset: int, nbytes: int) -> np.ndarray:
 def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
     if header.architecture not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"{header.path.name} is of architecture {header.architecture}; "
+            f"{header.name} is of architecture {header.architecture}; "
             f"the ternary engine runs {', '.join(ARCHITECTURES)}."
         )
     architecture, rope = ARCHITECTURES[header.architecture]
@@ -194,8 +185,8 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
     n_vocab = source.tensor(EMBEDDING).shape[-1]
     for table in (EMBEDDING, HEAD):
         if source.tensor(table).shape != (n_embd, n_vocab):
-            raise BadModelFile(f"{header.path}: {table} is not {n_vocab} x {n_embd}: {CONVERT_AGAIN}.")
-    name = str(header.get("general.name", "")).lower()
+            raise BadModelFile(f"{header.name}: {table} is not {n_vocab} x {n_embd}: {CONVERT_AGAIN}.")
+    name = header.text("general.name", "").lower()
     return TernaryModel(
         architecture=architecture,
         layers=header.layers,
@@ -205,9 +196,9 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
         heads=heads,
         kv_heads=size_of(header, ".attention.head_count_kv", default=heads),
         head_dim=size_of(header, ".attention.key_length", default=n_embd // max(heads, 1)),
-        context=size_of(header, ".context_length", default=2048),
-        rope_base=_number(header, ".rope.freq_base", 10_000.0),
-        epsilon=_number(header, ".attention.layer_norm_rms_epsilon"),
+        context=own_context(header) or 2048,
+        rope_base=header.number(".rope.freq_base", 10_000.0),
+        epsilon=header.number(".attention.layer_norm_rms_epsilon"),
         activation="relu2" if architecture == "bitnet" and n_vocab == RELU2_VOCABULARY else "silu",
         rope=rope,
         sub_norms=header.tensor("blk.0.attn_sub_norm.weight") is not None,
@@ -220,25 +211,18 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
     )
 
 
-def _number(header: Header, key: str, default: float | None = None) -> float:
-    value = header.get(key, default)
-    if not isinstance(value, int | float):
-        raise BadModelFile(f"{header.path} has no number {header.architecture}{key}: {CONVERT_AGAIN}.")
-    return value
-
-
 def _refuse_rotation(header: Header, model: TernaryModel) -> None:
     """Refuse scaled RoPE, and heads of which only a part is rotated or kept."""
-    kind = header.get(".rope.scaling.type", "linear")
-    factors = [_number(header, key, 1.0) for key in (".rope.scaling.factor", ".rope.scale_linear")]
+    kind = header.text(".rope.scaling.type", "linear")
+    factors = [header.number(key, 1.0) for key in (".rope.scaling.factor", ".rope.scale_linear")]
     sizes = [
-        _number(header, key, model.head_dim) for key in (".rope.dimension_count", ".attention.value_length")
+        header.number(key, model.head_dim) for key in (".rope.dimension_count", ".attention.value_length")
     ]
     # As llama.cpp reads them: a factor of 0 is none.
     stretched = kind != "none" and (kind != "linear" or any(factor not in (0, 1) for factor in factors))
     if stretched or any(size != model.head_dim for size in sizes):
         raise UnsupportedModel(
-            f"{header.path.name} scales RoPE, or applies it to parts of heads: the ternary engine cannot."
+            f"{header.name} scales RoPE, or applies it to parts of heads: the ternary engine cannot."
         )
 
 
@@ -249,6 +233,4 @@ def _refuse_unknown(header: Header, model: TernaryModel) -> None:
         block = BLOCK.fullmatch(tensor.name)
         known = block[2] in of_layers if block else tensor.name in (EMBEDDING, HEAD, OUTPUT_NORM)
         if not known:
-            raise UnsupportedModel(
-                f"{header.path.name} has {tensor.name}, which the ternary engine does not use."
-            )
+            raise UnsupportedModel(f"{header.name} has {tensor.name}, which the ternary engine does not use.")

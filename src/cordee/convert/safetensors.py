@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cordee.errors import BadModelFile, UnsupportedModel
-from cordee.models.gguf import FETCH_AGAIN
+from cordee.models.metadata import FETCH_AGAIN
 
 INDEX = "model.safetensors.index.json"
 # Configurations have some kB; an index has a line for each tensor (a hundred bytes, at most 65,536 of them);

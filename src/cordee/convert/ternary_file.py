@@ -16,8 +16,8 @@ from gguf.gguf_writer import WriterState
 from gguf.quants import quantize
 
 from cordee.files import atomic_file
+from cordee.models.gguf import TERNARY_KEY, TERNARY_VERSION
 
-VERSION = 1
 ALIGNMENT = 64
 COLUMN_PADDING = 16
 BLOCK_ROWS = 16
@@ -226,7 +226,7 @@ def _add_keys(writer: GGUFWriter, model: TernaryModel) -> None:
         writer.add_uint32(f"cordee.ternary.{key}", getattr(model, key))
     for key in ("layout", "head", "activation", "rope"):
         writer.add_string(f"cordee.ternary.{key}", getattr(model, key))
-    writer.add_uint32("cordee.ternary.version", VERSION)
+    writer.add_uint32(TERNARY_KEY, TERNARY_VERSION)
 
 
 @dataclass(frozen=True)

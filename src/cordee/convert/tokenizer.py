@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from cordee.convert import ends
 from cordee.convert.safetensors import is_array, is_object, read_json
 from cordee.errors import BadModelFile, UnsupportedModel
-from cordee.models.gguf import FETCH_AGAIN
+from cordee.models.metadata import FETCH_AGAIN
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -27,7 +27,7 @@ from cordee.cluster.facts import SliceHeld
 from cordee.distribution.assemble import Assembly
 from cordee.distribution.manifest import CHUNK_BYTES, MANIFEST_BYTES_LIMIT, Chunk, Manifest
 from cordee.distribution.slice_store import SliceStore
-from cordee.errors import BadModelFile, CordeeError, StorageFailed
+from cordee.errors import BadModelFile, CordeeError, StorageFailed, UnsupportedModel
 from cordee.models.slices import Progress, SliceFile
 
 # The tensor number under which a manifest's own bytes are requested.
@@ -174,7 +174,7 @@ class ChunkClient:
             try:
                 content = await self._manifest_pieces(digest, node)
                 return await asyncio.to_thread(self._slice_store.add_manifest, digest, content)
-            except (BadModelFile, _NoReply) as error:
+            except (BadModelFile, UnsupportedModel, _NoReply) as error:
                 faults.append(f"node {node}: {error}")
                 self.report(f"The manifest of {digest} did not come from node {node}: {error}")
         reasons = "; ".join(faults) or "no node has it"

@@ -59,10 +59,10 @@ class HubModel:
         """
         self._files = list(files)
         paths = [_fetch_header(file, folder) for file in self._files]
-        self.header = _joined(read_header(paths[0], weights=False), folder)
+        first = read_header(paths[0], weights=False, name=self._files[0].path)
+        self.header = _joined(first, folder)
         by_path = dict(zip(paths, self._files, strict=True))
-        tensors = read_header(paths[0], weights=False).tensors
-        self._places = {tensor.name: (by_path[tensor.path], tensor.offset) for tensor in tensors}
+        self._places = {tensor.name: (by_path[tensor.path], tensor.offset) for tensor in first.tensors}
 
     def manifest(self, slice_store: SliceStore, progress: Progress | None = None) -> Manifest:
         """Read the whole model once and keep its manifest. `progress(done_bytes, total_bytes)`.
@@ -223,7 +223,7 @@ def _fetch_header(file: HubFile, folder: Path) -> Path:
             nbytes = min(max(start, FIRST_BYTES), file.nbytes - start)
             fetch_range(file, start, nbytes, out)
             out.flush()
-            if has_header(path):
+            if has_header(path, file.path):
                 break
             with path.open("rb") as begun:
                 if begun.read(len(MAGIC)) != MAGIC:
@@ -233,9 +233,9 @@ def _fetch_header(file: HubFile, folder: Path) -> Path:
 
 def _joined(header: Header, folder: Path) -> Header:
     """The header of the one file that a set of shards would make."""
-    if header.get("split.count", 1) == 1:
+    if header.count("split.count", 1) == 1:
         return header
     path = folder / "joined.gguf"
     with atomic_file(path) as file:
         write_all(file, plan_slice(header, 0, header.layers).header)
-    return read_header(path, weights=False)
+    return read_header(path, weights=False, name=header.name)

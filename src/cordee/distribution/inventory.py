@@ -19,7 +19,7 @@ from cordee.cluster.facts import Offer, Reading, SliceHeld
 from cordee.cluster.goals import DISK_RESERVE_BYTES, SliceGoal
 from cordee.distribution.pull import is_on_hub
 from cordee.distribution.slice_store import SliceStore
-from cordee.errors import BadModelFile, CordeeError
+from cordee.errors import BadModelFile, CordeeError, UnsupportedModel
 from cordee.models.fit import own_context
 from cordee.models.shape import model_shape
 from cordee.models.store import Store, StoredModel
@@ -132,8 +132,8 @@ class Inventory:
                     unread.append(model)
                 else:
                     offers[model] = offer
-            except CordeeError as error:
-                faults.append(f"{named.name} is not offered: {error.message}")
+            except Exception as error:  # also a fault of ours: one model must not hide the others
+                faults.append(f"{named.name} is not offered: {_said(error)}")
         self._offered = offers
         slices: list[SliceHeld] = []
         growing_bytes = 0
@@ -141,8 +141,8 @@ class Inventory:
             try:
                 slices += self._slice_store.held(digest)
                 growing_bytes += sum(growing.nbytes for growing in self._slice_store.on_disk(digest)[1])
-            except (CordeeError, OSError) as error:
-                faults.append(f"the slices of model {digest} on this disk cannot be used: {error}")
+            except Exception as error:  # as above
+                faults.append(f"the slices of model {digest} on this disk cannot be used: {_said(error)}")
         for fault in faults:
             if fault not in self._logged:
                 log.warning("%s", fault)
@@ -158,8 +158,8 @@ class Inventory:
             return None
         try:
             header = self._slice_store.manifest(digest).header
-        except BadModelFile:  # the manifest is damaged: make it again
-            return None
+        except (BadModelFile, UnsupportedModel):
+            return None  # the manifest is damaged: make it again
         source = model.source if is_on_hub(model.source) else ""
         return Offer(model.name, model_shape(header, digest), usual_context(own_context(header)), source)
 
@@ -239,6 +239,10 @@ class Inventory:
                 if key not in done and self._slice_store.slice(*key) is None:
                     missing += max(0, self._slice_store.layout(*key).nbytes - come.get(key, 0))
         return missing
+
+
+def _said(error: Exception) -> str:
+    return error.message if isinstance(error, CordeeError) else f"{type(error).__name__}: {error}"
 
 
 def _key(stored: StoredSlice) -> tuple[str, int, int]:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -30,7 +31,7 @@ from cordee.errors import CordeeError
 from cordee.models.gguf import engine_of
 from cordee.models.store import Store
 from cordee.net.bus import Bus
-from cordee.worker.stages import Files
+from cordee.worker.stages import Files, stage_name
 
 FETCHES_MAX = 2  # slices fetched at once: each asks several neighbours already
 # A failed fetch is tried again after this long: a neighbour may have started, the hub may answer again.
@@ -39,7 +40,8 @@ AGAIN_SECONDS = 10.0
 # off, may not have heard from all of them yet. And how often to look.
 HEARING_SECONDS = LISTEN_SECONDS
 LOOK_SECONDS = 0.1
-ENDS_MAX = 64  # models whose end tokens are remembered
+OPENED_MAX = 64  # models whose names and end tokens are remembered
+OPENINGS_MAX = 2  # vocabularies opened at once: each takes a core for half a second
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,14 @@ class LocalModelsOwner(Protocol):
         """A slice could not be fetched."""
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What stages need to know of a model: what people call it, and the tokens that end an answer."""
+
+    name: str
+    ends: tuple[int, ...]
+
+
 class LocalModels:
     """See the module's docstring."""
 
@@ -80,7 +90,8 @@ class LocalModels:
         self._fetches: dict[SliceGoal, asyncio.Task[None]] = {}
         self._not_before: dict[SliceGoal, float] = {}
         self._locks: WeakValueDictionary[SliceGoal, asyncio.Lock] = WeakValueDictionary()
-        self._ends: dict[str, tuple[int, ...]] = {}
+        self._opened: dict[str, _Opened] = {}
+        self._openings = asyncio.Semaphore(OPENINGS_MAX)
         bus.serve(chunk_key(node), ChunkServer(self._slice_store, self._inventory.damaged).answer)
 
     @property
@@ -122,14 +133,21 @@ class LocalModels:
             except (CordeeError, OSError) as error:  # the disk may recover
                 log.warning("the disk cannot be scanned: %s", error)
 
-    async def vocabulary(self, digest: str) -> Path:
-        """A file for `Vocabulary`; the model's manifest comes from another node if it is not here.
+    async def vocabulary(self, digest: str, name: str) -> Vocabulary:
+        """The vocabulary of a model that people call `name`; its manifest may come from another node.
 
         Raises:
-            CordeeError: no node gives it.
+            BadModelFile, UnsupportedModel: the model's vocabulary cannot be used.
+            CordeeError: no node gives its manifest.
         """
         await self._manifest(digest)
-        return await asyncio.to_thread(self._slice_store.vocabulary, digest)
+        async with self._openings:
+            path = await asyncio.to_thread(self._slice_store.vocabulary, digest)
+            vocabulary = await asyncio.to_thread(Vocabulary, path, name)
+        self._opened[digest] = _Opened(name, tuple(vocabulary.end_of_generation))
+        while len(self._opened) > OPENED_MAX:
+            del self._opened[next(iter(self._opened))]
+        return vocabulary
 
     def pursue(self, goals: Sequence[SliceGoal]) -> None:
         """Fetch these slices, in this order, and no others; what came of others is kept."""
@@ -161,8 +179,9 @@ class LocalModels:
             batch_rows=max(BATCH_ROWS, load.sequences),
             devices=() if load.device == "CPU" else (load.device,),
         )
-        ends = await self._ends_of(load.model)
-        return Files(config, engine_of(header), path, embedding, load.last == layers, ends)
+        opened = await self._opened_of(load.model)
+        is_last, name = load.last == layers, stage_name(opened.name, load, layers)
+        return Files(config, engine_of(header), path, embedding, is_last, opened.ends, name)
 
     async def close(self) -> None:
         """End all fetches."""
@@ -231,12 +250,8 @@ class LocalModels:
         holding = {node: any(held.model == digest for held in slices) for node, slices in holders.items()}
         return await self._client.manifest(digest, sorted(holding, key=lambda node: not holding[node]))
 
-    async def _ends_of(self, digest: str) -> tuple[int, ...]:
-        if digest not in self._ends:
-            path = await asyncio.to_thread(self._slice_store.vocabulary, digest)
-            vocabulary = Vocabulary(path)  # libllama is not thread-safe: it is used by this thread only
-            self._ends[digest] = tuple(vocabulary.end_of_generation)
-            vocabulary.close()
-            while len(self._ends) > ENDS_MAX:
-                del self._ends[next(iter(self._ends))]
-        return self._ends[digest]
+    async def _opened_of(self, digest: str) -> _Opened:
+        """The same of a model whose vocabulary was perhaps not opened yet."""
+        if digest not in self._opened:
+            (await self.vocabulary(digest, (await self._manifest(digest)).name)).close()
+        return self._opened[digest]

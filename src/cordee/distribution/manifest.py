@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from cordee.errors import BadModelFile, BadRequest
 from cordee.files import atomic_file, write_all
-from cordee.models.gguf import FETCH_AGAIN, Header, Tensor, read_header
+from cordee.models.gguf import Header, Tensor, read_header
+from cordee.models.metadata import FETCH_AGAIN
 from cordee.models.slices import Progress
 
 # A chunk takes 9 ms at 1 Gbit/s and 84 ms at 100 Mbit/s: rows of running streams may have to wait that long
@@ -82,7 +83,7 @@ class Manifest:
     @property
     def name(self) -> str:
         """What to call the model in a message."""
-        title = self.header.metadata.get("general.name")
+        title = self.header.metadata.get("general.name")  # of whatever type: this is for messages
         return f"the model {title[:40]!r} ({self.digest[:19]}…)" if isinstance(title, str) else self.digest
 
     def chunk_name(self, chunk: Chunk) -> str:
@@ -97,11 +98,11 @@ class ManifestMaker:
         """Raises BadModelFile if the header is one of a set of shards, or larger than manifests may be."""
         self.header = header
         self._starts = _starts(header)
-        if header.get("split.count", 1) != 1:
-            raise BadModelFile(f"{header.path} is a shard: put the set into the store, which makes it one.")
+        if header.count("split.count", 1) != 1:
+            raise BadModelFile(f"{header.name} is a shard: put the set into the store, which makes it one.")
         if _manifest_bytes(header, self._starts) > MANIFEST_BYTES_LIMIT:
             raise BadModelFile(
-                f"{header.path} is too large: a manifest has at most {MANIFEST_BYTES_LIMIT:,} bytes."
+                f"{header.name} is too large: a manifest has at most {MANIFEST_BYTES_LIMIT:,} bytes."
             )
         self._table = bytearray(self._starts[-1] * DIGEST_BYTES)
 

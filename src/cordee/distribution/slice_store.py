@@ -38,7 +38,7 @@ from cordee.distribution.manifest import (
     make_manifest,
     read_manifest,
 )
-from cordee.errors import BadModelFile, CordeeError, ModelNotFound
+from cordee.errors import BadModelFile, CordeeError, ModelNotFound, UnsupportedModel
 from cordee.files import atomic_file, disk_faults, write_all
 from cordee.models.gguf import read_header
 from cordee.models.slices import Progress, SliceFile, plan_outside
@@ -74,10 +74,10 @@ class SliceStore:
             StorageFailed: no room on disk.
         """
         if found := self.made().get(model.digest):
-            with suppress(BadModelFile):
+            with suppress(BadModelFile, UnsupportedModel):
                 return self.manifest(found)
         with disk_faults(self._root):
-            manifest = make_manifest(read_header(model.path), self._root, progress)
+            manifest = make_manifest(read_header(model.path, name=model.name), self._root, progress)
             self._store.set_manifest_source(manifest.digest, model.digest)
         return manifest
 
@@ -98,7 +98,7 @@ class SliceStore:
             self._manifests.pop(digest, None)
             try:
                 return self.manifest(digest)
-            except BadModelFile:  # the digest is that of something that is not a manifest
+            except (BadModelFile, UnsupportedModel):  # the digest is of something else
                 (folder / "manifest").unlink()
                 with suppress(OSError):  # it has slices
                     folder.rmdir()

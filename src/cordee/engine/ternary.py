@@ -115,7 +115,8 @@ def kernels() -> list[str]:
 class TernaryStage:
     """A loaded slice; see `cordee.engine.stage.Stage`. With `is_last` off it gives hidden rows.
 
-    `kernels` chooses kernels by name; None means the best of this CPU.
+    `kernels` chooses kernels by name; None means the best of this CPU. `name` is what messages call the
+    model, by default its file's name.
 
     Raises:
         BadModelFile: the file is damaged.
@@ -124,10 +125,16 @@ class TernaryStage:
     """
 
     def __init__(
-        self, path: Path, config: StageConfig, *, is_last: bool = True, kernels: str | None = None
+        self,
+        path: Path,
+        config: StageConfig,
+        *,
+        is_last: bool = True,
+        kernels: str | None = None,
+        name: str | None = None,
     ) -> None:
         self._library = library()
-        self._path = path
+        self._name = name or path.name
         self._config = config
         self._is_last = is_last
         self._file = _File()
@@ -264,7 +271,7 @@ class TernaryStage:
         error = _Error()
         status = getattr(self._library, name)(*arguments, ctypes.byref(error))
         if status != 0:
-            raise _FAILURES[status](f"{self._path.name}: {error.text.decode(errors='replace')}.")
+            raise _FAILURES[status](f"{self._name}: {error.text.decode(errors='replace')}.")
 
 
 def _release(file: _File, session: ctypes.c_void_p, memories: list["_Memory"]) -> None:

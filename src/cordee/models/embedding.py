@@ -30,7 +30,7 @@ class Embedding:
         """Raises UnsupportedModel or BadModelFile if the model has no embedding this program can read."""
         tensor = header.tensor(EMBEDDING)
         if tensor is None or len(tensor.shape) != 2:
-            raise BadModelFile(f"{header.path} has no {EMBEDDING}: it cannot turn tokens into rows.")
+            raise BadModelFile(f"{header.name} has no {EMBEDDING}: it cannot turn tokens into rows.")
         self.n_embd, self.n_vocab = tensor.shape
         start = tensor.offset - tensor.offset % mmap.ALLOCATIONGRANULARITY
         try:
@@ -47,7 +47,7 @@ class Embedding:
             self.rows([0])
         except NotImplementedError as error:
             raise UnsupportedModel(
-                f"{header.path.name} stores its embedding as {tensor.type.name}, which cannot be decoded: "
+                f"{header.name} stores its embedding as {tensor.type.name}, which cannot be decoded: "
                 "choose another quantization."
             ) from error
 
@@ -81,7 +81,5 @@ def _scale(header: Header, n_embd: int) -> np.float32 | None:
         return None
     if rules.embedding_scale == "sqrt_n_embd":
         return np.sqrt(np.float32(n_embd))
-    scale = header.get(".embedding_scale", 0.0)
-    if not isinstance(scale, float):
-        raise BadModelFile(f"{header.path}: {header.architecture}.embedding_scale is not a number.")
+    scale = header.number(".embedding_scale", 0.0)
     return np.float32(scale) if scale else None

@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import cast
 
 from cordee.cluster.demand import Wish, described, gigabytes, options, smaller
 from cordee.cluster.memory import Demand, Fit, Sizes, StageShape
-from cordee.errors import BadModelFile
+from cordee.errors import UnsupportedModel
 from cordee.models.architectures import Architecture, architecture
-from cordee.models.gguf import BLOCK, CONVERT_AGAIN, Header, Scalar, Tensor, engine_of
+from cordee.models.gguf import BLOCK, UPDATE, Header, Tensor, engine_of
 from cordee.models.slices import SliceTensor, even_cuts, plan_slice, window_pattern
 
 # The tensors of one layer of a slice or of a model, by their names within the layer, without `.weight`.
@@ -23,6 +22,8 @@ KV_NUMBER_BYTES = 2  # f16 and bf16
 TERNARY_LANES = 16  # native/src/engine/cache.h, LANES
 # The share of free memory that may be promised: the estimate is right to a tenth.
 USABLE = 0.9
+# No dimension of a published model is near it; so what is computed from two of them fits 64 bits.
+SIZE_LIMIT = 1 << 24
 
 
 def stage_shape(header: Header, first: int, last: int) -> StageShape:
@@ -97,7 +98,7 @@ def cell_bytes(header: Header, layer: int, windowed: bool) -> int:
     if windowed:
         key = size_of(header, ".attention.key_length_swa", default=key)
         value = size_of(header, ".attention.value_length_swa", default=value)
-    if header.get(".attention.key_length_mla"):
+    if header.count(".attention.key_length_mla", 0):
         value = 0  # multi-head latent attention: V is within K
     if engine_of(header) == "ternary":
         value = _padded(value)
@@ -105,23 +106,28 @@ def cell_bytes(header: Header, layer: int, windowed: bool) -> int:
 
 
 def size_of(header: Header, key: str, layer: int = 0, default: int | None = None) -> int:
-    """A size in the metadata; that of `layer` where the file gives one per layer.
+    """A dimension in the metadata; that of `layer` where the file gives one per layer.
 
     Raises:
         BadModelFile: it is missing, or not a size.
+        UnsupportedModel: it is missing, but models of this architecture may have no such size.
     """
-    value = header.get(key, default)
-    if isinstance(value, list):
-        values = cast("list[Scalar]", value)
-        value = values[layer] if layer < len(values) else None
-    if type(value) is not int or value < 0:
-        raise BadModelFile(f"{header.path}: {header.architecture}{key} is not a size: {CONVERT_AGAIN}.")
-    return value
+    is_missing = default is None and header.key(key) not in header.metadata
+    if is_missing and architecture(header.architecture) is None:
+        raise UnsupportedModel(
+            f"{header.name} is of architecture {header.architecture!r}, which this program does not know, "
+            f"and has no {header.key(key)}: {UPDATE}."
+        )
+    return header.count_of_layer(key, layer, default, limit=SIZE_LIMIT)
 
 
 def own_context(header: Header) -> int | None:
-    """Tokens that a model was made for; None if its file does not say. Raises as `size_of`."""
-    return size_of(header, ".context_length", default=0) or None
+    """The tokens that a model was made for; None if its file does not say.
+
+    Raises:
+        BadModelFile: what it says is no number of tokens.
+    """
+    return header.count(".context_length", 0) or None
 
 
 def row_floats(header: Header, tensors: Tensors) -> int:

@@ -8,7 +8,6 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 
 
 import os
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -16,12 +15,12 @@ from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, Literal, NoReturn
+from typing import BinaryIO, Literal, NoReturn
 
-import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
 from cordee.errors import BadModelFile, UnsupportedModel
+from cordee.models.metadata import CONVERT_AGAIN, FETCH_AGAIN, SCALARS, Array, Metadata, Value
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -47,77 +46,19 @@ DIMENSIONS_LIMIT = 4  # GGML_MAX_DIMS
 BYTES_LIMIT = 1 << 63  # sizes and offsets must fit a signed 64-bit integer
 # A set of this many files of 50 GB each is beyond any published model.
 SHARDS_LIMIT = 1000
+# A version or a type of tensors beyond the known ones, up to here, is newer than this program; ggml numbered
+# 40 types in three years. Higher numbers are damage.
+NEWER_LIMIT = 256
 
-SCALARS = {
-    GGUFValueType.UINT8: struct.Struct("<B"),
-    GGUFValueType.INT8: struct.Struct("<b"),
-    GGUFValueType.UINT16: struct.Struct("<H"),
-    GGUFValueType.INT16: struct.Struct("<h"),
-    GGUFValueType.UINT32: struct.Struct("<I"),
-    GGUFValueType.INT32: struct.Struct("<i"),
-    GGUFValueType.FLOAT32: struct.Struct("<f"),
-    GGUFValueType.BOOL: struct.Struct("<?"),
-    GGUFValueType.UINT64: struct.Struct("<Q"),
-    GGUFValueType.INT64: struct.Struct("<q"),
-    GGUFValueType.FLOAT64: struct.Struct("<d"),
-}
+UPDATE = "update cordee"
+
+# The presence of this key makes a file one for the ternary engine (native/FORMAT.md).
+TERNARY_KEY, TERNARY_VERSION = "cordee.ternary.version", 1
+
 _U32, _U64 = SCALARS[GGUFValueType.UINT32], SCALARS[GGUFValueType.UINT64]
 # Names of tensors of a layer; they have at most 63 bytes, so the number stays small.
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-
-FETCH_AGAIN = "fetch the file again"
-CONVERT_AGAIN = "convert the model again with a current program"
-
-Scalar = int | float | bool | str
-
-
-@dataclass(frozen=True)
-class Array:
-    """An array in the metadata, still in the file: `count` items of `type` in `nbytes` bytes at `offset`."""
-
-    type: GGUFValueType
-    count: int
-    path: Path
-    offset: int
-    nbytes: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def raw(self) -> bytes:
-        """The bytes of the items, as they are in the file."""
-        try:
-            with self.path.open("rb") as file:
-                data = os.pread(file.fileno(), self.nbytes, self.offset)
-        except OSError as error:
-            raise BadModelFile(f"{self.path} cannot be read ({error.strerror}).") from error
-        if len(data) != self.nbytes:
-            raise BadModelFile(f"{self.path} became shorter while it was in use: {FETCH_AGAIN}.")
-        return data
-
-    def values(self) -> list[Scalar]:
-        """The items as plain values.
-
-        Raises:
-            BadModelFile: the file changed or went away, or a string is not UTF-8.
-        """
-        data = self.raw()
-        if self.type is not GGUFValueType.STRING:
-            return np.frombuffer(data, dtype="<" + SCALARS[self.type].format[1:]).tolist()
-        items: list[Scalar] = []
-        at = 0
-        try:
-            for _ in range(self.count):
-                end = at + 8 + _U64.unpack_from(data, at)[0]
-                items.append(data[at + 8 : end].decode())
-                at = end
-        except (UnicodeDecodeError, struct.error) as error:
-            raise BadModelFile(f"{self.path}: a string of an array is not UTF-8: {CONVERT_AGAIN}.") from error
-        return items
-
-
-Value = Scalar | Array
 
 
 class BitnetType(IntEnum):
@@ -145,16 +86,14 @@ class Tensor:
 
 
 @dataclass(frozen=True)
-class Header:
-    """All of a model file (or a set of shards) but the weights.
+class Header(Metadata):
+    """All of a model file (or a set of shards) but the weights; its metadata is read as `Metadata` says.
 
     `layers` counts the layers that a token passes. `extra_layers` counts those for multi-token prediction,
     which libllama keeps after them and does not run in plain generation.
     """
 
     path: Path
-    architecture: str
-    metadata: Mapping[str, Value]
     types: Mapping[str, GGUFValueType]
     tensors: tuple[Tensor, ...]
     layers: int
@@ -176,46 +115,44 @@ class Header:
     def tensor(self, name: str) -> Tensor | None:
         return self._by_name.get(name)
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """The plain value of a metadata key, of whatever type the file gives it.
 
-        A key that starts with '.' gets the architecture's prefix.
-        """
-        value = self.metadata.get(self.architecture + key if key.startswith(".") else key, default)
-        return value.values() if isinstance(value, Array) else value
-
-
-def read_header(path: Path, *, weights: bool = True) -> Header:
+def read_header(path: Path, *, weights: bool = True, name: str | None = None) -> Header:
     """Read the header of a GGUF file; of a sharded set when `path` is its first shard.
 
     Memory stays below a few MiB plus the plain strings of the header. With `weights` off the files may end
-    anywhere after their headers: the tensors then say where they are in the whole file.
+    anywhere after their headers: the tensors then say where they are in the whole file. `name` is what
+    messages call the model; without one they give the file's path.
 
     Raises:
         BadModelFile: no such file, not GGUF, damaged, or its sizes are wrong; names file and fault.
+        UnsupportedModel: it is in a form that was not known yet when this program was made.
     """
     path = Path(path)
-    first = _read_shard(path, weights)
-    shards = [first, *_other_shards(path, first.metadata, weights)]
+    first = _read_shard(path, weights, name)
+    shards = [first, *_other_shards(path, first, weights)]
     tensors = tuple(tensor for shard in shards for tensor in shard.tensors)
     by_name = {tensor.name: tensor for tensor in tensors}
     if len(by_name) != len(tensors):
-        raise BadModelFile(f"{path}: two shards hold the same tensor: {FETCH_AGAIN}.")
-    expected = first.metadata.get("split.tensors.count")
-    if len(shards) > 1 and expected is not None and expected != len(tensors):
-        raise BadModelFile(f"{path}: the shards hold {len(tensors)} tensors, not {expected}: {FETCH_AGAIN}.")
-    architecture = first.metadata.get("general.architecture")
-    if not isinstance(architecture, str) or not architecture:
-        raise BadModelFile(f"{path} does not say its architecture (general.architecture): {CONVERT_AGAIN}.")
-    blocks, extra = _layer_counts(path, architecture, first.metadata)
+        raise BadModelFile(f"{first.name}: two shards hold the same tensor: {FETCH_AGAIN}.")
+    expected = first.count("split.tensors.count", len(tensors))
+    if len(shards) > 1 and expected != len(tensors):
+        raise BadModelFile(
+            f"{first.name}: the shards hold {len(tensors)} tensors, not {expected}: {FETCH_AGAIN}."
+        )
+    if not first.architecture:
+        raise BadModelFile(
+            f"{first.name} does not say its architecture (general.architecture): {CONVERT_AGAIN}."
+        )
+    blocks, extra = _layer_counts(first)
     for tensor in tensors:
         block = BLOCK.match(tensor.name)
         if block and int(block[1]) >= blocks:
-            raise BadModelFile(f"{path} has {blocks} layers, but holds {tensor.name}: {CONVERT_AGAIN}.")
+            raise BadModelFile(f"{first.name} has {blocks} layers, but holds {tensor.name}: {CONVERT_AGAIN}.")
     return Header(
-        path,
-        architecture,
+        first.name,
+        first.architecture,
         MappingProxyType(first.metadata),
+        path,
         MappingProxyType(first.types),
         tensors,
         blocks - extra,
@@ -230,55 +167,36 @@ def engine_of(header: Header) -> Literal["llama", "ternary"]:
     """The engine that a model's file is made for.
 
     Raises:
-        UnsupportedModel: the file is in bitnet.cpp's own format.
+        UnsupportedModel: the file is in bitnet.cpp's own format, or newer than the ternary engine.
+        BadModelFile: the version of its layout is no number.
     """
     if any(isinstance(tensor.type, BitnetType) for tensor in header.tensors):
         raise UnsupportedModel(
-            f"{header.path.name} is in bitnet.cpp's I2_S, which no engine here runs as it is: `cordee pull` "
+            f"{header.name} is in bitnet.cpp's I2_S, which no engine here runs as it is: `cordee pull` "
             "converts it for the ternary engine."
         )
-    return "ternary" if "cordee.ternary.version" in header.metadata else "llama"
+    if TERNARY_KEY not in header.metadata:
+        return "llama"
+    if (version := header.count(TERNARY_KEY)) > TERNARY_VERSION:
+        raise UnsupportedModel(f"{header.name} has version {version} of the ternary layout: {UPDATE}.")
+    return "ternary"
 
 
-def has_header(path: Path) -> bool:
-    """Whether a file, which may be one of a set of shards, begins with a complete and valid header."""
+def has_header(path: Path, name: str) -> bool:
+    """Whether a file called `name`, which may be one of a set of shards, begins with a complete header.
+
+    Raises:
+        UnsupportedModel: as `read_header` does.
+    """
     try:
-        _read_shard(path, weights=False)
+        _read_shard(path, False, name)
     except BadModelFile:
         return False
     return True
 
 
-def _layer_counts(path: Path, architecture: str, metadata: Mapping[str, Value]) -> tuple[int, int]:
-    """Number of layers, and how many of them at the end are for multi-token prediction."""
-    key = f"{architecture}.block_count"
-    blocks = metadata.get(key)
-    if blocks is None:
-        raise BadModelFile(f"{path} has no {key}: it is no language model; choose the model's main file.")
-    extra = metadata.get(f"{architecture}.nextn_predict_layers", 0)
-    if type(blocks) is not int or not 1 <= blocks <= LAYERS_LIMIT:
-        raise BadModelFile(f"{path}: {key} is {blocks}, not 1 to {LAYERS_LIMIT}: {CONVERT_AGAIN}.")
-    if type(extra) is not int or not 0 <= extra < blocks:
-        raise BadModelFile(f"{path}: nextn_predict_layers is {extra} of {blocks} layers: {CONVERT_AGAIN}.")
-    return blocks, extra
-
-
-def _other_shards(path: Path, metadata: Mapping[str, Value], weights: bool) -> list["_Shard"]:
-    """Shards 2 to N of the set whose first shard is `path`."""
-    count = metadata.get("split.count", 1)
-    if type(count) is not int or count <= 1:
-        return []
-    match = _SHARD_NAME.fullmatch(path.name)
-    if count > SHARDS_LIMIT or not match or int(match["count"]) != count:
-        raise BadModelFile(f"{path} is one of {count} shards but is not named like one: restore its name.")
-    if metadata.get("split.no", 0) != 0 or int(match["number"]) != 1:
-        raise BadModelFile(f"{path} is not the first of its {count} shards: give {match['stem']}-00001-of-….")
-    names = (f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(2, count + 1))
-    return [_read_shard(path.with_name(name), weights) for name in names]
-
-
 @dataclass(frozen=True)
-class _Shard:
+class _Shard(Metadata):
     """The header of one file; a model that is not sharded has one."""
 
     metadata: dict[str, Value]
@@ -288,13 +206,42 @@ class _Shard:
     nbytes: int
 
 
-def _read_shard(path: Path, weights: bool) -> _Shard:
+def _layer_counts(shard: _Shard) -> tuple[int, int]:
+    """Number of layers, and how many of them at the end are for multi-token prediction."""
+    key = f"{shard.architecture}.block_count"
+    blocks, extra = shard.metadata.get(key), shard.metadata.get(shard.key(".nextn_predict_layers"), 0)
+    if blocks is None:
+        raise BadModelFile(
+            f"{shard.name} has no {key}: it is no language model; choose the model's main file."
+        )
+    if type(blocks) is not int or not 1 <= blocks <= LAYERS_LIMIT:
+        shard.refuse(key, blocks, f"1 to {LAYERS_LIMIT}")
+    if type(extra) is not int or not 0 <= extra < blocks:
+        shard.refuse(".nextn_predict_layers", extra, f"0 to {blocks - 1}, of {blocks} layers")
+    return blocks, extra
+
+
+def _other_shards(path: Path, first: _Shard, weights: bool) -> list[_Shard]:
+    """Shards 2 to N of the set whose first shard is `path`."""
+    count, place = first.count("split.count", 1), first.count("split.no", 0)
+    if count <= 1:
+        return []
+    match = _SHARD_NAME.fullmatch(path.name)
+    if count > SHARDS_LIMIT or not match or int(match["count"]) != count:
+        raise BadModelFile(f"{path} is one of {count} shards but is not named like one: restore its name.")
+    if place != 0 or int(match["number"]) != 1:
+        raise BadModelFile(f"{path} is not the first of its {count} shards: give {match['stem']}-00001-of-….")
+    names = (f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(2, count + 1))
+    return [_read_shard(path.with_name(name), weights, None) for name in names]
+
+
+def _read_shard(path: Path, weights: bool, name: str | None) -> _Shard:
     try:
         with path.open("rb", buffering=0) as file:
-            return _parse(_Reader(path, file), weights)
+            return _parse(_Reader(path, file, name), weights)
     except OSError as error:
         raise BadModelFile(
-            f"{path} cannot be read ({error.strerror}): check its name and permissions."
+            f"{name or path} cannot be read ({error.strerror}): check its name and permissions."
         ) from error
 
 
@@ -310,14 +257,17 @@ def _parse(reader: "_Reader", weights: bool) -> _Shard:
             reader.fail(f"has the key {key!r} twice", CONVERT_AGAIN)
         types[key] = reader.value_type(key)
         metadata[key] = reader.value(key, types[key])
-    alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or not 1 <= alignment <= ALIGNMENT_LIMIT or alignment & (alignment - 1):
+    found = Metadata(reader.name, "", metadata)
+    alignment = found.count("general.alignment", GGUF_DEFAULT_ALIGNMENT, limit=ALIGNMENT_LIMIT)
+    if not alignment or alignment & (alignment - 1):
         reader.fail(f"has the alignment {alignment}, not a power of two", CONVERT_AGAIN)
     listed = [_tensor_info(reader) for _ in range(tensors)]
     nbytes = reader.position
     start = -(-nbytes // alignment) * alignment
     end = reader.size if weights else BYTES_LIMIT
-    return _Shard(metadata, types, _placed(reader, listed, start, end, alignment), alignment, nbytes)
+    placed = _placed(reader, listed, start, end, alignment)
+    architecture = found.text("general.architecture", "")
+    return _Shard(reader.name, architecture, metadata, types, placed, alignment, nbytes)
 
 
 def _preamble(reader: "_Reader") -> tuple[int, int]:
@@ -329,6 +279,11 @@ def _preamble(reader: "_Reader") -> tuple[int, int]:
     version = reader.u32()
     if version and version & 0xFFFF == 0:
         reader.fail("is stored big endian", "fetch or convert a little-endian one")
+    if max(VERSIONS) < version < NEWER_LIMIT:
+        raise UnsupportedModel(
+            f"{reader.name} has GGUF version {version}, newer than this program, which knows {VERSIONS[0]} "
+            f"to {VERSIONS[-1]}: {UPDATE}."
+        )
     if version not in VERSIONS:
         reader.fail(f"has GGUF version {version}; versions 2 and 3 are known", CONVERT_AGAIN)
     tensors, keys = reader.u64(), reader.u64()
@@ -367,7 +322,12 @@ def _tensor_info(reader: "_Reader") -> _Listed:
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        reader.fail(f"stores {name!r} as type {number}, which is unknown", "choose another quantization")
+        if not max(GGMLQuantizationType) < number < NEWER_LIMIT:  # damage, or one that ggml gave up
+            reader.fail(f"stores {name!r} as type {number}, which is unknown", "choose another quantization")
+        raise UnsupportedModel(
+            f"{reader.name} stores {name!r} as type {number}, which this program does not know: {UPDATE}, or "
+            "choose another quantization."
+        ) from None
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape[0] % block:
         reader.fail(f"stores {name!r} as {kind.name} in rows of {shape[0]}, not a multiple of {block}")
@@ -394,8 +354,9 @@ def _placed(reader: "_Reader", listed: list[_Listed], start: int, end: int, alig
 class _Reader:
     """A window that slides over the file; it knows what is left and names the file in its errors."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, name: str | None = None) -> None:
         self.path = path
+        self.name = name or str(path)
         self.size = os.fstat(file.fileno()).st_size
         self._file = file
         self._window = b""
@@ -408,7 +369,7 @@ class _Reader:
         return self._window_at + self._at
 
     def fail(self, fault: str, remedy: str = FETCH_AGAIN) -> NoReturn:
-        raise BadModelFile(f"{self.path} {fault}: {remedy}.")
+        raise BadModelFile(f"{self.name} {fault}: {remedy}.")
 
     def take(self, count: int) -> bytes:
         """The next `count` bytes, which the caller has bounded; fails at the end of the file."""

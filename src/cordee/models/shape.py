@@ -4,15 +4,20 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 from cordee.cluster.facts import ModelShape
-from cordee.errors import BadRequest, UnsupportedModel
+from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.models.architectures import Architecture, architecture
 from cordee.models.cards import Card
 from cordee.models.fit import cell_bytes, row_floats, size_of, vocabulary_size
 from cordee.models.gguf import BLOCK, Header, Tensor
+from cordee.models.metadata import CONVERT_AGAIN
 from cordee.models.slices import EMBEDDING, HEAD, SlicePlan, cut_step, even_cuts, plan_slice, window_pattern
 
 # In the names of tensors that hold all experts of a layer; the last dimension counts the experts.
 EXPERTS = "_exps."
+# Heartbeats and answers carry what follows from a shape in 64 bits, where contexts and streams multiply it. A
+# layer of the largest models has a few GB, a token takes some 100 kB of KV cache there.
+LAYER_BYTES_LIMIT = 1 << 44
+TOKEN_LIMIT = 1 << 24
 
 
 def model_shape(header: Header, digest: str) -> ModelShape:
@@ -21,7 +26,7 @@ def model_shape(header: Header, digest: str) -> ModelShape:
     From this shape cluster/memory.py computes the same memory for a stage as models/fit.py from the header.
 
     Raises:
-        BadModelFile: the metadata lacks a size.
+        BadModelFile: the metadata lacks a size, or sizes are absurd.
         UnsupportedModel: no engine runs it.
     """
     rules = architecture(header.architecture) or Architecture(header.architecture)
@@ -31,7 +36,7 @@ def model_shape(header: Header, digest: str) -> ModelShape:
     head = embedding if header.tied else header.tensor("output.weight")
     head_bytes = sum(t.nbytes for t in header.tensors if t.name in HEAD)
     extras = _extras_of_cuts(header)
-    return ModelShape(
+    shape = ModelShape(
         digest=digest,
         architecture=header.architecture,
         n_embd=size_of(header, ".embedding_length"),
@@ -51,6 +56,10 @@ def model_shape(header: Header, digest: str) -> ModelShape:
         minimum_layers=rules.minimum_layers,
         refused_counts=rules.whole_layer_counts,
     )
+    large = max(*shape.layer_bytes, shape.whole_extra_bytes, shape.extra_bytes, shape.last_extra_bytes)
+    if large > LAYER_BYTES_LIMIT or max(*shape.cell_bytes, *shape.row_floats, shape.n_vocab) > TOKEN_LIMIT:
+        raise BadModelFile(f"{header.name} claims sizes that no model has: {CONVERT_AGAIN}.")
+    return shape
 
 
 def card_shape(card: Card) -> ModelShape | None:

@@ -17,25 +17,14 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import lcm, prod
 from pathlib import Path
-from typing import cast
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.files import atomic_file, write_all
 from cordee.models.architectures import Architecture, architecture
-from cordee.models.gguf import (
-    BLOCK,
-    LAYERS_LIMIT,
-    MAGIC,
-    SCALARS,
-    Array,
-    Header,
-    Scalar,
-    Tensor,
-    TensorType,
-    Value,
-)
+from cordee.models.gguf import BLOCK, LAYERS_LIMIT, MAGIC, Header, Tensor, TensorType
+from cordee.models.metadata import SCALARS, Array, Scalar, Value
 
 # Copying reads this much at a time: large enough for full disk speed, small beside any model.
 COPY_BYTES = 4 << 20
@@ -194,8 +183,7 @@ def even_cuts(header: Header, stages: int) -> list[int]:
 
 def _too_many(header: Header, stages: int) -> BadRequest:
     return BadRequest(
-        f"{header.path.name} with its {header.layers} layers cannot be cut into {stages} stages: "
-        "ask for fewer.",
+        f"{header.name} with its {header.layers} layers cannot be cut into {stages} stages: ask for fewer.",
         "stages",
     )
 
@@ -203,7 +191,7 @@ def _too_many(header: Header, stages: int) -> BadRequest:
 def plan_slice(header: Header, first: int, last: int, *, force: bool = False) -> SlicePlan:
     """What a slice will be; reads no weights. Raises as `cut` does."""
     if not 0 <= first < last <= header.layers:
-        raise BadRequest(f"{header.path.name} has the layers 0 to {header.layers}, not {first} to {last}.")
+        raise BadRequest(f"{header.name} has the layers 0 to {header.layers}, not {first} to {last}.")
     whole = (first, last) == (0, header.layers)
     if whole:
         fields, pieces = _whole_fields(header), _whole_pieces(header)
@@ -212,7 +200,7 @@ def plan_slice(header: Header, first: int, last: int, *, force: bool = False) ->
         _check_model(header, rules, force)
         pattern = window_pattern(header, rules)
         if fault := _range_fault(header, rules, pattern, first, last):
-            raise UnsupportedModel(f"{header.path.name} cannot be cut from {first} to {last}: {fault}.")
+            raise UnsupportedModel(f"{header.name} cannot be cut from {first} to {last}: {fault}.")
         window = pattern[first:last] if pattern else None
         fields = _slice_fields(header, rules, window, first, last)
         unread = rules.dense_tensors if window and all(window) else ()
@@ -227,7 +215,7 @@ def plan_outside(header: Header, names: Collection[str]) -> SlicePlan:
         BadModelFile: the model has no such tensor.
     """
     if missing := sorted(set(names) - {tensor.name for tensor in header.tensors}):
-        raise BadModelFile(f"{header.path} has no {missing[0]}.")
+        raise BadModelFile(f"{header.name} has no {missing[0]}.")
     pieces = tuple(piece for piece in _whole_pieces(header) if piece.name in names)
     return SlicePlan(_header_bytes(_whole_fields(header), pieces, header.alignment), pieces, header.alignment)
 
@@ -235,10 +223,10 @@ def plan_outside(header: Header, names: Collection[str]) -> SlicePlan:
 def _check_model(header: Header, rules: Architecture, force: bool) -> None:
     """Raise UnsupportedModel if slices of this model would be wrong, or have not been checked."""
     if fault := _model_fault(header, rules):
-        raise UnsupportedModel(f"{header.path.name} cannot be cut: {fault}. Run it in one stage.")
+        raise UnsupportedModel(f"{header.name} cannot be cut: {fault}. Run it in one stage.")
     if not rules.certified and not force:
         raise UnsupportedModel(
-            f"{header.path.name} has the architecture {rules.name!r}, whose cuts nobody has checked: "
+            f"{header.name} has the architecture {rules.name!r}, whose cuts nobody has checked: "
             "run it in one stage, or override the check."
         )
 
@@ -247,16 +235,16 @@ def _model_fault(header: Header, rules: Architecture) -> str | None:
     if obstacle := rules.obstacle(header.layers):
         return obstacle
     for key in rules.must_be_set:
-        if not header.get(key):
+        if not header.number(key, 0):
             return f"its file lacks {rules.name}{key}, which libllama then computes from the number of layers"
     for key in rules.must_be_zero:
-        if header.get(key):
+        if header.number(key, 0):
             return f"its {rules.name}{key} ties layers to the tokens or to each other"
-    sections = header.get(".rope.dimension_sections", 0)
-    if any(cast("list[Scalar]", sections)) if isinstance(sections, list) else sections:
+    sections = header.metadata.get(header.key(".rope.dimension_sections"), 0)
+    if any(sections.values()) if isinstance(sections, Array) else sections:
         return "it gives each row several positions (M-RoPE)"
     heads_by_layer = isinstance(header.metadata.get(f"{rules.name}.attention.head_count"), Array)
-    if heads_by_layer and not header.get(".attention.key_length"):
+    if heads_by_layer and not header.count(".attention.key_length", 0):
         return "its head size follows from its first layer"
     if "general.tensor_extra.name" in header.metadata:
         return "it has settings by tensor name"
@@ -282,15 +270,7 @@ def _range_fault(
 
 def cut_step(header: Header, rules: Architecture) -> int:
     """Boundaries must be multiples of this: layers without RoPE, or with experts, come at such intervals."""
-    return lcm(rules.cut_step, _count(header, ".interleave_moe_layer_step") or 1)
-
-
-def _count(header: Header, key: str, default: int = 0) -> int:
-    """A number of layers in the metadata."""
-    value = header.get(key, default)
-    if type(value) is not int or not 0 <= value <= LAYERS_LIMIT:
-        raise BadModelFile(f"{header.path}: {header.architecture}{key} is not a number of layers.")
-    return value
+    return lcm(rules.cut_step, header.count(".interleave_moe_layer_step", 0, limit=LAYERS_LIMIT) or 1)
 
 
 def _whole_fields(header: Header) -> Fields:
@@ -322,7 +302,7 @@ def _slice_fields(
         own[".vocab_size"] = (number, STAND_IN_ROWS)
     if header.extra_layers:
         own[".nextn_predict_layers"] = (number, 0)
-    if leading := _count(header, ".leading_dense_block_count"):
+    if leading := header.count(".leading_dense_block_count", 0, limit=LAYERS_LIMIT):
         own[".leading_dense_block_count"] = (number, min(max(0, leading - first), last - first))
     if window:
         own[_WINDOW_PATTERN] = (GGUFValueType.ARRAY, (GGUFValueType.BOOL, window))
@@ -341,9 +321,9 @@ def _goes_by_layer(header: Header, key: str, value: Array) -> bool:
     by_layer = short in PER_LAYER or key in PER_LAYER_UNPREFIXED
     fits = value.count in (header.layers, header.layers + header.extra_layers)
     if by_layer and not fits:
-        raise BadModelFile(f"{header.path}: {key} has {value.count} items for {header.layers} layers.")
+        raise BadModelFile(f"{header.name}: {key} has {value.count} items for {header.layers} layers.")
     if fits and not by_layer and short not in NOT_PER_LAYER:
-        raise UnsupportedModel(f"{header.path.name} cannot be cut: {key} may or may not be by layer.")
+        raise UnsupportedModel(f"{header.name} cannot be cut: {key} may or may not be by layer.")
     return by_layer
 
 
@@ -353,14 +333,23 @@ def window_pattern(header: Header, rules: Architecture) -> list[bool] | None:
     The file may give the whole pattern, or its period; otherwise libllama's built-in period applies
     (llama_hparams::set_swa_pattern). libllama would abort on a slice that has a window but no such layer.
     """
-    given = header.get(_WINDOW_PATTERN)
-    if isinstance(given, list):
-        return [bool(item) for item in cast("list[Scalar]", given)]
-    if not rules.sliding_window_period or not header.get(".attention.sliding_window"):
+    given = header.metadata.get(header.key(_WINDOW_PATTERN))
+    if isinstance(given, Array):
+        return _given_pattern(header, given)
+    if not rules.sliding_window_period or not header.count(".attention.sliding_window", 0):
         return None
-    period = _count(header, _WINDOW_PATTERN, rules.sliding_window_period)
+    period = header.count(_WINDOW_PATTERN, rules.sliding_window_period, limit=LAYERS_LIMIT)
     dense = 0 if rules.dense_first else period - 1
     return [period == 0 or layer % period != dense for layer in range(header.layers)]
+
+
+def _given_pattern(header: Header, given: Array) -> list[bool]:
+    if given.type is GGUFValueType.STRING or given.count not in (
+        header.layers,
+        header.layers + header.extra_layers,
+    ):
+        header.refuse(_WINDOW_PATTERN, given, f"a list of {header.layers} flags")
+    return [bool(item) for item in given.values()][: header.layers]
 
 
 def _whole_pieces(header: Header) -> tuple[SliceTensor, ...]:
@@ -390,9 +379,7 @@ def _slice_pieces(header: Header, unread: Sequence[str], first: int, last: int) 
         elif tensor.name in SHARED:
             pieces.append(SliceTensor(tensor.name, tensor.shape, tensor.type, tensor.nbytes, tensor))
         else:
-            raise UnsupportedModel(
-                f"{header.path.name} cannot be cut: where {tensor.name} belongs is unknown."
-            )
+            raise UnsupportedModel(f"{header.name} cannot be cut: where {tensor.name} belongs is unknown.")
     return tuple(pieces)
 
 

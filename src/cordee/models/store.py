@@ -169,7 +169,7 @@ class Store:
         header = read_header(path)
         with disk_faults(self.root), self.working_folder() as folder:
             ready = folder / "model.gguf"
-            if header.get("split.count", 1) > 1:
+            if header.count("split.count", 1) > 1:
                 merged = cut(header, 0, header.layers, ready, progress=progress)
                 digest, nbytes = merged.digest, merged.nbytes
             else:
@@ -222,7 +222,7 @@ class Store:
             BadModelFile: the model's file is gone or damaged.
             StorageFailed: no room on the disk, or it does not keep what is written.
         """
-        header = read_header(model.path)
+        header = read_header(model.path, name=model.name)
         plan = plan_slice(header, first, last, force=force)
         if (first, last) == (0, header.layers):
             return SliceFile(model.path, first, last, model.digest, model.nbytes)

@@ -58,7 +58,7 @@ class Checks:
         """Free the vocabulary, once no check uses it; closing twice is harmless."""
         self._closed = True
         async with self._lock:
-            self._vocabulary.close()
+            await asyncio.to_thread(self._vocabulary.close)
 
 
 class Answer:

@@ -35,7 +35,7 @@ from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import Join, KvAnswer, Tokens
 from cordee.worker.process import opening
-from cordee.worker.stages import Files, Stages
+from cordee.worker.stages import Files, Stages, stage_name
 
 State = Literal["loading", "ready", "replacing", "failed", "closed"]
 
@@ -54,10 +54,12 @@ log = logging.getLogger(__name__)
 class SlicedModel:
     """The model behind the slices.
 
-    `digest` names it, `path` is its file, which has the embedding; `engine` what it is laid out for; the
-    tokens `ends` end an answer. `slices` cover all layers, in order.
+    `name` is what people call it, `digest` what the cluster does; `path` is its file, which has the
+    embedding; `engine` what it is laid out for; the tokens `ends` end an answer. `slices` cover all
+    layers, in order.
     """
 
+    name: str
     digest: str
     path: Path
     engine: EngineName
@@ -200,6 +202,7 @@ class ClusterOfOne:
             embedding=model.path if is_cut_first else None,
             is_last=index == len(self._specs) - 1,
             ends=model.ends,
+            name=stage_name(model.name, spec, self._specs[-1].last),
         )
 
     def changed(self) -> None:

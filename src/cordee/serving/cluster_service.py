@@ -10,7 +10,6 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from cordee.cluster.facts import stream_key
@@ -166,7 +165,7 @@ class ClusterGateway:
 
 
 class ClusterService:
-    """A model of the cluster. `path` is a file with its vocabulary: any GGUF that has the model's header.
+    """A model of the cluster; its `vocabulary` is closed with it.
 
     `context` is in tokens for each stream, as in the model's deployment. `wanted` is called at each request,
     which it may refuse by raising an error.
@@ -175,14 +174,14 @@ class ClusterService:
     def __init__(
         self,
         model: StoredModel,
-        path: Path,
+        vocabulary: Vocabulary,
         context: int,
         gateway: ClusterGateway,
         wanted: Callable[[], None] = lambda: None,
     ) -> None:
         self.model = model
         self.name = model.name
-        self.vocabulary = Vocabulary(path)
+        self.vocabulary = vocabulary
         self.template = template_of(self.vocabulary)
         self.context = context
         self.key = stream_key(model.digest, context)

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cordee.cluster.demand import Wish
 from cordee.cluster.memory import Demand
 from cordee.engine.stage import StageConfig
+from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError, StageFailed, StorageFailed
 from cordee.generation import streams
 from cordee.generation.streams import Said
@@ -62,9 +64,9 @@ class ServiceConfig:
 class LocalService(ClusterService):
     """A model being served. Made by `LocalService.start`; all methods on one event loop."""
 
-    def __init__(self, model: StoredModel, config: StageConfig) -> None:
+    def __init__(self, model: StoredModel, vocabulary: Vocabulary, config: StageConfig) -> None:
         gateway = ClusterGateway(NODE, self._ask, by_call=True)
-        super().__init__(model, model.path, config.context, gateway, self._check)
+        super().__init__(model, vocabulary, config.context, gateway, self._check)
         gateway.follow({self.key: NODE})
         self._config = config
         self._local_gateway = gateway
@@ -92,24 +94,26 @@ class LocalService(ClusterService):
             CordeeError: the model cannot be read, cut or loaded, or does not fit.
         """
         config = config or ServiceConfig()
-        header = read_header(model.path)
+        header = read_header(model.path, name=model.name)
         wish = sizing.wish_of(own_context(header), config.context, config.sequences, model.name)
-        stage_config = sizing.stage_config(
-            header,
-            wish,
-            name=model.name,
-            stages=stages,
-            threads=config.threads,
-            devices=config.devices,
-            batch_invariant=config.batch_invariant,
-            command=config.command,
+        vocabulary, stage_config = await asyncio.gather(
+            asyncio.to_thread(Vocabulary, model.path, model.name, served=True),
+            asyncio.to_thread(_stage_config, header, stages, config, wish, model.name),
+            return_exceptions=True,
         )
-        service = cls(model, stage_config)
+        if isinstance(vocabulary, BaseException):  # the first to count: the file may be too new
+            raise vocabulary
+        if isinstance(stage_config, BaseException):
+            vocabulary.close()
+            raise stage_config
+        service = cls(model, vocabulary, stage_config)
         service.shortened = wish.shortened(Demand(stage_config.context, stage_config.sequences))
         try:
             slices = await asyncio.to_thread(_slices, header, model, store, stages, config.force_cut, report)
             ends = tuple(service.vocabulary.end_of_generation)
-            sliced = SlicedModel(model.digest, header.path, engine_of(header), ends, tuple(slices))
+            sliced = SlicedModel(
+                model.name, model.digest, header.path, engine_of(header), ends, tuple(slices)
+            )
             service._cluster = cluster = ClusterOfOne(sliced, stage_config, service, report)
             await cluster.open(
                 service.vocabulary, service._say, queue=config.queue, in_flight=config.in_flight
@@ -225,6 +229,19 @@ class LocalService(ClusterService):
             self._entry = registry.publish(self.name, self.status())
         except (OSError, StorageFailed):
             log.exception("`cordee ps` will not show this service as it is")
+
+
+def _stage_config(header: Header, stages: int, config: ServiceConfig, wish: Wish, name: str) -> StageConfig:
+    return sizing.stage_config(
+        header,
+        wish,
+        name=name,
+        stages=stages,
+        threads=config.threads,
+        devices=config.devices,
+        batch_invariant=config.batch_invariant,
+        command=config.command,
+    )
 
 
 def _slices(

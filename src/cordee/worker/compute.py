@@ -9,8 +9,8 @@ import numpy as np
 
 from cordee.engine.llama.kv_state import join_layers, pick_layers
 from cordee.engine.llama.stage import LlamaStage
+from cordee.engine.llama.vocabulary import LlamaVocabulary
 from cordee.engine.stage import Batch, Stage, StageDescription
-from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError, StageFailed
 from cordee.generation.grammar import GrammarTokenizer
 from cordee.generation.request import Choice
@@ -34,10 +34,10 @@ class Compute:
         Raises:
             CordeeError: it cannot be loaded.
         """
-        self._path = Path(load.path)
+        self._path, self._name = Path(load.path), load.name or Path(load.path).name
         engine = LlamaStage if load.engine == "llama" else _ternary_engine()
-        self._stage: Stage = engine(self._path, load.config, is_last=load.is_last)
-        self._embedding = None if load.embedding is None else _embedding(Path(load.embedding))
+        self._stage: Stage = engine(self._path, load.config, is_last=load.is_last, name=self._name)
+        self._embedding = None if load.embedding is None else _embedding(Path(load.embedding), self._name)
         self._ends = frozenset(load.ends)
         self._samplers: dict[int, Sampler] = {}
         self._held: dict[int, HeldSequence] = {}
@@ -161,7 +161,9 @@ class Compute:
 
     def _sampler(self, opening: Opening) -> Sampler:
         if opening.sampling.grammar is not None and self._tokenizer is None:
-            self._tokenizer = GrammarTokenizer(Vocabulary(self._path))  # slow, and most streams need none
+            self._tokenizer = GrammarTokenizer(
+                LlamaVocabulary(self._path, self._name)
+            )  # slow, and most streams need none
         return Sampler(opening.sampling, self._tokenizer, opening.prompt, opening.generated)
 
 
@@ -214,8 +216,8 @@ def _windowed(path: Path) -> list[bool]:
     return window_pattern(header, rules) or [False] * header.layers
 
 
-def _embedding(path: Path) -> "Embedding":
+def _embedding(path: Path, name: str) -> "Embedding":
     from cordee.models.embedding import Embedding  # only the first of several stages needs it
     from cordee.models.gguf import read_header
 
-    return Embedding(read_header(path))
+    return Embedding(read_header(path, name=name))

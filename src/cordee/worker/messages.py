@@ -34,6 +34,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
 class LoadStage(msgspec.Struct, frozen=True, tag=True):
     """Load this slice into `engine`. `is_last`: its logits are sampled here; the tokens `ends` end an answer.
+    `name` is what messages call it.
 
     `embedding` is the model file that turns token ids into rows, for the first of several stages. With an
     `identity`, a member's folder, the worker also takes rows of other machines, at the address `listen`.
@@ -47,6 +48,7 @@ class LoadStage(msgspec.Struct, frozen=True, tag=True):
     ends: tuple[int, ...] = ()
     identity: str | None = None
     listen: str = ""
+    name: str = ""
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):

@@ -41,7 +41,7 @@ class Files:
     """What a stage is loaded from.
 
     `embedding` is for the first of several stages. `is_last`: the slice has the head. `ends` are the tokens
-    that end an answer. `config` is how it is loaded.
+    that end an answer. `config` is how it is loaded. `name` is what messages call the stage (`stage_name`).
     """
 
     config: StageConfig
@@ -50,6 +50,14 @@ class Files:
     embedding: Path | None
     is_last: bool
     ends: tuple[int, ...]
+    name: str
+
+
+def stage_name(model: str, spec: StageSpec, layers: int) -> str:
+    """What to call a stage of a model that people call `model`, and that has so many layers."""
+    if (spec.first, spec.last) == (0, layers):
+        return model
+    return f"layers {spec.first} to {spec.last - 1} of {model}"
 
 
 class StagesOwner(Protocol):
@@ -300,6 +308,7 @@ class Stages:
             ends=files.ends,
             identity=None if self._identity is None else str(self._identity),
             listen=self._listen,
+            name=files.name,
         )
 
     async def _join(self, process: _Process, worker: WorkerProcess, action: WireAction) -> None:

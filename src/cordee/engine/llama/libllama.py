@@ -6,10 +6,13 @@ library's defaults with the known ones before anything is run.
 """
 
 import ctypes
+import importlib.metadata
+import importlib.util
 import math
 import os
 import re
 import subprocess
+import sys
 from collections import deque
 from dataclasses import dataclass
 from functools import cache
@@ -18,16 +21,21 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from cordee import children
-from cordee.errors import SetupNeeded
+from cordee.errors import BadModelFile, CordeeError, SetupNeeded, UnsupportedModel
 
 if TYPE_CHECKING:
     from _ctypes import CFuncPtr
 
+PACKAGE = "llama_cpp"
 REINSTALL = "run `make clean setup`, or reinstall llama-cpp-python in this environment"
 LOG_LINES_MAX = 100  # kept: problems, and a few buffer sizes for each device
 PROBE_SECONDS = 30.0  # a healthy child answers within a second, even on a slow machine
 DEVICE_KINDS = ("CPU", "GPU", "IGPU", "ACCEL", "META")  # enum ggml_backend_dev_type
 WARN, ERROR = 3, 4  # enum ggml_log_level
+REASON_CHARS_MAX = 400  # of libllama's own words in a message
+# What libllama says of a file that is whole, but newer than itself (llama-model.cpp, llama-vocab.cpp).
+LOAD_REASON = re.compile(r"error loading model: (.+?)(?:; |$)")
+NEWER = re.compile(r"unknown (?:model architecture|pre-tokenizer type|tokenizer)\b")
 BUFFER_LINE = re.compile(r"\b(model|KV|compute|output) buffer size = +([0-9.]+) MiB")
 
 # Defaults as llama_model_default_params and llama_context_default_params of llama.cpp set them: if the layout
@@ -114,7 +122,7 @@ def load() -> ModuleType:
         SetupNeeded: the library is missing, does not load, or does not match the bindings.
     """
     try:
-        from llama_cpp import llama_cpp as library
+        library = _low_level()
     except (ImportError, OSError, RuntimeError) as error:
         raise SetupNeeded(f"libllama does not load ({error}): {REINSTALL}") from error
 
@@ -127,6 +135,36 @@ def load() -> ModuleType:
     _check_defaults(library)
     library.llama_backend_init()
     return library
+
+
+def _low_level() -> ModuleType:
+    """The package's low-level module without the package's own start.
+
+    That imports an engine and a server of its own: 0.1 s and 23 MB in each process, none of it used here.
+    """
+    if PACKAGE not in sys.modules:
+        spec = importlib.util.find_spec(PACKAGE)
+        if spec is None:
+            raise ImportError("llama-cpp-python is not installed")
+        sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)  # and not executed
+    return importlib.import_module(f"{PACKAGE}.llama_cpp")
+
+
+def reason() -> str:
+    """Why something failed, in libllama's words."""
+    return log.problems()[:REASON_CHARS_MAX] or "libllama gives no reason"
+
+
+def load_error(name: str) -> CordeeError:
+    """The error for a model of that name that libllama has just refused to load: too new, or damaged."""
+    found = LOAD_REASON.search(log.problems())
+    why = found[1][:REASON_CHARS_MAX] if found else reason()
+    if NEWER.search(why):
+        return UnsupportedModel(
+            f"{name} is of a kind that this program does not know yet ({why}): update cordee, or choose "
+            "another model"
+        )
+    return BadModelFile(f"libllama cannot load {name} ({why}): fetch the file again, or update cordee")
 
 
 def _check_defaults(library: ModuleType) -> None:
@@ -208,10 +246,9 @@ def devices() -> list[LlamaDevice]:
 
 def build() -> str:
     """This build: the bindings' version and instruction sets. Stages of equal builds give equal bits."""
-    from llama_cpp import __version__
-
     features = load().llama_print_system_info().decode()
-    return f"llama-cpp-python {__version__}: {' '.join(features.replace('|', ' ').split())}"
+    version = importlib.metadata.version("llama-cpp-python")
+    return f"llama-cpp-python {version}: {' '.join(features.replace('|', ' ').split())}"
 
 
 @cache

@@ -33,31 +33,38 @@ from cordee.engine.llama import libllama
 from cordee.engine.llama.batch import NativeBatch
 from cordee.engine.llama.capture import Capture
 from cordee.engine.stage import Batch, StageConfig, StageDescription
-from cordee.errors import BadModelFile, StageFailed, UnsupportedModel
+from cordee.errors import StageFailed, UnsupportedModel
 
 TYPE_F16, TYPE_BF16 = 1, 30  # enum ggml_type
 FLASH_ATTENTION_ON = 1  # enum llama_flash_attn_type
 NO_MEMORY_SLOT = 1  # llama_decode: no room in the KV cache
-LOAD_REMEDY = "the file may be damaged or newer than this program: fetch it again, or update"
 
 
 class LlamaStage:
     """A loaded slice; see `cordee.engine.stage.Stage`. With `is_last` off it gives hidden rows.
 
     `extra_buffers` allows AMX and repacked weights; None allows them if the stage need not be batch-invariant
-    and a probe shows that they work.
+    and a probe shows that they work. `name` is what messages call the model, by default its file's name.
 
     Raises:
         BadModelFile: libllama does not load the file.
-        UnsupportedModel: the model has no KV cache per position, or its graph does not show a layer's output.
+        UnsupportedModel: libllama does not know this kind of model yet, the model has no KV cache per
+            position, or its graph does not show a layer's output.
         StageFailed: the context could not be created, nearly always for lack of memory.
     """
 
     def __init__(
-        self, path: Path, config: StageConfig, *, is_last: bool = True, extra_buffers: bool | None = None
+        self,
+        path: Path,
+        config: StageConfig,
+        *,
+        is_last: bool = True,
+        extra_buffers: bool | None = None,
+        name: str | None = None,
     ) -> None:
+        self._name = name or path.name
         if config.kv_cache != "f16":
-            raise StageFailed(f"{path.name}: the llama engine keeps its cache as f16, not {config.kv_cache}")
+            raise StageFailed(f"{self._name}: the llama engine keeps its cache as f16, not {config.kv_cache}")
         if extra_buffers is None:
             extra_buffers = not config.batch_invariant and libllama.survives_extra_buffers()
         self._library = libllama.load()
@@ -76,16 +83,16 @@ class LlamaStage:
             self._logits_type = ctypes.c_float * self._n_vocab
             if not is_last:
                 self._capture = Capture(b"l_out-%d" % (self._layers - 1), config.batch_rows, self._n_embd)
-            self._context = self._make_context(path)
+            self._context = self._make_context()
             self._batch = NativeBatch(self._library, config.batch_rows, self._n_embd)
             self._memory = self._library.llama_get_memory(self._context)
             if not self._memory:
                 raise UnsupportedModel(
-                    f"{path.name} keeps no state between tokens: it does not generate text"
+                    f"{self._name} keeps no state between tokens: it does not generate text"
                 )
             self.description = self._describe()
             if not is_last:
-                self._require_capture(path)
+                self._require_capture()
         except BaseException:
             self.close()
             raise
@@ -159,10 +166,10 @@ class LlamaStage:
         params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
         model = self._library.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
-            raise BadModelFile(f"libllama cannot load {path.name} ({_problems()}): {LOAD_REMEDY}")
+            raise libllama.load_error(self._name)
         return model
 
-    def _make_context(self, path: Path) -> int:
+    def _make_context(self) -> int:
         config = self._config
         params = self._library.llama_context_default_params()
         params.n_ctx = config.context * config.sequences
@@ -189,8 +196,8 @@ class LlamaStage:
             if context:
                 return context
         raise StageFailed(
-            f"no context of {config.sequences} x {config.context} tokens for {path.name} "
-            f"({_problems()}): choose a smaller --context"
+            f"no context of {config.sequences} x {config.context} tokens for {self._name} "
+            f"({libllama.reason()}): choose a smaller --context"
         )
 
     def _describe(self) -> StageDescription:
@@ -215,14 +222,14 @@ class LlamaStage:
             ),
         )
 
-    def _require_capture(self, path: Path) -> None:
+    def _require_capture(self) -> None:
         one = np.zeros(1, dtype=np.int32)
         row = np.zeros((1, self._n_embd), dtype=np.float32)
         try:
             self.decode(Batch(row, one, one, np.ones(1, dtype=bool)))
         except StageFailed as error:
             raise UnsupportedModel(
-                f"{path.name}: this libllama does not show where a layer of {self.description.architecture} "
+                f"{self._name}: this libllama does not show where a layer of {self.description.architecture} "
                 f"ends ({error}), so the model runs only uncut"
             ) from error
         self.clear()
@@ -253,7 +260,7 @@ class LlamaStage:
             if wanted:
                 found = self._library.llama_get_logits_ith(self._context, row)
                 if not found:
-                    raise StageFailed(f"libllama has no logits of row {row}: {_problems()}")
+                    raise StageFailed(f"libllama has no logits of row {row}: {libllama.reason()}")
                 address = ctypes.addressof(found.contents)
                 rows.append(np.frombuffer(self._logits_type.from_address(address), np.float32))
         return np.array(rows, dtype=np.float32).reshape(-1, self._n_vocab)
@@ -266,11 +273,7 @@ class LlamaStage:
     def _reason(self, status: int) -> str:
         if status == NO_MEMORY_SLOT:
             return f"a sequence is longer than the context of {self._config.context} tokens"
-        return f"libllama refused the batch with {status}: {_problems()}"
-
-
-def _problems() -> str:
-    return libllama.log.problems() or "libllama gives no reason"
+        return f"libllama refused the batch with {status}: {libllama.reason()}"
 
 
 def _chosen_devices(names: tuple[str, ...]) -> ctypes.Array[ctypes.c_void_p]:
