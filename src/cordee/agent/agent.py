@@ -18,7 +18,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ import msgspec
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
 from cordee.agent.services import Services
+from cordee.agent.stream_links import StreamLinks
 from cordee.cluster.controller import Controller, Running
 from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld, best_host
 from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec
@@ -53,7 +54,7 @@ from cordee.serving.cluster_service import ClusterGateway
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import LinkClosed
-from cordee.worker.messages import Join, KvAnswer, Tokens
+from cordee.worker.messages import Join, KvAnswer, StreamsJoin, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages
 
@@ -105,7 +106,8 @@ class Agent:
         self.history = History()
         self.gauges = Gauges()
         self._meter = Meter()
-        self._gateway = ClusterGateway(identity.node, self._ask)
+        self._stream_links = StreamLinks(identity.folder, identity.node, self._receive)
+        self._gateway = ClusterGateway(self._stream_links.ask)
         self.services = Services(self.local_models, self._gateway, self._keep, self.changed, self._want)
         self._scheduler_hosts: dict[str, SchedulerHost] = {}  # by stream key
         self._stages: Stages | None = None
@@ -237,6 +239,7 @@ class Agent:
             self._inbox.close()
         for writer in self._links:
             writer.transport.abort()
+        await self._stream_links.close()
         await self.local_models.close()
         await self.invitations.close()
         if self._stages is not None:
@@ -310,7 +313,6 @@ class Agent:
         )
         if self.identity.is_admin:
             enrolment.serve_renewals(self.bus, self.identity)
-        self.bus.subscribe(f"to/{self.node}/*", self._receive)
         self.gossip.open()
         for loop in (self._act_always, self._tick_hosts_always, self._renew_always):
             self._keep(loop())
@@ -331,31 +333,33 @@ class Agent:
 
     # What it hears of streams.
 
-    def _receive(self, key: str, payload: bytes) -> None:
-        if key.endswith("/said"):
-            self._gateway.receive(payload)
-            return
+    def _receive(self, node: str, data: bytes) -> None:
+        """A message about streams came from a node."""
         try:
-            message = streams.decode(payload)
-        except BadRequest:
+            message = streams.decode(data)
+        except BadRequest as error:
+            log.warning("a message of node %s was dropped: %s", node, error.message)
             return
-        if not isinstance(message, Said) and message.node not in self.identity.revoked:
-            host = best_host(self._wirings(), message.model)
-            if host is not None:
-                self._scheduler_hosts[host].receive(message)
+        if isinstance(message, Said):
+            self._gateway.receive(node, message)
+        elif (host := best_host(self._wirings(), message.model)) is not None:
+            self._scheduler_hosts[host].receive(node, message)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A last stage brings tokens."""
+    async def _accept(self, node: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A link of a node: its last stage brings tokens, or its gateway asks."""
         self._links.add(writer)
         try:
-            if isinstance(await opening(reader), Join):
+            opened = await opening(reader)
+            if isinstance(opened, StreamsJoin):
+                await self._stream_links.serve(node, reader, writer)
+            elif isinstance(opened, Join):
                 while True:
                     message, _ = await frames.read(reader)
                     if isinstance(message, Tokens | KvAnswer):
                         for scheduler_host in self._scheduler_hosts.values():
-                            scheduler_host.on_result(message)
+                            scheduler_host.on_result(node, message)
         except LinkClosed:
-            pass  # that worker was wired anew, or ended
+            pass  # that worker was wired anew, or ended, or that gateway has no use for the link
         finally:
             self._links.discard(writer)
             writer.transport.abort()
@@ -394,7 +398,9 @@ class Agent:
         self.history.note(controller.chosen, controller.nodes(now), clock)
         self._execute(decision.actions)
         self._host(decision.hosts)
+        self._stream_links.follow(self._inboxes(decision.routes.values()))
         self._gateway.follow(decision.routes)
+        self.stages.admit_readers(controller.goals.readers)
         self.services.follow(self.models(), controller.goals.routes)
         self._deployments_file.keep(controller.deployments)
         if decision.is_news:
@@ -416,6 +422,11 @@ class Agent:
 
     def _running(self) -> Running:
         return Running(self.stages.workers, self._wirings(), self._gateway.routes)
+
+    def _inboxes(self, hosts: Collection[str]) -> dict[str, str]:
+        """Where to ask these nodes."""
+        nodes = self.controller.nodes(time.monotonic())
+        return {node: nodes[node][1].inbox for node in hosts if node in nodes}
 
     def _wirings(self) -> dict[str, str]:
         return {key: scheduler_host.wiring for key, scheduler_host in self._scheduler_hosts.items()}
@@ -467,11 +478,8 @@ class Agent:
         self.gauges = Gauges(tuple(hosted), tuple(fetching), self._meter.watts(), self.local_models.reading)
         return self.gauges
 
-    def _ask(self, node: str, data: bytes) -> None:
-        self.bus.publish(f"to/{node}/ask", data)
-
     def _say(self, node: str, said: Said) -> None:
-        self.bus.publish(f"to/{node}/said", streams.encode(said))
+        self._stream_links.answer(node, streams.encode(said))
 
     async def _tick_hosts_always(self) -> None:
         while True:
