@@ -1,4 +1,4 @@
-"""Links between gateways and hosts over real TLS on loopback: each message is its sender's, and no one else's."""
+"""Links between gateways and hosts over real TLS on loopback: each message is its sender's."""
 
 import asyncio
 import contextlib

@@ -35,6 +35,7 @@ from cordee.cluster.history import History
 from cordee.cluster.membership import Farewell
 from cordee.cluster.planner import Planner
 from cordee.cluster.reconcile import Actions
+from cordee.cluster.soundness import plain
 from cordee.distribution.inventory import SEQUENCES
 from cordee.distribution.local_models import LocalModels
 from cordee.engine.llama import libllama
@@ -299,7 +300,7 @@ class Agent:
         await self.local_models.look()
         self._facts = Facts(
             node=self.node,
-            name=self.options.name,
+            name=plain(self.options.name),
             build=libllama.build(),
             devices=devices,
             disk_free_bytes=0,

@@ -24,6 +24,7 @@ from cordee.net.bus import REMOVED, Bus
 from cordee.net.identity import Identity, revoked_node
 from cordee.net.lost_nodes import LostNodes
 
+HEARTBEAT_BYTES_MAX = 4 << 20  # 64 deployments of models with hundreds of layers take 200 kB
 SEEK_SECONDS = 2.0  # between looks for a node that is there but not heard; one is asked at a time
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,8 @@ class Gossip:
             self.speak(gauges, farewell)
 
     def _hear(self, key: str, payload: bytes) -> None:
+        if len(payload) > HEARTBEAT_BYTES_MAX:
+            return
         try:
             heartbeat = msgspec.msgpack.decode(payload, type=Heartbeat)
         except (msgspec.MsgspecError, ValueError):

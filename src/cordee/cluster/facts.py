@@ -15,6 +15,8 @@ import msgspec
 DeviceKind = Literal["cpu", "gpu"]
 StageState = Literal["fetching", "loading", "loaded", "wired", "failed"]
 
+NODES_MAX = 256  # of a cluster, known at once
+
 
 class Device(msgspec.Struct, frozen=True):
     """Something that runs stages.
