@@ -45,7 +45,7 @@ class Agent:
             machine.name, world.id(), planning, machine.deployments, machine.remembered
         )
         self.workers: dict[str, stages.Process] = {}
-        self.gateway = Gateway(machine.name, world.random.getrandbits(62))
+        self.gateway = Gateway(world.random.getrandbits(62))
         self.pipelines: dict[str, Pipeline] = {}  # by stream key
         self.clients: dict[str, Client] = {}  # by request id
         self._fetching: set[SliceGoal] = set()
@@ -117,16 +117,17 @@ class Agent:
         self.controller.liveliness(*said, self.now)
         self.touch()
 
-    def ask(self, message: Ask | Assert) -> None:
-        """A gateway wants something of a model that we host."""
+    def ask(self, came: tuple[str, Ask | Assert]) -> None:
+        """The gateway of a node wants something of a model that we host."""
+        node, message = came
         host = best_host(self._wirings(), message.model)
-        if host is not None and message.node not in self.machine.revocations:
-            self.pipelines[host].host.receive(message)
+        if host is not None and node not in self.machine.revocations:
+            self.pipelines[host].host.receive(node, message)
             self.pipelines[host].pump()
 
-    def said(self, message: Said) -> None:
-        """A host has news for our streams."""
-        self.gateway.receive(message)
+    def said(self, came: tuple[str, Said]) -> None:
+        """A host on a node has news for our streams."""
+        self.gateway.receive(*came)
         self.drain()
 
     def rows(self, rows: stages.Rows) -> None:
@@ -304,6 +305,6 @@ class Agent:
         """Send what the gateway has to say, and tell clients."""
         messages, news = self.gateway.drain()
         for node, message in messages:
-            self.world.send(self.name, node, "ask", message)
+            self.world.send(self.name, node, "ask", (self.name, message))
         for item in news:
             self.clients[item.stream].tell(item)

@@ -159,18 +159,18 @@ def _corrupt_controller(scenario: Scenario, agent: Agent) -> None:
     }
 
 
-def _ask(scenario: Scenario) -> Ask | Assert:
-    """What a gateway never said, with its true id."""
+def _ask(scenario: Scenario) -> tuple[str, Ask | Assert]:
+    """What the gateway of a node never said, with its true id."""
     random = scenario.random
     agent = random.choice(list(scenario.agents.values()))
     model = stream_key(random.choice(list(scenario.shapes.values())).digest, random.choice((8, 64)))
     counter = random.choice((1, 5, 10**18))
-    head = (agent.name, agent.gateway._id, random.randint(1, 3), model, counter)
+    head = (agent.gateway._id, random.randint(1, 3), model, counter)
     if random.random() < 0.5:
-        return Assert(*head, ((random.randint(1, 9), random.randint(0, 9)),))
+        return agent.name, Assert(*head, ((random.randint(1, 9), random.randint(0, 9)),))
     prompt = tuple(random.randrange(-1, 2000) for _ in range(random.randint(0, 90)))
     request = Request(id=f"s{random.randint(0, 4)}", prompt=prompt, max_tokens=random.choice((None, 5)))
-    return Ask(*head, random.randint(1, 9), request, ())
+    return agent.name, Ask(*head, random.randint(1, 9), request, ())
 
 
 def _corrupt_reconciler(scenario: Scenario, agent: Agent) -> None:

@@ -75,7 +75,7 @@ class Pipeline:
                 self._send(batch)
             self._halted.update(self.host.halts())
         for node, said in self.host.drain():
-            self._agent.world.send(self._agent.name, node, "said", said)
+            self._agent.world.send(self._agent.name, node, "said", (self._agent.name, said))
 
     def _send(self, batch: MicroBatch) -> None:
         assert self.goal is not None

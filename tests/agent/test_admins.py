@@ -34,7 +34,7 @@ class Inbox:
         self._answer = answer
         self.endpoint = ""
 
-    async def on_link(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def on_link(self, node: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(LinkClosed):
             message, _ = await frames.read(reader)
             assert isinstance(message, Promotion)
@@ -136,7 +136,7 @@ def test_a_key_that_is_not_the_clusters_makes_no_admin(tmp_path: Path, kind: str
 
     async def story() -> None:
         async with inbox(member) as opened:
-            reader, writer = await tls_link.open_stream(bad.folder, opened.endpoint)
+            reader, writer = await tls_link.open_stream(bad.folder, opened.endpoint, member.node)
             frames.write(writer, Promotion(key, b"n"))
             with pytest.raises(LinkClosed):
                 await asyncio.wait_for(frames.read(reader), 20)

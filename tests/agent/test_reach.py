@@ -53,7 +53,7 @@ async def nodes(members: list[Identity]) -> AsyncGenerator[list[Node]]:
     known: dict[str, Facts] = {}
     made: list[Node] = []
 
-    async def ignore(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def ignore(_: str, __: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()
 
     async with contextlib.AsyncExitStack() as stack:

@@ -48,7 +48,7 @@ class World:
         self.tasks: set[asyncio.Task[None]] = set()
         self.changes = 0
         self.wanted: list[str] = []
-        gateway = ClusterGateway("here", lambda node, data: None)
+        gateway = ClusterGateway(lambda node, data: None)
         self.services = Services(self.local_models, gateway, self._keep, self._changed, self.wanted.append)
 
     def _keep(self, coroutine: Coroutine[None, None, None]) -> None:

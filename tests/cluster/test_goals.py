@@ -83,10 +83,12 @@ def test_a_successor_takes_over_from_the_stages_that_serve() -> None:
     ]
     goals = {goal.index: goal for node in "cd" for goal in goals_of(view_of(*nodes), node).stages}
     wiring = serving["a"][0].wiring
-    assert goals[0].sources == (KvSource("a/0", wiring, 0, 1),)
-    assert goals[1].sources == (KvSource("a/0", wiring, 1, 2), KvSource("b/1", wiring, 0, 1))
-    assert goals[2].sources == (KvSource("b/1", wiring, 1, 2),)
+    assert goals[0].sources == (KvSource("a/0", wiring, 0, 1, "a"),)
+    assert goals[1].sources == (KvSource("a/0", wiring, 1, 2, "a"), KvSource("b/1", wiring, 0, 1, "b"))
+    assert goals[2].sources == (KvSource("b/1", wiring, 1, 2, "b"),)
     assert all(not goal.sources for goal in goals_of(view_of(*nodes), "b").stages)
+    readers = {node: goals_of(view_of(*nodes), node).readers for node in "abcd"}
+    assert readers == {"a": {wiring: {"c", "d"}}, "b": {wiring: {"c", "d"}}, "c": {}, "d": {}}
 
 
 def test_workers_of_a_lost_placement_are_kept_until_another_serves_if_memory_allows() -> None:

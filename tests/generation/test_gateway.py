@@ -146,7 +146,7 @@ def test_without_a_host_a_stream_waits_then_fails_with_a_remedy() -> None:
     assert client.ended is None
     world.pass_time(10.0)
     assert client.ended == "StageFailed"
-    gateway = Gateway("g", 1)
+    gateway = Gateway(1)
     gateway.open(request("a"), "m")
     for second in range(int(WAIT_SECONDS) + 3):
         gateway.tick(float(second))
@@ -155,7 +155,7 @@ def test_without_a_host_a_stream_waits_then_fails_with_a_remedy() -> None:
 
 
 def test_time_in_which_the_gateway_was_stopped_does_not_count() -> None:
-    gateway = Gateway("g", 1)
+    gateway = Gateway(1)
     gateway.open(request("a"), "m")
     gateway.tick(0.0)
     gateway.tick(1e9)
@@ -194,7 +194,7 @@ def test_errors_arrive_as_they_were_raised() -> None:
 
 
 def test_ids_and_numbers_of_open_streams_are_bounded() -> None:
-    gateway = Gateway("g", 1)
+    gateway = Gateway(1)
     gateway.open(request("0"), "m")
     with pytest.raises(BadRequest, match="already"):
         gateway.open(request("0"), "m")
@@ -264,10 +264,10 @@ class Lone:
         self.host.ready = True
 
     def ask(self, number: int, stream: int = 0, generated: tuple[int, ...] = (), peer: int = 1) -> None:
-        self.host.receive(Ask("g", 7, peer, "m", number, stream, request("x"), generated))
+        self.host.receive("g", Ask(7, peer, "m", number, stream, request("x"), generated))
 
     def wanted(self, number: int, *asks: tuple[int, int], gateway: int = 7) -> None:
-        self.host.receive(Assert("g", gateway, 1, "m", number, asks))
+        self.host.receive("g", Assert(gateway, 1, "m", number, asks))
 
     def work(self, steps: int = 1) -> None:
         for _ in range(steps):
@@ -406,34 +406,34 @@ def asked(gateway: Gateway) -> Ask:
 
 def test_tokens_of_another_session_are_not_mixed_in() -> None:
     """A host that restarted may compute otherwise; from it the stream is asked again."""
-    gateway = Gateway("g", 7)
+    gateway = Gateway(7)
     gateway.route("m", "h")
     gateway.open(request("a"), "m")
     ask = asked(gateway)
-    gateway.receive(Said(7, ask.peer, 1, True, (Piece(ask.number, 0, (1, 2)),)))
+    gateway.receive("h", Said(7, ask.peer, 1, True, (Piece(ask.number, 0, (1, 2)),)))
     gateway.drain()
-    gateway.receive(Said(7, ask.peer, 2, True, (Piece(ask.number, 2, (3,)),)))
+    gateway.receive("h", Said(7, ask.peer, 2, True, (Piece(ask.number, 2, (3,)),)))
     again = asked(gateway)
     assert (again.generated, again.stream) == ((1, 2), ask.stream) and again.number > ask.number
-    gateway.receive(Said(7, ask.peer, 1, True, (Piece(ask.number, 2, (4,)),)))  # late
+    gateway.receive("h", Said(7, ask.peer, 1, True, (Piece(ask.number, 2, (4,)),)))  # late
     assert gateway.drain() == ([], [])
-    gateway.receive(Said(7, ask.peer, 2, True, (Piece(again.number, 2, (5,)),)))
+    gateway.receive("h", Said(7, ask.peer, 2, True, (Piece(again.number, 2, (5,)),)))
     assert [news.choices for news in gateway.drain()[1]] == [(Choice(5),)]
 
 
 def test_a_host_that_forgot_a_stream_is_asked_with_the_log_as_it_is() -> None:
-    gateway = Gateway("g", 7)
+    gateway = Gateway(7)
     gateway.route("m", "h")
     gateway.open(request("a"), "m")
     ask = asked(gateway)
     for forgotten, generated in ((ask.number, ()), (ask.number, (1, 2))):
         if generated:
-            gateway.receive(Said(7, ask.peer, 1, True, (Piece(ask.number, 0, generated),)))
+            gateway.receive("h", Said(7, ask.peer, 1, True, (Piece(ask.number, 0, generated),)))
         gateway.tick(0.0)
         gateway.tick(0.5)
         gateway.tick(1.0)
         (last,) = {message.number for _, message in gateway.drain()[0] if isinstance(message, Assert)}
-        gateway.receive(Said(7, ask.peer, 1, True, (), answers=last, unknown=(forgotten,)))
+        gateway.receive("h", Said(7, ask.peer, 1, True, (), answers=last, unknown=(forgotten,)))
         again = asked(gateway)
         assert again.generated == generated
         # One that nobody confirmed may be on its way still: the same again does no harm then.
@@ -441,7 +441,7 @@ def test_a_host_that_forgot_a_stream_is_asked_with_the_log_as_it_is() -> None:
 
 
 def test_messages_for_another_gateway_or_none_are_dropped() -> None:
-    gateway = Gateway("g", 7)
+    gateway = Gateway(7)
     gateway.route("m", "h")
     gateway.open(request("a"), "m")
     ask = asked(gateway)
@@ -450,12 +450,12 @@ def test_messages_for_another_gateway_or_none_are_dropped() -> None:
         Said(7, 99, 1, True, (Piece(ask.number, 0, (1,)),)),
         Said(7, ask.peer, 1, True, (Piece(99, 0, (1,)),), answers=1 << 60, unknown=(ask.number,)),
     ):
-        gateway.receive(said)
+        gateway.receive("h", said)
     assert gateway.drain() == ([], [])
 
 
 def test_a_host_that_does_not_answer_is_asked_again() -> None:
-    gateway = Gateway("g", 7)
+    gateway = Gateway(7)
     gateway.route("m", "h")
     gateway.open(request("a"), "m")
     asks = [asked(gateway)]
@@ -520,8 +520,8 @@ def test_messages_arrive_as_they_were_sent() -> None:
     assert ended.choices == choices
     sampling = SamplingParams(seed=3, logit_bias={4: 1.0})
     for message in (
-        Ask("g", 2**63 - 1, 1, "m", 4, 3, request("a", sampling=sampling, stop=("x",)), (1, 2)),
-        Assert("g", 1, 2, "m", 5, ((4, 2), (3, 1))),
+        Ask(2**63 - 1, 1, "m", 4, 3, request("a", sampling=sampling, stop=("x",)), (1, 2)),
+        Assert(1, 2, "m", 5, ((4, 2), (3, 1))),
         Said(1, 2, 3, True, (ended, Piece(7, 0, (1,))), 5, (3,)),
     ):
         assert streams.decode(streams.encode(message)) == message
@@ -540,7 +540,7 @@ def test_garbage_is_no_message(data: bytes) -> None:
 
 @given(st.binary(max_size=60), st.integers(0, 200))
 def test_damaged_messages_are_refused_or_whole(noise: bytes, at: int) -> None:
-    data = streams.encode(Ask("g", 1, 1, "m", 4, 3, request("a"), (1, 2)))
+    data = streams.encode(Ask(1, 1, "m", 4, 3, request("a"), (1, 2)))
     damaged = data[:at] + noise + data[at + len(noise) :]
     try:
         message = streams.decode(damaged)

@@ -142,10 +142,10 @@ class World:
         self.limits = limits or Limits(sequences=3, context=40, batch_rows=16, queue=30, in_flight=2)
         self.weather = Weather()
         self.failing = 0.0  # the chance that a token cannot be chosen
-        self._under_way: list[tuple[float, int, str, bytes]] = []
+        self._under_way: list[tuple[float, int, str, str, bytes]] = []
         self._numbers = itertools.count()
         self.messages = 0
-        self.gateways = {name: self._gateway(name) for name in ("g0", "g1")}
+        self.gateways = {name: self._gateway() for name in ("g0", "g1")}
         self.hosts = {
             f"{model}{index}": HostNode(self, f"{model}{index}", model)
             for model in MODELS
@@ -154,8 +154,8 @@ class World:
         self.clients: dict[str, dict[str, Client]] = {name: {} for name in self.gateways}  # open ones
         self.ended: list[Client] = []
 
-    def _gateway(self, name: str) -> Gateway:
-        return Gateway(name, self.random.getrandbits(63))
+    def _gateway(self) -> Gateway:
+        return Gateway(self.random.getrandbits(63))
 
     def open(self, gateway: str, request: Request, model: str = "small") -> Client:
         client = Client(request, model, self.limits.context, SALTS if self.salted else 1)
@@ -170,51 +170,51 @@ class World:
         self.ended.append(client)
 
     def restart_gateway(self, name: str) -> None:
-        self.gateways[name] = self._gateway(name)
+        self.gateways[name] = self._gateway()
         for client in self.clients[name].values():
             client.ended = "gateway lost"
             self.ended.append(client)
         self.clients[name].clear()
 
-    def send(self, node: str, message: Message) -> None:
+    def send(self, source: str, node: str, message: Message) -> None:
         self.messages += 1
         data = streams.encode(message)
         copies = 1 + (self.random.random() < self.weather.doubled)
         for _ in range(copies):
             if self.random.random() >= self.weather.loss:
                 due = self.now + self.random.expovariate(1 / self.weather.delay)
-                heapq.heappush(self._under_way, (due, next(self._numbers), node, data))
+                heapq.heappush(self._under_way, (due, next(self._numbers), source, node, data))
 
     def step(self, seconds: float = TICK_SECONDS) -> None:
         """Let time pass, messages arrive, stages work."""
         self.now += seconds
         while self._under_way and self._under_way[0][0] <= self.now:
-            _, _, node, data = heapq.heappop(self._under_way)
-            self._deliver(node, data)
+            _, _, source, node, data = heapq.heappop(self._under_way)
+            self._deliver(source, node, data)
         for node in self.hosts.values():
             if node.up and node.frozen_until <= self.now:
                 node.host.tick(self.now)
                 node.work(self.failing)
                 for target, said in node.host.drain():
-                    self.send(target, said)
+                    self.send(node.name, target, said)
         for name, gateway in self.gateways.items():
             gateway.tick(self.now)
             messages, news = gateway.drain()
             for target, message in messages:
-                self.send(target, message)
+                self.send(name, target, message)
             for each in news:
                 self._tell(name, each)
 
-    def _deliver(self, name: str, data: bytes) -> None:
+    def _deliver(self, source: str, name: str, data: bytes) -> None:
         message = streams.decode(data)
         if isinstance(message, Said):
-            self.gateways[name].receive(message)
+            self.gateways[name].receive(source, message)
             return
         node = self.hosts[name]
         if node.up and node.frozen_until > self.now:  # it will read it then
-            heapq.heappush(self._under_way, (node.frozen_until, next(self._numbers), name, data))
+            heapq.heappush(self._under_way, (node.frozen_until, next(self._numbers), source, name, data))
         elif node.up:
-            node.host.receive(message)
+            node.host.receive(source, message)
 
     def _tell(self, gateway: str, news: News) -> None:
         client = self.clients[gateway][news.stream]  # KeyError: news of a stream that ended

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from clusters import Simple, facts_of
 from cordee.agent import gossip as gossip_module
 from cordee.agent.gossip import Gossip
+from cordee.agent.reach import is_there
 from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Gauges
 from cordee.net import lost_nodes
@@ -74,15 +75,15 @@ def test_a_node_is_there_where_it_shows_its_own_certificate(tmp_path: Path) -> N
             (where,) = there.addresses
             with socket.create_server(("127.0.0.1", 0)) as silent:
                 closed = f"127.0.0.1:{silent.getsockname()[1]}"
-            assert await lost_nodes.answers(first.folder, second.node, where)
-            assert await lost_nodes.answers(first.folder, second.node, f"{closed},{where}")
+            assert await there_at(first, second.node, where)
+            assert await there_at(first, second.node, f"{closed},{where}")
             assert not await lost_nodes.answers(
                 first.folder, third.node, where
             )  # another has the address now
-            assert not await lost_nodes.answers(first.folder, second.node, closed)
-            assert not await lost_nodes.answers(first.folder, stranger.node, foreign.addresses[0])
-            assert not await lost_nodes.answers(first.folder, second.node, "")
-            assert not await lost_nodes.answers(first.folder, second.node, "nonsense:x")
+            assert not await there_at(first, second.node, closed)
+            assert not await there_at(first, stranger.node, foreign.addresses[0])
+            assert not await there_at(first, second.node, "")
+            assert not await there_at(first, second.node, "nonsense:x")
 
     asyncio.run(story())
 
@@ -104,6 +105,12 @@ def test_two_nodes_that_live_but_do_not_hear_each_other_meet(
                     await asyncio.sleep(0.05)
 
     asyncio.run(story())
+
+
+async def there_at(member: Identity, node: str, addresses: str) -> bool:
+    """Whether a member finds a node there, where it remembers that address of it."""
+    (member.folder / "peers").write_text(f"{node} {addresses}\n")
+    return await is_there(member, node)
 
 
 def alive(controller: Controller) -> set[str]:

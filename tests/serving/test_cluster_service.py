@@ -14,7 +14,7 @@ from cordee.generation import streams
 from cordee.generation.host import Host
 from cordee.generation.request import Request, SamplingParams
 from cordee.generation.scheduler import Limits, Scheduler
-from cordee.generation.streams import Said
+from cordee.generation.streams import Ask, Piece, Said
 from cordee.serving.cluster_service import ClusterGateway, ClusterService
 from scheduler_world import NEVER, FakePipeline, next_token
 from streams import SECONDS, Model, ask, tiny_model, until
@@ -30,7 +30,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 class Node:
     """A machine that hosts the model with fake stages, until it is stopped."""
 
-    def __init__(self, gateway: ClusterGateway, n_vocab: int) -> None:
+    def __init__(self, name: str, gateway: ClusterGateway, n_vocab: int) -> None:
+        self.name = name
         self.stages = FakePipeline(LIMITS)
         self.host = Host(Scheduler(LIMITS, {NEVER}), n_vocab, Random(1))
         self.host.ready = True
@@ -48,7 +49,7 @@ class Node:
                 batch, choices, failures, last = self.stages.answer(NEVER, lambda _: False)
                 self.host.complete(batch.id, choices, failures, last=last)
             for _, said in self.host.drain():
-                self._gateway.receive(streams.encode(said))
+                self._gateway.receive(self.name, said)
             await asyncio.sleep(0.002)
 
 
@@ -56,7 +57,7 @@ class Cluster:
     """A gateway, and nodes that it can reach."""
 
     def __init__(self, model: Model) -> None:
-        self.gateway = ClusterGateway("here", self._send)
+        self.gateway = ClusterGateway(self._send)
         self.service = ClusterService(
             model.stored, Vocabulary(model.stored.path), LIMITS.context, self.gateway
         )
@@ -66,11 +67,11 @@ class Cluster:
         if node in self.nodes:
             message = streams.decode(data)
             assert not isinstance(message, Said)
-            self.nodes[node].host.receive(message)
+            self.nodes[node].host.receive("here", message)
 
     def start(self, name: str) -> Node:
         """Start a node, and route the model to it."""
-        self.nodes[name] = Node(self.gateway, self.service.vocabulary.size)
+        self.nodes[name] = Node(name, self.gateway, self.service.vocabulary.size)
         self.gateway.follow({self.service.key: name})
         return self.nodes[name]
 
@@ -208,12 +209,26 @@ def test_a_node_that_stops_ends_its_streams_with_a_reason_and_tells_the_hosts(mo
     asyncio.run(run())
 
 
-def test_garbage_from_the_network_is_dropped(model: Model) -> None:
+def test_no_other_node_than_the_host_has_a_say(model: Model) -> None:
+    """Another member may guess all numbers: what it says of a stream is dropped, be it an end or tokens."""
+
     async def run() -> None:
         async with cluster(model) as made:
+            asks: list[Ask] = []
+            honest = made.gateway._send
+
+            def overheard(node: str, data: bytes) -> None:
+                message = streams.decode(data)
+                if isinstance(message, Ask):
+                    asks.append(message)
+                    ended = Piece(message.number, 0, (5,), finish_reason="stop")
+                    made.gateway.receive("second", Said(message.gateway, message.peer, 1, True, (ended,)))
+                honest(node, data)
+
+            made.gateway._send = overheard
             made.start("first")
-            made.gateway.receive(b"\xff" * 100)
             assert (await ask(made.service, request("a"))).text == made.expected(request("a"))
+            assert asks
 
     asyncio.run(run())
 
@@ -229,7 +244,7 @@ def test_a_host_that_is_called_may_answer_within_the_call(model: Model) -> None:
         def call(_: str, data: bytes) -> None:
             message = streams.decode(data)
             assert not isinstance(message, Said)
-            host.receive(message)
+            host.receive("here", message)
             work(3)
 
         def work(batches: int) -> None:
@@ -240,9 +255,9 @@ def test_a_host_that_is_called_may_answer_within_the_call(model: Model) -> None:
                     batch, choices, failures, last = stages.answer(NEVER, lambda _: False)
                     host.complete(batch.id, choices, failures, last=last)
                 for _, said in host.drain():
-                    gateway.receive(streams.encode(said))
+                    gateway.receive("here", said)
 
-        gateway = ClusterGateway("here", call, by_call=True)
+        gateway = ClusterGateway(call, by_call=True)
         service = ClusterService(model.stored, Vocabulary(model.stored.path), LIMITS.context, gateway)
         gateway.follow({service.key: "here"})
         asked = [request("a", 40), request("bb", 40)]

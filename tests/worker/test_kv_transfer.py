@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,11 @@ from cordee.engine.stage import StageConfig
 from cordee.generation.request import SamplingParams
 from cordee.models.gguf import read_header
 from cordee.models.slices import cut
-from cordee.worker import frames
+from cordee.net.identity import Identity
+from cordee.worker import frames, kv_transfer
+from cordee.worker.kv_transfer import KvSources
 from cordee.worker.messages import (
+    AdmitReaders,
     Broken,
     HeldSequence,
     Join,
@@ -33,7 +37,8 @@ from cordee.worker.messages import (
     Wired,
 )
 from lone_worker import Lone
-from members import founder
+from members import founder, newcomer
+from streams import SECONDS
 from tiny import make_tiny
 
 CONFIG = StageConfig(context=128, sequences=2, threads=1)
@@ -44,7 +49,8 @@ OLD, NEW = [0, 4, 9], [0, 2, 7, 9]
 class Stages:
     """The workers of a placement, fed by the test."""
 
-    def __init__(self, model: Path, bounds: list[int], identity: Path, folder: Path) -> None:
+    def __init__(self, model: Path, bounds: list[int], member: Identity, folder: Path) -> None:
+        self.node = member.node
         self.bounds, self.ranges = bounds, list(itertools.pairwise(bounds))
         self.workers: list[Lone] = []
         self.endpoints: list[str] = []
@@ -60,21 +66,30 @@ class Stages:
                     config=CONFIG,
                     is_last=last == bounds[-1],
                     embedding=str(model) if first == 0 else None,
-                    identity=str(identity),
+                    identity=str(member.folder),
                     listen="127.0.0.1",
                 )
             )
             assert isinstance(loaded, Loaded), loaded
             self.endpoints.append(loaded.endpoint)
 
-    def wire(self, wiring: str, before: "Stages | None" = None, name: str = "old") -> None:
-        """Wire them, last first; with the sources that their layers have in the wiring `name` before."""
+    def wire(
+        self, wiring: str, before: "Stages | None" = None, name: str = "old", *, admit: bool = False
+    ) -> None:
+        """Wire them, last first; with the sources that their layers have in the wiring `name` before.
+
+        `admit`: those before are told that this node's workers may read.
+        """
         self.wiring = wiring
+        if before is not None and admit:
+            for worker in before.workers:
+                frames.send(worker.control, AdmitReaders(name, (self.node,)))
         for index in reversed(range(len(self.workers))):
             last = index + 1 == len(self.workers)
             target = self.workers[index].tokens if last else self.workers[index + 1].inbox
             sources = () if before is None else before.sources(name, *self.ranges[index])
-            wire = Wire(wiring, str(target), str(self.workers[0].inbox) if last else None, sources)
+            first = str(self.workers[0].inbox) if last else None
+            wire = Wire(wiring, str(target), first, sources=sources)
             if last:
                 frames.send(self.workers[index].control, wire)
                 self.down = self.workers[index].accepted(1)
@@ -88,7 +103,7 @@ class Stages:
     def sources(self, name: str, first: int, last: int) -> tuple[KvSource, ...]:
         """Where these layers are."""
         return tuple(
-            KvSource(endpoint, name, max(first, low) - low, min(last, high) - low)
+            KvSource(endpoint, name, max(first, low) - low, min(last, high) - low, self.node)
             for endpoint, (low, high) in zip(self.endpoints, self.ranges, strict=True)
             if max(first, low) < min(last, high)
         )
@@ -131,9 +146,8 @@ def reported(worker: Lone) -> Message:
 def stages(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Stages, Stages]]:
     """A placement that has computed a prompt and four tokens of its answer, and its successor."""
     model = make_tiny(request.param, tmp_path / "whole.gguf", layers=9)
-    founder(tmp_path / "node")
-    identity = tmp_path / "node" / "cluster"
-    made = [Stages(model, bounds, identity, tmp_path / name) for bounds, name in ((OLD, "old"), (NEW, "new"))]
+    member = founder(tmp_path / "node")
+    made = [Stages(model, bounds, member, tmp_path / name) for bounds, name in ((OLD, "old"), (NEW, "new"))]
     made[0].wire("old")
     yield made[0], made[1]
     for each in made:
@@ -152,7 +166,7 @@ def test_a_sequence_goes_on_in_the_next_placement(stages: tuple[Stages, Stages])
     old, new = stages
     undisturbed = answer(old, 8)
     assert answer(old, 4) == undisturbed[:4]
-    new.wire("new", old)
+    new.wire("new", old, admit=True)
     kv_readers = [reported(old.workers[0]) for _ in range(2)] + [reported(old.workers[1]) for _ in range(2)]
     assert kv_readers == [KvReaders(1), KvReaders(2), KvReaders(1), KvReaders(2)]
     assert old.run(5, undisturbed[3:4], 43, log=1) == undisturbed[4]  # it still serves, and computes one more
@@ -168,7 +182,7 @@ def test_a_sequence_goes_on_in_the_next_placement(stages: tuple[Stages, Stages])
 def test_a_worker_whose_source_is_gone_reports_it_and_computes_again(stages: tuple[Stages, Stages]) -> None:
     old, new = stages
     undisturbed = answer(old, 3)
-    new.wire("new", old)
+    new.wire("new", old, admit=True)
     assert 1 in new.query()
     old.workers[0].process.send_signal(signal.SIGKILL)
     old.workers[0].process.wait()
@@ -193,6 +207,7 @@ def test_nothing_is_taken_over_from_another_wiring(stages: tuple[Stages, Stages]
 def test_strangers_at_a_worker_get_no_sequence(stages: tuple[Stages, Stages]) -> None:
     old, _ = stages
     undisturbed = answer(old, 2)
+    frames.send(old.workers[0].control, AdmitReaders("old", ("",)))  # this machine, by a Unix socket
     for first, second in (
         (ReaderJoin("another"), KvQuery("another")),
         (KvQuery("old"), KvQuery("old")),
@@ -209,3 +224,52 @@ def test_strangers_at_a_worker_get_no_sequence(stages: tuple[Stages, Stages]) ->
                 assert frames.receive(stranger)[0] == ReaderJoin("old")
         stranger.close()
     assert old.run(9, undisturbed[:1], 40, log=1) == undisturbed[1], "nothing made it leave its wiring"
+
+
+def test_another_member_than_those_of_the_next_placement_gets_no_sequence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kv_transfer, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setenv("CORDEE_HOME", str(tmp_path))  # which the members change
+    model = make_tiny("llama", tmp_path / "whole.gguf", layers=9)
+    member = founder(tmp_path / "node")
+    spy, late = newcomer(tmp_path / "spy", member), newcomer(tmp_path / "late", member)
+    stages = Stages(model, OLD, member, tmp_path / "old")
+    try:
+        stages.wire("old")
+        answer(stages, 2)
+        sources = stages.sources("old", 0, 9)
+        assert KvSources.of(spy.folder, sources) is None
+        for worker in stages.workers:
+            frames.send(worker.control, AdmitReaders("old", (late.node,)))
+        assert KvSources.of(spy.folder, sources) is None
+        opened = KvSources.of(late.folder, sources)
+        assert opened is not None
+        assert opened.held()[1].length == len(PROMPT) + 1
+        opened.close()
+    finally:
+        stages.close()
+
+
+def test_a_reader_may_come_before_it_is_admitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CORDEE_HOME", str(tmp_path))
+    model = make_tiny("llama", tmp_path / "whole.gguf", layers=9)
+    member = founder(tmp_path / "node")
+    reader = newcomer(tmp_path / "reader", member)
+    stages = Stages(model, [0, 9], member, tmp_path / "old")
+    try:
+        stages.wire("old")
+        (worker,) = stages.workers
+        found: list[KvSources | None] = []
+        waiting = threading.Thread(
+            target=lambda: found.append(KvSources.of(reader.folder, stages.sources("old", 0, 9)))
+        )
+        waiting.start()
+        waiting.join(1.0)
+        assert waiting.is_alive()
+        frames.send(worker.control, AdmitReaders("old", (reader.node,)))
+        waiting.join(SECONDS)
+        assert found[0] is not None
+        found[0].close()
+    finally:
+        stages.close()

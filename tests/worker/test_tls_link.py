@@ -38,6 +38,7 @@ class Worker(threading.Thread):
         super().__init__(daemon=True)
         self.listener = TlsListener(member.folder, "127.0.0.1")
         self.refusals: list[str] = []
+        self.nodes: list[str] = []  # that came in
         self.ended = threading.Event()
         self.start()
 
@@ -55,8 +56,10 @@ class Worker(threading.Thread):
                 try:
                     if isinstance(ready, Handshake):
                         if came := ready.proceed():
+                            node, link = came
+                            self.nodes.append(node)
                             selector.unregister(ready)
-                            selector.register(came, selectors.EVENT_READ)
+                            selector.register(link, selectors.EVENT_READ)
                     else:
                         frames.send(ready, *frames.receive(ready))
                 except LinkClosed as error:
@@ -71,7 +74,7 @@ class Worker(threading.Thread):
 def test_frames_of_all_sizes_arrive_whole_and_in_order(tmp_path: Path) -> None:
     first, second = cluster(tmp_path, 2)
     worker = Worker(second)
-    downstream = tls_link.connect(first.folder, worker.listener.endpoint)
+    downstream = tls_link.connect(first.folder, worker.listener.endpoint, second.node)
     random = np.random.default_rng(0)
     for size in SIZES:
         payload = random.bytes(size)
@@ -86,13 +89,13 @@ def test_frames_of_all_sizes_arrive_whole_and_in_order(tmp_path: Path) -> None:
 def test_the_end_of_either_side_is_noticed_at_once(tmp_path: Path) -> None:
     first, second = cluster(tmp_path, 2)
     worker = Worker(second)
-    downstream = tls_link.connect(first.folder, worker.listener.endpoint)
+    downstream = tls_link.connect(first.folder, worker.listener.endpoint, second.node)
     worker.ended.set()
     downstream.settimeout(20)
     with pytest.raises(LinkClosed, match=r"closed|reset"):
         frames.receive(downstream)
     again = Worker(second)
-    tls_link.connect(first.folder, again.listener.endpoint).close()
+    tls_link.connect(first.folder, again.listener.endpoint, second.node).close()
     wait_for(lambda: any("closed" in each for each in again.refusals))
     again.ended.set()
 
@@ -124,13 +127,29 @@ def test_strangers_are_refused_as_clients_and_as_servers(tmp_path: Path, kind: s
             assert alert_or_end(tls)
     else:
         with pytest.raises(LinkClosed):
-            tls_link.connect(stranger.folder, worker.listener.endpoint)
+            tls_link.connect(stranger.folder, worker.listener.endpoint, admin.node)
         pretender = Worker(stranger)
         with pytest.raises(LinkClosed):
-            tls_link.connect(admin.folder, pretender.listener.endpoint)
+            tls_link.connect(admin.folder, pretender.listener.endpoint, stranger.node)
         pretender.ended.set()
     wait_for(lambda: worker.refusals)
-    tls_link.connect(member.folder, worker.listener.endpoint).close()  # members still come in
+    tls_link.connect(member.folder, worker.listener.endpoint, admin.node).close()  # members still come in
+    worker.ended.set()
+
+
+def test_a_member_in_another_members_place_is_refused(tmp_path: Path) -> None:
+    first, second, third = cluster(tmp_path, 3)
+    worker = Worker(second)
+    with pytest.raises(LinkClosed, match=f"node {second.node} answers there, not {third.node}"):
+        tls_link.connect(first.folder, worker.listener.endpoint, third.node)
+
+    async def story() -> None:
+        with pytest.raises(LinkClosed, match=f"node {second.node} answers there, not {third.node}"):
+            await tls_link.open_stream(first.folder, worker.listener.endpoint, third.node)
+
+    asyncio.run(story())
+    tls_link.connect(third.folder, worker.listener.endpoint, second.node).close()
+    wait_for(lambda: worker.nodes[-1:] == [third.node])  # the listener knows who came
     worker.ended.set()
 
 
@@ -152,7 +171,7 @@ def test_silent_strangers_do_not_keep_the_worker_from_its_work(tmp_path: Path) -
     silent = [socket.create_connection(("127.0.0.1", port_of(worker.listener))) for _ in range(20)]
     silent[0].sendall(b"GET / HTTP/1.0\r\n\r\n")
     silent[1].sendall(b"\x16\x03\x01")
-    downstream = tls_link.connect(first.folder, worker.listener.endpoint)
+    downstream = tls_link.connect(first.folder, worker.listener.endpoint, second.node)
     frames.send(downstream, Join("x"), b"rows")
     assert bytes(frames.receive(downstream)[1]) == b"rows"
     for each in (*silent, downstream):
@@ -168,22 +187,23 @@ def test_an_event_loop_exchanges_frames_with_workers(tmp_path: Path) -> None:
     async def story() -> None:
         heard: asyncio.Queue[tuple[Message, bytes]] = asyncio.Queue()
 
-        async def on_link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def on_link(node: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            assert node == second.node
             heard.put_nowait(await frames.read(reader))
             writer.close()
 
         server, endpoint = await tls_link.open_listener(first.folder, "127.0.0.1", on_link)
-        downstream = await asyncio.to_thread(tls_link.connect, second.folder, endpoint)
+        downstream = await asyncio.to_thread(tls_link.connect, second.folder, endpoint, first.node)
         await asyncio.to_thread(frames.send, downstream, Join("tokens"), b"t")
         assert (await heard.get())[0] == Join("tokens")
         downstream.close()
-        reader, writer = await tls_link.open_stream(first.folder, worker.listener.endpoint)
+        reader, writer = await tls_link.open_stream(first.folder, worker.listener.endpoint, second.node)
         frames.write(writer, Join("rows"), b"r" * 100_000)
         assert await frames.read(reader) == (Join("rows"), b"r" * 100_000)
         writer.close()
         stranger = founder(tmp_path / "stranger")
         with pytest.raises(LinkClosed):
-            await tls_link.open_stream(stranger.folder, worker.listener.endpoint)
+            await tls_link.open_stream(stranger.folder, worker.listener.endpoint, second.node)
         server.close()
 
     asyncio.run(story())
@@ -196,45 +216,30 @@ def test_a_listener_that_stays_open_shows_the_certificate_that_was_renewed_meanw
     host = newcomer(tmp_path / "1", admin, time.time() - 40 * DAY_SECONDS)
 
     async def story() -> None:
-        async def on_link(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def on_link(node: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writer.close()
 
         server, endpoint = await tls_link.open_listener(host.folder, "127.0.0.1", on_link)
         with pytest.raises(LinkClosed, match="expired"):
-            await asyncio.to_thread(tls_link.connect, admin.folder, endpoint)
+            await asyncio.to_thread(tls_link.connect, admin.folder, endpoint, host.node)
         host.renew(admin.sign(host.request(), time.time()))
-        (await asyncio.to_thread(tls_link.connect, admin.folder, endpoint)).close()
+        (await asyncio.to_thread(tls_link.connect, admin.folder, endpoint, host.node)).close()
         server.close()
 
     asyncio.run(story())
-
-
-def test_a_link_to_one_node_alone_goes_to_no_other(tmp_path: Path) -> None:
-    first, second, third = cluster(tmp_path, 3)
-    worker = Worker(second)
-
-    async def story() -> None:
-        where = worker.listener.endpoint
-        _, writer = await tls_link.open_stream(first.folder, where, second.node)
-        writer.close()
-        with pytest.raises(LinkClosed, match=f"node {second.node} is there"):
-            await tls_link.open_stream(first.folder, where, third.node)
-
-    asyncio.run(story())
-    worker.ended.set()
 
 
 def test_a_listener_is_found_at_any_of_its_addresses(tmp_path: Path) -> None:
     first, second = cluster(tmp_path, 2)
     worker = Worker(second)
     port = port_of(worker.listener)
-    downstream = tls_link.connect(first.folder, f"127.0.0.1:1,127.0.0.1:{port}")
+    downstream = tls_link.connect(first.folder, f"127.0.0.1:1,127.0.0.1:{port}", second.node)
     downstream.close()
     for nowhere in ("127.0.0.1:1", "x y:1,http://pc-1:7331,192.168.1:7", "localhost:99999", ""):
         with pytest.raises(LinkClosed, match=re.escape(nowhere.partition(",")[0])):
-            tls_link.connect(first.folder, nowhere)
+            tls_link.connect(first.folder, nowhere, second.node)
         with pytest.raises(LinkClosed):
-            asyncio.run(tls_link.open_stream(first.folder, nowhere))
+            asyncio.run(tls_link.open_stream(first.folder, nowhere, second.node))
     worker.ended.set()
 
 

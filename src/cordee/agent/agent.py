@@ -18,7 +18,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
 from cordee.agent.reach import Reach
 from cordee.agent.services import Services
+from cordee.agent.stream_links import StreamLinks
 from cordee.cluster.controller import Controller, Running
 from cordee.cluster.demand import Wish
 from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld, best_host
@@ -39,6 +40,7 @@ from cordee.cluster.membership import Farewell
 from cordee.cluster.memory import Demand
 from cordee.cluster.planner import Planner
 from cordee.cluster.reconcile import Actions
+from cordee.cluster.soundness import plain
 from cordee.distribution.local_models import LocalModels
 from cordee.engine.llama import libllama
 from cordee.errors import BadRequest, CordeeError, ModelNotFound, nearest
@@ -59,7 +61,7 @@ from cordee.serving.cluster_service import ClusterGateway
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import LinkClosed
-from cordee.worker.messages import Join, KvAnswer, Promotion, Tokens
+from cordee.worker.messages import Join, KvAnswer, Promotion, StreamsJoin, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages
 
@@ -119,7 +121,8 @@ class Agent:
         self.history = History()
         self.gauges = Gauges()
         self._meter = Meter()
-        self._gateway = ClusterGateway(identity.node, self._ask)
+        self._stream_links = StreamLinks(identity.folder, identity.node, self._receive)
+        self._gateway = ClusterGateway(self._stream_links.ask)
         self.services = Services(self.local_models, self._gateway, self._keep, self.changed, self._want)
         self._wanted: set[str] = set()  # models that clients asked for, and that are about to be deployed
         self._scheduler_hosts: dict[str, SchedulerHost] = {}  # by stream key
@@ -266,6 +269,7 @@ class Agent:
         for writer in self._links:
             writer.transport.abort()
         self.members.save()
+        await self._stream_links.close()
         await self.local_models.close()
         await self.invitations.close()
         if self._renewals is not None:
@@ -327,7 +331,7 @@ class Agent:
         await self.local_models.look()
         self._facts = Facts(
             node=self.node,
-            name=self.options.name,
+            name=plain(self.options.name),
             build=libllama.build(),
             devices=devices,
             disk_free_bytes=0,
@@ -342,7 +346,6 @@ class Agent:
         if self.identity.is_admin:
             await self._serve_as_admin()
         (self.identity.folder / CLONE_FILE).unlink(missing_ok=True)  # it comes back if that is still so
-        self.bus.subscribe(f"to/{self.node}/*", self._receive)
         self.gossip.open()
         for loop in (self._act_always, self._tick_hosts_always, self._renew_always):
             self._keep(loop())
@@ -363,25 +366,26 @@ class Agent:
 
     # What it hears of streams.
 
-    def _receive(self, key: str, payload: bytes) -> None:
-        if key.endswith("/said"):
-            self._gateway.receive(payload)
-            return
+    def _receive(self, node: str, data: bytes) -> None:
+        """A message about streams came from a node."""
         try:
-            message = streams.decode(payload)
-        except BadRequest:
+            message = streams.decode(data)
+        except BadRequest as error:
+            log.warning("a message of node %s was dropped: %s", node, error.message)
             return
-        if not isinstance(message, Said) and message.node not in self.identity.revoked:
-            host = best_host(self._wirings(), message.model)
-            if host is not None:
-                self._scheduler_hosts[host].receive(message)
+        if isinstance(message, Said):
+            self._gateway.receive(node, message)
+        elif (host := best_host(self._wirings(), message.model)) is not None:
+            self._scheduler_hosts[host].receive(node, message)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A last stage brings tokens, or an admin makes this node one, too."""
+    async def _accept(self, node: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """A link of a node: its last stage brings tokens, its gateway asks, or it makes us an admin."""
         self._links.add(writer)
         try:
             first = await opening(reader)
-            if isinstance(first, Promotion) and await admins.accept(self.identity, first, writer):
+            if isinstance(first, StreamsJoin):
+                await self._stream_links.serve(node, reader, writer)
+            elif isinstance(first, Promotion) and await admins.accept(self.identity, first, writer):
                 await self._serve_as_admin()
                 log.warning("this node is an admin now: another admin gave it the cluster's key")
             elif isinstance(first, Join):
@@ -389,9 +393,9 @@ class Agent:
                     message, _ = await frames.read(reader)
                     if isinstance(message, Tokens | KvAnswer):
                         for scheduler_host in self._scheduler_hosts.values():
-                            scheduler_host.on_result(message)
+                            scheduler_host.on_result(node, message)
         except LinkClosed:
-            pass  # that worker was wired anew, or ended
+            pass  # that worker was wired anew, or ended, or that gateway has no use for the link
         finally:
             self._links.discard(writer)
             writer.transport.abort()
@@ -430,7 +434,9 @@ class Agent:
         self.history.note(controller.chosen, controller.nodes(now), clock)
         self._execute(decision.actions)
         self._host(decision.hosts)
+        self._stream_links.follow(self._inboxes(decision.routes.values()))
         self._gateway.follow(decision.routes)
+        self.stages.admit_readers(controller.goals.readers)
         self.services.follow(self.models(), controller.goals.routes)
         self._deployments_file.keep(controller.deployments)
         if decision.is_news:
@@ -455,6 +461,11 @@ class Agent:
 
     def _running(self) -> Running:
         return Running(self.stages.workers, self._wirings(), self._gateway.routes)
+
+    def _inboxes(self, hosts: Collection[str]) -> dict[str, str]:
+        """Where to ask these nodes."""
+        nodes = self.controller.nodes(time.monotonic())
+        return {node: nodes[node][1].inbox for node in hosts if node in nodes}
 
     def _wirings(self) -> dict[str, str]:
         return {key: scheduler_host.wiring for key, scheduler_host in self._scheduler_hosts.items()}
@@ -521,11 +532,8 @@ class Agent:
         self.gauges = Gauges(tuple(hosted), tuple(fetching), self._meter.watts(), self.local_models.reading)
         return self.gauges
 
-    def _ask(self, node: str, data: bytes) -> None:
-        self.bus.publish(f"to/{node}/ask", data)
-
     def _say(self, node: str, said: Said) -> None:
-        self.bus.publish(f"to/{node}/said", streams.encode(said))
+        self._stream_links.answer(node, streams.encode(said))
 
     async def _tick_hosts_always(self) -> None:
         while True:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from cordee import __version__
+from cordee.agent.reach import is_there
 from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Gauges
 from cordee.cluster.membership import (
@@ -35,6 +36,7 @@ from cordee.net.identity import Identity, revoked_node
 from cordee.net.lost_nodes import LostNodes
 from cordee.net.members import KnownMember, Members
 
+HEARTBEAT_BYTES_MAX = 4 << 20  # 64 deployments of models with hundreds of layers take 200 kB
 SEEK_SECONDS = 2.0  # between looks for a node that is there but not heard; one is asked at a time
 
 log = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ class Gossip:
         while True:
             await asyncio.sleep(SEEK_SECONDS)
             node = lost.due(self._bus.remembered, self._heard(), time.monotonic())
-            if node is not None and await self._bus.answers(node) and node not in self._heard():
+            if node is not None and await is_there(self._identity, node) and node not in self._heard():
                 log.warning("node %s answers at its address, but is not heard: connecting anew", node)
                 lost.reopened(node, time.monotonic())
                 with contextlib.suppress(SetupNeeded):  # the bus tries again by itself
@@ -118,6 +120,8 @@ class Gossip:
 
     def _hear(self, key: str, payload: bytes) -> None:
         now = time.monotonic()
+        if len(payload) > HEARTBEAT_BYTES_MAX:
+            return
         try:
             greeting = msgspec.msgpack.decode(payload, type=Greeting)
             if greeting.wire != WIRE:

@@ -66,7 +66,7 @@ class Reach:
 
     async def answers(self, host: str, port: int) -> bool:
         """Whether a node of this cluster listens there."""
-        return bool(await self._node_behind(host, port))
+        return bool(await _node_behind(self._identity, host, port))
 
     async def _ask(self, node: str) -> Tried | None:
         own = self._identity.node.encode()
@@ -97,18 +97,25 @@ class Reach:
         facts = self._alive().get(node)
         announced = (Peers(self._identity).known.get(node, ""), "" if facts is None else facts.inbox)
         wanted = list(dict.fromkeys(where for each in announced for where in _some(each)))
-        answers = await asyncio.gather(*(self._node_behind(*where) for where in wanted))
+        answers = await asyncio.gather(*(_node_behind(self._identity, *where) for where in wanted))
         reached = {port for (_, port), answer in zip(wanted, answers, strict=True) if answer == node}
         closed = {port for _, port in wanted} - reached
         return Tried(tuple(sorted(reached)), tuple(sorted(closed)))
 
-    async def _node_behind(self, host: str, port: int) -> str:
-        """The id of the node that listens there; empty if none answers in TRY_SECONDS."""
-        try:
-            async with asyncio.timeout(TRY_SECONDS):
-                return await tls_link.node_behind(self._identity.folder, host, port)
-        except (OSError, LinkClosed):  # TimeoutError is an OSError
-            return ""
+
+async def is_there(identity: Identity, node: str) -> bool:
+    """Whether a node shows its certificate at an address where it was seen last."""
+    wanted = _some(Peers(identity).known.get(node, ""))
+    return node in await asyncio.gather(*(_node_behind(identity, *where) for where in wanted))
+
+
+async def _node_behind(identity: Identity, host: str, port: int) -> str:
+    """The id of the node that listens there; empty if none answers in TRY_SECONDS."""
+    try:
+        async with asyncio.timeout(TRY_SECONDS):
+            return await tls_link.node_behind(identity.folder, host, port)
+    except (OSError, LinkClosed):  # TimeoutError is an OSError
+        return ""
 
 
 def _some(endpoint: str) -> Iterable[tuple[str, int]]:

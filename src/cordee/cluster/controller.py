@@ -23,11 +23,19 @@ import msgspec
 
 from cordee.cluster.choose import Chosen, Planning, choose
 from cordee.cluster.clones import Clones
-from cordee.cluster.deployments import Deployment, Deployments
-from cordee.cluster.facts import Facts, Gauges, ModelShape, Offer, Placement, stream_key
+from cordee.cluster.deployments import Deployment, Deployments, is_sound
+from cordee.cluster.facts import NODES_MAX, Facts, Gauges, ModelShape, Offer, Placement, stream_key
 from cordee.cluster.goals import Goals, HostGoal, SliceGoal, StageSpec, goals
-from cordee.cluster.membership import LISTEN_SECONDS, Farewell, Heartbeat, Liveness, Membership, View
+from cordee.cluster.membership import (
+    LISTEN_SECONDS,
+    Farewell,
+    Heartbeat,
+    Liveness,
+    Membership,
+    View,
+)
 from cordee.cluster.reconcile import Actions, Reconciler, WorkerStatus
+from cordee.cluster.soundness import fault
 
 # Goals are computed anew when the view changed, and this often in any case: what is kept may be damaged.
 RETHINK_SECONDS = 10.0
@@ -80,7 +88,8 @@ class Controller:
         self._planning = planning
         self._membership = Membership(me)
         self._clones = Clones(me, session)
-        self._deployments = Deployments(deployments)
+        self._deployments = Deployments(filter(is_sound, deployments))
+        self.unsound: dict[str, tuple[int, str]] = {}  # by node: heartbeats dropped, what was wrong last
         self._facts: Facts | None = None
         self._offset = 0.0  # the machine's clock less `now`
         self._revocations: dict[str, bytes] = {}
@@ -179,11 +188,17 @@ class Controller:
         self._deployments.settle(self._clock(now))
 
     def hear(self, heartbeat: Heartbeat, now: float) -> bool:
-        """A heartbeat came; False if it changes nothing. The shell checks its revocations first."""
+        """A heartbeat came; False if it changes nothing. The shell checks its revocations first.
+
+        One that is unsound (soundness.py) is dropped and counted in `unsound`.
+        """
         if self._refuses(heartbeat.facts.node):
             return False
         self._clones.hear(heartbeat, now)
         if heartbeat.facts.node == self.me:
+            return False
+        if found := fault(msgspec.structs.replace(heartbeat, deployments=())):
+            self._count_unsound(heartbeat.facts.node, found)
             return False
         if self._awaited:
             self._listen(heartbeat.facts, now)
@@ -191,6 +206,10 @@ class Controller:
         if heartbeat.deployments != before:
             self._deployments.merge(heartbeat.deployments, self._clock(now))
         return self._membership.hear(heartbeat, now) or self._deployments.all is not before
+
+    def _count_unsound(self, node: str, what: str) -> None:
+        if node in self.unsound or len(self.unsound) < NODES_MAX:
+            self.unsound[node] = (self.unsound.get(node, (0, ""))[0] + 1, what)
 
     def _listen(self, facts: Facts, now: float) -> None:
         """A node that was heard may name others: those it measured, or runs a placement with."""

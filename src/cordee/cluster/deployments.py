@@ -8,7 +8,9 @@ Stamps are seconds of the *cluster's clock*, the median of the live nodes' clock
 does not move it, and a stamp that a fault wrote is not believed:
 
     stamp <= clock + AHEAD_SECONDS    kept as it is
-    later, or not a number            becomes 0: the deployment gives way to any other of its model
+    later, before 0, or no number     becomes 0: the deployment gives way to any other of its model
+
+    unsound (`is_sound`)              dropped, heard or held: no node may hold what others do not take
 
 It does not become `clock`: then a machine that comes back after a year with a wrong stamp on its disk would
 undo what was deployed since.
@@ -19,11 +21,14 @@ then on the greatest stamp in the cluster neither grows nor shrinks, and reaches
 is written later wins: its stamp is past the one it replaces, and credible, as it is about now.
 """
 
+import itertools
 from collections.abc import Iterable
+from functools import lru_cache
 
 import msgspec
 
-from cordee.cluster.facts import ModelShape
+from cordee.cluster.facts import NODES_MAX, ModelShape
+from cordee.cluster.soundness import fault
 
 # Clocks of a LAN agree better than this; a wrong stamp outlives the cluster's clock by no more.
 AHEAD_SECONDS = 60.0
@@ -34,6 +39,10 @@ TICK_SECONDS = 0.001
 DEPLOYMENTS_MAX = 64
 # The name of a repository has at most 96 characters, the path of a file in it seldom more than 100.
 SOURCE_CHARS_MAX = 400
+# More than these nobody could serve, but it would be planned for.
+CONTEXT_MAX = 1 << 24  # tokens; sixteen times the longest that any model is made for
+SEQUENCES_MAX = 4096
+REPLICAS_MAX = NODES_MAX
 
 
 class Deployment(msgspec.Struct, frozen=True):
@@ -71,17 +80,22 @@ class Deployments:
         return self._sorted
 
     def merge(self, deployments: Iterable[Deployment], clock: float) -> None:
-        """Take in the map that another node sent."""
-        for deployment in deployments:
+        """Take in the map that another node sent, as far as it is sound."""
+        for deployment in itertools.islice(deployments, DEPLOYMENTS_MAX):
             if deployment is not self._deployments.get(deployment.model):
-                self._keep_greatest(_credible(deployment, clock))
+                credible = _credible(deployment, clock)
+                if is_sound(credible):
+                    self._keep_greatest(credible)
         self._forget()
 
     def settle(self, clock: float) -> None:
         """Doubt what is held, too: memory and disk may hold what no node would write."""
         for deployment in self.all:
             credible = _credible(deployment, clock)
-            if credible is not deployment:
+            if not is_sound(credible):
+                del self._deployments[deployment.model]
+                self._sorted = None
+            elif credible is not deployment:
                 self._put(credible)
 
     def write(self, deployment: Deployment, clock: float) -> None:
@@ -107,10 +121,21 @@ class Deployments:
             self._sorted = None
 
 
+@lru_cache(maxsize=4 * DEPLOYMENTS_MAX)
+def is_sound(deployment: Deployment) -> bool:
+    """Whether a deployment is what a node could have written: its counts, its texts, its shape."""
+    return (
+        1 <= deployment.context <= CONTEXT_MAX
+        and 1 <= deployment.sequences <= SEQUENCES_MAX
+        and 0 <= deployment.replicas <= REPLICAS_MAX
+        and not fault(deployment)
+    )
+
+
 def _credible(deployment: Deployment, clock: float) -> Deployment:
     if len(deployment.source) > SOURCE_CHARS_MAX:
         deployment = msgspec.structs.replace(deployment, source="")
-    if deployment.stamp <= clock + AHEAD_SECONDS:  # false for a NaN
+    if 0 <= deployment.stamp <= clock + AHEAD_SECONDS:  # false for a NaN
         return deployment
     return msgspec.structs.replace(deployment, stamp=0.0)
 

@@ -15,6 +15,8 @@ import msgspec
 DeviceKind = Literal["cpu", "gpu"]
 StageState = Literal["fetching", "loading", "loaded", "wired", "failed"]
 
+NODES_MAX = 256  # of a cluster, known at once
+
 
 class Device(msgspec.Struct, frozen=True):
     """Something that runs stages.
@@ -121,14 +123,15 @@ class StageReport(msgspec.Struct, frozen=True):
 class KvSource(NamedTuple):
     """A worker of a serving placement, from which a successor's stage may take sequences over.
 
-    `endpoint` is where it is reached, `wiring` what it serves. `first` to `last` (exclusive) are the layers
-    to take, counted from the first layer of its own slice.
+    `endpoint` is where it is reached on its `node`, `wiring` what it serves. `first` to `last` (exclusive)
+    are the layers to take, counted from the first layer of its own slice.
     """
 
     endpoint: str
     wiring: str
     first: int
     last: int
+    node: str
 
 
 class Offer(msgspec.Struct, frozen=True):

@@ -109,13 +109,18 @@ class Route:
 
 @dataclass(frozen=True)
 class Goals:
-    """`slices` in the order of urgency; `keep` are ids of workers to leave alone; `routes` by model name."""
+    """`slices` in the order of urgency; `keep` are ids of workers to leave alone; `routes` by model name.
+
+    `readers`: by the wiring of stages of ours that serve, the nodes whose workers may take their sequences
+    over, which are those of the placement's successor.
+    """
 
     slices: tuple[SliceGoal, ...] = ()
     stages: tuple[StageGoal, ...] = ()
     keep: frozenset[str] = frozenset()
     hosts: tuple[HostGoal, ...] = ()
     routes: Mapping[str, tuple[Route, ...]] = field(default_factory=dict[str, tuple[Route, ...]])
+    readers: Mapping[str, frozenset[str]] = field(default_factory=dict[str, frozenset[str]])
 
 
 def holds(slices: Sequence[SliceHeld], goal: SliceGoal) -> bool:
@@ -133,9 +138,12 @@ def goals(view: View, me: str, chosen: Mapping[str, tuple[Chosen, ...]], plannin
     picks = {placement_id(pick.placement): pick for picks in chosen.values() for pick in picks}
     stages: dict[StageGoal, int] = {}  # and the bytes of each
     hosts: list[HostGoal] = []
+    readers: dict[str, frozenset[str]] = {}
     for pick in picks.values():
         mine = _stages(view, reports, pick.placement, me)
         if pick.successor is not None:
+            if mine and pick.wiring:
+                readers[pick.wiring] = frozenset(place.node for place in pick.successor.stages)
             mine += [
                 replace(goal, sources=_sources(reports, pick, goal)) if goal.wiring else goal
                 for goal in _stages(view, reports, pick.successor, me)
@@ -152,6 +160,7 @@ def goals(view: View, me: str, chosen: Mapping[str, tuple[Chosen, ...]], plannin
         keep=_workers_to_keep(view.facts[me], stages, _unserved(view, chosen), planning),
         hosts=tuple(hosts),
         routes={model: tuple(map(_route, picks)) for model, picks in chosen.items()},
+        readers=readers,
     )
 
 
@@ -181,7 +190,8 @@ def _sources(reports: Reports, pick: Chosen, goal: StageGoal) -> tuple[KvSource,
             continue
         if report is None or not report.endpoint or report.wiring != pick.wiring:
             return ()
-        found.append(KvSource(report.endpoint, pick.wiring, first - place.first, last - place.first))
+        layers = (first - place.first, last - place.first)
+        found.append(KvSource(report.endpoint, pick.wiring, *layers, place.node))
     return tuple(found)
 
 

@@ -35,7 +35,7 @@ from typing import Literal
 import msgspec
 
 from cordee.cluster.deployments import Deployment
-from cordee.cluster.facts import Facts, Gauges
+from cordee.cluster.facts import NODES_MAX, Facts, Gauges
 
 Liveness = Literal["alive", "suspect", "gone"]
 Farewell = Literal["", "stops", "leaves"]  # until it is started again, or for good
@@ -49,7 +49,6 @@ SUSPICION_SECONDS = 2.0
 LISTEN_SECONDS = 3.0  # after a start: long enough to be found by all others, and to hear a heartbeat of each
 REORDER_SECONDS = 2.0  # TCP keeps order, so only messages of a link that was just replaced come late
 FORGET_SECONDS = 3600.0  # how long a node that went is still shown
-NODES_MAX = 256  # known at once; of those that are gone the longest gone are forgotten first
 # One more with each change after which nodes no longer understand those of the version before. A node whose
 # WIRE differs is not believed, but named: see `Greeting`.
 WIRE = 1
@@ -197,7 +196,7 @@ class Membership:
             kept_seconds = REORDER_SECONDS if seen.heartbeat.farewell == "leaves" else FORGET_SECONDS
             if now - seen.since() >= kept_seconds:
                 del self._seen[node]
-        excess = len(self._seen) - NODES_MAX
+        excess = len(self._seen) - NODES_MAX  # of those that are gone the longest gone are forgotten first
         if excess > 0:
             for node in sorted(self._seen, key=lambda node: (self._seen[node].since(), node))[:excess]:
                 del self._seen[node]

@@ -29,6 +29,7 @@ from typing import Literal
 
 from cordee.cluster.facts import Placement, SliceHeld, StageReport, placement_id
 from cordee.cluster.goals import Goals, SliceGoal, StageGoal, StageSpec, holds, spec_of
+from cordee.cluster.soundness import plain
 
 # A cause such as a full disk or too little memory does not go away by itself; trying again costs a load.
 FAILED_SECONDS = 60.0
@@ -96,7 +97,7 @@ class Reconciler:
 
     def failed(self, spec: StageSpec, detail: str, now: float) -> None:
         """A stage's slice could not be had, or its worker could not load it."""
-        self._failures[spec] = _Failure(now + FAILED_SECONDS, detail)
+        self._failures[spec] = _Failure(now + FAILED_SECONDS, plain(detail))
 
     def step(
         self, goals: Goals, workers: Mapping[str, WorkerStatus], slices: Sequence[SliceHeld], now: float

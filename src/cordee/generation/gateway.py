@@ -113,18 +113,16 @@ class _Stream:
 class Gateway:
     """See the module's theory of operation. Models are named as the callers of `route` and `open` agree.
 
-    `node` is this node's id; `id` is a random number of 63 bits, new for each run. The defaults of
+    `id` is a random number of 63 bits, new for each run. The defaults of
     `assert_seconds` and `hurry_seconds` are those of gateways whose messages travel over a network.
     """
 
     def __init__(
         self,
-        node: str,
         id: int,
         assert_seconds: float = ASSERT_SECONDS,
         hurry_seconds: float = HURRY_SECONDS,
     ) -> None:
-        self._node = node
         self._id = id
         self._assert_seconds = assert_seconds
         self._hurry_seconds = hurry_seconds
@@ -185,10 +183,10 @@ class Gateway:
         for model in [*self._routes.keys() - routes.keys(), *routes]:
             self.route(model, routes.get(model))
 
-    def receive(self, said: Said) -> None:
-        """Handle the news of a host."""
+    def receive(self, node: str, said: Said) -> None:
+        """Handle the news of a host, the node that sent them: it has a say in its own streams only."""
         peer = self._peers.get(said.peer)
-        if said.gateway != self._id or peer is None:
+        if said.gateway != self._id or peer is None or peer.node != node:
             return
         for piece in said.pieces:
             stream = peer.asks.get(piece.ask)
@@ -240,7 +238,6 @@ class Gateway:
 
     def _send(self, stream: _Stream, ask: _Asked) -> None:
         message = Ask(
-            self._node,
             self._id,
             ask.peer.number,
             stream.model,
@@ -264,7 +261,7 @@ class Gateway:
         asks = tuple((number, len(stream.generated)) for number, stream in peer.asks.items())
         peer.asserted = self._next()
         peer.due = self._clock.seconds + self._assert_seconds
-        message = Assert(self._node, self._id, peer.number, peer.model, peer.asserted, asks)
+        message = Assert(self._id, peer.number, peer.model, peer.asserted, asks)
         self._messages.append((peer.node, message))
 
     def _forget(self, peer: _Peer) -> None:

@@ -135,9 +135,9 @@ class Host:
         """Streams that hold a slot."""
         return self._scheduler.active
 
-    def receive(self, message: Ask | Assert) -> None:
-        """Handle a message of a gateway, which must be about this model."""
-        session = self._session(message)
+    def receive(self, node: str, message: Ask | Assert) -> None:
+        """Handle a message of the gateway on a node, which must be about this model."""
+        session = self._session(node, message)
         if session is None:
             return  # the gateway repeats it; leases end
         if isinstance(message, Ask):
@@ -210,9 +210,9 @@ class Host:
         said = ((session.node, session.said(self.ready)) for session in self._sessions.values())
         return [(node, message) for node, message in said if message is not None]
 
-    def _session(self, message: Ask | Assert) -> _Session | None:
+    def _session(self, node: str, message: Ask | Assert) -> _Session | None:
         """The session that a message belongs to; None where it is over, or there is no room for another."""
-        key = (message.node, message.gateway)
+        key = (node, message.gateway)
         session = self._sessions.get(key)
         if session is not None and session.peer < message.peer:
             # A gateway knows each host by one number at a time, and the next is greater.

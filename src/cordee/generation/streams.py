@@ -9,6 +9,9 @@ the scheduler. Three messages suffice, each of which may be lost, late, duplicat
 
 So there is no message to cancel or to acknowledge: an Assert does both, and is sent again and again.
 
+No message says which node it comes from: the link that brings it does (agent/stream_links.py), and a node is
+answered over a link that it opened. So a member can neither ask nor answer in another's name.
+
 Numbers that keep old messages from doing harm:
 
 - `gateway` is random and new for each run of a gateway. Its asks and asserts share one counter, `number`.
@@ -32,11 +35,10 @@ MESSAGE_BYTES_MAX = 64 << 20  # an Ask with a context of a million tokens takes 
 class Ask(msgspec.Struct, frozen=True, array_like=True, tag="ask"):
     """Generate a stream of which the tokens `generated`, perhaps none, are there already.
 
-    `node` is where to answer. `stream` is the number of the stream's first ask: of asks with the same
+    `stream` is the number of the stream's first ask: of asks with the same
     `stream` only the newest counts.
     """
 
-    node: str
     gateway: int
     peer: int
     model: str
@@ -52,7 +54,6 @@ class Assert(msgspec.Struct, frozen=True, array_like=True, tag="assert"):
     Asks that are older than this message and not in it are to be dropped. A host answers with a Said.
     """
 
-    node: str
     gateway: int
     peer: int
     model: str

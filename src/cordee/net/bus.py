@@ -72,10 +72,6 @@ class Bus(Protocol):
     def forget(self, node: str) -> None:
         """Stop looking for a node that left for good."""
 
-    async def answers(self, node: str) -> bool:
-        """Whether a remembered node shows its certificate at an address where it was seen last."""
-        ...
-
     async def refresh(self) -> None:
         """Take up a renewed certificate and new removals; other nodes may miss this one for a moment.
 

@@ -11,22 +11,11 @@ smaller id begins, so that both do not reopen at the same moment. If that does n
 lets this one in no more, the pauses grow.
 """
 
-import asyncio
-import ssl
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
-
-from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
-
-from cordee.errors import CordeeError
-from cordee.net import address
-from cordee.net.identity import node_id
 
 LOST_SECONDS = 10.0  # zenoh tries an address again after 4 s at the latest: what was to come back has come
 PAUSE_SECONDS_MAX = 300.0  # between two reopenings for the same node; other links blink each time
-PROBE_SECONDS = 3.0  # for a handshake with a node that may be switched off
 
 
 @dataclass
@@ -63,34 +52,3 @@ class LostNodes:
         if lost is not None:
             lost.pause_seconds = min(2 * lost.pause_seconds, PAUSE_SECONDS_MAX)
             lost.look = now + lost.pause_seconds
-
-
-async def answers(folder: Path, node: str, addresses: str) -> bool:
-    """Whether the node shows its certificate at one of these addresses, joined by commas.
-
-    `folder` is that of this node's identity.
-    """
-    where = addresses.split(",")[: address.ADDRESSES_MAX]
-    shown = await asyncio.gather(*(_shown_id(folder, each) for each in where))
-    return node in shown
-
-
-async def _shown_id(folder: Path, where: str) -> str:
-    """The id of the node that shows a certificate of the cluster at an address; "" if none does."""
-    writer = None
-    try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False  # addresses change, ids do not
-        context.load_verify_locations(folder / "ca.pem")
-        context.load_cert_chain(folder / "node.pem", folder / "node.key")
-        host, port = address.parse(where, 0)
-        async with asyncio.timeout(PROBE_SECONDS):
-            _, writer = await asyncio.open_connection(host, port, ssl=context)
-        shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-        key = x509.load_der_x509_certificate(shown).public_key()
-        return node_id(key) if isinstance(key, ec.EllipticCurvePublicKey) else ""
-    except (OSError, ValueError, CordeeError):  # ssl.SSLError and TimeoutError are OSErrors
-        return ""
-    finally:
-        if writer is not None:
-            writer.transport.abort()

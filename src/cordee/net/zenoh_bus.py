@@ -34,7 +34,7 @@ import zenoh
 from zenoh.handlers import Callback  # pyright: ignore[reportMissingModuleSource] - in the native module
 
 from cordee.errors import BadRequest, SetupNeeded
-from cordee.net import address, lost_nodes
+from cordee.net import address
 from cordee.net.bus import PORT, REMOVED, Answer, BusOptions
 from cordee.net.identity import Identity, revoked_node
 from cordee.net.peers import Peers
@@ -170,10 +170,6 @@ class ZenohBus:
     def forget(self, node: str) -> None:
         """See `Bus.forget`."""
         self._peers.forget(node)
-
-    async def answers(self, node: str) -> bool:
-        """See `Bus.answers`."""
-        return await lost_nodes.answers(self._identity.folder, node, self._peers.known.get(node, ""))
 
     async def refresh(self) -> None:
         """Reopen the session with the present certificate and removals; see `Bus.refresh`.

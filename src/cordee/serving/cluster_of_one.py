@@ -331,7 +331,7 @@ class ClusterOfOne:
                 while True:
                     message, _ = await frames.read(reader)
                     if isinstance(message, Tokens | KvAnswer):
-                        self._call(self.host.on_result, message)
+                        self._call(self.host.on_result, NODE, message)
         except LinkClosed:
             pass  # that worker was wired anew, or ended
         finally:

@@ -14,7 +14,7 @@ from typing import Any
 
 from cordee.cluster.facts import stream_key
 from cordee.engine.vocabulary import Vocabulary
-from cordee.errors import BadRequest, CordeeError, StageFailed
+from cordee.errors import CordeeError, StageFailed
 from cordee.generation import streams
 from cordee.generation.gateway import TICK_SECONDS, Gateway, News
 from cordee.generation.request import Request, TextChunk
@@ -33,13 +33,13 @@ log = logging.getLogger(__name__)
 class ClusterGateway:
     """The streams of this node's clients.
 
-    `send` takes a node id and the bytes of a message; it must not wait, and may lose them. `by_call`: it
+    `send` takes a node's id and the bytes of a message; it must not wait, and may lose them. `by_call`: it
     calls the host, so a message costs little, and the host may learn of a cancelled stream at once.
     """
 
-    def __init__(self, node: str, send: Callable[[str, bytes], None], *, by_call: bool = False) -> None:
+    def __init__(self, send: Callable[[str, bytes], None], *, by_call: bool = False) -> None:
         number = secrets.randbits(63)
-        self._gateway = Gateway(node, number, CALL_ASSERT_SECONDS, 0.0) if by_call else Gateway(node, number)
+        self._gateway = Gateway(number, CALL_ASSERT_SECONDS, 0.0) if by_call else Gateway(number)
         self._send = send
         self._by_call = by_call
         self._flushing = False
@@ -52,16 +52,10 @@ class ClusterGateway:
         """The node that hosts a model now, by stream key; where none does, the model is not there."""
         return self._gateway.routes
 
-    def receive(self, data: bytes) -> None:
-        """Handle a message that a host sent to this node."""
-        try:
-            message = streams.decode(data)
-        except BadRequest as error:
-            log.warning("a message from a host was dropped: %s", error.message)
-            return
-        if isinstance(message, Said):
-            self._gateway.receive(message)
-            self._flush()
+    def receive(self, node: str, said: Said) -> None:
+        """Handle what the host on a node sent to this one."""
+        self._gateway.receive(node, said)
+        self._flush()
 
     def follow(self, routes: Mapping[str, str]) -> None:
         """These nodes host models now, by stream key, and no others do."""

@@ -65,7 +65,7 @@ class LocalService(ClusterService):
     """A model being served. Made by `LocalService.start`; all methods on one event loop."""
 
     def __init__(self, model: StoredModel, vocabulary: Vocabulary, config: StageConfig) -> None:
-        gateway = ClusterGateway(NODE, self._ask, by_call=True)
+        gateway = ClusterGateway(self._ask, by_call=True)
         super().__init__(model, vocabulary, config.context, gateway, self._check)
         gateway.follow({self.key: NODE})
         self._config = config
@@ -199,11 +199,11 @@ class LocalService(ClusterService):
         """The gateway's messages to the scheduler."""
         message = streams.decode(data)
         if self._cluster is not None and not isinstance(message, Said):
-            self._cluster.host.receive(message)
+            self._cluster.host.receive(NODE, message)
 
     def _say(self, node: str, said: Said) -> None:
         """The scheduler's messages to the gateway."""
-        self._local_gateway.receive(streams.encode(said))
+        self._local_gateway.receive(NODE, said)
 
     async def _measure(self, store: Store, report: Callable[[str], None]) -> bool | None:
         """Whether the model is batch-invariant here, as the store knows it or as it is measured now."""

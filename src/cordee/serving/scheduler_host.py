@@ -92,6 +92,7 @@ class SchedulerHost:
         self._digests: asyncio.Future[dict[int, str]] | None = None
         self._idle_since: float | None = None
         self._places: frozenset[tuple[str, str]] = frozenset()
+        self._last = ""  # the node of the last stage
         self.is_measured = False  # on these machines and devices
         self.batch_invariant: bool | None = None  # None: not measured, or the context is too small for that
         self.rate = Rate()
@@ -126,6 +127,7 @@ class SchedulerHost:
 
     def follow(self, goal: HostGoal) -> None:
         """Join the goal's wiring, or wait for one."""
+        self._last = goal.placement.stages[-1].node
         places = frozenset((place.node, place.device) for place in goal.placement.stages)
         if places != self._places:
             self._places, self.is_measured, self.batch_invariant = places, False, None
@@ -161,9 +163,9 @@ class SchedulerHost:
             self._stages.kill(self._wiring)
         self.leave()
 
-    def receive(self, message: Ask | Assert) -> None:
-        """Handle a message of a gateway."""
-        self._host.receive(message)
+    def receive(self, node: str, message: Ask | Assert) -> None:
+        """Handle a message of the gateway on a node."""
+        self._host.receive(node, message)
         self.pump()
 
     def tick(self, now: float) -> None:
@@ -177,9 +179,10 @@ class SchedulerHost:
         self._measure_when_idle(now)
         self.pump()
 
-    def on_result(self, message: Tokens | KvAnswer) -> None:
-        """Handle a result of the last stage of some wiring."""
-        if message.wiring != self._wiring:
+    def on_result(self, node: str, message: Tokens | KvAnswer) -> None:
+        """Handle a result of the last stage of some wiring, from the node that sent it: no other node than
+        that of our last stage has a say."""
+        if message.wiring != self._wiring or node != self._last:
             return
         if isinstance(message, KvAnswer):
             if self._kv_answer is not None and not self._kv_answer.done():

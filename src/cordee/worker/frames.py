@@ -62,14 +62,16 @@ def write(writer: asyncio.StreamWriter, message: Message, payload: bytes | memor
         writer.write(piece)
 
 
-async def read(reader: asyncio.StreamReader) -> tuple[Message, bytes]:
+async def read(
+    reader: asyncio.StreamReader, payload_bytes_max: int = PAYLOAD_BYTES_MAX
+) -> tuple[Message, bytes]:
     """The next frame of a stream.
 
     Raises:
         LinkClosed: there is none, or not a whole one.
     """
     try:
-        message_bytes, payload_bytes = _lengths(await reader.readexactly(LENGTHS.size))
+        message_bytes, payload_bytes = _lengths(await reader.readexactly(LENGTHS.size), payload_bytes_max)
         message = _decoded(await reader.readexactly(message_bytes))
         return message, await reader.readexactly(payload_bytes)
     except (EOFError, OSError) as error:  # asyncio.IncompleteReadError is an EOFError
@@ -86,9 +88,9 @@ def _pieces(message: Message, payload: bytes | memoryview) -> list[bytes | memor
     return [lengths + encoded, payload]
 
 
-def _lengths(data: bytes | memoryview) -> tuple[int, int]:
+def _lengths(data: bytes | memoryview, payload_bytes_max: int = PAYLOAD_BYTES_MAX) -> tuple[int, int]:
     message_bytes, payload_bytes = LENGTHS.unpack(data)
-    if message_bytes > MESSAGE_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
+    if message_bytes > MESSAGE_BYTES_MAX or payload_bytes > payload_bytes_max:
         raise LinkClosed(f"a frame of {message_bytes} + {payload_bytes} bytes is too long to be one")
     return message_bytes, payload_bytes
 

@@ -52,7 +52,7 @@ class KvSources:
         links: list[socket.socket] = []
         try:
             for source in sources:
-                links.append(tls_link.connect(identity, source.endpoint))
+                links.append(tls_link.connect(identity, source.endpoint, source.node))
                 links[-1].settimeout(ANSWER_SECONDS)
                 frames.send(links[-1], ReaderJoin(source.wiring))
                 frames.receive(links[-1])  # from now on its parent keeps it alive

@@ -5,7 +5,7 @@ between machines are those of tls_link.py. A *wiring* is the set of links betwee
 its id changes whenever one of the workers does.
 
 - *control*, between a worker and its parent: Hello, then LoadStage -> Loaded or LoadFailed, Wire -> Wired or
-  WireFailed; Broken when a link is lost, KvReaders when their number changes.
+  WireFailed; Broken when a link is lost; AdmitReaders, KvReaders when their number changes.
 - *data*, from the scheduler's process to the first worker, from worker to worker, and from the last one back
   to the scheduler's process and to the first worker: Join first, which names the wiring, then KvQuery, Rows
   and Halt downstream, and Tokens or KvAnswer at the end. A message of another wiring than the link's is
@@ -13,6 +13,8 @@ its id changes whenever one of the workers does.
 - *admin*, between agents, where a data link could be: Promotion -> Promoted; see agent/admins.py.
 - *KV transfer*, from a worker to one of the placement before: ReaderJoin first, which names the wiring of
   that placement, then KvQuery -> KvAnswer and KvRead -> KvState; see kv_transfer.py.
+- *streams*, from the gateway of a node to the host of a model on another: StreamsJoin first, then
+  StreamMessages in both directions; see agent/stream_links.py.
 """
 
 from collections.abc import Sequence
@@ -69,13 +71,19 @@ class Wire(msgspec.Struct, frozen=True, tag=True):
     """Forget all sequences, take rows of this wiring only, send results to `downstream`.
 
     `first` is where the last of several stages sends micro-batches that go round again. Both are paths of
-    Unix sockets, or endpoints of other machines. `sources` have the sequences of the placement before, in
-    the order of this worker's layers; none: there is nothing to take over.
+    Unix sockets, or endpoints of the nodes `downstream_node` and `first_node`. Rows are taken from
+    `upstream_node`, and those that go round from `again_node`; "" is this machine, by a Unix socket.
+    `sources` have the sequences of the placement before, in the order of this worker's layers; none: there
+    is nothing to take over.
     """
 
     wiring: str
     downstream: str
     first: str | None = None
+    downstream_node: str = ""
+    first_node: str = ""
+    upstream_node: str = ""
+    again_node: str = ""
     sources: tuple[KvSource, ...] = ()
 
 
@@ -96,6 +104,13 @@ class KvReaders(msgspec.Struct, frozen=True, tag=True):
     """How many workers of the next placement may take over sequences from this one."""
 
     count: int
+
+
+class AdmitReaders(msgspec.Struct, frozen=True, tag=True):
+    """Workers on these nodes, and on no others, may take over sequences of this wiring."""
+
+    wiring: str
+    nodes: tuple[str, ...]
 
 
 class Broken(msgspec.Struct, frozen=True, tag=True):
@@ -125,6 +140,14 @@ class ReaderJoin(msgspec.Struct, frozen=True, tag=True):
     """First on every KV transfer link: sequences of this wiring are to be taken over."""
 
     wiring: str
+
+
+class StreamsJoin(msgspec.Struct, frozen=True, tag=True):
+    """First on a link from the gateway of a node to the host on another: what follows are StreamMessages."""
+
+
+class StreamMessage(msgspec.Struct, frozen=True, tag=True):
+    """The payload is a message of generation/streams.py."""
 
 
 class HeldSequence(msgspec.Struct, frozen=True, array_like=True):
@@ -254,6 +277,9 @@ class Promoted(msgspec.Struct, frozen=True, tag=True):
     proof: bytes
 
 
-Control = Hello | LoadStage | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | KvReaders
+Control = (
+    Hello | LoadStage | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | KvReaders | AdmitReaders
+)
 Data = Join | Rows | Halt | Tokens | KvQuery | KvAnswer | ReaderJoin | KvRead | KvState
-Message = Control | Data | Promotion | Promoted
+Streams = StreamsJoin | StreamMessage
+Message = Control | Data | Streams | Promotion | Promoted

@@ -24,6 +24,7 @@ from cordee.files import disk_faults
 from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import (
+    AdmitReaders,
     Broken,
     Hello,
     KvReaders,
@@ -131,6 +132,10 @@ class WorkerProcess:
         answer = await self._answer(kinds, WIRE_SECONDS, lambda answer: answer.wiring == wire.wiring)
         if isinstance(answer, WireFailed):
             raise StageFailed(f"a stage cannot reach the next one ({answer.message})")
+
+    def admit_readers(self, wiring: str, nodes: frozenset[str]) -> None:
+        """Let workers on these nodes take over its sequences of a wiring."""
+        frames.write(self._writer, AdmitReaders(wiring, tuple(sorted(nodes))))
 
     def kill(self) -> None:
         """End it by force; `end` waits for that."""

@@ -12,12 +12,14 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from cordee.cluster.goals import StageSpec
+import msgspec
+
+from cordee.cluster.goals import StageGoal, StageSpec
 from cordee.cluster.reconcile import WireAction, WorkerStatus
 from cordee.engine.stage import EngineName, StageConfig, StageDescription
 from cordee.errors import CordeeError, StageFailed
@@ -93,6 +95,7 @@ class _Process:
     wirings: set[str] = field(default_factory=set[str])  # all that this KV cache was in
     index: int = 0  # of its stage in the wiring
     inherits: bool = False  # it may take over sequences of the wiring before
+    readers: frozenset[str] = frozenset()  # the nodes that may take over those of this wiring
     running: asyncio.Task[None] | None = None
     joining: asyncio.Task[None] | None = None
     joins: str = ""  # the wiring that it is being connected in
@@ -207,6 +210,15 @@ class Stages:
         process.wiring, process.joins = "", wiring
         process.joining = self._keep(self._join(process, process.worker, action))
 
+    def admit_readers(self, readers: Mapping[str, frozenset[str]]) -> None:
+        """Let the workers on these nodes, by wiring, take over what ours hold of it. It is not taken back:
+        once a successor serves, nobody asks for it any more, but its workers may still be reading."""
+        for process in self._processes.values():
+            nodes = readers.get(process.wiring, frozenset()) - process.readers
+            if process.wiring and nodes and process.worker is not None and process.worker.alive:
+                process.readers |= nodes
+                process.worker.admit_readers(process.wiring, process.readers)
+
     async def close(self) -> None:
         """End all workers; closing twice is harmless."""
         self._closing = True
@@ -311,16 +323,30 @@ class Stages:
             name=files.name,
         )
 
+    def _wire_message(self, goal: StageGoal) -> messages.Wire:
+        wire = messages.Wire(goal.wiring, goal.downstream, goal.first or None, sources=goal.sources)
+        if self._identity is None:
+            return wire  # all are on this machine
+        nodes, index = [place.node for place in goal.placement.stages], goal.index
+        is_last = index + 1 == len(nodes)
+        return msgspec.structs.replace(
+            wire,
+            downstream_node=nodes[0] if is_last else nodes[index + 1],
+            first_node=nodes[0],
+            upstream_node=nodes[index - 1] if index else "",  # the first one's is the host, by a Unix socket
+            again_node=nodes[-1],
+        )
+
     async def _join(self, process: _Process, worker: WorkerProcess, action: WireAction) -> None:
         goal = action.goal
         try:
-            await worker.wire(messages.Wire(goal.wiring, goal.downstream, goal.first or None, goal.sources))
+            await worker.wire(self._wire_message(goal))
         except CordeeError as error:
             log.info("stage %d is not wired yet: %s", goal.index, error.message)
             return
         process.wirings.add(goal.wiring)
         if process.joins == goal.wiring:  # no link was lost meanwhile
-            process.wiring, process.index = goal.wiring, goal.index
+            process.wiring, process.index, process.readers = goal.wiring, goal.index, frozenset()
             process.inherits = bool(goal.sources)
             self._owner.changed()
 

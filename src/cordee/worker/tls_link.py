@@ -8,8 +8,10 @@ time that it takes through zenoh. The frames on a link are those of `cordee.work
 
 Only the cluster's authority is trusted here, for servers and for clients. Host names prove nothing and are
 not verified: what counts is a certificate of this cluster whose node was not removed. A certificate's
-alternative name holds the node's id. The files are read for each link, so renewals and removals need no
-restart; they are read without `cryptography`, which would make workers start a tenth of a second later.
+alternative name holds the node's id: who connects says which node it expects, and who listens learns which
+node came, so that no member can stand in for another. The files are read for each link, so renewals and
+removals need no restart; they are read without `cryptography`, which would make workers start a tenth of a
+second later.
 """
 
 from __future__ import annotations
@@ -54,15 +56,15 @@ class Handshake:
         """For a selector; when it is readable, call `proceed`."""
         return self._link.fileno()
 
-    def proceed(self) -> ssl.SSLSocket | None:
-        """Go on with the handshake: gives the link once it is a member's, None while more has to arrive.
+    def proceed(self) -> tuple[str, ssl.SSLSocket] | None:
+        """Go on with the handshake: gives the member's id and the link, None while more has to arrive.
 
         Raises:
             LinkClosed: the other side is no member, was removed, or closed it; the connection is closed.
         """
         try:
             self._link.do_handshake()
-            check_member(self._folder, self._link.getpeercert())
+            node = check_member(self._folder, self._link.getpeercert())
             self._link.send(WELCOME)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
@@ -70,7 +72,7 @@ class Handshake:
             self._link.close()
             raise LinkClosed(str(error)) from error
         self._link.settimeout(SOCKET_SECONDS)
-        return self._link
+        return node, self._link
 
     def close(self) -> None:
         """Close the connection."""
@@ -112,25 +114,26 @@ class TlsListener:
         self._listener.close()
 
 
-def connect(folder: Path, endpoint: str) -> ssl.SSLSocket:
-    """A link to a `TlsListener` by its endpoint: after WELCOME, blocking, with SOCKET_SECONDS for each call.
+def connect(folder: Path, endpoint: str, node: str) -> ssl.SSLSocket:
+    """A link to the `TlsListener` of a node by its endpoint: after WELCOME, blocking, with SOCKET_SECONDS for
+    each call.
 
     What becomes readable on it later is its end: listeners send nothing but WELCOME.
 
     Raises:
-        LinkClosed: none of the endpoint's addresses answers as a member that lets this node in.
+        LinkClosed: none of the endpoint's addresses answers as that node, and lets this one in.
     """
     until = time.monotonic() + HANDSHAKE_SECONDS
     reasons: list[str] = []
     for each in endpoint.split(",")[: address.ADDRESSES_MAX]:
         try:
-            return _connect(folder, each, until)
+            return _connect(folder, each, node, until)
         except (OSError, LinkClosed, BadRequest) as error:
             reasons.append(f"{each}: {error}")
     raise LinkClosed("; ".join(reasons))
 
 
-def _connect(folder: Path, where: str, until: float) -> ssl.SSLSocket:
+def _connect(folder: Path, where: str, node: str, until: float) -> ssl.SSLSocket:
     plain = socket.create_connection(address.parse(where, 0), min(CONNECT_SECONDS, _left(until)))
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(plain.close)
@@ -139,7 +142,7 @@ def _connect(folder: Path, where: str, until: float) -> ssl.SSLSocket:
         on_failure.callback(link.close)
         link.settimeout(_left(until))
         link.do_handshake()
-        check_member(folder, link.getpeercert())
+        _expect(folder, link.getpeercert(), node)
         if link.recv(1) != WELCOME:
             raise LinkClosed("the other side does not let this node in")
         link.settimeout(SOCKET_SECONDS)
@@ -164,9 +167,9 @@ async def node_behind(folder: Path, host: str, port: int) -> str:
 
 
 async def open_stream(
-    folder: Path, endpoint: str, node: str = ""
+    folder: Path, endpoint: str, node: str
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """`connect` for an event loop; with a `node` only to that very node, by its certificate.
+    """`connect` for an event loop.
 
     Raises:
         LinkClosed: as `connect`.
@@ -182,9 +185,7 @@ async def open_stream(
                 context = _context(folder, server=False)
                 reader, writer = await asyncio.open_connection(host, port, ssl=context)
                 _tune(writer.get_extra_info("socket"))
-                found = check_member(folder, writer.get_extra_info("peercert"))
-                if node not in ("", found):
-                    raise LinkClosed(f"node {found} is there")
+                _expect(folder, writer.get_extra_info("peercert"), node)
                 if await reader.read(1) != WELCOME:
                     raise LinkClosed("the other side does not let this node in")
                 return reader, writer
@@ -198,9 +199,9 @@ async def open_stream(
 async def open_listener(
     folder: Path,
     host: str,
-    on_link: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    on_link: Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> tuple[asyncio.Server, str]:
-    """A `TlsListener` for an event loop, and its endpoint; `on_link` gets each member's link.
+    """A `TlsListener` for an event loop, and its endpoint; `on_link` gets each member's id and its link.
 
     It shows the node's certificate of the moment, whatever that was when it was opened.
 
@@ -212,13 +213,13 @@ async def open_listener(
 
     async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            check_member(folder, writer.get_extra_info("peercert"))
+            node = check_member(folder, writer.get_extra_info("peercert"))
         except LinkClosed:
             writer.close()
             return
         _tune(writer.get_extra_info("socket"))
         writer.write(WELCOME)
-        await on_link(reader, writer)
+        await on_link(node, reader, writer)
 
     def renewed(link: ssl.SSLObject, _name: str | None, _context_of_start: ssl.SSLContext) -> None:
         link.context = _context(folder, server=True)
@@ -251,6 +252,12 @@ def check_member(folder: Path, certificate: Mapping[str, Any] | None) -> str:
     if any(line.startswith(node) for line in revoked.splitlines()):
         raise LinkClosed(f"node {node} was removed from the cluster")
     return node
+
+
+def _expect(folder: Path, certificate: Mapping[str, Any] | None, node: str) -> None:
+    found = check_member(folder, certificate)
+    if found != node:
+        raise LinkClosed(f"node {found} answers there, not {node}")
 
 
 def _context(folder: Path, *, server: bool) -> ssl.SSLContext:

@@ -8,9 +8,9 @@ for:
                             ^                 |
                             '--- Wire again --' a link was lost: Broken, and rows are dropped until then
 
-Rows come through the inbox from this machine, and through a listener of tls_link.py from others. A
-micro-batch that goes round comes back to the first stage from the last, or stays here if that is the same
-worker; its tokens are also sent to the scheduler.
+Rows come through the inbox from this machine, and through a listener of tls_link.py from others: there only
+from the node that the Wire names, as its certificate shows. A micro-batch that goes round comes back to the
+first stage from the last, or stays here if that is the same worker; its tokens go to the scheduler as well.
 
 The process ends when its control link does, even in the middle of a decode, so that no worker outlives its
 parent: a second thread waits for that and for nothing else. A failure in the stage ends the process too: the
@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -40,6 +41,7 @@ from cordee.worker import frames
 from cordee.worker.compute import Compute, again
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import (
+    AdmitReaders,
     Broken,
     Data,
     Halt,
@@ -68,12 +70,27 @@ if TYPE_CHECKING:  # workers of one machine start sooner without TLS
     from cordee.worker.tls_link import Handshake, TlsListener
 
 PEERS_MAX = 4  # that connected and are not wired yet: those of a new wiring while the old one is closed
+JOINS_MAX = 4  # of one node that are not wired yet, so that none can keep out those of another
 BACKLOG = 64  # peers that connect during a decode: with a full backlog the right one would be refused
 JOIN_SECONDS = 1.0  # for the rest of a Join that began to arrive: it is one small write
 KV_READERS_MAX = 16  # workers of the next placement whose layers overlap with this one's, and some that fell
 # The tokens of a micro-batch that goes round are held back for this long, to be sent together: nobody reads
 # faster, and each message costs the scheduler's process as much as a layer of a small model.
 GATHER_SECONDS = 0.02
+
+
+@dataclass(eq=False)
+class _Caller:
+    """A link that was opened from elsewhere, and the node it comes from; "" is this machine."""
+
+    link: socket.socket
+    node: str
+
+    def fileno(self) -> int:
+        return self.link.fileno()
+
+    def close(self) -> None:
+        self.link.close()
 
 
 class _Closable(Protocol):
@@ -85,6 +102,7 @@ class _Closable(Protocol):
 
 T = TypeVar("T")
 C = TypeVar("C", bound=_Closable)
+J = TypeVar("J", Join, str)
 
 
 class Worker:
@@ -103,13 +121,18 @@ class Worker:
         self._wiring = ""
         self._left_wiring = ""  # the last wiring that was left, whose sequences are still here
         self._kv_readers: list[socket.socket] = []
+        self._admitted: tuple[str, frozenset[str]] = ("", frozenset())  # a wiring, and who may read from it
+        self._early_readers: dict[tuple[str, str], socket.socket] = {}  # by wiring and node, not admitted yet
         self._kv_sources: KvSources | None = None
         self._kv_found: dict[int, HeldSequence] = {}  # what the sources hold
         self._identity: Path | None = None  # of this node, where other machines take part
         self._listener: TlsListener | None = None
         self._handshakes: list[Handshake] = []  # of other machines, that are still proving who they are
-        self._unjoined: list[socket.socket] = []  # that connected and sent nothing yet
-        self._early: dict[Join, socket.socket] = {}  # that joined before this worker got their Wire
+        self._unjoined: list[_Caller] = []  # that connected and sent nothing yet
+        self._early: dict[
+            tuple[Join, str], socket.socket
+        ] = {}  # that joined before this worker's Wire, by node
+        self._wired_by: Wire | None = None  # the last Wire
         self._compute: Compute | None = None
         self._connected: SimpleQueue[tuple[Wire, list[socket.socket], KvSources | None, str]] = SimpleQueue()
         self._waker, self._woken = socket.socketpair()
@@ -155,6 +178,11 @@ class Worker:
             self._load(message)
         elif isinstance(message, Wire):
             self._wire(message)
+        elif isinstance(message, AdmitReaders):
+            self._admitted = (message.wiring, frozenset(message.nodes))
+            for wiring, node in list(self._early_readers):
+                if wiring == message.wiring and node in message.nodes:
+                    self._attach_reader(self._early_readers.pop((wiring, node)), ReaderJoin(wiring))
 
     def _load(self, load: LoadStage) -> None:
         try:
@@ -186,7 +214,7 @@ class Worker:
         self._drop_kv_readers()
         self._drop_kv_sources()
         self._compute.clear()
-        self._wiring, self._left_wiring = wire.wiring, ""
+        self._wiring, self._left_wiring, self._wired_by = wire.wiring, "", wire
         threading.Thread(target=self._connect, args=(wire,), daemon=True).start()
 
     def _connect(self, wire: Wire) -> None:
@@ -194,9 +222,10 @@ class Worker:
         links: list[socket.socket] = []
         kv_sources, fault = None, ""
         try:
-            links.append(_joined(self._identity, wire.downstream, Join(wire.wiring)))
+            links.append(_joined(self._identity, wire.downstream, wire.downstream_node, Join(wire.wiring)))
             if wire.first is not None:
-                links.append(_joined(self._identity, wire.first, Join(wire.wiring, again=True)))
+                join = Join(wire.wiring, again=True)
+                links.append(_joined(self._identity, wire.first, wire.first_node, join))
         except (OSError, LinkClosed) as error:  # that stage has just ended: another Wire follows
             fault = str(error) or "it closed the link"
         if wire.sources and not fault and self._identity is not None:
@@ -225,7 +254,7 @@ class Worker:
     def _accept(self) -> None:
         """Accept a peer; one that sends nothing takes one of PEERS_MAX places, and no time."""
         peer, _ = self._inbox.accept()
-        self._admit(peer, self._unjoined)
+        self._admit(_Caller(peer, ""), self._unjoined)
 
     def _admit(self, peer: C, among: list[C], at_most: int = PEERS_MAX) -> None:
         if len(among) == at_most:
@@ -250,46 +279,64 @@ class Worker:
     def _continue_handshake(self, handshake: Handshake) -> None:
         self._selector.unregister(handshake)  # the link that it becomes has the same file descriptor
         try:
-            peer = handshake.proceed()
+            came = handshake.proceed()
         except LinkClosed:
             self._handshakes.remove(handshake)
             return
-        if peer is None:
+        if came is None:
             self._selector.register(handshake, selectors.EVENT_READ)
         else:
             self._handshakes.remove(handshake)
-            self._admit(peer, self._unjoined)
+            node, peer = came
+            self._admit(_Caller(peer, node), self._unjoined)
 
-    def _read_join(self, peer: socket.socket) -> None:
+    def _read_join(self, caller: _Caller) -> None:
         """Read which wiring a peer joins; the peer may have learnt of it before this worker."""
-        self._forget(peer, self._unjoined)
+        self._forget(caller, self._unjoined)
+        peer = caller.link
         peer.settimeout(JOIN_SECONDS)
         try:
             message, _ = frames.receive(peer)
         except LinkClosed:
             message = None
-        if isinstance(message, ReaderJoin) and message.wiring in (self._wiring, self._left_wiring):
-            self._admit(peer, self._kv_readers, KV_READERS_MAX)
-            frames.send(self._control, KvReaders(len(self._kv_readers)))
-            self._serve_kv(peer, message)
+        if isinstance(message, ReaderJoin):
+            self._read_reader_join(caller, message)
             return
         if not isinstance(message, Join):
             peer.close()
             return
         peer.settimeout(frames.SOCKET_SECONDS)
-        if len(self._early) == PEERS_MAX:
-            self._early.pop(next(iter(self._early))).close()
-        self._early[message] = peer
+        _put(self._early, (message, caller.node), peer)
         self._attach_upstream()
+
+    def _read_reader_join(self, caller: _Caller, join: ReaderJoin) -> None:
+        """A worker of the next placement; its node may have learnt before ours that there is one."""
+        wiring, nodes = self._admitted
+        if join.wiring not in (self._wiring, self._left_wiring):
+            caller.close()
+        elif join.wiring == wiring and caller.node in nodes:
+            self._attach_reader(caller.link, join)
+        else:
+            _put(self._early_readers, (join.wiring, caller.node), caller.link)
+
+    def _attach_reader(self, reader: socket.socket, join: ReaderJoin) -> None:
+        self._admit(reader, self._kv_readers, KV_READERS_MAX)
+        frames.send(self._control, KvReaders(len(self._kv_readers)))
+        self._serve_kv(reader, join)
 
     def _attach_upstream(self) -> None:
         """Take rows from the stages that joined this wiring, once there is somewhere to send the results."""
-        if self._downstream is None:
+        wire = self._wired_by
+        if self._downstream is None or wire is None:
             return
-        for join in (Join(self._wiring), Join(self._wiring, again=True)):
-            if join in self._early:
+        expected = {
+            Join(wire.wiring): wire.upstream_node,
+            Join(wire.wiring, again=True): wire.again_node,
+        }
+        for join, node in expected.items():
+            if (join, node) in self._early:
                 self._drop(join.again)
-                self._upstream[join.again] = self._early.pop(join)
+                self._upstream[join.again] = self._early.pop((join, node))
                 self._selector.register(self._upstream[join.again], selectors.EVENT_READ)
 
     def _handle_rows(self, source: socket.socket) -> None:
@@ -443,6 +490,9 @@ class Worker:
     def _drop_kv_readers(self) -> None:
         for reader in list(self._kv_readers):
             self._forget(reader, self._kv_readers).close()
+        for reader in self._early_readers.values():
+            reader.close()
+        self._early_readers.clear()
 
     def _drop_kv_sources(self) -> None:
         if self._kv_sources is not None:
@@ -455,8 +505,18 @@ def _same(items: Iterable[T], source: object) -> T | None:
     return next((each for each in items if each is source), None)
 
 
-def _joined(identity: Path | None, target: str, join: Join) -> socket.socket:
-    """A link to the worker, or the parent, at `target`; the Join is sent.
+def _put(waiting: dict[tuple[J, str], socket.socket], key: tuple[J, str], link: socket.socket) -> None:
+    """Keep a link that joined too early, by what it joined and its node: JOINS_MAX of a node."""
+    same = [each for each in waiting if each[1] == key[1]]
+    if key in waiting:
+        waiting.pop(key).close()
+    elif len(same) == JOINS_MAX:
+        waiting.pop(same[0]).close()
+    waiting[key] = link
+
+
+def _joined(identity: Path | None, target: str, node: str, join: Join) -> socket.socket:
+    """A link to the worker, or the parent, at `target` on a node; the Join is sent.
 
     Raises:
         OSError, LinkClosed: it cannot be reached.
@@ -469,7 +529,7 @@ def _joined(identity: Path | None, target: str, join: Join) -> socket.socket:
         from cordee.worker import tls_link
 
         assert identity is not None, "a worker with neighbours on other machines has an identity"
-        peer = tls_link.connect(identity, target)
+        peer = tls_link.connect(identity, target, node)
     frames.send(peer, join)
     return peer
 

@@ -1,0 +1,156 @@
+"""What is heard is sound, or dropped: any value of a heartbeat, made absurd, is found and named."""
+
+import math
+import time
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clusters import Simple, facts_of, placed, running, shape_of
+from cordee.cluster.controller import Controller
+from cordee.cluster.deployments import DEPLOYMENTS_MAX, Deployment, Deployments
+from cordee.cluster.facts import Fetching, Gauges, Hosted, Offer, Reading, SliceHeld
+from cordee.cluster.membership import Heartbeat
+from cordee.cluster.soundness import COUNTS, ITEMS_MAX, TEXT_CHARS_MAX, fault, plain
+
+SHAPE = shape_of()
+HALVES = placed(("a", 0, 2), ("b", 2, 4))
+
+
+def full_heartbeat() -> Heartbeat:
+    """A heartbeat with something in every field."""
+    facts = facts_of("a", stages=running(HALVES)["a"], slices=[SliceHeld("m", 0, 2)])
+    facts = msgspec.structs.replace(
+        facts,
+        offers=(Offer("tiny", SHAPE, 64, "owner/name/file.gguf"),),
+        rtts={"b": 0.001},
+        bytes_per_second={"b": 1e8},
+    )
+    gauges = Gauges(
+        (Hosted("m/64", 1, 0, 20.0),),
+        (Fetching("m", 0, 2, 5, 10),),
+        30.0,
+        (Reading("tiny", "", 1, 2),),
+    )
+    return Heartbeat("session", 1.0, 1e9, facts, (), (bytes(72),), gauges)
+
+
+def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every value within a tree of builtins."""
+    found = [path]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, each in items:
+        found += paths(each, (*path, key))
+    return found
+
+
+TREE = msgspec.to_builtins(full_heartbeat(), builtin_types=(bytes,))
+PATHS = [path for path in paths(TREE) if path]
+ABSURD = (
+    -1,
+    1 << 62,
+    math.nan,
+    -math.inf,
+    "\x1b[2J",
+    "x" * (TEXT_CHARS_MAX + 1),
+    "\n",
+    "\u202e",
+    bytes(5000),
+)
+
+
+def changed(path: tuple[Any, ...], value: Any) -> Heartbeat | None:
+    """The heartbeat with one value replaced; None if it would not be decoded."""
+    tree = msgspec.msgpack.decode(msgspec.msgpack.encode(TREE))
+    node = tree
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    try:
+        return msgspec.msgpack.decode(msgspec.msgpack.encode(tree), type=Heartbeat)
+    except (msgspec.MsgspecError, ValueError, OverflowError):
+        return None
+
+
+def test_an_honest_heartbeat_is_sound() -> None:
+    assert fault(full_heartbeat()) == ""
+
+
+@given(st.sampled_from(PATHS), st.sampled_from(ABSURD))
+def test_an_absurd_value_anywhere_is_refused_by_its_type_or_named(path: tuple[Any, ...], value: Any) -> None:
+    heartbeat = changed(path, value)
+    if heartbeat is not None and heartbeat != full_heartbeat():
+        assert fault(heartbeat), (path, value)
+
+
+@pytest.mark.parametrize("count", [ITEMS_MAX, 5000])
+@pytest.mark.parametrize("path", [path for path in PATHS if isinstance(path[-1], int)], ids=str)
+def test_more_items_than_can_be_are_refused(path: tuple[Any, ...], count: int) -> None:
+    tree = msgspec.msgpack.decode(msgspec.msgpack.encode(TREE))
+    node = tree
+    for key in path[:-1]:
+        node = node[key]
+    node[:] = [node[0]] * (count + 1)
+    try:
+        heartbeat = msgspec.msgpack.decode(msgspec.msgpack.encode(tree), type=Heartbeat)
+    except (msgspec.MsgspecError, ValueError):
+        return  # as a shape whose tuples differ in length
+    assert "items" in fault(heartbeat)
+
+
+@given(st.text())
+def test_a_plain_text_is_sound(text: str) -> None:
+    heartbeat = full_heartbeat()
+    facts = msgspec.structs.replace(heartbeat.facts, name=plain(text))
+    assert fault(msgspec.structs.replace(heartbeat, facts=facts)) == ""
+
+
+def test_an_unsound_deployment_spoils_no_other() -> None:
+    good = Deployment("tiny", SHAPE, 64, 3)
+    bad = [
+        msgspec.structs.replace(good, **change)
+        for change in (
+            {"context": 0},
+            {"context": 1 << 40},
+            {"sequences": -1},
+            {"sequences": 1 << 20},
+            {"replicas": 5000},
+            {"model": "\x1b]0;title"},
+            {"shape": msgspec.structs.replace(SHAPE, embedding_bytes=-5)},
+        )
+    ]
+    bad = [msgspec.structs.replace(each, model=each.model + str(n)) for n, each in enumerate(bad)]
+    heard = Deployments()
+    heard.merge((*bad, good, *bad), 1e9)
+    assert heard.all == (good,)
+    heard.merge((msgspec.structs.replace(good, model=str(n)) for n in range(6000)), 1e9)
+    assert len(heard.all) == DEPLOYMENTS_MAX
+    damaged = Deployments([*bad, good])  # by a fault of this node's memory
+    damaged.settle(1e9)
+    assert damaged.all == (good,)
+
+
+def test_a_controller_drops_what_is_unsound_counts_it_and_goes_on() -> None:
+    controller = Controller("a", "session", Simple(), [Deployment("x", SHAPE, -1, 3)])
+    assert controller.deployments == ()
+    now = time.monotonic()
+    controller.observe(facts_of("a"), now, time.time())
+    said = msgspec.structs.replace(full_heartbeat(), facts=facts_of("b"))
+    title = msgspec.structs.replace(said, facts=msgspec.structs.replace(said.facts, name="\x1b]0;title"))
+    good = Deployment("tiny", SHAPE, 64, 3)
+    for _ in range(3):
+        assert not controller.hear(title, now)
+    assert controller.nodes(now).keys() == {"a"}
+    assert controller.unsound["b"][0] == 3 and "Heartbeat.facts.name" in controller.unsound["b"][1]
+    mixed = (good, msgspec.structs.replace(good, model="y", context=-1))
+    assert controller.hear(msgspec.structs.replace(said, deployments=mixed), now)
+    assert [each.model for each in controller.deployments] == ["tiny"]
+    assert controller.nodes(now).keys() == {"a", "b"}
+
+
+def test_the_bounds_are_of_fields_that_exist() -> None:
+    for kind, name in COUNTS:
+        assert name in kind.__struct_fields__
