@@ -82,7 +82,7 @@ def test_the_key_goes_to_no_other_node(tmp_path: Path) -> None:
 
     async def story() -> None:
         async with inbox(other) as opened:
-            with pytest.raises(BadRequest, match=f"pc-3 did not confirm.*node {other.node} is there"):
+            with pytest.raises(BadRequest, match=f"pc-3 did not confirm.*node {other.node} answers there"):
                 await hand_over(admin, member.node, opened)
         assert opened.got == []
 

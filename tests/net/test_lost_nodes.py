@@ -77,9 +77,7 @@ def test_a_node_is_there_where_it_shows_its_own_certificate(tmp_path: Path) -> N
                 closed = f"127.0.0.1:{silent.getsockname()[1]}"
             assert await there_at(first, second.node, where)
             assert await there_at(first, second.node, f"{closed},{where}")
-            assert not await lost_nodes.answers(
-                first.folder, third.node, where
-            )  # another has the address now
+            assert not await there_at(first, third.node, where)  # another has the address now
             assert not await there_at(first, second.node, closed)
             assert not await there_at(first, stranger.node, foreign.addresses[0])
             assert not await there_at(first, second.node, "")
