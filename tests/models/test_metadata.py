@@ -8,9 +8,9 @@ from gguf import GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cordee.cluster.demand import usual_context
 from cordee.convert.gguf_source import GgufSource
 from cordee.distribution.hub_ranges import _joined
-from cordee.distribution.inventory import default_context
 from cordee.engine.stage import StageConfig
 from cordee.errors import BadModelFile, CordeeError, UnsupportedModel
 from cordee.models.embedding import Embedding
@@ -57,7 +57,7 @@ USES: tuple[Callable[[Header], object], ...] = (
     lambda header: model_shape(header, "digest"),
     lambda header: verdict(header, StageConfig(), 1 << 30),
     parameter_count,
-    default_context,
+    own_context,
     plan_halves,
     lambda header: plan_outside(header, ()),
     Embedding,
@@ -174,7 +174,7 @@ def test_a_stored_model_is_called_by_its_name(originals, tmp_path) -> None:
     original = Original(model.path)
     original.write(model.path, {"llama.context_length": Field(GGUFValueType.STRING, "many")})
     with pytest.raises(BadModelFile, match=r"^my-model: llama.context_length is the text 'many'"):
-        default_context(read_header(model.path, name=model.name))
+        usual_context(own_context(read_header(model.path, name=model.name)))
 
 
 @pytest.mark.parametrize("architecture", ["llama9", "a" * 300])

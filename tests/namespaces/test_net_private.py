@@ -6,11 +6,14 @@ import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import msgspec
 import pytest
 
+from cordee.engine.vocabulary import Vocabulary
+from cordee.models.store import Store
 from cordee.net import identity
 from cordee.net.enrolment import SECRET_BYTES, read_code
 from cordee.net.identity import Identity
@@ -21,7 +24,7 @@ from intruders import intruder_certificate
 from members import at_home, newcomer
 from netcapture import captured, conversations, datagrams, is_known, is_tls
 from netcluster import CORDEE, MODEL, Cluster, Node, Stream, finish, until
-from netlab import NETWORK, Host, Lab, run
+from netlab import NETWORK, PATIENCE_SECONDS, Host, Lab, run
 
 STRANGERS = ("foreign", "expired", "self-made", "removed")
 MARK = "the owls are not what they seem"
@@ -45,6 +48,42 @@ def test_a_listener_on_the_wire_reads_neither_questions_nor_answers(cluster: Clu
     assert len(wire) > 10_000  # the question and the answer did pass
     for secret in (MARK, *MARK.split()[-2:], *_pieces(stream.text), *(node.id for node in cluster.nodes)):
         assert secret.encode() not in wire
+
+
+def test_a_member_that_listens_to_everything_reads_neither_questions_nor_answers(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Only the gateway and the nodes of the placement do: not a third one with a true certificate."""
+    stages = cluster.stages()
+    spy, gateway = [node for node in cluster.nodes if node not in stages][:2]
+    folder, heard = spy.host.home / "cluster", tmp_path / "heard"
+    buses = [f"{node.host.address}:7330" for node in cluster.nodes if node is not spy]
+    path = os.pathsep.join([os.environ["PYTHONPATH"], str(Path(__file__).resolve().parents[1] / "helpers")])
+    script = str(Path(__file__).with_name("net_member.py"))
+    listener = spy.host.popen(
+        [script, str(folder), str(heard), *buses], {"PYTHONPATH": path}, stdin=PIPE, stdout=PIPE
+    )
+    assert listener.stdin is not None and listener.stdout is not None
+    assert listener.stdout.readline() == b"ready\n"
+    question = f"{MARK} " * 8
+    until(lambda: b"heartbeat/" in heard.read_bytes(), "it hears what members hear")
+    stream = Stream(gateway, 1, tokens=TOKENS, prompt=question)
+    stream.start()
+    finish(stream)
+    listener.stdin.close()
+    assert listener.wait(PATIENCE_SECONDS) == 0
+    said = heard.read_bytes()
+    asked = Vocabulary(gateway_model(cluster)).tokenize(question, add_bos=False)
+    answered = Vocabulary(gateway_model(cluster)).tokenize(stream.text, add_bos=False)
+    secrets = [MARK.encode(), stream.text.encode()[:20]]
+    secrets += [msgspec.msgpack.encode(tokens[2:10])[1:] for tokens in (asked, answered)]
+    assert all(len(secret) >= 8 for secret in secrets)
+    assert not [secret for secret in secrets if secret in said]
+
+
+def gateway_model(cluster: Cluster) -> Path:
+    """The file of the model that the cluster serves."""
+    return Store(cluster.first.host.home / "models").get(MODEL).path
 
 
 @pytest.fixture(scope="module")
