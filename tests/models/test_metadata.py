@@ -8,13 +8,13 @@ from gguf import GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cordee.cluster.demand import usual_context
+from cordee.cluster.demand import Wish, usual_context
 from cordee.convert.gguf_source import GgufSource
 from cordee.distribution.hub_ranges import _joined
-from cordee.engine.stage import StageConfig
 from cordee.errors import BadModelFile, CordeeError, UnsupportedModel
+from cordee.machine.sizing import wish_of
 from cordee.models.embedding import Embedding
-from cordee.models.fit import parameter_count, verdict
+from cordee.models.fit import own_context, parameter_count, stage_shapes, verdict
 from cordee.models.gguf import Header, read_header
 from cordee.models.shape import model_shape
 from cordee.models.slices import even_cuts, plan_outside, plan_slice
@@ -52,10 +52,14 @@ def plan_halves(header: Header) -> None:
     plan_slice(header, first, cut, force=True)
 
 
+def wish(header: Header) -> Wish:
+    return wish_of(own_context(header), None, None, header.name)
+
+
 # What the verbs, the server and the agent do with a header.
 USES: tuple[Callable[[Header], object], ...] = (
     lambda header: model_shape(header, "digest"),
-    lambda header: verdict(header, StageConfig(), 1 << 30),
+    lambda header: verdict(stage_shapes(header, 1), wish(header), 1 << 30),
     parameter_count,
     own_context,
     plan_halves,
