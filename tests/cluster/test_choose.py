@@ -1,5 +1,7 @@
 """The choice: what serves stays, what is better is prepared beside it, and everybody chooses the same."""
 
+from collections.abc import Mapping, Sequence
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -17,9 +19,18 @@ from clusters import (
     view_of,
     where,
 )
-from cordee.cluster.choose import UPGRADE_RATIO, Reports, choose, covers, speed_class
+from cordee.cluster.choose import UPGRADE_RATIO, Reports, choose, choose_apart, covers, speed_class
 from cordee.cluster.deployments import Deployment
-from cordee.cluster.facts import Device, Facts, Placement, SliceHeld, StagePlace, StageReport, placement_id
+from cordee.cluster.facts import (
+    Device,
+    Facts,
+    ModelShape,
+    Placement,
+    SliceHeld,
+    StagePlace,
+    StageReport,
+    placement_id,
+)
 from cordee.cluster.membership import View
 from cordee.cluster.planner import Planner
 
@@ -276,3 +287,44 @@ def test_any_facts_give_a_choice_that_fits_and_is_the_same_in_any_order(
                 stage_bytes = Planner().stage_bytes(LARGE, placement, index)
                 used[place.node] = used.get(place.node, 0) + stage_bytes
     assert all(size <= view.facts[node].devices[0].memory_bytes for node, size in used.items())
+
+
+class Fragile(Simple):
+    """Fails at models whose digest begins with "bad", as a planner at a shape that cannot be."""
+
+    def __init__(self, at: str) -> None:
+        self._at = at
+
+    def plan(
+        self, shape: ModelShape, context: int, sequences: int, nodes: Sequence[Facts]
+    ) -> Placement | None:
+        self._fail("plan", shape)
+        return super().plan(shape, context, sequences, nodes)
+
+    def speed(self, shape: ModelShape, placement: Placement, nodes: Mapping[str, Facts]) -> float:
+        self._fail("speed", shape)
+        return super().speed(shape, placement, nodes)
+
+    def stage_bytes(self, shape: ModelShape, placement: Placement, index: int) -> int:
+        self._fail("stage_bytes", shape)
+        return super().stage_bytes(shape, placement, index)
+
+    def _fail(self, at: str, shape: ModelShape) -> None:
+        if at == self._at and shape.digest.startswith("bad"):
+            raise OverflowError("layers without end")
+
+
+@pytest.mark.parametrize("at", ["plan", "speed", "stage_bytes"])
+def test_a_model_at_which_planning_fails_hides_no_other(at: str) -> None:
+    deployments = [
+        Deployment(name, shape_of(name), CONTEXT, SEQUENCES) for name in ("bad1", "m", "bad2", "n")
+    ]
+    view = view_of(facts_of("a", 4), facts_of("b", 4), deployments=deployments)
+    made, aside = choose_apart(view, Fragile(at))
+    assert {shape.digest: reason for shape, reason in aside.items()} == {
+        "bad1": "OverflowError: layers without end",
+        "bad2": "OverflowError: layers without end",
+    }
+    good = view_of(facts_of("a", 4), facts_of("b", 4), deployments=[deployments[1], deployments[3]])
+    assert made == choose(good, Simple()) | {"bad1": (), "bad2": ()}
+    assert made["m"] and made["n"]

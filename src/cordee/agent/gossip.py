@@ -30,6 +30,7 @@ from cordee.cluster.membership import (
     Greeting,
     Heartbeat,
 )
+from cordee.cluster.soundness import plain
 from cordee.errors import SetupNeeded
 from cordee.net.bus import REMOVED, Bus
 from cordee.net.identity import Identity, revoked_node
@@ -141,24 +142,26 @@ class Gossip:
             self._bus.forget(node)
             self.members.forget(node)
         elif node != self._identity.node:
-            self._remember(heartbeat)
+            self._remember(node, now)
         elif self._controller.is_newer_clone(now):
             self.cloned.set()
 
-    def _remember(self, heartbeat: Heartbeat) -> None:
-        facts = heartbeat.facts
-        known = KnownMember(
-            facts.node, facts.name, facts.admin, facts.version, facts.renewals, round(time.time())
-        )
-        self.members.remember(known)
+    def _remember(self, node: str, now: float) -> None:
+        """Remember a member as the controller knows it: of what it said only what is sound."""
+        _, facts = self._controller.nodes(now).get(node, ("gone", None))
+        if facts is not None:
+            known = KnownMember(
+                node, facts.name, facts.admin, facts.version, facts.renewals, round(time.time())
+            )
+            self.members.remember(known)
 
     def _note_stranger(self, node: str, greeting: Greeting, now: float) -> None:
         """Name a node that this one does not understand; it does the same."""
         if node in self._identity.revoked or node == self._identity.node:
             return
-        facts = greeting.facts
+        name, version = plain(greeting.facts.name), plain(greeting.facts.version)
         said = (
-            f"{facts.name or node} runs Cordée {facts.version or '0.2.0 or older'} and this node "
+            f"{name or node} runs Cordée {version or '0.2.0 or older'} and this node "
             f"{__version__}, which do not understand each other: update all machines to the same version."
         )
         if node not in self._strangers:

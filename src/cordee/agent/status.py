@@ -357,6 +357,11 @@ class ClusterStatus:
 
     async def _why_not(self, deployment: Deployment, shape: ModelShape) -> str:
         """Why a deployed model has no placement."""
+        if shape in self._controller.aside:
+            return (
+                f"Planning it failed ({self._controller.aside[shape]}), so it was set aside: what the model "
+                f"is said to be cannot be right. `cordee undeploy {deployment.model}`, then deploy it anew."
+            )
         failed = {
             node: f"{facts.name} cannot run it: {report.detail}"
             for node, facts in self._facts.items()

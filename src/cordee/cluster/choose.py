@@ -27,9 +27,10 @@ placement changes meanwhile. A successor is faster by more than a class when it 
 better rank once it serves, and the way back would need the same gain again.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -173,9 +174,75 @@ def covers(shape: ModelShape, placement: Placement) -> bool:
     return edge == shape.layers
 
 
+class PlanningFailed(Exception):
+    """The planner raised for a model; the cause says what."""
+
+    def __init__(self, shape: ModelShape, reason: str) -> None:
+        super().__init__(reason)
+        self.shape = shape
+        self.reason = reason
+
+
+class _Guarded(Planning):
+    """A planner whose faults name the model."""
+
+    def __init__(self, planning: Planning) -> None:
+        self._planning = planning
+
+    def plan(
+        self, shape: ModelShape, context: int, sequences: int, nodes: Sequence[Facts]
+    ) -> Placement | None:
+        with _blaming(shape):
+            return self._planning.plan(shape, context, sequences, nodes)
+
+    def speed(self, shape: ModelShape, placement: Placement, nodes: Mapping[str, Facts]) -> float:
+        with _blaming(shape):
+            return self._planning.speed(shape, placement, nodes)
+
+    def stage_bytes(self, shape: ModelShape, placement: Placement, index: int) -> int:
+        with _blaming(shape):
+            return self._planning.stage_bytes(shape, placement, index)
+
+
+@contextlib.contextmanager
+def _blaming(shape: ModelShape) -> Generator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise PlanningFailed(shape, f"{type(error).__name__}: {error}") from error
+
+
 def choose(view: View, planning: Planning) -> dict[str, tuple[Chosen, ...]]:
     """What should run for each deployed model, by its name. Total: nonsense in the view is passed over."""
-    return Selection(view, planning).made()
+    return choose_apart(view, planning)[0]
+
+
+def choose_apart(
+    view: View, planning: Planning
+) -> tuple[dict[str, tuple[Chosen, ...]], dict[ModelShape, str]]:
+    """`choose`, and the models that were set aside, because planning them failed, with the reason.
+
+    A model that somebody deployed with a shape at which the planner raises hides no other: nothing of it
+    runs, and the rest is chosen as if it were not there. All nodes set the same models aside.
+    """
+    aside: dict[ModelShape, str] = {}
+    while True:  # each turn sets one of the deployments aside, at least
+        sound = without(view, aside)
+        try:
+            made = Selection(sound, _Guarded(planning)).made()
+        except PlanningFailed as failed:
+            aside[failed.shape] = failed.reason
+            continue
+        left = [each.model for each in view.deployments if each.shape in aside and each.replicas > 0]
+        return made | dict.fromkeys(left, ()), aside
+
+
+def without(view: View, aside: Collection[ModelShape]) -> View:
+    """The view without the deployments of some models."""
+    if not aside:
+        return view
+    kept = tuple(each for each in view.deployments if each.shape not in aside)
+    return replace(view, deployments=kept)
 
 
 class Selection:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from cordee.cluster.choose import Chosen, Planning, choose
+from cordee.cluster.choose import Chosen, Planning, choose_apart, without
 from cordee.cluster.clones import Clones
 from cordee.cluster.deployments import Deployment, Deployments, is_sound
 from cordee.cluster.facts import NODES_MAX, Facts, Gauges, ModelShape, Offer, Placement, stream_key
@@ -101,6 +101,7 @@ class Controller:
         self._awaited = set(remembered) - {me}
         self._heard = {me}  # since the start, while any node is awaited
         self._chosen: dict[str, tuple[Chosen, ...]] = {}
+        self._aside: dict[ModelShape, str] = {}
         self._goals = Goals()
         self._reconciler = Reconciler()
         self._said: Facts | None = None  # in the last heartbeat
@@ -129,6 +130,11 @@ class Controller:
     def chosen(self) -> Mapping[str, tuple[Chosen, ...]]:
         """What the last `plan` found should run, by model."""
         return self._chosen
+
+    @property
+    def aside(self) -> Mapping[ModelShape, str]:
+        """The deployed models that nothing runs of because planning them failed, each with the reason."""
+        return self._aside
 
     def step(
         self,
@@ -306,8 +312,8 @@ class Controller:
         """What this node should do. `observe` comes first."""
         view = self._look(now)
         if view != self._view or not 0 <= now - self._planned < RETHINK_SECONDS:
-            self._chosen = choose(view, self._planning)
-            self._goals = goals(view, self.me, self._chosen, self._planning)
+            self._chosen, self._aside = choose_apart(view, self._planning)
+            self._goals = goals(without(view, self._aside), self.me, self._chosen, self._planning)
             self._view, self._planned = view, now
         return self._goals
 
