@@ -125,7 +125,7 @@ def test_what_may_be_wrong_is_said_and_looked_at_by_doctor(node: Node) -> None:
     joined = Node(node.home.parent / "other")
     joined.home.mkdir()
     refused = joined.cordee("join", invited.stdout.strip())
-    assert refused.returncode == 12 and "listens for itself alone" in refused.stderr
+    assert refused.returncode == 12 and "for nodes on that machine itself" in refused.stderr
 
 
 def test_all_that_a_node_listens_on_is_in_the_range_of_a_firewall(node: Node) -> None:

@@ -367,6 +367,16 @@ def test_a_manifest_is_made_once_and_goes_with_its_model(holder, monkeypatch):
     assert list((holder.store.root / "manifests").iterdir()) == []
 
 
+def test_a_manifest_that_another_process_removed_is_unknown_and_can_come_again(holder, node):
+    """`cordee rm` beside a running node, and then the same model from the hub."""
+    content = holder.manifest.path.read_bytes()
+    holder.store.remove("mine")
+    with pytest.raises(ModelNotFound):
+        holder.slice_store.manifest(holder.digest)
+    assert holder.slice_store.add_manifest(holder.digest, content).digest == holder.digest
+    assert holder.slice_store.vocabulary(holder.digest).exists()
+
+
 def test_slices_stay_when_the_whole_model_goes_until_they_are_forgotten(holder, node):
     holder.give(holder.slice_store, 0, 2)
     holder.store.remove("mine")

@@ -144,6 +144,9 @@ class Cluster:
             listen = f"127.0.0.1:{self.port}"
         self.nodes[name] = node
         node.up("--name", name, "--listen", listen, *self._options, *options)
+        if self._model is None and len(self.nodes) == 1:  # as on every first machine, the starter is offered
+            node.do("rm", "starter")
+            until(lambda: not node.asked("/status")["models"])
         return node
 
     def close(self) -> None:

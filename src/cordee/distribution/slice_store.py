@@ -129,11 +129,11 @@ class SliceStore:
             ModelNotFound: it is not here.
             BadModelFile: it is damaged on disk; add it again.
         """
+        path = self._folder(digest) / "manifest"
+        if not path.exists():  # or no longer: `cordee rm` is another process
+            raise ModelNotFound(f"Nothing is known here of the model {digest}.")
         if manifest := self._manifests.get(digest):
             return manifest
-        path = self._folder(digest) / "manifest"
-        if not path.exists():
-            raise ModelNotFound(f"Nothing is known here of the model {digest}.")
         manifest = read_manifest(path)
         if manifest.digest != digest:
             raise BadModelFile(f"{path} is damaged: fetch it again.")

@@ -307,8 +307,9 @@ def _find(code: Code, clock: Callable[[], float]) -> tuple[str, x509.Certificate
         return where, authority
     if all(map(address.is_loopback, code.addresses)):
         raise JoinFailed(
-            "The inviting machine listens for itself alone (127.0.0.1): connect it to the network, or start "
-            "`cordee up --listen 0.0.0.0` there, and ask for a new code."
+            f"The inviting machine cannot be reached ({'; '.join(unreached)}): the code is for nodes on that "
+            "machine itself. Connect it to the network, or start `cordee up --listen 0.0.0.0` there, and ask "
+            "for a new code."
         )
     raise JoinFailed(
         f"The inviting machine cannot be reached ({'; '.join(unreached)}): it must be up, on this network, "
