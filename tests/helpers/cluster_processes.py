@@ -145,7 +145,7 @@ class Cluster:
         self.nodes[name] = node
         node.up("--name", name, "--listen", listen, *self._options, *options)
         if self._model is None and len(self.nodes) == 1:  # as on every first machine, the starter is offered
-            node.do("rm", "starter")
+            node.do("rm", "starter", "--yes")
             until(lambda: not node.asked("/status")["models"])
         return node
 
