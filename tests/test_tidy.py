@@ -43,7 +43,18 @@ IMPURE_CALLS = {"now", "utcnow", "today", "urandom", "default_rng"}
 
 # A room may import the rooms before it (ARCHITECTURE.md); modules of no room stand first.
 ROOMS = (
-    *("errors", "files", "findings", "children", "cluster", "models", "convert", "engine", "generation"),
+    *(
+        "errors",
+        "files",
+        "findings",
+        "children",
+        "privacy",
+        "cluster",
+        "models",
+        "convert",
+        "engine",
+        "generation",
+    ),
     *("machine", "net", "worker", "distribution", "serving", "agent", "doctor", "api", "terminal", "cli"),
 )
 LANGUAGE_DECORATORS = {

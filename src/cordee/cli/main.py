@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
-from cordee import __version__
+from cordee import __version__, privacy
 from cordee.cli import options
 from cordee.cli.bench import bench
 from cordee.cli.catalog import models
@@ -116,6 +116,7 @@ for alias, verb in {"share": deploy, "unshare": undeploy}.items():  # the verbs'
 
 def main() -> None:
     """Entry point of the program."""
+    privacy.no_core_dumps()
     streams.prepare()
     signal.signal(signal.SIGTERM, _terminated)
     cordee(prog_name="cordee")

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from cordee import privacy
 from cordee.cli import options, output
 from cordee.cli.conversation import (
     MAX_TOKENS,
@@ -82,6 +83,7 @@ def run(
     If a node runs on this machine (`cordee up`) and its cluster has MODEL, the cluster answers. With an
     option that says how to load the model (--stages and those below it), this machine answers alone.
     """
+    privacy.show_only(f"cordee run {model}")  # not the question
     text = _prompt(prompt)
     generation = GenerationOptions(temperature, max_tokens, seed, system)
     context = click.get_current_context()

@@ -9,7 +9,6 @@ parent ends, or asks nothing for a while: for FRESH_SECONDS after the start, or 
 import array
 import itertools
 import os
-import resource
 import socket
 import sys
 
@@ -25,6 +24,7 @@ from cordee.engine.vocabulary_messages import (
     send,
 )
 from cordee.errors import BadRequest, CordeeError
+from cordee.privacy import no_core_dumps
 
 # A child takes some 60 MB and starts within half a second: people who pause in a chat should not notice.
 IDLE_SECONDS = 600.0
@@ -40,7 +40,7 @@ ORDINARY_TEXTS = (
 
 def main() -> int:
     """Load, prove, answer; 0 unless something is wrong with this program."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # that it ends is nothing to be looked into
+    no_core_dumps()
     os.set_blocking(sys.stderr.fileno(), False)  # its parent reads that when it has ended
     number, path, name, fresh_seconds, how = sys.argv[1:]
     link = socket.socket(fileno=int(number))

@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import msgspec
 
 from cordee.errors import BadRequest, CordeeError, StageFailed
+from cordee.privacy import no_core_dumps
 from cordee.worker import frames
 from cordee.worker.compute import Compute, again
 from cordee.worker.frames import LinkClosed
@@ -544,6 +545,7 @@ def _end_with(control: socket.socket) -> None:
 
 def main() -> None:
     """Connect, listen, serve."""
+    no_core_dumps()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for its parent to handle
     worker_id, control_path, inbox_path = sys.argv[1:]
     inbox = socket.socket(socket.AF_UNIX)
