@@ -53,7 +53,7 @@ def test_the_first_request_on_a_first_machine_is_answered(node: Node, starter_pa
 
 def test_a_cluster_without_a_model_says_which_verb_brings_one(node: Node, starter_path: Path) -> None:
     node.up("--listen", "127.0.0.1:0", *QUIET)
-    node.do("rm", "starter")
+    node.do("rm", "starter", "--yes")
     until(lambda: not node.asked("/status")["models"])
     assert "cordee deploy starter" in node.do("status")
     status, answer = asked(node)
@@ -134,5 +134,5 @@ def test_all_that_a_node_listens_on_is_in_the_range_of_a_firewall(node: Node) ->
     api = urlsplit(node.asked("/nodes")["nodes"][0]["api"]).port
     connections = psutil.Process(node.process.pid).net_connections("tcp")
     listening = {each.laddr.port for each in connections if each.status == "LISTEN"} - {api}
-    assert len(listening) == 3  # the bus, the tokens of stages, the invitation
+    assert len(listening) == 4  # the bus, the inbox, the invitation, the renewal of old certificates
     assert listening <= {7330, *address.PORTS}

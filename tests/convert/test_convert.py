@@ -135,7 +135,7 @@ def test_what_is_not_ternary_is_refused_by_name(starter_path: Path, tmp_path: Pa
         ({"attention.head_count_kv": 3}, BadModelFile, "that no model has"),
         ({"attention.layer_norm_rms_epsilon": 2.0}, BadModelFile, "that no model has"),
         ({"embedding_length": 128}, BadModelFile, r"token_embd\.weight is not 320 x 128"),
-        ({"feed_forward_length": -1}, BadModelFile, "is not a size"),
+        ({"feed_forward_length": -1}, BadModelFile, "is -1, not a whole number"),
         ({"rope.scaling.type": "linear", "rope.scaling.factor": 1.0}, None, ""),
         ({"rope.scaling.type": "none", "rope.scaling.factor": 2.0}, None, ""),
     ],

@@ -139,7 +139,7 @@ def test_a_certificate_that_ran_out(tmp_path: Path) -> None:
     finding = one(told(tmp_path / "member"), "ran out on")
     assert finding["problem"]
     founder(tmp_path / "old", time.time() - 40 * DAY_SECONDS)  # an admin renews its own when it starts
-    assert not [each for each in told(tmp_path / "old") if "certificate" in each["what"]]
+    assert not [each for each in told(tmp_path / "old") if "runs out" in each["what"]]
 
 
 def test_a_certificate_that_runs_out_soon(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_certificate_that_runs_out_soon(tmp_path: Path) -> None:
     finding = one(told(tmp_path / "member"), "runs out in 5 days")
     assert not finding["problem"] and "admin" in finding["remedy"]
     newcomer(tmp_path / "fresh", admin, time.time() - 15 * DAY_SECONDS)
-    assert not [each for each in told(tmp_path / "fresh") if "certificate" in each["what"]]
+    assert not [each for each in told(tmp_path / "fresh") if "runs out" in each["what"]]
 
 
 def test_a_clock_that_is_behind_the_certificate(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_an_identity_that_is_damaged(tmp_path: Path) -> None:
 
 
 def test_a_machine_without_an_identity_lacks_nothing(tmp_path: Path) -> None:
-    assert not [each for each in told(tmp_path) if "certificate" in each["what"]]
+    assert not [each for each in told(tmp_path) if "runs out" in each["what"]]
 
 
 # GPUs

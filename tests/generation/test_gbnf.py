@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from cordee.engine.llama import libllama
-from cordee.engine.vocabulary import Vocabulary
+from cordee.engine.llama.vocabulary import LlamaVocabulary
 from cordee.errors import BadRequest
 from cordee.generation.gbnf import DEPTH_MAX, NESTING_MAX, REPEATS_MAX
 from cordee.generation.grammar import GBNF_CHARS_MAX, GrammarState, GrammarTokenizer, check
@@ -262,8 +262,8 @@ def test_a_random_grammar_takes_what_a_plain_matcher_takes(
 
 
 @pytest.fixture(scope="module")
-def starter(starter_path: Path) -> Iterator[Vocabulary]:
-    loaded = Vocabulary(starter_path)
+def starter(starter_path: Path) -> Iterator[LlamaVocabulary]:
+    loaded = LlamaVocabulary(starter_path)
     yield loaded
     loaded.close()
 
@@ -271,7 +271,7 @@ def starter(starter_path: Path) -> Iterator[Vocabulary]:
 class OfLibllama:
     """libllama's own sampler for a grammar: which tokens it leaves."""
 
-    def __init__(self, vocabulary: Vocabulary, grammar: str) -> None:
+    def __init__(self, vocabulary: LlamaVocabulary, grammar: str) -> None:
         self._library = libllama.load()
         self._candidates = (self._library.llama_token_data * vocabulary.size)()
         self._sampler = self._library.llama_sampler_init_grammar(vocabulary.handle, grammar.encode(), b"root")
@@ -293,7 +293,7 @@ class OfLibllama:
         self._library.llama_sampler_free(self._sampler)
 
 
-def is_plain(vocabulary: Vocabulary, token: int) -> bool:
+def is_plain(vocabulary: LlamaVocabulary, token: int) -> bool:
     """Whether a token is of whole characters, none of them U+0000.
 
     libllama takes pieces as C strings, and refuses a part of a character where [^...] names another one that
@@ -307,7 +307,7 @@ def is_plain(vocabulary: Vocabulary, token: int) -> bool:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_tokens_that_may_come_next_are_libllama_s(name: str, starter: Vocabulary) -> None:
+def test_the_tokens_that_may_come_next_are_libllama_s(name: str, starter: LlamaVocabulary) -> None:
     plain = np.array([is_plain(starter, token) for token in range(starter.size)])
     ends = np.isin(np.arange(starter.size), list(starter.end_of_generation))
     tokenizer, draw = GrammarTokenizer(starter), np.random.default_rng(7)
@@ -329,7 +329,7 @@ def test_the_tokens_that_may_come_next_are_libllama_s(name: str, starter: Vocabu
         theirs.close()
 
 
-def test_long_strings_in_a_recursive_grammar_stay_within_the_limits(starter: Vocabulary) -> None:
+def test_long_strings_in_a_recursive_grammar_stay_within_the_limits(starter: LlamaVocabulary) -> None:
     """They are one lexeme each: by characters, a large vocabulary is refused within a few tokens."""
     state = GrammarState(Grammar("gbnf", JSON), GrammarTokenizer(starter))
     text = '{"a": ["' + "many words in one string, " * 200 + '", {"b": "' + "and more of them " * 100 + '"}]}'

@@ -144,7 +144,8 @@ class Cluster:
             listen = f"127.0.0.1:{self.port}"
         self.nodes[name] = node
         node.up("--name", name, "--listen", listen, *self._options, *options)
-        if self._model is None and len(self.nodes) == 1:  # as on every first machine, the starter is offered
+        brought = [each["name"] for each in json.loads(node.do("ls", "--json"))] == ["starter"]
+        if self._model is None and brought:  # as on every first machine, the starter is offered
             node.do("rm", "starter", "--yes")
             until(lambda: not node.asked("/status")["models"])
         return node
