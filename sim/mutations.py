@@ -144,7 +144,7 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "heartbeats sent earlier are old for ever": _set((membership, "_is_old", _old_for_ever)),
     "a node plans before it has listened": _set((controller, "LISTEN_SECONDS", 0.0)),
     "revoked nodes are allowed": _set((controller.Controller, "_refuses", _never)),
-    "stamps from the future are believed": _set((deployments, "_credible", _believe)),
+    "any stamp is believed": _set((deployments, "_credible", _believe), (deployments, "is_sound", _always)),
     "the last deployment to arrive wins": _set(
         (deployments.Deployments, "_keep_greatest", _deployments_by_arrival)
     ),
