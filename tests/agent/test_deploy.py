@@ -14,7 +14,7 @@ from cluster_processes import MEMORY, SERVED, Cluster, Node, until
 from clusters import shape_of
 from cordee.agent.control import Deploy, Deployed
 from cordee.agent.deploy import Deployer
-from cordee.cluster.demand import SEQUENCES, Wish
+from cordee.cluster.demand import SEQUENCES, SizeRequest
 from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Gauges, Offer, Reading
 from cordee.cluster.memory import Demand
@@ -158,8 +158,8 @@ class FakeAgent:
     async def look(self) -> None:
         pass
 
-    async def sized(self, _name: str, _shape: object, wish: Wish) -> Demand:
-        return wish.full
+    async def sized(self, _name: str, _shape: object, requested: SizeRequest) -> Demand:
+        return requested.full
 
 
 def test_nothing_is_read_that_is_known_under_way_or_has_a_taken_name(

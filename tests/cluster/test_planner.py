@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cordee.cluster.demand import CONTEXT_USEFUL, Wish
+from cordee.cluster.demand import CONTEXT_USEFUL, SizeRequest
 from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace, StageReport
 from cordee.cluster.memory import Demand, needed_bytes
 from cordee.cluster.planner import COPIES_TOLD, Plan, Planner, copies, largest, plan
@@ -353,30 +353,30 @@ def test_what_a_refusal_advises_works(shape, nodes, context, sequences, disk):
 def test_what_was_left_open_gives_way_and_what_was_asked_for_does_not(
     shape, nodes, context, sequences, usual
 ):
-    wish = Wish(context, sequences, usual)
-    given_ = largest(shape, nodes, wish)
+    requested = SizeRequest(context, sequences, usual)
+    given_ = largest(shape, nodes, requested)
     if given_ is None:
-        assert plan(shape, nodes, wish.least).placement is None
+        assert plan(shape, nodes, requested.least).placement is None
         return
     assert plan(shape, nodes, given_).placement
     assert context in (None, given_.context)
     assert sequences in (None, given_.sequences)
     assert given_.context >= min(usual, CONTEXT_USEFUL) or context
-    if given_ != wish.full:
+    if given_ != requested.full:
         more = given_._replace(sequences=given_.sequences + 1)
-        if given_.context < wish.full.context:  # only one answer is left then
-            assert given_.sequences == wish.least.sequences
-            more = given_._replace(context=min(wish.full.context, (given_.context // 256 + 1) * 256))
+        if given_.context < requested.full.context:  # only one answer is left then
+            assert given_.sequences == requested.least.sequences
+            more = given_._replace(context=min(requested.full.context, (given_.context // 256 + 1) * 256))
         assert plan(shape, nodes, more).placement is None
-    assert bool(wish.shortened(given_)) == (given_ != wish.full)
+    assert bool(requested.shortened(given_)) == (given_ != requested.full)
 
 
 def test_by_a_hair_a_cluster_gives_fewer_answers():
     whole = needed_bytes(made_shape(), Demand(4096, 8), 0, 12)
     hair = named(machine("ada", device((whole - 1) / GB, 100)))
-    wish = Wish(None, None, 4096)
-    assert largest(made_shape(), hair, wish) == (4096, 7)
-    assert wish.shortened(Demand(4096, 7)) == "7 answers at a time instead of 8"
+    requested = SizeRequest(None, None, 4096)
+    assert largest(made_shape(), hair, requested) == (4096, 7)
+    assert requested.shortened(Demand(4096, 7)) == "7 answers at a time instead of 8"
     refused = plan(made_shape(), hair, Demand(4096, 8), command="cordee deploy m")
     assert advised(refused, Demand(4096, 8), "cordee deploy m") == (4096, 7)
     wants, have = re.search(r"It needs ([\d.]+) GB .* the machines have ([\d.]+) GB", refused.why).groups()

@@ -3,7 +3,6 @@
 import ctypes
 import itertools
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from cordee.errors import BadRequest
 from cordee.generation.gbnf import DEPTH_MAX, NESTING_MAX, REPEATS_MAX
 from cordee.generation.grammar import GBNF_CHARS_MAX, GrammarState, GrammarTokenizer, check
 from cordee.generation.request import Grammar
+from small_stack import outcome
 
 END = 256
 CONTROLS = {END: "<|end|>", 257: "<think>", 258: "</think>", 259: "<|tool|>"}
@@ -422,23 +422,7 @@ BOMBS = {
 @pytest.mark.parametrize("grammar", BOMBS.values(), ids=BOMBS)
 def test_no_grammar_ends_the_process(grammar: str) -> None:
     """In a thread with the smallest stack that systems give: llguidance would go down too deep by calls."""
-    outcomes: list[str] = []
-
-    def run() -> None:
-        try:
-            check_bytes(grammar)
-            outcomes.append("taken")
-        except BadRequest as error:
-            outcomes.append(error.message)
-
-    usual = threading.stack_size(1 << 20)
-    try:
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-    finally:
-        threading.stack_size(usual)
-    assert len(outcomes) == 1
+    assert outcome(lambda: check_bytes(grammar), 1 << 20)
 
 
 def test_rules_may_need_one_another_as_deep_as_real_grammars_do() -> None:

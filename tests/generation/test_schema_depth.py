@@ -1,7 +1,6 @@
 """No JSON schema ends the process: how deep one goes is bounded before llguidance goes down it by calls."""
 
 import json
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_gbnf import BYTES
 
-from cordee.errors import BadRequest
 from cordee.generation.grammar import SCHEMA_DEPTH_MAX, check
 from cordee.generation.request import Grammar
 from cordee.generation.schema_depth import depth_bound
+from small_stack import outcome
 
 STEPS: dict[str, Callable[[str], dict]] = {
     "references": lambda ref: {"$ref": ref},
@@ -31,23 +30,7 @@ def chain(step: Callable[[str], dict], count: int) -> dict[str, Any]:
 
 def checked(schema: Mapping[str, Any]) -> str:
     """What becomes of a schema in a thread with a small stack: why it is refused, or 'taken'."""
-    outcomes: list[str] = []
-
-    def run() -> None:
-        try:
-            check(Grammar("json_schema", json.dumps(schema)), BYTES)
-            outcomes.append("taken")
-        except BadRequest as error:
-            outcomes.append(error.message)
-
-    usual = threading.stack_size(2 << 20)
-    try:
-        thread = threading.Thread(target=run)
-        thread.start()
-        thread.join()
-    finally:
-        threading.stack_size(usual)
-    return outcomes[0]
+    return outcome(lambda: check(Grammar("json_schema", json.dumps(schema)), BYTES), 2 << 20)
 
 
 @pytest.mark.parametrize("kind", STEPS)

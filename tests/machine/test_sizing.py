@@ -9,8 +9,9 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from cordee.cluster.demand import CELLS_DEFAULT, CONTEXT_USEFUL, SEQUENCES
 from cordee.errors import BadRequest, DoesNotFit
-from cordee.machine.memory import memory
-from cordee.machine.sizing import stage_config, wish_of
+from cordee.machine.devices import own_devices
+from cordee.machine.memory import VOCABULARY_BYTES, Memory, memory
+from cordee.machine.sizing import size_request, stage_config, usable_memory
 from cordee.models.fit import own_context
 from cordee.models.gguf import Header, read_header
 from tiny import make_tiny
@@ -39,8 +40,8 @@ def huge_model(path: Path, nbytes: int, context: int) -> Header:
 
 
 def config_of(header: Header, context: int | None = None, sequences: int | None = 4, **given: object):
-    wish = wish_of(own_context(header), context, sequences, header.path.name)
-    return stage_config(header, wish, name=header.path.name, command="cordee serve m", **given)
+    requested = size_request(own_context(header), context, sequences, header.path.name)
+    return stage_config(header, requested, name=header.path.name, command="cordee serve m", **given)
 
 
 def test_a_model_larger_than_memory_is_refused(tmp_path: Path) -> None:
@@ -115,3 +116,12 @@ def test_devices_are_taken_by_name(tmp_path: Path) -> None:
     assert config_of(header, devices=("CPU",)).devices == ()
     with pytest.raises(BadRequest, match=r"no device CUDA7 here; this libllama has .*CPU"):
         config_of(header, devices=("CUDA7",))
+
+
+def test_a_vocabulary_has_room_beside_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts when the memory was promised; without room the system ends a stage that fits tightly."""
+    for available_bytes in (500_000_000, VOCABULARY_BYTES - 1):
+        room = Memory(1 << 40, available_bytes)
+        monkeypatch.setattr("cordee.machine.memory.memory", lambda room=room: room)
+        for promised in (usable_memory([]), own_devices()[-1].memory_bytes):
+            assert 0 <= promised <= max(0, available_bytes - VOCABULARY_BYTES)

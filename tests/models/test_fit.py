@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from cordee.cluster.demand import Wish, usual_context
+from cordee.cluster.demand import SizeRequest, usual_context
 from cordee.cluster.memory import PROCESS_BYTES, StageShape
 from cordee.engine.llama.libllama import cpu_quota
 from cordee.engine.llama.stage import LlamaStage
@@ -203,8 +203,8 @@ def test_what_is_advised_works_and_what_was_asked_for_is_kept(
 def served(
     header: Header, context: int | None, sequences: int | None, room: float, stages: int = 1
 ) -> Verdict:
-    wish = Wish(context, sequences, usual_context(own_context(header), sequences))
-    return verdict(stage_shapes(header, stages), wish, int(room), "cordee serve m")
+    requested = SizeRequest(context, sequences, usual_context(own_context(header), sequences))
+    return verdict(stage_shapes(header, stages), requested, int(room), "cordee serve m")
 
 
 def test_a_verdict_says_what_to_do(header):

@@ -8,11 +8,11 @@ from gguf import GGUFValueType
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cordee.cluster.demand import Wish, usual_context
+from cordee.cluster.demand import SizeRequest, usual_context
 from cordee.convert.gguf_source import GgufSource
 from cordee.distribution.hub_ranges import _joined
 from cordee.errors import BadModelFile, CordeeError, UnsupportedModel
-from cordee.machine.sizing import wish_of
+from cordee.machine.sizing import size_request
 from cordee.models.embedding import Embedding
 from cordee.models.fit import own_context, parameter_count, stage_shapes, verdict
 from cordee.models.gguf import Header, read_header
@@ -52,14 +52,14 @@ def plan_halves(header: Header) -> None:
     plan_slice(header, first, cut, force=True)
 
 
-def wish(header: Header) -> Wish:
-    return wish_of(own_context(header), None, None, header.name)
+def requested(header: Header) -> SizeRequest:
+    return size_request(own_context(header), None, None, header.name)
 
 
 # What the verbs, the server and the agent do with a header.
 USES: tuple[Callable[[Header], object], ...] = (
     lambda header: model_shape(header, "digest"),
-    lambda header: verdict(stage_shapes(header, 1), wish(header), 1 << 30),
+    lambda header: verdict(stage_shapes(header, 1), requested(header), 1 << 30),
     parameter_count,
     own_context,
     plan_halves,

@@ -215,7 +215,11 @@ class Cluster:
             still = not any(placement and placement["successor"] for _, placement in known)
             return alive and still and len(wirings) == 1 and "" not in wirings
 
-        until(settled, "all nodes see each other, and the model is served")
+        try:
+            until(settled, "all nodes see each other, and the model is served")
+        except AssertionError as error:
+            error.add_note(self.report())
+            raise
 
     def stages(self) -> list[Node]:
         """The nodes of the model's stages, in order."""

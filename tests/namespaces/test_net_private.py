@@ -13,7 +13,6 @@ import msgspec
 import pytest
 
 from cordee.engine.vocabulary import Vocabulary
-from cordee.models.store import Store
 from cordee.net import identity
 from cordee.net.enrolment import SECRET_BYTES, read_code
 from cordee.net.identity import Identity
@@ -23,7 +22,7 @@ from cordee.worker.tls_link import WELCOME
 from intruders import intruder_certificate
 from members import at_home, newcomer
 from netcapture import captured, conversations, datagrams, is_known, is_tls
-from netcluster import CORDEE, MODEL, Cluster, Node, Stream, finish, until
+from netcluster import CORDEE, MODEL, Cluster, Node, Stream, finish, make_model, until
 from netlab import NETWORK, PATIENCE_SECONDS, Host, Lab, run
 
 STRANGERS = ("foreign", "expired", "self-made", "removed")
@@ -73,17 +72,13 @@ def test_a_member_that_listens_to_everything_reads_neither_questions_nor_answers
     listener.stdin.close()
     assert listener.wait(PATIENCE_SECONDS) == 0
     said = heard.read_bytes()
-    asked = Vocabulary(gateway_model(cluster)).tokenize(question, add_bos=False)
-    answered = Vocabulary(gateway_model(cluster)).tokenize(stream.text, add_bos=False)
+    vocabulary = Vocabulary(make_model(tmp_path / "model.gguf"))
+    asked, answered = (vocabulary.tokenize(text, add_bos=False) for text in (question, stream.text))
+    vocabulary.close()
     secrets = [MARK.encode(), stream.text.encode()[:20]]
     secrets += [msgspec.msgpack.encode(tokens[2:10])[1:] for tokens in (asked, answered)]
     assert all(len(secret) >= 8 for secret in secrets)
     assert not [secret for secret in secrets if secret in said]
-
-
-def gateway_model(cluster: Cluster) -> Path:
-    """The file of the model that the cluster serves."""
-    return Store(cluster.first.host.home / "models").get(MODEL).path
 
 
 @pytest.fixture(scope="module")

@@ -25,14 +25,14 @@ from typing import Any
 import msgspec
 
 from cordee import __version__
-from cordee.agent import admins, room
+from cordee.agent import admins, capacity
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
 from cordee.agent.reach import Reach
 from cordee.agent.services import Services
 from cordee.agent.stream_links import StreamLinks
 from cordee.cluster.controller import Controller, Running
-from cordee.cluster.demand import Wish
+from cordee.cluster.demand import SizeRequest
 from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld, best_host
 from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec
 from cordee.cluster.history import History
@@ -184,9 +184,9 @@ class Agent:
         self.controller.deploy(offer.name, offer.shape, *demand, time.monotonic(), replicas)
         self.changed()
 
-    async def sized(self, name: str, shape: ModelShape, wish: Wish) -> Demand | None:
+    async def sized(self, name: str, shape: ModelShape, requested: SizeRequest) -> Demand | None:
         """The most of what is asked of a model that fits now; None if not even the least does."""
-        return await room.sized(self.controller, name, shape, wish)
+        return await capacity.sized(self.controller, name, shape, requested)
 
     def undeploy(self, name: str) -> None:
         """Have the cluster serve a model no longer.
@@ -503,10 +503,10 @@ class Agent:
             offer = self.offers().get(name)
             if offer is None:
                 return
-            wish = Wish(None, None, offer.context)
-            demand = await self.sized(name, offer.shape, wish)
+            requested = SizeRequest(None, None, offer.context)
+            demand = await self.sized(name, offer.shape, requested)
             if not self._is_deployed(name):  # by somebody else, meanwhile
-                self.deploy(offer, demand or wish.full)
+                self.deploy(offer, demand or requested.full)
         finally:
             self._wanted.discard(name)
 

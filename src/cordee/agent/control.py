@@ -30,7 +30,7 @@ import psutil
 
 from cordee import errors
 from cordee.cluster import planner
-from cordee.cluster.demand import Wish
+from cordee.cluster.demand import SizeRequest
 from cordee.cluster.facts import ModelShape, Reading
 from cordee.cluster.memory import Demand
 from cordee.errors import BadRequest, CordeeError, NotRunning
@@ -100,7 +100,7 @@ class PlanRequest(msgspec.Struct, frozen=True):
 
     model: str
     shape: ModelShape | None
-    wish: Wish
+    requested: SizeRequest
 
 
 class Planned(msgspec.Struct, frozen=True):

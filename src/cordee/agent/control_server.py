@@ -69,7 +69,7 @@ class Control:
         return await checks.findings(self._agent)
 
     async def _plan(self, asked: PlanRequest) -> Any:
-        return await ClusterStatus(self._agent).plan(asked.model, asked.shape, asked.wish)
+        return await ClusterStatus(self._agent).plan(asked.model, asked.shape, asked.requested)
 
     async def _invite(self, asked: Invite) -> Any:
         if not self._agent.identity.is_admin:

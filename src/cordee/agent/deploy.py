@@ -11,7 +11,7 @@ import time
 from cordee.agent.agent import Agent
 from cordee.agent.control import Deploy, Deployed
 from cordee.agent.status import ClusterStatus
-from cordee.cluster.demand import Wish
+from cordee.cluster.demand import SizeRequest
 from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import ModelShape, Reading
 from cordee.cluster.memory import Demand
@@ -93,7 +93,7 @@ class Deployer:
         offers = agent.offers()
         for offer in offers.values():
             if offer.source == source:  # some node pulled it, and has it; the hub does if that node is gone
-                before = Wish(None, None, offer.context).full
+                before = SizeRequest(None, None, offer.context).full
                 return await self._again(Deployment(offer.name, offer.shape, *before), asked, source)
         for deployment in agent.controller.deployments:
             if deployment.source == source and deployment.shape is not None:
@@ -104,12 +104,12 @@ class Deployer:
                 "node gives this one another name.",
                 "model",
             )
-        shape, wish = await asyncio.to_thread(
+        shape, requested = await asyncio.to_thread(
             agent.local_models.hub.shape, source, name, asked.context, asked.sequences
         )
-        demand = await agent.sized(name, shape, wish)
+        demand = await agent.sized(name, shape, requested)
         if demand is None:
-            why = await self._why_not(asked.model, shape, wish)
+            why = await self._why_not(asked.model, shape, requested)
             raise DoesNotFit(f"{name} is not read from the hub, as the cluster could not run it. {why}")
 
         def deploy_it(manifest: Manifest) -> None:
@@ -125,14 +125,14 @@ class Deployer:
 
         total = sum(file.nbytes for file in files)
         reading = agent.local_models.hub.read(name, source, total, deploy_it)
-        return Deployed(name, reading, wish.shortened(demand))
+        return Deployed(name, reading, requested.shortened(demand))
 
     async def _offered(self, name: str, asked: Deploy) -> Deployed:
         if asked.follow:
             return Deployed(name)
         offer = self._agent.offers()[name]
-        wish = Wish(asked.context, asked.sequences, offer.context)
-        demand, told = await self._sized(name, offer.shape, wish)
+        requested = SizeRequest(asked.context, asked.sequences, offer.context)
+        demand, told = await self._sized(name, offer.shape, requested)
         self._agent.deploy(offer, demand, asked.replicas)
         return told
 
@@ -141,20 +141,20 @@ class Deployer:
         name, shape = deployment.model, deployment.shape
         if asked.follow or shape is None:
             return Deployed(name)
-        wish = Wish(asked.context, asked.sequences, deployment.context, deployment.sequences)
-        demand, told = await self._sized(name, shape, wish)
+        requested = SizeRequest(asked.context, asked.sequences, deployment.context, deployment.sequences)
+        demand, told = await self._sized(name, shape, requested)
         self._write(Deployment(name, shape, *demand, asked.replicas, source=source))
         return told
 
-    async def _sized(self, name: str, shape: ModelShape, wish: Wish) -> tuple[Demand, Deployed]:
+    async def _sized(self, name: str, shape: ModelShape, requested: SizeRequest) -> tuple[Demand, Deployed]:
         """What a model is deployed with, and what people are told."""
-        demand = await self._agent.sized(name, shape, wish)
+        demand = await self._agent.sized(name, shape, requested)
         if demand is None:
-            return wish.full, Deployed(name, why=await self._why_not(name, shape, wish))
-        return demand, Deployed(name, lacks=wish.shortened(demand))
+            return requested.full, Deployed(name, why=await self._why_not(name, shape, requested))
+        return demand, Deployed(name, lacks=requested.shortened(demand))
 
-    async def _why_not(self, name: str, shape: ModelShape, wish: Wish) -> str:
-        return (await ClusterStatus(self._agent).plan(name, shape, wish)).plan.why
+    async def _why_not(self, name: str, shape: ModelShape, requested: SizeRequest) -> str:
+        return (await ClusterStatus(self._agent).plan(name, shape, requested)).plan.why
 
     def _not_found(self, model: str) -> ModelNotFound:
         if model in cards():

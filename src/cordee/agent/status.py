@@ -14,12 +14,12 @@ import msgspec
 import psutil
 
 from cordee.agent.agent import Agent
+from cordee.agent.capacity import reserved
 from cordee.agent.control import Planned
-from cordee.agent.room import reserved
 from cordee.agent.warnings import listing, warnings
 from cordee.cluster import planner
 from cordee.cluster.choose import Chosen, Reports
-from cordee.cluster.demand import Wish
+from cordee.cluster.demand import SizeRequest
 from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import (
     Facts,
@@ -203,7 +203,7 @@ class ClusterStatus:
                 found[placement_id(pick.placement)] = pick.shape, demand
         return found
 
-    async def plan(self, model: str, shape: ModelShape | None, wish: Wish) -> Planned:
+    async def plan(self, model: str, shape: ModelShape | None, requested: SizeRequest) -> Planned:
         """Where a model would run now, beside what else runs. Without a `shape`, a model of the cluster.
 
         Raises:
@@ -211,12 +211,12 @@ class ClusterStatus:
         """
         if shape is None:
             shape, usual = self._known_shape(model)
-            wish = wish._replace(usual=usual)
+            requested = requested._replace(usual=usual)
         able, taken = self._alive(), self._reserved(shape)
-        demand = await asyncio.to_thread(planner.largest, shape, able, wish, taken) or wish.least
+        demand = await asyncio.to_thread(planner.largest, shape, able, requested, taken) or requested.least
         found = await self._plan(model, shape, demand)
         copies = await asyncio.to_thread(planner.copies, shape, able, demand, taken)
-        return Planned(shape, demand, wish.shortened(demand), found, copies)
+        return Planned(shape, demand, requested.shortened(demand), found, copies)
 
     def _known_shape(self, model: str) -> tuple[ModelShape, int]:
         """Shape and usual context of a model that nodes have, whole or in slices."""

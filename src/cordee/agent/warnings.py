@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from cordee.agent.agent import Agent
 from cordee.cluster.facts import Facts
 from cordee.cluster.membership import Liveness
+from cordee.cluster.soundness import plain
 from cordee.net import identity
 
 
@@ -16,6 +17,7 @@ def warnings(
     return [
         *_clones(agent, known, now),
         *agent.gossip.strangers(now),
+        *_unsound(agent, known),
         *_certificates(agent, known, clock),
         *_authority(agent, clock),
     ]
@@ -27,6 +29,14 @@ def _clones(agent: Agent, known: Mapping[str, tuple[Liveness, Facts]], now: floa
         f"({node}): the disk of one is probably a copy of the other's. On the copy, type "
         "`cordee leave --yes`, then `cordee join` a new code."
         for node in sorted(agent.controller.clones(now))
+    ]
+
+
+def _unsound(agent: Agent, known: Mapping[str, tuple[Liveness, Facts]]) -> list[str]:
+    return [
+        f"{count} messages of {known[node][1].name if node in known else plain(node)} were dropped, because "
+        f"no sound node says such things ({what}): if that goes on, remove the node."
+        for node, (count, what) in sorted(agent.controller.unsound.items())
     ]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cordee.cluster.demand import Wish
+from cordee.cluster.demand import SizeRequest
 from cordee.engine.stage import Batch, Stage, StageConfig, batch_of_one
 from cordee.errors import SetupNeeded
 from cordee.machine import sizing
@@ -178,7 +178,7 @@ def _config(header: Header, wanted: StageOptions) -> StageConfig:
     devices = ("CPU",) if engine_of(header) == "ternary" else wanted.devices
     return sizing.stage_config(
         header,
-        Wish(context, None, context),
+        SizeRequest(context, None, context),
         name=wanted.name,
         threads=wanted.threads,
         devices=devices,

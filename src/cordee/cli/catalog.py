@@ -10,7 +10,7 @@ from cordee.errors import BadRequest, CordeeError, NotRunning
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cordee.cluster.demand import Wish
+    from cordee.cluster.demand import SizeRequest
     from cordee.cluster.facts import ModelShape
     from cordee.cluster.memory import Demand
     from cordee.models.cards import Card
@@ -110,27 +110,27 @@ def _shape(card: "Card", path: "Path | None") -> "ModelShape":
 
 
 def _fit(card: "Card", shape: "ModelShape", around: _Surroundings) -> dict[str, Any]:
-    from cordee.cluster.demand import Wish, usual_context
+    from cordee.cluster.demand import SizeRequest, usual_context
     from cordee.cluster.memory import stage_of
     from cordee.models.fit import verdict
 
-    wish = Wish(None, None, usual_context(card.context))
-    alone = verdict([stage_of(shape, 0, shape.layers)], wish, around.room_bytes)
+    requested = SizeRequest(None, None, usual_context(card.context))
+    alone = verdict([stage_of(shape, 0, shape.layers)], requested, around.room_bytes)
     where, demand = "here", alone.demand
     if not alone.fits:
-        in_cluster = _planned(card.name, shape, wish) if around.cluster is not None else None
+        in_cluster = _planned(card.name, shape, requested) if around.cluster is not None else None
         where = "nowhere" if in_cluster is None else "cluster"
         demand = in_cluster or demand
-    lacks = wish.shortened(demand) if where != "nowhere" else ""
+    lacks = requested.shortened(demand) if where != "nowhere" else ""
     return {"where": where} | demand._asdict() | {"lacks": lacks}
 
 
-def _planned(name: str, shape: "ModelShape", wish: "Wish") -> "Demand | None":
+def _planned(name: str, shape: "ModelShape", requested: "SizeRequest") -> "Demand | None":
     """What the cluster could serve a model with; None if it cannot."""
     from cordee.agent import control
 
     try:
-        found = control.ask("POST", "/plan", control.PlanRequest(name, shape, wish), control.Planned)
+        found = control.ask("POST", "/plan", control.PlanRequest(name, shape, requested), control.Planned)
     except NotRunning:  # it ended meanwhile
         return None
     return found.demand if found.plan.placement is not None else None

@@ -14,7 +14,7 @@ from cordee.files import printable
 
 if TYPE_CHECKING:
     from cordee.agent.control import Planned
-    from cordee.cluster.demand import Wish
+    from cordee.cluster.demand import SizeRequest
     from cordee.cluster.facts import Facts, ModelShape
     from cordee.cluster.planner import Plan
 
@@ -77,22 +77,22 @@ def plan(model: str, file: Path | None, context: int | None, sequences: int | No
 def _by_agent(model: str, context: int | None, sequences: int | None) -> "Planned | None":
     """Planned by the agent that runs here, for the cluster as it is; None if none runs."""
     from cordee.agent import control
-    from cordee.cluster.demand import Wish
+    from cordee.cluster.demand import SizeRequest
 
-    def ask(shape: "ModelShape | None", wish: Wish) -> "Planned":
-        asked = control.PlanRequest(printable(model), shape, wish)
+    def ask(shape: "ModelShape | None", requested: SizeRequest) -> "Planned":
+        asked = control.PlanRequest(printable(model), shape, requested)
         return control.ask("POST", "/plan", asked, control.Planned)
 
     try:
         if not Path(model).is_file():
-            return ask(None, Wish(context, sequences, 0))
+            return ask(None, SizeRequest(context, sequences, 0))
     except NotRunning:
         return None
     except ModelNotFound:  # no node of the cluster has it: a card, or a model under another name
         pass
     wanted = _wanted(model)
     try:
-        return ask(wanted.shape, _wish(model, wanted, context, sequences))
+        return ask(wanted.shape, _size_request(model, wanted, context, sequences))
     except NotRunning:
         return None
 
@@ -104,10 +104,10 @@ def _by_ourselves(model: str, file: Path | None, context: int | None, sequences:
     wanted = _wanted(model)
     nodes = _described(file) if file else _this_machine(wanted)
     command = f"cordee {'deploy' if file else 'serve'} {model}"
-    wish = _wish(model, wanted, context, sequences)
-    demand = largest(wanted.shape, nodes, wish) or wish.least
+    requested = _size_request(model, wanted, context, sequences)
+    demand = largest(wanted.shape, nodes, requested) or requested.least
     found = plan(wanted.shape, nodes, demand, command=command)
-    lacks = wish.shortened(demand)
+    lacks = requested.shortened(demand)
     return Planned(wanted.shape, demand, lacks, found, copies(wanted.shape, nodes, demand))
 
 
@@ -147,10 +147,12 @@ def _wanted(model: str) -> PlannedModel:
     return PlannedModel(shape, card.context)
 
 
-def _wish(model: str, wanted: PlannedModel, context: int | None, sequences: int | None) -> "Wish":
-    from cordee.machine.sizing import wish_of
+def _size_request(
+    model: str, wanted: PlannedModel, context: int | None, sequences: int | None
+) -> "SizeRequest":
+    from cordee.machine.sizing import size_request
 
-    return wish_of(wanted.context, context, sequences, model)
+    return size_request(wanted.context, context, sequences, model)
 
 
 def _described(file: Path) -> dict[str, "Facts"]:

@@ -14,7 +14,7 @@ from cordee.errors import BadRequest, ModelNotFound
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from cordee.cluster.demand import Wish
+    from cordee.cluster.demand import SizeRequest
     from cordee.cluster.facts import ModelShape
     from cordee.cluster.memory import StageShape
     from cordee.models.cards import Card
@@ -58,15 +58,15 @@ def _of_file(
     path: "Path", name: str, stages: int, context: int | None, sequences: int | None
 ) -> dict[str, Any]:
     """What a model's file says, and how it fits."""
-    from cordee.machine.sizing import wish_of
+    from cordee.machine.sizing import size_request
     from cordee.models.cards import cards
     from cordee.models.fit import own_context, stage_shapes
     from cordee.models.gguf import read_header
     from cordee.models.slices import even_cuts
 
     header = read_header(path, name=name)
-    wish = wish_of(own_context(header), context, sequences, name)
-    fit = _fit(name, stage_shapes(header, stages), even_cuts(header, stages), wish)
+    requested = size_request(own_context(header), context, sequences, name)
+    fit = _fit(name, stage_shapes(header, stages), even_cuts(header, stages), requested)
     return _facts_of_header(header, cards().get(name)) | {"fit": fit}
 
 
@@ -87,7 +87,7 @@ def _without_a_file(
 ) -> dict[str, Any] | None:
     """A model that is not here, as the cluster knows it or from its card; None if neither does."""
     from cordee.cluster.memory import stage_of
-    from cordee.machine.sizing import wish_of
+    from cordee.machine.sizing import size_request
     from cordee.models.cards import cards
     from cordee.models.shape import card_shape
 
@@ -105,9 +105,9 @@ def _without_a_file(
             f"{model} is not on this machine: `cordee plan {model}` says how a cluster would cut it.",
             "stages",
         )
-    wish = wish_of(card.context if card else None, context, sequences, model)
+    requested = size_request(card.context if card else None, context, sequences, model)
     facts = _afar(model, source) | _facts_of_shape(shape, card)
-    fit = _fit(model, [stage_of(shape, 0, shape.layers)], [0, shape.layers], wish)
+    fit = _fit(model, [stage_of(shape, 0, shape.layers)], [0, shape.layers], requested)
     return facts | {"bytes": facts["weights_bytes"], "fit": fit}
 
 
@@ -119,10 +119,10 @@ def _afar(model: str, source: str) -> dict[str, Any]:
 
 def _shape_in_cluster(model: str) -> "ModelShape":
     from cordee.agent import control
-    from cordee.cluster.demand import Wish
+    from cordee.cluster.demand import SizeRequest
 
     return control.ask(
-        "POST", "/plan", control.PlanRequest(model, None, Wish(None, None, 0)), control.Planned
+        "POST", "/plan", control.PlanRequest(model, None, SizeRequest(None, None, 0)), control.Planned
     ).shape
 
 
@@ -175,13 +175,15 @@ def _cuts(name: str, layers: int) -> dict[str, Any]:
     return {"allowed": reason is None, "reason": reason}
 
 
-def _fit(model: str, shapes: "list[StageShape]", cuts: Sequence[int], wish: "Wish") -> dict[str, Any]:
+def _fit(
+    model: str, shapes: "list[StageShape]", cuts: Sequence[int], requested: "SizeRequest"
+) -> dict[str, Any]:
     """What the stages would take of this machine's free memory, and whether that is enough."""
     from cordee.machine import sizing
     from cordee.models.fit import verdict
 
     room = sizing.usable_memory(sizing.chosen_devices(()))
-    found = verdict(shapes, wish, room, f"cordee serve {model}")
+    found = verdict(shapes, requested, room, f"cordee serve {model}")
     return {
         "fits": found.fits,
         "advice": found.advice,

@@ -26,14 +26,7 @@ from cordee.cluster.clones import Clones
 from cordee.cluster.deployments import Deployment, Deployments, is_sound
 from cordee.cluster.facts import NODES_MAX, Facts, Gauges, ModelShape, Offer, Placement, stream_key
 from cordee.cluster.goals import Goals, HostGoal, SliceGoal, StageSpec, goals
-from cordee.cluster.membership import (
-    LISTEN_SECONDS,
-    Farewell,
-    Heartbeat,
-    Liveness,
-    Membership,
-    View,
-)
+from cordee.cluster.membership import LISTEN_SECONDS, Farewell, Heartbeat, Liveness, Membership, View
 from cordee.cluster.reconcile import Actions, Reconciler, WorkerStatus
 from cordee.cluster.soundness import fault
 
@@ -89,7 +82,7 @@ class Controller:
         self._membership = Membership(me)
         self._clones = Clones(me, session)
         self._deployments = Deployments(filter(is_sound, deployments))
-        self.unsound: dict[str, tuple[int, str]] = {}  # by node: heartbeats dropped, what was wrong last
+        self._unsound: dict[str, tuple[int, str]] = {}
         self._facts: Facts | None = None
         self._offset = 0.0  # the machine's clock less `now`
         self._revocations: dict[str, bytes] = {}
@@ -135,6 +128,11 @@ class Controller:
     def aside(self) -> Mapping[ModelShape, str]:
         """The deployed models that nothing runs of because planning them failed, each with the reason."""
         return self._aside
+
+    @property
+    def unsound(self) -> Mapping[str, tuple[int, str]]:
+        """By node: how many of its heartbeats were dropped as unsound, and what was wrong with the last."""
+        return self._unsound
 
     def step(
         self,
@@ -200,11 +198,11 @@ class Controller:
         """
         if self._refuses(heartbeat.facts.node):
             return False
-        self._clones.hear(heartbeat, now)
-        if heartbeat.facts.node == self.me:
-            return False
         if found := fault(msgspec.structs.replace(heartbeat, deployments=())):
             self._count_unsound(heartbeat.facts.node, found)
+            return False
+        self._clones.hear(heartbeat, now)
+        if heartbeat.facts.node == self.me:
             return False
         if self._awaited:
             self._listen(heartbeat.facts, now)
@@ -214,8 +212,8 @@ class Controller:
         return self._membership.hear(heartbeat, now) or self._deployments.all is not before
 
     def _count_unsound(self, node: str, what: str) -> None:
-        if node in self.unsound or len(self.unsound) < NODES_MAX:
-            self.unsound[node] = (self.unsound.get(node, (0, ""))[0] + 1, what)
+        if node in self._unsound or len(self._unsound) < NODES_MAX:
+            self._unsound[node] = (self._unsound.get(node, (0, ""))[0] + 1, what)
 
     def _listen(self, facts: Facts, now: float) -> None:
         """A node that was heard may name others: those it measured, or runs a placement with."""

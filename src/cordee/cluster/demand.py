@@ -26,7 +26,7 @@ def usual_context(own: int | None, sequences: int | None = None) -> int:
     return min(own or CELLS_DEFAULT, max(1, CELLS_DEFAULT // (sequences or SEQUENCES)))
 
 
-class Wish(NamedTuple):
+class SizeRequest(NamedTuple):
     """What is asked of a model; None was not said.
 
     `usual` and `usual_sequences` are the context in tokens and the answers at a time that it then gets.

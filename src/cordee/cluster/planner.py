@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from cordee.cluster.demand import Wish, described, gigabytes, options, smaller
+from cordee.cluster.demand import SizeRequest, described, gigabytes, options, smaller
 from cordee.cluster.facts import Device, Facts, ModelShape, Placement, StagePlace
 from cordee.cluster.memory import Demand, Fit, needed_bytes, needs, stage_of
 from cordee.cluster.search import Search, Step, Unit, held_layers
@@ -109,11 +109,11 @@ def plan(
 
 
 def largest(
-    shape: ModelShape, nodes: Mapping[str, Facts], wish: Wish, reserved: Reserved | None = None
+    shape: ModelShape, nodes: Mapping[str, Facts], requested: SizeRequest, reserved: Reserved | None = None
 ) -> Demand | None:
     """The most of what is asked of a model that fits; None if not even the least of it does."""
     units = _units([nodes[node] for node in sorted(nodes)], reserved or {})
-    return wish.largest(lambda demand: Search(shape, demand, units).fits())
+    return requested.largest(lambda demand: Search(shape, demand, units).fits())
 
 
 def copies(

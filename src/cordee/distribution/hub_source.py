@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cordee.cluster.demand import Wish
+from cordee.cluster.demand import SizeRequest
 from cordee.cluster.facts import ModelShape, Reading
 from cordee.distribution.hub import HubFile
 from cordee.distribution.hub_ranges import HubModel
@@ -22,7 +22,7 @@ from cordee.distribution.manifest import Manifest
 from cordee.distribution.pull import hub_files
 from cordee.distribution.slice_store import SliceStore
 from cordee.errors import CordeeError, Overloaded
-from cordee.machine.sizing import wish_of
+from cordee.machine.sizing import size_request
 from cordee.models.fit import own_context
 from cordee.models.shape import model_shape
 
@@ -63,7 +63,7 @@ class Hub:
 
     def shape(
         self, source: str, name: str, context: int | None, sequences: int | None
-    ) -> tuple[ModelShape, Wish]:
+    ) -> tuple[ModelShape, SizeRequest]:
         """The shape of a model with `name` for a digest, and what is asked of it.
 
         Raises:
@@ -72,7 +72,7 @@ class Hub:
         """
         with _opened(source) as model:
             own = own_context(model.header)
-            return model_shape(model.header, name), wish_of(own, context, sequences, name)
+            return model_shape(model.header, name), size_request(own, context, sequences, name)
 
     def read(self, name: str, source: str, nbytes: int, then: Callable[[Manifest], None]) -> Reading:
         """Begin to read a model for its manifest, unless that is under way; `then` is called with it.

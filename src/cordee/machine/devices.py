@@ -8,7 +8,7 @@ import numpy as np
 
 from cordee.cluster.facts import Device
 from cordee.engine.llama import libllama
-from cordee.machine.memory import memory
+from cordee.machine.memory import memory_for_stages
 from cordee.models.fit import USABLE
 
 # Bytes of 4-bit weights that one core unpacks in a second, however fast the memory is (measured: the starter
@@ -31,7 +31,7 @@ def own_devices(lent_bytes: int | None = None) -> tuple[Device, ...]:
     Raises:
         SetupNeeded: libllama cannot be loaded.
     """
-    room, cores = memory().available_bytes, libllama.usable_cores()
+    room, cores = memory_for_stages(), libllama.usable_cores()
     speed = memory_speed(int(min(MEASURED_BYTES, room * MEASURED_SHARE)), cores)
     found = [
         Device(

@@ -1,18 +1,18 @@
 """The size of a service's stages: the answers at a time and the context that fit on the devices there are."""
 
-from cordee.cluster.demand import Wish, usual_context
+from cordee.cluster.demand import SizeRequest, usual_context
 from cordee.cluster.memory import BATCH_ROWS
 from cordee.engine.llama import libllama
 from cordee.engine.stage import StageConfig
 from cordee.errors import BadRequest, DoesNotFit
-from cordee.machine.memory import memory
+from cordee.machine.memory import memory_for_stages
 from cordee.models import fit
 from cordee.models.gguf import Header
 
 ACCELERATORS = ("GPU", "IGPU")  # kinds of devices that are used by default
 
 
-def wish_of(own: int | None, context: int | None, sequences: int | None, name: str) -> Wish:
+def size_request(own: int | None, context: int | None, sequences: int | None, name: str) -> SizeRequest:
     """What is asked of a model called `name`, which was made for `own` tokens (None: it does not say).
 
     Raises:
@@ -20,12 +20,12 @@ def wish_of(own: int | None, context: int | None, sequences: int | None, name: s
     """
     if context is not None and own is not None and context > own:
         raise BadRequest(f"{name} was made for at most {own} tokens, not {context}.", "context")
-    return Wish(context, sequences, usual_context(own, sequences))
+    return SizeRequest(context, sequences, usual_context(own, sequences))
 
 
 def stage_config(
     header: Header,
-    wish: Wish,
+    requested: SizeRequest,
     *,
     name: str,
     stages: int = 1,
@@ -34,7 +34,7 @@ def stage_config(
     batch_invariant: bool = True,
     command: str = "",
 ) -> StageConfig:
-    """The configuration of every stage of a model on this machine, with as much of `wish` as fits.
+    """The configuration of every stage of a model on this machine, with as much of `requested` as fits.
 
     No `devices` means every GPU that libllama can use, or else the CPU; `CPU` among them means the CPU alone.
     `name` is what people call the model; `command` is as for `fit.verdict`.
@@ -45,7 +45,7 @@ def stage_config(
         UnsupportedModel: the model cannot be cut.
     """
     chosen = chosen_devices(devices)
-    found = fit.verdict(fit.stage_shapes(header, stages), wish, usable_memory(chosen), command)
+    found = fit.verdict(fit.stage_shapes(header, stages), requested, usable_memory(chosen), command)
     if not found.fits:
         raise DoesNotFit(f"{name} does not fit. {found.advice}")
     return StageConfig(
@@ -76,5 +76,5 @@ def chosen_devices(names: tuple[str, ...]) -> list[libllama.LlamaDevice]:
 
 
 def usable_memory(devices: list[libllama.LlamaDevice]) -> int:
-    """Bytes that stages may take: the devices' free memory, or this machine's if there are none."""
-    return sum(device.free_bytes for device in devices) if devices else memory().available_bytes
+    """Bytes that stages may take: of the devices' free memory, or of this machine's if there are none."""
+    return sum(device.free_bytes for device in devices) if devices else memory_for_stages()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
-from cordee.cluster.demand import Wish, described, gigabytes, options, smaller
+from cordee.cluster.demand import SizeRequest, described, gigabytes, options, smaller
 from cordee.cluster.memory import Demand, Fit, Sizes, StageShape
 from cordee.errors import UnsupportedModel
 from cordee.models.architectures import Architecture, architecture
@@ -224,7 +224,9 @@ class Verdict:
     advice: str
 
 
-def verdict(shapes: Sequence[StageShape], wish: Wish, memory_bytes: int, command: str = "") -> Verdict:
+def verdict(
+    shapes: Sequence[StageShape], requested: SizeRequest, memory_bytes: int, command: str = ""
+) -> Verdict:
     """How much of what is asked of these stages fits into `memory_bytes` of one machine.
 
     `command` is what people would type to be served with other options, as in "cordee serve starter"; without
@@ -238,8 +240,8 @@ def verdict(shapes: Sequence[StageShape], wish: Wish, memory_bytes: int, command
     def fits(demand: Demand) -> bool:
         return need(demand) <= have
 
-    found = wish.largest(fits)
-    demand = found or wish.least
+    found = requested.largest(fits)
+    demand = found or requested.least
     wants, has = gigabytes(need(demand), have)
     if found is None:
         instead = smaller(demand, fits) if command else None
@@ -250,7 +252,7 @@ def verdict(shapes: Sequence[StageShape], wish: Wish, memory_bytes: int, command
             advice += "take a smaller quantization, or more machines."
     else:
         advice = f"It fits: it needs {wants} of memory, and {has} may be used."
-        if lacks := wish.shortened(found):
+        if lacks := requested.shortened(found):
             advice += f" Memory is short: {lacks}."
     return Verdict(
         found is not None,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cordee.cluster.demand import Wish
+from cordee.cluster.demand import SizeRequest
 from cordee.cluster.memory import Demand
 from cordee.engine.stage import StageConfig
 from cordee.engine.vocabulary import Vocabulary
@@ -95,10 +95,10 @@ class LocalService(ClusterService):
         """
         config = config or ServiceConfig()
         header = read_header(model.path, name=model.name)
-        wish = sizing.wish_of(own_context(header), config.context, config.sequences, model.name)
+        requested = sizing.size_request(own_context(header), config.context, config.sequences, model.name)
         vocabulary, stage_config = await asyncio.gather(
             asyncio.to_thread(Vocabulary, model.path, model.name, served=True),
-            asyncio.to_thread(_stage_config, header, stages, config, wish, model.name),
+            asyncio.to_thread(_stage_config, header, stages, config, requested, model.name),
             return_exceptions=True,
         )
         if isinstance(vocabulary, BaseException):  # the first to count: the file may be too new
@@ -107,7 +107,7 @@ class LocalService(ClusterService):
             vocabulary.close()
             raise stage_config
         service = cls(model, vocabulary, stage_config)
-        service.shortened = wish.shortened(Demand(stage_config.context, stage_config.sequences))
+        service.shortened = requested.shortened(Demand(stage_config.context, stage_config.sequences))
         try:
             slices = await asyncio.to_thread(_slices, header, model, store, stages, config.force_cut, report)
             ends = tuple(service.vocabulary.end_of_generation)
@@ -231,10 +231,12 @@ class LocalService(ClusterService):
             log.exception("`cordee ps` will not show this service as it is")
 
 
-def _stage_config(header: Header, stages: int, config: ServiceConfig, wish: Wish, name: str) -> StageConfig:
+def _stage_config(
+    header: Header, stages: int, config: ServiceConfig, requested: SizeRequest, name: str
+) -> StageConfig:
     return sizing.stage_config(
         header,
-        wish,
+        requested,
         name=name,
         stages=stages,
         threads=config.threads,

@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from cordee.cluster import planner
 from cordee.cluster.choose import Chosen
 from cordee.cluster.controller import Controller
-from cordee.cluster.demand import Wish
+from cordee.cluster.demand import SizeRequest
 from cordee.cluster.facts import ModelShape, Placement
 from cordee.cluster.memory import Demand, needed_bytes
 
 LOOK_SECONDS = 0.1  # how often it is looked whether the other nodes were heard
 
 
-async def sized(controller: Controller, name: str, shape: ModelShape, wish: Wish) -> Demand | None:
+async def sized(
+    controller: Controller, name: str, shape: ModelShape, requested: SizeRequest
+) -> Demand | None:
     """The most of what is asked of a model that fits beside the others; None if not even the least does.
 
     A node that has just started first hears the others, so as not to count itself alone. What runs of the
@@ -26,7 +28,7 @@ async def sized(controller: Controller, name: str, shape: ModelShape, wish: Wish
         node: facts for node, (state, facts) in controller.nodes(time.monotonic()).items() if state == "alive"
     }
     others = {model: picks for model, picks in controller.chosen.items() if model != name}
-    return await asyncio.to_thread(planner.largest, shape, nodes, wish, reserved(others))
+    return await asyncio.to_thread(planner.largest, shape, nodes, requested, reserved(others))
 
 
 def reserved(chosen: Mapping[str, Sequence[Chosen]]) -> dict[tuple[str, str], int]:
