@@ -89,9 +89,7 @@ def storage_failed(what: object, error: OSError, fault: str = "cannot be written
 
 
 def _reason(error: OSError) -> str:
-    if isinstance(
-        error, FileNotFoundError
-    ):  # of a block it may mean something else, so it is no storage fault
+    if isinstance(error, FileNotFoundError):  # not in the table: within a block it may mean something else
         return "its folder does not exist: make it first"
     return STORAGE_FAULTS.get(error.errno or 0, f"{error.strerror or error}: check its folder")
 

@@ -37,7 +37,7 @@ from cordee.errors import BadRequest, CordeeError, NotRunning
 from cordee.files import disk_faults, home
 
 ANSWER_SECONDS = 120.0  # planning a large model on many machines takes some
-SOCKET_NAME_BYTES_MAX = 107  # what the system allows (unix(7), without the null character at its end)
+SOCKET_NAME_BYTES_MAX = 103  # what systems allow, without the null character at the end: macOS the least
 SOCKET = "agent.sock"
 
 T = TypeVar("T")
