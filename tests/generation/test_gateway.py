@@ -547,3 +547,18 @@ def test_damaged_messages_are_refused_or_whole(noise: bytes, at: int) -> None:
     except BadRequest:
         return
     assert isinstance(message, Ask | Assert | Said)
+
+
+def test_streams_for_two_names_of_one_model_share_a_host_and_do_not_disturb_each_other() -> None:
+    """One file is deployed under two names, with a context for each, and one host answers for both."""
+    world = calm_world()
+    gateway = world.gateways["g0"]
+    gateway.route("small by another name", "small0")
+    for turn in range(4):
+        for model in ("small", "small by another name"):
+            client = world.open("g0", request(f"{model} {turn}", max_tokens=3), model)
+            began = world.now
+            while client.ended is None:
+                assert world.now - began < LEASE_SECONDS, f"{model} waits in turn {turn}"
+                world.step()
+            assert client.ended == "length"

@@ -8,8 +8,9 @@ messages. An ask's life:
         -> dropped: an Assert does not name it, a newer ask of its stream came, or its gateway asserted
            nothing for LEASE_SECONDS
 
-- Everything about a gateway is its *session*, which asserts keep alive. Anything that a fault wrote into it
-  ends with it, and a gateway that still wants something is told that its asks are unknown, and asks again.
+- Everything about a gateway and a model is their *session*, which asserts keep alive. Anything that a fault
+  wrote into it ends with it, and a gateway that still wants something is told that its asks are unknown, and
+  asks again.
 - Within a session an ask is started once at most: Asks that are not newer than the last Assert count only if
   it names them; one that was replaced is older than the ask that replaced it; and one that ended, however it
   did, is kept until it is dropped.
@@ -41,7 +42,8 @@ from cordee.generation.suspects import Suspects
 # Streams of a gateway that asserts nothing for this long are dropped. Gateways assert every second: ten lost
 # in a row are no accident, and a gateway that was merely stopped asks again and loses nothing but time.
 LEASE_SECONDS = 10.0
-# Gateways at a time: the nodes of a cluster, several times over, since each restart makes a new one.
+# At a time, of all gateways and models: the nodes of a cluster, several times over, since each restart of a
+# node makes a new one.
 SESSIONS_MAX = 256
 # Tokens of a stream that may be unacknowledged; with an assert each second no pipeline comes near.
 WINDOW_TOKENS = 1024
@@ -121,7 +123,8 @@ class Host:
         self._n_vocab = n_vocab
         self._random = random
         self._clock = AwakeClock()
-        self._sessions: dict[tuple[str, int], _Session] = {}  # by node and run of its gateway
+        # By node, run of its gateway, and what its streams ask for: one model may go by several stream keys.
+        self._sessions: dict[tuple[str, int, str], _Session] = {}
         self._named: dict[str, tuple[_Session, _Entry]] = {}  # by the scheduler's id
         self._suspects = Suspects()
 
@@ -212,16 +215,18 @@ class Host:
 
     def _session(self, node: str, message: Ask | Assert) -> _Session | None:
         """The session that a message belongs to; None where it is over, or there is no room for another."""
-        key = (node, message.gateway)
+        key = (node, message.gateway, message.model)
         session = self._sessions.get(key)
         if session is not None and session.peer < message.peer:
-            # A gateway knows each host by one number at a time, and the next is greater.
+            # For each model a gateway knows a host by one number at a time, and the next is greater.
             for entry in list(session.entries.values()):
                 self._drop(session, entry)
             del self._sessions[key]
             session = None
         if session is None and len(self._sessions) < SESSIONS_MAX:
-            session = _Session(*key, message.peer, self._random.getrandbits(63), self._clock.seconds)
+            session = _Session(
+                node, message.gateway, message.peer, self._random.getrandbits(63), self._clock.seconds
+            )
             self._sessions[key] = session
         return session if session is not None and session.peer == message.peer else None
 
