@@ -11,11 +11,16 @@ from rich.console import Console
 from rich.progress import track
 
 from sim.run import Broken, Outcome, play
+from sim.stall import play_stall
+
+STALLS = 10
 
 
 def attempt(seed: int) -> Outcome | str:
-    """A seed's outcome, or what was wrong."""
+    """A seed's outcome, or what was wrong; every STALLS-th seed is also one of a fault that lasts."""
     try:
+        if seed % STALLS == 0:
+            play_stall(seed)
         return play(seed)
     except Broken as error:
         return str(error)

@@ -77,15 +77,20 @@ class Agent:
             self.world.after(wait, self._tick, count)
             return
         if count % TICKS_A_HEARTBEAT == 0:
+            self._probe()
             self._act()
             self._speak()
         if self.gateway.busy:
             self.gateway.tick(self.now)
         for pipeline in self.pipelines.values():
-            pipeline.host.tick(self.now)
-            pipeline.pump()
+            pipeline.tick()
         self.drain()
         self.world.after(HEARTBEAT_SECONDS / TICKS_A_HEARTBEAT, self._tick, count + 1)
+
+    def _probe(self) -> None:
+        """Knock at the others' doors, as agent/doors.py does."""
+        closed = {of for of, at in self.world.half_open if at == self.name}
+        self.controller.unreachable(dict.fromkeys(sorted(closed), "its ports are closed"))
 
     def touch(self) -> None:
         """Something changed: look at everything soon."""
@@ -160,6 +165,11 @@ class Agent:
             if process.wiring == wiring and process.index in (hop - 1, hop):
                 process.unwire()
                 self.touch()
+
+    def doubt(self, nodes: set[str], reason: str) -> None:
+        """Other nodes disappointed our scheduler."""
+        for node in sorted(nodes):
+            self.controller.doubt(node, reason, self.now)
 
     def unwire(self, wiring: str) -> None:
         """Our scheduler left this wiring: so does its first stage."""
@@ -262,6 +272,9 @@ class Agent:
     def _loaded(self, process: stages.Process) -> None:
         if process.id not in self.workers:
             return
+        if self.machine.never_loads:
+            self._later(LOAD_SECONDS, self._loaded, process)
+            return
         if self.machine.breaks_loading or not holds(tuple(self.machine.slices), process.spec.slice):
             del self.workers[process.id]
             self.controller.failed(process.spec, "it does not load", self.now)
@@ -278,6 +291,9 @@ class Agent:
         target = goal.downstream.partition("/")[0]
         stale = goal not in self.controller.goals.stages or goal.wiring in process.wirings
         if stale or not self.world.joined(self.name, target):
+            return
+        if (target, self.name) in self.world.half_open:
+            self.controller.doubt(target, "its ports are closed", self.now)
             return
         if goal.downstream in self.world.running[target].endpoints():
             process.wire(goal.wiring, goal.index, len(goal.placement.stages), goal.downstream)

@@ -94,6 +94,8 @@ def unsettled(scenario: Scenario) -> str:
             return f"{agents[0].name} and {agent.name} do not agree"
     if any(agent.controller.failures for agent in agents):
         return "a failure still counts"
+    if any(facts_of(agent).doubts for agent in agents):
+        return "a doubt still counts"
     return (
         _not_running(scenario, chosen)
         or _not_planned(scenario, agents, chosen)

@@ -22,6 +22,8 @@ class Machine:
     disk_bytes: int = DISK_BYTES
     draining: bool = False
     breaks_loading: bool = False  # workers fail to load
+    never_loads: bool = False  # workers load for ever
+    creeps: bool = False  # nothing comes over its data links for CREEP_SECONDS
     # On disk:
     slices: set[SliceHeld] = field(default_factory=set[SliceHeld])
     deployments: tuple[Deployment, ...] = ()

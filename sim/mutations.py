@@ -9,13 +9,24 @@ planted in private members of what is tested, so these are used here on purpose.
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-from cordee.cluster import choose, controller, deployments, facts, goals, membership, reconcile
-from cordee.generation import gateway, host, scheduler, streams
+from cordee.cluster import (
+    choose,
+    controller,
+    deployments,
+    doubts,
+    facts,
+    goals,
+    membership,
+    patience,
+    reconcile,
+)
+from cordee.generation import gateway, host, results, scheduler, streams
 from sim.run import Broken, play
+from sim.stall import play_stall
 
 SEEDS_MAX = 1000  # each must be found within that many; most are by the tenth, the rarest by the 450th
 
@@ -38,6 +49,14 @@ def _always(*_: object) -> bool:
 
 def _never(*_: object) -> bool:
     return False
+
+
+def _no_seconds(*_: object) -> float:
+    return 0.0
+
+
+def _all(_: object, nodes: Iterable[str], last_resort: bool = False) -> list[frozenset[str]]:
+    return [frozenset(nodes)]
 
 
 def _none(*_: object) -> list[object]:
@@ -172,22 +191,29 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "any index is taken": _set((gateway.Gateway, "_advance", _take_any_index)),
     "what was lost is not asked again": _set((gateway.Gateway, "_answered", _only_hear)),
 }
+# Those that show only where a fault lasts (stall.py).
+STALL_MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
+    "no stage is ever late": _set((patience.Patience, "late", _none)),
+    "no result is ever late": _set((results.Results, "late_seconds", _no_seconds)),
+    "doubts are not heard": _set((doubts.Exclusions, "concern", _never), (doubts.Exclusions, "groups", _all)),
+}
 
 
 @contextmanager
 def planted(name: str) -> Generator[None]:
     """The code with one bug."""
     with ExitStack() as stack:
-        MUTATIONS[name](stack)
+        (MUTATIONS | STALL_MUTATIONS)[name](stack)
         yield
 
 
 def found(name: str) -> tuple[int, str] | None:
     """The first seed that shows a bug, and how it shows; None if none of SEEDS_MAX does."""
+    player: Callable[[int], object] = play_stall if name in STALL_MUTATIONS else play
     with planted(name):
         for seed in range(SEEDS_MAX):
             try:
-                play(seed)
+                player(seed)
             except Broken as error:
                 return seed, str(error).splitlines()[0]
     return None
@@ -196,7 +222,7 @@ def found(name: str) -> tuple[int, str] | None:
 def main() -> int:
     """Exit status 1 if a bug is not found."""
     missed = 0
-    for name in MUTATIONS:
+    for name in MUTATIONS | STALL_MUTATIONS:
         result = found(name)
         missed += result is None
         print(f"{name}: {'NOT FOUND' if result is None else result[1]}", flush=True)

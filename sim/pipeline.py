@@ -7,6 +7,7 @@ from cordee.cluster.facts import Placement
 from cordee.cluster.goals import HostGoal
 from cordee.generation.host import Host
 from cordee.generation.request import Choice
+from cordee.generation.results import Expectation, Results
 from cordee.generation.scheduler import Limits, MicroBatch, Scheduler, Segment
 from sim import stages
 from sim.world import World
@@ -27,8 +28,17 @@ class Shell(Protocol):
         """Where it lives."""
         ...
 
+    @property
+    def now(self) -> float:
+        """Its steady clock."""
+        ...
+
     def unwire(self, wiring: str) -> None:
         """The first stage leaves this wiring."""
+        ...
+
+    def doubt(self, nodes: set[str], reason: str) -> None:
+        """Other nodes disappointed."""
         ...
 
 
@@ -45,6 +55,7 @@ class Pipeline:
         self.goal: HostGoal | None = None
         self.wiring = ""  # whose caches grew under this scheduler
         self._under_way: dict[int, MicroBatch] = {}
+        self._results = Results()
         self._halted: set[int] = set()
 
     def fits(self, goal: HostGoal | None) -> bool:
@@ -57,6 +68,11 @@ class Pipeline:
         if goal.wiring != self.wiring:
             self.leave()
             self.wiring = goal.wiring
+            places = frozenset(place.node for place in goal.placement.stages)
+            expectation = (
+                Expectation(goal.row_seconds, goal.read_seconds) if len(places) > 1 else Expectation()
+            )
+            self._results.expect(places, expectation)
             self.host.ready = bool(goal.wiring)
 
     def leave(self) -> None:
@@ -66,7 +82,17 @@ class Pipeline:
             self.host.lost()
         self.wiring, self.host.ready = "", False
         self._under_way.clear()
+        self._results.clear()
         self._halted.clear()
+
+    def tick(self) -> None:
+        """Let time pass; a result that is late is waited for no longer."""
+        self.host.tick(self._agent.now)
+        if self._results.late_seconds(self._agent.now) and self.goal is not None:
+            nodes = {place.node for place in self.goal.placement.stages} - {self._agent.name}
+            self._agent.doubt(nodes, "no result")
+            self.leave()
+        self.pump()
 
     def pump(self) -> None:
         """Send what can be sent: rows to the first stage, news to gateways."""
@@ -80,6 +106,7 @@ class Pipeline:
     def _send(self, batch: MicroBatch) -> None:
         assert self.goal is not None
         self._under_way[batch.id] = batch
+        self._results.sent(batch.id, sum(len(s.tokens) for s in batch.segments), self._agent.now)
         rows = stages.Rows(self.wiring, 0, self.goal.upstream, batch.id, stages.rows_of(batch))
         self._agent.world.carry(self._agent.name, self._agent.name, self.wiring, 0, "rows", rows)
 
@@ -91,6 +118,7 @@ class Pipeline:
         ended = any(choice.token in stages.ENDS for choice in tokens.choices.values())
         last = batch.steps == 1 or ended or batch.id in self._halted
         del self._under_way[batch.id]
+        self._results.came(batch.id, True, self._agent.now)
         self.host.complete(batch.id, tokens.choices, {}, last=last)
         self._scheduler.check_slots()
         if not last:

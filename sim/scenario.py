@@ -77,7 +77,7 @@ def shape_of(name: str, layers: int, cuttable: bool = True) -> ModelShape:
 class Scenario:
     """One seed's world and story; `play` runs it up to the end of the faults."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, muddled: bool | None = None, machines: int = 0) -> None:
         self.world = World(seed)
         self.random = self.world.random
         self.planner = Planner()
@@ -85,14 +85,15 @@ class Scenario:
         self.clients: list[Client] = []
         self.revoked: set[str] = set()
         self.dead: set[str] = set()  # never to come back
-        self.muddled = self.random.random() < 0.5  # corrupted state at the start
+        # Corrupted state at the start.
+        self.muddled = self.random.random() < 0.5 if muddled is None else muddled
         models = ("small", "large")[: 1 + (self.random.random() < 0.3)]
         self.shapes = {name: shape_of(name, 4 + 2 * index) for index, name in enumerate(models)}
         self.sequences: dict[str, int] = dict.fromkeys(models, SEQUENCES)
         if self.random.random() < 0.2:  # one file under two names, and not alike
             self.shapes["again"], self.sequences["again"] = self.shapes["small"], SEQUENCES - 1
         self.promised = frozenset(self.shapes)  # what users deployed last
-        for index in range(self.random.choice((2, 3, 3, 3, 4, 4, 5))):
+        for index in range(machines or self.random.choice((2, 3, 3, 3, 4, 4, 5))):
             self._machine(f"n{index}")
 
     def _machine(self, name: str) -> None:
@@ -116,12 +117,12 @@ class Scenario:
         if self.muddled:
             corrupt.everything(self)
         for name, shape in self.shapes.items():
-            world.after(random.random(), self._deploy, name, shape)
+            world.after(random.random(), self.deploy, name, shape)
         if random.random() < 0.7:
             world.loss, world.late = random.choice((0, 0.05, 0.2)), random.choice((0, 0.05, 0.3))
             world.doubled, world.breaks = random.choice((0, 0.1)), random.choice((0, 0.0, 0.01))
         for _ in range(random.randint(2, 5)):
-            world.after(0.5 + random.random() * FAULT_SECONDS, self._open)
+            world.after(0.5 + random.random() * FAULT_SECONDS, self.open_stream)
         for _ in range(random.randint(1, 7)):
             fault = random.choice(FAULTS)
             world.after(random.random() * FAULT_SECONDS, fault, self, random.choice(list(world.machines)))
@@ -129,7 +130,7 @@ class Scenario:
         self._calm()
         world.run(FAULT_SECONDS + (DEPLOYMENT_SECONDS if self.muddled else HEARTBEAT_SECONDS))
         for name, shape in self.shapes.items():
-            self._deploy(name, shape)
+            self.deploy(name, shape)
 
     def boot(self, name: str) -> None:
         """A machine's agent starts."""
@@ -174,15 +175,17 @@ class Scenario:
             if all(other.get(model) == deployment for other in known)
         }
 
-    def _deploy(self, name: str, shape: ModelShape) -> None:
+    def deploy(self, name: str, shape: ModelShape, replicas: int = 0) -> None:
+        """A user deploys a model at some machine, perhaps twice."""
         agents = self.live()
         if agents:
             agent = self.random.choice(agents)
-            replicas = self.random.choice((1, 1, 1, 1, 2))
+            replicas = replicas or self.random.choice((1, 1, 1, 1, 2))
             agent.controller.deploy(name, shape, CONTEXT, self.sequences[name], agent.now, replicas)
             agent.touch()
 
-    def _open(self) -> None:
+    def open_stream(self) -> None:
+        """A client asks at some machine."""
         agents = [agent for agent in self.live() if agent.machine.stopped_until <= self.world.now]
         if not agents:
             return
@@ -209,6 +212,7 @@ class Scenario:
         world.calm()
         for name, machine in world.machines.items():
             machine.slow, machine.breaks_loading = 1.0, False
+            machine.never_loads = machine.creeps = False
             self.boot(name)
             world.watch(name, 0.3)
         self.revoked = self.known_revocations()
@@ -268,6 +272,18 @@ def _breaks_loading(scenario: Scenario, name: str) -> None:
     scenario.world.machines[name].breaks_loading = True
 
 
+def _never_loads(scenario: Scenario, name: str) -> None:
+    scenario.world.machines[name].never_loads = True
+
+
+def _creeps(scenario: Scenario, name: str) -> None:
+    scenario.world.machines[name].creeps = True
+
+
+def _half_open(scenario: Scenario, name: str) -> None:
+    scenario.world.half_open |= {(name, other) for other in scenario.world.machines if other != name}
+
+
 def _kill_worker(scenario: Scenario, name: str) -> None:
     agent = scenario.agents.get(name)
     if agent is not None and agent.workers:
@@ -301,6 +317,9 @@ FAULTS: list[Callable[[Scenario, str], None]] = [
     _slow,
     _full,
     _breaks_loading,
+    _never_loads,
+    _creeps,
+    _half_open,
     _kill_worker,
     _kill_worker,
     _drain,

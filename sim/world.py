@@ -18,6 +18,7 @@ BUS_DELAY = 0.004
 LATE_SECONDS = 1.5  # less than REORDER_SECONDS
 LINK_DELAY = 0.003
 FOUND_SECONDS = 1.5  # at most, after a start
+CREEP_SECONDS = 25.0  # that a message takes over a link that hardly carries anything
 RESET_SECONDS = 0.05  # until a neighbour hears that a process ended
 
 
@@ -44,6 +45,9 @@ class World:
         self.machines: dict[str, Machine] = {}
         self.running: dict[str, Listener] = {}  # on the machines that are up
         self.cut: set[tuple[str, str]] = set()  # (from, to)
+        self.half_open: set[tuple[str, str]] = (
+            set()
+        )  # (of, at): the bus works, but its doors are closed there
         self._queue: list[tuple[float, int, Callable[..., object], tuple[object, ...]]] = []
         self._count = 0
         self._broken: set[tuple[str, int]] = set()  # (wiring, hop)
@@ -71,6 +75,7 @@ class World:
         """No more faults."""
         self.loss = self.late = self.doubled = self.breaks = 0.0
         self.cut.clear()
+        self.half_open.clear()
 
     # The bus.
 
@@ -145,7 +150,11 @@ class World:
                     self.random.random() * LEASE_SECONDS, self.arrive, end, "link_broke", (wiring, hop)
                 )
             return
-        at = max(self.now + LINK_DELAY * (0.5 + self.random.random()), self._link_times.get(link, 0.0))
+        creeps = source != target and (self.machines[source].creeps or self.machines[target].creeps)
+        delay = CREEP_SECONDS if creeps else 0.0
+        at = max(
+            self.now + delay + LINK_DELAY * (0.5 + self.random.random()), self._link_times.get(link, 0.0)
+        )
         self._link_times[link] = at
         self.after(at - self.now, self.arrive, target, take, message)
 

@@ -207,7 +207,7 @@ def test_a_stream_that_breaks_its_stage_each_time_ends_and_the_others_go_on(mode
 
 @pytest.mark.usefixtures("breaking")
 def test_a_worker_that_does_not_come_back_is_replaced(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cordee.serving.scheduler_host.STALL_SECONDS", 1.0)
+    monkeypatch.setattr("cordee.generation.results.RESULT_SECONDS_MAX", 1.0)
 
     async def run() -> None:
         async with model.serve() as service:

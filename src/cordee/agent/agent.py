@@ -25,9 +25,10 @@ from typing import Any
 import msgspec
 
 from cordee import __version__
-from cordee.agent import admins, capacity
+from cordee.agent import admins, capacity, probes
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
+from cordee.agent.probes import Probes
 from cordee.agent.reach import Reach
 from cordee.agent.services import Services
 from cordee.agent.stream_links import StreamLinks
@@ -61,7 +62,7 @@ from cordee.serving.cluster_service import ClusterGateway
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import LinkClosed
-from cordee.worker.messages import Join, KvAnswer, Promotion, StreamsJoin, Tokens
+from cordee.worker.messages import Join, KvAnswer, Probe, Promotion, StreamsJoin, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages
 
@@ -103,6 +104,7 @@ class Agent:
         self.local_models = LocalModels(store, identity.node, bus, self)
         self.distances = Distances(bus, identity.node, self.changed)
         self._listen_host = options.bus.listening().host  # workers listen there as well
+        self.probes = Probes(identity, self._others, self.changed)
         self.reach = Reach(bus, identity, self._others)
         self.invitations = Invitations(
             identity, self._listen_host, lambda: bus.addresses, members=self._all_members
@@ -291,6 +293,13 @@ class Agent:
         self.controller.failed(spec, error.message, time.monotonic())
         self.changed()
 
+    def doubt(self, node: str, reason: str) -> None:
+        """Another node disappointed: it is left out of placements with this one for a while."""
+        log.warning("node %s is left out for a while: %s", node, reason)
+        self.controller.doubt(node, reason, time.monotonic())
+        self.probes.hasten(node)
+        self.changed()
+
     def report(self, line: str) -> None:
         """A worker ended, or hangs."""
         log.warning("%s", line)
@@ -352,6 +361,7 @@ class Agent:
         self._keep(self.gossip.speak_always(self._measure))
         self._keep(self.gossip.seek_lost_always())
         self._keep(self.local_models.watch())
+        self._keep(self.probes.watch())
         self._keep(self.distances.watch(lambda: list(self._others())))
 
     def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -385,6 +395,9 @@ class Agent:
             first = await opening(reader)
             if isinstance(first, StreamsJoin):
                 await self._stream_links.serve(node, reader, writer)
+            elif isinstance(first, Probe):
+                probes.answer(writer)
+                await reader.read(1)  # until the other side has it, and closes
             elif isinstance(first, Promotion) and await admins.accept(self.identity, first, writer):
                 await self._serve_as_admin()
                 log.warning("this node is an admin now: another admin gave it the cluster's key")
@@ -430,6 +443,7 @@ class Agent:
         """Look at everything, decide, and carry it out."""
         now, clock = time.monotonic(), time.time()
         controller = self.controller
+        controller.unreachable(self.probes.unreachable)
         decision = controller.step(self._look(), self._running(), now, clock, self.gossip.revocations())
         self.history.note(controller.chosen, controller.nodes(now), clock)
         self._execute(decision.actions)
@@ -488,9 +502,15 @@ class Agent:
         for key, goal in wanted.items():
             service = self.services.of_digest(goal.placement.model)
             if key not in hosts and service is not None:
-                hosts[key] = SchedulerHost(goal, service.vocabulary, self.stages, self._say)
+                hosts[key] = SchedulerHost(
+                    goal, service.vocabulary, self.stages, self._say, late=self._doubt_late
+                )
             if key in hosts:
                 hosts[key].follow(goal)
+
+    def _doubt_late(self, nodes: Collection[str], seconds: float) -> None:
+        for node in nodes:
+            self.doubt(node, f"no result came from its stage, or from the others, in {seconds:.0f} s")
 
     def _want(self, name: str) -> None:
         """A client asks for a model: it is deployed from now on."""

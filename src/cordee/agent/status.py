@@ -310,8 +310,23 @@ class ClusterStatus:
             "replicas": deployment.replicas,
             "state": next((state for state in STATES if state in states), "unplaced"),
             "why": "" if picks else await self._why_not(deployment, shape),
+            "reasons": self._reasons(shape),
             "placements": placements,
         }
+
+    def _reasons(self, shape: ModelShape) -> list[str]:
+        """What keeps machines from running a model, or from working together, as those say that met it."""
+        return [
+            f"{facts.name} cannot run layers {place.first} to {place.last - 1}: {report.detail}"
+            for facts in self._facts.values()
+            for report in facts.stages
+            if report.placement.model == shape.digest and report.state == "failed"
+            for place in report.placement.stages[report.index : report.index + 1]
+        ] + [
+            f"{facts.name} does without {self._name(doubt.node)} for now: {doubt.reason}"
+            for facts in self._facts.values()
+            for doubt in facts.doubts
+        ]
 
     def _placement(self, pick: Chosen) -> dict[str, Any]:
         placement, host = pick.placement, pick.placement.stages[0].node

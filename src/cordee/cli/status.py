@@ -147,7 +147,7 @@ def _model(model: dict[str, Any]) -> list[str]:
         lines.append(f"  runs nowhere. {model['why']}")
     for placement in model["placements"]:
         lines += _placement(placement)
-    return lines
+    return lines + [f"  {reason}" for reason in model["reasons"]]
 
 
 def _placement(placement: dict[str, Any]) -> list[str]:

@@ -9,10 +9,12 @@ the cluster; `choose` only selects from it, and plans afresh where it finds noth
    serving first; then those without a draining node; then those that wait for no slice; then the better
    class of predicted speed (coarse, so that noise never decides); then the smallest id.
 3. Replicas still missing are planned, on alive nodes that are not draining and have not just failed at it;
-   not by a node that has just started, since what it has not heard of yet may serve already.
+   not by a node that has just started, since what it has not heard of yet may serve already. Nodes that
+   could not work together (doubts.py) are planned together only where nothing else is possible.
 4. A serving placement may get a *successor*, loaded beside it and preferred by rank once it serves: if it
-   uses a draining node, any placement without one; else only one faster by UPGRADE_RATIO. A draining node
-   whose stages fit nowhere beside the serving ones is relieved in their place, with a pause.
+   uses a draining node, or nodes that do not work together, any placement without them; else only one faster
+   by UPGRADE_RATIO. Where its stages fit nowhere beside the serving ones, it is relieved in their place, with
+   a pause.
 
 Memory is given out in a fixed order: to all that serves, to what loads, to fresh plans, to successors, each
 by rank and model; those that come later get what is left. So a new deployment never takes the memory of a
@@ -35,6 +37,7 @@ from typing import NamedTuple, Protocol
 
 import msgspec
 
+from cordee.cluster.doubts import Exclusions
 from cordee.cluster.facts import (
     Facts,
     ModelShape,
@@ -93,12 +96,16 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A placement that is reported, or was just planned."""
+    """A placement that is reported, or was just planned.
+
+    One with a draining node is to be left, and so is a `doubted` one, whose nodes do not work together.
+    """
 
     placement: Placement
     id: str
     wiring: str
     leaving: bool
+    doubted: bool
     waiting: bool
     speed: float
 
@@ -252,6 +259,7 @@ class Selection:
         self._view = view
         self._planning = planning
         self._reports = Reports(view.facts)
+        self._exclusions = Exclusions(view.facts)
         self._free: Free = {
             (node, device.name): device.memory_bytes
             for node, facts in view.facts.items()
@@ -279,6 +287,9 @@ class Selection:
             # Better than nothing, but nothing new for a node that is draining.
             self._keep(job, [c for c in candidates if not c.wiring and c.leaving and not c.waiting])
         for job, candidates in found.items():
+            self._keep(job, [c for c in candidates if not c.wiring and c.doubted])
+            self._plan_missing(job, last_resort=True)
+        for job, candidates in found.items():
             for kept in list(self._kept[job]):
                 self._succeed(job, kept, candidates)
         return {model: self._chosen(job) for model, job in self._wanted.items()}
@@ -295,11 +306,14 @@ class Selection:
 
     def _candidate(self, job: Workload, placement: Placement) -> Candidate:
         facts = self._view.facts
+        nodes = {place.node for place in placement.stages}
+        doubted = self._exclusions.concern(nodes)
         return Candidate(
             placement,
             placement_id(placement),
             self._reports.serving(placement),
-            any(facts[place.node].draining for place in placement.stages),
+            doubted or any(facts[node].draining for node in nodes),
+            doubted,
             self._reports.waiting(placement),
             self._planning.speed(job.shape, placement, facts),
         )
@@ -333,9 +347,9 @@ class Selection:
             if apart and self._reserve_memory(job, candidate.placement):
                 self._kept[job].append(candidate)
 
-    def _plan_missing(self, job: Workload) -> None:
+    def _plan_missing(self, job: Workload, last_resort: bool = False) -> None:
         while len(self._kept[job]) < self._replicas[job]:
-            planned = self._plan(job, self._nodes(job))
+            planned = self._plan(job, self._nodes(job), last_resort)
             if planned is None or not self._reserve_memory(job, planned.placement):
                 return
             self._kept[job].append(planned)
@@ -373,18 +387,24 @@ class Selection:
             return None
         return planned
 
-    def _plan(self, job: Workload, taken: set[str]) -> Candidate | None:
+    def _plan(self, job: Workload, taken: set[str], last_resort: bool = False) -> Candidate | None:
+        """The best of the nodes that work together; as a `last_resort` also of those that did not."""
         if self._view.listening:
             return None
-        nodes: list[Facts] = []
+        nodes: dict[str, Facts] = {}
         for node, facts in self._view.facts.items():
             failed = (node, job.shape.digest) in self._reports.failed
             if not (failed or facts.draining or node in self._view.suspects or node in taken):
-                nodes.append(self._with_free_memory(facts))
-        placement = self._planning.plan(job.shape, job.context, job.sequences, nodes)
-        if placement is None or not self._feasible(job, placement) or not self._fits(job, placement):
-            return None
-        return self._candidate(job, placement)
+                nodes[node] = self._with_free_memory(facts)
+        found: list[Candidate] = []
+        for group in self._exclusions.groups(nodes, last_resort):
+            together = [facts for node, facts in nodes.items() if node in group]
+            placement = self._planning.plan(job.shape, job.context, job.sequences, together)
+            if placement is not None and self._feasible(job, placement) and self._fits(job, placement):
+                found.append(self._candidate(job, placement))
+        return min(
+            found, key=lambda candidate: (candidate.doubted, -candidate.speed, candidate.id), default=None
+        )
 
     def _with_free_memory(self, facts: Facts) -> Facts:
         devices = tuple(

@@ -24,9 +24,11 @@ import msgspec
 from cordee.cluster.choose import Chosen, Planning, choose_apart, without
 from cordee.cluster.clones import Clones
 from cordee.cluster.deployments import Deployment, Deployments, is_sound
+from cordee.cluster.doubts import Doubts
 from cordee.cluster.facts import NODES_MAX, Facts, Gauges, ModelShape, Offer, Placement, stream_key
 from cordee.cluster.goals import Goals, HostGoal, SliceGoal, StageSpec, goals
 from cordee.cluster.membership import LISTEN_SECONDS, Farewell, Heartbeat, Liveness, Membership, View
+from cordee.cluster.patience import Patience
 from cordee.cluster.reconcile import Actions, Reconciler, WorkerStatus
 from cordee.cluster.soundness import fault
 
@@ -97,6 +99,8 @@ class Controller:
         self._aside: dict[ModelShape, str] = {}
         self._goals = Goals()
         self._reconciler = Reconciler()
+        self._doubts = Doubts(me)
+        self._patience = Patience(me, planning)
         self._said: Facts | None = None  # in the last heartbeat
 
     @property
@@ -142,12 +146,14 @@ class Controller:
         clock: float,
         revocations: Mapping[str, bytes] | None = None,
     ) -> Decision:
-        """Look at everything, and decide. `facts` are ours now; their `stages` are filled in here.
+        """Look at everything, and decide. `facts` are ours now, without `stages` and `doubts`.
 
         The other arguments are those of `observe`.
         """
         reports = () if self._facts is None else self._facts.stages
         actions = Actions()
+        self._doubts.settle(now)
+        facts = msgspec.structs.replace(facts, doubts=self._doubts.said(now))
         for _ in range(2):  # the second time with what the first makes us say
             self.observe(msgspec.structs.replace(facts, stages=reports), now, clock, revocations)
             self.plan(now)
@@ -156,12 +162,21 @@ class Controller:
                 break
             reports = actions.reports
         self._facts = msgspec.structs.replace(facts, stages=reports)
+        self._wait(now)
         hosts = self._hosts(running, actions)
         return Decision(actions, hosts, self._routes(running.routes), self._facts != self._said)
 
     def failed(self, spec: StageSpec, detail: str, now: float) -> None:
         """A worker could not load what it should hold."""
         self._reconciler.failed(spec, detail, now)
+
+    def doubt(self, node: str, reason: str, now: float) -> None:
+        """Another node disappointed, in a way that the controller cannot see: it is left out for a while."""
+        self._doubts.note(node, reason, now)
+
+    def unreachable(self, reasons: Mapping[str, str]) -> None:
+        """The nodes that this one cannot connect to now, and why; all of them, each time."""
+        self._doubts.unreachable(reasons)
 
     def fetch_failed(self, goal: SliceGoal, detail: str, now: float) -> None:
         """A slice could not be had: the stages that need it fail."""
@@ -314,6 +329,13 @@ class Controller:
             self._goals = goals(without(view, self._aside), self.me, self._chosen, self._planning)
             self._view, self._planned = view, now
         return self._goals
+
+    def _wait(self, now: float) -> None:
+        """Doubt the nodes for whose stages we have waited long enough; others hear it with the next step."""
+        if self._view is not None and not self._view.listening:
+            late = self._patience.late(self._chosen, self._view.facts, self._membership.gauges(now), now)
+            for node, reason in late:
+                self._doubts.note(node, reason, now)
 
     def _hosts(self, running: Running, actions: Actions) -> dict[str, HostGoal]:
         """The schedulers to run, each without its wiring until our worker with the first stage has it.

@@ -157,6 +157,13 @@ class SliceHeld(msgspec.Struct, frozen=True):
     whole: bool = False
 
 
+class Doubt(msgspec.Struct, frozen=True):
+    """That the node that says so could not work with another, `node`, lately, and why (doubts.py)."""
+
+    node: str
+    reason: str
+
+
 class Facts(msgspec.Struct, frozen=True):
     """What a node is, has and runs now.
 
@@ -186,6 +193,7 @@ class Facts(msgspec.Struct, frozen=True):
     version: str = ""
     renewals: str = ""
     certificate_ends: float = 0.0
+    doubts: tuple[Doubt, ...] = ()
 
 
 class Hosted(msgspec.Struct, frozen=True):

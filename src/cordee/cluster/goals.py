@@ -32,6 +32,7 @@ from cordee.cluster.choose import Chosen, Planning, Reports
 from cordee.cluster.facts import Facts, KvSource, ModelShape, Placement, SliceHeld, placement_id
 from cordee.cluster.membership import View
 
+READ_BYTES_PER_SECOND_MIN = 20_000_000  # an old disk that something else uses, too
 DISK_RESERVE_BYTES = 2 << 30  # a copy leaves this free: the node's owner needs disk more than we need copies
 
 
@@ -91,11 +92,16 @@ class StageGoal:
 
 @dataclass(frozen=True)
 class HostGoal:
-    """A scheduler to run. With a `wiring`: rows go to `upstream`, the endpoint of the first stage."""
+    """A scheduler to run. With a `wiring`: rows go to `upstream`, the endpoint of the first stage.
+
+    A row should take about `row_seconds`, and the weights be read for the first time in `read_seconds`.
+    """
 
     placement: Placement
     wiring: str = ""
     upstream: str = ""
+    row_seconds: float = 0.0
+    read_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -151,7 +157,7 @@ def goals(view: View, me: str, chosen: Mapping[str, tuple[Chosen, ...]], plannin
         for goal in mine:
             stages[goal] = planning.stage_bytes(pick.shape, goal.placement, goal.index)
         if pick.placement.stages[0].node == me:
-            hosts.append(_host(reports, pick))
+            hosts.append(_host(view, reports, pick, planning))
     slices = [goal.spec.slice for goal in stages]
     slices += _copies(view, list(picks.values()), me)
     return Goals(
@@ -195,10 +201,21 @@ def _sources(reports: Reports, pick: Chosen, goal: StageGoal) -> tuple[KvSource,
     return tuple(found)
 
 
-def _host(reports: Reports, pick: Chosen) -> HostGoal:
+def _host(view: View, reports: Reports, pick: Chosen, planning: Planning) -> HostGoal:
+    placement = pick.placement
     if not pick.wiring:
-        return HostGoal(pick.placement)
-    return HostGoal(pick.placement, pick.wiring, reports.by_stage[placement_id(pick.placement), 0].endpoint)
+        return HostGoal(placement)
+    speed = planning.speed(pick.shape, placement, view.facts)
+    stage_bytes = [
+        planning.stage_bytes(pick.shape, placement, index) for index in range(len(placement.stages))
+    ]
+    return HostGoal(
+        placement,
+        pick.wiring,
+        reports.by_stage[placement_id(placement), 0].endpoint,
+        row_seconds=1 / speed if speed > 0 else 0.0,
+        read_seconds=max(stage_bytes) / READ_BYTES_PER_SECOND_MIN,
+    )
 
 
 def _route(pick: Chosen) -> Route:

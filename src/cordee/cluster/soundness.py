@@ -28,6 +28,7 @@ COUNTS: Mapping[tuple[type, str], int] = {
     (Facts, "devices"): 64,
     (Facts, "stages"): 256,
     (Facts, "offers"): 256,
+    (Facts, "doubts"): NODES_MAX,
     (Facts, "rtts"): NODES_MAX,
     (Facts, "bytes_per_second"): NODES_MAX,
     (Placement, "stages"): NODES_MAX,

@@ -228,6 +228,9 @@ class ClusterOfOne:
             self.state = "failed"
             self._call(self._listener.on_failed, error)
 
+    def doubt(self, node: str, reason: str) -> None:
+        """There is no other node."""
+
     def report(self, line: str) -> None:
         """Stages' owner: a line for people."""
         self._call(self._report, line)

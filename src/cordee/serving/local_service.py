@@ -21,6 +21,7 @@ from cordee.engine.stage import StageConfig
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError, StageFailed, StorageFailed
 from cordee.generation import streams
+from cordee.generation.results import RESULT_SECONDS_MAX
 from cordee.generation.streams import Said
 from cordee.machine import sizing
 from cordee.models.fit import own_context
@@ -31,7 +32,6 @@ from cordee.serving import batch_invariance, registry
 from cordee.serving.cluster_of_one import NODE, ClusterOfOne, SlicedModel
 from cordee.serving.cluster_service import ClusterGateway, ClusterService
 from cordee.serving.interface import Health
-from cordee.serving.scheduler_host import STALL_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ class LocalService(ClusterService):
         if known is not None:
             return known
         report("measuring whether batches change the model's arithmetic (once for each model)")
-        await host.measure(STALL_SECONDS)
+        await host.measure(RESULT_SECONDS_MAX)
         found = host.batch_invariant
         try:
             if found is not None:

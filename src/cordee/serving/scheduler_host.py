@@ -17,7 +17,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from random import Random
 
 import numpy as np
@@ -28,6 +28,7 @@ from cordee.engine.stage import StageConfig
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import StageFailed
 from cordee.generation.host import Host
+from cordee.generation.results import Expectation, Results
 from cordee.generation.scheduler import Limits, Scheduler
 from cordee.generation.streams import Ask, Assert, Said
 from cordee.serving import batch_invariance
@@ -43,7 +44,6 @@ ANSWER_SECONDS = 3.0  # for the stages to answer a KV query; their predecessors 
 KV_QUERY_SECONDS = 5.0
 IDLE_SECONDS = 3.0  # without streams, before batch invariance is measured: the next turn of a chat would wait
 MEASURE_SECONDS = 60.0  # for one micro-batch of the measurement; on slower stages it is given up
-STALL_SECONDS = 600.0  # 512 rows of prefill take this long on a machine that does one row a second
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,8 @@ class SchedulerHost:
     """The scheduler of a placement's model. `send` takes the node of a gateway and the message to it.
 
     `queue` streams may wait. `in_flight` micro-batches travel at once; None: as many as there are machines.
-    `joined` is called when it has joined a wiring.
+    `joined` is called when it has joined a wiring, `late` with the other nodes of the placement and the
+    seconds when a result of theirs is too long in coming.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class SchedulerHost:
         queue: int = QUEUE,
         in_flight: int | None = None,
         joined: Callable[[], None] = lambda: None,
+        late: Callable[[Collection[str], float], None] = lambda nodes, seconds: None,
     ) -> None:
         placement = goal.placement
         self._limits = limits = Limits(
@@ -79,10 +81,10 @@ class SchedulerHost:
         self._stages = stages
         self._send = send
         self._on_joined = joined
+        self._on_late = late
         self._wiring = ""
         self._is_joined = False
-        self._owed = 0  # micro-batches under way ...
-        self._heard = 0.0  # ... and when a result of one came last, or the first of them left; time.monotonic
+        self._results = Results()
         self._first: asyncio.StreamWriter | None = None
         self._joining: asyncio.Task[None] | None = None
         self._kv_answer: asyncio.Future[KvAnswer] | None = None
@@ -93,6 +95,7 @@ class SchedulerHost:
         self._idle_since: float | None = None
         self._places: frozenset[tuple[str, str]] = frozenset()
         self._last = ""  # the node of the last stage
+        self._others: set[str] = set()  # the nodes of the stages but our own
         self.is_measured = False  # on these machines and devices
         self.batch_invariant: bool | None = None  # None: not measured, or the context is too small for that
         self.rate = Rate()
@@ -129,6 +132,10 @@ class SchedulerHost:
         """Join the goal's wiring, or wait for one."""
         self._last = goal.placement.stages[-1].node
         places = frozenset((place.node, place.device) for place in goal.placement.stages)
+        self._others = {node for node, _ in places} - {goal.placement.stages[0].node}
+        # On one machine alone there is nothing better to turn to.
+        expectation = Expectation(goal.row_seconds, goal.read_seconds) if self._others else Expectation()
+        self._results.expect(places, expectation)
         if places != self._places:
             self._places, self.is_measured, self.batch_invariant = places, False, None
         if goal.wiring == self._wiring:
@@ -151,16 +158,19 @@ class SchedulerHost:
             self._host.lost()
             self._stages.unwire(wiring)
         self._host.ready, self._kv_answer, self._kv_query_ends = False, None, 0.0
-        self._is_joined, self._owed = False, 0
+        self._is_joined = False
+        self._results.clear()
 
-    def _leave_stalled(self) -> None:
+    def _leave_stalled(self, seconds: float) -> None:
         """A stage hangs: have the worker killed, and all wired again.
 
-        Which one hangs is not known. If there are stages on other machines it shows when they are wired
-        again: a worker that does not answer that is killed by its own node.
+        Which one hangs is not known. If there are stages on other machines these are doubted; should it have
+        been our own, that shows when all are wired again: a worker that does not answer then is killed.
         """
-        if len({node for node, _ in self._places}) == 1:
+        if not self._others:
             self._stages.kill(self._wiring)
+        else:
+            self._on_late(self._others, seconds)
         self.leave()
 
     def receive(self, node: str, message: Ask | Assert) -> None:
@@ -174,8 +184,8 @@ class SchedulerHost:
         if self._kv_query_ends and asyncio.get_running_loop().time() >= self._kv_query_ends:
             self._host.forget_restored()
             self._kv_query_ends = 0.0
-        if self._owed and now - self._heard > STALL_SECONDS:
-            self._leave_stalled()
+        if seconds := self._results.late_seconds(now):
+            self._leave_stalled(seconds)
         self._measure_when_idle(now)
         self.pump()
 
@@ -192,8 +202,7 @@ class SchedulerHost:
             if self._digests is not None and not self._digests.done():
                 self._digests.set_result(message.digests)
             return
-        self._owed -= message.last
-        self._heard = time.monotonic()
+        self._results.came(message.batch, message.last, time.monotonic())
         for choices in message.earlier:
             self._host.complete(message.batch, choices, {}, last=False)
         self._host.complete(message.batch, message.choices, message.failures, last=message.last)
@@ -206,9 +215,8 @@ class SchedulerHost:
             while (batch := self._host.next_batch()) is not None:
                 inherited = (each.first_position for each in batch.segments if each.inherit)
                 self.inherited_tokens += sum(inherited)
-                if self._owed == 0:
-                    self._heard = time.monotonic()
-                self._owed += 1
+                rows = sum(len(each.tokens) for each in batch.segments)
+                self._results.sent(batch.id, rows, time.monotonic())
                 frames.write(self._first, *rows_of(self._wiring, batch))
             for number in self._host.halts():
                 frames.write(self._first, Halt(self._wiring, number))

@@ -6,8 +6,10 @@ workers, coroutines for their parent. Memory is committed as bytes arrive, not a
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -21,7 +23,13 @@ if TYPE_CHECKING:  # workers read with sockets alone and start 30 ms sooner with
 LENGTHS = struct.Struct("<II")
 MESSAGE_BYTES_MAX = 64 << 20  # token logs of a batch: eight full contexts of a million tokens take 40 MB
 PAYLOAD_BYTES_MAX = 1 << 30  # rows of a batch: 8,192 rows of width 16,384 are 512 MiB
-SOCKET_SECONDS = 600.0  # for one frame; the peer may first have to finish a prefill on a slow machine
+SOCKET_SECONDS = (
+    600.0  # until a frame is taken; the peer may first have to finish a prefill on a slow machine
+)
+# Once a frame has begun to arrive: the poorest link, and a machine that swaps. A peer that sends a byte now
+# and then would hold up a worker for ever.
+FRAME_SECONDS = 10.0
+FRAME_BYTES_PER_SECOND = 1_000_000
 JOINED_BYTES_MAX = 64 << 10  # up to here copying is cheaper than a second system call
 
 _encoder = msgspec.msgpack.Encoder()
@@ -30,6 +38,10 @@ _decoder = msgspec.msgpack.Decoder(Message)
 
 class LinkClosed(Exception):
     """The other side closed the link, hangs, or sends what is no frame."""
+
+
+class FrameLate(LinkClosed):
+    """A frame began to arrive, and takes too long."""
 
 
 def send(link: socket.socket, message: Message, payload: bytes | memoryview = b"") -> None:
@@ -49,10 +61,12 @@ def receive(link: socket.socket) -> tuple[Message, memoryview]:
     """The next frame; waits for it.
 
     Raises:
+        FrameLate: it takes longer than FRAME_SECONDS, and its bytes at FRAME_BYTES_PER_SECOND, to arrive.
         LinkClosed: there is none, or not a whole one.
     """
     message_bytes, payload_bytes = _lengths(_receive_exactly(link, LENGTHS.size))
-    rest = _receive_exactly(link, message_bytes + payload_bytes)  # in one call: each costs a hop some time
+    # In one call: each costs a hop some time.
+    rest = _receive_exactly(link, message_bytes + payload_bytes, has_begun=True)
     return _decoded(rest[:message_bytes]), rest[message_bytes:]
 
 
@@ -68,12 +82,20 @@ async def read(
     """The next frame of a stream.
 
     Raises:
+        FrameLate: as `receive`.
         LinkClosed: there is none, or not a whole one.
     """
+    import asyncio  # here, because workers do without it
+
     try:
         message_bytes, payload_bytes = _lengths(await reader.readexactly(LENGTHS.size), payload_bytes_max)
-        message = _decoded(await reader.readexactly(message_bytes))
-        return message, await reader.readexactly(payload_bytes)
+        count = message_bytes + payload_bytes
+        try:
+            async with asyncio.timeout(_allowed_seconds(count)):
+                message = _decoded(await reader.readexactly(message_bytes))
+                return message, await reader.readexactly(payload_bytes)
+        except TimeoutError as error:
+            raise _late(count) from error
     except (EOFError, OSError) as error:  # asyncio.IncompleteReadError is an EOFError
         raise LinkClosed(str(error)) from error
 
@@ -102,18 +124,40 @@ def _decoded(data: bytes | memoryview) -> Message:
         raise LinkClosed(f"not a message: {error}") from error
 
 
-def _receive_exactly(link: socket.socket, count: int) -> memoryview:
+def _allowed_seconds(count: int) -> float:
+    return FRAME_SECONDS + count / FRAME_BYTES_PER_SECOND
+
+
+def _late(count: int) -> FrameLate:
+    return FrameLate(f"a frame of {count} bytes has not come within {_allowed_seconds(count):.0f} s")
+
+
+def _receive_exactly(link: socket.socket, count: int, has_begun: bool = False) -> memoryview:
+    """So many bytes; once the first is there, or has `has_begun`, the rest has to come in time."""
     try:
         view = np.empty(count, np.uint8).data  # its pages become memory when they are filled
     except MemoryError as error:
         raise LinkClosed(f"no memory for {count} bytes") from error
+    usual = link.gettimeout()
+    until: float | None = None
     filled = 0
-    while filled < count:
-        try:
+    try:
+        while filled < count:
+            if filled or has_begun:
+                until = until or time.monotonic() + _allowed_seconds(count)
+                link.settimeout(max(until - time.monotonic(), 0.001))
             read = link.recv_into(view[filled:])
-        except OSError as error:
-            raise LinkClosed(str(error)) from error
-        if read == 0:
-            raise LinkClosed("the other side closed the link")
-        filled += read
+            if read == 0:
+                raise LinkClosed("the other side closed the link")
+            filled += read
+            if until is not None and filled < count and time.monotonic() >= until:
+                raise _late(count)
+    except TimeoutError as error:
+        raise (LinkClosed(str(error)) if until is None else _late(count)) from error
+    except OSError as error:
+        raise LinkClosed(str(error)) from error
+    finally:
+        if until is not None:
+            with contextlib.suppress(OSError):
+                link.settimeout(usual)
     return view

@@ -94,10 +94,14 @@ class Wired(msgspec.Struct, frozen=True, tag=True):
 
 
 class WireFailed(msgspec.Struct, frozen=True, tag=True):
-    """The worker cannot reach its downstream; it waits for another Wire."""
+    """The worker cannot reach its downstream; it waits for another Wire.
+
+    `node` is the one whose doors are closed to this one, if it is not just that a worker has ended there.
+    """
 
     wiring: str
     message: str
+    node: str = ""
 
 
 class KvReaders(msgspec.Struct, frozen=True, tag=True):
@@ -114,9 +118,14 @@ class AdmitReaders(msgspec.Struct, frozen=True, tag=True):
 
 
 class Broken(msgspec.Struct, frozen=True, tag=True):
-    """A link of this wiring is gone, on either side of the worker; it waits for another Wire."""
+    """A link of this wiring is gone, on either side of the worker; it waits for another Wire.
+
+    `node` is the one from which a frame came too slowly, if it was that, and `message` says so.
+    """
 
     wiring: str
+    node: str = ""
+    message: str = ""
 
 
 class Halt(msgspec.Struct, frozen=True, tag=True):
@@ -144,6 +153,11 @@ class ReaderJoin(msgspec.Struct, frozen=True, tag=True):
 
 class StreamsJoin(msgspec.Struct, frozen=True, tag=True):
     """First on a link from the gateway of a node to the host on another: what follows are StreamMessages."""
+
+
+class Probe(msgspec.Struct, frozen=True, tag=True):
+    """First on a link that tries whether links work, and the answer: each with the same
+    payload (agent/probes.py)."""
 
 
 class StreamMessage(msgspec.Struct, frozen=True, tag=True):
@@ -281,5 +295,5 @@ Control = (
     Hello | LoadStage | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | KvReaders | AdmitReaders
 )
 Data = Join | Rows | Halt | Tokens | KvQuery | KvAnswer | ReaderJoin | KvRead | KvState
-Streams = StreamsJoin | StreamMessage
+Streams = StreamsJoin | StreamMessage | Probe
 Message = Control | Data | Streams | Promotion | Promoted

@@ -71,6 +71,9 @@ class WorkerOwner(Protocol):
     def on_broken(self, worker: "WorkerProcess", wiring: str) -> None:
         """One of its links in this wiring is gone."""
 
+    def on_late(self, node: str, reason: str) -> None:
+        """Another node is too slow, or cannot be reached."""
+
 
 class WorkerProcess:
     """A worker process. Made by `Workers.spawn`."""
@@ -159,6 +162,8 @@ class WorkerProcess:
         try:
             while True:
                 message, _ = await frames.read(self._reader)
+                if isinstance(message, Broken | WireFailed) and message.node:
+                    owner.on_late(message.node, message.message)
                 if isinstance(message, Broken):
                     owner.on_broken(self, message.wiring)
                 elif isinstance(message, KvReaders):

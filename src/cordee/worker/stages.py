@@ -79,6 +79,9 @@ class StagesOwner(Protocol):
     def failed(self, spec: StageSpec, error: CordeeError, /) -> None:
         """A stage could not be loaded."""
 
+    def doubt(self, node: str, reason: str, /) -> None:
+        """Another node cannot be worked with."""
+
     def report(self, line: str, /) -> None:
         """A line for people: a worker ended, or hangs."""
 
@@ -244,6 +247,10 @@ class Stages:
             if process.worker is worker and process.joins == wiring != "":
                 process.wirings.add(wiring)
                 self._unwire(process)
+
+    def on_late(self, node: str, reason: str) -> None:
+        """Workers' owner: another node is too slow, or cannot be reached."""
+        self._owner.doubt(node, reason)
 
     def _first(self, wiring: str) -> _Process | None:
         for process in self._processes.values():

@@ -17,6 +17,7 @@ second later.
 from __future__ import annotations
 
 import contextlib
+import errno
 import socket
 import ssl
 import time
@@ -39,6 +40,10 @@ SILENCE_SECONDS = 3  # until a cable that was cut ends an idle link: as fast as 
 CONNECT_SECONDS = 2.0
 BACKLOG = 64  # links that are opened during a decode wait there
 NODE_SUFFIX = ".cordee"  # of the alternative name that holds the node's id
+
+
+class DoorClosed(LinkClosed):
+    """A node cannot be reached from here: no address of it answers, or a certificate is not accepted."""
 
 
 class Handshake:
@@ -121,20 +126,24 @@ def connect(folder: Path, endpoint: str, node: str) -> ssl.SSLSocket:
     What becomes readable on it later is its end: listeners send nothing but WELCOME.
 
     Raises:
+        DoorClosed: the node cannot be reached, or one side does not accept the other's certificate.
         LinkClosed: none of the endpoint's addresses answers as that node, and lets this one in.
     """
     until = time.monotonic() + HANDSHAKE_SECONDS
-    reasons: list[str] = []
+    errors: dict[str, Exception] = {}
     for each in endpoint.split(",")[: address.ADDRESSES_MAX]:
         try:
             return _connect(folder, each, node, until)
         except (OSError, LinkClosed, BadRequest) as error:
-            reasons.append(f"{each}: {error}")
-    raise LinkClosed("; ".join(reasons))
+            errors[each] = error
+    raise _explained(errors)
 
 
 def _connect(folder: Path, where: str, node: str, until: float) -> ssl.SSLSocket:
-    plain = socket.create_connection(address.parse(where, 0), min(CONNECT_SECONDS, _left(until)))
+    try:
+        plain = socket.create_connection(address.parse(where, 0), min(CONNECT_SECONDS, _left(until)))
+    except TimeoutError as error:
+        raise DoorClosed(_unanswered(where, CONNECT_SECONDS)) from error
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(plain.close)
         _tune(plain)
@@ -172,18 +181,16 @@ async def open_stream(
     """`connect` for an event loop.
 
     Raises:
-        LinkClosed: as `connect`.
+        DoorClosed, LinkClosed: as `connect`.
     """
     import asyncio  # here, because workers do without it
 
-    reasons: list[str] = []
+    errors: dict[str, Exception] = {}
     for each in endpoint.split(",")[: address.ADDRESSES_MAX]:
         writer = None
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
-                host, port = address.parse(each, 0)
-                context = _context(folder, server=False)
-                reader, writer = await asyncio.open_connection(host, port, ssl=context)
+                reader, writer = await _open(folder, each)
                 _tune(writer.get_extra_info("socket"))
                 _expect(folder, writer.get_extra_info("peercert"), node)
                 if await reader.read(1) != WELCOME:
@@ -192,8 +199,29 @@ async def open_stream(
         except (OSError, LinkClosed, BadRequest) as error:  # TimeoutError is an OSError
             if writer is not None:
                 writer.close()
-            reasons.append(f"{each}: {error}")
-    raise LinkClosed("; ".join(reasons))
+            errors[each] = error
+    raise _explained(errors)
+
+
+async def _open(folder: Path, where: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect with TCP, within CONNECT_SECONDS, and shake hands."""
+    import asyncio
+
+    host, port = address.parse(where, 0)
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            loop = asyncio.get_running_loop()
+            family, kind, *_, target = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
+            plain = socket.socket(family, kind)
+            plain.setblocking(False)
+            try:
+                await loop.sock_connect(plain, target)
+            except BaseException:
+                plain.close()
+                raise
+    except TimeoutError as error:
+        raise DoorClosed(_unanswered(where, CONNECT_SECONDS)) from error
+    return await asyncio.open_connection(sock=plain, ssl=_context(folder, server=False), server_hostname="")
 
 
 async def open_listener(
@@ -252,6 +280,37 @@ def check_member(folder: Path, certificate: Mapping[str, Any] | None) -> str:
     if any(line.startswith(node) for line in revoked.splitlines()):
         raise LinkClosed(f"node {node} was removed from the cluster")
     return node
+
+
+def _explained(errors: Mapping[str, Exception]) -> LinkClosed:
+    """What to say of addresses none of which could be used; one that was refused says the most.
+
+    A machine has addresses that cannot be reached from everywhere. So only if none answers at all, or if a
+    certificate is the reason, can the node not be reached from here.
+    """
+    untrusted = [error for error in errors.values() if isinstance(error, ssl.SSLError)]
+    if untrusted:
+        return DoorClosed(
+            f"its certificate or ours is not accepted ({_told(untrusted[0])}): is a clock wrong?"
+        )
+    said = "; ".join(f"{where}: {error}" for where, error in errors.items())
+    closed = all(isinstance(error, DoorClosed) or _is_unreachable(error) for error in errors.values())
+    return DoorClosed(said) if closed and errors else LinkClosed(said)
+
+
+def _told(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message
+    return (error.reason or str(error)).replace("_", " ").lower()
+
+
+def _unanswered(where: str, seconds: float) -> str:
+    return f"no connection to {where} in {seconds:.0f} s (a firewall?)"
+
+
+def _is_unreachable(error: Exception) -> bool:
+    """Whether no packet came back, or a router said that none would."""
+    return isinstance(error, OSError) and error.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 
 def _expect(folder: Path, certificate: Mapping[str, Any] | None, node: str) -> None:

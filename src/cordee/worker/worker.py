@@ -40,7 +40,7 @@ from cordee.errors import BadRequest, CordeeError, StageFailed
 from cordee.privacy import no_core_dumps
 from cordee.worker import frames
 from cordee.worker.compute import Compute, again
-from cordee.worker.frames import LinkClosed
+from cordee.worker.frames import FrameLate, LinkClosed
 from cordee.worker.messages import (
     AdmitReaders,
     Broken,
@@ -135,7 +135,9 @@ class Worker:
         ] = {}  # that joined before this worker's Wire, by node
         self._wired_by: Wire | None = None  # the last Wire
         self._compute: Compute | None = None
-        self._connected: SimpleQueue[tuple[Wire, list[socket.socket], KvSources | None, str]] = SimpleQueue()
+        self._connected: SimpleQueue[
+            tuple[Wire, list[socket.socket], KvSources | None, WireFailed | None]
+        ] = SimpleQueue()
         self._waker, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
@@ -221,14 +223,17 @@ class Worker:
     def _connect(self, wire: Wire) -> None:
         """Connect to the neighbours, on a thread of its own: they may be connecting to this worker."""
         links: list[socket.socket] = []
-        kv_sources, fault = None, ""
-        try:
-            links.append(_joined(self._identity, wire.downstream, wire.downstream_node, Join(wire.wiring)))
-            if wire.first is not None:
-                join = Join(wire.wiring, again=True)
-                links.append(_joined(self._identity, wire.first, wire.first_node, join))
-        except (OSError, LinkClosed) as error:  # that stage has just ended: another Wire follows
-            fault = str(error) or "it closed the link"
+        kv_sources, fault = None, None
+        targets = [(wire.downstream, wire.downstream_node, Join(wire.wiring))]
+        if wire.first is not None:
+            targets.append((wire.first, wire.first_node, Join(wire.wiring, again=True)))
+        for target, node, join in targets:
+            try:
+                links.append(_joined(self._identity, target, node, join))
+            except (OSError, LinkClosed) as error:  # that stage has just ended, mostly: another Wire follows
+                closed = type(error).__name__ == "DoorClosed"  # of tls_link.py, which may not be loaded
+                fault = WireFailed(wire.wiring, str(error) or "it closed the link", node if closed else "")
+                break
         if wire.sources and not fault and self._identity is not None:
             from cordee.worker.kv_transfer import KvSources
 
@@ -242,7 +247,7 @@ class Worker:
         if fault or wire.wiring != self._wiring or self._downstream is not None:
             for peer in [*links, *([] if kv_sources is None else [kv_sources])]:
                 peer.close()
-            frames.send(self._control, WireFailed(wire.wiring, fault or "another Wire came"))
+            frames.send(self._control, fault or WireFailed(wire.wiring, "another Wire came"))
             return
         self._downstream = links[0]
         self._first = links[1] if len(links) > 1 else None
@@ -343,6 +348,11 @@ class Worker:
     def _handle_rows(self, source: socket.socket) -> None:
         try:
             message, payload = frames.receive(source)
+        except FrameLate as error:
+            assert self._wired_by is not None, "links are attached once a Wire came"
+            wire, goes_round = self._wired_by, source is self._upstream.get(True)
+            self._link_lost(wire.again_node if goes_round else wire.upstream_node, str(error))
+            return
         except LinkClosed:
             message, payload = None, memoryview(b"")
         if not isinstance(message, Rows | Halt | KvQuery) or message.wiring != self._wiring:
@@ -461,13 +471,13 @@ class Worker:
         except LinkClosed:
             self._link_lost()
 
-    def _link_lost(self) -> None:
+    def _link_lost(self, late_node: str = "", message: str = "") -> None:
         """A link is gone, and with it what the stages of this wiring computed together."""
         self._drop_upstream()
         self._drop_downstream()
         wiring, self._wiring = self._wiring, ""
         self._left_wiring = wiring or self._left_wiring
-        frames.send(self._control, Broken(wiring))
+        frames.send(self._control, Broken(wiring, late_node, message))
 
     def _drop_upstream(self) -> None:
         for goes_round in list(self._upstream):
