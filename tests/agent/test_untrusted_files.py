@@ -130,6 +130,7 @@ def test_bad_files_end_no_node_and_hide_no_sound_model(cluster: Cluster, origina
         assert "Traceback" not in node.said
 
 
+@pytest.mark.long
 def test_a_node_with_bad_files_starts_again(cluster: Cluster) -> None:
     a = cluster.nodes["a"]
     assert a.down() == 0

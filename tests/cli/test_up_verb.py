@@ -51,6 +51,7 @@ def test_the_first_request_on_a_first_machine_is_answered(node: Node, starter_pa
     assert 'cordee run starter "Hello"' in node.said
 
 
+@pytest.mark.long
 def test_a_cluster_without_a_model_says_which_verb_brings_one(node: Node, starter_path: Path) -> None:
     node.up("--listen", "127.0.0.1:0", *QUIET)
     node.do("rm", "starter", "--yes")
