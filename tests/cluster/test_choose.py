@@ -23,6 +23,7 @@ from cordee.cluster.choose import UPGRADE_RATIO, Reports, choose, choose_apart, 
 from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import (
     Device,
+    Doubt,
     Facts,
     ModelShape,
     Placement,
@@ -55,6 +56,43 @@ def test_new_placements_avoid_suspects_draining_nodes_and_those_that_failed() ->
     failed = StageReport(placed(("c", 0, 4)), 0, "failed")
     nodes = facts_of("a"), facts_of("b", draining=True), facts_of("c", stages=[failed]), facts_of("d")
     assert where(chosen(view_of(*nodes, suspects=["a"]))[0]) == [("d", 0, 4)]
+
+
+def doubting(facts: Facts, *nodes: str) -> Facts:
+    """The facts of a node that doubts others."""
+    return msgspec.structs.replace(facts, doubts=tuple(Doubt(node, "late") for node in nodes))
+
+
+def test_who_could_not_work_together_is_not_placed_together_if_anything_else_is_possible() -> None:
+    a, b, c = facts_of("a", 2, speed=300), facts_of("b", 2, speed=200), facts_of("c", 2)
+    assert where(chosen(view_of(a, b, c))[0]) == [("a", 0, 2), ("b", 2, 4)]
+    assert where(chosen(view_of(doubting(a, "b"), b, c))[0]) == [("a", 0, 2), ("c", 2, 4)]
+    assert where(chosen(view_of(a, doubting(b, "a"), c))[0]) == [("a", 0, 2), ("c", 2, 4)]
+    twice = chosen(view_of(a, doubting(b, "a"), doubting(c, "a")))
+    assert where(twice[0]) == [("b", 0, 2), ("c", 2, 4)]
+    nothing_else = chosen(view_of(doubting(a, "b"), b))
+    assert where(nothing_else[0]) == [("a", 0, 2), ("b", 2, 4)]
+
+
+def test_a_placement_that_does_not_come_up_gives_way_and_one_that_serves_gets_a_successor() -> None:
+    for state in ("fetching", "loaded", "wired"):
+        reports = running(HALVES, state)
+        a = doubting(facts_of("a", 2, stages=reports["a"]), "b")
+        b = facts_of("b", 2, stages=reports["b"])
+        (only,) = chosen(view_of(a, b))
+        assert only.placement == HALVES and only.successor is None  # better than nothing
+        (only,) = chosen(view_of(a, b, facts_of("c", 4, speed=101)))
+        if state == "wired":
+            assert only.placement == HALVES and only.successor == placed(("c", 0, 4))
+        else:
+            assert only.placement == placed(("c", 0, 4))
+
+
+def test_one_node_that_doubts_all_others_moves_nothing_of_theirs() -> None:
+    reports = running(HALVES)
+    a, b = facts_of("a", 2, stages=reports["a"]), facts_of("b", 2, stages=reports["b"])
+    before = chosen(view_of(a, b, facts_of("c", 4, speed=100)))
+    assert chosen(view_of(a, b, doubting(facts_of("c", 4, speed=100), "a", "b"))) == before
 
 
 def test_what_serves_stays_though_something_faster_by_a_little_is_possible() -> None:

@@ -5,6 +5,7 @@ import contextlib
 import resource
 import socket
 import threading
+import time
 from collections.abc import Generator
 
 import msgspec
@@ -284,6 +285,51 @@ def test_a_peer_that_stops_in_mid_frame_is_given_up() -> None:
         right.sendall(frame(Join("p"))[:-1])
         with pytest.raises(LinkClosed):
             frames.receive(left)
+
+
+@pytest.mark.parametrize("held_back", [1, 5, 40])
+def test_a_peer_that_sends_a_byte_now_and_then_is_late(
+    held_back: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the lengths, in the message or in the payload."""
+    monkeypatch.setattr(frames, "FRAME_SECONDS", 0.3)
+    whole = b"".join(frames._pieces(Wired("w"), bytes(100)))
+    ours, theirs = socket.socketpair()
+    ours.settimeout(60)
+
+    def trickle() -> None:
+        with contextlib.suppress(OSError):
+            theirs.sendall(whole[:held_back])
+            for byte in whole[held_back:]:
+                time.sleep(0.05)
+                theirs.sendall(bytes([byte]))
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    with ours, pytest.raises(frames.FrameLate, match="bytes has not come within"):
+        frames.receive(ours)
+    thread.join()
+    theirs.close()
+
+
+def test_an_event_loop_waits_no_longer() -> None:
+    async def story() -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_data(b"".join(frames._pieces(Wired("w"), bytes(100)))[:-1])
+        await frames.read(reader)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(frames.FrameLate):
+        patched.setattr(frames, "FRAME_SECONDS", 0.1)
+        asyncio.run(story())
+
+
+def test_a_frame_may_be_waited_for_as_long_as_the_link_says_and_that_stays_so() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(60)
+        threading.Timer(0.2, frames.send, (theirs, Wired("w"), bytes(1000))).start()
+        assert frames.receive(ours)[0] == Wired("w")
+        assert ours.gettimeout() == 60
 
 
 def test_sending_to_a_peer_that_is_gone_or_does_not_read_closes_the_link() -> None:

@@ -39,6 +39,7 @@ SILENCE_SECONDS = 3  # until a cable that was cut ends an idle link: as fast as 
 # machine had before, or one that cannot be reached from here.
 CONNECT_SECONDS = 2.0
 BACKLOG = 64  # links that are opened during a decode wait there
+NOT_LET_IN = "the other side does not let this node in: is a clock wrong?"
 NODE_SUFFIX = ".cordee"  # of the alternative name that holds the node's id
 
 
@@ -153,7 +154,7 @@ def _connect(folder: Path, where: str, node: str, until: float) -> ssl.SSLSocket
         link.do_handshake()
         _expect(folder, link.getpeercert(), node)
         if link.recv(1) != WELCOME:
-            raise LinkClosed("the other side does not let this node in")
+            raise LinkClosed(NOT_LET_IN)
         link.settimeout(SOCKET_SECONDS)
         on_failure.pop_all()
     return link
@@ -194,7 +195,7 @@ async def open_stream(
                 _tune(writer.get_extra_info("socket"))
                 _expect(folder, writer.get_extra_info("peercert"), node)
                 if await reader.read(1) != WELCOME:
-                    raise LinkClosed("the other side does not let this node in")
+                    raise LinkClosed(NOT_LET_IN)
                 return reader, writer
         except (OSError, LinkClosed, BadRequest) as error:  # TimeoutError is an OSError
             if writer is not None:
