@@ -41,10 +41,11 @@ class Node:
         self.options = options  # of `cordee up`
         self.id = ""
         self.process: Popen | None = None
+        self.program = CORDEE
 
     def up(self) -> None:
         """`cordee up`, and wait until its agent answers."""
-        self.process = self.host.start(*CORDEE, "up", "--name", self.host.name, *self.options)
+        self.process = self.host.start(*self.program, "up", "--name", self.host.name, *self.options)
         until(lambda: self.runs, f"{self.host.name} is up; {self.tail()}")
         self.id = self.ask("/nodes")["node"]
 
@@ -189,7 +190,7 @@ class Cluster:
         with self._step("the last node hears of the model"):
             until(self.nodes[-1].offers, "the last node offers the model")
         with self._step("first token: slices travel, stages load"):
-            finish(self._started(Stream(self.nodes[-1], 0, tokens=1)))
+            finish(self.started(Stream(self.nodes[-1], 0, tokens=1)))
         with self._step(f"{STREAMS} answers of {TOKENS} tokens"):
             for stream in self.start(self.nodes):
                 finish(stream)
@@ -245,9 +246,10 @@ class Cluster:
 
     def start(self, gateways: Sequence[Node]) -> list[Stream]:
         """STREAMS streams through these nodes in turn."""
-        return [self._started(Stream(gateways[number % len(gateways)], number)) for number in range(STREAMS)]
+        return [self.started(Stream(gateways[number % len(gateways)], number)) for number in range(STREAMS)]
 
-    def _started(self, stream: Stream) -> Stream:
+    def started(self, stream: Stream) -> Stream:
+        """The stream, which has begun."""
         stream.start()
         return stream
 

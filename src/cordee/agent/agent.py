@@ -61,7 +61,7 @@ from cordee.net.zenoh_bus import ZenohBus
 from cordee.serving.cluster_service import ClusterGateway
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
-from cordee.worker.frames import LinkClosed
+from cordee.worker.frames import FrameLate, LinkClosed
 from cordee.worker.messages import Join, KvAnswer, Probe, Promotion, StreamsJoin, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages
@@ -407,6 +407,8 @@ class Agent:
                     if isinstance(message, Tokens | KvAnswer):
                         for scheduler_host in self._scheduler_hosts.values():
                             scheduler_host.on_result(node, message)
+        except FrameLate as error:
+            self.doubt(node, str(error))
         except LinkClosed:
             pass  # that worker was wired anew, or ended, or that gateway has no use for the link
         finally:

@@ -1,0 +1,160 @@
+"""What was chosen and does not come up, or creeps, is given up, and it is said why: answers go on elsewhere.
+
+None of these is a loss: the node is there, and says that all is well.
+"""
+
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import netfaults
+from netcluster import MODEL, Cluster, Node, Stream, finish, until
+from netfaults import fake_clock
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+SERVED_SECONDS = 30.0
+BUS_ALONE = """table inet office {
+    chain input {
+        type filter hook input priority 0; policy drop;
+        ct state established,related accept
+        iif lo accept
+        tcp dport 7330 accept
+    }
+}"""
+NO_LARGE_PACKETS = """table inet office {
+    chain input {
+        type filter hook input priority 0;
+        ip length > 576 tcp dport != 7330 tcp sport != 7330 drop
+    }
+    chain output {
+        type filter hook output priority 0;
+        ip length > 576 tcp dport != 7330 tcp sport != 7330 drop
+    }
+}"""
+
+
+@contextmanager
+def rules(node: Node, text: str) -> Iterator[None]:
+    """A firewall on a node's host."""
+    if not shutil.which("nft"):
+        pytest.skip("needs `nft` (Debian: nftables)")
+    inside = ["ip", "netns", "exec", node.host.namespace, "nft"]
+    subprocess.run([*inside, "-f", "-"], input=text.encode(), check=True)
+    try:
+        yield
+    finally:
+        subprocess.run([*inside, "flush", "ruleset"], check=True)
+
+
+def reasons(node: Node) -> str:
+    """Why the model is not, or was not, served as planned, as `cordee status` on a node has it."""
+    models = {each["name"]: each for each in node.ask("/status")["models"]}
+    return "\n".join(models[MODEL]["reasons"])
+
+
+def served_without(cluster: Cluster, victim: Node, *words: str) -> None:
+    """Within SERVED_SECONDS the model is served by others, and the reason is said."""
+    others = [node for node in cluster.nodes if node is not victim]
+
+    def is_served() -> bool:
+        placement = others[0].placement()
+        nodes = {stage["node"] for stage in placement["stages"]} if placement else {victim.id}
+        return bool(placement and placement["wiring"]) and victim.id not in nodes
+
+    said = f"served without {victim.host.name}; {reasons(others[0])}"
+    until(is_served, said, SERVED_SECONDS)
+    until(lambda: victim.host.name in reasons(others[0]), said, SERVED_SECONDS)
+    finish(cluster.started(Stream(others[-1], 0)))
+    assert all(word in reasons(others[0]) for word in words), reasons(others[0])
+
+
+@contextmanager
+def restarted(node: Node, program: tuple[str, ...] | None = None, **environment: str) -> Iterator[None]:
+    """The node's processes are another program, or have another environment, for a while."""
+    node.host.kill()
+    was = node.host.machine.environment.copy()
+    node.host.machine.environment.update(environment)
+    usual = node.program
+    node.program = program or usual
+    try:
+        node.up()
+        yield
+    finally:
+        node.program = usual
+        node.host.machine.environment.clear()
+        node.host.machine.environment.update(was)
+        node.host.kill()
+        node.up()
+
+
+def others_than(cluster: Cluster, victim: Node) -> list[Node]:
+    return [node for node in cluster.nodes if node is not victim]
+
+
+def kill_worker(cluster: Cluster, node: Node) -> None:
+    netfaults.kill_worker(cluster, node, random.Random(0)).__enter__()
+
+
+def test_a_node_that_is_open_for_the_bus_alone_is_left_out(cluster: Cluster) -> None:
+    victim = cluster.stages()[-1]
+    with rules(victim, BUS_ALONE), cluster.streams(others_than(cluster, victim)):
+        kill_worker(cluster, victim)
+        served_without(cluster, victim, "no connection to", "a firewall?")
+    cluster.settle()
+
+
+@pytest.mark.long
+def test_a_node_whose_clock_jumps_is_left_out(cluster: Cluster, tmp_path: Path) -> None:
+    if not fake_clock("+1d"):
+        pytest.skip("needs libfaketime (Debian: libfaketime)")
+    clock = tmp_path / "clock"
+    clock.write_text("+0d")
+    fake = fake_clock("") | {"FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1"}
+    del fake["FAKETIME"]
+    victim = cluster.stages()[-1]
+    with restarted(victim, **fake):
+        cluster.settle()
+        while victim not in cluster.stages():  # it is needed: others are started again until it is
+            netfaults.kill(cluster, cluster.stages()[-1], random.Random(0)).__enter__()
+            until(lambda: bool((placement := victim.placement()) and placement["wiring"]), "it serves")
+        with cluster.streams(others_than(cluster, victim)):
+            clock.write_text("+40d")
+            kill_worker(cluster, victim)
+            served_without(cluster, victim, "is a clock wrong?")
+    for node in cluster.nodes:
+        if node.process is not None and not node.host.pids:
+            node.up()
+    cluster.settle()
+
+
+@pytest.mark.long
+def test_a_network_that_loses_large_packets_is_left(cluster: Cluster) -> None:
+    victim = cluster.stages()[-1]
+    with cluster.streams(others_than(cluster, victim)), rules(victim, NO_LARGE_PACKETS):
+        served_without(cluster, victim)
+    cluster.settle()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("how", "word"), [("loads", "it says that it loads"), ("trickles", "has not come within")]
+)
+def test_a_member_that_only_says_that_it_works_is_left_out(cluster: Cluster, how: str, word: str) -> None:
+    victim = next(node for node in reversed(cluster.nodes) if node not in cluster.stages())
+    lost = next(node for node in reversed(cluster.stages()) if node is not cluster.first)
+    honest = [node for node in cluster.nodes if node not in (victim, lost)]
+    path = os.pathsep.join((os.environ["PYTHONPATH"], str(HELPERS)))
+    with cluster.streams(honest):
+        stuck = restarted(victim, ("-m", "stuck_node"), PYTHONPATH=path, CORDEE_TEST_STUCK=how)
+        with stuck:
+            lost.host.kill()
+            until(lambda: victim.host.name in reasons(honest[0]), "it is doubted", 2 * SERVED_SECONDS)
+            served_without(cluster, victim, word)
+            lost.up()
+    cluster.settle()
