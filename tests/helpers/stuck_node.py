@@ -1,6 +1,6 @@
 """`cordee` of a node that is stuck, and says that it is ten times as fast as it is.
 
-With the environment variable CORDEE_TEST_STUCK "loads" it loads for ever, with "trickles" it sends byte by byte.
+The environment variable CORDEE_TEST_STUCK says how: it "loads" for ever, or "trickles" what it sends.
 """
 
 import asyncio

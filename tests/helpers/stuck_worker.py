@@ -1,4 +1,4 @@
-"""A stage worker that sends rows and tokens byte by byte. Run like `cordee.worker.worker`, by `stuck_node`."""
+"""A stage worker that sends rows and tokens byte by byte; run by `stuck_node`, like `cordee.worker.worker`."""
 
 import socket
 import time
