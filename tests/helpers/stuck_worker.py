@@ -1,4 +1,4 @@
-"""A stage worker that sends rows and tokens byte by byte; run by `stuck_node`, like `cordee.worker.worker`."""
+"""A stage worker that sends rows and tokens byte by byte, as `stuck_node` has it."""
 
 import socket
 import time
