@@ -95,6 +95,7 @@ class Controller:
         self._heard = {me}  # since the start, while any node is awaited
         self._chosen: dict[str, tuple[Chosen, ...]] = {}
         self._aside: dict[ModelShape, str] = {}
+        self._unfound: dict[ModelShape, str] = {}
         self._goals = Goals()
         self._reconciler = Reconciler()
         self._said: Facts | None = None  # in the last heartbeat
@@ -128,6 +129,11 @@ class Controller:
     def aside(self) -> Mapping[ModelShape, str]:
         """The deployed models that nothing runs of because planning them failed, each with the reason."""
         return self._aside
+
+    @property
+    def unfound(self) -> Mapping[ModelShape, str]:
+        """The deployed models that nothing runs of as no placement was found in bounded time, and why."""
+        return self._unfound
 
     @property
     def unsound(self) -> Mapping[str, tuple[int, str]]:
@@ -306,11 +312,15 @@ class Controller:
             age_seconds=self._clones.age_seconds(now),
         )
 
+    def rethink(self) -> None:
+        """Have the next step plan anew, whether the view changed or not: an answer of the planner came."""
+        self._planned = -math.inf
+
     def plan(self, now: float) -> Goals:
         """What this node should do. `observe` comes first."""
         view = self._look(now)
         if view != self._view or not 0 <= now - self._planned < RETHINK_SECONDS:
-            self._chosen, self._aside = choose_apart(view, self._planning)
+            self._chosen, self._aside, self._unfound = choose_apart(view, self._planning)
             self._goals = goals(without(view, self._aside), self.me, self._chosen, self._planning)
             self._view, self._planned = view, now
         return self._goals

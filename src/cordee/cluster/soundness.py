@@ -93,6 +93,8 @@ def _number_faults(value: object, where: str) -> Iterator[str]:
 
 @lru_cache(maxsize=1024)  # the same few shapes come with every heartbeat of every node
 def _shape_fault(shape: ModelShape) -> str:
+    if not shape.cut_step:
+        return "cut_step is 0"
     for name in shape.__struct_fields__:
         for found in _faults(getattr(shape, name), name):
             return found

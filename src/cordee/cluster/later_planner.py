@@ -1,0 +1,110 @@
+"""A planner that does not keep its caller waiting: what takes long is answered later, by somebody else. Pure.
+
+    choose --asks--> LaterPlanner --due--> the shell computes `questions.answer` --tell--> LaterPlanner
+
+What is answered within a few steps of the search is answered at once; that is all of it in a cluster of a few
+machines. The rest are *open questions*: `choose` goes on without them, as a node does that still listens, and
+once an answer is told, the shell has everything looked at again. An answer is a function of its question
+alone, so it does not matter who computes it, and when.
+
+A node whose facts change all the time must not keep a model from being planned, by making each answer that
+of a question that is no longer asked. So while a model has an open question, answers to those that were asked
+shortly before count as well, if they use only nodes that may be used now; `choose` looks whether they fit.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from cordee.cluster.choose import Unanswered
+from cordee.cluster.facts import Facts, ModelShape, Placement
+from cordee.cluster.memory import Demand
+from cordee.cluster.planner import Planner
+from cordee.cluster.questions import Answer, Asked, answer, asked
+
+# What is computed at once between two calls of `settle`: it keeps the caller waiting for some 30 ms.
+AT_ONCE_STEPS = 30_000
+LATE_KEPT = 8  # answers to a model's questions of shortly before
+
+
+class Job(NamedTuple):
+    """What questions are about, whatever nodes there are."""
+
+    model: str
+    demand: Demand
+
+
+class LaterPlanner(Planner):
+    """See the module's docstring. `settle` is to be called after each look at everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left = AT_ONCE_STEPS
+        self._open: dict[bytes, tuple[Job, Asked]] = {}
+        self._asked: set[bytes] = set()  # since `settle`
+        self._late: dict[Job, list[Placement | None]] = {}
+        self._turns: dict[Job, int] = {}  # when each model's question was last told, by count
+        self._told = 0
+
+    def plan(
+        self, shape: ModelShape, context: int, sequences: int, nodes: Sequence[Facts]
+    ) -> Placement | None:
+        """As `Planner.plan`.
+
+        Raises:
+            Unanswered: the answer is not there yet.
+            PlanningFailed, Unfound: as `Planner.plan`.
+        """
+        demand = Demand(context, sequences)
+        question = asked(shape, demand, nodes)
+        self._asked.add(question.key)
+        found = self.known(question) or self._answered_at_once(question)
+        if found is not None:
+            return self.placement(shape, found)
+        job = Job(shape.digest, demand)
+        self._open.setdefault(question.key, (job, question))
+        return self._late_answer(job, {facts.node for facts in nodes})
+
+    def settle(self) -> None:
+        """Forget what was not asked again since the last call, if anything was."""
+        if self._asked:
+            self._open = {key: held for key, held in self._open.items() if key in self._asked}
+            jobs = {job for job, _ in self._open.values()}
+            self._late = {job: late for job, late in self._late.items() if job in jobs}
+            self._turns = {job: turn for job, turn in self._turns.items() if job in jobs}
+        self._asked.clear()
+        self._left = AT_ONCE_STEPS
+
+    def due(self) -> Asked | None:
+        """The open question to answer next: that of the model which has waited for longest."""
+        waiting = min(self._open.values(), key=lambda held: self._turns.get(held[0], 0), default=None)
+        return None if waiting is None else waiting[1]
+
+    def tell(self, key: bytes, found: Answer) -> None:
+        """The answer to an open question."""
+        self.keep(key, found)
+        if key not in self._open:
+            return  # it is no longer asked
+        job, _ = self._open.pop(key)
+        self._told += 1
+        self._turns[job] = self._told
+        self._late[job] = [*self._late.get(job, []), found.placement][-LATE_KEPT:]
+
+    def is_open(self, shape: ModelShape) -> bool:
+        """Whether a model waits for an answer."""
+        return any(job.model == shape.digest for job, _ in self._open.values())
+
+    def _answered_at_once(self, question: Asked) -> Answer | None:
+        if question.key in self._open or self._left <= 0:
+            return None
+        found, steps = answer(question.question, self._left)
+        self._left -= steps
+        if found is not None:
+            self.keep(question.key, found)
+        return found
+
+    def _late_answer(self, job: Job, nodes: set[str]) -> Placement | None:
+        if job not in self._late:
+            raise Unanswered
+        late = reversed(self._late[job])
+        fitting = (each for each in late if each and nodes.issuperset(stage.node for stage in each.stages))
+        return next(fitting, None)
