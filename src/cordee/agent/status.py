@@ -362,6 +362,10 @@ class ClusterStatus:
                 f"Planning it failed ({self._controller.aside[shape]}), so it was set aside: what the model "
                 f"is said to be cannot be right. `cordee undeploy {deployment.model}`, then deploy it anew."
             )
+        if shape in self._controller.unfound:
+            return f"It is set aside: {self._controller.unfound[shape]}. More memory makes it easier."
+        if self._agent.planning.planner.is_open(shape):
+            return "It is being planned, which takes a moment in a large cluster."
         failed = {
             node: f"{facts.name} cannot run it: {report.detail}"
             for node, facts in self._facts.items()

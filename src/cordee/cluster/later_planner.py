@@ -10,6 +10,7 @@ alone, so it does not matter who computes it, and when.
 A node whose facts change all the time must not keep a model from being planned, by making each answer that
 of a question that is no longer asked. So while a model has an open question, answers to those that were asked
 shortly before count as well, if they use only nodes that may be used now; `choose` looks whether they fit.
+After LATE_KEPT of them that were of no use, the others no longer wait for that model.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from cordee.cluster.questions import Answer, Asked, answer, asked
 
 # What is computed at once between two calls of `settle`: it keeps the caller waiting for some 30 ms.
 AT_ONCE_STEPS = 30_000
-LATE_KEPT = 8  # answers to a model's questions of shortly before
+LATE_KEPT = 3  # answers to a model's questions of shortly before
 
 
 class Job(NamedTuple):
@@ -103,8 +104,10 @@ class LaterPlanner(Planner):
         return found
 
     def _late_answer(self, job: Job, nodes: set[str]) -> Placement | None:
-        if job not in self._late:
+        late = self._late.get(job, [])
+        for placement in reversed(late):
+            if placement is not None and nodes.issuperset(place.node for place in placement.stages):
+                return placement
+        if len(late) < LATE_KEPT:
             raise Unanswered
-        late = reversed(self._late[job])
-        fitting = (each for each in late if each and nodes.issuperset(stage.node for stage in each.stages))
-        return next(fitting, None)
+        return None

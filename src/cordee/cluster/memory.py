@@ -39,8 +39,8 @@ TOKEN_BYTES = 220
 BATCH_ROWS = 512
 # Tables that are kept, one for each model and size: far more than a cluster serves. Each has at most 0.5 MB.
 TABLES_KEPT = 32
-# Into so many pieces a model is cut at most. The models that people run have up to 126 layers; one that is said
-# to have more is cut at every second of them, or third.
+# Into so many pieces a model is cut at most. The models that people run have up to 126 layers; one that is
+# said to have more is cut at every second of them, or third.
 PIECES_MAX = 128
 
 
