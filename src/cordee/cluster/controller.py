@@ -204,7 +204,10 @@ class Controller:
         """
         if self._refuses(heartbeat.facts.node):
             return False
-        if found := fault(msgspec.structs.replace(heartbeat, deployments=())):
+        known = self._membership.said(heartbeat.facts.node)
+        if known == heartbeat.facts:  # as with most: then there is one object, which was looked at before
+            heartbeat = msgspec.structs.replace(heartbeat, facts=known)
+        if found := fault(msgspec.structs.replace(heartbeat, deployments=()), known):
             self._count_unsound(heartbeat.facts.node, found)
             return False
         self._clones.hear(heartbeat, now)

@@ -115,9 +115,10 @@ class Deployments:
         self._sorted = None
 
     def _forget(self) -> None:
-        while len(self._deployments) > DEPLOYMENTS_MAX:
-            oldest = min(self._deployments.values(), key=_rank)
-            del self._deployments[oldest.model]
+        excess = len(self._deployments) - DEPLOYMENTS_MAX
+        if excess > 0:
+            for oldest in sorted(self._deployments.values(), key=_rank)[:excess]:
+                del self._deployments[oldest.model]
             self._sorted = None
 
 
