@@ -34,6 +34,13 @@ class Job(NamedTuple):
     demand: Demand
 
 
+class Turn(NamedTuple):
+    """How many of a model's questions were told, and when the last was, by the count of all."""
+
+    last: int = 0
+    told: int = 0
+
+
 class LaterPlanner(Planner):
     """See the module's docstring. `settle` is to be called after each look at everything."""
 
@@ -43,7 +50,7 @@ class LaterPlanner(Planner):
         self._open: dict[bytes, tuple[Job, Asked]] = {}
         self._asked: set[bytes] = set()  # since `settle`
         self._late: dict[Job, list[Placement | None]] = {}
-        self._turns: dict[Job, int] = {}  # when each model's question was last told, by count
+        self._turns: dict[Job, Turn] = {}
         self._told = 0
 
     def plan(
@@ -76,9 +83,12 @@ class LaterPlanner(Planner):
         self._left = AT_ONCE_STEPS
 
     def due(self) -> Asked | None:
-        """The open question to answer next: that of the model which has waited for longest."""
-        waiting = min(self._open.values(), key=lambda held: self._turns.get(held[0], 0), default=None)
-        return None if waiting is None else waiting[1]
+        """The open question to answer next: of the model that has waited for longest one after the other."""
+        if not self._open:
+            return None
+        waits = min((job for job, _ in self._open.values()), key=lambda job: self._turn(job).last)
+        questions = [question for job, question in self._open.values() if job == waits]
+        return questions[self._turn(waits).told % len(questions)]
 
     def tell(self, key: bytes, found: Answer) -> None:
         """The answer to an open question."""
@@ -87,12 +97,15 @@ class LaterPlanner(Planner):
             return  # it is no longer asked
         job, _ = self._open.pop(key)
         self._told += 1
-        self._turns[job] = self._told
+        self._turns[job] = Turn(self._told, self._turn(job).told + 1)
         self._late[job] = [*self._late.get(job, []), found.placement][-LATE_KEPT:]
 
     def is_open(self, shape: ModelShape) -> bool:
         """Whether a model waits for an answer."""
         return any(job.model == shape.digest for job, _ in self._open.values())
+
+    def _turn(self, job: Job) -> Turn:
+        return self._turns.get(job, Turn())
 
     def _answered_at_once(self, question: Asked) -> Answer | None:
         if question.key in self._open or self._left <= 0:

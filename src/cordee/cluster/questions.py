@@ -57,7 +57,7 @@ class Asked:
     key: bytes
 
 
-def asked(shape: ModelShape, demand: Demand, nodes: Iterable[Facts]) -> Asked:
+def asked(shape: ModelShape, demand: Demand, nodes: Sequence[Facts]) -> Asked:
     """The question where to run a model on these nodes; the same whatever their order."""
     devices: dict[str, list[Device]] = {}
     for unit in considered(shape, units_of(nodes)):
