@@ -56,13 +56,13 @@ def _faults(value: object, where: str, count_max: int = ITEMS_MAX, known: object
         if found := _shape_fault(value):
             yield f"{where}.{found}"
     elif isinstance(value, msgspec.Struct):
-        if isinstance(value, Facts):
-            yield from _facts_faults(value, where)
         for name in value.__struct_fields__:
             field = getattr(value, name)
             if field is known and known is not None:
                 continue
             yield from _faults(field, f"{where}.{name}", COUNTS.get((type(value), name), ITEMS_MAX))
+        if isinstance(value, Facts):
+            yield from _facts_faults(value, where)
     elif isinstance(value, str):
         if len(value) > TEXT_CHARS_MAX or not value.isprintable():
             yield f"{where} is longer than {TEXT_CHARS_MAX} characters, or not printable"
