@@ -4,15 +4,19 @@ import asyncio
 import functools
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+import cluster_processes
+from cluster_processes import Cluster, until
 from cordee.agent import planning
 from cordee.agent.planning import PlanningProcess
 from cordee.agent.status import ClusterStatus
@@ -212,3 +216,15 @@ def test_status_names_what_is_being_planned_and_what_was_given_up(monkeypatch):
     listened(controller, machine("ada", device(9, 100)))
     why = models_of(controller, process)["second"]["why"]
     assert why.startswith("Planning it failed (ZeroDivisionError: by zero), so it was set aside")
+
+
+def test_an_agent_serves_what_was_planned_in_its_process(tmp_path, starter_path, monkeypatch):
+    program = Path(cluster_processes.__file__).with_name("patient_cordee.py")
+    monkeypatch.setattr(cluster_processes, "PROGRAM", (sys.executable, str(program)))
+    cluster = Cluster(tmp_path, starter_path, "--scouting", "lo")
+    try:
+        node = cluster.add("a")
+        node.do("deploy", "starter", "--context", 512)
+        until(lambda: node.model("starter")["state"] == "serving")
+    finally:
+        cluster.close()

@@ -46,7 +46,8 @@ class LaterPlanner(Planner):
 
     def __init__(self) -> None:
         super().__init__()
-        self._left = AT_ONCE_STEPS
+        self.at_once_steps = AT_ONCE_STEPS
+        self._taken = 0  # of these, since `settle`
         self._open: dict[bytes, tuple[Job, Asked]] = {}
         self._asked: set[bytes] = set()  # since `settle`
         self._late: dict[Job, list[Placement | None]] = {}
@@ -80,7 +81,7 @@ class LaterPlanner(Planner):
             self._late = {job: late for job, late in self._late.items() if job in jobs}
             self._turns = {job: turn for job, turn in self._turns.items() if job in jobs}
         self._asked.clear()
-        self._left = AT_ONCE_STEPS
+        self._taken = 0
 
     def due(self) -> Asked | None:
         """The open question to answer next: of the model that has waited for longest one after the other."""
@@ -108,10 +109,11 @@ class LaterPlanner(Planner):
         return self._turns.get(job, Turn())
 
     def _answered_at_once(self, question: Asked) -> Answer | None:
-        if question.key in self._open or self._left <= 0:
+        left = self.at_once_steps - self._taken
+        if question.key in self._open or left <= 0:
             return None
-        found, steps = answer(question.question, self._left)
-        self._left -= steps
+        found, steps = answer(question.question, left)
+        self._taken += steps
         if found is not None:
             self.keep(question.key, found)
         return found
