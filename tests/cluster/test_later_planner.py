@@ -121,7 +121,7 @@ def test_while_a_question_is_open_no_pause_is_taken_for_what_may_need_none():
 
 
 def test_what_is_small_is_answered_at_once(monkeypatch):
-    monkeypatch.setattr(later_planner, "AT_ONCE_STEPS", 30_000)
+    monkeypatch.setattr(later_planner, "AT_ONCE_STEPS", 50_000)
     planner = LaterPlanner()
     nodes = [machine(name, device(9, 100)) for name in ("ada", "bob", "cyd")]
     assert planner.plan(made_shape(), *DEMAND, nodes) == Planner().plan(made_shape(), *DEMAND, nodes)
@@ -130,7 +130,7 @@ def test_what_is_small_is_answered_at_once(monkeypatch):
 
 
 def test_what_is_large_is_left_open_and_said_to_be(monkeypatch):
-    monkeypatch.setattr(later_planner, "AT_ONCE_STEPS", 30_000)
+    monkeypatch.setattr(later_planner, "AT_ONCE_STEPS", 50_000)
     nodes = [machine(f"n{i}", device(8 + i / 10, 20 + i)) for i in range(16)]
     planner, shape = LaterPlanner(), made_shape(80)
     with pytest.raises(Unanswered):

@@ -319,6 +319,7 @@ class Selection:
                 self._replicas[job] = max(deployment.replicas, self._replicas.get(job, 0))
         self._kept: dict[Workload, list[Candidate]] = {job: [] for job in self._replicas}
         self._successors: dict[str, Placement] = {}  # by the id of the placement they follow
+        self._held: dict[tuple[str, str], frozenset[int]] = {}  # layers on a node's disk, by node and model
         self._is_open = False  # whether the planner owes an answer
 
     def made(self) -> dict[str, tuple[Chosen, ...]]:
@@ -374,8 +375,10 @@ class Selection:
 
     def _has_disk(self, shape: ModelShape, place: StagePlace) -> bool:
         """Whether a node has a stage's layers, or disk for those that are missing."""
-        facts = self._view.facts[place.node]
-        held = held_layers(shape, facts)
+        facts, key = self._view.facts[place.node], (place.node, shape.digest)
+        if key not in self._held:
+            self._held[key] = held_layers(shape, facts)
+        held = self._held[key]
         missing = (shape.layer_bytes[layer] for layer in range(place.first, place.last) if layer not in held)
         return sum(missing) <= facts.disk_free_bytes
 

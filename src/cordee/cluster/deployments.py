@@ -45,7 +45,7 @@ SEQUENCES_MAX = 4096
 REPLICAS_MAX = NODES_MAX
 
 
-class Deployment(msgspec.Struct, frozen=True):
+class Deployment(msgspec.Struct, frozen=True, cache_hash=True):
     """Serve `model` (a name), or with `replicas` 0 serve it no longer.
 
     The shape comes along so that every node can plan. `context` is in tokens for each of `sequences` streams.

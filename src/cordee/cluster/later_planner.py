@@ -22,8 +22,8 @@ from cordee.cluster.memory import Demand
 from cordee.cluster.planner import Planner
 from cordee.cluster.questions import Answer, Asked, answer, asked
 
-# What is computed at once between two calls of `settle`: it keeps the caller waiting for some 30 ms.
-AT_ONCE_STEPS = 30_000
+# What is computed at once between two calls of `settle`: it keeps the caller waiting for some 50 ms.
+AT_ONCE_STEPS = 50_000
 LATE_KEPT = 3  # answers to a model's questions of shortly before
 
 

@@ -39,6 +39,7 @@ TOKEN_BYTES = 220
 BATCH_ROWS = 512
 # Tables that are kept, one for each model and size: far more than a cluster serves. Each has at most 0.5 MB.
 TABLES_KEPT = 32
+STAGES_KEPT = 4096  # whose memory is: each look at everything asks for that of all that runs
 # Into so many pieces a model is cut at most. The models that people run have up to 126 layers; one that is
 # said to have more is cut at every second of them, or third.
 PIECES_MAX = 128
@@ -146,6 +147,7 @@ class Demand(NamedTuple):
         return max(BATCH_ROWS, self.sequences)
 
 
+@lru_cache(maxsize=STAGES_KEPT)
 def needed_bytes(shape: ModelShape, demand: Demand, first: int, last: int) -> int:
     """The memory of a stage; the first of several also has the embedding, which its host reads."""
     return _needed_bytes(shape, demand, first, last, stage_of(shape, first, last))

@@ -44,7 +44,7 @@ STEP_BYTES = 100_000_000
 # Room on a disk that never runs short, of machines that are only imagined.
 BOUNDLESS_BYTES = 1 << 62
 # Steps of the searches that are made to say what would fit, of all together and of one: for people, who wait.
-TRIALS_STEPS, TRIAL_STEPS = 2_000_000, 500_000
+TRIALS_STEPS, TRIAL_STEPS = 3_000_000, 500_000
 ADVICE_RATIO = 2
 COPIES_TOLD = 8  # of a model that would fit beside each other; more are not counted
 COMMAND = "cordee deploy MODEL"

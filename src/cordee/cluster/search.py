@@ -44,8 +44,11 @@ BEAM_WIDTH = 8  # partial pipelines that the first guess keeps
 # What is counted as how many steps, as measured.
 CHILD_STEPS = 3  # a stage that may come next
 BOUND_STEPS = 0.4  # of bounds on the rest, for each unit and piece
+# Of what is prepared: for each unit and two edges, and for each unit and two others.
+PREPARING_STEPS = 0.05
+# Of the table of memory for each two edges, which takes twice as long for a model of TABLE_LAYERS.
+TABLE_STEPS, TABLE_LAYERS = 4, 512
 EVENED_MAX = 200_000  # stages that are looked at to even a pipeline out; beyond, it stays as it was found
-PREPARING_STEPS = 0.15  # for each unit and pair of edges, and for each two units and a third
 # Fetching costs time once: at 1 Gbit/s a byte takes 8 ns, shared by the million tokens that a placement is
 # expected to make. So a placement of slices that are there wins over one that is faster by 1 % or so.
 FETCH_TIME = 8  # femtoseconds for each byte
@@ -314,8 +317,9 @@ class Search:
         self._best: Path = []
         self._seen: dict[tuple[int, int, int, int], int] = {}
         units = considered(shape, units)
-        edges = len(edges_of(shape))
-        self._steps += math.ceil(PREPARING_STEPS * (len(units) + 8) * (edges**2 + len(units) ** 2))
+        edges, count = len(edges_of(shape)), len(units)
+        self._steps += math.ceil(PREPARING_STEPS * count * (edges**2 + count**2))
+        self._steps += math.ceil(TABLE_STEPS * edges**2 * (1 + shape.layers / TABLE_LAYERS))
         self._able: list[_Ability] = []
         self._bounds: _Bounds | None = None
         if self.is_spent:
