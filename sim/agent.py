@@ -208,7 +208,7 @@ class Agent:
         self._plans = False
         found, _ = answer(due.question)
         assert found is not None, "it has all steps that a search may take"
-        self._planner.tell(due.key, found)
+        self._planner.tell(due, found)
         self.controller.rethink()
 
     def _wirings(self) -> dict[str, str]:

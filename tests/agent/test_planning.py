@@ -26,7 +26,7 @@ from cordee.cluster.controller import Controller, Running
 from cordee.cluster.facts import Facts, Gauges, Placement
 from cordee.cluster.history import History
 from cordee.cluster.planner import Planner
-from cordee.cluster.questions import Answer
+from cordee.cluster.questions import PlanAnswer
 from plans import device, machine, made_shape
 
 DEMAND = (4096, 2)
@@ -204,14 +204,14 @@ def test_status_names_what_is_being_planned_and_what_was_given_up(monkeypatch):
     assert models["first"]["why"] == "It is being planned, which takes a moment in a large cluster."
     assert (models["first"]["state"], models["first"]["placements"]) == ("unplaced", [])
 
-    process.planner.tell(process.planner.due().key, Answer(unfound="it takes longer than 30 s here"))
+    process.planner.tell(process.planner.due(), PlanAnswer(unfound="it takes longer than 30 s here"))
     controller.rethink()
     listened(controller, machine("ada", device(9, 100)))
     models = models_of(controller, process)
     assert models["first"]["why"] == "It is set aside: it takes longer than 30 s here."
     assert models["second"]["why"] == "It is being planned, which takes a moment in a large cluster."
 
-    process.planner.tell(process.planner.due().key, Answer(fault="ZeroDivisionError: by zero"))
+    process.planner.tell(process.planner.due(), PlanAnswer(fault="ZeroDivisionError: by zero"))
     controller.rethink()
     listened(controller, machine("ada", device(9, 100)))
     why = models_of(controller, process)["second"]["why"]

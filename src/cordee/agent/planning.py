@@ -16,7 +16,7 @@ import msgspec
 from cordee import children
 from cordee.agent.planning_child import LENGTH_BYTES, framed
 from cordee.cluster.later_planner import LaterPlanner
-from cordee.cluster.questions import Answer, Asked
+from cordee.cluster.questions import Asked, PlanAnswer
 
 # A search takes a second of a desktop's core; more than this not even an old machine that is busy needs.
 PLANNING_SECONDS = 30.0
@@ -68,7 +68,7 @@ class PlanningProcess:
                     return self._failed(asked, f"planning it takes longer than {PLANNING_SECONDS:.0f} s here")
                 except (EOFError, ConnectionError, msgspec.MsgspecError):
                     return self._failed(asked, f"the process that plans it ended ({await _status(process)})")
-                self.planner.tell(asked.key, found)
+                self.planner.tell(asked, found)
                 self._answered()
                 used = loop.time()
             with contextlib.suppress(TimeoutError):
@@ -79,7 +79,7 @@ class PlanningProcess:
 
     def _failed(self, asked: Asked, why: str) -> None:
         log.warning("a model with %d layers is not planned: %s", asked.question.shape.layers, why)
-        self.planner.tell(asked.key, Answer(unfound=why))
+        self.planner.tell(asked, PlanAnswer(unfound=why))
         asyncio.get_running_loop().call_later(RETRY_SECONDS, self.planner.forget, asked.key)
         self._answered()
 
@@ -101,13 +101,13 @@ async def _started() -> AsyncGenerator[asyncio.subprocess.Process]:
         await process.wait()
 
 
-async def _ask(process: asyncio.subprocess.Process, asked: Asked) -> Answer:
+async def _ask(process: asyncio.subprocess.Process, asked: Asked) -> PlanAnswer:
     assert process.stdin is not None, "it is a pipe"
     assert process.stdout is not None, "it is a pipe"
     process.stdin.write(framed(asked.encoded))
     await process.stdin.drain()
     length = int.from_bytes(await process.stdout.readexactly(LENGTH_BYTES), "big")
-    return msgspec.msgpack.decode(await process.stdout.readexactly(length), type=Answer)
+    return msgspec.msgpack.decode(await process.stdout.readexactly(length), type=PlanAnswer)
 
 
 async def _status(process: asyncio.subprocess.Process) -> str:

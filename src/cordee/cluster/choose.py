@@ -256,7 +256,7 @@ def choose(view: View, planning: Planning) -> dict[str, tuple[Chosen, ...]]:
     return choose_apart(view, planning)[0]
 
 
-class Choice(NamedTuple):
+class Evaluation(NamedTuple):
     """What `choose` chose, by model. Models that nothing runs of although somebody deployed them, with the
     reason: `aside` because planning them failed, `unfound` because no placement was found in bounded time."""
 
@@ -265,7 +265,7 @@ class Choice(NamedTuple):
     unfound: dict[ModelShape, str]
 
 
-def choose_apart(view: View, planning: Planning) -> Choice:
+def choose_apart(view: View, planning: Planning) -> Evaluation:
     """`choose`, and the models that are not planned, with the reason.
 
     A model that somebody deployed with a shape at which the planner raises hides no other: nothing of it
@@ -287,7 +287,7 @@ def choose_apart(view: View, planning: Planning) -> Choice:
             for each in sound.deployments
             if (each.shape in guarded.unfound and not made.get(each.model))
         }
-        return Choice(made | dict.fromkeys(left, ()), aside, unfound)
+        return Evaluation(made | dict.fromkeys(left, ()), aside, unfound)
 
 
 def without(view: View, aside: Collection[ModelShape]) -> View:

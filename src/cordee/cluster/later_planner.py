@@ -20,14 +20,14 @@ from cordee.cluster.choose import Unanswered
 from cordee.cluster.facts import Facts, ModelShape, Placement
 from cordee.cluster.memory import Demand
 from cordee.cluster.planner import Planner
-from cordee.cluster.questions import Answer, Asked, answer, asked
+from cordee.cluster.questions import Asked, PlanAnswer, Question, answer, asked
 
 # What is computed at once between two calls of `settle`: it keeps the caller waiting for some 50 ms.
 AT_ONCE_STEPS = 50_000
 LATE_KEPT = 3  # answers to a model's questions of shortly before
 
 
-class Job(NamedTuple):
+class Topic(NamedTuple):
     """What questions are about, whatever nodes there are."""
 
     model: str
@@ -41,6 +41,10 @@ class Turn(NamedTuple):
     told: int = 0
 
 
+def _topic(question: Question) -> Topic:
+    return Topic(question.shape.digest, question.demand)
+
+
 class LaterPlanner(Planner):
     """See the module's docstring. `settle` is to be called after each look at everything."""
 
@@ -48,10 +52,10 @@ class LaterPlanner(Planner):
         super().__init__()
         self.at_once_steps = AT_ONCE_STEPS
         self._taken = 0  # of these, since `settle`
-        self._open: dict[bytes, tuple[Job, Asked]] = {}
+        self._open: dict[bytes, Asked] = {}
         self._asked: set[bytes] = set()  # since `settle`
-        self._late: dict[Job, list[Placement | None]] = {}
-        self._turns: dict[Job, Turn] = {}
+        self._late: dict[Topic, list[Placement | None]] = {}
+        self._turns: dict[Topic, Turn] = {}
         self._told = 0
 
     def plan(
@@ -63,23 +67,21 @@ class LaterPlanner(Planner):
             Unanswered: the answer is not there yet.
             PlanningFailed, Unfound: as `Planner.plan`.
         """
-        demand = Demand(context, sequences)
-        question = asked(shape, demand, nodes)
+        question = asked(shape, Demand(context, sequences), nodes)
         self._asked.add(question.key)
         found = self.known(question) or self._answered_at_once(question)
         if found is not None:
             return self.placement(shape, found)
-        job = Job(shape.digest, demand)
-        self._open.setdefault(question.key, (job, question))
-        return self._late_answer(job, {facts.node for facts in nodes})
+        self._open.setdefault(question.key, question)
+        return self._late_answer(_topic(question.question), {facts.node for facts in nodes})
 
     def settle(self) -> None:
         """Forget what was not asked again since the last call, if anything was."""
         if self._asked:
             self._open = {key: held for key, held in self._open.items() if key in self._asked}
-            jobs = {job for job, _ in self._open.values()}
-            self._late = {job: late for job, late in self._late.items() if job in jobs}
-            self._turns = {job: turn for job, turn in self._turns.items() if job in jobs}
+            topics = {_topic(held.question) for held in self._open.values()}
+            self._late = {topic: late for topic, late in self._late.items() if topic in topics}
+            self._turns = {topic: turn for topic, turn in self._turns.items() if topic in topics}
         self._asked.clear()
         self._taken = 0
 
@@ -87,28 +89,30 @@ class LaterPlanner(Planner):
         """The open question to answer next: of the model that has waited for longest one after the other."""
         if not self._open:
             return None
-        waits = min((job for job, _ in self._open.values()), key=lambda job: self._turn(job).last)
-        questions = [question for job, question in self._open.values() if job == waits]
+        topics = [_topic(held.question) for held in self._open.values()]
+        waits = min(topics, key=lambda topic: self._turn(topic).last)
+        questions = [held for held, topic in zip(self._open.values(), topics, strict=True) if topic == waits]
         return questions[self._turn(waits).told % len(questions)]
 
-    def tell(self, key: bytes, found: Answer) -> None:
-        """The answer to an open question."""
-        self.keep(key, found)
-        if key not in self._open:
-            return  # it is no longer asked
-        job, _ = self._open.pop(key)
+    def tell(self, question: Asked, found: PlanAnswer) -> None:
+        """The answer to a question that was due, though another may be asked by now."""
+        self.keep(question.key, found)
+        topic = _topic(question.question)
+        if all(_topic(held.question) != topic for held in self._open.values()):
+            return  # nobody asks any more
+        self._open.pop(question.key, None)
         self._told += 1
-        self._turns[job] = Turn(self._told, self._turn(job).told + 1)
-        self._late[job] = [*self._late.get(job, []), found.placement][-LATE_KEPT:]
+        self._turns[topic] = Turn(self._told, self._turn(topic).told + 1)
+        self._late[topic] = [*self._late.get(topic, []), found.placement][-LATE_KEPT:]
 
     def is_open(self, shape: ModelShape) -> bool:
         """Whether a model waits for an answer."""
-        return any(job.model == shape.digest for job, _ in self._open.values())
+        return any(held.question.shape == shape for held in self._open.values())
 
-    def _turn(self, job: Job) -> Turn:
-        return self._turns.get(job, Turn())
+    def _turn(self, topic: Topic) -> Turn:
+        return self._turns.get(topic, Turn())
 
-    def _answered_at_once(self, question: Asked) -> Answer | None:
+    def _answered_at_once(self, question: Asked) -> PlanAnswer | None:
         left = self.at_once_steps - self._taken
         if question.key in self._open or left <= 0:
             return None
@@ -118,8 +122,8 @@ class LaterPlanner(Planner):
             self.keep(question.key, found)
         return found
 
-    def _late_answer(self, job: Job, nodes: set[str]) -> Placement | None:
-        late = self._late.get(job, [])
+    def _late_answer(self, topic: Topic, nodes: set[str]) -> Placement | None:
+        late = self._late.get(topic, [])
         for placement in reversed(late):
             if placement is not None and nodes.issuperset(place.node for place in placement.stages):
                 return placement

@@ -12,7 +12,7 @@ from cordee.cluster.choose import PlanningFailed, Unfound
 from cordee.cluster.demand import SizeRequest, described, gigabytes, options, smaller
 from cordee.cluster.facts import Device, Facts, ModelShape, Placement
 from cordee.cluster.memory import Demand, Fit, needed_bytes, needs, stage_of
-from cordee.cluster.questions import TOO_MANY, Answer, Asked, answer, asked, placement_of, units_of
+from cordee.cluster.questions import TOO_MANY, Asked, PlanAnswer, answer, asked, placement_of, units_of
 from cordee.cluster.search import (
     STEPS_MAX,
     UNITS_MAX,
@@ -187,7 +187,7 @@ class Planner:
     """`choose`'s view of the planner. Questions that differ only by noise get the same answer, at once."""
 
     def __init__(self) -> None:
-        self._answers: dict[bytes, Answer] = {}
+        self._answers: dict[bytes, PlanAnswer] = {}
 
     def plan(
         self, shape: ModelShape, context: int, sequences: int, nodes: Sequence[Facts]
@@ -206,11 +206,11 @@ class Planner:
             self.keep(question.key, found)
         return self.placement(shape, found)
 
-    def known(self, question: Asked) -> Answer | None:
+    def known(self, question: Asked) -> PlanAnswer | None:
         """An answer that is kept."""
         return self._answers.get(question.key)
 
-    def keep(self, key: bytes, found: Answer) -> None:
+    def keep(self, key: bytes, found: PlanAnswer) -> None:
         """Keep the answer to a question for as long as there is room."""
         if len(self._answers) >= ANSWERS_KEPT:
             del self._answers[next(iter(self._answers))]
@@ -220,7 +220,7 @@ class Planner:
         """Have a question answered anew if it is asked again."""
         self._answers.pop(key, None)
 
-    def placement(self, shape: ModelShape, found: Answer) -> Placement | None:
+    def placement(self, shape: ModelShape, found: PlanAnswer) -> Placement | None:
         """What `plan` gives, or raises, for an answer."""
         if found.fault:
             raise PlanningFailed(shape, found.fault)

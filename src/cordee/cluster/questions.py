@@ -36,7 +36,7 @@ class Question(msgspec.Struct, frozen=True):
         return Demand(self.context, self.sequences)
 
 
-class Answer(msgspec.Struct, frozen=True):
+class PlanAnswer(msgspec.Struct, frozen=True):
     """The best placement, None if none fits.
 
     `unfound` says why none was found although some may fit; `fault` what was raised by a question that
@@ -72,19 +72,19 @@ def asked(shape: ModelShape, demand: Demand, nodes: Sequence[Facts]) -> Asked:
     return Asked(question, encoded, hashlib.sha256(encoded).digest())
 
 
-def answer(question: Question, steps: int = STEPS_MAX) -> tuple[Answer | None, int]:
+def answer(question: Question, steps: int = STEPS_MAX) -> tuple[PlanAnswer | None, int]:
     """The answer, and how many steps it took; None if `steps`, fewer than a search may take, do not do."""
     taken = 0
     try:
         search = Search(question.shape, question.demand, units_of(question.nodes), steps)
         found, taken = search.best(), search.steps
     except Exception as error:  # a shape that cannot be: whoever deployed it hides no other model
-        return Answer(fault=f"{type(error).__name__}: {error}"), taken
+        return PlanAnswer(fault=f"{type(error).__name__}: {error}"), taken
     if search.is_spent and steps < STEPS_MAX:
         return None, taken
     if found:
-        return Answer(placement_of(question.shape, question.demand, found)), taken
-    return Answer(unfound=TOO_MANY if search.is_spent else ""), taken
+        return PlanAnswer(placement_of(question.shape, question.demand, found)), taken
+    return PlanAnswer(unfound=TOO_MANY if search.is_spent else ""), taken
 
 
 def units_of(facts: Iterable[Facts], reserved: Mapping[tuple[str, str], int] | None = None) -> list[Unit]:
