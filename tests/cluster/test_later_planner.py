@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from clusters import running
 from cordee.cluster import later_planner
-from cordee.cluster.choose import Evaluation, Unanswered, choose, choose_apart
+from cordee.cluster.choose import PLANS_MAX, Evaluation, Unanswered, choose, choose_apart
 from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Facts, Placement, StagePlace
 from cordee.cluster.later_planner import LATE_KEPT, LaterPlanner
@@ -226,3 +226,25 @@ def test_a_question_that_cannot_be_answered_is_set_aside_by_name():
         assert made.aside == {broken: "ZeroDivisionError: integer division or modulo by zero"}
         assert made.made["bad"] == ()
         assert made.made["m"]
+
+
+def test_a_model_with_very_many_replicas_is_planned_a_few_at_a_time_until_all_are_there():
+    """One wish for 256 replicas must not have each look ask 256 questions."""
+    asked: list[str] = []
+
+    class Counted(Planner):
+        def plan(self, shape, *given):
+            asked.append(shape.digest)
+            return super().plan(shape, *given)
+
+    nodes = named(*(machine(f"n{i:02d}", device(9, 100)) for i in range(40)))
+    many, planner = deployed("m", 5, 256), Counted()
+    for _ in range(4):
+        made = choose(view(nodes.values(), many), planner)["m"]
+        assert len(asked) <= PLANS_MAX
+        asked.clear()
+        for pick in made:
+            (place,) = pick.placement.stages
+            reports = running(pick.placement, "loading")[place.node]
+            nodes[place.node] = msgspec.structs.replace(nodes[place.node], stages=tuple(reports))
+    assert len(made) == 40
