@@ -11,7 +11,9 @@ from cordee.cluster.choose import Planning
 from cordee.cluster.controller import Controller, Running
 from cordee.cluster.facts import Facts, SliceHeld, best_host
 from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec, holds
+from cordee.cluster.later_planner import LaterPlanner
 from cordee.cluster.membership import HEARTBEAT_SECONDS, Heartbeat
+from cordee.cluster.questions import Asked, answer
 from cordee.cluster.reconcile import Actions, WireAction
 from cordee.generation.gateway import Gateway, News
 from cordee.generation.streams import Ask, Assert, Said
@@ -23,6 +25,7 @@ from sim.world import World
 ACT_SECONDS = 0.02  # after news, so that several count as one
 TICKS_A_HEARTBEAT = 2
 FETCH_SECONDS, LOAD_SECONDS, WIRE_SECONDS = 1.0, 0.7, 0.03
+PLAN_SECONDS = 0.5
 STEP_SECONDS = 0.01  # a stage's time for a micro-batch
 EPOCH = 1.8e9  # what correct clocks show at the start
 
@@ -48,6 +51,8 @@ class Agent:
         self.gateway = Gateway(world.random.getrandbits(62))
         self.pipelines: dict[str, Pipeline] = {}  # by stream key
         self.clients: dict[str, Client] = {}  # by request id
+        self._planner = planning if isinstance(planning, LaterPlanner) else None
+        self._plans = False
         self._fetching: set[SliceGoal] = set()
         self._acting = False
         self._spawned = 0
@@ -190,12 +195,31 @@ class Agent:
         revocations = self.machine.revocations
         decision = self.controller.step(self._look(), running, self.now, clock, revocations)
         self.machine.deployments = self.controller.deployments
+        self._plan_later()
         self._execute(decision.actions)
         self._host(decision.hosts)
         self.gateway.follow(decision.routes)
         self.drain()
         if decision.is_news:
             self._speak()
+
+    def _plan_later(self) -> None:
+        """Answer an open question of the planner after a while, as a process of the real agent does."""
+        if self._planner is None:
+            return
+        self._planner.settle()
+        due = self._planner.due()
+        if due is not None and not self._plans:
+            self._plans = True
+            self._later(PLAN_SECONDS, self._planned, due)
+
+    def _planned(self, due: Asked) -> None:
+        assert self._planner is not None
+        self._plans = False
+        found, _ = answer(due.question)
+        assert found is not None, "it has all steps that a search may take"
+        self._planner.tell(due, found)
+        self.controller.rethink()
 
     def _wirings(self) -> dict[str, str]:
         return {key: pipeline.wiring for key, pipeline in self.pipelines.items()}

@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Device, ModelShape, stream_key
+from cordee.cluster.later_planner import LaterPlanner
 from cordee.cluster.membership import HEARTBEAT_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS
 from cordee.cluster.planner import Planner
 from cordee.generation.gateway import News
@@ -95,6 +96,7 @@ class Scenario:
         self.promised = frozenset(self.shapes)  # what users deployed last
         for index in range(machines or self.random.choice((2, 3, 3, 3, 4, 4, 5))):
             self._machine(f"n{index}")
+        self.plans_later = self.random.random() < 0.3  # in all agents, as if each were large
 
     def _machine(self, name: str) -> None:
         random = self.random
@@ -107,6 +109,13 @@ class Scenario:
         if self.muddled and random.random() < 0.4:
             machine.clock_error = random.choice((-DAY, DAY, 3600.0, 1e9, -1e9))
         self.world.machines[name] = machine
+
+    def _planning(self) -> Planner:
+        if not self.plans_later:
+            return self.planner
+        planner = LaterPlanner()
+        planner.at_once_steps = 0
+        return planner
 
     def play(self) -> None:
         """From the start to the moment when the last fault is over, and users say again what they want."""
@@ -138,7 +147,7 @@ class Scenario:
         if name not in self.agents and name not in self.dead:
             wait = self.random.random() * FOUND_SECONDS
             world.machines[name].found_at = world.now + wait
-            agent = Agent(world, world.machines[name], self.planner)
+            agent = Agent(world, world.machines[name], self._planning())
             self.agents[name] = world.running[name] = agent
             world.watch(name, wait)
 

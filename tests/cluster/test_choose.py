@@ -358,7 +358,7 @@ def test_a_model_at_which_planning_fails_hides_no_other(at: str) -> None:
         Deployment(name, shape_of(name), CONTEXT, SEQUENCES) for name in ("bad1", "m", "bad2", "n")
     ]
     view = view_of(facts_of("a", 4), facts_of("b", 4), deployments=deployments)
-    made, aside = choose_apart(view, Fragile(at))
+    made, aside, _ = choose_apart(view, Fragile(at))
     assert {shape.digest: reason for shape, reason in aside.items()} == {
         "bad1": "OverflowError: layers without end",
         "bad2": "OverflowError: layers without end",

@@ -6,6 +6,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cordee.cluster import deployments as module
 from cordee.cluster.deployments import (
     AHEAD_SECONDS,
     DEPLOYMENTS_MAX,
@@ -113,3 +114,14 @@ def test_the_map_is_bounded_and_the_latest_stay() -> None:
     assert [deployment.model for deployment in node.all] == [
         f"{index:04}" for index in range(10, DEPLOYMENTS_MAX + 10)
     ]
+
+
+def test_forgetting_looks_at_each_deployment_once_however_many_came(monkeypatch) -> None:
+    looked = []
+    rank = module._rank
+    monkeypatch.setattr(module, "_rank", lambda one: (looked.append(one), rank(one))[1])
+    many = [Deployment(f"{index:04}", None, 64, 1, stamp=float(index)) for index in range(3000)]
+    kept = Deployments(many)
+    kept.merge(many[:5], 1e9)
+    assert [each.model for each in kept.all] == [f"{index:04}" for index in range(2936, 3000)]
+    assert len(looked) <= len(many) + 2 * 5

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clusters import Simple, facts_of, placed, running, shape_of
+from cordee.cluster import soundness
 from cordee.cluster.controller import Controller
 from cordee.cluster.deployments import DEPLOYMENTS_MAX, Deployment, Deployments
 from cordee.cluster.facts import Fetching, Gauges, Hosted, Offer, Reading, SliceHeld
 from cordee.cluster.membership import Heartbeat
-from cordee.cluster.soundness import COUNTS, ITEMS_MAX, TEXT_CHARS_MAX, fault, plain
+from cordee.cluster.soundness import COUNTS, INTEGER_MAX, ITEMS_MAX, PLACES_MAX, TEXT_CHARS_MAX, fault, plain
 
 SHAPE = shape_of()
 HALVES = placed(("a", 0, 2), ("b", 2, 4))
@@ -41,7 +42,13 @@ def full_heartbeat() -> Heartbeat:
 def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The way to every value within a tree of builtins."""
     found = [path]
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list | tuple)
+        else ()
+    )
     for key, each in items:
         found += paths(each, (*path, key))
     return found
@@ -99,6 +106,66 @@ def test_more_items_than_can_be_are_refused(path: tuple[Any, ...], count: int) -
     except (msgspec.MsgspecError, ValueError):
         return  # as a shape whose tuples differ in length
     assert "items" in fault(heartbeat)
+
+
+def test_a_thousand_placements_of_a_thousand_stages_are_too_many() -> None:
+    wide = placed(*(("a", layer, layer + 1) for layer in range(200)))
+    report = running(wide)["a"][0]
+    facts = msgspec.structs.replace(full_heartbeat().facts, stages=(report,) * (PLACES_MAX // 200))
+    assert fault(facts) == ""
+    facts = msgspec.structs.replace(facts, stages=(*facts.stages, report))
+    assert fault(facts) == f"Facts.stages names 8200 stages, at most {PLACES_MAX} are expected"
+
+
+def test_two_devices_of_one_name_are_refused() -> None:
+    """Memory is given out by name, so what is planned on one would never fit, and hide what does."""
+    facts = full_heartbeat().facts
+    assert "two of one name" in fault(msgspec.structs.replace(facts, devices=facts.devices * 2))
+
+
+def test_a_model_that_is_cut_at_no_step_is_refused() -> None:
+    assert fault(msgspec.structs.replace(SHAPE, cut_step=0)) == "ModelShape.cut_step is 0"
+
+
+@given(st.integers(0, 1), st.sampled_from((-1, INTEGER_MAX + 1)))
+def test_one_wrong_number_among_those_of_all_layers_is_found(index: int, wrong: int) -> None:
+    numbers = list(SHAPE.layer_bytes)
+    numbers[-index] = wrong
+    shape = msgspec.structs.replace(SHAPE, layer_bytes=tuple(numbers))
+    assert fault(shape) == f"ModelShape.layer_bytes is {wrong}, which is no count"
+
+
+def test_what_a_node_says_again_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is new beside it is."""
+    controller = Controller("a", "session", Simple())
+    controller.observe(facts_of("a"), 0.0, 1e9)
+    said = msgspec.structs.replace(full_heartbeat(), facts=facts_of("b"))
+    looked: list[object] = []
+    faults = soundness._faults
+
+    def noted(value: object, *args: Any, **given: Any) -> Any:
+        looked.append(value)
+        return faults(value, *args, **given)
+
+    monkeypatch.setattr(soundness, "_faults", noted)
+
+    def hear(sent: float, **changes: Any) -> bool:
+        looked.clear()
+        heartbeat = msgspec.structs.replace(said, sent=sent, **changes)
+        again = msgspec.msgpack.decode(msgspec.msgpack.encode(heartbeat), type=Heartbeat)
+        return controller.hear(again, sent)
+
+    assert hear(1.0)
+    kept = controller.nodes(1.0)["b"][1]
+    assert kept.devices in looked
+    assert not hear(2.0)
+    assert kept.devices not in looked
+    assert controller.nodes(2.0)["b"][1] is kept
+    assert controller.unsound == {}
+    assert not hear(3.0, gauges=Gauges(watts=-1.0))
+    assert controller.unsound["b"] == (1, "Heartbeat.gauges.watts is -1.0")
+    assert not hear(4.0, facts=facts_of("b", speed=-1.0))
+    assert controller.unsound["b"][0] == 2
 
 
 @given(st.text())

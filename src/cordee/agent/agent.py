@@ -29,6 +29,7 @@ from cordee.agent import admins, capacity, probes
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
 from cordee.agent.probes import Probes
+from cordee.agent.planning import PlanningProcess
 from cordee.agent.reach import Reach
 from cordee.agent.services import Services
 from cordee.agent.stream_links import StreamLinks
@@ -39,7 +40,6 @@ from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec
 from cordee.cluster.history import History
 from cordee.cluster.membership import Farewell
 from cordee.cluster.memory import Demand
-from cordee.cluster.planner import Planner
 from cordee.cluster.reconcile import Actions
 from cordee.cluster.soundness import plain
 from cordee.distribution.local_models import LocalModels
@@ -111,10 +111,11 @@ class Agent:
         )
         self._renewals: RenewalEndpoint | None = None  # of an admin
         self._deployments_file = DeploymentsFile(identity.folder / "deployments")
+        self.planning = PlanningProcess(self._planned)
         self.controller = Controller(
             identity.node,
             secrets.token_hex(8),
-            Planner(),
+            self.planning.planner,
             self._deployments_file.deployments,
             bus.remembered,
         )
@@ -356,7 +357,7 @@ class Agent:
             await self._serve_as_admin()
         (self.identity.folder / CLONE_FILE).unlink(missing_ok=True)  # it comes back if that is still so
         self.gossip.open()
-        for loop in (self._act_always, self._tick_hosts_always, self._renew_always):
+        for loop in (self._act_always, self._tick_hosts_always, self._renew_always, self.planning.watch):
             self._keep(loop())
         self._keep(self.gossip.speak_always(self._measure))
         self._keep(self.gossip.seek_lost_always())
@@ -447,6 +448,7 @@ class Agent:
         controller = self.controller
         controller.unreachable(self.probes.unreachable)
         decision = controller.step(self._look(), self._running(), now, clock, self.gossip.revocations())
+        self.planning.pursue()
         self.history.note(controller.chosen, controller.nodes(now), clock)
         self._execute(decision.actions)
         self._host(decision.hosts)
@@ -457,6 +459,10 @@ class Agent:
         self._deployments_file.keep(controller.deployments)
         if decision.is_news:
             self.gossip.speak(self.gauges)
+
+    def _planned(self) -> None:
+        self.controller.rethink()
+        self.changed()
 
     def _look(self) -> Facts:
         assert self._facts is not None

@@ -33,6 +33,7 @@ from cordee.cluster.facts import (
     stream_key,
 )
 from cordee.cluster.memory import Demand, needed_bytes
+from cordee.cluster.search import STEPS_MAX
 from cordee.errors import BadRequest, ModelNotFound, nearest
 from cordee.net.members import KnownMember
 from cordee.serving.registry import resident_bytes
@@ -377,6 +378,10 @@ class ClusterStatus:
                 f"Planning it failed ({self._controller.aside[shape]}), so it was set aside: what the model "
                 f"is said to be cannot be right. `cordee undeploy {deployment.model}`, then deploy it anew."
             )
+        if shape in self._controller.unfound:
+            return f"It is set aside: {self._controller.unfound[shape]}."
+        if self._agent.planning.planner.is_open(shape):
+            return "It is being planned, which takes a moment in a large cluster."
         failed = {
             node: f"{facts.name} cannot run it: {report.detail}"
             for node, facts in self._facts.items()
@@ -384,18 +389,25 @@ class ClusterStatus:
             if report.placement.model == shape.digest and report.state == "failed"
         }
         demand = Demand(deployment.context, deployment.sequences)
-        found = await self._plan(deployment.model, shape, demand, failed)
+        # Of all models that run nowhere together, so that the status of a cluster that is full comes soon.
+        steps = STEPS_MAX // max(1, sum(not picks for picks in self._controller.chosen.values()))
+        found = await self._plan(deployment.model, shape, demand, failed, steps)
         if found.placement is not None:
             return "It will be placed in a moment."
         return " ".join([found.why, *failed.values()])
 
     async def _plan(
-        self, name: str, shape: ModelShape, demand: Demand, without: Collection[str] = ()
+        self,
+        name: str,
+        shape: ModelShape,
+        demand: Demand,
+        without: Collection[str] = (),
+        steps: int = STEPS_MAX,
     ) -> planner.Plan:
         """Plan a model beside the others, without some nodes. In a thread: a large cluster takes a while."""
         able = {node: facts for node, facts in self._alive().items() if node not in without}
-        command = f"cordee deploy {name}"
-        return await asyncio.to_thread(planner.plan, shape, able, demand, self._reserved(shape), command)
+        taken, command = self._reserved(shape), f"cordee deploy {name}"
+        return await asyncio.to_thread(planner.plan, shape, able, demand, taken, command, steps)
 
     def _reserved(self, shape: ModelShape) -> dict[tuple[str, str], int]:
         """What the other models take."""

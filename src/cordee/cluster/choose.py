@@ -20,9 +20,16 @@ Memory is given out in a fixed order: to all that serves, to what loads, to fres
 by rank and model; those that come later get what is left. So a new deployment never takes the memory of a
 model that serves.
 
+The planner may owe an answer for a while (cluster/later_planner.py). Then this evaluation plans nothing more,
+as if the node were listening still: it keeps what is reported, and once the answer is there all is evaluated
+anew. What it selects meanwhile are the first of those placements that it will select then; a node that is
+slower at planning than others differs from them for a moment, as one whose view is older does.
+
 Convergence: once views agree, all nodes select the same reported placements; the others' stages are stopped,
 so their reports vanish. A fresh plan is made only where nothing is reported; should nodes make different ones
-because their views differ for a moment, all of these are reported next, and all nodes select the same.
+because their views differ for a moment, or one has an answer that another still waits for, all of these are
+reported next, and all nodes select the same. The planner's steps are counted, not timed: with one view all
+get the same answer, and each question is answered, as those of a model wait for a bounded number of others.
 
 Closure: loading what was selected only raises its rank (waiting < loading < serving), and that of no other
 placement changes meanwhile. A successor is faster by more than a class when it is taken up, so it has the
@@ -31,6 +38,7 @@ better rank once it serves, and the way back would need the same gain again.
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
@@ -53,6 +61,10 @@ from cordee.cluster.search import held_layers
 # A serving model is moved for this gain only; classes of speed are as wide. Predictions are good to 20 %.
 UPGRADE_RATIO = 1.5
 
+# Plans that are asked for at once for each model: those of its replicas, and their successors. More come as
+# these are reported.
+PLANS_MAX = 16
+
 Free = dict[tuple[str, str], int]  # bytes by (node, device)
 
 
@@ -62,7 +74,12 @@ class Planning(Protocol):
     def plan(
         self, shape: ModelShape, context: int, sequences: int, nodes: Sequence[Facts]
     ) -> Placement | None:
-        """The best placement on these nodes, whose devices' memory is what is free; None if none fits."""
+        """The best placement on these nodes, whose devices' memory is what is free; None if none fits.
+
+        Raises:
+            Unanswered: the answer is not there yet: ask again.
+            Unfound: none was found within the bounds of planning, though some may fit.
+        """
 
     def speed(self, shape: ModelShape, placement: Placement, nodes: Mapping[str, Facts]) -> float:
         """Predicted tokens per second of one stream."""
@@ -181,6 +198,14 @@ def covers(shape: ModelShape, placement: Placement) -> bool:
     return edge == shape.layers
 
 
+class Unanswered(Exception):
+    """The planner's answer is not there yet."""
+
+
+class Unfound(Exception):
+    """The planner found nothing within its bounds; the text says why, for people."""
+
+
 class PlanningFailed(Exception):
     """The planner raised for a model; the cause says what."""
 
@@ -191,16 +216,28 @@ class PlanningFailed(Exception):
 
 
 class _Guarded(Planning):
-    """A planner whose faults name the model."""
+    """A planner whose faults name the model, and which is asked PLANS_MAX times about each at most.
+
+    `unfound` are the models of which it found nothing within its bounds, with the reason.
+    """
 
     def __init__(self, planning: Planning) -> None:
         self._planning = planning
+        self._plans: Counter[ModelShape] = Counter()
+        self.unfound: dict[ModelShape, str] = {}
 
     def plan(
         self, shape: ModelShape, context: int, sequences: int, nodes: Sequence[Facts]
     ) -> Placement | None:
-        with _blaming(shape):
-            return self._planning.plan(shape, context, sequences, nodes)
+        self._plans[shape] += 1
+        if self._plans[shape] > PLANS_MAX:
+            return None
+        try:
+            with _blaming(shape):
+                return self._planning.plan(shape, context, sequences, nodes)
+        except Unfound as reason:
+            self.unfound[shape] = str(reason)
+            return None
 
     def speed(self, shape: ModelShape, placement: Placement, nodes: Mapping[str, Facts]) -> float:
         with _blaming(shape):
@@ -215,6 +252,8 @@ class _Guarded(Planning):
 def _blaming(shape: ModelShape) -> Generator[None]:
     try:
         yield
+    except (Unanswered, Unfound, PlanningFailed):
+        raise
     except Exception as error:
         raise PlanningFailed(shape, f"{type(error).__name__}: {error}") from error
 
@@ -224,24 +263,38 @@ def choose(view: View, planning: Planning) -> dict[str, tuple[Chosen, ...]]:
     return choose_apart(view, planning)[0]
 
 
-def choose_apart(
-    view: View, planning: Planning
-) -> tuple[dict[str, tuple[Chosen, ...]], dict[ModelShape, str]]:
-    """`choose`, and the models that were set aside, because planning them failed, with the reason.
+class Evaluation(NamedTuple):
+    """What `choose` chose, by model. Models that nothing runs of although somebody deployed them, with the
+    reason: `aside` because planning them failed, `unfound` because no placement was found in bounded time."""
+
+    made: dict[str, tuple[Chosen, ...]]
+    aside: dict[ModelShape, str]
+    unfound: dict[ModelShape, str]
+
+
+def choose_apart(view: View, planning: Planning) -> Evaluation:
+    """`choose`, and the models that are not planned, with the reason.
 
     A model that somebody deployed with a shape at which the planner raises hides no other: nothing of it
-    runs, and the rest is chosen as if it were not there. All nodes set the same models aside.
+    runs, and the rest is chosen as if it were not there. All nodes set the same models aside. What serves of
+    one for which no placement is found in bounded time goes on.
     """
     aside: dict[ModelShape, str] = {}
     while True:  # each turn sets one of the deployments aside, at least
         sound = without(view, aside)
+        guarded = _Guarded(planning)
         try:
-            made = Selection(sound, _Guarded(planning)).made()
+            made = Selection(sound, guarded).made()
         except PlanningFailed as failed:
             aside[failed.shape] = failed.reason
             continue
         left = [each.model for each in view.deployments if each.shape in aside and each.replicas > 0]
-        return made | dict.fromkeys(left, ()), aside
+        unfound = {
+            each.shape: guarded.unfound[each.shape]
+            for each in sound.deployments
+            if (each.shape in guarded.unfound and not made.get(each.model))
+        }
+        return Evaluation(made | dict.fromkeys(left, ()), aside, unfound)
 
 
 def without(view: View, aside: Collection[ModelShape]) -> View:
@@ -274,6 +327,8 @@ class Selection:
                 self._replicas[job] = max(deployment.replicas, self._replicas.get(job, 0))
         self._kept: dict[Workload, list[Candidate]] = {job: [] for job in self._replicas}
         self._successors: dict[str, Placement] = {}  # by the id of the placement they follow
+        self._held: dict[tuple[str, str], frozenset[int]] = {}  # layers on a node's disk, by node and model
+        self._is_open = False  # whether the planner owes an answer
 
     def made(self) -> dict[str, tuple[Chosen, ...]]:
         """Choose; see the module's docstring for the steps."""
@@ -334,8 +389,10 @@ class Selection:
 
     def _has_disk(self, shape: ModelShape, place: StagePlace) -> bool:
         """Whether a node has a stage's layers, or disk for those that are missing."""
-        facts = self._view.facts[place.node]
-        held = held_layers(shape, facts)
+        facts, key = self._view.facts[place.node], (place.node, shape.digest)
+        if key not in self._held:
+            self._held[key] = held_layers(shape, facts)
+        held = self._held[key]
         missing = (shape.layer_bytes[layer] for layer in range(place.first, place.last) if layer not in held)
         return sum(missing) <= facts.disk_free_bytes
 
@@ -360,6 +417,8 @@ class Selection:
             return
         if kept.leaving:
             successor = self._successor(job, kept, candidates, 0.0)
+            if successor is None and self._is_open:
+                return  # the answer may be one that needs no pause
             if successor is None:
                 self._release_memory(job, kept.placement)
                 self._kept[job].remove(kept)
@@ -389,7 +448,7 @@ class Selection:
 
     def _plan(self, job: Workload, taken: set[str], last_resort: bool = False) -> Candidate | None:
         """The best of the nodes that work together; as a `last_resort` also of those that did not."""
-        if self._view.listening:
+        if self._view.listening or self._is_open:  # what is asked for later depends on the answer
             return None
         nodes: dict[str, Facts] = {}
         for node, facts in self._view.facts.items():
@@ -399,7 +458,11 @@ class Selection:
         found: list[Candidate] = []
         for group in self._exclusions.groups(nodes, last_resort):
             together = [facts for node, facts in nodes.items() if node in group]
-            placement = self._planning.plan(job.shape, job.context, job.sequences, together)
+            try:
+                placement = self._planning.plan(job.shape, job.context, job.sequences, together)
+            except Unanswered:
+                self._is_open = True
+                return None
             if placement is not None and self._feasible(job, placement) and self._fits(job, placement):
                 found.append(self._candidate(job, placement))
         return min(

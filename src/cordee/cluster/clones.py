@@ -91,5 +91,6 @@ class Clones:
 
 def _bound(items: dict[str, T], count: int, last: Callable[[T], float]) -> None:
     """Keep the `count` items that were heard last."""
-    while len(items) > count:
-        del items[min(items, key=lambda name: (last(items[name]), name))]
+    if len(items) > count:
+        for name in sorted(items, key=lambda name: (last(items[name]), name))[: len(items) - count]:
+            del items[name]

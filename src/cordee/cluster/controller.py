@@ -97,6 +97,7 @@ class Controller:
         self._heard = {me}  # since the start, while any node is awaited
         self._chosen: dict[str, tuple[Chosen, ...]] = {}
         self._aside: dict[ModelShape, str] = {}
+        self._unfound: dict[ModelShape, str] = {}
         self._goals = Goals()
         self._reconciler = Reconciler()
         self._doubts = Doubts(me)
@@ -132,6 +133,11 @@ class Controller:
     def aside(self) -> Mapping[ModelShape, str]:
         """The deployed models that nothing runs of because planning them failed, each with the reason."""
         return self._aside
+
+    @property
+    def unfound(self) -> Mapping[ModelShape, str]:
+        """The deployed models that nothing runs of as no placement was found in bounded time, and why."""
+        return self._unfound
 
     @property
     def unsound(self) -> Mapping[str, tuple[int, str]]:
@@ -213,7 +219,10 @@ class Controller:
         """
         if self._refuses(heartbeat.facts.node):
             return False
-        if found := fault(msgspec.structs.replace(heartbeat, deployments=())):
+        known = self._membership.said(heartbeat.facts.node)
+        if known == heartbeat.facts:  # as with most: then there is one object, which was looked at before
+            heartbeat = msgspec.structs.replace(heartbeat, facts=known)
+        if found := fault(msgspec.structs.replace(heartbeat, deployments=()), known):
             self._count_unsound(heartbeat.facts.node, found)
             return False
         self._clones.hear(heartbeat, now)
@@ -321,11 +330,15 @@ class Controller:
             age_seconds=self._clones.age_seconds(now),
         )
 
+    def rethink(self) -> None:
+        """Have the next step plan anew, whether the view changed or not: an answer of the planner came."""
+        self._planned = -math.inf
+
     def plan(self, now: float) -> Goals:
         """What this node should do. `observe` comes first."""
         view = self._look(now)
         if view != self._view or not 0 <= now - self._planned < RETHINK_SECONDS:
-            self._chosen, self._aside = choose_apart(view, self._planning)
+            self._chosen, self._aside, self._unfound = choose_apart(view, self._planning)
             self._goals = goals(without(view, self._aside), self.me, self._chosen, self._planning)
             self._view, self._planned = view, now
         return self._goals

@@ -45,7 +45,7 @@ SEQUENCES_MAX = 4096
 REPLICAS_MAX = NODES_MAX
 
 
-class Deployment(msgspec.Struct, frozen=True):
+class Deployment(msgspec.Struct, frozen=True, cache_hash=True):
     """Serve `model` (a name), or with `replicas` 0 serve it no longer.
 
     The shape comes along so that every node can plan. `context` is in tokens for each of `sequences` streams.
@@ -115,9 +115,10 @@ class Deployments:
         self._sorted = None
 
     def _forget(self) -> None:
-        while len(self._deployments) > DEPLOYMENTS_MAX:
-            oldest = min(self._deployments.values(), key=_rank)
-            del self._deployments[oldest.model]
+        excess = len(self._deployments) - DEPLOYMENTS_MAX
+        if excess > 0:
+            for oldest in sorted(self._deployments.values(), key=_rank)[:excess]:
+                del self._deployments[oldest.model]
             self._sorted = None
 
 

@@ -31,7 +31,7 @@ class Device(msgspec.Struct, frozen=True):
     read_bytes_per_second: float
 
 
-class ModelShape(msgspec.Struct, frozen=True):
+class ModelShape(msgspec.Struct, frozen=True, cache_hash=True):
     """What of a model decides where it can run; the tuples have one item a layer.
 
     `active_bytes` of a layer are read for one token (of a mixture of experts only those chosen), and
@@ -92,7 +92,7 @@ class StagePlace(msgspec.Struct, frozen=True):
     last: int
 
 
-class Placement(msgspec.Struct, frozen=True):
+class Placement(msgspec.Struct, frozen=True, cache_hash=True):
     """Which node runs which layers of a model; the stages cover all layers once, in order.
 
     `context` is in tokens for each of `sequences` streams. The host (scheduler) is the first stage's node.

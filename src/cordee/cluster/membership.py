@@ -148,6 +148,11 @@ class Membership:
         seen.heartbeat, seen.heard, seen.offset, seen.lost = heartbeat, now, offset, None
         return not same
 
+    def said(self, node: str) -> Facts | None:
+        """The facts that another node said last."""
+        seen = self._seen.get(node)
+        return None if seen is None else seen.heartbeat.facts
+
     def liveliness(self, node: str, alive: bool, now: float) -> None:
         """The bus says that a node's token came or went."""
         seen = self._seen.get(node)

@@ -16,6 +16,7 @@ length in every layer):
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 from cordee.cluster.facts import ModelShape
@@ -36,8 +37,12 @@ LAYER_BYTES = 70_000
 TOKEN_BYTES = 220
 # Rows of a micro-batch: enough to use the processor fully, little enough not to block it.
 BATCH_ROWS = 512
-# Tables that are kept, one for each model and size: far more than a cluster serves. Each takes at most 2 MB.
+# Tables that are kept, one for each model and size: far more than a cluster serves. Each has at most 0.5 MB.
 TABLES_KEPT = 32
+STAGES_KEPT = 4096  # whose memory is: each look at everything asks for that of all that runs
+# Into so many pieces a model is cut at most. The models that people run have up to 126 layers; one that is
+# said to have more is cut at every second of them, or third.
+PIECES_MAX = 128
 
 
 class Sizes(Protocol):
@@ -104,16 +109,25 @@ class StageShape:
 
 def stage_of(shape: ModelShape, first: int, last: int) -> StageShape:
     """What layers `first` to `last` (exclusive) of a model are as a stage."""
+    layers = slice(first, last)
+    # A kind of mask that only the first layer has is free again after it.
+    kinds = len(set(shape.windowed[first + 1 : last]))
+    return _stage(shape, first, last, sum(shape.layer_bytes[layers]), sum(shape.cell_bytes[layers]), kinds)
+
+
+def _stage(
+    shape: ModelShape, first: int, last: int, layer_bytes: int, cell_bytes: int, kinds: int
+) -> StageShape:
+    """The same, where the sums over its layers are known, and how many kinds of masks they have."""
     has_head = last == shape.layers
     if (first, last) == (0, shape.layers):
         beside = shape.whole_extra_bytes
     else:
         beside = shape.last_extra_bytes if has_head else shape.extra_bytes
     return StageShape(
-        weights_bytes=sum(shape.layer_bytes[first:last]) + beside,
-        cell_bytes=sum(shape.cell_bytes[first:last]),
-        # A kind of mask that only the first layer has is free again after it.
-        masks=len(set(shape.windowed[first + 1 : last])) or 1,
+        weights_bytes=layer_bytes + beside,
+        cell_bytes=cell_bytes,
+        masks=kinds or 1,
         row_floats=max(shape.row_floats[first:last]),
         n_embd=shape.n_embd,
         layers=last - first,
@@ -133,17 +147,42 @@ class Demand(NamedTuple):
         return max(BATCH_ROWS, self.sequences)
 
 
+@lru_cache(maxsize=STAGES_KEPT)
 def needed_bytes(shape: ModelShape, demand: Demand, first: int, last: int) -> int:
     """The memory of a stage; the first of several also has the embedding, which its host reads."""
+    return _needed_bytes(shape, demand, first, last, stage_of(shape, first, last))
+
+
+def _needed_bytes(shape: ModelShape, demand: Demand, first: int, last: int, stage: StageShape) -> int:
     scheduler_host = shape.embedding_bytes if first == 0 and last < shape.layers else 0
-    return stage_of(shape, first, last).fit(demand).total_bytes + scheduler_host
+    return stage.fit(demand).total_bytes + scheduler_host
+
+
+def edges_of(shape: ModelShape) -> tuple[int, ...]:
+    """The layers between which a placement may cut a model, 0 and the last edge among them."""
+    if not shape.cuttable:
+        return (0, shape.layers)
+    pieces = -(-shape.layers // shape.cut_step)
+    return (*range(0, shape.layers, shape.cut_step * -(-pieces // PIECES_MAX)), shape.layers)
 
 
 @lru_cache(maxsize=TABLES_KEPT)
 def needs(shape: ModelShape, demand: Demand) -> tuple[tuple[int, ...], ...]:
-    """`needs[first][last]` are the `needed_bytes` of all stages that are allowed, 0 for the others."""
-    bounds = range(shape.layers + 1)
-    return tuple(
-        tuple(needed_bytes(shape, demand, first, last) if shape.allows(first, last) else 0 for last in bounds)
-        for first in bounds
+    """`needs[i][j]` are the `needed_bytes` of the stage between these two of `edges_of`; 0: not allowed."""
+    edges = edges_of(shape)
+    weights, cells, windowed = (
+        [0, *accumulate(items)] for items in (shape.layer_bytes, shape.cell_bytes, shape.windowed)
     )
+    table: list[tuple[int, ...]] = []
+    for first in edges:
+        row: list[int] = []
+        for last in edges:
+            if not shape.allows(first, last):
+                row.append(0)
+                continue
+            inner = windowed[last] - windowed[first + 1]  # of the layers behind the first
+            kinds = (inner > 0) + (inner < last - first - 1)
+            sums = (weights[last] - weights[first], cells[last] - cells[first], kinds)
+            row.append(_needed_bytes(shape, demand, first, last, _stage(shape, first, last, *sums)))
+        table.append(tuple(row))
+    return tuple(table)

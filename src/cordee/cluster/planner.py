@@ -8,10 +8,21 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from cordee.cluster.choose import PlanningFailed, Unfound
 from cordee.cluster.demand import SizeRequest, described, gigabytes, options, smaller
-from cordee.cluster.facts import Device, Facts, ModelShape, Placement, StagePlace
+from cordee.cluster.facts import Device, Facts, ModelShape, Placement
 from cordee.cluster.memory import Demand, Fit, needed_bytes, needs, stage_of
-from cordee.cluster.search import Search, Step, Unit, held_layers
+from cordee.cluster.questions import TOO_MANY, Asked, PlanAnswer, answer, asked, placement_of, units_of
+from cordee.cluster.search import (
+    STEPS_MAX,
+    UNITS_MAX,
+    Search,
+    Step,
+    Unit,
+    able_units,
+    considered,
+    held_layers,
+)
 from cordee.cluster.speed import (
     SECOND,
     STAGE_TIME,
@@ -21,18 +32,20 @@ from cordee.cluster.speed import (
     prompt_time,
     read_bytes,
     return_time,
-    settled,
     token_time,
 )
 
-# Answers that a Planner keeps: a cluster asks the same few questions at every change.
-ANSWERS_KEPT = 64
+# Answers that a Planner keeps: a cluster asks the same questions at every change, some for each replica.
+ANSWERS_KEPT = 2048
 # A machine whose hop takes more than this times that of the others is said to be far away.
 FAR = 2
 # What a machine lacks is told in steps of 0.1 GB.
 STEP_BYTES = 100_000_000
 # Room on a disk that never runs short, of machines that are only imagined.
 BOUNDLESS_BYTES = 1 << 62
+# Steps of the searches that are made to say what would fit, of all together and of one: for people, who wait.
+TRIALS_STEPS, TRIAL_STEPS = 3_000_000, 500_000
+ADVICE_RATIO = 2
 COPIES_TOLD = 8  # of a model that would fit beside each other; more are not counted
 COMMAND = "cordee deploy MODEL"
 
@@ -89,19 +102,24 @@ def plan(
     demand: Demand,
     reserved: Reserved | None = None,
     command: str = COMMAND,
+    steps_max: int = STEPS_MAX,
 ) -> Plan:
     """The best placement of a model, explained. The same whatever the order of `nodes`.
 
-    `command` is what people would type to ask for another context or fewer answers at a time.
+    `command` is what people would type to ask for another context or fewer answers at a time. A refusal's
+    advice takes ADVICE_RATIO times as many steps as the search at most.
     """
     facts = [nodes[node] for node in sorted(nodes)]
-    units = _units(facts, reserved or {})
-    steps = Search(shape, demand, units).best()
+    units = units_of(facts, reserved)
+    search = Search(shape, demand, units, steps_max)
+    steps = search.best()
     stages = tuple(_stage_plan(shape, demand, steps, index) for index in range(len(steps)))
     machines = tuple(_machine_plan(shape, demand, one, units, stages, nodes) for one in facts)
     if not steps:
-        return Plan(None, _refusal(shape, demand, units, command), 0.0, 0.0, (), machines)
-    placement = _placement(shape, demand, steps)
+        trials = _Trials(shape, ADVICE_RATIO * steps_max)
+        why = _refusal(trials, demand, units, command, search.is_spent)
+        return Plan(None, why, 0.0, 0.0, (), machines)
+    placement = placement_of(shape, demand, steps)
     speed = tokens_per_second(shape, placement, nodes)
     reading = prompt_time(shape, placement, nodes)
     prompts = SECOND / reading if reading else 0.0
@@ -111,9 +129,10 @@ def plan(
 def largest(
     shape: ModelShape, nodes: Mapping[str, Facts], requested: SizeRequest, reserved: Reserved | None = None
 ) -> Demand | None:
-    """The most of what is asked of a model that fits; None if not even the least of it does."""
-    units = _units([nodes[node] for node in sorted(nodes)], reserved or {})
-    return requested.largest(lambda demand: Search(shape, demand, units).fits())
+    """The most of what is asked of a model that fits, as far as is found in bounded time; None: nothing."""
+    units = units_of([nodes[node] for node in sorted(nodes)], reserved)
+    trials = _Trials(shape)
+    return requested.largest(lambda demand: trials.fits(demand, units))
 
 
 def copies(
@@ -121,8 +140,9 @@ def copies(
 ) -> int:
     """How many times a model fits, each time on other nodes; at most COPIES_TOLD are counted."""
     left = {node: facts for node, facts in nodes.items() if not facts.draining}
+    trials = _Trials(shape)
     for count in range(COPIES_TOLD):
-        steps = Search(shape, demand, _units([left[node] for node in sorted(left)], reserved or {})).best()
+        steps = trials.best(demand, units_of([left[node] for node in sorted(left)], reserved))
         if not steps:
             return count
         used = {step.unit.facts.node for step in steps}
@@ -136,25 +156,77 @@ def tokens_per_second(shape: ModelShape, placement: Placement, nodes: Mapping[st
     return SECOND / time if time else 0.0
 
 
+class _Trials:
+    """Searches that share a number of steps; what they do not find in these counts as what does not fit."""
+
+    def __init__(self, shape: ModelShape, steps: int = TRIALS_STEPS) -> None:
+        self.shape = shape
+        self._left = steps
+
+    def fits(self, demand: Demand, units: Sequence[Unit]) -> bool:
+        if self._left <= 0:
+            return False
+        search = self._search(demand, units)
+        found = search.fits()
+        self._left -= search.steps
+        return found
+
+    def best(self, demand: Demand, units: Sequence[Unit]) -> list[Step]:
+        if self._left <= 0:
+            return []
+        search = self._search(demand, units)
+        found = search.best()
+        self._left -= search.steps
+        return found
+
+    def _search(self, demand: Demand, units: Sequence[Unit]) -> Search:
+        return Search(self.shape, demand, units, min(self._left, TRIAL_STEPS))
+
+
 class Planner:
     """`choose`'s view of the planner. Questions that differ only by noise get the same answer, at once."""
 
     def __init__(self) -> None:
-        self._answers: dict[bytes, Placement | None] = {}
+        self._answers: dict[bytes, PlanAnswer] = {}
 
     def plan(
         self, shape: ModelShape, context: int, sequences: int, nodes: Sequence[Facts]
     ) -> Placement | None:
-        """The best placement on these nodes, whose devices' memory is what is free; None if none fits."""
-        demand, names = Demand(context, sequences), {facts.node for facts in nodes}
-        facts = [settled(shape, one, names) for one in sorted(nodes, key=lambda one: one.node)]
-        question = msgspec.msgpack.encode((shape, demand, facts), order="sorted")
-        if question not in self._answers:
-            if len(self._answers) >= ANSWERS_KEPT:
-                del self._answers[next(iter(self._answers))]
-            steps = Search(shape, demand, _units(facts, {})).best()
-            self._answers[question] = _placement(shape, demand, steps) if steps else None
-        return self._answers[question]
+        """The best placement on these nodes, whose devices' memory is what is free; None if none fits.
+
+        Raises:
+            PlanningFailed: something was raised while it was looked for.
+            Unfound: none was found within the bounds of a search, though some may fit.
+        """
+        question = asked(shape, Demand(context, sequences), nodes)
+        found = self.known(question)
+        if found is None:
+            found, _ = answer(question.question)
+            assert found is not None, "it has all steps that a search may take"
+            self.keep(question.key, found)
+        return self.placement(shape, found)
+
+    def known(self, question: Asked) -> PlanAnswer | None:
+        """An answer that is kept."""
+        return self._answers.get(question.key)
+
+    def keep(self, key: bytes, found: PlanAnswer) -> None:
+        """Keep the answer to a question for as long as there is room."""
+        if len(self._answers) >= ANSWERS_KEPT:
+            del self._answers[next(iter(self._answers))]
+        self._answers[key] = found
+
+    def forget(self, key: bytes) -> None:
+        """Have a question answered anew if it is asked again."""
+        self._answers.pop(key, None)
+
+    def placement(self, shape: ModelShape, found: PlanAnswer) -> Placement | None:
+        """What `plan` gives, or raises, for an answer."""
+        if found.fault:
+            raise PlanningFailed(shape, found.fault)
+        if found.unfound:
+            raise Unfound(found.unfound)
+        return found.placement
 
     def speed(self, shape: ModelShape, placement: Placement, nodes: Mapping[str, Facts]) -> float:
         """Predicted tokens per second of one stream."""
@@ -164,20 +236,6 @@ class Planner:
         """Memory of the device that a stage takes."""
         place = placement.stages[index]
         return needed_bytes(shape, Demand(placement.context, placement.sequences), place.first, place.last)
-
-
-def _units(facts: Sequence[Facts], reserved: Reserved) -> list[Unit]:
-    return [
-        Unit(one, device, device.memory_bytes - reserved.get((one.node, device.name), 0))
-        for one in facts
-        if not one.draining
-        for device in one.devices
-    ]
-
-
-def _placement(shape: ModelShape, demand: Demand, steps: Sequence[Step]) -> Placement:
-    stages = tuple(StagePlace(s.unit.facts.node, s.unit.device.name, s.first, s.last) for s in steps)
-    return Placement(shape.digest, demand.context, demand.sequences, stages)
 
 
 def _stage_plan(shape: ModelShape, demand: Demand, steps: Sequence[Step], index: int) -> StagePlan:
@@ -224,7 +282,7 @@ def _machine_plan(
         layers = [f"layers {stage.first}-{stage.last - 1} on {stage.device}" for stage in own]
         why = ", ".join(layers) + (" (host)" if own[0] is stages[0] and len(stages) > 1 else "")
     else:
-        mine = [unit for unit in units if unit.facts.node == facts.node]
+        mine = [unit for unit in units if unit.facts is facts]
         why = _why_out(shape, demand, facts, mine, stages, nodes)
     return MachinePlan(facts.node, facts.name, bool(own), why)
 
@@ -242,7 +300,7 @@ def _why_out(
     units = [unit for unit in units if unit.byte_time]
     if not units:
         return "the speed of its devices is not known"
-    able = [unit for unit in units if Search(shape, demand, [unit]).able]
+    able = able_units(shape, demand, considered(shape, units))
     if not able:
         least, room = _least(shape, demand), max(unit.available_bytes for unit in units)
         return f"too small: a stage takes {_gb(least)} or more, and it has {_gb(max(room, 0))} free"
@@ -267,47 +325,50 @@ def _least(shape: ModelShape, demand: Demand) -> int:
     return min(nbytes for row in needs(shape, demand) for nbytes in row if nbytes)
 
 
-def _refusal(shape: ModelShape, demand: Demand, units: Sequence[Unit], command: str) -> str:
-    """Why no placement was found, and what to do about it."""
+def _refusal(trials: _Trials, demand: Demand, units: Sequence[Unit], command: str, is_spent: bool) -> str:
+    """Why no placement was found, and what to do about it. `is_spent`: for want of steps, perhaps."""
+    shape = trials.shape
     rooms = [unit.available_bytes for unit in units if unit.byte_time and unit.available_bytes > 0]
-    whole = needs(shape, demand)[0][shape.layers]
+    whole = needs(shape, demand)[0][-1]
     if not rooms:
         return f"No machine has memory for it: it needs {_gb(whole)}. Add machines, or free some memory."
     if shape.cuttable:
         wants, have = gigabytes(whole, sum(rooms))
         fault = f"It needs {wants} of memory in all for {described(demand)}, and the machines have {have}"
-        if whole <= sum(rooms):
-            fault += (
-                f", but no way of cutting it fits (the smallest stage takes {_gb(_least(shape, demand))})"
-            )
+        if whole <= sum(rooms) and is_spent:
+            fault += f", but {TOO_MANY}"
+        elif whole <= sum(rooms):
+            among = f" of {UNITS_MAX} devices" if len(units) > UNITS_MAX else ""
+            smallest = _gb(_least(shape, demand))
+            fault += f", but no way of cutting it{among} fits (the smallest stage takes {smallest})"
     else:
         wants, have = gigabytes(whole, max(rooms))
         fault = f"It cannot be cut, so one device must hold its {wants}; the largest has {have}"
-    instead = smaller(demand, lambda demand: Search(shape, demand, units).fits())
+    instead = smaller(demand, lambda demand: trials.fits(demand, units))
     if instead:
         return f"{fault}: `{command} {options(demand, instead)}` fits."
     roomy = [
         Unit(_with_disk(unit.facts), unit.device, unit.available_bytes) for unit in units if unit.byte_time
     ]
-    if Search(shape, demand, roomy).fits():
+    if trials.fits(demand, roomy):
         return (
             "The machines have the memory for it, but their disks are too full for its "
             f"{_gb(sum(shape.layer_bytes))} of weights: free some space on them."
         )
-    missing = f"{_gb(_missing(shape, demand, units))} of memory for models"
+    missing = f"{_gb(_missing(trials, demand, units))} of memory for models"
     return f"{fault}: add a machine with at least {missing}, or take a smaller quantization."
 
 
-def _missing(shape: ModelShape, demand: Demand, units: Sequence[Unit]) -> int:
+def _missing(trials: _Trials, demand: Demand, units: Sequence[Unit]) -> int:
     """The least memory of one more machine, as fast as the fastest and with a free disk, so that it fits."""
     speed = max((unit.device.read_bytes_per_second for unit in units if unit.byte_time), default=1e9)
     facts = _with_disk(Facts("", "", "", (), 0, "", {}, {}, (), ()))
     device = Device("", "cpu", 0, speed)
 
     def fits(steps: int) -> bool:
-        return Search(shape, demand, [*units, Unit(facts, device, steps * STEP_BYTES)]).fits()
+        return trials.fits(demand, [*units, Unit(facts, device, steps * STEP_BYTES)])
 
-    alone = -(-needs(shape, demand)[0][shape.layers] // STEP_BYTES)
+    alone = -(-needs(trials.shape, demand)[0][-1] // STEP_BYTES)
     return bisect_left(range(alone), True, key=fits) * STEP_BYTES
 
 

@@ -23,6 +23,7 @@ INTEGER_MAX = 1 << 56  # bytes of any disk
 NUMBER_MAX = 1e18  # of times, speeds and rates; a NaN is not in this range
 BYTES_MAX = 1024  # a revocation
 ITEMS_MAX = 1024  # layers of a model, or slices on a disk
+PLACES_MAX = 8192  # stages of all placements that a node reports stages of: 128 of each of 64 models
 # Fewer than ITEMS_MAX: what planning takes time for grows with these.
 COUNTS: Mapping[tuple[type, str], int] = {
     (Facts, "devices"): 64,
@@ -38,9 +39,12 @@ COUNTS: Mapping[tuple[type, str], int] = {
 }
 
 
-def fault(said: msgspec.Struct) -> str:
-    """What is wrong with a struct that was heard or read, "" if it is sound; the field is named."""
-    return next(_faults(said, type(said).__name__), "")
+def fault(said: msgspec.Struct, known: object = None) -> str:
+    """What is wrong with a struct that was heard or read, "" if it is sound; the field is named.
+
+    `known` is an object that was found sound before: a field that is this very object is passed over.
+    """
+    return next(_faults(said, type(said).__name__, known=known), "")
 
 
 def plain(text: str) -> str:
@@ -48,14 +52,18 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text[:TEXT_CHARS_MAX])
 
 
-def _faults(value: object, where: str, count_max: int = ITEMS_MAX) -> Iterator[str]:
+def _faults(value: object, where: str, count_max: int = ITEMS_MAX, known: object = None) -> Iterator[str]:
     if isinstance(value, ModelShape):
         if found := _shape_fault(value):
             yield f"{where}.{found}"
     elif isinstance(value, msgspec.Struct):
         for name in value.__struct_fields__:
             field = getattr(value, name)
+            if field is known and known is not None:
+                continue
             yield from _faults(field, f"{where}.{name}", COUNTS.get((type(value), name), ITEMS_MAX))
+        if isinstance(value, Facts):
+            yield from _facts_faults(value, where)
     elif isinstance(value, str):
         if len(value) > TEXT_CHARS_MAX or not value.isprintable():
             yield f"{where} is longer than {TEXT_CHARS_MAX} characters, or not printable"
@@ -75,6 +83,11 @@ def _items_faults(
     if len(items) > count_max:
         yield f"{where} has {len(items)} items, at most {count_max} are expected"
         return
+    kinds = set(map(type, items))
+    if isinstance(items, tuple) and kinds and kinds <= {int, bool}:  # what a shape says by layer: at once
+        numbers = cast("tuple[int, ...]", items)
+        if min(numbers) >= 0 and max(numbers) <= INTEGER_MAX:
+            return
     if isinstance(items, dict):
         for key, value in items.items():
             yield from _faults(key, where)
@@ -82,6 +95,15 @@ def _items_faults(
     else:
         for value in items:
             yield from _faults(value, where)
+
+
+def _facts_faults(facts: Facts, where: str) -> Iterator[str]:
+    names = [device.name for device in facts.devices]
+    if len(set(names)) < len(names):
+        yield f"{where}.devices has two of one name"
+    places = sum(len(report.placement.stages) for report in facts.stages)
+    if places > PLACES_MAX:
+        yield f"{where}.stages names {places} stages, at most {PLACES_MAX} are expected"
 
 
 def _number_faults(value: object, where: str) -> Iterator[str]:
@@ -94,6 +116,8 @@ def _number_faults(value: object, where: str) -> Iterator[str]:
 
 @lru_cache(maxsize=1024)  # the same few shapes come with every heartbeat of every node
 def _shape_fault(shape: ModelShape) -> str:
+    if not shape.cut_step:
+        return "cut_step is 0"
     for name in shape.__struct_fields__:
         for found in _faults(getattr(shape, name), name):
             return found

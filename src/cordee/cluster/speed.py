@@ -77,7 +77,14 @@ def settled(shape: ModelShape, facts: Facts, nodes: Collection[str]) -> Facts:
         ),
         stages=_loaded(shape, facts),
         name="",
+        build="",
         api="",
+        inbox="",
+        offers=(),
+        admin=False,
+        version="",
+        renewals="",
+        certificate_ends=0.0,
     )
 
 
