@@ -2,7 +2,9 @@
 
 GBNF is translated to Lark first (gbnf.py, gbnf_lark.py).
 
-llguidance compiles the grammar once per stream and walks it token by token. Its tokenizer (a trie of the
+Whether a grammar may be used at all is tried in a child process first (serving/grammar_trials.py).
+
+llguidance compiles it and walks it token by token. Its tokenizer (a trie of the
 whole vocabulary) takes a second to build for a large one, so there is one per vocabulary, built when the
 first grammar is asked for.
 """
@@ -118,8 +120,21 @@ def _bytes(vocabulary: TokenSource, token: int) -> bytes:
     return SPECIAL + piece if marked else piece
 
 
-def check(grammar: Grammar, tokenizer: GrammarTokenizer) -> None:
+def check_size(grammar: Grammar) -> None:
+    """Refuse a grammar that is longer than any that is compiled.
+
+    Raises:
+        BadRequest: it is.
+    """
+    limit = GBNF_CHARS_MAX if grammar.kind == "gbnf" else TEXT_CHARS_MAX
+    if len(grammar.text) > limit:
+        raise refusal(grammar.kind, f"it has {len(grammar.text)} characters; at most {limit} are accepted")
+
+
+def check(grammar: Grammar, tokenizer: GrammarTokenizer) -> "GrammarState":
     """Refuse a grammar that cannot be compiled for this vocabulary, or that no text can satisfy.
+
+    The state is that after some first token. There is no bound on the time that it takes.
 
     Raises:
         BadRequest: with the reason.
@@ -127,6 +142,7 @@ def check(grammar: Grammar, tokenizer: GrammarTokenizer) -> None:
     """
     state = GrammarState(grammar, tokenizer)
     state.accept(int(state.allowed().argmax()))  # some costs only show in the first step
+    return state
 
 
 class GrammarState:
@@ -178,7 +194,7 @@ class GrammarState:
             reason = "no text can satisfy it"
         elif self._kind == "gbnf":  # the reason is about the translation, which is valid
             reason = f"it is too complex: use fewer and shorter repetitions and optional parts ({reason})"
-        raise _refusal(self._kind, reason)
+        raise refusal(self._kind, reason)
 
 
 def _compiled(grammar: Grammar, tokenizer: GrammarTokenizer) -> Iterator[str]:
@@ -186,15 +202,13 @@ def _compiled(grammar: Grammar, tokenizer: GrammarTokenizer) -> Iterator[str]:
 
     Only the matcher checks its rules.
     """
-    limit = GBNF_CHARS_MAX if grammar.kind == "gbnf" else TEXT_CHARS_MAX
-    if len(grammar.text) > limit:
-        raise _refusal(grammar.kind, f"it has {len(grammar.text)} characters; at most {limit} are accepted")
+    check_size(grammar)
     try:
         yield from _FORMS[grammar.kind](grammar.text, tokenizer)
     except RecursionError:
-        raise _refusal(grammar.kind, "it is nested too deeply") from None
+        raise refusal(grammar.kind, "it is nested too deeply") from None
     except ValueError as error:
-        raise _refusal(grammar.kind, str(error)) from error
+        raise refusal(grammar.kind, str(error)) from error
 
 
 def _json_schema(text: str) -> str:
@@ -220,6 +234,7 @@ _FORMS: dict[str, Callable[[str, GrammarTokenizer], Iterable[str]]] = {
 }
 
 
-def _refusal(kind: str, reason: str) -> BadRequest:
+def refusal(kind: str, reason: str) -> BadRequest:
+    """Why a grammar of a kind cannot be used."""
     name, param = NAMES[kind]
     return BadRequest(f"the {name} cannot be used: {reason[:MESSAGE_CHARS_MAX]}", param)

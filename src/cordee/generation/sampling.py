@@ -24,7 +24,6 @@ import numpy as np
 
 from cordee.engine.llama import libllama
 from cordee.errors import BadRequest, StageFailed
-from cordee.generation import grammar
 from cordee.generation.grammar import GrammarState, GrammarTokenizer
 from cordee.generation.request import Choice, SamplingParams
 
@@ -51,12 +50,11 @@ LOGIT_BIAS_RANGE = (-100.0, 100.0)
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
-def check(params: SamplingParams, n_vocab: int, tokenizer: GrammarTokenizer) -> None:
-    """Refuse parameters that cannot be honoured, a bad grammar among them, before the request is queued.
+def check(params: SamplingParams, n_vocab: int) -> None:
+    """Refuse parameters that cannot be honoured, before the request is queued. Grammars are not looked at.
 
     Raises:
         BadRequest: names the parameter.
-        UnsupportedModel: a grammar is asked for and cannot bind this model.
     """
     for name, (low, high) in RANGES.items():
         value = getattr(params, name)
@@ -65,8 +63,6 @@ def check(params: SamplingParams, n_vocab: int, tokenizer: GrammarTokenizer) -> 
         if not isfinite(value) or not low <= value <= high:
             raise BadRequest(f"{name} must be from {low} to {high}, not {value}", name)
     _check_bias(params.logit_bias, n_vocab)
-    if params.grammar is not None:
-        grammar.check(params.grammar, tokenizer)
 
 
 def _check_bias(logit_bias: dict[int, float], n_vocab: int) -> None:
