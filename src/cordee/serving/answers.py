@@ -30,7 +30,7 @@ class Checks:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self.grammars = GrammarTrials.of(vocabulary.path, vocabulary.name)
+        self._grammars = GrammarTrials.of(vocabulary.path, vocabulary.name)
 
     async def check(self, request: Request) -> None:
         """Check a request; a grammar that is new is tried first, in another process.
@@ -47,7 +47,7 @@ class Checks:
             raise BadRequest(f"the prompt's token ids must be 0 to {size - 1}", "prompt")
         sampling.check(request.sampling, size)
         if request.sampling.grammar is not None:
-            await self.grammars.check(request.sampling.grammar)
+            await self._grammars.check(request.sampling.grammar)
 
     async def close(self) -> None:
         """Free the vocabulary; closing twice is harmless."""

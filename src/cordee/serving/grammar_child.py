@@ -23,7 +23,7 @@ import psutil
 from cordee.engine.child import receive, send
 from cordee.engine.llama.vocabulary import LlamaVocabulary
 from cordee.errors import CordeeError
-from cordee.generation.grammar import GrammarTokenizer, check, refusal
+from cordee.generation.grammar import STEP_SECONDS, GrammarTokenizer, check, refusal
 from cordee.generation.request import Grammar
 from cordee.privacy import no_core_dumps
 from cordee.serving.grammar_messages import Verdict, grammar_decoder, verdict_decoder
@@ -32,9 +32,6 @@ IDLE_SECONDS = 600.0  # a child takes some 100 MB and starts within a second
 # Of a core, for one grammar: to compile it, and to take TRIAL_STEPS tokens. An object of 3,000 optional
 # properties, or 32 kB of GBNF made to be slow, take a second on a machine that does not hurry.
 TRIAL_SECONDS = 2.0
-# Of a core, for one token: a large grammar may take 30 ms. The worker that samples gives up a stream whose
-# grammar takes longer, because others wait meanwhile.
-STEP_SECONDS = 0.2
 TRIAL_STEPS = 32
 # What a trial may take beside the vocabulary; the largest grammars that are of use take 40 MB.
 TRIAL_BYTES = 256 << 20

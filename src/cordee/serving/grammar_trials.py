@@ -59,8 +59,8 @@ class GrammarTrials:
             Overloaded: too many grammars of this asker wait to be tried.
             StageFailed: it could not be tried.
         """
-        grammars.check_size(grammar)
-        key = grammar.kind, hashlib.sha256(grammar.text.encode("utf-8", "surrogatepass")).digest()
+        grammars.check_text(grammar)
+        key = grammar.kind, hashlib.sha256(grammar.text.encode()).digest()
         with self._lock:
             known = self._verdicts.get(key)
             if known is not None:
