@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from operator import sub
 from pathlib import Path
 
 from cordee.engine.child import Child, Ended, Rested, rebuilt
@@ -75,6 +76,8 @@ class Vocabulary:
         self._ends = array.array("I", [0])
         self._ends.frombytes(table.ends)
         self.size = len(table.flags)
+        # No token stands for more bytes of a text: see `least_tokens`.
+        self._longest_bytes = max(map(sub, self._ends[1:], self._ends), default=0)
         self.bos, self.eos = table.bos, table.eos
         self.bos_text, self.eos_text = table.bos_text, table.eos_text
         self.wants_bos = table.wants_bos
@@ -105,6 +108,10 @@ class Vocabulary:
         if add_bos and self.wants_bos and self.bos is not None and tokens[:1] != [self.bos]:
             tokens.insert(0, self.bos)
         return tokens
+
+    def least_tokens(self, nbytes: int) -> int:
+        """How many tokens a text of so many bytes has at least, without looking at it."""
+        return -(-nbytes // max(self._longest_bytes, 1))
 
     def control_spans(self, text: str) -> list[tuple[int, int]]:
         """Where in a text the names of control tokens stand: (start, end); if two match, the longer.

@@ -43,7 +43,7 @@ class Checks:
         """
         text.check(request.stop)
         size = self._vocabulary.size
-        if not all(0 <= token < size for token in request.prompt):
+        if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < size:
             raise BadRequest(f"the prompt's token ids must be 0 to {size - 1}", "prompt")
         sampling.check(request.sampling, size)
         if request.sampling.grammar is not None:
