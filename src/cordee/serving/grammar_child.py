@@ -1,7 +1,7 @@
 """A child process that tries grammars for its parent, before they come near a stream.
 
 Run as `python -m cordee.serving.grammar_child SOCKET PATH NAME`. It loads the vocabulary and answers each
-`Grammar` with a `Verdict`, until its parent ends, or asks nothing for IDLE_SECONDS.
+`Grammar` with a `GrammarVerdict`, until its parent ends, or asks nothing for IDLE_SECONDS.
 
 llguidance cannot be interrupted: some grammars of a few kilobytes take it minutes, or gigabytes. So each is
 tried in a fork of this process, which has the vocabulary already, and which the system ends when it has used
@@ -26,7 +26,7 @@ from cordee.errors import CordeeError
 from cordee.generation.grammar import STEP_SECONDS, GrammarTokenizer, check, refusal
 from cordee.generation.request import Grammar
 from cordee.privacy import no_core_dumps
-from cordee.serving.grammar_messages import Verdict, grammar_decoder, verdict_decoder
+from cordee.serving.grammar_messages import GrammarVerdict, grammar_decoder, verdict_decoder
 
 IDLE_SECONDS = 600.0  # a child takes some 100 MB and starts within a second
 # Of a core, for one grammar: to compile it, and to take TRIAL_STEPS tokens. An object of 3,000 optional
@@ -49,9 +49,9 @@ def main() -> int:
         tokenizer = GrammarTokenizer(LlamaVocabulary(path, name))
         _ = tokenizer.native
     except CordeeError as error:
-        _answer(link, Verdict.of(error))
+        _answer(link, GrammarVerdict.of(error))
         return 0
-    _answer(link, Verdict())
+    _answer(link, GrammarVerdict())
     while True:
         try:
             grammar = receive(link, IDLE_SECONDS, grammar_decoder)
@@ -60,7 +60,7 @@ def main() -> int:
         _answer(link, _tried_apart(grammar, tokenizer))
 
 
-def _tried_apart(grammar: Grammar, tokenizer: GrammarTokenizer) -> Verdict:
+def _tried_apart(grammar: Grammar, tokenizer: GrammarTokenizer) -> GrammarVerdict:
     """The verdict of a fork of this process, or what follows from how it ended."""
     readable, writable = os.pipe()
     process = os.fork()  # this process has no other thread
@@ -77,11 +77,11 @@ def _tried_apart(grammar: Grammar, tokenizer: GrammarTokenizer) -> Verdict:
     if said:
         return verdict_decoder.decode(said)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGPROF:
-        return Verdict.of(
+        return GrammarVerdict.of(
             _too_slow(grammar, f"{TRIAL_SECONDS:.0f} s of computing do not suffice to compile it")
         )
     reason = f"it needs more than {TRIAL_BYTES >> 20} MB: use fewer and shorter repetitions and alternatives"
-    return Verdict.of(refusal(grammar.kind, reason))
+    return GrammarVerdict.of(refusal(grammar.kind, reason))
 
 
 def _limit_this_process() -> None:
@@ -94,14 +94,14 @@ def _limit_this_process() -> None:
         resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, STACK_BYTES))
 
 
-def _tried(grammar: Grammar, tokenizer: GrammarTokenizer) -> Verdict:
+def _tried(grammar: Grammar, tokenizer: GrammarTokenizer) -> GrammarVerdict:
     """Compile it and follow it for a few tokens, at random: some costs only show then."""
     try:
         state = check(grammar, tokenizer)
     except CordeeError as error:
-        return Verdict.of(error)
+        return GrammarVerdict.of(error)
     except MemoryError:
-        return Verdict.of(refusal(grammar.kind, "it needs too much memory"))
+        return GrammarVerdict.of(refusal(grammar.kind, "it needs too much memory"))
     random = Random(grammar.text)
     with suppress(CordeeError):  # a limit that the model's own tokens may never meet
         for _ in range(TRIAL_STEPS):
@@ -113,8 +113,8 @@ def _tried(grammar: Grammar, tokenizer: GrammarTokenizer) -> Verdict:
             state.accept(int(random.choice(tokens)))
             if time.process_time() - started > STEP_SECONDS:
                 reason = f"a token of it takes more than {STEP_SECONDS} s of computing"
-                return Verdict.of(_too_slow(grammar, reason))
-    return Verdict()
+                return GrammarVerdict.of(_too_slow(grammar, reason))
+    return GrammarVerdict()
 
 
 def _too_slow(grammar: Grammar, reason: str) -> CordeeError:
@@ -123,6 +123,6 @@ def _too_slow(grammar: Grammar, reason: str) -> CordeeError:
     )
 
 
-def _answer(link: socket.socket, verdict: Verdict) -> None:
+def _answer(link: socket.socket, verdict: GrammarVerdict) -> None:
     link.settimeout(None)  # the parent takes it, or ends
     send(link, verdict)

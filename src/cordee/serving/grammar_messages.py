@@ -1,6 +1,7 @@
 """What a process and the child that tries grammars for it (grammar_child.py) say to each other.
 
-The requests are `Grammar`s, each answered by a `Verdict`; a first one says whether the vocabulary is loaded.
+The requests are `Grammar`s, each answered by a `GrammarVerdict`; a first one says whether the vocabulary is
+loaded.
 """
 
 import msgspec
@@ -10,7 +11,7 @@ from cordee.errors import BadRequest, CordeeError
 from cordee.generation.request import Grammar
 
 
-class Verdict(msgspec.Struct, frozen=True):
+class GrammarVerdict(msgspec.Struct, frozen=True):
     """Whether a grammar may be used. `error` is the name of a class in cordee.errors; "": it may."""
 
     error: str = ""
@@ -18,7 +19,7 @@ class Verdict(msgspec.Struct, frozen=True):
     param: str | None = None
 
     @classmethod
-    def of(cls, error: CordeeError) -> "Verdict":
+    def of(cls, error: CordeeError) -> "GrammarVerdict":
         """The verdict that an error stands for."""
         return cls(type(error).__name__, error.message, getattr(error, "param", None))
 
@@ -33,4 +34,4 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 grammar_decoder = msgspec.msgpack.Decoder(Grammar)
-verdict_decoder = msgspec.msgpack.Decoder(Verdict)
+verdict_decoder = msgspec.msgpack.Decoder(GrammarVerdict)

@@ -19,7 +19,7 @@ from cordee.engine.child import Child, Ended, Rested
 from cordee.errors import CordeeError, Overloaded, StageFailed
 from cordee.generation import grammar as grammars
 from cordee.generation.request import Grammar
-from cordee.serving.grammar_messages import Verdict, verdict_decoder
+from cordee.serving.grammar_messages import GrammarVerdict, verdict_decoder
 
 MODULE = "cordee.serving.grammar_child"
 START_SECONDS = 60.0  # for the child: its interpreter, libllama, the vocabulary; on a slow and busy machine
@@ -39,9 +39,9 @@ class GrammarTrials:
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
         self._lock = threading.Lock()  # of what follows
-        self._verdicts: OrderedDict[Key, Verdict] = OrderedDict()  # the latest used last
-        self._pending: dict[Key, tuple[str, Future[Verdict]]] = {}  # with who asked first
-        self._child: Child[Verdict] | None = None  # of the one thread below
+        self._verdicts: OrderedDict[Key, GrammarVerdict] = OrderedDict()  # the latest used last
+        self._pending: dict[Key, tuple[str, Future[GrammarVerdict]]] = {}  # with who asked first
+        self._child: Child[GrammarVerdict] | None = None  # of the one thread below
         self._thread = ThreadPoolExecutor(1, "grammars")
         self._forget = weakref.finalize(self, lambda: None)
 
@@ -71,7 +71,7 @@ class GrammarTrials:
         if (error := verdict.as_error()) is not None:
             raise error
 
-    def _trial(self, key: Key, grammar: Grammar, asker: str) -> Future[Verdict]:
+    def _trial(self, key: Key, grammar: Grammar, asker: str) -> Future[GrammarVerdict]:
         """The trial of a grammar that is under way, or a new one."""
         if key not in self._pending:
             if sum(each == asker for each, _ in self._pending.values()) >= WAITING_MAX:
@@ -79,12 +79,12 @@ class GrammarTrials:
             self._pending[key] = asker, self._thread.submit(self._tried, key, grammar)
         return self._pending[key][1]
 
-    def _tried(self, key: Key, grammar: Grammar) -> Verdict:
-        verdict, is_kept = Verdict(), True
+    def _tried(self, key: Key, grammar: Grammar) -> GrammarVerdict:
+        verdict, is_kept = GrammarVerdict(), True
         try:
             verdict = self._asked(grammar)
         except CordeeError as error:
-            verdict, is_kept = Verdict.of(error), False
+            verdict, is_kept = GrammarVerdict.of(error), False
         finally:
             with self._lock:
                 del self._pending[key]
@@ -94,7 +94,7 @@ class GrammarTrials:
                         self._verdicts.popitem(last=False)
         return verdict
 
-    def _asked(self, grammar: Grammar) -> Verdict:
+    def _asked(self, grammar: Grammar) -> GrammarVerdict:
         """The child's verdict."""
         while True:
             try:
@@ -106,7 +106,7 @@ class GrammarTrials:
                     f"{self._name}: the grammar could not be tried ({error}): try again"
                 ) from error
 
-    def _ready_child(self) -> Child[Verdict]:
+    def _ready_child(self) -> Child[GrammarVerdict]:
         if self._child is not None and not self._child.ended:
             return self._child
         self._child = child = Child(
