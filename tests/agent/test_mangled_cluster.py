@@ -31,7 +31,7 @@ from model_files import Original
 FIRST, COUNT = map(int, os.environ.get("CORDEE_MANGLED_SEEDS", "0:24").split(":"))
 NODES = ("a", "b", "c", "d")
 RUN_EVERY, SERVE_EVERY, LOOK_EVERY = 4, 8, 8  # seeds; what takes long is done for some of them
-PATIENCE_SECONDS = 8.0  # for a model to come up; one that cannot never does
+PATIENCE_SECONDS = 4.0  # for a model to come up; one that cannot never does
 ODD = "odd"
 
 
@@ -77,7 +77,15 @@ def workers(cluster: Cluster) -> set[int]:
     """The processes of stages, on all nodes."""
     agents = [psutil.Process(node.process.pid) for node in cluster.nodes.values()]
     children = itertools.chain.from_iterable(agent.children() for agent in agents)
-    return {child.pid for child in children if any("worker.worker" in part for part in child.cmdline())}
+    return {child.pid for child in children if is_worker(child)}
+
+
+def is_worker(process: psutil.Process) -> bool:
+    """Whether it runs a stage, and has not ended."""
+    try:
+        return any("worker.worker" in part for part in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 class Watched:

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ import pytest
 
 from cordee.api.keys import KEY_CHARS_MAX, LocalKey
 from cordee.errors import KeyNeeded, StorageFailed
+from cordee.generation.request import Grammar, Request, SamplingParams
+from cordee.generation.streams import Ask, Assert
+from cordee.serving import grammar_trials
 from cordee.serving.local_service import ServiceConfig
 from serving import CHAT, COMPLETIONS, FRANCE, HELLO, SECONDS, Reply, Running, running, user
 
@@ -22,7 +26,7 @@ CONTEXT = 512
 COUNTING = {
     "model": "starter",
     "prompt": "1 2 3 4",
-    "max_tokens": 60,
+    "max_tokens": 24,
     "temperature": 0,
     "stream": True,
 }
@@ -66,7 +70,7 @@ class Later(threading.Thread):
 
 def test_grammars_that_take_minutes_hold_up_no_answer(server: Running) -> None:
     alone = server.request("POST", COMPLETIONS, COUNTING).events
-    slow = [Later(server, CHAT, HELLO | bound_to(patterns(2000 + number))) for number in range(4)]
+    slow = [Later(server, CHAT, HELLO | bound_to(patterns(2000 + number))) for number in range(3)]
     beside = server.request("POST", COMPLETIONS, COUNTING)
     assert [each["choices"] for each in beside.events[:-1]] == [each["choices"] for each in alone[:-1]]
     for each in slow:
@@ -75,6 +79,7 @@ def test_grammars_that_take_minutes_hold_up_no_answer(server: Running) -> None:
         assert "too complex" in refused.error["message"] and "use fewer patterns" in refused.error["message"]
 
 
+@pytest.mark.long
 def test_a_grammar_that_creeps_ends_its_own_answer_alone(server: Running) -> None:
     """Ambiguous without end: its mask takes a little longer at each token, seconds in the end."""
     ends = dict.fromkeys(map(str, server.service.vocabulary.end_of_generation), -100)
@@ -90,6 +95,35 @@ def test_a_grammar_that_creeps_ends_its_own_answer_alone(server: Running) -> Non
     assert (
         server.request("POST", CHAT, HELLO | bound_to({"type": "integer"}) | {"max_tokens": 3}).status == 200
     )
+
+
+def test_a_gateway_that_tries_no_grammars_harms_nobody(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host of a model is asked by another node's gateway, which somebody has taken over."""
+    host, said = server.service._cluster.host, []
+    own = host._send
+    monkeypatch.setattr(grammar_trials, "WAITING_MAX", 2)
+    monkeypatch.setattr(
+        host, "_send", lambda node, news: said.append(news) if node == "x" else own(node, news)
+    )
+    numbers, key = range(2, 12), server.service.key
+
+    async def ask() -> None:
+        for number in numbers:
+            schema = json.dumps(patterns(3000 + number))
+            sampling = SamplingParams(grammar=Grammar("json_schema", schema))
+            request = Request(id="x", prompt=(1,), sampling=sampling)
+            host.receive("x", Ask(7, 1, key, number, number, request, ()))
+        host.receive("x", Assert(7, 1, key, 50, tuple((number, 0) for number in numbers)))
+
+    server.run(ask())
+    assert server.request("POST", CHAT, HELLO | bound_to({"const": 7}) | {"max_tokens": 3}).status == 200
+    server.until(lambda _: sum(len(news.pieces) for news in said) == len(numbers))
+    failures = [piece.failure for news in said for piece in news.pieces]
+    found = Counter(failure.error for failure in failures)
+    assert set(found) == {"BadRequest", "Overloaded"}
+    assert found["Overloaded"] >= len(numbers) - 3  # two wait, and one may be tried already
 
 
 def test_a_schema_is_obeyed_by_stages_in_several_processes(server: Running) -> None:

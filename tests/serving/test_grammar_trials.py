@@ -115,6 +115,27 @@ def test_one_asker_cannot_fill_the_line(trials: GrammarTrials, monkeypatch: pyte
     assert [type(each) for each in found] == [type(None)] * 2 + [Overloaded] * 3 + [type(None)]
 
 
+def test_askers_take_turns(trials: GrammarTrials) -> None:
+    tried: list[int] = []
+    asked = trials._asked
+
+    def noted(grammar: Grammar) -> Any:
+        tried.append(len(json.loads(grammar.text)["patternProperties"]))
+        return asked(grammar)
+
+    async def both() -> None:
+        checks = [trials.check(patterns(count), "a") for count in (40, 41, 42, 43)]
+        checks += [trials.check(patterns(50), "b"), trials.check(patterns(51), "b")]
+        await asyncio.gather(*checks)
+
+    trials._asked = noted
+    try:
+        asyncio.run(both())
+    finally:
+        trials._asked = asked
+    assert tried.index(50) <= 2 and tried.index(51) <= 4 and sorted(tried) == [40, 41, 42, 43, 50, 51]
+
+
 @pytest.mark.parametrize(
     "grammar",
     [

@@ -2,15 +2,16 @@
 
 A grammar comes from a client, or from another node's client. Some take llguidance minutes, gigabytes, or end
 the process, and it cannot be interrupted. So the gateway of a request, and the host of its model, let a child
-(grammar_child.py) compile it first, within bounds of time and memory. One is tried at a time; streams without
-a grammar, and those whose grammar is known already, wait for none.
+(grammar_child.py) compile it first, within bounds of time and memory. One is tried at a time, and askers take
+turns; streams without a grammar, and those whose grammar is known already, wait for none.
 """
 
 import asyncio
 import hashlib
+import logging
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
@@ -25,10 +26,12 @@ MODULE = "cordee.serving.grammar_child"
 START_SECONDS = 60.0  # for the child: its interpreter, libllama, the vocabulary; on a slow and busy machine
 ANSWER_SECONDS = 30.0  # for a trial, which takes 2 s of a core at the most, on a busy machine
 VERDICTS_MAX = 1024  # remembered for a vocabulary, 200 bytes each
-# Grammars of one asker, a node or this node's own clients, that wait to be tried: half a minute at the worst.
-WAITING_MAX = 16
+# Grammars of one asker, a node or this node's own clients, that wait to be tried: a quarter of a minute.
+WAITING_MAX = 8
 
 Key = tuple[str, bytes]
+
+log = logging.getLogger(__name__)
 
 
 class GrammarTrials:
@@ -40,7 +43,8 @@ class GrammarTrials:
         self._path, self._name = path, name
         self._lock = threading.Lock()  # of what follows
         self._verdicts: OrderedDict[Key, GrammarVerdict] = OrderedDict()  # the latest used last
-        self._pending: dict[Key, tuple[str, Future[GrammarVerdict]]] = {}  # with who asked first
+        self._pending: dict[Key, Future[GrammarVerdict]] = {}
+        self._waiting: dict[str, deque[tuple[Key, Grammar]]] = {}  # by asker; whose turn it is comes first
         self._child: Child[GrammarVerdict] | None = None  # of the one thread below
         self._thread = ThreadPoolExecutor(1, "grammars")
         self._forget = weakref.finalize(self, lambda: None)
@@ -74,25 +78,35 @@ class GrammarTrials:
     def _trial(self, key: Key, grammar: Grammar, asker: str) -> Future[GrammarVerdict]:
         """The trial of a grammar that is under way, or a new one."""
         if key not in self._pending:
-            if sum(each == asker for each, _ in self._pending.values()) >= WAITING_MAX:
+            waiting = self._waiting.setdefault(asker, deque())
+            if len(waiting) >= WAITING_MAX:
                 raise Overloaded(f"{WAITING_MAX} grammars wait to be compiled: try again in a moment")
-            self._pending[key] = asker, self._thread.submit(self._tried, key, grammar)
-        return self._pending[key][1]
+            waiting.append((key, grammar))
+            self._pending[key] = Future()
+            self._thread.submit(self._try_next)
+        return self._pending[key]
 
-    def _tried(self, key: Key, grammar: Grammar) -> GrammarVerdict:
-        verdict, is_kept = GrammarVerdict(), True
+    def _try_next(self) -> None:
+        with self._lock:
+            asker = next(iter(self._waiting))
+            waiting = self._waiting.pop(asker)
+            key, grammar = waiting.popleft()
+            if waiting:
+                self._waiting[asker] = waiting  # behind the others
         try:
-            verdict = self._asked(grammar)
+            verdict, is_kept = self._asked(grammar), True
         except CordeeError as error:
             verdict, is_kept = GrammarVerdict.of(error), False
-        finally:
-            with self._lock:
-                del self._pending[key]
-                if is_kept:
-                    self._verdicts[key] = verdict
-                    if len(self._verdicts) > VERDICTS_MAX:
-                        self._verdicts.popitem(last=False)
-        return verdict
+        except BaseException:  # a fault of ours: whoever waits must hear of it
+            verdict, is_kept = GrammarVerdict.of(StageFailed("the grammar could not be tried")), False
+            log.exception("the trial of a grammar failed")
+        with self._lock:
+            trial = self._pending.pop(key)
+            if is_kept:
+                self._verdicts[key] = verdict
+                if len(self._verdicts) > VERDICTS_MAX:
+                    self._verdicts.popitem(last=False)
+        trial.set_result(verdict)
 
     def _asked(self, grammar: Grammar) -> GrammarVerdict:
         """The child's verdict."""
