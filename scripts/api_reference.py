@@ -12,7 +12,8 @@ from cordee import errors
 from cordee.api import app as application
 from cordee.api import bodies, failures, prompts, schemas, stream
 from cordee.cli.main import subclasses
-from cordee.generation import sampling, text
+from cordee.generation import grammar, sampling, text
+from cordee.serving import grammar_child, grammar_trials
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 SECTION = re.compile(r"(<!-- (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -33,6 +34,12 @@ LIMITS = (
     (text, "STOP_CHARS_MAX", "characters of a stop string"),
     (sampling, "LOGIT_BIAS_MAX", "entries of `logit_bias`"),
     (prompts, "CONTROL_TEXTS_MAX", "names of control tokens in a conversation"),
+    (grammar, "TEXT_CHARS_MAX", "characters of a JSON schema"),
+    (grammar, "GBNF_CHARS_MAX", "characters of a GBNF grammar"),
+    (grammar_child, "TRIAL_SECONDS", "seconds of computing to compile a grammar"),
+    (grammar_child, "TRIAL_BYTES", "bytes of memory for that"),
+    (grammar, "STEP_SECONDS", "seconds of computing for one token of a grammar"),
+    (grammar_trials, "WAITING_MAX", "new grammars that wait to be compiled"),
     (stream, "SILENT_CLIENT_SECONDS", "seconds that a client may read nothing of a stream"),
     (failures, "RETRY_AFTER_SECONDS", "seconds in `Retry-After`"),
 )

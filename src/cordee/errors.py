@@ -139,3 +139,11 @@ class NotRunning(CordeeError):
     exit_code = 13
     http_status = 503
     code = "not_running"
+
+
+class KeyNeeded(CordeeError):
+    """The API's key is missing, or is another one; the message says where it is."""
+
+    exit_code = 14
+    http_status = 401
+    code = "invalid_api_key"

@@ -1,18 +1,15 @@
 """Ten thousand mangled model files through the verbs and a node's disk: refused in a sentence, or used.
 
-Headers are damaged byte by byte, or by keys of other types, or by absurd numbers; vocabularies as
-tests/engine/test_vocabulary.py mangles them. Each seed gives the same file in every run.
+tests/helpers/mangled_files.py makes them; each seed gives the same file in every run.
 """
 
 import asyncio
 import logging
 from collections import Counter
 from pathlib import Path
-from random import Random
 
 import pytest
 from click.testing import CliRunner
-from gguf import GGMLQuantizationType, GGUFValueType
 
 from cordee.cli.main import cordee, exit_codes
 from cordee.distribution.inventory import Inventory
@@ -20,61 +17,13 @@ from cordee.distribution.slice_store import SliceStore
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError
 from cordee.models.store import Store
-from model_files import ODD_FIELDS, Field, Original
-from tiny import make_tiny
-
-NUMBERS = (0, 1, 2, 7, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1)
+from mangled_files import make_originals, mangled
+from model_files import Original
 
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> list[Original]:
-    folder, kind = tmp_path_factory.mktemp("originals"), GGMLQuantizationType.Q8_0
-    names = ("llama", "gpt-oss", "gemma3", "deepseek2")
-    return [
-        Original(make_tiny(name, folder / f"{name}.gguf", layers=3, quantization=kind, tokenizer="bytes"))
-        for name in names
-    ]
-
-
-def damage(random: Random, path: Path) -> None:
-    """Change one to four places of a file's header, or cut the file."""
-    data, end = bytearray(path.read_bytes()), 6000
-    for _ in range(random.randint(1, 4)):
-        at = random.randrange(end)
-        match random.choice(["flip", "flip", "number", "insert", "delete", "cut"]):
-            case "flip" if at < len(data):
-                data[at] ^= 1 << random.randrange(8)
-            case "number":
-                data[at : at + 8] = random.choice(NUMBERS).to_bytes(8, "little")
-            case "insert":
-                data[at:at] = random.randbytes(random.randint(1, 9))
-            case "delete":
-                del data[at : at + random.randint(1, 9)]
-            case "cut" if random.random() < 0.2:
-                del data[at:]
-    path.write_bytes(data)
-
-
-def mangled(seed: int, originals: list[Original], path: Path) -> None:
-    """Write the file of a seed."""
-    random = Random(seed)
-    original = random.choice(originals)
-    keys = [*original.fields, "split.count", "split.no", "general.alignment", "cordee.ternary.version"]
-    match random.choice(["type", "number", "missing", "bytes", "bytes", "vocabulary"]):
-        case "type":
-            original.write(path, {random.choice(keys): random.choice(ODD_FIELDS)})
-        case "number":
-            changes = {
-                key: Field(GGUFValueType.UINT32, random.choice(NUMBERS)) for key in random.sample(keys, 2)
-            }
-            original.write(path, changes)
-        case "missing":
-            original.write(path, dict.fromkeys(random.sample(list(original.fields), 2)))
-        case "bytes":
-            original.write(path, {})
-            damage(random, path)
-        case _:
-            original.write(path, original.mangled(seed))
+    return make_originals(tmp_path_factory.mktemp("originals"))
 
 
 class Disk:

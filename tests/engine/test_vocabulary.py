@@ -15,6 +15,7 @@ from gguf import GGUFValueType, GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cordee.engine import child as child_module
 from cordee.engine import vocabulary as vocabulary_module
 from cordee.engine import vocabulary_messages
 from cordee.engine.llama.vocabulary import LlamaVocabulary
@@ -301,7 +302,7 @@ def test_a_child_with_nothing_to_do_ends_and_the_next_text_starts_one(
 def test_many_open_vocabularies_have_few_processes(
     original: Original, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vocabulary_module, "CHILDREN_MAX", 2)
+    monkeypatch.setattr(child_module, "CHILDREN_MAX", 2)
     path = original.write(tmp_path / "m.gguf", {})
     opened = [Vocabulary(path, f"m{number}") for number in range(4)]
     tokens = [each.tokenize("Hello", add_bos=False) for each in (*opened, *reversed(opened))]

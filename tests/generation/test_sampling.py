@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from cordee.engine.llama import libllama
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, StageFailed, UnsupportedModel
-from cordee.generation.grammar import GrammarTokenizer
+from cordee.generation.grammar import GrammarState, GrammarTokenizer
+from cordee.generation.grammar import check as check_grammar
 from cordee.generation.request import Grammar, SamplingParams
 from cordee.generation.sampling import GREEDY_BELOW, LOGIT_BIAS_MAX, RANGES, Sampler, check, draw_seed
 
@@ -52,6 +53,14 @@ class Bytes:
 
     def is_control(self, token: int) -> bool:
         return token == 258
+
+
+def bound(
+    params: SamplingParams, tokenizer: GrammarTokenizer, prompt: Sequence[int], generated: Sequence[int] = ()
+) -> Sampler:
+    """A sampler with the state of its grammar, if it has one, after what was generated."""
+    state = None if params.grammar is None else GrammarState(params.grammar, tokenizer, generated)
+    return Sampler(params, state, prompt, generated)
 
 
 @pytest.fixture(scope="module")
@@ -289,10 +298,10 @@ REPLAYED = {
 @pytest.mark.parametrize("params", REPLAYED.values(), ids=REPLAYED)
 def test_a_replay_goes_on_as_if_nothing_had_happened(params: SamplingParams, tokenizer) -> None:
     prompt, rows = [3, 4, 5, 5, 6], partial(row, n_vocab=tokenizer.size)
-    undisturbed = Sampler(params, tokenizer, prompt)
+    undisturbed = bound(params, tokenizer, prompt)
     answer = [undisturbed.sample(rows(index)).token for index in range(14)]
     for lost_at in (0, 1, 7, 13):
-        replayed = Sampler(params, tokenizer, prompt, answer[:lost_at])
+        replayed = bound(params, tokenizer, prompt, answer[:lost_at])
         assert [replayed.sample(rows(index)).token for index in range(lost_at, 14)] == answer[lost_at:]
 
 
@@ -305,7 +314,7 @@ def test_a_schema_binds_whatever_the_model_wants(
     seed: int, temperature: float, vocabulary, tokenizer
 ) -> None:
     grammar = Grammar("json_schema", json.dumps(SCHEMA))
-    sampler = Sampler(SamplingParams(seed=seed, temperature=temperature, grammar=grammar), tokenizer, [])
+    sampler = bound(SamplingParams(seed=seed, temperature=temperature, grammar=grammar), tokenizer, [])
     answer = json.loads(
         text_of(sampler, vocabulary, lambda index: row(1000 * seed + index, vocabulary.size), 600)
     )
@@ -326,7 +335,7 @@ def test_json_mode_gives_an_object(vocabulary: Vocabulary, tokenizer: GrammarTok
         params = SamplingParams(
             seed=seed, grammar=Grammar("json_object"), logit_bias=dict.fromkeys(closing, 12.0)
         )
-        sampler = Sampler(params, tokenizer, [])
+        sampler = bound(params, tokenizer, [])
         text = text_of(sampler, vocabulary, lambda index, s=seed: row(77 * s + index, vocabulary.size), 800)
         assert isinstance(json.loads(text), dict)
 
@@ -342,7 +351,7 @@ WHOLE = {
 def test_grammars_of_each_kind_bind(kind: str, of_bytes: GrammarTokenizer) -> None:
     text, pattern = WHOLE[kind]
     for seed in range(8):
-        sampler, data = Sampler(SamplingParams(seed=seed, grammar=Grammar(kind, text)), of_bytes, []), []
+        sampler, data = bound(SamplingParams(seed=seed, grammar=Grammar(kind, text)), of_bytes, []), []
         while (token := sampler.sample(row(seed + 100 * len(data), 259)).token) < 256:
             data.append(token)
         assert token in Bytes.end_of_generation
@@ -359,9 +368,9 @@ def favouring(token: int) -> np.ndarray:
 def test_a_complete_text_leaves_only_the_ends(end: int, of_bytes: GrammarTokenizer) -> None:
     grammar = Grammar("regex", "ab")
     for temperature in (0.0, 1.0):
-        sampler = Sampler(SamplingParams(temperature=temperature, grammar=grammar), of_bytes, [])
+        sampler = bound(SamplingParams(temperature=temperature, grammar=grammar), of_bytes, [])
         assert [sampler.sample(favouring(end)).token for _ in range(3)] == [*b"ab", end]
-    stubborn = Sampler(SamplingParams(grammar=grammar), of_bytes, [], list(b"ab"))
+    stubborn = bound(SamplingParams(grammar=grammar), of_bytes, [], list(b"ab"))
     assert stubborn.sample(favouring(ord("c"))).token in Bytes.end_of_generation
 
 
@@ -369,7 +378,7 @@ def test_a_complete_text_leaves_only_the_ends(end: int, of_bytes: GrammarTokeniz
 def test_a_model_that_rules_out_all_that_a_grammar_allows_fails(
     params: SamplingParams, of_bytes: GrammarTokenizer
 ) -> None:
-    sampler = Sampler(msgspec.structs.replace(params, grammar=Grammar("regex", "ab")), of_bytes, [])
+    sampler = bound(msgspec.structs.replace(params, grammar=Grammar("regex", "ab")), of_bytes, [])
     logits = favouring(ord("c"))
     logits[ord("a")] = -np.inf
     with pytest.raises(StageFailed, match="every token that the grammar allows"):
@@ -377,25 +386,25 @@ def test_a_model_that_rules_out_all_that_a_grammar_allows_fails(
 
 
 def test_control_tokens_are_no_text(of_bytes: GrammarTokenizer) -> None:
-    sampler = Sampler(SamplingParams(temperature=0.0, grammar=Grammar("regex", r".*")), of_bytes, [])
+    sampler = bound(SamplingParams(temperature=0.0, grammar=Grammar("regex", r".*")), of_bytes, [])
     assert sampler.sample(favouring(258)).token != 258
 
 
 def test_a_replay_that_breaks_the_grammar_is_refused(of_bytes: GrammarTokenizer) -> None:
     with pytest.raises(BadRequest):
-        Sampler(SamplingParams(grammar=Grammar("regex", "ab")), of_bytes, [], list(b"xy"))
+        bound(SamplingParams(grammar=Grammar("regex", "ab")), of_bytes, [], list(b"xy"))
 
 
 # What is refused
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [(name, *bounds) for name, bounds in RANGES.items()])
-def test_parameters_out_of_range_are_refused_by_name(name, low, high, of_bytes: GrammarTokenizer) -> None:
-    check(SamplingParams(**{name: low}), 259, of_bytes)
-    check(SamplingParams(**{name: high}), 259, of_bytes)
+def test_parameters_out_of_range_are_refused_by_name(name, low, high) -> None:
+    check(SamplingParams(**{name: low}), 259)
+    check(SamplingParams(**{name: high}), 259)
     for value in (low - 1, high + 1, float("nan"), float("inf")):
         with pytest.raises(BadRequest, match=name) as refused:
-            check(SamplingParams(**{name: value}), 259, of_bytes)
+            check(SamplingParams(**{name: value}), 259)
         assert refused.value.param == name
 
 
@@ -403,9 +412,9 @@ def test_parameters_out_of_range_are_refused_by_name(name, low, high, of_bytes: 
     "bias",
     [{259: 1.0}, {-1: 1.0}, {5: 100.5}, {5: float("nan")}, dict.fromkeys(range(LOGIT_BIAS_MAX + 1), 1.0)],
 )
-def test_a_bias_out_of_bounds_is_refused(bias: dict[int, float], of_bytes: GrammarTokenizer) -> None:
+def test_a_bias_out_of_bounds_is_refused(bias: dict[int, float]) -> None:
     with pytest.raises(BadRequest) as refused:
-        check(SamplingParams(logit_bias=bias), 259, of_bytes)
+        check(SamplingParams(logit_bias=bias), 259)
     assert refused.value.param == "logit_bias"
 
 
@@ -451,7 +460,7 @@ BAD_GRAMMARS = {
 @pytest.mark.parametrize("schema", BAD_SCHEMAS.values(), ids=BAD_SCHEMAS)
 def test_bad_schemas_are_refused_before_they_are_queued(schema: str, of_bytes: GrammarTokenizer) -> None:
     with pytest.raises(BadRequest, match="JSON schema") as refused:
-        check(SamplingParams(grammar=Grammar("json_schema", schema)), 259, of_bytes)
+        check_grammar(Grammar("json_schema", schema), of_bytes)
     assert refused.value.param == "response_format"
     assert len(refused.value.message) < 400
 
@@ -459,7 +468,7 @@ def test_bad_schemas_are_refused_before_they_are_queued(schema: str, of_bytes: G
 @pytest.mark.parametrize(("kind", "text"), BAD_GRAMMARS.values(), ids=BAD_GRAMMARS)
 def test_bad_grammars_are_refused_before_they_are_queued(kind: str, text: str, of_bytes) -> None:
     with pytest.raises(BadRequest) as refused:
-        check(SamplingParams(grammar=Grammar(kind, text)), 259, of_bytes)
+        check_grammar(Grammar(kind, text), of_bytes)
     assert refused.value.param == "grammar"
 
 
@@ -467,10 +476,10 @@ def test_large_but_sound_schemas_are_taken(of_bytes: GrammarTokenizer) -> None:
     names = json.dumps({"enum": [f"value {number}" for number in range(5000)]})
     properties = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(500)}}
     for schema in (names, json.dumps(properties), "{}"):
-        check(SamplingParams(grammar=Grammar("json_schema", schema)), 259, of_bytes)
+        check_grammar(Grammar("json_schema", schema), of_bytes)
 
 
 def test_a_model_that_never_ends_cannot_be_bound() -> None:
     endless = GrammarTokenizer(Bytes(end_of_generation=frozenset()))
     with pytest.raises(UnsupportedModel, match="end-of-generation"):
-        check(SamplingParams(grammar=Grammar("json_object")), 259, endless)
+        check_grammar(Grammar("json_object"), endless)

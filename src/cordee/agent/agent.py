@@ -59,10 +59,11 @@ from cordee.net.members import KnownMember
 from cordee.net.renewal import RenewalEndpoint
 from cordee.net.zenoh_bus import ZenohBus
 from cordee.serving.cluster_service import ClusterGateway
+from cordee.serving.grammar_trials import GrammarTrials
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import FrameLate, LinkClosed
-from cordee.worker.messages import Join, KvAnswer, Probe, Promotion, StreamsJoin, Tokens
+from cordee.worker.messages import Join, KvAnswer, Prepared, Probe, Promotion, StreamsJoin, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages
 
@@ -266,7 +267,7 @@ class Agent:
         self.gossip.say_farewell(self.gauges, farewell)  # before the bus closes: the gateway takes a while
         await self._gateway.close()
         for scheduler_host in self._scheduler_hosts.values():
-            scheduler_host.leave()
+            scheduler_host.close()
         if self._inbox is not None:
             self._inbox.close()
         for writer in self._links:
@@ -405,7 +406,7 @@ class Agent:
             elif isinstance(first, Join):
                 while True:
                     message, _ = await frames.read(reader)
-                    if isinstance(message, Tokens | KvAnswer):
+                    if isinstance(message, Tokens | KvAnswer | Prepared):
                         for scheduler_host in self._scheduler_hosts.values():
                             scheduler_host.on_result(node, message)
         except FrameLate as error:
@@ -506,12 +507,14 @@ class Agent:
     def _host(self, wanted: Mapping[str, HostGoal]) -> None:
         hosts = self._scheduler_hosts
         for key in [key for key, each in hosts.items() if not each.fits(wanted.get(key))]:
-            hosts.pop(key).leave()
+            hosts.pop(key).close()
         for key, goal in wanted.items():
             service = self.services.of_digest(goal.placement.model)
             if key not in hosts and service is not None:
+                vocabulary = service.vocabulary
+                grammars = GrammarTrials.of(vocabulary.path, vocabulary.name)
                 hosts[key] = SchedulerHost(
-                    goal, service.vocabulary, self.stages, self._say, late=self._doubt_late
+                    goal, vocabulary, grammars, self.stages, self._say, late=self._doubt_late
                 )
             if key in hosts:
                 hosts[key].follow(goal)

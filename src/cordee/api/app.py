@@ -24,6 +24,7 @@ from cordee.api.failures import (
     on_failure,
     on_http_exception,
 )
+from cordee.api.keys import LocalKey
 from cordee.api.openai import OpenAI
 from cordee.api.stream import Timing
 from cordee.errors import CordeeError, Overloaded
@@ -42,6 +43,7 @@ def create_app(
     services: Mapping[str, ModelService],
     *,
     expected: Collection[str] = (),
+    key: LocalKey | None = None,
     refusal: Callable[[str], CordeeError | None] = lambda _: None,
     clock: Callable[[], datetime] = local_now,
     timing: Timing = Timing(),  # noqa: B008  frozen
@@ -50,7 +52,7 @@ def create_app(
 
     `services` may be filled after the server has started: a model of `expected` that is not in it yet is
     loading, and its requests are told to try again. `refusal` says why a model cannot be used here, if that
-    is so. Only this machine may send requests.
+    is so. Only this machine may send requests; with a `key`, only who knows it.
     """
     openai = OpenAI(services, expected, refusal, clock, timing)
 
@@ -71,7 +73,7 @@ def create_app(
             Route("/v1/completions", openai.completions, methods=["POST"]),
         ],
         lifespan=lifespan,
-        middleware=[Middleware(Guard)],
+        middleware=[Middleware(Guard, key=key)],
         exception_handlers={
             HTTPException: on_http_exception,
             CordeeError: on_failure,
@@ -96,15 +98,17 @@ def health_response(services: Mapping[str, ModelService], expected: Collection[s
 
 
 class Guard:
-    """Lets in requests from this machine to a name of this machine, and bounds how many there are at once.
+    """Lets in requests from this machine to a name of this machine, with the key if there is one, and bounds
+    how many there are at once.
 
     A page of another site can make a browser send requests here: to this server's address, which the Origin
     header shows, or to a name of its own that it makes point here (DNS rebinding), which the Host header
     shows.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, key: LocalKey | None = None) -> None:
         self._app = app
+        self._key = key
         self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -112,7 +116,10 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            _check_headers(Headers(scope=scope))
+            headers = Headers(scope=scope)
+            _check_headers(headers)
+            if self._key is not None:
+                self._key.check(headers.get("authorization"))
             if self._open >= REQUESTS_MAX:
                 raise Overloaded(f"{REQUESTS_MAX} requests are being answered; try again in a moment")
         except CordeeError as error:

@@ -12,6 +12,8 @@ from cordee.errors import BadRequest, CordeeError, ModelNotFound
 
 # In this time a full queue moves on, a lost stage is replaced, and most models are loaded.
 RETRY_AFTER_SECONDS = 5
+# What some statuses come with (RFC 9110).
+HEADERS = {503: {"Retry-After": str(RETRY_AFTER_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}
 MESSAGE_CHARS_MAX = 1000  # some messages quote the request
 
 
@@ -66,8 +68,7 @@ def error_body(error: Exception) -> dict[str, Any]:
 def error_response(error: Exception) -> Response:
     """The response to a request that failed before its answer began."""
     status = error.http_status if isinstance(error, CordeeError) else 500
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
-    return json_response(error_body(error), status, headers)
+    return json_response(error_body(error), status, HEADERS.get(status))
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from cordee.api.schemas import CHOICES_MAX, ChatRequest, CompletionRequest, Message, refuse
 from cordee.engine.vocabulary import Vocabulary
-from cordee.errors import BadRequest
+from cordee.errors import BadRequest, ContextExceeded
 from cordee.generation import template
 from cordee.serving.interface import ModelService
 
@@ -27,12 +27,14 @@ def chat_prompt(service: ModelService, request: ChatRequest, now: datetime) -> t
 
     Raises:
         BadRequest: the messages cannot be used; `param` says which.
+        ContextExceeded: they are too long, whatever tokens they become.
         UnsupportedModel: the model has no chat template, or a broken one.
     """
     if service.template is None:
         raise template.missing(service.name)
     hidden = _Hidden(service.vocabulary)
     knows_developer = "developer" in service.template.source
+    _check_bytes(service, sum(map(_nbytes, request.messages)), "messages")
     messages = [_plain(message, place, hidden) for place, message in enumerate(request.messages)]
     for message in messages:
         if message["role"] == "developer" and not knows_developer:
@@ -48,6 +50,7 @@ def completion_prompts(service: ModelService, request: CompletionRequest) -> lis
 
     Raises:
         BadRequest: it has none of the accepted forms, or is empty.
+        ContextExceeded: one is too long, whatever tokens it becomes.
     """
     prompt = request.prompt
     if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
@@ -56,7 +59,33 @@ def completion_prompts(service: ModelService, request: CompletionRequest) -> lis
         raise BadRequest(f"prompt must hold 1 to {CHOICES_MAX} prompts, not {len(prompt)}", "prompt")
     if len({isinstance(each, str) for each in prompt}) > 1:
         raise BadRequest("prompt must be a text, a list of token ids, or a list of either", "prompt")
+    for each in prompt:
+        if isinstance(each, str):
+            _check_bytes(service, _utf8_bytes(each), "prompt")
     return [_tokens(service.vocabulary, each) for each in prompt]
+
+
+def _check_bytes(service: ModelService, nbytes: int, param: str) -> None:
+    """Refuse a text before it is tokenized: 16 MB take seconds, and a context holds a small part of them."""
+    least = service.vocabulary.least_tokens(nbytes)
+    if least >= service.context:
+        raise ContextExceeded(
+            f"the prompt has {nbytes} bytes, which are {least} tokens or more; the context of {service.name} "
+            f"holds {service.context}, the answer included: shorten it, or serve the model with a larger "
+            "--context",
+            param,
+        )
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def _nbytes(message: Message) -> int:
+    content = message.content
+    if content is None or isinstance(content, str):
+        return _utf8_bytes(content or "")
+    return sum(_utf8_bytes(part.text or "") for part in content)
 
 
 def _tokens(vocabulary: Vocabulary, prompt: str | Sequence[int | str | list[int]] | int) -> tuple[int, ...]:

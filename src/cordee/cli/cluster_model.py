@@ -9,6 +9,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from cordee.agent import control
+from cordee.api.keys import LocalKey
 from cordee.cli import output
 from cordee.cli.conversation import GenerationOptions
 from cordee.cli.status import state_of
@@ -25,8 +26,11 @@ LINE_BYTES_MAX = 1 << 20
 class ClusterModel:
     """A model of the cluster, ready to answer. Made by `ClusterModel.find`."""
 
-    def __init__(self, model: str, api: str) -> None:
+    def __init__(self, model: str, api: str, key: LocalKey | None = None) -> None:
         self.name = model
+        self._headers = {"Content-Type": "application/json"}
+        if key is not None:  # which the API wants if it was started with --local-key
+            self._headers["Authorization"] = key.header
         url = urlsplit(api)
         self._host, self._port, self._path = url.hostname or "", url.port, url.path
 
@@ -39,7 +43,7 @@ class ClusterModel:
             nodes = control.ask("GET", "/nodes", kind=dict[str, Any])["nodes"]
         except NotRunning:
             return None
-        return cls(model, nodes[0]["api"])
+        return cls(model, nodes[0]["api"], LocalKey.found())
 
     def wait(self) -> None:
         """Deploy the model if nobody has, and wait until the cluster serves it.
@@ -84,8 +88,8 @@ class ClusterModel:
         connection = http.client.HTTPConnection(self._host, self._port, timeout=SILENCE_SECONDS)
         with closing(connection):
             try:
-                headers = {"Content-Type": "application/json"}
-                connection.request("POST", f"{self._path}/chat/completions", json.dumps(body), headers)
+                path = f"{self._path}/chat/completions"
+                connection.request("POST", path, json.dumps(body), self._headers)
                 response = connection.getresponse()
                 if response.status != 200:
                     raise _error(json.loads(response.read()))

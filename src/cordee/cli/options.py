@@ -87,6 +87,12 @@ pre = click.option(
     metavar="NAME",
     help="GGUF's name for the pre-tokenizer, for a checkpoint whose own Cordée does not know.",
 )
+local_key = click.option(
+    "--local-key",
+    "wants_key",
+    is_flag=True,
+    help="Have the API want a key, which only this account can read (file local-key of the state folder).",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

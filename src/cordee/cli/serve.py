@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shlex
 import signal
 import socket
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from cordee.cli.models import STARTER
 from cordee.errors import BadRequest
 
 if TYPE_CHECKING:
+    from cordee.api.keys import LocalKey
     from cordee.models.store import Store, StoredModel
     from cordee.serving.local_service import ServiceConfig
 
@@ -33,16 +35,25 @@ PORT = 8321
     help="Port of the API; 0 takes a free one.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="The loopback address to listen on.")
+@options.local_key
 @options.sequences
 @options.serving
 def serve(
-    models: tuple[str, ...], port: int, host: str, stages: int, sequences: int | None, **loading: Any
+    models: tuple[str, ...],
+    port: int,
+    host: str,
+    wants_key: bool,
+    stages: int,
+    sequences: int | None,
+    **loading: Any,
 ) -> None:
     """Serve models to programs on this machine, with OpenAI's API.
 
     Without a MODEL it serves the starter model. Ctrl-C ends it, and cuts off answers that are under way.
+    Other accounts of this machine may ask, too, unless --local-key has the API want a key.
     """
     address = _loopback(host)
+    from cordee.api.keys import LocalKey
     from cordee.models.store import Store
     from cordee.serving.local_service import ServiceConfig
 
@@ -51,7 +62,8 @@ def serve(
     listener = listen(address, port)
     opened = listener.getsockname()[1]
     config = ServiceConfig(sequences=sequences, port=opened, **options.configuration(loading))
-    asyncio.run(_serve(stored, store, stages, config, listener))
+    key = LocalKey.made() if wants_key else None
+    asyncio.run(_serve(stored, store, stages, config, listener, key))
 
 
 def _loopback(host: str) -> str:
@@ -64,8 +76,8 @@ def _loopback(host: str) -> str:
         found = []
     if not found or not all(each.is_loopback for each in found):
         raise BadRequest(
-            f"--host {host} is not a loopback address. There are no API keys yet: on another address, "
-            "anybody could use the models. Use 127.0.0.1, and a tunnel (ssh -L) from other machines.",
+            f"--host {host} is not a loopback address. On another address, anybody in reach could try to use "
+            "the models. Use 127.0.0.1, and a tunnel (ssh -L) from other machines.",
             "host",
         )
     return str(min(found, key=lambda each: each.version))
@@ -91,7 +103,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def _serve(
-    models: "list[StoredModel]", store: "Store", stages: int, config: "ServiceConfig", listener: socket.socket
+    models: "list[StoredModel]",
+    store: "Store",
+    stages: int,
+    config: "ServiceConfig",
+    listener: socket.socket,
+    key: "LocalKey | None",
 ) -> None:
     """Load the models, answer until SIGINT or SIGTERM, close everything."""
     from cordee.api.app import create_app
@@ -104,7 +121,7 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     services: dict[str, LocalService] = {}
     # It answers from now on: a client that asks while a model loads is told so.
-    app = create_app(services, expected=[model.name for model in models])
+    app = create_app(services, expected=[model.name for model in models], key=key)
     serving = asyncio.create_task(answer(app, listener))
     try:
         with output.loading() as report:
@@ -115,7 +132,8 @@ async def _serve(
                 )
         for name, service in services.items():
             output.note_shortened(name, service.shortened)
-        _greet(services, *listener.getsockname()[:2])
+        address, port = listener.getsockname()[:2]
+        _greet(services, address, port, key)
         await serving
     except asyncio.CancelledError:
         output.note("closing")
@@ -126,11 +144,17 @@ async def _serve(
             await service.close()
 
 
-def _greet(names: Iterable[str], address: str, port: int) -> None:
+def key_note(key: "LocalKey | None") -> str:
+    """What people are told of the API's key."""
+    return "no API key needed" if key is None else f"its key is in {key.path}"
+
+
+def _greet(names: Iterable[str], address: str, port: int, key: "LocalKey | None") -> None:
     """Where the models are, and a line to try them with."""
     base = f"http://{f'[{address}]' if ':' in address else address}:{port}/v1"
     question = {"model": next(iter(names)), "messages": [{"role": "user", "content": "Hello"}]}
-    output.note(f"Serving {', '.join(names)} at {base} (no API key needed). Ctrl-C ends it. Try:")
-    output.note(
-        f"curl {base}/chat/completions -H 'Content-Type: application/json' -d '{json.dumps(question)}'"
-    )
+    output.note(f"Serving {', '.join(names)} at {base} ({key_note(key)}). Ctrl-C ends it. Try:")
+    headers = "-H 'Content-Type: application/json'"
+    if key is not None:  # not among curl's arguments, which every account may see
+        headers += f' -H @<(echo "Authorization: Bearer $(cat {shlex.quote(str(key.path))})")'
+    output.note(f"curl {base}/chat/completions {headers} -d '{json.dumps(question)}'")

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cordee.cli import output
+from cordee.cli import options, output
 from cordee.cli.known import find
 from cordee.cli.models import STARTER
 from cordee.cli.options import Size
-from cordee.cli.serve import PORT, listen
+from cordee.cli.serve import PORT, key_note, listen
 from cordee.errors import CordeeError, JoinFailed
 
 if TYPE_CHECKING:
     from cordee.agent.agent import Agent, AgentOptions
     from cordee.agent.control import AgentSocket
     from cordee.agent.settings import Settings
+    from cordee.api.keys import LocalKey
     from cordee.net.identity import Identity
 
 NAME_CHARS_MAX = 64
@@ -70,6 +71,7 @@ READ_BYTES = 4096  # at a time, of a standard input that nobody needs
     type=Size(),
     help="Memory of each device that models may use, such as 16GB; default: what is free now.",
 )
+@options.local_key
 @click.option("--until-eof", is_flag=True, hidden=True, help="End when standard input ends, too.")
 def up(
     name: str | None,
@@ -78,17 +80,20 @@ def up(
     port: int,
     scouting: str,
     lent_bytes: int | None,
+    wants_key: bool,
     until_eof: bool,
 ) -> None:
     """Run this machine as a node of its cluster, until Ctrl-C.
 
     The first time it creates a new cluster, unless `cordee join` made this machine a member of one. --name
     and --listen are remembered. Programs on this machine reach all models of the cluster at
-    http://127.0.0.1:PORT/v1, with OpenAI's API. A member whose certificate ran out while it was off waits
+    http://127.0.0.1:PORT/v1, with OpenAI's API; so do other accounts, unless --local-key has it want a key.
+    A member whose certificate ran out while it was off waits
     until an admin runs that renews it.
     """
     from cordee.agent.agent import AgentOptions
     from cordee.agent.control import AgentSocket
+    from cordee.api.keys import LocalKey
     from cordee.net import identity
     from cordee.net.bus import BusOptions
 
@@ -103,10 +108,11 @@ def up(
             chosen = _settings(member, name, address)
             api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
             bus = BusOptions(chosen.listen, peers, interface)
-            options = AgentOptions(chosen.name, api, bus, lent_bytes)
+            agent_options = AgentOptions(chosen.name, api, bus, lent_bytes)
+            key = LocalKey.made() if wants_key else None
             if is_new:
                 _offer_starter()
-            running = _Running(member, options, listener, agent_socket, is_new=is_new)
+            running = _Running(member, agent_options, listener, agent_socket, key, is_new=is_new)
             left = asyncio.run(running.run(until_eof=until_eof))
     finally:
         if is_new and not (running and running.has_run):
@@ -146,6 +152,7 @@ class _Running:
         options: "AgentOptions",
         listener: socket.socket,
         agent_socket: "AgentSocket",
+        key: "LocalKey | None",
         *,
         is_new: bool,
     ) -> None:
@@ -155,6 +162,7 @@ class _Running:
         self._options = options
         self._listener = listener
         self._agent_socket = agent_socket
+        self._key = key
         self._left = False
 
     async def run(self, *, until_eof: bool) -> bool:
@@ -186,7 +194,7 @@ class _Running:
             works = settings.Settings(agent.options.name, agent.options.bus.listen)
             settings.save(self._member.folder, works)
             await _ready(agent)
-            _greet(agent, is_new=self._is_new)
+            _greet(agent, self._key, is_new=self._is_new)
             await self._serve(agent, task.cancel)
         except asyncio.CancelledError:
             output.note("cordee: closing")
@@ -207,7 +215,12 @@ class _Running:
 
         servers = [
             serve(
-                create_app(agent.services, expected=_Names(agent), refusal=agent.services.refusal),
+                create_app(
+                    agent.services,
+                    expected=_Names(agent),
+                    key=self._key,
+                    refusal=agent.services.refusal,
+                ),
                 self._listener,
             ),
             serve(Control(agent, leave).app(), self._agent_socket.socket),
@@ -272,7 +285,7 @@ async def _ready(agent: "Agent") -> None:
                 await asyncio.sleep(POLL_SECONDS)
 
 
-def _greet(agent: "Agent", *, is_new: bool) -> None:
+def _greet(agent: "Agent", key: "LocalKey | None", *, is_new: bool) -> None:
     """Who this is, and what to do next."""
     if is_new:
         output.note(
@@ -280,7 +293,7 @@ def _greet(agent: "Agent", *, is_new: bool) -> None:
             "existing one instead: `cordee leave`, then `cordee join CODE`"
         )
     output.note(f"cordee: node {agent.options.name} ({agent.node}) of cluster {agent.identity.cluster}")
-    output.note(f"cordee: API at {agent.options.api} (no API key needed); Ctrl-C ends the node")
+    output.note(f"cordee: API at {agent.options.api} ({key_note(key)}); Ctrl-C ends the node")
     if agent.identity.is_admin:
         output.note("cordee: `cordee invite` prints a code with which another machine can join")
     else:

@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 
+from cordee.engine.child import receive, send
 from cordee.engine.llama.vocabulary import LlamaVocabulary
 from cordee.engine.vocabulary_messages import (
     Failed,
@@ -20,8 +21,7 @@ from cordee.engine.vocabulary_messages import (
     Numbers,
     Ready,
     Tokenize,
-    receive,
-    send,
+    decoder,
 )
 from cordee.errors import BadRequest, CordeeError
 from cordee.privacy import no_core_dumps
@@ -58,7 +58,7 @@ def main() -> int:
     seconds = float(fresh_seconds)
     while True:
         try:
-            request = receive(link, seconds)
+            request = receive(link, seconds, decoder)
         except (EOFError, OSError):  # the parent ended, or has asked nothing for long
             return 0
         _answer(link, _carried_out(vocabulary, request))

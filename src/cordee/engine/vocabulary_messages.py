@@ -1,11 +1,4 @@
-"""What a process and the child that holds a vocabulary for it (vocabulary_child.py) say to each other.
-
-A frame is a little-endian uint32, the length, then a message in msgpack.
-"""
-
-import socket
-import struct
-import time
+"""What a process and the child that holds a vocabulary for it (vocabulary_child.py) say to each other."""
 
 import msgspec
 
@@ -13,11 +6,7 @@ from cordee.errors import BadRequest
 
 # Four times a prompt of a million tokens; keeps libllama's int32 lengths far from overflow.
 TEXT_BYTES_MAX = 16 << 20
-# The longest are a table and the tokens of a text of 16 MB; a table's pieces have 64 MB, its template too.
-FRAME_BYTES_MAX = 192 << 20
 CONTROL, HIDDEN = 1, 2  # flags of a token: a control token; without text unless special tokens are shown
-
-_LENGTH = struct.Struct("<I")
 
 
 class Table(msgspec.Struct, frozen=True, tag=True):
@@ -73,8 +62,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 Message = Table | Ready | Tokenize | FindControls | Numbers | Failed
 
-_encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Message)
+decoder = msgspec.msgpack.Decoder(Message)
 
 
 def text_bytes(text: str) -> int:
@@ -90,45 +78,3 @@ def text_bytes(text: str) -> int:
     if length > TEXT_BYTES_MAX:
         raise BadRequest(f"the text has {length} bytes; at most {TEXT_BYTES_MAX} are accepted")
     return length
-
-
-def send(link: socket.socket, message: Message) -> None:
-    """Send a message, within the time that the socket allows.
-
-    Raises:
-        OSError: the other side is gone, or (TimeoutError) does not take it.
-    """
-    data = _encoder.encode(message)
-    link.sendall(_LENGTH.pack(len(data)) + data)
-
-
-def receive(link: socket.socket, seconds: float) -> Message:
-    """The next message, whole within so many seconds.
-
-    Raises:
-        EOFError: the other side ended, or sent what is no message.
-        OSError: the connection broke, or (TimeoutError) nothing whole came in time.
-    """
-    until = time.monotonic() + seconds
-    (length,) = _LENGTH.unpack(_exactly(link, _LENGTH.size, until))
-    if length > FRAME_BYTES_MAX:
-        raise EOFError(f"a message of {length} bytes is too long to be one")
-    try:
-        return _decoder.decode(_exactly(link, length, until))
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise EOFError(f"not a message: {error}") from error
-
-
-def _exactly(link: socket.socket, count: int, until: float) -> bytearray:
-    data = bytearray(count)
-    view, filled = memoryview(data), 0
-    while filled < count:
-        left = until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        link.settimeout(left)
-        read = link.recv_into(view[filled:])
-        if not read:
-            raise EOFError("the other side ended")
-        filled += read
-    return data

@@ -2,11 +2,14 @@
 
 GBNF is translated to Lark first (gbnf.py, gbnf_lark.py).
 
-llguidance compiles the grammar once per stream and walks it token by token. Its tokenizer (a trie of the
+Whether a grammar may be used at all is tried in a child process first (serving/grammar_trials.py).
+
+llguidance compiles it and walks it token by token. Its tokenizer (a trie of the
 whole vocabulary) takes a second to build for a large one, so there is one per vocabulary, built when the
 first grammar is asked for.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -41,6 +44,8 @@ LIMITS = LLParserLimits(
 )
 # With unlimited white space a small model may write blank lines for ever.
 JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,40}"}
+# Of a core, for one token: a large grammar may take 30 ms. All streams of a worker wait meanwhile.
+STEP_SECONDS = 0.2
 MESSAGE_CHARS_MAX = 300  # of llguidance's reasons, some of which quote the grammar
 
 # Each kind's name in messages, and the request's parameter (OpenAI's where it has one) that asks for it.
@@ -118,8 +123,23 @@ def _bytes(vocabulary: TokenSource, token: int) -> bytes:
     return SPECIAL + piece if marked else piece
 
 
-def check(grammar: Grammar, tokenizer: GrammarTokenizer) -> None:
+def check_text(grammar: Grammar) -> None:
+    """Refuse a grammar that is longer than any that is compiled, or is no text.
+
+    Raises:
+        BadRequest: with the reason.
+    """
+    limit = GBNF_CHARS_MAX if grammar.kind == "gbnf" else TEXT_CHARS_MAX
+    if len(grammar.text) > limit:
+        raise refusal(grammar.kind, f"it has {len(grammar.text)} characters; at most {limit} are accepted")
+    if any("\ud800" <= character <= "\udfff" for character in grammar.text):
+        raise refusal(grammar.kind, "it has half of a surrogate pair, which is not valid Unicode")
+
+
+def check(grammar: Grammar, tokenizer: GrammarTokenizer) -> "GrammarState":
     """Refuse a grammar that cannot be compiled for this vocabulary, or that no text can satisfy.
+
+    The state is that after some first token. There is no bound on the time that it takes.
 
     Raises:
         BadRequest: with the reason.
@@ -127,6 +147,7 @@ def check(grammar: Grammar, tokenizer: GrammarTokenizer) -> None:
     """
     state = GrammarState(grammar, tokenizer)
     state.accept(int(state.allowed().argmax()))  # some costs only show in the first step
+    return state
 
 
 class GrammarState:
@@ -138,7 +159,7 @@ class GrammarState:
     """
 
     def __init__(self, grammar: Grammar, tokenizer: GrammarTokenizer, generated: Sequence[int] = ()) -> None:
-        self._kind = grammar.kind
+        self.kind = grammar.kind
         self._size = tokenizer.size
         self._mask = np.zeros((tokenizer.size + 31) // 32, dtype=np.int32)
         native = tokenizer.native
@@ -149,6 +170,13 @@ class GrammarState:
         self._fail_if_broken()
         for token in generated:
             self.accept(token)
+
+    def copy(self) -> "GrammarState":
+        """Another state, the same as this one now; it costs little."""
+        other = copy.copy(self)
+        other._matcher = self._matcher.deep_copy()
+        other._mask = self._mask.copy()
+        return other
 
     def allowed(self) -> np.ndarray:
         """A (n_vocab,) bool array of the tokens that may come next; after a complete text, only end tokens.
@@ -176,9 +204,9 @@ class GrammarState:
         reason = " ".join(self._matcher.get_error().replace("<non-verbose/>", "").split())
         if reason.startswith("NoExtension"):
             reason = "no text can satisfy it"
-        elif self._kind == "gbnf":  # the reason is about the translation, which is valid
+        elif self.kind == "gbnf":  # the reason is about the translation, which is valid
             reason = f"it is too complex: use fewer and shorter repetitions and optional parts ({reason})"
-        raise _refusal(self._kind, reason)
+        raise refusal(self.kind, reason)
 
 
 def _compiled(grammar: Grammar, tokenizer: GrammarTokenizer) -> Iterator[str]:
@@ -186,15 +214,13 @@ def _compiled(grammar: Grammar, tokenizer: GrammarTokenizer) -> Iterator[str]:
 
     Only the matcher checks its rules.
     """
-    limit = GBNF_CHARS_MAX if grammar.kind == "gbnf" else TEXT_CHARS_MAX
-    if len(grammar.text) > limit:
-        raise _refusal(grammar.kind, f"it has {len(grammar.text)} characters; at most {limit} are accepted")
+    check_text(grammar)
     try:
         yield from _FORMS[grammar.kind](grammar.text, tokenizer)
     except RecursionError:
-        raise _refusal(grammar.kind, "it is nested too deeply") from None
+        raise refusal(grammar.kind, "it is nested too deeply") from None
     except ValueError as error:
-        raise _refusal(grammar.kind, str(error)) from error
+        raise refusal(grammar.kind, str(error)) from error
 
 
 def _json_schema(text: str) -> str:
@@ -220,6 +246,7 @@ _FORMS: dict[str, Callable[[str, GrammarTokenizer], Iterable[str]]] = {
 }
 
 
-def _refusal(kind: str, reason: str) -> BadRequest:
+def refusal(kind: str, reason: str) -> BadRequest:
+    """Why a grammar of a kind cannot be used."""
     name, param = NAMES[kind]
     return BadRequest(f"the {name} cannot be used: {reason[:MESSAGE_CHARS_MAX]}", param)

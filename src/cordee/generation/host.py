@@ -138,13 +138,16 @@ class Host:
         """Streams that hold a slot."""
         return self._scheduler.active
 
-    def receive(self, node: str, message: Ask | Assert) -> None:
-        """Handle a message of the gateway on a node, which must be about this model."""
+    def receive(self, node: str, message: Ask | Assert, refusal: CordeeError | None = None) -> None:
+        """Handle a message of the gateway on a node, which must be about this model.
+
+        `refusal` is why an Ask is refused, if it was found to be.
+        """
         session = self._session(node, message)
         if session is None:
             return  # the gateway repeats it; leases end
         if isinstance(message, Ask):
-            self._ask(session, message)
+            self._ask(session, message, refusal)
         else:
             self._assert(session, message)
 
@@ -230,7 +233,7 @@ class Host:
             self._sessions[key] = session
         return session if session is not None and session.peer == message.peer else None
 
-    def _ask(self, session: _Session, ask: Ask) -> None:
+    def _ask(self, session: _Session, ask: Ask, refusal: CordeeError | None) -> None:
         stale = ask.number < session.asserted and ask.number not in session.wanted
         if stale or ask.number in session.entries or len(session.entries) >= STREAMS_MAX:
             return
@@ -245,6 +248,8 @@ class Host:
         entry = _Entry(ask.number, ask.stream, name, length, length, self._clock.seconds)
         session.entries[ask.number] = entry
         try:
+            if refusal is not None:
+                raise refusal
             if not all(0 <= token < self._n_vocab for token in (*ask.request.prompt, *ask.generated)):
                 raise BadRequest(f"token ids must be 0 to {self._n_vocab - 1}", "prompt")
             self._scheduler.submit(msgspec.structs.replace(ask.request, id=name), ask.generated)

@@ -19,13 +19,12 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from functools import lru_cache
 from math import isfinite
+from typing import Protocol
 
 import numpy as np
 
 from cordee.engine.llama import libllama
 from cordee.errors import BadRequest, StageFailed
-from cordee.generation import grammar
-from cordee.generation.grammar import GrammarState, GrammarTokenizer
 from cordee.generation.request import Choice, SamplingParams
 
 # Below this a logit difference of a float32's last digits decides: greedy, without overflow by the division.
@@ -51,12 +50,11 @@ LOGIT_BIAS_RANGE = (-100.0, 100.0)
 CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
-def check(params: SamplingParams, n_vocab: int, tokenizer: GrammarTokenizer) -> None:
-    """Refuse parameters that cannot be honoured, a bad grammar among them, before the request is queued.
+def check(params: SamplingParams, n_vocab: int) -> None:
+    """Refuse parameters that cannot be honoured, before the request is queued. Grammars are not looked at.
 
     Raises:
         BadRequest: names the parameter.
-        UnsupportedModel: a grammar is asked for and cannot bind this model.
     """
     for name, (low, high) in RANGES.items():
         value = getattr(params, name)
@@ -65,8 +63,6 @@ def check(params: SamplingParams, n_vocab: int, tokenizer: GrammarTokenizer) -> 
         if not isfinite(value) or not low <= value <= high:
             raise BadRequest(f"{name} must be from {low} to {high}, not {value}", name)
     _check_bias(params.logit_bias, n_vocab)
-    if params.grammar is not None:
-        grammar.check(params.grammar, tokenizer)
 
 
 def _check_bias(logit_bias: dict[int, float], n_vocab: int) -> None:
@@ -82,20 +78,24 @@ def _check_bias(logit_bias: dict[int, float], n_vocab: int) -> None:
             raise BadRequest(f"logit_bias must be from {low} to {high}, not {bias}", "logit_bias")
 
 
+class Constraint(Protocol):
+    """What binds the tokens of a stream; `grammar.GrammarState` is one."""
+
+    def allowed(self) -> np.ndarray: ...
+    def accept(self, token: int) -> None: ...
+
+
 class Sampler:
     """Chooses the tokens of one stream, each when its logits are there. Not thread-safe.
 
-    `params` must have passed `check`; where it has a grammar, `tokenizer` is needed. `history` is the prompt;
-    `generated` are tokens of the answer that are already chosen (a replay).
-
-    Raises:
-        BadRequest: the grammar is bad, or `generated` does not follow it.
+    `params` must have passed `check`; where it has a grammar, `constraint` is its state after `generated`.
+    `history` is the prompt; `generated` are tokens of the answer that are already chosen (a replay).
     """
 
     def __init__(
         self,
         params: SamplingParams,
-        tokenizer: GrammarTokenizer | None,
+        constraint: Constraint | None,
         history: Sequence[int],
         generated: Sequence[int] = (),
     ) -> None:
@@ -103,10 +103,8 @@ class Sampler:
         self._index = len(generated)
         self._greedy = params.temperature < GREEDY_BELOW
         self._edits = _Edits(params, history, generated)
-        self._grammar = None
-        if params.grammar is not None:
-            assert tokenizer is not None, "a grammar needs a tokenizer"
-            self._grammar = GrammarState(params.grammar, tokenizer, generated)
+        assert (params.grammar is None) == (constraint is None), "a grammar has a state"
+        self._grammar = constraint
 
     def sample(self, logits: np.ndarray) -> Choice:
         """Choose a token from a (n_vocab,) float32 row, which is only read, and go on to the next index.

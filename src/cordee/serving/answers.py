@@ -5,11 +5,11 @@ import time
 from collections import deque
 
 from cordee.engine.vocabulary import Vocabulary
-from cordee.errors import BadRequest, CordeeError, StageFailed
+from cordee.errors import BadRequest, CordeeError
 from cordee.generation import sampling, text
-from cordee.generation.grammar import GrammarTokenizer
 from cordee.generation.request import Choice, FinishReason, Request, TextChunk
 from cordee.generation.template import ChatTemplate
+from cordee.serving.grammar_trials import GrammarTrials
 
 RATE_TOKENS = 256  # how many tokens the reported rate covers at most ...
 RATE_SECONDS = 10.0  # ... and how many seconds
@@ -30,35 +30,28 @@ class Checks:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
-        self._tokenizer = GrammarTokenizer(vocabulary)
-        self._lock = asyncio.Lock()  # held while a thread uses the vocabulary
-        self._closed = False
+        self._grammars = GrammarTrials.of(vocabulary.path, vocabulary.name)
 
     async def check(self, request: Request) -> None:
-        """Check a request; a grammar takes up to a second to compile, in a thread.
+        """Check a request; a grammar that is new is tried first, in another process.
 
         Raises:
             BadRequest: names the parameter.
             UnsupportedModel: a grammar is asked for and cannot bind this model.
-            StageFailed: the service is closed.
+            Overloaded: too many grammars are being tried.
+            StageFailed: the grammar could not be tried.
         """
         text.check(request.stop)
         size = self._vocabulary.size
-        if not all(0 <= token < size for token in request.prompt):
+        if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < size:
             raise BadRequest(f"the prompt's token ids must be 0 to {size - 1}", "prompt")
-        if request.sampling.grammar is None:
-            sampling.check(request.sampling, size, self._tokenizer)
-            return
-        async with self._lock:
-            if self._closed:
-                raise StageFailed("the service is closed")
-            await asyncio.to_thread(sampling.check, request.sampling, size, self._tokenizer)
+        sampling.check(request.sampling, size)
+        if request.sampling.grammar is not None:
+            await self._grammars.check(request.sampling.grammar)
 
     async def close(self) -> None:
-        """Free the vocabulary, once no check uses it; closing twice is harmless."""
-        self._closed = True
-        async with self._lock:
-            await asyncio.to_thread(self._vocabulary.close)
+        """Free the vocabulary; closing twice is harmless."""
+        await asyncio.to_thread(self._vocabulary.close)
 
 
 class Answer:

@@ -30,10 +30,11 @@ from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError, StageFailed
 from cordee.generation.streams import Said
 from cordee.models.slices import SliceFile
+from cordee.serving.grammar_trials import GrammarTrials
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
-from cordee.worker.messages import Join, KvAnswer, Tokens
+from cordee.worker.messages import Join, KvAnswer, Prepared, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages, stage_name
 
@@ -134,6 +135,7 @@ class ClusterOfOne:
         self._host = SchedulerHost(
             HostGoal(self.placement),
             vocabulary,
+            GrammarTrials.of(vocabulary.path, vocabulary.name),
             self._stages,
             say,
             queue=queue,
@@ -181,7 +183,7 @@ class ClusterOfOne:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._host is not None:
-            self._host.leave()
+            self._host.close()
         links = list(self._links)
         for writer in links:
             writer.transport.abort()
@@ -333,7 +335,7 @@ class ClusterOfOne:
             if isinstance(await opening(reader), Join):
                 while True:
                     message, _ = await frames.read(reader)
-                    if isinstance(message, Tokens | KvAnswer):
+                    if isinstance(message, Tokens | KvAnswer | Prepared):
                         self._call(self.host.on_result, NODE, message)
         except LinkClosed:
             pass  # that worker was wired anew, or ended

@@ -26,18 +26,34 @@ from cordee.cluster.goals import HostGoal
 from cordee.cluster.memory import BATCH_ROWS
 from cordee.engine.stage import StageConfig
 from cordee.engine.vocabulary import Vocabulary
-from cordee.errors import StageFailed
+from cordee.errors import BadRequest, CordeeError, StageFailed
+from cordee.generation.grammar import NAMES
 from cordee.generation.host import Host
+from cordee.generation.request import Grammar
 from cordee.generation.results import Expectation, Results
 from cordee.generation.scheduler import Limits, Scheduler
 from cordee.generation.streams import Ask, Assert, Said
 from cordee.serving import batch_invariance
 from cordee.serving.answers import Rate
+from cordee.serving.grammar_trials import GrammarTrials
 from cordee.worker import frames
-from cordee.worker.messages import Halt, Join, KvAnswer, KvQuery, Rows, Run, Tokens, rows_of
+from cordee.worker.messages import (
+    Halt,
+    Join,
+    KvAnswer,
+    KvQuery,
+    Prepare,
+    Prepared,
+    Rows,
+    Run,
+    Tokens,
+    rows_of,
+)
 from cordee.worker.stages import Stages
 
 QUEUE = 256  # streams that wait while others are answered
+# Asks whose grammar is being tried or compiled. As many streams as may wait, of this node and a few others.
+ADMITTING_MAX = 1024
 IN_FLIGHT_MAX = 8  # micro-batches that travel at once: one for each machine keeps all of them busy
 ANSWER_SECONDS = 3.0  # for the stages to answer a KV query; their predecessors may be computing
 # For how long streams may take over what the placement before has of them: gateways ask a new host at once.
@@ -60,6 +76,7 @@ class SchedulerHost:
         self,
         goal: HostGoal,
         vocabulary: Vocabulary,
+        grammars: GrammarTrials,
         stages: Stages,
         send: Callable[[str, Said], None],
         *,
@@ -100,6 +117,10 @@ class SchedulerHost:
         self.batch_invariant: bool | None = None  # None: not measured, or the context is too small for that
         self.rate = Rate()
         self.inherited_tokens = 0
+        self._grammars = grammars
+        self._admitting: dict[tuple[str, int, int], asyncio.Task[None]] = {}  # by node, gateway and ask
+        self._preparing: dict[int, asyncio.Future[str]] = {}  # grammars, by number
+        self._prepares = 0
 
     @property
     def wiring(self) -> str:
@@ -145,8 +166,17 @@ class SchedulerHost:
             self._wiring = goal.wiring
             self._joining = asyncio.get_running_loop().create_task(self._join(goal.wiring))
 
+    def close(self) -> None:
+        """Leave the wiring for good."""
+        for task in self._admitting.values():
+            task.cancel()
+        self.leave()
+
     def leave(self) -> None:
         """Leave the wiring: what is under way will not be answered."""
+        for prepared in self._preparing.values():
+            if not prepared.done():
+                prepared.set_result("")  # it is compiled where the stream goes on
         for task in (self._joining, self._measuring):
             if task is not None:
                 task.cancel()
@@ -175,8 +205,52 @@ class SchedulerHost:
 
     def receive(self, node: str, message: Ask | Assert) -> None:
         """Handle a message of the gateway on a node."""
+        if isinstance(message, Ask) and message.request.sampling.grammar is not None:
+            self._admit_soon(node, message, message.request.sampling.grammar)
+            return
         self._host.receive(node, message)
         self.pump()
+
+    def _admit_soon(self, node: str, ask: Ask, grammar: Grammar) -> None:
+        """Handle an ask once its grammar is compiled; its gateway repeats what is lost."""
+        key = node, ask.gateway, ask.number
+        if key not in self._admitting and len(self._admitting) < ADMITTING_MAX:
+            task = asyncio.get_running_loop().create_task(self._admit(node, ask, grammar))
+            self._admitting[key] = task
+            task.add_done_callback(lambda _: self._admitting.pop(key, None))
+
+    async def _admit(self, node: str, ask: Ask, grammar: Grammar) -> None:
+        refused = None
+        try:
+            # Gateways try grammars as well, but a node that somebody has taken over does not.
+            await self._grammars.check(grammar, node)
+            await self._prepare(grammar)
+        except CordeeError as error:
+            refused = error
+        self._host.receive(node, ask, refused)
+        self.pump()
+
+    async def _prepare(self, grammar: Grammar) -> None:
+        """Have the last stage compile a grammar beside what it computes.
+
+        Raises:
+            CordeeError: it cannot be used there, or the stages do not answer.
+        """
+        if self._first is None or not self._is_joined:
+            return
+        self._prepares += 1
+        number, prepared = self._prepares, asyncio.get_running_loop().create_future()
+        self._preparing[number] = prepared
+        frames.write(self._first, Prepare(self._wiring, number, grammar))
+        try:
+            async with asyncio.timeout(STALL_SECONDS):
+                failure = await prepared
+        except TimeoutError:
+            raise StageFailed("the last stage does not compile the grammar: try again") from None
+        finally:
+            del self._preparing[number]
+        if failure:
+            raise BadRequest(failure, NAMES[grammar.kind][1])
 
     def tick(self, now: float) -> None:
         """Let time pass; `now` is that of `time.monotonic`. Several times a second."""
@@ -189,7 +263,7 @@ class SchedulerHost:
         self._measure_when_idle(now)
         self.pump()
 
-    def on_result(self, node: str, message: Tokens | KvAnswer) -> None:
+    def on_result(self, node: str, message: Tokens | KvAnswer | Prepared) -> None:
         """Handle a result of the last stage of some wiring, from the node that sent it: no other node than
         that of our last stage has a say."""
         if message.wiring != self._wiring or node != self._last:
@@ -197,6 +271,11 @@ class SchedulerHost:
         if isinstance(message, KvAnswer):
             if self._kv_answer is not None and not self._kv_answer.done():
                 self._kv_answer.set_result(message)
+            return
+        if isinstance(message, Prepared):
+            prepared = self._preparing.get(message.number)
+            if prepared is not None and not prepared.done():
+                prepared.set_result(message.failure)
             return
         if message.digests:
             if self._digests is not None and not self._digests.done():

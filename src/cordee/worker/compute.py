@@ -9,13 +9,12 @@ import numpy as np
 
 from cordee.engine.llama.kv_state import join_layers, pick_layers
 from cordee.engine.llama.stage import LlamaStage
-from cordee.engine.llama.vocabulary import LlamaVocabulary
 from cordee.engine.stage import Batch, Stage, StageDescription
 from cordee.errors import CordeeError, StageFailed
-from cordee.generation.grammar import GrammarTokenizer
 from cordee.generation.request import Choice
 from cordee.generation.sampling import Sampler
 from cordee.worker.frames import PAYLOAD_BYTES_MAX
+from cordee.worker.grammars import WorkerGrammars
 from cordee.worker.messages import HeldSequence, LoadStage, Opening, Rows, Run, Tokens
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class Compute:
         self._position_bytes = max(
             self.description.kv_bytes // (load.config.context * load.config.sequences), 1
         )
-        self._tokenizer: GrammarTokenizer | None = None
+        self.grammars = WorkerGrammars(self._path, self._name)
 
     @property
     def description(self) -> StageDescription:
@@ -160,11 +159,9 @@ class Compute:
         return Tokens(message.wiring, message.batch, choices, failures)
 
     def _sampler(self, opening: Opening) -> Sampler:
-        if opening.sampling.grammar is not None and self._tokenizer is None:
-            self._tokenizer = GrammarTokenizer(
-                LlamaVocabulary(self._path, self._name)
-            )  # slow, and most streams need none
-        return Sampler(opening.sampling, self._tokenizer, opening.prompt, opening.generated)
+        grammar = opening.sampling.grammar
+        constraint = None if grammar is None else self.grammars.open(grammar, opening.generated)
+        return Sampler(opening.sampling, constraint, opening.prompt, opening.generated)
 
 
 def again(message: Rows, tokens: Tokens) -> tuple[Rows, memoryview]:

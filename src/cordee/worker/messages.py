@@ -7,9 +7,9 @@ its id changes whenever one of the workers does.
 - *control*, between a worker and its parent: Hello, then LoadStage -> Loaded or LoadFailed, Wire -> Wired or
   WireFailed; Broken when a link is lost; AdmitReaders, KvReaders when their number changes.
 - *data*, from the scheduler's process to the first worker, from worker to worker, and from the last one back
-  to the scheduler's process and to the first worker: Join first, which names the wiring, then KvQuery, Rows
-  and Halt downstream, and Tokens or KvAnswer at the end. A message of another wiring than the link's is
-  refused.
+  to the scheduler's process and to the first worker: Join first, which names the wiring, then KvQuery, Rows,
+  Halt and Prepare downstream, and Tokens, KvAnswer or Prepared at the end. A message of another wiring than
+  the link's is refused.
 - *admin*, between agents, where a data link could be: Promotion -> Promoted; see agent/admins.py.
 - *KV transfer*, from a worker to one of the placement before: ReaderJoin first, which names the wiring of
   that placement, then KvQuery -> KvAnswer and KvRead -> KvState; see kv_transfer.py.
@@ -24,7 +24,7 @@ import numpy as np
 
 from cordee.cluster.facts import KvSource
 from cordee.engine.stage import EngineName, StageConfig, StageDescription
-from cordee.generation.request import Choice, SamplingParams
+from cordee.generation.request import Choice, Grammar, SamplingParams
 from cordee.generation.scheduler import MicroBatch
 
 
@@ -133,6 +133,22 @@ class Halt(msgspec.Struct, frozen=True, tag=True):
 
     wiring: str
     batch: int
+
+
+class Prepare(msgspec.Struct, frozen=True, tag=True):
+    """Passed on to the last stage: compile this grammar, beside what is computed, for a stream to come."""
+
+    wiring: str
+    number: int
+    grammar: Grammar
+
+
+class Prepared(msgspec.Struct, frozen=True, tag=True):
+    """Answers a Prepare: the grammar is compiled, or cannot be used because of `failure`."""
+
+    wiring: str
+    number: int
+    failure: str = ""
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
@@ -294,6 +310,6 @@ class Promoted(msgspec.Struct, frozen=True, tag=True):
 Control = (
     Hello | LoadStage | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | KvReaders | AdmitReaders
 )
-Data = Join | Rows | Halt | Tokens | KvQuery | KvAnswer | ReaderJoin | KvRead | KvState
+Data = Join | Rows | Halt | Tokens | KvQuery | KvAnswer | Prepare | Prepared | ReaderJoin | KvRead | KvState
 Streams = StreamsJoin | StreamMessage | Probe
 Message = Control | Data | Streams | Promotion | Promoted

@@ -56,6 +56,8 @@ from cordee.worker.messages import (
     LoadFailed,
     LoadStage,
     Message,
+    Prepare,
+    Prepared,
     ReaderJoin,
     Rows,
     Tokens,
@@ -65,7 +67,7 @@ from cordee.worker.messages import (
 )
 
 if TYPE_CHECKING:  # workers of one machine start sooner without TLS
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from cordee.worker.kv_transfer import KvSources
     from cordee.worker.tls_link import Handshake, TlsListener
@@ -135,9 +137,7 @@ class Worker:
         ] = {}  # that joined before this worker's Wire, by node
         self._wired_by: Wire | None = None  # the last Wire
         self._compute: Compute | None = None
-        self._connected: SimpleQueue[
-            tuple[Wire, list[socket.socket], KvSources | None, WireFailed | None]
-        ] = SimpleQueue()
+        self._done: SimpleQueue[Callable[[], None]] = SimpleQueue()  # what other threads want done here
         self._waker, self._woken = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._selector.register(control, selectors.EVENT_READ)
@@ -161,7 +161,8 @@ class Worker:
         if source is self._inbox:
             self._accept()
         elif source is self._woken:
-            self._attach_links()
+            self._woken.recv(1)
+            self._done.get()()
         elif source is self._listener:
             self._accept_handshake()
         elif (handshake := _same(self._handshakes, source)) is not None:
@@ -238,12 +239,16 @@ class Worker:
             from cordee.worker.kv_transfer import KvSources
 
             kv_sources = KvSources.of(self._identity, wire.sources)
-        self._connected.put((wire, links, kv_sources, fault))
+        self._soon(lambda: self._attach_links(wire, links, kv_sources, fault))
+
+    def _soon(self, action: Callable[[], None]) -> None:
+        """Have something done by the thread that does everything; for any other."""
+        self._done.put(action)
         self._waker.send(b".")
 
-    def _attach_links(self) -> None:
-        self._woken.recv(1)
-        wire, links, kv_sources, fault = self._connected.get()
+    def _attach_links(
+        self, wire: Wire, links: list[socket.socket], kv_sources: KvSources | None, fault: WireFailed | None
+    ) -> None:
         if fault or wire.wiring != self._wiring or self._downstream is not None:
             for peer in [*links, *([] if kv_sources is None else [kv_sources])]:
                 peer.close()
@@ -355,12 +360,14 @@ class Worker:
             return
         except LinkClosed:
             message, payload = None, memoryview(b"")
-        if not isinstance(message, Rows | Halt | KvQuery) or message.wiring != self._wiring:
+        if not isinstance(message, Rows | Halt | KvQuery | Prepare) or message.wiring != self._wiring:
             self._link_lost()
         elif isinstance(message, Rows):
             self._run(message, payload)
         elif isinstance(message, Halt):
             self._halt(message)
+        elif isinstance(message, Prepare):
+            self._prepare(message)
         else:
             self._query_kv(message)
 
@@ -453,6 +460,22 @@ class Worker:
             self._halted = max(self._halted, message.batch)
         else:
             self._send(message)
+
+    def _prepare(self, message: Prepare) -> None:
+        """Have a grammar compiled on another thread, if its answer is sampled here."""
+        assert self._compute is not None
+
+        def done(failure: str) -> None:
+            self._soon(lambda: self._send_prepared(Prepared(message.wiring, message.number, failure)))
+
+        if self._compute.description.is_last:
+            self._compute.grammars.prepare(message.grammar, done)
+        else:
+            self._send(message)
+
+    def _send_prepared(self, answer: Prepared) -> None:
+        if answer.wiring == self._wiring:
+            self._send(answer)
 
     def _send(self, message: Data, payload: bytes | memoryview = b"") -> None:
         if self._downstream is None:

@@ -1,0 +1,130 @@
+"""The grammars of a worker's streams: compiled on a thread of their own, followed within a budget of time.
+
+The thread that computes must not wait for a grammar, since all other streams wait with it. So the scheduler
+has each grammar prepared before its stream is begun: llguidance compiles without Python's lock. (Only where a
+stream goes on in a new worker is it compiled on the way; by then it has been shown to be quick.) Masks are
+computed between micro-batches. They take microseconds as a rule, but an ambiguous grammar takes longer at
+each token; a stream whose grammar has used its budget ends.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from cordee.engine.llama.vocabulary import LlamaVocabulary
+from cordee.errors import CordeeError
+from cordee.generation.grammar import STEP_SECONDS, GrammarState, GrammarTokenizer, refusal
+from cordee.generation.request import Grammar
+
+COMPILED_MAX = 8  # grammars that are kept for further streams; most take less than 1 MB, the largest 40
+SLOW_MAX = 256  # grammars that are remembered to be slow
+# A stream's grammar may take so long at each token, on average, and this much more in all: the first mask of
+# a large vocabulary takes 50 ms, most of them 0.1 ms.
+TOKEN_SECONDS, SPARE_SECONDS = 0.02, 0.5
+STACK_BYTES = 16 << 20  # of the thread that compiles: no less than where grammars are tried
+
+
+class WorkerGrammars:
+    """The grammars for the vocabulary in a slice's file. `prepare` and `open` are for one thread."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+        self._lock = threading.Lock()  # of what follows
+        self._tokenizer: GrammarTokenizer | None = None
+        self._compiled: OrderedDict[Grammar, GrammarState] = OrderedDict()  # the latest used last
+        self._slow: OrderedDict[Grammar, None] = OrderedDict()
+        threading.stack_size(STACK_BYTES)
+        self._thread = ThreadPoolExecutor(1, "grammars")
+
+    def prepare(self, grammar: Grammar, done: Callable[[str], None]) -> None:
+        """Compile a grammar; `done` is called on another thread, with what is wrong with it, or ""."""
+
+        def compile_it() -> None:
+            try:
+                self._state(grammar)
+            except CordeeError as error:
+                done(error.message)
+            except BaseException as error:
+                done(f"the grammar cannot be compiled here: {error}")
+                raise
+            else:
+                done("")
+
+        self._thread.submit(compile_it)
+
+    def open(self, grammar: Grammar, generated: Sequence[int]) -> "Followed":
+        """The state of a stream in its grammar, after the tokens generated so far.
+
+        Raises:
+            BadRequest: the grammar is bad, the tokens do not follow it, or it was too slow before.
+            UnsupportedModel: no grammar can bind this model.
+        """
+        state = self._state(grammar).copy()
+        for token in generated:
+            state.accept(token)
+        return Followed(state, lambda: self._is_slow(grammar))
+
+    def _state(self, grammar: Grammar) -> GrammarState:
+        """The compiled grammar, before any token."""
+        with self._lock:
+            if grammar in self._slow:
+                raise too_slow(grammar.kind)
+            if grammar in self._compiled:
+                self._compiled.move_to_end(grammar)
+                return self._compiled[grammar]
+            tokenizer = self._tokenizer
+        if tokenizer is None:  # slow, and most workers need none
+            tokenizer = GrammarTokenizer(LlamaVocabulary(self._path, self._name))
+        state = GrammarState(grammar, tokenizer)
+        with self._lock:
+            self._tokenizer = tokenizer
+            self._compiled[grammar] = state
+            if len(self._compiled) > COMPILED_MAX:
+                self._compiled.popitem(last=False)
+        return state
+
+    def _is_slow(self, grammar: Grammar) -> None:
+        with self._lock:
+            self._compiled.pop(grammar, None)
+            self._slow[grammar] = None
+            if len(self._slow) > SLOW_MAX:
+                self._slow.popitem(last=False)
+
+
+class Followed:
+    """A grammar's state that counts what it costs. `slow` is called when that is too much."""
+
+    def __init__(self, state: GrammarState, slow: Callable[[], None]) -> None:
+        self._state = state
+        self._slow = slow
+        self._left_seconds = SPARE_SECONDS
+
+    def allowed(self) -> np.ndarray:
+        """See GrammarState.allowed."""
+        self._left_seconds += TOKEN_SECONDS
+        started = time.thread_time()
+        found = self._state.allowed()
+        self._spend(time.thread_time() - started)
+        return found
+
+    def accept(self, token: int) -> None:
+        """See GrammarState.accept."""
+        started = time.thread_time()
+        self._state.accept(token)
+        self._spend(time.thread_time() - started)
+
+    def _spend(self, seconds: float) -> None:
+        self._left_seconds = min(self._left_seconds - seconds, SPARE_SECONDS)
+        if self._left_seconds < 0 or seconds > STEP_SECONDS:
+            self._slow()
+            raise too_slow(self._state.kind)
+
+
+def too_slow(kind: str) -> CordeeError:
+    """Why a stream of a grammar of this kind ends."""
+    return refusal(kind, "it takes too long for each token: make it less ambiguous, or shorten the answer")
