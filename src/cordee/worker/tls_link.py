@@ -31,13 +31,17 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable, Iterable, Mapping
 
+    from cordee.net.doors import Caller, Door
+
 WELCOME = b"\x01"  # a client of TLS 1.3 is done before the server has looked at its certificate
 HANDSHAKE_SECONDS = 10.0  # to connect, shake hands and get WELCOME; the other worker may be in a decode
 SILENCE_SECONDS = 3  # until a cable that was cut ends an idle link: as fast as the bus notices
 # For TCP alone, which its system answers whatever the other worker does: an address may be one that the
 # machine had before, or one that cannot be reached from here.
 CONNECT_SECONDS = 2.0
-BACKLOG = 64  # links that are opened during a decode wait there
+BACKLOG = 512  # links that are opened during a decode wait there, and connections that nobody wanted
+HANDSHAKES_MAX = (64, 16)  # with an event loop, in all and of one address: each has 370 kB
+LINKS_MAX = (1024, 32)  # in all and of one node: one for its questions, one for each stage that brings tokens
 NODE_SUFFIX = ".cordee"  # of the alternative name that holds the node's id
 
 
@@ -200,18 +204,19 @@ async def open_listener(
     folder: Path,
     host: str,
     on_link: Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
-) -> tuple[asyncio.Server, str]:
+) -> tuple[Door, str]:
     """A `TlsListener` for an event loop, and its endpoint; `on_link` gets each member's id and its link.
 
-    It shows the node's certificate of the moment, whatever that was when it was opened.
+    It shows the node's certificate of the moment, whatever that was when it was opened. What connects and
+    proves nothing is bounded (net/doors.py).
 
     Raises:
         LinkClosed: this node has no valid identity.
         OSError: the address is not this machine's.
     """
-    import asyncio  # here, because workers do without it
+    from cordee.net.doors import Places, open_streams  # here, because workers do without it
 
-    async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def welcome(caller: Caller, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             node = check_member(folder, writer.get_extra_info("peercert"))
         except LinkClosed:
@@ -219,6 +224,7 @@ async def open_listener(
             return
         _tune(writer.get_extra_info("socket"))
         writer.write(WELCOME)
+        caller.admit(node)
         await on_link(node, reader, writer)
 
     def renewed(link: ssl.SSLObject, _name: str | None, _context_of_start: ssl.SSLContext) -> None:
@@ -227,14 +233,8 @@ async def open_listener(
     context = _context(folder, server=True)
     context.sni_callback = renewed  # called in each handshake, with a name or without one
     listener = address.listener_in_range(host)
-    server = await asyncio.start_server(
-        welcome,
-        sock=listener,
-        ssl=context,
-        ssl_handshake_timeout=HANDSHAKE_SECONDS,
-        backlog=BACKLOG,
-    )
-    return server, ",".join(address.own(host, listener.getsockname()[1]))
+    door = open_streams(listener, welcome, Places(HANDSHAKES_MAX, LINKS_MAX), context)
+    return door, ",".join(address.own(host, listener.getsockname()[1]))
 
 
 def check_member(folder: Path, certificate: Mapping[str, Any] | None) -> str:
