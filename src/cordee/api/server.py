@@ -41,7 +41,10 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     places = Places(
-        (HEADERS_MAX, HEADERS_MAX), (ANSWERED_MAX, ANSWERED_MAX), resting=IDLE_MAX, resting_seconds=IDLE_SECONDS
+        (HEADERS_MAX, HEADERS_MAX),
+        (ANSWERED_MAX, ANSWERED_MAX),
+        resting=IDLE_MAX,
+        resting_seconds=IDLE_SECONDS,
     )
     server = HttpServer(config, listener, places)
     server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue] - it is a context manager, too
@@ -52,4 +55,3 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
         server.should_exit = True
         await serving
         raise
-

@@ -58,13 +58,13 @@ class Caller:
         self.link = link
         self.transport: asyncio.BaseTransport | None = None
         self.task: asyncio.Task[None] | None = None
-        self.is_resting = False
+        self.step = "silent"
         self.is_gone = False
         self._door = door
         self._deadline: asyncio.TimerHandle | None = None
 
     def admit(self, owner: str = "") -> None:
-        """It has shown what it came for, and has no deadline from now on."""
+        """It has shown what it came for, and has no deadline from now on; admitting twice is harmless."""
         self._door.move(self, "admitted", owner or self.address)
 
     def rest(self) -> None:
@@ -91,6 +91,7 @@ class Caller:
         elif self.task is not None:
             self.task.cancel()  # in the handshake, which closes it
         else:
+            asyncio.get_running_loop().remove_reader(self.link)
             self.link.close()
 
     def leave(self) -> None:
@@ -140,22 +141,23 @@ class Door:
             self._listener.close()
         for step in ("silent", "opening", "resting"):
             for caller in self._crowds[step]:
-                self._end(caller)
+                caller.end()
 
     async def wait_closed(self) -> None:
         """As that of asyncio.Server; there is nothing to wait for."""
 
     def move(self, caller: Caller, step: str, owner: str) -> None:
         """A connection comes to another step; nothing happens where all of it is one step."""
-        if caller.is_gone or self._places.admitted is None:
+        if caller.is_gone or caller.step == step or self._places.admitted is None:
             return
+        seconds = {"opening": ARRIVAL_SECONDS, "admitted": None, "resting": self._places.resting_seconds}
+        caller.due(seconds[step])
+        self._put(caller, step, owner)
+
+    def _put(self, caller: Caller, step: str, owner: str) -> None:
         self.forget(caller)
-        caller.is_resting = step == "resting"
+        caller.step = step
         out = self._crowds[step].add(caller, owner)
-        if step == "opening":
-            caller.due(ARRIVAL_SECONDS)
-        else:
-            caller.due(self._places.resting_seconds if caller.is_resting else None)
         if out is not None:
             out.end()
 
@@ -189,19 +191,14 @@ class Door:
         found = address.number(str(whence[0])) if isinstance(whence, tuple) else None
         caller = Caller(self, link, "" if found is None else str(found))
         caller.due(ARRIVAL_SECONDS)
-        out = self._crowds["silent"].add(caller, caller.address)
-        if out is not None:
-            self._end(out)
+        self._put(caller, "silent", caller.address)
         self._loop.add_reader(link, self._open, caller)
 
     def _open(self, caller: Caller) -> None:
         """It sent something, or it is gone."""
         self._loop.remove_reader(caller.link)
-        out = self._crowds["opening"].add(caller, caller.address)
-        self._crowds["silent"].discard(caller)
         caller.task = self._loop.create_task(self._serve(caller))
-        if out is not None:
-            out.end()
+        self._put(caller, "opening", caller.address)
 
     async def _serve(self, caller: Caller) -> None:
         try:
@@ -222,14 +219,9 @@ class Door:
         for step in ("silent", "opening", "resting"):
             caller = self._crowds[step].heaviest()
             if caller is not None:
-                self._end(caller)
+                caller.end()
                 return True
         return False
-
-    def _end(self, caller: Caller) -> None:
-        if caller in self._crowds["silent"]:
-            self._loop.remove_reader(caller.link)
-        caller.end()
 
 
 class _Streams(asyncio.StreamReaderProtocol):

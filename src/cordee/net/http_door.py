@@ -1,8 +1,8 @@
-"""HTTP behind a door (doors.py): uvicorn's protocol, with a deadline for the headers of each request.
+"""HTTP behind a door (doors.py): uvicorn's protocol, with deadlines for headers and body of each request.
 
-uvicorn by itself waits for ever for the first byte, and for the rest of a header; and once it has answered,
-for the rest of a body that nobody reads. Here a connection is admitted for as long as a request of it is being
-answered, and no longer.
+uvicorn by itself waits for ever for the first byte, for the rest of a header or of a body; and once it has
+answered, for the rest of a body that nobody reads. Here a connection is admitted once it has sent a whole
+request, and until that is answered. So those that send slowly lose their places to those that do not.
 """
 
 import socket
@@ -15,6 +15,7 @@ from uvicorn.server import ServerState
 
 from cordee.net.doors import Caller, Door, Places
 
+BODY_SECONDS = 75.0  # from the headers' end; api/bodies.py gives up before, with a status
 # Data that a client does not read for so long ends the connection, also while it is being closed.
 UNREAD_SECONDS = 60
 
@@ -36,18 +37,27 @@ class HttpProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         request = self.cycle
-        if self._caller.is_resting:
+        if self._caller.step == "resting":
             self._caller.reopen()
         super().data_received(data)
-        if self.cycle is not request:
-            self._caller.admit()
+        self._follow(is_new=self.cycle is not request)
 
     def on_response_complete(self) -> None:
         request = self.cycle
         self._caller.rest()
         super().on_response_complete()
         if self.cycle is not request:  # the next one had come already
+            self._caller.reopen()
+            self._follow(is_new=True)
+
+    def _follow(self, *, is_new: bool) -> None:
+        """Something of a request came."""
+        if self.cycle is None or self.cycle.response_complete:
+            return
+        if not self.cycle.more_body:
             self._caller.admit()
+        elif is_new:
+            self._caller.due(BODY_SECONDS)
 
 
 class HttpServer(uvicorn.Server):
@@ -68,9 +78,7 @@ class HttpServer(uvicorn.Server):
         self.servers = [door]  # pyright: ignore[reportAttributeAccessIssue] - it closes them, and no more
 
 
-def open_http(
-    config: uvicorn.Config, listener: socket.socket, places: Places, tls: ssl.SSLContext
-) -> Door:
+def open_http(config: uvicorn.Config, listener: socket.socket, places: Places, tls: ssl.SSLContext) -> Door:
     """A door for HTTP over TLS, for an application without start or end."""
     config.load()
     state = ServerState()

@@ -1,7 +1,9 @@
 """An admin's invitations, and the endpoint where newcomers use them (see enrolment.py).
 
-The endpoint is open while an invitation is. Wrong proofs are counted, by address and in all; above a bound
-every request is refused unread for a while.
+The endpoint is open while an invitation is. Wrong proofs are counted by the address that they come from, which
+is refused for a while when it sent several. That bounds the work; it is no defence of the code, whose secret has
+128 bits. So nobody can lock out a newcomer who comes from another address: with every address of a /8 network,
+five guesses of each in a minute and the 15 minutes that a code lives, somebody would hit it once in 10^29 times.
 """
 
 import asyncio
@@ -46,7 +48,9 @@ INVITES_MAX = 16  # that are remembered, open or not
 BODY_BYTES_MAX = 16 << 10  # a request takes 300 bytes
 FAILED_ATTEMPT_SECONDS = 60.0  # for which a wrong proof counts
 FAILED_ATTEMPTS_MAX = 5  # from one address: a person mistypes a few times
-FAILED_ATTEMPTS_TOTAL_MAX = 50  # from all: nobody guesses 128 bits, so this only bounds the work
+FAILED_ADDRESSES_MAX = (
+    4096  # that are remembered; whoever has more of them is held up by the handshakes alone
+)
 CONNECTIONS_MAX = (32, 8)  # at once, in all and of one address: each has 400 kB
 LINGER_SECONDS = 30.0  # after the last invitation was used, for a newcomer whose answer was lost
 INVITE_SECONDS = 900  # to walk to the other machine and install
@@ -64,19 +68,25 @@ class _Invitation:
 
 
 class FailedAttempts:
-    """Wrong proofs of the last FAILED_ATTEMPT_SECONDS; the newest FAILED_ATTEMPTS_TOTAL_MAX are enough."""
+    """The newest wrong proofs of the last FAILED_ATTEMPT_SECONDS, by the address that they came from."""
 
     def __init__(self) -> None:
-        self._attempts: deque[tuple[float, str]] = deque(maxlen=FAILED_ATTEMPTS_TOTAL_MAX)
+        self._attempts: dict[str, list[float]] = {}  # when; the address that was noted last comes last
 
     def note(self, who: str, now: float) -> None:
         """A wrong proof came from the address `who`."""
-        self._attempts.append((now, who))
+        attempts = [*self._recent(who, now), now][-FAILED_ATTEMPTS_MAX:]
+        self._attempts.pop(who, None)
+        while len(self._attempts) >= FAILED_ADDRESSES_MAX:
+            del self._attempts[next(iter(self._attempts))]
+        self._attempts[who] = attempts
 
     def too_many(self, who: str, now: float) -> bool:
         """Whether requests from this address are to be refused now."""
-        recent = [each for then, each in self._attempts if 0 <= now - then < FAILED_ATTEMPT_SECONDS]
-        return len(recent) >= FAILED_ATTEMPTS_TOTAL_MAX or recent.count(who) >= FAILED_ATTEMPTS_MAX
+        return len(self._recent(who, now)) >= FAILED_ATTEMPTS_MAX
+
+    def _recent(self, who: str, now: float) -> list[float]:
+        return [then for then in self._attempts.get(who, []) if 0 <= now - then < FAILED_ATTEMPT_SECONDS]
 
 
 class Invitations:

@@ -46,15 +46,18 @@ NODE_SUFFIX = ".cordee"  # of the alternative name that holds the node's id
 
 
 class Handshake:
-    """A connection whose handshake is under way, without blocking; it becomes a link or is closed."""
+    """A connection whose handshake is under way, without blocking; it becomes a link or is closed.
 
-    def __init__(self, folder: Path, plain: socket.socket) -> None:
+    `address` is where it comes from. While it is `silent` it costs no more than its socket.
+    """
+
+    def __init__(self, folder: Path, plain: socket.socket, where: str) -> None:
+        self.address = where
+        self.silent = True
         self._folder = folder
         _tune(plain)
         plain.setblocking(False)
-        self._link = _context(folder, server=True).wrap_socket(
-            plain, server_side=True, do_handshake_on_connect=False
-        )
+        self._link = plain
 
     def fileno(self) -> int:
         """For a selector; when it is readable, call `proceed`."""
@@ -66,17 +69,25 @@ class Handshake:
         Raises:
             LinkClosed: the other side is no member, was removed, or closed it; the connection is closed.
         """
+        self.silent = False
         try:
-            self._link.do_handshake()
-            node = check_member(self._folder, self._link.getpeercert())
-            self._link.send(WELCOME)
+            link = self._secured()
+            link.do_handshake()
+            node = check_member(self._folder, link.getpeercert())
+            link.send(WELCOME)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         except (OSError, LinkClosed) as error:  # ssl.SSLError is an OSError
             self._link.close()
             raise LinkClosed(str(error)) from error
-        self._link.settimeout(SOCKET_SECONDS)
-        return node, self._link
+        link.settimeout(SOCKET_SECONDS)
+        return node, link
+
+    def _secured(self) -> ssl.SSLSocket:
+        if not isinstance(self._link, ssl.SSLSocket):
+            context = _context(self._folder, server=True)
+            self._link = context.wrap_socket(self._link, server_side=True, do_handshake_on_connect=False)
+        return self._link
 
     def close(self) -> None:
         """Close the connection."""
@@ -102,16 +113,12 @@ class TlsListener:
         return self._listener.fileno()
 
     def accept(self) -> Handshake | None:
-        """The next connection; None if it was closed again.
-
-        Raises:
-            LinkClosed: this node has no valid identity.
-        """
+        """The next connection; None if it was closed again."""
         try:
-            plain, _ = self._listener.accept()
+            plain, (host, *_) = self._listener.accept()
         except OSError:
             return None
-        return Handshake(self._folder, plain)
+        return Handshake(self._folder, plain, str(address.number(host)))
 
     def close(self) -> None:
         """Stop listening; links that were accepted stay."""
