@@ -1,4 +1,4 @@
-"""Doors under a flood: what says nothing, little or nonsense is bounded, and who comes for something is served."""
+"""Doors under a flood: what says little or nonsense is bounded, and who comes for something is served."""
 
 import asyncio
 import contextlib
@@ -141,9 +141,7 @@ def test_a_crowd_has_its_bounds_and_the_heaviest_makes_room(
 @pytest.mark.parametrize("kind", ["nothing", "a byte", "hello", "plain text"])
 def test_a_flood_is_bounded_and_keeps_nobody_out(tmp_path: Path, kind: str) -> None:
     member = founder(tmp_path / "a")
-    says = {"nothing": b"", "a byte": b"\x16", "hello": hello(), "plain text": b"GET / HTTP/1.1\r\n\r\n"}[
-        kind
-    ]
+    says = {"nothing": b"", "a byte": b"\x16", "hello": hello(), "plain text": b"GET / HTTP/1.1\r\n"}[kind]
 
     async def story() -> None:
         async with echo(member) as (door, port):

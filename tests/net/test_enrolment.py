@@ -209,7 +209,7 @@ def test_wrong_codes_lock_out_their_addresses_and_not_the_newcomer(tmp_path: Pat
 
 
 def test_silent_connections_do_not_stop_an_invitation(tmp_path: Path) -> None:
-    """Neither those that say nothing, nor those that go through TLS and then say nothing, or half a request."""
+    """Neither those that say nothing, nor those that after TLS say nothing, or half a request."""
     admin = founder(tmp_path / "admin")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

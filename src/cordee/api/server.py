@@ -15,8 +15,8 @@ from cordee.net.http_door import HttpServer
 IDLE_SECONDS = 75
 # Answers that are under way at the end may last this long before they are cut off.
 SHUTDOWN_SECONDS = 2
-HEADERS_MAX = 256  # requests whose headers are on their way; those that came first go, if there are more
-# Connections with a request at work: those above app.REQUESTS_MAX are told to come again, and are served then.
+ARRIVING_MAX = 256  # requests of which something is still to come; the oldest go, if there are more
+# Connections with a request at work; those above app.REQUESTS_MAX are told at once to come again.
 ANSWERED_MAX = 4096
 IDLE_MAX = 512  # connections that wait for their next request; the oldest go, if there are more
 
@@ -41,8 +41,8 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     places = Places(
-        (HEADERS_MAX, HEADERS_MAX),
-        (ANSWERED_MAX, ANSWERED_MAX),
+        opening=(ARRIVING_MAX, ARRIVING_MAX),
+        admitted=(ANSWERED_MAX, ANSWERED_MAX),
         resting=IDLE_MAX,
         resting_seconds=IDLE_SECONDS,
     )

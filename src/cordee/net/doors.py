@@ -10,9 +10,9 @@ A silent connection has neither a task nor a buffer, so that thousands cost noth
 the 256 KiB of a TLS connection before it has said a word. From the beginning until it is admitted it has one
 deadline, for the handshake and the first message together. What it may do then is its server's to bound.
 
-A door leaves DESCRIPTORS_RESERVED to the rest of the process: files, the bus, and the sockets of a worker that
-takes the place of a dead one. The system hands out the lowest free descriptor, so a high one shows that few
-are left.
+A door leaves DESCRIPTORS_RESERVED to the rest of the process: files, the bus, and the sockets of a worker
+that takes the place of a dead one. The system hands out the lowest free descriptor, so a high one shows that
+few are left.
 """
 
 import asyncio
@@ -184,12 +184,11 @@ class Door:
             if link.fileno() >= self._highest and not self._make_room():
                 link.close()
             else:
-                self._begin(link, whence)
+                self._begin(link, whence[0] if whence else "")  # a Unix socket comes from nowhere
 
-    def _begin(self, link: socket.socket, whence: object) -> None:
+    def _begin(self, link: socket.socket, host: str) -> None:
         link.setblocking(False)
-        found = address.number(str(whence[0])) if isinstance(whence, tuple) else None
-        caller = Caller(self, link, "" if found is None else str(found))
+        caller = Caller(self, link, str(address.number(host) or ""))
         caller.due(ARRIVAL_SECONDS)
         self._put(caller, "silent", caller.address)
         self._loop.add_reader(link, self._open, caller)
@@ -252,7 +251,7 @@ def open_streams(
 
 
 def allow_descriptors() -> None:
-    """Raise this process's limit of open files, sockets among them, to DESCRIPTORS where the system lets it."""
+    """Raise this process's limit of open files, sockets among them, to DESCRIPTORS if the system lets it."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

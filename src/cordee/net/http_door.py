@@ -10,7 +10,7 @@ import ssl
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from cordee.net.doors import Caller, Door, Places
@@ -52,9 +52,10 @@ class HttpProtocol(H11Protocol):
 
     def _follow(self, *, is_new: bool) -> None:
         """Something of a request came."""
-        if self.cycle is None or self.cycle.response_complete:
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is None or cycle.response_complete:
             return
-        if not self.cycle.more_body:
+        if not cycle.more_body:
             self._caller.admit()
         elif is_new:
             self._caller.due(BODY_SECONDS)

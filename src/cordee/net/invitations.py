@@ -1,9 +1,9 @@
 """An admin's invitations, and the endpoint where newcomers use them (see enrolment.py).
 
-The endpoint is open while an invitation is. Wrong proofs are counted by the address that they come from, which
-is refused for a while when it sent several. That bounds the work; it is no defence of the code, whose secret has
-128 bits. So nobody can lock out a newcomer who comes from another address: with every address of a /8 network,
-five guesses of each in a minute and the 15 minutes that a code lives, somebody would hit it once in 10^29 times.
+The endpoint is open while an invitation is. Wrong proofs are counted by the address that they come from,
+which is refused for a while when it sent several; so nobody locks out a newcomer at another address. The count
+bounds the work. What keeps guessers out is the secret, of 128 bits: with all 16 million addresses of a network,
+five guesses a minute from each, and the 15 minutes that a code lives, one such attack in 10^29 would succeed.
 """
 
 import asyncio
@@ -48,9 +48,7 @@ INVITES_MAX = 16  # that are remembered, open or not
 BODY_BYTES_MAX = 16 << 10  # a request takes 300 bytes
 FAILED_ATTEMPT_SECONDS = 60.0  # for which a wrong proof counts
 FAILED_ATTEMPTS_MAX = 5  # from one address: a person mistypes a few times
-FAILED_ADDRESSES_MAX = (
-    4096  # that are remembered; whoever has more of them is held up by the handshakes alone
-)
+FAILED_ADDRESSES_MAX = 4096  # that are remembered: whoever has more is held up by the handshakes alone
 CONNECTIONS_MAX = (32, 8)  # at once, in all and of one address: each has 400 kB
 LINGER_SECONDS = 30.0  # after the last invitation was used, for a newcomer whose answer was lost
 INVITE_SECONDS = 900  # to walk to the other machine and install

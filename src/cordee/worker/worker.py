@@ -80,10 +80,7 @@ HANDSHAKES_MAX = (16, 8)
 JOINS_MAX = 4  # of one node that are not wired yet, so that none can keep out those of another
 BACKLOG = 64  # local peers that connect during a decode: with a full backlog the right one would be refused
 JOIN_SECONDS = 1.0  # for the rest of a Join that began to arrive: it is one small write
-KV_READERS_MAX = (
-    16,
-    16,
-)  # workers of the next placement whose layers overlap with this one's, and some that fell
+KV_READERS_MAX = 16  # workers of the next placement whose layers overlap with this one's, and some that fell
 # The tokens of a micro-batch that goes round are held back for this long, to be sent together: nobody reads
 # faster, and each message costs the scheduler's process as much as a layer of a small model.
 GATHER_SECONDS = 0.02
@@ -130,7 +127,7 @@ class Worker:
         self._sent_at = 0.0  # when tokens were sent last
         self._wiring = ""
         self._left_wiring = ""  # the last wiring that was left, whose sequences are still here
-        self._kv_readers: Crowd[socket.socket] = Crowd(*KV_READERS_MAX)
+        self._kv_readers: Crowd[socket.socket] = Crowd(KV_READERS_MAX, KV_READERS_MAX)
         self._admitted: tuple[str, frozenset[str]] = ("", frozenset())  # a wiring, and who may read from it
         self._early_readers: dict[tuple[str, str], socket.socket] = {}  # by wiring and node, not admitted yet
         self._kv_sources: KvSources | None = None
@@ -139,9 +136,8 @@ class Worker:
         self._listener: TlsListener | None = None
         self._silent: Crowd[Handshake] = Crowd(*SILENT_MAX)  # of other machines, that said nothing yet
         self._handshakes: Crowd[Handshake] = Crowd(*HANDSHAKES_MAX)  # that are still proving who they are
-        self._unjoined: Crowd[_Caller] = Crowd(
-            PEERS_MAX, PEERS_OF_NODE_MAX
-        )  # that have not said yet what they join
+        # That have not said yet what they join.
+        self._unjoined: Crowd[_Caller] = Crowd(PEERS_MAX, PEERS_OF_NODE_MAX)
         self._early: dict[
             tuple[Join, str], socket.socket
         ] = {}  # that joined before this worker's Wire, by node
