@@ -7,7 +7,7 @@ request, and until that is answered. So those that send slowly lose their places
 
 import socket
 import ssl
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
@@ -52,7 +52,7 @@ class HttpProtocol(H11Protocol):
 
     def _follow(self, *, is_new: bool) -> None:
         """Something of a request came."""
-        cycle: RequestResponseCycle | None = self.cycle
+        cycle = cast("RequestResponseCycle | None", self.cycle)  # None before the first request
         if cycle is None or cycle.response_complete:
             return
         if not cycle.more_body:

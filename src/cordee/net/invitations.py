@@ -1,9 +1,9 @@
 """An admin's invitations, and the endpoint where newcomers use them (see enrolment.py).
 
 The endpoint is open while an invitation is. Wrong proofs are counted by the address that they come from,
-which is refused for a while when it sent several; so nobody locks out a newcomer at another address. The count
-bounds the work. What keeps guessers out is the secret, of 128 bits: with all 16 million addresses of a network,
-five guesses a minute from each, and the 15 minutes that a code lives, one such attack in 10^29 would succeed.
+which is refused for a while when it sent several; so nobody locks out a newcomer at another address. This
+bounds the work. What keeps guessers out is the secret, of 128 bits: with 16 million addresses of a network,
+five guesses a minute from each, and the 15 minutes that a code lives, one attack in 10^29 would succeed.
 """
 
 import asyncio

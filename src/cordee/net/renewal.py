@@ -34,6 +34,7 @@ from cordee.net import address, enrolment, identity, scouting
 from cordee.net.doors import Caller, Door, Places, open_streams
 from cordee.net.identity import Identity
 from cordee.net.members import KnownMember, Members
+from cordee.net.peers import Peers
 
 REQUEST = b"renew"  # whoever only listens learns nothing
 NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python's ssl has no name for
@@ -208,13 +209,19 @@ def _take(member: Identity, answer: RenewalAnswer, now: float) -> None:
 
 
 def _endpoints(member: Identity, hosts: Iterable[str] = ()) -> list[tuple[KnownMember, str]]:
-    """Where admins renew: where each was last; then at its port on `hosts`, for it may have moved."""
+    """Where admins renew: where each was last; then at its port on `hosts`, for it may have moved.
+
+    Where they were is what they said: only addresses in this machine's networks are asked, and hosts at which
+    nodes were seen on the bus, which a person gave.
+    """
+    seen = {host for addresses in Peers(member).known.values() for host in address.hosts(addresses)}
     found: dict[str, KnownMember] = {}
     for admin in Members(member).admins[:ADMINS_MAX]:
         for where in admin.renewals.split(",")[: address.ADDRESSES_MAX]:
             with contextlib.suppress(BadRequest):
-                _, port = address.parse(where, 0)
-                found.setdefault(where, admin)
+                own_host, port = address.parse(where, 0)
+                if address.is_near(own_host) or own_host in seen:
+                    found.setdefault(where, admin)
                 for host in hosts:
                     found.setdefault(address.text(host, port), admin)
     return [(admin, where) for where, admin in found.items()]

@@ -36,6 +36,7 @@ from zenoh.handlers import Callback  # pyright: ignore[reportMissingModuleSource
 from cordee.errors import BadRequest, SetupNeeded
 from cordee.net import address
 from cordee.net.bus import PORT, REMOVED, Answer, BusOptions
+from cordee.net.claims import Claims
 from cordee.net.identity import Identity, revoked_node
 from cordee.net.peers import Peers
 from cordee.net.zenoh_config import MESSAGE_BYTES_MAX, RUNTIME, session_config
@@ -44,6 +45,7 @@ INBOX_MESSAGES_MAX = 4096  # a second of heartbeats and tokens of the largest cl
 INBOX_BYTES_MAX = 64 << 20  # two of the longest messages
 OUTBOX_MESSAGES_MAX = 1024  # more means that no neighbour takes any data
 QUERIES_MAX = 64  # that are answered at once; the rest get no answer and are asked again
+WATCHED_MAX = 16_384  # keys of one pattern: two of each node, and many that a member may make up
 ANSWERS_MAX = 256  # to one query: one from each node
 REPLY_THREADS = 2  # chunks to two slow neighbours do not stop those to a third
 PORT_SECONDS = 0.01  # between checks whether the port of a closed session is free
@@ -100,6 +102,8 @@ class _Watch:
 
     def note(self, key: str, alive: bool) -> None:
         """The present session saw a key appear or disappear."""
+        if alive and len(self.seen) >= WATCHED_MAX:
+            return
         (self.seen.add if alive else self.seen.discard)(key)
         if alive != (key in self.reported):
             (self.reported.add if alive else self.reported.discard)(key)
@@ -121,6 +125,8 @@ class ZenohBus:
         self._loop = asyncio.get_running_loop()
         self._prefix = f"cordee/{identity.cluster}/"
         self._peers = Peers(identity)
+        given = [address.peer(each, PORT)[0] for each in options.peers]
+        self._claims = Claims(identity, self._peers, given)
         self._session: zenoh.Session | None = None
         self._tokens: list[zenoh.LivelinessToken] = []  # held here: zenoh undeclares those that are dropped
         self._turn = asyncio.Lock()  # one reopening at a time
@@ -299,6 +305,7 @@ class ZenohBus:
             await self._end_session()
         for task in self._tasks:
             task.cancel()
+        await self._claims.close()
         await asyncio.gather(*self._closing)
         for pool in (self._sender, self._repliers):
             await asyncio.to_thread(pool.shutdown)
@@ -413,10 +420,10 @@ class ZenohBus:
         return str(key).removeprefix(self._prefix)
 
     def _remember(self, key: str, alive: bool) -> None:
-        """Keep where a node was seen last; its token is `at/NODE/ADDRESSES`."""
+        """Keep where a node is, if that is so; its token is `at/NODE/ADDRESSES`."""
         _, node, addresses = key.split("/")
         if alive and node != self._identity.node:
-            self._peers.remember(node, addresses)
+            self._claims.hear(node, addresses)
 
 
 def _free_port(listening: address.Listening) -> int:

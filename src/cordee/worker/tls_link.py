@@ -145,7 +145,7 @@ def connect(folder: Path, endpoint: str, node: str) -> ssl.SSLSocket:
 
 
 def _connect(folder: Path, where: str, node: str, until: float) -> ssl.SSLSocket:
-    plain = socket.create_connection(address.parse(where, 0), min(CONNECT_SECONDS, _left(until)))
+    plain = socket.create_connection(_dialled(folder, where), min(CONNECT_SECONDS, _left(until)))
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(plain.close)
         _tune(plain)
@@ -159,6 +159,29 @@ def _connect(folder: Path, where: str, node: str, until: float) -> ssl.SSLSocket
         link.settimeout(SOCKET_SECONDS)
         on_failure.pop_all()
     return link
+
+
+def _dialled(folder: Path, where: str) -> tuple[str, int]:
+    """Host and port of an address that another node named, if it is one to connect to.
+
+    Those are the addresses in this machine's networks, and those at which nodes were seen on the bus, which a
+    person gave.
+
+    Raises:
+        BadRequest: it is no address.
+        LinkClosed: it is outside.
+    """
+    host, port = address.parse(where, 0)
+    if not address.is_near(host):
+        remembered = ""
+        with contextlib.suppress(OSError):
+            remembered = (folder / "peers").read_text(encoding="ascii", errors="replace")
+        if not any(host in address.hosts(each) for each in remembered.split()):
+            raise LinkClosed(
+                f"{host} is in none of this machine's networks; if it is a node's, `cordee up --peer {host}` "
+                "allows it"
+            )
+    return host, port
 
 
 async def node_behind(folder: Path, host: str, port: int) -> str:
@@ -192,7 +215,7 @@ async def open_stream(
         writer = None
         try:
             async with asyncio.timeout(HANDSHAKE_SECONDS):
-                host, port = address.parse(each, 0)
+                host, port = _dialled(folder, each)
                 context = _context(folder, server=False)
                 reader, writer = await asyncio.open_connection(host, port, ssl=context)
                 _tune(writer.get_extra_info("socket"))
