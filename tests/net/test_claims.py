@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cordee.errors import BadRequest
-from cordee.net import address, claims, peers, renewal
+from cordee.net import address, claims, peers, renewal, zenoh_bus
 from cordee.net.bus import BusOptions
 from cordee.net.claims import Claims
 from cordee.net.identity import SLOTS, Identity
@@ -132,18 +132,22 @@ def test_a_flood_of_claims_pushes_nobody_out(tmp_path: Path, monkeypatch: pytest
     asyncio.run(story())
 
 
-def test_a_member_that_announces_thousands_of_nodes_fills_nothing(tmp_path: Path) -> None:
+def test_a_member_that_announces_thousands_of_nodes_fills_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the real bus: the tokens of one member, with ids and addresses that it made up."""
+    monkeypatch.setattr(claims, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(zenoh_bus, "LOOK_AGAIN_SECONDS", 0.1)
     me, liar, honest = cluster(tmp_path, 3)
 
     async def story() -> None:
-        a = await ZenohBus.open(me, BusOptions("127.0.0.1:0"))
-        b = await ZenohBus.open(liar, BusOptions("127.0.0.1:0", tuple(a.addresses)))
-        for number in range(2000):
+        a = await ZenohBus.open(me, BusOptions("127.0.0.1:0", scouting=""))
+        b = await ZenohBus.open(liar, BusOptions("127.0.0.1:0", tuple(a.addresses), ""))
+        for number in range(1000):
             where = ("127.0.0.1:9", f"{OUTSIDE[0]}:443")[number % 2]
             b.announce(f"at/{fake(number)}/{where}")
         b.announce(f"at/{honest.node}/{b.addresses[0]}")
-        c = await ZenohBus.open(honest, BusOptions("127.0.0.1:0", tuple(a.addresses)))
+        c = await ZenohBus.open(honest, BusOptions("127.0.0.1:0", tuple(a.addresses), ""))
         try:
             await until(lambda: Peers(me).known.get(honest.node) == c.addresses[0])
             assert len(a.remembered) <= peers.UNPROVEN_MAX + 2

@@ -18,7 +18,7 @@ from cordee.net import address, identity
 from cordee.net.identity import Identity
 from cordee.net.peers import Peers
 
-CLAIMS_MAX = 64  # that wait to be looked at; the oldest are dropped: their nodes say it again
+CLAIMS_MAX = 64  # that wait to be looked at; the oldest are dropped, and heard again later
 LOOKS_MAX = 4  # at once
 LOOK_SECONDS = 5.0  # for an address: TCP repeats itself after one and after three
 PAUSE_SECONDS = 0.5  # after one that did not hold: what is false costs a write to the disk at most so often
