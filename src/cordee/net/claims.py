@@ -1,10 +1,10 @@
 """Where nodes are said to be on the bus, looked at before it is remembered.
 
 Any member can announce any node at any address, and what is remembered is dialled for ever after. So an
-address counts as a node's once the node's own certificate was seen there. What shows another certificate is
-dropped; where nothing answers, as behind a firewall, the node is remembered among a few that peers.py keeps
-from pushing out others. Addresses outside of this machine's networks (`address.is_near`) are not even tried,
-unless a person gave them with --peer.
+address counts as a node's once the node's own certificate was seen there. Until then, and where nothing
+answers, as behind a firewall, the node is remembered among a few that peers.py keeps from pushing out others;
+what shows another certificate is forgotten. Addresses outside of this machine's networks (`address.is_near`)
+are not even tried, unless a person gave them with --peer.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from cryptography import x509
 from cordee.errors import BadRequest
 from cordee.net import address, identity
 from cordee.net.identity import Identity
-from cordee.net.peers import Peers
+from cordee.net.peers import UNPROVEN_MAX, Peers
 
 CLAIMS_MAX = 64  # that wait to be looked at; the oldest are dropped, and heard again later
 LOOKS_MAX = 4  # at once
@@ -43,6 +43,8 @@ class Claims:
         near = ",".join(each for each in claimed if self._may_dial(each))
         if not near or self._peers.is_proven(node, near) or node in self._identity.revoked:
             return
+        if node not in self._peers.known and len(self._peers.unproven) < UNPROVEN_MAX:
+            self._peers.remember(node, near, proven=False)
         self._waiting.pop((node, near), None)
         while len(self._waiting) >= CLAIMS_MAX:
             del self._waiting[next(iter(self._waiting))]
@@ -74,6 +76,8 @@ class Claims:
             proven = [where for where, its in zip(claimed, found, strict=True) if its == node]
             silent = [where for where, its in zip(claimed, found, strict=True) if its is None]
             self._peers.remember(node, ",".join(proven or silent), proven=bool(proven))
+            if not proven and not silent and node in self._peers.unproven:
+                self._peers.forget(node)
             if not proven:
                 await asyncio.sleep(PAUSE_SECONDS)
 

@@ -21,6 +21,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 from cordee.net import address
 from cordee.net.crowd import Crowd
@@ -126,7 +127,10 @@ class Door:
             "admitted": Crowd[Caller](*(places.admitted or (0, 0))),
             "resting": Crowd[Caller](places.resting, places.resting),
         }
-        self._highest = _descriptors() - DESCRIPTORS_RESERVED
+        # Only this user comes through a Unix socket: to see what is wrong, and to mend it.
+        is_local = listener.family == socket.AF_UNIX
+        self._highest = _descriptors() - (0 if is_local else DESCRIPTORS_RESERVED)
+        _doors.add(self)
         self._pause: asyncio.TimerHandle | None = None
         listener.setblocking(False)
         listener.listen(BACKLOG)
@@ -177,13 +181,16 @@ class Door:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError:  # the system has no descriptor left
-                if not self._make_room():
+                if not _make_room():
                     self._loop.remove_reader(self._listener)
                     self._pause = self._loop.call_later(PAUSE_SECONDS, self._listen)
                 return
-            if link.fileno() >= self._highest and not self._make_room():
+            is_high = link.fileno() >= self._highest
+            if is_high and not _make_room():
                 link.close()
             else:
+                if is_high:
+                    _make_room()  # for one that is there already, so that there are fewer
                 self._begin(link, whence[0] if whence else "")  # a Unix socket comes from nowhere
 
     def _begin(self, link: socket.socket, host: str) -> None:
@@ -213,14 +220,22 @@ class Door:
             if not isinstance(error, OSError | asyncio.CancelledError):  # no TLS, or gone; it is one too many
                 raise
 
-    def _make_room(self) -> bool:
-        """End a connection that nobody would miss; False if there is none."""
-        for step in ("silent", "opening", "resting"):
-            caller = self._crowds[step].heaviest()
-            if caller is not None:
-                caller.end()
-                return True
-        return False
+    def idlers(self, step: str) -> Crowd[Caller]:
+        """The connections at a step."""
+        return self._crowds[step]
+
+
+_doors: WeakSet[Door] = WeakSet()  # all of this process
+
+
+def _make_room() -> bool:
+    """End a connection, at any door, that nobody would miss; False if there is none."""
+    for step in ("silent", "opening", "resting"):
+        caller = max((door.idlers(step) for door in _doors), key=len).heaviest()
+        if caller is not None:
+            caller.end()
+            return True
+    return False
 
 
 class _Streams(asyncio.StreamReaderProtocol):

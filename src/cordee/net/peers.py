@@ -34,6 +34,11 @@ class Peers:
         """All of them by id, their addresses joined by commas."""
         return {node: ",".join(addresses) for node, addresses in self._known.items()}
 
+    @property
+    def unproven(self) -> frozenset[str]:
+        """Those of which it was only said where they are."""
+        return frozenset(self._unproven)
+
     def addresses(self) -> list[str]:
         """Where to look for nodes that were not removed."""
         revoked = self._identity.revoked
