@@ -2,10 +2,14 @@
 
 import asyncio
 import contextlib
+import http.client
+import socket
+import ssl
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
+import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from hypothesis import given
@@ -14,6 +18,7 @@ from hypothesis import strategies as st
 from cordee.errors import JoinFailed
 from cordee.net import enrolment, identity
 from cordee.net import invitations as invitations_module
+from cordee.net.address import parse
 from cordee.net.enrolment import Code, read_code
 from cordee.net.identity import Identity
 from cordee.net.invitations import Invitations
@@ -149,16 +154,85 @@ def test_guesses_are_refused_and_bounded(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-def test_failed_attempts_are_counted_by_address_and_in_all() -> None:
+def test_failed_attempts_are_counted_by_address_alone() -> None:
     failed_attempts = invitations_module.FailedAttempts()
     for number in range(invitations_module.FAILED_ATTEMPTS_MAX):
         assert not failed_attempts.too_many("a", 0.0)
         failed_attempts.note("a", float(number))
     assert failed_attempts.too_many("a", 10.0) and not failed_attempts.too_many("b", 10.0)
-    for number in range(invitations_module.FAILED_ATTEMPTS_TOTAL_MAX):
+    for number in range(2 * invitations_module.FAILED_ADDRESSES_MAX):
         failed_attempts.note(str(number), 10.0)
-    assert failed_attempts.too_many("b", 11.0)
-    assert not failed_attempts.too_many("a", 10.0 + invitations_module.FAILED_ATTEMPT_SECONDS)
+    assert len(failed_attempts._attempts) == invitations_module.FAILED_ADDRESSES_MAX
+    assert not failed_attempts.too_many("b", 11.0)
+    for number in range(1000):
+        failed_attempts.note("a", 20.0 + number / 100)
+    assert len(failed_attempts._attempts["a"]) == invitations_module.FAILED_ATTEMPTS_MAX
+    assert failed_attempts.too_many("a", 30.0)
+    assert not failed_attempts.too_many("a", 30.0 + invitations_module.FAILED_ATTEMPT_SECONDS)
+
+
+ATTACKERS = [f"127.0.1.{number}" for number in range(1, 13)]  # addresses of this machine
+
+
+def post(endpoint: str, body: bytes, whence: str) -> bytes:
+    """What the endpoint answers to a machine that does not look at certificates."""
+    host, port = parse(endpoint, 0)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    source = (whence, 0)
+    connection = http.client.HTTPSConnection(host, port, timeout=20, context=context, source_address=source)
+    with contextlib.closing(connection):
+        connection.request("POST", "/join", body)
+        return connection.getresponse().read()
+
+
+@pytest.mark.parametrize("kind", ["wrong codes", "nonsense"])
+def test_wrong_codes_lock_out_their_addresses_and_not_the_newcomer(tmp_path: Path, kind: str) -> None:
+    admin = founder(tmp_path / "admin")
+    body = b"nonsense"
+    if kind == "wrong codes":
+        wanted = identity.certificate_request(identity.new_key())
+        body = msgspec.msgpack.encode(enrolment.Application(wanted, b"x" * 32))
+
+    async def story() -> None:
+        async with invitations(admin) as opened:
+            code = await opened.invite()
+            endpoint = read_code(code).addresses[0]
+            for whence in ATTACKERS:
+                for _ in range(invitations_module.FAILED_ATTEMPTS_MAX):
+                    assert b"unknown" in await asyncio.to_thread(post, endpoint, body, whence)
+                assert b"busy" in await asyncio.to_thread(post, endpoint, body, whence)
+            joined = await join(tmp_path / "new", code)
+        assert joined.cluster == admin.cluster
+
+    asyncio.run(story())
+
+
+def test_silent_connections_do_not_stop_an_invitation(tmp_path: Path) -> None:
+    """Neither those that say nothing, nor those that after TLS say nothing, or half a request."""
+    admin = founder(tmp_path / "admin")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+
+    def idle(where: tuple[str, int], number: int) -> socket.socket:
+        link = socket.create_connection(where, 20)
+        if number % 3:
+            with contextlib.suppress(OSError):
+                link = context.wrap_socket(link)
+                link.sendall(b"POST /join HTTP/1.1\r\n" * (number % 3 - 1))
+        return link
+
+    async def story() -> None:
+        async with invitations(admin) as opened:
+            code = await opened.invite()
+            where = parse(read_code(code).addresses[0], 0)
+            links = [await asyncio.to_thread(idle, where, number) for number in range(60)]
+            joined = await join(tmp_path / "new", code)
+            for link in links:
+                link.close()
+        assert joined.cluster == admin.cluster
+
+    asyncio.run(story())
 
 
 def test_an_impostor_never_gets_the_secret_nor_a_member(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ from cordee.machine.energy import Meter
 from cordee.models.store import Store
 from cordee.net import address, enrolment, renewal
 from cordee.net.bus import Bus, BusOptions
+from cordee.net.doors import Door
 from cordee.net.identity import Identity
 from cordee.net.invitations import Invitations
 from cordee.net.latency import Distances
@@ -131,7 +132,7 @@ class Agent:
         self._wanted: set[str] = set()  # models that clients asked for, and that are about to be deployed
         self._scheduler_hosts: dict[str, SchedulerHost] = {}  # by stream key
         self._stages: Stages | None = None
-        self._inbox: asyncio.Server | None = None
+        self._inbox: Door | None = None
         self._links: set[asyncio.StreamWriter] = set()  # that bring tokens
         self._facts: Facts | None = None
         self._news = asyncio.Event()

@@ -119,11 +119,11 @@ async def _node_behind(identity: Identity, host: str, port: int) -> str:
 
 
 def _some(endpoint: str) -> Iterable[tuple[str, int]]:
-    """The numeric addresses of an endpoint, as another node announced it."""
+    """The addresses of an endpoint that another node announced, as far as they may be dialled."""
     for each in endpoint.split(",")[: address.ADDRESSES_MAX]:
         try:
             host, port = address.parse(each, 0)
         except BadRequest:
             continue
-        if port and address.number(host) is not None:
+        if port and address.is_near(host):
             yield host, port

@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn on a socket that already listens, ended by cancellation."""
+"""The HTTP server: uvicorn on a socket that is open already, behind a door; ended by cancellation."""
 
 import asyncio
 import contextlib
@@ -7,13 +7,18 @@ import socket
 import uvicorn
 from starlette.types import ASGIApp
 
+from cordee.net.doors import Places, allow_descriptors
+from cordee.net.http_door import HttpServer
+
 # Clients keep idle connections for 5 s (httpx) to 60 s (browsers) and then believe them still open: a server
 # that closes first breaks the next request.
 IDLE_SECONDS = 75
 # Answers that are under way at the end may last this long before they are cut off.
 SHUTDOWN_SECONDS = 2
-# A thousand clients at once need more than the 1,024 open files that many systems start with.
-OPEN_FILES = 16_384
+ARRIVING_MAX = 256  # requests of which something is still to come; the oldest go, if there are more
+# Connections with a request at work; those above app.REQUESTS_MAX are told at once to come again.
+ANSWERED_MAX = 4096
+IDLE_MAX = 512  # connections that wait for their next request; the oldest go, if there are more
 
 
 async def serve(app: ASGIApp, listener: socket.socket) -> None:
@@ -22,7 +27,7 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
     Then no connection is accepted any more, answers that are under way get SHUTDOWN_SECONDS, and the
     listener is closed. Signals are left to the caller; requests are not logged.
     """
-    _allow_open_files()
+    allow_descriptors()
     config = uvicorn.Config(
         app,
         http="h11",
@@ -35,7 +40,13 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
-    server = uvicorn.Server(config)
+    places = Places(
+        opening=(ARRIVING_MAX, ARRIVING_MAX),
+        admitted=(ANSWERED_MAX, ANSWERED_MAX),
+        resting=IDLE_MAX,
+        resting_seconds=IDLE_SECONDS,
+    )
+    server = HttpServer(config, listener, places)
     server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue] - it is a context manager, too
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
@@ -44,15 +55,3 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
         server.should_exit = True
         await serving
         raise
-
-
-def _allow_open_files() -> None:
-    """Raise the process's limit of open files to OPEN_FILES where the system lets it."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

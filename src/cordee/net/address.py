@@ -38,6 +38,14 @@ CONTAINERS = (
 )
 TUNNELS = ("tun", "tap", "wg", "tailscale", "zt", "ppp", "utun", "nebula", "ipsec", "vpn", "gre", "sit")
 
+# Of networks that belong to somebody: RFC 1918, RFC 4193, and RFC 6598, which VPNs such as Tailscale use.
+PRIVATE = tuple(
+    map(
+        ipaddress.ip_network,
+        ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"),
+    )
+)
+
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -92,6 +100,15 @@ def number(host: str) -> IpAddress | None:
     except ValueError:
         return None
     return found.ipv4_mapped or found if isinstance(found, ipaddress.IPv6Address) else found
+
+
+def hosts(endpoint: str) -> list[str]:
+    """The hosts of addresses that are joined by commas; what is no address is left out."""
+    found: list[str] = []
+    for each in endpoint.split(",")[:ADDRESSES_MAX]:
+        with contextlib.suppress(BadRequest):
+            found.append(parse(each, 0)[0])
+    return found
 
 
 def text(host: str, port: int) -> str:
@@ -249,6 +266,36 @@ def is_loopback(endpoint: str) -> bool:
     except BadRequest:
         return False
     return found is not None and found.is_loopback
+
+
+def is_near(host: str) -> bool:
+    """Whether a host that another node named is in one of this machine's own networks, and may be dialled.
+
+    It must be a number, so that nobody has this machine ask for names. Private, link-local and loopback
+    addresses always are: a VPN or a routed network has more of them than the interfaces show. Of public ones
+    those are that share a network with an interface. Where machines with public addresses sit behind routers,
+    each has to be given with --peer.
+    """
+    found = number(host)
+    if found is None or found.is_multicast or found.is_unspecified:
+        return False
+    if found.is_loopback or found.is_link_local or any(found in network for network in PRIVATE):
+        return True
+    return any(found in network for network in _networks())
+
+
+def _networks() -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
+    """Those that this machine's interfaces are in."""
+    found: list[ipaddress.IPv4Network | ipaddress.IPv6Network] = []
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            if not entry.netmask or entry.family not in (socket.AF_INET, socket.AF_INET6):
+                continue
+            bits = int(ipaddress.ip_address(entry.netmask)).bit_count()
+            if bits:  # a tunnel may say that everything is at its other end
+                own_host = entry.address.partition("%")[0]
+                found.append(ipaddress.ip_network(f"{own_host}/{bits}", strict=False))
+    return found
 
 
 def network_of(endpoint: str) -> str:

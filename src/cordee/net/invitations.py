@@ -1,14 +1,16 @@
 """An admin's invitations, and the endpoint where newcomers use them (see enrolment.py).
 
-The endpoint is open while an invitation is. Wrong proofs are counted, by address and in all; above a bound
-every request is refused unread for a while.
+The endpoint is open while an invitation is. Wrong proofs are counted by the address that they come from,
+which is refused for a while when it sent several; so nobody locks out a newcomer at another address. This
+bounds the work. What keeps guessers out is the secret, of 128 bits: with 16 million addresses of a network,
+five guesses a minute from each, and the 15 minutes that a code lives, one attack in 10^29 would succeed.
 """
 
 import asyncio
-import contextlib
 import hmac
 import os
 import socket
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -25,6 +27,7 @@ from cordee import __version__
 from cordee.cluster.membership import WIRE
 from cordee.errors import JoinFailed
 from cordee.net import address, identity
+from cordee.net.doors import Door, Places
 from cordee.net.enrolment import (
     SECRET_BYTES,
     Admission,
@@ -36,6 +39,7 @@ from cordee.net.enrolment import (
     proof_of,
     seal,
 )
+from cordee.net.http_door import open_http
 from cordee.net.identity import Identity
 from cordee.net.members import KnownMember
 from cordee.net.peers import Peers
@@ -44,8 +48,8 @@ INVITES_MAX = 16  # that are remembered, open or not
 BODY_BYTES_MAX = 16 << 10  # a request takes 300 bytes
 FAILED_ATTEMPT_SECONDS = 60.0  # for which a wrong proof counts
 FAILED_ATTEMPTS_MAX = 5  # from one address: a person mistypes a few times
-FAILED_ATTEMPTS_TOTAL_MAX = 50  # from all: nobody guesses 128 bits, so this only bounds the work
-CONNECTIONS_MAX = 32
+FAILED_ADDRESSES_MAX = 4096  # that are remembered: whoever has more is held up by the handshakes alone
+CONNECTIONS_MAX = (32, 8)  # at once, in all and of one address: each has 400 kB
 LINGER_SECONDS = 30.0  # after the last invitation was used, for a newcomer whose answer was lost
 INVITE_SECONDS = 900  # to walk to the other machine and install
 CODE_ADDRESSES_MAX = 3  # so that a code stays one line
@@ -62,19 +66,25 @@ class _Invitation:
 
 
 class FailedAttempts:
-    """Wrong proofs of the last FAILED_ATTEMPT_SECONDS; the newest FAILED_ATTEMPTS_TOTAL_MAX are enough."""
+    """The newest wrong proofs of the last FAILED_ATTEMPT_SECONDS, by the address that they came from."""
 
     def __init__(self) -> None:
-        self._attempts: deque[tuple[float, str]] = deque(maxlen=FAILED_ATTEMPTS_TOTAL_MAX)
+        self._attempts: dict[str, list[float]] = {}  # when; the address that was noted last comes last
 
     def note(self, who: str, now: float) -> None:
         """A wrong proof came from the address `who`."""
-        self._attempts.append((now, who))
+        attempts = [*self._recent(who, now), now][-FAILED_ATTEMPTS_MAX:]
+        self._attempts.pop(who, None)
+        while len(self._attempts) >= FAILED_ADDRESSES_MAX:
+            del self._attempts[next(iter(self._attempts))]
+        self._attempts[who] = attempts
 
     def too_many(self, who: str, now: float) -> bool:
         """Whether requests from this address are to be refused now."""
-        recent = [each for then, each in self._attempts if 0 <= now - then < FAILED_ATTEMPT_SECONDS]
-        return len(recent) >= FAILED_ATTEMPTS_TOTAL_MAX or recent.count(who) >= FAILED_ATTEMPTS_MAX
+        return len(self._recent(who, now)) >= FAILED_ATTEMPTS_MAX
+
+    def _recent(self, who: str, now: float) -> list[float]:
+        return [then for then in self._attempts.get(who, []) if 0 <= now - then < FAILED_ATTEMPT_SECONDS]
 
 
 class Invitations:
@@ -136,6 +146,14 @@ class Invitations:
         await asyncio.gather(*self._serving, return_exceptions=True)
 
     async def _serve(self, listener: socket.socket) -> None:
+        door = self._open(listener)
+        try:
+            await self._until_unwanted()
+        finally:
+            self._port = 0  # the next invitation opens another
+            door.close()
+
+    def _open(self, listener: socket.socket) -> Door:
         routes = [Route("/cluster", self._show), Route("/join", self._join, methods=["POST"])]
         config = uvicorn.Config(
             Starlette(routes=routes),
@@ -146,20 +164,11 @@ class Invitations:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            ssl_certfile=self._identity.folder / "node.pem",
-            ssl_keyfile=self._identity.folder / "node.key",
-            limit_concurrency=CONNECTIONS_MAX,
-            timeout_graceful_shutdown=1,
         )
-        server = uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue] - it is a context manager, too
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
-            await self._until_unwanted()
-        finally:
-            self._port = 0  # the next invitation opens another
-            server.should_exit = True
-            await serving
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.minimum_version = ssl.TLSVersion.TLSv1_3
+        tls.load_cert_chain(self._identity.folder / "node.pem", self._identity.folder / "node.key")
+        return open_http(config, listener, Places(CONNECTIONS_MAX, admitted=None), tls)
 
     async def _until_unwanted(self) -> None:
         """Wait until no invitation is open, and LINGER_SECONDS more."""

@@ -31,13 +31,14 @@ from cryptography import x509
 from cordee import files
 from cordee.errors import BadRequest, JoinFailed, StorageFailed
 from cordee.net import address, enrolment, identity, scouting
+from cordee.net.doors import Caller, Door, Places, open_streams
 from cordee.net.identity import Identity
 from cordee.net.members import KnownMember, Members
+from cordee.net.peers import Peers
 
 REQUEST = b"renew"  # whoever only listens learns nothing
 NO_CHECK_TIME = 0x200000  # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, which Python's ssl has no name for
-CONNECTIONS_MAX = 32
-HANDSHAKE_SECONDS = 10.0
+CONNECTIONS_MAX = (32, 8)  # at once, in all and of one address: each has 370 kB
 REACH_SECONDS = 3.0  # for each address of an admin
 ANSWER_BYTES_MAX = 16 << 10  # a certificate takes 1 kB
 ADMINS_MAX = 8  # that are asked, those heard last first
@@ -65,8 +66,7 @@ class RenewalEndpoint:
         self._host = host
         self._clock = clock
         self._port = 0
-        self._server: asyncio.Server | None = None
-        self._open = 0
+        self._door: Door | None = None
 
     @classmethod
     async def open(
@@ -80,12 +80,8 @@ class RenewalEndpoint:
         endpoint = cls(member, host, clock)
         listener = _kept_listener(member.folder / "renewal-port", host)
         endpoint._port = listener.getsockname()[1]
-        endpoint._server = await asyncio.start_server(
-            endpoint._serve,
-            sock=listener,
-            ssl=_context(member, server=True),
-            ssl_handshake_timeout=HANDSHAKE_SECONDS,
-        )
+        places = Places(CONNECTIONS_MAX, admitted=None)
+        endpoint._door = open_streams(listener, endpoint._serve, places, _context(member, server=True))
         return endpoint
 
     @property
@@ -95,23 +91,20 @@ class RenewalEndpoint:
 
     def close(self) -> None:
         """Listen no longer."""
-        if self._server is not None:
-            self._server.close()
+        if self._door is not None:
+            self._door.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
+    async def _serve(self, _: Caller, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            async with asyncio.timeout(HANDSHAKE_SECONDS):
-                if self._open <= CONNECTIONS_MAX and await reader.readexactly(len(REQUEST)) == REQUEST:
-                    link: ssl.SSLObject = writer.get_extra_info("ssl_object")
-                    writer.write(msgspec.msgpack.encode(self._answer(link.getpeercert(binary_form=True))))
-                    await writer.drain()
-                    writer.close()
-                    await writer.wait_closed()
+            if await reader.readexactly(len(REQUEST)) == REQUEST:
+                link: ssl.SSLObject = writer.get_extra_info("ssl_object")
+                writer.write(msgspec.msgpack.encode(self._answer(link.getpeercert(binary_form=True))))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
         except (OSError, EOFError, ValueError):  # it went or says nothing, or its certificate is no node's
             pass
         finally:
-            self._open -= 1
             writer.transport.abort()
 
     def _answer(self, shown: bytes | None) -> RenewalAnswer:
@@ -216,13 +209,19 @@ def _take(member: Identity, answer: RenewalAnswer, now: float) -> None:
 
 
 def _endpoints(member: Identity, hosts: Iterable[str] = ()) -> list[tuple[KnownMember, str]]:
-    """Where admins renew: where each was last; then at its port on `hosts`, for it may have moved."""
+    """Where admins renew: where each was last; then at its port on `hosts`, for it may have moved.
+
+    Where they were is what they said: only addresses in this machine's networks are asked, and hosts at which
+    nodes were seen on the bus, which a person gave.
+    """
+    seen = {host for addresses in Peers(member).known.values() for host in address.hosts(addresses)}
     found: dict[str, KnownMember] = {}
     for admin in Members(member).admins[:ADMINS_MAX]:
         for where in admin.renewals.split(",")[: address.ADDRESSES_MAX]:
             with contextlib.suppress(BadRequest):
-                _, port = address.parse(where, 0)
-                found.setdefault(where, admin)
+                own_host, port = address.parse(where, 0)
+                if address.is_near(own_host) or own_host in seen:
+                    found.setdefault(where, admin)
                 for host in hosts:
                     found.setdefault(address.text(host, port), admin)
     return [(admin, where) for where, admin in found.items()]

@@ -15,7 +15,10 @@ HOSTS_MAX = 64  # whoever answers: anybody can
 
 
 async def hosts(cluster: str, interface: str, seconds: float) -> list[str]:
-    """The hosts that answer as nodes of a cluster within `seconds`; `interface` as in BusOptions.scouting."""
+    """The hosts in this machine's networks that answer as nodes of a cluster within `seconds`.
+
+    `interface` is as in BusOptions.scouting.
+    """
     if not interface:
         return []
     found: dict[str, None] = {}
@@ -24,7 +27,7 @@ async def hosts(cluster: str, interface: str, seconds: float) -> list[str]:
         for locator in hello.locators:
             with contextlib.suppress(BadRequest):
                 host, _ = address.parse(locator.removeprefix("tls/"), 0)
-                if len(found) < HOSTS_MAX:
+                if len(found) < HOSTS_MAX and address.is_near(host):
                     found[host] = None
 
     settings = {"mode": "peer", "scouting": scouting_config(cluster, interface)}

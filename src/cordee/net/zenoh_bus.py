@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from zenoh.handlers import Callback  # pyright: ignore[reportMissingModuleSource
 from cordee.errors import BadRequest, SetupNeeded
 from cordee.net import address
 from cordee.net.bus import PORT, REMOVED, Answer, BusOptions
+from cordee.net.claims import CLAIMS_MAX, Claims
 from cordee.net.identity import Identity, revoked_node
 from cordee.net.peers import Peers
 from cordee.net.zenoh_config import MESSAGE_BYTES_MAX, RUNTIME, session_config
@@ -44,9 +46,12 @@ INBOX_MESSAGES_MAX = 4096  # a second of heartbeats and tokens of the largest cl
 INBOX_BYTES_MAX = 64 << 20  # two of the longest messages
 OUTBOX_MESSAGES_MAX = 1024  # more means that no neighbour takes any data
 QUERIES_MAX = 64  # that are answered at once; the rest get no answer and are asked again
+WATCHED_MAX = 16_384  # keys of one pattern: two of each node, and many that a member may make up
 ANSWERS_MAX = 256  # to one query: one from each node
 REPLY_THREADS = 2  # chunks to two slow neighbours do not stop those to a third
 PORT_SECONDS = 0.01  # between checks whether the port of a closed session is free
+AT = "at/*/*"  # nodes and where they say that they are
+LOOK_AGAIN_SECONDS = 10.0
 ADDRESS_SECONDS = 2.0  # between checks of this machine's addresses
 SETTLE_SECONDS = 2.0  # after a session was reopened: nodes that have not come back by then are gone
 
@@ -100,6 +105,8 @@ class _Watch:
 
     def note(self, key: str, alive: bool) -> None:
         """The present session saw a key appear or disappear."""
+        if alive and len(self.seen) >= WATCHED_MAX:
+            return
         (self.seen.add if alive else self.seen.discard)(key)
         if alive != (key in self.reported):
             (self.reported.add if alive else self.reported.discard)(key)
@@ -121,6 +128,8 @@ class ZenohBus:
         self._loop = asyncio.get_running_loop()
         self._prefix = f"cordee/{identity.cluster}/"
         self._peers = Peers(identity)
+        given = [address.peer(each, PORT)[0] for each in options.peers]
+        self._claims = Claims(identity, self._peers, given)
         self._session: zenoh.Session | None = None
         self._tokens: list[zenoh.LivelinessToken] = []  # held here: zenoh undeclares those that are dropped
         self._turn = asyncio.Lock()  # one reopening at a time
@@ -130,7 +139,7 @@ class ZenohBus:
         self._watches: list[_Watch] = []
         self._tasks: set[asyncio.Task[None]] = set()  # answers under way
         self._closing: set[asyncio.Task[None]] = set()  # earlier sessions
-        self._follower: asyncio.Task[None] | None = None
+        self._loops: list[asyncio.Task[None]] = []
         self._announced_addresses: list[str] = []
         self._queued = 0
         self._sender = ThreadPoolExecutor(1, "bus-send")
@@ -153,8 +162,8 @@ class ZenohBus:
         except BaseException:
             await bus.close()
             raise
-        bus.watch("at/*/*", bus._remember)
-        bus._follower = asyncio.create_task(bus._follow_addresses())
+        bus.watch(AT, bus._remember)
+        bus._loops = [asyncio.create_task(each) for each in (bus._follow_addresses(), bus._look_again())]
         return bus
 
     @property
@@ -294,11 +303,12 @@ class ZenohBus:
     async def close(self) -> None:
         """See `Bus.close`."""
         async with self._turn:
-            if self._follower is not None:
-                self._follower.cancel()
+            for each in self._loops:
+                each.cancel()
             await self._end_session()
         for task in self._tasks:
             task.cancel()
+        await self._claims.close()
         await asyncio.gather(*self._closing)
         for pool in (self._sender, self._repliers):
             await asyncio.to_thread(pool.shutdown)
@@ -328,6 +338,14 @@ class ZenohBus:
             if is_stale and not self._turn.locked():
                 with contextlib.suppress(SetupNeeded):  # the next round tries again
                     await self.refresh()
+
+    async def _look_again(self) -> None:
+        """Look at where nodes say that they are, for what was dropped as too many said it at once."""
+        while True:
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+            said = [key for watch in self._watches if watch.pattern == AT for key in watch.reported]
+            for key in random.sample(said, min(len(said), CLAIMS_MAX)):
+                self._remember(key, True)
 
     def _settle(self, session: zenoh.Session | None) -> None:
         if session is self._session:
@@ -413,10 +431,10 @@ class ZenohBus:
         return str(key).removeprefix(self._prefix)
 
     def _remember(self, key: str, alive: bool) -> None:
-        """Keep where a node was seen last; its token is `at/NODE/ADDRESSES`."""
+        """Keep where a node is, if that is so; its token is `at/NODE/ADDRESSES`."""
         _, node, addresses = key.split("/")
         if alive and node != self._identity.node:
-            self._peers.remember(node, addresses)
+            self._claims.hear(node, addresses)
 
 
 def _free_port(listening: address.Listening) -> int:

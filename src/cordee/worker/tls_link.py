@@ -32,13 +32,17 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable, Iterable, Mapping
 
+    from cordee.net.doors import Caller, Door
+
 WELCOME = b"\x01"  # a client of TLS 1.3 is done before the server has looked at its certificate
 HANDSHAKE_SECONDS = 10.0  # to connect, shake hands and get WELCOME; the other worker may be in a decode
 SILENCE_SECONDS = 3  # until a cable that was cut ends an idle link: as fast as the bus notices
 # For TCP alone, which its system answers whatever the other worker does: an address may be one that the
 # machine had before, or one that cannot be reached from here.
 CONNECT_SECONDS = 2.0
-BACKLOG = 64  # links that are opened during a decode wait there
+BACKLOG = 512  # links that are opened during a decode wait there, and connections that nobody wanted
+HANDSHAKES_MAX = (64, 16)  # with an event loop, in all and of one address: each has 370 kB
+LINKS_MAX = (1024, 32)  # in all and of one node: one for its questions, one for each stage that brings tokens
 NOT_LET_IN = "the other side does not let this node in: is a clock wrong?"
 NODE_SUFFIX = ".cordee"  # of the alternative name that holds the node's id
 
@@ -48,15 +52,18 @@ class DoorClosed(LinkClosed):
 
 
 class Handshake:
-    """A connection whose handshake is under way, without blocking; it becomes a link or is closed."""
+    """A connection whose handshake is under way, without blocking; it becomes a link or is closed.
 
-    def __init__(self, folder: Path, plain: socket.socket) -> None:
+    `address` is where it comes from. While it is `silent` it costs no more than its socket.
+    """
+
+    def __init__(self, folder: Path, plain: socket.socket, where: str) -> None:
+        self.address = where
+        self.silent = True
         self._folder = folder
         _tune(plain)
         plain.setblocking(False)
-        self._link = _context(folder, server=True).wrap_socket(
-            plain, server_side=True, do_handshake_on_connect=False
-        )
+        self._link = plain
 
     def fileno(self) -> int:
         """For a selector; when it is readable, call `proceed`."""
@@ -68,17 +75,25 @@ class Handshake:
         Raises:
             LinkClosed: the other side is no member, was removed, or closed it; the connection is closed.
         """
+        self.silent = False
         try:
-            self._link.do_handshake()
-            node = check_member(self._folder, self._link.getpeercert())
-            self._link.send(WELCOME)
+            link = self._secured()
+            link.do_handshake()
+            node = check_member(self._folder, link.getpeercert())
+            link.send(WELCOME)
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             return None
         except (OSError, LinkClosed) as error:  # ssl.SSLError is an OSError
             self._link.close()
             raise LinkClosed(str(error)) from error
-        self._link.settimeout(SOCKET_SECONDS)
-        return node, self._link
+        link.settimeout(SOCKET_SECONDS)
+        return node, link
+
+    def _secured(self) -> ssl.SSLSocket:
+        if not isinstance(self._link, ssl.SSLSocket):
+            context = _context(self._folder, server=True)
+            self._link = context.wrap_socket(self._link, server_side=True, do_handshake_on_connect=False)
+        return self._link
 
     def close(self) -> None:
         """Close the connection."""
@@ -104,16 +119,12 @@ class TlsListener:
         return self._listener.fileno()
 
     def accept(self) -> Handshake | None:
-        """The next connection; None if it was closed again.
-
-        Raises:
-            LinkClosed: this node has no valid identity.
-        """
+        """The next connection; None if it was closed again."""
         try:
-            plain, _ = self._listener.accept()
+            plain, (host, *_) = self._listener.accept()
         except OSError:
             return None
-        return Handshake(self._folder, plain)
+        return Handshake(self._folder, plain, str(address.number(host)))
 
     def close(self) -> None:
         """Stop listening; links that were accepted stay."""
@@ -142,7 +153,7 @@ def connect(folder: Path, endpoint: str, node: str) -> ssl.SSLSocket:
 
 def _connect(folder: Path, where: str, node: str, until: float) -> ssl.SSLSocket:
     try:
-        plain = socket.create_connection(address.parse(where, 0), min(CONNECT_SECONDS, _left(until)))
+        plain = socket.create_connection(_dialled(folder, where), min(CONNECT_SECONDS, _left(until)))
     except TimeoutError as error:
         raise DoorClosed(_unanswered(where, CONNECT_SECONDS)) from error
     with contextlib.ExitStack() as on_failure:
@@ -158,6 +169,29 @@ def _connect(folder: Path, where: str, node: str, until: float) -> ssl.SSLSocket
         link.settimeout(SOCKET_SECONDS)
         on_failure.pop_all()
     return link
+
+
+def _dialled(folder: Path, where: str) -> tuple[str, int]:
+    """Host and port of an address that another node named, if it is one to connect to.
+
+    Those are the addresses in this machine's networks, and those at which nodes were seen on the bus, which a
+    person gave.
+
+    Raises:
+        BadRequest: it is no address.
+        LinkClosed: it is outside.
+    """
+    host, port = address.parse(where, 0)
+    if not address.is_near(host):
+        remembered = ""
+        with contextlib.suppress(OSError):
+            remembered = (folder / "peers").read_text(encoding="ascii", errors="replace")
+        if not any(host in address.hosts(each) for each in remembered.split()):
+            raise LinkClosed(
+                f"{host} is in none of this machine's networks; if it is a node's, `cordee up --peer {host}` "
+                "allows it"
+            )
+    return host, port
 
 
 async def node_behind(folder: Path, host: str, port: int) -> str:
@@ -208,7 +242,7 @@ async def _open(folder: Path, where: str) -> tuple[asyncio.StreamReader, asyncio
     """Connect with TCP, within CONNECT_SECONDS, and shake hands."""
     import asyncio
 
-    host, port = address.parse(where, 0)
+    host, port = _dialled(folder, where)
     try:
         async with asyncio.timeout(CONNECT_SECONDS):
             loop = asyncio.get_running_loop()
@@ -229,18 +263,19 @@ async def open_listener(
     folder: Path,
     host: str,
     on_link: Callable[[str, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
-) -> tuple[asyncio.Server, str]:
+) -> tuple[Door, str]:
     """A `TlsListener` for an event loop, and its endpoint; `on_link` gets each member's id and its link.
 
-    It shows the node's certificate of the moment, whatever that was when it was opened.
+    It shows the node's certificate of the moment, whatever that was when it was opened. What connects and
+    proves nothing is bounded (net/doors.py).
 
     Raises:
         LinkClosed: this node has no valid identity.
         OSError: the address is not this machine's.
     """
-    import asyncio  # here, because workers do without it
+    from cordee.net.doors import Places, open_streams  # here, because workers do without it
 
-    async def welcome(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def welcome(caller: Caller, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             node = check_member(folder, writer.get_extra_info("peercert"))
         except LinkClosed:
@@ -248,6 +283,7 @@ async def open_listener(
             return
         _tune(writer.get_extra_info("socket"))
         writer.write(WELCOME)
+        caller.admit(node)
         await on_link(node, reader, writer)
 
     def renewed(link: ssl.SSLObject, _name: str | None, _context_of_start: ssl.SSLContext) -> None:
@@ -256,14 +292,8 @@ async def open_listener(
     context = _context(folder, server=True)
     context.sni_callback = renewed  # called in each handshake, with a name or without one
     listener = address.listener_in_range(host)
-    server = await asyncio.start_server(
-        welcome,
-        sock=listener,
-        ssl=context,
-        ssl_handshake_timeout=HANDSHAKE_SECONDS,
-        backlog=BACKLOG,
-    )
-    return server, ",".join(address.own(host, listener.getsockname()[1]))
+    door = open_streams(listener, welcome, Places(HANDSHAKES_MAX, LINKS_MAX), context)
+    return door, ",".join(address.own(host, listener.getsockname()[1]))
 
 
 def check_member(folder: Path, certificate: Mapping[str, Any] | None) -> str:

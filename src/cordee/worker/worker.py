@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import msgspec
 
 from cordee.errors import BadRequest, CordeeError, StageFailed
+from cordee.net.crowd import Crowd
 from cordee.privacy import no_core_dumps
 from cordee.worker import frames
 from cordee.worker.compute import Compute, again
@@ -72,9 +73,14 @@ if TYPE_CHECKING:  # workers of one machine start sooner without TLS
     from cordee.worker.kv_transfer import KvSources
     from cordee.worker.tls_link import Handshake, TlsListener
 
-PEERS_MAX = 4  # that connected and are not wired yet: those of a new wiring while the old one is closed
+PEERS_MAX = 16  # that connected and have not said what they join
+PEERS_OF_NODE_MAX = 4  # those of a new wiring while the old one is closed
+# Connections of other machines, in all and of one address: those that have said nothing, which cost a socket
+# each, and those whose handshake is under way. Whoever opens more of them loses the oldest (net/crowd.py).
+SILENT_MAX = (64, 64)
+HANDSHAKES_MAX = (16, 8)
 JOINS_MAX = 4  # of one node that are not wired yet, so that none can keep out those of another
-BACKLOG = 64  # peers that connect during a decode: with a full backlog the right one would be refused
+BACKLOG = 64  # local peers that connect during a decode: with a full backlog the right one would be refused
 JOIN_SECONDS = 1.0  # for the rest of a Join that began to arrive: it is one small write
 KV_READERS_MAX = 16  # workers of the next placement whose layers overlap with this one's, and some that fell
 # The tokens of a micro-batch that goes round are held back for this long, to be sent together: nobody reads
@@ -123,15 +129,17 @@ class Worker:
         self._sent_at = 0.0  # when tokens were sent last
         self._wiring = ""
         self._left_wiring = ""  # the last wiring that was left, whose sequences are still here
-        self._kv_readers: list[socket.socket] = []
+        self._kv_readers: Crowd[socket.socket] = Crowd(KV_READERS_MAX, KV_READERS_MAX)
         self._admitted: tuple[str, frozenset[str]] = ("", frozenset())  # a wiring, and who may read from it
         self._early_readers: dict[tuple[str, str], socket.socket] = {}  # by wiring and node, not admitted yet
         self._kv_sources: KvSources | None = None
         self._kv_found: dict[int, HeldSequence] = {}  # what the sources hold
         self._identity: Path | None = None  # of this node, where other machines take part
         self._listener: TlsListener | None = None
-        self._handshakes: list[Handshake] = []  # of other machines, that are still proving who they are
-        self._unjoined: list[_Caller] = []  # that connected and sent nothing yet
+        self._silent: Crowd[Handshake] = Crowd(*SILENT_MAX)  # of other machines, that said nothing yet
+        self._handshakes: Crowd[Handshake] = Crowd(*HANDSHAKES_MAX)  # that are still proving who they are
+        # That have not said yet what they join.
+        self._unjoined: Crowd[_Caller] = Crowd(PEERS_MAX, PEERS_OF_NODE_MAX)
         self._early: dict[
             tuple[Join, str], socket.socket
         ] = {}  # that joined before this worker's Wire, by node
@@ -165,7 +173,7 @@ class Worker:
             self._done.get()()
         elif source is self._listener:
             self._accept_handshake()
-        elif (handshake := _same(self._handshakes, source)) is not None:
+        elif (handshake := _same([*self._silent, *self._handshakes], source)) is not None:
             self._continue_handshake(handshake)
         elif (peer := _same(self._unjoined, source)) is not None:
             self._read_join(peer)
@@ -265,41 +273,42 @@ class Worker:
     def _accept(self) -> None:
         """Accept a peer; one that sends nothing takes one of PEERS_MAX places, and no time."""
         peer, _ = self._inbox.accept()
-        self._admit(_Caller(peer, ""), self._unjoined)
+        self._admit(_Caller(peer, ""), self._unjoined, "")
 
-    def _admit(self, peer: C, among: list[C], at_most: int = PEERS_MAX) -> None:
-        if len(among) == at_most:
-            self._forget(among[0], among).close()
-        among.append(peer)
+    def _admit(self, peer: C, among: Crowd[C], owner: str) -> None:
+        out = among.add(peer, owner)
+        if out is not None:
+            self._forget(out, among).close()
         self._selector.register(peer, selectors.EVENT_READ)
 
-    def _forget(self, peer: C, among: list[C]) -> C:
-        among.remove(peer)
+    def _forget(self, peer: C, among: Crowd[C]) -> C:
+        among.discard(peer)
         self._selector.unregister(peer)
         return peer
 
     def _accept_handshake(self) -> None:
         assert self._listener is not None
-        try:
-            handshake = self._listener.accept()
-        except LinkClosed:
-            return
+        handshake = self._listener.accept()
         if handshake is not None:
-            self._admit(handshake, self._handshakes)
+            self._admit(handshake, self._silent, handshake.address)
 
     def _continue_handshake(self, handshake: Handshake) -> None:
+        among = self._silent if handshake.silent else self._handshakes
         self._selector.unregister(handshake)  # the link that it becomes has the same file descriptor
         try:
             came = handshake.proceed()
         except LinkClosed:
-            self._handshakes.remove(handshake)
+            among.discard(handshake)
             return
-        if came is None:
+        if came is None and among is self._handshakes:
             self._selector.register(handshake, selectors.EVENT_READ)
+            return
+        among.discard(handshake)
+        if came is None:
+            self._admit(handshake, self._handshakes, handshake.address)
         else:
-            self._handshakes.remove(handshake)
             node, peer = came
-            self._admit(_Caller(peer, node), self._unjoined)
+            self._admit(_Caller(peer, node), self._unjoined, node)
 
     def _read_join(self, caller: _Caller) -> None:
         """Read which wiring a peer joins; the peer may have learnt of it before this worker."""
@@ -331,7 +340,7 @@ class Worker:
             _put(self._early_readers, (join.wiring, caller.node), caller.link)
 
     def _attach_reader(self, reader: socket.socket, join: ReaderJoin) -> None:
-        self._admit(reader, self._kv_readers, KV_READERS_MAX)
+        self._admit(reader, self._kv_readers, "")
         frames.send(self._control, KvReaders(len(self._kv_readers)))
         self._serve_kv(reader, join)
 
@@ -522,7 +531,7 @@ class Worker:
         self._gathered.clear()
 
     def _drop_kv_readers(self) -> None:
-        for reader in list(self._kv_readers):
+        for reader in self._kv_readers:
             self._forget(reader, self._kv_readers).close()
         for reader in self._early_readers.values():
             reader.close()

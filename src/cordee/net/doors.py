@@ -1,0 +1,288 @@
+"""Doors: where this process listens for connections, from other machines or from programs of this one.
+
+Everybody can connect, so a connection costs little until it has shown what it is good for, and how many there
+are is bounded at each step. Whoever is one too many goes, and crowd.py says who that is:
+
+    silent ---the first byte---> opening ---admit---> admitted ---rest---> resting
+    a socket, and nothing else   TLS, first message   a link, a request    HTTP between two requests
+
+A silent connection has neither a task nor a buffer, so that thousands cost nothing: asyncio alone gives each
+the 256 KiB of a TLS connection before it has said a word. From the beginning until it is admitted it has one
+deadline, for the handshake and the first message together. What it may do then is its server's to bound.
+
+A door leaves DESCRIPTORS_RESERVED to the rest of the process: files, the bus, and the sockets of a worker
+that takes the place of a dead one. The system hands out the lowest free descriptor, so a high one shows that
+few are left.
+"""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from weakref import WeakSet
+
+from cordee.net import address
+from cordee.net.crowd import Crowd
+
+BACKLOG = 512  # connections that the system keeps while the event loop is busy
+ACCEPTED_AT_ONCE = 32  # then others have their turn
+ARRIVAL_SECONDS = 10.0  # from the first packet until it is admitted; the machine may be busy with a model
+GOODBYE_SECONDS = 1.0  # for the other side to agree that a TLS connection ends
+PAUSE_SECONDS = 0.5  # after the system had no descriptor left
+SILENT_MAX = 128
+# A thousand clients at once need more than the 1,024 open files that many systems start with.
+DESCRIPTORS = 16_384
+DESCRIPTORS_RESERVED = 256  # workers take five each, the bus two for each node, each file that is read one
+
+
+@dataclass(frozen=True)
+class Places:
+    """How many connections a door has at each step: in all, and of one address (or, once admitted, of one
+    owner).
+
+    None for `admitted`: what comes is so short that the deadline is for all of it.
+    """
+
+    opening: tuple[int, int]
+    admitted: tuple[int, int] | None
+    resting: int = 0
+    resting_seconds: float = 0.0
+
+
+class Caller:
+    """A connection at a door. `address` is where it comes from; empty: from this machine by a Unix socket."""
+
+    def __init__(self, door: "Door", link: socket.socket, where: str) -> None:
+        self.address = where
+        self.link = link
+        self.transport: asyncio.BaseTransport | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.step = "silent"
+        self.is_gone = False
+        self._door = door
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def admit(self, owner: str = "") -> None:
+        """It has shown what it came for, and has no deadline from now on; admitting twice is harmless."""
+        self._door.move(self, "admitted", owner or self.address)
+
+    def rest(self) -> None:
+        """It is between two requests."""
+        self._door.move(self, "resting", self.address)
+
+    def reopen(self) -> None:
+        """It begins another request."""
+        self._door.move(self, "opening", self.address)
+
+    def due(self, seconds: float | None) -> None:
+        """End it after so long, instead of when it was to end before; None: not by itself."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+        if seconds is not None:
+            self._deadline = asyncio.get_running_loop().call_later(seconds, self.end)
+
+    def end(self) -> None:
+        """Close it at once."""
+        self.leave()
+        if isinstance(self.transport, asyncio.Transport):
+            self.transport.abort()
+        elif self.task is not None:
+            self.task.cancel()  # in the handshake, which closes it
+        else:
+            asyncio.get_running_loop().remove_reader(self.link)
+            self.link.close()
+
+    def leave(self) -> None:
+        """It is closed: its place is free. Leaving twice is harmless."""
+        self.is_gone = True
+        self.due(None)
+        self._door.forget(self)
+
+
+class Door:
+    """Accepts connections on a socket until it is closed; see the module's docstring.
+
+    `make` gives the protocol of each connection, which has to call `Caller.leave` when the connection is
+    lost, and `Caller.admit` as soon as it can.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        make: Callable[[Caller], asyncio.Protocol],
+        places: Places,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._listener = listener
+        self._make = make
+        self._places = places
+        self._tls = tls
+        self._crowds = {
+            "silent": Crowd[Caller](SILENT_MAX, SILENT_MAX),
+            "opening": Crowd[Caller](*places.opening),
+            "admitted": Crowd[Caller](*(places.admitted or (0, 0))),
+            "resting": Crowd[Caller](places.resting, places.resting),
+        }
+        # Only this user comes through a Unix socket: to see what is wrong, and to mend it.
+        is_local = listener.family == socket.AF_UNIX
+        self._highest = _descriptors() - (0 if is_local else DESCRIPTORS_RESERVED)
+        _doors.add(self)
+        self._pause: asyncio.TimerHandle | None = None
+        listener.setblocking(False)
+        listener.listen(BACKLOG)
+        self._listen()
+
+    def close(self) -> None:
+        """Listen no longer, and end what is not admitted; closing twice is harmless."""
+        if self._pause is not None:
+            self._pause.cancel()
+        if self._listener.fileno() >= 0:
+            self._loop.remove_reader(self._listener)
+            self._listener.close()
+        for step in ("silent", "opening", "resting"):
+            for caller in self._crowds[step]:
+                caller.end()
+
+    async def wait_closed(self) -> None:
+        """As that of asyncio.Server; there is nothing to wait for."""
+
+    def move(self, caller: Caller, step: str, owner: str) -> None:
+        """A connection comes to another step; nothing happens where all of it is one step."""
+        if caller.is_gone or caller.step == step or self._places.admitted is None:
+            return
+        seconds = {"opening": ARRIVAL_SECONDS, "admitted": None, "resting": self._places.resting_seconds}
+        caller.due(seconds[step])
+        self._put(caller, step, owner)
+
+    def _put(self, caller: Caller, step: str, owner: str) -> None:
+        self.forget(caller)
+        caller.step = step
+        out = self._crowds[step].add(caller, owner)
+        if out is not None:
+            out.end()
+
+    def forget(self, caller: Caller) -> None:
+        """A connection is at no step any more."""
+        for crowd in self._crowds.values():
+            crowd.discard(caller)
+
+    def _listen(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTED_AT_ONCE):
+            try:
+                link, whence = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError:  # the system has no descriptor left
+                if not _make_room():
+                    self._loop.remove_reader(self._listener)
+                    self._pause = self._loop.call_later(PAUSE_SECONDS, self._listen)
+                return
+            is_high = link.fileno() >= self._highest
+            if is_high and not _make_room():
+                link.close()
+            else:
+                if is_high:
+                    _make_room()  # for one that is there already, so that there are fewer
+                self._begin(link, whence[0] if whence else "")  # a Unix socket comes from nowhere
+
+    def _begin(self, link: socket.socket, host: str) -> None:
+        link.setblocking(False)
+        caller = Caller(self, link, str(address.number(host) or ""))
+        caller.due(ARRIVAL_SECONDS)
+        self._put(caller, "silent", caller.address)
+        self._loop.add_reader(link, self._open, caller)
+
+    def _open(self, caller: Caller) -> None:
+        """It sent something, or it is gone."""
+        self._loop.remove_reader(caller.link)
+        caller.task = self._loop.create_task(self._serve(caller))
+        self._put(caller, "opening", caller.address)
+
+    async def _serve(self, caller: Caller) -> None:
+        try:
+            caller.transport, _ = await self._loop.connect_accepted_socket(
+                lambda: self._make(caller),
+                caller.link,
+                ssl=self._tls,
+                ssl_handshake_timeout=None if self._tls is None else ARRIVAL_SECONDS,
+                ssl_shutdown_timeout=None if self._tls is None else GOODBYE_SECONDS,
+            )
+        except BaseException as error:
+            caller.leave()
+            if not isinstance(error, OSError | asyncio.CancelledError):  # no TLS, or gone; it is one too many
+                raise
+
+    def idlers(self, step: str) -> Crowd[Caller]:
+        """The connections at a step."""
+        return self._crowds[step]
+
+
+_doors: WeakSet[Door] = WeakSet()  # all of this process
+
+
+def _make_room() -> bool:
+    """End a connection, at any door, that nobody would miss; False if there is none."""
+    for step in ("silent", "opening", "resting"):
+        caller = max((door.idlers(step) for door in _doors), key=len).heaviest()
+        if caller is not None:
+            caller.end()
+            return True
+    return False
+
+
+class _Streams(asyncio.StreamReaderProtocol):
+    def __init__(
+        self,
+        caller: Caller,
+        serve: Callable[[Caller, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    ) -> None:
+        async def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await serve(caller, reader, writer)
+
+        super().__init__(asyncio.StreamReader(), begin)
+        self._caller = caller
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._caller.leave()
+
+
+def open_streams(
+    listener: socket.socket,
+    serve: Callable[[Caller, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    places: Places,
+    tls: ssl.SSLContext,
+) -> Door:
+    """A door for streams over TLS: `serve` is called, as by asyncio.start_server, after the handshake."""
+    return Door(listener, lambda caller: _Streams(caller, serve), places, tls)
+
+
+def allow_descriptors() -> None:
+    """Raise this process's limit of open files, sockets among them, to DESCRIPTORS if the system lets it."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _descriptors() -> int:
+    """How many this process may have."""
+    try:
+        import resource
+    except ImportError:
+        return DESCRIPTORS
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
