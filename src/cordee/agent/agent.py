@@ -113,6 +113,7 @@ class Agent:
             identity.node,
             secrets.token_hex(8),
             Planner(),
+            identity,
             self._deployments_file.deployments,
             bus.remembered,
         )
@@ -179,14 +180,16 @@ class Agent:
 
     # What people ask for.
 
-    def deploy(self, offer: Offer, demand: Demand, replicas: int = 1) -> None:
-        """Have the cluster serve a model that some node offers."""
-        self.controller.deploy(offer.name, offer.shape, *demand, time.monotonic(), replicas)
+    def deploy(self, offer: Offer, demand: Demand, replicas: int = 1, only: Sequence[str] = ()) -> None:
+        """Have the cluster serve a model that some node offers, with `only` on these nodes (ids)."""
+        self.controller.deploy(offer.name, offer.shape, *demand, time.monotonic(), replicas, only=only)
         self.changed()
 
-    async def sized(self, name: str, shape: ModelShape, requested: SizeRequest) -> Demand | None:
+    async def sized(
+        self, name: str, shape: ModelShape, requested: SizeRequest, only: Sequence[str] = ()
+    ) -> Demand | None:
         """The most of what is asked of a model that fits now; None if not even the least does."""
-        return await capacity.sized(self.controller, name, shape, requested)
+        return await capacity.sized(self.controller, name, shape, requested, only)
 
     def undeploy(self, name: str) -> None:
         """Have the cluster serve a model no longer.
@@ -211,8 +214,8 @@ class Agent:
         """The models that nodes have whole, by name."""
         return self.controller.offers(time.monotonic())
 
-    def models(self) -> dict[str, tuple[ModelShape, int]]:
-        """Shape and context of all that clients may ask for, by name; `services` follows in a moment."""
+    def models(self) -> dict[str, tuple[ModelShape, int, tuple[str, ...]]]:
+        """See Controller.models; `services` follows in a moment."""
         return self.controller.models(time.monotonic())
 
     async def look(self) -> None:
@@ -231,6 +234,7 @@ class Agent:
         Raises:
             BadRequest: that is no node's id.
         """
+        self.controller.adopt(node, time.monotonic())
         try:
             self.identity.revoke(node)
         except ValueError as error:

@@ -6,7 +6,7 @@ anything.
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -110,7 +110,10 @@ class ClusterStatus:
             node for node in listed if node["name"] == wanted
         ]
         if not found:
-            raise BadRequest(f"No node is called {wanted!r}: `cordee nodes` lists them.", "node")
+            names = [node["name"] for node in listed]
+            raise BadRequest(
+                f"No node is called {wanted!r}{nearest(wanted, names)}: `cordee nodes` lists them.", "node"
+            )
         if len(found) > 1:
             ids = ", ".join(node["id"] for node in found)
             raise BadRequest(f"Several nodes are called {wanted!r}: say which by its id ({ids}).", "node")
@@ -203,8 +206,12 @@ class ClusterStatus:
                 found[placement_id(pick.placement)] = pick.shape, demand
         return found
 
-    async def plan(self, model: str, shape: ModelShape | None, requested: SizeRequest) -> Planned:
+    async def plan(
+        self, model: str, shape: ModelShape | None, requested: SizeRequest, only: Sequence[str] = ()
+    ) -> Planned:
         """Where a model would run now, beside what else runs. Without a `shape`, a model of the cluster.
+
+        `only` are the nodes that may run it, by id; none: all.
 
         Raises:
             ModelNotFound: the cluster has no such model.
@@ -212,9 +219,9 @@ class ClusterStatus:
         if shape is None:
             shape, usual = self._known_shape(model)
             requested = requested._replace(usual=usual)
-        able, taken = self._alive(), self._reserved(shape)
+        able, taken = self._alive(only), self._reserved(shape)
         demand = await asyncio.to_thread(planner.largest, shape, able, requested, taken) or requested.least
-        found = await self._plan(model, shape, demand)
+        found = await self._plan(model, shape, demand, only=only)
         copies = await asyncio.to_thread(planner.copies, shape, able, demand, taken)
         return Planned(shape, demand, requested.shortened(demand), found, copies)
 
@@ -232,8 +239,12 @@ class ClusterStatus:
         """The models of the cluster."""
         return self._offers.keys() | self._deployments.keys()
 
-    def _alive(self) -> dict[str, Facts]:
-        return {node: facts for node, (state, facts) in self._known.items() if state == "alive"}
+    def _alive(self, only: Sequence[str] = ()) -> dict[str, Facts]:
+        return {
+            node: facts
+            for node, (state, facts) in self._known.items()
+            if state == "alive" and (not only or node in only)
+        }
 
     def _name(self, node: str) -> str:
         return self._known[node][1].name if node in self._known else node
@@ -308,6 +319,7 @@ class ClusterStatus:
             "context": deployment.context,
             "sequences": deployment.sequences,
             "replicas": deployment.replicas,
+            "only": [self._name(node) for node in deployment.only],
             "state": next((state for state in STATES if state in states), "unplaced"),
             "why": "" if picks else await self._why_not(deployment, shape),
             "placements": placements,
@@ -316,7 +328,7 @@ class ClusterStatus:
     def _placement(self, pick: Chosen) -> dict[str, Any]:
         placement, host = pick.placement, pick.placement.stages[0].node
         hosted = self._gauges.get(host, Gauges()).hosted
-        key = stream_key(placement.model, placement.context)
+        key = stream_key(placement.model, placement.context, placement.only)
         busy = next((each for each in hosted if each.key == key), Hosted(key, 0, 0, 0.0))
         return {
             "id": placement_id(placement),
@@ -369,18 +381,27 @@ class ClusterStatus:
             if report.placement.model == shape.digest and report.state == "failed"
         }
         demand = Demand(deployment.context, deployment.sequences)
-        found = await self._plan(deployment.model, shape, demand, failed)
+        found = await self._plan(deployment.model, shape, demand, failed, deployment.only)
         if found.placement is not None:
             return "It will be placed in a moment."
         return " ".join([found.why, *failed.values()])
 
     async def _plan(
-        self, name: str, shape: ModelShape, demand: Demand, without: Collection[str] = ()
+        self,
+        name: str,
+        shape: ModelShape,
+        demand: Demand,
+        without: Collection[str] = (),
+        only: Sequence[str] = (),
     ) -> planner.Plan:
         """Plan a model beside the others, without some nodes. In a thread: a large cluster takes a while."""
-        able = {node: facts for node, facts in self._alive().items() if node not in without}
+        able = {node: facts for node, facts in self._alive(only).items() if node not in without}
         command = f"cordee deploy {name}"
-        return await asyncio.to_thread(planner.plan, shape, able, demand, self._reserved(shape), command)
+        found = await asyncio.to_thread(planner.plan, shape, able, demand, self._reserved(shape), command)
+        if found.placement is None and only:
+            names = listing([self._name(node) for node in only])
+            found = msgspec.structs.replace(found, why=f"It may run only on {names} (`--only`). {found.why}")
+        return found
 
     def _reserved(self, shape: ModelShape) -> dict[tuple[str, str], int]:
         """What the other models take."""
