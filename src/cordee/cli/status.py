@@ -67,7 +67,7 @@ def deploy(model: str, context: int | None, sequences: int | None, replicas: int
     """
     from cordee.agent import control
 
-    nodes = tuple(filter(None, map(str.strip, only.split(","))))
+    nodes = tuple(each.strip() for each in only.split(",") if each.strip())
     asked = control.Deploy(model, context, sequences, replicas, only=nodes)
     try:
         deployed = control.ask("POST", "/deploy", asked, control.Deployed)

@@ -106,8 +106,8 @@ def _access(cluster: str, revoked: Iterable[str]) -> dict[str, Any]:
         "enabled": True,
         "default_permission": "deny",
         "rules": [
-            _rule("hears", (*ASKS, *SAYS), ["egress"], f"{prefix}**"),
-            _rule("asks", ASKS, ["ingress"], f"{prefix}**"),
+            _rule("hears", (*ASKS, *SAYS), ["egress"], "cordee/**"),
+            _rule("asks", ASKS, ["ingress"], "cordee/**"),
         ],
         "subjects": [],
         "policies": [],
