@@ -71,6 +71,7 @@ HOST_SECONDS = 0.05  # how often schedulers let time pass
 RENEW_SECONDS = 3600.0  # how often a renewal is asked for that has time
 AGE_SECONDS = 60.0  # how often the certificate's age is looked at: a clock may be set at any time
 CLONE_FILE = "cloned"  # in the identity's folder: that another machine ran as this node
+RESULT_BYTES_MAX = 8 << 20  # of a last stage: tokens of SEQUENCES_MAX streams with all that is known of each
 FAREWELL_SECONDS = 0.5  # for a removed node to hear that it was, before the links to it close
 
 log = logging.getLogger(__name__)
@@ -394,7 +395,7 @@ class Agent:
                 log.warning("this node is an admin now: another admin gave it the cluster's key")
             elif isinstance(first, Join):
                 while True:
-                    message, _ = await frames.read(reader)
+                    message, _ = await frames.read(reader, 0, RESULT_BYTES_MAX)
                     if isinstance(message, Tokens | KvAnswer):
                         for scheduler_host in self._scheduler_hosts.values():
                             scheduler_host.on_result(node, message)

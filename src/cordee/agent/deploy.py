@@ -168,6 +168,8 @@ class Deployer:
 
     def _nodes(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
         """The ids of these nodes, which people name."""
+        if not wanted:
+            return ()
         status = ClusterStatus(self._agent)
         return tuple(sorted({status.find(each)["id"] for each in wanted}))
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # workers read with sockets alone and start 30 ms sooner with
 
 LENGTHS = struct.Struct("<II")
 MESSAGE_BYTES_MAX = 64 << 20  # token logs of a batch: eight full contexts of a million tokens take 40 MB
+# The first message of a link, a name and a wiring; until it has come anybody of the cluster may be there.
+OPENING_BYTES_MAX = 16 << 10
 PAYLOAD_BYTES_MAX = 1 << 30  # rows of a batch: 8,192 rows of width 16,384 are 512 MiB
 SOCKET_SECONDS = 600.0  # for one frame; the peer may first have to finish a prefill on a slow machine
 JOINED_BYTES_MAX = 64 << 10  # up to here copying is cheaper than a second system call
@@ -45,13 +47,18 @@ def send(link: socket.socket, message: Message, payload: bytes | memoryview = b"
         raise LinkClosed(str(error)) from error
 
 
-def receive(link: socket.socket) -> tuple[Message, memoryview]:
+def receive(
+    link: socket.socket,
+    payload_bytes_max: int = PAYLOAD_BYTES_MAX,
+    message_bytes_max: int = MESSAGE_BYTES_MAX,
+) -> tuple[Message, memoryview]:
     """The next frame; waits for it.
 
     Raises:
         LinkClosed: there is none, or not a whole one.
     """
-    message_bytes, payload_bytes = _lengths(_receive_exactly(link, LENGTHS.size))
+    lengths = _receive_exactly(link, LENGTHS.size)
+    message_bytes, payload_bytes = _lengths(lengths, payload_bytes_max, message_bytes_max)
     rest = _receive_exactly(link, message_bytes + payload_bytes)  # in one call: each costs a hop some time
     return _decoded(rest[:message_bytes]), rest[message_bytes:]
 
@@ -63,7 +70,9 @@ def write(writer: asyncio.StreamWriter, message: Message, payload: bytes | memor
 
 
 async def read(
-    reader: asyncio.StreamReader, payload_bytes_max: int = PAYLOAD_BYTES_MAX
+    reader: asyncio.StreamReader,
+    payload_bytes_max: int = PAYLOAD_BYTES_MAX,
+    message_bytes_max: int = MESSAGE_BYTES_MAX,
 ) -> tuple[Message, bytes]:
     """The next frame of a stream.
 
@@ -71,7 +80,8 @@ async def read(
         LinkClosed: there is none, or not a whole one.
     """
     try:
-        message_bytes, payload_bytes = _lengths(await reader.readexactly(LENGTHS.size), payload_bytes_max)
+        lengths = await reader.readexactly(LENGTHS.size)
+        message_bytes, payload_bytes = _lengths(lengths, payload_bytes_max, message_bytes_max)
         message = _decoded(await reader.readexactly(message_bytes))
         return message, await reader.readexactly(payload_bytes)
     except (EOFError, OSError) as error:  # asyncio.IncompleteReadError is an EOFError
@@ -88,9 +98,11 @@ def _pieces(message: Message, payload: bytes | memoryview) -> list[bytes | memor
     return [lengths + encoded, payload]
 
 
-def _lengths(data: bytes | memoryview, payload_bytes_max: int = PAYLOAD_BYTES_MAX) -> tuple[int, int]:
+def _lengths(
+    data: bytes | memoryview, payload_bytes_max: int, message_bytes_max: int
+) -> tuple[int, int]:
     message_bytes, payload_bytes = LENGTHS.unpack(data)
-    if message_bytes > MESSAGE_BYTES_MAX or payload_bytes > payload_bytes_max:
+    if message_bytes > message_bytes_max or payload_bytes > payload_bytes_max:
         raise LinkClosed(f"a frame of {message_bytes} + {payload_bytes} bytes is too long to be one")
     return message_bytes, payload_bytes
 
