@@ -20,6 +20,7 @@ from cordee.generation.streams import Ask, Assert, Said
 from sim import stages
 from sim.machine import Machine
 from sim.pipeline import Pipeline
+from sim.trust import Seals
 from sim.world import World
 
 ACT_SECONDS = 0.02  # after news, so that several count as one
@@ -45,7 +46,12 @@ class Agent:
         self.world, self.machine, self.name = world, machine, machine.name
         machine.boots += 1
         self.controller = Controller(
-            machine.name, world.id(), planning, machine.deployments, machine.remembered
+            machine.name,
+            world.id(),
+            planning,
+            Seals(machine.name, world.machines),
+            machine.deployments,
+            machine.remembered,
         )
         self.workers: dict[str, stages.Process] = {}
         self.gateway = Gateway(world.random.getrandbits(62))

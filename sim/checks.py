@@ -9,6 +9,7 @@ from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace, placement_id, stream_key
 from cordee.cluster.goals import StageSpec, holds, spec_of
 from sim.agent import Agent
+from sim.corrupt import FORGED
 from sim.scenario import CONTEXT, SEQUENCES, Scenario
 
 Speeds = dict[str, dict[str, float]]  # predicted tokens per second by model and placement
@@ -92,6 +93,8 @@ def unsettled(scenario: Scenario) -> str:
     for agent in agents[1:]:
         if agent.controller.chosen != chosen:
             return f"{agents[0].name} and {agent.name} do not agree"
+    if any(each.source == FORGED for agent in agents for each in agent.controller.deployments):
+        return "a forged deployment is held"
     if any(agent.controller.failures for agent in agents):
         return "a failure still counts"
     if any(facts_of(agent).doubts for agent in agents):

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from cordee.cluster.deployments import Deployment
+from cordee.cluster.deployments import Deployment, statement
 from cordee.cluster.facts import Facts, ModelShape, Placement, SliceHeld, StagePlace, StageReport, stream_key
 from cordee.cluster.goals import spec_of
 from cordee.cluster.membership import Heartbeat, Sighting
@@ -19,6 +19,7 @@ from cordee.generation.request import Request
 from cordee.generation.streams import Ask, Assert
 from sim.agent import EPOCH, Agent
 from sim.machine import Machine
+from sim.trust import Seals
 from sim.world import World
 
 
@@ -32,6 +33,7 @@ class Scenario(Protocol):
     muddled: bool
 
 
+FORGED = "nobody/wrote/this.gguf"
 STATES = ("fetching", "loading", "loaded", "wired", "failed")
 
 
@@ -105,7 +107,26 @@ def deployment(scenario: Scenario) -> Deployment:
         digest = random.choice(list(scenario.shapes.values())).digest
         shape = msgspec.structs.replace(shape, digest=digest)  # perhaps a wrong one
     context = 64 if name != "other" else random.choice((8, 64))
-    return Deployment(name, shape, context, 3, random.choice((0, 1, 1)), number(random, EPOCH), "nobody")
+    replicas, stamp = random.choice((0, 1, 1)), number(random, EPOCH)
+    return _authored(scenario, Deployment(name, shape, context, 3, replicas, stamp, "nobody"))
+
+
+def _authored(scenario: Scenario, made: Deployment) -> Deployment:
+    """What a node with a wrong clock signed; now and then unsigned, as an older version left it; or FORGED:
+    in another's name, or altered since."""
+    random = scenario.random
+    author = Seals(random.choice(list(scenario.world.machines)))
+    kind = random.random()
+    if kind < 0.15:
+        return made
+    signed = msgspec.structs.replace(
+        made, author=author.node, written=made.stamp, certificate=author.member_certificate
+    )
+    signature = author.sign_statement(statement(signed))
+    if kind < 0.7:
+        return msgspec.structs.replace(signed, signature=signature)
+    other = Seals("nobody").sign_statement(statement(signed)) if kind < 0.85 else signature
+    return msgspec.structs.replace(signed, source=FORGED, signature=other)
 
 
 def disk(scenario: Scenario, machine: Machine) -> None:

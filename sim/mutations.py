@@ -164,6 +164,7 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "a node plans before it has listened": _set((controller, "LISTEN_SECONDS", 0.0)),
     "revoked nodes are allowed": _set((controller.Controller, "_refuses", _never)),
     "any stamp is believed": _set((deployments, "_credible", _believe), (deployments, "is_sound", _always)),
+    "deployments are not checked": _set((deployments.Deployments, "_check_signature", _always)),
     "the last deployment to arrive wins": _set(
         (deployments.Deployments, "_keep_greatest", _deployments_by_arrival)
     ),

@@ -310,7 +310,9 @@ def _revoke(scenario: Scenario, name: str) -> None:
     others = [agent for agent in scenario.live() if agent.name != name]
     if others:
         scenario.revoked.add(name)
-        scenario.random.choice(others).machine.revocations[name] = f"revoked {name}".encode()
+        admin = scenario.random.choice(others)
+        admin.controller.adopt(name, admin.now)
+        admin.machine.revocations[name] = f"revoked {name}".encode()
 
 
 FAULTS: list[Callable[[Scenario, str], None]] = [

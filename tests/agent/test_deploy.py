@@ -150,7 +150,7 @@ class FakeAgent:
         hub = Reading("Third", "o/Third-GGUF/third.gguf", 5, 10)
         return {"b": Gauges(reading=(hub, Reading("pulled", "", 3, 10)))}
 
-    def deploy(self, name, shape, context, sequences, _now, replicas=1, source="") -> None:
+    def deploy(self, name, shape, context, sequences, _now, replicas=1, source="", only=()) -> None:
         self.deployed.append((name, shape.digest, context, sequences, replicas, source))
 
     def changed(self) -> None:
@@ -159,7 +159,7 @@ class FakeAgent:
     async def look(self) -> None:
         pass
 
-    async def sized(self, _name: str, _shape: object, requested: SizeRequest) -> Demand:
+    async def sized(self, _name: str, _shape: object, requested: SizeRequest, _only: object) -> Demand:
         return requested.full
 
 

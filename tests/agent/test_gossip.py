@@ -51,7 +51,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.admin, self.me, self.other = cluster(folder, 3)
         self.bus, self.calls = FakeBus(), []
-        self.controller = Controller(self.me.node, "session", Simple())
+        self.controller = Controller(self.me.node, "session", Simple(), self.me)
         self.controller.observe(facts_of(self.me.node), time.monotonic(), time.time())
         self.gossip = Gossip(
             self.bus,
@@ -61,15 +61,22 @@ class World:
             lambda: self.calls.append("excluded"),
         )
         self.gossip.open()
+        self.certificates = {
+            member.node: member.member_certificate for member in (self.admin, self.me, self.other)
+        }
 
     def hear(self, node: str, key: str = "", **more: object) -> None:
         """A heartbeat of a node comes, under its own key or another."""
+        more = {"certificate": self.certificates.get(node, b"")} | more
         said = Heartbeat("its session", 1.0, time.time(), facts_of(node), **more)
         self.bus.handlers["heartbeat/*"](key or f"heartbeat/{node}", msgspec.msgpack.encode(said))
 
     def hear_removal(self, entry: str) -> None:
         """The other buses announce that this node was removed."""
-        self.bus.handlers[REMOVED.format(self.me.node, "*")](REMOVED.format(self.me.node, entry), True)
+        pattern, key = (
+            REMOVED.format(self.me.node, *rest) for rest in (("*", "*"), (self.other.node, entry))
+        )
+        self.bus.handlers[pattern](key, True)
 
     @property
     def others(self) -> set[str]:

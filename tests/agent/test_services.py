@@ -63,19 +63,19 @@ def test_a_service_comes_changes_and_goes_with_what_is_offered_or_deployed(model
         world = World(model)
         services = world.services
         for _ in range(2):  # the second while it opens
-            services.follow({"a": (SHAPE, 64)}, ())
+            services.follow({"a": (SHAPE, 64, ())}, ())
         await until(lambda: "a" in services)
         assert (world.local_models.asked, world.changes) == (["m"], 1)
         first = services["a"]
         assert (first.context, first.health, services.of_digest("m")) == (64, "idle", first)
-        services.follow({"a": (SHAPE, 64)}, ("a",))
+        services.follow({"a": (SHAPE, 64, ())}, ("a",))
         assert (services["a"], first.health) == (first, "recovering")
 
-        services.follow({"a": (SHAPE, 32)}, ("a",))
+        services.follow({"a": (SHAPE, 32, ())}, ("a",))
         assert not services
         await until(lambda: "a" in services)
         assert services["a"].context == 32
-        services.follow({"a": (OTHER, 32)}, ())
+        services.follow({"a": (OTHER, 32, ())}, ())
         await until(lambda: "a" in services)
         assert services["a"].model.digest == "other"
 
@@ -94,7 +94,7 @@ def test_a_model_whose_vocabulary_is_missing_is_tried_again(
     async def play() -> None:
         world = World(model)
         world.local_models.missing.add("m")
-        models = {"a": (SHAPE, 64), "b": (OTHER, 64)}
+        models = {"a": (SHAPE, 64, ()), "b": (OTHER, 64, ())}
         world.services.follow(models, ())
         await asyncio.gather(*world.tasks)
         assert list(world.services) == ["b"]
@@ -114,7 +114,7 @@ def test_a_model_whose_vocabulary_ends_libllama_is_refused_once_and_hides_no_oth
     async def play() -> None:
         world = World(model)
         world.local_models.paths["m"] = original.write(tmp_path / "bad.gguf", original.without_bytes())
-        models = {"bad": (SHAPE, 64), "good": (OTHER, 64)}
+        models = {"bad": (SHAPE, 64, ()), "good": (OTHER, 64, ())}
         for _ in range(3):
             world.services.follow(models, ())
             await asyncio.gather(*world.tasks)
@@ -136,7 +136,7 @@ def test_a_model_whose_vocabulary_ends_libllama_is_refused_once_and_hides_no_oth
 def test_a_request_says_which_model_is_wanted(model: Model) -> None:
     async def play() -> None:
         world = World(model)
-        world.services.follow({"a": (SHAPE, 64)}, ())
+        world.services.follow({"a": (SHAPE, 64, ())}, ())
         await until(lambda: "a" in world.services)
         request = Request(id="s", prompt=(1, 2, 3), max_tokens=1)
         answering = asyncio.ensure_future(anext(world.services["a"].generate(request)))
@@ -155,12 +155,12 @@ def test_a_request_whose_model_is_deployed_anew_with_another_context_is_told_to_
 
     async def play() -> None:
         world = World(model)
-        world.services.follow({"a": (SHAPE, 64)}, ())
+        world.services.follow({"a": (SHAPE, 64, ())}, ())
         await until(lambda: "a" in world.services)
         request = Request(id="s", prompt=(1, 2, 3), max_tokens=1)
         answering = asyncio.ensure_future(anext(world.services["a"].generate(request)))
         await until(lambda: world.wanted == ["a"])
-        world.services.follow({"a": (SHAPE, 32)}, ("a",))
+        world.services.follow({"a": (SHAPE, 32, ())}, ("a",))
         with pytest.raises(StageFailed, match="a is deployed anew, with 32 tokens of context: ask again"):
             await answering
         await until(lambda: "a" in world.services)

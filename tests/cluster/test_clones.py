@@ -7,7 +7,7 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clusters import Simple, facts_of
+from clusters import ME, Simple, facts_of
 from cordee.cluster.clones import KEPT_SECONDS, OVERLAP_SECONDS, RUNS_MAX, Clones
 from cordee.cluster.controller import Controller
 from cordee.cluster.membership import HEARTBEAT_SECONDS, NODES_MAX, REORDER_SECONDS, Heartbeat
@@ -140,7 +140,7 @@ def test_so_many_nodes_and_runs_are_kept() -> None:
 
 
 def test_the_controller_hears_its_twin_but_believes_nothing_of_it() -> None:
-    controller = Controller("me", "own", Simple())
+    controller = Controller("me", "own", Simple(), ME)
     for second in range(9):
         controller.observe(facts_of("me"), float(second), 0.0)
         twin = msgspec.structs.replace(said("me", "twin", 1000.0 + second), sent=float(second))

@@ -6,19 +6,20 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clusters import CONTEXT, SEQUENCES, Simple, facts_of, placed, running, shape_of
+from clusters import CONTEXT, ME, SEQUENCES, Simple, facts_of, placed, running, shape_of
 from cordee.cluster.controller import RETHINK_SECONDS, Controller, Decision, Running
 from cordee.cluster.facts import Facts, Gauges, Hosted, best_host, stream_key
 from cordee.cluster.goals import Goals
 from cordee.cluster.membership import LISTEN_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS, Heartbeat
 from cordee.cluster.reconcile import WorkerStatus
+from sim.trust import Seals
 
 EPOCH = 1.8e9
 ALL = placed(("a", 0, 4))
 
 
 def controller_of(node: str = "a", listened: bool = True, facts: Facts | None = None) -> Controller:
-    controller = Controller(node, f"session of {node}", Simple())
+    controller = Controller(node, f"session of {node}", Simple(), Seals(node))
     look(controller, 0.0, facts)
     if listened:
         for now in range(1, int(LISTEN_SECONDS) + 1):
@@ -71,7 +72,7 @@ def test_a_node_listens_before_it_plans_at_the_start_and_after_it_was_stopped() 
 
 def test_a_node_that_heard_all_there_are_need_not_listen_longer() -> None:
     """A cluster that is switched on serves at once."""
-    controller = Controller("a", "session of a", Simple(), remembered=("a", "b", "c"))
+    controller = Controller("a", "session of a", Simple(), ME, remembered=("a", "b", "c"))
     look(controller, 0.0)
     deploy(controller, 0.0)
     controller.hear(controller_of("b").heartbeat(3.0), 0.2)
@@ -85,7 +86,7 @@ def test_a_node_that_heard_all_there_are_need_not_listen_longer() -> None:
 
 def test_a_node_also_listens_for_those_of_whom_others_tell() -> None:
     """They may have joined, and serve, since it was there last."""
-    controller = Controller("a", "session of a", Simple(), remembered=("b",))
+    controller = Controller("a", "session of a", Simple(), ME, remembered=("b",))
     look(controller, 0.0)
     deploy(controller, 0.0)
     reports = running(placed(("d", 0, 2), ("b", 2, 4)))["b"]
@@ -98,7 +99,7 @@ def test_a_node_also_listens_for_those_of_whom_others_tell() -> None:
 
 
 def test_a_node_also_listens_for_those_whom_it_sees() -> None:
-    controller = Controller("a", "session of a", Simple(), remembered=("b",))
+    controller = Controller("a", "session of a", Simple(), ME, remembered=("b",))
     look(controller, 0.0)
     deploy(controller, 0.0)
     controller.liveliness("c", True, 0.1)
@@ -178,7 +179,7 @@ def test_heartbeats_carry_everything_and_travel() -> None:
 def test_deployments_outlive_a_restart() -> None:
     controller = controller_of()
     deploy(controller)
-    again = Controller("a", "next session", Simple(), controller.deployments)
+    again = Controller("a", "next session", Simple(), ME, controller.deployments)
     look(again, 0.0)
     assert again.deployments == controller.deployments
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clusters import Simple, facts_of, placed, running, shape_of
+from clusters import ME, Simple, facts_of, placed, running, shape_of, signed
 from cordee.cluster import soundness
 from cordee.cluster.controller import Controller
-from cordee.cluster.deployments import DEPLOYMENTS_MAX, Deployment, Deployments
-from cordee.cluster.facts import Fetching, Gauges, Hosted, Offer, Reading, SliceHeld
+from cordee.cluster.deployments import DEPLOYMENTS_MAX, SOURCE_CHARS_MAX, Deployment, Deployments
+from cordee.cluster.facts import NODES_MAX, Fetching, Gauges, Hosted, Offer, Reading, SliceHeld
 from cordee.cluster.membership import Heartbeat
 from cordee.cluster.soundness import COUNTS, INTEGER_MAX, ITEMS_MAX, PLACES_MAX, TEXT_CHARS_MAX, fault, plain
 
@@ -176,7 +176,7 @@ def test_a_plain_text_is_sound(text: str) -> None:
 
 
 def test_an_unsound_deployment_spoils_no_other() -> None:
-    good = Deployment("tiny", SHAPE, 64, 3)
+    good = signed(Deployment("tiny", SHAPE, 64, 3))
     bad = [
         msgspec.structs.replace(good, **change)
         for change in (
@@ -185,37 +185,43 @@ def test_an_unsound_deployment_spoils_no_other() -> None:
             {"sequences": -1},
             {"sequences": 1 << 20},
             {"replicas": 5000},
+            {"source": "o" * (SOURCE_CHARS_MAX + 1)},
+            {"only": ("a",) * (NODES_MAX + 1)},
+            {"only": ("\x1b",)},
             {"model": "\x1b]0;title"},
             {"shape": msgspec.structs.replace(SHAPE, embedding_bytes=-5)},
         )
     ]
-    bad = [msgspec.structs.replace(each, model=each.model + str(n)) for n, each in enumerate(bad)]
-    heard = Deployments()
-    heard.merge((*bad, good, *bad), 1e9)
+    bad = [signed(msgspec.structs.replace(each, model=each.model + str(n))) for n, each in enumerate(bad)]
+    heard = Deployments(ME)
+    assert heard.merge((*bad, good, *bad), 1e9) != ""
     assert heard.all == (good,)
-    heard.merge((msgspec.structs.replace(good, model=str(n)) for n in range(6000)), 1e9)
+    heard.merge((signed(msgspec.structs.replace(good, model=str(n))) for n in range(6000)), 1e9)
     assert len(heard.all) == DEPLOYMENTS_MAX
-    damaged = Deployments([*bad, good])  # by a fault of this node's memory
+    damaged = Deployments(ME, [good])
+    for each in bad:  # a fault of this node's memory
+        damaged._put(each)
     damaged.settle(1e9)
     assert damaged.all == (good,)
 
 
 def test_a_controller_drops_what_is_unsound_counts_it_and_goes_on() -> None:
-    controller = Controller("a", "session", Simple(), [Deployment("x", SHAPE, -1, 3)])
+    controller = Controller("a", "session", Simple(), ME, [Deployment("x", SHAPE, -1, 3)])
     assert controller.deployments == ()
     now = time.monotonic()
     controller.observe(facts_of("a"), now, time.time())
     said = msgspec.structs.replace(full_heartbeat(), facts=facts_of("b"))
     title = msgspec.structs.replace(said, facts=msgspec.structs.replace(said.facts, name="\x1b]0;title"))
-    good = Deployment("tiny", SHAPE, 64, 3)
+    good = signed(Deployment("tiny", SHAPE, 64, 3))
     for _ in range(3):
         assert not controller.hear(title, now)
     assert controller.nodes(now).keys() == {"a"}
     assert controller.unsound["b"][0] == 3 and "Heartbeat.facts.name" in controller.unsound["b"][1]
-    mixed = (good, msgspec.structs.replace(good, model="y", context=-1))
+    mixed = (good, signed(msgspec.structs.replace(good, model="y", context=-1)))
     assert controller.hear(msgspec.structs.replace(said, deployments=mixed), now)
     assert [each.model for each in controller.deployments] == ["tiny"]
     assert controller.nodes(now).keys() == {"a", "b"}
+    assert controller.unsound["b"] == (4, "a deployment that is none")
 
 
 def test_the_bounds_are_of_fields_that_exist() -> None:

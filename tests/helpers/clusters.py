@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from cordee.cluster.choose import Chosen, Planning, choose
-from cordee.cluster.deployments import Deployment
+from cordee.cluster.deployments import Deployment, statement
 from cordee.cluster.facts import (
     Device,
     Facts,
@@ -15,8 +17,10 @@ from cordee.cluster.facts import (
     wiring_id,
 )
 from cordee.cluster.membership import View
+from sim.trust import Seals
 
 LAYER_BYTES = 100
+ME = Seals("me")  # for a node whose signatures do not matter
 CONTEXT, SEQUENCES = 64, 2
 
 
@@ -101,6 +105,15 @@ def view_of(
         tuple(sorted(deployments, key=lambda deployment: deployment.model)),
         listening,
     )
+
+
+def signed(deployment: Deployment, author: str = "author") -> Deployment:
+    """A deployment as its author writes it, with the stamp that it has."""
+    seals = Seals(author)
+    said = msgspec.structs.replace(
+        deployment, author=author, written=deployment.stamp, certificate=seals.member_certificate
+    )
+    return msgspec.structs.replace(said, signature=seals.sign_statement(statement(said)))
 
 
 class Simple(Planning):

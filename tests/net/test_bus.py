@@ -40,8 +40,9 @@ def own_home(home: Path) -> Path:
 class Node:
     """A bus and what it heard."""
 
-    def __init__(self, bus: ZenohBus) -> None:
+    def __init__(self, bus: ZenohBus, node: str) -> None:
         self.bus = bus
+        self.key = f"heartbeat/{node}"
         self.heard: list[tuple[str, bytes]] = []
         self.alive: set[str] = set()
         self.changes: list[tuple[str, bool]] = []
@@ -60,7 +61,7 @@ async def node(
     """A member on the bus, alive under its id."""
     opened = await ZenohBus.open(member, BusOptions(listen, tuple(peers), scouting))
     try:
-        made = Node(opened)
+        made = Node(opened, member.node)
         opened.announce(f"alive/{member.node}")
         yield made
     finally:
@@ -77,8 +78,8 @@ async def until(condition: Callable[[], Any]) -> None:
 async def hears(listener: Node, speaker: Node, payload: bytes) -> None:
     """Wait until one node hears the other; the message is repeated, as everything on the bus is."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while ("heartbeat/x", payload) not in listener.heard:
-            speaker.bus.publish("heartbeat/x", payload)
+        while (speaker.key, payload) not in listener.heard:
+            speaker.bus.publish(speaker.key, payload)
             await asyncio.sleep(0.05)
 
 
@@ -160,15 +161,17 @@ def test_queries_are_answered_by_all_nodes_that_serve_them(tmp_path: Path) -> No
             node(second, a.bus.addresses) as b,
             node(third, a.bus.addresses) as c,
         ):
-            for each, name in ((b, b"b"), (c, b"c")):
+            for each, member, name in ((b, second, b"b"), (c, third, b"c")):
 
                 async def answer(question: bytes, name: bytes = name) -> bytes | None:
                     return name + question[:2] if question else None
 
-                each.bus.serve(f"ask/{name.decode()}", answer)
+                each.bus.serve(f"ask/{member.node}", answer)
             await until(lambda: len(a.alive) == 3)
             assert sorted(await a.bus.query("ask/*", b"?!", seconds=5)) == [b"b?!", b"c?!"]
-            assert await a.bus.query("ask/b", b"?!" * 4_000_000, seconds=PATIENCE_SECONDS) == [b"b?!"]
+            longest = b"?!" * (bus_module.QUESTION_BYTES_MAX // 2)
+            assert await a.bus.query(f"ask/{second.node}", longest, seconds=PATIENCE_SECONDS) == [b"b?!"]
+            assert await a.bus.query(f"ask/{second.node}", longest + b"?", seconds=1) == []
             assert await a.bus.query("ask/*", b"", seconds=5) == []
             assert await a.bus.query("ask/nobody", b"?", seconds=5) == []
 
@@ -229,20 +232,20 @@ def test_a_removed_node_is_alone(tmp_path: Path) -> None:
             async def answer(_: bytes) -> bytes:
                 return b"secret"
 
-            a.bus.serve("ask/a", answer)
+            a.bus.serve(f"ask/{admin.node}", answer)
             await until(lambda: a.alive == b.alive == r.alive == tokens(admin, member, removed))
-            assert await r.bus.query("ask/a", b"?", seconds=5) == [b"secret"]
+            assert await r.bus.query(f"ask/{admin.node}", b"?", seconds=5) == [b"secret"]
             admin.revoke(removed.node)
             member.admit(admin.revocations)
             await asyncio.gather(a.bus.refresh(), b.bus.refresh())
             await until(lambda: a.alive == b.alive == tokens(admin, member) and r.alive == tokens(removed))
             r.heard.clear()
             await hears(b, a, b"secret")
-            r.bus.publish("heartbeat/r", b"still here")
+            r.bus.publish(r.key, b"still here")
             assert await r.bus.query("ask/*", b"?", seconds=1) == []
             await hears(a, b, b"end")
-            assert not {key for key, _ in a.heard + b.heard} & {"heartbeat/r"}
-            assert [key for key, _ in r.heard] == ["heartbeat/r"]  # its own
+            assert not {key for key, _ in a.heard + b.heard} & {r.key}
+            assert [key for key, _ in r.heard] == [r.key]  # its own
             await r.bus.refresh()  # and coming back does not help
             await asyncio.sleep(QUIET_SECONDS)
             await hears(b, a, b"secret again")
@@ -261,7 +264,7 @@ def test_a_node_that_was_removed_while_away_learns_that_and_nothing_else(tmp_pat
     async def story() -> None:
         async with node(admin, []) as a, node(removed, a.bus.addresses) as r:
             for member in (removed, other):
-                r.bus.watch(REMOVED.format(member.node, "*"), lambda key, alive: told.append(key))
+                r.bus.watch(REMOVED.format(member.node, "*", "*"), lambda key, alive: told.append(key))
             await until(lambda: told)
             await asyncio.sleep(QUIET_SECONDS)
             assert r.alive == tokens(removed)
@@ -307,6 +310,7 @@ def test_intruders_see_nothing_and_are_not_heard(tmp_path: Path, kind: str) -> N
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     seen: list[str] = []
+    own = f"cordee/{admin.cluster}/heartbeat/{removed.node}"
 
     async def story() -> None:
         async with node(admin, [f"127.0.0.1:{port}"]) as a, node(member, a.bus.addresses) as b:
@@ -321,8 +325,8 @@ def test_intruders_see_nothing_and_are_not_heard(tmp_path: Path, kind: str) -> N
                 )
                 with session.liveliness().declare_token(f"cordee/{admin.cluster}/alive/{removed.node}"):
                     for _ in range(20):  # as long as retries of both sides take
-                        session.put(f"cordee/{admin.cluster}/heartbeat/x", b"forged")
-                        a.bus.publish("heartbeat/x", b"secret")
+                        session.put(own, b"forged")
+                        a.bus.publish(a.key, b"secret")
                         await asyncio.sleep(0.1)
                     await hears(b, a, b"end")
                     replies = await asyncio.to_thread(
@@ -339,17 +343,18 @@ def test_intruders_see_nothing_and_are_not_heard(tmp_path: Path, kind: str) -> N
     run(story)
     # except its own messages, and the key that says that it was removed
     known = re.compile(
-        f"heartbeat/x|alive/{removed.node}" + f"|removed/{removed.node}/.*" * (kind == "removed")
+        f"heartbeat/{removed.node}|alive/{removed.node}" + f"|removed/{removed.node}/.*" * (kind == "removed")
     )
     prefix = f"cordee/{admin.cluster}/"
     assert [key for key in seen if key.startswith(prefix) and not known.fullmatch(key, len(prefix))] == []
-    assert seen.count(f"cordee/{admin.cluster}/heartbeat/x") <= 20  # its own
+    assert seen.count(own) <= 20
 
 
 def test_that_intruder_would_hear_everything_with_a_members_certificate(tmp_path: Path) -> None:
     """The counterpart of the test above, which shows that it could fail."""
     admin, member = cluster(tmp_path, 2)
     seen: list[str] = []
+    own = f"heartbeat/{member.node}"
 
     async def story() -> None:
         async with node(admin, []) as a:
@@ -361,9 +366,9 @@ def test_that_intruder_would_hear_everything_with_a_members_certificate(tmp_path
                     "cordee/**", lambda sample: seen.append(sample.payload.to_string())
                 )
                 async with asyncio.timeout(PATIENCE_SECONDS):
-                    while "open" not in seen or ("heartbeat/x", b"forged") not in a.heard:
-                        a.bus.publish("heartbeat/x", b"open")
-                        session.put(f"cordee/{admin.cluster}/heartbeat/x", b"forged")
+                    while "open" not in seen or (own, b"its own") not in a.heard:
+                        a.bus.publish(a.key, b"open")
+                        session.put(f"cordee/{admin.cluster}/{own}", b"its own")
                         await asyncio.sleep(0.05)
             finally:
                 await asyncio.to_thread(session.close)
@@ -415,7 +420,7 @@ def test_a_message_that_is_too_long_is_dropped(tmp_path: Path) -> None:
     async def story() -> None:
         async with node(first, []) as a, node(second, a.bus.addresses) as b:
             await until(lambda: b.alive == tokens(first, second))
-            a.bus.publish("heartbeat/x", bytes(bus_module.MESSAGE_BYTES_MAX + 1))
+            a.bus.publish(a.key, bytes(bus_module.MESSAGE_BYTES_MAX + 1))
             await hears(b, a, bytes(bus_module.MESSAGE_BYTES_MAX))
             assert {len(payload) for _, payload in b.heard} == {bus_module.MESSAGE_BYTES_MAX}
 

@@ -129,7 +129,7 @@ async def bus(member: Identity) -> AsyncGenerator[ZenohBus]:
 @contextlib.asynccontextmanager
 async def gossip(member: Identity, opened: ZenohBus) -> AsyncGenerator[Controller]:
     """A member that speaks, listens and looks for lost nodes."""
-    controller = Controller(member.node, f"session of {member.node}", Simple())
+    controller = Controller(member.node, f"session of {member.node}", Simple(), member)
     controller.observe(facts_of(member.node), time.monotonic(), time.time())
     speaker = Gossip(opened, member, controller, lambda: None, lambda: None)
     speaker.open()

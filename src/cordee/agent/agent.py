@@ -74,6 +74,7 @@ HOST_SECONDS = 0.05  # how often schedulers let time pass
 RENEW_SECONDS = 3600.0  # how often a renewal is asked for that has time
 AGE_SECONDS = 60.0  # how often the certificate's age is looked at: a clock may be set at any time
 CLONE_FILE = "cloned"  # in the identity's folder: that another machine ran as this node
+RESULT_BYTES_MAX = 8 << 20  # of a last stage: tokens of SEQUENCES_MAX streams with all that is known of each
 FAREWELL_SECONDS = 0.5  # for a removed node to hear that it was, before the links to it close
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,7 @@ class Agent:
             identity.node,
             secrets.token_hex(8),
             self.planning.planner,
+            identity,
             self._deployments_file.deployments,
             bus.remembered,
         )
@@ -184,14 +186,16 @@ class Agent:
 
     # What people ask for.
 
-    def deploy(self, offer: Offer, demand: Demand, replicas: int = 1) -> None:
-        """Have the cluster serve a model that some node offers."""
-        self.controller.deploy(offer.name, offer.shape, *demand, time.monotonic(), replicas)
+    def deploy(self, offer: Offer, demand: Demand, replicas: int = 1, only: Sequence[str] = ()) -> None:
+        """Have the cluster serve a model that some node offers, with `only` on these nodes (ids)."""
+        self.controller.deploy(offer.name, offer.shape, *demand, time.monotonic(), replicas, only=only)
         self.changed()
 
-    async def sized(self, name: str, shape: ModelShape, requested: SizeRequest) -> Demand | None:
+    async def sized(
+        self, name: str, shape: ModelShape, requested: SizeRequest, only: Sequence[str] = ()
+    ) -> Demand | None:
         """The most of what is asked of a model that fits now; None if not even the least does."""
-        return await capacity.sized(self.controller, name, shape, requested)
+        return await capacity.sized(self.controller, name, shape, requested, only)
 
     def undeploy(self, name: str) -> None:
         """Have the cluster serve a model no longer.
@@ -216,8 +220,8 @@ class Agent:
         """The models that nodes have whole, by name."""
         return self.controller.offers(time.monotonic())
 
-    def models(self) -> dict[str, tuple[ModelShape, int]]:
-        """Shape and context of all that clients may ask for, by name; `services` follows in a moment."""
+    def models(self) -> dict[str, tuple[ModelShape, int, tuple[str, ...]]]:
+        """See Controller.models; `services` follows in a moment."""
         return self.controller.models(time.monotonic())
 
     async def look(self) -> None:
@@ -236,6 +240,7 @@ class Agent:
         Raises:
             BadRequest: that is no node's id.
         """
+        self.controller.adopt(node, time.monotonic())
         try:
             self.identity.revoke(node)
         except ValueError as error:
@@ -406,7 +411,7 @@ class Agent:
                 log.warning("this node is an admin now: another admin gave it the cluster's key")
             elif isinstance(first, Join):
                 while True:
-                    message, _ = await frames.read(reader)
+                    message, _ = await frames.read(reader, 0, RESULT_BYTES_MAX)
                     if isinstance(message, Tokens | KvAnswer | Prepared):
                         for scheduler_host in self._scheduler_hosts.values():
                             scheduler_host.on_result(node, message)

@@ -15,17 +15,24 @@ LOOK_SECONDS = 0.1  # how often it is looked whether the other nodes were heard
 
 
 async def sized(
-    controller: Controller, name: str, shape: ModelShape, requested: SizeRequest
+    controller: Controller,
+    name: str,
+    shape: ModelShape,
+    requested: SizeRequest,
+    only: Sequence[str] = (),
 ) -> Demand | None:
     """The most of what is asked of a model that fits beside the others; None if not even the least does.
 
-    A node that has just started first hears the others, so as not to count itself alone. What runs of the
-    model under this name makes room. In a thread: a large cluster takes a while.
+    `only` are the nodes that may run it; none: all. A node that has just started first hears the others, so
+    as not to count itself alone. What runs of the model under this name makes room. In a thread: a large
+    cluster takes a while.
     """
     while controller.is_listening(time.monotonic()):  # for LISTEN_SECONDS at most
         await asyncio.sleep(LOOK_SECONDS)
     nodes = {
-        node: facts for node, (state, facts) in controller.nodes(time.monotonic()).items() if state == "alive"
+        node: facts
+        for node, (state, facts) in controller.nodes(time.monotonic()).items()
+        if state == "alive" and (not only or node in only)
     }
     others = {model: picks for model, picks in controller.chosen.items() if model != name}
     return await asyncio.to_thread(planner.largest, shape, nodes, requested, reserved(others))

@@ -62,13 +62,17 @@ class AddAdmin(msgspec.Struct, frozen=True):
 
 
 class Deploy(msgspec.Struct, frozen=True):
-    """See Deployer.deploy. With `follow` nothing is begun: it asks how far that is. Answered by Deployed."""
+    """See Deployer.deploy. With `follow` nothing is begun: it asks how far that is. Answered by Deployed.
+
+    `only` are names or ids of nodes.
+    """
 
     model: str
     context: int | None = None
     sequences: int | None = None
     replicas: int = 1
     follow: bool = False
+    only: tuple[str, ...] = ()
 
 
 class Deployed(msgspec.Struct, frozen=True):

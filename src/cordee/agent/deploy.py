@@ -8,6 +8,8 @@ is taken, and not for one that would fit nowhere.
 import asyncio
 import time
 
+import msgspec
+
 from cordee.agent.agent import Agent
 from cordee.agent.control import Deploy, Deployed
 from cordee.agent.status import ClusterStatus
@@ -42,18 +44,19 @@ class Deployer:
         Of the hub is 'owner/name', alone or with ':QUANTIZATION' or '/file.gguf' after it; it then has the
         name that `cordee pull` gives it. Context and answers at a time that were not asked for are chosen by
         memory (cluster/demand.py). A model that a node has is deployed even if it does not fit: it will run
-        once it does.
+        once it does. A model that is deployed and kept on some nodes stays on those unless others are named.
 
         Raises:
             ModelNotFound: no node of the cluster has it, and it is not on the hub.
-            BadRequest: the repository has several models, the name is another model's, or the context is
-                longer than the model was made for.
+            BadRequest: the repository has several models, the name is another model's, the context is
+                longer than the model was made for, or a node is unknown.
             BadModelFile, UnsupportedModel: this node cannot use its vocabulary.
             DoesNotFit: the cluster's machines could not run it.
             StorageFailed: the hub cannot be reached.
             CordeeError: what ended the reading that is asked for with `follow`.
         """
         agent, model = self._agent, asked.model
+        asked = msgspec.structs.replace(asked, only=self._nodes(asked.only))
         await self._require_context(model, asked.context)
         if model not in agent.offers() and not is_on_hub(model):
             await agent.look()
@@ -107,9 +110,9 @@ class Deployer:
         shape, requested = await asyncio.to_thread(
             agent.local_models.hub.shape, source, name, asked.context, asked.sequences
         )
-        demand = await agent.sized(name, shape, requested)
+        demand = await agent.sized(name, shape, requested, asked.only)
         if demand is None:
-            why = await self._why_not(asked.model, shape, requested)
+            why = await self._why_not(asked.model, shape, requested, asked.only)
             raise DoesNotFit(f"{name} is not read from the hub, as the cluster could not run it. {why}")
 
         def deploy_it(manifest: Manifest) -> None:
@@ -120,6 +123,7 @@ class Deployer:
                     *demand,
                     asked.replicas,
                     source=source,
+                    only=asked.only,
                 )
             )
 
@@ -132,8 +136,9 @@ class Deployer:
             return Deployed(name)
         offer = self._agent.offers()[name]
         requested = SizeRequest(asked.context, asked.sequences, offer.context)
-        demand, told = await self._sized(name, offer.shape, requested)
-        self._agent.deploy(offer, demand, asked.replicas)
+        only = self._kept_on(name, asked)
+        demand, told = await self._sized(name, offer.shape, requested, only)
+        self._agent.deploy(offer, demand, asked.replicas, only)
         return told
 
     async def _again(self, deployment: Deployment, asked: Deploy, source: str) -> Deployed:
@@ -142,19 +147,36 @@ class Deployer:
         if asked.follow or shape is None:
             return Deployed(name)
         requested = SizeRequest(asked.context, asked.sequences, deployment.context, deployment.sequences)
-        demand, told = await self._sized(name, shape, requested)
-        self._write(Deployment(name, shape, *demand, asked.replicas, source=source))
+        only = self._kept_on(name, asked)
+        demand, told = await self._sized(name, shape, requested, only)
+        self._write(Deployment(name, shape, *demand, asked.replicas, source=source, only=only))
         return told
 
-    async def _sized(self, name: str, shape: ModelShape, requested: SizeRequest) -> tuple[Demand, Deployed]:
+    async def _sized(
+        self, name: str, shape: ModelShape, requested: SizeRequest, only: tuple[str, ...]
+    ) -> tuple[Demand, Deployed]:
         """What a model is deployed with, and what people are told."""
-        demand = await self._agent.sized(name, shape, requested)
+        demand = await self._agent.sized(name, shape, requested, only)
         if demand is None:
-            return requested.full, Deployed(name, why=await self._why_not(name, shape, requested))
+            return requested.full, Deployed(name, why=await self._why_not(name, shape, requested, only))
         return demand, Deployed(name, lacks=requested.shortened(demand))
 
-    async def _why_not(self, name: str, shape: ModelShape, requested: SizeRequest) -> str:
-        return (await ClusterStatus(self._agent).plan(name, shape, requested)).plan.why
+    async def _why_not(
+        self, name: str, shape: ModelShape, requested: SizeRequest, only: tuple[str, ...]
+    ) -> str:
+        return (await ClusterStatus(self._agent).plan(name, shape, requested, only)).plan.why
+
+    def _nodes(self, wanted: tuple[str, ...]) -> tuple[str, ...]:
+        """The ids of these nodes, which people name."""
+        if not wanted:
+            return ()
+        status = ClusterStatus(self._agent)
+        return tuple(sorted({status.find(each)["id"] for each in wanted}))
+
+    def _kept_on(self, name: str, asked: Deploy) -> tuple[str, ...]:
+        """The nodes that may run a model: those that are named now, else those that were before."""
+        before = self._named(name)
+        return asked.only or (before.only if before is not None and before.replicas else ())
 
     def _not_found(self, model: str) -> ModelNotFound:
         if model in cards():
@@ -237,5 +259,6 @@ class Deployer:
             time.monotonic(),
             deployment.replicas,
             deployment.source,
+            deployment.only,
         )
         self._agent.changed()

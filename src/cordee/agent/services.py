@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Coroutine, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from cordee.cluster.facts import ModelShape
+from cordee.cluster.facts import ModelShape, stream_key
 from cordee.distribution.local_models import LocalModels
 from cordee.errors import BadModelFile, CordeeError, UnsupportedModel
 from cordee.models.store import StoredModel
@@ -60,34 +60,36 @@ class Services(Mapping[str, ClusterService]):
         _, error = self._refused.get(name, ("", None))
         return None if error is None else type(error)(error.message)
 
-    def follow(self, models: Mapping[str, tuple[ModelShape, int]], deployed: Container[str]) -> None:
-        """Have a service for each of these models, by name with shape and context, and for no others.
+    def follow(
+        self, models: Mapping[str, tuple[ModelShape, int, tuple[str, ...]]], deployed: Container[str]
+    ) -> None:
+        """Have a service for each of these models (see Controller.models), and for no others.
 
         A service opens in a moment, and again after RETRY_SECONDS if it could not. `deployed` are the names
         that the cluster serves now.
         """
-        digests = {name: shape.digest for name, (shape, _) in models.items()}
+        digests = {name: shape.digest for name, (shape, _, _) in models.items()}
         self._refused = {name: each for name, each in self._refused.items() if digests.get(name) == each[0]}
         for name, service in list(self._services.items()):
-            shape, context = models.get(name, (None, 0))
-            if shape is None or (shape.digest, context) != (service.model.digest, service.context):
+            shape, context, only = models.get(name, (None, 0, ()))
+            if shape is None or stream_key(shape.digest, context, only) != service.key:
                 del self._services[name]
                 if shape is not None:
                     service.fail_all(f"{name} is deployed anew, with {context} tokens of context: ask again")
                 self._keep(service.close())
             else:
                 service.is_deployed = name in deployed
-        for name, (shape, context) in models.items():
+        for name, (shape, context, only) in models.items():
             if name not in self._services.keys() | self._opening | self._refused.keys():
                 self._opening.add(name)
-                self._keep(self._open(name, shape, context))
+                self._keep(self._open(name, shape, context, only))
 
     async def close(self) -> None:
         """Close all services; closing twice is harmless."""
         for service in self._services.values():
             await service.close()
 
-    async def _open(self, name: str, shape: ModelShape, context: int) -> None:
+    async def _open(self, name: str, shape: ModelShape, context: int, only: tuple[str, ...]) -> None:
         try:
             vocabulary = await self._local_models.vocabulary(shape.digest, name)
             model = StoredModel(
@@ -101,7 +103,7 @@ class Services(Mapping[str, ClusterService]):
                 layers=shape.layers,
             )
             self._services[name] = ClusterService(
-                model, vocabulary, context, self._gateway, lambda: self._wanted(name)
+                model, vocabulary, context, self._gateway, lambda: self._wanted(name), only
             )
             self._changed()
         except (BadModelFile, UnsupportedModel) as error:  # which does not change: the model is refused

@@ -6,7 +6,7 @@ anything.
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -111,7 +111,10 @@ class ClusterStatus:
             node for node in listed if node["name"] == wanted
         ]
         if not found:
-            raise BadRequest(f"No node is called {wanted!r}: `cordee nodes` lists them.", "node")
+            names = [node["name"] for node in listed]
+            raise BadRequest(
+                f"No node is called {wanted!r}{nearest(wanted, names)}: `cordee nodes` lists them.", "node"
+            )
         if len(found) > 1:
             ids = ", ".join(node["id"] for node in found)
             raise BadRequest(f"Several nodes are called {wanted!r}: say which by its id ({ids}).", "node")
@@ -204,8 +207,12 @@ class ClusterStatus:
                 found[placement_id(pick.placement)] = pick.shape, demand
         return found
 
-    async def plan(self, model: str, shape: ModelShape | None, requested: SizeRequest) -> Planned:
+    async def plan(
+        self, model: str, shape: ModelShape | None, requested: SizeRequest, only: Sequence[str] = ()
+    ) -> Planned:
         """Where a model would run now, beside what else runs. Without a `shape`, a model of the cluster.
+
+        `only` are the nodes that may run it, by id; none: all.
 
         Raises:
             ModelNotFound: the cluster has no such model.
@@ -213,9 +220,9 @@ class ClusterStatus:
         if shape is None:
             shape, usual = self._known_shape(model)
             requested = requested._replace(usual=usual)
-        able, taken = self._alive(), self._reserved(shape)
+        able, taken = self._alive(only), self._reserved(shape)
         demand = await asyncio.to_thread(planner.largest, shape, able, requested, taken) or requested.least
-        found = await self._plan(model, shape, demand)
+        found = await self._plan(model, shape, demand, only=only)
         copies = await asyncio.to_thread(planner.copies, shape, able, demand, taken)
         return Planned(shape, demand, requested.shortened(demand), found, copies)
 
@@ -233,8 +240,12 @@ class ClusterStatus:
         """The models of the cluster."""
         return self._offers.keys() | self._deployments.keys()
 
-    def _alive(self) -> dict[str, Facts]:
-        return {node: facts for node, (state, facts) in self._known.items() if state == "alive"}
+    def _alive(self, only: Sequence[str] = ()) -> dict[str, Facts]:
+        return {
+            node: facts
+            for node, (state, facts) in self._known.items()
+            if state == "alive" and (not only or node in only)
+        }
 
     def _name(self, node: str) -> str:
         return self._known[node][1].name if node in self._known else node
@@ -309,6 +320,7 @@ class ClusterStatus:
             "context": deployment.context,
             "sequences": deployment.sequences,
             "replicas": deployment.replicas,
+            "only": [self._name(node) for node in deployment.only],
             "state": next((state for state in STATES if state in states), "unplaced"),
             "why": "" if picks else await self._why_not(deployment, shape),
             "reasons": self._reasons(shape),
@@ -332,7 +344,7 @@ class ClusterStatus:
     def _placement(self, pick: Chosen) -> dict[str, Any]:
         placement, host = pick.placement, pick.placement.stages[0].node
         hosted = self._gauges.get(host, Gauges()).hosted
-        key = stream_key(placement.model, placement.context)
+        key = stream_key(placement.model, placement.context, placement.only)
         busy = next((each for each in hosted if each.key == key), Hosted(key, 0, 0, 0.0))
         return {
             "id": placement_id(placement),
@@ -391,7 +403,7 @@ class ClusterStatus:
         demand = Demand(deployment.context, deployment.sequences)
         # Of all models that run nowhere together, so that the status of a cluster that is full comes soon.
         steps = STEPS_MAX // max(1, sum(not picks for picks in self._controller.chosen.values()))
-        found = await self._plan(deployment.model, shape, demand, failed, steps)
+        found = await self._plan(deployment.model, shape, demand, failed, deployment.only, steps)
         if found.placement is not None:
             return "It will be placed in a moment."
         return " ".join([found.why, *failed.values()])
@@ -402,12 +414,17 @@ class ClusterStatus:
         shape: ModelShape,
         demand: Demand,
         without: Collection[str] = (),
+        only: Sequence[str] = (),
         steps: int = STEPS_MAX,
     ) -> planner.Plan:
         """Plan a model beside the others, without some nodes. In a thread: a large cluster takes a while."""
-        able = {node: facts for node, facts in self._alive().items() if node not in without}
+        able = {node: facts for node, facts in self._alive(only).items() if node not in without}
         taken, command = self._reserved(shape), f"cordee deploy {name}"
-        return await asyncio.to_thread(planner.plan, shape, able, demand, taken, command, steps)
+        found = await asyncio.to_thread(planner.plan, shape, able, demand, taken, command, steps)
+        if found.placement is None and only:
+            names = listing([self._name(node) for node in only])
+            found = msgspec.structs.replace(found, why=f"It may run only on {names} (`--only`). {found.why}")
+        return found
 
     def _reserved(self, shape: ModelShape) -> dict[tuple[str, str], int]:
         """What the other models take."""

@@ -23,6 +23,7 @@ from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import StreamMessage, StreamsJoin
 
 RETRY_SECONDS = (0.1, 5.0)  # between attempts to open a link: the first pause, which doubles, and the longest
+ASKED_BYTES_MAX = 8 << 20  # of a gateway, which any member may be; a log of a million tokens takes 5 MB
 WAITING_MAX = 256  # messages that wait for a link to open; the oldest are lost
 OUTBOX_BYTES_MAX = 2 * MESSAGE_BYTES_MAX  # that a node does not take: then its link is given up
 # Data that is not acknowledged for so long ends the link: the other machine is gone, or has another address.
@@ -89,7 +90,7 @@ class StreamLinks:
         self._incoming[node] = writer
         _notice_silence(writer)
         try:
-            await self._read(node, reader)
+            await self._read(node, reader, ASKED_BYTES_MAX)
         finally:
             if self._incoming.get(node) is writer:
                 del self._incoming[node]
@@ -128,16 +129,16 @@ class StreamLinks:
         link.writer = writer
         while link.waiting:
             _write(writer, link.waiting.popleft())
-        await self._read(node, reader)
+        await self._read(node, reader, MESSAGE_BYTES_MAX)
 
-    async def _read(self, node: str, reader: asyncio.StreamReader) -> None:
+    async def _read(self, node: str, reader: asyncio.StreamReader, bytes_max: int) -> None:
         """Hand on what comes.
 
         Raises:
             LinkClosed: the link ended, or brings something else.
         """
         while True:
-            message, payload = await frames.read(reader, MESSAGE_BYTES_MAX)
+            message, payload = await frames.read(reader, bytes_max, frames.OPENING_BYTES_MAX)
             if not isinstance(message, StreamMessage):
                 raise LinkClosed("not a message about streams")
             self._receive(node, payload)

@@ -45,7 +45,13 @@ def status(as_json: bool, watch: bool) -> None:
     show_default=True,
     help="Run it N times, on different nodes.",
 )
-def deploy(model: str, context: int | None, sequences: int | None, replicas: int) -> None:
+@click.option(
+    "--only",
+    metavar="NODE[,NODE...]",
+    default="",
+    help="Keep it on these nodes (names or ids), until it is undeployed: no other runs it or keeps a copy.",
+)
+def deploy(model: str, context: int | None, sequences: int | None, replicas: int, only: str) -> None:
     """Have the cluster serve MODEL from now on.
 
     MODEL is one that a node has (`cordee pull`), or `starter`, which comes with Cordée. A request at the API
@@ -61,7 +67,8 @@ def deploy(model: str, context: int | None, sequences: int | None, replicas: int
     """
     from cordee.agent import control
 
-    asked = control.Deploy(model, context, sequences, replicas)
+    nodes = tuple(each.strip() for each in only.split(",") if each.strip())
+    asked = control.Deploy(model, context, sequences, replicas, only=nodes)
     try:
         deployed = control.ask("POST", "/deploy", asked, control.Deployed)
     except ModelNotFound:
@@ -143,6 +150,8 @@ def _model(model: dict[str, Any]) -> list[str]:
     if not model["deployed"]:
         return [f"{head}; not served yet: a request or `cordee deploy` starts it"]
     lines = [f"{head}; {model['sequences']} answers at a time of {model['context']} tokens each"]
+    if model["only"]:
+        lines.append(f"  kept on {', '.join(model['only'])}")
     if model["state"] == "unplaced":
         lines.append(f"  runs nowhere. {model['why']}")
     for placement in model["placements"]:

@@ -99,6 +99,7 @@ class Workload(NamedTuple):
     shape: ModelShape
     context: int
     sequences: int
+    only: tuple[str, ...] = ()  # the nodes that may run it; empty: all
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,7 @@ class Selection:
         self._replicas: dict[Workload, int] = {}
         for deployment in view.deployments:
             if deployment.shape is not None and deployment.replicas > 0:
-                job = Workload(deployment.shape, deployment.context, deployment.sequences)
+                job = Workload(deployment.shape, deployment.context, deployment.sequences, deployment.only)
                 self._wanted[deployment.model] = job
                 self._replicas[job] = max(deployment.replicas, self._replicas.get(job, 0))
         self._kept: dict[Workload, list[Candidate]] = {job: [] for job in self._replicas}
@@ -374,8 +375,10 @@ class Selection:
         )
 
     def _feasible(self, job: Workload, placement: Placement) -> bool:
-        deployed = (job.shape.digest, job.context, job.sequences)
-        if (placement.model, placement.context, placement.sequences) != deployed:
+        deployed = (job.shape.digest, job.context, job.sequences, job.only)
+        if (placement.model, placement.context, placement.sequences, placement.only) != deployed:
+            return False
+        if job.only and any(place.node not in job.only for place in placement.stages):
             return False
         if any((place.node, place.device) not in self._free for place in placement.stages):
             return False
@@ -453,7 +456,8 @@ class Selection:
         nodes: dict[str, Facts] = {}
         for node, facts in self._view.facts.items():
             failed = (node, job.shape.digest) in self._reports.failed
-            if not (failed or facts.draining or node in self._view.suspects or node in taken):
+            barred = node in self._view.suspects or node in taken or (job.only and node not in job.only)
+            if not (failed or facts.draining or barred):
                 nodes[node] = self._with_free_memory(facts)
         found: list[Candidate] = []
         for group in self._exclusions.groups(nodes, last_resort):
@@ -463,6 +467,8 @@ class Selection:
             except Unanswered:
                 self._is_open = True
                 return None
+            if placement is not None and job.only:
+                placement = msgspec.structs.replace(placement, only=job.only)
             if placement is not None and self._feasible(job, placement) and self._fits(job, placement):
                 found.append(self._candidate(job, placement))
         return min(

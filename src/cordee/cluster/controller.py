@@ -23,7 +23,7 @@ import msgspec
 
 from cordee.cluster.choose import Chosen, Planning, choose_apart, without
 from cordee.cluster.clones import Clones
-from cordee.cluster.deployments import Deployment, Deployments, is_sound
+from cordee.cluster.deployments import Deployment, Deployments
 from cordee.cluster.doubts import Doubts
 from cordee.cluster.facts import NODES_MAX, Facts, Gauges, ModelShape, Offer, Placement, stream_key
 from cordee.cluster.goals import Goals, HostGoal, SliceGoal, StageSpec, goals
@@ -31,6 +31,7 @@ from cordee.cluster.membership import LISTEN_SECONDS, Farewell, Heartbeat, Liven
 from cordee.cluster.patience import Patience
 from cordee.cluster.reconcile import Actions, Reconciler, WorkerStatus
 from cordee.cluster.soundness import fault
+from cordee.cluster.trust import Trust
 
 # Goals are computed anew when the view changed, and this often in any case: what is kept may be damaged.
 RETHINK_SECONDS = 10.0
@@ -66,8 +67,8 @@ class Decision:
 class Controller:
     """See the module's theory of operation.
 
-    `session` is random and new with each start of the agent. `deployments` and the nodes that were
-    `remembered` are those of the last run, from disk.
+    `session` is random and new with each start of the agent; `trust` signs what this node deploys.
+    `deployments` and the nodes that were `remembered` are those of the last run, from disk.
     """
 
     def __init__(
@@ -75,15 +76,17 @@ class Controller:
         me: str,
         session: str,
         planning: Planning,
+        trust: Trust,
         deployments: Iterable[Deployment] = (),
         remembered: Iterable[str] = (),
     ) -> None:
         self.me = me
         self._session = session
         self._planning = planning
+        self._trust = trust
         self._membership = Membership(me)
         self._clones = Clones(me, session)
-        self._deployments = Deployments(filter(is_sound, deployments))
+        self._deployments = Deployments(trust, deployments)
         self._unsound: dict[str, tuple[int, str]] = {}
         self._facts: Facts | None = None
         self._offset = 0.0  # the machine's clock less `now`
@@ -141,7 +144,7 @@ class Controller:
 
     @property
     def unsound(self) -> Mapping[str, tuple[int, str]]:
-        """By node: how many of its heartbeats were dropped as unsound, and what was wrong with the last."""
+        """By node: how often it said what was dropped as unsound, and what was wrong the last time."""
         return self._unsound
 
     def step(
@@ -210,7 +213,7 @@ class Controller:
         self._revocations = dict(revocations or {})
         self._membership.settle(now)
         self._clones.settle(now)
-        self._deployments.settle(self._clock(now))
+        self._deployments.settle(self._clock(now), self._revocations)
 
     def hear(self, heartbeat: Heartbeat, now: float) -> bool:
         """A heartbeat came; False if it changes nothing. The shell checks its revocations first.
@@ -223,7 +226,7 @@ class Controller:
         if known == heartbeat.facts:  # as with most: then there is one object, which was looked at before
             heartbeat = msgspec.structs.replace(heartbeat, facts=known)
         if found := fault(msgspec.structs.replace(heartbeat, deployments=()), known):
-            self._count_unsound(heartbeat.facts.node, found)
+            self.count_unsound(heartbeat.facts.node, found)
             return False
         self._clones.hear(heartbeat, now)
         if heartbeat.facts.node == self.me:
@@ -232,10 +235,13 @@ class Controller:
             self._listen(heartbeat.facts, now)
         before = self._deployments.all
         if heartbeat.deployments != before:
-            self._deployments.merge(heartbeat.deployments, self._clock(now))
+            wrong = self._deployments.merge(heartbeat.deployments, self._clock(now), self._revocations)
+            if wrong:
+                self.count_unsound(heartbeat.facts.node, wrong)
         return self._membership.hear(heartbeat, now) or self._deployments.all is not before
 
-    def _count_unsound(self, node: str, what: str) -> None:
+    def count_unsound(self, node: str, what: str) -> None:
+        """A node said what no sound node says; it changed nothing."""
         if node in self._unsound or len(self._unsound) < NODES_MAX:
             self._unsound[node] = (self._unsound.get(node, (0, ""))[0] + 1, what)
 
@@ -264,10 +270,19 @@ class Controller:
         now: float,
         replicas: int = 1,
         source: str = "",
+        only: Iterable[str] = (),
     ) -> None:
-        """Have the cluster serve a model from now on, or with `replicas` 0 no longer."""
-        deployment = Deployment(model, shape, context, sequences, replicas, author=self.me, source=source)
+        """Have the cluster serve a model from now on, or with `replicas` 0 no longer.
+
+        `only` are the nodes that may run or copy it, by id; none: all.
+        """
+        nodes = tuple(sorted(set(only)))
+        deployment = Deployment(model, shape, context, sequences, replicas, source=source, only=nodes)
         self._deployments.write(deployment, self._clock(now))
+
+    def adopt(self, node: str, now: float) -> None:
+        """Before a node is removed: what it deployed is ours from now on (see deployments.py)."""
+        self._deployments.adopt(node, self._clock(now))
 
     def is_listening(self, now: float) -> bool:
         """Whether this node has just started and has not heard all others yet."""
@@ -290,12 +305,14 @@ class Controller:
                     found[offer.name] = offer
         return found
 
-    def models(self, now: float) -> dict[str, tuple[ModelShape, int]]:
-        """Shape and context of all that clients may ask for, offered or deployed, by name."""
-        models = {name: (offer.shape, offer.context) for name, offer in self.offers(now).items()}
+    def models(self, now: float) -> dict[str, tuple[ModelShape, int, tuple[str, ...]]]:
+        """Shape, context and `only` of all that clients may ask for, offered or deployed, by name."""
+        models = {
+            name: (offer.shape, offer.context, tuple[str, ...]()) for name, offer in self.offers(now).items()
+        }
         for each in self.deployments:
             if each.shape is not None and each.replicas:
-                models[each.model] = (each.shape, each.context)
+                models[each.model] = (each.shape, each.context, each.only)
         return models
 
     def clones(self, now: float) -> frozenset[str]:
@@ -328,6 +345,7 @@ class Controller:
             gauges,
             farewell,
             age_seconds=self._clones.age_seconds(now),
+            certificate=self._trust.member_certificate,
         )
 
     def rethink(self) -> None:
@@ -383,11 +401,12 @@ class Controller:
         for each in self.deployments:
             if each.shape is None or not each.replicas:
                 continue
-            key = stream_key(each.shape.digest, each.context)
+            key = stream_key(each.shape.digest, each.context, each.only)
             hosts = [
                 route.host
                 for route in serving
-                if route.placement.model == each.shape.digest and route.placement.context >= each.context
+                if (route.placement.model, route.placement.only) == (each.shape.digest, each.only)
+                and route.placement.context >= each.context
             ]
             if hosts:
                 found[key] = current[key] if current.get(key) in hosts else hosts[0]
@@ -410,4 +429,4 @@ class Controller:
 
 
 def _key(placement: Placement) -> str:
-    return stream_key(placement.model, placement.context)
+    return stream_key(placement.model, placement.context, placement.only)

@@ -96,12 +96,15 @@ class Placement(msgspec.Struct, frozen=True, cache_hash=True):
     """Which node runs which layers of a model; the stages cover all layers once, in order.
 
     `context` is in tokens for each of `sequences` streams. The host (scheduler) is the first stage's node.
+    `only` is the deployment's: placements for different ones are different, so that no stream that is to
+    stay on some machines gets into one that need not.
     """
 
     model: str  # the shape's digest
     context: int
     sequences: int
     stages: tuple[StagePlace, ...]
+    only: tuple[str, ...] = ()
 
 
 class StageReport(msgspec.Struct, frozen=True):
@@ -251,13 +254,14 @@ def placement_id(placement: Placement) -> str:
     return hashlib.sha256(msgspec.msgpack.encode(placement)).hexdigest()[:16]
 
 
-def stream_key(model: str, context: int) -> str:
+def stream_key(model: str, context: int, only: tuple[str, ...] = ()) -> str:
     """What streams ask for: a model, by its digest, and at least `context` tokens of context.
 
     One file may be deployed under two names, with a context for each. A scheduler host answers the streams of
-    either if its own context does.
+    either if its own context does, and if both may run on the same nodes: a deployment's `only`.
     """
-    return f"{model}/{context}"
+    kept = "@" + hashlib.sha256(",".join(only).encode()).hexdigest()[:16] if only else ""
+    return f"{model}{kept}/{context}"
 
 
 def best_host(wirings: Mapping[str, str], wanted: str) -> str | None:
@@ -276,7 +280,8 @@ def best_host(wirings: Mapping[str, str], wanted: str) -> str | None:
 
 
 def _parts(key: str) -> tuple[str, int]:
-    """Model and context of a stream key; no model's where another node says something else."""
+    """Model (and where it may run) and context of a stream key; no model's where another node says something
+    else."""
     model, _, context = key.rpartition("/")
     return (model, int(context)) if re.fullmatch("[0-9]{1,18}", context) else ("", 0)
 

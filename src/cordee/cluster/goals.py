@@ -19,8 +19,8 @@ Workers of other placements are kept as they are while none that was chosen serv
 node that was lost comes back first, the old placement goes on at once. Then they are to be stopped.
 
 Once a placement serves, each of its slices (and the embedding that the host of a cut model looks rows up in)
-is kept on a second node where disk allows, so that a loss costs no transfer. A hash decides which node holds
-the copy, so a change elsewhere does not move it.
+is kept on a second node where disk allows, so that a loss costs no transfer; of a model that is to stay on
+some nodes on one of them. A hash decides which node holds the copy, so a change elsewhere does not move it.
 """
 
 import hashlib
@@ -262,16 +262,17 @@ def _copies(view: View, picks: Sequence[Chosen], me: str) -> list[SliceGoal]:
     for pick in picks:
         if not pick.wiring:
             continue
-        stages = pick.placement.stages
+        stages, only = pick.placement.stages, pick.placement.only
+        facts = {node: own for node, own in view.facts.items() if not only or node in only}
         for index, place in enumerate(stages):
             goal = spec_of(pick.placement, index).slice
             size = sum(pick.shape.layer_bytes[goal.first : goal.last])
-            if _copy_holder(view.facts, goal, place.node, size) == me:
+            if _copy_holder(facts, goal, place.node, size) == me:
                 found.append(goal)
         embedding = SliceGoal(pick.placement.model, 0, 0)
         if (
             len(stages) > 1
-            and _copy_holder(view.facts, embedding, stages[0].node, pick.shape.embedding_bytes) == me
+            and _copy_holder(facts, embedding, stages[0].node, pick.shape.embedding_bytes) == me
         ):
             found.append(embedding)
     return found

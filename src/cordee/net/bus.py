@@ -1,7 +1,9 @@
 """What the agents of a cluster need of each other: the protocol `Bus`. `zenoh_bus.ZenohBus` implements it.
 
-Keys are `a/b/c`; in patterns `*` stands for any one level, `**` for any number of them. Everything on the bus
-is soft state: messages may be lost, and their senders repeat them.
+Keys are `a/b/c`; in patterns `*` stands for any one level, `**` for any number of them. The level after the
+first is the node that says something (in `removed/...`, see REMOVED, the one after that), and the bus brings
+nothing that comes from another: a node says, announces and answers only under keys that are its own.
+Everything on the bus is soft state: messages may be lost, and their senders repeat them.
 """
 
 from collections.abc import Awaitable, Callable
@@ -9,14 +11,22 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cordee.net import address
+from cordee.net.identity import SLOT_DIGITS
 
 PORT = 7330  # where a node listens unless told otherwise or taken: `--peer HOST` means this port
-# A node's id and its revocation in hexadecimal: the key that is announced for a node that was removed, and
-# the only one that such a node may see.
-REMOVED = "removed/{}/{}"
+# The key that is announced for a node that was removed, and the only one that such a node may see: its id,
+# that of the node that announces it, and the revocation in hexadecimal.
+REMOVED = "removed/{}/{}/{}"
+
 
 # Called with the payload of a query; gives the answer, or None for no answer.
 Answer = Callable[[bytes], Awaitable[bytes | None]]
+
+
+def speaker(key: str) -> str:
+    """Whose key that is: the digits of its slot, which the bus has compared with the certificate."""
+    chunks = key.split("/")
+    return chunks[min(2 if chunks[0] == "removed" else 1, len(chunks) - 1)][:SLOT_DIGITS]
 
 
 @dataclass(frozen=True)

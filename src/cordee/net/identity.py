@@ -30,11 +30,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
@@ -51,7 +52,7 @@ BACKDATED_SECONDS = 2 * DAY_SECONDS  # so that a node whose clock is a day slow 
 AUTHORITY_START = 946_684_800  # 2000-01-01, whatever the clock of the first machine says
 AUTHORITY_SECONDS = 253_402_300_799 - AUTHORITY_START  # until 9999-12-31 23:59:59: no end (RFC 5280, 4.1.2.5)
 SLOT_DIGITS = 2
-SLOTS = 16**SLOT_DIGITS  # members and nodes ever removed; each costs a zenoh session 15 kB and 40 µs
+SLOTS = 16**SLOT_DIGITS  # members and nodes ever removed; each costs a zenoh session 25 kB and 140 µs
 FILE_BYTES_MAX = 1 << 20  # a list of SLOTS removed nodes takes 50 kB
 PARTIAL = ".cluster."  # begins the name of a folder that is being made
 ID_DIGITS = 16
@@ -144,6 +145,25 @@ class Identity:
             raise ValueError("the node was removed")
         return pem(_issue(key, self.authority, self.authority_key, now))
 
+    @property
+    def member_certificate(self) -> bytes:
+        """The certificate in DER, as it goes with what this node signs."""
+        return self.certificate.public_bytes(serialization.Encoding.DER)
+
+    def sign_statement(self, statement: bytes) -> bytes:
+        """This node's signature under what it says; whoever takes it begins a statement with its purpose."""
+        return self.key.sign(statement, ec.ECDSA(hashes.SHA256()))
+
+    def is_signed(self, node: str, certificate: bytes, statement: bytes, signature: bytes) -> bool:
+        """Whether a member signed a statement; its certificate (DER) may have expired since."""
+        key = _member_key(certificate, self.authority)
+        return key is not None and node_id(key) == node and _is_signed(key, statement, signature)
+
+    def is_member(self, node: str, certificate: bytes) -> bool:
+        """Whether a certificate (DER) of this cluster is that node's, whatever its dates."""
+        key = _member_key(certificate, self.authority)
+        return key is not None and node_id(key) == node
+
     def prove_admin(self, nonce: bytes) -> bytes:
         """A signature that proves to whoever chose `nonce` that this node holds the authority's key."""
         assert self.authority_key is not None, "only an admin can prove it"
@@ -151,7 +171,7 @@ class Identity:
 
     def is_admin_proof(self, node: str, nonce: bytes, proof: bytes) -> bool:
         """Whether `proof` is what `prove_admin` gives at that node of this cluster."""
-        return _is_signed(self.authority, _admin_proof(node, nonce), proof)
+        return _is_signed(self.authority.public_key(), _admin_proof(node, nonce), proof)
 
     def renew(self, certificate: bytes, now: float | None = None) -> None:
         """Take a new certificate (PEM) for this node's key; with `now`, only one that is valid then.
@@ -189,6 +209,10 @@ class Identity:
         assert self.authority_key is not None, "only an admin has it"
         return _private_pem(self.authority_key)
 
+    def is_revocation(self, entry: bytes) -> bool:
+        """Whether the authority signed a removal."""
+        return _is_revoked(self.authority, revoked_node(entry), entry[ID_BYTES:])
+
     def revoke(self, node: str) -> None:
         """Remove a node for good; only an admin can. The others learn it from `revocations`.
 
@@ -208,9 +232,9 @@ class Identity:
         """
         new: dict[str, bytes] = {}
         for entry in revocations:
-            node, signature = revoked_node(entry), entry[ID_BYTES:]
-            if node not in self._revoked and _is_revoked(self.authority, node, signature):
-                new[node] = signature
+            node = revoked_node(entry)
+            if node not in self._revoked and self.is_revocation(entry):
+                new[node] = entry[ID_BYTES:]
         if new:
             grown = self._revoked | new
             lines = "".join(f"{node} {signature.hex()}\n" for node, signature in sorted(grown.items()))
@@ -453,6 +477,19 @@ def _belongs(
     return _spki(certificate.public_key()) == _spki(key)
 
 
+@lru_cache(maxsize=4 * SLOTS)  # of each member, and what forgers send
+def _member_key(certificate: bytes, authority: x509.Certificate) -> ec.EllipticCurvePublicKey | None:
+    """The key that a certificate (DER) of this authority is for; None if it is none."""
+    try:
+        parsed = x509.load_der_x509_certificate(certificate)
+        key = parsed.public_key()
+    except (ValueError, UnsupportedAlgorithm):
+        return None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not _belongs(parsed, key, authority):
+        return None
+    return key
+
+
 def _revocation(cluster: str, node: str) -> bytes:
     return f"cordee revocation {cluster} {node}".encode()
 
@@ -462,11 +499,10 @@ def _admin_proof(node: str, nonce: bytes) -> bytes:
 
 
 def _is_revoked(authority: x509.Certificate, node: str, signature: bytes) -> bool:
-    return _is_signed(authority, _revocation(cluster_id(authority), node), signature)
+    return _is_signed(authority.public_key(), _revocation(cluster_id(authority), node), signature)
 
 
-def _is_signed(authority: x509.Certificate, statement: bytes, signature: bytes) -> bool:
-    key = authority.public_key()
+def _is_signed(key: CertificatePublicKeyTypes, statement: bytes, signature: bytes) -> bool:
     if not isinstance(key, ec.EllipticCurvePublicKey):
         return False
     try:

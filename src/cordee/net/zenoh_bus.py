@@ -12,7 +12,7 @@ cluster's authority signs (`identity.slots`), without those of removed nodes; a 
 been asleep when it was removed, may see one key: the one that tells it so. The list is read when a session
 opens, and so is the listener's certificate: `refresh` reopens the session after a removal or a renewal, in
 about 0.1 s, on the same port. Host names would add nothing and are not verified: addresses change, ids do
-not.
+not. The same list says what each member may say: only what is under its own keys (zenoh_config.py).
 
 **Threads.** zenoh calls on its own threads; everything is handed to the event loop, in order, through bounded
 inboxes. Sending may block while a neighbour does not take data, and so happens on threads of this module.
@@ -25,7 +25,7 @@ import json
 import os
 import random
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -36,14 +36,18 @@ from zenoh.handlers import Callback  # pyright: ignore[reportMissingModuleSource
 
 from cordee.errors import BadRequest, SetupNeeded
 from cordee.net import address
-from cordee.net.bus import PORT, REMOVED, Answer, BusOptions
+from cordee.net.bus import PORT, REMOVED, Answer, BusOptions, speaker
 from cordee.net.claims import CLAIMS_MAX, Claims
 from cordee.net.identity import Identity, revoked_node
 from cordee.net.peers import Peers
 from cordee.net.zenoh_config import MESSAGE_BYTES_MAX, RUNTIME, session_config
 
 INBOX_MESSAGES_MAX = 4096  # a second of heartbeats and tokens of the largest cluster
-INBOX_BYTES_MAX = 64 << 20  # two of the longest messages
+INBOX_BYTES_MAX = 32 << 20  # eight of the longest messages
+# Of what waits in an inbox, how much may be of one member: it drops nothing of the others'.
+SPEAKER_MESSAGES_MAX = 64
+SPEAKER_KEYS_MAX = 8  # of one member that are watched: it has one, and in the moment of a reopening another
+QUESTION_BYTES_MAX = 256 << 10  # of a query: which chunks, or a certificate
 OUTBOX_MESSAGES_MAX = 1024  # more means that no neighbour takes any data
 QUERIES_MAX = 64  # that are answered at once; the rest get no answer and are asked again
 WATCHED_MAX = 16_384  # keys of one pattern: two of each node, and many that a member may make up
@@ -65,15 +69,18 @@ class Inbox:
         self._lock = threading.Lock()
         self._items: deque[tuple[Any, ...]] = deque()
         self._bytes = 0
+        self._speakers: Counter[str] = Counter()
 
-    def put(self, *item: Any, weight_bytes: int = 0) -> None:
-        """Queue an item; from any thread."""
+    def put(self, *item: Any, weight_bytes: int = 0, speaker: str = "") -> None:
+        """Queue an item of a speaker, if that is known; from any thread."""
         with self._lock:
-            full = len(self._items) >= INBOX_MESSAGES_MAX
+            full = len(self._items) >= INBOX_MESSAGES_MAX or self._speakers[speaker] >= SPEAKER_MESSAGES_MAX
             if full or self._bytes + weight_bytes > INBOX_BYTES_MAX:
                 return
-            self._items.append((weight_bytes, item))
+            self._items.append((weight_bytes, speaker, item))
             self._bytes += weight_bytes
+            if speaker:
+                self._speakers[speaker] += 1
             is_first = len(self._items) == 1
         if is_first:
             with contextlib.suppress(RuntimeError):  # the loop has ended
@@ -82,13 +89,15 @@ class Inbox:
     def _drain(self) -> None:
         """Deliver one and come back for the next, so that a flood does not keep the loop from other work."""
         with self._lock:
-            weight_bytes, item = self._items[0]
+            weight_bytes, speaker, item = self._items[0]
         try:
             self._deliver(*item)
         finally:
             with self._lock:
                 self._items.popleft()
                 self._bytes -= weight_bytes
+                if speaker:
+                    self._speakers[speaker] -= 1
                 more = bool(self._items)
             if more:
                 self._loop.call_soon(self._drain)
@@ -105,8 +114,10 @@ class _Watch:
 
     def note(self, key: str, alive: bool) -> None:
         """The present session saw a key appear or disappear."""
-        if alive and len(self.seen) >= WATCHED_MAX:
-            return
+        if alive and key not in self.seen:
+            ours = sum(speaker(each) == speaker(key) for each in self.seen)
+            if ours >= SPEAKER_KEYS_MAX or len(self.seen) >= WATCHED_MAX:
+                return
         (self.seen.add if alive else self.seen.discard)(key)
         if alive != (key in self.reported):
             (self.reported.add if alive else self.reported.discard)(key)
@@ -197,7 +208,7 @@ class ZenohBus:
             self._announced_addresses = self.addresses
             self._declare_token(f"at/{self._identity.node}/{','.join(self._announced_addresses)}")
             for entry in self._identity.revocations:
-                self._declare_token(REMOVED.format(revoked_node(entry), entry.hex()))
+                self._declare_token(REMOVED.format(revoked_node(entry), self._identity.node, entry.hex()))
             for pattern, inbox in self._subscriptions:
                 self._declare_subscriber(pattern, inbox)
             for key, handler in self._services:
@@ -228,7 +239,7 @@ class ZenohBus:
             ) from error
 
     def publish(self, key: str, payload: bytes) -> None:
-        """See `Bus.publish`; what is longer than MESSAGE_BYTES_MAX is dropped."""
+        """See `Bus.publish`; what is longer than MESSAGE_BYTES_MAX is dropped, also where it comes."""
         session = self._session
         if session is None or len(payload) > MESSAGE_BYTES_MAX:
             return
@@ -373,8 +384,9 @@ class ZenohBus:
 
     def _declare_subscriber(self, pattern: str, inbox: Inbox) -> None:
         def on_sample(sample: zenoh.Sample) -> None:
-            payload = sample.payload.to_bytes()
-            inbox.put(self._key(sample.key_expr), payload, weight_bytes=len(payload))
+            if len(sample.payload) <= MESSAGE_BYTES_MAX:
+                key, payload = self._key(sample.key_expr), sample.payload.to_bytes()
+                inbox.put(key, payload, weight_bytes=len(payload), speaker=speaker(key))
 
         if self._session is not None:
             self._session.declare_subscriber(self._prefix + pattern, Callback(on_sample, indirect=False))
@@ -382,27 +394,30 @@ class ZenohBus:
     def _declare_queryable(self, key: str, handler: Answer) -> None:
         def start(query: zenoh.Query, payload: bytes) -> None:
             if len(self._tasks) < QUERIES_MAX:
-                task = self._loop.create_task(self._answer(query, payload, handler))
+                task = self._loop.create_task(self._answer(key, query, payload, handler))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
         inbox = Inbox(self._loop, start)
 
         def on_query(query: zenoh.Query) -> None:
-            payload = query.payload.to_bytes() if query.payload is not None else b""
-            inbox.put(query, payload, weight_bytes=len(payload))
+            if query.payload is None:
+                inbox.put(query, b"")
+            elif len(query.payload) <= QUESTION_BYTES_MAX:
+                inbox.put(query, query.payload.to_bytes(), weight_bytes=len(query.payload))
 
         if self._session is not None:
             self._session.declare_queryable(self._prefix + key, Callback(on_query, indirect=False))
 
-    async def _answer(self, query: zenoh.Query, payload: bytes, handler: Answer) -> None:
+    async def _answer(self, key: str, query: zenoh.Query, payload: bytes, handler: Answer) -> None:
         answer = await handler(payload)
         if answer is not None:
             with contextlib.suppress(zenoh.ZError):  # the asker is gone
                 await self._loop.run_in_executor(
                     self._repliers,
                     query.reply,  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType] - as put
-                    query.key_expr,
+                    self._prefix
+                    + key,  # not the question's, which may be a pattern: nobody answers for others
                     answer,
                 )
 
@@ -420,7 +435,8 @@ class ZenohBus:
         inbox = Inbox(self._loop, note)
 
         def on_token(sample: zenoh.Sample) -> None:
-            inbox.put(self._key(sample.key_expr), sample.kind == zenoh.SampleKind.PUT)
+            key = self._key(sample.key_expr)
+            inbox.put(key, sample.kind == zenoh.SampleKind.PUT, speaker=speaker(key))
 
         if session is not None:
             session.liveliness().declare_subscriber(

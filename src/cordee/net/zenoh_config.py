@@ -16,7 +16,8 @@ KEEP_ALIVES = 6  # in a lease: a busy machine may miss some
 # First and longest pause before an address is tried again, also a further address of a node that is linked.
 RETRY_SECONDS = (0.2, 4.0)
 STALLED_SECONDS = 2.0  # a neighbour that takes no data for this long loses its link, and may connect again
-MESSAGE_BYTES_MAX = 32 << 20  # a chunk of a slice and its header; token logs take far less
+# A heartbeat; a chunk of a slice takes 1 MB. zenoh holds up to sixteen of them, half received, for each link.
+MESSAGE_BYTES_MAX = 4 << 20
 LINKS_MAX = 512  # two for each of slots(), one from either side
 # zenoh reads its links on two threads, unless the environment says otherwise before its first session. But a
 # link whose node fell silent keeps one of them in the system's close() for 10 s (zenoh sets SO_LINGER), and
@@ -26,16 +27,9 @@ RUNTIME = ("ZENOH_RUNTIME", "(rx: (worker_threads: 64))")
 PENDING_LINKS_MAX = 32  # whose handshake is under way
 SCOUTING_GROUP = "224.0.0.224"  # link-local: no switch needs to be asked to forward it
 SCOUTING_PORTS = (20_000, 10_000)  # the first, how many: below the ports that systems hand out
-MESSAGES = (
-    "put",
-    "query",
-    "reply",
-    "declare_subscriber",
-    "declare_queryable",
-    "liveliness_token",
-    "liveliness_query",
-    "declare_liveliness_subscriber",
-)
+# What a member may do under every key of the cluster, and what only under its own.
+ASKS = ("query", "declare_subscriber", "liveliness_query", "declare_liveliness_subscriber")
+SAYS = ("put", "reply", "declare_queryable", "liveliness_token")
 
 
 def session_config(
@@ -58,7 +52,7 @@ def session_config(
         },
         "open": {"return_conditions": {"connect_scouted": False, "declares": False}},
         "scouting": scouting_config(identity.cluster, scouting),
-        "access_control": _access(identity.revoked),
+        "access_control": _access(identity.cluster, identity.revoked),
         "transport": {
             "shared_memory": {"enabled": False},  # it would lie in the clear in /dev/shm
             "unicast": {"accept_pending": PENDING_LINKS_MAX, "max_sessions": LINKS_MAX},
@@ -99,37 +93,52 @@ def scouting_config(cluster: str, interface: str) -> dict[str, Any]:
     return {"delay": 0, "multicast": multicast, "gossip": {"enabled": True}}
 
 
-def _access(revoked: Iterable[str]) -> dict[str, Any]:
-    """Members may send and receive everything, a removed node may see that it was removed, others nothing.
+def _access(cluster: str, revoked: Iterable[str]) -> dict[str, Any]:
+    """Members hear all and say only what is theirs, a removed node sees that it was removed, others nothing.
 
-    A subject is a session that shows one of the listed common names.
+    A subject is a session that shows one of the listed common names. A member's keys are those of which the
+    chunk behind the kind, in `removed/...` the one behind the removed node, begins with its slot's digits:
+    nobody says anything under another's key, neither by forging nor by playing back. No peer passes on what
+    another said (zenoh does that only for clients, and then checks their names in the same way).
     """
-    removed = {slot_of(node): node for node in sorted(revoked)}
-    members = [slot for slot in slots() if slot not in removed]
+    prefix = f"cordee/{cluster}/"
     access: dict[str, Any] = {
         "enabled": True,
         "default_permission": "deny",
-        "rules": [_rule("everything", MESSAGES, ["ingress", "egress"], "cordee/**")],
-        "subjects": [{"id": "members", "cert_common_names": members}],
-        "policies": [{"rules": ["everything"], "subjects": ["members"]}],
+        "rules": [
+            _rule("hears", (*ASKS, *SAYS), ["egress"], "cordee/**"),
+            _rule("asks", ASKS, ["ingress"], "cordee/**"),
+        ],
+        "subjects": [],
+        "policies": [],
     }
-    for slot, node in removed.items():
-        key = f"cordee/*/{REMOVED.format(node, '*')}"
-        asks = _rule(f"asks-{node}", ["declare_liveliness_subscriber"], ["ingress"], key)
-        hears = _rule(f"hears-{node}", ["liveliness_token"], ["egress"], key)
-        access["rules"] += [asks, hears]
-        access["subjects"].append({"id": node, "cert_common_names": [slot]})
-        access["policies"].append({"rules": [asks["id"], hears["id"]], "subjects": [node]})
+    removed = {slot_of(node): node for node in sorted(revoked)}
+    for slot in slots():
+        if slot in removed:
+            key = prefix + REMOVED.format(removed[slot], "*", "*")
+            rules = [
+                _rule(f"asks-{slot}", ["declare_liveliness_subscriber"], ["ingress"], key),
+                _rule(f"hears-{slot}", ["liveliness_token"], ["egress"], key),
+            ]
+            names = [rule["id"] for rule in rules]
+        else:
+            own = slot.removeprefix(slot_of("")) + "$*"
+            keys = (f"{prefix}*/{own}/**", prefix + REMOVED.format("*", own, "*"))
+            rules = [_rule(f"says-{slot}", SAYS, ["ingress"], *keys)]
+            names = ["hears", "asks", f"says-{slot}"]
+        access["rules"] += rules
+        access["subjects"].append({"id": slot, "cert_common_names": [slot]})
+        access["policies"].append({"rules": names, "subjects": [slot]})
     return access
 
 
-def _rule(name: str, messages: Sequence[str], flows: Sequence[str], key: str) -> dict[str, Any]:
+def _rule(name: str, messages: Sequence[str], flows: Sequence[str], *keys: str) -> dict[str, Any]:
     return {
         "id": name,
         "messages": list(messages),
         "flows": list(flows),
         "permission": "allow",
-        "key_exprs": [key],
+        "key_exprs": list(keys),
     }
 
 

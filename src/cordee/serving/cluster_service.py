@@ -172,13 +172,14 @@ class ClusterService:
         context: int,
         gateway: ClusterGateway,
         wanted: Callable[[], None] = lambda: None,
+        only: tuple[str, ...] = (),
     ) -> None:
         self.model = model
         self.name = model.name
         self.vocabulary = vocabulary
         self.template = template_of(self.vocabulary)
         self.context = context
-        self.key = stream_key(model.digest, context)
+        self.key = stream_key(model.digest, context, only)
         self.batch_invariant: bool | None = None
         self.port: int | None = None
         self.is_deployed = False  # whether the cluster is to serve it, whoever asks

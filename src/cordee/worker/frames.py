@@ -22,10 +22,10 @@ if TYPE_CHECKING:  # workers read with sockets alone and start 30 ms sooner with
 
 LENGTHS = struct.Struct("<II")
 MESSAGE_BYTES_MAX = 64 << 20  # token logs of a batch: eight full contexts of a million tokens take 40 MB
+# The first message of a link, a name and a wiring; until it has come anybody of the cluster may be there.
+OPENING_BYTES_MAX = 16 << 10
 PAYLOAD_BYTES_MAX = 1 << 30  # rows of a batch: 8,192 rows of width 16,384 are 512 MiB
-SOCKET_SECONDS = (
-    600.0  # until a frame is taken; the peer may first have to finish a prefill on a slow machine
-)
+SOCKET_SECONDS = 600.0  # until a frame is taken; the other side may have to finish a prefill on a slow machine
 # Once a frame has begun to arrive: the poorest link, and a machine that swaps. A peer that sends a byte now
 # and then would hold up a worker for ever.
 FRAME_SECONDS = 10.0
@@ -57,14 +57,19 @@ def send(link: socket.socket, message: Message, payload: bytes | memoryview = b"
         raise LinkClosed(str(error)) from error
 
 
-def receive(link: socket.socket) -> tuple[Message, memoryview]:
+def receive(
+    link: socket.socket,
+    payload_bytes_max: int = PAYLOAD_BYTES_MAX,
+    message_bytes_max: int = MESSAGE_BYTES_MAX,
+) -> tuple[Message, memoryview]:
     """The next frame; waits for it.
 
     Raises:
         FrameLate: it takes longer than FRAME_SECONDS, and its bytes at FRAME_BYTES_PER_SECOND, to arrive.
         LinkClosed: there is none, or not a whole one.
     """
-    message_bytes, payload_bytes = _lengths(_receive_exactly(link, LENGTHS.size))
+    lengths = _receive_exactly(link, LENGTHS.size)
+    message_bytes, payload_bytes = _lengths(lengths, payload_bytes_max, message_bytes_max)
     # In one call: each costs a hop some time.
     rest = _receive_exactly(link, message_bytes + payload_bytes, has_begun=True)
     return _decoded(rest[:message_bytes]), rest[message_bytes:]
@@ -77,7 +82,9 @@ def write(writer: asyncio.StreamWriter, message: Message, payload: bytes | memor
 
 
 async def read(
-    reader: asyncio.StreamReader, payload_bytes_max: int = PAYLOAD_BYTES_MAX
+    reader: asyncio.StreamReader,
+    payload_bytes_max: int = PAYLOAD_BYTES_MAX,
+    message_bytes_max: int = MESSAGE_BYTES_MAX,
 ) -> tuple[Message, bytes]:
     """The next frame of a stream.
 
@@ -88,7 +95,8 @@ async def read(
     import asyncio  # here, because workers do without it
 
     try:
-        message_bytes, payload_bytes = _lengths(await reader.readexactly(LENGTHS.size), payload_bytes_max)
+        lengths = await reader.readexactly(LENGTHS.size)
+        message_bytes, payload_bytes = _lengths(lengths, payload_bytes_max, message_bytes_max)
         count = message_bytes + payload_bytes
         try:
             async with asyncio.timeout(_allowed_seconds(count)):
@@ -110,9 +118,11 @@ def _pieces(message: Message, payload: bytes | memoryview) -> list[bytes | memor
     return [lengths + encoded, payload]
 
 
-def _lengths(data: bytes | memoryview, payload_bytes_max: int = PAYLOAD_BYTES_MAX) -> tuple[int, int]:
+def _lengths(
+    data: bytes | memoryview, payload_bytes_max: int, message_bytes_max: int
+) -> tuple[int, int]:
     message_bytes, payload_bytes = LENGTHS.unpack(data)
-    if message_bytes > MESSAGE_BYTES_MAX or payload_bytes > payload_bytes_max:
+    if message_bytes > message_bytes_max or payload_bytes > payload_bytes_max:
         raise LinkClosed(f"a frame of {message_bytes} + {payload_bytes} bytes is too long to be one")
     return message_bytes, payload_bytes
 

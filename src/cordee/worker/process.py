@@ -324,7 +324,7 @@ async def opening(reader: asyncio.StreamReader) -> Message | None:
     """The first message of a link; None if there is none in time."""
     try:
         async with asyncio.timeout(HELLO_SECONDS):
-            message, _ = await frames.read(reader)
+            message, _ = await frames.read(reader, 0, frames.OPENING_BYTES_MAX)
     except (LinkClosed, TimeoutError):
         return None
     return message

@@ -316,7 +316,7 @@ class Worker:
         peer = caller.link
         peer.settimeout(JOIN_SECONDS)
         try:
-            message, _ = frames.receive(peer)
+            message, _ = frames.receive(peer, 0, frames.OPENING_BYTES_MAX)
         except LinkClosed:
             message = None
         if isinstance(message, ReaderJoin):
