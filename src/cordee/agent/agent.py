@@ -25,15 +25,16 @@ from typing import Any
 import msgspec
 
 from cordee import __version__
-from cordee.agent import admins, capacity
+from cordee.agent import admins, capacity, gauges
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
 from cordee.agent.reach import Reach
 from cordee.agent.services import Services
+from cordee.agent.spot_checks import SHARE, SpotChecks
 from cordee.agent.stream_links import StreamLinks
 from cordee.cluster.controller import Controller, Running
 from cordee.cluster.demand import SizeRequest
-from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld, best_host
+from cordee.cluster.facts import Facts, Gauges, ModelShape, Offer, SliceHeld, best_host
 from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec
 from cordee.cluster.history import History
 from cordee.cluster.membership import Farewell
@@ -61,7 +62,7 @@ from cordee.serving.cluster_service import ClusterGateway
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import LinkClosed
-from cordee.worker.messages import Join, KvAnswer, Promotion, StreamsJoin, Tokens
+from cordee.worker.messages import Join, KvAnswer, Promotion, RecordQuery, SpotRequest, StreamsJoin, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages
 
@@ -81,12 +82,14 @@ class AgentOptions:
     """`name` is what people call the node, `api` where it serves clients; `bus` where it meets others.
 
     `lent_bytes` is the most that stages may take of each device; None: what is free when the agent starts.
+    `spot_check` is the share of work that a host has computed again; 0: none.
     """
 
     name: str
     api: str
     bus: BusOptions
     lent_bytes: int | None = None
+    spot_check: float = SHARE
 
 
 class Agent:
@@ -127,6 +130,8 @@ class Agent:
         self._wanted: set[str] = set()  # models that clients asked for, and that are about to be deployed
         self._scheduler_hosts: dict[str, SchedulerHost] = {}  # by stream key
         self._stages: Stages | None = None
+        self._spot_checks = SpotChecks(self, identity.folder, options.spot_check)
+        self.doubts: dict[str, str] = {}  # why this node cannot work with others, by node
         self._inbox: asyncio.Server | None = None
         self._links: set[asyncio.StreamWriter] = set()  # that bring tokens
         self._facts: Facts | None = None
@@ -295,6 +300,24 @@ class Agent:
         """A worker ended, or hangs."""
         log.warning("%s", line)
 
+    # What its spot checks ask of it.
+
+    @property
+    def scheduler_hosts(self) -> Collection[SchedulerHost]:
+        """The schedulers that run here."""
+        return self._scheduler_hosts.values()
+
+    def alive(self) -> dict[str, Facts]:
+        """The nodes that are alive, this one among them."""
+        assert self._facts is not None, "the agent has started"
+        return {**self._others(), self.node: self._facts}
+
+    def doubt(self, node: str, reason: str) -> None:
+        """This node cannot work with another, which may be itself."""
+        log.warning("node %s is left out: %s", node, reason)
+        self.doubts[node] = reason
+        self.changed()
+
     # What its local models ask of it.
 
     def holders(self) -> Mapping[str, Sequence[SliceHeld]]:
@@ -352,6 +375,7 @@ class Agent:
         self._keep(self.gossip.speak_always(self._measure))
         self._keep(self.gossip.seek_lost_always())
         self._keep(self.local_models.watch())
+        self._keep(self._spot_checks.watch())
         self._keep(self.distances.watch(lambda: list(self._others())))
 
     def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -385,6 +409,9 @@ class Agent:
             first = await opening(reader)
             if isinstance(first, StreamsJoin):
                 await self._stream_links.serve(node, reader, writer)
+            elif isinstance(first, RecordQuery | SpotRequest):
+                frames.write(writer, *await self._spot_checks.answer(node, first))
+                await writer.drain()
             elif isinstance(first, Promotion) and await admins.accept(self.identity, first, writer):
                 await self._serve_as_admin()
                 log.warning("this node is an admin now: another admin gave it the cluster's key")
@@ -514,22 +541,7 @@ class Agent:
         return any(each.model == name and each.replicas for each in self.controller.deployments)
 
     def _measure(self) -> Gauges:
-        hosted = [
-            Hosted(
-                key,
-                scheduler_host.active,
-                scheduler_host.waiting,
-                scheduler_host.rate.per_second(),
-                scheduler_host.inherited_tokens,
-                scheduler_host.batch_invariant,
-            )
-            for key, scheduler_host in self._scheduler_hosts.items()
-        ]
-        fetching = [
-            Fetching(goal.model, goal.first, goal.last, *progress)
-            for goal, progress in self.local_models.progress.items()
-        ]
-        self.gauges = Gauges(tuple(hosted), tuple(fetching), self._meter.watts(), self.local_models.reading)
+        self.gauges = gauges.measured(self._scheduler_hosts, self.local_models, self._meter)
         return self.gauges
 
     def _say(self, node: str, said: Said) -> None:

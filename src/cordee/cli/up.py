@@ -16,7 +16,7 @@ import click
 from cordee.cli import output
 from cordee.cli.known import find
 from cordee.cli.models import STARTER
-from cordee.cli.options import Size
+from cordee.cli.options import Share, Size
 from cordee.cli.serve import PORT, listen
 from cordee.errors import CordeeError, JoinFailed
 
@@ -70,6 +70,16 @@ READ_BYTES = 4096  # at a time, of a standard input that nobody needs
     type=Size(),
     help="Memory of each device that models may use, such as 16GB; default: what is free now.",
 )
+@click.option(
+    "--spot-check",
+    "spot_check",
+    metavar="SHARE",
+    type=Share(),
+    default="1/200",
+    show_default=True,
+    help="Have this share of the work of other nodes computed again, for the models that this node hosts, to "
+    "find stages that compute wrongly; off: none.",
+)
 @click.option("--until-eof", is_flag=True, hidden=True, help="End when standard input ends, too.")
 def up(
     name: str | None,
@@ -78,6 +88,7 @@ def up(
     port: int,
     scouting: str,
     lent_bytes: int | None,
+    spot_check: float,
     until_eof: bool,
 ) -> None:
     """Run this machine as a node of its cluster, until Ctrl-C.
@@ -103,7 +114,7 @@ def up(
             chosen = _settings(member, name, address)
             api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
             bus = BusOptions(chosen.listen, peers, interface)
-            options = AgentOptions(chosen.name, api, bus, lent_bytes)
+            options = AgentOptions(chosen.name, api, bus, lent_bytes, spot_check)
             if is_new:
                 _offer_starter()
             running = _Running(member, options, listener, agent_socket, is_new=is_new)
