@@ -20,7 +20,7 @@ from cordee.cluster.facts import Facts, Placement
 from cordee.cluster.goals import SliceGoal, StageSpec, holds
 from cordee.errors import CordeeError, StageFailed
 from cordee.worker import comparison, frames, tls_link
-from cordee.worker.comparison import Difference, Resampler
+from cordee.worker.comparison import Difference, Resampler, Rounding
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import Recompute, Record, RecordQuery, SpotFinding, SpotRequest
 from cordee.worker.records import TRAIL_BYTES_MAX
@@ -67,7 +67,7 @@ class SpotChecker:
         self._owner = owner
         self._identity = identity
         self._one_at_a_time = asyncio.Lock()
-        self._measured: dict[SliceGoal, tuple[float, float]] = {}  # tolerance, and share routed otherwise
+        self._measured: dict[SliceGoal, Rounding] = {}
 
     async def check(self, request: SpotRequest, *, fetches: bool = False) -> SpotFinding:
         """Check a stage; where its word does not hold, its node is doubted.
@@ -192,21 +192,20 @@ class SpotChecker:
             exact = await self._rows(files, message, received, fast=False)
             where = f"{files.name} on {self._name(place.node)}"
             by = f"computed again by {self._name(self._owner.node)}"
-            if sent is not None and goal in self._measured:
-                tolerance, honest = self._measured[goal]
-            else:
+            honest = None if sent is None else self._measured.get(goal)
+            if honest is None:
                 fast = await self._rows(files, message, received, fast=True)
                 if sent is None:
                     found = self._compare_tokens(record, outputs, exact, fast)
                     return Difference(found.differs, f"{where}: {found.explanation}, {by}")
-                tolerance = comparison.rounding(exact, fast)
-                honest = comparison.routed_otherwise(exact, fast, tolerance)
-                self._remember(goal, tolerance, honest)
-        found = comparison.compare_rows(sent, exact, tolerance, honest)
+                honest = comparison.rounding(exact, fast)
+                self._remember(goal, honest)
+        assert sent is not None, "else tokens were compared"
+        found = comparison.compare_rows(sent, exact, honest)
         return Difference(found.differs, f"{where}: {found.explanation}, {by}")
 
-    def _remember(self, goal: SliceGoal, tolerance: float, honest: float) -> None:
-        self._measured[goal] = (tolerance, honest)
+    def _remember(self, goal: SliceGoal, honest: Rounding) -> None:
+        self._measured[goal] = honest
         while len(self._measured) > SLICES_MEASURED_MAX:
             del self._measured[next(iter(self._measured))]
 

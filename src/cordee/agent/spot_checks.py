@@ -29,6 +29,7 @@ PAUSE_SECONDS = 10.0  # between checks after the first round: starting a worker 
 ROWS_MIN = 16  # of a check: fewer say little
 CREDIT_ROWS_MAX = 4096.0  # that may be owed, where nothing could be checked for long
 CHECK_SECONDS = 900.0  # for a node to check a stage: it computes with the lowest priority
+TRIES_MAX = 3  # of a round, for each stage
 SILENT_MAX = 5  # checks in a row in which a stage had no record of what the host's own still had
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ class _Pace:
     seen_rows: int  # of the scheduler, when it was looked at last
     credit: float = 0.0  # rows that may be computed again
     order: list[int] = field(default_factory=list[int])  # stages of this round that were not checked yet
+    tries: int = 0  # in this round
     rounds: int = 0
     length: float = 0.5  # of the next check, between the shortest and the longest
     due_since: float | None = None
@@ -124,9 +126,13 @@ class SpotChecks:
             pace.due_since = time.monotonic()
         if host.active and time.monotonic() - pace.due_since < BUSY_SECONDS:
             return
-        await self._check(placement, target, pace)
+        told = await self._check(placement, target, pace)
         pace.order.pop(0)
-        pace.rounds += not pace.order
+        pace.tries += 1
+        if not told and pace.tries < TRIES_MAX * len(placement.stages):
+            pace.order.append(target.index)  # the streams went on meanwhile, or the checker was busy: again
+        if not pace.order:
+            pace.rounds, pace.tries = pace.rounds + 1, 0
         pace.credit = max(0.0, pace.credit - cost)
         pace.due_since, pace.checked_at, pace.length = None, time.monotonic(), self._random.random()
 
@@ -143,8 +149,8 @@ class SpotChecks:
         rows = round(ROWS_MIN * (length / ROWS_MIN) ** pace.length)
         return SpotRequest(wiring, pace.order[0], sequence, tenure, rows, computes=True)
 
-    async def _check(self, placement: Placement, target: SpotRequest, pace: _Pace) -> None:
-        """Have a stage checked by whom can, and its links by its neighbours."""
+    async def _check(self, placement: Placement, target: SpotRequest, pace: _Pace) -> bool:
+        """Have a stage checked by whom can, and its links by its neighbours; whether that told anything."""
         suspect = placement.stages[target.index].node
         voices = self._voices(placement, target.index)
         findings: dict[str, SpotFinding] = {}
@@ -160,6 +166,7 @@ class SpotChecks:
         if differing and self._owner.node not in differing:
             await self._judge(differing[0], suspect, target)
         await self._note_silence(placement, target, list(findings.values()), pace)
+        return all(found.state != "unknown" for found in findings.values())
 
     def _voices(self, placement: Placement, index: int) -> dict[str, bool]:
         """The nodes to ask about a stage: its neighbours about links, then one to compute it again.

@@ -14,17 +14,19 @@ import numpy as np
 from cordee.generation.request import Choice, SamplingParams
 from cordee.generation.sampling import GREEDY_BELOW, Sampler
 
-# Of the difference between two arithmetics of one machine: others differ no more than a few times as much.
-ROUNDING_FACTOR = 8.0
-# A value that differs by less is not worth an accusation, whatever was measured: half the precision of bf16
-# rows after a dozen layers.
-VALUE_FLOOR = 1 / 16
-MEASURED_QUANTILE = 0.99  # of the differences in a row; what lies above it are values that cancel out
+# Roundings are spread alike wherever they come from: of 1,000 values of a row one is ten times as far off as
+# the median value. So values that stand out of their own row were not rounded, but altered.
+VALUE_FACTOR = 12.0
+VALUE_FLOOR = 1 / 32  # what is off by less is not worth an accusation, however exact the rest
+# All values of a row together may be off by so many times the difference between two arithmetics of one
+# machine. Those of quantized models leave little for other machines to add: each rounding decides the next.
+ROW_FACTOR = 4.0
+ROW_FLOOR = VALUE_FLOOR / 4
+LOGIT_FACTOR = 8.0
 VALUES_SHARE, VALUES_MIN = 1 / 200, 4  # of a row, that must differ
 ROWS_SHARE, ROWS_MIN = 1 / 20, 3  # of a stretch, that must differ
 TOKENS_SHARE, TOKENS_MIN = 1 / 10, 2
 DRAWS = 24  # with changed logits, for a token that is not the one computed again
-NAMED_ROWS = 3  # in an explanation
 
 
 @dataclass(frozen=True)
@@ -36,50 +38,50 @@ class Difference:
 
 
 def distances(rows: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """How far each value of (n, width) rows is off: by the size of its reference and the row's median size.
+    """How far each value of (..., width) rows is off, by the size of its reference and the row's median size.
 
     A value that is no number is infinitely far.
     """
     sizes = np.abs(reference)
-    scale = sizes + np.median(sizes, axis=1, keepdims=True) + np.finfo(np.float32).tiny
+    scale = sizes + np.median(sizes, axis=-1, keepdims=True) + np.finfo(np.float32).tiny
     with np.errstate(invalid="ignore", over="ignore"):
         found = np.abs(rows - reference) / scale
     found[~np.isfinite(found)] = np.inf
     return found
 
 
-def rounding(one: np.ndarray, other: np.ndarray) -> float:
-    """How far a value may be off, from the same (n, width) rows by two arithmetics of an honest machine.
+@dataclass(frozen=True)
+class Rounding:
+    """How far honest rows are apart: the median value of a row, and the share of rows that are much farther
+    apart, because a router chose other experts."""
 
-    The median over the rows: where a router of experts chose another one, few rows are far apart.
-    """
-    measured = np.quantile(distances(other, one), MEASURED_QUANTILE, axis=1)
-    return max(VALUE_FLOOR, ROUNDING_FACTOR * float(np.median(measured)))
-
-
-def routed_otherwise(one: np.ndarray, other: np.ndarray, tolerance: float) -> float:
-    """The share of rows that differ although both are honest: of experts, others were chosen."""
-    return float(_rows_differ(one, other, tolerance).mean())
+    typical: float
+    routed: float
 
 
-def compare_rows(
-    claimed: np.ndarray, computed: np.ndarray, tolerance: float, honest_share: float = 0.0
-) -> Difference:
-    """Compare (n, width) rows that a stage sent with the same computed again.
+def rounding(one: np.ndarray, other: np.ndarray) -> Rounding:
+    """From the same (n, width) rows by two arithmetics of an honest machine."""
+    medians = np.median(distances(other, one), axis=1)
+    typical = float(np.median(medians))
+    return Rounding(typical, float(_rows_differ(other, one, typical).mean()))
 
-    `honest_share` of the rows differ between honest machines as well, twice as many are no evidence.
-    """
-    rows = _rows_differ(claimed, computed, tolerance)
-    needed = max(ROWS_MIN, int(len(rows) * (ROWS_SHARE + 2 * honest_share)) + 1)
-    if rows.sum() < min(needed, max(len(rows), 1)):
+
+def compare_rows(claimed: np.ndarray, computed: np.ndarray, honest: Rounding) -> Difference:
+    """Compare (n, width) rows that a stage sent with the same computed again."""
+    if claimed.shape != computed.shape:
+        return Difference(True, f"it sent rows of width {claimed.shape[1]}, not {computed.shape[1]}")
+    rows = _rows_differ(claimed, computed, honest.typical)
+    needed = max(ROWS_MIN, int(len(rows) * (ROWS_SHARE + 2 * honest.routed)) + 1)
+    if rows.sum() < needed:
         return Difference(False, f"{len(rows)} rows agree")
-    worst = np.flatnonzero(rows)[:NAMED_ROWS]
-    far = distances(claimed[worst], computed[worst]) > tolerance
-    examples = "; ".join(
-        f"row {row}: {int(each.sum())} of {each.size} values"
-        for row, each in zip(worst.tolist(), far, strict=True)
+    first = int(np.flatnonzero(rows)[0])
+    far = _far(distances(claimed[first], computed[first]))
+    worst = int(np.argmax(np.abs(claimed[first] - computed[first]) * far))
+    return Difference(
+        True,
+        f"{int(rows.sum())} of {len(rows)} rows differ (row {first}: {int(far.sum())} of {far.size} values; "
+        f"value {worst} was {claimed[first, worst]:.4g}, not {computed[first, worst]:.4g})",
     )
-    return Difference(True, f"{int(rows.sum())} of {len(rows)} rows differ ({examples})")
 
 
 def compare_tokens(
@@ -127,7 +129,7 @@ class Resampler:
         """Whether this token may be chosen at a position from logits that are off by rounding."""
         if self._choice(position, logits).token == token:
             return True
-        margin = ROUNDING_FACTOR * noise
+        margin = LOGIT_FACTOR * noise
         if self.params.temperature < GREEDY_BELOW:
             raised = logits.copy()
             raised[token] += 2 * margin
@@ -145,7 +147,14 @@ class Resampler:
         return sampler.sample(logits)
 
 
-def _rows_differ(claimed: np.ndarray, computed: np.ndarray, tolerance: float) -> np.ndarray:
-    """(n,) bool: rows in which too many values are too far off."""
-    far = (distances(claimed, computed) > tolerance).sum(axis=1)
-    return far >= max(VALUES_MIN, int(computed.shape[1] * VALUES_SHARE) + 1)
+def _far(found: np.ndarray) -> np.ndarray:
+    """Which distances stand out of their row; (..., width) both."""
+    medians = np.median(found, axis=-1, keepdims=True)
+    return found > np.maximum(VALUE_FLOOR, VALUE_FACTOR * medians)
+
+
+def _rows_differ(claimed: np.ndarray, computed: np.ndarray, typical: float) -> np.ndarray:
+    """(n,) bool: rows of which some values stand out, or all are too far off."""
+    found = distances(claimed, computed)
+    altered = _far(found).sum(axis=1) >= max(VALUES_MIN, int(computed.shape[1] * VALUES_SHARE) + 1)
+    return altered | (np.median(found, axis=1) > max(ROW_FLOOR, ROW_FACTOR * typical))
