@@ -130,7 +130,7 @@ class Agent:
         self._wanted: set[str] = set()  # models that clients asked for, and that are about to be deployed
         self._scheduler_hosts: dict[str, SchedulerHost] = {}  # by stream key
         self._stages: Stages | None = None
-        self._spot_checks = SpotChecks(self, identity.folder, options.spot_check)
+        self._spot_checks = SpotChecks(self, identity.folder, self._scheduler_hosts, options.spot_check)
         self.doubts: dict[str, str] = {}  # why this node cannot work with others, by node
         self._inbox: asyncio.Server | None = None
         self._links: set[asyncio.StreamWriter] = set()  # that bring tokens
@@ -302,11 +302,6 @@ class Agent:
 
     # What its spot checks ask of it.
 
-    @property
-    def scheduler_hosts(self) -> Collection[SchedulerHost]:
-        """The schedulers that run here."""
-        return self._scheduler_hosts.values()
-
     def alive(self) -> dict[str, Facts]:
         """The nodes that are alive, this one among them."""
         assert self._facts is not None, "the agent has started"
@@ -314,7 +309,8 @@ class Agent:
 
     def doubt(self, node: str, reason: str) -> None:
         """This node cannot work with another, which may be itself."""
-        log.warning("node %s is left out: %s", node, reason)
+        facts = self.alive().get(node)
+        log.warning("%s is left out: %s", node if facts is None else facts.name, reason)
         self.doubts[node] = reason
         self.changed()
 
@@ -337,6 +333,10 @@ class Agent:
         """The slices that this node is to hold, or runs."""
         running = (worker.spec.slice for worker in self.stages.workers.values())
         return {*self.controller.goals.slices, *running}
+
+    def damaged(self, goal: SliceGoal) -> None:
+        """A slice is damaged: its workers start again, and what is damaged is fetched for them."""
+        self.stages.stop_slice(goal)
 
     def fetch_failed(self, goal: SliceGoal, detail: str) -> None:
         """A slice could not be had."""
@@ -375,6 +375,7 @@ class Agent:
         self._keep(self.gossip.speak_always(self._measure))
         self._keep(self.gossip.seek_lost_always())
         self._keep(self.local_models.watch())
+        self._keep(self.local_models.attest())
         self._keep(self._spot_checks.watch())
         self._keep(self.distances.watch(lambda: list(self._others())))
 

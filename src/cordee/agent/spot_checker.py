@@ -81,10 +81,9 @@ class SpotChecker:
             found = await self._check(request, placement, fetches=fetches)
         except (CordeeError, LinkClosed, OSError, ValueError) as error:
             return SpotFinding("unknown", str(error))
-        if found.differs:
-            self._owner.doubt(placement.stages[request.index].node, found.explanation)
-            return SpotFinding("differs", found.explanation)
-        return SpotFinding("agrees", found.explanation)
+        if found.state in ("differs", "disputed"):
+            self._owner.doubt(placement.stages[request.index].node, found.reason)
+        return found
 
     async def record(self, node: str, query: RecordQuery) -> tuple[Record, bytes]:
         """What a stage of a node says that it received and sent.
@@ -102,7 +101,7 @@ class SpotChecker:
             raise LinkClosed(f"{facts.name} sent no record")
         return answer, payload
 
-    async def _check(self, request: SpotRequest, placement: Placement, *, fetches: bool) -> Difference:
+    async def _check(self, request: SpotRequest, placement: Placement, *, fetches: bool) -> SpotFinding:
         place = placement.stages[request.index]
         query = RecordQuery(
             request.wiring, request.index, request.sequence, request.tenure, request.rows, request.computes
@@ -116,10 +115,13 @@ class SpotChecker:
         else:
             received, sent = np.empty(0), None
             digests = (record.received, record.sent)
-        link = await self._links(request, placement, record, digests)
-        if link.differs or not request.computes:
-            return link
-        return await self._compute(request, placement, record, (received, sent), fetches=fetches)
+        dispute = await self._dispute(request, placement, record, digests)
+        if dispute:
+            return SpotFinding("disputed", dispute)
+        if not request.computes:
+            return SpotFinding("agrees", "the links agree")
+        found = await self._compute(request, placement, record, (received, sent), fetches=fetches)
+        return SpotFinding("differs" if found.differs else "agrees", found.explanation)
 
     def _parts(
         self, record: Record, payload: bytes, request: SpotRequest, placement: Placement
@@ -139,16 +141,18 @@ class SpotChecker:
         sent = np.frombuffer(payload, np.float32, offset=received.nbytes).reshape(rows, -1)
         return received, sent
 
-    async def _links(
+    async def _dispute(
         self, request: SpotRequest, placement: Placement, record: Record, digests: tuple[str, str]
-    ) -> Difference:
-        """Compare what the stage says of its links with what stages of this node say of them."""
+    ) -> str:
+        """How the stage's word differs from what stages of this node say of a link with it, if it does.
+
+        `digests` are of what it says it received and sent.
+        """
         places, index = placement.stages, request.index
-        name = self._name(places[index].node)
+        name, last = self._name(places[index].node), len(places) - 1
         for other, place in enumerate(places):
-            if place.node != self._owner.node or place.node == places[index].node:
-                continue
-            if other not in (index - 1, index + 1) and not (other == 0 and index + 1 == len(places)):
+            is_near = other in (index - 1, index + 1) or (other == 0 and index == last)
+            if place.node != self._owner.node or place.node == places[index].node or not is_near:
                 continue
             query = RecordQuery(
                 request.wiring, other, request.sequence, request.tenure, request.rows, other == 0
@@ -157,14 +161,14 @@ class SpotChecker:
             if own.rows != request.rows:
                 raise StageFailed("the record here is gone")
             if other == index - 1 and own.sent != digests[0]:
-                return Difference(True, f"{name} says that it received other rows than were sent to it")
+                return f"{name} says that it received other rows than were sent to it"
             if other == index + 1 and own.received != digests[1]:
-                return Difference(True, f"{name} says that it sent other rows than came from it")
-            if other == 0 and index + 1 == len(places):
+                return f"{name} says that it sent other rows than came from it"
+            if other == 0 and index == last:
                 tokens = np.frombuffer(payload, np.int32, request.rows)
                 if not _fits(record, own, tokens):
-                    return Difference(True, f"{name} says that it gave other tokens than came from it")
-        return Difference(False, "the links agree")
+                    return f"{name} says that it gave other tokens than came from it"
+        return ""
 
     async def _compute(
         self,

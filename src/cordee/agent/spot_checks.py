@@ -9,10 +9,9 @@ import logging
 import math
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from cordee.agent.spot_checker import SpotChecker, SpotCheckerOwner, ask
 from cordee.cluster.facts import Placement
@@ -35,15 +34,6 @@ SILENT_MAX = 5  # checks in a row in which a stage had no record of what the hos
 log = logging.getLogger(__name__)
 
 
-class SpotChecksOwner(SpotCheckerOwner, Protocol):
-    """What spot checks need to know besides."""
-
-    @property
-    def scheduler_hosts(self) -> Collection[SchedulerHost]:
-        """The schedulers that run here."""
-        ...
-
-
 @dataclass
 class _Pace:
     """How far the checks of a wiring are."""
@@ -60,9 +50,17 @@ class _Pace:
 
 
 class SpotChecks:
-    """See the module's docstring. `share` 0: this host has nothing checked, but answers others."""
+    """See the module's docstring. `hosts` are the schedulers that run here, which come and go. `share` 0:
+    nothing is checked for them, but other nodes are answered."""
 
-    def __init__(self, owner: SpotChecksOwner, identity: Path, share: float) -> None:
+    def __init__(
+        self,
+        owner: SpotCheckerOwner,
+        identity: Path,
+        hosts: Mapping[str, SchedulerHost],
+        share: float,
+    ) -> None:
+        self._hosts = hosts
         self._owner = owner
         self._identity = identity
         self._share = share
@@ -74,7 +72,7 @@ class SpotChecks:
         """Check what is due, one stage after the other."""
         while self._share:
             await asyncio.sleep(LOOK_SECONDS)
-            hosts = [each for each in self._owner.scheduler_hosts if each.is_joined]
+            hosts = [each for each in self._hosts.values() if each.is_joined]
             self._paces = {each.wiring: self._earned(each) for each in hosts}
             for host in hosts:
                 try:
@@ -155,8 +153,8 @@ class SpotChecks:
         voices = self._voices(placement, target.index)
         findings: dict[str, SpotFinding] = {}
         for node, computes in voices.items():
-            if computes and any(found.state == "differs" for found in findings.values()):
-                continue  # it is the link, and that neighbour has said so
+            if computes and any(found.state == "disputed" for found in findings.values()):
+                continue  # who of the two lies, computing does not tell: neither works with the other again
             request = SpotRequest(
                 target.wiring, target.index, target.sequence, target.tenure, target.rows, computes
             )

@@ -21,7 +21,7 @@ VALUE_FLOOR = 1 / 32  # what is off by less is not worth an accusation, however 
 # All values of a row together may be off by so many times the difference between two arithmetics of one
 # machine. Those of quantized models leave little for other machines to add: each rounding decides the next.
 ROW_FACTOR = 4.0
-ROW_FLOOR = VALUE_FLOOR / 4
+ROW_FLOOR = 1 / 32
 LOGIT_FACTOR = 8.0
 VALUES_SHARE, VALUES_MIN = 1 / 200, 4  # of a row, that must differ
 ROWS_SHARE, ROWS_MIN = 1 / 20, 3  # of a stretch, that must differ

@@ -318,9 +318,10 @@ class SpotRequest(msgspec.Struct, frozen=True, tag=True):
 
 
 class SpotFinding(msgspec.Struct, frozen=True, tag=True):
-    """Answers a SpotRequest: whether the stage's word agrees with what was seen; `reason` says why not."""
+    """Answers a SpotRequest: whether the stage's word agrees with what was computed (else it `differs`) and
+    with what went over a link (else that is `disputed`); `reason` says more."""
 
-    state: Literal["agrees", "differs", "unknown"]
+    state: Literal["agrees", "differs", "disputed", "unknown"]
     reason: str = ""
 
 

@@ -21,7 +21,7 @@ import msgspec
 import psutil
 
 from cordee.cluster.facts import Placement
-from cordee.cluster.goals import StageGoal, StageSpec
+from cordee.cluster.goals import SliceGoal, StageGoal, StageSpec
 from cordee.cluster.reconcile import WireAction, WorkerStatus
 from cordee.engine.stage import EngineName, StageConfig, StageDescription
 from cordee.errors import CordeeError, StageFailed
@@ -191,6 +191,12 @@ class Stages:
                 if task is not None:
                     task.cancel()
             self._owner.changed()
+
+    def stop_slice(self, goal: SliceGoal) -> None:
+        """End the workers that have loaded a slice."""
+        for name, process in list(self._processes.items()):
+            if process.is_loaded and process.spec.slice == goal:
+                self.stop(name)
 
     def rename(self, name: str) -> None:
         """Give a worker a new id: from now on its KV cache counts as another one."""
