@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,6 +32,8 @@ class Node:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self.program = PROGRAM  # that `up` runs
+        self.environment: dict[str, str] = {}  # besides
         self.process: subprocess.Popen[str] | None = None
 
     def cordee(self, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -80,9 +82,9 @@ class Node:
 
     def up(self, *options: object) -> None:
         """Start the agent, and wait until it answers."""
-        command = [*PROGRAM, "up", "--port", "0", *map(str, options)]
+        command = [*self.program, "up", "--port", "0", *map(str, options)]
         with (self.home / "up.log").open("a") as log:
-            environment = os.environ | {"CORDEE_HOME": str(self.home)}
+            environment = os.environ | {"CORDEE_HOME": str(self.home)} | self.environment
             self.process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, text=True
             )
@@ -130,11 +132,18 @@ class Cluster:
         self.nodes: dict[str, Node] = {}
         self.port = free_port()
 
-    def add(self, name: str, *options: object) -> Node:
-        """One more node, up."""
+    def add(
+        self,
+        name: str,
+        *options: object,
+        program: Sequence[str] = PROGRAM,
+        environment: Mapping[str, str] | None = None,
+    ) -> Node:
+        """One more node, up; `program` and `environment` are for its agent."""
         home = self._folder / name
         home.mkdir(exist_ok=True)  # a test may have put files there
         node = Node(home)
+        node.program, node.environment = tuple(program), dict(environment or {})
         if self.nodes:
             node.do("join", next(iter(self.nodes.values())).do("invite").strip())
             listen = "127.0.0.1:0"

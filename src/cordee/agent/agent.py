@@ -25,17 +25,18 @@ from typing import Any
 import msgspec
 
 from cordee import __version__
-from cordee.agent import admins, capacity, probes
+from cordee.agent import admins, capacity, gauges, probes
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
 from cordee.agent.probes import Probes
 from cordee.agent.planning import PlanningProcess
 from cordee.agent.reach import Reach
 from cordee.agent.services import Services
+from cordee.agent.spot_checks import SHARE, SpotChecks
 from cordee.agent.stream_links import StreamLinks
 from cordee.cluster.controller import Controller, Running
 from cordee.cluster.demand import SizeRequest
-from cordee.cluster.facts import Facts, Fetching, Gauges, Hosted, ModelShape, Offer, SliceHeld, best_host
+from cordee.cluster.facts import Facts, Gauges, ModelShape, Offer, SliceHeld, best_host
 from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec
 from cordee.cluster.history import History
 from cordee.cluster.membership import Farewell
@@ -64,7 +65,17 @@ from cordee.serving.grammar_trials import GrammarTrials
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import FrameLate, LinkClosed
-from cordee.worker.messages import Join, KvAnswer, Prepared, Probe, Promotion, StreamsJoin, Tokens
+from cordee.worker.messages import (
+    Join,
+    KvAnswer,
+    Prepared,
+    Probe,
+    Promotion,
+    RecordQuery,
+    SpotRequest,
+    StreamsJoin,
+    Tokens,
+)
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages
 
@@ -85,12 +96,14 @@ class AgentOptions:
     """`name` is what people call the node, `api` where it serves clients; `bus` where it meets others.
 
     `lent_bytes` is the most that stages may take of each device; None: what is free when the agent starts.
+    `spot_check` is the share of work that a host has computed again; 0: none.
     """
 
     name: str
     api: str
     bus: BusOptions
     lent_bytes: int | None = None
+    spot_check: float = SHARE
 
 
 class Agent:
@@ -134,6 +147,7 @@ class Agent:
         self._wanted: set[str] = set()  # models that clients asked for, and that are about to be deployed
         self._scheduler_hosts: dict[str, SchedulerHost] = {}  # by stream key
         self._stages: Stages | None = None
+        self._spot_checks = SpotChecks(self, identity.folder, self._scheduler_hosts, options.spot_check)
         self._inbox: Door | None = None
         self._links: set[asyncio.StreamWriter] = set()  # that bring tokens
         self._facts: Facts | None = None
@@ -312,6 +326,20 @@ class Agent:
         """A worker ended, or hangs."""
         log.warning("%s", line)
 
+    # What its spot checks ask of it.
+
+    def alive(self) -> dict[str, Facts]:
+        """The nodes that are alive, this one among them."""
+        assert self._facts is not None, "the agent has started"
+        return {**self._others(), self.node: self._facts}
+
+    def doubt(self, node: str, reason: str) -> None:
+        """This node cannot work with another, which may be itself."""
+        facts = self.alive().get(node)
+        log.warning("%s is left out: %s", node if facts is None else facts.name, reason)
+        self.doubts[node] = reason
+        self.changed()
+
     # What its local models ask of it.
 
     def holders(self) -> Mapping[str, Sequence[SliceHeld]]:
@@ -331,6 +359,10 @@ class Agent:
         """The slices that this node is to hold, or runs."""
         running = (worker.spec.slice for worker in self.stages.workers.values())
         return {*self.controller.goals.slices, *running}
+
+    def damaged(self, goal: SliceGoal) -> None:
+        """A slice is damaged: its workers start again, and what is damaged is fetched for them."""
+        self.stages.stop_slice(goal)
 
     def fetch_failed(self, goal: SliceGoal, detail: str) -> None:
         """A slice could not be had."""
@@ -370,6 +402,8 @@ class Agent:
         self._keep(self.gossip.seek_lost_always())
         self._keep(self.local_models.watch())
         self._keep(self.probes.watch())
+        self._keep(self.local_models.attest())
+        self._keep(self._spot_checks.watch())
         self._keep(self.distances.watch(lambda: list(self._others())))
 
     def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -406,6 +440,9 @@ class Agent:
             elif isinstance(first, Probe):
                 probes.answer(writer)
                 await reader.read(1)  # until the other side has it, and closes
+            elif isinstance(first, RecordQuery | SpotRequest):
+                frames.write(writer, *await self._spot_checks.answer(node, first))
+                await writer.drain()
             elif isinstance(first, Promotion) and await admins.accept(self.identity, first, writer):
                 await self._serve_as_admin()
                 log.warning("this node is an admin now: another admin gave it the cluster's key")
@@ -551,22 +588,7 @@ class Agent:
         return any(each.model == name and each.replicas for each in self.controller.deployments)
 
     def _measure(self) -> Gauges:
-        hosted = [
-            Hosted(
-                key,
-                scheduler_host.active,
-                scheduler_host.waiting,
-                scheduler_host.rate.per_second(),
-                scheduler_host.inherited_tokens,
-                scheduler_host.batch_invariant,
-            )
-            for key, scheduler_host in self._scheduler_hosts.items()
-        ]
-        fetching = [
-            Fetching(goal.model, goal.first, goal.last, *progress)
-            for goal, progress in self.local_models.progress.items()
-        ]
-        self.gauges = Gauges(tuple(hosted), tuple(fetching), self._meter.watts(), self.local_models.reading)
+        self.gauges = gauges.measured(self._scheduler_hosts, self.local_models, self._meter)
         return self.gauges
 
     def _say(self, node: str, said: Said) -> None:

@@ -1,5 +1,6 @@
 """Options that several verbs have."""
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -63,6 +64,24 @@ class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - old
         if not match or match[2] not in SIZES:
             self.fail(f"{value!r} is not a size like 16GB; the units are {', '.join(SIZES)}.", param, ctx)
         return int(float(match[1]) * SIZES[match[2]])
+
+
+class Share(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
+    """A share of work, such as 1/200 or 0.005; off is 0."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:/(\d+(?:\.\d+)?))?", str(value).strip())
+        divisor = float(match[2] or 1) if match else 0.0
+        share = float(match[1]) / divisor if match and divisor else math.inf
+        if str(value) == "off":
+            return 0.0
+        if not 0 < share <= 1:
+            self.fail(
+                f"{value!r} is no share like 1/200, above 0 and at most 1; off checks nothing.", param, ctx
+            )
+        return share
 
 
 class Text(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]

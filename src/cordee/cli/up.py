@@ -16,7 +16,7 @@ import click
 from cordee.cli import options, output
 from cordee.cli.known import find
 from cordee.cli.models import STARTER
-from cordee.cli.options import Size
+from cordee.cli.options import Share, Size
 from cordee.cli.serve import PORT, key_note, listen
 from cordee.errors import CordeeError, JoinFailed
 
@@ -72,6 +72,16 @@ READ_BYTES = 4096  # at a time, of a standard input that nobody needs
     help="Memory of each device that models may use, such as 16GB; default: what is free now.",
 )
 @options.local_key
+@click.option(
+    "--spot-check",
+    "spot_check",
+    metavar="SHARE",
+    type=Share(),
+    default="1/200",
+    show_default=True,
+    help="Have this share of the work of other nodes computed again, for the models that this node hosts, to "
+    "find stages that compute wrongly; off: none.",
+)
 @click.option("--until-eof", is_flag=True, hidden=True, help="End when standard input ends, too.")
 def up(
     name: str | None,
@@ -81,6 +91,7 @@ def up(
     scouting: str,
     lent_bytes: int | None,
     wants_key: bool,
+    spot_check: float,
     until_eof: bool,
 ) -> None:
     """Run this machine as a node of its cluster, until Ctrl-C.
@@ -108,7 +119,7 @@ def up(
             chosen = _settings(member, name, address)
             api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
             bus = BusOptions(chosen.listen, peers, interface)
-            agent_options = AgentOptions(chosen.name, api, bus, lent_bytes)
+            agent_options = AgentOptions(chosen.name, api, bus, lent_bytes, spot_check)
             key = LocalKey.made() if wants_key else None
             if is_new:
                 _offer_starter()

@@ -19,6 +19,7 @@ from cordee.cluster.facts import Offer, Reading, SliceHeld
 from cordee.cluster.goals import SliceGoal, StageSpec
 from cordee.cluster.membership import LISTEN_SECONDS
 from cordee.cluster.memory import BATCH_ROWS
+from cordee.distribution.attestation import Attestation
 from cordee.distribution.chunks import ChunkClient, ChunkServer, chunk_key
 from cordee.distribution.hub_ranges import HubModel
 from cordee.distribution.hub_source import Hub
@@ -40,6 +41,7 @@ AGAIN_SECONDS = 10.0
 # off, may not have heard from all of them yet. And how often to look.
 HEARING_SECONDS = LISTEN_SECONDS
 LOOK_SECONDS = 0.1
+ATTEST_SECONDS = 600.0  # between two slices that are hashed again
 OPENED_MAX = 64  # models whose names and end tokens are remembered
 OPENINGS_MAX = 2  # vocabularies opened at once: each takes a core for half a second
 
@@ -67,6 +69,9 @@ class LocalModelsOwner(Protocol):
     def fetch_failed(self, goal: SliceGoal, detail: str) -> None:
         """A slice could not be fetched."""
 
+    def damaged(self, goal: SliceGoal) -> None:
+        """A slice on this disk is damaged: workers that have loaded it compute wrongly."""
+
 
 @dataclass(frozen=True)
 class _Opened:
@@ -84,6 +89,7 @@ class LocalModels:
         self._node = node
         self._owner = owner
         self._slice_store = SliceStore(store)
+        self._attestation = Attestation(self._slice_store)
         self._inventory = Inventory(store, self._slice_store, owner.changed)
         self.hub = Hub(self._slice_store)
         self._client = ChunkClient(bus, self._slice_store, log.warning)
@@ -133,6 +139,26 @@ class LocalModels:
             except (CordeeError, OSError) as error:  # the disk may recover
                 log.warning("the disk cannot be scanned: %s", error)
 
+    async def attest(self) -> None:
+        """Hash what this node should hold against its manifest, one slice at a time and slowly."""
+        while True:
+            await asyncio.sleep(ATTEST_SECONDS)
+            goals = {
+                goal
+                for goal in self._owner.wanted()
+                if SliceHeld(goal.model, goal.first, goal.last) in self.slices
+                or SliceHeld(goal.model, goal.first, goal.last, whole=True) in self.slices
+            }
+            try:
+                damaged = await asyncio.to_thread(self._attestation.check_oldest, goals)
+            except (CordeeError, OSError) as error:  # it was removed meanwhile, perhaps
+                log.info("not attested: %s", error)
+                continue
+            if damaged is not None:
+                log.warning("layers %d to %d on this disk are damaged", damaged.first, damaged.last - 1)
+                self._owner.damaged(damaged)
+                await self._inventory.scan()
+
     async def vocabulary(self, digest: str, name: str) -> Vocabulary:
         """The vocabulary of a model that people call `name`; its manifest may come from another node.
 
@@ -163,16 +189,18 @@ class LocalModels:
                 task.add_done_callback(partial(self._fetched, goal))
 
     async def prepare(self, load: StageSpec) -> Files:
-        """The files of a stage; what is missing is assembled or fetched.
+        """The files of a stage; what is missing is assembled or fetched, what is here is attested.
 
         Raises:
+            BadModelFile: a file is damaged on this disk.
             CordeeError: a file cannot be fetched.
         """
         path = await self._slice(load.slice)
+        await asyncio.to_thread(self._attestation.check, load.slice)
         header = (await self._manifest(load.model)).header
         layers = header.layers
         is_cut_first = load.first == 0 and load.last < layers
-        embedding = await self._slice(SliceGoal(load.model, 0, 0)) if is_cut_first else None
+        embedding = await self._embedding(load.model) if is_cut_first else None
         config = StageConfig(
             context=load.context,
             sequences=load.sequences,
@@ -188,6 +216,7 @@ class LocalModels:
         for task in self._fetches.values():
             task.cancel()
         await asyncio.gather(*self._fetches.values(), return_exceptions=True)
+        self._attestation.close()
         await self.hub.close()
         await self._inventory.close()
 
@@ -202,6 +231,12 @@ class LocalModels:
     def _fetched(self, goal: SliceGoal, _: asyncio.Task[None]) -> None:
         self._fetches.pop(goal, None)
 
+    async def _embedding(self, model: str) -> Path:
+        goal = SliceGoal(model, 0, 0)
+        path = await self._slice(goal)
+        await asyncio.to_thread(self._attestation.check, goal)
+        return path
+
     async def _slice(self, goal: SliceGoal) -> Path:
         def progress(done_bytes: int, total_bytes: int) -> None:
             self.progress[goal] = (done_bytes, total_bytes)
@@ -210,6 +245,9 @@ class LocalModels:
         await self._manifest(goal.model)
         # If two want the same slice at once, one fetches it and the other waits.
         async with self._locks.setdefault(goal, asyncio.Lock()):
+            here = await asyncio.to_thread(self._slice_store.slice, goal.model, goal.first, goal.last)
+            if here is not None:
+                return here.path
             try:
                 slice_file = await self._client.slice(
                     goal.model,
@@ -221,6 +259,7 @@ class LocalModels:
                 )
             finally:
                 self.progress.pop(goal, None)
+            self._attestation.note(goal)
         return slice_file.path
 
     async def _until_held(self, goal: SliceGoal) -> None:

@@ -181,9 +181,7 @@ class SliceStore:
         Asking for it counts as using it: see `on_disk`. Raises as `layout` does.
         """
         layout = self.layout(digest, first, last)
-        if (first, last) in ((0, layout.manifest.header.layers), (0, 0)) and (
-            path := self._store.whole(digest)
-        ):
+        if self.is_whole(digest, first, last) and (path := self._store.whole(digest)):
             return SliceFile(path, first, last, layout.file(path).digest, path.stat().st_size)
         path = self._path(digest, first, last)
         if not _is_complete(layout, path):
@@ -259,13 +257,20 @@ class SliceStore:
         """
         layout, path = self.layout(digest, first, last), self._path(digest, first, last)
         whole = self._store.whole(digest)
-        if whole and (first, last) == (0, layout.manifest.header.layers):
-            return bad_chunks(layout.manifest, _whole_offsets(layout.manifest), whole, progress)
+        if whole and self.is_whole(digest, first, last):
+            every = _whole_offsets(layout.manifest)
+            offsets = every if last else {number: every[number] for number in layout.offsets}
+            return bad_chunks(layout.manifest, offsets, whole, progress)
         found = damages(layout, path, progress)
         if found:
             with disk_faults(self._root):
                 path.replace(partial_path(path))
         return found
+
+    def is_whole(self, digest: str, first: int, last: int) -> bool:
+        """Whether a slice is read from the whole model's file. Raises as `manifest` does."""
+        ranges = ((0, self.manifest(digest).header.layers), (0, 0))
+        return (first, last) in ranges and self._store.whole(digest) is not None
 
     def drop(self, digest: str, first: int, last: int) -> None:
         """Remove a slice, complete or growing."""

@@ -116,6 +116,7 @@ class SchedulerHost:
         self.is_measured = False  # on these machines and devices
         self.batch_invariant: bool | None = None  # None: not measured, or the context is too small for that
         self.rate = Rate()
+        self.rows = 0  # that were sent to the first stage, or went round
         self.inherited_tokens = 0
         self._grammars = grammars
         self._admitting: dict[tuple[str, int, int], asyncio.Task[None]] = {}  # by node, gateway and ask
@@ -286,12 +287,14 @@ class SchedulerHost:
             self._host.complete(message.batch, choices, {}, last=False)
         self._host.complete(message.batch, message.choices, message.failures, last=message.last)
         self.rate.count(sum(map(len, message.earlier)) + len(message.choices))
+        self.rows += sum(map(len, message.earlier)) + (0 if message.last else len(message.choices))
         self.pump()
 
     def pump(self) -> None:
         """Send what can be sent: micro-batches to the first stage, news to gateways."""
         if self._host.ready and self._first is not None:
             while (batch := self._host.next_batch()) is not None:
+                self.rows += sum(len(each.tokens) for each in batch.segments)
                 inherited = (each.first_position for each in batch.segments if each.inherit)
                 self.inherited_tokens += sum(inherited)
                 rows = sum(len(each.tokens) for each in batch.segments)

@@ -9,13 +9,23 @@ import numpy as np
 
 from cordee.engine.llama.kv_state import join_layers, pick_layers
 from cordee.engine.llama.stage import LlamaStage
-from cordee.engine.stage import Batch, Stage, StageDescription
+from cordee.engine.stage import Batch, Stage, StageDescription, batch_of_one
 from cordee.errors import CordeeError, StageFailed
 from cordee.generation.request import Choice
 from cordee.generation.sampling import Sampler
 from cordee.worker.frames import PAYLOAD_BYTES_MAX
 from cordee.worker.grammars import WorkerGrammars
-from cordee.worker.messages import HeldSequence, LoadStage, Opening, Rows, Run, Tokens
+from cordee.worker.messages import (
+    HeldSequence,
+    LoadStage,
+    Opening,
+    Recompute,
+    Recomputed,
+    Rows,
+    Run,
+    Tokens,
+)
+from cordee.worker.records import Records
 
 if TYPE_CHECKING:
     from cordee.engine.ternary import TernaryStage
@@ -44,6 +54,8 @@ class Compute:
             self.description.kv_bytes // (load.config.context * load.config.sequences), 1
         )
         self.grammars = WorkerGrammars(self._path, self._name)
+        self.records = Records(self.description.n_embd)
+        self._batch_rows = load.config.batch_rows
 
     @property
     def description(self) -> StageDescription:
@@ -55,6 +67,7 @@ class Compute:
         self._stage.clear()
         self._samplers.clear()
         self._held.clear()
+        self.records.clear()
 
     def held(self) -> dict[int, HeldSequence]:
         """What could be transferred to another worker, by sequence.
@@ -91,6 +104,7 @@ class Compute:
         """
         self._stage.import_sequence(sequence, join_layers(states))
         self._held[sequence] = held
+        self.records.forget(sequence)
 
     def run(self, message: Rows, payload: memoryview) -> Result:
         """Rows for the next stage with their payload, or tokens.
@@ -99,12 +113,16 @@ class Compute:
             StageFailed: the engine refused the micro-batch.
         """
         batch = as_batch(message, payload)
-        self._hold(message, batch.inputs)
-        if self._embedding is not None:
-            batch = Batch(self._embedding.rows(batch.inputs), batch.positions, batch.sequences, batch.outputs)
+        received = batch.inputs
+        self._hold(message, received)
+        batch = Batch(self._embedded(received), batch.positions, batch.sequences, batch.outputs)
         result = self._stage.decode(batch)
         if self.description.is_last:
-            return self._sample(message, result), memoryview(b"")
+            tokens = self._sample(message, result)
+            chosen = {sequence: choice.token for sequence, choice in tokens.choices.items()}
+            self.records.note(message, received, None, chosen)
+            return tokens, memoryview(b"")
+        self.records.note(message, received, result, {})
         forwarded = Rows(
             wiring=message.wiring,
             batch=message.batch,
@@ -116,6 +134,31 @@ class Compute:
         )
         return forwarded, result.data.cast("B")
 
+    def recompute(self, message: Recompute, payload: memoryview) -> tuple[Recomputed, memoryview]:
+        """Compute one sequence from its start, for a spot check; everything else is forgotten.
+
+        Raises:
+            StageFailed: the engine refused the rows.
+        """
+        self.clear()
+        kind = np.float32 if message.n_embd else np.int32
+        inputs = np.frombuffer(payload, kind)
+        if message.n_embd:
+            inputs = inputs.reshape(-1, message.n_embd)
+        given: list[np.ndarray] = []
+        start = 0
+        # One output at most in a batch: the stage has one sequence.
+        ends = {position + 1 for position in message.outputs} | {len(inputs)}
+        ends |= set(range(self._batch_rows, len(inputs), self._batch_rows))
+        for end in sorted(ends):
+            rows = inputs[start:end]
+            found = self._stage.decode(batch_of_one(self._embedded(rows), start))
+            if not self.description.is_last or end - 1 in message.outputs:
+                given.append(found)
+            start = end
+        result = np.concatenate(given)
+        return Recomputed(result.shape[1]), result.data.cast("B")
+
     def goes_round(self, message: Rows, tokens: Tokens) -> bool:
         """Whether a micro-batch may travel again with its tokens."""
         return (
@@ -123,6 +166,10 @@ class Compute:
             and not tokens.failures
             and not any(choice.token in self._ends for choice in tokens.choices.values())
         )
+
+    def _embedded(self, inputs: np.ndarray) -> np.ndarray:
+        """Rows of the first of several stages, which is given token ids; of others what they are given."""
+        return inputs if self._embedding is None else self._embedding.rows(inputs)
 
     def _hold(self, message: Rows, inputs: np.ndarray) -> None:
         """Trim each sequence to where its run starts, and note what it will hold."""

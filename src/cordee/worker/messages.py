@@ -10,6 +10,9 @@ its id changes whenever one of the workers does.
   to the scheduler's process and to the first worker: Join first, which names the wiring, then KvQuery, Rows,
   Halt and Prepare downstream, and Tokens, KvAnswer or Prepared at the end. A message of another wiring than
   the link's is refused.
+- *spot checks*, between agents, at the same doors: RecordQuery -> Record and SpotRequest -> SpotFinding, see
+  agent/spot_checks.py. An agent has RecordQuery -> Record with its workers, too, and Recompute -> Recomputed
+  with one that computes nothing else.
 - *admin*, between agents, where a data link could be: Promotion -> Promoted; see agent/admins.py.
 - *KV transfer*, from a worker to one of the placement before: ReaderJoin first, which names the wiring of
   that placement, then KvQuery -> KvAnswer and KvRead -> KvState; see kv_transfer.py.
@@ -18,6 +21,7 @@ its id changes whenever one of the workers does.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -280,6 +284,77 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     earlier: tuple[dict[int, Choice], ...] = ()
 
 
+class RecordQuery(msgspec.Struct, frozen=True, tag=True):
+    """Asks a stage what it received and sent for the first `rows` positions of a sequence, in this tenure.
+
+    `whole`: the rows themselves are wanted. `index` is the stage's in the placement; the answer has the same
+    `number`.
+    """
+
+    wiring: str
+    index: int
+    sequence: int
+    tenure: int
+    rows: int
+    whole: bool
+    number: int = 0
+
+
+class Record(msgspec.Struct, frozen=True, tag=True):
+    """Answers a RecordQuery; with no `rows` there is no such record.
+
+    `received` and `sent` are SHA-256 of rows or, at the first stage, of token ids; where the whole was wanted
+    both are the payload, one after the other. `n_embd` is the width of what was received, 0 for token ids.
+    `tokens` were chosen, by position, from the start that is `opening`. `settled` are tenure and length of
+    all that the first stage could be asked for, by sequence, and that has passed all stages.
+    """
+
+    number: int
+    rows: int = 0
+    received: str = ""
+    sent: str = ""
+    n_embd: int = 0
+    tokens: dict[int, int] = {}
+    opening: Opening | None = None
+    settled: dict[int, tuple[int, int]] = {}
+
+
+class Recompute(msgspec.Struct, frozen=True, tag=True):
+    """Compute these rows of one sequence, from position 0 on. The payload is as that of Rows.
+
+    `outputs` are the positions whose logits are wanted, in order, of a last stage.
+    """
+
+    n_embd: int
+    outputs: tuple[int, ...] = ()
+
+
+class Recomputed(msgspec.Struct, frozen=True, tag=True):
+    """Answers a Recompute. The payload are float32 rows of this width."""
+
+    width: int
+
+
+class SpotRequest(msgspec.Struct, frozen=True, tag=True):
+    """From a host to a node of its placement: check the stage `index`, the first `rows` positions of a
+    sequence in this tenure. `computes`: by computing them again, else only by what went over a link."""
+
+    wiring: str
+    index: int
+    sequence: int
+    tenure: int
+    rows: int
+    computes: bool
+
+
+class SpotFinding(msgspec.Struct, frozen=True, tag=True):
+    """Answers a SpotRequest: whether the stage's word agrees with what was computed (else it `differs`) and
+    with what went over a link (else that is `disputed`); `reason` says more."""
+
+    state: Literal["agrees", "differs", "disputed", "unknown"]
+    reason: str = ""
+
+
 def rows_of(wiring: str, batch: MicroBatch) -> tuple[Rows, memoryview]:
     """A scheduler's micro-batch as the first stage takes it, and its payload."""
     runs = tuple(
@@ -310,6 +385,7 @@ class Promoted(msgspec.Struct, frozen=True, tag=True):
 Control = (
     Hello | LoadStage | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | KvReaders | AdmitReaders
 )
+Spot = RecordQuery | Record | Recompute | Recomputed | SpotRequest | SpotFinding
 Data = Join | Rows | Halt | Tokens | KvQuery | KvAnswer | Prepare | Prepared | ReaderJoin | KvRead | KvState
 Streams = StreamsJoin | StreamMessage | Probe
-Message = Control | Data | Streams | Promotion | Promoted
+Message = Control | Data | Spot | Streams | Promotion | Promoted

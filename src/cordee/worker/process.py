@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Protocol, TextIO, TypeVar
 
+import msgspec
 import psutil
 
 from cordee import children, errors
@@ -32,6 +33,10 @@ from cordee.worker.messages import (
     LoadFailed,
     LoadStage,
     Message,
+    Recompute,
+    Recomputed,
+    Record,
+    RecordQuery,
     Wire,
     Wired,
     WireFailed,
@@ -42,6 +47,8 @@ START_SECONDS = 60.0  # a worker's interpreter and imports, on a slow and busy m
 LOAD_SECONDS = 3600.0  # 60 GB from a slow disk take half an hour
 HELLO_SECONDS = 10.0  # for the first message of a link, which is sent as soon as it is there
 WIRE_SECONDS = 600.0  # a worker first finishes what it computes: 512 rows, at one row a second
+RECORD_SECONDS = 30.0  # for a record: a worker first ends what it computes
+RECOMPUTE_SECONDS = 600.0  # for rows computed again with the lowest priority
 CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is stopped or swapped out
 
 # How long threads spin at a barrier before they sleep (libgomp; single trials on 2 cores, starter model).
@@ -88,6 +95,8 @@ class WorkerProcess:
         self._process = process
         self._reader, self._writer = streams
         self._answers: asyncio.Queue[Message | None] = asyncio.Queue()  # to what it was sent; None: it ended
+        self._spot_answers: dict[int, asyncio.Future[tuple[Record | Recomputed, bytes]]] = {}  # by number
+        self._queries = 0
 
     @property
     def pid(self) -> int:
@@ -140,6 +149,28 @@ class WorkerProcess:
         """Let workers on these nodes take over its sequences of a wiring."""
         frames.write(self._writer, AdmitReaders(wiring, tuple(sorted(nodes))))
 
+    async def record(self, query: RecordQuery) -> tuple[Record, bytes]:
+        """What its stage received and sent; see RecordQuery.
+
+        Raises:
+            StageFailed: it did not answer in time, or ended.
+        """
+        self._queries += 1
+        query = msgspec.structs.replace(query, number=self._queries)
+        answer, payload = await self._spot_answer(self._queries, query, b"", RECORD_SECONDS)
+        assert isinstance(answer, Record)
+        return answer, payload
+
+    async def recompute(self, message: Recompute, payload: bytes) -> tuple[Recomputed, bytes]:
+        """Rows computed by a worker that does nothing else.
+
+        Raises:
+            StageFailed: it did not answer in time, or ended.
+        """
+        answer, rows = await self._spot_answer(0, message, payload, RECOMPUTE_SECONDS)
+        assert isinstance(answer, Recomputed)
+        return answer, rows
+
     def kill(self) -> None:
         """End it by force; `end` waits for that."""
         with contextlib.suppress(ProcessLookupError):
@@ -161,20 +192,43 @@ class WorkerProcess:
         """Read its messages until its control link ends; then its process ends too."""
         try:
             while True:
-                message, _ = await frames.read(self._reader)
+                message, payload = await frames.read(self._reader)
                 if isinstance(message, Broken | WireFailed) and message.node:
                     owner.on_late(message.node, message.message)
                 if isinstance(message, Broken):
                     owner.on_broken(self, message.wiring)
                 elif isinstance(message, KvReaders):
                     self.kv_readers = message.count
+                elif isinstance(message, Record | Recomputed):
+                    number = message.number if isinstance(message, Record) else 0
+                    future = self._spot_answers.get(number)
+                    if future is not None and not future.done():
+                        future.set_result((message, payload))
                 else:
                     self._answers.put_nowait(message)
         except LinkClosed:
             self.ended = True
         self._answers.put_nowait(None)
+        for future in self._spot_answers.values():
+            if not future.done():
+                future.set_exception(StageFailed(f"process {self.pid} ended before it answered"))
         await self.end()
         owner.on_ended(self)
+
+    async def _spot_answer(
+        self, number: int, message: RecordQuery | Recompute, payload: bytes, seconds: float
+    ) -> tuple[Record | Recomputed, bytes]:
+        if self.ended:
+            raise StageFailed(f"process {self.pid} has ended")
+        self._spot_answers[number] = future = asyncio.get_running_loop().create_future()
+        try:
+            frames.write(self._writer, message, payload)
+            async with asyncio.timeout(seconds):
+                return await future
+        except TimeoutError as error:
+            raise StageFailed(f"process {self.pid} did not answer within {seconds:.0f} s") from error
+        finally:
+            del self._spot_answers[number]
 
     async def _answer(
         self,

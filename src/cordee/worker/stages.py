@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import psutil
 
-from cordee.cluster.goals import StageGoal, StageSpec
+from cordee.cluster.facts import Placement
+from cordee.cluster.goals import SliceGoal, StageGoal, StageSpec
 from cordee.cluster.reconcile import WireAction, WorkerStatus
 from cordee.engine.stage import EngineName, StageConfig, StageDescription
 from cordee.errors import CordeeError, StageFailed
@@ -31,6 +33,7 @@ WATCH_SECONDS = 1.0  # how often workers are checked: a stopped process holds up
 # How long a worker with KV readers stays after it was told to stop: the host's KV_QUERY_SECONDS, and time to
 # transfer the largest states. Its memory was planned for beside that of its successors.
 LINGER_SECONDS = 15.0
+LOWEST_PRIORITY = 19  # nice(2)
 LINGER_POLL_SECONDS = 0.2  # how often it is checked whether all readers are gone
 
 Accept = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -96,7 +99,8 @@ class _Process:
     is_loaded: bool = False
     wiring: str = ""
     wirings: set[str] = field(default_factory=set[str])  # all that this KV cache was in
-    index: int = 0  # of its stage in the wiring
+    placement: Placement | None = None  # of the wiring
+    index: int = 0  # of its stage in it
     inherits: bool = False  # it may take over sequences of the wiring before
     readers: frozenset[str] = frozenset()  # the nodes that may take over those of this wiring
     running: asyncio.Task[None] | None = None
@@ -107,6 +111,16 @@ class _Process:
         """As the reconciler takes it; `endpoint` is where it takes rows."""
         state = "loading" if not self.is_loaded else "wired" if self.wiring else "loaded"
         return WorkerStatus(self.id, self.spec, state, endpoint, self.wiring, frozenset(self.wirings))
+
+
+class _Nobody:
+    """The owner of a worker that is waited for anyway."""
+
+    def on_ended(self, worker: WorkerProcess) -> None:
+        """See WorkerOwner."""
+
+    def on_broken(self, worker: WorkerProcess, wiring: str) -> None:
+        """See WorkerOwner."""
 
 
 class Stages:
@@ -181,6 +195,12 @@ class Stages:
                     task.cancel()
             self._owner.changed()
 
+    def stop_slice(self, goal: SliceGoal) -> None:
+        """End the workers that have loaded a slice."""
+        for name, process in list(self._processes.items()):
+            if process.is_loaded and process.spec.slice == goal:
+                self.stop(name)
+
     def rename(self, name: str) -> None:
         """Give a worker a new id: from now on its KV cache counts as another one."""
         process = self._processes.pop(name, None)
@@ -221,6 +241,40 @@ class Stages:
             if process.wiring and nodes and process.worker is not None and process.worker.alive:
                 process.readers |= nodes
                 process.worker.admit_readers(process.wiring, process.readers)
+
+    def placement(self, wiring: str) -> Placement | None:
+        """The placement of a wiring that a worker here is in."""
+        found = (process.placement for process in self._processes.values() if process.wiring == wiring)
+        return next(found, None) if wiring else None
+
+    async def record(self, query: messages.RecordQuery) -> tuple[messages.Record, bytes]:
+        """What a stage here received and sent.
+
+        Raises:
+            StageFailed: it is not here, or its worker does not answer.
+        """
+        for process in self._processes.values():
+            if process.worker is not None and (process.wiring, process.index) == (query.wiring, query.index):
+                return await process.worker.record(query)
+        raise StageFailed("this stage does not run here")
+
+    async def recompute(
+        self, files: Files, message: messages.Recompute, payload: bytes
+    ) -> tuple[messages.Recomputed, bytes]:
+        """Compute rows in a worker that is there for nothing else, when nobody else wants the processors.
+
+        Raises:
+            CordeeError: it cannot be started or loaded, or refuses the rows.
+        """
+        environment = BATCH_INVARIANT_ENVIRONMENT if files.config.batch_invariant else {}
+        worker = await self._sockets.spawn(environment, _Nobody(), self._keep)
+        try:
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(worker.pid).nice(LOWEST_PRIORITY)
+            await worker.load(msgspec.structs.replace(self._load_message(files), identity=None, listen=""))
+            return await worker.recompute(message, payload)
+        finally:
+            await worker.end()
 
     async def close(self) -> None:
         """End all workers; closing twice is harmless."""
@@ -354,6 +408,7 @@ class Stages:
         process.wirings.add(goal.wiring)
         if process.joins == goal.wiring:  # no link was lost meanwhile
             process.wiring, process.index, process.readers = goal.wiring, goal.index, frozenset()
+            process.placement = goal.placement
             process.inherits = bool(goal.sources)
             self._owner.changed()
 

@@ -60,6 +60,9 @@ from cordee.worker.messages import (
     Prepare,
     Prepared,
     ReaderJoin,
+    Recompute,
+    Record,
+    RecordQuery,
     Rows,
     Tokens,
     Wire,
@@ -185,16 +188,28 @@ class Worker:
             self._handle_kv_reader(reader)
 
     def _handle_control(self) -> None:
-        message, _ = frames.receive(self._control)
+        message, payload = frames.receive(self._control)
         if isinstance(message, LoadStage):
             self._load(message)
         elif isinstance(message, Wire):
             self._wire(message)
+        elif isinstance(message, RecordQuery):
+            self._answer_record(message)
+        elif isinstance(message, Recompute):
+            assert self._compute is not None, "LoadStage comes before Recompute"
+            frames.send(self._control, *self._compute.recompute(message, payload))
         elif isinstance(message, AdmitReaders):
             self._admitted = (message.wiring, frozenset(message.nodes))
             for wiring, node in list(self._early_readers):
                 if wiring == message.wiring and node in message.nodes:
                     self._attach_reader(self._early_readers.pop((wiring, node)), ReaderJoin(wiring))
+
+    def _answer_record(self, query: RecordQuery) -> None:
+        """What this stage received and sent, for a spot check; a wiring that was left counts, too."""
+        if self._compute is None or query.wiring not in (self._wiring, self._left_wiring):
+            frames.send(self._control, Record(query.number))
+        else:
+            frames.send(self._control, *self._compute.records.answer(query))
 
     def _load(self, load: LoadStage) -> None:
         try:
