@@ -16,7 +16,7 @@ from random import Random
 import msgspec
 
 from cordee.cluster.controller import Controller, Running
-from cordee.cluster.deployments import Deployment
+from cordee.cluster.deployments import Deployment, Deployments
 from cordee.cluster.facts import Device, Facts, ModelShape
 from cordee.cluster.later_planner import LaterPlanner
 from cordee.cluster.membership import LISTEN_SECONDS, Heartbeat
@@ -77,6 +77,21 @@ def machines(count: int, devices: int, layers: int) -> list[Facts]:
     ]
 
 
+class Unsigned:
+    """A Trust that takes anybody's word: signatures are checked once, and are not what is measured."""
+
+    node = "n"
+    member_certificate = b"a member"
+
+    def sign_statement(self, statement: bytes) -> bytes:
+        """Nothing that would be checked."""
+        return b"signed"
+
+    def is_signed(self, node: str, certificate: bytes, statement: bytes, signature: bytes) -> bool:
+        """Always."""
+        return True
+
+
 def seconds(work: Callable[[], object]) -> float:
     """How long it takes."""
     start = time.perf_counter()
@@ -88,10 +103,11 @@ def measured(count: int, devices: int, layers: int, models: int) -> dict[str, fl
     """Figure by name."""
     own, *others = machines(count, devices, layers)
     planner = LaterPlanner()
-    controller = Controller(own.node, "s", planner)
-    deployments = tuple(
-        Deployment(f"m{i}", shape_of(f"m{i}", layers), 4096, 2, stamp=1.0, author="n") for i in range(models)
-    )
+    controller = Controller(own.node, "s", planner, Unsigned())
+    written = Deployments(Unsigned())
+    for index in range(models):
+        written.write(Deployment(f"m{index}", shape_of(f"m{index}", layers), 4096, 2), 1.0)
+    deployments = written.all
 
     def hear(facts: Facts, now: float) -> float:
         said = msgspec.msgpack.encode(Heartbeat(f"s{facts.node}", now, now, facts, deployments))

@@ -34,8 +34,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 async def as_agents_do(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     message, _ = await frames.read(reader)
     assert isinstance(message, Probe)
-    probes.answer(writer)
-    await reader.read(1)
+    await probes.answer(reader, writer)
 
 
 async def in_silence(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:

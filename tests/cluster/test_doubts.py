@@ -34,7 +34,7 @@ def facts(said: set[tuple[str, str]]) -> dict[str, Facts]:
 
 
 def test_a_doubt_is_said_for_a_while_and_for_longer_the_next_time() -> None:
-    doubts, now = Doubts("a"), 5.0
+    doubts, now = Doubts(), 5.0
     for seconds in (60, 120, 240, 480, 960, 1920, 3600, 3600):
         doubts.note("b", "it is late", now)
         doubts.note("b", "later still", now + 1)  # which is no second time
@@ -47,11 +47,16 @@ def test_a_doubt_is_said_for_a_while_and_for_longer_the_next_time() -> None:
     assert doubts.said(now + DOUBT_SECONDS) == ()
 
 
-def test_nobody_doubts_itself_and_there_is_a_bound() -> None:
-    doubts = Doubts("a")
-    doubts.note("a", "", 0)
-    doubts.unreachable({"a": ""})
-    assert doubts.said(0) == ()
+def test_a_doubt_that_lasts_longer_takes_the_place_of_a_shorter_one() -> None:
+    doubts = Doubts()
+    doubts.note("b", "late", 0)
+    doubts.note("b", "wrong", 1, seconds=DOUBT_SECONDS_MAX)
+    doubts.note("b", "late", 2)
+    assert doubts.said(DOUBT_SECONDS_MAX) == (Doubt("b", "wrong"),)
+
+
+def test_there_is_a_bound() -> None:
+    doubts = Doubts()
     for index in range(2 * NODES_MAX):
         doubts.note(str(index), "\x1b[31m" + "x" * 1000, 0)
     said = doubts.said(0)
@@ -60,7 +65,7 @@ def test_nobody_doubts_itself_and_there_is_a_bound() -> None:
 
 
 def test_who_cannot_be_reached_is_doubted_until_it_can() -> None:
-    doubts = Doubts("a")
+    doubts = Doubts()
     doubts.unreachable({"b": "no connection"})
     doubts.note("c", "late", 0)
     assert [doubt.node for doubt in doubts.said(1)] == ["b", "c"]
@@ -70,7 +75,7 @@ def test_who_cannot_be_reached_is_doubted_until_it_can() -> None:
 
 @pytest.mark.parametrize("until", [math.nan, math.inf, 1e30])
 def test_impossible_times_are_forgotten(until: float) -> None:
-    doubts = Doubts("a")
+    doubts = Doubts()
     doubts.note("b", "", 0)
     doubts._doubted["b"].until = until
     doubts.settle(1)
@@ -82,6 +87,12 @@ def test_one_doubter_loses_what_it_doubts_and_two_exclude() -> None:
     assert one.concern({"a", "b"}) and not one.concern({"b", "c"}) and not one.concern({"a", "c"})
     two = Exclusions(facts({("a", "b"), ("c", "b")}))
     assert two.concern({"b"}) and two.concern({"b", "d"}) and not two.concern({"a", "c"})
+
+
+def test_who_doubts_itself_is_out() -> None:
+    own = Exclusions(facts({("a", "a")}))
+    assert own.concern({"a"}) and not own.concern(set("bcdef"))
+    assert list(own.groups(NODES)) == [frozenset("bcdef")]
 
 
 def test_a_node_that_doubts_all_others_is_left_alone() -> None:

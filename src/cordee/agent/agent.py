@@ -25,17 +25,20 @@ from typing import Any
 import msgspec
 
 from cordee import __version__
-from cordee.agent import admins, capacity, gauges, probes
+from cordee.agent import admins, capacity, gauges
+from cordee.agent.certificates import Certificates
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
-from cordee.agent.probes import Probes
+from cordee.agent.inbox import Inbox
 from cordee.agent.planning import PlanningProcess
+from cordee.agent.probes import Probes
 from cordee.agent.reach import Reach
 from cordee.agent.services import Services
 from cordee.agent.spot_checks import SHARE, SpotChecks
 from cordee.agent.stream_links import StreamLinks
 from cordee.cluster.controller import Controller, Running
 from cordee.cluster.demand import SizeRequest
+from cordee.cluster.doubts import DOUBT_SECONDS
 from cordee.cluster.facts import Facts, Gauges, ModelShape, Offer, SliceHeld, best_host
 from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec
 from cordee.cluster.history import History
@@ -51,41 +54,23 @@ from cordee.generation.streams import Said
 from cordee.machine.devices import own_devices
 from cordee.machine.energy import Meter
 from cordee.models.store import Store
-from cordee.net import address, enrolment, renewal
+from cordee.net import address, enrolment
 from cordee.net.bus import Bus, BusOptions
-from cordee.net.doors import Door
 from cordee.net.identity import Identity
 from cordee.net.invitations import Invitations
 from cordee.net.latency import Distances
 from cordee.net.members import KnownMember
-from cordee.net.renewal import RenewalEndpoint
 from cordee.net.zenoh_bus import ZenohBus
 from cordee.serving.cluster_service import ClusterGateway
 from cordee.serving.grammar_trials import GrammarTrials
 from cordee.serving.scheduler_host import SchedulerHost
-from cordee.worker import frames, tls_link
-from cordee.worker.frames import FrameLate, LinkClosed
-from cordee.worker.messages import (
-    Join,
-    KvAnswer,
-    Prepared,
-    Probe,
-    Promotion,
-    RecordQuery,
-    SpotRequest,
-    StreamsJoin,
-    Tokens,
-)
-from cordee.worker.process import opening
+from cordee.worker.messages import KvAnswer, Prepared, Promotion, Tokens
 from cordee.worker.stages import Files, Stages
 
 TICK_SECONDS = 0.5  # how often everything is looked at, even if nothing was heard
 GATHER_SECONDS = 0.02  # after news, so that several count as one
 HOST_SECONDS = 0.05  # how often schedulers let time pass
-RENEW_SECONDS = 3600.0  # how often a renewal is asked for that has time
-AGE_SECONDS = 60.0  # how often the certificate's age is looked at: a clock may be set at any time
 CLONE_FILE = "cloned"  # in the identity's folder: that another machine ran as this node
-RESULT_BYTES_MAX = 8 << 20  # of a last stage: tokens of SEQUENCES_MAX streams with all that is known of each
 FAREWELL_SECONDS = 0.5  # for a removed node to hear that it was, before the links to it close
 
 log = logging.getLogger(__name__)
@@ -125,7 +110,6 @@ class Agent:
         self.invitations = Invitations(
             identity, self._listen_host, lambda: bus.addresses, members=self._all_members
         )
-        self._renewals: RenewalEndpoint | None = None  # of an admin
         self._deployments_file = DeploymentsFile(identity.folder / "deployments")
         self.planning = PlanningProcess(self._planned)
         self.controller = Controller(
@@ -138,6 +122,7 @@ class Agent:
         )
         self.gossip = Gossip(bus, identity, self.controller, self.changed, self._cut_removed)
         self.members = self.gossip.members
+        self._certificates = Certificates(identity, bus, self._listen_host, self.changed, self.gossip.removed)
         self.history = History()
         self.gauges = Gauges()
         self._meter = Meter()
@@ -148,8 +133,7 @@ class Agent:
         self._scheduler_hosts: dict[str, SchedulerHost] = {}  # by stream key
         self._stages: Stages | None = None
         self._spot_checks = SpotChecks(self, identity.folder, self._scheduler_hosts, options.spot_check)
-        self._inbox: Door | None = None
-        self._links: set[asyncio.StreamWriter] = set()  # that bring tokens
+        self._inbox = Inbox(self, identity, self._stream_links, self._spot_checks)
         self._facts: Facts | None = None
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -259,7 +243,7 @@ class Agent:
             self.identity.revoke(node)
         except ValueError as error:
             raise BadRequest(f"{node!r} is not a node's id: `cordee nodes` lists them.", "node") from error
-        self._close_removed_links()
+        self._inbox.cut_removed()
         self.members.forget(node)
         self._act()
         self.gossip.speak(self.gauges)
@@ -288,16 +272,12 @@ class Agent:
         await self._gateway.close()
         for scheduler_host in self._scheduler_hosts.values():
             scheduler_host.close()
-        if self._inbox is not None:
-            self._inbox.close()
-        for writer in self._links:
-            writer.transport.abort()
+        self._inbox.close()
         self.members.save()
         await self._stream_links.close()
         await self.local_models.close()
         await self.invitations.close()
-        if self._renewals is not None:
-            self._renewals.close()
+        self._certificates.close()
         if self._stages is not None:
             await self._stages.close()
         await self.services.close()
@@ -315,10 +295,13 @@ class Agent:
         self.controller.failed(spec, error.message, time.monotonic())
         self.changed()
 
-    def doubt(self, node: str, reason: str) -> None:
-        """Another node disappointed: it is left out of placements with this one for a while."""
-        log.warning("node %s is left out for a while: %s", node, reason)
-        self.controller.doubt(node, reason, time.monotonic())
+    def doubt(self, node: str, reason: str, seconds: float = DOUBT_SECONDS) -> None:
+        """A node disappointed, perhaps this one itself: it is left out of placements with this one, for
+        `seconds` the first time."""
+        facts = self.controller.nodes(time.monotonic()).get(node)
+        name = node if facts is None else facts[1].name
+        log.warning("this node does without %s for now: %s", name, reason)
+        self.controller.doubt(node, reason, time.monotonic(), seconds)
         self.probes.hasten(node)
         self.changed()
 
@@ -332,13 +315,6 @@ class Agent:
         """The nodes that are alive, this one among them."""
         assert self._facts is not None, "the agent has started"
         return {**self._others(), self.node: self._facts}
-
-    def doubt(self, node: str, reason: str) -> None:
-        """This node cannot work with another, which may be itself."""
-        facts = self.alive().get(node)
-        log.warning("%s is left out: %s", node if facts is None else facts.name, reason)
-        self.doubts[node] = reason
-        self.changed()
 
     # What its local models ask of it.
 
@@ -375,7 +351,7 @@ class Agent:
     async def _open(self) -> None:
         host = self._listen_host
         self._stages = await Stages.open(self, self.identity.folder, host)
-        self._inbox, inbox = await tls_link.open_listener(self.identity.folder, host, self._accept)
+        inbox = await self._inbox.open(host)
         devices = await asyncio.to_thread(own_devices, self.options.lent_bytes)
         await self.local_models.look()
         self._facts = Facts(
@@ -393,10 +369,15 @@ class Agent:
             version=__version__,
         )
         if self.identity.is_admin:
-            await self._serve_as_admin()
+            await self._certificates.serve_as_admin()
         (self.identity.folder / CLONE_FILE).unlink(missing_ok=True)  # it comes back if that is still so
         self.gossip.open()
-        for loop in (self._act_always, self._tick_hosts_always, self._renew_always, self.planning.watch):
+        for loop in (
+            self._act_always,
+            self._tick_hosts_always,
+            self._certificates.renew_always,
+            self.planning.watch,
+        ):
             self._keep(loop())
         self._keep(self.gossip.speak_always(self._measure))
         self._keep(self.gossip.seek_lost_always())
@@ -430,47 +411,21 @@ class Agent:
         elif (host := best_host(self._wirings(), message.model)) is not None:
             self._scheduler_hosts[host].receive(node, message)
 
-    async def _accept(self, node: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """A link of a node: its last stage brings tokens, its gateway asks, or it makes us an admin."""
-        self._links.add(writer)
-        try:
-            first = await opening(reader)
-            if isinstance(first, StreamsJoin):
-                await self._stream_links.serve(node, reader, writer)
-            elif isinstance(first, Probe):
-                probes.answer(writer)
-                await reader.read(1)  # until the other side has it, and closes
-            elif isinstance(first, RecordQuery | SpotRequest):
-                frames.write(writer, *await self._spot_checks.answer(node, first))
-                await writer.drain()
-            elif isinstance(first, Promotion) and await admins.accept(self.identity, first, writer):
-                await self._serve_as_admin()
-                log.warning("this node is an admin now: another admin gave it the cluster's key")
-            elif isinstance(first, Join):
-                while True:
-                    message, _ = await frames.read(reader, 0, RESULT_BYTES_MAX)
-                    if isinstance(message, Tokens | KvAnswer | Prepared):
-                        for scheduler_host in self._scheduler_hosts.values():
-                            scheduler_host.on_result(node, message)
-        except FrameLate as error:
-            self.doubt(node, str(error))
-        except LinkClosed:
-            pass  # that worker was wired anew, or ended, or that gateway has no use for the link
-        finally:
-            self._links.discard(writer)
-            writer.transport.abort()
+    def on_result(self, node: str, message: Tokens | KvAnswer | Prepared) -> None:
+        """The last stage of a model that this node may host has a result."""
+        for scheduler_host in self._scheduler_hosts.values():
+            scheduler_host.on_result(node, message)
+
+    async def become_admin(self, promotion: Promotion, writer: asyncio.StreamWriter) -> None:
+        """Another admin gives this node the cluster's key."""
+        if await admins.accept(self.identity, promotion, writer):
+            await self._certificates.serve_as_admin()
+            log.warning("this node is an admin now: another admin gave it the cluster's key")
 
     def _cut_removed(self) -> None:
         """Other nodes were removed: neither on the bus nor by links from stages are they to reach us."""
-        self._close_removed_links()
+        self._inbox.cut_removed()
         self._keep(self.bus.refresh())
-
-    def _close_removed_links(self) -> None:
-        for writer in self._links:
-            try:
-                tls_link.check_member(self.identity.folder, writer.get_extra_info("peercert"))
-            except LinkClosed:
-                writer.transport.abort()
 
     # What it does.
 
@@ -520,7 +475,7 @@ class Agent:
             offers=self.local_models.offers,
             draining=self.draining,
             admin=self.identity.is_admin,
-            renewals="" if self._renewals is None else self._renewals.addresses,
+            renewals=self._certificates.renewals,
             certificate_ends=self.identity.validity()[1],
         )
         return self._facts
@@ -600,40 +555,15 @@ class Agent:
             for scheduler_host in self._scheduler_hosts.values():
                 scheduler_host.tick(time.monotonic())
 
-    async def _serve_as_admin(self) -> None:
-        """Renew certificates, on the bus and outside of it."""
-        endpoint = await RenewalEndpoint.open(self.identity, self._listen_host)
-        if self._renewals is not None:
-            endpoint.close()  # it was an admin already
-            return
-        self._renewals = endpoint
-        enrolment.serve_renewals(self.bus, self.identity)
-        self.changed()
-
-    async def _renew_always(self) -> None:
-        asked = -RENEW_SECONDS
-        while True:
-            due, valid = self.identity.renewal_due(time.time()), self.identity.is_valid(time.time())
-            if due and (time.monotonic() - asked >= RENEW_SECONDS or self.identity.is_admin or not valid):
-                asked = time.monotonic()
-                with contextlib.suppress(CordeeError):  # the disk is full, or a clock is wrong: again later
-                    if await self._renew():
-                        await self.bus.refresh()
-                if self.identity.node in self.identity.revoked:
-                    self.removed.set()
-            await asyncio.sleep(AGE_SECONDS)
-
-    async def _renew(self) -> bool:
-        """On the bus, or where nodes are renewed whose certificates the bus does not accept."""
-        if await enrolment.renew(self.bus, self.identity, time.time()):
-            return True
-        return not await asyncio.to_thread(renewal.renew, self.identity)
-
     def _all_members(self) -> list[KnownMember]:
         """All that are known, and this one."""
-        renewals = "" if self._renewals is None else self._renewals.addresses
         own = KnownMember(
-            self.node, self.options.name, self.identity.is_admin, __version__, renewals, round(time.time())
+            self.node,
+            self.options.name,
+            self.identity.is_admin,
+            __version__,
+            self._certificates.renewals,
+            round(time.time()),
         )
         return [own, *self.members.known.values()]
 

@@ -1,7 +1,7 @@
 """Whether this node reaches the others, for rows: the bus may work where the links between stages do not.
 
-    Probe, PROBE_BYTES ------> the other node's inbox
-      <------ Probe, PROBE_BYTES
+    Probe, Probe with PROBE_BYTES ------> the other node's inbox
+      <------------ Probe with PROBE_BYTES
 
 Each node tries every other one's inbox, whose port is in the range of the stages' ports, when it first hears
 of it and every PROBE_SECONDS: a connection as stages would make it, with certificates on both sides, and more
@@ -104,6 +104,7 @@ class Probes:
             return str(error)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
+                frames.write(writer, Probe())
                 frames.write(writer, Probe(), PAYLOAD)
                 message, payload = await frames.read(reader, PROBE_BYTES)
             if not isinstance(message, Probe) or len(payload) != PROBE_BYTES:
@@ -125,6 +126,13 @@ class Probes:
             self._changed()
 
 
-def answer(writer: asyncio.StreamWriter) -> None:
-    """Answer the Probe of another node."""
-    frames.write(writer, Probe(), PAYLOAD)
+async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answer another node, whose first Probe came.
+
+    Raises:
+        LinkClosed: it went, or sends something else.
+    """
+    message, _ = await frames.read(reader, PROBE_BYTES)
+    if isinstance(message, Probe):
+        frames.write(writer, Probe(), PAYLOAD)
+        await reader.read(1)  # until the other side has it, and closes

@@ -24,7 +24,7 @@ import msgspec
 from cordee.cluster.choose import Chosen, Planning, choose_apart, without
 from cordee.cluster.clones import Clones
 from cordee.cluster.deployments import Deployment, Deployments
-from cordee.cluster.doubts import Doubts
+from cordee.cluster.doubts import DOUBT_SECONDS, Doubts
 from cordee.cluster.facts import NODES_MAX, Facts, Gauges, ModelShape, Offer, Placement, stream_key
 from cordee.cluster.goals import Goals, HostGoal, SliceGoal, StageSpec, goals
 from cordee.cluster.membership import LISTEN_SECONDS, Farewell, Heartbeat, Liveness, Membership, View
@@ -103,7 +103,7 @@ class Controller:
         self._unfound: dict[ModelShape, str] = {}
         self._goals = Goals()
         self._reconciler = Reconciler()
-        self._doubts = Doubts(me)
+        self._doubts = Doubts()
         self._patience = Patience(me, planning)
         self._said: Facts | None = None  # in the last heartbeat
 
@@ -179,9 +179,10 @@ class Controller:
         """A worker could not load what it should hold."""
         self._reconciler.failed(spec, detail, now)
 
-    def doubt(self, node: str, reason: str, now: float) -> None:
-        """Another node disappointed, in a way that the controller cannot see: it is left out for a while."""
-        self._doubts.note(node, reason, now)
+    def doubt(self, node: str, reason: str, now: float, seconds: float = DOUBT_SECONDS) -> None:
+        """A node disappointed, in a way that the controller cannot see: it is left out for `seconds`, and
+        for longer the next time."""
+        self._doubts.note(node, reason, now, seconds)
 
     def unreachable(self, reasons: Mapping[str, str]) -> None:
         """The nodes that this one cannot connect to now, and why; all of them, each time."""

@@ -8,6 +8,7 @@ Nobody has to believe a doubt to do what follows from it (`Exclusions`):
 
     doubted by one node             no placement has both of them: the doubter loses what it cannot use anyway
     doubted by EXCLUDERS nodes      no placement has it
+    doubted by itself               the same
 
 So one node that lies, or whose own cable is broken, keeps nothing but itself from working. These are
 preferences: where nothing else holds a model, doubted nodes are tried again.
@@ -41,27 +42,27 @@ class _Doubted:
 class Doubts:
     """The doubts of one node. `now` is a clock that never jumps, in seconds."""
 
-    def __init__(self, me: str) -> None:
-        self._me = me
+    def __init__(self) -> None:
         self._doubted: dict[str, _Doubted] = {}
         self._unreachable: dict[str, str] = {}
 
-    def note(self, node: str, reason: str, now: float) -> None:
-        """Another node disappointed. While it is doubted already nothing changes."""
+    def note(self, node: str, reason: str, now: float, seconds: float = DOUBT_SECONDS) -> None:
+        """A node disappointed. While it is doubted already, for as long or longer, nothing changes."""
         before = self._doubted.get(node)
-        if node == self._me or (before is not None and now < before.until):
-            return
+        if before is not None and now < before.until:
+            if seconds <= before.seconds:
+                return
+        elif before is not None:
+            seconds = max(seconds, 2 * before.seconds)
         if before is None and len(self._doubted) >= NODES_MAX:
             return
-        seconds = DOUBT_SECONDS if before is None else min(2 * before.seconds, DOUBT_SECONDS_MAX)
+        seconds = min(seconds, DOUBT_SECONDS_MAX)
         self._doubted[node] = _Doubted(plain(reason)[:REASON_CHARS_MAX], now + seconds, seconds)
 
     def unreachable(self, reasons: Mapping[str, str]) -> None:
         """The nodes that do not answer at their doors now, and why; all of them, each time."""
         wanted = itertools.islice(reasons.items(), NODES_MAX)
-        self._unreachable = {
-            node: plain(reason)[:REASON_CHARS_MAX] for node, reason in wanted if node != self._me
-        }
+        self._unreachable = {node: plain(reason)[:REASON_CHARS_MAX] for node, reason in wanted}
 
     def settle(self, now: float) -> None:
         """Call it often: what is over is forgotten, and so are impossible times."""
@@ -84,9 +85,15 @@ class Exclusions:
         self._doubters: dict[str, set[str]] = {}
         for node, own in facts.items():
             for doubt in own.doubts:
-                if doubt.node != node and doubt.node in facts:
+                if doubt.node in facts:
                     self._doubters.setdefault(doubt.node, set()).add(node)
-        self._out = {node for node, doubters in self._doubters.items() if len(doubters) >= EXCLUDERS}
+        self._out = {
+            node
+            for node, doubters in self._doubters.items()
+            if len(doubters) >= EXCLUDERS or node in doubters
+        }
+        for node, doubters in self._doubters.items():
+            doubters.discard(node)
 
     def concern(self, nodes: Collection[str]) -> bool:
         """Whether these nodes should not work together."""

@@ -25,7 +25,7 @@ from cordee.cluster.goals import READ_BYTES_PER_SECOND_MIN
 REPORT_SECONDS = 12.0  # a node that has just started listens for a quarter of this before it plans
 FETCH_SECONDS = 60.0  # a download that pauses; a hub that is asked again
 FETCH_BYTES_PER_SECOND = 10_000  # the poorest line
-LOAD_SECONDS = 20.0
+LOAD_SECONDS = 15.0  # to start a process and what it imports, on a machine that something else keeps busy
 WIRE_SECONDS = 15.0  # an attempt takes 10 s at most (worker/tls_link.py), and the next follows
 
 

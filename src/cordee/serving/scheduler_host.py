@@ -30,7 +30,7 @@ from cordee.errors import BadRequest, CordeeError, StageFailed
 from cordee.generation.grammar import NAMES
 from cordee.generation.host import Host
 from cordee.generation.request import Grammar
-from cordee.generation.results import Expectation, Results
+from cordee.generation.results import RESULT_SECONDS_MAX, Expectation, Results
 from cordee.generation.scheduler import Limits, Scheduler
 from cordee.generation.streams import Ask, Assert, Said
 from cordee.serving import batch_invariance
@@ -244,7 +244,7 @@ class SchedulerHost:
         self._preparing[number] = prepared
         frames.write(self._first, Prepare(self._wiring, number, grammar))
         try:
-            async with asyncio.timeout(STALL_SECONDS):
+            async with asyncio.timeout(RESULT_SECONDS_MAX):
                 failure = await prepared
         except TimeoutError:
             raise StageFailed("the last stage does not compile the grammar: try again") from None

@@ -25,7 +25,9 @@ MESSAGE_BYTES_MAX = 64 << 20  # token logs of a batch: eight full contexts of a 
 # The first message of a link, a name and a wiring; until it has come anybody of the cluster may be there.
 OPENING_BYTES_MAX = 16 << 10
 PAYLOAD_BYTES_MAX = 1 << 30  # rows of a batch: 8,192 rows of width 16,384 are 512 MiB
-SOCKET_SECONDS = 600.0  # until a frame is taken; the other side may have to finish a prefill on a slow machine
+SOCKET_SECONDS = (
+    600.0  # until a frame is taken; the other side may have to finish a prefill on a slow machine
+)
 # Once a frame has begun to arrive: the poorest link, and a machine that swaps. A peer that sends a byte now
 # and then would hold up a worker for ever.
 FRAME_SECONDS = 10.0
@@ -118,9 +120,7 @@ def _pieces(message: Message, payload: bytes | memoryview) -> list[bytes | memor
     return [lengths + encoded, payload]
 
 
-def _lengths(
-    data: bytes | memoryview, payload_bytes_max: int, message_bytes_max: int
-) -> tuple[int, int]:
+def _lengths(data: bytes | memoryview, payload_bytes_max: int, message_bytes_max: int) -> tuple[int, int]:
     message_bytes, payload_bytes = LENGTHS.unpack(data)
     if message_bytes > message_bytes_max or payload_bytes > payload_bytes_max:
         raise LinkClosed(f"a frame of {message_bytes} + {payload_bytes} bytes is too long to be one")

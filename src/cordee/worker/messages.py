@@ -176,8 +176,7 @@ class StreamsJoin(msgspec.Struct, frozen=True, tag=True):
 
 
 class Probe(msgspec.Struct, frozen=True, tag=True):
-    """First on a link that tries whether links work, and the answer: each with the same
-    payload (agent/probes.py)."""
+    """First on a link that tries whether links work; then there and back with a payload (agent/probes.py)."""
 
 
 class StreamMessage(msgspec.Struct, frozen=True, tag=True):

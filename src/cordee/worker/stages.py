@@ -122,6 +122,9 @@ class _Nobody:
     def on_broken(self, worker: WorkerProcess, wiring: str) -> None:
         """See WorkerOwner."""
 
+    def on_late(self, node: str, reason: str) -> None:
+        """See WorkerOwner."""
+
 
 class Stages:
     """See the module's docstring. Made by `Stages.open`; all methods on one event loop.
