@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -128,3 +129,17 @@ class HostileMember:
             link.settimeout(0.3)
             return link.recv(1 << 16)
         return b""
+
+
+def mutated(random: Random, value: Any, depth: int = 0) -> Any:
+    """A message with a few of its values replaced by any others."""
+    if random.random() < 0.03 * (depth > 0):
+        return random.choice(
+            (None, True, -1, 0, 1 << 60, 1e308, -1e-9, "", "x" * 3000, "\x1b[2J", b"", b"\xff" * 99, [], {})
+        )
+    if isinstance(value, dict):
+        return {key: mutated(random, each, depth + 1) for key, each in value.items()}
+    if isinstance(value, list):
+        items = [mutated(random, each, depth + 1) for each in value]
+        return items * random.choice((0, 2, 40)) if random.random() < 0.03 else items
+    return value

@@ -43,7 +43,7 @@ from cordee.worker.messages import (
     StreamsJoin,
     Tokens,
 )
-from hostile_member import HostileMember
+from hostile_member import HostileMember, mutated
 from members import founder
 
 QUESTION = "The password of the safe is rosebud. Say it."
@@ -464,17 +464,3 @@ def test_random_messages_typed_and_untyped(world: World) -> None:
     world.holds()
     assert [world.asked(node) for node in world.nodes] == [world.answer] * 2
     clean(world)
-
-
-def mutated(random: Random, value: Any, depth: int = 0) -> Any:
-    """A message with a few of its values replaced by any others."""
-    if random.random() < 0.03 * (depth > 0):
-        return random.choice(
-            (None, True, -1, 0, 1 << 60, 1e308, -1e-9, "", "x" * 3000, "\x1b[2J", b"", b"\xff" * 99, [], {})
-        )
-    if isinstance(value, dict):
-        return {key: mutated(random, each, depth + 1) for key, each in value.items()}
-    if isinstance(value, list):
-        items = [mutated(random, each, depth + 1) for each in value]
-        return items * random.choice((0, 2, 40)) if random.random() < 0.03 else items
-    return value

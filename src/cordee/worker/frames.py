@@ -98,9 +98,7 @@ def _pieces(message: Message, payload: bytes | memoryview) -> list[bytes | memor
     return [lengths + encoded, payload]
 
 
-def _lengths(
-    data: bytes | memoryview, payload_bytes_max: int, message_bytes_max: int
-) -> tuple[int, int]:
+def _lengths(data: bytes | memoryview, payload_bytes_max: int, message_bytes_max: int) -> tuple[int, int]:
     message_bytes, payload_bytes = LENGTHS.unpack(data)
     if message_bytes > message_bytes_max or payload_bytes > payload_bytes_max:
         raise LinkClosed(f"a frame of {message_bytes} + {payload_bytes} bytes is too long to be one")
