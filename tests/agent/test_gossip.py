@@ -4,20 +4,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 
 import msgspec
 import pytest
 
 import cordee
 from clusters import Simple, facts_of
-from cordee.agent.gossip import Gossip
+from cordee.agent.gossip import HEARTBEATS_MAX, Gossip
 from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Gauges
 from cordee.cluster.membership import WIRE, Heartbeat
 from cordee.net.bus import REMOVED
 from cordee.net.identity import Identity
 from cordee.net.members import Members
+from hostile_member import mutated
 from members import cluster
+
+RANDOM = 2_000  # of each kind; tests/net/test_net_member.py has ten times as many, over the network
 
 
 @dataclass
@@ -67,9 +71,12 @@ class World:
 
     def hear(self, node: str, key: str = "", **more: object) -> None:
         """A heartbeat of a node comes, under its own key or another."""
+        payload = self.heartbeat(node, **more)
+        self.bus.handlers["heartbeat/*"](key or f"heartbeat/{node}", payload)
+
+    def heartbeat(self, node: str, **more: object) -> bytes:
         more = {"certificate": self.certificates.get(node, b"")} | more
-        said = Heartbeat("its session", 1.0, time.time(), facts_of(node), **more)
-        self.bus.handlers["heartbeat/*"](key or f"heartbeat/{node}", msgspec.msgpack.encode(said))
+        return msgspec.msgpack.encode(Heartbeat("its session", 1.0, time.time(), facts_of(node), **more))
 
     def hear_removal(self, entry: str) -> None:
         """The other buses announce that this node was removed."""
@@ -109,6 +116,51 @@ def test_a_heartbeat_under_another_nodes_key_or_that_is_none_is_not_heard(world:
     world.hear(world.other.node, f"heartbeat/{world.admin.node}")
     world.bus.handlers["heartbeat/*"](f"heartbeat/{world.other.node}", b"\xc1")
     assert (world.others, world.calls) == (set(), [])
+
+
+def test_a_heartbeat_in_the_name_of_another_node_is_counted_for_the_member_of_the_slot(world: World) -> None:
+    world.hear(world.other.node)
+    invented = f"{world.other.node[:2]}0123456789abcd"
+    world.hear(world.admin.node, f"heartbeat/{world.other.node}")
+    world.hear(invented)
+    world.hear(invented, certificate=world.other.member_certificate)
+    world.hear(world.other.node, certificate=b"")
+    world.bus.handlers["heartbeat/*"](f"heartbeat/{invented}", b"\xc1")
+    assert world.others == {world.other.node}
+    assert world.controller.unsound == {world.other.node: (5, "a heartbeat that is none")}
+
+
+def test_a_flood_is_counted_once_a_second_and_the_rest_is_not_looked_at(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.monotonic()
+    for second in range(3):
+        monkeypatch.setattr(time, "monotonic", lambda second=second: now + second)
+        for _ in range(5 * HEARTBEATS_MAX):
+            world.hear(world.other.node)
+        count, what = world.controller.unsound[world.other.node]
+        assert count == second + 1 and str(HEARTBEATS_MAX) in what
+    world.hear(world.admin.node)
+    assert world.others == {world.other.node, world.admin.node}
+
+
+def test_random_messages_typed_and_untyped_change_nothing(world: World) -> None:
+    """Those of the right types and those of none; most are dropped, none raises."""
+    random, now = Random(15), time.monotonic()
+    template = msgspec.msgpack.decode(world.heartbeat(world.other.node))
+    with pytest.MonkeyPatch.context() as patch:
+        for number in range(RANDOM):
+            patch.setattr(time, "monotonic", lambda number=number: now + number / 100)
+            typed = msgspec.msgpack.encode(mutated(random, template))
+            untyped = random.randbytes(random.choice((0, 1, 30, 500)))
+            for payload in (typed, untyped):
+                world.bus.handlers["heartbeat/*"](f"heartbeat/{world.other.node}", payload)
+        assert world.others <= {world.other.node}
+        assert world.controller.unsound.keys() == {world.other.node}
+        assert world.controller.deployments == ()
+        patch.setattr(time, "monotonic", lambda: now + RANDOM)
+        world.hear(world.admin.node)
+        assert world.admin.node in world.others
 
 
 def test_a_removed_node_is_not_heard_any_more_and_is_excluded_once(world: World) -> None:

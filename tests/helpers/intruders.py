@@ -41,10 +41,13 @@ def intruder_certificate(kind: str, folder: Path, admin: Identity, removed: Iden
     return made
 
 
-def intruder(folder: Path, authority: Path, where: list[str], port: int) -> zenoh.Session:
+def intruder(
+    folder: Path, authority: Path, where: list[str], port: int | None = 0, mode: str = "peer"
+) -> zenoh.Session:
     """A session without access control, with the certificate in `folder`.
 
-    `authority` is the certificate that signed those of the members; it connects to members at `where`.
+    `authority` is the certificate that signed those of the members; it connects to members at `where`. With
+    `port` None it listens nowhere, and has no links but those.
     """
     tls = {
         f"{side}_{what}": str(folder / file)
@@ -57,10 +60,10 @@ def intruder(folder: Path, authority: Path, where: list[str], port: int) -> zeno
         "verify_name_on_connect": False,
     }
     config = {
-        "mode": "peer",
-        "listen": {"endpoints": [f"tls/127.0.0.1:{port}"]},
+        "mode": mode,
+        "listen": {"endpoints": [] if port is None else [f"tls/127.0.0.1:{port}"]},
         "connect": {"endpoints": [f"tls/{each}" for each in where]},
-        "scouting": {"multicast": {"enabled": False}},
+        "scouting": {"multicast": {"enabled": False}, "gossip": {"enabled": port is not None}},
         "transport": {"link": {"tls": tls}},
     }
     return zenoh.open(zenoh.Config.from_json5(json.dumps(config)))

@@ -185,11 +185,12 @@ class _Running:
         Raises:
             JoinFailed: it was removed, or another machine runs as this node.
         """
-        from cordee.agent import settings
+        from cordee.agent import logs, settings
         from cordee.agent.agent import Agent
         from cordee.models.store import Store
         from cordee.net import renewal
 
+        logs.begin()
         task = asyncio.current_task()
         assert task is not None, "asyncio.run() runs this in a task"
         for number in (signal.SIGINT, signal.SIGTERM):
