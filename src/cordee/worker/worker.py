@@ -29,7 +29,6 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -42,6 +41,7 @@ from cordee.privacy import no_core_dumps
 from cordee.worker import frames
 from cordee.worker.compute import Compute, again
 from cordee.worker.frames import FrameLate, LinkClosed
+from cordee.worker.joining import Caller, joined, keep_early
 from cordee.worker.messages import (
     AdmitReaders,
     Broken,
@@ -82,27 +82,12 @@ PEERS_OF_NODE_MAX = 4  # those of a new wiring while the old one is closed
 # each, and those whose handshake is under way. Whoever opens more of them loses the oldest (net/crowd.py).
 SILENT_MAX = (64, 64)
 HANDSHAKES_MAX = (16, 8)
-JOINS_MAX = 4  # of one node that are not wired yet, so that none can keep out those of another
 BACKLOG = 64  # local peers that connect during a decode: with a full backlog the right one would be refused
 JOIN_SECONDS = 1.0  # for the rest of a Join that began to arrive: it is one small write
 KV_READERS_MAX = 16  # workers of the next placement whose layers overlap with this one's, and some that fell
 # The tokens of a micro-batch that goes round are held back for this long, to be sent together: nobody reads
 # faster, and each message costs the scheduler's process as much as a layer of a small model.
 GATHER_SECONDS = 0.02
-
-
-@dataclass(eq=False)
-class _Caller:
-    """A link that was opened from elsewhere, and the node it comes from; "" is this machine."""
-
-    link: socket.socket
-    node: str
-
-    def fileno(self) -> int:
-        return self.link.fileno()
-
-    def close(self) -> None:
-        self.link.close()
 
 
 class _Closable(Protocol):
@@ -114,7 +99,6 @@ class _Closable(Protocol):
 
 T = TypeVar("T")
 C = TypeVar("C", bound=_Closable)
-J = TypeVar("J", Join, str)
 
 
 class Worker:
@@ -142,7 +126,7 @@ class Worker:
         self._silent: Crowd[Handshake] = Crowd(*SILENT_MAX)  # of other machines, that said nothing yet
         self._handshakes: Crowd[Handshake] = Crowd(*HANDSHAKES_MAX)  # that are still proving who they are
         # That have not said yet what they join.
-        self._unjoined: Crowd[_Caller] = Crowd(PEERS_MAX, PEERS_OF_NODE_MAX)
+        self._unjoined: Crowd[Caller] = Crowd(PEERS_MAX, PEERS_OF_NODE_MAX)
         self._early: dict[
             tuple[Join, str], socket.socket
         ] = {}  # that joined before this worker's Wire, by node
@@ -246,18 +230,8 @@ class Worker:
 
     def _connect(self, wire: Wire) -> None:
         """Connect to the neighbours, on a thread of its own: they may be connecting to this worker."""
-        links: list[socket.socket] = []
-        kv_sources, fault = None, None
-        targets = [(wire.downstream, wire.downstream_node, Join(wire.wiring))]
-        if wire.first is not None:
-            targets.append((wire.first, wire.first_node, Join(wire.wiring, again=True)))
-        for target, node, join in targets:
-            try:
-                links.append(_joined(self._identity, target, node, join))
-            except (OSError, LinkClosed) as error:  # that stage has just ended, mostly: another Wire follows
-                closed = type(error).__name__ == "DoorClosed"  # of tls_link.py, which may not be loaded
-                fault = WireFailed(wire.wiring, str(error) or "it closed the link", node if closed else "")
-                break
+        links, fault = joined(self._identity, wire)
+        kv_sources = None
         if wire.sources and not fault and self._identity is not None:
             from cordee.worker.kv_transfer import KvSources
 
@@ -288,7 +262,7 @@ class Worker:
     def _accept(self) -> None:
         """Accept a peer; one that sends nothing takes one of PEERS_MAX places, and no time."""
         peer, _ = self._inbox.accept()
-        self._admit(_Caller(peer, ""), self._unjoined, "")
+        self._admit(Caller(peer, ""), self._unjoined, "")
 
     def _admit(self, peer: C, among: Crowd[C], owner: str) -> None:
         out = among.add(peer, owner)
@@ -323,9 +297,9 @@ class Worker:
             self._admit(handshake, self._handshakes, handshake.address)
         else:
             node, peer = came
-            self._admit(_Caller(peer, node), self._unjoined, node)
+            self._admit(Caller(peer, node), self._unjoined, node)
 
-    def _read_join(self, caller: _Caller) -> None:
+    def _read_join(self, caller: Caller) -> None:
         """Read which wiring a peer joins; the peer may have learnt of it before this worker."""
         self._forget(caller, self._unjoined)
         peer = caller.link
@@ -341,10 +315,10 @@ class Worker:
             peer.close()
             return
         peer.settimeout(frames.SOCKET_SECONDS)
-        _put(self._early, (message, caller.node), peer)
+        keep_early(self._early, (message, caller.node), peer)
         self._attach_upstream()
 
-    def _read_reader_join(self, caller: _Caller, join: ReaderJoin) -> None:
+    def _read_reader_join(self, caller: Caller, join: ReaderJoin) -> None:
         """A worker of the next placement; its node may have learnt before ours that there is one."""
         wiring, nodes = self._admitted
         if join.wiring not in (self._wiring, self._left_wiring):
@@ -352,7 +326,7 @@ class Worker:
         elif join.wiring == wiring and caller.node in nodes:
             self._attach_reader(caller.link, join)
         else:
-            _put(self._early_readers, (join.wiring, caller.node), caller.link)
+            keep_early(self._early_readers, (join.wiring, caller.node), caller.link)
 
     def _attach_reader(self, reader: socket.socket, join: ReaderJoin) -> None:
         self._admit(reader, self._kv_readers, "")
@@ -561,35 +535,6 @@ class Worker:
 def _same(items: Iterable[T], source: object) -> T | None:
     """The item that is this very object, if there is one."""
     return next((each for each in items if each is source), None)
-
-
-def _put(waiting: dict[tuple[J, str], socket.socket], key: tuple[J, str], link: socket.socket) -> None:
-    """Keep a link that joined too early, by what it joined and its node: JOINS_MAX of a node."""
-    same = [each for each in waiting if each[1] == key[1]]
-    if key in waiting:
-        waiting.pop(key).close()
-    elif len(same) == JOINS_MAX:
-        waiting.pop(same[0]).close()
-    waiting[key] = link
-
-
-def _joined(identity: Path | None, target: str, node: str, join: Join) -> socket.socket:
-    """A link to the worker, or the parent, at `target` on a node; the Join is sent.
-
-    Raises:
-        OSError, LinkClosed: it cannot be reached.
-    """
-    if target.startswith("/"):
-        peer = socket.socket(socket.AF_UNIX)
-        peer.settimeout(frames.SOCKET_SECONDS)
-        peer.connect(target)
-    else:
-        from cordee.worker import tls_link
-
-        assert identity is not None, "a worker with neighbours on other machines has an identity"
-        peer = tls_link.connect(identity, target, node)
-    frames.send(peer, join)
-    return peer
 
 
 def _end_with(control: socket.socket) -> None:
