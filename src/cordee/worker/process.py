@@ -319,7 +319,7 @@ async def opening(reader: asyncio.StreamReader) -> Message | None:
     """The first message of a link; None if there is none in time."""
     try:
         async with asyncio.timeout(HELLO_SECONDS):
-            message, _ = await frames.read(reader)
+            message, _ = await frames.read(reader, payload_bytes_max=0)
     except (LinkClosed, TimeoutError):
         return None
     return message
