@@ -31,7 +31,7 @@ ACCEPTED_AT_ONCE = 32  # then others have their turn
 ARRIVAL_SECONDS = 10.0  # from the first packet until it is admitted; the machine may be busy with a model
 GOODBYE_SECONDS = 1.0  # for the other side to agree that a TLS connection ends
 PAUSE_SECONDS = 0.5  # after the system had no descriptor left
-SILENT_MAX = 128
+SILENT_MAX = 128  # of other machines: those that want something say so at once
 # A thousand clients at once need more than the 1,024 open files that many systems start with.
 DESCRIPTORS = 16_384
 DESCRIPTORS_RESERVED = 256  # workers take five each, the bus two for each node, each file that is read one
@@ -47,6 +47,7 @@ class Places:
 
     opening: tuple[int, int]
     admitted: tuple[int, int] | None
+    silent: int = SILENT_MAX
     resting: int = 0
     resting_seconds: float = 0.0
 
@@ -122,7 +123,7 @@ class Door:
         self._places = places
         self._tls = tls
         self._crowds = {
-            "silent": Crowd[Connection](SILENT_MAX, SILENT_MAX),
+            "silent": Crowd[Connection](places.silent, places.silent),
             "opening": Crowd[Connection](*places.opening),
             "admitted": Crowd[Connection](*(places.admitted or (0, 0))),
             "resting": Crowd[Connection](places.resting, places.resting),
