@@ -10,9 +10,10 @@ import msgspec
 
 from cordee import errors
 from cordee.api import app as application
-from cordee.api import bodies, failures, prompts, schemas, stream
+from cordee.api import bodies, failures, prompts, schemas, server, stream
 from cordee.cli.main import subclasses
 from cordee.generation import grammar, sampling, text
+from cordee.net import doors
 from cordee.serving import grammar_child, grammar_trials
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "api.md"
@@ -27,6 +28,10 @@ LIMITS = (
     (bodies, "BODIES_BYTES_MAX", "bytes of all bodies that are being read"),
     (bodies, "BODY_SECONDS", "seconds that a body may take to arrive"),
     (application, "REQUESTS_MAX", "requests at work at once"),
+    (doors, "ARRIVAL_SECONDS", "seconds until the headers of a request have come"),
+    (server, "ARRIVING_MAX", "requests that are on their way at once; the oldest are dropped"),
+    (server, "IDLE_MAX", "connections between two requests; the oldest are closed"),
+    (server, "IDLE_SECONDS", "seconds that a connection may be idle"),
     (schemas, "MESSAGES_MAX", "messages of a conversation"),
     (schemas, "PARTS_MAX", "content parts of a message"),
     (schemas, "CHOICES_MAX", "answers to one request: prompts times `n`"),

@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from cordee.net import doors, http_door
 from cordee.net.crowd import Crowd
-from cordee.net.doors import Caller, Door, Places, open_streams
+from cordee.net.doors import Connection, Door, Places, open_streams
 from cordee.net.http_door import HttpServer
 from cordee.net.identity import Identity
 from cordee.net.renewal import _context
@@ -45,10 +45,12 @@ def run(story: Coroutine[None, None, None]) -> None:
 async def echo(member: Identity, places: Places = PLACES) -> AsyncGenerator[tuple[Door, int]]:
     """A door that admits whoever says a line, and says it again."""
 
-    async def serve(caller: Caller, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(
+        connection: Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         with contextlib.suppress(OSError):
             while line := await reader.readline():
-                caller.admit()
+                connection.admit()
                 writer.write(line)
         writer.transport.abort()
 

@@ -56,6 +56,7 @@ from cordee.machine.energy import Meter
 from cordee.models.store import Store
 from cordee.net import address, enrolment
 from cordee.net.bus import Bus, BusOptions
+from cordee.net.doors import allow_descriptors
 from cordee.net.identity import Identity
 from cordee.net.invitations import Invitations
 from cordee.net.latency import Distances
@@ -145,6 +146,7 @@ class Agent:
         Raises:
             CordeeError: the identity has run out or was removed, or an address cannot be listened on.
         """
+        allow_descriptors()
         now = time.time()
         if identity.is_admin and identity.renewal_due(now):
             identity.renew_self(now)

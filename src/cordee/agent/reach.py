@@ -95,8 +95,9 @@ class Reach:
     async def _try(self, node: str) -> Tried:
         """Try where a node says that it listens."""
         facts = self._alive().get(node)
-        announced = (Peers(self._identity).known.get(node, ""), "" if facts is None else facts.inbox)
-        wanted = list(dict.fromkeys(where for each in announced for where in _some(each)))
+        seen = Peers(self._identity).known.get(node, "")
+        announced = (seen, "" if facts is None else facts.inbox)
+        wanted = list(dict.fromkeys(where for each in announced for where in _some(each, seen)))
         answers = await asyncio.gather(*(_node_behind(self._identity, *where) for where in wanted))
         reached = {port for (_, port), answer in zip(wanted, answers, strict=True) if answer == node}
         closed = {port for _, port in wanted} - reached
@@ -105,7 +106,8 @@ class Reach:
 
 async def is_there(identity: Identity, node: str) -> bool:
     """Whether a node shows its certificate at an address where it was seen last."""
-    wanted = _some(Peers(identity).known.get(node, ""))
+    seen = Peers(identity).known.get(node, "")
+    wanted = _some(seen, seen)
     return node in await asyncio.gather(*(_node_behind(identity, *where) for where in wanted))
 
 
@@ -118,12 +120,16 @@ async def _node_behind(identity: Identity, host: str, port: int) -> str:
         return ""
 
 
-def _some(endpoint: str) -> Iterable[tuple[str, int]]:
-    """The addresses of an endpoint that another node announced, as far as they may be dialled."""
+def _some(endpoint: str, seen: str) -> Iterable[tuple[str, int]]:
+    """The addresses of an endpoint that another node announced, as far as they may be dialled.
+
+    `seen` are the addresses at which it was seen on the bus.
+    """
+    seen_hosts = address.hosts(seen)
     for each in endpoint.split(",")[: address.ADDRESSES_MAX]:
         try:
             host, port = address.parse(each, 0)
         except BadRequest:
             continue
-        if port and address.is_near(host):
+        if port and (address.is_near(host) or host in seen_hosts):
             yield host, port

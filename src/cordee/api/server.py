@@ -15,10 +15,11 @@ from cordee.net.http_door import HttpServer
 IDLE_SECONDS = 75
 # Answers that are under way at the end may last this long before they are cut off.
 SHUTDOWN_SECONDS = 2
-ARRIVING_MAX = 256  # requests of which something is still to come; the oldest go, if there are more
+SILENT_MAX = 2048  # connections before their first request: a thousand clients may begin at once
+ARRIVING_MAX = 1024  # requests of which something is still to come; the oldest go, if there are more
 # Connections with a request at work; those above app.REQUESTS_MAX are told at once to come again.
 ANSWERED_MAX = 4096
-IDLE_MAX = 512  # connections that wait for their next request; the oldest go, if there are more
+IDLE_MAX = 2048  # connections that wait for their next request; the oldest go, if there are more
 
 
 async def serve(app: ASGIApp, listener: socket.socket) -> None:
@@ -43,6 +44,7 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
     places = Places(
         opening=(ARRIVING_MAX, ARRIVING_MAX),
         admitted=(ANSWERED_MAX, ANSWERED_MAX),
+        silent=SILENT_MAX,
         resting=IDLE_MAX,
         resting_seconds=IDLE_SECONDS,
     )

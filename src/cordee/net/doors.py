@@ -31,7 +31,7 @@ ACCEPTED_AT_ONCE = 32  # then others have their turn
 ARRIVAL_SECONDS = 10.0  # from the first packet until it is admitted; the machine may be busy with a model
 GOODBYE_SECONDS = 1.0  # for the other side to agree that a TLS connection ends
 PAUSE_SECONDS = 0.5  # after the system had no descriptor left
-SILENT_MAX = 128
+SILENT_MAX = 128  # of other machines: those that want something say so at once
 # A thousand clients at once need more than the 1,024 open files that many systems start with.
 DESCRIPTORS = 16_384
 DESCRIPTORS_RESERVED = 256  # workers take five each, the bus two for each node, each file that is read one
@@ -47,11 +47,12 @@ class Places:
 
     opening: tuple[int, int]
     admitted: tuple[int, int] | None
+    silent: int = SILENT_MAX
     resting: int = 0
     resting_seconds: float = 0.0
 
 
-class Caller:
+class Connection:
     """A connection at a door. `address` is where it comes from; empty: from this machine by a Unix socket."""
 
     def __init__(self, door: "Door", link: socket.socket, where: str) -> None:
@@ -105,14 +106,14 @@ class Caller:
 class Door:
     """Accepts connections on a socket until it is closed; see the module's docstring.
 
-    `make` gives the protocol of each connection, which has to call `Caller.leave` when the connection is
-    lost, and `Caller.admit` as soon as it can.
+    `make` gives the protocol of each connection, which has to call `Connection.leave` when the connection is
+    lost, and `Connection.admit` as soon as it can.
     """
 
     def __init__(
         self,
         listener: socket.socket,
-        make: Callable[[Caller], asyncio.Protocol],
+        make: Callable[[Connection], asyncio.Protocol],
         places: Places,
         tls: ssl.SSLContext | None = None,
     ) -> None:
@@ -122,14 +123,14 @@ class Door:
         self._places = places
         self._tls = tls
         self._crowds = {
-            "silent": Crowd[Caller](SILENT_MAX, SILENT_MAX),
-            "opening": Crowd[Caller](*places.opening),
-            "admitted": Crowd[Caller](*(places.admitted or (0, 0))),
-            "resting": Crowd[Caller](places.resting, places.resting),
+            "silent": Crowd[Connection](places.silent, places.silent),
+            "opening": Crowd[Connection](*places.opening),
+            "admitted": Crowd[Connection](*(places.admitted or (0, 0))),
+            "resting": Crowd[Connection](places.resting, places.resting),
         }
         # Only this user comes through a Unix socket: to see what is wrong, and to mend it.
-        is_local = listener.family == socket.AF_UNIX
-        self._highest = _descriptors() - (0 if is_local else DESCRIPTORS_RESERVED)
+        is_local, most = listener.family == socket.AF_UNIX, _descriptors()
+        self._highest = most if is_local else most - min(DESCRIPTORS_RESERVED, most // 2)
         _doors.add(self)
         self._pause: asyncio.TimerHandle | None = None
         listener.setblocking(False)
@@ -144,31 +145,31 @@ class Door:
             self._loop.remove_reader(self._listener)
             self._listener.close()
         for step in ("silent", "opening", "resting"):
-            for caller in self._crowds[step]:
-                caller.end()
+            for connection in self._crowds[step]:
+                connection.end()
 
     async def wait_closed(self) -> None:
         """As that of asyncio.Server; there is nothing to wait for."""
 
-    def move(self, caller: Caller, step: str, owner: str) -> None:
+    def move(self, connection: Connection, step: str, owner: str) -> None:
         """A connection comes to another step; nothing happens where all of it is one step."""
-        if caller.is_gone or caller.step == step or self._places.admitted is None:
+        if connection.is_gone or connection.step == step or self._places.admitted is None:
             return
         seconds = {"opening": ARRIVAL_SECONDS, "admitted": None, "resting": self._places.resting_seconds}
-        caller.due(seconds[step])
-        self._put(caller, step, owner)
+        connection.due(seconds[step])
+        self._put(connection, step, owner)
 
-    def _put(self, caller: Caller, step: str, owner: str) -> None:
-        self.forget(caller)
-        caller.step = step
-        out = self._crowds[step].add(caller, owner)
+    def _put(self, connection: Connection, step: str, owner: str) -> None:
+        self.forget(connection)
+        connection.step = step
+        out = self._crowds[step].add(connection, owner)
         if out is not None:
             out.end()
 
-    def forget(self, caller: Caller) -> None:
+    def forget(self, connection: Connection) -> None:
         """A connection is at no step any more."""
         for crowd in self._crowds.values():
-            crowd.discard(caller)
+            crowd.discard(connection)
 
     def _listen(self) -> None:
         self._pause = None
@@ -195,32 +196,32 @@ class Door:
 
     def _begin(self, link: socket.socket, host: str) -> None:
         link.setblocking(False)
-        caller = Caller(self, link, str(address.number(host) or ""))
-        caller.due(ARRIVAL_SECONDS)
-        self._put(caller, "silent", caller.address)
-        self._loop.add_reader(link, self._open, caller)
+        connection = Connection(self, link, str(address.number(host) or ""))
+        connection.due(ARRIVAL_SECONDS)
+        self._put(connection, "silent", connection.address)
+        self._loop.add_reader(link, self._open, connection)
 
-    def _open(self, caller: Caller) -> None:
+    def _open(self, connection: Connection) -> None:
         """It sent something, or it is gone."""
-        self._loop.remove_reader(caller.link)
-        caller.task = self._loop.create_task(self._serve(caller))
-        self._put(caller, "opening", caller.address)
+        self._loop.remove_reader(connection.link)
+        connection.task = self._loop.create_task(self._serve(connection))
+        self._put(connection, "opening", connection.address)
 
-    async def _serve(self, caller: Caller) -> None:
+    async def _serve(self, connection: Connection) -> None:
         try:
-            caller.transport, _ = await self._loop.connect_accepted_socket(
-                lambda: self._make(caller),
-                caller.link,
+            connection.transport, _ = await self._loop.connect_accepted_socket(
+                lambda: self._make(connection),
+                connection.link,
                 ssl=self._tls,
                 ssl_handshake_timeout=None if self._tls is None else ARRIVAL_SECONDS,
                 ssl_shutdown_timeout=None if self._tls is None else GOODBYE_SECONDS,
             )
         except BaseException as error:
-            caller.leave()
+            connection.leave()
             if not isinstance(error, OSError | asyncio.CancelledError):  # no TLS, or gone; it is one too many
                 raise
 
-    def idlers(self, step: str) -> Crowd[Caller]:
+    def idlers(self, step: str) -> Crowd[Connection]:
         """The connections at a step."""
         return self._crowds[step]
 
@@ -231,9 +232,9 @@ _doors: WeakSet[Door] = WeakSet()  # all of this process
 def _make_room() -> bool:
     """End a connection, at any door, that nobody would miss; False if there is none."""
     for step in ("silent", "opening", "resting"):
-        caller = max((door.idlers(step) for door in _doors), key=len).heaviest()
-        if caller is not None:
-            caller.end()
+        connection = max((door.idlers(step) for door in _doors), key=len).heaviest()
+        if connection is not None:
+            connection.end()
             return True
     return False
 
@@ -241,28 +242,28 @@ def _make_room() -> bool:
 class _Streams(asyncio.StreamReaderProtocol):
     def __init__(
         self,
-        caller: Caller,
-        serve: Callable[[Caller, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+        connection: Connection,
+        serve: Callable[[Connection, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
     ) -> None:
         async def begin(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await serve(caller, reader, writer)
+            await serve(connection, reader, writer)
 
         super().__init__(asyncio.StreamReader(), begin)
-        self._caller = caller
+        self._connection = connection
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._caller.leave()
+        self._connection.leave()
 
 
 def open_streams(
     listener: socket.socket,
-    serve: Callable[[Caller, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    serve: Callable[[Connection, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
     places: Places,
     tls: ssl.SSLContext,
 ) -> Door:
     """A door for streams over TLS: `serve` is called, as by asyncio.start_server, after the handshake."""
-    return Door(listener, lambda caller: _Streams(caller, serve), places, tls)
+    return Door(listener, lambda connection: _Streams(connection, serve), places, tls)
 
 
 def allow_descriptors() -> None:

@@ -13,7 +13,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from cordee.net.doors import Caller, Door, Places
+from cordee.net.doors import Connection, Door, Places
 
 BODY_SECONDS = 75.0  # from the headers' end; api/bodies.py gives up before, with a status
 # Data that a client does not read for so long ends the connection, also while it is being closed.
@@ -24,30 +24,30 @@ class HttpProtocol(H11Protocol):
     """A connection of HTTP/1.1."""
 
     def __init__(
-        self, config: uvicorn.Config, state: ServerState, app_state: dict[str, Any], caller: Caller
+        self, config: uvicorn.Config, state: ServerState, app_state: dict[str, Any], connection: Connection
     ) -> None:
         super().__init__(config, state, app_state)
-        self._caller = caller
-        if caller.address and hasattr(socket, "TCP_USER_TIMEOUT"):  # not by a Unix socket; Linux
-            caller.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
+        self._connection = connection
+        if connection.address and hasattr(socket, "TCP_USER_TIMEOUT"):  # not by a Unix socket; Linux
+            connection.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._caller.leave()
+        self._connection.leave()
 
     def data_received(self, data: bytes) -> None:
         request = self.cycle
-        if self._caller.step == "resting":
-            self._caller.reopen()
+        if self._connection.step == "resting":
+            self._connection.reopen()
         super().data_received(data)
         self._follow(is_new=self.cycle is not request)
 
     def on_response_complete(self) -> None:
         request = self.cycle
-        self._caller.rest()
+        self._connection.rest()
         super().on_response_complete()
         if self.cycle is not request:  # the next one had come already
-            self._caller.reopen()
+            self._connection.reopen()
             self._follow(is_new=True)
 
     def _follow(self, *, is_new: bool) -> None:
@@ -56,9 +56,9 @@ class HttpProtocol(H11Protocol):
         if cycle is None or cycle.response_complete:
             return
         if not cycle.more_body:
-            self._caller.admit()
+            self._connection.admit()
         elif is_new:
-            self._caller.due(BODY_SECONDS)
+            self._connection.due(BODY_SECONDS)
 
 
 class HttpServer(uvicorn.Server):
@@ -73,7 +73,7 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets=[])
         door = Door(
             self._listener,
-            lambda caller: HttpProtocol(self.config, self.server_state, self.lifespan.state, caller),
+            lambda connection: HttpProtocol(self.config, self.server_state, self.lifespan.state, connection),
             self._places,
         )
         self.servers = [door]  # pyright: ignore[reportAttributeAccessIssue] - it closes them, and no more
@@ -83,4 +83,4 @@ def open_http(config: uvicorn.Config, listener: socket.socket, places: Places, t
     """A door for HTTP over TLS, for an application without start or end."""
     config.load()
     state = ServerState()
-    return Door(listener, lambda caller: HttpProtocol(config, state, {}, caller), places, tls)
+    return Door(listener, lambda connection: HttpProtocol(config, state, {}, connection), places, tls)

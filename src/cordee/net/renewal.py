@@ -31,7 +31,7 @@ from cryptography import x509
 from cordee import files
 from cordee.errors import BadRequest, JoinFailed, StorageFailed
 from cordee.net import address, enrolment, identity, scouting
-from cordee.net.doors import Caller, Door, Places, open_streams
+from cordee.net.doors import Connection, Door, Places, open_streams
 from cordee.net.identity import Identity
 from cordee.net.members import KnownMember, Members
 from cordee.net.peers import Peers
@@ -94,7 +94,7 @@ class RenewalEndpoint:
         if self._door is not None:
             self._door.close()
 
-    async def _serve(self, _: Caller, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, _: Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             if await reader.readexactly(len(REQUEST)) == REQUEST:
                 link: ssl.SSLObject = writer.get_extra_info("ssl_object")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Awaitable, Callable, Iterable, Mapping
 
-    from cordee.net.doors import Caller, Door
+    from cordee.net.doors import Connection, Door
 
 WELCOME = b"\x01"  # a client of TLS 1.3 is done before the server has looked at its certificate
 HANDSHAKE_SECONDS = 10.0  # to connect, shake hands and get WELCOME; the other worker may be in a decode
@@ -275,7 +275,9 @@ async def open_listener(
     """
     from cordee.net.doors import Places, open_streams  # here, because workers do without it
 
-    async def welcome(caller: Caller, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def welcome(
+        connection: Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         try:
             node = check_member(folder, writer.get_extra_info("peercert"))
         except LinkClosed:
@@ -283,7 +285,7 @@ async def open_listener(
             return
         _tune(writer.get_extra_info("socket"))
         writer.write(WELCOME)
-        caller.admit(node)
+        connection.admit(node)
         await on_link(node, reader, writer)
 
     def renewed(link: ssl.SSLObject, _name: str | None, _context_of_start: ssl.SSLContext) -> None:
