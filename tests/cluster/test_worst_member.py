@@ -80,7 +80,7 @@ def test_the_worst_member_takes_little_of_a_step_and_hides_nothing() -> None:
     controller = Controller("ada", "s", planner)
     own = machine("ada", device(16, 50))
     controller.deploy("honest", made_shape(5, digest="honest"), 4096, 2, 0.0)
-    for now in range(int(LISTEN_SECONDS) + 2):
+    for now in range(int(LISTEN_SECONDS) + 3):
         heartbeat = worst.heartbeat(float(now))
         assert fault(msgspec.structs.replace(heartbeat, deployments=())) == ""
         _, hearing = calls_of(lambda said=heartbeat, now=now: controller.hear(said, now))
@@ -91,6 +91,7 @@ def test_the_worst_member_takes_little_of_a_step_and_hides_nothing() -> None:
             found, _ = answer(due.question)
             planner.tell(due, found)
             controller.rethink()
+    controller.step(own, Running({}, {}, {}), now, now)
     assert controller.unsound == {}
     assert len(controller.chosen) == DEPLOYMENTS_MAX
     assert controller.chosen["honest"]
