@@ -1,15 +1,13 @@
 """Questions and answers of planning: the same for all nodes, and bounded work whatever anybody says."""
 
-import sys
-from collections.abc import Callable
 from random import Random
-from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calls import calls_of
 from cordee.cluster import memory, planner
 from cordee.cluster.demand import SizeRequest
 from cordee.cluster.facts import Facts, ModelShape, Offer, SliceHeld
@@ -80,21 +78,6 @@ def absurd_shapes(draw: st.DrawFn) -> ModelShape:
     return shape
 
 
-def calls_of(work: Callable[[], Any]) -> tuple[Any, int]:
-    """What is returned, and how many functions of the planner were called for it."""
-    count = 0
-
-    def note(frame: Any, event: str, _: Any) -> None:
-        nonlocal count
-        count += event == "call"  # of Python, generators' turns among them
-
-    sys.setprofile(note)
-    try:
-        return work(), count
-    finally:
-        sys.setprofile(None)
-
-
 @pytest.mark.parametrize(("count", "devices"), [(3, 1), (5, 64), (30, 2), (256, 2)])
 @settings(max_examples=6)
 @given(absurd_shapes(), st.integers(1, 1 << 24), st.integers(1, 4096), st.integers(0, 9))
@@ -119,7 +102,7 @@ def test_a_search_among_many_unlike_machines_ends_at_its_last_step_with_the_best
     assert found == answer(asked(made_shape(100), DEMAND, nodes[::-1]).question)[0]
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(st.integers(0, 99), st.integers(2, 6), st.integers(10, 40))
 def test_a_question_that_was_sent_has_the_same_answer_elsewhere(seed, count, layers):
     nodes = unlike(count, 2, seed)
@@ -236,8 +219,8 @@ def test_what_people_ask_takes_a_bounded_number_of_steps(monkeypatch):
     monkeypatch.setattr(planner, "Search", Counted)
     nodes = named(*unlike(30, 2, memory_gb=(2, 4)))
     shape = made_shape(126)
-    assert plan(shape, nodes, Demand(4096, 8)).placement is None
-    assert sum(taken) <= (1 + ADVICE_RATIO) * STEPS_MAX + TRIAL_STEPS
+    assert plan(shape, nodes, Demand(4096, 8), steps_max=300_000).placement is None
+    assert sum(taken) <= (1 + ADVICE_RATIO) * 300_000 + TRIAL_STEPS
     taken.clear()
     largest(shape, nodes, SizeRequest(None, None, 8192))
     assert sum(taken) <= TRIALS_STEPS + TRIAL_STEPS

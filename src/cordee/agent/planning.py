@@ -79,7 +79,7 @@ class PlanningProcess:
 
     def _failed(self, asked: Asked, why: str) -> None:
         log.warning("a model with %d layers is not planned: %s", asked.question.shape.layers, why)
-        self.planner.tell(asked, PlanAnswer(unfound=why))
+        self.planner.tell(asked, PlanAnswer(unfound=f"{why}. It is tried again in a minute"))
         asyncio.get_running_loop().call_later(RETRY_SECONDS, self.planner.forget, asked.key)
         self._answered()
 

@@ -38,6 +38,8 @@ from cordee.errors import BadRequest, ModelNotFound, nearest
 from cordee.net.members import KnownMember
 from cordee.serving.registry import resident_bytes
 
+WHY_STEPS_MIN = 100_000  # of the planner's, to say why one model of many runs nowhere
+
 # A model's state is that of its most advanced placement.
 STATES = ("serving", "wiring", "loading", "fetching")
 
@@ -402,7 +404,8 @@ class ClusterStatus:
         }
         demand = Demand(deployment.context, deployment.sequences)
         # Of all models that run nowhere together, so that the status of a cluster that is full comes soon.
-        steps = STEPS_MAX // max(1, sum(not picks for picks in self._controller.chosen.values()))
+        unplaced = sum(not picks for picks in self._controller.chosen.values())
+        steps = max(WHY_STEPS_MIN, STEPS_MAX // max(1, unplaced))
         found = await self._plan(deployment.model, shape, demand, failed, deployment.only, steps)
         if found.placement is not None:
             return "It will be placed in a moment."

@@ -293,7 +293,7 @@ def choose_apart(view: View, planning: Planning) -> Evaluation:
         unfound = {
             each.shape: guarded.unfound[each.shape]
             for each in sound.deployments
-            if (each.shape in guarded.unfound and not made.get(each.model))
+            if each.shape in guarded.unfound and not made.get(each.model)
         }
         return Evaluation(made | dict.fromkeys(left, ()), aside, unfound)
 

@@ -20,6 +20,7 @@ TOO_MANY = (
     "no way of cutting it was found in the time that planning may take, as there are many machines, unlike "
     "and hardly large enough"
 )
+EASIER = "free memory on them, or deploy it anew with fewer answers at a time (--sequences)"
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -84,7 +85,7 @@ def answer(question: Question, steps: int = STEPS_MAX) -> tuple[PlanAnswer | Non
         return None, taken
     if found:
         return PlanAnswer(placement_of(question.shape, question.demand, found)), taken
-    return PlanAnswer(unfound=TOO_MANY if search.is_spent else ""), taken
+    return PlanAnswer(unfound=f"{TOO_MANY}: {EASIER}" if search.is_spent else ""), taken
 
 
 def units_of(facts: Iterable[Facts], reserved: Mapping[tuple[str, str], int] | None = None) -> list[Unit]:
