@@ -58,10 +58,10 @@ from cordee.net.members import KnownMember
 from cordee.net.renewal import RenewalEndpoint
 from cordee.net.zenoh_bus import ZenohBus
 from cordee.serving.cluster_service import ClusterGateway
-from cordee.serving.grammar_trials import GrammarTrials
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import LinkClosed
+from cordee.worker.grammar_trials import GrammarTrials
 from cordee.worker.messages import Join, KvAnswer, Prepared, Promotion, StreamsJoin, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages

@@ -2,7 +2,7 @@
 
 GBNF is translated to Lark first (gbnf.py, gbnf_lark.py).
 
-Whether a grammar may be used at all is tried in a child process first (serving/grammar_trials.py).
+Whether a grammar may be used at all is tried in a child process first (worker/grammar_trials.py).
 
 llguidance compiles it and walks it token by token. Its tokenizer (a trie of the
 whole vocabulary) takes a second to build for a large one, so there is one per vocabulary, built when the

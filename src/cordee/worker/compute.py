@@ -43,7 +43,7 @@ class Compute:
         self._position_bytes = max(
             self.description.kv_bytes // (load.config.context * load.config.sequences), 1
         )
-        self.grammars = WorkerGrammars(self._path, self._name)
+        self.grammars = WorkerGrammars(self._path, self._name, from_elsewhere=load.identity is not None)
 
     @property
     def description(self) -> StageDescription:
