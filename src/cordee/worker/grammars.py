@@ -44,11 +44,7 @@ class WorkerGrammars:
 
     def __init__(self, path: Path, name: str, *, from_elsewhere: bool = False) -> None:
         self._path, self._name = path, name
-        self._trials: GrammarTrials | None = None
-        if from_elsewhere:
-            from cordee.worker.grammar_trials import GrammarTrials
-
-            self._trials = GrammarTrials.of(path, name)
+        self._trials = _trials(path, name) if from_elsewhere else None
         self._preparing = 0  # of `prepare`'s thread
         self._lock = threading.Lock()  # of what follows
         self._tokenizer: GrammarTokenizer | None = None
@@ -147,6 +143,12 @@ class Followed:
         if self._left_seconds < 0 or seconds > STEP_SECONDS:
             self._slow()
             raise too_slow(self._state.kind)
+
+
+def _trials(path: Path, name: str) -> "GrammarTrials":
+    from cordee.worker.grammar_trials import GrammarTrials
+
+    return GrammarTrials.of(path, name)
 
 
 def too_slow(kind: str) -> CordeeError:
