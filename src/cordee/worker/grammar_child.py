@@ -107,10 +107,11 @@ def _tried(grammar: Grammar, tokenizer: GrammarTokenizer) -> GrammarVerdict:
         for _ in range(TRIAL_STEPS):
             started = time.process_time()
             allowed = state.allowed()
-            tokens = [token for token in allowed.nonzero()[0] if token not in tokenizer.end_of_generation]
-            if not tokens:
+            allowed[list(tokenizer.end_of_generation)] = False
+            tokens = allowed.nonzero()[0]
+            if not len(tokens):
                 break
-            state.accept(int(random.choice(tokens)))
+            state.accept(int(tokens[random.randrange(len(tokens))]))
             if time.process_time() - started > STEP_SECONDS:
                 reason = f"a token of it takes more than {STEP_SECONDS} s of computing"
                 return GrammarVerdict.of(_too_slow(grammar, reason))

@@ -30,9 +30,9 @@ if TYPE_CHECKING:  # workers of one machine alone start sooner without it
 COMPILED_MAX = 8  # grammars that are kept for further streams; most take less than 1 MB, the largest 40
 PREPARING_MAX = 1024  # grammars that wait to be compiled: a host's streams
 SLOW_MAX = 256  # grammars that are remembered to be slow
-# A stream's grammar may take so long at each token, on average, and this much more in all: the first mask of
-# a large vocabulary takes 50 ms, most of them 0.1 ms.
-TOKEN_SECONDS, SPARE_SECONDS = 0.02, 0.5
+# Of a core: a stream's grammar may take so long at each token, on average, and this much more in all. The
+# first mask of a large vocabulary takes 50 ms, and thrice that on an old machine; most take 0.1 ms.
+TOKEN_SECONDS, SPARE_SECONDS = 0.02, 1.0
 STACK_BYTES = 16 << 20  # of the thread that compiles: no less than where grammars are tried
 
 
@@ -85,7 +85,7 @@ class WorkerGrammars:
         state = self._state(grammar).copy()
         for token in generated:
             state.accept(token)
-        return Followed(state, lambda: self._is_slow(grammar))
+        return Followed(state, lambda: self._remember_slow(grammar))
 
     def _state(self, grammar: Grammar) -> GrammarState:
         """The compiled grammar, before any token."""
@@ -108,7 +108,7 @@ class WorkerGrammars:
                 self._compiled.popitem(last=False)
         return state
 
-    def _is_slow(self, grammar: Grammar) -> None:
+    def _remember_slow(self, grammar: Grammar) -> None:
         with self._lock:
             self._compiled.pop(grammar, None)
             self._slow[grammar] = None
