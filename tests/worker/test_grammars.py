@@ -76,8 +76,9 @@ def test_few_compiled_grammars_are_kept(own: WorkerGrammars, monkeypatch: pytest
 
 
 def test_a_grammar_that_used_its_budget_ends_its_stream_and_is_not_begun_again(
-    path: Path, own: WorkerGrammars
+    path: Path, own: WorkerGrammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(grammars, "SPARE_SECONDS", 0.1)
     vocabulary = LlamaVocabulary(path)
     letters = vocabulary.tokenize("a", special=False, add_bos=False)[-1:]
     stream, others = own.open(AMBIGUOUS, []), own.open(SOUND, [])
