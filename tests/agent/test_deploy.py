@@ -118,6 +118,7 @@ def test_a_model_of_the_hub_is_deployed_fetched_once_and_outlives_hub_and_host(
     assert {hello(node, "Small") for node in others} == answers
 
 
+@pytest.mark.long
 def test_a_model_is_deployed_right_after_it_was_pulled(cluster: Cluster, starter_path: Path) -> None:
     a = next(node for node in cluster.nodes.values() if node.process.poll() is None)
     assert a.cordee("pull", starter_path, "--name", "just-now").returncode == 0

@@ -98,6 +98,7 @@ def test_open_ports_are_reached_and_closed_ones_are_not(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+@pytest.mark.long
 def test_nobody_can_scan_the_network_with_the_nodes(tmp_path: Path) -> None:
     """A member that announces what is not its own hears the same whether or not something listens there."""
     members = cluster(tmp_path, 2)

@@ -130,6 +130,7 @@ def test_bad_files_end_no_node_and_hide_no_sound_model(cluster: Cluster, origina
         assert "Traceback" not in node.said
 
 
+@pytest.mark.long
 def test_grammars_travel_to_the_machine_that_samples(cluster: Cluster) -> None:
     """They are tried by the node that is asked, by the host and by the worker, each for itself."""
     patterns = {f"^p{number}.*x{number}$": {"type": "integer"} for number in range(3000)}
@@ -154,6 +155,7 @@ def test_grammars_travel_to_the_machine_that_samples(cluster: Cluster) -> None:
         assert "Traceback" not in node.said
 
 
+@pytest.mark.long
 def test_a_node_with_bad_files_starts_again(cluster: Cluster) -> None:
     a = cluster.nodes["a"]
     assert a.down() == 0

@@ -271,6 +271,7 @@ def test_a_cancelled_call_ends_its_stream(server: Running) -> None:
     server.until(lambda status: status["active"] == 0)
 
 
+@pytest.mark.long
 def test_a_thousand_requests_at_once(server: Running, client: openai.OpenAI) -> None:
     """Each is answered, or refused with 503 and Retry-After; afterwards nothing is left of them."""
 

@@ -101,6 +101,7 @@ def described(node: Node, name: str) -> dict:
     return next(each for each in node.asked("/nodes")["nodes"] if each["name"] == name)
 
 
+@pytest.mark.long
 def test_after_the_holidays_members_start_by_themselves_in_any_order(cluster: Cluster) -> None:
     a, b, c = cluster.nodes.values()
     ids = [node.id for node in (a, b, c)]
@@ -148,6 +149,7 @@ def test_a_machine_that_is_off_is_listed_and_once_removed_never_comes_back(clust
     until(lambda: "d" not in b.states())
 
 
+@pytest.mark.long
 def test_a_copied_disk_is_noticed_and_asks_for_an_identity_of_its_own(cluster: Cluster) -> None:
     a, b, _ = cluster.nodes.values()
     copy = Node(a.home.parent / "copy")
@@ -212,6 +214,7 @@ def test_versions_that_do_not_understand_each_other_say_so_on_both_sides(cluster
     c.up(*peer(cluster))
 
 
+@pytest.mark.long
 def test_a_certificate_near_its_end_is_told_ten_days_before(cluster: Cluster) -> None:
     a, b, _ = cluster.nodes.values()
     a.down()
@@ -232,6 +235,7 @@ def test_a_certificate_near_its_end_is_told_ten_days_before(cluster: Cluster) ->
     until(lambda: not [each for each in b.asked("/nodes")["warnings"] if "certificate" in each])
 
 
+@pytest.mark.long
 def test_a_second_admin_is_advised_and_made_while_everything_runs(cluster: Cluster) -> None:
     a, b, c = cluster.nodes.values()
     for verb in ("invite", "remove", "admin add"):
@@ -258,6 +262,7 @@ def test_a_second_admin_is_advised_and_made_while_everything_runs(cluster: Clust
 # One machine
 
 
+@pytest.mark.long
 def test_a_first_up_that_fails_leaves_nothing_and_one_that_does_not_says_what_it_made(tmp_path: Path) -> None:
     node = Node(tmp_path)
     taken = ("--listen", "203.0.113.1:7")  # not an address of this machine

@@ -64,6 +64,7 @@ def test_with_a_local_key_only_who_can_read_it_is_answered(node: Node, starter_p
     assert done.returncode == 14 and str(kept) in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_a_cluster_without_a_model_says_which_verb_brings_one(node: Node, starter_path: Path) -> None:
     node.up("--listen", "127.0.0.1:0", *QUIET)
     node.do("rm", "starter", "--yes")

@@ -163,6 +163,7 @@ def test_verbs_know_the_models_that_only_another_node_has(nodes: list[Node]) -> 
     assert line.split()[-1] in ("yes", "a")  # set-up may have put a copy beside the program
 
 
+@pytest.mark.long
 def test_the_last_whole_copy_is_removed_only_if_that_is_confirmed(
     cluster: Cluster, nodes: list[Node], starter_path: Path
 ) -> None:
@@ -279,6 +280,7 @@ def test_a_removed_node_hears_it_and_says_so(cluster: Cluster) -> None:
     assert not (node.home / "cluster").exists()
 
 
+@pytest.mark.long
 def test_a_node_that_leaves_belongs_to_no_cluster(cluster: Cluster) -> None:
     node, stays = cluster.nodes["c"], cluster.nodes["a"]
     known = stays.home / "cluster" / "peers"

@@ -148,6 +148,7 @@ def test_bridges_of_containers_do_not_push_the_lan_address_out_of_a_code(strange
             ip("-n", namespace, "link", "del", name)
 
 
+@pytest.mark.long
 def test_a_machine_without_a_network_says_so_and_notices_one(stranger: Node) -> None:
     namespace, address = stranger.host.namespace, f"{stranger.host.address}/24"
     ip("-n", namespace, "address", "del", address, "dev", "eth0")

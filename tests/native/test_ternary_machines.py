@@ -63,6 +63,7 @@ def test_what_this_cpu_has_not_is_never_chosen() -> None:
     assert ("amx" in kernels()) <= ("amx_int8" in flags)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("is_amd", [0, 1])
 def test_what_is_chosen_for_either_maker_gives_the_same_bits(is_amd: int, tmp_path: Path) -> None:
     check = build(os.environ.get("CC", "cc"), tmp_path / "check", "-O1", f"-DCORDEE_IS_AMD={is_amd}")

@@ -168,6 +168,7 @@ def test_hosts_meet_by_address_alone(tmp_path: Path, network: None) -> None:
         print(f"healed after {until([a, b], together(a, b)):.2f} s")
 
 
+@pytest.mark.long
 def test_a_host_whose_address_changes_is_the_same_node(tmp_path: Path, network: None) -> None:
     members = cluster(tmp_path, 2)
     try:

@@ -41,6 +41,7 @@ def breaking(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "COMMAND", (sys.executable, "-m", "breaking_worker"))
 
 
+@pytest.mark.long
 def test_twenty_kills_in_a_row_change_no_stream(starter_path: Path, tmp_path: Path) -> None:
     store = Store(tmp_path)
     model = Model(store, store.add_file(starter_path, "starter"))
@@ -87,6 +88,7 @@ def test_any_stage_at_any_moment(model: Model, sampling: SamplingParams) -> None
     asyncio.run(run())
 
 
+@pytest.mark.long
 def test_a_kill_during_prefill_and_during_replays(model: Model) -> None:
     asked = [request(f"s{stage}", 1200 + stage, 10) for stage in range(3)]
 

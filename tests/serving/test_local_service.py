@@ -72,7 +72,7 @@ def alone(starter: Model) -> dict[str, Answer]:
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_eight_streams_at_once_each_get_what_they_get_alone(
     starter: Model, alone: dict[str, Answer], stages: int
 ) -> None:
