@@ -14,7 +14,7 @@ from cordee.api import bodies, failures, prompts, schemas, server, stream
 from cordee.cli.main import subclasses
 from cordee.generation import grammar, sampling, text
 from cordee.net import doors
-from cordee.serving import grammar_child, grammar_trials
+from cordee.worker import grammar_child, grammar_trials
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 SECTION = re.compile(r"(<!-- (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

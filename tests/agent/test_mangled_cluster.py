@@ -32,7 +32,6 @@ FIRST, COUNT = map(int, os.environ.get("CORDEE_MANGLED_SEEDS", "0:24").split(":"
 NODES = ("a", "b", "c", "d")
 RUN_EVERY, SERVE_EVERY, LOOK_EVERY = 4, 8, 8  # seeds; what takes long is done for some of them
 PATIENCE_SECONDS = 4.0  # for a model to come up; one that cannot never does
-ODD = "odd"
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +124,9 @@ def decent(arguments: Sequence[str], code: int, said: str) -> int:
     return code
 
 
-def served(node: Node) -> bool:
+def served(node: Node, odd: str) -> bool:
     """Whether `cordee serve` comes up with the model; it is ended then."""
-    process = node.start("serve", ODD, "--port", "0", "--context", "64", "--sequences", "1")
+    process = node.start("serve", odd, "--port", "0", "--context", "64", "--sequences", "1")
     with contextlib.closing(process.stdout):
         try:
             process.wait(PATIENCE_SECONDS)
@@ -136,36 +135,37 @@ def served(node: Node) -> bool:
         return process.wait(SECONDS) == 0
 
 
-def deployed(cluster: Cluster, node: Node, other: Node) -> str:
+def deployed(node: Node, other: Node, odd: str) -> str:
     """Deploy the model on a node and ask for it on another; how far that came."""
-    if verb(node, "deploy", ODD, "--context", "64", "--sequences", "1"):
+    if verb(node, "deploy", odd, "--context", "64", "--sequences", "1"):
         return "not deployed"
     try:
         ends = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < ends and other.model(ODD).get("state") != "serving":
+        while time.monotonic() < ends and other.model(odd).get("state") != "serving":
             time.sleep(0.2)
-        status, _ = asked(other, ODD, PATIENCE_SECONDS)
+        status, _ = asked(other, odd, PATIENCE_SECONDS)
         return "answered" if status == 200 else "not answered"
     finally:
-        verb(node, "undeploy", ODD)
+        verb(node, "undeploy", odd)
 
 
 def through_the_cluster(cluster: Cluster, seed: int, path: Path) -> str:
     """One file through pull, show, run, serve and deploy; how far it came."""
     node, other = (cluster.nodes[NODES[(seed + n) % len(NODES)]] for n in range(2))
-    if verb(node, "pull", str(path), "--name", ODD):
+    odd = f"odd-{seed}"
+    if verb(node, "pull", str(path), "--name", odd):
         return "not pulled"
     try:
-        verb(node, "show", ODD)
+        verb(node, "show", odd)
         if seed % RUN_EVERY == 0:
-            run = ("run", ODD, "Hello", "--stages", "1", "--context", "64", "--max-tokens", "2")
+            run = ("run", odd, "Hello", "--stages", "1", "--context", "64", "--max-tokens", "2")
             ran = node.cordee(*run)
             decent(run, ran.returncode, ran.stderr)
         if seed % SERVE_EVERY == 1:
-            served(node)
-        return deployed(cluster, node, other)
+            served(node, odd)
+        return deployed(node, other, odd)
     finally:
-        verb(node, "rm", ODD, "--yes")
+        verb(node, "rm", odd, "--yes")
 
 
 @pytest.mark.long

@@ -131,6 +131,31 @@ def test_bad_files_end_no_node_and_hide_no_sound_model(cluster: Cluster, origina
 
 
 @pytest.mark.long
+def test_grammars_travel_to_the_machine_that_samples(cluster: Cluster) -> None:
+    """They are tried by the node that is asked, by the host and by the worker, each for itself."""
+    patterns = {f"^p{number}.*x{number}$": {"type": "integer"} for number in range(3000)}
+    slow = {"type": "object", "patternProperties": patterns}
+    for node in cluster.nodes.values():
+        until(lambda node=node: healthy(node) == {"sound"})
+        with node.client() as client:
+
+            def bound(schema: dict, client: openai.OpenAI = client) -> str | None:
+                done = client.chat.completions.create(
+                    model="sound",
+                    messages=[{"role": "user", "content": "x"}],
+                    max_tokens=8,
+                    response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+                )
+                return done.choices[0].message.content
+
+            assert (bound({"const": 7}) or "").strip() == "7"
+            with pytest.raises(openai.BadRequestError, match="too complex"):
+                bound(slow)
+        assert answer(node)
+        assert "Traceback" not in node.said
+
+
+@pytest.mark.long
 def test_a_node_with_bad_files_starts_again(cluster: Cluster) -> None:
     a = cluster.nodes["a"]
     assert a.down() == 0

@@ -18,8 +18,8 @@ from cordee.api.keys import KEY_CHARS_MAX, LocalKey
 from cordee.errors import KeyNeeded, StorageFailed
 from cordee.generation.request import Grammar, Request, SamplingParams
 from cordee.generation.streams import Ask, Assert
-from cordee.serving import grammar_trials
 from cordee.serving.local_service import ServiceConfig
+from cordee.worker import grammar_trials
 from serving import CHAT, COMPLETIONS, FRANCE, HELLO, SECONDS, Reply, Running, running, user
 
 CONTEXT = 512

@@ -51,6 +51,19 @@ def test_the_first_request_on_a_first_machine_is_answered(node: Node, starter_pa
     assert 'cordee run starter "Hello"' in node.said
 
 
+def test_with_a_local_key_only_who_can_read_it_is_answered(node: Node, starter_path: Path) -> None:
+    node.up("--listen", "127.0.0.1:0", "--local-key", *QUIET)
+    kept = node.home / "local-key"
+    assert f"its key is in {kept}" in node.said and kept.read_text().strip() not in node.said
+    status, refused = asked(node)
+    assert (status, refused["error"]["code"]) == (401, "invalid_api_key")
+    assert str(kept) in refused["error"]["message"]
+    assert node.do("run", "starter", "Hello", "--max-tokens", "2")  # reads it by itself
+    kept.unlink()
+    done = node.cordee("run", "starter", "Hello", "--max-tokens", "2")
+    assert done.returncode == 14 and str(kept) in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.long
 def test_a_cluster_without_a_model_says_which_verb_brings_one(node: Node, starter_path: Path) -> None:
     node.up("--listen", "127.0.0.1:0", *QUIET)

@@ -76,8 +76,9 @@ def test_few_compiled_grammars_are_kept(own: WorkerGrammars, monkeypatch: pytest
 
 
 def test_a_grammar_that_used_its_budget_ends_its_stream_and_is_not_begun_again(
-    path: Path, own: WorkerGrammars
+    path: Path, own: WorkerGrammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(grammars, "SPARE_SECONDS", 0.1)
     vocabulary = LlamaVocabulary(path)
     letters = vocabulary.tokenize("a", special=False, add_bos=False)[-1:]
     stream, others = own.open(AMBIGUOUS, []), own.open(SOUND, [])
@@ -90,3 +91,26 @@ def test_a_grammar_that_used_its_budget_ends_its_stream_and_is_not_begun_again(
     with pytest.raises(BadRequest, match="too long"):
         own.open(AMBIGUOUS, [])
     assert others.allowed().any()
+
+
+def test_grammars_from_other_machines_are_tried_first(path: Path) -> None:
+    """The host that sends them may be one that somebody has taken over: nothing slow is compiled here."""
+    properties = {f"^p{number}.*x{number}$": {"type": "integer"} for number in range(3000)}
+    slow = Grammar("json_schema", json.dumps({"type": "object", "patternProperties": properties}))
+    careful = WorkerGrammars(path, "tiny", from_elsewhere=True)
+    assert "too complex" in prepared(careful, slow)
+    with pytest.raises(BadRequest, match="too complex"):
+        careful.open(slow, [])
+    assert careful.open(SOUND, []).allowed().any()
+
+
+def test_a_flood_of_grammars_is_bounded(own: WorkerGrammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "PREPARING_MAX", 3)
+    done: queue.SimpleQueue[str] = queue.SimpleQueue()
+    with own._lock:
+        own._preparing = 3
+    own.prepare(SOUND, done.put)
+    assert "try again" in done.get(timeout=60)
+    with own._lock:
+        own._preparing = 0
+    assert prepared(own, SOUND) == ""

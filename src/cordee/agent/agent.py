@@ -63,8 +63,8 @@ from cordee.net.latency import Distances
 from cordee.net.members import KnownMember
 from cordee.net.zenoh_bus import ZenohBus
 from cordee.serving.cluster_service import ClusterGateway
-from cordee.serving.grammar_trials import GrammarTrials
 from cordee.serving.scheduler_host import SchedulerHost
+from cordee.worker.grammar_trials import GrammarTrials
 from cordee.worker.messages import KvAnswer, Prepared, Promotion, Tokens
 from cordee.worker.stages import Files, Stages
 

@@ -62,7 +62,8 @@ class Deployer:
             await agent.look()
         if model in agent.offers():
             await self._require_usable(model)
-            return await self._offered(model, asked)
+            if model in agent.offers():  # still: its only machine may have removed it meanwhile
+                return await self._offered(model, asked)
         deployment = self._known(model)
         if deployment is not None:
             return await self._again(deployment, asked, deployment.source)

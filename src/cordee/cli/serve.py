@@ -76,8 +76,9 @@ def _loopback(host: str) -> str:
         found = []
     if not found or not all(each.is_loopback for each in found):
         raise BadRequest(
-            f"--host {host} is not a loopback address. On another address, anybody in reach could try to use "
-            "the models. Use 127.0.0.1, and a tunnel (ssh -L) from other machines.",
+            f"--host {host} is not a loopback address. There are no API keys for other machines yet: on "
+            "another address, anybody could use the models. Use 127.0.0.1, and a tunnel (ssh -L) from other "
+            "machines.",
             "host",
         )
     return str(min(found, key=lambda each: each.version))

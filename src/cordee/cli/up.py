@@ -99,8 +99,7 @@ def up(
     The first time it creates a new cluster, unless `cordee join` made this machine a member of one. --name
     and --listen are remembered. Programs on this machine reach all models of the cluster at
     http://127.0.0.1:PORT/v1, with OpenAI's API; so do other accounts, unless --local-key has it want a key.
-    A member whose certificate ran out while it was off waits
-    until an admin runs that renews it.
+    A member whose certificate ran out while it was off waits until an admin runs that renews it.
     """
     from cordee.agent.agent import AgentOptions
     from cordee.agent.control import AgentSocket

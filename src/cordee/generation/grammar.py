@@ -2,11 +2,10 @@
 
 GBNF is translated to Lark first (gbnf.py, gbnf_lark.py).
 
-Whether a grammar may be used at all is tried in a child process first (serving/grammar_trials.py).
+Whether a grammar may be used at all is tried in a child process first (worker/grammar_trials.py).
 
-llguidance compiles it and walks it token by token. Its tokenizer (a trie of the
-whole vocabulary) takes a second to build for a large one, so there is one per vocabulary, built when the
-first grammar is asked for.
+llguidance compiles it and walks it token by token. Its tokenizer (a trie of the whole vocabulary) takes a
+second to build for a large one, so there is one per vocabulary, built when the first grammar is asked for.
 """
 
 import copy
@@ -44,8 +43,9 @@ LIMITS = LLParserLimits(
 )
 # With unlimited white space a small model may write blank lines for ever.
 JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,40}"}
-# Of a core, for one token: a large grammar may take 30 ms. All streams of a worker wait meanwhile.
-STEP_SECONDS = 0.2
+# Of a core, for one token: the largest grammars of use take 50 ms, and thrice that on an old machine. All
+# streams of a worker wait meanwhile.
+STEP_SECONDS = 0.5
 MESSAGE_CHARS_MAX = 300  # of llguidance's reasons, some of which quote the grammar
 
 # Each kind's name in messages, and the request's parameter (OpenAI's where it has one) that asks for it.

@@ -9,7 +9,7 @@ from cordee.errors import BadRequest, CordeeError
 from cordee.generation import sampling, text
 from cordee.generation.request import Choice, FinishReason, Request, TextChunk
 from cordee.generation.template import ChatTemplate
-from cordee.serving.grammar_trials import GrammarTrials
+from cordee.worker.grammar_trials import GrammarTrials
 
 RATE_TOKENS = 256  # how many tokens the reported rate covers at most ...
 RATE_SECONDS = 10.0  # ... and how many seconds

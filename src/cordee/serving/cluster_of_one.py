@@ -30,10 +30,10 @@ from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError, StageFailed
 from cordee.generation.streams import Said
 from cordee.models.slices import SliceFile
-from cordee.serving.grammar_trials import GrammarTrials
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
+from cordee.worker.grammar_trials import GrammarTrials
 from cordee.worker.messages import Join, KvAnswer, Prepared, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages, stage_name

@@ -35,8 +35,8 @@ from cordee.generation.scheduler import Limits, Scheduler
 from cordee.generation.streams import Ask, Assert, Said
 from cordee.serving import batch_invariance
 from cordee.serving.answers import Rate
-from cordee.serving.grammar_trials import GrammarTrials
 from cordee.worker import frames
+from cordee.worker.grammar_trials import GrammarTrials
 from cordee.worker.messages import (
     Halt,
     Join,

@@ -53,7 +53,7 @@ class Compute:
         self._position_bytes = max(
             self.description.kv_bytes // (load.config.context * load.config.sequences), 1
         )
-        self.grammars = WorkerGrammars(self._path, self._name)
+        self.grammars = WorkerGrammars(self._path, self._name, from_elsewhere=load.identity is not None)
         self.records = Records(self.description.n_embd)
         self._batch_rows = load.config.batch_rows
 

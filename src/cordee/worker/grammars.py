@@ -2,9 +2,11 @@
 
 The thread that computes must not wait for a grammar, since all other streams wait with it. So the scheduler
 has each grammar prepared before its stream is begun: llguidance compiles without Python's lock. (Only where a
-stream goes on in a new worker is it compiled on the way; by then it has been shown to be quick.) Masks are
-computed between micro-batches. They take microseconds as a rule, but an ambiguous grammar takes longer at
-each token; a stream whose grammar has used its budget ends.
+stream goes on in a new worker is it compiled on the way.) A grammar from another machine is tried by a child
+process first: its host has done so as well, unless somebody has taken that machine over.
+
+Masks are computed between micro-batches. They take microseconds as a rule, but an ambiguous grammar takes
+longer at each token; a stream whose grammar has used its budget ends.
 """
 
 import threading
@@ -13,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,19 +24,28 @@ from cordee.errors import CordeeError
 from cordee.generation.grammar import STEP_SECONDS, GrammarState, GrammarTokenizer, refusal
 from cordee.generation.request import Grammar
 
+if TYPE_CHECKING:  # workers of one machine alone start sooner without it
+    from cordee.worker.grammar_trials import GrammarTrials
+
 COMPILED_MAX = 8  # grammars that are kept for further streams; most take less than 1 MB, the largest 40
+PREPARING_MAX = 1024  # grammars that wait to be compiled: a host's streams
 SLOW_MAX = 256  # grammars that are remembered to be slow
-# A stream's grammar may take so long at each token, on average, and this much more in all: the first mask of
-# a large vocabulary takes 50 ms, most of them 0.1 ms.
-TOKEN_SECONDS, SPARE_SECONDS = 0.02, 0.5
+# Of a core: a stream's grammar may take so long at each token, on average, and this much more in all. The
+# first mask of a large vocabulary takes 50 ms, and thrice that on an old machine; most take 0.1 ms.
+TOKEN_SECONDS, SPARE_SECONDS = 0.02, 1.0
 STACK_BYTES = 16 << 20  # of the thread that compiles: no less than where grammars are tried
 
 
 class WorkerGrammars:
-    """The grammars for the vocabulary in a slice's file. `prepare` and `open` are for one thread."""
+    """The grammars for the vocabulary in a slice's file. `prepare` and `open` are for one thread.
 
-    def __init__(self, path: Path, name: str) -> None:
+    `from_elsewhere`: they come from other machines, and are tried here as well.
+    """
+
+    def __init__(self, path: Path, name: str, *, from_elsewhere: bool = False) -> None:
         self._path, self._name = path, name
+        self._trials = _trials(path, name) if from_elsewhere else None
+        self._preparing = 0  # of `prepare`'s thread
         self._lock = threading.Lock()  # of what follows
         self._tokenizer: GrammarTokenizer | None = None
         self._compiled: OrderedDict[Grammar, GrammarState] = OrderedDict()  # the latest used last
@@ -42,19 +54,25 @@ class WorkerGrammars:
         self._thread = ThreadPoolExecutor(1, "grammars")
 
     def prepare(self, grammar: Grammar, done: Callable[[str], None]) -> None:
-        """Compile a grammar; `done` is called on another thread, with what is wrong with it, or ""."""
+        """Compile a grammar; `done` is called with what is wrong with it, or "", on another thread mostly."""
 
         def compile_it() -> None:
+            failure = ""
             try:
                 self._state(grammar)
             except CordeeError as error:
-                done(error.message)
+                failure = error.message
             except BaseException as error:
-                done(f"the grammar cannot be compiled here: {error}")
-                raise
-            else:
-                done("")
+                failure = f"the grammar cannot be compiled here: {error}"
+            with self._lock:
+                self._preparing -= 1
+            done(failure)
 
+        with self._lock:
+            if self._preparing >= PREPARING_MAX:
+                done(f"{PREPARING_MAX} grammars are being compiled: try again later")
+                return
+            self._preparing += 1
         self._thread.submit(compile_it)
 
     def open(self, grammar: Grammar, generated: Sequence[int]) -> "Followed":
@@ -67,7 +85,7 @@ class WorkerGrammars:
         state = self._state(grammar).copy()
         for token in generated:
             state.accept(token)
-        return Followed(state, lambda: self._is_slow(grammar))
+        return Followed(state, lambda: self._remember_slow(grammar))
 
     def _state(self, grammar: Grammar) -> GrammarState:
         """The compiled grammar, before any token."""
@@ -78,6 +96,8 @@ class WorkerGrammars:
                 self._compiled.move_to_end(grammar)
                 return self._compiled[grammar]
             tokenizer = self._tokenizer
+        if self._trials is not None:
+            self._trials.check_here(grammar)
         if tokenizer is None:  # slow, and most workers need none
             tokenizer = GrammarTokenizer(LlamaVocabulary(self._path, self._name))
         state = GrammarState(grammar, tokenizer)
@@ -88,7 +108,7 @@ class WorkerGrammars:
                 self._compiled.popitem(last=False)
         return state
 
-    def _is_slow(self, grammar: Grammar) -> None:
+    def _remember_slow(self, grammar: Grammar) -> None:
         with self._lock:
             self._compiled.pop(grammar, None)
             self._slow[grammar] = None
@@ -123,6 +143,12 @@ class Followed:
         if self._left_seconds < 0 or seconds > STEP_SECONDS:
             self._slow()
             raise too_slow(self._state.kind)
+
+
+def _trials(path: Path, name: str) -> "GrammarTrials":
+    from cordee.worker.grammar_trials import GrammarTrials
+
+    return GrammarTrials.of(path, name)
 
 
 def too_slow(kind: str) -> CordeeError:

@@ -11,8 +11,8 @@ import pytest
 
 from cordee.errors import BadRequest, CordeeError, Overloaded, StageFailed
 from cordee.generation.request import Grammar
-from cordee.serving import grammar_trials
-from cordee.serving.grammar_trials import GrammarTrials
+from cordee.worker import grammar_trials
+from cordee.worker.grammar_trials import GrammarTrials
 from tiny import make_tiny
 
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_used_is_refused_and_the_next_is_taken(
 def test_a_trial_that_wants_too_much_memory_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cordee.engine.llama.vocabulary import LlamaVocabulary
     from cordee.generation.grammar import GrammarTokenizer
-    from cordee.serving import grammar_child
+    from cordee.worker import grammar_child
 
     monkeypatch.setattr(grammar_child, "check", lambda *_: bytearray(1 << 40))
     tokenizer = GrammarTokenizer(LlamaVocabulary(model))

@@ -1,9 +1,10 @@
 """Grammars are tried in a child process before any stream gets one; what came of it is remembered.
 
 A grammar comes from a client, or from another node's client. Some take llguidance minutes, gigabytes, or end
-the process, and it cannot be interrupted. So the gateway of a request, and the host of its model, let a child
-(grammar_child.py) compile it first, within bounds of time and memory. One is tried at a time, and askers take
-turns; streams without a grammar, and those whose grammar is known already, wait for none.
+the process, and it cannot be interrupted. So the gateway of a request, the host of its model, and a worker
+that takes rows of other machines each let a child (grammar_child.py) compile it first, within bounds of time
+and memory: none of them relies on another. One is tried at a time, and askers take turns; streams without a
+grammar, and those whose grammar is known already, wait for none.
 """
 
 import asyncio
@@ -20,9 +21,9 @@ from cordee.engine.child import Child, Ended, Rested
 from cordee.errors import CordeeError, Overloaded, StageFailed
 from cordee.generation import grammar as grammars
 from cordee.generation.request import Grammar
-from cordee.serving.grammar_messages import GrammarVerdict, verdict_decoder
+from cordee.worker.grammar_messages import GrammarVerdict, verdict_decoder
 
-MODULE = "cordee.serving.grammar_child"
+MODULE = "cordee.worker.grammar_child"
 START_SECONDS = 60.0  # for the child: its interpreter, libllama, the vocabulary; on a slow and busy machine
 ANSWER_SECONDS = 30.0  # for a trial, which takes 2 s of a core at the most, on a busy machine
 VERDICTS_MAX = 1024  # remembered for a vocabulary, 200 bytes each
@@ -63,17 +64,24 @@ class GrammarTrials:
             Overloaded: too many grammars of this asker wait to be tried.
             StageFailed: it could not be tried.
         """
+        _raise(await asyncio.shield(asyncio.wrap_future(self._verdict(grammar, asker))))
+
+    def check_here(self, grammar: Grammar) -> None:
+        """As `check`, for a thread that may wait."""
+        _raise(self._verdict(grammar, "").result())
+
+    def _verdict(self, grammar: Grammar, asker: str) -> Future[GrammarVerdict]:
+        """What is known of a grammar, or will be."""
         grammars.check_text(grammar)
         key = grammar.kind, hashlib.sha256(grammar.text.encode()).digest()
         with self._lock:
             known = self._verdicts.get(key)
-            if known is not None:
-                self._verdicts.move_to_end(key)
-            trial = self._trial(key, grammar, asker) if known is None else None
-        verdict = known if trial is None else await asyncio.shield(asyncio.wrap_future(trial))
-        assert verdict is not None, "it is known, or comes of a trial"
-        if (error := verdict.as_error()) is not None:
-            raise error
+            if known is None:
+                return self._trial(key, grammar, asker)
+            self._verdicts.move_to_end(key)
+        found: Future[GrammarVerdict] = Future()
+        found.set_result(known)
+        return found
 
     def _trial(self, key: Key, grammar: Grammar, asker: str) -> Future[GrammarVerdict]:
         """The trial of a grammar that is under way, or a new one."""
@@ -136,3 +144,8 @@ class GrammarTrials:
             child.end()
             raise error
         return child
+
+
+def _raise(verdict: GrammarVerdict) -> None:
+    if (error := verdict.as_error()) is not None:
+        raise error

@@ -1,6 +1,6 @@
 """A child process that tries grammars for its parent, before they come near a stream.
 
-Run as `python -m cordee.serving.grammar_child SOCKET PATH NAME`. It loads the vocabulary and answers each
+Run as `python -m cordee.worker.grammar_child SOCKET PATH NAME`. It loads the vocabulary and answers each
 `Grammar` with a `GrammarVerdict`, until its parent ends, or asks nothing for IDLE_SECONDS.
 
 llguidance cannot be interrupted: some grammars of a few kilobytes take it minutes, or gigabytes. So each is
@@ -26,7 +26,7 @@ from cordee.errors import CordeeError
 from cordee.generation.grammar import STEP_SECONDS, GrammarTokenizer, check, refusal
 from cordee.generation.request import Grammar
 from cordee.privacy import no_core_dumps
-from cordee.serving.grammar_messages import GrammarVerdict, grammar_decoder, verdict_decoder
+from cordee.worker.grammar_messages import GrammarVerdict, grammar_decoder, verdict_decoder
 
 IDLE_SECONDS = 600.0  # a child takes some 100 MB and starts within a second
 # Of a core, for one grammar: to compile it, and to take TRIAL_STEPS tokens. An object of 3,000 optional
@@ -107,10 +107,11 @@ def _tried(grammar: Grammar, tokenizer: GrammarTokenizer) -> GrammarVerdict:
         for _ in range(TRIAL_STEPS):
             started = time.process_time()
             allowed = state.allowed()
-            tokens = [token for token in allowed.nonzero()[0] if token not in tokenizer.end_of_generation]
-            if not tokens:
+            allowed[list(tokenizer.end_of_generation)] = False
+            tokens = allowed.nonzero()[0]
+            if not len(tokens):
                 break
-            state.accept(int(random.choice(tokens)))
+            state.accept(int(tokens[random.randrange(len(tokens))]))
             if time.process_time() - started > STEP_SECONDS:
                 reason = f"a token of it takes more than {STEP_SECONDS} s of computing"
                 return GrammarVerdict.of(_too_slow(grammar, reason))
