@@ -80,6 +80,10 @@ def test_a_machine_that_has_a_model_is_not_given_another(node: Node, starter_pat
         (("--peer", "0.0.0.0"), "one machine"),
         (("--peer", "http://pc-1:7330"), "HOST:PORT"),
         (("--scouting", "nosuch"), "no network interface 'nosuch'"),
+        (("--spot-check", "0"), "'0' is no share like 1/200"),
+        (("--spot-check", "3/2"), "'3/2' is no share like 1/200"),
+        (("--spot-check", "1/0"), "'1/0' is no share like 1/200"),
+        (("--spot-check", "of"), "'of' is no share like 1/200"),
     ],
 )
 def test_what_cannot_work_is_said_at_once_and_leaves_nothing(

@@ -311,7 +311,7 @@ class Agent:
         """This node cannot work with another, which may be itself."""
         facts = self.alive().get(node)
         log.warning("%s is left out: %s", node if facts is None else facts.name, reason)
-        self.doubts[node] = reason
+        self.doubts[node] = plain(reason)
         self.changed()
 
     # What its local models ask of it.

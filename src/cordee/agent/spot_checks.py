@@ -114,6 +114,7 @@ class SpotChecks:
         if pace.rounds and (not pace.credit or time.monotonic() - pace.checked_at < PAUSE_SECONDS):
             return
         target = await self._target(wiring, placement, pace)
+        host.is_being_checked = target is not None and not pace.rounds
         if target is None:
             return
         place = placement.stages[target.index]
@@ -124,13 +125,15 @@ class SpotChecks:
             pace.due_since = time.monotonic()
         if host.active and time.monotonic() - pace.due_since < BUSY_SECONDS:
             return
-        told = await self._check(placement, target, pace)
+        findings = await self._check(placement, target, pace)
+        host.spot_checks += any(found.state == "agrees" for found in findings)
+        told = all(found.state != "unknown" for found in findings)
         pace.order.pop(0)
         pace.tries += 1
         if not told and pace.tries < TRIES_MAX * len(placement.stages):
             pace.order.append(target.index)  # the streams went on meanwhile, or the checker was busy: again
         if not pace.order:
-            pace.rounds, pace.tries = pace.rounds + 1, 0
+            pace.rounds, pace.tries, host.is_being_checked = pace.rounds + 1, 0, False
         pace.credit = max(0.0, pace.credit - cost)
         pace.due_since, pace.checked_at, pace.length = None, time.monotonic(), self._random.random()
 
@@ -147,8 +150,8 @@ class SpotChecks:
         rows = round(ROWS_MIN * (length / ROWS_MIN) ** pace.length)
         return SpotRequest(wiring, pace.order[0], sequence, tenure, rows, computes=True)
 
-    async def _check(self, placement: Placement, target: SpotRequest, pace: _Pace) -> bool:
-        """Have a stage checked by whom can, and its links by its neighbours; whether that told anything."""
+    async def _check(self, placement: Placement, target: SpotRequest, pace: _Pace) -> list[SpotFinding]:
+        """Have a stage checked by whom can, and its links by its neighbours."""
         suspect = placement.stages[target.index].node
         voices = self._voices(placement, target.index)
         findings: dict[str, SpotFinding] = {}
@@ -164,7 +167,7 @@ class SpotChecks:
         if differing and self._owner.node not in differing:
             await self._judge(differing[0], suspect, target)
         await self._note_silence(placement, target, list(findings.values()), pace)
-        return all(found.state != "unknown" for found in findings.values())
+        return [found for node, found in findings.items() if voices[node] or found.state != "agrees"]
 
     def _voices(self, placement: Placement, index: int) -> dict[str, bool]:
         """The nodes to ask about a stage: its neighbours about links, then one to compute it again.
