@@ -411,8 +411,7 @@ class Agent:
             if isinstance(first, StreamsJoin):
                 await self._stream_links.serve(node, reader, writer)
             elif isinstance(first, RecordQuery | SpotRequest):
-                frames.write(writer, *await self._spot_checks.answer(node, first))
-                await writer.drain()
+                await self._spot_checks.serve(node, first, reader, writer)
             elif isinstance(first, Promotion) and await admins.accept(self.identity, first, writer):
                 await self._serve_as_admin()
                 log.warning("this node is an admin now: another admin gave it the cluster's key")

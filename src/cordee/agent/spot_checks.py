@@ -5,6 +5,7 @@ the host by checking a stage (spot_checker.py).
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import random
@@ -13,11 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cordee.agent.spot_checker import SpotChecker, SpotCheckerOwner, ask
+from cordee.agent.spot_checker import ANSWER_SECONDS, SpotChecker, SpotCheckerOwner, ask
 from cordee.cluster.facts import Placement
 from cordee.cluster.goals import SliceGoal, holds
 from cordee.errors import StageFailed
 from cordee.serving.scheduler_host import SchedulerHost
+from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import Record, RecordQuery, SpotFinding, SpotRequest
 
@@ -82,10 +84,23 @@ class SpotChecks:
                 except Exception:  # the next look starts afresh
                     log.exception("a spot check failed unexpectedly")
 
-    async def answer(
+    async def serve(
+        self,
+        node: str,
+        message: RecordQuery | SpotRequest,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Answer a node, and wait until it has the answer and closes the link."""
+        frames.write(writer, *await self._answer(node, message))
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await reader.read(1)
+
+    async def _answer(
         self, node: str, message: RecordQuery | SpotRequest
     ) -> tuple[Record | SpotFinding, bytes]:
-        """Answer a node of a placement."""
+        """The answer to a node of the placement; others learn nothing."""
         placement = self._owner.stages.placement(message.wiring)
         nodes = [] if placement is None else [place.node for place in placement.stages]
         if isinstance(message, SpotRequest):
