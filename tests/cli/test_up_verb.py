@@ -12,8 +12,11 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
+from click.testing import CliRunner
 
 from cluster_processes import Node, until
+from cordee.cli.options import Share
+from cordee.cli.up import up
 from cordee.net import address
 
 QUIET = ("--scouting", "off")
@@ -104,6 +107,22 @@ def test_what_cannot_work_is_said_at_once_and_leaves_nothing(
     [line] = refused.stderr.splitlines()
     assert line.startswith("cordee: ") and says in line
     assert not (node.home / "cluster").exists()
+
+
+@pytest.mark.parametrize("share", ["0", "3/2", "1/0", "-1", "of", "1/"])
+def test_a_share_that_is_none_is_refused(share: str) -> None:
+    refused = CliRunner().invoke(up, ["--spot-check", share])
+    assert refused.exit_code == 2
+    assert f"'{share}' is no share like 1/200" in refused.output
+
+
+def test_shares_are_said_in_two_ways() -> None:
+    assert [Share().convert(text, None, None) for text in ("1/200", "0.005", "1", "off")] == [
+        0.005,
+        0.005,
+        1.0,
+        0.0,
+    ]
 
 
 def test_a_chosen_port_that_is_taken_is_an_error_that_names_who_has_it(node: Node) -> None:

@@ -18,6 +18,7 @@ def measured(hosts: Mapping[str, SchedulerHost], local_models: LocalModels, mete
             host.rate.per_second(),
             host.inherited_tokens,
             host.batch_invariant,
+            host.spot_checks,
         )
         for key, host in hosts.items()
     ]

@@ -9,8 +9,8 @@ Promotion                 the authority's key                       an admin (ad
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Protocol
 
 from cordee.agent import probes
 from cordee.agent.stream_links import StreamLinks
@@ -50,9 +50,14 @@ class InboxOwner(Protocol):
 class SpotAnswers(Protocol):
     """Who answers spot checks."""
 
-    def answer(self, node: str, message: RecordQuery | SpotRequest) -> Coroutine[Any, Any, tuple[Any, bytes]]:
-        """The message and the payload of the answer."""
-        ...
+    async def serve(
+        self,
+        node: str,
+        message: RecordQuery | SpotRequest,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Answer a node of a placement."""
 
 
 class Inbox:
@@ -119,8 +124,7 @@ class Inbox:
         elif isinstance(first, Probe):
             await probes.answer(reader, writer)
         elif isinstance(first, RecordQuery | SpotRequest):
-            frames.write(writer, *await self._spot_checks.answer(node, first))
-            await writer.drain()
+            await self._spot_checks.serve(node, first, reader, writer)
         elif isinstance(first, Promotion):
             await self._owner.become_admin(first, writer)
 

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 import psutil
 
+from cordee.cluster.doubts import DOUBT_SECONDS_MAX
 from cordee.cluster.facts import Facts, Placement
 from cordee.cluster.goals import SliceGoal, StageSpec, holds
 from cordee.errors import CordeeError, StageFailed
@@ -33,6 +34,9 @@ LOGITS_MAX = 16  # rows of logits that are computed again for one check; a row m
 SLICES_MEASURED_MAX = 64  # whose rounding is remembered
 
 log = logging.getLogger(__name__)
+
+# For which a node is left out that computes wrongly, where a machine that is only late gets another chance soon.
+EVIDENCE_SECONDS = DOUBT_SECONDS_MAX
 
 
 class SpotCheckerOwner(Protocol):
@@ -56,7 +60,7 @@ class SpotCheckerOwner(Protocol):
         """The files of a stage, fetched if they are not here. Raises CordeeError."""
         ...
 
-    def doubt(self, node: str, reason: str, /) -> None:
+    def doubt(self, node: str, reason: str, seconds: float = ..., /) -> None:
         """This node has seen, or computed, that it cannot work with another."""
 
 
@@ -82,7 +86,7 @@ class SpotChecker:
         except (CordeeError, LinkClosed, OSError, ValueError) as error:
             return SpotFinding("unknown", str(error))
         if found.state in ("differs", "disputed"):
-            self._owner.doubt(placement.stages[request.index].node, found.reason)
+            self._owner.doubt(placement.stages[request.index].node, found.reason, EVIDENCE_SECONDS)
         return found
 
     async def record(self, node: str, query: RecordQuery) -> tuple[Record, bytes]:

@@ -5,6 +5,7 @@ the host by checking a stage (spot_checker.py).
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import random
@@ -13,11 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cordee.agent.spot_checker import SpotChecker, SpotCheckerOwner, ask
+from cordee.agent.spot_checker import ANSWER_SECONDS, EVIDENCE_SECONDS, SpotChecker, SpotCheckerOwner, ask
 from cordee.cluster.facts import Placement
 from cordee.cluster.goals import SliceGoal, holds
 from cordee.errors import StageFailed
 from cordee.serving.scheduler_host import SchedulerHost
+from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import Record, RecordQuery, SpotFinding, SpotRequest
 
@@ -82,10 +84,23 @@ class SpotChecks:
                 except Exception:  # the next look starts afresh
                     log.exception("a spot check failed unexpectedly")
 
-    async def answer(
+    async def serve(
+        self,
+        node: str,
+        message: RecordQuery | SpotRequest,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        """Answer a node, and wait until it has the answer and closes the link."""
+        frames.write(writer, *await self._answer(node, message))
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await reader.read(1)
+
+    async def _answer(
         self, node: str, message: RecordQuery | SpotRequest
     ) -> tuple[Record | SpotFinding, bytes]:
-        """Answer a node of a placement."""
+        """The answer to a node of the placement; others learn nothing."""
         placement = self._owner.stages.placement(message.wiring)
         nodes = [] if placement is None else [place.node for place in placement.stages]
         if isinstance(message, SpotRequest):
@@ -114,6 +129,7 @@ class SpotChecks:
         if pace.rounds and (not pace.credit or time.monotonic() - pace.checked_at < PAUSE_SECONDS):
             return
         target = await self._target(wiring, placement, pace)
+        host.is_being_checked = target is not None and not pace.rounds
         if target is None:
             return
         place = placement.stages[target.index]
@@ -124,13 +140,15 @@ class SpotChecks:
             pace.due_since = time.monotonic()
         if host.active and time.monotonic() - pace.due_since < BUSY_SECONDS:
             return
-        told = await self._check(placement, target, pace)
+        findings = await self._check(placement, target, pace)
+        host.spot_checks += any(found.state == "agrees" for found in findings)
+        told = all(found.state != "unknown" for found in findings)
         pace.order.pop(0)
         pace.tries += 1
         if not told and pace.tries < TRIES_MAX * len(placement.stages):
             pace.order.append(target.index)  # the streams went on meanwhile, or the checker was busy: again
         if not pace.order:
-            pace.rounds, pace.tries = pace.rounds + 1, 0
+            pace.rounds, pace.tries, host.is_being_checked = pace.rounds + 1, 0, False
         pace.credit = max(0.0, pace.credit - cost)
         pace.due_since, pace.checked_at, pace.length = None, time.monotonic(), self._random.random()
 
@@ -147,8 +165,8 @@ class SpotChecks:
         rows = round(ROWS_MIN * (length / ROWS_MIN) ** pace.length)
         return SpotRequest(wiring, pace.order[0], sequence, tenure, rows, computes=True)
 
-    async def _check(self, placement: Placement, target: SpotRequest, pace: _Pace) -> bool:
-        """Have a stage checked by whom can, and its links by its neighbours; whether that told anything."""
+    async def _check(self, placement: Placement, target: SpotRequest, pace: _Pace) -> list[SpotFinding]:
+        """Have a stage checked by whom can, and its links by its neighbours."""
         suspect = placement.stages[target.index].node
         voices = self._voices(placement, target.index)
         findings: dict[str, SpotFinding] = {}
@@ -164,7 +182,7 @@ class SpotChecks:
         if differing and self._owner.node not in differing:
             await self._judge(differing[0], suspect, target)
         await self._note_silence(placement, target, list(findings.values()), pace)
-        return all(found.state != "unknown" for found in findings.values())
+        return [found for node, found in findings.items() if voices[node] or found.state != "agrees"]
 
     def _voices(self, placement: Placement, index: int) -> dict[str, bool]:
         """The nodes to ask about a stage: its neighbours about links, then one to compute it again.
@@ -205,7 +223,8 @@ class SpotChecks:
         if own.state == "agrees" and accuser != self._owner.node:
             places = self._owner.alive()
             names = [places[node].name if node in places else node for node in (accuser, suspect)]
-            self._owner.doubt(accuser, f"{names[0]} says that {names[1]} computes wrongly: {own.reason} here")
+            reason = f"{names[0]} says that {names[1]} computes wrongly: {own.reason} here"
+            self._owner.doubt(accuser, reason, EVIDENCE_SECONDS)
 
     async def _note_silence(
         self, placement: Placement, target: SpotRequest, findings: list[SpotFinding], pace: _Pace

@@ -359,6 +359,7 @@ class ClusterStatus:
             "waiting": busy.waiting,
             "inherited_tokens": busy.inherited_tokens,
             "batch_invariant": busy.batch_invariant,
+            "spot_checks": busy.spot_checks,
             "stages": self._stages(placement),
             "successor": self._stages(pick.successor) if pick.successor is not None else None,
         }

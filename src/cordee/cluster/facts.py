@@ -204,6 +204,7 @@ class Hosted(msgspec.Struct, frozen=True):
 
     `inherited_tokens` were taken over from the placement before instead of being computed again.
     `batch_invariant`: a row gives the same bits alone, batched and replayed; None: not known (yet).
+    `spot_checks`: how often stages were checked by computing again, and were right.
     """
 
     key: str
@@ -212,6 +213,7 @@ class Hosted(msgspec.Struct, frozen=True):
     tokens_per_second: float
     inherited_tokens: int = 0
     batch_invariant: bool | None = None
+    spot_checks: int = 0
 
 
 class Fetching(msgspec.Struct, frozen=True):

@@ -156,8 +156,8 @@ class LocalModels:
                 continue
             if damaged is not None:
                 log.warning("layers %d to %d on this disk are damaged", damaged.first, damaged.last - 1)
+                await self._inventory.scan()  # first: it is not held any more, whoever asks
                 self._owner.damaged(damaged)
-                await self._inventory.scan()
 
     async def vocabulary(self, digest: str, name: str) -> Vocabulary:
         """The vocabulary of a model that people call `name`; its manifest may come from another node.
@@ -196,11 +196,10 @@ class LocalModels:
             CordeeError: a file cannot be fetched.
         """
         path = await self._slice(load.slice)
-        await asyncio.to_thread(self._attestation.check, load.slice)
         header = (await self._manifest(load.model)).header
         layers = header.layers
         is_cut_first = load.first == 0 and load.last < layers
-        embedding = await self._embedding(load.model) if is_cut_first else None
+        embedding = await self._slice(SliceGoal(load.model, 0, 0)) if is_cut_first else None
         config = StageConfig(
             context=load.context,
             sequences=load.sequences,
@@ -209,6 +208,10 @@ class LocalModels:
         )
         opened = await self._opened_of(load.model)
         is_last, name = load.last == layers, stage_name(opened.name, load, layers)
+        await asyncio.to_thread(self._attestation.check, load.slice, name, opened.name)
+        if is_cut_first:
+            embedding_goal, called = SliceGoal(load.model, 0, 0), f"the embedding of {opened.name}"
+            await asyncio.to_thread(self._attestation.check, embedding_goal, called, opened.name)
         return Files(config, engine_of(header), path, embedding, is_last, opened.ends, name)
 
     async def close(self) -> None:
@@ -230,12 +233,6 @@ class LocalModels:
 
     def _fetched(self, goal: SliceGoal, _: asyncio.Task[None]) -> None:
         self._fetches.pop(goal, None)
-
-    async def _embedding(self, model: str) -> Path:
-        goal = SliceGoal(model, 0, 0)
-        path = await self._slice(goal)
-        await asyncio.to_thread(self._attestation.check, goal)
-        return path
 
     async def _slice(self, goal: SliceGoal) -> Path:
         def progress(done_bytes: int, total_bytes: int) -> None:

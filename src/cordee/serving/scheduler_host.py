@@ -116,6 +116,8 @@ class SchedulerHost:
         self.is_measured = False  # on these machines and devices
         self.batch_invariant: bool | None = None  # None: not measured, or the context is too small for that
         self.rate = Rate()
+        self.spot_checks = 0  # in which a stage was right
+        self.is_being_checked = False  # what the slots hold is needed for that: nothing is measured meanwhile
         self.rows = 0  # that were sent to the first stage, or went round
         self.inherited_tokens = 0
         self._grammars = grammars
@@ -342,7 +344,8 @@ class SchedulerHost:
         log.info("%d sequences of the placement before can be taken over", len(answer.held))
 
     def _measure_when_idle(self, now: float) -> None:
-        if self.is_measured or not self._host.ready or self._host.active or self._host.waiting:
+        busy = self._host.active or self._host.waiting or self.is_being_checked
+        if self.is_measured or not self._host.ready or busy:
             self._idle_since = None
         elif self._idle_since is None:
             self._idle_since = now

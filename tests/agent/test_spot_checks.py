@@ -1,0 +1,125 @@
+"""A stage that computes wrongly is named by those who saw it, with the evidence; honest ones are not."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster_processes import MEMORY, SERVED, Cluster, Node, until
+from cordee.cluster.facts import Facts
+from cordee.engine.llama.stage import LlamaStage
+from cordee.engine.stage import StageConfig, batch_of_one
+from cordee.engine.vocabulary import Vocabulary
+
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+LYING = (sys.executable, "-m", "lying_node")
+PROMPT, TOKENS = "Three climbers on one rope", 40
+THREE = "140MB"  # a third of the starter model with SMALL
+SMALL = ("--context", 512, "--sequences", 2)
+
+
+def lying(how: str) -> dict[str, object]:
+    path = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
+    return {"program": LYING, "environment": {"PYTHONPATH": path, "CORDEE_TEST_LIE": how}}
+
+
+def right_answer(path: Path) -> str:
+    vocabulary = Vocabulary(path)
+    tokens = vocabulary.tokenize(PROMPT, add_bos=True)
+    stage = LlamaStage(path, StageConfig(context=512, sequences=1))
+    found = [int(stage.decode(batch_of_one(tokens)).argmax())]
+    for position in range(len(tokens), len(tokens) + TOKENS - 1):
+        found.append(int(stage.decode(batch_of_one(found[-1:], position)).argmax()))
+    stage.close()
+    text = vocabulary.detokenize(found).decode(errors="replace")
+    vocabulary.close()
+    return text
+
+
+def answer(node: Node) -> str:
+    with node.client() as client:
+        done = client.completions.create(model="starter", prompt=PROMPT, max_tokens=TOKENS, temperature=0)
+    return done.choices[0].text
+
+
+def serving(node: Node) -> dict[str, object] | None:
+    """The placement that serves the model, as `status --json` has it."""
+    placements = node.model("starter").get("placements", [])
+    return next((each for each in placements if each["state"] == "serving"), None)
+
+
+def names(node: Node) -> list[str]:
+    """Names of the nodes of the placement that serves, in the order of its stages."""
+    placement = serving(node)
+    return [] if placement is None else [stage["name"] for stage in placement["stages"]]
+
+
+@pytest.fixture
+def make(tmp_path: Path, starter_path: Path, request: pytest.FixtureRequest) -> Cluster:
+    def made(memory: str) -> Cluster:
+        cluster = Cluster(tmp_path, starter_path, "--memory", memory, "--scouting", "lo")
+        request.addfinalizer(cluster.close)
+        return cluster
+
+    return made
+
+
+def test_a_stage_that_computes_wrongly_is_named_and_left_out(make, starter_path: Path) -> None:
+    cluster = make(MEMORY)
+    a = cluster.add("a")
+    b = cluster.add("b", **lying("computes"))
+    a.do("deploy", "starter", *SERVED)
+    until(lambda: sorted(names(a)) == ["a", "b"])
+    assert answer(a) != right_answer(starter_path)  # nobody could have seen that
+    until(lambda: "b is left out" in a.said)
+    evidence = (
+        r"layers \d+ to \d+ of starter on b: .*(rows differ|cannot follow).*, computed again by a",
+        r"b says that a computes wrongly: .* (rows|tokens) agree, computed again by a here",
+    )
+    assert re.search(f"b is left out: ({'|'.join(evidence)})\n", a.said), a.said
+    c = cluster.add("c")
+    for honest in (a, c):
+        assert "a is left out" not in honest.said and "c is left out" not in honest.said
+    if "doubts" in Facts.__struct_fields__:  # what `cluster/choose.py` makes of it
+        until(lambda: sorted(names(a)) == ["a", "c"])
+        assert answer(a) == answer(c) == right_answer(starter_path)
+    assert b.runs
+
+
+@pytest.mark.long
+def test_a_worker_that_hides_what_it_sends_is_known_to_its_neighbour(make) -> None:
+    cluster = make(THREE)
+    for name in "abc":
+        cluster.add(name)
+    cluster.nodes["a"].do("deploy", "starter", *SMALL)
+    until(lambda: len(names(cluster.nodes["a"])) == 3)
+    before, liar, after = (cluster.nodes[name] for name in names(cluster.nodes["a"]))
+    name = names(before)[1]
+    liar.down()
+    changed = lying("sends")
+    liar.program, liar.environment = changed["program"], changed["environment"]
+    liar.up("--name", name, "--memory", THREE, "--scouting", "lo")
+
+    def is_known() -> bool:
+        answer(before)
+        return f"{name} is left out: {name} says that it sent other rows than came from it" in after.said
+
+    until(is_known)
+    assert "is left out" not in before.said
+
+
+def test_honest_stages_are_checked_and_nobody_is_left_out(make) -> None:
+    cluster = make(MEMORY)
+    nodes = [cluster.add(name, "--spot-check", "1") for name in "ab"]
+    nodes[0].do("deploy", "starter", *SERVED)
+    until(lambda: len(names(nodes[0])) == 2)
+
+    def is_checked() -> bool:
+        answer(nodes[0])
+        return serving(nodes[0])["spot_checks"] >= 2
+
+    until(is_checked)
+    for node in nodes:
+        assert "is left out" not in node.said
