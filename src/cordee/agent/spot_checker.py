@@ -35,7 +35,7 @@ SLICES_MEASURED_MAX = 64  # whose rounding is remembered
 
 log = logging.getLogger(__name__)
 
-# For which a node is left out that computes wrongly, where a machine that is only late gets another chance soon.
+# A node that computes wrongly is left out for so long; one that is only late gets another chance soon.
 EVIDENCE_SECONDS = DOUBT_SECONDS_MAX
 
 
