@@ -125,6 +125,15 @@ async def test_it_ends_when_there_is_nothing_to_plan(monkeypatch):
 
 
 @in_a_loop
+async def test_what_is_asked_as_the_process_ends_is_answered_by_another():
+    async with looking() as one:
+        assert await one.answer()
+        time.sleep(1.1 * planning.LINGER_SECONDS)  # the loop stands still: both come at once
+        one.shape = made_shape(11)
+        assert await one.answer()
+
+
+@in_a_loop
 async def test_what_takes_too_long_is_set_aside_and_planned_again_later(monkeypatch, caplog):
     monkeypatch.setattr(planning, "PLANNING_SECONDS", 0.0)
     monkeypatch.setattr(planning, "RETRY_SECONDS", 0.2)
