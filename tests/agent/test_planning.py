@@ -30,7 +30,7 @@ from cordee.cluster.questions import PlanAnswer
 from plans import device, machine, made_shape
 
 DEMAND = (4096, 2)
-ANSWER_SECONDS = 30.0
+ANSWER_SECONDS = 120.0
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +122,15 @@ async def test_it_ends_when_there_is_nothing_to_plan(monkeypatch):
             while children() != before:
                 one.process.pursue()
                 await asyncio.sleep(0.01)
+
+
+@in_a_loop
+async def test_what_is_asked_as_the_process_ends_is_answered_by_another():
+    async with looking() as one:
+        assert await one.answer()
+        time.sleep(1.1 * planning.LINGER_SECONDS)  # the loop stands still: both come at once
+        one.shape = made_shape(11)
+        assert await one.answer()
 
 
 @in_a_loop

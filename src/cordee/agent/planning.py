@@ -58,24 +58,27 @@ class PlanningProcess:
         """Answer with this process until nothing has been open for LINGER_SECONDS, or it ended."""
         loop = asyncio.get_running_loop()
         used = loop.time()
-        while loop.time() - used < LINGER_SECONDS:
+        while True:
             asked = self.planner.due()
+            if asked is None and loop.time() - used >= LINGER_SECONDS:
+                return
             if asked is not None:
                 try:
                     async with asyncio.timeout(PLANNING_SECONDS):
                         found = await _ask(process, asked)
                 except TimeoutError:
-                    return self._failed(asked, f"planning it takes longer than {PLANNING_SECONDS:.0f} s here")
+                    self._failed(asked, f"planning it takes longer than {PLANNING_SECONDS:.0f} s here")
+                    return
                 except (EOFError, ConnectionError, msgspec.MsgspecError):
-                    return self._failed(asked, f"the process that plans it ended ({await _status(process)})")
+                    self._failed(asked, f"the process that plans it ended ({await _status(process)})")
+                    return
                 self.planner.tell(asked, found)
                 self._answered()
                 used = loop.time()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LINGER_SECONDS):
                     await self._pursued.wait()
-            self._pursued.clear()
-        return None
+                    self._pursued.clear()
 
     def _failed(self, asked: Asked, why: str) -> None:
         log.warning("a model with %d layers is not planned: %s", asked.question.shape.layers, why)
