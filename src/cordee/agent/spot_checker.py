@@ -26,7 +26,8 @@ from cordee.worker.messages import Recompute, Record, RecordQuery, SpotFinding, 
 from cordee.worker.records import TRAIL_BYTES_MAX
 from cordee.worker.stages import Files, Stages
 
-ANSWER_SECONDS = 60.0  # for a record: a worker first ends what it computes, and 16 MB have to come
+# For a record: a worker first ends what it computes, which is killed after 600 s, and 16 MB have to come.
+ANSWER_SECONDS = 660.0
 MEMORY_LEFT_BYTES = 512 << 20  # a check that would leave less is not made: it is the least urgent of all work
 CONTEXT_STEP = 256  # the engine's caches have so many cells, or a multiple
 LOGITS_MAX = 16  # rows of logits that are computed again for one check; a row may have 0.8 MB
@@ -95,7 +96,7 @@ class SpotChecker:
             return await self._owner.stages.record(query)
         facts = self._owner.alive().get(node)
         if facts is None:
-            raise LinkClosed(f"node {node} is not alive")
+            raise Unreachable(f"node {node} is not alive")
         answer, payload = await ask(self._identity, facts, query, ANSWER_SECONDS)
         if not isinstance(answer, Record):
             raise LinkClosed(f"{facts.name} sent no record")
@@ -108,7 +109,7 @@ class SpotChecker:
         )
         record, payload = await self.record(place.node, query)
         if record.rows != request.rows:
-            raise NoRecord(f"{self._name(place.node)} has no record of that")
+            raise StageFailed(f"{self._name(place.node)} has no record of that")
         if request.computes:  # its word are the rows, not the digests
             received, sent = self._parts(record, payload, request, placement)
             digests = (_sha256(received), _sha256(sent) if sent is not None else "")
@@ -188,6 +189,8 @@ class SpotChecker:
         outputs = () if sent is not None else _outputs(record)
         if sent is None and not outputs:
             return Difference(False, "no token can be computed again")
+        if self._one_at_a_time.locked() and not fetches:
+            raise StageFailed("another spot check is under way here")
         async with self._one_at_a_time:
             context = -(-request.rows // CONTEXT_STEP) * CONTEXT_STEP
             files = await self._owner.prepare(StageSpec(goal.model, "CPU", *_layers(goal), context, 1))
@@ -238,8 +241,8 @@ class SpotChecker:
         return node if facts is None else facts.name
 
 
-class NoRecord(StageFailed):
-    """A stage has no record of what it was asked for."""
+class Unreachable(LinkClosed):
+    """There is no link to a node: that says nothing of its stages."""
 
 
 async def ask(
@@ -248,18 +251,21 @@ async def ask(
     """The answer of another node's agent, and its payload.
 
     Raises:
-        LinkClosed: there is none in time.
+        Unreachable: there is no link to it.
+        LinkClosed: it gives none in time.
     """
     try:
+        reader, writer = await tls_link.open_stream(identity, facts.inbox, facts.node)
+    except LinkClosed as error:
+        raise Unreachable(str(error)) from error
+    try:
         async with asyncio.timeout(seconds):
-            reader, writer = await tls_link.open_stream(identity, facts.inbox, facts.node)
-            try:
-                frames.write(writer, message)
-                return await frames.read(reader, 2 * TRAIL_BYTES_MAX)
-            finally:
-                writer.transport.abort()
+            frames.write(writer, message)
+            return await frames.read(reader, 2 * TRAIL_BYTES_MAX)
     except TimeoutError as error:
         raise LinkClosed(f"{facts.name} did not answer in {seconds:.0f} s") from error
+    finally:
+        writer.transport.abort()
 
 
 def _layers(goal: SliceGoal) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from cordee.worker.messages import Opening, Record, RecordQuery, Rows, Run
 
-# 512 positions of a model of width 4,096, of two streams. The memory planned for a stage leaves as much.
+# 512 positions of a model of width 4,096, of two streams.
 TRAIL_BYTES_MAX = 16 << 20
 RECORDS_BYTES_MAX = 2 * TRAIL_BYTES_MAX
 
@@ -71,12 +71,14 @@ class Records:
                 self.forget(run.sequence)
             else:
                 trail.opening = message.opens.get(run.sequence, trail.opening)
-                if trail.length == run.first_position and trail.nbytes < TRAIL_BYTES_MAX:
-                    trail.received.append(received[start:end])
+                room = (TRAIL_BYTES_MAX - trail.nbytes) // self._position_bytes
+                if trail.length == run.first_position and room > 0:
+                    kept = slice(start, min(end, start + room))
+                    trail.received.append(received[kept])
                     if sent is not None:
-                        trail.sent.append(sent[start:end])
-                    trail.length += run.rows
-                    trail.nbytes += run.rows * self._position_bytes
+                        trail.sent.append(sent[kept])
+                    trail.length += kept.stop - start
+                    trail.nbytes += (kept.stop - start) * self._position_bytes
                 if run.output and run.sequence in tokens and trail.length == run.first_position + run.rows:
                     trail.tokens[trail.length - 1] = tokens[run.sequence]
             start = end
