@@ -80,7 +80,7 @@ class SpotChecker:
             return SpotFinding("unknown", "this node is not in that placement any more")
         try:
             found = await self._check(request, placement, fetches=fetches)
-        except (CordeeError, LinkClosed, OSError, ValueError) as error:
+        except (CordeeError, LinkClosed, OSError) as error:
             return SpotFinding("unknown", str(error))
         if found.state in ("differs", "disputed"):
             self._owner.doubt(placement.stages[request.index].node, found.reason)
@@ -111,7 +111,11 @@ class SpotChecker:
         if record.rows != request.rows:
             raise StageFailed(f"{self._name(place.node)} has no record of that")
         if request.computes:  # its word are the rows, not the digests
-            received, sent = self._parts(record, payload, request, placement)
+            try:
+                received, sent = self._parts(record, payload, request, placement)
+            except ValueError:
+                name = self._name(place.node)
+                return SpotFinding("disputed", f"{name} does not show the {request.rows} rows that it has")
             digests = (_sha256(received), _sha256(sent) if sent is not None else "")
         else:
             received, sent = np.empty(0), None
@@ -130,16 +134,23 @@ class SpotChecker:
         """Rows received and sent.
 
         Raises:
+            StageFailed: this node has no stage there any more.
             ValueError: the payload is not those.
         """
         rows, is_last = request.rows, request.index + 1 == len(placement.stages)
+        width = self._owner.stages.n_embd(request.wiring)
+        if not width:
+            raise StageFailed("this node is not in that placement any more")
+        row_bytes = (4 if request.index == 0 else 4 * width) + (0 if is_last else 4 * width)
+        if len(payload) != rows * row_bytes or record.n_embd != (width if request.index else 0):
+            raise ValueError("the payload is not those rows")
         if request.index == 0:
             received = np.frombuffer(payload, np.int32, rows)
         else:
-            received = np.frombuffer(payload, np.float32, rows * record.n_embd).reshape(rows, -1)
+            received = np.frombuffer(payload, np.float32, rows * width).reshape(rows, width)
         if is_last:
             return received, None
-        sent = np.frombuffer(payload, np.float32, offset=received.nbytes).reshape(rows, -1)
+        sent = np.frombuffer(payload, np.float32, offset=received.nbytes).reshape(rows, width)
         return received, sent
 
     async def _dispute(
@@ -193,7 +204,7 @@ class SpotChecker:
             raise StageFailed("another spot check is under way here")
         async with self._one_at_a_time:
             context = -(-request.rows // CONTEXT_STEP) * CONTEXT_STEP
-            files = await self._owner.prepare(StageSpec(goal.model, "CPU", *_layers(goal), context, 1))
+            files = await self._owner.prepare(StageSpec(goal.model, "CPU", goal.first, goal.last, context, 1))
             _require_memory(files)
             message = Recompute(received.shape[1] if received.ndim > 1 else 0, outputs)
             exact = await self._rows(files, message, received, fast=False)
@@ -268,18 +279,15 @@ async def ask(
         writer.transport.abort()
 
 
-def _layers(goal: SliceGoal) -> tuple[int, int]:
-    return goal.first, goal.last
-
-
 def _sha256(rows: np.ndarray) -> str:
     return hashlib.sha256(rows.tobytes()).hexdigest()
 
 
 def _fits(record: Record, own: Record, tokens: np.ndarray) -> bool:
     """Whether what the last stage says it gave is what the first one got, from the same start."""
-    same_start = record.opening is None or own.opening is None or record.opening == own.opening
-    return same_start and all(
+    if record.opening is None or record.opening != own.opening:
+        return record.opening is own.opening  # nothing was sampled yet
+    return all(
         tokens[position + 1] == token
         for position, token in record.tokens.items()
         if 0 <= position < len(tokens) - 1

@@ -31,7 +31,9 @@ class _Trail:
     tokens: dict[int, int] = field(default_factory=dict[int, int])  # chosen, by position
 
     def trim(self, length: int) -> None:
-        """Keep the first positions only."""
+        """Keep the first positions only, and tokens that were chosen for one of them."""
+        if length >= self.length:
+            return
         position_bytes = self.nbytes // max(self.length, 1)
         while self.length > length:
             surplus = min(self.length - length, len(self.received[-1]))
@@ -41,7 +43,7 @@ class _Trail:
                     kept.extend([last[:-surplus]] if surplus < len(last) else [])
             self.length -= surplus
         self.nbytes = position_bytes * self.length
-        self.tokens = {position: token for position, token in self.tokens.items() if position < length}
+        self.tokens = {position: token for position, token in self.tokens.items() if position + 1 < length}
 
 
 class Records:
@@ -123,7 +125,8 @@ class Records:
         elif trail is None:
             return None
         if trail.tenure != run.tenure:
-            trail.tenure, trail.opening = run.tenure, None
+            # Another stream: it need not go on with the token that was chosen last.
+            trail.tenure, trail.opening, trail.tokens = run.tenure, None, {}
         trail.trim(run.first_position)
         self._trails[run.sequence] = trail
         return trail
