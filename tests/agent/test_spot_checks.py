@@ -73,17 +73,21 @@ def test_a_stage_that_computes_wrongly_is_named_and_left_out(make, starter_path:
     a.do("deploy", "starter", *SERVED)
     until(lambda: sorted(names(a)) == ["a", "b"])
     assert answer(a) != right_answer(starter_path)  # nobody could have seen that
-    until(lambda: "b is left out" in a.said)
     evidence = (
-        r"layers \d+ to \d+ of starter on b: .*(rows differ|cannot follow).*, computed again by a",
-        r"b says that a computes wrongly: .* (rows|tokens) agree, computed again by a here",
+        r"is left out.*: layers \d+ to \d+ of starter on b: .*(differ|cannot follow).*, computed again by a",
+        r"is left out.*: b says that a computes wrongly: .* (rows|tokens) agree, computed again by a here",
     )
-    assert re.search(f"b is left out: ({'|'.join(evidence)})\n", a.said), a.said
+    until(lambda: re.search("|".join(evidence), a.said))
     c = cluster.add("c")
     for honest in (a, c):
-        assert "a is left out" not in honest.said and "c is left out" not in honest.said
+        assert not re.search(r"is left out.* on [ac]: |is left out.*: [ac] says", honest.said)
     if "doubts" in Facts.__struct_fields__:  # what `cluster/choose.py` makes of it
-        until(lambda: sorted(names(a)) == ["a", "c"])
+
+        def is_without_it() -> bool:
+            answer(a)  # where b works with c now, c finds it, too
+            return sorted(names(a)) == ["a", "c"]
+
+        until(is_without_it)
         assert answer(a) == answer(c) == right_answer(starter_path)
     assert b.runs
 
@@ -104,12 +108,13 @@ def test_a_worker_that_hides_what_it_sends_is_known_to_its_neighbour(make) -> No
 
     def is_known() -> bool:
         answer(before)
-        return f"{name} is left out: {name} says that it sent other rows than came from it" in after.said
+        return f": {name} says that it sent other rows than came from it" in after.said
 
     until(is_known)
     assert "is left out" not in before.said
 
 
+@pytest.mark.long
 def test_honest_stages_are_checked_and_nobody_is_left_out(make) -> None:
     cluster = make(MEMORY)
     nodes = [cluster.add(name, "--spot-check", "1") for name in "ab"]

@@ -55,6 +55,20 @@ def test_what_is_settled_was_sampled_from_later() -> None:
     assert asked(records, 0, 6, 1)[0].settled == {}  # another stream went on from there
 
 
+def test_another_stream_that_takes_the_slot_over_need_not_follow_the_last_choice() -> None:
+    records = Records(WIDTH)
+    note(records, (Run(0, 0, 3, True, 5), 1), opens={0: OPENING})
+    note(records, (Run(0, 3, 1, True, 5), 2))
+    assert asked(records, 0, 5, 4)[0].tokens == {2: 1, 3: 2}
+    note(records, (Run(0, 4, 1, True, 6), 3))  # a chat goes on with what its user wrote
+    assert asked(records, 0, 6, 5)[0].tokens == {4: 3}
+    note(records, (Run(0, 5, 1, True, 6), 4), (Run(1, 0, 1, True, 7), 5))
+    note(records, (Run(0, 5, 1, True, 6), 6))  # computed again: the choice for it stands
+    assert asked(records, 0, 6, 6)[0].tokens == {5: 6}
+    note(records, (Run(0, 2, 1, False, 8), 7))
+    assert asked(records, 0, 8, 3)[0].tokens == {}
+
+
 def test_a_trail_without_its_beginning_is_none() -> None:
     records = Records(WIDTH)
     note(records, (Run(0, 4, 2, False, 5), 1))

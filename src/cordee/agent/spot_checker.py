@@ -27,7 +27,8 @@ from cordee.worker.messages import Recompute, Record, RecordQuery, SpotFinding, 
 from cordee.worker.records import TRAIL_BYTES_MAX
 from cordee.worker.stages import Files, Stages
 
-ANSWER_SECONDS = 60.0  # for a record: a worker first ends what it computes, and 16 MB have to come
+# For a record: a worker first ends what it computes, which is killed after 600 s, and 16 MB have to come.
+ANSWER_SECONDS = 660.0
 MEMORY_LEFT_BYTES = 512 << 20  # a check that would leave less is not made: it is the least urgent of all work
 CONTEXT_STEP = 256  # the engine's caches have so many cells, or a multiple
 LOGITS_MAX = 16  # rows of logits that are computed again for one check; a row may have 0.8 MB
@@ -83,7 +84,7 @@ class SpotChecker:
             return SpotFinding("unknown", "this node is not in that placement any more")
         try:
             found = await self._check(request, placement, fetches=fetches)
-        except (CordeeError, LinkClosed, OSError, ValueError) as error:
+        except (CordeeError, LinkClosed, OSError) as error:
             return SpotFinding("unknown", str(error))
         if found.state in ("differs", "disputed"):
             self._owner.doubt(placement.stages[request.index].node, found.reason, EVIDENCE_SECONDS)
@@ -99,7 +100,7 @@ class SpotChecker:
             return await self._owner.stages.record(query)
         facts = self._owner.alive().get(node)
         if facts is None:
-            raise LinkClosed(f"node {node} is not alive")
+            raise Unreachable(f"node {node} is not alive")
         answer, payload = await ask(self._identity, facts, query, ANSWER_SECONDS)
         if not isinstance(answer, Record):
             raise LinkClosed(f"{facts.name} sent no record")
@@ -112,9 +113,13 @@ class SpotChecker:
         )
         record, payload = await self.record(place.node, query)
         if record.rows != request.rows:
-            raise NoRecord(f"{self._name(place.node)} has no record of that")
+            raise StageFailed(f"{self._name(place.node)} has no record of that")
         if request.computes:  # its word are the rows, not the digests
-            received, sent = self._parts(record, payload, request, placement)
+            try:
+                received, sent = self._parts(record, payload, request, placement)
+            except ValueError:
+                name = self._name(place.node)
+                return SpotFinding("disputed", f"{name} does not show the {request.rows} rows that it has")
             digests = (_sha256(received), _sha256(sent) if sent is not None else "")
         else:
             received, sent = np.empty(0), None
@@ -133,16 +138,23 @@ class SpotChecker:
         """Rows received and sent.
 
         Raises:
+            StageFailed: this node has no stage there any more.
             ValueError: the payload is not those.
         """
         rows, is_last = request.rows, request.index + 1 == len(placement.stages)
+        width = self._owner.stages.n_embd(request.wiring)
+        if not width:
+            raise StageFailed("this node is not in that placement any more")
+        row_bytes = (4 if request.index == 0 else 4 * width) + (0 if is_last else 4 * width)
+        if len(payload) != rows * row_bytes or record.n_embd != (width if request.index else 0):
+            raise ValueError("the payload is not those rows")
         if request.index == 0:
             received = np.frombuffer(payload, np.int32, rows)
         else:
-            received = np.frombuffer(payload, np.float32, rows * record.n_embd).reshape(rows, -1)
+            received = np.frombuffer(payload, np.float32, rows * width).reshape(rows, width)
         if is_last:
             return received, None
-        sent = np.frombuffer(payload, np.float32, offset=received.nbytes).reshape(rows, -1)
+        sent = np.frombuffer(payload, np.float32, offset=received.nbytes).reshape(rows, width)
         return received, sent
 
     async def _dispute(
@@ -192,9 +204,11 @@ class SpotChecker:
         outputs = () if sent is not None else _outputs(record)
         if sent is None and not outputs:
             return Difference(False, "no token can be computed again")
+        if self._one_at_a_time.locked() and not fetches:
+            raise StageFailed("another spot check is under way here")
         async with self._one_at_a_time:
             context = -(-request.rows // CONTEXT_STEP) * CONTEXT_STEP
-            files = await self._owner.prepare(StageSpec(goal.model, "CPU", *_layers(goal), context, 1))
+            files = await self._owner.prepare(StageSpec(goal.model, "CPU", goal.first, goal.last, context, 1))
             _require_memory(files)
             message = Recompute(received.shape[1] if received.ndim > 1 else 0, outputs)
             exact = await self._rows(files, message, received, fast=False)
@@ -242,8 +256,8 @@ class SpotChecker:
         return node if facts is None else facts.name
 
 
-class NoRecord(StageFailed):
-    """A stage has no record of what it was asked for."""
+class Unreachable(LinkClosed):
+    """There is no link to a node: that says nothing of its stages."""
 
 
 async def ask(
@@ -252,22 +266,21 @@ async def ask(
     """The answer of another node's agent, and its payload.
 
     Raises:
-        LinkClosed: there is none in time.
+        Unreachable: there is no link to it.
+        LinkClosed: it gives none in time.
     """
     try:
+        reader, writer = await tls_link.open_stream(identity, facts.inbox, facts.node)
+    except LinkClosed as error:
+        raise Unreachable(str(error)) from error
+    try:
         async with asyncio.timeout(seconds):
-            reader, writer = await tls_link.open_stream(identity, facts.inbox, facts.node)
-            try:
-                frames.write(writer, message)
-                return await frames.read(reader, 2 * TRAIL_BYTES_MAX)
-            finally:
-                writer.transport.abort()
+            frames.write(writer, message)
+            return await frames.read(reader, 2 * TRAIL_BYTES_MAX)
     except TimeoutError as error:
         raise LinkClosed(f"{facts.name} did not answer in {seconds:.0f} s") from error
-
-
-def _layers(goal: SliceGoal) -> tuple[int, int]:
-    return goal.first, goal.last
+    finally:
+        writer.transport.abort()
 
 
 def _sha256(rows: np.ndarray) -> str:
@@ -276,8 +289,9 @@ def _sha256(rows: np.ndarray) -> str:
 
 def _fits(record: Record, own: Record, tokens: np.ndarray) -> bool:
     """Whether what the last stage says it gave is what the first one got, from the same start."""
-    same_start = record.opening is None or own.opening is None or record.opening == own.opening
-    return same_start and all(
+    if record.opening is None or record.opening != own.opening:
+        return record.opening is own.opening  # nothing was sampled yet
+    return all(
         tokens[position + 1] == token
         for position, token in record.tokens.items()
         if 0 <= position < len(tokens) - 1

@@ -14,7 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cordee.agent.spot_checker import ANSWER_SECONDS, EVIDENCE_SECONDS, SpotChecker, SpotCheckerOwner, ask
+import msgspec
+
+from cordee.agent.spot_checker import (
+    ANSWER_SECONDS,
+    EVIDENCE_SECONDS,
+    SpotChecker,
+    SpotCheckerOwner,
+    Unreachable,
+    ask,
+)
 from cordee.cluster.facts import Placement
 from cordee.cluster.goals import SliceGoal, holds
 from cordee.errors import StageFailed
@@ -234,16 +243,23 @@ class SpotChecks:
         if any(found.state != "unknown" for found in findings) or not findings:
             pace.silent.pop(target.index, None)
             return
+        facts, own_facts = self._owner.alive().get(place.node), self._owner.alive()[self._owner.node]
+        if place.node == self._owner.node or facts is None or facts.version != own_facts.version:
+            return
         query = RecordQuery(target.wiring, 0, target.sequence, target.tenure, target.rows, whole=False)
         own, _ = await self._owner.stages.record(query)
-        theirs, _ = await self._checker.record(
-            place.node,
-            RecordQuery(
-                target.wiring, target.index, target.sequence, target.tenure, target.rows, whole=False
-            ),
-        )
+        theirs = Record(0)
+        try:
+            index = msgspec.structs.replace(query, index=target.index)
+            theirs, _ = await self._checker.record(place.node, index)
+        except Unreachable:
+            return
+        except LinkClosed as error:
+            log.info("no record of stage %d: %s", target.index, error)
         still, _ = await self._owner.stages.record(query)
-        if own.rows and still.rows and not theirs.rows and place.node != self._owner.node:
+        if theirs.rows:
+            pace.silent.pop(target.index, None)
+        elif own.rows and still.rows:
             silent = pace.silent[target.index] = pace.silent.get(target.index, 0) + 1
             if silent >= SILENT_MAX:
                 self._owner.doubt(place.node, "its stage does not show what it computed")

@@ -47,7 +47,7 @@ START_SECONDS = 60.0  # a worker's interpreter and imports, on a slow and busy m
 LOAD_SECONDS = 3600.0  # 60 GB from a slow disk take half an hour
 HELLO_SECONDS = 10.0  # for the first message of a link, which is sent as soon as it is there
 WIRE_SECONDS = 600.0  # a worker first finishes what it computes: 512 rows, at one row a second
-RECORD_SECONDS = 30.0  # for a record: a worker first ends what it computes
+RECORD_SECONDS = 600.0  # for a record: a worker first ends what it computes
 RECOMPUTE_SECONDS = 600.0  # for rows computed again with the lowest priority
 CLOSE_SECONDS = 5.0  # a worker ends at once with its control link, unless it is stopped or swapped out
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from cordee.worker.messages import Opening, Record, RecordQuery, Rows, Run
 
-# 512 positions of a model of width 4,096, of two streams. The memory planned for a stage leaves as much.
+# 512 positions of a model of width 4,096, of two streams.
 TRAIL_BYTES_MAX = 16 << 20
 RECORDS_BYTES_MAX = 2 * TRAIL_BYTES_MAX
 
@@ -31,7 +31,9 @@ class _Trail:
     tokens: dict[int, int] = field(default_factory=dict[int, int])  # chosen, by position
 
     def trim(self, length: int) -> None:
-        """Keep the first positions only."""
+        """Keep the first positions only, and tokens that were chosen for one of them."""
+        if length >= self.length:
+            return
         position_bytes = self.nbytes // max(self.length, 1)
         while self.length > length:
             surplus = min(self.length - length, len(self.received[-1]))
@@ -41,7 +43,7 @@ class _Trail:
                     kept.extend([last[:-surplus]] if surplus < len(last) else [])
             self.length -= surplus
         self.nbytes = position_bytes * self.length
-        self.tokens = {position: token for position, token in self.tokens.items() if position < length}
+        self.tokens = {position: token for position, token in self.tokens.items() if position + 1 < length}
 
 
 class Records:
@@ -71,12 +73,14 @@ class Records:
                 self.forget(run.sequence)
             else:
                 trail.opening = message.opens.get(run.sequence, trail.opening)
-                if trail.length == run.first_position and trail.nbytes < TRAIL_BYTES_MAX:
-                    trail.received.append(received[start:end])
+                room = (TRAIL_BYTES_MAX - trail.nbytes) // self._position_bytes
+                if trail.length == run.first_position and room > 0:
+                    kept = slice(start, min(end, start + room))
+                    trail.received.append(received[kept])
                     if sent is not None:
-                        trail.sent.append(sent[start:end])
-                    trail.length += run.rows
-                    trail.nbytes += run.rows * self._position_bytes
+                        trail.sent.append(sent[kept])
+                    trail.length += kept.stop - start
+                    trail.nbytes += (kept.stop - start) * self._position_bytes
                 if run.output and run.sequence in tokens and trail.length == run.first_position + run.rows:
                     trail.tokens[trail.length - 1] = tokens[run.sequence]
             start = end
@@ -121,7 +125,8 @@ class Records:
         elif trail is None:
             return None
         if trail.tenure != run.tenure:
-            trail.tenure, trail.opening = run.tenure, None
+            # Another stream: it need not go on with the token that was chosen last.
+            trail.tenure, trail.opening, trail.tokens = run.tenure, None, {}
         trail.trim(run.first_position)
         self._trails[run.sequence] = trail
         return trail

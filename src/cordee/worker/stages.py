@@ -250,6 +250,13 @@ class Stages:
         found = (process.placement for process in self._processes.values() if process.wiring == wiring)
         return next(found, None) if wiring else None
 
+    def n_embd(self, wiring: str) -> int:
+        """The width of the rows of a wiring that a worker here is in; 0 if there is none."""
+        for process in self._processes.values():
+            if process.wiring == wiring and process.worker and process.worker.description:
+                return process.worker.description.n_embd
+        return 0
+
     async def record(self, query: messages.RecordQuery) -> tuple[messages.Record, bytes]:
         """What a stage here received and sent.
 
