@@ -138,9 +138,7 @@ def test_a_model_that_is_kept_on_some_nodes_is_copied_to_those_alone() -> None:
         view = view_of(*nodes, deployments=[deployment])
         copies = {node: goals_of(view, node).slices for node in "abcd"}
         assert bool(copies["c"]) <= ("c" in only)
-        assert (
-            sum(len(goals) for goals in copies.values()) == 2 + 3
-        )  # stages, their copies, the embedding
+        assert sum(len(goals) for goals in copies.values()) == 2 + 3  # stages, their copies, the embedding
 
 
 def test_a_copy_that_lies_somewhere_stays_and_full_disks_get_none() -> None:
