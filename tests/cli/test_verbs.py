@@ -105,6 +105,32 @@ def test_plan_is_for_the_cluster_as_it_is(nodes: list[Node]) -> None:
     assert "the machines have 0.4 GB" in refused.stderr  # beside what runs
 
 
+def test_a_model_can_be_kept_on_some_nodes(nodes: list[Node]) -> None:
+    """It moves there; where it does not fit, people are told; a node that nobody knows is refused."""
+    refused = nodes[0].cordee("deploy", "starter", *SERVED, "--only", "a,bb")
+    assert refused.returncode == 2
+    assert "No node is called 'bb' (did you mean b?): `cordee nodes` lists them." in refused.stderr
+    ids = {node.asked("/nodes")["nodes"][0]["name"]: node.id for node in nodes}
+    for only in ("a,c", f"b,{ids['c']}"):
+        names = sorted(name for name in "abc" if name in only.split(",") or ids[name] in only)
+        nodes[0].do("deploy", "starter", *SERVED, "--only", only)
+        until(
+            lambda names=names: all(
+                serves(node) and sorted({stage["name"] for stage in stages(node)}) == names for node in nodes
+            )
+        )
+        assert hello(nodes[1]) == hello(nodes[0])
+        assert sorted(nodes[2].model("starter")["only"]) == names
+        assert "kept on" in nodes[2].do("status")
+    said = nodes[0].cordee("deploy", "starter", *SERVED, "--only", "a").stderr
+    assert "cannot run for now. It may run only on a (`--only`)." in said
+    assert "may run only on a" in nodes[1].model("starter")["why"]
+    nodes[0].do("undeploy", "starter")
+    nodes[0].do("deploy", "starter", *SERVED)
+    until(lambda: all(serves(node) for node in nodes))
+    assert nodes[1].model("starter")["only"] == []
+
+
 def test_no_model_is_deployed_for_more_than_it_was_made_for(nodes: list[Node]) -> None:
     refused = nodes[2].cordee("deploy", "starter", "--context", 8193)
     assert (refused.returncode, "at most 8192 tokens" in refused.stderr) == (2, True)

@@ -366,3 +366,79 @@ def test_a_model_at_which_planning_fails_hides_no_other(at: str) -> None:
     good = view_of(facts_of("a", 4), facts_of("b", 4), deployments=[deployments[1], deployments[3]])
     assert made == choose(good, Simple()) | {"bad1": (), "bad2": ()}
     assert made["m"] and made["n"]
+
+
+def kept_on(*nodes: str, name: str = "m", shape: ModelShape | None = None) -> Deployment:
+    return Deployment(name, shape or shape_of(), CONTEXT, SEQUENCES, only=tuple(sorted(nodes)))
+
+
+def test_a_model_that_is_kept_on_some_nodes_runs_on_no_other() -> None:
+    nodes = [facts_of("a", speed=1.0), facts_of("b", speed=1000.0), facts_of("c", layers=1)]
+    [choice] = chosen(view_of(*nodes, deployments=[kept_on("a", "c")]))
+    assert where(choice) == [("c", 0, 1), ("a", 1, 4)] and choice.placement.only == ("a", "c")
+    assert chosen(view_of(*nodes, deployments=[kept_on("c")])) == ()
+    assert chosen(view_of(*nodes, deployments=[kept_on("nobody")])) == ()
+
+
+def test_what_runs_elsewhere_does_not_count_for_it_nor_what_only_says_so() -> None:
+    everywhere = placed(("b", 0, 4))
+    lying = msgspec.structs.replace(everywhere, only=("a",))
+    for running_now in (everywhere, lying):
+        nodes = [facts_of("a"), facts_of("b", stages=running(running_now)["b"])]
+        [choice] = chosen(view_of(*nodes, deployments=[kept_on("a")]))
+        assert where(choice) == [("a", 0, 4)] and not choice.wiring
+
+
+def test_two_names_of_a_model_that_are_kept_on_different_nodes_share_no_placement() -> None:
+    nodes = [facts_of("a", layers=8), facts_of("b", layers=8)]
+    names = [kept_on(name="free"), kept_on("b", name="kept")]
+    found = choose(view_of(*nodes, deployments=names), Simple())
+    [free], [kept] = found["free"], found["kept"]
+    assert where(kept) == [("b", 0, 4)] and kept.placement != free.placement
+    served = running(kept.placement)
+    again = [facts_of("a", layers=8), facts_of("b", layers=8, stages=served["b"])]
+    found = choose(view_of(*again, deployments=names), Simple())
+    assert found["kept"][0].wiring and not found["free"][0].wiring
+
+
+def test_a_draining_node_hands_over_to_no_node_that_may_not_have_the_model() -> None:
+    kept = msgspec.structs.replace(placed(("a", 0, 4)), only=("a", "c"))
+    nodes = [
+        facts_of("a", stages=running(kept)["a"], draining=True),
+        facts_of("b", speed=1000.0),
+        facts_of("c", speed=1.0),
+    ]
+    [choice] = chosen(view_of(*nodes, deployments=[kept_on("a", "c")]))
+    assert choice.successor is not None
+    assert [place.node for place in choice.successor.stages] == ["c"]
+    [choice] = chosen(view_of(*nodes[:2], deployments=[kept_on("a", "c")]))
+    assert choice.successor is None and choice.wiring
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.floats(1, 1000), st.booleans()), min_size=1, max_size=5),
+    st.lists(st.sets(st.sampled_from("abcdex")), min_size=1, max_size=3),
+    st.lists(st.tuples(st.sampled_from("abcde"), st.sampled_from("abcde"), st.integers(0, 3)), max_size=4),
+)
+def test_no_choice_uses_a_node_that_may_not_have_the_model(
+    machines: list[tuple[int, float, bool]],
+    keeps: list[set[str]],
+    reported: list[tuple[str, str, int]],
+) -> None:
+    reports: dict[str, list[StageReport]] = {}
+    for first, second, which in reported:
+        only = tuple(sorted(keeps[which % len(keeps)]))
+        placement = msgspec.structs.replace(placed((first, 0, 2), (second, 2, 4)), only=only)
+        for node, said in running(placement).items():
+            reports.setdefault(node, []).extend(said)
+    nodes = [
+        facts_of(node, layers, speed, stages=reports.get(node, ()), draining=draining)
+        for node, (layers, speed, draining) in zip("abcde", machines, strict=False)
+    ]
+    names = [kept_on(*nodes_of_it, name=f"m{n}") for n, nodes_of_it in enumerate(keeps)]
+    found = choose(view_of(*nodes, deployments=names), Simple())
+    for name, allowed in zip(names, keeps, strict=True):
+        for choice in found[name.model]:
+            for placement in filter(None, (choice.placement, choice.successor)):
+                used = {place.node for place in placement.stages}
+                assert placement.only == name.only and (not allowed or used <= allowed)

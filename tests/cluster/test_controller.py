@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from clusters import CONTEXT, ME, SEQUENCES, Simple, facts_of, placed, running, shape_of
 from cordee.cluster.controller import RETHINK_SECONDS, Controller, Decision, Running
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import Facts, Gauges, Hosted, best_host, stream_key
 from cordee.cluster.goals import Goals
 from cordee.cluster.membership import LISTEN_SECONDS, SILENCE_SECONDS, SUSPICION_SECONDS, Heartbeat
@@ -251,3 +252,36 @@ def test_facts_are_news_until_they_were_said() -> None:
     controller.heartbeat(5.5)
     assert not stepped(controller, workers, {}, {}).is_news
     assert stepped(controller, workers[:1], {}, {}).is_news
+
+
+def test_streams_that_are_to_stay_on_some_nodes_get_into_no_other_placement() -> None:
+    free, kept, other = stream_key("m", 64), stream_key("m", 64, ("a", "b")), stream_key("m", 64, ("a",))
+    hosts = {free: "w1", kept: "w2"}
+    assert best_host(hosts, stream_key("m", 32, ("a", "b"))) == kept
+    assert best_host(hosts, stream_key("m", 32)) == free
+    assert best_host(hosts, other) is None and best_host({kept: "w2"}, free) is None
+
+
+def test_a_model_is_deployed_on_some_nodes_and_served_by_those() -> None:
+    controller = Controller("a", "session of a", Simple(), ME)
+    controller.observe(facts_of("a"), 0.0, 1e9)
+    later = LISTEN_SECONDS + 1
+    for node, speed in (("b", 1.0), ("c", 1e6)):
+        controller.observe(facts_of("a"), later, 1e9 + later)
+        controller.hear(Heartbeat("s", 1.0, 1e9 + later, facts_of(node, speed=speed)), later)
+    controller.deploy("m", shape_of(), CONTEXT, SEQUENCES, later, only=["b", "a"])
+    controller.observe(facts_of("a"), later + LISTEN_SECONDS, 1e9)
+    controller.plan(later + LISTEN_SECONDS)
+    [deployed] = controller.deployments
+    assert deployed.only == ("a", "b")
+    [pick] = controller.chosen["m"]
+    assert {place.node for place in pick.placement.stages} <= {"a", "b"}
+
+
+def test_what_a_member_sends_that_its_author_did_not_sign_is_counted_for_the_member() -> None:
+    controller = Controller("a", "session of a", Simple(), ME)
+    controller.observe(facts_of("a"), 0.0, 1e9)
+    forged = Deployment("m", shape_of(), CONTEXT, SEQUENCES, author="b", stamp=1e9, written=1e9)
+    controller.hear(Heartbeat("s", 1.0, 1e9, facts_of("c"), (forged,)), 1.0)
+    assert controller.deployments == ()
+    assert controller.unsound == {"c": (1, "a deployment that its author did not sign")}

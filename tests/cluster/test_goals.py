@@ -3,7 +3,9 @@
 import msgspec
 
 from clusters import (
+    CONTEXT,
     LAYER_BYTES,
+    SEQUENCES,
     Simple,
     facts_of,
     placed,
@@ -12,6 +14,7 @@ from clusters import (
     view_of,
 )
 from cordee.cluster.choose import choose
+from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import KvSource, SliceHeld, StageReport, wiring_id
 from cordee.cluster.goals import (
     DISK_RESERVE_BYTES,
@@ -124,6 +127,18 @@ def test_the_embedding_lies_in_no_slice_of_layers() -> None:
     assert not holds([SliceHeld("m", 0, 2), SliceHeld("n", 0, 0)], embedding)
     assert holds([SliceHeld("m", 0, 0)], embedding)
     assert holds([WHOLE], embedding)
+
+
+def test_a_model_that_is_kept_on_some_nodes_is_copied_to_those_alone() -> None:
+    for others in ("d", "cd"):
+        only = ("a", "b", *others)
+        reports = running(msgspec.structs.replace(HALVES, only=only))
+        deployment = Deployment("m", shape_of(), CONTEXT, SEQUENCES, only=only)
+        nodes = [facts_of(node, 2, stages=reports.get(node, ())) for node in "abcd"]
+        view = view_of(*nodes, deployments=[deployment])
+        copies = {node: goals_of(view, node).slices for node in "abcd"}
+        assert bool(copies["c"]) <= ("c" in only)
+        assert sum(len(goals) for goals in copies.values()) == 2 + 3  # stages, their copies, the embedding
 
 
 def test_a_copy_that_lies_somewhere_stays_and_full_disks_get_none() -> None:
