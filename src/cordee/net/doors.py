@@ -221,7 +221,7 @@ class Door:
             if not isinstance(error, OSError | asyncio.CancelledError):  # no TLS, or gone; it is one too many
                 raise
 
-    def idlers(self, step: str) -> Crowd[Connection]:
+    def at_step(self, step: str) -> Crowd[Connection]:
         """The connections at a step."""
         return self._crowds[step]
 
@@ -232,7 +232,7 @@ _doors: WeakSet[Door] = WeakSet()  # all of this process
 def _make_room() -> bool:
     """End a connection, at any door, that nobody would miss; False if there is none."""
     for step in ("silent", "opening", "resting"):
-        connection = max((door.idlers(step) for door in _doors), key=len).heaviest()
+        connection = max((door.at_step(step) for door in _doors), key=len).heaviest()
         if connection is not None:
             connection.end()
             return True
