@@ -453,7 +453,7 @@ def test_random_messages_typed_and_untyped(world: World) -> None:
             if number % 20 == 0:
                 kind = random.choice(("ping", "chunk", "reach", "renew"))
                 world.eve.ask(f"{kind}/{random.choice(sorted(world.ids))}", payload, 0.01)
-            elif number % 50 == 1:
+            elif number % 200 == 1:
                 said = random.choice((payload, (StreamMessage(), payload)))
                 world.eve.send(*random.choice(endpoints), StreamsJoin(), said)
             else:
