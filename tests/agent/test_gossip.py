@@ -21,7 +21,7 @@ from cordee.net.members import Members
 from hostile_member import mutated
 from members import cluster
 
-RANDOM = 2_000  # of each kind; tests/net/test_net_member.py has ten times as many, over the network
+RANDOM = 20_000  # of each kind; tests/net/test_net_member.py sends them over the network
 
 
 @dataclass
