@@ -17,6 +17,7 @@ import pytest
 
 import cluster_processes
 from cluster_processes import Cluster, until
+from clusters import ME
 from cordee.agent import planning
 from cordee.agent.planning import PlanningProcess
 from cordee.agent.status import ClusterStatus
@@ -205,7 +206,7 @@ def models_of(controller: Controller, process: PlanningProcess) -> dict[str, dic
 def test_status_names_what_is_being_planned_and_what_was_given_up(monkeypatch):
     monkeypatch.setattr("cordee.agent.status.warnings", lambda *_: [])
     process = PlanningProcess(lambda: None)
-    controller = Controller("ada", "s", process.planner)
+    controller = Controller("ada", "s", process.planner, ME)
     for name in ("first", "second"):
         controller.deploy(name, made_shape(5, digest=name), *DEMAND, time.monotonic() - 9)
     listened(controller, machine("ada", device(9, 100)))

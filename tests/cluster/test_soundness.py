@@ -137,7 +137,7 @@ def test_one_wrong_number_among_those_of_all_layers_is_found(index: int, wrong: 
 
 def test_what_a_node_says_again_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """And what is new beside it is."""
-    controller = Controller("a", "session", Simple())
+    controller = Controller("a", "session", Simple(), ME)
     controller.observe(facts_of("a"), 0.0, 1e9)
     said = msgspec.structs.replace(full_heartbeat(), facts=facts_of("b"))
     looked: list[object] = []

@@ -5,6 +5,7 @@ from random import Random
 import msgspec
 
 from calls import calls_of
+from clusters import ME, signed
 from cordee.cluster.controller import Controller, Running
 from cordee.cluster.deployments import DEPLOYMENTS_MAX, REPLICAS_MAX, Deployment
 from cordee.cluster.facts import Facts, ModelShape, Offer, Placement, SliceHeld, StagePlace, StageReport
@@ -39,7 +40,9 @@ class Worst:
         self._random = Random(0)
         names = [f"m{k:02d}" for k in range(DEPLOYMENTS_MAX - 1)]
         self._deployments = tuple(
-            Deployment(name, shape_of(name, LAYERS, self._random), 4096, 2, REPLICAS_MAX, 1.0, "worst")
+            signed(
+                Deployment(name, shape_of(name, LAYERS, self._random), 4096, 2, REPLICAS_MAX, 1.0), "worst"
+            )
             for name in names
         )
         self._offered = shape_of("o", 32, self._random)
@@ -77,7 +80,7 @@ class Worst:
 
 def test_the_worst_member_takes_little_of_a_step_and_hides_nothing() -> None:
     planner, worst = LaterPlanner(), Worst()
-    controller = Controller("ada", "s", planner)
+    controller = Controller("ada", "s", planner, ME)
     own = machine("ada", device(16, 50))
     controller.deploy("honest", made_shape(5, digest="honest"), 4096, 2, 0.0)
     for now in range(int(LISTEN_SECONDS) + 3):
