@@ -29,7 +29,7 @@ from cordee.agent import admins, capacity, gauges
 from cordee.agent.certificates import Certificates
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
-from cordee.agent.inbox import Inbox
+from cordee.agent.inbox import AgentInbox
 from cordee.agent.planning import PlanningProcess
 from cordee.agent.probes import Probes
 from cordee.agent.reach import Reach
@@ -134,7 +134,7 @@ class Agent:
         self._scheduler_hosts: dict[str, SchedulerHost] = {}  # by stream key
         self._stages: Stages | None = None
         self._spot_checks = SpotChecks(self, identity.folder, self._scheduler_hosts, options.spot_check)
-        self._inbox = Inbox(self, identity, self._stream_links, self._spot_checks)
+        self._inbox = AgentInbox(self, identity, self._stream_links, self._spot_checks)
         self._facts: Facts | None = None
         self._news = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()

@@ -34,7 +34,7 @@ from cordee.worker.process import opening
 RESULT_BYTES_MAX = 8 << 20  # of a last stage: tokens of SEQUENCES_MAX streams with all that is known of each
 
 
-class InboxOwner(Protocol):
+class AgentInboxOwner(Protocol):
     """What the inbox needs of the agent; called on the event loop."""
 
     def on_result(self, node: str, message: Tokens | KvAnswer | Prepared) -> None:
@@ -60,11 +60,11 @@ class SpotAnswers(Protocol):
         """Answer a node of a placement."""
 
 
-class Inbox:
+class AgentInbox:
     """See the module's docstring. All methods on one event loop."""
 
     def __init__(
-        self, owner: InboxOwner, identity: Identity, stream_links: StreamLinks, spot_checks: SpotAnswers
+        self, owner: AgentInboxOwner, identity: Identity, stream_links: StreamLinks, spot_checks: SpotAnswers
     ) -> None:
         self._owner = owner
         self._identity = identity

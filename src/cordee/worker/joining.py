@@ -17,7 +17,7 @@ J = TypeVar("J", Join, str)
 
 
 @dataclass(eq=False)
-class Caller:
+class Peer:
     """A link that was opened from elsewhere, and the node it comes from; "" is this machine."""
 
     link: socket.socket

@@ -41,7 +41,7 @@ from cordee.privacy import no_core_dumps
 from cordee.worker import frames
 from cordee.worker.compute import Compute, again
 from cordee.worker.frames import FrameLate, LinkClosed
-from cordee.worker.joining import Caller, joined, keep_early
+from cordee.worker.joining import Peer, joined, keep_early
 from cordee.worker.messages import (
     AdmitReaders,
     Broken,
@@ -126,7 +126,7 @@ class Worker:
         self._silent: Crowd[Handshake] = Crowd(*SILENT_MAX)  # of other machines, that said nothing yet
         self._handshakes: Crowd[Handshake] = Crowd(*HANDSHAKES_MAX)  # that are still proving who they are
         # That have not said yet what they join.
-        self._unjoined: Crowd[Caller] = Crowd(PEERS_MAX, PEERS_OF_NODE_MAX)
+        self._unjoined: Crowd[Peer] = Crowd(PEERS_MAX, PEERS_OF_NODE_MAX)
         self._early: dict[
             tuple[Join, str], socket.socket
         ] = {}  # that joined before this worker's Wire, by node
@@ -262,7 +262,7 @@ class Worker:
     def _accept(self) -> None:
         """Accept a peer; one that sends nothing takes one of PEERS_MAX places, and no time."""
         peer, _ = self._inbox.accept()
-        self._admit(Caller(peer, ""), self._unjoined, "")
+        self._admit(Peer(peer, ""), self._unjoined, "")
 
     def _admit(self, peer: C, among: Crowd[C], owner: str) -> None:
         out = among.add(peer, owner)
@@ -297,9 +297,9 @@ class Worker:
             self._admit(handshake, self._handshakes, handshake.address)
         else:
             node, peer = came
-            self._admit(Caller(peer, node), self._unjoined, node)
+            self._admit(Peer(peer, node), self._unjoined, node)
 
-    def _read_join(self, caller: Caller) -> None:
+    def _read_join(self, caller: Peer) -> None:
         """Read which wiring a peer joins; the peer may have learnt of it before this worker."""
         self._forget(caller, self._unjoined)
         peer = caller.link
@@ -318,7 +318,7 @@ class Worker:
         keep_early(self._early, (message, caller.node), peer)
         self._attach_upstream()
 
-    def _read_reader_join(self, caller: Caller, join: ReaderJoin) -> None:
+    def _read_reader_join(self, caller: Peer, join: ReaderJoin) -> None:
         """A worker of the next placement; its node may have learnt before ours that there is one."""
         wiring, nodes = self._admitted
         if join.wiring not in (self._wiring, self._left_wiring):
