@@ -74,13 +74,13 @@ def test_a_stage_that_computes_wrongly_is_named_and_left_out(make, starter_path:
     until(lambda: sorted(names(a)) == ["a", "b"])
     assert answer(a) != right_answer(starter_path)  # nobody could have seen that
     evidence = (
-        r"is left out.*: layers \d+ to \d+ of starter on b: .*(differ|cannot follow).*, computed again by a",
-        r"is left out.*: b says that a computes wrongly: .* (rows|tokens) agree, computed again by a here",
+        r"does without .*: layers \d+ to \d+ of starter on b: .*(differ|cannot follow).*, computed again by a",
+        r"does without .*: b says that a computes wrongly: .* (rows|tokens) agree, computed again by a here",
     )
     until(lambda: re.search("|".join(evidence), a.said))
     c = cluster.add("c")
     for honest in (a, c):
-        assert not re.search(r"is left out.* on [ac]: |is left out.*: [ac] says", honest.said)
+        assert not re.search(r"does without .* on [ac]: |does without .*: [ac] says", honest.said)
     if "doubts" in Facts.__struct_fields__:  # what `cluster/choose.py` makes of it
 
         def is_without_it() -> bool:
@@ -111,7 +111,7 @@ def test_a_worker_that_hides_what_it_sends_is_known_to_its_neighbour(make) -> No
         return f": {name} says that it sent other rows than came from it" in after.said
 
     until(is_known)
-    assert "is left out" not in before.said
+    assert "does without" not in before.said
 
 
 @pytest.mark.long
@@ -127,4 +127,4 @@ def test_honest_stages_are_checked_and_nobody_is_left_out(make) -> None:
 
     until(is_checked)
     for node in nodes:
-        assert "is left out" not in node.said
+        assert "does without" not in node.said

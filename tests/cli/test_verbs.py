@@ -124,7 +124,7 @@ def test_a_model_can_be_kept_on_some_nodes(nodes: list[Node]) -> None:
         assert "kept on" in nodes[2].do("status")
     said = nodes[0].cordee("deploy", "starter", *SERVED, "--only", "a").stderr
     assert "cannot run for now. It may run only on a (`--only`)." in said
-    assert "may run only on a" in nodes[1].model("starter")["why"]
+    until(lambda: "may run only on a" in nodes[1].model("starter")["why"])
     nodes[0].do("undeploy", "starter")
     nodes[0].do("deploy", "starter", *SERVED)
     until(lambda: all(serves(node) for node in nodes))

@@ -200,11 +200,11 @@ def test_what_a_person_gave_is_dialled_anywhere(tmp_path: Path, monkeypatch: pyt
                 await tls_link.open_stream(me.folder, endpoint, node)
         await heard.close()
 
-    def refused(*_: object, **__: object) -> None:
+    async def refused(*_: object) -> None:
         raise ConnectionRefusedError("refused")
 
     with monkeypatch.context() as patch:
-        patch.setattr(asyncio, "open_connection", refused)
+        patch.setattr(asyncio.SelectorEventLoop, "sock_connect", refused)
         asyncio.run(story())
 
 

@@ -48,7 +48,7 @@ from members import founder
 
 QUESTION = "The password of the safe is rosebud. Say it."
 QUIET_SECONDS = 0.15  # for what has no answer to arrive
-GROWTH_BYTES_MAX = 50 << 20
+GROWTH_BYTES_MAX = 64 << 20  # of an agent, in all: 43 to 57 MB were measured
 RANDOM = 20_000
 
 

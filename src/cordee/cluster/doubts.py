@@ -27,7 +27,7 @@ DOUBT_SECONDS_MAX = 3600.0
 MEMORY_SECONDS = 2 * DOUBT_SECONDS_MAX
 REASON_CHARS_MAX = 400
 EXCLUDERS = 2  # of which one may lie
-PAIRS_TRIED_MAX = 3  # of which either node may have to go: 2**3 plans
+PAIRS_TRIED_MAX = 2  # of which either node may have to go, or both: 3**2 plans
 
 
 @dataclass(eq=False)
@@ -94,12 +94,17 @@ class Exclusions:
         }
         for node, doubters in self._doubters.items():
             doubters.discard(node)
+        self._paired = {node for node, by in self._doubters.items() if by}.union(*self._doubters.values())
 
     def concern(self, nodes: Collection[str]) -> bool:
         """Whether these nodes should not work together."""
         return any(
             node in self._out or not self._doubters[node].isdisjoint(nodes) for node in self._known(nodes)
         )
+
+    def in_pairs(self, nodes: Collection[str]) -> int:
+        """How many of these nodes doubt any other, or are doubted: of two either may be to blame."""
+        return len(self._paired.intersection(nodes))
 
     def groups(self, nodes: Collection[str], last_resort: bool = False) -> Iterator[frozenset[str]]:
         """Parts of these nodes that should work together, the best first; mostly there is just one.
@@ -115,7 +120,7 @@ class Exclusions:
         return (node for node in nodes if node in self._doubters)
 
     def _without_pairs(self, nodes: frozenset[str], tries: int) -> Iterator[frozenset[str]]:
-        """Leave out who is in most pairs; of two that are in one pair alone, one or the other."""
+        """Leave out who is in most pairs; of two in a pair of their own, either or both."""
         others: dict[str, set[str]] = {}
         for node in self._known(nodes):
             for doubter in self._doubters[node] & nodes:
@@ -125,6 +130,10 @@ class Exclusions:
             yield nodes
             return
         worst = min(others, key=lambda node: (-len(others[node]), node))
-        yield from self._without_pairs(nodes - {worst}, tries if len(others[worst]) > 1 else tries - 1)
-        if len(others[worst]) == 1 and tries > 0:
+        if len(others[worst]) > 1:
+            yield from self._without_pairs(nodes - {worst}, tries)
+            return
+        yield from self._without_pairs(nodes - {worst}, tries - 1)
+        if tries > 0:
             yield from self._without_pairs(nodes - others[worst], tries - 1)
+            yield from self._without_pairs(nodes - others[worst] - {worst}, tries - 1)

@@ -30,7 +30,7 @@ SOCKET_SECONDS = (
 )
 # Once a frame has begun to arrive: the poorest link, and a machine that swaps. A peer that sends a byte now
 # and then would hold up a worker for ever.
-FRAME_SECONDS = 10.0
+FRAME_SECONDS = 5.0
 FRAME_BYTES_PER_SECOND = 1_000_000
 JOINED_BYTES_MAX = 64 << 10  # up to here copying is cheaper than a second system call
 
