@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from sim.__main__ import attempt
-from sim.mutations import MUTATIONS, found
+from sim.mutations import MUTATIONS, STALL_MUTATIONS, found
 from sim.run import Broken, play
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = 500
 # Those that take more seeds than others to be found.
 RARE = (
+    "serving before the links are made",
     "a node plans before it has listened",
     "heartbeats sent earlier are old for ever",
     "any gain is worth a move",
@@ -36,7 +37,11 @@ def test_a_seed_is_a_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long if name in RARE else ()) for name in MUTATIONS]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.long if name in RARE else ())
+        for name in MUTATIONS | STALL_MUTATIONS
+    ],
 )
 def test_planted_bugs_are_found(name: str) -> None:
     assert found(name) is not None

@@ -77,6 +77,7 @@ def holders(cluster: Cluster, first: int, last: int) -> list[str]:
     return found
 
 
+@pytest.mark.long
 def test_a_model_of_the_hub_is_deployed_fetched_once_and_outlives_hub_and_host(
     cluster: Cluster, hub: FakeHub, starter_path: Path
 ) -> None:

@@ -74,7 +74,7 @@ def test_a_stage_that_computes_wrongly_is_named_and_left_out(make, starter_path:
     until(lambda: sorted(names(a)) == ["a", "b"])
     assert answer(a) != right_answer(starter_path)  # nobody could have seen that
     evidence = (
-        r"does without .*: layers \d+ to \d+ of starter on b: .*(differ|cannot follow).*, computed again by a",
+        r"does without .*: layers .* of starter on b: .*(differ|cannot follow).*, computed again by a",
         r"does without .*: b says that a computes wrongly: .* (rows|tokens) agree, computed again by a here",
     )
     until(lambda: re.search("|".join(evidence), a.said))

@@ -124,6 +124,7 @@ def loaded(node: Node) -> identity.Identity:
     return identity.load()
 
 
+@pytest.mark.long
 def test_a_machine_that_is_off_is_listed_and_once_removed_never_comes_back(cluster: Cluster) -> None:
     a, b, _ = cluster.nodes.values()
     d = Node(a.home.parent / "d")
