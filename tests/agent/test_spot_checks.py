@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from cluster_processes import MEMORY, SERVED, Cluster, Node, until
-from cordee.cluster.facts import Facts
 from cordee.engine.llama.stage import LlamaStage
 from cordee.engine.stage import StageConfig, batch_of_one
 from cordee.engine.vocabulary import Vocabulary
@@ -81,14 +80,13 @@ def test_a_stage_that_computes_wrongly_is_named_and_left_out(make, starter_path:
     c = cluster.add("c")
     for honest in (a, c):
         assert not re.search(r"does without [ac] for now", honest.said)
-    if "doubts" in Facts.__struct_fields__:  # what `cluster/choose.py` makes of it
 
-        def is_without_it() -> bool:
-            answer(a)  # where b works with c now, c finds it, too
-            return sorted(names(a)) == ["a", "c"]
+    def is_without_it() -> bool:
+        answer(a)  # where b works with c now, c finds it, too
+        return sorted(names(a)) == ["a", "c"]
 
-        until(is_without_it)
-        assert answer(a) == answer(c) == right_answer(starter_path)
+    until(is_without_it)
+    assert answer(a) == answer(c) == right_answer(starter_path)
     assert b.runs
 
 

@@ -59,14 +59,21 @@ def reasons(node: Node) -> str:
     return "\n".join(models[MODEL]["reasons"])
 
 
+def placed(node: Node) -> set[str]:
+    """The nodes of the model's stages, as a node sees it; those of what follows, too."""
+    placement = node.placement()
+    if placement is None:
+        return set()
+    return {stage["node"] for stage in placement["stages"] + (placement["successor"] or [])}
+
+
 def served_without(victim: Node, others: list[Node], *words: str) -> None:
     """Within SERVED_SECONDS the model is served by others, who say why."""
     asked = others[0]
 
     def is_served() -> bool:
         placement = asked.placement()
-        nodes = {stage["node"] for stage in placement["stages"]} if placement else {victim.id}
-        return bool(placement and placement["wiring"]) and victim.id not in nodes
+        return bool(placement and placement["wiring"]) and victim.id not in placed(asked)
 
     def is_said() -> bool:
         said = [line for line in reasons(asked).splitlines() if f"without {victim.host.name} " in line]
@@ -136,6 +143,7 @@ def test_a_member_that_only_says_that_it_works_is_left_out(cluster: Cluster, how
         stuck = restarted(victim, ("-m", "stuck_node"), PYTHONPATH=path, CORDEE_TEST_STUCK=how)
         with stuck:
             lost.host.kill()
+            until(lambda: victim.id in placed(honest[0]), f"{victim.host.name} is chosen")
             served_without(victim, honest, word)
             lost.up()
     cluster.settle()
