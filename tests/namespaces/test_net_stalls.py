@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import netfaults
+from cordee.cluster.doubts import DOUBT_SECONDS
 from netcluster import MODEL, Cluster, Node, until
 from netfaults import fake_clock
 
@@ -136,6 +137,7 @@ def test_a_network_that_loses_large_packets_is_left(cluster: Cluster) -> None:
 )
 def test_a_member_that_only_says_that_it_works_is_left_out(cluster: Cluster, how: str, word: str) -> None:
     """It is needed when another one is lost, which comes back a moment later."""
+    until(lambda: not any(map(reasons, cluster.nodes)), "old doubts are over", 3 * DOUBT_SECONDS)
     able = cluster.nodes[:3]  # the fourth has a small disk
     victim = next(node for node in reversed(able) if node not in cluster.stages())
     lost = next(node for node in reversed(cluster.stages()) if node is not cluster.first)
