@@ -99,7 +99,7 @@ class Agent:
         self.world.after(HEARTBEAT_SECONDS / TICKS_A_HEARTBEAT, self._tick, count + 1)
 
     def _probe(self) -> None:
-        """Knock at the others' doors, as agent/doors.py does."""
+        """Knock at the others' doors, as agent/probes.py does."""
         closed = {of for of, at in self.world.half_open if at == self.name}
         self.controller.unreachable(dict.fromkeys(sorted(closed), "its ports are closed"))
 

@@ -281,15 +281,18 @@ def _breaks_loading(scenario: Scenario, name: str) -> None:
     scenario.world.machines[name].breaks_loading = True
 
 
-def _never_loads(scenario: Scenario, name: str) -> None:
+def never_loads(scenario: Scenario, name: str) -> None:
+    """Its workers load for ever."""
     scenario.world.machines[name].never_loads = True
 
 
-def _creeps(scenario: Scenario, name: str) -> None:
+def creeps(scenario: Scenario, name: str) -> None:
+    """Hardly anything comes over its data links."""
     scenario.world.machines[name].creeps = True
 
 
-def _half_open(scenario: Scenario, name: str) -> None:
+def half_open(scenario: Scenario, name: str) -> None:
+    """The bus works, but its doors are closed to stages of others."""
     scenario.world.half_open |= {(name, other) for other in scenario.world.machines if other != name}
 
 
@@ -328,9 +331,9 @@ FAULTS: list[Callable[[Scenario, str], None]] = [
     _slow,
     _full,
     _breaks_loading,
-    _never_loads,
-    _creeps,
-    _half_open,
+    never_loads,
+    creeps,
+    half_open,
     _kill_worker,
     _kill_worker,
     _drain,

@@ -9,7 +9,7 @@ from cordee.cluster.facts import Device
 from cordee.cluster.goals import READ_BYTES_PER_SECOND_MIN
 from sim import checks
 from sim.run import Broken
-from sim.scenario import LAYER_BYTES, STAGE_BYTES, Scenario, shape_of
+from sim.scenario import LAYER_BYTES, STAGE_BYTES, Scenario, creeps, half_open, never_loads, shape_of
 
 # From the fault to the last answer: 30 s, and the time in which the slowest disk would read a stage.
 SERVED_SECONDS = 30.0 + 3 * LAYER_BYTES / READ_BYTES_PER_SECOND_MIN
@@ -73,10 +73,6 @@ def _stages(scenario: Scenario) -> list[str]:
     return sorted(name for name, agent in scenario.agents.items() if agent.workers)
 
 
-def _closed_doors(scenario: Scenario, name: str) -> None:
-    scenario.world.half_open |= {(name, other) for other in scenario.world.machines if other != name}
-
-
 def _wrong_clock(scenario: Scenario, name: str) -> None:
     """Certificates seem to have run out, in both directions; links that are open stay."""
     scenario.world.machines[name].clock_error += 40 * 86400.0
@@ -84,18 +80,10 @@ def _wrong_clock(scenario: Scenario, name: str) -> None:
     scenario.world.half_open |= {(name, other) for other in others} | {(other, name) for other in others}
 
 
-def _never_loads(scenario: Scenario, name: str) -> None:
-    scenario.world.machines[name].never_loads = True
-
-
-def _creeps(scenario: Scenario, name: str) -> None:
-    scenario.world.machines[name].creeps = True
-
-
 # And whether the fault shows only once a worker is lost.
 FAULTS: dict[str, tuple[Callable[[Scenario, str], None], bool]] = {
-    "its ports are closed": (_closed_doors, True),
+    "its ports are closed": (half_open, True),
     "its clock is wrong": (_wrong_clock, True),
-    "it never loads": (_never_loads, True),
-    "its links creep": (_creeps, False),
+    "it never loads": (never_loads, True),
+    "its links creep": (creeps, False),
 }

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import resource
 import socket
-import ssl
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from cordee.net.doors import Connection, Door, Places, open_streams
 from cordee.net.http_door import HttpServer
 from cordee.net.identity import Identity
 from cordee.net.renewal import _context
+from handshakes import hello
 from members import founder
 
 PATIENCE_SECONDS = 60
@@ -68,16 +68,6 @@ async def said(member: Identity, port: int) -> tuple[asyncio.StreamReader, async
     writer.write(b"hello\n")
     assert await reader.readline() == b"hello\n"
     return reader, writer
-
-
-def hello() -> bytes:
-    """The first packet of a TLS handshake."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    sent = ssl.MemoryBIO()
-    with contextlib.suppress(ssl.SSLWantReadError):
-        context.wrap_bio(ssl.MemoryBIO(), sent).do_handshake()
-    return sent.read()
 
 
 def connected(port: int, says: bytes = b"", whence: str = "127.0.0.1") -> socket.socket:

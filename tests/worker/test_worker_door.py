@@ -2,7 +2,6 @@
 
 import contextlib
 import socket
-import ssl
 from pathlib import Path
 
 import psutil
@@ -13,6 +12,7 @@ from cordee.engine.stage import StageConfig
 from cordee.net.address import parse
 from cordee.worker import frames, tls_link
 from cordee.worker.messages import Join, Loaded, LoadStage, Rows, Tokens, Wire, Wired
+from handshakes import hello
 from lone_worker import Lone
 from members import cluster
 from streams import SECONDS, tiny_model
@@ -25,16 +25,6 @@ GROWTH_BYTES_MAX = 10_000_000
 def own_home(home: Path) -> Path:
     """State of its own for each test, and the old one afterwards."""
     return home
-
-
-def hello() -> bytes:
-    """The first packet of a TLS handshake."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    sent = ssl.MemoryBIO()
-    with contextlib.suppress(ssl.SSLWantReadError):
-        context.wrap_bio(ssl.MemoryBIO(), sent).do_handshake()
-    return sent.read()
 
 
 @pytest.mark.parametrize("kind", ["nothing", "a byte", "hello", "plain text"])

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from cordee.agent import probes
+from cordee.agent.spot_checks import SpotChecks
 from cordee.agent.stream_links import StreamLinks
 from cordee.net.doors import Door
 from cordee.net.identity import Identity
@@ -47,24 +48,11 @@ class AgentInboxOwner(Protocol):
         """An admin offers the authority's key."""
 
 
-class SpotAnswers(Protocol):
-    """Who answers spot checks."""
-
-    async def serve(
-        self,
-        node: str,
-        message: RecordQuery | SpotRequest,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-    ) -> None:
-        """Answer a node of a placement."""
-
-
 class AgentInbox:
     """See the module's docstring. All methods on one event loop."""
 
     def __init__(
-        self, owner: AgentInboxOwner, identity: Identity, stream_links: StreamLinks, spot_checks: SpotAnswers
+        self, owner: AgentInboxOwner, identity: Identity, stream_links: StreamLinks, spot_checks: SpotChecks
     ) -> None:
         self._owner = owner
         self._identity = identity

@@ -10,8 +10,9 @@ Nobody has to believe a doubt to do what follows from it (`Exclusions`):
     doubted by EXCLUDERS nodes      no placement has it
     doubted by itself               the same
 
-So one node that lies, or whose own cable is broken, keeps nothing but itself from working. These are
-preferences: where nothing else holds a model, doubted nodes are tried again.
+So one node that lies, or whose own cable is broken, keeps by its word alone nothing but itself from working;
+with a true doubt of another node beside its own, it excludes a third. These are preferences: where nothing
+else holds a model, doubted nodes are tried again.
 """
 
 import itertools
@@ -26,7 +27,7 @@ DOUBT_SECONDS_MAX = 3600.0
 # A doubt that ended so long ago is forgotten: the next one is short again.
 MEMORY_SECONDS = 2 * DOUBT_SECONDS_MAX
 REASON_CHARS_MAX = 400
-EXCLUDERS = 2  # of which one may lie
+EXCLUDERS = 2  # one alone may lie
 PAIRS_TRIED_MAX = 2  # of which either node may have to go, or both: 3**2 plans
 
 

@@ -296,10 +296,10 @@ class SchedulerHost:
         """Send what can be sent: micro-batches to the first stage, news to gateways."""
         if self._host.ready and self._first is not None:
             while (batch := self._host.next_batch()) is not None:
-                self.rows += sum(len(each.tokens) for each in batch.segments)
                 inherited = (each.first_position for each in batch.segments if each.inherit)
                 self.inherited_tokens += sum(inherited)
                 rows = sum(len(each.tokens) for each in batch.segments)
+                self.rows += rows
                 self._results.sent(batch.id, rows, time.monotonic())
                 frames.write(self._first, *rows_of(self._wiring, batch))
             for number in self._host.halts():

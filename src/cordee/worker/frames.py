@@ -42,6 +42,10 @@ class LinkClosed(Exception):
     """The other side closed the link, hangs, or sends what is no frame."""
 
 
+class DoorClosed(LinkClosed):
+    """A node cannot be reached from here: no address of it answers, or a certificate is not accepted."""
+
+
 class FrameLate(LinkClosed):
     """A frame began to arrive, and takes too long."""
 

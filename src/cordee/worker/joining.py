@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cordee.worker import frames
-from cordee.worker.frames import LinkClosed
+from cordee.worker.frames import DoorClosed, LinkClosed
 from cordee.worker.messages import Join, Wire, WireFailed
 
 JOINS_MAX = 4  # of one node that are not wired yet, so that none can keep out those of another
@@ -52,8 +52,8 @@ def joined(identity: Path | None, wire: Wire) -> tuple[list[socket.socket], Wire
         try:
             links.append(_joined(identity, target, node, join))
         except (OSError, LinkClosed) as error:  # that stage has just ended, mostly: another Wire follows
-            closed = type(error).__name__ == "DoorClosed"  # of tls_link.py, which may not be loaded
-            return links, WireFailed(wire.wiring, str(error) or "it closed the link", node if closed else "")
+            unreachable = node if isinstance(error, DoorClosed) else ""
+            return links, WireFailed(wire.wiring, str(error) or "it closed the link", unreachable)
     return links, None
 
 

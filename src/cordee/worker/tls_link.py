@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from cordee.errors import BadRequest
 from cordee.net import address
-from cordee.worker.frames import SOCKET_SECONDS, LinkClosed
+from cordee.worker.frames import SOCKET_SECONDS, DoorClosed, LinkClosed
 
 if TYPE_CHECKING:
     import asyncio
@@ -45,10 +45,6 @@ HANDSHAKES_MAX = (64, 16)  # with an event loop, in all and of one address: each
 LINKS_MAX = (1024, 32)  # in all and of one node: one for its questions, one for each stage that brings tokens
 NOT_LET_IN = "the other side does not let this node in: is a clock wrong?"
 NODE_SUFFIX = ".cordee"  # of the alternative name that holds the node's id
-
-
-class DoorClosed(LinkClosed):
-    """A node cannot be reached from here: no address of it answers, or a certificate is not accepted."""
 
 
 class Handshake:
