@@ -26,6 +26,7 @@ def able() -> None:
 @pytest.fixture(scope="session")
 def lab() -> Iterator[Lab]:
     """Five hosts; the fourth has a small disk, the fifth is for strangers."""
+    os.environ["PYTHONFAULTHANDLER"] = "1"  # a crash of a library says where
     os.environ["PYTHONPATH"] = str(Path(cordee.__file__).parents[1])
     machines = [MACHINE] * 3 + [replace(MACHINE, disk_bytes=DISK_BYTES)] + [MACHINE]
     with Lab(machines) as lab:
@@ -43,6 +44,21 @@ def cluster(lab: Lab) -> Cluster:
         node.options = ("--listen", everywhere)
     cluster.build()
     return cluster
+
+
+@pytest.fixture(autouse=True)
+def nodes_that_ended(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A node of the shared cluster that ended by itself fails this test alone, with its last words."""
+    yield
+    if "cluster" not in request.fixturenames:
+        return
+    cluster = request.getfixturevalue("cluster")
+    ended = [node for node in cluster.nodes if node.has_ended]
+    states = [node.state() for node in ended]
+    for node in ended:
+        node.host.kill()
+        node.up()
+    assert not ended, "\n".join(states)
 
 
 @pytest.fixture

@@ -68,7 +68,11 @@ class Node:
         connection = http.client.HTTPConnection("agent", timeout=PATIENCE_SECONDS)
         connection.sock = socket.socket(socket.AF_UNIX)
         with contextlib.closing(connection):
-            connection.sock.connect(str(self.host.home / "cluster" / "agent.sock"))
+            try:
+                connection.sock.connect(str(self.host.home / "cluster" / "agent.sock"))
+            except OSError as error:
+                error.add_note(self.state())
+                raise
             connection.request("GET", path)
             return json.loads(connection.getresponse().read())
 
@@ -89,6 +93,16 @@ class Node:
         with contextlib.closing(connection):
             connection.request("GET", f"/v1/models/{MODEL}")
             return connection.getresponse().status == 200
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was up, and is no more."""
+        return self.process is not None and self.process.poll() is not None
+
+    def state(self) -> str:
+        """What is to be known of it where it does not answer: its process, its memory, its last words."""
+        status = self.process and self.process.poll()
+        return f"{self.host.name}: exit status {status}, {self.host.memory()}\n{self.tail()}"
 
     def tail(self) -> str:
         """The end of its log."""

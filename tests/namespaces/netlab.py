@@ -33,7 +33,7 @@ NETNS = Path("/run/netns")
 PREFIX = "cordee-lab"
 NETWORK = "10.77.0"  # of the bridge, /24
 CPU_PERIOD_US = 100_000
-PATIENCE_SECONDS = 30.0  # for anything that a host should do; far more than it takes
+PATIENCE_SECONDS = 60.0  # for anything that a host should do; far more than it takes
 MEGABYTE = 1_000_000
 
 
@@ -139,6 +139,15 @@ class Host:
     def pids(self) -> list[int]:
         """The host's processes."""
         return [int(line) for line in (self._groups[0] / "cgroup.procs").read_text().split()]
+
+    def memory(self) -> str:
+        """Its memory as its control group says: used, the most ever used, processes killed for want of it."""
+        group = self._groups[0]
+        names = ("memory.current", "memory.peak", "memory.events")
+        if (group / "memory.usage_in_bytes").exists():
+            names = ("memory.usage_in_bytes", "memory.max_usage_in_bytes", "memory.oom_control")
+        files = [group / name for name in names if (group / name).exists()]
+        return ", ".join(f"{file.name} {' '.join(file.read_text().split())}" for file in files)
 
     def crash(self) -> None:
         """SIGKILL for all of its processes at once, and nothing on the wire that says so; `plug` it again."""
