@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cordee.api.core import ApiCore
 from cordee.api.failures import (
     ClientGone,
     ForbiddenOrigin,
@@ -54,12 +55,13 @@ def create_app(
     loading, and its requests are told to try again. `refusal` says why a model cannot be used here, if that
     is so. Only this machine may send requests; with a `key`, only who knows it.
     """
-    openai = OpenAI(services, expected, refusal, clock, timing)
+    core = ApiCore(services, expected, refusal, clock, timing)
+    openai = OpenAI(core)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         yield
-        openai.close()
+        core.close()
 
     async def health(_: Request) -> Response:
         return health_response(services, expected)
