@@ -125,7 +125,7 @@ class Guard:
             if self._open >= REQUESTS_MAX:
                 raise Overloaded(f"{REQUESTS_MAX} requests are being answered; try again in a moment")
         except CordeeError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         self._open += 1
         try:
