@@ -18,7 +18,7 @@ FILE_LINES = 600  # longer files hold more than one noun
 FUNCTION_LINES = 60  # what fits a screen
 ROOM_LINES = 4500  # a larger room has more than one subject
 
-PURE_ROOMS = ("generation", "cluster")
+PURE_ROOMS = ("generation", "chat", "cluster")
 IMPURE_MODULES = {
     "asyncio",
     "concurrent",
@@ -54,6 +54,7 @@ ROOMS = (
         "convert",
         "engine",
         "generation",
+        "chat",
     ),
     *("machine", "net", "worker", "distribution", "serving", "agent", "doctor", "api", "terminal", "cli"),
 )

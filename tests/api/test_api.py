@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from cordee.api import app, bodies, stream
 from cordee.api.bodies import decode
-from cordee.api.prompts import chat_prompt
+from cordee.api.prompts import chat_prompt, chat_turn
 from cordee.api.replies import ChatReply
 from cordee.api.schemas import ChatRequest
 from cordee.api.stream import Timing
+from cordee.chat.formats import format_of
 from cordee.serving.local_service import ServiceConfig
 from serving import CHAT, COMPLETIONS, FRANCE, HELLO, SECONDS, Running, running, user
 
@@ -123,8 +124,7 @@ def test_a_chat_answer(server: Running) -> None:
     used = answer["usage"]
     assert used["completion_tokens"] == 5
     assert used["total_tokens"] == used["prompt_tokens"] + 5
-    prompt = chat_prompt(server.service, decode(json.dumps(HELLO).encode(), CHAT_DECODER), datetime.now(UTC))
-    assert used["prompt_tokens"] == len(prompt)
+    assert used["prompt_tokens"] == len(prompt_of(server, HELLO["messages"]))
 
 
 def test_a_chat_stream_has_the_shape_that_clients_rely_on(server: Running) -> None:
@@ -304,7 +304,8 @@ NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 
 def prompt_of(server: Running, messages: list[dict[str, Any]]) -> tuple[int, ...]:
     body = json.dumps({"model": "starter", "messages": messages}).encode()
-    return chat_prompt(server.service, decode(body, CHAT_DECODER), NOW)
+    turn = chat_turn(decode(body, CHAT_DECODER))
+    return chat_prompt(server.service, format_of(server.service.template), turn, NOW, "messages")
 
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4))

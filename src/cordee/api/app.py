@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cordee.api.core import ApiCore
 from cordee.api.failures import (
     ClientGone,
     ForbiddenOrigin,
@@ -54,12 +55,13 @@ def create_app(
     loading, and its requests are told to try again. `refusal` says why a model cannot be used here, if that
     is so. Only this machine may send requests; with a `key`, only who knows it.
     """
-    openai = OpenAI(services, expected, refusal, clock, timing)
+    core = ApiCore(services, expected, refusal, clock, timing)
+    openai = OpenAI(core)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         yield
-        openai.close()
+        core.close()
 
     async def health(_: Request) -> Response:
         return health_response(services, expected)
@@ -123,7 +125,7 @@ class Guard:
             if self._open >= REQUESTS_MAX:
                 raise Overloaded(f"{REQUESTS_MAX} requests are being answered; try again in a moment")
         except CordeeError as error:
-            await error_response(error)(scope, receive, send)
+            await error_response(error, scope["path"])(scope, receive, send)
             return
         self._open += 1
         try:

@@ -1,6 +1,6 @@
 """Errors as HTTP clients see them: OpenAI's error body, a status, and when to try again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -65,10 +65,15 @@ def error_body(error: Exception) -> dict[str, Any]:
     return _body(error.message, error.http_status, param, error.code)
 
 
-def error_response(error: Exception) -> Response:
-    """The response to a request that failed before its answer began."""
+# Error bodies of APIs other than OpenAI's, by the beginning of their paths.
+BODIES: Mapping[str, Callable[[Exception], dict[str, Any]]] = {}
+
+
+def error_response(error: Exception, path: str) -> Response:
+    """The response to a request for `path` that failed before its answer began, as that path's API has it."""
     status = error.http_status if isinstance(error, CordeeError) else 500
-    return json_response(error_body(error), status, HEADERS.get(status))
+    body_of = next((body for prefix, body in BODIES.items() if path.startswith(prefix)), error_body)
+    return json_response(body_of(error), status, HEADERS.get(status))
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -76,9 +81,9 @@ def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | Non
     return Response(msgspec.json.encode(body), status, headers, "application/json")
 
 
-async def on_failure(_: Request, error: Exception) -> Response:
+async def on_failure(request: Request, error: Exception) -> Response:
     """Starlette's handler of every error but its own."""
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def on_client_gone(_: Request, __: Exception) -> Response:

@@ -3,13 +3,15 @@
 import re
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
-from typing import Any, cast
+from typing import cast
 
-from cordee.api.schemas import CHOICES_MAX, ChatRequest, CompletionRequest, Message, refuse
+from cordee.api.schemas import CHOICES_MAX, ChatMessage, ChatRequest, CompletionRequest, refuse
+from cordee.chat.formats import ChatFormat
+from cordee.chat.turn import ChatTurn, Message, Thinking
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, ContextExceeded
-from cordee.generation import template
 from cordee.serving.interface import ModelService
 
 # A conversation about chat templates may name some; each costs a few calls of the tokenizer.
@@ -17,8 +19,20 @@ CONTROL_TEXTS_MAX = 4096
 PRIVATE = "\U000f0000"  # a private-use character around placeholders; what makes them unique is random
 
 
-def chat_prompt(service: ModelService, request: ChatRequest, now: datetime) -> tuple[int, ...]:
-    """The prompt of a conversation, up to where the answer begins.
+def chat_turn(request: ChatRequest) -> ChatTurn:
+    """The turn that a chat completion asks for.
+
+    Raises:
+        BadRequest: a message cannot be used; `param` says which.
+    """
+    messages = [_message(message, f"messages[{place}].") for place, message in enumerate(request.messages)]
+    return ChatTurn(messages=messages, thinking=Thinking(effort=request.reasoning_effort))
+
+
+def chat_prompt(
+    service: ModelService, chat_format: ChatFormat, turn: ChatTurn, now: datetime, param: str
+) -> tuple[int, ...]:
+    """The prompt of a turn, up to where the answer begins.
 
     The names of control tokens in a message, such as <|im_end|>, must not become those tokens, or the author
     of a message could speak in another role. So placeholders replace them while the template is rendered and
@@ -26,23 +40,22 @@ def chat_prompt(service: ModelService, request: ChatRequest, now: datetime) -> t
     is tokenized in one piece, as a template's author expects.
 
     Raises:
-        BadRequest: the messages cannot be used; `param` says which.
-        ContextExceeded: they are too long, whatever tokens they become.
-        UnsupportedModel: the model has no chat template, or a broken one.
+        BadRequest: the turn cannot be used; its `param` is the one that is given here.
+        ContextExceeded: it is too long, whatever tokens it becomes.
+        UnsupportedModel: the model has a broken chat template.
     """
-    if service.template is None:
-        raise template.missing(service.name)
-    hidden = _Hidden(service.vocabulary)
-    knows_developer = "developer" in service.template.source
-    _check_bytes(service, sum(map(_nbytes, request.messages)), "messages")
-    messages = [_plain(message, place, hidden) for place, message in enumerate(request.messages)]
-    for message in messages:
-        if message["role"] == "developer" and not knows_developer:
-            message["role"] = "system"
-    extra: dict[str, Any] = (
-        {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
-    )
-    return tuple(hidden.tokens(service.template.render(messages, now=now, **extra)))
+    chat_template = service.template
+    assert chat_template is not None, "`ApiCore.chat` has looked"
+    hidden = _Hidden(service.vocabulary, param)
+    _check_bytes(service, sum(map(_nbytes, turn.messages)), param)
+    knows_developer = "developer" in chat_template.source
+    messages = [_plain(message, hidden, knows_developer) for message in turn.messages]
+    turn = replace(turn, messages=messages)
+    try:
+        text = chat_template.render(chat_format.messages(turn), now=now, **chat_format.variables(turn))
+    except BadRequest as error:
+        raise BadRequest(error.message, param) from error
+    return tuple(hidden.tokens(text))
 
 
 def completion_prompts(service: ModelService, request: CompletionRequest) -> list[tuple[int, ...]]:
@@ -65,6 +78,20 @@ def completion_prompts(service: ModelService, request: CompletionRequest) -> lis
     return [_tokens(service.vocabulary, each) for each in prompt]
 
 
+def check_length(service: ModelService, prompt: Sequence[int], param: str) -> None:
+    """Refuse a prompt that leaves no room for an answer; the error names its field in the request.
+
+    Raises:
+        ContextExceeded: it does.
+    """
+    if len(prompt) >= service.context:
+        raise ContextExceeded(
+            f"the prompt has {len(prompt)} tokens; the context of {service.name} holds "
+            f"{service.context}, the answer included: shorten it, or serve the model with a larger --context",
+            param,
+        )
+
+
 def _check_bytes(service: ModelService, nbytes: int, param: str) -> None:
     """Refuse a text before it is tokenized: 16 MB take seconds, and a context holds a small part of them."""
     least = service.vocabulary.least_tokens(nbytes)
@@ -82,10 +109,7 @@ def _utf8_bytes(text: str) -> int:
 
 
 def _nbytes(message: Message) -> int:
-    content = message.content
-    if content is None or isinstance(content, str):
-        return _utf8_bytes(content or "")
-    return sum(_utf8_bytes(part.text or "") for part in content)
+    return _utf8_bytes(message.content)
 
 
 def _tokens(vocabulary: Vocabulary, prompt: str | Sequence[int | str | list[int]] | int) -> tuple[int, ...]:
@@ -103,15 +127,18 @@ def _tokens(vocabulary: Vocabulary, prompt: str | Sequence[int | str | list[int]
     return tuple(tokens)
 
 
-def _plain(message: Message, place: int, hidden: "_Hidden") -> dict[str, str]:
-    """A message as templates take it."""
-    path = f"messages[{place}]."
+def _message(message: ChatMessage, path: str) -> Message:
     refuse(message, path)
-    plain = {"role": message.role, "content": hidden.hide(_content(message, path))}
-    return plain if message.name is None else plain | {"name": message.name}
+    return Message(message.role, _content(message, path), message.name)
 
 
-def _content(message: Message, path: str) -> str:
+def _plain(message: Message, hidden: "_Hidden", knows_developer: bool) -> Message:
+    """A message whose texts cannot become control tokens."""
+    role = "system" if message.role == "developer" and not knows_developer else message.role
+    return replace(message, role=role, content=hidden.hide(message.content))
+
+
+def _content(message: ChatMessage, path: str) -> str:
     if message.content is None:
         raise BadRequest(f"{path}content is missing", f"{path}content")
     if isinstance(message.content, str):
@@ -134,15 +161,16 @@ def _content(message: Message, path: str) -> str:
 class _Hidden:
     """The control tokens' names that stand in a conversation, hidden behind placeholders."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, param: str) -> None:
         self._vocabulary = vocabulary
+        self._param = param
         self._mark = PRIVATE + secrets.token_hex(8)
         self._names: list[str] = []
 
     def hide(self, text: str) -> str:
         spans = self._vocabulary.control_spans(text)
         if len(self._names) + len(spans) > CONTROL_TEXTS_MAX:
-            raise BadRequest(f"more than {CONTROL_TEXTS_MAX} names of control tokens are used", "messages")
+            raise BadRequest(f"more than {CONTROL_TEXTS_MAX} names of control tokens are used", self._param)
         shown, at = "", 0
         for start, end in spans:
             shown += f"{text[at:start]}{self._mark}{len(self._names)}{PRIVATE}"

@@ -2,73 +2,48 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from cordee.api.answers import AnswerPiece, Job, WholeAnswer
 from cordee.api.failures import error_body
 from cordee.api.logprobs import LegacyLogprobs, chat_logprobs
-from cordee.engine.vocabulary import Vocabulary
-from cordee.generation.request import Choice, Request, TextChunk
+from cordee.generation.request import Choice
 
 DONE = b"data: [DONE]\n\n"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What an HTTP request asks a service for. `requests` holds `n` for each prompt, in order."""
-
-    id: str
-    created: int  # seconds since 1970
-    model: str
-    vocabulary: Vocabulary
-    requests: Sequence[Request]
-    n: int
-    logprobs: bool
-    usage_event: bool
-
-
-@dataclass
-class PartialAnswer:
-    """An answer as far as it has come."""
-
-    text: list[str] = field(default_factory=list[str])
-    choices: list[Choice] = field(default_factory=list[Choice])
-    last: TextChunk = field(default_factory=lambda: TextChunk(text=""))
-
-    def add(self, chunk: TextChunk) -> None:
-        self.text.append(chunk.text)
-        self.choices += chunk.choices
-        self.last = chunk
 
 
 class Reply(ABC):
     """What both endpoints have in common: the frame around choices, and the usage."""
 
+    prefix: str  # of the reply's id
     object: str
     event_object: str
+    media_type = "text/event-stream"
     keep_alive = b": keep-alive\n\n"
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, logprobs: bool, usage_event: bool) -> None:
         self.job = job
-        self._last: dict[int, TextChunk] = {}
+        self._logprobs_wanted = logprobs
+        self._usage_event = usage_event
+        self._last: dict[int, AnswerPiece] = {}
 
     def begin(self) -> Iterable[bytes]:
         """Nothing comes before the first token."""
         return ()
 
-    def push(self, index: int, chunk: TextChunk) -> Iterable[bytes]:
+    def push(self, index: int, piece: AnswerPiece) -> Iterable[bytes]:
         """A chunk's event, and one more for the reason why the answer ended."""
-        self._last[index] = chunk
-        if chunk.text or chunk.choices:
-            yield self._event([self._piece(index, chunk)])
-        if chunk.finish_reason is not None:
-            yield self._event([self._finish(index, chunk.finish_reason)])
+        self._last[index] = piece
+        if piece.text or piece.choices:
+            yield self._event([self._piece(index, piece)])
+        if piece.finish_reason is not None:
+            yield self._event([self._finish(index, piece.finish_reason)])
 
     def end(self) -> Iterable[bytes]:
         """The usage, where it was asked for, and the end mark."""
-        if self.job.usage_event:
+        if self._usage_event:
             yield self._event([], self._usage(self._last))
         yield DONE
 
@@ -76,7 +51,7 @@ class Reply(ABC):
         """An event with the error; nothing follows it."""
         return (_data(error_body(error)),)
 
-    def whole(self, answers: Sequence[PartialAnswer]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[WholeAnswer]) -> dict[str, Any]:
         """The reply that is not streamed."""
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         used = self._usage({index: answer.last for index, answer in enumerate(answers)})
@@ -84,27 +59,27 @@ class Reply(ABC):
 
     def _frame(self, kind: str) -> dict[str, Any]:
         job = self.job
-        return {"id": job.id, "object": kind, "created": job.created, "model": job.model}
+        return {"id": self.prefix + job.id, "object": kind, "created": job.created, "model": job.model}
 
     def _event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> bytes:
         """An event; where usage is asked for it stands in each, and is null but in the last."""
         frame = self._frame(self.event_object) | {"choices": choices}
-        return _data(frame | {"usage": used} if self.job.usage_event else frame)
+        return _data(frame | {"usage": used} if self._usage_event else frame)
 
-    def _usage(self, last: dict[int, TextChunk]) -> dict[str, Any]:
+    def _usage(self, last: dict[int, AnswerPiece]) -> dict[str, Any]:
         """Tokens by the last chunk of each answer. A prompt counts once, however many answers it got."""
         prompts = [last[index] for index in range(0, len(last), self.job.n)]
-        prompt = sum(chunk.prompt_tokens for chunk in prompts)
-        completion = sum(chunk.completion_tokens for chunk in last.values())
+        prompt = sum(piece.prompt_tokens for piece in prompts)
+        completion = sum(piece.completion_tokens for piece in last.values())
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(chunk.cached_tokens for chunk in prompts)},
+            "prompt_tokens_details": {"cached_tokens": sum(piece.cached_tokens for piece in prompts)},
         }
 
     @abstractmethod
-    def _piece(self, index: int, chunk: TextChunk) -> dict[str, Any]:
+    def _piece(self, index: int, piece: AnswerPiece) -> dict[str, Any]:
         """The choice in the event of a chunk."""
 
     @abstractmethod
@@ -112,13 +87,14 @@ class Reply(ABC):
         """The choice in the event of an answer's end."""
 
     @abstractmethod
-    def _choice(self, index: int, answer: PartialAnswer) -> dict[str, Any]:
+    def _choice(self, index: int, answer: WholeAnswer) -> dict[str, Any]:
         """The choice of a reply that is not streamed."""
 
 
 class ChatReply(Reply):
     """`/v1/chat/completions`: the role comes first, the reason last, each in an event of its own."""
 
+    prefix = "chatcmpl-"
     object = "chat.completion"
     event_object = "chat.completion.chunk"
 
@@ -127,41 +103,42 @@ class ChatReply(Reply):
         for index in range(len(self.job.requests)):
             yield self._event([_chat_delta(index, {"role": "assistant", "content": ""})])
 
-    def _piece(self, index: int, chunk: TextChunk) -> dict[str, Any]:
-        return _chat_delta(index, {"content": chunk.text}, self._logprobs(chunk.choices))
+    def _piece(self, index: int, piece: AnswerPiece) -> dict[str, Any]:
+        return _chat_delta(index, {"content": piece.text}, self._logprobs(piece.choices))
 
     def _finish(self, index: int, reason: str) -> dict[str, Any]:
         return _chat_delta(index, {}, reason=reason)
 
-    def _choice(self, index: int, answer: PartialAnswer) -> dict[str, Any]:
+    def _choice(self, index: int, answer: WholeAnswer) -> dict[str, Any]:
         return {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(answer.text), "refusal": None},
+            "message": {"role": "assistant", "content": answer.said.text, "refusal": None},
             "logprobs": self._logprobs(answer.choices),
             "finish_reason": answer.last.finish_reason,
         }
 
     def _logprobs(self, choices: Sequence[Choice]) -> dict[str, Any] | None:
-        return chat_logprobs(self.job.vocabulary, choices) if self.job.logprobs else None
+        return chat_logprobs(self.job.vocabulary, choices) if self._logprobs_wanted else None
 
 
 class CompletionReply(Reply):
     """`/v1/completions`: text alone."""
 
+    prefix = "cmpl-"
     object = event_object = "text_completion"
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
-        self._logprobs = [LegacyLogprobs(job.vocabulary) for _ in job.requests] if job.logprobs else None
+    def __init__(self, job: Job, *, logprobs: bool, usage_event: bool) -> None:
+        super().__init__(job, logprobs=logprobs, usage_event=usage_event)
+        self._logprobs = [LegacyLogprobs(job.vocabulary) for _ in job.requests] if logprobs else None
 
-    def _piece(self, index: int, chunk: TextChunk) -> dict[str, Any]:
-        return self._text(index, chunk.text, chunk.choices)
+    def _piece(self, index: int, piece: AnswerPiece) -> dict[str, Any]:
+        return self._text(index, piece.text, piece.choices)
 
     def _finish(self, index: int, reason: str) -> dict[str, Any]:
         return self._text(index, "", (), reason)
 
-    def _choice(self, index: int, answer: PartialAnswer) -> dict[str, Any]:
-        return self._text(index, "".join(answer.text), answer.choices, answer.last.finish_reason)
+    def _choice(self, index: int, answer: WholeAnswer) -> dict[str, Any]:
+        return self._text(index, answer.said.text, answer.choices, answer.last.finish_reason)
 
     def _text(
         self, index: int, text: str, choices: Sequence[Choice], reason: str | None = None

@@ -62,7 +62,7 @@ class ContentPart(Shape, frozen=True):
     prompt_cache_breakpoint: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
 
 
-class Message(Shape, frozen=True):
+class ChatMessage(Shape, frozen=True):
     """A message of a conversation, as a client writes it or as it got it from here."""
 
     role: Annotated[
@@ -175,7 +175,9 @@ class Common(Shape, frozen=True):
 class ChatRequest(Common, kw_only=True, frozen=True):
     """`POST /v1/chat/completions`"""
 
-    messages: Annotated[list[Message], honoured("the conversation", min_length=1, max_length=MESSAGES_MAX)]
+    messages: Annotated[
+        list[ChatMessage], honoured("the conversation", min_length=1, max_length=MESSAGES_MAX)
+    ]
     max_completion_tokens: Annotated[
         Annotated[int, msgspec.Meta(ge=1, le=TOKENS_MAX)] | None,
         honoured("the newer name of `max_tokens`; default: up to the end of the context"),

@@ -24,10 +24,10 @@ from typing import Any, Protocol, Self, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from cordee.api.answers import AnswerPiece, Job, ParsedAnswers, WholeAnswer
 from cordee.api.failures import ClientGone
 from cordee.errors import CordeeError, StageFailed
-from cordee.generation.request import Request, TextChunk
-from cordee.serving.interface import Generator
+from cordee.generation.request import Request
 
 QUEUED_CHUNKS = 16  # between the service and a client; enough to write several at once
 SILENT_CLIENT_SECONDS = 60.0  # a client that reads nothing for this long is given up: it blocks a slot
@@ -45,15 +45,16 @@ class Timing:
 
 
 class Adapter(Protocol):
-    """Turns chunks into the events of one API."""
+    """Turns pieces into the events of one API. `keep_alive` may be sent at any time."""
 
+    media_type: str
     keep_alive: bytes
 
     def begin(self) -> Iterable[bytes]:
         """The events before any token."""
         ...
 
-    def push(self, index: int, chunk: TextChunk) -> Iterable[bytes]:
+    def push(self, index: int, piece: AnswerPiece) -> Iterable[bytes]:
         """The events for a chunk of the answer `index`; none if there is nothing to show."""
         ...
 
@@ -69,12 +70,12 @@ class Adapter(Protocol):
 class Streams:
     """The answers to several requests, chunk by chunk as they come; leaving the context ends them all."""
 
-    def __init__(self, service: Generator, requests: Sequence[Request]) -> None:
+    def __init__(self, service: ParsedAnswers, requests: Sequence[Request]) -> None:
         self.open = len(requests)
         self._service = service
         self._requests = requests
-        self._queue: asyncio.Queue[tuple[int, TextChunk | Exception]] = asyncio.Queue(QUEUED_CHUNKS)
-        self._early: deque[tuple[int, TextChunk | Exception]] = deque()  # came while `accepted` waited
+        self._queue: asyncio.Queue[tuple[int, AnswerPiece | Exception]] = asyncio.Queue(QUEUED_CHUNKS)
+        self._early: deque[tuple[int, AnswerPiece | Exception]] = deque()  # came while `accepted` waited
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
@@ -104,40 +105,52 @@ class Streams:
         except TimeoutError:
             return
 
-    async def next(self, seconds: float | None = None) -> tuple[int, TextChunk] | None:
+    async def next(self, seconds: float | None = None) -> tuple[int, AnswerPiece] | None:
         """The next chunk and which request it answers; None where none comes for `seconds`.
 
         Raises:
             CordeeError: a stream failed.
         """
         if self._early:
-            index, chunk = self._early.popleft()
+            index, piece = self._early.popleft()
         else:
             try:
                 async with asyncio.timeout(seconds):
-                    index, chunk = await self._queue.get()
+                    index, piece = await self._queue.get()
             except TimeoutError:
                 return None
-        if isinstance(chunk, Exception):
-            raise chunk
-        if chunk.finish_reason == "cancelled":
+        if isinstance(piece, Exception):
+            raise piece
+        if piece.finish_reason == "cancelled":
             raise StageFailed("the answer was cut off because the service is being stopped")
-        if chunk.finish_reason is not None:
+        if piece.finish_reason is not None:
             self.open -= 1
-        return index, chunk
+        return index, piece
 
     async def _pump(self, index: int, request: Request) -> None:
         """Move a stream's chunks into the queue, and the error that it fails with."""
         finished = False
         try:
-            async with aclosing(self._service.generate(request)) as chunks:
-                async for chunk in chunks:
-                    finished = chunk.finish_reason is not None
-                    await self._queue.put((index, chunk))
+            async with aclosing(self._service.generate(request)) as pieces:
+                async for piece in pieces:
+                    finished = piece.finish_reason is not None
+                    await self._queue.put((index, piece))
             if not finished:
                 raise RuntimeError("the service ended a stream without a reason")
         except Exception as error:
             await self._queue.put((index, error))
+
+
+async def collect(job: Job) -> list[WholeAnswer]:
+    """The whole answers to a job's requests."""
+    answers = [WholeAnswer() for _ in job.requests]
+    async with Streams(job.answers, job.requests) as streams:
+        while streams.open:
+            item = await streams.next()
+            assert item is not None, "it waits without a bound"
+            index, piece = item
+            answers[index].add(piece)
+    return answers
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
@@ -165,20 +178,17 @@ async def _left(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """A response of server-sent events (WHATWG HTML, section 9.2), as the tokens come.
+    """A response that is written as the tokens come: server-sent events (WHATWG HTML, section 9.2), or lines.
 
     A refusal before the first event is raised, so that it gets its own status.
     """
 
-    media_type = "text/event-stream"
-
-    def __init__(
-        self, service: Generator, requests: Sequence[Request], adapter: Adapter, timing: Timing
-    ) -> None:
+    def __init__(self, job: Job, adapter: Adapter, timing: Timing) -> None:
         # Proxies must not buffer what is meant to be seen at once (nginx: X-Accel-Buffering).
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers=headers, media_type=adapter.media_type)
         del self.headers["content-length"]
-        self._streams = Streams(service, requests)
+        self._streams = Streams(job.answers, job.requests)
         self._adapter = adapter
         self._timing = timing
 

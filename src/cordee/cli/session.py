@@ -14,7 +14,8 @@ from datetime import datetime
 from typing import Any, Self, TypeVar
 
 from cordee.api.prompts import chat_prompt
-from cordee.api.schemas import ChatRequest, Message
+from cordee.chat.formats import format_of
+from cordee.chat.turn import ChatTurn, Message
 from cordee.cli.conversation import GenerationOptions
 from cordee.generation.request import Request, SamplingParams, TextChunk
 from cordee.models.store import Store, StoredModel
@@ -130,11 +131,8 @@ class LocalModel:
         if service.template is None:  # a base model continues the text
             text = "\n".join(message["content"] for message in messages)
             return tuple(service.vocabulary.tokenize(text, add_bos=True))
-        request = ChatRequest(
-            model=service.name,
-            messages=[Message(message["role"], message["content"]) for message in messages],
-        )
-        return chat_prompt(service, request, datetime.now())
+        turn = ChatTurn(messages=[Message(message["role"], message["content"]) for message in messages])
+        return chat_prompt(service, format_of(service.template), turn, datetime.now(), "messages")
 
 
 async def _pour(

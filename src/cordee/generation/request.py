@@ -36,13 +36,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One stream to generate. `max_tokens` None: up to the end of the context."""
+    """One stream to generate. `max_tokens` None: up to the end of the context.
+
+    `shows_control_tokens`: their names are part of the text, but for the one that ends it.
+    """
 
     id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    shows_control_tokens: bool = False
 
 
 class Choice(msgspec.Struct, frozen=True):

@@ -64,6 +64,7 @@ class Answer:
         self.cached_tokens = 0
         self._vocabulary = vocabulary
         self._text = text.TextStream(request.stop)
+        self._shows_control_tokens = request.shows_control_tokens
         self._prompt_tokens = len(request.prompt)
         self._completion_tokens = 0
         self._wants_choices = request.sampling.top_logprobs is not None
@@ -82,7 +83,7 @@ class Answer:
             self._completion_tokens += 1
             if self._wants_choices:
                 self._choices.append(choice)
-            shown = self._text.push(self._vocabulary.piece(choice.token))
+            shown = self._text.push(self._piece(choice.token))
         if self._text.stopped:
             finish_reason = "stop"
         elif finish_reason is not None:
@@ -100,6 +101,10 @@ class Answer:
             )
         )
         self._choices.clear()
+
+    def _piece(self, token: int) -> bytes:
+        is_end = token in self._vocabulary.end_of_generation
+        return self._vocabulary.piece(token, special=self._shows_control_tokens and not is_end)
 
     def fail(self, error: CordeeError) -> None:
         """End the stream with an error."""

@@ -1,0 +1,94 @@
+"""The answers that endpoints translate: a service's text as events (cordee.chat), piece by piece or whole.
+
+Every endpoint is a translation around this: a request's body becomes a `Job` (backend.py), and its reply is
+made of `AnswerPiece`s.
+"""
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cordee.chat.events import CallBegun, Collected, Event, TextDelta
+from cordee.chat.formats import Parser, PlainParser
+from cordee.engine.vocabulary import Vocabulary
+from cordee.generation.request import Choice, Request, TextChunk
+from cordee.serving.interface import Generator
+
+Ending = Literal["stop", "length", "cancelled", "tool_calls"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerPiece:
+    """A chunk of an answer as events. The last one, and no other, has a `finish_reason`."""
+
+    events: Sequence[Event] = ()
+    choices: tuple[Choice, ...] = ()  # the tokens behind them, where log-probabilities were asked for
+    finish_reason: Ending | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the KV cache
+    completion_tokens: int = 0  # so far
+
+    @property
+    def text(self) -> str:
+        """What it says to the user."""
+        return "".join(event.text for event in self.events if isinstance(event, TextDelta))
+
+
+@dataclass
+class WholeAnswer:
+    """An answer as far as it has come."""
+
+    said: Collected = field(default_factory=Collected)
+    choices: list[Choice] = field(default_factory=list[Choice])
+    last: AnswerPiece = field(default_factory=AnswerPiece)
+
+    def add(self, piece: AnswerPiece) -> None:
+        """Add what came."""
+        self.said.add(piece.events)
+        self.choices += piece.choices
+        self.last = piece
+
+
+class ParsedAnswers:
+    """A service whose text is read by `parser_of()`, one for each answer."""
+
+    def __init__(self, service: Generator, parser_of: Callable[[], Parser] = PlainParser) -> None:
+        self._service = service
+        self._parser_of = parser_of
+
+    async def generate(self, request: Request) -> AsyncGenerator[AnswerPiece]:
+        """As the service's `generate`; a chunk in which nothing is certain yet gives no piece."""
+        parser = self._parser_of()
+        has_called = False
+        async with aclosing(self._service.generate(request)) as chunks:
+            async for chunk in chunks:
+                events = [*parser.push(chunk.text), *(parser.finish() if chunk.finish_reason else ())]
+                has_called = has_called or any(isinstance(event, CallBegun) for event in events)
+                if events or chunk.choices or chunk.finish_reason:
+                    yield _piece(chunk, events, has_called)
+
+
+def _piece(chunk: TextChunk, events: Sequence[Event], has_called: bool) -> AnswerPiece:
+    ending: Ending | None = chunk.finish_reason
+    return AnswerPiece(
+        events=events,
+        choices=chunk.choices,
+        finish_reason="tool_calls" if ending == "stop" and has_called else ending,
+        prompt_tokens=chunk.prompt_tokens,
+        cached_tokens=chunk.cached_tokens,
+        completion_tokens=chunk.completion_tokens,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What an HTTP request asks a service for. `requests` holds `n` for each prompt, in order."""
+
+    id: str  # random; endpoints put their own prefix before it
+    created: int  # seconds since 1970
+    model: str
+    vocabulary: Vocabulary
+    answers: ParsedAnswers
+    requests: Sequence[Request]
+    n: int = 1

@@ -1,0 +1,1 @@
+"""Chat: turns of a conversation, and how model families write them. Pure."""
