@@ -43,6 +43,12 @@ LIMITS = LLParserLimits(
 )
 # With unlimited white space a small model may write blank lines for ever.
 JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,40}"}
+# As models are trained to write JSON: with a space behind separators, or none.
+COMPACT: "JsonCompileOptions" = {
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "whitespace_flexible": False,
+}
 # Of a core, for one token: the largest grammars of use take 50 ms, and thrice that on an old machine. All
 # streams of a worker wait meanwhile.
 STEP_SECONDS = 0.5
@@ -55,6 +61,8 @@ NAMES = {
     "gbnf": ("GBNF grammar", "grammar"),
     "lark": ("Lark grammar", "grammar"),
     "regex": ("regular expression", "grammar"),
+    "tools": ("schemas of tools", "tools"),
+    "thinking": ("JSON schema", "response_format"),
 }
 SPECIAL = b"\xff"  # llguidance's mark of a token that no text tokenizes to
 
@@ -223,12 +231,32 @@ def _compiled(grammar: Grammar, tokenizer: GrammarTokenizer) -> Iterator[str]:
         raise refusal(grammar.kind, str(error)) from error
 
 
-def _json_schema(text: str) -> str:
-    schema = json.loads(text)
+def _checked(schema: Any) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object")
     if depth_bound(cast("dict[str, Any]", schema)) > SCHEMA_DEPTH_MAX:
         raise ValueError("it is nested too deeply: let fewer definitions refer to one another")
+    return cast("dict[str, Any]", schema)
+
+
+def _answer(text: str) -> Iterator[str]:
+    """A Lark grammar with JSON schemas beside it. Where it cannot be compiled, it is tried without the
+    schemas that their writer would rather have unbound than refused."""
+    parts = json.loads(text)
+    schemas = {name: _checked(schema) for name, schema in parts["schemas"].items()}
+    loose = set(parts["loose"])
+    unbound = {name: {key: schemas[name][key] for key in ("type",) if key in schemas[name]} for name in loose}
+    for bound in (schemas, schemas | unbound) if loose else (schemas,):
+        lark = {"name": "answer", "lark_grammar": parts["lark"]}
+        beside = [
+            {"name": name, "json_schema": schema | {"x-guidance": COMPACT | {"lenient": name in loose}}}
+            for name, schema in bound.items()
+        ]
+        yield json.dumps({"grammars": [lark, *beside]}, ensure_ascii=False)
+
+
+def _json_schema(text: str) -> str:
+    _checked(json.loads(text))
     return LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS)
 
 
@@ -243,6 +271,8 @@ _FORMS: dict[str, Callable[[str, GrammarTokenizer], Iterable[str]]] = {
     "gbnf": _gbnf,
     "lark": lambda text, _: [LLMatcher.grammar_from_lark(text)],
     "regex": lambda text, _: [LLMatcher.grammar_from_regex(text)],
+    "tools": lambda text, _: _answer(text),
+    "thinking": lambda text, _: _answer(text),
 }
 
 
