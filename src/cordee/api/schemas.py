@@ -167,7 +167,9 @@ class AllowedTools(Shape, tag_field="type", tag="allowed_tools", frozen=True):
 class ReasoningOption(Shape, frozen=True):
     """What is wanted of thinking (OpenRouter's form)."""
 
-    effort: Annotated[str | None, honoured("as `reasoning_effort`", pattern=IDENTIFIER)] = None
+    effort: Annotated[
+        Annotated[str, msgspec.Meta(pattern=IDENTIFIER)] | None, honoured("as `reasoning_effort`")
+    ] = None
     max_tokens: Annotated[int | None, honoured("as `thinking_budget`")] = None
     enabled: Annotated[bool | None, honoured("as `enable_thinking`")] = None
     exclude: Annotated[msgspec.Raw, ignored("leave `reasoning_content` unread")] = ABSENT
