@@ -304,7 +304,8 @@ NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 
 
 def prompt_of(server: Running, messages: list[dict[str, Any]]) -> tuple[int, ...]:
-    body = json.dumps({"model": "starter", "messages": messages}).encode()
+    asked = {"model": "starter", "messages": messages, "add_generation_prompt": True}
+    body = json.dumps(asked).encode()
     turn = chat_turn(decode(body, CHAT_DECODER))
     return chat_prompt(server.service, format_of(server.service.template), turn, NOW, "messages")
 

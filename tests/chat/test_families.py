@@ -307,7 +307,7 @@ def test_keywords_that_bind_nothing_are_named(vocabularies: dict[str, Vocabulary
     }
     turn = ChatTurn(messages=ASKED.messages, tools=[Tool("f", "", schema)])
     answer = answer_format(CASES[0], vocabulary, turn)
-    assert answer.ignored == ("format", "propertyNames", "uniqueItems")
+    assert answer.ignored == ("propertyNames", "uniqueItems")
     text = '<tool_call>\n{"name": "f", "arguments": {"paths": ["a", "a"], "names": {}}}\n</tool_call>'
     assert follows(answer, vocabulary, text) == (True, True)
     assert json.loads(answer.grammar.text)["schemas"]

@@ -14,7 +14,7 @@ from cordee.chat import harmony
 from cordee.chat.families import Calls, HarmonyCalls, JsonCalls, MarkedCalls, Thinking
 from cordee.chat.parsers import is_text, trigger
 from cordee.chat.turn import ChatTurn, Tool
-from cordee.generation.loosening import loosened
+from cordee.generation.json_schema import loosened
 from cordee.generation.request import Grammar
 
 CALLS_MAX = 64  # of one answer; agents make a handful at once
@@ -82,8 +82,8 @@ class _Rules:
     def schema(self, schema: Mapping[str, Any], *, strict: bool) -> str:
         """A reference to JSON that follows a schema."""
         name = f"schema_{len(self._schemas)}"
-        self._schemas[name], ignored = loosened(dict(schema), strict=strict)
-        self.ignored |= ignored
+        self._schemas[name], ignored = loosened(schema, strict=strict)
+        self.ignored.update(ignored)
         if not strict:
             self._loose.append(name)
         return f"@{name}"

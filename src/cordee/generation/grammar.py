@@ -41,9 +41,9 @@ LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-# With unlimited white space a small model may write blank lines for ever.
-JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,40}"}
-# As models are trained to write JSON: with a space behind separators, or none.
+# Compact, as OpenAI's answers are: where white space may stand, a small model writes it again and again.
+JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_flexible": False}
+# In calls, and behind thinking, as models are trained to write JSON: with a space behind separators, or none.
 COMPACT: "JsonCompileOptions" = {
     "item_separator": ", ?",
     "key_separator": ": ?",
