@@ -73,6 +73,7 @@ class _Rules:
         self._rules: list[str] = []
         self._schemas: dict[str, Mapping[str, Any]] = {}
         self._loose: list[str] = []  # schemas that are done without if they cannot be compiled
+        self._budget: dict[str, Any] | None = None
 
     def rule(self, name: str, *alternatives: str, options: str = "") -> str:
         """Add a rule; its name."""
@@ -88,25 +89,30 @@ class _Rules:
             self._loose.append(name)
         return f"@{name}"
 
-    def free_until(self, mark: str, name: str, free: str = "ANY", tokens_max: int | None = None) -> str:
-        """Text of the terminal `free`, of so many tokens at most, then a mark."""
+    def free_until(self, mark: str, name: str, free: str = "ANY") -> str:
+        """Text of the terminal `free`, then a mark."""
         first, *rest = self.marks.pieces(mark)
-        capped = "" if tokens_max is None else f"max_tokens={tokens_max}"
         if isinstance(first, int):
-            head = f"{self.rule(name, free, options=f'[{capped}]' if capped else '')} {_lark(first)}"
-        elif capped:
-            head = f"{self.rule(name, free, options=f'[stop={_lark(first)}, {capped}]')} {_lark(first)}"
+            head = f"{free} {_lark(first)}"
         else:
             head = self.rule(name, f"{free} {_lark(first)}", options="[lazy]")
         return " ".join([head, *map(_lark, rest)])
 
+    def limit_thinking(self, tokens: int, before: str, close: str) -> None:
+        """Let thinking, which begins behind the mark `before`, end in `close` after so many tokens."""
+        tokenize = self.marks.vocabulary.tokenize
+        self._budget = {
+            "tokens": tokens,
+            "opening": len(tokenize(before, special=True, add_bos=False)) if before else 0,
+            "mark": close,
+            "close": tokenize(close, special=True, add_bos=False),
+        }
+
     def grammar(self, kind: Literal["tools", "thinking"], *alternatives: str) -> Grammar:
         """The grammar whose answers are these alternatives."""
         lark = "\n".join(["start: " + " | ".join(alternatives), *self._rules, TERMINALS])
-        return Grammar(
-            kind,
-            json.dumps({"lark": lark, "schemas": self._schemas, "loose": self._loose}, ensure_ascii=False),
-        )
+        parts = {"lark": lark, "schemas": self._schemas, "loose": self._loose, "budget": self._budget}
+        return Grammar(kind, json.dumps(parts, ensure_ascii=False))
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,9 @@ def _thought(rules: _Rules, turn: ChatTurn, marks: Thinking, *, opened: bool) ->
     wanted = turn.thinking
     if not opened and (wanted.enabled is False or turn.continues):
         return None
-    body = rules.free_until(marks.close, "thought", tokens_max=wanted.tokens_max)
+    body = rules.free_until(marks.close, "thought")
+    if wanted.tokens_max is not None:
+        rules.limit_thinking(wanted.tokens_max, "" if opened else marks.open, marks.close)
     if opened:
         return _Thought(rules.rule("thinking", body), True, "ANY")
     rule = rules.rule("thinking", f"{rules.marks.lark(marks.open)} {body}")
@@ -280,8 +288,10 @@ def _harmony(rules: _Rules, turn: ChatTurn, json_text: str | None) -> list[str]:
     lark, tokens_max = rules.marks.lark, turn.thinking.tokens_max
     next_message = harmony.END + harmony.START + harmony.ROLE
     channel, message = harmony.CHANNEL, harmony.MESSAGE
-    thought = rules.free_until(next_message, "thought", tokens_max=tokens_max)
+    thought = rules.free_until(next_message, "thought")
     rules.rule("thinking", f"{lark(channel, 'analysis', message)} {thought}")
+    if tokens_max is not None:
+        rules.limit_thinking(tokens_max, f"{channel}analysis{message}", harmony.END)
     ways: list[str] = []
     if turn.tool_choice.mode != "required" or not turn.tools:
         ways.append(f"{lark(channel, 'final', message)} {json_text or 'ANY'}")

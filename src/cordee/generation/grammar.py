@@ -21,6 +21,7 @@ from cordee.errors import BadRequest, UnsupportedModel
 from cordee.generation import gbnf, gbnf_lark
 from cordee.generation.request import Grammar
 from cordee.generation.schema_depth import depth_bound
+from cordee.generation.thinking_budget import ThinkingBudget
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # pyright: ignore[reportPrivateUsage] - not exported
@@ -101,6 +102,10 @@ class GrammarTokenizer:
         wrapper = TokenizerWrapper(_Tokens(self._vocabulary, self.end_of_generation[0]))
         return LLTokenizer(wrapper, n_vocab=self.size, eos_token=list(self.end_of_generation))
 
+    def piece(self, token: int) -> bytes:
+        """A token's bytes, those of control tokens among them."""
+        return self._vocabulary.piece(token, special=True)
+
     def token_id(self, written: str) -> int | None:
         """The token that a GBNF grammar writes as `<text>` or `<[id]>`; None if there is no such token."""
         if written.startswith("<["):
@@ -169,6 +174,8 @@ class GrammarState:
     def __init__(self, grammar: Grammar, tokenizer: GrammarTokenizer, generated: Sequence[int] = ()) -> None:
         self.kind = grammar.kind
         self._size = tokenizer.size
+        self._piece = tokenizer.piece
+        self._budget = _budget(grammar)
         self._mask = np.zeros((tokenizer.size + 31) // 32, dtype=np.int32)
         native = tokenizer.native
         for form in _compiled(grammar, tokenizer):
@@ -184,6 +191,7 @@ class GrammarState:
         other = copy.copy(self)
         other._matcher = self._matcher.deep_copy()
         other._mask = self._mask.copy()
+        other._budget = copy.copy(self._budget)
         return other
 
     def allowed(self) -> np.ndarray:
@@ -195,6 +203,10 @@ class GrammarState:
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         self._fail_if_broken()
         bits = np.unpackbits(self._mask.view(np.uint8), count=self._size, bitorder="little")
+        forced = None if self._budget is None else self._budget.forced
+        if forced is not None and bits[forced]:
+            bits[:] = 0
+            bits[forced] = 1
         return bits.view(bool)
 
     def accept(self, token: int) -> None:
@@ -205,6 +217,8 @@ class GrammarState:
         """
         self._matcher.consume_token(token)
         self._fail_if_broken()
+        if self._budget is not None:
+            self._budget.accept(self._piece(token))
 
     def _fail_if_broken(self) -> None:
         if not self._matcher.is_error():
@@ -253,6 +267,13 @@ def _answer(text: str) -> Iterator[str]:
             for name, schema in bound.items()
         ]
         yield json.dumps({"grammars": [lark, *beside]}, ensure_ascii=False)
+
+
+def _budget(grammar: Grammar) -> ThinkingBudget | None:
+    if grammar.kind not in ("tools", "thinking"):
+        return None
+    budget = json.loads(grammar.text).get("budget")
+    return None if budget is None else ThinkingBudget.read(budget)
 
 
 def _json_schema(text: str) -> str:
