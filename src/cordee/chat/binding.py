@@ -286,9 +286,9 @@ def _marked_call(rules: _Rules, number: int, tool: Tool, calls: Calls) -> str:
 
 def _harmony(rules: _Rules, turn: ChatTurn, json_text: str | None) -> list[str]:
     lark, tokens_max = rules.marks.lark, turn.thinking.tokens_max
-    next_message = harmony.END + harmony.START + harmony.ROLE
+    next_message = lark(harmony.START, harmony.ROLE)
     channel, message = harmony.CHANNEL, harmony.MESSAGE
-    thought = rules.free_until(next_message, "thought")
+    thought = rules.free_until(harmony.END, "thought") + " " + next_message
     rules.rule("thinking", f"{lark(channel, 'analysis', message)} {thought}")
     if tokens_max is not None:
         rules.limit_thinking(tokens_max, f"{channel}analysis{message}", harmony.END)
@@ -296,7 +296,7 @@ def _harmony(rules: _Rules, turn: ChatTurn, json_text: str | None) -> list[str]:
     if turn.tool_choice.mode != "required" or not turn.tools:
         ways.append(f"{lark(channel, 'final', message)} {json_text or 'ANY'}")
     if turn.tools:
-        before = rules.free_until(next_message, "announced")
+        before = rules.free_until(harmony.END, "announced") + " " + next_message
         rules.rule("announcing", f"{lark(channel, 'commentary', message)} {before}")
         for tool in _callable(turn):
             header = lark(

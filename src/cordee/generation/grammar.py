@@ -26,7 +26,7 @@ from cordee.generation.thinking_budget import ThinkingBudget
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # pyright: ignore[reportPrivateUsage] - not exported
 
-TEXT_CHARS_MAX = 128 << 10  # OpenAI's schemas end at 120,000 characters of names
+TEXT_CHARS_MAX = 256 << 10  # OpenAI's schemas end at 120,000 characters of names
 # Levels of a JSON schema, through its references: llguidance goes down them by calls, each of up to 4 kB, and
 # a thread may have as little as 2 MB.
 SCHEMA_DEPTH_MAX = 400
