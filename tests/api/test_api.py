@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from cordee.api import app, bodies, stream
 from cordee.api.bodies import decode
 from cordee.api.prompts import chat_prompt
-from cordee.api.turns import chat_turn
 from cordee.api.replies import ChatReply
 from cordee.api.schemas import ChatRequest
 from cordee.api.stream import Timing
+from cordee.api.turns import chat_turn
 from cordee.chat.formats import format_of
 from cordee.serving.local_service import ServiceConfig
 from serving import CHAT, COMPLETIONS, FRANCE, HELLO, SECONDS, Running, running, user

@@ -171,7 +171,7 @@ def test_an_answer_may_be_cut_anywhere(case: Case, data: st.DataObject) -> None:
 
 @each_family
 def test_an_answer_may_come_letter_by_letter_and_end_anywhere(case: Case) -> None:
-    """What is cut off means the beginning of what the whole means: nothing is taken back, no mark is shown."""
+    """What is cut off means the beginning of what the whole means: no mark is shown, nothing taken back."""
     whole = case.said()
     for end in range(len(case.answer)):
         said = read(parser_of(case), list(case.answer[:end]))
@@ -307,7 +307,7 @@ def test_keywords_that_bind_nothing_are_named(vocabularies: dict[str, Vocabulary
     }
     turn = ChatTurn(messages=ASKED.messages, tools=[Tool("f", "", schema)])
     answer = answer_format(CASES[0], vocabulary, turn)
-    assert answer.ignored == ("propertyNames", "uniqueItems")
+    assert answer.ignored == ("tools.propertyNames", "tools.uniqueItems")
     text = '<tool_call>\n{"name": "f", "arguments": {"paths": ["a", "a"], "names": {}}}\n</tool_call>'
     assert follows(answer, vocabulary, text) == (True, True)
     assert json.loads(answer.grammar.text)["schemas"]

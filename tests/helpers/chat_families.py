@@ -40,7 +40,8 @@ QWEN = (
     + '{#- answers: <tool_call>\n{"name": NAME, "arguments": ARGUMENTS}\n</tool_call> -#}'
     + _CHATML_LOOP.replace("{{ CALL }}", _QWEN_CALL)
     + '{%- if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}'
-    + '{%- if enable_thinking is defined and not enable_thinking %}{{ "<think>\\n\\n</think>\\n\\n" }}{% endif %}'
+    + "{%- if enable_thinking is defined and not enable_thinking %}"
+    + '{{ "<think>\\n\\n</think>\\n\\n" }}{% endif %}'
     + "{%- endif %}"
 )
 # A model that always thinks: its prompt ends in the mark.
@@ -81,7 +82,8 @@ MINIMAX = (
 )
 LLAMA = """\
 {%- for message in messages %}
-{{- "<|start_header_id|>" + ("ipython" if message.role == "tool" else message.role) + "<|end_header_id|>\\n\\n" }}
+{%- set role = "ipython" if message.role == "tool" else message.role %}
+{{- "<|start_header_id|>" + role + "<|end_header_id|>\\n\\n" }}
 {%- if loop.first and tools %}{{ tools | tojson }} {"name": NAME, "parameters": ARGUMENTS}{% endif %}
 {%- if "tool_calls" in message %}
 {%- if message.tool_calls | length != 1 %}{{ raise_exception("only single tool-calls at once") }}{% endif %}
@@ -95,7 +97,8 @@ LLAMA = """\
 """
 MISTRAL = """\
 {%- for message in messages %}
-{%- if message.role == "user" %}{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
+{%- if message.role == "user" %}
+{%- if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}
 {{- "[INST]" + message.content + "[/INST]" }}
 {%- elif message.role == "tool" %}
 {%- if message.tool_call_id | length != 9 %}{{ raise_exception("ids have 9 characters") }}{% endif %}
@@ -125,7 +128,8 @@ APERTUS = """\
 {%- else %}{{ "<|" + message.role + "_start|>" + message.content }}
 {%- if message.tool_calls %}{{ "<|tools_prefix|>[" }}
 {%- for call in message.tool_calls %}
-{{- '{"' + call.function.name + '": ' + call.function.arguments | tojson + "}" + ("" if loop.last else ", ") }}
+{{- '{"' + call.function.name + '": ' + call.function.arguments | tojson + "}" }}
+{{- "" if loop.last else ", " }}
 {%- endfor %}{{ "]<|tools_suffix|>" }}{% endif %}
 {%- endif %}
 {%- endfor %}
@@ -155,17 +159,8 @@ DEEPSEEK_V31 = DEEPSEEK.replace(
     '{{ "<｜tool▁call▁begin｜>" + call.function.name + "<｜tool▁sep｜>" '
     '+ call.function.arguments + "<｜tool▁call▁end｜>" }}',
 ).replace("{{ BETWEEN }}", "")
-DEEPSEEK_V31 += '{% if add_generation_prompt %}{{ "<｜Assistant｜>" + ("<think>" if thinking else "</think>") }}{% endif %}'
-KIMI = """\
-{{- tools | tojson if tools }}
-{%- for message in messages %}{{ "<|im_" + message.role + "|>" + message.content }}
-{%- if message.tool_calls %}{{ "<|tool_calls_section_begin|>" }}
-{%- for call in message.tool_calls %}
-{{- "<|tool_call_begin|>" + call.id + "<|tool_call_argument_begin|>" + call.function.arguments + "<|tool_call_end|>" }}
-{%- endfor %}{{ "<|tool_calls_section_end|>" }}{% endif %}{{ "<|im_end|>" }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ "<|im_assistant|>" }}{% endif %}
-"""
+_THINKS = '("<think>" if thinking else "</think>")'
+DEEPSEEK_V31 += '{% if add_generation_prompt %}{{ "<｜Assistant｜>" + ' + _THINKS + " }}{% endif %}"
 GRANITE = """\
 {{- tools | tojson if tools }}
 {%- for message in messages %}{{ "<|start_of_role|>" + message.role + "<|end_of_role|>" + message.content }}
@@ -188,8 +183,8 @@ HARMONY = """\
 {{- "<|start|>developer<|message|>" + (tools | tojson if tools else "no tools") + "<|end|>" }}
 {%- for message in messages %}
 {%- if message.role == "tool" %}
-{{- "<|start|>functions." + message.name + " to=assistant<|channel|>commentary<|message|>" + message.content | tojson }}
-{{- "<|end|>" }}
+{{- "<|start|>functions." + message.name + " to=assistant<|channel|>commentary<|message|>" }}
+{{- message.content | tojson + "<|end|>" }}
 {%- elif message.tool_calls %}
 {%- set call = message.tool_calls[0].function %}
 {%- if message.thinking %}
@@ -207,9 +202,10 @@ HARMONY = """\
 GEMMA = """\
 {%- for message in messages %}
 {%- if message.role == "system" %}{{ raise_exception("System role not supported") }}{% endif %}
-{%- if (message.role == "user") != (loop.index0 % 2 == 0) %}{{ raise_exception("roles must alternate") }}{% endif %}
-{{- "<start_of_turn>" + ("model" if message.role == "assistant" else message.role) + "\\n" + message.content | trim }}
-{{- "<end_of_turn>\\n" }}
+{%- if (message.role == "user") != (loop.index0 % 2 == 0) %}
+{{- raise_exception("roles must alternate") }}{% endif %}
+{%- set role = "model" if message.role == "assistant" else message.role %}
+{{- "<start_of_turn>" + role + "\\n" + message.content | trim + "<end_of_turn>\\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<start_of_turn>model\\n" }}{% endif %}
 """
@@ -225,8 +221,8 @@ _DEEPSEEK_TOKENS = (
 class Case:
     """A family: its template, its control tokens, and an answer, which says all that it can say at once.
 
-    `thought` is what it writes when it thinks, `spoken` what it says before calls, `calls` are calls as it writes
-    them; all together are one answer.
+    `thought` is what it writes when it thinks, `spoken` what it says before calls, `calls` are calls as it
+    writes them; all together are one answer.
     """
 
     name: str
@@ -385,17 +381,6 @@ CASES = (
         "<｜tool▁calls▁begin｜>"
         + _json("<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜>")
         + "<｜tool▁calls▁end｜>",
-    ),
-    Case(
-        "Kimi K2",
-        KIMI,
-        ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"),
-        "",
-        "I look.",
-        "<|tool_calls_section_begin|>"
-        + _json("<|tool_call_begin|>functions.NAME:0<|tool_call_argument_begin|>ARGUMENTS<|tool_call_end|>")
-        + "<|tool_calls_section_end|>",
-        text="I look.",
     ),
     Case(
         "Phi 4 and Granite",

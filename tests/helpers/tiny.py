@@ -229,8 +229,8 @@ def add_no_tokenizer(writer: GGUFWriter) -> None:
 def add_byte_tokenizer(
     writer: GGUFWriter, template: str = CHAT_TEMPLATE, control: Sequence[str] = ()
 ) -> None:
-    """A vocabulary in SentencePiece style: control tokens, all bytes, then some text pieces. Further `control`
-    tokens take the places of the last pieces."""
+    """A vocabulary in SentencePiece style: control tokens, all bytes, then some text pieces. Further
+    `control` tokens take the places of the last pieces."""
     control_type, unknown, byte, normal = 3, 2, 6, 1
     tokens = ["<unk>", "<s>", "</s>"]
     types = [unknown, control_type, control_type]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
 from cordee.chat import harmony
-from cordee.chat.families import Calls, HarmonyCalls, JsonCalls, MarkedCalls, Thinking
+from cordee.chat.families import Calls, HarmonyCalls, JsonCalls, MarkedCalls, ThinkingMarks
 from cordee.chat.parsers import is_text, trigger
 from cordee.chat.turn import ChatTurn, Tool
 from cordee.generation.json_schema import loosened
@@ -117,16 +117,16 @@ class _Rules:
 
 @dataclass(frozen=True)
 class Bound:
-    """What binds an answer, and the keywords of schemas that could not."""
+    """What binds an answer; and what of tools' schemas does not, by name."""
 
     grammar: Grammar | None
-    ignored: frozenset[str] = frozenset()
+    ignored: tuple[str, ...] = ()
 
 
 def bound(
     turn: ChatTurn,
     calls: Calls | None,
-    thinking: Thinking | None,
+    thinking: ThinkingMarks | None,
     constraint: Grammar | None,
     marks: Marks,
     *,
@@ -149,7 +149,7 @@ def bound(
     else:
         alternatives = _marked(rules, turn, calls if turn.tools else None, json_text, thinks)
     grammar = rules.grammar("tools" if turn.tools else "thinking", *alternatives)
-    return Bound(grammar, frozenset(rules.ignored))
+    return Bound(grammar, tuple(f"tools.{keyword}" for keyword in sorted(rules.ignored)))
 
 
 def _schema_of(constraint: Grammar) -> Mapping[str, Any] | None:
@@ -173,7 +173,7 @@ class _Thought:
     free: str
 
 
-def _thought(rules: _Rules, turn: ChatTurn, marks: Thinking, *, opened: bool) -> _Thought | None:
+def _thought(rules: _Rules, turn: ChatTurn, marks: ThinkingMarks, *, opened: bool) -> _Thought | None:
     """Thinking as the answer's beginning; None: there is none."""
     wanted = turn.thinking
     if not opened and (wanted.enabled is False or turn.continues):
@@ -259,10 +259,15 @@ def _arguments(tool: Tool) -> Mapping[str, Any]:
     return {**schema, "type": "object"} if "type" not in schema else schema
 
 
+def _name(tool: Tool) -> str:
+    """A tool's name. It is a client's, so it is text, whatever it says."""
+    return _lark(tool.name)
+
+
 def _json_call(rules: _Rules, number: int, tool: Tool, calls: Calls) -> str:
     calls = cast("JsonCalls", calls)
     arguments = rules.schema(_arguments(tool), strict=tool.strict)
-    return f"{rules.marks.lark(tool.name, calls.middle)} {arguments} {rules.marks.lark(calls.tail)}"
+    return f"{_name(tool)} {rules.marks.lark(calls.middle)} {arguments} {rules.marks.lark(calls.tail)}"
 
 
 def _marked_call(rules: _Rules, number: int, tool: Tool, calls: Calls) -> str:
@@ -271,7 +276,7 @@ def _marked_call(rules: _Rules, number: int, tool: Tool, calls: Calls) -> str:
     properties: dict[str, Any] = schema.get("properties") or {}
     required: list[str] = schema.get("required") or []
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    parts = [rules.marks.lark(tool.name, calls.middle)]
+    parts = [_name(tool), rules.marks.lark(calls.middle)]
     for place, (key, value) in enumerate(properties.items()):
         name = f"value_{number}_{place}"
         if is_text(value):
@@ -279,7 +284,8 @@ def _marked_call(rules: _Rules, number: int, tool: Tool, calls: Calls) -> str:
         else:
             of = {**shared, **cast("dict[str, Any]", value)} if isinstance(value, dict) else {}
             written = f"{rules.schema(of, strict=tool.strict)} {rules.marks.lark(calls.parameter_close)}"
-        opening = rules.marks.lark(calls.parameter_open, key, calls.parameter_middle)
+        lark = rules.marks.lark
+        opening = f"{lark(calls.parameter_open)} {_lark(key)} {lark(calls.parameter_middle)}"
         parts.append(f"({opening} {written})" + ("" if key in required else "?"))
     return " ".join([*parts, rules.marks.lark(calls.close)])
 
@@ -299,10 +305,8 @@ def _harmony(rules: _Rules, turn: ChatTurn, json_text: str | None) -> list[str]:
         before = rules.free_until(harmony.END, "announced") + " " + next_message
         rules.rule("announcing", f"{lark(channel, 'commentary', message)} {before}")
         for tool in _callable(turn):
-            header = lark(
-                *(channel, f"commentary to=functions.{tool.name} "),
-                *(harmony.CONSTRAIN, "json", message),
-            )
+            recipient = f"{lark(channel, 'commentary to=functions.')} {_name(tool)}"
+            header = f"{recipient} {lark(' ', harmony.CONSTRAIN, 'json', message)}"
             arguments = rules.schema(_arguments(tool), strict=tool.strict)
             ways.append(f"{header} {arguments}")
     rules.rule("last", *ways)

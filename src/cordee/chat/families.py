@@ -6,12 +6,16 @@ families share them in any combination: `<think>` comes with six ways of calling
 Sources: the templates that the families publish with their weights, and their model cards.
 """
 
-import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from jinja2.meta import find_undeclared_variables
+
+from cordee.generation.sandbox import Sandbox
 
 
 @dataclass(frozen=True)
-class Thinking:
+class ThinkingMarks:
     """Marks around what a family's models think. Every one of `signs` stands in the template."""
 
     signs: tuple[str, ...]
@@ -64,8 +68,8 @@ Calls = JsonCalls | MarkedCalls | HarmonyCalls
 class Family:
     """How a family writes calls, and how its template takes those of the past.
 
-    `text_arguments`: as JSON text, not as objects. `null_content`: a message of calls has no content, rather
-    than an empty one. `single_calls`: a message has one call. `id_chars`: how long the id of a call is.
+    `text_arguments`: as JSON text, not as objects. `null_content`: a message is one of calls if it has no
+    content. `single_calls`: a message has one call. `id_chars`: how long the id of a call is.
     """
 
     name: str
@@ -101,19 +105,6 @@ FAMILIES = (
         "Apertus",
         ("<|tools_prefix|>", "<|tools_suffix|>"),
         JsonCalls("<|tools_prefix|>[", '{"', '": ', "}", close="]<|tools_suffix|>", between=", "),
-    ),
-    Family(
-        "Kimi K2",
-        ("<|tool_calls_section_begin|>", "<|tool_call_argument_begin|>"),
-        JsonCalls(
-            "<|tool_calls_section_begin|>",
-            "<|tool_call_begin|>functions.",
-            ":0<|tool_call_argument_begin|>",
-            "<|tool_call_end|>",
-            close="<|tool_calls_section_end|>",
-            between="",
-        ),
-        text_arguments=True,
     ),
     Family("Mistral", ("[TOOL_CALLS]", "[ARGS]"), _MISTRAL_ARGUMENTS, id_chars=9),
     Family("Mistral, lists", ("[TOOL_CALLS] [",), _MISTRAL_SPACED, id_chars=9),
@@ -205,25 +196,31 @@ FAMILIES = (
 )
 
 THINKING = (
-    Thinking(("<|inner_prefix|>",), "<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
-    Thinking(("<|channel>", "<channel|>"), "<|channel>thought\n", "<channel|>"),  # Gemma 4
-    Thinking(("[THINK]",), "[THINK]", "[/THINK]"),  # Magistral and later ones of Mistral
-    Thinking(("<seed:think>",), "<seed:think>", "</seed:think>"),
-    Thinking(("<|START_THINKING|>",), "<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
-    Thinking(("◁think▷",), "◁think▷", "◁/think▷"),  # Kimi
-    Thinking(("<think>",), "<think>", "</think>"),  # DeepSeek, Qwen, GLM, and most others
-    Thinking(("</think>",), "<think>", "</think>"),
+    ThinkingMarks(("<|inner_prefix|>",), "<|inner_prefix|>", "<|inner_suffix|>"),  # Apertus
+    ThinkingMarks(("<|channel>", "<channel|>"), "<|channel>thought\n", "<channel|>"),  # Gemma 4
+    ThinkingMarks(("[THINK]",), "[THINK]", "[/THINK]"),  # Magistral and later ones of Mistral
+    ThinkingMarks(("<seed:think>",), "<seed:think>", "</seed:think>"),
+    ThinkingMarks(("<|START_THINKING|>",), "<|START_THINKING|>", "<|END_THINKING|>"),  # Command A
+    ThinkingMarks(("◁think▷",), "◁think▷", "◁/think▷"),  # Kimi
+    ThinkingMarks(("<think>",), "<think>", "</think>"),  # DeepSeek, Qwen, GLM, and most others
+    ThinkingMarks(("</think>",), "<think>", "</think>"),
 )
+
+
+@lru_cache(maxsize=32)  # of models that a machine serves
+def _takes_tools(source: str) -> bool:
+    """Whether a template, which has been compiled before, uses the variable `tools`."""
+    return "tools" in find_undeclared_variables(Sandbox().parse(source))
 
 
 def family_of(source: str) -> Family:
     """The family that a template is of; BY_PROMPT if it knows no tools, or writes calls in no known way."""
-    if not re.search(r"\btools\b", source):
+    if not _takes_tools(source):
         return BY_PROMPT
     return next((each for each in FAMILIES if all(sign in source for sign in each.signs)), BY_PROMPT)
 
 
-def thinking_of(source: str) -> Thinking | None:
+def thinking_of(source: str) -> ThinkingMarks | None:
     """How thinking is marked in a template's family, if it is."""
     return next((each for each in THINKING if all(sign in source for sign in each.signs)), None)
 

@@ -60,6 +60,9 @@ class AnswerFormat:
     ignored: tuple[str, ...] = ()
 
 
+PLAIN = AnswerFormat(None, lambda _: PlainParser())
+
+
 class ChatFormat:
     """The format of one family, as far as a template takes part in it."""
 
@@ -120,7 +123,7 @@ class ChatFormat:
                 return PlainParser()
             return MarkedParser(thinking, calls, new_id, opened=opened, texts=texts)
 
-        return AnswerFormat(bound.grammar, parser, tuple(sorted(marks.tokens)), tuple(sorted(bound.ignored)))
+        return AnswerFormat(bound.grammar, parser, tuple(sorted(marks.tokens)), bound.ignored)
 
     def _marks(self, calls: Calls | None) -> list[str]:
         marks = [] if self.thinking is None else [self.thinking.open, self.thinking.close]
@@ -154,7 +157,7 @@ class ChatFormat:
             made.push(begun)
             return made
 
-        return AnswerFormat(bound.grammar, parser, tuple(sorted(marks.tokens)), tuple(sorted(bound.ignored)))
+        return AnswerFormat(bound.grammar, parser, tuple(sorted(marks.tokens)), bound.ignored)
 
 
 def offered(turn: ChatTurn) -> Sequence[Tool]:

@@ -101,8 +101,7 @@ def _plain(message: Message, content: str | None) -> dict[str, Any]:
 
 
 def _native(message: Message, family: Family) -> dict[str, Any]:
-    no_text = None if family.null_content else ""
-    plain = _plain(message, message.content or (no_text if message.tool_calls else ""))
+    plain = _plain(message, None if message.tool_calls and family.null_content else message.content)
     if message.tool_calls:
         plain["tool_calls"] = [_call(call, family) for call in message.tool_calls]
     if message.tool_call_id is not None:

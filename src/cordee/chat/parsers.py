@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 from cordee.chat.events import ArgumentsDelta, CallBegun, TextDelta, ThinkingDelta
-from cordee.chat.families import JsonCalls, MarkedCalls, Thinking
+from cordee.chat.families import JsonCalls, MarkedCalls, ThinkingMarks
 from cordee.chat.reading import Reading, ReadingParser, Trimmed, nothing
 
 NewId = Callable[[], str]
@@ -21,7 +21,7 @@ class MarkedParser(ReadingParser):
 
     def __init__(
         self,
-        thinking: Thinking | None,
+        thinking: ThinkingMarks | None,
         calls: JsonCalls | MarkedCalls | None,
         new_id: NewId,
         *,
@@ -54,7 +54,7 @@ class MarkedParser(ReadingParser):
                 yield from self._marked(self._calls)
         self._say("")
 
-    def _think(self, marks: Thinking) -> Reading[None]:
+    def _think(self, marks: ThinkingMarks) -> Reading[None]:
         """Thinking, if the answer begins with it."""
         reader = self.reader
         if not self._opened:
@@ -131,8 +131,8 @@ class MarkedParser(ReadingParser):
             self._argue("{}" if before == "{" else "}")
 
     def _expect(self, *expected: str) -> Reading[str | None]:
-        """Read what must come now, and give which it was. If it does not, all that follows is text, unless the
-        answer was cut off within it."""
+        """Read what must come now, and give which it was. If it does not, all that follows is text, unless
+        the answer was cut off within it."""
         reader = self.reader
         found = yield from reader.begins(expected)
         if found is None:

@@ -1,7 +1,7 @@
 """The tokens that a model may think: when they are used up, the mark that ends thinking is forced.
 
-llguidance has `max_tokens` for that; with a mark of several tokens it panics (1.9.1), so the tokens are counted
-here. What is known follows from the tokens so far, so a replayed answer goes on as the first would.
+llguidance has `max_tokens` for that; with a mark of several tokens it panics (1.9.1), so the tokens are
+counted here. What is known follows from the tokens so far, so a replayed answer goes on as the first would.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,7 @@ from typing import Any
 class ThinkingBudget:
     """How much of the budget of one answer is left, after the tokens so far.
 
-    `tokens` may be thought; `opening` tokens come before. `close` is the mark that ends thinking, as bytes and as
-    tokens.
+    `tokens` may be thought; `opening` tokens come before. `mark` ends thinking, and `close` are its tokens.
     """
 
     def __init__(self, tokens: int, opening: int, mark: bytes, close: Sequence[int]) -> None:
