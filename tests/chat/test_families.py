@@ -18,6 +18,7 @@ from cordee.chat.formats import AnswerFormat, ChatFormat, Parser, format_of
 from cordee.chat.turn import ChatTurn, Message, Thinking, Tool, ToolChoice
 from cordee.engine.vocabulary import Vocabulary
 from cordee.generation.grammar import GrammarState, GrammarTokenizer
+from cordee.generation.request import Grammar
 from cordee.generation.template import ChatTemplate
 from tiny import make_tiny
 
@@ -108,6 +109,16 @@ def test_every_family_has_a_case() -> None:
 @each_family
 def test_a_family_is_known_by_its_template(case: Case) -> None:
     assert format_of(ChatTemplate(case.template)).name == case.name
+
+
+def test_a_template_that_only_speaks_of_tools_is_told_of_them_by_prompt() -> None:
+    """Some take them by another name, or show what a call looks like and no tools."""
+    for source in (
+        "{# <tool_call> arguments #}{{ messages[0].content }} tools",
+        "{{ xml_tools }}<tool_call>{{ messages[0].content }}arguments",
+        "{{ tools }}{{ messages[0].content }} in no form that is known",
+    ):
+        assert format_of(ChatTemplate(source)).name == "by prompt"
 
 
 # Prompts
@@ -294,6 +305,61 @@ def test_a_schema_that_cannot_be_compiled_is_left_unbound_unless_it_is_strict(
     text = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
     turn = ChatTurn(messages=ASKED.messages, tools=[Tool("f", "", hopeless)])
     assert follows(answer_format(case, vocabulary, turn), vocabulary, text) == (True, True)
+
+
+def test_the_tools_of_a_coding_agent_are_bound(vocabularies: dict[str, Vocabulary], folder: Path) -> None:
+    """Twenty-four tools with 90 kB of schemas, as they send them with each request."""
+    prose = "Says at length what this is for, and what it is not. " * 5
+    inner = {
+        "type": "object",
+        "properties": {"content": {"type": "string", "description": prose}, "done": {"type": "boolean"}},
+        "required": ["content"],
+    }
+    tools = []
+    for number in range(24):
+        properties = {
+            "path": {"type": "string", "description": prose},
+            "mode": {"type": "string", "enum": [f"mode {place}" for place in range(20)]},
+            "items": {"type": "array", "items": inner, "description": prose},
+            "limits": {"type": "object", "additionalProperties": {"type": "integer"}, "description": prose},
+            **{f"option_{place}": {"type": "string", "description": prose} for place in range(8)},
+        }
+        schema = {"type": "object", "properties": properties, "required": ["path", "items"]}
+        tools.append(Tool(f"mcp__server__tool_{number}", prose, schema))
+    vocabulary = vocabulary_of(CASES[0], vocabularies, folder)
+    answer = answer_format(CASES[0], vocabulary, ChatTurn(messages=ASKED.messages, tools=tools))
+    assert len(answer.grammar.text) > 90_000
+    arguments = '{"path": "/a", "items": [{"content": "b", "done": true}], "limits": {"c": 1}}'
+    text = f'<tool_call>\n{{"name": "mcp__server__tool_11", "arguments": {arguments}}}\n</tool_call>'
+    assert follows(answer, vocabulary, text) == (True, True)
+    assert follows(answer, vocabulary, text.replace('"content"', '"contents"')) == (False, False)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.thinking], ids=lambda case: case.name)
+def test_a_format_of_the_answer_leaves_room_for_thinking(
+    case: Case, vocabularies: dict[str, Vocabulary], folder: Path
+) -> None:
+    vocabulary = vocabulary_of(case, vocabularies, folder)
+    turn = ChatTurn(messages=ASKED.messages)
+    constraint = Grammar("json_schema", '{"type": "object", "properties": {"a": {"type": "integer"}}}')
+    form = format_of(ChatTemplate(case.template))
+    answer = form.answer(turn, prompt_of(case, turn), constraint, vocabulary)
+    final = "<|channel|>final<|message|>" if case.name == "gpt-oss" else ""
+    assert follows(answer, vocabulary, case.thought + final + '{"a": 1}') == (True, True)
+    assert follows(answer, vocabulary, case.thought + final + "A: 1") == (False, False)
+
+
+def test_a_tool_may_be_called_anything(vocabularies: dict[str, Vocabulary], folder: Path) -> None:
+    """Names come from clients: in a grammar they are text, not syntax and not control tokens."""
+    vocabulary = vocabulary_of(CASES[0], vocabularies, folder)
+    for name in ("<|im_end|>", 'a" | ANY', "größer", "\\n", "/x/ // y"):
+        turn = ChatTurn(messages=ASKED.messages, tools=[Tool(name)], tool_choice=ToolChoice("required"))
+        answer = answer_format(CASES[0], vocabulary, turn)
+        state = GrammarState(answer.grammar, GrammarTokenizer(vocabulary))
+        text = f'<tool_call>\n{{"name": "{name}", "arguments": {{}}}}\n</tool_call>'
+        for token in vocabulary.tokenize(text, special=False, add_bos=False):
+            assert state.allowed()[token], name
+            state.accept(token)
 
 
 def test_keywords_that_bind_nothing_are_named(vocabularies: dict[str, Vocabulary], folder: Path) -> None:

@@ -162,11 +162,9 @@ DEEPSEEK_V31 = DEEPSEEK.replace(
 _THINKS = '("<think>" if thinking else "</think>")'
 DEEPSEEK_V31 += '{% if add_generation_prompt %}{{ "<｜Assistant｜>" + ' + _THINKS + " }}{% endif %}"
 GRANITE = """\
-{{- tools | tojson if tools }}
-{%- for message in messages %}{{ "<|start_of_role|>" + message.role + "<|end_of_role|>" + message.content }}
-{%- if message.tool_calls %}{{ "<|tool_call|>[" }}
-{%- for call in message.tool_calls %}{{ call.function | tojson }}{{ "]" if loop.last else ", " }}{% endfor %}
-{%- endif %}{{ "<|end_of_text|>" }}
+{{- tools | tojson if tools }}{#- answers: <|tool_call|>[…] -#}
+{%- for message in messages %}
+{{- "<|start_of_role|>" + message.role + "<|end_of_role|>" + message.content + "<|end_of_text|>" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|start_of_role|>assistant<|end_of_role|>" }}{% endif %}
 """

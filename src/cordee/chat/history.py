@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from cordee.chat.families import Family
+from cordee.chat.families import Family, JsonCalls
 from cordee.chat.turn import ChatTurn, Message, Tool, ToolCall
 
 _ID_CHARACTERS = string.ascii_letters + string.digits
@@ -102,11 +102,19 @@ def _plain(message: Message, content: str | None) -> dict[str, Any]:
 
 def _native(message: Message, family: Family) -> dict[str, Any]:
     plain = _plain(message, None if message.tool_calls and family.null_content else message.content)
-    if message.tool_calls:
+    if message.tool_calls and family.text_calls and isinstance(family.calls, JsonCalls):
+        plain["content"] = message.content + _written(message.tool_calls, family.calls)
+    elif message.tool_calls:
         plain["tool_calls"] = [_call(call, family) for call in message.tool_calls]
     if message.tool_call_id is not None:
         plain["tool_call_id"] = _id(message.tool_call_id, family)
     return plain
+
+
+def _written(made: Sequence[ToolCall], form: JsonCalls) -> str:
+    """Calls as the model wrote them."""
+    calls = [f"{form.head}{each.name}{form.middle}{_json(arguments_of(each))}{form.tail}" for each in made]
+    return form.open + (form.between or "").join(calls) + form.close
 
 
 def _call(call: ToolCall, family: Family) -> dict[str, Any]:
