@@ -10,7 +10,7 @@ import msgspec
 
 from cordee import errors
 from cordee.api import app as application
-from cordee.api import bodies, embeddings, failures, prompts, schemas, server, stream
+from cordee.api import bodies, embeddings, failures, hidden, schemas, server, stream
 from cordee.cli.main import subclasses
 from cordee.engine.llama import encoder
 from cordee.generation import grammar, sampling, text
@@ -42,7 +42,7 @@ LIMITS = (
     (text, "STOPS_MAX", "stop strings"),
     (text, "STOP_CHARS_MAX", "characters of a stop string"),
     (sampling, "LOGIT_BIAS_MAX", "entries of `logit_bias`"),
-    (prompts, "CONTROL_TEXTS_MAX", "names of control tokens in a conversation"),
+    (hidden, "CONTROL_TEXTS_MAX", "names of control tokens in a conversation"),
     (grammar, "TEXT_CHARS_MAX", "characters of a JSON schema"),
     (grammar, "GBNF_CHARS_MAX", "characters of a GBNF grammar"),
     (grammar_child, "TRIAL_SECONDS", "seconds of computing to compile a grammar"),

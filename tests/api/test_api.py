@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from cordee.api import app, bodies, stream
 from cordee.api.bodies import decode
-from cordee.api.prompts import chat_prompt, chat_turn
+from cordee.api.prompts import chat_prompt
 from cordee.api.replies import ChatReply
 from cordee.api.schemas import ChatRequest
 from cordee.api.stream import Timing
+from cordee.api.turns import chat_turn
 from cordee.chat.formats import format_of
 from cordee.serving.local_service import ServiceConfig
 from serving import CHAT, COMPLETIONS, FRANCE, HELLO, SECONDS, Running, running, user
@@ -303,7 +304,8 @@ NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
 
 
 def prompt_of(server: Running, messages: list[dict[str, Any]]) -> tuple[int, ...]:
-    body = json.dumps({"model": "starter", "messages": messages}).encode()
+    asked = {"model": "starter", "messages": messages, "add_generation_prompt": True}
+    body = json.dumps(asked).encode()
     turn = chat_turn(decode(body, CHAT_DECODER))
     return chat_prompt(server.service, format_of(server.service.template), turn, NOW, "messages")
 

@@ -200,8 +200,8 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
         create(model="starter", messages=[{"role": "user", "content": "word " * 1000}], stream=True)
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
     with pytest.raises(openai.BadRequestError) as caught:
-        create(model="starter", messages=ROPE, tools=[{"type": "function", "function": {"name": "f"}}])
-    assert caught.value.param == "tools"
+        create(model="starter", messages=ROPE, functions=[{"name": "f"}])
+    assert caught.value.param == "functions"
     with pytest.raises(openai.BadRequestError) as caught:
         create(model="starter", messages=ROPE, extra_body={"temprature": 1})
     assert caught.value.param == "temprature"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import cli_reference
+from chat_families import QWEN, THINKER
 from cordee import __version__, errors
 from cordee.cli import output
 from cordee.cli.main import cordee as program
@@ -21,6 +22,7 @@ from cordee.engine.llama.libllama import usable_cores
 from cordee.machine import hardware
 from cordee.machine.memory import memory
 from terminal import PROGRAM, SECONDS, Terminal
+from tiny import make_tiny
 
 
 @pytest.fixture(scope="module")
@@ -384,3 +386,17 @@ def test_sizes(nbytes: float, text: str) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert output.duration(seconds) == text
+
+
+def test_what_a_model_thinks_is_not_printed(tmp_path: Path) -> None:
+    """A model of random weights whose prompt ends in <think> never comes to say anything."""
+    said = {}
+    for name, template in (("thinker", THINKER), ("talker", QWEN)):
+        path = make_tiny("llama", tmp_path / f"{name}.gguf", layers=1, tokenizer="bytes", template=template)
+        assert cordee("pull", str(path), "--name", name, home=tmp_path / "home").returncode == 0
+        line = ("run", name, "Hello", "--temperature", "0", "--max-tokens", "12")
+        done = cordee(*line, home=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout
+    assert said["thinker"] == b"\n"
+    assert said["talker"].strip()

@@ -5,7 +5,7 @@ architecture (tensor names and hyperparameters after llama.cpp's src/models/*.cp
 gives the same bytes. With `tokenizer="bytes"` the model has a small real vocabulary and a chat template.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -68,6 +68,7 @@ class Maker:
         self.writer = GGUFWriter(path, name)
         self.random = np.random.default_rng(seed)
         self.quantization: GGMLQuantizationType | None = None
+        self.template, self.control = CHAT_TEMPLATE, ()
 
     def number(self, key: str, value: int) -> None:
         self.writer.add_uint32(f"{self.name}.{key}", value)
@@ -123,7 +124,10 @@ class Maker:
             self.number("nextn_predict_layers", self.recipe.extra_layers)
         if self.recipe.leading_dense:
             self.number("leading_dense_block_count", self.recipe.leading_dense)
-        (add_byte_tokenizer if tokenizer == "bytes" else add_no_tokenizer)(self.writer)
+        if tokenizer == "bytes":
+            add_byte_tokenizer(self.writer, self.template, self.control)
+        else:
+            add_no_tokenizer(self.writer)
 
     def tensors(self) -> None:
         self.matrix("token_embd.weight", EMBD, VOCAB, gain=self.recipe.embedding_gain)
@@ -222,15 +226,20 @@ def add_no_tokenizer(writer: GGUFWriter) -> None:
     writer.add_string("tokenizer.ggml.model", "none")
 
 
-def add_byte_tokenizer(writer: GGUFWriter) -> None:
-    """A vocabulary in SentencePiece style: control tokens, all bytes, then some text pieces."""
-    control, unknown, byte, normal = 3, 2, 6, 1
+def add_byte_tokenizer(
+    writer: GGUFWriter, template: str = CHAT_TEMPLATE, control: Sequence[str] = ()
+) -> None:
+    """A vocabulary in SentencePiece style: control tokens, all bytes, then some text pieces. Further
+    `control` tokens take the places of the last pieces."""
+    control_type, unknown, byte, normal = 3, 2, 6, 1
     tokens = ["<unk>", "<s>", "</s>"]
-    types = [unknown, control, control]
+    types = [unknown, control_type, control_type]
     tokens += [f"<0x{value:02X}>" for value in range(256)]
     types += [byte] * 256
     tokens += ["<|im_start|>", "<|im_end|>"]
-    types += [control, control]
+    types += [control_type, control_type]
+    tokens += control
+    types += [control_type] * len(control)
     letters = "etaoinshrdlucmfwypvbgkjqxzETAOINSHRDLUCMFWYPVBGKJQXZ0123456789.,"
     pieces = ["\N{LOWER ONE EIGHTH BLOCK}", *letters][: VOCAB - len(tokens)]
     tokens += pieces
@@ -244,7 +253,7 @@ def add_byte_tokenizer(writer: GGUFWriter) -> None:
     writer.add_uint32("tokenizer.ggml.eos_token_id", tokens.index("<|im_end|>"))
     writer.add_bool("tokenizer.ggml.add_bos_token", True)
     writer.add_bool("tokenizer.ggml.add_space_prefix", False)
-    writer.add_string("tokenizer.chat_template", CHAT_TEMPLATE)
+    writer.add_string("tokenizer.chat_template", template)
 
 
 def _apertus(maker: Maker) -> None:
@@ -502,9 +511,13 @@ def make_tiny(
     seed: int = 0,
     quantization: GGMLQuantizationType | None = None,
     tokenizer: str = "none",
+    template: str = CHAT_TEMPLATE,
+    control: Sequence[str] = (),
 ) -> Path:
-    """Write a tiny model of an architecture in RECIPES; `tokenizer` is 'none' or 'bytes'."""
+    """Write a tiny model of an architecture in RECIPES; `tokenizer` is 'none' or 'bytes', which has the chat
+    template and, beside its own, the control tokens that are given."""
     maker = Maker(architecture, RECIPES[architecture], path, layers, seed)
+    maker.template, maker.control = template, control
     maker.quantization = quantization
     maker.metadata(tokenizer)
     maker.tensors()

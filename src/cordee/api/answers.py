@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cordee.chat.events import CallBegun, Collected, Event, TextDelta
+from cordee.chat.events import CallBegun, Collected, Event, TextDelta, ThinkingDelta
 from cordee.chat.formats import Parser, PlainParser
 from cordee.engine.vocabulary import Vocabulary
 from cordee.generation.request import Choice, Request, TextChunk
@@ -28,6 +28,7 @@ class AnswerPiece:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the KV cache
     completion_tokens: int = 0  # so far
+    thinking_tokens: int = 0  # of those, until the last thought
 
     @property
     def text(self) -> str:
@@ -60,16 +61,18 @@ class ParsedAnswers:
     async def generate(self, request: Request) -> AsyncGenerator[AnswerPiece]:
         """As the service's `generate`; a chunk in which nothing is certain yet gives no piece."""
         parser = self._parser_of()
-        has_called = False
+        has_called, thinking_tokens = False, 0
         async with aclosing(self._service.generate(request)) as chunks:
             async for chunk in chunks:
                 events = [*parser.push(chunk.text), *(parser.finish() if chunk.finish_reason else ())]
                 has_called = has_called or any(isinstance(event, CallBegun) for event in events)
+                if any(isinstance(event, ThinkingDelta) for event in events):
+                    thinking_tokens = chunk.completion_tokens
                 if events or chunk.choices or chunk.finish_reason:
-                    yield _piece(chunk, events, has_called)
+                    yield _piece(chunk, events, has_called, thinking_tokens)
 
 
-def _piece(chunk: TextChunk, events: Sequence[Event], has_called: bool) -> AnswerPiece:
+def _piece(chunk: TextChunk, events: Sequence[Event], has_called: bool, thinking_tokens: int) -> AnswerPiece:
     ending: Ending | None = chunk.finish_reason
     return AnswerPiece(
         events=events,
@@ -78,6 +81,7 @@ def _piece(chunk: TextChunk, events: Sequence[Event], has_called: bool) -> Answe
         prompt_tokens=chunk.prompt_tokens,
         cached_tokens=chunk.cached_tokens,
         completion_tokens=chunk.completion_tokens,
+        thinking_tokens=thinking_tokens,
     )
 
 
@@ -92,3 +96,4 @@ class Job:
     answers: ParsedAnswers
     requests: Sequence[Request]
     n: int = 1
+    ignored: tuple[str, ...] = ()  # what the request asks for and the answer is not bound to, by name

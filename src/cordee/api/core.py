@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -16,10 +16,10 @@ from starlette.responses import Response
 from cordee.api.answers import Job, ParsedAnswers, WholeAnswer
 from cordee.api.bodies import Bodies
 from cordee.api.failures import ModelLoading
-from cordee.api.prompts import chat_prompt, check_length
+from cordee.api.prompts import check_length, rendered
 from cordee.api.schemas import CHOICES_MAX
 from cordee.api.stream import Adapter, EventStream, Timing, collect, while_connected
-from cordee.chat.formats import format_of
+from cordee.chat.formats import AnswerFormat, format_of
 from cordee.chat.turn import ChatTurn
 from cordee.errors import BadRequest, CordeeError, ModelNotFound
 from cordee.generation import template
@@ -121,14 +121,21 @@ class ApiCore:
         """
         if service.template is None:
             raise template.missing(service.name)
-        chat_format = format_of(service.template)
-        prompt = await self.in_thread(chat_prompt, service, chat_format, turn, self._clock(), param)
+        prompt, answer = await self.in_thread(self._prepared, service, turn, constraint, param)
         check_length(service, prompt, param)
-        grammar = chat_format.grammar(turn, constraint)
-        sampling = msgspec.structs.replace(options.sampling, grammar=grammar)
-        answers = ParsedAnswers(service, partial(chat_format.parser, turn))
-        shows = chat_format.shows_control_tokens
-        return self._job(service, [prompt], sampling, options, answers, shows_control_tokens=shows)
+        sampling = msgspec.structs.replace(options.sampling, grammar=answer.grammar)
+        answers = ParsedAnswers(service, partial(answer.parser, _call_id))
+        job = self._job(service, [prompt], sampling, options, answers, shown_tokens=answer.shown_tokens)
+        return replace(job, ignored=answer.ignored)
+
+    def _prepared(
+        self, service: ModelService, turn: ChatTurn, constraint: Grammar | None, param: str
+    ) -> tuple[tuple[int, ...], AnswerFormat]:
+        """The prompt of a turn, and the format of its answer."""
+        assert service.template is not None, "`chat` has looked"
+        chat_format = format_of(service.template)
+        prompt = rendered(service, chat_format, turn, self._clock(), param)
+        return prompt.tokens, chat_format.answer(turn, prompt.text, constraint, service.vocabulary)
 
     def completion(
         self,
@@ -163,7 +170,7 @@ class ApiCore:
         options: AnswerOptions,
         answers: ParsedAnswers,
         *,
-        shows_control_tokens: bool = False,
+        shown_tokens: tuple[int, ...] = (),
     ) -> Job:
         n = options.n
         if n * len(prompts) > CHOICES_MAX:
@@ -178,7 +185,7 @@ class ApiCore:
                 sampling=msgspec.structs.replace(sampling, seed=_seed(sampling.seed, choice)),
                 max_tokens=options.max_tokens,
                 stop=options.stop,
-                shows_control_tokens=shows_control_tokens,
+                shown_tokens=shown_tokens,
             )
             for place, prompt in enumerate(prompts)
             for choice in range(n)
@@ -197,6 +204,11 @@ class ApiCore:
 def random_seed() -> int:
     """A seed for a request that gives none."""
     return secrets.randbelow(SEEDS)
+
+
+def _call_id() -> str:
+    """An id for a call; none is given twice."""
+    return "call_" + secrets.token_hex(12)
 
 
 def _seed(seed: int, choice: int) -> int:

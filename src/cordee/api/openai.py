@@ -1,6 +1,7 @@
 """OpenAI's endpoints over model services: HTTP requests in, `replies` out."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +12,7 @@ from starlette.responses import Response
 from cordee.api.answers import Job
 from cordee.api.core import AnswerOptions, ApiCore, random_seed
 from cordee.api.failures import json_response
-from cordee.api.prompts import chat_turn, completion_prompts
+from cordee.api.prompts import completion_prompts
 from cordee.api.replies import ChatReply, CompletionReply, Reply
 from cordee.api.schemas import (
     LEGACY_MAX_TOKENS,
@@ -22,6 +23,7 @@ from cordee.api.schemas import (
     JsonSchemaFormat,
     refuse,
 )
+from cordee.api.turns import chat_turn, unknown_tools
 from cordee.errors import BadRequest
 from cordee.generation.request import Grammar, SamplingParams
 
@@ -70,6 +72,7 @@ class OpenAI:
         top_logprobs = _top_logprobs(body)
         options = _options(body, top_logprobs, body.max_completion_tokens or body.max_tokens)
         job = await core.chat(service, chat_turn(body), options, constraint=_grammar(body))
+        job = replace(job, ignored=(*job.ignored, *unknown_tools(body)))
         return await self._answer(request, body, job, ChatReply, logprobs=top_logprobs is not None)
 
     async def completions(self, request: HttpRequest) -> Response:

@@ -1,43 +1,44 @@
 """From what a client sends to token ids: messages through the model's chat template, texts, token ids."""
 
-import re
-import secrets
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
-from cordee.api.schemas import CHOICES_MAX, ChatMessage, ChatRequest, CompletionRequest, refuse
+from cordee.api.hidden import Hidden
+from cordee.api.schemas import CHOICES_MAX, CompletionRequest
 from cordee.chat.formats import ChatFormat
-from cordee.chat.turn import ChatTurn, Message, Thinking
+from cordee.chat.turn import ChatTurn
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, ContextExceeded
 from cordee.serving.interface import ModelService
 
-# A conversation about chat templates may name some; each costs a few calls of the tokenizer.
-CONTROL_TEXTS_MAX = 4096
-PRIVATE = "\U000f0000"  # a private-use character around placeholders; what makes them unique is random
 
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt: its text, in which placeholders hide the names of control tokens, and its tokens."""
 
-def chat_turn(request: ChatRequest) -> ChatTurn:
-    """The turn that a chat completion asks for.
-
-    Raises:
-        BadRequest: a message cannot be used; `param` says which.
-    """
-    messages = [_message(message, f"messages[{place}].") for place, message in enumerate(request.messages)]
-    return ChatTurn(messages=messages, thinking=Thinking(effort=request.reasoning_effort))
+    text: str
+    tokens: tuple[int, ...]
 
 
 def chat_prompt(
     service: ModelService, chat_format: ChatFormat, turn: ChatTurn, now: datetime, param: str
 ) -> tuple[int, ...]:
+    """The tokens of a turn's prompt; see `rendered`."""
+    return rendered(service, chat_format, turn, now, param).tokens
+
+
+def rendered(
+    service: ModelService, chat_format: ChatFormat, turn: ChatTurn, now: datetime, param: str
+) -> Prompt:
     """The prompt of a turn, up to where the answer begins.
 
     The names of control tokens in a message, such as <|im_end|>, must not become those tokens, or the author
     of a message could speak in another role. So placeholders replace them while the template is rendered and
-    the text between them is tokenized; then each name is tokenized as plain text. A conversation without any
-    is tokenized in one piece, as a template's author expects.
+    the text between them is tokenized; then each name is tokenized as plain text. The same holds for what
+    stands in tools, in calls, and in variables. A conversation without any is tokenized in one piece, as a
+    template's author expects.
 
     Raises:
         BadRequest: the turn cannot be used; its `param` is the one that is given here.
@@ -46,16 +47,19 @@ def chat_prompt(
     """
     chat_template = service.template
     assert chat_template is not None, "`ApiCore.chat` has looked"
-    hidden = _Hidden(service.vocabulary, param)
-    _check_bytes(service, sum(map(_nbytes, turn.messages)), param)
-    knows_developer = "developer" in chat_template.source
-    messages = [_plain(message, hidden, knows_developer) for message in turn.messages]
-    turn = replace(turn, messages=messages)
+    hidden = Hidden(service.vocabulary, param)
+    _check_bytes(service, _turn_bytes(turn), param)
+    turn = hidden.turn(turn, knows_developer="developer" in chat_template.source)
+    variables = chat_format.variables(turn)
     try:
-        text = chat_template.render(chat_format.messages(turn), now=now, **chat_format.variables(turn))
+        text = chat_template.render(
+            chat_format.messages(turn), now=now, add_generation_prompt=not turn.continues, **variables
+        )
     except BadRequest as error:
         raise BadRequest(error.message, param) from error
-    return tuple(hidden.tokens(text))
+    if turn.continues:
+        text = hidden.before_end(text)
+    return Prompt(text, tuple(hidden.tokens(text)))
 
 
 def completion_prompts(service: ModelService, request: CompletionRequest) -> list[tuple[int, ...]]:
@@ -108,8 +112,12 @@ def _utf8_bytes(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
-def _nbytes(message: Message) -> int:
-    return _utf8_bytes(message.content)
+def _turn_bytes(turn: ChatTurn) -> int:
+    """What a turn's texts have at least; a template adds to them."""
+    texts = [each.content for each in turn.messages] + [each.thinking for each in turn.messages]
+    texts += [call.arguments for each in turn.messages for call in each.tool_calls]
+    texts += [tool.description for tool in turn.tools]
+    return sum(map(_utf8_bytes, texts))
 
 
 def _tokens(vocabulary: Vocabulary, prompt: str | Sequence[int | str | list[int]] | int) -> tuple[int, ...]:
@@ -125,64 +133,3 @@ def _tokens(vocabulary: Vocabulary, prompt: str | Sequence[int | str | list[int]
     if not tokens:
         raise BadRequest("the prompt is empty: this model needs a token to begin with", "prompt")
     return tuple(tokens)
-
-
-def _message(message: ChatMessage, path: str) -> Message:
-    refuse(message, path)
-    return Message(message.role, _content(message, path), message.name)
-
-
-def _plain(message: Message, hidden: "_Hidden", knows_developer: bool) -> Message:
-    """A message whose texts cannot become control tokens."""
-    role = "system" if message.role == "developer" and not knows_developer else message.role
-    return replace(message, role=role, content=hidden.hide(message.content))
-
-
-def _content(message: ChatMessage, path: str) -> str:
-    if message.content is None:
-        raise BadRequest(f"{path}content is missing", f"{path}content")
-    if isinstance(message.content, str):
-        return message.content
-    texts: list[str] = []
-    for place, part in enumerate(message.content):
-        at = f"{path}content[{place}]."
-        if part.type != "text":
-            raise BadRequest(
-                f"{at}type: {part.type[:40]} is not supported: models here read and write text only",
-                f"{at}type",
-            )
-        refuse(part, at)
-        if part.text is None:
-            raise BadRequest(f"{at}text is missing", f"{at}text")
-        texts.append(part.text)
-    return "\n".join(texts)
-
-
-class _Hidden:
-    """The control tokens' names that stand in a conversation, hidden behind placeholders."""
-
-    def __init__(self, vocabulary: Vocabulary, param: str) -> None:
-        self._vocabulary = vocabulary
-        self._param = param
-        self._mark = PRIVATE + secrets.token_hex(8)
-        self._names: list[str] = []
-
-    def hide(self, text: str) -> str:
-        spans = self._vocabulary.control_spans(text)
-        if len(self._names) + len(spans) > CONTROL_TEXTS_MAX:
-            raise BadRequest(f"more than {CONTROL_TEXTS_MAX} names of control tokens are used", self._param)
-        shown, at = "", 0
-        for start, end in spans:
-            shown += f"{text[at:start]}{self._mark}{len(self._names)}{PRIVATE}"
-            self._names.append(text[start:end])
-            at = end
-        return shown + text[at:]
-
-    def tokens(self, text: str) -> list[int]:
-        """The token ids of a rendered text, where placeholders become the names as plain text."""
-        pieces = re.split(f"{self._mark}([0-9]+){PRIVATE}", text)
-        tokens = self._vocabulary.tokenize(pieces[0], special=True, add_bos=True)
-        for name, literal in zip(pieces[1::2], pieces[2::2], strict=True):
-            tokens += self._vocabulary.tokenize(self._names[int(name)], special=False, add_bos=False)
-            tokens += self._vocabulary.tokenize(literal, special=True, add_bos=False)
-        return tokens

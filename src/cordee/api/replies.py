@@ -9,6 +9,8 @@ import msgspec
 from cordee.api.answers import AnswerPiece, Job, WholeAnswer
 from cordee.api.failures import error_body
 from cordee.api.logprobs import LegacyLogprobs, chat_logprobs
+from cordee.chat.events import ArgumentsDelta, CallBegun, Event, TextDelta, ThinkingDelta
+from cordee.chat.turn import ToolCall
 from cordee.generation.request import Choice
 
 DONE = b"data: [DONE]\n\n"
@@ -36,8 +38,8 @@ class Reply(ABC):
     def push(self, index: int, piece: AnswerPiece) -> Iterable[bytes]:
         """A chunk's event, and one more for the reason why the answer ended."""
         self._last[index] = piece
-        if piece.text or piece.choices:
-            yield self._event([self._piece(index, piece)])
+        for choice in self._pieces(index, piece):
+            yield self._event([choice])
         if piece.finish_reason is not None:
             yield self._event([self._finish(index, piece.finish_reason)])
 
@@ -79,8 +81,8 @@ class Reply(ABC):
         }
 
     @abstractmethod
-    def _piece(self, index: int, piece: AnswerPiece) -> dict[str, Any]:
-        """The choice in the event of a chunk."""
+    def _pieces(self, index: int, piece: AnswerPiece) -> Iterable[dict[str, Any]]:
+        """The choices in the events of a chunk, none if it shows nothing."""
 
     @abstractmethod
     def _finish(self, index: int, reason: str) -> dict[str, Any]:
@@ -98,24 +100,58 @@ class ChatReply(Reply):
     object = "chat.completion"
     event_object = "chat.completion.chunk"
 
+    def __init__(self, job: Job, *, logprobs: bool, usage_event: bool) -> None:
+        super().__init__(job, logprobs=logprobs, usage_event=usage_event)
+        self._calls: dict[int, int] = {}  # by answer, the number of the call that began last
+
     def begin(self) -> Iterable[bytes]:
         """The role, for every answer."""
         for index in range(len(self.job.requests)):
             yield self._event([_chat_delta(index, {"role": "assistant", "content": ""})])
 
-    def _piece(self, index: int, piece: AnswerPiece) -> dict[str, Any]:
-        return _chat_delta(index, {"content": piece.text}, self._logprobs(piece.choices))
+    def _pieces(self, index: int, piece: AnswerPiece) -> Iterable[dict[str, Any]]:
+        """One event for each change between text, thinking and calls; the tokens are with the first."""
+        deltas = [self._delta(index, event) for event in piece.events]
+        if not deltas and piece.choices:
+            deltas = [{"content": ""}]
+        choices = piece.choices
+        for delta in deltas:
+            yield _chat_delta(index, delta, self._logprobs(choices) if choices else None)
+            choices = ()
+
+    def _delta(self, index: int, event: Event) -> dict[str, Any]:
+        match event:
+            case TextDelta(text):
+                return {"content": text}
+            case ThinkingDelta(text):
+                return {"reasoning_content": text}
+            case CallBegun(call_id, name):
+                number = self._calls[index] = self._calls.get(index, -1) + 1
+                return {"tool_calls": [{"index": number, **_call(ToolCall(call_id, name, ""))}]}
+            case ArgumentsDelta(text):
+                return {"tool_calls": [{"index": self._calls[index], "function": {"arguments": text}}]}
 
     def _finish(self, index: int, reason: str) -> dict[str, Any]:
         return _chat_delta(index, {}, reason=reason)
 
     def _choice(self, index: int, answer: WholeAnswer) -> dict[str, Any]:
+        said = answer.said
+        message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
+        if said.thinking:
+            message["reasoning_content"] = said.thinking
+        if said.calls:
+            message["content"] = said.text or None
+            message["tool_calls"] = [_call(call) for call in said.calls]
         return {
             "index": index,
-            "message": {"role": "assistant", "content": answer.said.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(answer.choices),
             "finish_reason": answer.last.finish_reason,
         }
+
+    def _usage(self, last: dict[int, AnswerPiece]) -> dict[str, Any]:
+        thinking = sum(piece.thinking_tokens for piece in last.values())
+        return super()._usage(last) | {"completion_tokens_details": {"reasoning_tokens": thinking}}
 
     def _logprobs(self, choices: Sequence[Choice]) -> dict[str, Any] | None:
         return chat_logprobs(self.job.vocabulary, choices) if self._logprobs_wanted else None
@@ -131,8 +167,9 @@ class CompletionReply(Reply):
         super().__init__(job, logprobs=logprobs, usage_event=usage_event)
         self._logprobs = [LegacyLogprobs(job.vocabulary) for _ in job.requests] if logprobs else None
 
-    def _piece(self, index: int, piece: AnswerPiece) -> dict[str, Any]:
-        return self._text(index, piece.text, piece.choices)
+    def _pieces(self, index: int, piece: AnswerPiece) -> Iterable[dict[str, Any]]:
+        if piece.text or piece.choices:
+            yield self._text(index, piece.text, piece.choices)
 
     def _finish(self, index: int, reason: str) -> dict[str, Any]:
         return self._text(index, "", (), reason)
@@ -147,8 +184,13 @@ class CompletionReply(Reply):
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
+def _call(call: ToolCall) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
 def _chat_delta(
-    index: int, delta: dict[str, str], logprobs: dict[str, Any] | None = None, reason: str | None = None
+    index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
 ) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 

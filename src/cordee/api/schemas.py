@@ -16,6 +16,7 @@ from cordee.generation.text import STOPS_MAX
 
 MESSAGES_MAX = 4096  # turns of a conversation
 PARTS_MAX = 1024  # content parts of a message
+TOOLS_MAX = 512  # of a request; agents with many servers of tools send two hundred
 CHOICES_MAX = 32  # answers that one request may ask for: prompts times `n`
 TOKENS_MAX = 1 << 30  # no context is longer
 LEGACY_MAX_TOKENS = 16  # OpenAI's default for completions
@@ -23,6 +24,8 @@ HARMLESS_BYTES_MAX = 64  # a refused field's harmless values are all shorter
 
 ABSENT = msgspec.Raw(b"null")
 IDENTIFIER = r"\A[A-Za-z][A-Za-z0-9_-]{0,63}\Z"  # roles and names stand between control tokens in a prompt
+
+TOOL_NAME = r"\A[A-Za-z0-9_.:/-]{1,128}\Z"  # a name stands in a prompt and in a grammar
 
 
 def honoured(note: str, **constraints: Any) -> msgspec.Meta:
@@ -45,8 +48,7 @@ class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 NO_MEDIA = "models here read and write text only"
-NO_TOOLS = "tool calls are not implemented"
-NO_FUNCTIONS = "function calls are not implemented"
+NO_FUNCTIONS = "functions are the older form of tools; send tools"
 CACHED = "a prompt that begins as an earlier one did is always taken up there while there is room"
 
 
@@ -60,6 +62,24 @@ class ContentPart(Shape, frozen=True):
     file: Annotated[msgspec.Raw, refused(NO_MEDIA)] = ABSENT
     refusal: Annotated[msgspec.Raw, refused("send what was said as text")] = ABSENT
     prompt_cache_breakpoint: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
+
+
+class CalledFunction(Shape, frozen=True):
+    """What was called."""
+
+    name: Annotated[str, honoured("the tool's name")]
+    arguments: Annotated[
+        str | dict[str, Any] | None, honoured("JSON text, as it was answered; an object will do")
+    ] = None
+
+
+class MessageToolCall(Shape, frozen=True):
+    """A call in an assistant's message."""
+
+    function: Annotated[CalledFunction, honoured("what was called")]
+    id: Annotated[str | None, honoured("what the result's `tool_call_id` names")] = None
+    type: Annotated[msgspec.Raw, ignored("only functions are called")] = ABSENT
+    index: Annotated[msgspec.Raw, ignored("their order says it")] = ABSENT
 
 
 class ChatMessage(Shape, frozen=True):
@@ -79,8 +99,15 @@ class ChatMessage(Shape, frozen=True):
     name: Annotated[
         Annotated[str, msgspec.Meta(pattern=IDENTIFIER)] | None, honoured("for templates that use it")
     ] = None
-    tool_calls: Annotated[msgspec.Raw, refused(NO_TOOLS, [])] = ABSENT
-    tool_call_id: Annotated[msgspec.Raw, refused(NO_TOOLS)] = ABSENT
+    tool_calls: Annotated[
+        Annotated[list[MessageToolCall], msgspec.Meta(max_length=PARTS_MAX)] | None,
+        honoured("the calls that an assistant made"),
+    ] = None
+    tool_call_id: Annotated[str | None, honoured("the call whose result a message of role `tool` is")] = None
+    reasoning_content: Annotated[
+        str | None, honoured("what an assistant thought, for templates that show it again")
+    ] = None
+    reasoning: Annotated[str | None, honoured("another name of `reasoning_content`")] = None
     function_call: Annotated[msgspec.Raw, refused(NO_FUNCTIONS)] = ABSENT
     audio: Annotated[msgspec.Raw, refused(NO_MEDIA)] = ABSENT
     refusal: Annotated[
@@ -89,6 +116,71 @@ class ChatMessage(Shape, frozen=True):
     annotations: Annotated[
         msgspec.Raw, ignored("clients send answers back whole; no answer from here has any")
     ] = ABSENT
+
+
+class FunctionDefinition(Shape, frozen=True):
+    """A function that the model may call."""
+
+    name: Annotated[str, honoured("how the model calls it", pattern=TOOL_NAME)]
+    description: Annotated[str | None, honoured("what it is for; the model reads it")] = None
+    parameters: Annotated[
+        dict[str, Any] | None, honoured("a JSON schema of an object; the arguments follow it")
+    ] = None
+    strict: Annotated[
+        bool | None,
+        honoured("refuse a schema that cannot bind the arguments, instead of leaving out what cannot"),
+    ] = None
+
+
+class ToolDefinition(Shape, frozen=True, forbid_unknown_fields=False):
+    """A tool. Those of other types are left out."""
+
+    type: Annotated[str, honoured("`function`")]
+    function: Annotated[FunctionDefinition | None, honoured("what can be called")] = None
+
+
+class FunctionName(Shape, frozen=True):
+    """A function by its name."""
+
+    name: Annotated[str, honoured("one of the tools'")]
+
+
+class FunctionChoice(Shape, tag_field="type", tag="function", frozen=True):
+    """The one tool that is to be called."""
+
+    function: Annotated[FunctionName, honoured("which")]
+
+
+class AllowedSet(Shape, frozen=True):
+    """The tools that may be called now."""
+
+    mode: Annotated[str, honoured("`auto` or `required`")]
+    tools: Annotated[list[FunctionChoice], honoured("which", max_length=PARTS_MAX)]
+
+
+class AllowedTools(Shape, tag_field="type", tag="allowed_tools", frozen=True):
+    """Some of the tools."""
+
+    allowed_tools: Annotated[AllowedSet, honoured("which")]
+
+
+class ReasoningOption(Shape, frozen=True):
+    """What is wanted of thinking (OpenRouter's form)."""
+
+    effort: Annotated[
+        Annotated[str, msgspec.Meta(pattern=IDENTIFIER)] | None, honoured("as `reasoning_effort`")
+    ] = None
+    max_tokens: Annotated[int | None, honoured("as `thinking_budget`")] = None
+    enabled: Annotated[bool | None, honoured("as `enable_thinking`")] = None
+    exclude: Annotated[msgspec.Raw, ignored("leave `reasoning_content` unread")] = ABSENT
+    summary: Annotated[msgspec.Raw, ignored("what was thought comes as it is")] = ABSENT
+
+
+class ThinkingOption(Shape, frozen=True):
+    """What is wanted of thinking (DeepSeek's and Anthropic's form)."""
+
+    type: Annotated[str, honoured("`enabled` or `disabled`; else as the model is used to")]
+    budget_tokens: Annotated[int | None, honoured("as `thinking_budget`")] = None
 
 
 class StreamOptions(Shape, frozen=True):
@@ -198,9 +290,37 @@ class ChatRequest(Common, kw_only=True, frozen=True):
     prompt_cache_key: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
     prompt_cache_options: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
     prompt_cache_retention: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
-    tools: Annotated[msgspec.Raw, refused(NO_TOOLS, [])] = ABSENT
-    tool_choice: Annotated[msgspec.Raw, refused(NO_TOOLS, "none")] = ABSENT
-    parallel_tool_calls: Annotated[msgspec.Raw, ignored("it needs `tools`, which are refused")] = ABSENT
+    enable_thinking: Annotated[
+        bool | None, honoured("whether a model that can think before it answers does (Qwen)")
+    ] = None
+    thinking_budget: Annotated[
+        int | None, honoured("thinking ends after this many tokens; 0: none; -1: no limit (Qwen)")
+    ] = None
+    reasoning: Annotated[ReasoningOption | None, honoured("the same in one object (OpenRouter)")] = None
+    thinking: Annotated[
+        bool | ThinkingOption | None, honoured("the same in one object (DeepSeek, Anthropic)")
+    ] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None, honoured("further variables of the model's chat template (vLLM, llama.cpp)")
+    ] = None
+    continue_final_message: Annotated[
+        bool | None,
+        honoured(
+            "the answer goes on from the last message, an assistant's; the default where the last one is that"
+        ),
+    ] = None
+    add_generation_prompt: Annotated[
+        bool | None, honoured("`true`: a new message, also where the last one is an assistant's (vLLM)")
+    ] = None
+    tools: Annotated[
+        Annotated[list[ToolDefinition], msgspec.Meta(max_length=TOOLS_MAX)] | None,
+        honoured("functions that the model may call"),
+    ] = None
+    tool_choice: Annotated[
+        str | FunctionChoice | AllowedTools | None,
+        honoured("`none`, `auto` (the default), `required`, a function, or `allowed_tools`"),
+    ] = None
+    parallel_tool_calls: Annotated[bool | None, honoured("`false`: one call at the most")] = None
     functions: Annotated[msgspec.Raw, refused(NO_FUNCTIONS, [])] = ABSENT
     function_call: Annotated[msgspec.Raw, refused(NO_FUNCTIONS, "none")] = ABSENT
     modalities: Annotated[msgspec.Raw, refused(NO_MEDIA, ["text"])] = ABSENT

@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that the model may call. `parameters` is a JSON schema of an object."""
+    """A function that the model may call. `parameters` is a JSON schema of an object; with `strict` all of it
+    must bind the arguments, else what cannot is left out."""
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    strict: bool = False
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,8 @@ def _model(name: str) -> dict[str, Any] | None:
 
 
 def _chunks(response: http.client.HTTPResponse) -> Generator[TextChunk]:
-    """Server-sent events as chunks. Each event counts as a token, until the last one has the number."""
+    """Server-sent events as chunks; those of thinking have no text. Each event counts as a token, until the
+    last one has the number."""
     tokens, finish = 0, None
     while line := response.readline(LINE_BYTES_MAX):
         data = line.strip().removeprefix(b"data: ")
@@ -114,10 +115,11 @@ def _chunks(response: http.client.HTTPResponse) -> Generator[TextChunk]:
         if "error" in event:
             raise _error(event)
         for choice in event["choices"]:
-            text = choice["delta"].get("content") or ""
-            tokens += bool(text)
+            delta = choice["delta"]
+            text = delta.get("content") or ""
             finish = choice["finish_reason"] or finish
-            if text:
+            if text or delta.get("reasoning_content"):
+                tokens += 1
                 yield TextChunk(text=text, completion_tokens=tokens)
         if usage := event.get("usage"):
             yield TextChunk(

@@ -78,7 +78,8 @@ def run(
 
     With PROMPT, or with text from a pipe, the answer alone goes to standard output, as it is generated. With
     both, PROMPT comes after the text: cat letter.txt | cordee run starter "Summarise this." With neither, it
-    is a chat. Prompts and answers are never written to disk.
+    is a chat. What a model thinks before it answers is not shown; the API has it. Prompts and answers are
+    never written to disk.
 
     If a node runs on this machine (`cordee up`) and its cluster has MODEL, the cluster answers. With an
     option that says how to load the model (--stages and those below it), this machine answers alone.
@@ -172,10 +173,13 @@ def _say(conversation: Conversation, text: str) -> Stats:
     """Print an answer as it comes, and a note if it was cut off; return what it took."""
     from cordee.terminal.wrapping import AnswerPrinter
 
-    printer, has_text = AnswerPrinter(wrap=sys.stdout.isatty()), False
+    printer, has_text, is_told = AnswerPrinter(wrap=sys.stdout.isatty()), False, not sys.stderr.isatty()
     with closing(conversation.answer(text)) as pieces:
         try:
             for piece in pieces:
+                if not piece and not has_text and not is_told:
+                    output.note("(the model thinks first)")
+                    is_told = True
                 printer.add(piece)
                 has_text = has_text or bool(piece)
         finally:

@@ -9,12 +9,15 @@ import queue
 import signal
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from datetime import datetime
 from typing import Any, Self, TypeVar
 
-from cordee.api.prompts import chat_prompt
-from cordee.chat.formats import format_of
+import msgspec
+
+from cordee.api.prompts import rendered
+from cordee.chat.events import TextDelta
+from cordee.chat.formats import PLAIN, AnswerFormat, Parser, format_of
 from cordee.chat.turn import ChatTurn, Message
 from cordee.cli.conversation import GenerationOptions
 from cordee.generation.request import Request, SamplingParams, TextChunk
@@ -120,19 +123,35 @@ class LocalModel:
         self, messages: Sequence[Mapping[str, str]], generation: GenerationOptions
     ) -> Generator[TextChunk]:
         """See ConversationModel.answer."""
-        sampling = SamplingParams(**generation.sampling())
-        prompt = self._prompt(messages)
-        return self._session.generate(
-            Request(id="run", prompt=prompt, sampling=sampling, max_tokens=generation.max_tokens)
+        prompt, form = self._prompt(messages)
+        request = Request(
+            id="run",
+            prompt=prompt,
+            sampling=SamplingParams(**generation.sampling()),
+            max_tokens=generation.max_tokens,
+            shown_tokens=form.shown_tokens,
         )
+        return _said(self._session.generate(request), form.parser(str))
 
-    def _prompt(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    def _prompt(self, messages: Sequence[Mapping[str, str]]) -> tuple[tuple[int, ...], AnswerFormat]:
         service = self._session.service
         if service.template is None:  # a base model continues the text
             text = "\n".join(message["content"] for message in messages)
-            return tuple(service.vocabulary.tokenize(text, add_bos=True))
+            return tuple(service.vocabulary.tokenize(text, add_bos=True)), PLAIN
         turn = ChatTurn(messages=[Message(message["role"], message["content"]) for message in messages])
-        return chat_prompt(service, format_of(service.template), turn, datetime.now(), "messages")
+        chat_format = format_of(service.template)
+        prompt = rendered(service, chat_format, turn, datetime.now(), "messages")
+        return prompt.tokens, chat_format.answer(turn, prompt.text, None, service.vocabulary)
+
+
+def _said(chunks: Generator[TextChunk], parser: Parser) -> Generator[TextChunk]:
+    """The chunks with what is said to the user; those of thinking have no text."""
+    with closing(chunks):
+        for chunk in chunks:
+            events = [*parser.push(chunk.text), *(parser.finish() if chunk.finish_reason else ())]
+            if events or chunk.finish_reason:
+                said = "".join(event.text for event in events if isinstance(event, TextDelta))
+                yield msgspec.structs.replace(chunk, text=said)
 
 
 async def _pour(

@@ -21,11 +21,12 @@ from cordee.errors import BadRequest, UnsupportedModel
 from cordee.generation import gbnf, gbnf_lark
 from cordee.generation.request import Grammar
 from cordee.generation.schema_depth import depth_bound
+from cordee.generation.thinking_budget import ThinkingBudget
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # pyright: ignore[reportPrivateUsage] - not exported
 
-TEXT_CHARS_MAX = 128 << 10  # OpenAI's schemas end at 120,000 characters of names
+TEXT_CHARS_MAX = 256 << 10  # OpenAI's schemas end at 120,000 characters of names
 # Levels of a JSON schema, through its references: llguidance goes down them by calls, each of up to 4 kB, and
 # a thread may have as little as 2 MB.
 SCHEMA_DEPTH_MAX = 400
@@ -41,8 +42,14 @@ LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-# With unlimited white space a small model may write blank lines for ever.
-JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,40}"}
+# Compact, as OpenAI's answers are: where white space may stand, a small model writes it again and again.
+JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_flexible": False}
+# In calls, and behind thinking, as models are trained to write JSON: with a space behind separators, or none.
+COMPACT: "JsonCompileOptions" = {
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "whitespace_flexible": False,
+}
 # Of a core, for one token: the largest grammars of use take 50 ms, and thrice that on an old machine. All
 # streams of a worker wait meanwhile.
 STEP_SECONDS = 0.5
@@ -55,6 +62,8 @@ NAMES = {
     "gbnf": ("GBNF grammar", "grammar"),
     "lark": ("Lark grammar", "grammar"),
     "regex": ("regular expression", "grammar"),
+    "tools": ("schemas of tools", "tools"),
+    "thinking": ("JSON schema", "response_format"),
 }
 SPECIAL = b"\xff"  # llguidance's mark of a token that no text tokenizes to
 
@@ -92,6 +101,10 @@ class GrammarTokenizer:
             )
         wrapper = TokenizerWrapper(_Tokens(self._vocabulary, self.end_of_generation[0]))
         return LLTokenizer(wrapper, n_vocab=self.size, eos_token=list(self.end_of_generation))
+
+    def piece(self, token: int) -> bytes:
+        """A token's bytes, those of control tokens among them."""
+        return self._vocabulary.piece(token, special=True)
 
     def token_id(self, written: str) -> int | None:
         """The token that a GBNF grammar writes as `<text>` or `<[id]>`; None if there is no such token."""
@@ -161,6 +174,8 @@ class GrammarState:
     def __init__(self, grammar: Grammar, tokenizer: GrammarTokenizer, generated: Sequence[int] = ()) -> None:
         self.kind = grammar.kind
         self._size = tokenizer.size
+        self._piece = tokenizer.piece
+        self._budget = _budget(grammar)
         self._mask = np.zeros((tokenizer.size + 31) // 32, dtype=np.int32)
         native = tokenizer.native
         for form in _compiled(grammar, tokenizer):
@@ -176,6 +191,7 @@ class GrammarState:
         other = copy.copy(self)
         other._matcher = self._matcher.deep_copy()
         other._mask = self._mask.copy()
+        other._budget = copy.copy(self._budget)
         return other
 
     def allowed(self) -> np.ndarray:
@@ -187,6 +203,10 @@ class GrammarState:
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         self._fail_if_broken()
         bits = np.unpackbits(self._mask.view(np.uint8), count=self._size, bitorder="little")
+        forced = None if self._budget is None else self._budget.forced
+        if forced is not None and bits[forced]:
+            bits[:] = 0
+            bits[forced] = 1
         return bits.view(bool)
 
     def accept(self, token: int) -> None:
@@ -197,6 +217,8 @@ class GrammarState:
         """
         self._matcher.consume_token(token)
         self._fail_if_broken()
+        if self._budget is not None:
+            self._budget.accept(self._piece(token))
 
     def _fail_if_broken(self) -> None:
         if not self._matcher.is_error():
@@ -223,12 +245,39 @@ def _compiled(grammar: Grammar, tokenizer: GrammarTokenizer) -> Iterator[str]:
         raise refusal(grammar.kind, str(error)) from error
 
 
-def _json_schema(text: str) -> str:
-    schema = json.loads(text)
+def _checked(schema: Any) -> dict[str, Any]:
     if not isinstance(schema, dict):
         raise ValueError("a JSON schema is an object")
     if depth_bound(cast("dict[str, Any]", schema)) > SCHEMA_DEPTH_MAX:
         raise ValueError("it is nested too deeply: let fewer definitions refer to one another")
+    return cast("dict[str, Any]", schema)
+
+
+def _answer(text: str) -> Iterator[str]:
+    """A Lark grammar with JSON schemas beside it. Where it cannot be compiled, it is tried without the
+    schemas that their writer would rather have unbound than refused."""
+    parts = json.loads(text)
+    schemas = {name: _checked(schema) for name, schema in parts["schemas"].items()}
+    loose = set(parts["loose"])
+    unbound = {name: {key: schemas[name][key] for key in ("type",) if key in schemas[name]} for name in loose}
+    for bound in (schemas, schemas | unbound) if loose else (schemas,):
+        lark = {"name": "answer", "lark_grammar": parts["lark"]}
+        beside = [
+            {"name": name, "json_schema": schema | {"x-guidance": COMPACT | {"lenient": name in loose}}}
+            for name, schema in bound.items()
+        ]
+        yield json.dumps({"grammars": [lark, *beside]}, ensure_ascii=False)
+
+
+def _budget(grammar: Grammar) -> ThinkingBudget | None:
+    if grammar.kind not in ("tools", "thinking"):
+        return None
+    budget = json.loads(grammar.text).get("budget")
+    return None if budget is None else ThinkingBudget.read(budget)
+
+
+def _json_schema(text: str) -> str:
+    _checked(json.loads(text))
     return LLMatcher.grammar_from_json_schema(text, defaults=JSON_OPTIONS)
 
 
@@ -243,6 +292,8 @@ _FORMS: dict[str, Callable[[str, GrammarTokenizer], Iterable[str]]] = {
     "gbnf": _gbnf,
     "lark": lambda text, _: [LLMatcher.grammar_from_lark(text)],
     "regex": lambda text, _: [LLMatcher.grammar_from_regex(text)],
+    "tools": lambda text, _: _answer(text),
+    "thinking": lambda text, _: _answer(text),
 }
 
 

@@ -8,9 +8,10 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """A constraint on the text. `text` is the schema (JSON text), the GBNF, the Lark grammar or the regex."""
+    """A constraint on the text. `text` is the schema (JSON text), the GBNF, the Lark grammar or the regex;
+    for `tools` and `thinking` JSON with what chat/binding.py makes of a turn."""
 
-    kind: Literal["json_object", "json_schema", "gbnf", "lark", "regex"]
+    kind: Literal["json_object", "json_schema", "gbnf", "lark", "regex", "tools", "thinking"]
     text: str = ""
 
 
@@ -38,7 +39,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One stream to generate. `max_tokens` None: up to the end of the context.
 
-    `shows_control_tokens`: their names are part of the text, but for the one that ends it.
+    `shown_tokens` are control tokens whose names are part of the text; that of the last one never is.
     """
 
     id: str
@@ -46,7 +47,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
-    shows_control_tokens: bool = False
+    shown_tokens: tuple[int, ...] = ()
 
 
 class Choice(msgspec.Struct, frozen=True):

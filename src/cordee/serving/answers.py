@@ -64,7 +64,7 @@ class Answer:
         self.cached_tokens = 0
         self._vocabulary = vocabulary
         self._text = text.TextStream(request.stop)
-        self._shows_control_tokens = request.shows_control_tokens
+        self._shown_tokens = frozenset(request.shown_tokens)
         self._prompt_tokens = len(request.prompt)
         self._completion_tokens = 0
         self._wants_choices = request.sampling.top_logprobs is not None
@@ -104,7 +104,7 @@ class Answer:
 
     def _piece(self, token: int) -> bytes:
         is_end = token in self._vocabulary.end_of_generation
-        return self._vocabulary.piece(token, special=self._shows_control_tokens and not is_end)
+        return self._vocabulary.piece(token, special=token in self._shown_tokens and not is_end)
 
     def fail(self, error: CordeeError) -> None:
         """End the stream with an error."""

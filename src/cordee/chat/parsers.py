@@ -1,0 +1,190 @@
+"""Parsers of answers: thinking between marks, calls of tools, and text that is all the rest."""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, cast
+
+from cordee.chat.events import ArgumentsDelta, CallBegun, TextDelta, ThinkingDelta
+from cordee.chat.families import JsonCalls, MarkedCalls, ThinkingMarks
+from cordee.chat.reading import Reading, ReadingParser, Trimmed, nothing
+
+NewId = Callable[[], str]
+
+
+class MarkedParser(ReadingParser):
+    """Reads answers of families with marks around thinking and calls.
+
+    What does not go on as a call must, once it began as one, is text: nothing is lost. `opened`: the prompt
+    ended in the mark that opens thinking. `texts` has, by tool, its parameters that are bare text
+    (MarkedCalls).
+    """
+
+    def __init__(
+        self,
+        thinking: ThinkingMarks | None,
+        calls: JsonCalls | MarkedCalls | None,
+        new_id: NewId,
+        *,
+        opened: bool = False,
+        texts: Mapping[str, Collection[str]] | None = None,
+    ) -> None:
+        super().__init__()
+        self._thinking, self._calls = thinking, calls
+        self._new_id = new_id
+        self._opened = opened
+        self._texts = texts or {}
+        self._space = ""  # white space that is text, unless a call follows
+        self._unfinished = ""  # the head of a call that is not more than that
+
+    def read(self) -> Reading[None]:
+        """Thinking, then text and calls."""
+        reader = self.reader
+        if self._thinking is not None:
+            yield from self._think(self._thinking)
+        if self._calls is None:
+            yield from reader.rest(self._say)
+            return
+        if isinstance(self._calls, JsonCalls) and self._calls.bare:
+            yield from self._bare(self._calls)
+        while (yield from reader.until((_trigger(self._calls),), self._say_later)) is not None:
+            self._space = ""
+            if isinstance(self._calls, JsonCalls):
+                yield from self._section(self._calls, self._calls.open[len(_trigger(self._calls)) :])
+            else:
+                yield from self._marked(self._calls)
+        self._say("")
+
+    def _think(self, marks: ThinkingMarks) -> Reading[None]:
+        """Thinking, if the answer begins with it."""
+        reader = self.reader
+        if not self._opened:
+            space: list[str] = []
+            yield from self._leading(space)
+            if (yield from reader.begins((marks.open,))) is None:
+                self._space = "".join(space)
+                return
+        yield from reader.until((marks.close,), Trimmed(lambda text: self.give(ThinkingDelta(text))))
+        yield from reader.skip_space()
+
+    def _leading(self, space: list[str]) -> Reading[None]:
+        reader = self.reader
+        while True:
+            stripped = reader.text.lstrip()
+            space.append(reader.text[: len(reader.text) - len(stripped)])
+            reader.text = stripped
+            if stripped or reader.ended:
+                return
+            yield
+
+    def _bare(self, calls: JsonCalls) -> Reading[None]:
+        """A call without the mark before it, if the answer begins with one."""
+        space: list[str] = []
+        yield from self._leading(space)
+        if (yield from self.reader.begins((calls.head,))) is None:
+            self._space += "".join(space)
+            return
+        yield from self._call(calls)
+        self._say(self._unfinished)  # it was JSON that begins as a call does
+
+    def _section(self, calls: JsonCalls, rest_of_open: str) -> Reading[None]:
+        if (yield from self._expect(rest_of_open + calls.head)) is None:
+            return
+        between = [] if calls.between is None else [calls.between + calls.head]
+        while (yield from self._call(calls)):
+            if (yield from self._expect(*between, calls.close)) not in between:
+                return
+
+    def _call(self, calls: JsonCalls) -> Reading[bool]:
+        """A call behind its `head`; whether it is whole."""
+        name, mark = yield from self.reader.collected((calls.middle,))
+        if mark is None:
+            self._unfinished = calls.head + name
+            return False
+        self.give(CallBegun(self._new_id(), name))
+        yield from self.reader.json_object(self._argue)
+        return (yield from self._expect(calls.tail)) is not None
+
+    def _marked(self, calls: MarkedCalls) -> Reading[None]:
+        reader = self.reader
+        rest_of_open = calls.open[len(_trigger(calls)) :]
+        if (yield from self._expect(rest_of_open)) is None:
+            return
+        name, mark = yield from reader.collected((calls.middle,))
+        if mark is None:
+            return
+        self.give(CallBegun(self._new_id(), name))
+        before = "{"
+        next_mark = calls.parameter_open, calls.close
+        while (mark := (yield from reader.until(next_mark, nothing))) == calls.parameter_open:
+            key, mark = yield from reader.collected((calls.parameter_middle,))
+            if mark is None:
+                return
+            self._argue(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
+            before = ", "
+            is_text = key in self._texts.get(name, ())
+            self._argue('"' if is_text else "")
+            take = self._argue_text if is_text else self._argue
+            if (yield from reader.until((calls.parameter_close,), take)) is None:
+                return  # it is cut off: not made to look whole
+            self._argue('"' if is_text else "")
+        if mark is not None:
+            self._argue("{}" if before == "{" else "}")
+
+    def _expect(self, *expected: str) -> Reading[str | None]:
+        """Read what must come now, and give which it was. If it does not, all that follows is text, unless
+        the answer was cut off within it."""
+        reader = self.reader
+        found = yield from reader.begins(expected)
+        if found is None:
+            if reader.ended and any(each.startswith(reader.text) for each in expected):
+                reader.text = ""
+            yield from reader.rest(self._say)
+        return found
+
+    def _say(self, text: str) -> None:
+        text, self._space = self._space + text, ""
+        if text:
+            self.give(TextDelta(text))
+
+    def _say_later(self, text: str) -> None:
+        """As `_say`, but white space at the end waits."""
+        text = self._space + text
+        shown = text.rstrip()
+        self._space = text[len(shown) :]
+        if shown:
+            self.give(TextDelta(shown))
+
+    def _argue(self, text: str) -> None:
+        if text:
+            self.give(ArgumentsDelta(text))
+
+    def _argue_text(self, text: str) -> None:
+        self._argue(json.dumps(text, ensure_ascii=False)[1:-1])
+
+
+def _trigger(calls: JsonCalls | MarkedCalls) -> str:
+    """What a call is first known by: the mark itself, without what stands behind it in `open`."""
+    return trigger(calls.open)
+
+
+def trigger(mark: str) -> str:
+    """The tag or token that a mark begins with."""
+    if mark.startswith("["):
+        return mark[: mark.index("]") + 1]
+    return mark[: mark.index(">") + 1]
+
+
+def text_parameters(schema: Mapping[str, Any]) -> frozenset[str]:
+    """The properties of a schema that can be nothing but a string."""
+    properties = schema.get("properties")
+    if not isinstance(properties, dict):
+        return frozenset()
+    return frozenset(key for key, value in cast("dict[str, Any]", properties).items() if is_text(value))
+
+
+def is_text(schema: Any) -> bool:
+    """Whether a property is written as bare text, not as JSON."""
+    if not isinstance(schema, dict):
+        return False
+    read = cast("dict[str, Any]", schema)
+    return read.get("type") == "string" and not {"enum", "const", "pattern", "format"} & read.keys()
