@@ -53,7 +53,7 @@ def test_a_prepared_grammar_is_compiled_once_for_all_its_streams(
 
 def test_a_stream_that_goes_on_elsewhere_is_where_it_was(path: Path, own: WorkerGrammars) -> None:
     vocabulary = LlamaVocabulary(path)
-    said = vocabulary.tokenize('{"a": "', special=False, add_bos=False)
+    said = vocabulary.tokenize('{"a":"', special=False, add_bos=False)
     here, elsewhere = own.open(SOUND, []), WorkerGrammars(path, "tiny").open(SOUND, said)
     for token in said:
         here.accept(token)

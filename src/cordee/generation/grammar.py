@@ -41,8 +41,8 @@ LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-# With unlimited white space a small model may write blank lines for ever.
-JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,40}"}
+# Compact, as OpenAI's answers are: where white space may stand, a small model writes it again and again.
+JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_flexible": False}
 # Of a core, for one token: the largest grammars of use take 50 ms, and thrice that on an old machine. All
 # streams of a worker wait meanwhile.
 STEP_SECONDS = 0.5
