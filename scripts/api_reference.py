@@ -10,7 +10,7 @@ import msgspec
 
 from cordee import errors
 from cordee.api import app as application
-from cordee.api import bodies, failures, prompts, schemas, server, stream
+from cordee.api import bodies, failures, ollama_schemas, prompts, schemas, server, stream
 from cordee.cli.main import subclasses
 from cordee.generation import grammar, sampling, text
 from cordee.net import doors
@@ -52,7 +52,7 @@ LIMITS = (
 
 def fields(name: str) -> str:
     """The table of an object's fields."""
-    shape = getattr(schemas, name)
+    shape = next(getattr(each, name) for each in (schemas, ollama_schemas) if hasattr(each, name))
     hints = get_type_hints(shape, include_extras=True)
     required = {field.name for field in msgspec.structs.fields(shape) if field.required}
     rows: list[tuple[str, ...]] = []
@@ -60,6 +60,8 @@ def fields(name: str) -> str:
         extra = meta.extra or {}
         if "ignored" in extra:
             rows.append((field, "anything", "ignored", extra["ignored"]))
+        elif "unoffered" in extra:
+            rows.append((field, "anything", "ignored, and named in the reply", extra["unoffered"]))
         elif "refused" in extra:
             harmless = [f"`{msgspec.json.encode(value).decode()}`" for value in extra["harmless"]]
             rows.append((field, " or ".join(harmless), "else refused", extra["refused"]))
@@ -107,8 +109,6 @@ def error_table(_: str) -> str:
     kinds = [kind for kind in subclasses(errors.CordeeError) if kind not in ELSEWHERE]
     rows = sorted((kind.http_status, f"`{kind.code}`", (kind.__doc__ or "").split("\n")[0]) for kind in kinds)
     extra = [
-        (404, "`not_found`", "There is no such path."),
-        (405, "`method_not_allowed`", "The path is for another method."),
         (500, f"`{errors.CordeeError.code}`", "A fault of the server; its log has the traceback."),
     ]
     return table(

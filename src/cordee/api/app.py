@@ -25,7 +25,9 @@ from cordee.api.failures import (
     on_failure,
     on_http_exception,
 )
+from cordee.api.ignored import NamesIgnored
 from cordee.api.keys import LocalKey
+from cordee.api.ollama import Ollama
 from cordee.api.openai import OpenAI
 from cordee.api.stream import Timing
 from cordee.errors import CordeeError, Overloaded
@@ -56,7 +58,7 @@ def create_app(
     is so. Only this machine may send requests; with a `key`, only who knows it.
     """
     core = ApiCore(services, expected, refusal, clock, timing)
-    openai = OpenAI(core)
+    openai, ollama = OpenAI(core), Ollama(core)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -73,9 +75,10 @@ def create_app(
             Route("/v1/models/{name:path}", openai.model),
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
             Route("/v1/completions", openai.completions, methods=["POST"]),
+            *ollama.routes(),
         ],
         lifespan=lifespan,
-        middleware=[Middleware(Guard, key=key)],
+        middleware=[Middleware(Guard, key=key), Middleware(NamesIgnored)],
         exception_handlers={
             HTTPException: on_http_exception,
             CordeeError: on_failure,

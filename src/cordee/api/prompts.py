@@ -72,10 +72,21 @@ def completion_prompts(service: ModelService, request: CompletionRequest) -> lis
         raise BadRequest(f"prompt must hold 1 to {CHOICES_MAX} prompts, not {len(prompt)}", "prompt")
     if len({isinstance(each, str) for each in prompt}) > 1:
         raise BadRequest("prompt must be a text, a list of token ids, or a list of either", "prompt")
-    for each in prompt:
-        if isinstance(each, str):
-            _check_bytes(service, _utf8_bytes(each), "prompt")
-    return [_tokens(service.vocabulary, each) for each in prompt]
+    return [
+        text_prompt(service, each) if isinstance(each, str) else _tokens(service.vocabulary, each)
+        for each in prompt
+    ]
+
+
+def text_prompt(service: ModelService, text: str) -> tuple[int, ...]:
+    """The prompt that a text is; control tokens in it are read as tokens.
+
+    Raises:
+        BadRequest: it is empty, and the model needs a token to begin with.
+        ContextExceeded: it is too long, whatever tokens it becomes.
+    """
+    _check_bytes(service, _utf8_bytes(text), "prompt")
+    return _tokens(service.vocabulary, text)
 
 
 def check_length(service: ModelService, prompt: Sequence[int], param: str) -> None:
@@ -129,13 +140,14 @@ def _tokens(vocabulary: Vocabulary, prompt: str | Sequence[int | str | list[int]
 
 def _message(message: ChatMessage, path: str) -> Message:
     refuse(message, path)
-    return Message(message.role, _content(message, path), message.name)
+    return Message(message.role, _content(message, path), message.name or None)
 
 
 def _plain(message: Message, hidden: "_Hidden", knows_developer: bool) -> Message:
     """A message whose texts cannot become control tokens."""
     role = "system" if message.role == "developer" and not knows_developer else message.role
-    return replace(message, role=role, content=hidden.hide(message.content))
+    name = None if message.name is None else hidden.hide(message.name)
+    return replace(message, role=role, content=hidden.hide(message.content), name=name)
 
 
 def _content(message: ChatMessage, path: str) -> str:

@@ -41,8 +41,13 @@ LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-# Compact, as OpenAI's answers are: where white space may stand, a small model writes it again and again.
-JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_flexible": False}
+# On one line, with one space behind separators, as models have learnt to write it, or none: where more white
+# space may stand, a small model writes it again and again.
+JSON_OPTIONS: "JsonCompileOptions" = {
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+    "whitespace_flexible": False,
+}
 # Of a core, for one token: the largest grammars of use take 50 ms, and thrice that on an old machine. All
 # streams of a worker wait meanwhile.
 STEP_SECONDS = 0.5
