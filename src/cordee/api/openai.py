@@ -20,6 +20,7 @@ from cordee.api.schemas import (
     CompletionRequest,
     JsonObjectFormat,
     JsonSchemaFormat,
+    StreamOptions,
     refuse,
 )
 from cordee.errors import BadRequest
@@ -74,8 +75,13 @@ class OpenAI:
     async def _answer(
         self, request: HttpRequest, body: Common, job: Job, reply_of: type[Reply], *, logprobs: bool
     ) -> Response:
-        usage_event = bool(body.stream_options and body.stream_options.include_usage)
-        reply = reply_of(job, logprobs=logprobs, usage_event=usage_event)
+        wanted = body.stream_options or StreamOptions()
+        reply = reply_of(
+            job,
+            logprobs=logprobs,
+            usage_event=bool(wanted.include_usage),
+            usage_always=bool(wanted.continuous_usage_stats),
+        )
         if body.stream:
             return self._core.stream(job, reply)
         return json_response(reply.whole(await self._core.whole(request, job)))
