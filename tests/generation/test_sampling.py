@@ -174,7 +174,6 @@ def test_typical_p_top_n_sigma_and_xtc_keep_what_they_say() -> None:
 
 
 def test_xtc_is_drawn_apart_from_the_token() -> None:
-    """One seed for both would tie which tokens are left out to which is drawn of the others."""
     logits = np.log(np.array([0.4, 0.3, 0.3], dtype=np.float32))
     counts = Counter(draws(SamplingParams(xtc_probability=0.5, xtc_threshold=0.35), logits, 8000))
     assert [counts[token] / 8000 for token in range(3)] == pytest.approx([0.4, 0.3, 0.3], abs=0.02)

@@ -19,6 +19,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from cordee.errors import BadRequest, UnsupportedModel
 from cordee.generation import gbnf, gbnf_lark
+from cordee.generation.json_keys import QuotedTokens, WrittenKeys
 from cordee.generation.request import Grammar
 from cordee.generation.schema_depth import depth_bound
 
@@ -61,6 +62,7 @@ NAMES = {
     "lark": ("Lark grammar", "grammar"),
     "regex": ("regular expression", "grammar"),
 }
+JSON_KINDS = ("json_object", "json_schema")  # whose whole text is one JSON value
 SPECIAL = b"\xff"  # llguidance's mark of a token that no text tokenizes to
 
 
@@ -97,6 +99,17 @@ class GrammarTokenizer:
             )
         wrapper = TokenizerWrapper(_Tokens(self._vocabulary, self.end_of_generation[0]))
         return LLTokenizer(wrapper, n_vocab=self.size, eos_token=list(self.end_of_generation))
+
+    @cached_property
+    def quoted(self) -> QuotedTokens:
+        """The tokens that may complete a key of JSON."""
+        return QuotedTokens(self.piece(token) for token in range(self.size))
+
+    def piece(self, token: int) -> bytes:
+        """A token's bytes as they stand in a text; none of one that ends it or is for control."""
+        vocabulary = self._vocabulary
+        no_text = token in vocabulary.end_of_generation or vocabulary.is_control(token)
+        return b"" if no_text else vocabulary.piece(token)
 
     def token_id(self, written: str) -> int | None:
         """The token that a GBNF grammar writes as `<text>` or `<[id]>`; None if there is no such token."""
@@ -173,6 +186,8 @@ class GrammarState:
             if not self._matcher.is_error():
                 break
         self._fail_if_broken()
+        self._tokenizer = tokenizer
+        self._keys = WrittenKeys(tokenizer.quoted) if grammar.kind in JSON_KINDS else None
         for token in generated:
             self.accept(token)
 
@@ -181,6 +196,7 @@ class GrammarState:
         other = copy.copy(self)
         other._matcher = self._matcher.deep_copy()
         other._mask = self._mask.copy()
+        other._keys = None if self._keys is None else self._keys.copy()
         return other
 
     def allowed(self) -> np.ndarray:
@@ -192,7 +208,12 @@ class GrammarState:
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         self._fail_if_broken()
         bits = np.unpackbits(self._mask.view(np.uint8), count=self._size, bitorder="little")
-        return bits.view(bool)
+        allowed = bits.view(bool)
+        if self._keys is not None and (again := self._keys.repeats(allowed)):
+            fresh = allowed.copy()
+            fresh[again] = False
+            allowed = fresh if fresh.any() else allowed  # a schema may allow no other
+        return allowed
 
     def accept(self, token: int) -> None:
         """Go on by one token.
@@ -202,6 +223,8 @@ class GrammarState:
         """
         self._matcher.consume_token(token)
         self._fail_if_broken()
+        if self._keys is not None:
+            self._keys.push(self._tokenizer.piece(token))
 
     def _fail_if_broken(self) -> None:
         if not self._matcher.is_error():

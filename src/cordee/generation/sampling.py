@@ -284,7 +284,7 @@ def _chain(params: SamplingParams, top_p: float, index: int) -> int:
     if params.min_p:
         made.append(library.llama_sampler_init_min_p(params.min_p, 1))
     if params.xtc_probability:
-        # By a seed of its own: with the draw's, it would leave tokens out just when the draw is a high one.
+        # By a seed of its own, so that nothing ties which tokens are left out to which one is drawn.
         own = draw_seed(~params.seed, index)
         made.append(library.llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, own))
     made.append(
