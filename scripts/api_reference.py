@@ -10,7 +10,7 @@ import msgspec
 
 from cordee import errors
 from cordee.api import app as application
-from cordee.api import bodies, failures, ollama_schemas, prompts, schemas, server, stream
+from cordee.api import bodies, failures, ignored, ollama_schemas, prompts, schemas, server, stream
 from cordee.cli.main import subclasses
 from cordee.generation import grammar, sampling, text
 from cordee.net import doors
@@ -34,6 +34,9 @@ LIMITS = (
     (server, "IDLE_SECONDS", "seconds that a connection may be idle"),
     (schemas, "MESSAGES_MAX", "messages of a conversation"),
     (schemas, "PARTS_MAX", "content parts of a message"),
+    (ignored, "NAMES_MAX", "names in `x-cordee-ignored`"),
+    (ignored, "NAME_CHARS_MAX", "characters of such a name"),
+    (ignored, "OBJECTS_MAX", "objects of a body that are looked at for it"),
     (schemas, "CHOICES_MAX", "answers to one request: prompts times `n`"),
     (text, "STOPS_MAX", "stop strings"),
     (text, "STOP_CHARS_MAX", "characters of a stop string"),
@@ -78,6 +81,8 @@ def type_name(kind: Any) -> str:
     if origin is Annotated:
         return type_name(arguments[0])
     if origin in (Union, UnionType):
+        if set(arguments) - {NoneType} == {int, float}:
+            return WORDS[int]  # also written as 4.0
         names = [type_name(each) for each in arguments if each is not NoneType]
         return " or ".join(dict.fromkeys(names))
     if origin is list:

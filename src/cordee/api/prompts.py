@@ -72,10 +72,10 @@ def completion_prompts(service: ModelService, request: CompletionRequest) -> lis
         raise BadRequest(f"prompt must hold 1 to {CHOICES_MAX} prompts, not {len(prompt)}", "prompt")
     if len({isinstance(each, str) for each in prompt}) > 1:
         raise BadRequest("prompt must be a text, a list of token ids, or a list of either", "prompt")
-    return [
-        text_prompt(service, each) if isinstance(each, str) else _tokens(service.vocabulary, each)
-        for each in prompt
-    ]
+    for each in prompt:
+        if isinstance(each, str):
+            _check_bytes(service, _utf8_bytes(each), "prompt")
+    return [_tokens(service.vocabulary, each) for each in prompt]
 
 
 def text_prompt(service: ModelService, text: str) -> tuple[int, ...]:
