@@ -70,7 +70,7 @@ SENT = [
     ({"ignore_eos": False}, []),
     ({"mirostat": 0, "mirostat_tau": 5, "mirostat_eta": 0.1}, []),
     ({"mirostat": 2, "mirostat_tau": 5, "mirostat_eta": 0.1}, ["mirostat"]),
-    ({"dry_multiplier": 0.8, "dry_base": 1.75, "dry_allowed_length": 2}, ["dry_multiplier"]),
+    ({"dry_multiplier": 0.8, "dry_base": 1.75, "dry_allowed_length": 2}, []),
     ({"dry_multiplier": 0, "dry_sequence_breakers": ["\n"], "dry_penalty_last_n": -1}, []),
     ({"samplers": ["top_k", "temperature"]}, ["samplers"]),
     ({"num_ctx": 8192}, ["num_ctx"]),
@@ -271,3 +271,13 @@ def test_a_body_of_very_many_objects_is_looked_at_in_part() -> None:
     parts = b",".join([b'{"type":"text"}'] * (OBJECTS_MAX + 10) + [b'{"type":"text","late":1}'])
     body = b'{"messages":[{"role":"user","content":[' + parts + b"]}]}"
     assert unknown_fields(body, ChatRequest) == []
+
+
+def test_dry_breaks_at_the_texts_that_are_given(server: Running) -> None:
+    """A count goes on with what was there; with DRY it does not, unless a break stands in each repetition."""
+    counting = {"prompt": "a b, a b, a b, a b, a b, a", "max_tokens": 1}
+    assert text(asked(server, COMPLETIONS, **counting)) == " b"
+    dry = {"dry_multiplier": 9, "dry_allowed_length": 2}
+    assert text(asked(server, COMPLETIONS, **counting, **dry)) != " b"
+    broken = {**dry, "dry_sequence_breakers": [","]}
+    assert text(asked(server, COMPLETIONS, **counting, **broken)) == " b"

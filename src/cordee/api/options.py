@@ -1,6 +1,7 @@
 """From the fields of a request to how its answer is made: aliases, defaults, limits."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -17,6 +18,8 @@ from cordee.generation.json_schema import loosened
 from cordee.generation.request import Grammar, SamplingParams
 from cordee.generation.sampling import PENALTY_WINDOW_MAX
 
+DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's
+TEXTS_MAX = 8  # sets of breakers that are remembered, over all models
 ANY_OBJECT = msgspec.json.Decoder(dict[str, Any])
 SAMPLING = (
     "temperature",
@@ -58,10 +61,11 @@ def answer_options(
         chosen["top_n_sigma"] = max(0.0, given.top_n_sigma)
     if (top_k := whole(given.top_k, "top_k")) is not None:
         chosen["top_k"] = max(0, top_k)
-    window = whole(given.repeat_last_n, "repeat_last_n")
-    window = whole(given.penalty_last_n, "penalty_last_n") if window is None else window
+    window = _window(given.repeat_last_n, "repeat_last_n")
+    window = _window(given.penalty_last_n, "penalty_last_n") if window is None else window
     if window is not None:
-        chosen["penalty_window"] = PENALTY_WINDOW_MAX if window < 0 else min(window, PENALTY_WINDOW_MAX)
+        chosen["penalty_window"] = window
+    chosen |= _dry(given, vocabulary)
     min_tokens = TOKENS_MAX if given.ignore_eos else whole(given.min_tokens, "min_tokens") or 0
     seed = whole(given.seed, "seed")
     sampling = SamplingParams(
@@ -125,6 +129,39 @@ def schema_grammar(request: HttpRequest, raw: msgspec.Raw, field: str, *, strict
 def is_given(raw: msgspec.Raw) -> bool:
     """Whether a field that is not decoded yet is there, and not null."""
     return bytes(raw) != bytes(ABSENT)
+
+
+def _window(value: float | None, name: str) -> int | None:
+    """A number of last tokens; less than 0 is as many as there may be."""
+    tokens = whole(value, name)
+    if tokens is None:
+        return None
+    return PENALTY_WINDOW_MAX if tokens < 0 else min(tokens, PENALTY_WINDOW_MAX)
+
+
+def _dry(given: Samplers, vocabulary: Vocabulary) -> dict[str, Any]:
+    if not given.dry_multiplier:
+        return {}
+    breakers = DRY_BREAKERS if given.dry_sequence_breakers is None else given.dry_sequence_breakers
+    chosen = {
+        "dry_multiplier": given.dry_multiplier,
+        "dry_base": given.dry_base,
+        "dry_allowed_length": whole(given.dry_allowed_length, "dry_allowed_length"),
+        "dry_window": _window(given.dry_penalty_last_n, "dry_penalty_last_n"),
+        "dry_breakers": _tokens_with(vocabulary, tuple(filter(None, breakers))),
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+@lru_cache(TEXTS_MAX)
+def _tokens_with(vocabulary: Vocabulary, texts: tuple[str, ...]) -> tuple[int, ...]:
+    """The tokens that hold one of the texts, and all control tokens. A large vocabulary takes 0.1 s, once."""
+    wanted = [text.encode("utf-8", "surrogatepass") for text in texts]
+    return tuple(
+        token
+        for token in range(vocabulary.size)
+        if vocabulary.is_control(token) or any(text in vocabulary.piece(token) for text in wanted)
+    )
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:

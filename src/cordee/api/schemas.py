@@ -146,7 +146,6 @@ class JsonSchemaFormat(Shape, tag_field="type", tag="json_schema", frozen=True):
 
 
 HIDDEN_STATE = "its state is all the probabilities so far, so an answer could not go on after a lost stage"
-NO_DRY = "it is not implemented; `frequency_penalty` keeps a model from repeating itself, too"
 ONE_ORDER = "the order of the samplers is fixed, as this page has it"
 
 
@@ -198,6 +197,23 @@ class Samplers(Shape, frozen=True):
         float | None, honoured("lowers a recent token's logit for each occurrence")
     ] = None
     presence_penalty: Annotated[float | None, honoured("lowers the logits of recent tokens once")] = None
+    dry_multiplier: Annotated[
+        float | None, honoured("DRY lowers logits that would go on with a repetition; 0: not (llama.cpp)")
+    ] = None
+    dry_base: Annotated[
+        float | None, honoured("how much more for each token of its length; default 1.75")
+    ] = None
+    dry_allowed_length: Annotated[
+        Integral | None, honoured("what is longer than this is lowered; default 2")
+    ] = None
+    dry_penalty_last_n: Annotated[
+        Integral | None,
+        honoured(f"in how many last tokens it looks; default -1, and more than that: {PENALTY_WINDOW_MAX}"),
+    ] = None
+    dry_sequence_breakers: Annotated[
+        Annotated[list[str], msgspec.Meta(max_length=STOPS_MAX)] | None,
+        honoured('no repetition goes through a token with one of these; default `["\\n", ":", "\\"", "*"]`'),
+    ] = None
     seed: Annotated[
         Integral | None,
         honoured("the same seed gives the same answer; choice `i` takes `seed + i`; default: a random one"),
@@ -212,11 +228,6 @@ class Samplers(Shape, frozen=True):
     mirostat_eta: Annotated[msgspec.Raw, ignored("it needs `mirostat`")] = ABSENT
     adaptive_target: Annotated[msgspec.Raw, unoffered(HIDDEN_STATE, -1)] = ABSENT
     adaptive_decay: Annotated[msgspec.Raw, ignored("it needs `adaptive_target`")] = ABSENT
-    dry_multiplier: Annotated[msgspec.Raw, unoffered(NO_DRY, 0)] = ABSENT
-    dry_base: Annotated[msgspec.Raw, ignored("it needs `dry_multiplier`")] = ABSENT
-    dry_allowed_length: Annotated[msgspec.Raw, ignored("it needs `dry_multiplier`")] = ABSENT
-    dry_penalty_last_n: Annotated[msgspec.Raw, ignored("it needs `dry_multiplier`")] = ABSENT
-    dry_sequence_breakers: Annotated[msgspec.Raw, ignored("it needs `dry_multiplier`")] = ABSENT
     samplers: Annotated[msgspec.Raw, unoffered(ONE_ORDER)] = ABSENT
 
 

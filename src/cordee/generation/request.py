@@ -37,6 +37,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float = 0.0
     penalty_window: int = 256  # last tokens that the penalties look at
     seed: int = 0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_window: int = 8192  # last tokens in which DRY looks for repetitions
+    dry_breakers: tuple[int, ...] = ()  # tokens through which no repetition goes
     logit_bias: dict[int, float] = {}
     min_tokens: int = 0
     ends: tuple[int, ...] = ()

@@ -6,6 +6,7 @@ The order, which is llama.cpp's common one:
 2. logit bias: added to the logit;
 3. penalties over the last `penalty_window` tokens of prompt and answer: a logit is divided (negative:
    multiplied) by `repeat_penalty`, then lowered by count x `frequency_penalty` + `presence_penalty`;
+   then DRY lowers the logits of tokens that would go on with a repetition;
 4. temperature 0: the highest logit, of equal ones the lowest id;
 5. else top-n-sigma, top-k, typical-p, top-p, min-p, XTC, temperature (dynamic, if asked for), and a draw,
    all by libllama's own samplers.
@@ -16,7 +17,6 @@ libllama's mirostat and adaptive-p are not here: their state is made of all the 
 Log-probabilities are of the model's own distribution: the log-softmax of the row as it came in.
 """
 
-import ctypes
 from collections import Counter, deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -27,6 +27,8 @@ import numpy as np
 
 from cordee.engine.llama import libllama
 from cordee.errors import BadRequest, StageFailed
+from cordee.generation import candidates
+from cordee.generation.dry import DryPenalty
 from cordee.generation.request import Choice, SamplingParams
 
 # Below this a logit difference of a float32's last digits decides: greedy, without overflow by the division.
@@ -50,13 +52,15 @@ RANGES = {
     "frequency_penalty": (-2.0, 2.0),
     "presence_penalty": (-2.0, 2.0),
     "penalty_window": (0, PENALTY_WINDOW_MAX),
+    "dry_multiplier": (0.0, 10.0),
+    "dry_base": (1.0, 10.0),
+    "dry_allowed_length": (0, PENALTY_WINDOW_MAX),
+    "dry_window": (0, PENALTY_WINDOW_MAX),
     "min_tokens": (0, 1 << 30),
     "seed": (-(1 << 63), (1 << 63) - 1),
     "top_logprobs": (0, 20),
 }
 LOGIT_BIAS_RANGE = (-100.0, 100.0)
-
-CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
 def check(params: SamplingParams, n_vocab: int) -> None:
@@ -71,8 +75,9 @@ def check(params: SamplingParams, n_vocab: int) -> None:
             continue
         if not isfinite(value) or not low <= value <= high:
             raise BadRequest(f"{name} must be from {low} to {high}, not {value}", name)
-    if any(not 0 <= token < n_vocab for token in params.ends):
-        raise BadRequest(f"ends must hold the model's tokens, 0 to {n_vocab - 1}", "ends")
+    for name in ("ends", "dry_breakers"):
+        if any(not 0 <= token < n_vocab for token in getattr(params, name)):
+            raise BadRequest(f"{name} must hold the model's tokens, 0 to {n_vocab - 1}", name)
     _check_bias(params.logit_bias, n_vocab)
 
 
@@ -114,6 +119,8 @@ class Sampler:
         self._index = len(generated)
         self._greedy = params.temperature < GREEDY_BELOW
         self._edits = _Edits(params, history, generated)
+        has_dry = params.dry_multiplier > 0 and params.dry_window > 0
+        self._dry = DryPenalty(params, (*history, *generated)) if has_dry else None
         assert (params.grammar is None) == (constraint is None), "a grammar has a state"
         self._grammar = constraint
 
@@ -129,7 +136,10 @@ class Sampler:
         if not isfinite(highest):
             raise StageFailed(f"the model gave the logit {highest}: its weights or this build are faulty")
         allowed = self._grammar.allowed() if self._grammar is not None else None
-        row = self._without_ends(self._edits.apply(logits), logits)
+        row = self._edits.apply(logits)
+        if self._dry is not None:
+            row = self._dry.apply(row)
+        row = self._without_ends(row, logits)
         if not self._greedy:
             token = self._sample(row, allowed)
         else:
@@ -137,6 +147,8 @@ class Sampler:
         if self._grammar is not None:
             self._grammar.accept(token)
         self._edits.accept(token)
+        if self._dry is not None:
+            self._dry.accept(token)
         self._index += 1
         if self.params.top_logprobs is None:
             return Choice(token)
@@ -251,10 +263,10 @@ def _draw(params: SamplingParams, row: np.ndarray, ids: np.ndarray | None, index
         kept, top_p = _nucleus_bound(row, top_p)
         ids = kept if ids is None else ids[kept]
         row = row[kept]
-    candidates = np.empty(len(row), CANDIDATE)
-    candidates["id"] = _every_id(len(row)) if ids is None else ids
-    candidates["logit"] = row
-    return _apply(_chain(params, top_p, index), candidates)
+    tokens = np.empty(len(row), candidates.CANDIDATE)
+    tokens["id"] = _every_id(len(row)) if ids is None else ids
+    tokens["logit"] = row
+    return _drawn(_chain(params, top_p, index), tokens)
 
 
 def _nucleus_bound(row: np.ndarray, top_p: float) -> tuple[np.ndarray, float]:
@@ -270,7 +282,7 @@ def _nucleus_bound(row: np.ndarray, top_p: float) -> tuple[np.ndarray, float]:
 
 
 def _chain(params: SamplingParams, top_p: float, index: int) -> int:
-    """libllama's samplers for one draw; `_apply` frees them. Making them takes microseconds."""
+    """libllama's samplers for one draw; `_drawn` frees them. Making them takes microseconds."""
     library = libllama.load()
     made: list[int] = []
     if params.top_n_sigma:
@@ -301,19 +313,12 @@ def _chain(params: SamplingParams, top_p: float, index: int) -> int:
     return chain
 
 
-def _apply(chain: int, candidates: np.ndarray) -> int:
-    library = libllama.load()
-    array = library.llama_token_data_array(
-        data=candidates.ctypes.data_as(library.llama_token_data_p),
-        size=len(candidates),
-        selected=-1,
-        sorted=False,
-    )
+def _drawn(chain: int, tokens: np.ndarray) -> int:
     try:
-        library.llama_sampler_apply(chain, ctypes.byref(array))
+        array = candidates.apply(chain, tokens)
+        return array.data[array.selected].id
     finally:
-        library.llama_sampler_free(chain)  # with the samplers in it
-    return array.data[array.selected].id
+        libllama.load().llama_sampler_free(chain)  # with the samplers in it
 
 
 @lru_cache(maxsize=4)  # as many vocabularies as one process is likely to serve
