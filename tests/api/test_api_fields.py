@@ -274,10 +274,15 @@ def test_a_body_of_very_many_objects_is_looked_at_in_part() -> None:
 
 
 def test_dry_breaks_at_the_texts_that_are_given(server: Running) -> None:
-    """A count goes on with what was there; with DRY it does not, unless a break stands in each repetition."""
-    counting = {"prompt": "red blue, red blue, red blue, red blue, red", "max_tokens": 1}
-    assert text(asked(server, COMPLETIONS, **counting)) == " blue"
+    """A model that would say it again does not, unless a break stands in each repetition."""
+    [again] = server.service.vocabulary.tokenize(" blue", add_bos=False)
+    saying = {
+        "prompt": "red blue, red blue, red blue, red blue, red",
+        "max_tokens": 1,
+        "logit_bias": {str(again): 40},
+    }
+    assert text(asked(server, COMPLETIONS, **saying)) == " blue"
     dry = {"dry_multiplier": 9, "dry_allowed_length": 2}
-    assert text(asked(server, COMPLETIONS, **counting, **dry)) != " blue"
+    assert text(asked(server, COMPLETIONS, **saying, **dry)) != " blue"
     broken = {**dry, "dry_sequence_breakers": [","]}
-    assert text(asked(server, COMPLETIONS, **counting, **broken)) == " blue"
+    assert text(asked(server, COMPLETIONS, **saying, **broken)) == " blue"
