@@ -148,6 +148,16 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert (reply.error["param"], reply.error["code"]) == (param, code)
 
 
+# Half a surrogate pair, where nothing else looks at it: a name, and values that are not decoded at first.
+HALVES = (
+    rb'"\ud800": 1',
+    rb'"mirostat": "\ud800"',
+    rb'"service_tier": 1, "response_format": {"type": "text", "\udfff": 1}',
+    rb'"moderation": "\ud800", "best_of": "\ud800"',
+    rb'"json_schema": {"enum": ["\ud800"]}',
+)
+
+
 def policies(kind: str) -> list[tuple[str, str, msgspec.Meta]]:
     """(endpoint, field, meta) of the fields that are ignored, or refused."""
     return [
@@ -203,6 +213,10 @@ def test_every_field_may_be_null_unless_it_is_required(server: Running) -> None:
         (b'{"user": ' + b'{"a":' * 1_000_000 + b"1" + b"}" * 1_000_000 + b"}", 400, "nested"),
         (b'{"%s": 1}' % (b"x" * 100_000), 400, "missing"),
         (b'{"user": "\\ud800", "messages": 1}', 400, ""),
+        *(
+            (b'{"messages":[{"role":"user","content":"x"}],"prompt":"x",%s}' % each, 400, "")
+            for each in HALVES
+        ),
         (b'{"temperature": 1e999}', 400, "range"),
         (b" " * (BODY_BYTES_MAX + 1), 413, "larger"),
     ],
