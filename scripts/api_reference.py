@@ -10,7 +10,7 @@ import msgspec
 
 from cordee import errors
 from cordee.api import app as application
-from cordee.api import bodies, embeddings, failures, hidden, schemas, server, stream
+from cordee.api import bodies, embeddings, failures, hidden, ignored, ollama_schemas, schemas, server, stream
 from cordee.cli.main import subclasses
 from cordee.engine.llama import encoder
 from cordee.generation import grammar, sampling, text
@@ -22,6 +22,7 @@ SECTION = re.compile(r"(<!-- (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORDS = {str: "string", int: "integer", float: "number", bool: "boolean", msgspec.Raw: "JSON", dict: "object"}
 # Errors of the command line and of loading a model; no request gets them.
 ELSEWHERE = {errors.BadModelFile, errors.DoesNotFit, errors.StorageFailed, errors.SetupNeeded}
+SHAPES = (schemas, embeddings, ollama_schemas)
 
 # What bounds a request, and in which unit.
 LIMITS = (
@@ -35,6 +36,9 @@ LIMITS = (
     (server, "IDLE_SECONDS", "seconds that a connection may be idle"),
     (schemas, "MESSAGES_MAX", "messages of a conversation"),
     (schemas, "PARTS_MAX", "content parts of a message"),
+    (ignored, "NAMES_MAX", "names in `x-cordee-ignored`"),
+    (ignored, "NAME_CHARS_MAX", "characters of such a name"),
+    (ignored, "OBJECTS_MAX", "objects of a body that are looked at for it"),
     (schemas, "CHOICES_MAX", "answers to one request: prompts times `n`"),
     (embeddings, "INPUTS_MAX", "texts of an embeddings request"),
     (embeddings, "DOCUMENTS_MAX", "documents of a rerank request"),
@@ -56,7 +60,7 @@ LIMITS = (
 
 def fields(name: str) -> str:
     """The table of an object's fields."""
-    shape = next(getattr(file, name) for file in (schemas, embeddings) if hasattr(file, name))
+    shape = next(getattr(file, name) for file in SHAPES if hasattr(file, name))
     hints = get_type_hints(shape, include_extras=True)
     required = {field.name for field in msgspec.structs.fields(shape) if field.required}
     rows: list[tuple[str, ...]] = []
@@ -64,6 +68,8 @@ def fields(name: str) -> str:
         extra = meta.extra or {}
         if "ignored" in extra:
             rows.append((field, "anything", "ignored", extra["ignored"]))
+        elif "unoffered" in extra:
+            rows.append((field, "anything", "ignored, and named in the reply", extra["unoffered"]))
         elif "refused" in extra:
             harmless = [f"`{msgspec.json.encode(value).decode()}`" for value in extra["harmless"]]
             rows.append((field, " or ".join(harmless), "else refused", extra["refused"]))
@@ -80,6 +86,8 @@ def type_name(kind: Any) -> str:
     if origin is Annotated:
         return type_name(arguments[0])
     if origin in (Union, UnionType):
+        if set(arguments) - {NoneType} == {int, float}:
+            return WORDS[int]  # also written as 4.0
         names = [type_name(each) for each in arguments if each is not NoneType]
         return " or ".join(dict.fromkeys(names))
     if origin is list:
@@ -111,8 +119,6 @@ def error_table(_: str) -> str:
     kinds = [kind for kind in subclasses(errors.CordeeError) if kind not in ELSEWHERE]
     rows = sorted((kind.http_status, f"`{kind.code}`", (kind.__doc__ or "").split("\n")[0]) for kind in kinds)
     extra = [
-        (404, "`not_found`", "There is no such path."),
-        (405, "`method_not_allowed`", "The path is for another method."),
         (500, f"`{errors.CordeeError.code}`", "A fault of the server; its log has the traceback."),
     ]
     return table(

@@ -145,7 +145,10 @@ def test_grammars_travel_to_the_machine_that_samples(cluster: Cluster) -> None:
                     model="sound",
                     messages=[{"role": "user", "content": "x"}],
                     max_tokens=8,
-                    response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+                    response_format={
+                        "type": "json_schema",
+                        "json_schema": {"name": "x", "schema": schema, "strict": True},
+                    },
                 )
                 return done.choices[0].message.content
 

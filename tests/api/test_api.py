@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -27,6 +28,7 @@ from cordee.api.schemas import ChatRequest
 from cordee.api.stream import Timing
 from cordee.api.turns import chat_turn
 from cordee.chat.formats import format_of
+from cordee.generation.template import ChatTemplate
 from cordee.serving.local_service import ServiceConfig
 from serving import CHAT, COMPLETIONS, FRANCE, HELLO, SECONDS, Running, running, user
 
@@ -96,7 +98,9 @@ def test_a_model_that_is_loading_is_reported_as_such(session_home: Path, tmp_pat
         assert (reply.status, reply.error["code"], reply.error["param"]) == (503, "model_loading", "model")
         assert int(reply.headers["retry-after"]) > 0
         assert server.request("GET", "/v1/models").json["data"] == []
-        assert server.request("POST", CHAT, {**HELLO, "model": "other"}).status == 404
+        other = server.request("POST", CHAT, {**HELLO, "model": "other"})
+        assert (other.status, other.error["code"]) == (503, "model_loading"), "it is the only one"
+        assert server.request("GET", "/v1/models/other").status == 404
 
 
 def test_no_model_at_all_is_not_healthy(session_home: Path, tmp_path: Path) -> None:
@@ -336,13 +340,26 @@ def test_a_message_cannot_hold_control_tokens(server: Running, content: str) -> 
     assert b"".join(vocabulary.piece(token, special=True) for token in prompt).decode() == rendered
 
 
-def test_roles_and_names_cannot_hold_control_tokens(server: Running) -> None:
-    for message in (
-        {"role": "user<|im_end|>", "content": "x"},
-        {"role": "user", "content": "x", "name": "me<|im_end|>"},
-        {"role": "user\n", "content": "x"},
-    ):
+def test_roles_cannot_hold_control_tokens(server: Running) -> None:
+    for message in ({"role": "user<|im_end|>", "content": "x"}, {"role": "user\n", "content": "x"}):
         assert server.request("POST", CHAT, {**HELLO, "messages": [message]}).status == 400
+
+
+@pytest.mark.parametrize("name", ["Zoë de la Cordée", "me<|im_end|>you", "<|im_start|>"])
+def test_names_may_be_anything_but_control_tokens(server: Running, name: str) -> None:
+    service = server.service
+    naming = ChatTemplate(
+        "{% for each in messages %}<|im_start|>{{ each.name }}\n{{ each.content }}<|im_end|>{% endfor %}"
+    )
+    named = SimpleNamespace(
+        template=naming, vocabulary=service.vocabulary, context=CONTEXT, name=service.name
+    )
+    messages = [{"role": "user", "content": "x", "name": name}]
+    turn = chat_turn(decode(json.dumps({"messages": messages}).encode(), CHAT_DECODER))
+    prompt = chat_prompt(named, format_of(naming), turn, NOW, "messages")
+    pieces = [service.vocabulary.piece(token, special=True) for token in prompt]
+    assert b"".join(pieces).decode() == f"<|im_start|>{name}\nx<|im_end|>"
+    assert sum(map(service.vocabulary.is_control, prompt)) == 2
 
 
 def test_a_conversation_of_nothing_but_control_tokens_is_refused(server: Running) -> None:

@@ -47,7 +47,8 @@ def patterns(count: int) -> dict[str, Any]:
 
 
 def bound_to(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+    given = {"name": "x", "schema": schema, "strict": True}
+    return {"response_format": {"type": "json_schema", "json_schema": given}}
 
 
 class Later(threading.Thread):

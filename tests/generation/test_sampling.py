@@ -158,6 +158,60 @@ def test_top_k_top_p_and_min_p_keep_what_they_say() -> None:
     assert set(draws(SamplingParams(top_k=2, top_p=0.5), logits, 300)) == {1}
 
 
+def test_typical_p_top_n_sigma_and_xtc_keep_what_they_say() -> None:
+    probabilities = np.array([0.5, 0.2, 0.2, 0.05, 0.05], dtype=np.float32)
+    logits = np.log(probabilities)
+    # Surprise nearest to the entropy (1.29 nats) comes first: 0.2 has 1.61, 0.5 has 0.69.
+    assert set(draws(SamplingParams(typical_p=0.35), logits, 300)) == {1, 2}
+    assert set(draws(SamplingParams(typical_p=0.85), logits, 300)) == {0, 1, 2}
+    assert set(draws(SamplingParams(top_n_sigma=0.5), logits, 300)) == {0}
+    assert set(draws(SamplingParams(top_n_sigma=9.0), logits, 500)) == set(range(5))
+    # XTC leaves out all but the last of the tokens above its threshold, or nothing.
+    always = SamplingParams(xtc_probability=1.0, xtc_threshold=0.3)
+    assert set(draws(always, logits, 300)) == set(range(5)), "one alone above the threshold stays"
+    both = Counter(draws(SamplingParams(xtc_probability=1.0, xtc_threshold=0.1), logits, 3000))
+    assert both[0] == 0 and both[1] * both[2] == 0 and both[1] + both[2] > 1500
+
+
+def test_xtc_is_drawn_apart_from_the_token() -> None:
+    logits = np.log(np.array([0.4, 0.3, 0.3], dtype=np.float32))
+    counts = Counter(draws(SamplingParams(xtc_probability=0.5, xtc_threshold=0.35), logits, 8000))
+    assert [counts[token] / 8000 for token in range(3)] == pytest.approx([0.4, 0.3, 0.3], abs=0.02)
+    counts = Counter(draws(SamplingParams(xtc_probability=0.5, xtc_threshold=0.05), logits, 8000))
+    # Half the time only one of the last two is left, else all are.
+    assert counts[0] / 8000 == pytest.approx(0.2, abs=0.02)
+
+
+def test_a_dynamic_temperature_is_between_its_ends() -> None:
+    logits = row(11, 50)
+    fixed = SamplingParams(temperature=0.8)
+    assert draws(
+        SamplingParams(temperature=0.8, dynatemp_range=0.0, dynatemp_exponent=3.0), logits, 40
+    ) == draws(fixed, logits, 40)
+    flat, peaked = np.zeros(50, dtype=np.float32), np.zeros(50, dtype=np.float32)
+    peaked[7] = 12.0
+    wide = SamplingParams(temperature=1.0, dynatemp_range=0.9)
+    assert len(set(draws(wide, flat, 400))) > 40
+    assert set(draws(wide, peaked, 2000)) == {7}, "cooler where the model is sure"
+
+
+@pytest.mark.parametrize("params", [GREEDY, SamplingParams(seed=2)])
+def test_no_end_comes_before_there_are_min_tokens(params: SamplingParams) -> None:
+    logits = row(12, 40)
+    ends = tuple(int(token) for token in np.argsort(-logits)[:3])
+    late = msgspec.structs.replace(params, ends=ends, min_tokens=5)
+    sampler = Sampler(late, None, [])
+    tokens = [sampler.sample(logits).token for _ in range(30)]
+    assert not set(tokens[:5]) & set(ends) and set(tokens[5:]) & set(ends)
+    replayed = Sampler(late, None, [], tokens[:4])
+    assert [replayed.sample(logits).token for _ in range(26)] == tokens[4:]
+    only_ends = np.full(40, -np.inf, dtype=np.float32)
+    only_ends[list(ends)] = 1.0
+    assert Sampler(late, None, []).sample(only_ends).token in ends, "there is nothing else"
+    with pytest.raises(BadRequest, match="ends"):
+        check(msgspec.structs.replace(late, ends=(40,)), 40)
+
+
 def test_temperature_comes_last() -> None:
     logits = np.log(np.array([0.6, 0.3, 0.1], dtype=np.float32))
     hot = SamplingParams(temperature=2.0, top_p=0.85)  # by its own probabilities 0.6 and 0.3, hot or not
@@ -283,6 +337,17 @@ REPLAYED = {
         presence_penalty=0.2,
         penalty_window=9,
         logit_bias={5: 2.0},
+    ),
+    "all of libllama's": SamplingParams(
+        seed=12,
+        temperature=1.2,
+        typical_p=0.95,
+        top_n_sigma=3.0,
+        top_p=0.97,
+        xtc_probability=0.5,
+        xtc_threshold=0.02,
+        dynatemp_range=0.5,
+        dynatemp_exponent=1.3,
     ),
     "greedy with penalties": SamplingParams(temperature=0.0, repeat_penalty=1.5, penalty_window=6),
     "schema": SamplingParams(

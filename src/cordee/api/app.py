@@ -26,7 +26,9 @@ from cordee.api.failures import (
     on_failure,
     on_http_exception,
 )
+from cordee.api.ignored import NamesIgnored
 from cordee.api.keys import LocalKey
+from cordee.api.ollama import Ollama
 from cordee.api.openai import OpenAI
 from cordee.api.stream import Timing
 from cordee.errors import CordeeError, Overloaded
@@ -61,8 +63,7 @@ def create_app(
     only who knows it.
     """
     core = ApiCore(services, embedders, expected, refusal, clock, timing)
-    openai = OpenAI(core)
-    embeddings = Embeddings(core)
+    openai, embeddings, ollama = OpenAI(core), Embeddings(core), Ollama(core)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -82,9 +83,10 @@ def create_app(
             Route("/v1/completions", openai.completions, methods=["POST"]),
             Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
             *(Route(path, embeddings.rerank, methods=["POST"]) for path in RERANK_PATHS),
+            *ollama.routes(),
         ],
         lifespan=lifespan,
-        middleware=[Middleware(Guard, key=key)],
+        middleware=[Middleware(Guard, key=key), Middleware(NamesIgnored)],
         exception_handlers={
             HTTPException: on_http_exception,
             CordeeError: on_failure,

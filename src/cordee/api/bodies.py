@@ -7,18 +7,19 @@ from typing import TypeVar
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
+from cordee.api import ignored
 from cordee.api.failures import ClientGone, RequestTimeout, RequestTooLarge, WrongContentType
+from cordee.api.schemas import Shape
 from cordee.errors import BadRequest, Overloaded
 
 BODY_BYTES_MAX = 16 << 20  # as much text as a vocabulary tokenizes: four times a million-token prompt
 # Of all requests together while they are read; a decoded body takes several times its size.
 BODIES_BYTES_MAX = 64 << 20
-PARAM_CHARS_MAX = 100  # the client chooses the name of an unknown field
 BODY_SECONDS = 60.0  # a client on this machine sends the largest body in less than one
 
 # msgspec's messages: what is wrong, and where it is.
 PLACE = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?\Z", re.DOTALL)
-FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(?P<field>.*)`\Z", re.DOTALL)
+FIELD = re.compile(r"Object missing required field `(?P<field>.*)`\Z", re.DOTALL)
 
 Body = TypeVar("Body")
 
@@ -29,21 +30,28 @@ class Bodies:
     def __init__(self) -> None:
         self._held_bytes = 0
 
-    async def read(self, request: Request, decoder: msgspec.json.Decoder[Body]) -> Body:
-        """A request's body, decoded.
+    async def read(
+        self, request: Request, decoder: msgspec.json.Decoder[Body], *, declared: bool = True
+    ) -> Body:
+        """A request's body, decoded; fields that have no effect are noted (ignored.py).
 
         Raises:
-            BadRequest: it is not declared as JSON, too large, too slow, malformed, or not as the schema says.
+            BadRequest: it is not declared as JSON (where it must be `declared`), too large, too slow,
+                malformed, or not as the schema says.
             Overloaded: the bodies of other requests fill the memory that there is for them.
             ClientGone: the client left before it had sent all.
         """
-        _check_headers(request)
+        _check_headers(request, declared)
         held = bytearray()
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 async for piece in request.stream():
                     self._hold(held, piece)
-            return decode(held, decoder)
+            body = decode(held, decoder)
+            kind = decoder.type
+            if isinstance(kind, type) and issubclass(kind, Shape):
+                ignored.note(request, *ignored.unknown_fields(held, kind))
+            return body
         except TimeoutError:
             raise RequestTimeout(f"the request's body took more than {BODY_SECONDS:.0f} s") from None
         except ClientDisconnect:
@@ -85,15 +93,13 @@ def _refusal(message: str) -> BadRequest:
     field = FIELD.match(what)
     if field is None:
         return BadRequest(f"{path or 'the body'}: {what[0].lower()}{what[1:]}", path)
-    param = (f"{path}.{field['field']}" if path else field["field"])[:PARAM_CHARS_MAX]
-    if "unknown" in what[: field.start("field")]:
-        return BadRequest(f"{param} is not a field that this server knows; docs/api.md lists them", param)
+    param = f"{path}.{field['field']}" if path else field["field"]
     return BadRequest(f"{param} is missing", param)
 
 
-def _check_headers(request: Request) -> None:
+def _check_headers(request: Request, declared: bool) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if declared and kind != "application/json":
         raise WrongContentType(
             f"the body is declared as {kind or 'nothing'}: send JSON with 'Content-Type: application/json'"
         )

@@ -13,6 +13,7 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from cordee.api import ignored
 from cordee.api.answers import Job, ParsedAnswers, WholeAnswer
 from cordee.api.bodies import Bodies
 from cordee.api.failures import ModelLoading
@@ -72,21 +73,37 @@ class ApiCore:
         """Wait until no prompt is being rendered: then services may be closed."""
         self._threads.shutdown(cancel_futures=True)
 
+    def asked(self, request: HttpRequest, name: str | None) -> ModelService:
+        """The service that a request for an answer means: that of the model it names; where there is one
+        model only, that one, and an unknown name is noted as without effect.
+
+        Raises as `service` does.
+        """
+        known = {*self.services, *self._expected}
+        only = next(iter(known)) if len(known) == 1 else None
+        if name and (only is None or _untagged(name) in self.services or self._refusal(name) is not None):
+            return self.service(name)
+        if only is None:
+            raise BadRequest(f"model is missing; there is: {', '.join(sorted(known)) or 'none'}", "model")
+        if name and _untagged(name) != only:
+            ignored.note(request, "model")
+        return self.service(only)
+
     def service(self, name: str) -> ModelService:
-        """The service of a model.
+        """The service of a model, by its name, or by that and Ollama's tag `:latest`.
 
         Raises:
             ModelNotFound: there is none.
             ModelLoading: there will be.
             CordeeError: it cannot be used here, and why.
         """
-        service = self.services.get(name)
+        service = self.services.get(name) or self.services.get(_untagged(name))
         if service is not None:
             return service
         if (refusal := self._refusal(name)) is not None:
             raise refusal
-        if name in self._expected:
-            raise ModelLoading(f"{name} is still being loaded; try again in a moment")
+        if name in self._expected or _untagged(name) in self._expected:
+            raise ModelLoading(f"{name[:NAME_CHARS_MAX]} is still being loaded; try again in a moment")
         wanted = f"no model {name[:NAME_CHARS_MAX]!r} is served here"
         if self.services:
             raise ModelNotFound(f"{wanted}; there is: {', '.join(sorted(self.services))}")
@@ -199,6 +216,10 @@ class ApiCore:
             requests=requests,
             n=n,
         )
+
+
+def _untagged(name: str) -> str:
+    return name.removesuffix(":latest")
 
 
 def random_seed() -> int:

@@ -53,20 +53,55 @@ class ModelLoading(CordeeError):
     code = "model_loading"
 
 
+class NoSuchPath(BadRequest):
+    """There is no such path."""
+
+    http_status = 404
+    code = "not_found"
+
+
+class WrongMethod(BadRequest):
+    """The path is for another method."""
+
+    http_status = 405
+    code = "method_not_allowed"
+
+
+class NotOffered(CordeeError):
+    """This server deliberately does not do this; the message says why, and what does."""
+
+    exit_code = 2
+    http_status = 501
+    code = "not_offered"
+
+
 class ClientGone(Exception):
     """The client closed the connection: no answer can be sent."""
 
 
 def error_body(error: Exception) -> dict[str, Any]:
-    """OpenAI's error object. Anything but a `CordeeError` is a bug, whose text is not shown to the client."""
-    if not isinstance(error, CordeeError):
-        return _body("the server failed at this request; its log says why", 500, None, CordeeError.code)
+    """OpenAI's error object."""
+    known = error if isinstance(error, CordeeError) else CordeeError()
+    kind = "invalid_request_error" if known.http_status < 500 else "server_error"
     param = "model" if isinstance(error, ModelNotFound | ModelLoading) else getattr(error, "param", None)
-    return _body(error.message, error.http_status, param, error.code)
+    return {"error": {"message": error_text(error), "type": kind, "param": param, "code": known.code}}
+
+
+def error_text(error: Exception) -> str:
+    """What a client is told. Anything but a `CordeeError` is a bug, whose text is not shown."""
+    if not isinstance(error, CordeeError):
+        return "the server failed at this request; its log says why"
+    message = error.message
+    return message if len(message) <= MESSAGE_CHARS_MAX else message[:MESSAGE_CHARS_MAX] + "…"
+
+
+def ollama_error(error: Exception) -> dict[str, Any]:
+    """Ollama's error, which is a text: its clients show an object as `[object Object]`."""
+    return {"error": error_text(error)}
 
 
 # Error bodies of APIs other than OpenAI's, by the beginning of their paths.
-BODIES: Mapping[str, Callable[[Exception], dict[str, Any]]] = {}
+BODIES: Mapping[str, Callable[[Exception], dict[str, Any]]] = {"/api/": ollama_error}
 
 
 def error_response(error: Exception, path: str) -> Response:
@@ -96,13 +131,9 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "it is registered for these"
     method, path = request.method, request.url.path
     if error.status_code == 405:
-        message, code = f"{path} is not for {method}; docs/api.md lists the endpoints", "method_not_allowed"
+        known = WrongMethod(f"{path} is not for {method}; docs/api.md lists the endpoints")
     else:
-        message, code = f"there is no {path} here; docs/api.md lists the endpoints", "not_found"
-    return json_response(_body(message, error.status_code, None, code), error.status_code, error.headers)
-
-
-def _body(message: str, status: int, param: str | None, code: str) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    message = message if len(message) <= MESSAGE_CHARS_MAX else message[:MESSAGE_CHARS_MAX] + "…"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        known = NoSuchPath(f"there is no {path} here; docs/api.md lists the endpoints")
+    response = error_response(known, path)
+    response.headers.update(error.headers or {})
+    return response

@@ -1,7 +1,6 @@
 """OpenAI's endpoints over model services: HTTP requests in, `replies` out."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -9,9 +8,11 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from cordee.api import ignored
 from cordee.api.answers import Job
-from cordee.api.core import AnswerOptions, ApiCore, random_seed
+from cordee.api.core import AnswerOptions, ApiCore
 from cordee.api.failures import json_response
+from cordee.api.options import answer_options, is_given, limit, schema_grammar
 from cordee.api.prompts import completion_prompts
 from cordee.api.replies import ChatReply, CompletionReply, Reply
 from cordee.api.schemas import (
@@ -21,21 +22,13 @@ from cordee.api.schemas import (
     CompletionRequest,
     JsonObjectFormat,
     JsonSchemaFormat,
+    StreamOptions,
     refuse,
 )
 from cordee.api.turns import chat_turn, unknown_tools
 from cordee.errors import BadRequest
-from cordee.generation.request import Grammar, SamplingParams
-
-SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repeat_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-)
+from cordee.generation.request import Grammar
+from cordee.serving.interface import ModelService
 
 
 class OpenAI:
@@ -67,21 +60,24 @@ class OpenAI:
         """`POST /v1/chat/completions`"""
         core = self._core
         body = await core.bodies.read(request, self._chat)
-        service = core.service(body.model)
+        service = core.asked(request, body.model)
         _check(body)
         top_logprobs = _top_logprobs(body)
-        options = _options(body, top_logprobs, body.max_completion_tokens or body.max_tokens)
-        job = await core.chat(service, chat_turn(body), options, constraint=_grammar(body))
-        job = replace(job, ignored=(*job.ignored, *unknown_tools(body)))
+        max_tokens = limit(body.max_completion_tokens, "max_completion_tokens") or _max_tokens(body)
+        options = _options(service, body, max_tokens, top_logprobs)
+        constraint = _grammar(request, body)
+        job = await core.chat(service, chat_turn(body), options, constraint=constraint)
+        ignored.note(request, *job.ignored, *unknown_tools(body))
         return await self._answer(request, body, job, ChatReply, logprobs=top_logprobs is not None)
 
     async def completions(self, request: HttpRequest) -> Response:
         """`POST /v1/completions`"""
         core = self._core
         body = await core.bodies.read(request, self._completion)
-        service = core.service(body.model)
+        service = core.asked(request, body.model)
         _check(body)
-        options = _options(body, body.logprobs, body.max_tokens or LEGACY_MAX_TOKENS, _grammar(body))
+        max_tokens = _max_tokens(body) if _limits(body) else LEGACY_MAX_TOKENS
+        options = _options(service, body, max_tokens, body.logprobs, _grammar(request, body))
         prompts = await core.in_thread(completion_prompts, service, body)
         job = core.completion(service, prompts, options)
         return await self._answer(request, body, job, CompletionReply, logprobs=body.logprobs is not None)
@@ -89,8 +85,13 @@ class OpenAI:
     async def _answer(
         self, request: HttpRequest, body: Common, job: Job, reply_of: type[Reply], *, logprobs: bool
     ) -> Response:
-        usage_event = bool(body.stream_options and body.stream_options.include_usage)
-        reply = reply_of(job, logprobs=logprobs, usage_event=usage_event)
+        wanted = body.stream_options or StreamOptions()
+        reply = reply_of(
+            job,
+            logprobs=logprobs,
+            usage_event=bool(wanted.include_usage),
+            usage_always=bool(wanted.continuous_usage_stats),
+        )
         if body.stream:
             return self._core.stream(job, reply)
         return json_response(reply.whole(await self._core.whole(request, job)))
@@ -104,27 +105,31 @@ def _check(body: Common) -> None:
         )
 
 
+def _max_tokens(body: Common) -> int | None:
+    tokens = limit(body.max_tokens, "max_tokens")
+    return limit(body.n_predict, "n_predict") if body.max_tokens is None else tokens
+
+
+def _limits(body: Common) -> bool:
+    return body.max_tokens is not None or body.n_predict is not None
+
+
 def _options(
-    body: Common, top_logprobs: int | None, max_tokens: int | None, grammar: Grammar | None = None
+    service: ModelService,
+    body: Common,
+    max_tokens: int | None,
+    top_logprobs: int | None,
+    grammar: Grammar | None = None,
 ) -> AnswerOptions:
-    """How tokens are chosen. What a client leaves out, or sends as null, keeps OpenAI's default."""
-    given = {name: getattr(body, name) for name in SAMPLING if getattr(body, name) is not None}
-    sampling = SamplingParams(
-        **given,
-        seed=random_seed() if body.seed is None else body.seed,
-        logit_bias=_logit_bias(body.logit_bias or {}),
+    return answer_options(
+        body,
+        service.vocabulary,
+        max_tokens,
         grammar=grammar,
+        logit_bias=body.logit_bias,
         top_logprobs=top_logprobs,
+        n=body.n or 1,
     )
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    return AnswerOptions(sampling=sampling, max_tokens=max_tokens, stop=stop, n=body.n or 1)
-
-
-def _logit_bias(given: Mapping[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): bias for token, bias in given.items()}
-    except ValueError:
-        raise BadRequest("logit_bias must have token ids for keys, as strings", "logit_bias") from None
 
 
 def _top_logprobs(body: ChatRequest) -> int | None:
@@ -135,18 +140,28 @@ def _top_logprobs(body: ChatRequest) -> int | None:
     return body.top_logprobs or 0
 
 
-def _grammar(body: Common) -> Grammar | None:
-    wanted = body.response_format if isinstance(body, ChatRequest) else None
-    constraint = None
-    if isinstance(wanted, JsonObjectFormat):
-        constraint = Grammar("json_object")
-    elif isinstance(wanted, JsonSchemaFormat):
-        constraint = Grammar("json_schema", bytes(wanted.json_schema.schema).decode())
-    if body.grammar is None:
-        return constraint
-    if constraint is not None:
-        raise BadRequest("grammar and response_format cannot both bind the answer: leave one out", "grammar")
-    return Grammar("gbnf", body.grammar)
+def _grammar(request: HttpRequest, body: Common) -> Grammar | None:
+    """What the client binds the text to; one thing at most."""
+    found = _response_format(request, body) if isinstance(body, ChatRequest) else {}
+    if is_given(body.json_schema):
+        found["json_schema"] = schema_grammar(request, body.json_schema, "json_schema")
+    if body.grammar is not None:
+        found["grammar"] = Grammar("gbnf", body.grammar)
+    if len(found) > 1:
+        raise BadRequest(f"{' and '.join(found)} cannot both bind the answer: leave one out", list(found)[-1])
+    return next(iter(found.values()), None)
+
+
+def _response_format(request: HttpRequest, body: ChatRequest) -> dict[str, Grammar]:
+    wanted, name = body.response_format, "response_format"
+    if isinstance(wanted, JsonSchemaFormat):
+        given = wanted.json_schema
+        return {name: schema_grammar(request, given.schema, name, strict=bool(given.strict))}
+    if not isinstance(wanted, JsonObjectFormat):
+        return {}
+    if is_given(wanted.schema):
+        return {name: schema_grammar(request, wanted.schema, name)}
+    return {name: Grammar("json_object")}
 
 
 def _model(name: str, added: str) -> dict[str, Any]:

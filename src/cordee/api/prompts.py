@@ -82,6 +82,17 @@ def completion_prompts(service: ModelService, request: CompletionRequest) -> lis
     return [_tokens(service.vocabulary, each) for each in prompt]
 
 
+def text_prompt(service: ModelService, text: str) -> tuple[int, ...]:
+    """The prompt that a text is; control tokens in it are read as tokens.
+
+    Raises:
+        BadRequest: it is empty, and the model needs a token to begin with.
+        ContextExceeded: it is too long, whatever tokens it becomes.
+    """
+    _check_bytes(service, _utf8_bytes(text), "prompt")
+    return _tokens(service.vocabulary, text)
+
+
 def check_length(service: ModelService, prompt: Sequence[int], param: str) -> None:
     """Refuse a prompt that leaves no room for an answer; the error names its field in the request.
 

@@ -25,10 +25,11 @@ class Reply(ABC):
     media_type = "text/event-stream"
     keep_alive = b": keep-alive\n\n"
 
-    def __init__(self, job: Job, *, logprobs: bool, usage_event: bool) -> None:
+    def __init__(self, job: Job, *, logprobs: bool, usage_event: bool, usage_always: bool = False) -> None:
         self.job = job
         self._logprobs_wanted = logprobs
         self._usage_event = usage_event
+        self._usage_always = usage_event and usage_always
         self._last: dict[int, AnswerPiece] = {}
 
     def begin(self) -> Iterable[bytes]:
@@ -64,13 +65,15 @@ class Reply(ABC):
         return {"id": self.prefix + job.id, "object": kind, "created": job.created, "model": job.model}
 
     def _event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> bytes:
-        """An event; where usage is asked for it stands in each, and is null but in the last."""
+        """An event; where usage is asked for it stands in each, and is null but in the last, unless it is
+        always wanted."""
+        used = self._usage(self._last) if used is None and self._usage_always else used
         frame = self._frame(self.event_object) | {"choices": choices}
         return _data(frame | {"usage": used} if self._usage_event else frame)
 
     def _usage(self, last: dict[int, AnswerPiece]) -> dict[str, Any]:
         """Tokens by the last chunk of each answer. A prompt counts once, however many answers it got."""
-        prompts = [last[index] for index in range(0, len(last), self.job.n)]
+        prompts = {index // self.job.n: piece for index, piece in last.items()}.values()
         prompt = sum(piece.prompt_tokens for piece in prompts)
         completion = sum(piece.completion_tokens for piece in last.values())
         return {
@@ -163,8 +166,8 @@ class CompletionReply(Reply):
     prefix = "cmpl-"
     object = event_object = "text_completion"
 
-    def __init__(self, job: Job, *, logprobs: bool, usage_event: bool) -> None:
-        super().__init__(job, logprobs=logprobs, usage_event=usage_event)
+    def __init__(self, job: Job, *, logprobs: bool, usage_event: bool, usage_always: bool = False) -> None:
+        super().__init__(job, logprobs=logprobs, usage_event=usage_event, usage_always=usage_always)
         self._logprobs = [LegacyLogprobs(job.vocabulary) for _ in job.requests] if logprobs else None
 
     def _pieces(self, index: int, piece: AnswerPiece) -> Iterable[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """The fields of requests: each is honoured, ignored with a reason, or refused by name.
 
-A field that is not listed here is refused as unknown, so that a misspelt or a new one is never taken for one
-that was honoured. `docs/api.md` is generated from these classes.
+A field that is not listed here is ignored, and so is one that is not offered; the reply names both
+(ignored.py), so that a misspelt or a new one is not taken for one that was honoured. `docs/api.md` is
+generated from these classes.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import msgspec
 
 from cordee.errors import BadRequest
-from cordee.generation.sampling import RANGES
+from cordee.generation.sampling import PENALTY_WINDOW_MAX, RANGES
 from cordee.generation.text import STOPS_MAX
 
 MESSAGES_MAX = 4096  # turns of a conversation
@@ -23,7 +24,8 @@ LEGACY_MAX_TOKENS = 16  # OpenAI's default for completions
 HARMLESS_BYTES_MAX = 64  # a refused field's harmless values are all shorter
 
 ABSENT = msgspec.Raw(b"null")
-IDENTIFIER = r"\A[A-Za-z][A-Za-z0-9_-]{0,63}\Z"  # roles and names stand between control tokens in a prompt
+IDENTIFIER = r"\A[A-Za-z][A-Za-z0-9_-]{0,63}\Z"  # roles stand between control tokens in a prompt
+NAME = r"\A[^\x00-\x1f\x7f]{0,128}\Z"  # of a speaker; on one line, as templates have it
 
 TOOL_NAME = r"\A[A-Za-z0-9_.:/-]{1,128}\Z"  # a name stands in a prompt and in a grammar
 
@@ -43,9 +45,17 @@ def refused(reason: str, *harmless: Any) -> msgspec.Meta:
     return msgspec.Meta(extra={"refused": reason, "harmless": (None, *harmless)})
 
 
-class Shape(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+def unoffered(reason: str, *harmless: Any) -> msgspec.Meta:
+    """A field that may hold anything, and is named in the reply if it is not null or one of the `harmless`
+    values."""
+    return msgspec.Meta(extra={"unoffered": reason, "harmless": (None, *harmless)})
+
+
+class Shape(msgspec.Struct, frozen=True):
     """Base of every object in a request."""
 
+
+Integral = int | float  # a whole number, which some clients write as 4.0
 
 NO_MEDIA = "models here read and write text only"
 NO_FUNCTIONS = "functions are the older form of tools; send tools"
@@ -62,6 +72,7 @@ class ContentPart(Shape, frozen=True):
     file: Annotated[msgspec.Raw, refused(NO_MEDIA)] = ABSENT
     refusal: Annotated[msgspec.Raw, refused("send what was said as text")] = ABSENT
     prompt_cache_breakpoint: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
+    cache_control: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
 
 
 class CalledFunction(Shape, frozen=True):
@@ -97,7 +108,7 @@ class ChatMessage(Shape, frozen=True):
         honoured("text; the names of control tokens in it, such as `<|im_end|>`, stay text"),
     ] = None
     name: Annotated[
-        Annotated[str, msgspec.Meta(pattern=IDENTIFIER)] | None, honoured("for templates that use it")
+        Annotated[str, msgspec.Meta(pattern=NAME)] | None, honoured("for templates that use it; on one line")
     ] = None
     tool_calls: Annotated[
         Annotated[list[MessageToolCall], msgspec.Meta(max_length=PARTS_MAX)] | None,
@@ -187,6 +198,9 @@ class StreamOptions(Shape, frozen=True):
     """How an answer is streamed."""
 
     include_usage: Annotated[bool | None, honoured("a last chunk with `usage` and no choices")] = None
+    continuous_usage_stats: Annotated[
+        bool | None, honoured("with `include_usage`: `usage` so far in every chunk (vLLM)")
+    ] = None
     include_obfuscation: Annotated[
         msgspec.Raw, ignored("padding against eavesdroppers has no use on this machine")
     ] = ABSENT
@@ -196,8 +210,13 @@ class TextFormat(Shape, tag_field="type", tag="text", frozen=True):
     """Any text."""
 
 
+SCHEMA = "a JSON schema that the answer follows (llama.cpp)"
+
+
 class JsonObjectFormat(Shape, tag_field="type", tag="json_object", frozen=True):
     """Some JSON object."""
+
+    schema: Annotated[msgspec.Raw, honoured(SCHEMA)] = ABSENT
 
 
 class JsonSchema(Shape, frozen=True):
@@ -206,7 +225,10 @@ class JsonSchema(Shape, frozen=True):
     schema: Annotated[msgspec.Raw, honoured("the JSON schema")]
     name: Annotated[msgspec.Raw, ignored("the model does not see it")] = ABSENT
     description: Annotated[msgspec.Raw, ignored("say in the prompt what the answer is for")] = ABSENT
-    strict: Annotated[msgspec.Raw, ignored("every schema is enforced")] = ABSENT
+    strict: Annotated[
+        bool | None,
+        honoured("what cannot be enforced is refused; else it is ignored, and named in the reply"),
+    ] = None
 
 
 class JsonSchemaFormat(Shape, tag_field="type", tag="json_schema", frozen=True):
@@ -215,51 +237,116 @@ class JsonSchemaFormat(Shape, tag_field="type", tag="json_schema", frozen=True):
     json_schema: Annotated[JsonSchema, honoured("holds the schema")]
 
 
-class Common(Shape, frozen=True):
-    """What chat completions and completions share."""
+HIDDEN_STATE = "its state is all the probabilities so far, so an answer could not go on after a lost stage"
+ONE_ORDER = "the order of the samplers is fixed, as this page has it"
 
-    model: Annotated[str, honoured("an id that `GET /v1/models` lists")]
-    stream: Annotated[bool | None, honoured("server-sent events, as the tokens come")] = None
-    stream_options: Annotated[StreamOptions | None, honoured("only with `stream`")] = None
-    max_tokens: Annotated[
-        Annotated[int, msgspec.Meta(ge=1, le=TOKENS_MAX)] | None,
-        honoured("the answer ends after this many tokens"),
-    ] = None
-    n: Annotated[
-        Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MAX)] | None,
-        honoured("answers to each prompt; with several prompts the limit holds for all together"),
-    ] = None
+
+class Samplers(Shape, frozen=True):
+    """How tokens are chosen, and when an answer ends, in the words of OpenAI, vLLM, llama.cpp and Ollama."""
+
     stop: Annotated[
         str | Annotated[list[str], msgspec.Meta(max_length=STOPS_MAX)] | None,
-        honoured("the answer ends before any of these texts"),
+        honoured("the answer ends before any of these texts; empty ones do not count"),
     ] = None
     temperature: Annotated[float | None, honoured("0 always takes the likeliest token; default 1")] = None
     top_p: Annotated[float | None, honoured("keeps the likeliest tokens that hold this much probability")] = (
         None
     )
     top_k: Annotated[
-        int | None, honoured("keeps this many of the likeliest tokens; 0: all (llama.cpp, vLLM)")
+        Integral | None,
+        honoured("keeps this many of the likeliest tokens; 0 or less: all (llama.cpp, vLLM)"),
     ] = None
     min_p: Annotated[
         float | None, honoured("drops tokens less likely than this share of the likeliest (llama.cpp, vLLM)")
     ] = None
+    typical_p: Annotated[
+        float | None, honoured("keeps the most typical tokens that hold this much probability (llama.cpp)")
+    ] = None
+    top_n_sigma: Annotated[
+        float | None,
+        honoured("drops logits so many standard deviations below the best; 0 or less: none (llama.cpp)"),
+    ] = None
+    xtc_probability: Annotated[
+        float | None, honoured("how often XTC leaves out the likeliest tokens (llama.cpp)")
+    ] = None
+    xtc_threshold: Annotated[
+        float | None, honoured("which: all but the last of those with this much probability; default 0.1")
+    ] = None
+    dynatemp_range: Annotated[
+        float | None, honoured("the temperature goes so much up and down with the entropy (llama.cpp)")
+    ] = None
+    dynatemp_exponent: Annotated[float | None, honoured("and along this curve; default 1")] = None
     repeat_penalty: Annotated[float | None, honoured("divides the logits of recent tokens (llama.cpp)")] = (
         None
     )
+    repetition_penalty: Annotated[float | None, honoured("another name of `repeat_penalty` (vLLM)")] = None
+    repeat_last_n: Annotated[
+        Integral | None,
+        honoured(f"how many tokens are recent; -1, and more than that: {PENALTY_WINDOW_MAX} (llama.cpp)"),
+    ] = None
+    penalty_last_n: Annotated[Integral | None, honoured("another name of `repeat_last_n`")] = None
     frequency_penalty: Annotated[
         float | None, honoured("lowers a recent token's logit for each occurrence")
     ] = None
     presence_penalty: Annotated[float | None, honoured("lowers the logits of recent tokens once")] = None
+    dry_multiplier: Annotated[
+        float | None, honoured("DRY lowers logits that would go on with a repetition; 0: not (llama.cpp)")
+    ] = None
+    dry_base: Annotated[
+        float | None, honoured("how much more for each token of its length; default 1.75")
+    ] = None
+    dry_allowed_length: Annotated[
+        Integral | None, honoured("what is longer than this is lowered; default 2")
+    ] = None
+    dry_penalty_last_n: Annotated[
+        Integral | None,
+        honoured(f"in how many last tokens it looks; default -1, and more than that: {PENALTY_WINDOW_MAX}"),
+    ] = None
+    dry_sequence_breakers: Annotated[
+        Annotated[list[str], msgspec.Meta(max_length=STOPS_MAX)] | None,
+        honoured('no repetition goes through a token with one of these; default `["\\n", ":", "\\"", "*"]`'),
+    ] = None
+    seed: Annotated[
+        Integral | None,
+        honoured("the same seed gives the same answer; choice `i` takes `seed + i`; default: a random one"),
+    ] = None
+    min_tokens: Annotated[
+        Integral | None,
+        honoured("the model's own end comes after so many tokens, unless a grammar ends (vLLM)"),
+    ] = None
+    ignore_eos: Annotated[bool | None, honoured("the model's own end never comes (llama.cpp, vLLM)")] = None
+    mirostat: Annotated[msgspec.Raw, unoffered(HIDDEN_STATE, 0)] = ABSENT
+    mirostat_tau: Annotated[msgspec.Raw, ignored("it needs `mirostat`")] = ABSENT
+    mirostat_eta: Annotated[msgspec.Raw, ignored("it needs `mirostat`")] = ABSENT
+    adaptive_target: Annotated[msgspec.Raw, unoffered(HIDDEN_STATE, -1)] = ABSENT
+    adaptive_decay: Annotated[msgspec.Raw, ignored("it needs `adaptive_target`")] = ABSENT
+    samplers: Annotated[msgspec.Raw, unoffered(ONE_ORDER)] = ABSENT
+
+
+class Common(Samplers, frozen=True):
+    """What chat completions and completions share."""
+
+    model: Annotated[
+        str | None,
+        honoured("an id that `GET /v1/models` lists; where there is one model only, it is that one"),
+    ] = None
+    stream: Annotated[bool | None, honoured("server-sent events, as the tokens come")] = None
+    stream_options: Annotated[StreamOptions | None, honoured("only with `stream`")] = None
+    max_tokens: Annotated[
+        Integral | None, honoured("the answer ends after this many tokens; less than 0: with the context")
+    ] = None
+    n_predict: Annotated[Integral | None, honoured("another name of `max_tokens` (llama.cpp)")] = None
+    n: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=CHOICES_MAX)] | None,
+        honoured("answers to each prompt; with several prompts the limit holds for all together"),
+    ] = None
     logit_bias: Annotated[
         dict[str, float] | None, honoured("token ids, as strings, to what is added to their logits")
     ] = None
-    seed: Annotated[
-        int | None,
-        honoured("the same seed gives the same answer; choice `i` takes `seed + i`; default: a random one"),
-    ] = None
     grammar: Annotated[str | None, honoured("a GBNF grammar that the answer follows (llama.cpp)")] = None
+    json_schema: Annotated[msgspec.Raw, honoured(SCHEMA)] = ABSENT
     user: Annotated[msgspec.Raw, ignored("nothing is kept about who asks")] = ABSENT
-    store: Annotated[msgspec.Raw, refused("nothing is stored", False)] = ABSENT
+    store: Annotated[msgspec.Raw, unoffered("nothing is stored", False)] = ABSENT
     metadata: Annotated[msgspec.Raw, ignored("it describes stored answers, and nothing is stored")] = ABSENT
     service_tier: Annotated[msgspec.Raw, ignored("there is one tier")] = ABSENT
 
@@ -271,8 +358,7 @@ class ChatRequest(Common, kw_only=True, frozen=True):
         list[ChatMessage], honoured("the conversation", min_length=1, max_length=MESSAGES_MAX)
     ]
     max_completion_tokens: Annotated[
-        Annotated[int, msgspec.Meta(ge=1, le=TOKENS_MAX)] | None,
-        honoured("the newer name of `max_tokens`; default: up to the end of the context"),
+        Integral | None, honoured("the newer name of `max_tokens`; default: up to the end of the context")
     ] = None
     logprobs: Annotated[bool | None, honoured("log-probabilities of the answer's tokens")] = None
     top_logprobs: Annotated[
@@ -326,9 +412,9 @@ class ChatRequest(Common, kw_only=True, frozen=True):
     modalities: Annotated[msgspec.Raw, refused(NO_MEDIA, ["text"])] = ABSENT
     audio: Annotated[msgspec.Raw, refused(NO_MEDIA)] = ABSENT
     moderation: Annotated[msgspec.Raw, refused("nothing is sent anywhere to be judged")] = ABSENT
-    prediction: Annotated[msgspec.Raw, refused("predicted outputs are not implemented")] = ABSENT
+    prediction: Annotated[msgspec.Raw, ignored("it would make an answer faster, and no other")] = ABSENT
     verbosity: Annotated[
-        msgspec.Raw, refused("no model here has such a setting; ask for it in the prompt", "medium")
+        msgspec.Raw, unoffered("no model here has such a setting; ask for it in the prompt", "medium")
     ] = ABSENT
     web_search_options: Annotated[msgspec.Raw, refused("nothing is fetched from outside")] = ABSENT
 

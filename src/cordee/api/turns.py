@@ -145,7 +145,7 @@ def _message(message: ChatMessage, path: str) -> Message:
     return Message(
         message.role,
         _content(message, path),
-        message.name,
+        message.name or None,
         thinking=message.reasoning_content or message.reasoning or "",
         tool_calls=tuple(calls),
         tool_call_id=message.tool_call_id,

@@ -19,6 +19,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from cordee.errors import BadRequest, UnsupportedModel
 from cordee.generation import gbnf, gbnf_lark
+from cordee.generation.json_keys import QuotedTokens, WrittenKeys
 from cordee.generation.request import Grammar
 from cordee.generation.schema_depth import depth_bound
 from cordee.generation.thinking_budget import ThinkingBudget
@@ -42,10 +43,9 @@ LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-# Compact, as OpenAI's answers are: where white space may stand, a small model writes it again and again.
-JSON_OPTIONS: "JsonCompileOptions" = {"whitespace_flexible": False}
-# In calls, and behind thinking, as models are trained to write JSON: with a space behind separators, or none.
-COMPACT: "JsonCompileOptions" = {
+# On one line, with one space behind separators, as models have learnt to write it, or none: where more white
+# space may stand, a small model writes it again and again.
+JSON_OPTIONS: "JsonCompileOptions" = {
     "item_separator": ", ?",
     "key_separator": ": ?",
     "whitespace_flexible": False,
@@ -65,6 +65,7 @@ NAMES = {
     "tools": ("schemas of tools", "tools"),
     "thinking": ("JSON schema", "response_format"),
 }
+JSON_KINDS = ("json_object", "json_schema")  # whose whole text is one JSON value
 SPECIAL = b"\xff"  # llguidance's mark of a token that no text tokenizes to
 
 
@@ -102,9 +103,20 @@ class GrammarTokenizer:
         wrapper = TokenizerWrapper(_Tokens(self._vocabulary, self.end_of_generation[0]))
         return LLTokenizer(wrapper, n_vocab=self.size, eos_token=list(self.end_of_generation))
 
-    def piece(self, token: int) -> bytes:
-        """A token's bytes, those of control tokens among them."""
+    def full_piece(self, token: int) -> bytes:
+        """A token's bytes, also of a control token."""
         return self._vocabulary.piece(token, special=True)
+
+    @cached_property
+    def quoted(self) -> QuotedTokens:
+        """The tokens that may complete a key of JSON."""
+        return QuotedTokens(self.piece(token) for token in range(self.size))
+
+    def piece(self, token: int) -> bytes:
+        """A token's bytes as they stand in a text; none of one that ends it or is for control."""
+        vocabulary = self._vocabulary
+        no_text = token in vocabulary.end_of_generation or vocabulary.is_control(token)
+        return b"" if no_text else vocabulary.piece(token)
 
     def token_id(self, written: str) -> int | None:
         """The token that a GBNF grammar writes as `<text>` or `<[id]>`; None if there is no such token."""
@@ -174,7 +186,6 @@ class GrammarState:
     def __init__(self, grammar: Grammar, tokenizer: GrammarTokenizer, generated: Sequence[int] = ()) -> None:
         self.kind = grammar.kind
         self._size = tokenizer.size
-        self._piece = tokenizer.piece
         self._budget = _budget(grammar)
         self._mask = np.zeros((tokenizer.size + 31) // 32, dtype=np.int32)
         native = tokenizer.native
@@ -183,6 +194,8 @@ class GrammarState:
             if not self._matcher.is_error():
                 break
         self._fail_if_broken()
+        self._tokenizer = tokenizer
+        self._keys = WrittenKeys(tokenizer.quoted) if grammar.kind in JSON_KINDS else None
         for token in generated:
             self.accept(token)
 
@@ -192,6 +205,7 @@ class GrammarState:
         other._matcher = self._matcher.deep_copy()
         other._mask = self._mask.copy()
         other._budget = copy.copy(self._budget)
+        other._keys = None if self._keys is None else self._keys.copy()
         return other
 
     def allowed(self) -> np.ndarray:
@@ -203,11 +217,16 @@ class GrammarState:
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         self._fail_if_broken()
         bits = np.unpackbits(self._mask.view(np.uint8), count=self._size, bitorder="little")
+        allowed = bits.view(bool)
         forced = None if self._budget is None else self._budget.forced
-        if forced is not None and bits[forced]:
-            bits[:] = 0
-            bits[forced] = 1
-        return bits.view(bool)
+        if forced is not None and allowed[forced]:
+            allowed[:] = False
+            allowed[forced] = True
+        elif self._keys is not None and (again := self._keys.repeats(allowed)):
+            fresh = allowed.copy()
+            fresh[again] = False
+            allowed = fresh if fresh.any() else allowed  # a schema may allow no other
+        return allowed
 
     def accept(self, token: int) -> None:
         """Go on by one token.
@@ -218,7 +237,9 @@ class GrammarState:
         self._matcher.consume_token(token)
         self._fail_if_broken()
         if self._budget is not None:
-            self._budget.accept(self._piece(token))
+            self._budget.accept(self._tokenizer.full_piece(token))
+        if self._keys is not None:
+            self._keys.push(self._tokenizer.piece(token))
 
     def _fail_if_broken(self) -> None:
         if not self._matcher.is_error():
@@ -263,7 +284,7 @@ def _answer(text: str) -> Iterator[str]:
     for bound in (schemas, schemas | unbound) if loose else (schemas,):
         lark = {"name": "answer", "lark_grammar": parts["lark"]}
         beside = [
-            {"name": name, "json_schema": schema | {"x-guidance": COMPACT | {"lenient": name in loose}}}
+            {"name": name, "json_schema": schema | {"x-guidance": JSON_OPTIONS | {"lenient": name in loose}}}
             for name, schema in bound.items()
         ]
         yield json.dumps({"grammars": [lark, *beside]}, ensure_ascii=False)

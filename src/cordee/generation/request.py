@@ -20,18 +20,32 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     `temperature` 0 is greedy. `seed` with the token's index fixes the draw, so that a replayed stream
     draws the same tokens. `top_logprobs` None reports no log-probabilities, 0 the chosen token's alone.
+    None of the tokens `ends` comes before there are `min_tokens`, unless a grammar has it so.
     """
 
     temperature: float = 1.0
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    top_n_sigma: float = 0.0  # 0: all
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
     repeat_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     penalty_window: int = 256  # last tokens that the penalties look at
     seed: int = 0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_window: int = 8192  # last tokens in which DRY looks for repetitions
+    dry_breakers: tuple[int, ...] = ()  # tokens through which no repetition goes
     logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    ends: tuple[int, ...] = ()
     grammar: Grammar | None = None
     top_logprobs: int | None = None
 

@@ -2,19 +2,21 @@
 
 The order, which is llama.cpp's common one:
 
-1. grammar: only tokens that may come next are candidates;
+1. grammar: only tokens that may come next are candidates; without one, no end before `min_tokens`;
 2. logit bias: added to the logit;
 3. penalties over the last `penalty_window` tokens of prompt and answer: a logit is divided (negative:
    multiplied) by `repeat_penalty`, then lowered by count x `frequency_penalty` + `presence_penalty`;
+   then DRY lowers the logits of tokens that would go on with a repetition;
 4. temperature 0: the highest logit, of equal ones the lowest id;
-5. else top-k, top-p, min-p, temperature, and a draw, all by libllama's own samplers.
+5. else top-n-sigma, top-k, typical-p, top-p, min-p, XTC, temperature (dynamic, if asked for), and a draw,
+   all by libllama's own samplers.
 
 The draw of the i-th token of an answer is seeded by a mix of (seed, i) alone and nothing else is kept but
 what the tokens so far imply. So a sampler made with a replayed answer goes on exactly as the first would.
+libllama's mirostat and adaptive-p are not here: their state is made of all the probabilities so far.
 Log-probabilities are of the model's own distribution: the log-softmax of the row as it came in.
 """
 
-import ctypes
 from collections import Counter, deque
 from collections.abc import Sequence
 from functools import lru_cache
@@ -25,6 +27,8 @@ import numpy as np
 
 from cordee.engine.llama import libllama
 from cordee.errors import BadRequest, StageFailed
+from cordee.generation import candidates
+from cordee.generation.dry import DryPenalty
 from cordee.generation.request import Choice, SamplingParams
 
 # Below this a logit difference of a float32's last digits decides: greedy, without overflow by the division.
@@ -38,16 +42,25 @@ RANGES = {
     "top_k": (0, 1 << 30),
     "top_p": (0.0, 1.0),
     "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
+    "top_n_sigma": (0.0, 100.0),
+    "xtc_probability": (0.0, 1.0),
+    "xtc_threshold": (0.0, 1.0),
+    "dynatemp_range": (0.0, 2.0),
+    "dynatemp_exponent": (0.0, 10.0),
     "repeat_penalty": (0.1, 10.0),
     "frequency_penalty": (-2.0, 2.0),
     "presence_penalty": (-2.0, 2.0),
     "penalty_window": (0, PENALTY_WINDOW_MAX),
+    "dry_multiplier": (0.0, 10.0),
+    "dry_base": (1.0, 10.0),
+    "dry_allowed_length": (0, PENALTY_WINDOW_MAX),
+    "dry_window": (0, PENALTY_WINDOW_MAX),
+    "min_tokens": (0, 1 << 30),
     "seed": (-(1 << 63), (1 << 63) - 1),
     "top_logprobs": (0, 20),
 }
 LOGIT_BIAS_RANGE = (-100.0, 100.0)
-
-CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 
 
 def check(params: SamplingParams, n_vocab: int) -> None:
@@ -62,6 +75,9 @@ def check(params: SamplingParams, n_vocab: int) -> None:
             continue
         if not isfinite(value) or not low <= value <= high:
             raise BadRequest(f"{name} must be from {low} to {high}, not {value}", name)
+    for name in ("ends", "dry_breakers"):
+        if any(not 0 <= token < n_vocab for token in getattr(params, name)):
+            raise BadRequest(f"{name} must hold the model's tokens, 0 to {n_vocab - 1}", name)
     _check_bias(params.logit_bias, n_vocab)
 
 
@@ -103,6 +119,8 @@ class Sampler:
         self._index = len(generated)
         self._greedy = params.temperature < GREEDY_BELOW
         self._edits = _Edits(params, history, generated)
+        has_dry = params.dry_multiplier > 0 and params.dry_window > 0
+        self._dry = DryPenalty(params, (*history, *generated)) if has_dry else None
         assert (params.grammar is None) == (constraint is None), "a grammar has a state"
         self._grammar = constraint
 
@@ -119,6 +137,9 @@ class Sampler:
             raise StageFailed(f"the model gave the logit {highest}: its weights or this build are faulty")
         allowed = self._grammar.allowed() if self._grammar is not None else None
         row = self._edits.apply(logits)
+        if self._dry is not None:
+            row = self._dry.apply(row)
+        row = self._without_ends(row, logits)
         if not self._greedy:
             token = self._sample(row, allowed)
         else:
@@ -126,10 +147,25 @@ class Sampler:
         if self._grammar is not None:
             self._grammar.accept(token)
         self._edits.accept(token)
+        if self._dry is not None:
+            self._dry.accept(token)
         self._index += 1
         if self.params.top_logprobs is None:
             return Choice(token)
         return _with_logprobs(token, logits, self.params.top_logprobs)
+
+    def _without_ends(self, row: np.ndarray, logits: np.ndarray) -> np.ndarray:
+        """The row without the tokens that would end the answer too early, if others are possible."""
+        params = self.params
+        if self._index >= params.min_tokens or not params.ends or self._grammar is not None:
+            return row
+        row = row.copy() if row is logits else row
+        ends = list(params.ends)
+        before = row[ends]
+        row[ends] = -np.inf
+        if row.max() == -np.inf:
+            row[ends] = before
+        return row
 
     def _argmax(self, row: np.ndarray, best: int, allowed: np.ndarray | None) -> int:
         if allowed is None or allowed[best]:
@@ -139,7 +175,7 @@ class Sampler:
 
     def _sample(self, row: np.ndarray, allowed: np.ndarray | None) -> int:
         ids = None if allowed is None else _possible(row, allowed)
-        return _draw(self.params, row, ids, draw_seed(self.params.seed, self._index))
+        return _draw(self.params, row, ids, self._index)
 
 
 def _possible(row: np.ndarray, allowed: np.ndarray) -> np.ndarray:
@@ -216,19 +252,21 @@ class _Edits:
         return values - (counts * frequency + np.float32(self._params.presence_penalty))
 
 
-def _draw(params: SamplingParams, row: np.ndarray, ids: np.ndarray | None, seed: int) -> int:
-    """Draw one of the (k,) candidate `ids` (None: all) of a (n_vocab,) row by libllama's samplers."""
+def _draw(params: SamplingParams, row: np.ndarray, ids: np.ndarray | None, index: int) -> int:
+    """Draw the token at `index` of the (k,) candidate `ids` (None: all) of a (n_vocab,) row by libllama's
+    samplers."""
     if ids is not None:
         row = row[ids]
     top_p = params.top_p
-    if 0.0 < top_p < 1.0 and not params.top_k:
+    is_first = not params.top_k and params.typical_p >= 1.0 and not params.top_n_sigma
+    if 0.0 < top_p < 1.0 and is_first:
         kept, top_p = _nucleus_bound(row, top_p)
         ids = kept if ids is None else ids[kept]
         row = row[kept]
-    candidates = np.empty(len(row), CANDIDATE)
-    candidates["id"] = _every_id(len(row)) if ids is None else ids
-    candidates["logit"] = row
-    return _apply(_chain(params, top_p, seed), candidates)
+    tokens = np.empty(len(row), candidates.CANDIDATE)
+    tokens["id"] = _every_id(len(row)) if ids is None else ids
+    tokens["logit"] = row
+    return _drawn(_chain(params, top_p, index), tokens)
 
 
 def _nucleus_bound(row: np.ndarray, top_p: float) -> tuple[np.ndarray, float]:
@@ -243,34 +281,44 @@ def _nucleus_bound(row: np.ndarray, top_p: float) -> tuple[np.ndarray, float]:
     return kept, min(1.0, float(top_p * total / weights[kept].sum(dtype=np.float64)))
 
 
-def _chain(params: SamplingParams, top_p: float, seed: int) -> int:
-    """libllama's samplers for one draw; `_apply` frees them. Making them takes microseconds."""
+def _chain(params: SamplingParams, top_p: float, index: int) -> int:
+    """libllama's samplers for one draw; `_drawn` frees them. Making them takes microseconds."""
     library = libllama.load()
-    chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
+    made: list[int] = []
+    if params.top_n_sigma:
+        made.append(library.llama_sampler_init_top_n_sigma(params.top_n_sigma))
     if params.top_k:
-        library.llama_sampler_chain_add(chain, library.llama_sampler_init_top_k(params.top_k))
+        made.append(library.llama_sampler_init_top_k(params.top_k))
+    if params.typical_p < 1.0:
+        made.append(library.llama_sampler_init_typical(params.typical_p, 1))
     if top_p < 1.0:
-        library.llama_sampler_chain_add(chain, library.llama_sampler_init_top_p(top_p, 1))
+        made.append(library.llama_sampler_init_top_p(top_p, 1))
     if params.min_p:
-        library.llama_sampler_chain_add(chain, library.llama_sampler_init_min_p(params.min_p, 1))
-    library.llama_sampler_chain_add(chain, library.llama_sampler_init_temp(params.temperature))
-    library.llama_sampler_chain_add(chain, library.llama_sampler_init_dist(seed))
+        made.append(library.llama_sampler_init_min_p(params.min_p, 1))
+    if params.xtc_probability:
+        # By a seed of its own, so that nothing ties which tokens are left out to which one is drawn.
+        own = draw_seed(~params.seed, index)
+        made.append(library.llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, own))
+    made.append(
+        library.llama_sampler_init_temp_ext(
+            params.temperature, params.dynatemp_range, params.dynatemp_exponent
+        )
+        if params.dynatemp_range
+        else library.llama_sampler_init_temp(params.temperature)
+    )
+    made.append(library.llama_sampler_init_dist(draw_seed(params.seed, index)))
+    chain = library.llama_sampler_chain_init(library.llama_sampler_chain_default_params())
+    for sampler in made:
+        library.llama_sampler_chain_add(chain, sampler)
     return chain
 
 
-def _apply(chain: int, candidates: np.ndarray) -> int:
-    library = libllama.load()
-    array = library.llama_token_data_array(
-        data=candidates.ctypes.data_as(library.llama_token_data_p),
-        size=len(candidates),
-        selected=-1,
-        sorted=False,
-    )
+def _drawn(chain: int, tokens: np.ndarray) -> int:
     try:
-        library.llama_sampler_apply(chain, ctypes.byref(array))
+        array = candidates.apply(chain, tokens)
+        return array.data[array.selected].id
     finally:
-        library.llama_sampler_free(chain)  # with the samplers in it
-    return array.data[array.selected].id
+        libllama.load().llama_sampler_free(chain)  # with the samplers in it
 
 
 @lru_cache(maxsize=4)  # as many vocabularies as one process is likely to serve
