@@ -9,7 +9,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cordee.chat.events import CallBegun, Collected, Event, TextDelta
+from cordee.chat.events import CallBegun, Collected, Event, TextDelta, ThinkingDelta
 from cordee.chat.formats import Parser, PlainParser
 from cordee.engine.vocabulary import Vocabulary
 from cordee.generation.request import Choice, Request, TextChunk
@@ -25,9 +25,11 @@ class AnswerPiece:
     events: Sequence[Event] = ()
     choices: tuple[Choice, ...] = ()  # the tokens behind them, where log-probabilities were asked for
     finish_reason: Ending | None = None
+    stop: str | None = None  # the stop string that ended it, if one did
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the KV cache
     completion_tokens: int = 0  # so far
+    reasoning_tokens: int = 0  # of these, what was thought; a chunk's tokens count as what it ends with
 
     @property
     def text(self) -> str:
@@ -61,23 +63,30 @@ class ParsedAnswers:
         """As the service's `generate`; a chunk in which nothing is certain yet gives no piece."""
         parser = self._parser_of()
         has_called = False
+        counted = thought = 0
         async with aclosing(self._service.generate(request)) as chunks:
             async for chunk in chunks:
                 events = [*parser.push(chunk.text), *(parser.finish() if chunk.finish_reason else ())]
                 has_called = has_called or any(isinstance(event, CallBegun) for event in events)
+                if events:
+                    if isinstance(events[-1], ThinkingDelta):
+                        thought += chunk.completion_tokens - counted
+                    counted = chunk.completion_tokens
                 if events or chunk.choices or chunk.finish_reason:
-                    yield _piece(chunk, events, has_called)
+                    yield _piece(chunk, events, has_called, thought)
 
 
-def _piece(chunk: TextChunk, events: Sequence[Event], has_called: bool) -> AnswerPiece:
+def _piece(chunk: TextChunk, events: Sequence[Event], has_called: bool, reasoning_tokens: int) -> AnswerPiece:
     ending: Ending | None = chunk.finish_reason
     return AnswerPiece(
         events=events,
         choices=chunk.choices,
         finish_reason="tool_calls" if ending == "stop" and has_called else ending,
+        stop=chunk.stop,
         prompt_tokens=chunk.prompt_tokens,
         cached_tokens=chunk.cached_tokens,
         completion_tokens=chunk.completion_tokens,
+        reasoning_tokens=reasoning_tokens,
     )
 
 

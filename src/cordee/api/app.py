@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cordee.api.anthropic import Anthropic
 from cordee.api.core import ApiCore
 from cordee.api.failures import (
     ClientGone,
@@ -27,6 +28,7 @@ from cordee.api.failures import (
 )
 from cordee.api.keys import LocalKey
 from cordee.api.openai import OpenAI
+from cordee.api.responses import Responses
 from cordee.api.stream import Timing
 from cordee.errors import CordeeError, Overloaded
 from cordee.serving.interface import ModelService
@@ -56,23 +58,30 @@ def create_app(
     is so. Only this machine may send requests; with a `key`, only who knows it.
     """
     core = ApiCore(services, expected, refusal, clock, timing)
-    openai = OpenAI(core)
+    openai, responses, anthropic = OpenAI(core), Responses(core), Anthropic(core)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         yield
         core.close()
 
+    async def alive(_: Request) -> Response:
+        return Response()
+
     async def health(_: Request) -> Response:
         return health_response(services, expected)
 
     return Starlette(
         routes=[
+            Route("/", alive, methods=["HEAD"]),
             Route("/health", health),
             Route("/v1/models", openai.models),
             Route("/v1/models/{name:path}", openai.model),
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
             Route("/v1/completions", openai.completions, methods=["POST"]),
+            Route("/v1/responses", responses.create, methods=["POST"]),
+            Route("/v1/messages", anthropic.messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
         ],
         lifespan=lifespan,
         middleware=[Middleware(Guard, key=key)],

@@ -1,0 +1,83 @@
+"""What Responses and Anthropic's messages share: agents ask both for the same things, by other names."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from cordee.api.schemas import Shape
+from cordee.chat.turn import Thinking, Tool, ToolChoice
+from cordee.errors import BadRequest
+
+TOOLS_MAX = 1024  # OpenAI takes 128; agents with many servers of tools send more
+IGNORED = "x-cordee-ignored"  # the response header that names what a request asked for in vain
+IGNORED_MAX, IGNORED_CHARS_MAX = 32, 80  # names in it, and characters of each: the client writes them
+
+# What clients ask for, and what templates know.
+EFFORTS: Mapping[str, str] = {
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "high",
+    "max": "high",
+}
+NO_EFFORT = "none"
+
+
+class OpenShape(Shape, frozen=True, forbid_unknown_fields=False):
+    """Base of an object whose unknown fields are ignored."""
+
+
+def thinking_by(effort: str | None, param: str) -> Thinking:
+    """What an effort asks of the model; None leaves it as it is.
+
+    Raises:
+        BadRequest: there is no such effort.
+    """
+    if effort is None:
+        return Thinking()
+    if effort == NO_EFFORT:
+        return Thinking(enabled=False)
+    if effort not in EFFORTS:
+        raise BadRequest(f"{param} must be one of {', '.join((NO_EFFORT, *EFFORTS))}", param)
+    return Thinking(effort=EFFORTS[effort])
+
+
+def check_names(tools: Sequence[Tool], param: str) -> None:
+    """Refuse tools that a call could not tell apart.
+
+    Raises:
+        BadRequest: two have one name, or one has none.
+    """
+    names: set[str] = set()
+    for tool in tools:
+        if not tool.name:
+            raise BadRequest(f"a tool of {param} has no name", param)
+        if tool.name in names:
+            raise BadRequest(f"two tools of {param} are called {tool.name}", param)
+        names.add(tool.name)
+
+
+def choice_of(
+    mode: Literal["none", "auto", "required"], name: str | None, tools: Sequence[Tool]
+) -> ToolChoice:
+    """The choice of tools that a request makes.
+
+    Raises:
+        BadRequest: it wants a call of a tool that is not there.
+    """
+    if mode == "required" and not tools:
+        raise BadRequest(
+            "tool_choice asks for a call, but no tool is given that could be called", "tool_choice"
+        )
+    if name is not None and name not in {tool.name for tool in tools}:
+        raise BadRequest(
+            f"tool_choice names {name}, which is none of the tools that can be called", "tool_choice"
+        )
+    return ToolChoice(mode, name)
+
+
+def ignored_headers(names: Iterable[str]) -> dict[str, str]:
+    """The header that names what was ignored; none if nothing was."""
+    shown = [re.sub(r"[^!-+\--~ ]", "?", name[:IGNORED_CHARS_MAX]) for name in names]
+    return {IGNORED: ", ".join(shown[:IGNORED_MAX])} if shown else {}

@@ -1,0 +1,55 @@
+"""Anthropic's messages over model services: `POST /v1/messages`, `POST /v1/messages/count_tokens`."""
+
+import msgspec
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from cordee.api.agents import ignored_headers
+from cordee.api.anthropic_input import MessagesInput, constraint_of, shows_thinking
+from cordee.api.anthropic_reply import MessageReply
+from cordee.api.anthropic_schemas import CountRequest, MessagesRequest
+from cordee.api.core import AnswerOptions, ApiCore, random_seed
+from cordee.api.failures import json_response
+from cordee.generation.request import SamplingParams
+
+
+class Anthropic:
+    """The handlers."""
+
+    def __init__(self, core: ApiCore) -> None:
+        self._core = core
+        self._messages = msgspec.json.Decoder(MessagesRequest)
+        self._count = msgspec.json.Decoder(CountRequest)
+
+    async def messages(self, request: HttpRequest) -> Response:
+        """`POST /v1/messages`"""
+        core = self._core
+        body = await core.bodies.read(request, self._messages)
+        service = core.service(body.model)
+        given = MessagesInput(body)
+        job = await core.chat(service, given.turn, _options(body), constraint=constraint_of(body))
+        omits = body.thinking is not None and body.thinking.display == "omitted"
+        reply = MessageReply(job, shows_thinking=shows_thinking(body), omits_thinking=omits)
+        headers = ignored_headers(given.ignored)
+        if body.stream:
+            response = core.stream(job, reply)
+            response.headers.update(headers)
+            return response
+        [answer] = await core.whole(request, job)
+        return json_response(reply.whole(answer), headers=headers)
+
+    async def count_tokens(self, request: HttpRequest) -> Response:
+        """`POST /v1/messages/count_tokens`"""
+        core = self._core
+        body = await core.bodies.read(request, self._count)
+        given = MessagesInput(body)
+        prompt = await core.prompt(core.service(body.model), given.turn, "messages")
+        return json_response({"input_tokens": len(prompt)}, headers=ignored_headers(given.ignored))
+
+
+def _options(body: MessagesRequest) -> AnswerOptions:
+    """How tokens are chosen. What a client leaves out, or sends as null, keeps Anthropic's default."""
+    given = {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
+    given = {name: value for name, value in given.items() if value is not None}
+    sampling = SamplingParams(**given, seed=random_seed())
+    return AnswerOptions(sampling=sampling, max_tokens=body.max_tokens, stop=tuple(body.stop_sequences or ()))
