@@ -7,7 +7,7 @@ sent is kept as the turns that were rendered.
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from cordee.api import core
+from cordee.api.answers import ParsedAnswers
+from cordee.api.core import ApiCore
 from cordee.chat.events import ArgumentsDelta, CallBegun, Event, TextDelta, ThinkingDelta
-from cordee.chat.formats import PlainFormat
 from cordee.chat.turn import ChatTurn
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import CordeeError
-from cordee.generation.request import Grammar, Request, TextChunk
+from cordee.generation.request import Request, TextChunk
 from cordee.generation.template import ChatTemplate
 from cordee.models.store import StoredModel
 from cordee.serving.answers import template_of
@@ -62,28 +63,6 @@ class ScriptedParser:
             yield from map(ThinkingDelta if kind == "think" else TextDelta, pieces)
 
 
-class ScriptedFormat(PlainFormat):
-    """The format of the marks. It keeps the turns that it was asked for."""
-
-    name = "scripted"
-
-    def __init__(self) -> None:
-        self.turns: list[ChatTurn] = []
-
-    def grammar(self, turn: ChatTurn, constraint: Grammar | None) -> Grammar | None:
-        """Nothing binds a script."""
-        return None
-
-    def parser(self, turn: ChatTurn) -> ScriptedParser:
-        """A parser of marks."""
-        return ScriptedParser()
-
-    def variables(self, turn: ChatTurn) -> Mapping[str, Any]:
-        """None; but the turn is remembered."""
-        self.turns.append(turn)
-        return {}
-
-
 class ScriptedService:
     """Says the next of `script` to each request; an error of it is raised, behind the text before it."""
 
@@ -96,7 +75,7 @@ class ScriptedService:
         self.template: ChatTemplate | None = template_of(self.vocabulary)
         self.script: list[str | tuple[str, CordeeError]] = []
         self.requests: list[Request] = []
-        self.format = ScriptedFormat()
+        self.turns: list[ChatTurn] = []
         self.pause_seconds = 0.0  # before each chunk
         added = datetime(2026, 1, 1).astimezone().isoformat()
         self.model = StoredModel(
@@ -133,7 +112,16 @@ def scripted(
 ) -> Iterator[tuple[Running, ScriptedService]]:
     """A server whose one model is scripted."""
     service = ScriptedService(path)
-    monkeypatch.setattr(core, "format_of", lambda *_: service.format)
+    prompt = ApiCore.prompt
+
+    def remembered(
+        own: ApiCore, of: ScriptedService, turn: ChatTurn, param: str
+    ) -> Awaitable[tuple[int, ...]]:
+        service.turns.append(turn)
+        return prompt(own, of, turn, param)
+
+    monkeypatch.setattr(ApiCore, "prompt", remembered)
+    monkeypatch.setattr(core, "ParsedAnswers", lambda of, *_: ParsedAnswers(of, ScriptedParser))
     with running(None, folder, **options) as server:
         server.services["scripted"] = service
         yield server, service

@@ -10,7 +10,8 @@ from cordee.errors import BadRequest
 
 TOOLS_MAX = 1024  # OpenAI takes 128; agents with many servers of tools send more
 IGNORED = "x-cordee-ignored"  # the response header that names what a request asked for in vain
-IGNORED_MAX, IGNORED_CHARS_MAX = 32, 80  # names in it, and characters of each: the client writes them
+IGNORED_MAX, IGNORED_CHARS_MAX = 24, 80  # names in it, and characters of each: the client writes them
+UNSAFE = re.compile(r"[^\w.\-$]", re.ASCII)
 
 # What clients ask for, and what templates know.
 EFFORTS: Mapping[str, str] = {
@@ -78,6 +79,6 @@ def choice_of(
 
 
 def ignored_headers(names: Iterable[str]) -> dict[str, str]:
-    """The header that names what was ignored; none if nothing was."""
-    shown = [re.sub(r"[^!-+\--~ ]", "?", name[:IGNORED_CHARS_MAX]) for name in names]
-    return {IGNORED: ", ".join(shown[:IGNORED_MAX])} if shown else {}
+    """The header that names what had no effect; none if all had."""
+    shown = dict.fromkeys(UNSAFE.sub("?", name[:IGNORED_CHARS_MAX]) for name in names)
+    return {IGNORED: ", ".join(list(shown)[:IGNORED_MAX])} if shown else {}

@@ -29,7 +29,7 @@ class AnswerPiece:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the KV cache
     completion_tokens: int = 0  # so far
-    reasoning_tokens: int = 0  # of these, what was thought; a chunk's tokens count as what it ends with
+    thinking_tokens: int = 0  # of those, until the last thought
 
     @property
     def text(self) -> str:
@@ -62,21 +62,18 @@ class ParsedAnswers:
     async def generate(self, request: Request) -> AsyncGenerator[AnswerPiece]:
         """As the service's `generate`; a chunk in which nothing is certain yet gives no piece."""
         parser = self._parser_of()
-        has_called = False
-        counted = thought = 0
+        has_called, thinking_tokens = False, 0
         async with aclosing(self._service.generate(request)) as chunks:
             async for chunk in chunks:
                 events = [*parser.push(chunk.text), *(parser.finish() if chunk.finish_reason else ())]
                 has_called = has_called or any(isinstance(event, CallBegun) for event in events)
-                if events:
-                    if isinstance(events[-1], ThinkingDelta):
-                        thought += chunk.completion_tokens - counted
-                    counted = chunk.completion_tokens
+                if any(isinstance(event, ThinkingDelta) for event in events):
+                    thinking_tokens = chunk.completion_tokens
                 if events or chunk.choices or chunk.finish_reason:
-                    yield _piece(chunk, events, has_called, thought)
+                    yield _piece(chunk, events, has_called, thinking_tokens)
 
 
-def _piece(chunk: TextChunk, events: Sequence[Event], has_called: bool, reasoning_tokens: int) -> AnswerPiece:
+def _piece(chunk: TextChunk, events: Sequence[Event], has_called: bool, thinking_tokens: int) -> AnswerPiece:
     ending: Ending | None = chunk.finish_reason
     return AnswerPiece(
         events=events,
@@ -86,7 +83,7 @@ def _piece(chunk: TextChunk, events: Sequence[Event], has_called: bool, reasonin
         prompt_tokens=chunk.prompt_tokens,
         cached_tokens=chunk.cached_tokens,
         completion_tokens=chunk.completion_tokens,
-        reasoning_tokens=reasoning_tokens,
+        thinking_tokens=thinking_tokens,
     )
 
 

@@ -20,8 +20,8 @@ MODES: dict[str, Literal["none", "auto", "required"]] = {
     "tool": "required",
 }
 THINKING = ("enabled", "adaptive", "between_tools", "disabled")
-# Claude Code's first block of `system`: a header for Anthropic's accounts. It differs in each request, so no
-# prompt would begin as the one before did.
+# Claude Code's first block of `system`: a header for Anthropic's accounts. It may differ in each request, and
+# then no prompt would begin as the one before did.
 BILLING = "x-anthropic-billing-header:"
 # Blocks of tools that run on Anthropic's servers: `server_tool_use`, `web_search_tool_result`, …
 SERVER_SUFFIXES = ("server_tool_use", "mcp_tool_use", "_tool_result")
@@ -52,11 +52,11 @@ class MessagesInput:
 
     def _tools(self, given: Iterable[AnthropicTool]) -> list[Tool]:
         tools: list[Tool] = []
-        for place, tool in enumerate(given):
+        for tool in given:
             if tool.type in (None, "custom"):
                 tools.append(Tool(tool.name or "", tool.description or "", tool.input_schema or {}))
             else:
-                self.ignored.append(f"tools[{place}] ({tool.type})")
+                self.ignored.append(f"tools.{tool.type}")
         check_names(tools, "tools")
         return tools
 
@@ -127,7 +127,7 @@ class MessagesInput:
         if block.type == "redacted_thinking":
             return None
         if block.type.endswith(SERVER_SUFFIXES):
-            self.ignored.append(f"{path} ({block.type})")
+            self.ignored.append(f"messages.content.{block.type}")
             return None
         return self._text(block, path)
 

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from cordee.api.answers import AnswerPiece, Job, WholeAnswer
-from cordee.api.failures import anthropic_error_body
+from cordee.api.failures import anthropic_error
 from cordee.chat.blocks import Block, BlockChange, BlockStream, blocks_of
 
 # Clients send a block of thinking back only if it is signed. Nothing is checked here, so this need not be
@@ -48,7 +48,7 @@ class MessageReply:
 
     def failure(self, error: Exception) -> Iterable[bytes]:
         """An event with the error; nothing follows it."""
-        yield _event(**anthropic_error_body(error))
+        yield _event(**anthropic_error(error))
 
     def whole(self, answer: WholeAnswer) -> dict[str, Any]:
         """The reply that is not streamed. A call that the limit of tokens cut off is left out."""
@@ -129,7 +129,7 @@ def _usage(last: AnswerPiece) -> dict[str, Any]:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": last.cached_tokens,
         "output_tokens": last.completion_tokens,
-        "output_tokens_details": {"thinking_tokens": last.reasoning_tokens},
+        "output_tokens_details": {"thinking_tokens": last.thinking_tokens},
     }
 
 

@@ -61,30 +61,52 @@ class ModelLoading(CordeeError):
     code = "model_loading"
 
 
+class NoSuchPath(BadRequest):
+    """There is no such path."""
+
+    http_status = 404
+    code = "not_found"
+
+
+class WrongMethod(BadRequest):
+    """The path is for another method."""
+
+    http_status = 405
+    code = "method_not_allowed"
+
+
 class ClientGone(Exception):
     """The client closed the connection: no answer can be sent."""
 
 
 def error_body(error: Exception) -> dict[str, Any]:
-    """OpenAI's error object. Anything but a `CordeeError` is a bug, whose text is not shown to the client."""
-    if not isinstance(error, CordeeError):
-        return _body("the server failed at this request; its log says why", 500, None, CordeeError.code)
+    """OpenAI's error object."""
+    known = error if isinstance(error, CordeeError) else CordeeError()
+    kind = "invalid_request_error" if known.http_status < 500 else "server_error"
     param = "model" if isinstance(error, ModelNotFound | ModelLoading) else getattr(error, "param", None)
-    return _body(error.message, error.http_status, param, error.code)
+    return {"error": {"message": error_text(error), "type": kind, "param": param, "code": known.code}}
 
 
-def anthropic_error_body(error: Exception) -> dict[str, Any]:
+def error_text(error: Exception) -> str:
+    """What a client is told. Anything but a `CordeeError` is a bug, whose text is not shown."""
+    if not isinstance(error, CordeeError):
+        return "the server failed at this request; its log says why"
+    message = error.message
+    return message if len(message) <= MESSAGE_CHARS_MAX else message[:MESSAGE_CHARS_MAX] + "…"
+
+
+def anthropic_error(error: Exception) -> dict[str, Any]:
     """Anthropic's error object."""
     status = error.http_status if isinstance(error, CordeeError) else 500
     kind = "invalid_request_error" if status < 500 else "api_error"
     if isinstance(error, Overloaded | ModelLoading):
         kind = "overloaded_error"
     kind = ANTHROPIC_TYPES.get(status, kind)
-    return {"type": "error", "error": {"type": kind, "message": error_body(error)["error"]["message"]}}
+    return {"type": "error", "error": {"type": kind, "message": error_text(error)}}
 
 
 # Error bodies of APIs other than OpenAI's, by the beginning of their paths.
-BODIES: Mapping[str, Callable[[Exception], dict[str, Any]]] = {"/v1/messages": anthropic_error_body}
+BODIES: Mapping[str, Callable[[Exception], dict[str, Any]]] = {"/v1/messages": anthropic_error}
 
 
 def error_response(error: Exception, path: str) -> Response:
@@ -114,13 +136,9 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "it is registered for these"
     method, path = request.method, request.url.path
     if error.status_code == 405:
-        message, code = f"{path} is not for {method}; docs/api.md lists the endpoints", "method_not_allowed"
+        known = WrongMethod(f"{path} is not for {method}; docs/api.md lists the endpoints")
     else:
-        message, code = f"there is no {path} here; docs/api.md lists the endpoints", "not_found"
-    return json_response(_body(message, error.status_code, None, code), error.status_code, error.headers)
-
-
-def _body(message: str, status: int, param: str | None, code: str) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    message = message if len(message) <= MESSAGE_CHARS_MAX else message[:MESSAGE_CHARS_MAX] + "…"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        known = NoSuchPath(f"there is no {path} here; docs/api.md lists the endpoints")
+    response = error_response(known, path)
+    response.headers.update(error.headers or {})
+    return response

@@ -56,11 +56,11 @@ class ResponsesInput:
 
     def _tools(self, body: ResponsesRequest) -> list[Tool]:
         tools: list[Tool] = []
-        for place, tool in enumerate(body.tools or ()):
+        for tool in body.tools or ():
             if tool.type == "function":
                 tools.append(Tool(tool.name or "", tool.description or "", tool.parameters or {}))
             else:
-                self.ignored.append(f"tools[{place}] ({tool.type})")
+                self.ignored.append(f"tools.{tool.type}")
         check_names(tools, "tools")
         return tools
 
@@ -75,7 +75,7 @@ class ResponsesInput:
             if isinstance(message, Message):
                 yield message
             else:
-                self.ignored.append(f"input[{place}] ({message})")
+                self.ignored.append(f"input.{message}")
 
 
 class ItemDecoders:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import msgspec
 
 from cordee.api.answers import AnswerPiece, Job, WholeAnswer
-from cordee.api.failures import error_body
+from cordee.api.failures import error_text
 from cordee.chat.blocks import Block, BlockChange, BlockStream, blocks_of
 from cordee.errors import BadRequest, Overloaded
 
@@ -59,7 +59,7 @@ class ResponsesReply:
         elif isinstance(error, BadRequest):
             code = "invalid_prompt"
         failed = self._response("failed")
-        failed["error"] = {"code": code, "message": error_body(error)["error"]["message"]}
+        failed["error"] = {"code": code, "message": error_text(error)}
         yield self._event("response.failed", response=failed)
 
     def whole(self, answer: WholeAnswer) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class ResponsesReply:
             "input_tokens": last.prompt_tokens,
             "input_tokens_details": {"cached_tokens": last.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": last.completion_tokens,
-            "output_tokens_details": {"reasoning_tokens": last.reasoning_tokens},
+            "output_tokens_details": {"reasoning_tokens": last.thinking_tokens},
             "total_tokens": last.prompt_tokens + last.completion_tokens,
         }
 

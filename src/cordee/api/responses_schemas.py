@@ -104,14 +104,14 @@ class ToolDefinition(OpenShape, frozen=True):
     strict: Annotated[msgspec.Raw, ignored("the arguments always follow the schema")] = ABSENT
 
 
-class NamedTool(OpenShape, frozen=True):
+class NamedTool(OpenShape, frozen=True, omit_defaults=True):
     """A tool as `tool_choice` names it."""
 
     type: Annotated[str, honoured("`function`")]
     name: Annotated[str | None, honoured("the function's name")] = None
 
 
-class ResponsesToolChoice(OpenShape, frozen=True):
+class ResponsesToolChoice(OpenShape, frozen=True, omit_defaults=True):
     """A choice that is more than a word."""
 
     type: Annotated[str, honoured("`function`: this one is called; `allowed_tools`: no others are")]
