@@ -64,7 +64,8 @@ class ScriptedParser:
 
 
 class ScriptedService:
-    """Says the next of `script` to each request; an error of it is raised, behind the text before it."""
+    """Says the next of `script` to each request, if there is one; an error of it is raised, behind the text
+    before it."""
 
     name = "scripted"
     context = CONTEXT
@@ -85,7 +86,7 @@ class ScriptedService:
     async def generate(self, request: Request) -> AsyncGenerator[TextChunk]:
         """The next answer, cut into chunks, one token each."""
         self.requests.append(request)
-        answer = self.script.pop(0)
+        answer = self.script.pop(0) if self.script else "So it is."
         text, error = (answer, None) if isinstance(answer, str) else answer
         stop = next((each for each in request.stop if each in text), None)
         text = text.partition(stop)[0] if stop else text
