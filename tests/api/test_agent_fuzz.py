@@ -36,7 +36,7 @@ WORDS = [
     ),
     *("tool_use", "tool_result", "image", "document", "redacted_thinking", "server_tool_use", "function"),
     *("web_search", "custom", "auto", "any", "none", "required", "enabled", "adaptive", "disabled", "high"),
-    *("json_schema", "json_object", "allowed_tools", "<|im_end|>", "\ud800", "\x00", "é🧗"),
+    *("json_schema", "json_object", "allowed_tools", "<|im_end|>", "\x00", "é🧗"),
 ]
 ATOMS = st.one_of(
     st.none(),
@@ -53,34 +53,24 @@ VALUES = st.recursive(
     ),
     max_leaves=12,
 )
+TEXTS = st.sampled_from(WORDS)
+KEYS = ("text", "thinking", "id", "name", "tool_use_id", "content", "refusal", "title", "tool_name")
 BLOCKS = st.lists(
     st.fixed_dictionaries(
-        {"type": st.sampled_from(WORDS)},
-        optional={
-            name: st.one_of(st.sampled_from(WORDS), VALUES)
-            for name in (
-                "text",
-                "thinking",
-                "id",
-                "name",
-                "input",
-                "tool_use_id",
-                "content",
-                "source",
-                "is_error",
-            )
-        },
+        {"type": TEXTS} | dict.fromkeys(KEYS, TEXTS),
+        optional={"input": VALUES, "source": VALUES, "is_error": st.booleans(), "signature": VALUES},
     ),
     max_size=3,
 )
 TURNS = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(WORDS[:5]), "content": st.one_of(st.sampled_from(WORDS), BLOCKS)},
+        {"role": st.sampled_from(WORDS[:4]), "content": st.one_of(st.sampled_from(WORDS), BLOCKS)},
         optional={
             name: st.one_of(st.sampled_from(WORDS), BLOCKS)
             for name in ("type", "call_id", "name", "arguments", "output", "summary")
         },
     ),
+    min_size=1,
     max_size=4,
 )
 TOOLS = st.lists(

@@ -124,5 +124,5 @@ def scripted(
     monkeypatch.setattr(ApiCore, "prompt", remembered)
     monkeypatch.setattr(core, "ParsedAnswers", lambda of, *_: ParsedAnswers(of, ScriptedParser))
     with running(None, folder, **options) as server:
-        server.services["scripted"] = service
+        server.services |= {"scripted": service, "starter": service}
         yield server, service
