@@ -9,8 +9,18 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import msgspec
 
 from cordee import errors
+from cordee.api import (
+    agents,
+    anthropic_schemas,
+    bodies,
+    failures,
+    prompts,
+    responses_schemas,
+    schemas,
+    server,
+    stream,
+)
 from cordee.api import app as application
-from cordee.api import bodies, failures, prompts, schemas, server, stream
 from cordee.cli.main import subclasses
 from cordee.generation import grammar, sampling, text
 from cordee.net import doors
@@ -34,6 +44,8 @@ LIMITS = (
     (server, "IDLE_SECONDS", "seconds that a connection may be idle"),
     (schemas, "MESSAGES_MAX", "messages of a conversation"),
     (schemas, "PARTS_MAX", "content parts of a message"),
+    (responses_schemas, "ITEMS_MAX", "items of a response's input"),
+    (agents, "TOOLS_MAX", "tools of a request to Responses or Anthropic's messages"),
     (schemas, "CHOICES_MAX", "answers to one request: prompts times `n`"),
     (text, "STOPS_MAX", "stop strings"),
     (text, "STOP_CHARS_MAX", "characters of a stop string"),
@@ -52,7 +64,8 @@ LIMITS = (
 
 def fields(name: str) -> str:
     """The table of an object's fields."""
-    shape = getattr(schemas, name)
+    modules = (schemas, responses_schemas, anthropic_schemas)
+    shape = next(getattr(each, name) for each in modules if hasattr(each, name))
     hints = get_type_hints(shape, include_extras=True)
     required = {field.name for field in msgspec.structs.fields(shape) if field.required}
     rows: list[tuple[str, ...]] = []
@@ -107,8 +120,6 @@ def error_table(_: str) -> str:
     kinds = [kind for kind in subclasses(errors.CordeeError) if kind not in ELSEWHERE]
     rows = sorted((kind.http_status, f"`{kind.code}`", (kind.__doc__ or "").split("\n")[0]) for kind in kinds)
     extra = [
-        (404, "`not_found`", "There is no such path."),
-        (405, "`method_not_allowed`", "The path is for another method."),
         (500, f"`{errors.CordeeError.code}`", "A fault of the server; its log has the traceback."),
     ]
     return table(

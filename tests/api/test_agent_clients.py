@@ -1,5 +1,6 @@
 """The official clients of Responses and of Anthropic's messages: what their users rely on."""
 
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,13 @@ import anthropic
 import httpx2
 import openai
 import pytest
+from anthropic.resources import Messages
+from openai.resources.responses import Responses
 from pydantic import BaseModel
 
+from cordee.api.anthropic_schemas import MessagesRequest
+from cordee.api.responses_schemas import ResponsesRequest
+from cordee.api.schemas import policies
 from cordee.errors import StageFailed
 from cordee.serving.local_service import ServiceConfig
 from drip import Drip
@@ -56,6 +62,19 @@ def anthropic_client(server: Running) -> anthropic.Anthropic:
     http = httpx2.Client(transport=Drip())
     base = f"http://127.0.0.1:{server.port}"
     return anthropic.Anthropic(base_url=base, api_key="none", max_retries=0, http_client=http)
+
+
+@pytest.mark.parametrize(
+    ("resource", "shape"),
+    [
+        (Responses, ResponsesRequest),
+        (Messages, MessagesRequest),
+    ],
+)
+def test_every_parameter_of_the_clients_is_known(resource: type, shape: type) -> None:
+    """A parameter that a newer client has must be honoured, ignored with a reason, or refused by name."""
+    own = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    assert set(inspect.signature(resource.create).parameters) - own <= set(policies(shape))
 
 
 # OpenAI's, Responses

@@ -58,13 +58,18 @@ KEYS = ("text", "thinking", "id", "name", "tool_use_id", "content", "refusal", "
 BLOCKS = st.lists(
     st.fixed_dictionaries(
         {"type": TEXTS} | dict.fromkeys(KEYS, TEXTS),
-        optional={"input": VALUES, "source": VALUES, "is_error": st.booleans(), "signature": VALUES},
+        optional={
+            "input": st.dictionaries(TEXTS, VALUES, max_size=2),
+            "source": VALUES,
+            "is_error": st.booleans(),
+            "signature": VALUES,
+        },
     ),
     max_size=3,
 )
 TURNS = st.lists(
     st.fixed_dictionaries(
-        {"role": st.sampled_from(WORDS[:4]), "content": st.one_of(st.sampled_from(WORDS), BLOCKS)},
+        {"role": st.sampled_from(WORDS[:3]), "content": st.one_of(st.sampled_from(WORDS), BLOCKS)},
         optional={
             name: st.one_of(st.sampled_from(WORDS), BLOCKS)
             for name in ("type", "call_id", "name", "arguments", "output", "summary")

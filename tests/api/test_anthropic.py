@@ -251,59 +251,61 @@ def test_a_silent_stream_is_kept_alive_by_pings(
 # Requests
 
 
+CONVERSATION = {
+    "model": "scripted",
+    "max_tokens": 100,
+    "system": [
+        {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=1;"},
+        {"type": "text", "text": "You are a guide.", **CACHED},
+        {"type": "text", "text": "Be brief."},
+    ],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Weather?", **CACHED}]},
+        {"role": "system", "content": "There are two tools."},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Where?", "signature": "unsigned"},
+                {"type": "redacted_thinking", "data": "x"},
+                {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
+                {"type": "text", "text": "I look."},
+                {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"place": "é"}},
+                {"type": "tool_use", "id": "toolu_2", "name": "weather", "input": {}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "So?"},
+                {"type": "tool_result", "tool_use_id": "toolu_1", "content": "cold", **CACHED},
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "toolu_2",
+                    "is_error": True,
+                    "content": [{"type": "text", "text": "no"}, {"type": "text", "text": "place"}],
+                },
+                {
+                    "type": "document",
+                    "title": "Report",
+                    "source": {"type": "text", "media_type": "text/plain", "data": "snow"},
+                },
+            ],
+        },
+    ],
+    "tools": [WEATHER, {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}],
+    "tool_choice": {"type": "tool", "name": "weather", "disable_parallel_tool_use": True},
+    "top_k": 5,
+    "top_p": 0.9,
+    "metadata": {"user_id": "x"},
+    "context_management": {"edits": []},
+    "some_new_field": [1],
+}
+
+
 def test_a_conversation_of_blocks_becomes_turns(talk: tuple[Running, ScriptedService]) -> None:
     server, service = talk
     service.script = ["It is cold."]
-    asked = {
-        "model": "scripted",
-        "max_tokens": 100,
-        "system": [
-            {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; cch=1;"},
-            {"type": "text", "text": "You are a guide.", **CACHED},
-            {"type": "text", "text": "Be brief."},
-        ],
-        "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "Weather?", **CACHED}]},
-            {"role": "system", "content": "There are two tools."},
-            {
-                "role": "assistant",
-                "content": [
-                    {"type": "thinking", "thinking": "Where?", "signature": "unsigned"},
-                    {"type": "redacted_thinking", "data": "x"},
-                    {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}},
-                    {"type": "text", "text": "I look."},
-                    {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"place": "é"}},
-                    {"type": "tool_use", "id": "toolu_2", "name": "weather", "input": {}},
-                ],
-            },
-            {
-                "role": "user",
-                "content": [
-                    {"type": "text", "text": "So?"},
-                    {"type": "tool_result", "tool_use_id": "toolu_1", "content": "cold", **CACHED},
-                    {
-                        "type": "tool_result",
-                        "tool_use_id": "toolu_2",
-                        "is_error": True,
-                        "content": [{"type": "text", "text": "no"}, {"type": "text", "text": "place"}],
-                    },
-                    {
-                        "type": "document",
-                        "title": "Report",
-                        "source": {"type": "text", "media_type": "text/plain", "data": "snow"},
-                    },
-                ],
-            },
-        ],
-        "tools": [WEATHER, {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}],
-        "tool_choice": {"type": "tool", "name": "weather", "disable_parallel_tool_use": True},
-        "top_k": 5,
-        "top_p": 0.9,
-        "metadata": {"user_id": "x"},
-        "context_management": {"edits": []},
-        "some_new_field": [1],
-    }
-    reply = server.request("POST", MESSAGES, asked)
+    reply = server.request("POST", MESSAGES, CONVERSATION)
     assert reply.status == 200, reply.body
     ignored = "tools.web_search_20250305, messages.content.server_tool_use"
     assert reply.headers["x-cordee-ignored"] == ignored

@@ -202,46 +202,48 @@ def test_a_stream_is_kept_alive(starter_path: Path, tmp_path: Path, monkeypatch:
 # Requests
 
 
+CONVERSATION = {
+    "model": "scripted",
+    "instructions": "Be brief.",
+    "input": [
+        {
+            "type": "message",
+            "role": "developer",
+            "content": [{"type": "input_text", "text": "In verse."}],
+        },
+        {"role": "user", "content": "Weather?"},
+        {
+            "type": "reasoning",
+            "id": "rs_1",
+            "summary": [],
+            "content": [THOUGHT],
+            "encrypted_content": None,
+        },
+        {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": [SAID]},
+        {"id": "fc_1", "status": "completed", **CALLED, "arguments": ARGUMENTS},
+        {"type": "function_call", "call_id": "call_2", "name": "weather", "arguments": "{}"},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search"}},
+        {"type": "function_call_output", "call_id": "call_1", "output": "cold"},
+        {
+            "type": "function_call_output",
+            "call_id": "call_2",
+            "output": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}],
+        },
+        {"role": "user", "content": [{"type": "text", "text": "So?"}]},
+    ],
+    "tools": [WEATHER, {"type": "namespace", "name": "n", "tools": []}, {"type": "custom", "name": "c"}],
+    "tool_choice": {"type": "function", "name": "weather"},
+    "parallel_tool_calls": False,
+    "reasoning": {"effort": "xhigh", "summary": "auto"},
+    "store": True,
+    "some_new_field": [1],
+}
+
+
 def test_a_conversation_of_items_becomes_turns(talk: tuple[Running, ScriptedService]) -> None:
     server, service = talk
     service.script = ["It is cold."]
-    asked = {
-        "model": "scripted",
-        "instructions": "Be brief.",
-        "input": [
-            {
-                "type": "message",
-                "role": "developer",
-                "content": [{"type": "input_text", "text": "In verse."}],
-            },
-            {"role": "user", "content": "Weather?"},
-            {
-                "type": "reasoning",
-                "id": "rs_1",
-                "summary": [],
-                "content": [THOUGHT],
-                "encrypted_content": None,
-            },
-            {"type": "message", "id": "msg_1", "status": "completed", "role": "assistant", "content": [SAID]},
-            {"id": "fc_1", "status": "completed", **CALLED, "arguments": ARGUMENTS},
-            {"type": "function_call", "call_id": "call_2", "name": "weather", "arguments": "{}"},
-            {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search"}},
-            {"type": "function_call_output", "call_id": "call_1", "output": "cold"},
-            {
-                "type": "function_call_output",
-                "call_id": "call_2",
-                "output": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}],
-            },
-            {"role": "user", "content": [{"type": "text", "text": "So?"}]},
-        ],
-        "tools": [WEATHER, {"type": "namespace", "name": "n", "tools": []}, {"type": "custom", "name": "c"}],
-        "tool_choice": {"type": "function", "name": "weather"},
-        "parallel_tool_calls": False,
-        "reasoning": {"effort": "xhigh", "summary": "auto"},
-        "store": True,
-        "some_new_field": [1],
-    }
-    reply = server.request("POST", RESPONSES, asked)
+    reply = server.request("POST", RESPONSES, CONVERSATION)
     assert reply.status == 200, reply.body
     names = ["store", "tools.namespace", "tools.custom", "input.web_search_call"]
     assert reply.headers["x-cordee-ignored"] == ", ".join(names)
@@ -337,6 +339,7 @@ REFUSALS = [
     ({"prompt": {"id": "pmpt_1"}}, 400, "prompt"),
     ({"background": True}, 400, "background"),
     ({"top_logprobs": 2}, 400, "top_logprobs"),
+    ({"include": ["message.output_text.logprobs"]}, 400, "include"),
     ({"max_output_tokens": 0}, 400, "max_output_tokens"),
     ({"temperature": 3}, 400, "temperature"),
     ({"reasoning": {"effort": "utmost"}}, 400, "reasoning.effort"),

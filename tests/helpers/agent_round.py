@@ -1,8 +1,8 @@
 """A coding agent, installed from its registry, does one whole tool round against a scripted model.
 
 Run with loopback for its only network, so that nothing leaves the machine: `agent_round.py AGENT PROGRAM
-STARTER FOLDER`. The agent gets the settings of docs/clients.md and an empty HOME in FOLDER, reads a file there by
-its own tool, and answers. What came of it is printed as JSON.
+STARTER FOLDER`. The agent gets the settings of docs/clients.md and an empty HOME in FOLDER, reads a file
+there by its own tool, and answers. What came of it is printed as JSON.
 """
 
 import json

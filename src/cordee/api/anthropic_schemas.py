@@ -168,6 +168,8 @@ class MessagesRequest(Prompt, frozen=True, kw_only=True):
     top_k: Annotated[int | None, honoured("keeps this many of the likeliest tokens")] = None
     speed: Annotated[msgspec.Raw, ignored("there is one")] = ABSENT
     diagnostics: Annotated[msgspec.Raw, ignored("nothing is kept of earlier requests")] = ABSENT
+    user_profile_id: Annotated[msgspec.Raw, ignored("nothing is kept about who asks")] = ABSENT
+    workspace_id: Annotated[msgspec.Raw, ignored("nothing is kept about who asks")] = ABSENT
     metadata: Annotated[msgspec.Raw, ignored("nothing is kept about who asks")] = ABSENT
     service_tier: Annotated[msgspec.Raw, ignored("there is one tier")] = ABSENT
     inference_geo: Annotated[msgspec.Raw, ignored("answers are made on these machines")] = ABSENT

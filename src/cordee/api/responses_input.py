@@ -24,6 +24,7 @@ from cordee.errors import BadRequest
 from cordee.generation.request import Grammar
 
 ROLES = ("user", "assistant", "system", "developer")
+LOGPROBS = "message.output_text.logprobs"
 TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 MODES: dict[str, Literal["none", "auto", "required"]] = {
     "none": "none",
@@ -43,6 +44,8 @@ class ResponsesInput:
 
     def __init__(self, body: ResponsesRequest, decoders: "ItemDecoders") -> None:
         refuse(body)
+        if LOGPROBS in (body.include or ()):
+            raise BadRequest(f"{LOGPROBS} is not given here: use /v1/chat/completions", "include")
         self.ignored: list[str] = ["store"] if body.store else []
         self.tools = self._tools(body)
         self.tool_choice = _tool_choice(body.tool_choice, self.tools)

@@ -50,7 +50,7 @@ Parts = Annotated[list[InputPart], msgspec.Meta(max_length=PARTS_MAX)]
 class ItemKind(OpenShape, frozen=True):
     """What every item begins with."""
 
-    type: Annotated[str | None, honoured("`message` where it is left out")] = None
+    type: Annotated[str | None, honoured("the kind of item; `message` where it is left out")] = None
 
 
 class MessageItem(ItemKind, frozen=True, kw_only=True):
@@ -198,8 +198,12 @@ class ResponsesRequest(OpenShape, frozen=True, kw_only=True):
         msgspec.Raw, refused("use `/v1/chat/completions`, which gives log-probabilities", 0)
     ] = ABSENT
     include: Annotated[
-        msgspec.Raw, ignored("it asks for the results of built-in tools, or for encrypted thinking")
-    ] = ABSENT
+        Annotated[list[str], msgspec.Meta(max_length=PARTS_MAX)] | None,
+        honoured(
+            "`message.output_text.logprobs` is refused; other entries, for results of built-in tools and "
+            "encrypted thinking, are ignored"
+        ),
+    ] = None
     max_tool_calls: Annotated[msgspec.Raw, ignored(BUILT_IN)] = ABSENT
     truncation: Annotated[
         msgspec.Raw, ignored("a conversation that is too long is refused, so that nothing is lost unseen")
