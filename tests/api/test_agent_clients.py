@@ -175,6 +175,7 @@ def test_messages_whole_and_streamed_are_the_same(server: Running) -> None:
             text = "".join(stream.text_stream)
             last = stream.get_final_message()
         counted = client.messages.count_tokens(model="starter", messages=asked["messages"])
+        assert [model.id for model in client.models.list()] == ["starter"]
     assert text == last.content[0].text == whole.content[0].text
     used = last.usage
     assert (used.output_tokens, used.input_tokens + used.cache_read_input_tokens) == (8, counted.input_tokens)

@@ -298,6 +298,7 @@ CONVERSATION = {
     "top_p": 0.9,
     "metadata": {"user_id": "x"},
     "context_management": {"edits": []},
+    "mcp_servers": [{"type": "url", "url": "https://example.org", "name": "x"}],
     "some_new_field": [1],
 }
 
@@ -307,7 +308,7 @@ def test_a_conversation_of_blocks_becomes_turns(talk: tuple[Running, ScriptedSer
     service.script = ["It is cold."]
     reply = server.request("POST", MESSAGES, CONVERSATION)
     assert reply.status == 200, reply.body
-    ignored = "tools.web_search_20250305, messages.content.server_tool_use"
+    ignored = "mcp_servers, tools.web_search_20250305, messages.content.server_tool_use"
     assert reply.headers["x-cordee-ignored"] == ignored
     [turn] = service.turns
     system, question, called, *results, last = turn.messages

@@ -38,6 +38,8 @@ class MessagesInput:
     def __init__(self, body: Prompt) -> None:
         self.ignored: list[str] = []
         self._source = msgspec.json.Decoder(DocumentSource)
+        if bytes(body.mcp_servers) not in (b"null", b"[]"):
+            self.ignored.append("mcp_servers")
         tools = self._tools(body.tools or ())
         choice = body.tool_choice
         messages = alternating(self._messages(body))

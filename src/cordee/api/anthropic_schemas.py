@@ -143,7 +143,9 @@ class Prompt(OpenShape, frozen=True, kw_only=True):
     )
     context_management: Annotated[msgspec.Raw, ignored("a conversation is taken as it is sent")] = ABSENT
     cache_control: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
-    mcp_servers: Annotated[msgspec.Raw, ignored("this server asks no others")] = ABSENT
+    mcp_servers: Annotated[
+        msgspec.Raw, ignored("this server asks no others; `x-cordee-ignored` names it")
+    ] = ABSENT
 
 
 class CountRequest(Prompt, frozen=True, kw_only=True):
