@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from cordee.api import core
-from cordee.api.answers import ParsedAnswers
+from cordee.api.answers import Job, ParsedAnswers
 from cordee.api.core import ApiCore
 from cordee.chat.events import ArgumentsDelta, CallBegun, Event, TextDelta, ThinkingDelta
 from cordee.chat.turn import ChatTurn
@@ -113,15 +113,15 @@ def scripted(
 ) -> Iterator[tuple[Running, ScriptedService]]:
     """A server whose one model is scripted."""
     service = ScriptedService(path)
-    prompt = ApiCore.prompt
+    chat = ApiCore.chat
 
     def remembered(
-        own: ApiCore, of: ScriptedService, turn: ChatTurn, param: str
-    ) -> Awaitable[tuple[int, ...]]:
+        own: ApiCore, of: ScriptedService, turn: ChatTurn, *rest: Any, **named: Any
+    ) -> Awaitable[Job]:
         service.turns.append(turn)
-        return prompt(own, of, turn, param)
+        return chat(own, of, turn, *rest, **named)
 
-    monkeypatch.setattr(ApiCore, "prompt", remembered)
+    monkeypatch.setattr(ApiCore, "chat", remembered)
     monkeypatch.setattr(core, "ParsedAnswers", lambda of, *_: ParsedAnswers(of, ScriptedParser))
     with running(None, folder, **options) as server:
         server.services |= {"scripted": service, "starter": service}

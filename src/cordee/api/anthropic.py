@@ -10,6 +10,9 @@ from cordee.api.anthropic_reply import MessageReply
 from cordee.api.anthropic_schemas import CountRequest, MessagesRequest
 from cordee.api.core import AnswerOptions, ApiCore, random_seed
 from cordee.api.failures import json_response
+from cordee.api.prompts import chat_prompt
+from cordee.chat.formats import format_of
+from cordee.generation import template
 from cordee.generation.request import SamplingParams
 
 
@@ -43,7 +46,11 @@ class Anthropic:
         core = self._core
         body = await core.bodies.read(request, self._count)
         given = MessagesInput(body)
-        prompt = await core.prompt(core.service(body.model), given.turn, "messages")
+        service = core.service(body.model)
+        if service.template is None:
+            raise template.missing(service.name)
+        form = format_of(service.template)
+        prompt = await core.in_thread(chat_prompt, service, form, given.turn, core.now, "messages")
         return json_response({"input_tokens": len(prompt)}, headers=ignored_headers(given.ignored))
 
 

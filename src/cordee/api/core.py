@@ -19,7 +19,7 @@ from cordee.api.failures import ModelLoading
 from cordee.api.prompts import chat_prompt, check_length
 from cordee.api.schemas import CHOICES_MAX
 from cordee.api.stream import Adapter, EventStream, Timing, collect, while_connected
-from cordee.chat.formats import ChatFormat, format_of
+from cordee.chat.formats import format_of
 from cordee.chat.turn import ChatTurn
 from cordee.errors import BadRequest, CordeeError, ModelNotFound
 from cordee.generation import template
@@ -69,6 +69,11 @@ class ApiCore:
         """Wait until no prompt is being rendered: then services may be closed."""
         self._threads.shutdown(cancel_futures=True)
 
+    @property
+    def now(self) -> datetime:
+        """The time for chat templates and replies."""
+        return self._clock()
+
     def service(self, name: str) -> ModelService:
         """The service of a model.
 
@@ -116,24 +121,16 @@ class ApiCore:
             ContextExceeded: it is too long.
             UnsupportedModel: the model has no chat template, or a broken one.
         """
-        chat_format = _format(service)
-        prompt = await self.prompt(service, turn, param)
+        if service.template is None:
+            raise template.missing(service.name)
+        chat_format = format_of(service.template)
+        prompt = await self.in_thread(chat_prompt, service, chat_format, turn, self._clock(), param)
         check_length(service, prompt, param)
         grammar = chat_format.grammar(turn, constraint)
         sampling = msgspec.structs.replace(options.sampling, grammar=grammar)
         answers = ParsedAnswers(service, partial(chat_format.parser, turn))
         shows = chat_format.shows_control_tokens
         return self._job(service, [prompt], sampling, options, answers, shows_control_tokens=shows)
-
-    async def prompt(self, service: ModelService, turn: ChatTurn, param: str) -> tuple[int, ...]:
-        """The prompt of a turn, which may leave no room for an answer.
-
-        Raises:
-            BadRequest: the turn cannot be used.
-            ContextExceeded: it is too long, whatever tokens it becomes.
-            UnsupportedModel: the model has no chat template, or a broken one.
-        """
-        return await self.in_thread(chat_prompt, service, _format(service), turn, self._clock(), param)
 
     def completion(
         self,
@@ -197,12 +194,6 @@ class ApiCore:
             requests=requests,
             n=n,
         )
-
-
-def _format(service: ModelService) -> ChatFormat:
-    if service.template is None:
-        raise template.missing(service.name)
-    return format_of(service.template)
 
 
 def random_seed() -> int:
