@@ -166,6 +166,17 @@ def test_a_whole_reply_is_the_last_events_response(talk: tuple[Running, Scripted
     }
 
 
+def test_items_stand_in_the_order_in_which_they_came(talk: tuple[Running, ScriptedService]) -> None:
+    server, service = talk
+    service.script = [f"{CALL}[say]And now[call weather]{{}}"] * 2
+    whole = server.request("POST", RESPONSES, ASKED).json
+    streamed = events_of(server.request("POST", RESPONSES, ASKED | {"stream": True}))[-1]["response"]
+    kinds = ["reasoning", "message", "function_call", "message", "function_call"]
+    assert (
+        [each["type"] for each in whole["output"]] == [each["type"] for each in streamed["output"]] == kinds
+    )
+
+
 def test_an_answer_that_the_limit_cuts_off_is_incomplete(server: Running) -> None:
     reply = server.request("POST", RESPONSES, FRANCE).json
     assert (reply["status"], reply["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})

@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cordee.chat.blocks import Block, BlockStream, blocks_of
-from cordee.chat.events import ArgumentsDelta, CallBegun, Collected, Event, TextDelta, ThinkingDelta
-from cordee.chat.turn import ToolCall
+from cordee.chat.events import ArgumentsDelta, CallBegun, Event, TextDelta, ThinkingDelta
 
 
 def made(events: list[Event], **options: bool) -> list[Block]:
@@ -64,15 +63,19 @@ def test_thinking_that_nobody_asked_for_is_left_out() -> None:
 
 
 def test_a_whole_answer_has_the_same_blocks() -> None:
-    said = Collected("text", "thought", [ToolCall("1", "look", ""), ToolCall("2", "see", '{"a":1}')])
-    assert short(blocks_of(said)) == [
-        ("thinking", "thought"),
-        ("text", "text"),
-        ("call", "{}"),
-        ("call", '{"a":1}'),
-    ]
-    assert [block.kind for block in blocks_of(said, shows_thinking=False)] == ["text", "call", "call"]
-    assert blocks_of(Collected()) == []
+    events = [CallBegun("1", "look"), TextDelta("a"), ThinkingDelta("b"), TextDelta("c")]
+    assert (
+        short(blocks_of(events))
+        == short(made(events))
+        == [
+            ("call", "{}"),
+            ("text", "a"),
+            ("thinking", "b"),
+            ("text", "c"),
+        ]
+    )
+    assert short(blocks_of(events, shows_thinking=False)) == [("call", "{}"), ("text", "ac")]
+    assert blocks_of([]) == []
 
 
 @given(

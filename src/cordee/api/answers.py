@@ -42,12 +42,14 @@ class WholeAnswer:
     """An answer as far as it has come."""
 
     said: Collected = field(default_factory=Collected)
+    events: list[Event] = field(default_factory=list[Event])  # the same, in order
     choices: list[Choice] = field(default_factory=list[Choice])
     last: AnswerPiece = field(default_factory=AnswerPiece)
 
     def add(self, piece: AnswerPiece) -> None:
         """Add what came."""
         self.said.add(piece.events)
+        self.events += piece.events
         self.choices += piece.choices
         self.last = piece
 

@@ -52,7 +52,7 @@ class MessageReply:
 
     def whole(self, answer: WholeAnswer) -> dict[str, Any]:
         """The reply that is not streamed. A call that the limit of tokens cut off is left out."""
-        blocks = blocks_of(answer.said, shows_thinking=self._shows_thinking)
+        blocks = blocks_of(answer.events, shows_thinking=self._shows_thinking)
         return self._message([made for block in blocks if (made := self._block(block))], answer.last)
 
     def _message(self, content: list[dict[str, Any]], last: AnswerPiece) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class ResponsesReply:
         """The reply that is not streamed."""
         self._last = answer.last
         status = self._status(answer.last)
-        blocks = blocks_of(answer.said) or [Block("text", 0)]
+        blocks = blocks_of(answer.events) or [Block("text", 0)]
         self._done = [self._item(block, self._status_of(block, blocks)) for block in blocks]
         return self._response(status)
 

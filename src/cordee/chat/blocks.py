@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cordee.chat.events import ArgumentsDelta, CallBegun, Collected, Event, TextDelta, ThinkingDelta
+from cordee.chat.events import ArgumentsDelta, CallBegun, Event, TextDelta, ThinkingDelta
 
 NO_ARGUMENTS = "{}"  # of a call that has none: clients parse what they get
 
@@ -98,11 +98,8 @@ class BlockStream:
             yield BlockChange("grown", self._open, text)
 
 
-def blocks_of(said: Collected, *, shows_thinking: bool = True) -> list[Block]:
+def blocks_of(events: Iterable[Event], *, shows_thinking: bool = True) -> list[Block]:
     """The blocks of a whole answer."""
-    events: list[Event] = [ThinkingDelta(said.thinking), TextDelta(said.text)]
-    for call in said.calls:
-        events += [CallBegun(call.id, call.name), ArgumentsDelta(call.arguments)]
     stream = BlockStream(shows_thinking=shows_thinking)
     for _ in (*stream.push(events), *stream.finish()):
         pass
