@@ -418,6 +418,12 @@ REFUSALS = [
     ({"thinking": {"type": "deep"}}, INVALID, "thinking.type"),
     (ADAPTIVE | {"output_config": {"effort": "utmost"}}, INVALID, "output_config.effort"),
     ({"output_config": {"format": {"type": "xml"}}}, INVALID, "output_config.format"),
+    (
+        {"output_config": {"format": {"type": "json_schema", "schema": {"type": "wrong"}}}},
+        INVALID,
+        "the JSON schema cannot be used",
+    ),
+    ({"system": [{"type": "text"}]}, INVALID, "system[0].text is missing"),
     ({"tool_choice": {"type": "any"}}, INVALID, "no tool is given"),
     ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "x"}}, INVALID, "names x"),
     ({"tools": [WEATHER], "tool_choice": {"type": "perhaps"}}, INVALID, "tool_choice.type"),

@@ -356,6 +356,11 @@ REFUSALS = [
     ({"reasoning": {"effort": "utmost"}}, 400, "reasoning.effort"),
     ({"text": {"format": {"type": "xml"}}}, 400, "text.format.type"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, 400, "text.format.schema"),
+    (
+        {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "wrong"}}}},
+        400,
+        "text.format",
+    ),
     ({"tool_choice": "perhaps"}, 400, "tool_choice"),
     ({"tool_choice": "required"}, 400, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "x"}}, 400, "tool_choice"),

@@ -20,6 +20,7 @@ from scripted_service import scripted
 
 QUESTION = "What does summit.txt say?"
 FACT = "4806 metres"
+THOUGHT = "The file knows."
 ANSWER = "It says that it has 4806 metres."
 SECONDS = 180  # an agent starts in a few, on a busy machine in many
 
@@ -68,9 +69,9 @@ def main(agent: str, program: str, starter: str, folder: str) -> None:
     statuses: list[tuple[str, str, int]] = []
     with pytest.MonkeyPatch.context() as monkeypatch:
         recorded(statuses, monkeypatch)
-        with scripted(Path(starter), home / "store", monkeypatch) as (server, service):
+        with scripted(Path(starter), home / "store", monkeypatch, "starter") as (server, service):
             call = json.dumps({argument: "cat summit.txt", "description": "Read the file"})
-            service.script = [f"[say]I look.[call {tool}]{call}", ANSWER]
+            service.script = [f"[think]{THOUGHT}[say]I look.[call {tool}]{call}", ANSWER]
             done = subprocess.run(
                 [program, *arguments],
                 env=environment(agent, server.port, home),
@@ -80,12 +81,11 @@ def main(agent: str, program: str, starter: str, folder: str) -> None:
                 text=True,
                 timeout=SECONDS,
             )
-            results = [
-                each.content for turn in service.turns for each in turn.messages if each.role == "tool"
-            ]
-            tools = [each.name for each in service.turns[0].tools] if service.turns else []
+            sent = [each for turn in service.turns for each in turn.messages]
     told = {"code": done.returncode, "said": done.stdout, "errors": done.stderr[-2000:]}
-    print(json.dumps(told | {"statuses": statuses, "results": results, "tools": tools}))
+    thoughts = [each.thinking for each in sent if each.tool_calls]
+    results = [each.content for each in sent if each.role == "tool"]
+    print(json.dumps(told | {"statuses": statuses, "thoughts": thoughts, "results": results}))
 
 
 if __name__ == "__main__":

@@ -67,11 +67,11 @@ class ScriptedService:
     """Says the next of `script` to each request, if there is one; an error of it is raised, behind the text
     before it."""
 
-    name = "scripted"
     context = CONTEXT
     health = "ready"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str) -> None:
+        self.name = name
         self.vocabulary = Vocabulary(path)
         self.template: ChatTemplate | None = template_of(self.vocabulary)
         self.script: list[str | tuple[str, CordeeError]] = []
@@ -80,7 +80,7 @@ class ScriptedService:
         self.pause_seconds = 0.0  # before each chunk
         added = datetime(2026, 1, 1).astimezone().isoformat()
         self.model = StoredModel(
-            name="scripted", digest="", path=path, nbytes=1, source="", added=added, architecture="", layers=1
+            name=name, digest="", path=path, nbytes=1, source="", added=added, architecture="", layers=1
         )
 
     async def generate(self, request: Request) -> AsyncGenerator[TextChunk]:
@@ -109,10 +109,10 @@ class ScriptedService:
 
 @contextmanager
 def scripted(
-    path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+    path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = "scripted", **options: Any
 ) -> Iterator[tuple[Running, ScriptedService]]:
     """A server whose one model is scripted."""
-    service = ScriptedService(path)
+    service = ScriptedService(path, name)
     chat = ApiCore.chat
 
     def remembered(
@@ -124,5 +124,5 @@ def scripted(
     monkeypatch.setattr(ApiCore, "chat", remembered)
     monkeypatch.setattr(core, "ParsedAnswers", lambda of, *_: ParsedAnswers(of, ScriptedParser))
     with running(None, folder, **options) as server:
-        server.services |= {"scripted": service, "starter": service}
+        server.services[name] = service
         yield server, service

@@ -63,11 +63,8 @@ class MessagesInput:
         return tools
 
     def _messages(self, body: Prompt) -> Iterator[Message]:
-        if isinstance(body.system, str):
-            yield Message("system", body.system)
-        elif body.system:
-            texts = [self._text(block, f"system[{place}]") for place, block in enumerate(body.system)]
-            yield Message("system", "\n\n".join(text for text in texts if not text.startswith(BILLING)))
+        if system := self._system(body.system):
+            yield Message("system", system)
         for place, message in enumerate(body.messages):
             path = f"messages[{place}]"
             match message.role:
@@ -79,6 +76,12 @@ class MessagesInput:
                     yield Message("system", self._texts(message.content, path))
                 case _:
                     raise BadRequest(f"{path}.role must be user, assistant or system", f"{path}.role")
+
+    def _system(self, given: str | Sequence[ContentBlock] | None) -> str:
+        if given is None or isinstance(given, str):
+            return given or ""
+        texts = [self._text(block, f"system[{place}]") for place, block in enumerate(given)]
+        return "\n\n".join(text for text in texts if not text.startswith(BILLING))
 
     def _user(self, message: AnthropicMessage, path: str) -> Iterator[Message]:
         """A user's turn: what calls returned, then what is said."""

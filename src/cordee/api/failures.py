@@ -14,6 +14,8 @@ from cordee.errors import BadRequest, CordeeError, ModelNotFound, Overloaded
 RETRY_AFTER_SECONDS = 5
 # What some statuses come with (RFC 9110).
 HEADERS = {503: {"Retry-After": str(RETRY_AFTER_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}
+# Responses' names for fields of chat completions, by which the rooms below know them.
+RESPONSES_NAMES = {"response_format": "text.format"}
 # Anthropic's names for errors, by status.
 ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -95,6 +97,13 @@ def error_text(error: Exception) -> str:
     return message if len(message) <= MESSAGE_CHARS_MAX else message[:MESSAGE_CHARS_MAX] + "…"
 
 
+def responses_error(error: Exception) -> dict[str, Any]:
+    """OpenAI's error object, where fields have the names of Responses."""
+    body = error_body(error)
+    body["error"]["param"] = RESPONSES_NAMES.get(body["error"]["param"], body["error"]["param"])
+    return body
+
+
 def anthropic_error(error: Exception) -> dict[str, Any]:
     """Anthropic's error object."""
     status = error.http_status if isinstance(error, CordeeError) else 500
@@ -106,7 +115,10 @@ def anthropic_error(error: Exception) -> dict[str, Any]:
 
 
 # Error bodies of APIs other than OpenAI's, by the beginning of their paths.
-BODIES: Mapping[str, Callable[[Exception], dict[str, Any]]] = {"/v1/messages": anthropic_error}
+BODIES: Mapping[str, Callable[[Exception], dict[str, Any]]] = {
+    "/v1/messages": anthropic_error,
+    "/v1/responses": responses_error,
+}
 
 
 def error_response(error: Exception, path: str) -> Response:

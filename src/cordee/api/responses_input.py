@@ -48,11 +48,10 @@ class ResponsesInput:
             raise BadRequest(f"{LOGPROBS} is not given here: use /v1/chat/completions", "include")
         self.ignored: list[str] = ["store"] if body.store else []
         self.tools = self._tools(body)
-        self.tool_choice = _tool_choice(body.tool_choice, self.tools)
         self.turn = ChatTurn(
             messages=alternating(self._messages(body, decoders)),
             tools=_allowed(body.tool_choice, self.tools),
-            tool_choice=self.tool_choice,
+            tool_choice=_tool_choice(body.tool_choice, self.tools),
             parallel_tool_calls=body.parallel_tool_calls is not False,
             thinking=thinking_by(body.reasoning.effort if body.reasoning else None, "reasoning.effort"),
         )
