@@ -9,8 +9,21 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import msgspec
 
 from cordee import errors
+from cordee.api import (
+    agents,
+    anthropic_schemas,
+    bodies,
+    embeddings,
+    failures,
+    hidden,
+    ignored,
+    ollama_schemas,
+    responses_schemas,
+    schemas,
+    server,
+    stream,
+)
 from cordee.api import app as application
-from cordee.api import bodies, embeddings, failures, hidden, ignored, ollama_schemas, schemas, server, stream
 from cordee.cli.main import subclasses
 from cordee.engine.llama import encoder
 from cordee.generation import grammar, sampling, text
@@ -22,7 +35,7 @@ SECTION = re.compile(r"(<!-- (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 WORDS = {str: "string", int: "integer", float: "number", bool: "boolean", msgspec.Raw: "JSON", dict: "object"}
 # Errors of the command line and of loading a model; no request gets them.
 ELSEWHERE = {errors.BadModelFile, errors.DoesNotFit, errors.StorageFailed, errors.SetupNeeded}
-SHAPES = (schemas, embeddings, ollama_schemas)
+SHAPES = (schemas, responses_schemas, anthropic_schemas, ollama_schemas, embeddings)
 
 # What bounds a request, and in which unit.
 LIMITS = (
@@ -39,6 +52,8 @@ LIMITS = (
     (ignored, "NAMES_MAX", "names in `x-cordee-ignored`"),
     (ignored, "NAME_CHARS_MAX", "characters of such a name"),
     (ignored, "OBJECTS_MAX", "objects of a body that are looked at for it"),
+    (responses_schemas, "ITEMS_MAX", "items of a response's input"),
+    (agents, "TOOLS_MAX", "tools of a request to Responses or Anthropic's messages"),
     (schemas, "CHOICES_MAX", "answers to one request: prompts times `n`"),
     (embeddings, "INPUTS_MAX", "texts of an embeddings request"),
     (embeddings, "DOCUMENTS_MAX", "documents of a rerank request"),

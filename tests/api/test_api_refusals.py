@@ -262,6 +262,7 @@ def test_a_charset_may_be_declared(server: Running) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
+        ("GET", "/nosuch", 404, "not_found"),
         ("GET", "/v1/nothing", 404, "not_found"),
         ("GET", CHAT, 405, "method_not_allowed"),
         ("DELETE", "/v1/models/starter", 405, "method_not_allowed"),

@@ -25,6 +25,7 @@ class AnswerPiece:
     events: Sequence[Event] = ()
     choices: tuple[Choice, ...] = ()  # the tokens behind them, where log-probabilities were asked for
     finish_reason: Ending | None = None
+    stop: str | None = None  # the stop string that ended it, if one did
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the KV cache
     completion_tokens: int = 0  # so far
@@ -41,12 +42,14 @@ class WholeAnswer:
     """An answer as far as it has come."""
 
     said: Collected = field(default_factory=Collected)
+    events: list[Event] = field(default_factory=list[Event])  # the same, in order
     choices: list[Choice] = field(default_factory=list[Choice])
     last: AnswerPiece = field(default_factory=AnswerPiece)
 
     def add(self, piece: AnswerPiece) -> None:
         """Add what came."""
         self.said.add(piece.events)
+        self.events += piece.events
         self.choices += piece.choices
         self.last = piece
 
@@ -78,6 +81,7 @@ def _piece(chunk: TextChunk, events: Sequence[Event], has_called: bool, thinking
         events=events,
         choices=chunk.choices,
         finish_reason="tool_calls" if ending == "stop" and has_called else ending,
+        stop=chunk.stop,
         prompt_tokens=chunk.prompt_tokens,
         cached_tokens=chunk.cached_tokens,
         completion_tokens=chunk.completion_tokens,

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from cordee.api.anthropic import Anthropic
 from cordee.api.core import ApiCore
 from cordee.api.embeddings import Embeddings
 from cordee.api.failures import (
@@ -30,6 +31,7 @@ from cordee.api.ignored import NamesIgnored
 from cordee.api.keys import LocalKey
 from cordee.api.ollama import Ollama
 from cordee.api.openai import OpenAI
+from cordee.api.responses import Responses
 from cordee.api.stream import Timing
 from cordee.errors import CordeeError, Overloaded
 from cordee.serving.embedders import Embedders
@@ -64,6 +66,7 @@ def create_app(
     """
     core = ApiCore(services, embedders, expected, refusal, clock, timing)
     openai, embeddings, ollama = OpenAI(core), Embeddings(core), Ollama(core)
+    responses, anthropic = Responses(core), Anthropic(core)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -71,11 +74,15 @@ def create_app(
         core.close()
         await embedders.close()
 
+    async def alive(_: Request) -> Response:
+        return Response()
+
     async def health(_: Request) -> Response:
         return health_response(services, expected)
 
     return Starlette(
         routes=[
+            Route("/", alive, methods=["HEAD"]),
             Route("/health", health),
             Route("/v1/models", openai.models),
             Route("/v1/models/{name:path}", openai.model),
@@ -84,6 +91,9 @@ def create_app(
             Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
             *(Route(path, embeddings.rerank, methods=["POST"]) for path in RERANK_PATHS),
             *ollama.routes(),
+            Route("/v1/responses", responses.create, methods=["POST"]),
+            Route("/v1/messages", anthropic.messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
         ],
         lifespan=lifespan,
         middleware=[Middleware(Guard, key=key), Middleware(NamesIgnored)],

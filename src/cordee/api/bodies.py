@@ -67,8 +67,8 @@ class Bodies:
         self._held_bytes += len(piece)
 
 
-def decode(body: bytes | bytearray, decoder: msgspec.json.Decoder[Body]) -> Body:
-    """Decode a JSON body.
+def decode(body: bytes | bytearray, decoder: msgspec.json.Decoder[Body], place: str = "") -> Body:
+    """Decode a JSON body, or the part of one at `place`.
 
     Raises:
         BadRequest: with msgspec's reason, and the path of the field as `param`.
@@ -79,17 +79,18 @@ def decode(body: bytes | bytearray, decoder: msgspec.json.Decoder[Body]) -> Body
     except UnicodeDecodeError as error:
         raise BadRequest(f"the body is not UTF-8: byte {error.start} is wrong") from None
     except msgspec.ValidationError as error:
-        raise _refusal(str(error)) from None
+        raise _refusal(str(error), place) from None
     except msgspec.DecodeError as error:
         raise BadRequest(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise BadRequest("the body is nested too deeply") from None
 
 
-def _refusal(message: str) -> BadRequest:
+def _refusal(message: str, place: str) -> BadRequest:
     match = PLACE.match(message)
     assert match is not None, "it matches any text"
     what, path = match.group("what", "path")
+    path = ".".join(filter(None, (place, path))) or None
     field = FIELD.match(what)
     if field is None:
         return BadRequest(f"{path or 'the body'}: {what[0].lower()}{what[1:]}", path)

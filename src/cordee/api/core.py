@@ -89,6 +89,11 @@ class ApiCore:
             ignored.note(request, "model")
         return self.service(only)
 
+    @property
+    def now(self) -> datetime:
+        """The time for chat templates and replies."""
+        return self._clock()
+
     def service(self, name: str) -> ModelService:
         """The service of a model, by its name, or by that and Ollama's tag `:latest`.
 

@@ -8,12 +8,22 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cordee.errors import BadRequest, CordeeError, ModelNotFound
+from cordee.errors import BadRequest, CordeeError, ModelNotFound, Overloaded
 
 # In this time a full queue moves on, a lost stage is replaced, and most models are loaded.
 RETRY_AFTER_SECONDS = 5
 # What some statuses come with (RFC 9110).
 HEADERS = {503: {"Retry-After": str(RETRY_AFTER_SECONDS)}, 401: {"WWW-Authenticate": "Bearer"}}
+# Responses' names for fields of chat completions, by which the rooms below know them.
+RESPONSES_NAMES = {"response_format": "text.format"}
+# Anthropic's names for errors, by status.
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
 MESSAGE_CHARS_MAX = 1000  # some messages quote the request
 
 
@@ -100,8 +110,29 @@ def ollama_error(error: Exception) -> dict[str, Any]:
     return {"error": error_text(error)}
 
 
+def responses_error(error: Exception) -> dict[str, Any]:
+    """OpenAI's error object, where fields have the names of Responses."""
+    body = error_body(error)
+    body["error"]["param"] = RESPONSES_NAMES.get(body["error"]["param"], body["error"]["param"])
+    return body
+
+
+def anthropic_error(error: Exception) -> dict[str, Any]:
+    """Anthropic's error object."""
+    status = error.http_status if isinstance(error, CordeeError) else 500
+    kind = "invalid_request_error" if status < 500 else "api_error"
+    if isinstance(error, Overloaded | ModelLoading):
+        kind = "overloaded_error"
+    kind = ANTHROPIC_TYPES.get(status, kind)
+    return {"type": "error", "error": {"type": kind, "message": error_text(error)}}
+
+
 # Error bodies of APIs other than OpenAI's, by the beginning of their paths.
-BODIES: Mapping[str, Callable[[Exception], dict[str, Any]]] = {"/api/": ollama_error}
+BODIES: Mapping[str, Callable[[Exception], dict[str, Any]]] = {
+    "/api/": ollama_error,
+    "/v1/messages": anthropic_error,
+    "/v1/responses": responses_error,
+}
 
 
 def error_response(error: Exception, path: str) -> Response:

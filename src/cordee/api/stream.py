@@ -204,9 +204,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             try:
                 await _write(send, self._adapter.begin())
-                while streams.open:
-                    item = await streams.next(self._timing.keep_alive_seconds)
-                    await _write(send, self._adapter.push(*item) if item else [self._adapter.keep_alive])
+                await self._answer(streams, send)
                 last = self._adapter.end()
             except CordeeError as error:
                 last = self._adapter.failure(error)
@@ -217,14 +215,28 @@ class EventStream(Response):
                 raise
         await _write(send, last, more=False)
 
+    async def _answer(self, streams: Streams, send: Send) -> None:
+        """Write the pieces, and keep-alives where for a while none comes, or none that is shown."""
+        clock, patience = asyncio.get_running_loop().time, self._timing.keep_alive_seconds
+        due = clock() + patience
+        while streams.open:
+            item = await streams.next(max(0.0, due - clock()))
+            if item is not None and await _write(send, self._adapter.push(*item)):
+                due = clock() + patience
+            elif clock() >= due:
+                await _write(send, [self._adapter.keep_alive])
+                due = clock() + patience
 
-async def _write(send: Send, events: Iterable[bytes], more: bool = True) -> None:
-    """Send events; give up a client that reads nothing for SILENT_CLIENT_SECONDS."""
+
+async def _write(send: Send, events: Iterable[bytes], more: bool = True) -> bool:
+    """Send events, if there are any, and say so; give up a client that reads nothing for
+    SILENT_CLIENT_SECONDS."""
     data = b"".join(events)
     if not data and more:
-        return
+        return False
     try:
         async with asyncio.timeout(SILENT_CLIENT_SECONDS):
             await send({"type": "http.response.body", "body": data, "more_body": more})
+            return True
     except TimeoutError:
         raise ClientGone from None

@@ -81,6 +81,7 @@ class TextChunk(msgspec.Struct, frozen=True, kw_only=True):
     text: str
     choices: tuple[Choice, ...] = ()  # the tokens behind `text`, where log-probabilities were asked for
     finish_reason: FinishReason | None = None
+    stop: str | None = None  # the stop string that ended the text, if one did
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the KV cache
     completion_tokens: int = 0  # so far

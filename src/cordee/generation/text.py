@@ -27,8 +27,8 @@ class TextStream:
 
     Bytes that do not yet make a character, and characters that may become a stop string, are held back.
     Of several stop strings the one that completes first in the stream counts; of those that complete
-    together, the one that begins first. What stands before it is given; it and all that follows is not.
-    Invalid UTF-8 becomes U+FFFD.
+    together, the one that begins first. What stands before it is given; it and all that follows is not:
+    `stopped` is then that string. Invalid UTF-8 becomes U+FFFD.
 
     Raises:
         BadRequest: as `check` does.
@@ -36,7 +36,7 @@ class TextStream:
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         check(stop)
-        self.stopped = False
+        self.stopped: str | None = None
         self._stop = tuple(stop)
         self._longest = max(map(len, stop), default=0)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -53,21 +53,21 @@ class TextStream:
         return text
 
     def _append(self, text: str) -> str:
-        if self.stopped or not text:
+        if self.stopped is not None or not text:
             return ""
         text = self._held + text
         found = self._first_stop(text)
         if found is not None:
-            self.stopped = True
+            at, self.stopped = found
             self._held = ""
-            return text[:found]
+            return text[:at]
         cut = len(text) - self._possible_stop(text)
         self._held = text[cut:]
         return text[:cut]
 
-    def _first_stop(self, text: str) -> int | None:
-        matches = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
-        return min(matches)[1] if matches else None
+    def _first_stop(self, text: str) -> tuple[int, str] | None:
+        matches = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
+        return min(matches)[1:] if matches else None
 
     def _possible_stop(self, text: str) -> int:
         """The length of the longest end of `text` with which a stop string begins."""

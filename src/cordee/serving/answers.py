@@ -74,7 +74,7 @@ class Answer:
     @property
     def stopped(self) -> bool:
         """Whether a stop string ended the text."""
-        return self._text.stopped
+        return self._text.stopped is not None
 
     def add(self, choice: Choice | None, finish_reason: FinishReason | None) -> None:
         """Add a token, or the end, or both; queue a chunk if there is something to show."""
@@ -84,7 +84,7 @@ class Answer:
             if self._wants_choices:
                 self._choices.append(choice)
             shown = self._text.push(self._piece(choice.token))
-        if self._text.stopped:
+        if self.stopped:
             finish_reason = "stop"
         elif finish_reason is not None:
             shown += self._text.finish()
@@ -95,6 +95,7 @@ class Answer:
                 text=shown,
                 choices=tuple(self._choices),
                 finish_reason=finish_reason,
+                stop=self._text.stopped,
                 prompt_tokens=self._prompt_tokens,
                 cached_tokens=self.cached_tokens,
                 completion_tokens=self._completion_tokens,

@@ -1,0 +1,92 @@
+"""A coding agent, installed from its registry, does one whole tool round against a scripted model.
+
+Run with loopback for its only network, so that nothing leaves the machine: `agent_round.py AGENT PROGRAM
+STARTER FOLDER`. The agent gets the settings of docs/clients.md and an empty HOME in FOLDER, reads a file
+there by its own tool, and answers. What came of it is printed as JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from clients_page import example
+from cordee.api.app import Guard
+from scripted_service import scripted
+
+QUESTION = "What does summit.txt say?"
+FACT = "4806 metres"
+THOUGHT = "The file knows."
+ANSWER = "It says that it has 4806 metres."
+SECONDS = 180  # an agent starts in a few, on a busy machine in many
+
+# Its own tool that runs a command, how it calls the command, and its arguments.
+AGENTS = {
+    "Codex": ("exec_command", "cmd", ["exec", "--skip-git-repo-check", "-s", "danger-full-access", QUESTION]),
+    "Claude Code": ("Bash", "command", ["-p", "--allowedTools", "Bash", "--", QUESTION]),
+}
+
+
+def environment(agent: str, port: int, home: Path) -> dict[str, str]:
+    """The settings of the page."""
+    given = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    settings = example(agent, port)
+    if agent == "Codex":
+        folder = home / ".codex"
+        folder.mkdir()
+        (folder / "config.toml").write_text(settings, encoding="utf-8")
+        return given
+    exports = (line.removeprefix("export ").split("=", 1) for line in settings.splitlines())
+    return given | dict(exports)
+
+
+def recorded(statuses: list[tuple[str, str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the status of each request's reply."""
+    own = Guard.__call__
+
+    async def call(guard: Guard, scope: Any, receive: Any, send: Any) -> None:
+        async def noting(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append((scope["method"], scope["path"], message["status"]))
+            await send(message)
+
+        await own(guard, scope, receive, noting)
+
+    monkeypatch.setattr(Guard, "__call__", call)
+
+
+def main(agent: str, program: str, starter: str, folder: str) -> None:
+    """One round."""
+    tool, argument, arguments = AGENTS[agent]
+    home = Path(folder)
+    work = home / "work"
+    work.mkdir()
+    (work / "summit.txt").write_text(FACT, encoding="utf-8")
+    statuses: list[tuple[str, str, int]] = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        recorded(statuses, monkeypatch)
+        with scripted(Path(starter), home / "store", monkeypatch, "starter") as (server, service):
+            call = json.dumps({argument: "cat summit.txt", "description": "Read the file"})
+            service.script = [f"[think]{THOUGHT}[say]I look.[call {tool}]{call}", ANSWER]
+            done = subprocess.run(
+                [program, *arguments],
+                env=environment(agent, server.port, home),
+                cwd=work,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+            )
+            sent = [each for turn in service.turns for each in turn.messages]
+    told = {"code": done.returncode, "said": done.stdout, "errors": done.stderr[-2000:]}
+    thoughts = [each.thinking for each in sent if each.tool_calls]
+    results = [each.content for each in sent if each.role == "tool"]
+    print(json.dumps(told | {"statuses": statuses, "thoughts": thoughts, "results": results}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
