@@ -28,6 +28,7 @@ from cordee.api.failures import (
 from cordee.api.keys import LocalKey
 from cordee.api.openai import OpenAI
 from cordee.api.stream import Timing
+from cordee.api.tokens import TokenEndpoints
 from cordee.errors import CordeeError, Overloaded
 from cordee.serving.interface import ModelService
 
@@ -56,7 +57,7 @@ def create_app(
     is so. Only this machine may send requests; with a `key`, only who knows it.
     """
     core = ApiCore(services, expected, refusal, clock, timing)
-    openai = OpenAI(core)
+    openai, tokens = OpenAI(core), TokenEndpoints(core)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -73,6 +74,12 @@ def create_app(
             Route("/v1/models/{name:path}", openai.model),
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
             Route("/v1/completions", openai.completions, methods=["POST"]),
+            Route("/v1/fim/completions", openai.fim_completions, methods=["POST"]),
+            Route("/infill", openai.infill, methods=["POST"]),
+            Route("/tokenize", tokens.tokenize, methods=["POST"]),
+            Route("/detokenize", tokens.detokenize, methods=["POST"]),
+            Route("/apply-template", tokens.apply_template, methods=["POST"]),
+            Route("/tokenizer_info", tokens.tokenizer_info),
         ],
         lifespan=lifespan,
         middleware=[Middleware(Guard, key=key)],

@@ -1,10 +1,11 @@
 """What all endpoints share: the services by name, requests for them, and the threads that render prompts."""
 
 import asyncio
+import hashlib
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from typing import ParamSpec, TypeVar
@@ -13,9 +14,11 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from cordee.api.answers import Job, ParsedAnswers, WholeAnswer
+import cordee
+from cordee.api.answers import Job, ParsedAnswers, ReadPrompts, WholeAnswer
 from cordee.api.bodies import Bodies
 from cordee.api.failures import ModelLoading
+from cordee.api.metrics import Metrics
 from cordee.api.prompts import chat_prompt, check_length
 from cordee.api.schemas import CHOICES_MAX
 from cordee.api.stream import Adapter, EventStream, Timing, collect, while_connected
@@ -29,6 +32,7 @@ from cordee.serving.interface import ModelService
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
+FINGERPRINT_CHARS = 12
 SEEDS = 1 << 63  # seeds are int64, as OpenAI's
 # Prompts are rendered and tokenized beside the event loop: the longest takes seconds, but keep-alives go on.
 PROMPT_THREADS = 2
@@ -59,6 +63,7 @@ class ApiCore:
     ) -> None:
         self.services = services
         self.bodies = Bodies()
+        self.metrics = Metrics()
         self._expected = expected
         self._refusal = refusal
         self._clock = clock
@@ -68,6 +73,22 @@ class ApiCore:
     def close(self) -> None:
         """Wait until no prompt is being rendered: then services may be closed."""
         self._threads.shutdown(cancel_futures=True)
+
+    @property
+    def now(self) -> datetime:
+        """The time for chat templates and replies."""
+        return self._clock()
+
+    def asked(self, request: HttpRequest, name: str | None) -> ModelService:
+        """The service that a request means: that of the model it names, or the only one. Raises as `service`.
+
+        Raises:
+            BadRequest: it names none, and there are several.
+        """
+        known = sorted({*self.services, *self._expected})
+        if name is None and len(known) != 1:
+            raise BadRequest(f"model is missing; there is: {', '.join(known) or 'none'}", "model")
+        return self.service(known[0] if name is None else name)
 
     def service(self, name: str) -> ModelService:
         """The service of a model.
@@ -133,8 +154,11 @@ class ApiCore:
         prompts: Sequence[tuple[int, ...]],
         options: AnswerOptions,
         param: str = "prompt",
+        *,
+        scores_prompts: bool = False,
     ) -> Job:
-        """The job of going on from prompts.
+        """The job of going on from prompts; with 0 as `max_tokens` they are read, and that is all.
+        `scores_prompts`: their tokens get log-probabilities, too.
 
         Raises:
             BadRequest: it asks for too many answers.
@@ -142,7 +166,12 @@ class ApiCore:
         """
         for prompt in prompts:
             check_length(service, prompt, param)
-        return self._job(service, prompts, options.sampling, options, ParsedAnswers(service))
+        kind = ParsedAnswers
+        if options.max_tokens == 0:
+            kind, options = ReadPrompts, replace(options, max_tokens=1)
+        return self._job(
+            service, prompts, options.sampling, options, kind(service), scores_prompts=scores_prompts
+        )
 
     async def whole(self, request: HttpRequest, job: Job) -> list[WholeAnswer]:
         """The whole answers, as long as the client is there."""
@@ -161,12 +190,14 @@ class ApiCore:
         answers: ParsedAnswers,
         *,
         shows_control_tokens: bool = False,
+        scores_prompts: bool = False,
     ) -> Job:
         n = options.n
         if n * len(prompts) > CHOICES_MAX:
             raise BadRequest(
                 f"{len(prompts)} prompts with n = {n} ask for more than {CHOICES_MAX} answers", "n"
             )
+        answers.watch = partial(self.metrics.watch, service.name)
         name = secrets.token_hex(12)
         requests = [
             Request(
@@ -176,6 +207,7 @@ class ApiCore:
                 max_tokens=options.max_tokens,
                 stop=options.stop,
                 shows_control_tokens=shows_control_tokens,
+                scores_prompt=scores_prompts,
             )
             for place, prompt in enumerate(prompts)
             for choice in range(n)
@@ -187,8 +219,15 @@ class ApiCore:
             vocabulary=service.vocabulary,
             answers=answers,
             requests=requests,
+            fingerprint=fingerprint(service),
             n=n,
         )
+
+
+def fingerprint(service: ModelService) -> str:
+    """What an answer depends on beside the request, as a name: this program and the model's file."""
+    digest = hashlib.sha256(f"{cordee.__version__} {service.model.digest}".encode())
+    return f"fp_{digest.hexdigest()[:FINGERPRINT_CHARS]}"
 
 
 def random_seed() -> int:

@@ -16,6 +16,7 @@ from cordee.serving.interface import ModelService
 
 # A conversation about chat templates may name some; each costs a few calls of the tokenizer.
 CONTROL_TEXTS_MAX = 4096
+Prompt = str | list[int | str]  # a text, token ids, or both by turns
 PRIVATE = "\U000f0000"  # a private-use character around placeholders; what makes them unique is random
 
 
@@ -44,38 +45,75 @@ def chat_prompt(
         ContextExceeded: it is too long, whatever tokens it becomes.
         UnsupportedModel: the model has a broken chat template.
     """
+    hidden, text = _rendered(service, chat_format, turn, now, param)
+    return tuple(hidden.tokens(text))
+
+
+def chat_text(
+    service: ModelService,
+    chat_format: ChatFormat,
+    turn: ChatTurn,
+    now: datetime,
+    param: str,
+    *,
+    for_answer: bool = True,
+) -> str:
+    """The prompt of a turn as text; not `for_answer`: without the answer's beginning. Raises as
+    `chat_prompt`."""
+    hidden, text = _rendered(service, chat_format, turn, now, param, for_answer=for_answer)
+    return hidden.shown(text)
+
+
+def _rendered(
+    service: ModelService,
+    chat_format: ChatFormat,
+    turn: ChatTurn,
+    now: datetime,
+    param: str,
+    *,
+    for_answer: bool = True,
+) -> "tuple[_Hidden, str]":
     chat_template = service.template
-    assert chat_template is not None, "`ApiCore.chat` has looked"
+    assert chat_template is not None, "`ApiCore` has looked"
     hidden = _Hidden(service.vocabulary, param)
-    _check_bytes(service, sum(map(_nbytes, turn.messages)), param)
+    check_bytes(service, sum(map(_nbytes, turn.messages)), param)
     knows_developer = "developer" in chat_template.source
     messages = [_plain(message, hidden, knows_developer) for message in turn.messages]
     turn = replace(turn, messages=messages)
     try:
-        text = chat_template.render(chat_format.messages(turn), now=now, **chat_format.variables(turn))
+        text = chat_template.render(
+            chat_format.messages(turn),
+            add_generation_prompt=for_answer,
+            now=now,
+            **chat_format.variables(turn),
+        )
     except BadRequest as error:
         raise BadRequest(error.message, param) from error
-    return tuple(hidden.tokens(text))
+    return hidden, text
 
 
-def completion_prompts(service: ModelService, request: CompletionRequest) -> list[tuple[int, ...]]:
+def split_prompts(request: CompletionRequest) -> list[Prompt]:
     """The prompts of a completion request, one or several.
 
     Raises:
-        BadRequest: it has none of the accepted forms, or is empty.
-        ContextExceeded: one is too long, whatever tokens it becomes.
+        BadRequest: it has none of the accepted forms, or too many prompts.
     """
     prompt = request.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        prompt = [prompt]
+    if isinstance(prompt, str) or any(isinstance(each, int) for each in prompt):
+        prompt = [cast("Prompt", prompt)]
     if not 0 < len(prompt) <= CHOICES_MAX:
         raise BadRequest(f"prompt must hold 1 to {CHOICES_MAX} prompts, not {len(prompt)}", "prompt")
-    if len({isinstance(each, str) for each in prompt}) > 1:
-        raise BadRequest("prompt must be a text, a list of token ids, or a list of either", "prompt")
-    for each in prompt:
-        if isinstance(each, str):
-            _check_bytes(service, _utf8_bytes(each), "prompt")
-    return [_tokens(service.vocabulary, each) for each in prompt]
+    return cast("list[Prompt]", prompt)
+
+
+def completion_prompts(service: ModelService, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    """The token ids of prompts.
+
+    Raises:
+        BadRequest: one has none of the accepted forms, or is empty.
+        ContextExceeded: one is too long, whatever tokens it becomes.
+    """
+    return [_tokens(service, each) for each in prompts]
 
 
 def check_length(service: ModelService, prompt: Sequence[int], param: str) -> None:
@@ -92,8 +130,12 @@ def check_length(service: ModelService, prompt: Sequence[int], param: str) -> No
         )
 
 
-def _check_bytes(service: ModelService, nbytes: int, param: str) -> None:
-    """Refuse a text before it is tokenized: 16 MB take seconds, and a context holds a small part of them."""
+def check_bytes(service: ModelService, nbytes: int, param: str) -> None:
+    """Refuse a text before it is tokenized: 16 MB take seconds, and a context holds a small part of them.
+
+    Raises:
+        ContextExceeded: it does not fit the context, whatever tokens it becomes.
+    """
     least = service.vocabulary.least_tokens(nbytes)
     if least >= service.context:
         raise ContextExceeded(
@@ -104,27 +146,45 @@ def _check_bytes(service: ModelService, nbytes: int, param: str) -> None:
         )
 
 
-def _utf8_bytes(text: str) -> int:
+def utf8_bytes(text: str) -> int:
+    """The length of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _nbytes(message: Message) -> int:
-    return _utf8_bytes(message.content)
+    return utf8_bytes(message.content)
 
 
-def _tokens(vocabulary: Vocabulary, prompt: str | Sequence[int | str | list[int]] | int) -> tuple[int, ...]:
-    if isinstance(prompt, str):
-        tokens = vocabulary.tokenize(prompt, special=True, add_bos=True)
-    elif isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
-        tokens = cast("list[int]", prompt)
-    else:
-        raise BadRequest("prompt must be a text, a list of token ids, or a list of either", "prompt")
-    for token in tokens:
-        if not 0 <= token < vocabulary.size:
-            raise BadRequest(f"prompt holds token {token}; the model has {vocabulary.size} tokens", "prompt")
+def _tokens(service: ModelService, prompt: Prompt) -> tuple[int, ...]:
+    pieces = [prompt] if isinstance(prompt, str) else prompt
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    if any(isinstance(piece, list) for piece in pieces):
+        raise BadRequest("a prompt must be a text, or a list of token ids and texts", "prompt")
+    if len(texts) > CONTROL_TEXTS_MAX:
+        raise BadRequest(f"a prompt may be made of {CONTROL_TEXTS_MAX} texts at most", "prompt")
+    check_bytes(service, sum(map(utf8_bytes, texts)), "prompt")
+    vocabulary = service.vocabulary
+    tokens: list[int] = []
+    for place, piece in enumerate(pieces):
+        if isinstance(piece, str):
+            tokens += vocabulary.tokenize(piece, special=True, add_bos=place == 0)
+        else:
+            tokens.append(piece)
+    check_ids(vocabulary, tokens, "prompt")
     if not tokens:
         raise BadRequest("the prompt is empty: this model needs a token to begin with", "prompt")
     return tuple(tokens)
+
+
+def check_ids(vocabulary: Vocabulary, tokens: Sequence[int], param: str) -> None:
+    """Refuse token ids that the model does not have.
+
+    Raises:
+        BadRequest: names the first of them.
+    """
+    for token in tokens:
+        if not 0 <= token < vocabulary.size:
+            raise BadRequest(f"{param} holds token {token}; the model has {vocabulary.size} tokens", param)
 
 
 def _message(message: ChatMessage, path: str) -> Message:
@@ -177,6 +237,10 @@ class _Hidden:
             self._names.append(text[start:end])
             at = end
         return shown + text[at:]
+
+    def shown(self, text: str) -> str:
+        """A rendered text with the names where they stood."""
+        return re.sub(f"{self._mark}([0-9]+){PRIVATE}", lambda match: self._names[int(match[1])], text)
 
     def tokens(self, text: str) -> list[int]:
         """The token ids of a rendered text, where placeholders become the names as plain text."""

@@ -206,7 +206,7 @@ class EventStream(Response):
                 await _write(send, self._adapter.begin())
                 while streams.open:
                     item = await streams.next(self._timing.keep_alive_seconds)
-                    await _write(send, self._adapter.push(*item) if item else [self._adapter.keep_alive])
+                    await _write(send, self._events(item))
                 last = self._adapter.end()
             except CordeeError as error:
                 last = self._adapter.failure(error)
@@ -216,6 +216,15 @@ class EventStream(Response):
                 await _write(send, self._adapter.failure(error), more=False)
                 raise
         await _write(send, last, more=False)
+
+    def _events(self, item: tuple[int, AnswerPiece] | None) -> Iterable[bytes]:
+        """What to write for a piece; None: nothing came for a while."""
+        if item is None:
+            return [self._adapter.keep_alive]
+        if item[1].place is None:
+            return self._adapter.push(*item)
+        is_sse = self._adapter.media_type == "text/event-stream"
+        return [f": queue {item[1].place}\n\n".encode()] if is_sse else []
 
 
 async def _write(send: Send, events: Iterable[bytes], more: bool = True) -> None:

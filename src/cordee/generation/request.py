@@ -38,7 +38,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One stream to generate. `max_tokens` None: up to the end of the context.
 
-    `shows_control_tokens`: their names are part of the text, but for the one that ends it.
+    `shows_control_tokens`: their names are part of the text, but for the one that ends it. `scores_prompt`:
+    the prompt's own tokens get log-probabilities, too, and so does the token that ends the answer; it needs
+    `sampling.top_logprobs`.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     shows_control_tokens: bool = False
+    scores_prompt: bool = False
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -61,10 +64,15 @@ class TextChunk(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of an answer as the client may see it: whole characters only, and nothing of a stop string.
 
     The last chunk of a stream, and only that one, has a `finish_reason`; `text` may be empty.
+    `prompt_choices` come with the first chunk that has tokens: the prompt's tokens but the first, where their
+    log-probabilities were asked for. A chunk with a `place` has nothing else: the stream waits, and the next
+    one to be answered has place 1.
     """
 
     text: str
     choices: tuple[Choice, ...] = ()  # the tokens behind `text`, where log-probabilities were asked for
+    prompt_choices: tuple[Choice, ...] = ()
+    place: int | None = None
     finish_reason: FinishReason | None = None
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the KV cache

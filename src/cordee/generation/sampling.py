@@ -129,7 +129,7 @@ class Sampler:
         self._index += 1
         if self.params.top_logprobs is None:
             return Choice(token)
-        return _with_logprobs(token, logits, self.params.top_logprobs)
+        return scored(token, logits, self.params.top_logprobs)
 
     def _argmax(self, row: np.ndarray, best: int, allowed: np.ndarray | None) -> int:
         if allowed is None or allowed[best]:
@@ -278,8 +278,9 @@ def _every_id(n_vocab: int) -> np.ndarray:
     return np.arange(n_vocab, dtype=np.int32)
 
 
-def _with_logprobs(token: int, logits: np.ndarray, top: int) -> Choice:
-    """The choice with the log-softmax of the raw row; equal logits are ranked by id."""
+def scored(token: int, logits: np.ndarray, top: int) -> Choice:
+    """A token with the log-softmax of the raw (n_vocab,) row, and of its `top` likeliest tokens; equal logits
+    are ranked by id."""
     shifted = logits - logits.max()
     log_sum = np.log(np.exp(shifted).sum(dtype=np.float64))
     best = ()

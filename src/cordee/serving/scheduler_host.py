@@ -287,7 +287,9 @@ class SchedulerHost:
         self._results.came(message.batch, message.last, time.monotonic())
         for choices in message.earlier:
             self._host.complete(message.batch, choices, {}, last=False)
-        self._host.complete(message.batch, message.choices, message.failures, last=message.last)
+        self._host.complete(
+            message.batch, message.choices, message.failures, message.scores, last=message.last
+        )
         self.rate.count(sum(map(len, message.earlier)) + len(message.choices))
         self.rows += sum(map(len, message.earlier)) + (0 if message.last else len(message.choices))
         self.pump()
