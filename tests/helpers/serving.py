@@ -15,7 +15,7 @@ from cordee.api.keys import LocalKey
 from cordee.api.server import serve
 from cordee.api.stream import Timing
 from cordee.models.store import Store
-from cordee.serving.local_service import LocalService, ServiceConfig
+from cordee.serving.local_service import LocalService, ServiceConfig, samples
 
 SECONDS = 60  # no answer of the starter model takes nearly as long, however busy the machine is
 BACKLOG = 2048  # connections that arrive at once
@@ -138,7 +138,13 @@ def running(
             server.services["starter"] = server.run(
                 LocalService.start(model, store, stages=stages, config=config, report=lambda _: None)
             )
-        app = create_app(server.services, expected=expected, key=key, timing=timing or Timing())
+        app = create_app(
+            server.services,
+            expected=expected,
+            key=key,
+            timing=timing or Timing(),
+            samples=samples(server.services),
+        )
         serving = asyncio.run_coroutine_threadsafe(serve(app, listener), server.loop)
         yield server
     finally:

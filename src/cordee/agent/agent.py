@@ -126,7 +126,7 @@ class Agent:
         self._certificates = Certificates(identity, bus, self._listen_host, self.changed, self.gossip.removed)
         self.history = History()
         self.gauges = Gauges()
-        self._meter = Meter()
+        self.meter = Meter()
         self._stream_links = StreamLinks(identity.folder, identity.node, self._receive)
         self._gateway = ClusterGateway(self._stream_links.ask)
         self.services = Services(self.local_models, self._gateway, self._keep, self.changed, self._want)
@@ -544,8 +544,13 @@ class Agent:
     def _is_deployed(self, name: str) -> bool:
         return any(each.model == name and each.replicas for each in self.controller.deployments)
 
+    @property
+    def scheduler_hosts(self) -> Mapping[str, SchedulerHost]:
+        """The schedulers that run here, by stream key."""
+        return self._scheduler_hosts
+
     def _measure(self) -> Gauges:
-        self.gauges = gauges.measured(self._scheduler_hosts, self.local_models, self._meter)
+        self.gauges = gauges.measured(self._scheduler_hosts, self.local_models, self.meter)
         return self.gauges
 
     def _say(self, node: str, said: Said) -> None:

@@ -1,10 +1,11 @@
 """The HTTP application: its endpoints, which requests are let in, and how many at once."""
 
 import ipaddress
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+import re
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -17,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cordee.api.core import ApiCore
 from cordee.api.failures import (
+    HEADERS,
     ClientGone,
     ForbiddenOrigin,
     error_response,
@@ -26,13 +28,17 @@ from cordee.api.failures import (
     on_http_exception,
 )
 from cordee.api.keys import LocalKey
+from cordee.api.listing import states
+from cordee.api.metrics import CONTENT_TYPE
 from cordee.api.openai import OpenAI
 from cordee.api.stream import Timing
 from cordee.api.tokens import TokenEndpoints
 from cordee.errors import CordeeError, Overloaded
 from cordee.serving.interface import ModelService
+from cordee.serving.samples import Sample
 
 REQUESTS_MAX = 2048  # at once; each costs a task, a connection and its body, beside its place in a queue
+ABSOLUTE = re.compile(rb"https?://(?P<host>[^/?#]*)(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
 HEADER_CHARS_MAX = 100  # of a header that a message quotes
 
 
@@ -49,14 +55,17 @@ def create_app(
     refusal: Callable[[str], CordeeError | None] = lambda _: None,
     clock: Callable[[], datetime] = local_now,
     timing: Timing = Timing(),  # noqa: B008  frozen
+    samples: Callable[[], Iterable[Sample]] = tuple,
 ) -> Starlette:
     """The application over running services, by the model's name.
 
     `services` may be filled after the server has started: a model of `expected` that is not in it yet is
     loading, and its requests are told to try again. `refusal` says why a model cannot be used here, if that
-    is so. Only this machine may send requests; with a `key`, only who knows it.
+    is so. Only this machine may send requests; with a `key`, only who knows it. `samples` are numbers for
+    the metrics, beside those of the requests themselves.
     """
     core = ApiCore(services, expected, refusal, clock, timing)
+    core.metrics.samples.append(samples)
     openai, tokens = OpenAI(core), TokenEndpoints(core)
 
     @asynccontextmanager
@@ -64,12 +73,21 @@ def create_app(
         yield
         core.close()
 
-    async def health(_: Request) -> Response:
+    async def live(_: Request) -> Response:
+        return json_response({"status": "ok"})
+
+    async def ready(_: Request) -> Response:
         return health_response(services, expected)
+
+    async def metrics(_: Request) -> Response:
+        return Response(core.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return Starlette(
         routes=[
-            Route("/health", health),
+            Route("/live", live),
+            Route("/ready", ready),
+            Route("/health", ready),
+            Route("/metrics", metrics),
             Route("/v1/models", openai.models),
             Route("/v1/models/{name:path}", openai.model),
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
@@ -97,13 +115,14 @@ def health_response(services: Mapping[str, ModelService], expected: Collection[s
 
     A model of the cluster that was not asked for yet is idle, which counts as ready.
     """
-    states = dict.fromkeys(expected, "loading") | {name: each.health for name, each in services.items()}
-    if not states or "loading" in states.values():
+    found = states(services, expected)
+    if not found or "loading" in found.values():
         status = "loading"
     else:
-        good = any(state in ("ready", "idle") for state in states.values())
+        good = any(state in ("ready", "idle") for state in found.values())
         status = "ok" if good else "recovering"
-    return json_response({"status": status, "models": states}, 200 if status == "ok" else 503)
+    code = 200 if status == "ok" else 503
+    return json_response({"status": status, "models": found}, code, HEADERS.get(code))
 
 
 class Guard:
@@ -125,6 +144,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
+            scope = _origin_form(scope)
             headers = Headers(scope=scope)
             _check_headers(headers)
             if self._key is not None:
@@ -139,6 +159,16 @@ class Guard:
             await self._app(scope, receive, send)
         finally:
             self._open -= 1
+
+
+def _origin_form(scope: Scope) -> Scope:
+    """A request for an absolute URL as one for its path at that URL's host (RFC 9112, section 3.2.2)."""
+    match = ABSOLUTE.match(scope["raw_path"])
+    if match is None:
+        return scope
+    path = match["path"] or b"/"
+    headers = [(b"host", match["host"]), *(each for each in scope["headers"] if each[0] != b"host")]
+    return {**scope, "raw_path": path, "path": unquote(path.decode("ascii")), "headers": headers}
 
 
 def _check_headers(headers: Headers) -> None:

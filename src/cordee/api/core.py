@@ -64,7 +64,7 @@ class ApiCore:
         self.services = services
         self.bodies = Bodies()
         self.metrics = Metrics()
-        self._expected = expected
+        self.expected = expected
         self._refusal = refusal
         self._clock = clock
         self._timing = timing
@@ -85,7 +85,7 @@ class ApiCore:
         Raises:
             BadRequest: it names none, and there are several.
         """
-        known = sorted({*self.services, *self._expected})
+        known = sorted({*self.services, *self.expected})
         if name is None and len(known) != 1:
             raise BadRequest(f"model is missing; there is: {', '.join(known) or 'none'}", "model")
         return self.service(known[0] if name is None else name)
@@ -103,7 +103,7 @@ class ApiCore:
             return service
         if (refusal := self._refusal(name)) is not None:
             raise refusal
-        if name in self._expected:
+        if name in self.expected:
             raise ModelLoading(f"{name} is still being loaded; try again in a moment")
         wanted = f"no model {name[:NAME_CHARS_MAX]!r} is served here"
         if self.services:

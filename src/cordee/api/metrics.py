@@ -4,17 +4,16 @@ Nothing of a prompt, an answer or a client is in it but the name of the model.
 """
 
 from collections import Counter as Counts
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from cordee.api.timings import Watch
 from cordee.generation.request import TextChunk
+from cordee.serving.samples import Sample
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Seconds. A prompt takes a tenth of a second on a good machine, and minutes where it is long; a token takes a
@@ -23,19 +22,11 @@ FIRST_BUCKETS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 30
 BETWEEN_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A number as it is now. `name` is without `cordee_`, and without `_total`, which counters get."""
-
-    kind: Literal["gauge", "counter"]
-    name: str
-    help: str
-    value: float
-    labels: Mapping[str, str]
-
-
 # What is known of services, and of the cluster, when it is asked for.
 Samples = Callable[[], Iterable[Sample]]
+
+
+disable_created_metrics()  # when each series began: nobody asks, and it doubles what is sent
 
 
 class Metrics:

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
-from typing import Any
 
 import msgspec
 from msgspec import structs
@@ -14,6 +12,7 @@ from cordee.api.answers import Job
 from cordee.api.core import AnswerOptions, ApiCore, random_seed
 from cordee.api.failures import json_response
 from cordee.api.infill import ANSWER_SHARE, InfillReply, infill_prompt, suffix_prompt
+from cordee.api.listing import coming_model, described, listed
 from cordee.api.logprobs import Echo
 from cordee.api.prompts import Prompt, chat_turn, completion_prompts, split_prompts
 from cordee.api.replies import ChatReply, CompletionReply, Reply
@@ -55,14 +54,16 @@ class OpenAI:
 
     async def models(self, _: HttpRequest) -> Response:
         """`GET /v1/models`"""
-        services = self._core.services
-        listed = [_model(name, service) for name, service in sorted(services.items())]
-        return json_response({"object": "list", "data": listed})
+        core = self._core
+        data = listed(core.services, core.expected, core.now)
+        return json_response({"object": "list", "data": data})
 
     async def model(self, request: HttpRequest) -> Response:
         """`GET /v1/models/{id}`"""
-        name = request.path_params["name"]
-        return json_response(_model(name, self._core.service(name)))
+        name, core = request.path_params["name"], self._core
+        if name in core.expected and name not in core.services:
+            return json_response(coming_model(name, core.now))
+        return json_response(described(name, core.service(name)))
 
     async def chat_completions(self, request: HttpRequest) -> Response:
         """`POST /v1/chat/completions`"""
@@ -202,8 +203,3 @@ def _grammar(body: Common) -> Grammar | None:
     if constraint is not None:
         raise BadRequest("grammar and response_format cannot both bind the answer: leave one out", "grammar")
     return Grammar("gbnf", body.grammar)
-
-
-def _model(name: str, service: ModelService) -> dict[str, Any]:
-    added = datetime.fromisoformat(service.model.added)
-    return {"id": name, "object": "model", "created": int(added.timestamp()), "owned_by": "cordee"}

@@ -115,6 +115,26 @@ local_key = click.option(
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+log_file = click.option(
+    "--log-file",
+    metavar="PATH",
+    type=click.Path(dir_okay=False),
+    help="Write what the program does to this file, too; never a prompt or an answer.",
+)
+log_format = click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Lines of text, or an object of JSON for each.",
+)
+
+
+def logged(command: Callable[P, None]) -> Callable[P, None]:
+    """Options of verbs that run for long, for their log."""
+    return log_file(log_format(command))
+
+
 def serving(command: Callable[P, None]) -> Callable[P, None]:
     """Options of every verb that loads a model to answer with it."""
     for option in (force_cut, fast, device, threads, context, stages):

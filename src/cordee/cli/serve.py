@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +18,7 @@ from cordee.cli.models import STARTER
 from cordee.errors import BadRequest
 
 if TYPE_CHECKING:
+    from cordee.agent.logs import Form
     from cordee.api.keys import LocalKey
     from cordee.models.store import Store, StoredModel
     from cordee.serving.local_service import ServiceConfig
@@ -38,6 +40,7 @@ PORT = 8321
 @options.local_key
 @options.sequences
 @options.serving
+@options.logged
 def serve(
     models: tuple[str, ...],
     port: int,
@@ -45,6 +48,8 @@ def serve(
     wants_key: bool,
     stages: int,
     sequences: int | None,
+    log_file: str | None,
+    log_format: "Form",
     **loading: Any,
 ) -> None:
     """Serve models to programs on this machine, with OpenAI's API.
@@ -53,10 +58,12 @@ def serve(
     Other accounts of this machine may ask, too, unless --local-key has the API want a key.
     """
     address = _loopback(host)
+    from cordee.agent import logs
     from cordee.api.keys import LocalKey
     from cordee.models.store import Store
     from cordee.serving.local_service import ServiceConfig
 
+    logs.begin(Path(log_file) if log_file else None, log_format)
     store = Store()
     stored = [find(store, name) for name in dict.fromkeys(models or (STARTER,))]
     listener = listen(address, port)
@@ -114,7 +121,7 @@ async def _serve(
     """Load the models, answer until SIGINT or SIGTERM, close everything."""
     from cordee.api.app import create_app
     from cordee.api.server import serve as answer
-    from cordee.serving.local_service import LocalService
+    from cordee.serving.local_service import LocalService, samples
 
     task = asyncio.current_task()
     assert task is not None, "asyncio.run() runs this in a task"
@@ -122,7 +129,7 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     services: dict[str, LocalService] = {}
     # It answers from now on: a client that asks while a model loads is told so.
-    app = create_app(services, expected=[model.name for model in models], key=key)
+    app = create_app(services, expected=[model.name for model in models], key=key, samples=samples(services))
     serving = asyncio.create_task(answer(app, listener))
     try:
         with output.loading() as report:

@@ -31,6 +31,7 @@ class History:
 
     def __init__(self) -> None:
         self.changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
+        self.count = 0  # of all changes
         self._before: Mapping[str, tuple[Chosen, ...]] = {}
 
     def note(self, chosen: Mapping[str, tuple[Chosen, ...]], nodes: Nodes, clock: float) -> None:
@@ -39,11 +40,15 @@ class History:
             return
         for model in sorted(chosen.keys() | self._before.keys()):
             if model not in chosen:
-                self.changes.append(Change(clock, model, "no longer deployed"))
+                self._add(Change(clock, model, "no longer deployed"))
                 continue
             for text in _changes(_by_id(self._before.get(model, ())), _by_id(chosen[model]), nodes):
-                self.changes.append(Change(clock, model, text))
+                self._add(Change(clock, model, text))
         self._before = chosen
+
+    def _add(self, change: Change) -> None:
+        self.changes.append(change)
+        self.count += 1
 
 
 def where(placement: Placement, nodes: Nodes) -> str:

@@ -147,6 +147,11 @@ class Host:
         """Streams that hold a slot."""
         return self._scheduler.active
 
+    @property
+    def held_tokens(self) -> int:
+        """Tokens in the KV cache."""
+        return self._scheduler.held_tokens
+
     def receive(self, node: str, message: Ask | Assert, refusal: CordeeError | None = None) -> None:
         """Handle a message of the gateway on a node, which must be about this model.
 

@@ -220,6 +220,11 @@ class Scheduler:
         """Streams that hold a slot."""
         return len(self._active)
 
+    @property
+    def held_tokens(self) -> int:
+        """Tokens in all slots: of streams, and of those that may follow them."""
+        return sum(len(slot.tokens) for slot in self._slots)
+
     def places(self) -> dict[str, int]:
         """The place of each stream that waits for a slot, by its id; the next one has place 1."""
         return {name: place for place, name in enumerate(self._waiting, 1)}

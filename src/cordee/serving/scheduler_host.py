@@ -152,6 +152,16 @@ class SchedulerHost:
         """Streams that wait for one of them to end."""
         return self._host.waiting
 
+    @property
+    def held_tokens(self) -> int:
+        """Tokens in the KV cache."""
+        return self._host.held_tokens
+
+    @property
+    def held_tokens_max(self) -> int:
+        """Tokens that the KV cache has room for."""
+        return self._limits.sequences * self._limits.context
+
     def follow(self, goal: HostGoal) -> None:
         """Join the goal's wiring, or wait for one."""
         self._last = goal.placement.stages[-1].node
