@@ -24,13 +24,14 @@ context = click.option(
     "--context",
     metavar="N",
     type=click.IntRange(16),
-    help="Context length: tokens of a prompt and its answer together; default: as long as is usual and fits.",
+    help="Context length: tokens of a prompt and its answer together; default: 8192, more where there is "
+    "much memory, less where it is short.",
 )
 sequences = click.option(
     "--sequences",
     metavar="N",
     type=click.IntRange(1, 256),
-    help="Answers at a time; default: 8, or fewer where memory is short.",
+    help="Answers at a time; default: 4, more where there is much memory, fewer where it is short.",
 )
 threads = click.option(
     "--threads", metavar="N", type=click.IntRange(1, 1024), help="Threads of each stage; default: all cores."

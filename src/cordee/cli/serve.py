@@ -139,6 +139,7 @@ async def _serve(
                     model, store, stages=stages, config=own, report=report
                 )
         for name, service in services.items():
+            output.note(f"cordee: {name}: {output.asked(service.sequences, service.context)}")
             output.note_shortened(name, service.shortened)
         address, port = listener.getsockname()[:2]
         _greet(services, address, port, key)

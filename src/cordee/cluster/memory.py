@@ -38,7 +38,8 @@ TOKEN_BYTES = 220
 # Rows of a micro-batch: enough to use the processor fully, little enough not to block it.
 BATCH_ROWS = 512
 # Rows whose logits a last stage gives at a time, if not one for each sequence: a prompt that is scored wants
-# those of all its rows, and so many at a time use the processor nearly as well as hundreds.
+# keeps room for one row for each sequence; no estimate counts the rest (16 MB for 256,000 tokens).
+# keeps room for the logits of one for each sequence; no estimate counts the rest (16 MB for 256,000 tokens).
 OUTPUT_ROWS = 16
 # Tables that are kept, one for each model and size: far more than a cluster serves. Each has at most 0.5 MB.
 TABLES_KEPT = 32
@@ -101,9 +102,10 @@ class StageShape:
         """The stage's memory in a configuration."""
         cells = -(-sizes.context // CELLS_STEP) * CELLS_STEP
         rows = min(sizes.batch_rows, sizes.context * sizes.sequences)
-        outputs = min(output_rows(sizes), rows) * self.vocabulary * FLOAT_BYTES
+        outputs = min(sizes.sequences, rows) * self.vocabulary * FLOAT_BYTES
         mask_bytes = self.masks * cells * MASK_NUMBER_BYTES
-        peak_bytes = max(self.row_floats * FLOAT_BYTES * rows, outputs)
+        computed = min(output_rows(sizes), rows) * self.vocabulary * FLOAT_BYTES
+        peak_bytes = max(self.row_floats * FLOAT_BYTES * rows, computed)
         return Fit(
             weights_bytes=self.weights_bytes,
             kv_bytes=self.cell_bytes * cells * sizes.sequences,

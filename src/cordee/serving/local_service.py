@@ -129,6 +129,11 @@ class LocalService(ClusterService):
         return service
 
     @property
+    def sequences(self) -> int:
+        """Answers at a time."""
+        return self._config.sequences
+
+    @property
     def ready(self) -> bool:
         """Whether a request would be worked on now; False while a stage is being replaced."""
         return self._cluster is not None and self._cluster.ready
