@@ -29,6 +29,7 @@ from cordee.agent import admins, capacity, gauges
 from cordee.agent.certificates import Certificates
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
+from cordee.agent.history import History
 from cordee.agent.inbox import AgentInbox
 from cordee.agent.planning import PlanningProcess
 from cordee.agent.probes import Probes
@@ -41,7 +42,6 @@ from cordee.cluster.demand import SizeRequest
 from cordee.cluster.doubts import DOUBT_SECONDS
 from cordee.cluster.facts import Facts, Gauges, ModelShape, Offer, SliceHeld, best_host
 from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec
-from cordee.cluster.history import History
 from cordee.cluster.membership import Farewell
 from cordee.cluster.memory import Demand
 from cordee.cluster.reconcile import Actions

@@ -73,9 +73,6 @@ def create_app(
         yield
         core.close()
 
-    async def live(_: Request) -> Response:
-        return json_response({"status": "ok"})
-
     async def ready(_: Request) -> Response:
         return health_response(services, expected)
 
@@ -84,7 +81,7 @@ def create_app(
 
     return Starlette(
         routes=[
-            Route("/live", live),
+            Route("/live", _live),
             Route("/ready", ready),
             Route("/health", ready),
             Route("/metrics", metrics),
@@ -108,6 +105,10 @@ def create_app(
             Exception: on_failure,
         },
     )
+
+
+async def _live(_: Request) -> Response:
+    return json_response({"status": "ok"})
 
 
 def health_response(services: Mapping[str, ModelService], expected: Collection[str]) -> Response:

@@ -38,8 +38,8 @@ TOKEN_BYTES = 220
 # Rows of a micro-batch: enough to use the processor fully, little enough not to block it.
 BATCH_ROWS = 512
 # Rows whose logits a last stage gives at a time, if not one for each sequence: a prompt that is scored wants
-# keeps room for one row for each sequence; no estimate counts the rest (16 MB for 256,000 tokens).
-# keeps room for the logits of one for each sequence; no estimate counts the rest (16 MB for 256,000 tokens).
+# those of all its rows, and so many at a time use the processor nearly as well as hundreds. Until then
+# libllama keeps room for one row of each sequence; no estimate counts the rest (16 MB for 256,000 tokens).
 OUTPUT_ROWS = 16
 # Tables that are kept, one for each model and size: far more than a cluster serves. Each has at most 0.5 MB.
 TABLES_KEPT = 32
