@@ -208,3 +208,13 @@ def test_no_log_holds_what_was_asked_or_answered(server: Running, caplog: pytest
     server.request("POST", "/infill", {"input_prefix": SECRET, "input_suffix": SECRET})
     server.request("POST", "/tokenize", {"content": SECRET})
     assert SECRET not in caplog.text
+
+
+def test_the_board_shows_what_is_measured(server: Running) -> None:
+    board = (Path(__file__).resolve().parents[2] / "docs" / "grafana.json").read_text()
+    wanted = set(re.findall(r"cordee_[a-z_]+", json.dumps(json.loads(board)["panels"])))
+    names = {name for name, *_ in scraped(server)}
+    of_machines = {"cordee_energy_joules_total"}  # where the machine tells
+    of_clusters = {"cordee_nodes", "cordee_replans_total"}  # `cordee up` has them
+    assert wanted - names <= of_machines | of_clusters
+    assert len(wanted & names) >= 10
