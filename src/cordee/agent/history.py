@@ -1,9 +1,10 @@
-"""What happened to the placements of models, as one node saw it, and why: for people to read. Pure.
+"""What happened to the placements of models, as one node saw it, and why: for people to read.
 
 The reasons are read from what is known when a change is seen. Each node has its own history; nothing is
 decided by it.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Mapping
 
@@ -12,6 +13,8 @@ import msgspec
 from cordee.cluster.choose import Chosen, Reports
 from cordee.cluster.facts import Facts, Placement, placement_id
 from cordee.cluster.membership import Liveness
+
+log = logging.getLogger(__name__)
 
 CHANGES_KEPT = 64  # a page or two
 
@@ -49,6 +52,7 @@ class History:
     def _add(self, change: Change) -> None:
         self.changes.append(change)
         self.count += 1
+        log.info("%s: %s", change.model, change.text)
 
 
 def where(placement: Placement, nodes: Nodes) -> str:
