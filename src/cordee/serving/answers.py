@@ -99,7 +99,7 @@ class Answer:
 
     def tell_place(self, place: int) -> None:
         """Queue a chunk that says where the stream stands while it waits."""
-        self._chunks.put_nowait(TextChunk(text="", place=place))
+        self._chunks.put_nowait(TextChunk(text="", place=place, completion_tokens=self._completion_tokens))
 
     def add(self, choice: Choice | None, finish_reason: FinishReason | None) -> None:
         """Add a token, or the end, or both; queue a chunk if there is something to show."""
