@@ -179,9 +179,9 @@ def test_nothing_is_read_that_is_known_under_way_or_has_a_taken_name(
     def deploy(model: str, **more) -> Deployed:
         return asyncio.run(Deployer(agent).deploy(Deploy(model, **more)))
 
-    assert deploy("o/Pulled-GGUF:Q8_0") == Deployed("mine")
-    assert deploy("o/Old-GGUF", context=16) == Deployed("Old")
-    assert deploy("Old") == Deployed("Old")
+    assert deploy("o/Pulled-GGUF:Q8_0") == Deployed("mine", demand=Demand(64, SEQUENCES))
+    assert deploy("o/Old-GGUF", context=16) == Deployed("Old", demand=Demand(16, 2))
+    assert deploy("Old") == Deployed("Old", demand=Demand(32, 2))
     assert agent.deployed == [
         ("mine", "p", 64, SEQUENCES, 1, "o/Pulled-GGUF/file.gguf"),
         ("Old", "o", 16, 2, 1, "o/Old-GGUF/file.gguf"),

@@ -19,13 +19,13 @@ import cluster_processes
 from cluster_processes import Cluster, until
 from clusters import ME
 from cordee.agent import planning
+from cordee.agent.history import History
 from cordee.agent.planning import PlanningProcess
 from cordee.agent.status import ClusterStatus
 from cordee.cluster import later_planner
 from cordee.cluster.choose import Unanswered, Unfound
 from cordee.cluster.controller import Controller, Running
 from cordee.cluster.facts import Facts, Gauges, Placement
-from cordee.cluster.history import History
 from cordee.cluster.planner import Planner
 from cordee.cluster.questions import PlanAnswer
 from plans import device, machine, made_shape

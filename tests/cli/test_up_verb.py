@@ -48,10 +48,28 @@ def asked(node: Node, body: dict = HELLO) -> tuple[int, dict]:
 
 
 def test_the_first_request_on_a_first_machine_is_answered(node: Node, starter_path: Path) -> None:
-    node.up("--listen", "127.0.0.1:0", *QUIET)
+    log = node.home / "node.log"
+    node.up("--listen", "127.0.0.1:0", "--log-file", log, *QUIET)
     status, answer = asked(node)
     assert status == 200 and answer["choices"][0]["message"]["content"]
     assert 'cordee run starter "Hello"' in node.said
+    api = node.asked("/nodes")["nodes"][0]["api"]
+    with urllib.request.urlopen(f"{api}/models") as response:
+        [model] = json.load(response)["data"]
+    # What an agent's first request fits, as the machine is no larger than the model.
+    assert (model["state"], model["context_length"]) == ("ready", 8192)
+    with urllib.request.urlopen(api.removesuffix("/v1") + "/metrics") as response:
+        metrics = response.read().decode()
+    for line in (
+        'cordee_nodes{state="alive"} 1.0',
+        'cordee_answers_total{ending="length",model="starter"} 1.0',
+        'cordee_generated_tokens_total{model="starter"} 4.0',
+        f'cordee_kv_cache_tokens_max{{model="starter"}} {4 * 8192}.0',
+        "cordee_replans_total ",
+    ):
+        assert line in metrics, metrics
+    written = log.read_text()
+    assert " INFO cordee.agent.history: starter: " in written and "Hello" not in written
 
 
 def test_with_a_local_key_only_who_can_read_it_is_answered(node: Node, starter_path: Path) -> None:

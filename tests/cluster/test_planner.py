@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cordee.cluster.demand import CONTEXT_USEFUL, SizeRequest
+from cordee.cluster.demand import COMFORT, CONTEXT_USEFUL, SizeRequest
 from cordee.cluster.facts import Facts, ModelShape, Placement, StagePlace, StageReport
 from cordee.cluster.memory import Demand, needed_bytes
 from cordee.cluster.planner import COPIES_TOLD, Plan, Planner, copies, largest, plan
@@ -372,15 +372,26 @@ def test_what_was_left_open_gives_way_and_what_was_asked_for_does_not(
 
 
 def test_by_a_hair_a_cluster_gives_fewer_answers():
-    whole = needed_bytes(made_shape(), Demand(4096, 8), 0, 12)
+    whole = needed_bytes(made_shape(), Demand(8192, 4), 0, 12)
     hair = named(machine("ada", device((whole - 1) / GB, 100)))
-    requested = SizeRequest(None, None, 4096)
-    assert largest(made_shape(), hair, requested) == (4096, 7)
-    assert requested.shortened(Demand(4096, 7)) == "7 answers at a time instead of 8"
-    refused = plan(made_shape(), hair, Demand(4096, 8), command="cordee deploy m")
-    assert advised(refused, Demand(4096, 8), "cordee deploy m") == (4096, 7)
+    requested = SizeRequest(None, None, 8192)
+    assert largest(made_shape(), hair, requested) == (8192, 3)
+    assert requested.shortened(Demand(8192, 3)) == "3 answers at a time instead of 4"
+    refused = plan(made_shape(), hair, Demand(8192, 4), command="cordee deploy m")
+    assert advised(refused, Demand(8192, 4), "cordee deploy m") == (8192, 3)
     wants, have = re.search(r"It needs ([\d.]+) GB .* the machines have ([\d.]+) GB", refused.why).groups()
     assert float(wants) > float(have)
+
+
+def test_much_memory_in_a_cluster_gives_long_contexts_and_stays_free():
+    requested = SizeRequest(None, None, 8192, longest=32768)
+    plenty = largest(made_shape(), named(machine("ada", device(1000, 100))), requested)
+    assert plenty == (32768, 8)
+    usual = needed_bytes(made_shape(), requested.full, 0, 12) / GB
+    assert largest(made_shape(), named(machine("ada", device(1.1 * usual, 100))), requested) == (8192, 4)
+    for room in (3 * usual, 6 * usual, 12 * usual):
+        found = largest(made_shape(), named(machine("ada", device(room, 100))), requested)
+        assert needed_bytes(made_shape(), Demand(found.context, COMFORT * found.sequences), 0, 12) < room * GB
 
 
 def test_what_little_is_left_of_a_disk_is_the_reason_that_is_told():

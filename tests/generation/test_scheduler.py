@@ -50,7 +50,8 @@ class Chaos:
         name = str(rng.randrange(12))  # so few that ids come again soon
         used = len(self.world.clients)
         try:
-            client = self.world.submit(name, prompt, rng.choice((None, 1, 3, 20)), rng.randrange(3))
+            limit, scored = rng.choice((None, 1, 3, 20)), rng.random() < 0.2
+            client = self.world.submit(name, prompt, limit, rng.randrange(3), scored=scored)
         except BadRequest:
             assert name in self.world.clients
         except Overloaded:
@@ -127,6 +128,7 @@ def test_the_chaos_has_everything_in_it() -> None:
         seen[cached] += sum(bool(client.cached) for client in chaos.clients)
         seen["lost"] += len(chaos.lost_before)
         seen["transferred"] += chaos.transfers
+        seen["scored"] += sum(client.request.scores_prompt and bool(client.got) for client in chaos.clients)
     wanted = (
         "stop",
         "length",
@@ -136,6 +138,7 @@ def test_the_chaos_has_everything_in_it() -> None:
         "gone on from the end",
         "lost",
         "transferred",
+        "scored",
     )
     assert all(seen[what] > 10 for what in wanted), seen
 

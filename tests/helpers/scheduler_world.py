@@ -22,6 +22,14 @@ def next_token(seed: int, history: Sequence[int]) -> int:
     return zlib.crc32(bytes([seed, *history])) % VOCABULARY
 
 
+def scores_of(prompt: Sequence[int]) -> tuple[Choice, ...]:
+    """The log-probabilities of a prompt's tokens but the first, each a function of all that come before."""
+    return tuple(
+        Choice(prompt[place], -float(zlib.crc32(bytes(prompt[: place + 1]))))
+        for place in range(1, len(prompt))
+    )
+
+
 @dataclass(eq=False)
 class Client:
     """What the client of one request sees."""
@@ -51,6 +59,7 @@ class FakePipeline:
         self.opened: set[TokenLog] = set()
         self.under_way.clear()
         self.halted: set[int] = set()
+        self.scores: dict[int, list[Choice]] = {}  # of the micro-batch that was answered last
         self.before: dict[int, list[int]] = {}  # what the placement before had
         self.may_inherit = True  # whether batches that are sent now may still take it over
 
@@ -62,7 +71,9 @@ class FakePipeline:
         assert all(segment.tokens for segment in batch.segments)
         assert batch.steps == 1 or rows == len(batch.segments), "only decode rows may go round"
         assert len(set(sequences)) == len(sequences) and set(sequences) <= set(self.cache)
-        assert set(batch.opens) <= {segment.sequence for segment in batch.segments if segment.sample}
+        assert set(batch.opens) <= {
+            segment.sequence for segment in batch.segments if segment.sample or segment.score
+        }
         logs = batch.opens.items()
         opens = {sequence: (log.sampling.seed, [*log.prompt, *log.generated]) for sequence, log in logs}
         assert self.may_inherit or not any(segment.inherit for segment in batch.segments)
@@ -74,8 +85,9 @@ class FakePipeline:
     def answer(
         self, end: int, failures: Callable[[int], bool]
     ) -> tuple[MicroBatch, dict[int, Choice], dict[int, str], bool]:
-        """Compute the oldest micro-batch, and let it go round again if it may."""
+        """Compute the oldest micro-batch, and let it go round again if it may; its scores are in `scores`."""
         batch, opens = self.under_way.popleft()
+        self.scores = {}
         choices = self.compute(batch, opens)
         failed = {sequence: "no token fits" for sequence in choices if failures(sequence)}
         ended = any(choice.token == end for choice in choices.values())
@@ -107,10 +119,17 @@ class FakePipeline:
             assert self.can_trim or segment.first_position in kept, "a state is shortened that cannot be"
             held[segment.first_position :] = segment.tokens
             assert len(held) < self.limits.context
-            if not segment.sample:
-                continue
             if segment.sequence in opens:
                 self.samplers[segment.sequence] = opens[segment.sequence]
+            if segment.score:
+                _, prompt = self.samplers[segment.sequence]
+                known = [
+                    *held,
+                    *prompt[len(held) :][:1],
+                ]  # the last row of a piece has the next token to score
+                self.scores[segment.sequence] = list(scores_of(known)[segment.first_position :])
+            if not segment.sample:
+                continue
             seed, history = self.samplers[segment.sequence]
             assert held == history, "the cache is not the token log"
             token = next_token(seed, held)
@@ -131,10 +150,22 @@ class World:
         self.clients: dict[str, Client] = {}  # the running ones
 
     def submit(
-        self, name: str, prompt: Sequence[int], max_tokens: int | None = None, seed: int = 0
+        self,
+        name: str,
+        prompt: Sequence[int],
+        max_tokens: int | None = None,
+        seed: int = 0,
+        *,
+        scored: bool = False,
     ) -> Client:
-        sampling = SamplingParams(seed=seed)
-        client = Client(Request(id=name, prompt=tuple(prompt), sampling=sampling, max_tokens=max_tokens))
+        request = Request(
+            id=name,
+            prompt=tuple(prompt),
+            sampling=SamplingParams(seed=seed),
+            max_tokens=max_tokens,
+            scores_prompt=scored,
+        )
+        client = Client(request)
         self.scheduler.submit(client.request)
         self.clients[name] = client
         return client
@@ -168,7 +199,7 @@ class World:
         """Let the oldest result come; `failures` says of which sequences the token cannot be chosen."""
         batch, choices, failed, last = self.pipeline.answer(self.end, failures)
         chosen = {sequence: choice for sequence, choice in choices.items() if sequence not in failed}
-        events = self.scheduler.complete(batch.id, chosen, failed, last=last)
+        events = self.scheduler.complete(batch.id, chosen, failed, self.pipeline.scores, last=last)
         self.scheduler.check_slots()
         for event in events:
             self.check_event(event)
@@ -179,12 +210,15 @@ class World:
         client = self.clients[event.stream]  # KeyError: an event for a stream that ended
         request, got = client.request, (event.choice, event.finish_reason)
         client.cached, client.apart = event.cached_tokens, False
+        if event.failure is None:
+            scores = scores_of(request.prompt) if request.scores_prompt and not client.got else ()
+            assert event.prompt_choices == scores
         expected = next_token(request.sampling.seed, [*request.prompt, *client.got])
         if event.failure is not None:
             assert got == (None, None)
             client.ended = "failed"
         elif expected == self.end:
-            assert got == (None, "stop")
+            assert got == (Choice(expected) if request.scores_prompt else None, "stop")
             client.ended = "stop"
         else:
             client.got.append(expected)

@@ -16,7 +16,7 @@ from cordee.api.server import serve
 from cordee.api.stream import Timing
 from cordee.models.store import Store
 from cordee.serving.embedders import Embedders
-from cordee.serving.local_service import LocalService, ServiceConfig
+from cordee.serving.local_service import LocalService, ServiceConfig, samples
 
 SECONDS = 60  # no answer of the starter model takes nearly as long, however busy the machine is
 BACKLOG = 2048  # connections that arrive at once
@@ -148,7 +148,12 @@ def running(
             )
         server.embedders = Embedders(store)
         app = create_app(
-            server.services, embedders=server.embedders, expected=expected, key=key, timing=timing or Timing()
+            server.services,
+            embedders=server.embedders,
+            expected=expected,
+            key=key,
+            timing=timing or Timing(),
+            samples=samples(server.services),
         )
         serving = asyncio.run_coroutine_threadsafe(serve(app, listener), server.loop)
         yield server

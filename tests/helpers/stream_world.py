@@ -20,7 +20,7 @@ from cordee.generation.request import Request, SamplingParams
 from cordee.generation.scheduler import Limits, MicroBatch, Scheduler
 from cordee.generation.streams import Message, Said
 from cordee.generation.tokenlog import TokenLog
-from scheduler_world import END, VOCABULARY, FakePipeline, next_token
+from scheduler_world import END, VOCABULARY, FakePipeline, next_token, scores_of
 
 SALTS = 3
 MODELS = ("small", "large")
@@ -72,9 +72,17 @@ class Client:
 
     def tell(self, news: News) -> None:
         assert self.ended is None, "news after the end"
+        if news.place is not None:
+            assert news.place > 0 and not news.choices and news.finish_reason is None
+            return
+        is_scored = self.request.scores_prompt and bool(news.choices) and not self.got
+        assert news.prompt_choices == (scores_of(self.request.prompt) if is_scored else ())
         for choice in news.choices:
             assert choice.token in self._possible(), "a token that nobody computed from these"
-            self.got.append(choice.token)
+            if choice.token == END:
+                assert self.request.scores_prompt and news.finish_reason == "stop"
+            else:
+                self.got.append(choice.token)
         if isinstance(news.error, Overloaded | ContextExceeded | BadRequest):
             assert not self.got, "refused in mid-answer"
         if news.error is not None:
@@ -128,7 +136,7 @@ class HostNode:
                 END, lambda _: self.world.random.random() < failing
             )
             chosen = {sequence: choice for sequence, choice in choices.items() if sequence not in failed}
-            self.host.complete(batch.id, chosen, failed, last=last)
+            self.host.complete(batch.id, chosen, failed, self.stages.scores, last=last)
         self.scheduler.check_slots()
 
 
@@ -257,7 +265,13 @@ def random_request(random: Random, name: str, context: int) -> Request:
     elif oddity < 0.04:
         prompt[-1] = BAD_TOKEN
     seed, limit = random.randrange(3), random.choice((None, 1, 5, 20))
-    return Request(id=name, prompt=tuple(prompt), sampling=SamplingParams(seed=seed), max_tokens=limit)
+    return Request(
+        id=name,
+        prompt=tuple(prompt),
+        sampling=SamplingParams(seed=seed),
+        max_tokens=limit,
+        scores_prompt=random.random() < 0.2,
+    )
 
 
 class Chaos:

@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from cordee.cluster.demand import CELLS_DEFAULT, CONTEXT_USEFUL, SEQUENCES
+from cordee.cluster.demand import (
+    CELLS_DEFAULT,
+    COMFORT,
+    CONTEXT_LONG,
+    CONTEXT_USEFUL,
+    SEQUENCES,
+    SEQUENCES_MOST,
+)
 from cordee.errors import BadRequest, DoesNotFit
 from cordee.machine.devices import own_devices
 from cordee.machine.memory import BESIDE_BYTES, Memory, memory
 from cordee.machine.sizing import size_request, stage_config, usable_memory
-from cordee.models.fit import own_context
+from cordee.models.fit import cell_bytes, own_context
 from cordee.models.gguf import Header, read_header
 from tiny import make_tiny
 
@@ -56,7 +63,7 @@ def test_a_context_larger_than_memory_is_refused_and_a_fitting_one_is_found(tmp_
     header = huge_model(tmp_path / "long.gguf", nbytes=1 << 24, context=1 << 30)
     with pytest.raises(DoesNotFit, match="does not fit"):
         config_of(header, context=1 << 28)
-    assert config_of(header, sequences=8).context == CELLS_DEFAULT // 8
+    assert config_of(header, sequences=8).context >= CELLS_DEFAULT // 8
 
 
 def test_little_memory_makes_the_context_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,30 +74,50 @@ def test_little_memory_makes_the_context_shorter(tmp_path: Path, monkeypatch: py
     assert CONTEXT_USEFUL <= tight < generous == CELLS_DEFAULT
 
 
+def with_room(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    monkeypatch.setattr("cordee.machine.sizing.usable_memory", lambda devices: nbytes)
+
+
 def test_by_a_hair_there_are_fewer_answers_and_then_a_shorter_context(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """From plenty of memory to hardly any, an agent's first request fits for as long as it can."""
     header = huge_model(tmp_path / "long.gguf", nbytes=1 << 24, context=1 << 20)
     found: list[tuple[int, int]] = []
-    for room in range(1_000_000_000, 200_000_000, -5_000_000):
-        monkeypatch.setattr("cordee.machine.sizing.usable_memory", lambda devices, room=room: room)
+    for room in (*range(30_000_000_000, 1_000_000_000, -50_000_000), *range(10**9, 2 * 10**8, -5_000_000)):
+        with_room(monkeypatch, room)
         config = config_of(header, sequences=None)
         if (config.sequences, config.context) not in found:
             found.append((config.sequences, config.context))
-    assert found[:8] == [(answers, CELLS_DEFAULT // SEQUENCES) for answers in range(8, 0, -1)]
-    assert [answers for answers, _ in found[8:]] == [1] * len(found[8:])
-    contexts = [context for _, context in found[7:]]
+    assert found[:5] == [(answers, CONTEXT_LONG) for answers in range(SEQUENCES_MOST, SEQUENCES - 1, -1)]
+    usual = found.index((SEQUENCES, CELLS_DEFAULT // SEQUENCES))
+    assert {answers for answers, _ in found[4 : usual + 1]} == {SEQUENCES} and usual > 20
+    assert found[usual : usual + 4] == [(answers, 8192) for answers in (4, 3, 2, 1)]
+    assert {answers for answers, _ in found[usual + 3 :]} == {1}
+    contexts = [context for _, context in found]
     assert contexts == sorted(contexts, reverse=True)
     assert contexts[-1] >= CONTEXT_USEFUL
+
+
+def test_much_memory_is_left_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes beyond the usual takes a quarter of the free memory at most."""
+    header = huge_model(tmp_path / "long.gguf", nbytes=1 << 24, context=1 << 20)
+    for room in (3 << 30, 6 << 30, 12 << 30):
+        with_room(monkeypatch, room)
+        config = config_of(header, sequences=None)
+        cells = config.context * config.sequences
+        assert cells > CELLS_DEFAULT
+        assert cells * cell_bytes(header, 0, windowed=False) <= room / COMFORT
 
 
 def test_what_was_asked_for_is_refused_rather_than_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     header = huge_model(tmp_path / "long.gguf", nbytes=1 << 24, context=1 << 20)
-    monkeypatch.setattr("cordee.machine.sizing.usable_memory", lambda devices: 350_000_000)
+    with_room(monkeypatch, 250_000_000)
     config = config_of(header, context=2048, sequences=None)
     assert (config.context, config.sequences < SEQUENCES) == (2048, True)
+    with_room(monkeypatch, 350_000_000)
     with pytest.raises(
         DoesNotFit, match=r"long\.gguf does not fit\. It needs .* for 8 answers of 4096"
     ) as no:

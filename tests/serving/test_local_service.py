@@ -289,7 +289,7 @@ def test_refusals_name_the_fault_and_leave_nothing(model: Model) -> None:
             endless = SamplingParams(logit_bias=dict.fromkeys(service.vocabulary.end_of_generation, -100.0))
             running = service.generate(request("running", 5, 4000, endless))
             await anext(running)
-            waiting = [asyncio.ensure_future(anext(service.generate(request(f"w{n}", 5)))) for n in range(2)]
+            waiting = [asyncio.ensure_future(ask(service, request(f"w{n}", 5, 3))) for n in range(2)]
             await until(lambda: service.status()["queue"] == 2)
             with pytest.raises(Overloaded, match="2 requests"):
                 await ask(service, request("a", 5))
@@ -301,7 +301,7 @@ def test_refusals_name_the_fault_and_leave_nothing(model: Model) -> None:
                 await ask(service, request("running", 5))
             await running.aclose()
             for task in waiting:
-                assert (await task).text
+                assert len((await task).tokens) <= 3
             fits = await ask(service, request("a", 4095, 10))
             assert (len(fits.tokens), fits.finish_reason) == (1, "length")
 

@@ -29,6 +29,7 @@ from cordee.agent import admins, capacity, gauges
 from cordee.agent.certificates import Certificates
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
+from cordee.agent.history import History
 from cordee.agent.inbox import AgentInbox
 from cordee.agent.planning import PlanningProcess
 from cordee.agent.probes import Probes
@@ -41,7 +42,6 @@ from cordee.cluster.demand import SizeRequest
 from cordee.cluster.doubts import DOUBT_SECONDS
 from cordee.cluster.facts import Facts, Gauges, ModelShape, Offer, SliceHeld, best_host
 from cordee.cluster.goals import HostGoal, SliceGoal, StageSpec
-from cordee.cluster.history import History
 from cordee.cluster.membership import Farewell
 from cordee.cluster.memory import Demand
 from cordee.cluster.reconcile import Actions
@@ -126,7 +126,7 @@ class Agent:
         self._certificates = Certificates(identity, bus, self._listen_host, self.changed, self.gossip.removed)
         self.history = History()
         self.gauges = Gauges()
-        self._meter = Meter()
+        self.meter = Meter()
         self._stream_links = StreamLinks(identity.folder, identity.node, self._receive)
         self._gateway = ClusterGateway(self._stream_links.ask)
         self.services = Services(self.local_models, self._gateway, self._keep, self.changed, self._want)
@@ -544,8 +544,13 @@ class Agent:
     def _is_deployed(self, name: str) -> bool:
         return any(each.model == name and each.replicas for each in self.controller.deployments)
 
+    @property
+    def scheduler_hosts(self) -> Mapping[str, SchedulerHost]:
+        """The schedulers that run here, by stream key."""
+        return self._scheduler_hosts
+
     def _measure(self) -> Gauges:
-        self.gauges = gauges.measured(self._scheduler_hosts, self.local_models, self._meter)
+        self.gauges = gauges.measured(self._scheduler_hosts, self.local_models, self.meter)
         return self.gauges
 
     def _say(self, node: str, said: Said) -> None:

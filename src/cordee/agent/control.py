@@ -78,13 +78,15 @@ class Deploy(msgspec.Struct, frozen=True):
 class Deployed(msgspec.Struct, frozen=True):
     """The name under which a model is deployed; with a `reading`, will be once it has been read.
 
-    For people: `lacks` says how much less it gets as memory is short, `why` why it cannot run for now.
+    For people: `demand` is what it gets, where that is known, `lacks` how much less that is as memory is
+    short, `why` why it cannot run for now.
     """
 
     name: str
     reading: Reading | None = None
     lacks: str = ""
     why: str = ""
+    demand: Demand | None = None
 
 
 class Undeploy(msgspec.Struct, frozen=True):

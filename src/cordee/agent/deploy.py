@@ -130,13 +130,13 @@ class Deployer:
 
         total = sum(file.nbytes for file in files)
         reading = agent.local_models.hub.read(name, source, total, deploy_it)
-        return Deployed(name, reading, requested.shortened(demand))
+        return Deployed(name, reading, requested.shortened(demand), demand=demand)
 
     async def _offered(self, name: str, asked: Deploy) -> Deployed:
         if asked.follow:
             return Deployed(name)
         offer = self._agent.offers()[name]
-        requested = SizeRequest(asked.context, asked.sequences, offer.context)
+        requested = SizeRequest(asked.context, asked.sequences, offer.context, longest=offer.longest)
         only = self._kept_on(name, asked)
         demand, told = await self._sized(name, offer.shape, requested, only)
         self._agent.deploy(offer, demand, asked.replicas, only)
@@ -160,7 +160,7 @@ class Deployer:
         demand = await self._agent.sized(name, shape, requested, only)
         if demand is None:
             return requested.full, Deployed(name, why=await self._why_not(name, shape, requested, only))
-        return demand, Deployed(name, lacks=requested.shortened(demand))
+        return demand, Deployed(name, lacks=requested.shortened(demand), demand=demand)
 
     async def _why_not(
         self, name: str, shape: ModelShape, requested: SizeRequest, only: tuple[str, ...]

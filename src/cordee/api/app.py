@@ -1,10 +1,11 @@
 """The HTTP application: its endpoints, which requests are let in, and how many at once."""
 
 import ipaddress
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+import re
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -19,6 +20,7 @@ from cordee.api.anthropic import Anthropic
 from cordee.api.core import ApiCore
 from cordee.api.embeddings import Embeddings
 from cordee.api.failures import (
+    HEADERS,
     ClientGone,
     ForbiddenOrigin,
     error_response,
@@ -29,16 +31,21 @@ from cordee.api.failures import (
 )
 from cordee.api.ignored import NamesIgnored
 from cordee.api.keys import LocalKey
+from cordee.api.listing import states
+from cordee.api.metrics import CONTENT_TYPE
 from cordee.api.ollama import Ollama
 from cordee.api.openai import OpenAI
 from cordee.api.responses import Responses
 from cordee.api.stream import Timing
+from cordee.api.tokens import TokenEndpoints
 from cordee.errors import CordeeError, Overloaded
 from cordee.serving.embedders import Embedders
 from cordee.serving.interface import ModelService
+from cordee.serving.samples import Sample
 
 REQUESTS_MAX = 2048  # at once; each costs a task, a connection and its body, beside its place in a queue
 RERANK_PATHS = ("/v1/rerank", "/v1/reranking", "/rerank")  # Jina and vLLM, llama.cpp, Cohere's oldest
+ABSOLUTE = re.compile(rb"https?://(?P<host>[^/?#]*)(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
 HEADER_CHARS_MAX = 100  # of a header that a message quotes
 
 
@@ -56,17 +63,19 @@ def create_app(
     refusal: Callable[[str], CordeeError | None] = lambda _: None,
     clock: Callable[[], datetime] = local_now,
     timing: Timing = Timing(),  # noqa: B008  frozen
+    samples: Callable[[], Iterable[Sample]] = tuple,
 ) -> Starlette:
     """The application over running services, by the model's name.
 
     `services` may be filled after the server has started: a model of `expected` that is not in it yet is
     loading, and its requests are told to try again. `embedders` are closed with the application. `refusal`
     says why a model cannot be used here, if that is so. Only this machine may send requests; with a `key`,
-    only who knows it.
+    only who knows it. `samples` are numbers for the metrics, beside those of the requests themselves.
     """
     core = ApiCore(services, embedders, expected, refusal, clock, timing)
-    openai, embeddings, ollama = OpenAI(core), Embeddings(core), Ollama(core)
-    responses, anthropic = Responses(core), Anthropic(core)
+    core.metrics.samples.append(samples)
+    openai, tokens, embeddings = OpenAI(core), TokenEndpoints(core), Embeddings(core)
+    responses, anthropic, ollama = Responses(core), Anthropic(core), Ollama(core)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -77,13 +86,19 @@ def create_app(
     async def alive(_: Request) -> Response:
         return Response()
 
-    async def health(_: Request) -> Response:
+    async def ready(_: Request) -> Response:
         return health_response(services, expected)
+
+    async def metrics(_: Request) -> Response:
+        return Response(core.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return Starlette(
         routes=[
             Route("/", alive, methods=["HEAD"]),
-            Route("/health", health),
+            Route("/live", _live),
+            Route("/ready", ready),
+            Route("/health", ready),
+            Route("/metrics", metrics),
             Route("/v1/models", openai.models),
             Route("/v1/models/{name:path}", openai.model),
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
@@ -94,6 +109,12 @@ def create_app(
             Route("/v1/responses", responses.create, methods=["POST"]),
             Route("/v1/messages", anthropic.messages, methods=["POST"]),
             Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
+            Route("/v1/fim/completions", openai.fim_completions, methods=["POST"]),
+            Route("/infill", openai.infill, methods=["POST"]),
+            Route("/tokenize", tokens.tokenize, methods=["POST"]),
+            Route("/detokenize", tokens.detokenize, methods=["POST"]),
+            Route("/apply-template", tokens.apply_template, methods=["POST"]),
+            Route("/tokenizer_info", tokens.tokenizer_info),
         ],
         lifespan=lifespan,
         middleware=[Middleware(Guard, key=key), Middleware(NamesIgnored)],
@@ -106,18 +127,23 @@ def create_app(
     )
 
 
+async def _live(_: Request) -> Response:
+    return json_response({"status": "ok"})
+
+
 def health_response(services: Mapping[str, ModelService], expected: Collection[str]) -> Response:
     """200 while some model can answer and none is still being loaded, else 503; with each one's state.
 
     A model of the cluster that was not asked for yet is idle, which counts as ready.
     """
-    states = dict.fromkeys(expected, "loading") | {name: each.health for name, each in services.items()}
-    if not states or "loading" in states.values():
+    found = states(services, expected)
+    if not found or "loading" in found.values():
         status = "loading"
     else:
-        good = any(state in ("ready", "idle") for state in states.values())
+        good = any(state in ("ready", "idle") for state in found.values())
         status = "ok" if good else "recovering"
-    return json_response({"status": status, "models": states}, 200 if status == "ok" else 503)
+    code = 200 if status == "ok" else 503
+    return json_response({"status": status, "models": found}, code, HEADERS.get(code))
 
 
 class Guard:
@@ -139,6 +165,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
+            scope = _origin_form(scope)
             headers = Headers(scope=scope)
             _check_headers(headers)
             if self._key is not None:
@@ -153,6 +180,16 @@ class Guard:
             await self._app(scope, receive, send)
         finally:
             self._open -= 1
+
+
+def _origin_form(scope: Scope) -> Scope:
+    """A request for an absolute URL as one for its path at that URL's host (RFC 9112, section 3.2.2)."""
+    match = ABSOLUTE.match(scope["raw_path"])
+    if match is None:
+        return scope
+    path = match["path"] or b"/"
+    headers = [(b"host", match["host"]), *(each for each in scope["headers"] if each[0] != b"host")]
+    return {**scope, "raw_path": path, "path": unquote(path.decode("ascii")), "headers": headers}
 
 
 def _check_headers(headers: Headers) -> None:

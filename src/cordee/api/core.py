@@ -1,6 +1,7 @@
 """What all endpoints share: the services by name, requests for them, and the threads that render prompts."""
 
 import asyncio
+import hashlib
 import secrets
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,12 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+import cordee
 from cordee.api import ignored
-from cordee.api.answers import Job, ParsedAnswers, WholeAnswer
+from cordee.api.answers import Job, ParsedAnswers, ReadPrompts, WholeAnswer
 from cordee.api.bodies import Bodies
 from cordee.api.failures import ModelLoading
+from cordee.api.metrics import Metrics
 from cordee.api.prompts import check_length, rendered
 from cordee.api.schemas import CHOICES_MAX
 from cordee.api.stream import Adapter, EventStream, Timing, collect, while_connected
@@ -31,6 +34,7 @@ from cordee.serving.interface import ModelService
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
+FINGERPRINT_CHARS = 12
 SEEDS = 1 << 63  # seeds are int64, as OpenAI's
 # Prompts are rendered and tokenized beside the event loop: the longest takes seconds, but keep-alives go on.
 PROMPT_THREADS = 2
@@ -63,7 +67,8 @@ class ApiCore:
         self.services = services
         self.embedders = embedders
         self.bodies = Bodies()
-        self._expected = expected
+        self.metrics = Metrics()
+        self.expected = expected
         self._refusal = refusal
         self._clock = clock
         self._timing = timing
@@ -79,7 +84,7 @@ class ApiCore:
 
         Raises as `service` does.
         """
-        known = {*self.services, *self._expected}
+        known = {*self.services, *self.expected}
         only = next(iter(known)) if len(known) == 1 else None
         if name and (only is None or _untagged(name) in self.services or self._refusal(name) is not None):
             return self.service(name)
@@ -107,7 +112,7 @@ class ApiCore:
             return service
         if (refusal := self._refusal(name)) is not None:
             raise refusal
-        if name in self._expected or _untagged(name) in self._expected:
+        if name in self.expected or _untagged(name) in self.expected:
             raise ModelLoading(f"{name[:NAME_CHARS_MAX]} is still being loaded; try again in a moment")
         wanted = f"no model {name[:NAME_CHARS_MAX]!r} is served here"
         if self.services:
@@ -165,8 +170,11 @@ class ApiCore:
         prompts: Sequence[tuple[int, ...]],
         options: AnswerOptions,
         param: str = "prompt",
+        *,
+        scores_prompts: bool = False,
     ) -> Job:
-        """The job of going on from prompts.
+        """The job of going on from prompts; with 0 as `max_tokens` they are read, and that is all.
+        `scores_prompts`: their tokens get log-probabilities, too.
 
         Raises:
             BadRequest: it asks for too many answers.
@@ -174,7 +182,12 @@ class ApiCore:
         """
         for prompt in prompts:
             check_length(service, prompt, param)
-        return self._job(service, prompts, options.sampling, options, ParsedAnswers(service))
+        kind = ParsedAnswers
+        if options.max_tokens == 0:
+            kind, options = ReadPrompts, replace(options, max_tokens=1)
+        return self._job(
+            service, prompts, options.sampling, options, kind(service), scores_prompts=scores_prompts
+        )
 
     async def whole(self, request: HttpRequest, job: Job) -> list[WholeAnswer]:
         """The whole answers, as long as the client is there."""
@@ -193,12 +206,14 @@ class ApiCore:
         answers: ParsedAnswers,
         *,
         shown_tokens: tuple[int, ...] = (),
+        scores_prompts: bool = False,
     ) -> Job:
         n = options.n
         if n * len(prompts) > CHOICES_MAX:
             raise BadRequest(
                 f"{len(prompts)} prompts with n = {n} ask for more than {CHOICES_MAX} answers", "n"
             )
+        answers.watch = partial(self.metrics.watch, service.name)
         name = secrets.token_hex(12)
         requests = [
             Request(
@@ -208,6 +223,7 @@ class ApiCore:
                 max_tokens=options.max_tokens,
                 stop=options.stop,
                 shown_tokens=shown_tokens,
+                scores_prompt=scores_prompts,
             )
             for place, prompt in enumerate(prompts)
             for choice in range(n)
@@ -219,12 +235,19 @@ class ApiCore:
             vocabulary=service.vocabulary,
             answers=answers,
             requests=requests,
+            fingerprint=fingerprint(service),
             n=n,
         )
 
 
 def _untagged(name: str) -> str:
     return name.removesuffix(":latest")
+
+
+def fingerprint(service: ModelService) -> str:
+    """What an answer depends on beside the request, as a name: this program and the model's file."""
+    digest = hashlib.sha256(f"{cordee.__version__} {service.model.digest}".encode())
+    return f"fp_{digest.hexdigest()[:FINGERPRINT_CHARS]}"
 
 
 def random_seed() -> int:

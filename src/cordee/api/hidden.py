@@ -90,6 +90,11 @@ class Hidden:
             )
         return before
 
+    def shown(self, text: str) -> str:
+        """A rendered text with the names where they stood."""
+        pattern = f"{_WRITTEN}{self._key}([0-9]+){_WRITTEN}"
+        return re.sub(pattern, lambda match: self._names[int(match[1])], text)
+
     def tokens(self, text: str) -> list[int]:
         """The token ids of a rendered text, where placeholders become the names as plain text."""
         pieces = re.split(f"{_WRITTEN}{self._key}([0-9]+){_WRITTEN}", text)

@@ -1,10 +1,10 @@
 """OpenAI's endpoints over model services: HTTP requests in, `replies` out."""
 
-from collections.abc import Iterator
-from datetime import datetime
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import msgspec
+from msgspec import structs
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -12,14 +12,19 @@ from cordee.api import ignored
 from cordee.api.answers import Job
 from cordee.api.core import AnswerOptions, ApiCore
 from cordee.api.failures import json_response
+from cordee.api.infill import ANSWER_SHARE, InfillReply, infill_prompt, suffix_prompt
+from cordee.api.listing import coming_model, described, embedding_model, listed
+from cordee.api.logprobs import Echo
 from cordee.api.options import answer_options, is_given, limit, schema_grammar
-from cordee.api.prompts import completion_prompts
+from cordee.api.prompts import GivenPrompt, completion_prompts, split_prompts
 from cordee.api.replies import ChatReply, CompletionReply, Reply
 from cordee.api.schemas import (
     LEGACY_MAX_TOKENS,
     ChatRequest,
     Common,
     CompletionRequest,
+    FimRequest,
+    InfillRequest,
     JsonObjectFormat,
     JsonSchemaFormat,
     StreamOptions,
@@ -38,23 +43,24 @@ class OpenAI:
         self._core = core
         self._chat = msgspec.json.Decoder(ChatRequest)
         self._completion = msgspec.json.Decoder(CompletionRequest)
+        self._fim = msgspec.json.Decoder(FimRequest)
+        self._infill = msgspec.json.Decoder(InfillRequest)
 
     async def models(self, _: HttpRequest) -> Response:
         """`GET /v1/models`"""
-        return json_response({"object": "list", "data": [_model(*each) for each in sorted(self._models())]})
+        core = self._core
+        data = listed(core.services, core.embedders.models(), core.expected, core.now)
+        return json_response({"object": "list", "data": data})
 
     async def model(self, request: HttpRequest) -> Response:
         """`GET /v1/models/{id}`"""
-        name = request.path_params["name"]
-        added = dict(self._models()).get(name) or self._core.service(name).model.added
-        return json_response(_model(name, added))
-
-    def _models(self) -> Iterator[tuple[str, str]]:
-        """Names of models, and when each was added."""
-        for model in self._core.embedders.models():
-            yield model.name, model.added
-        for name, service in self._core.services.items():
-            yield name, service.model.added
+        name, core = request.path_params["name"], self._core
+        if name in core.expected and name not in core.services:
+            return json_response(coming_model(name, core.now))
+        for model in core.embedders.models():
+            if model.name == name:
+                return json_response(embedding_model(model))
+        return json_response(described(name, core.service(name)))
 
     async def chat_completions(self, request: HttpRequest) -> Response:
         """`POST /v1/chat/completions`"""
@@ -76,25 +82,76 @@ class OpenAI:
         body = await core.bodies.read(request, self._completion)
         service = core.asked(request, body.model)
         _check(body)
-        max_tokens = _max_tokens(body) if _limits(body) else LEGACY_MAX_TOKENS
-        options = _options(service, body, max_tokens, body.logprobs, _grammar(request, body))
-        prompts = await core.in_thread(completion_prompts, service, body)
-        job = core.completion(service, prompts, options)
-        return await self._answer(request, body, job, CompletionReply, logprobs=body.logprobs is not None)
+        options = _options(service, body, _completion_tokens(body), body.logprobs, _grammar(request, body))
+        given = split_prompts(body)
+        prompts = await core.in_thread(_completion_prompts, service, given, body)
+        logprobs = body.logprobs is not None
+        scores = bool(body.echo) and logprobs
+        job = core.completion(service, prompts, options, scores_prompts=scores)
+        echoes = [
+            Echo(service.vocabulary, prompt, text if isinstance(text, str) else None)
+            for prompt, text in zip(prompts, given if body.echo else (), strict=False)
+        ]
+        reply = CompletionReply(job, logprobs=logprobs, **_usage_wanted(body), echoes=echoes)
+        return await self._reply(request, body, job, reply)
+
+    async def fim_completions(self, request: HttpRequest) -> Response:
+        """`POST /v1/fim/completions`, as Mistral has it: filling in, with a chat completion for a reply."""
+        core = self._core
+        body = await core.bodies.read(request, self._fim)
+        service = core.asked(request, body.model)
+        _check(body)
+        options = _options(service, body, _max_tokens(body), None, _grammar(request, body))
+        if body.random_seed is not None:
+            options = replace(options, sampling=structs.replace(options.sampling, seed=body.random_seed))
+        prompt = await core.in_thread(suffix_prompt, service, body.prompt, body.suffix or "")
+        job = core.completion(service, [prompt], options)
+        return await self._answer(request, body, job, ChatReply, logprobs=False)
+
+    async def infill(self, request: HttpRequest) -> Response:
+        """`POST /infill`, as llama.cpp has it."""
+        core = self._core
+        body = await core.bodies.read(request, self._infill)
+        service = core.asked(request, body.model)
+        _check(body)
+        room = int(service.context * ANSWER_SHARE)
+        answer = _max_tokens(body) or room
+        options = _options(service, body, answer, None, _grammar(request, body))
+        prompt = await core.in_thread(infill_prompt, service, body, min(answer, room))
+        job = core.completion(service, [prompt], options)
+        return await self._reply(request, body, job, InfillReply(job))
 
     async def _answer(
         self, request: HttpRequest, body: Common, job: Job, reply_of: type[Reply], *, logprobs: bool
     ) -> Response:
-        wanted = body.stream_options or StreamOptions()
-        reply = reply_of(
-            job,
-            logprobs=logprobs,
-            usage_event=bool(wanted.include_usage),
-            usage_always=bool(wanted.continuous_usage_stats),
-        )
+        reply = reply_of(job, logprobs=logprobs, **_usage_wanted(body))
+        return await self._reply(request, body, job, reply)
+
+    async def _reply(
+        self, request: HttpRequest, body: Common, job: Job, reply: Reply | InfillReply
+    ) -> Response:
         if body.stream:
             return self._core.stream(job, reply)
         return json_response(reply.whole(await self._core.whole(request, job)))
+
+
+def _completion_prompts(
+    service: ModelService, prompts: Sequence[GivenPrompt], body: CompletionRequest
+) -> list[tuple[int, ...]]:
+    """The token ids of a completion's prompts, each with the suffix if there is one."""
+    if not body.suffix:
+        return completion_prompts(service, prompts)
+    if body.echo:
+        raise BadRequest("with a suffix the prompt is not repeated: leave echo out", "echo")
+    return [suffix_prompt(service, prompt, body.suffix) for prompt in prompts]
+
+
+def _usage_wanted(body: Common) -> dict[str, bool]:
+    wanted = body.stream_options or StreamOptions()
+    return {
+        "usage_event": bool(wanted.include_usage),
+        "usage_always": bool(wanted.continuous_usage_stats),
+    }
 
 
 def _check(body: Common) -> None:
@@ -110,8 +167,12 @@ def _max_tokens(body: Common) -> int | None:
     return limit(body.n_predict, "n_predict") if body.max_tokens is None else tokens
 
 
-def _limits(body: Common) -> bool:
-    return body.max_tokens is not None or body.n_predict is not None
+def _completion_tokens(body: CompletionRequest) -> int | None:
+    """OpenAI's default where nothing is said; 0 reads the prompt and no more."""
+    if body.max_tokens == 0:
+        return 0
+    is_bound = body.max_tokens is not None or body.n_predict is not None
+    return _max_tokens(body) if is_bound else LEGACY_MAX_TOKENS
 
 
 def _options(
@@ -162,8 +223,3 @@ def _response_format(request: HttpRequest, body: ChatRequest) -> dict[str, Gramm
     if is_given(wanted.schema):
         return {name: schema_grammar(request, wanted.schema, name)}
     return {name: Grammar("json_object")}
-
-
-def _model(name: str, added: str) -> dict[str, Any]:
-    created = int(datetime.fromisoformat(added).timestamp())
-    return {"id": name, "object": "model", "created": created, "owned_by": "cordee"}

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
-from cordee.api.hidden import Hidden
+from cordee.api.hidden import CONTROL_TEXTS_MAX, Hidden
 from cordee.api.schemas import CHOICES_MAX, CompletionRequest
 from cordee.chat.formats import ChatFormat
 from cordee.chat.turn import ChatTurn
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, ContextExceeded
 from cordee.serving.interface import ModelService
+
+GivenPrompt = str | list[int | str]  # a text, token ids, or both by turns
 
 
 @dataclass(frozen=True)
@@ -45,41 +47,71 @@ def rendered(
         ContextExceeded: it is too long, whatever tokens it becomes.
         UnsupportedModel: the model has a broken chat template.
     """
-    chat_template = service.template
-    assert chat_template is not None, "`ApiCore.chat` has looked"
-    hidden = Hidden(service.vocabulary, param)
-    _check_bytes(service, _turn_bytes(turn), param)
-    turn = hidden.turn(turn, knows_developer="developer" in chat_template.source)
-    variables = chat_format.variables(turn)
-    try:
-        text = chat_template.render(
-            chat_format.messages(turn), now=now, add_generation_prompt=not turn.continues, **variables
-        )
-    except BadRequest as error:
-        raise BadRequest(error.message, param) from error
-    if turn.continues:
-        text = hidden.before_end(text)
+    hidden, text = _rendered(service, chat_format, turn, now, param)
     return Prompt(text, tuple(hidden.tokens(text)))
 
 
-def completion_prompts(service: ModelService, request: CompletionRequest) -> list[tuple[int, ...]]:
+def chat_text(
+    service: ModelService,
+    chat_format: ChatFormat,
+    turn: ChatTurn,
+    now: datetime,
+    param: str,
+    *,
+    for_answer: bool = True,
+) -> str:
+    """The prompt of a turn as text; not `for_answer`: without the answer's beginning. Raises as
+    `chat_prompt`."""
+    hidden, text = _rendered(service, chat_format, turn, now, param, for_answer=for_answer)
+    return hidden.shown(text)
+
+
+def _rendered(
+    service: ModelService,
+    chat_format: ChatFormat,
+    turn: ChatTurn,
+    now: datetime,
+    param: str,
+    *,
+    for_answer: bool = True,
+) -> tuple[Hidden, str]:
+    chat_template = service.template
+    assert chat_template is not None, "`ApiCore` has looked"
+    hidden = Hidden(service.vocabulary, param)
+    check_bytes(service, _turn_bytes(turn), param)
+    turn = hidden.turn(turn, knows_developer="developer" in chat_template.source)
+    variables, begins = chat_format.variables(turn), for_answer and not turn.continues
+    try:
+        text = chat_template.render(
+            chat_format.messages(turn), now=now, add_generation_prompt=begins, **variables
+        )
+    except BadRequest as error:
+        raise BadRequest(error.message, param) from error
+    return hidden, hidden.before_end(text) if turn.continues else text
+
+
+def split_prompts(request: CompletionRequest) -> list[GivenPrompt]:
     """The prompts of a completion request, one or several.
 
     Raises:
-        BadRequest: it has none of the accepted forms, or is empty.
-        ContextExceeded: one is too long, whatever tokens it becomes.
+        BadRequest: it has none of the accepted forms, or too many prompts.
     """
     prompt = request.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        prompt = [prompt]
+    if isinstance(prompt, str) or any(isinstance(each, int) for each in prompt):
+        prompt = [cast("GivenPrompt", prompt)]
     if not 0 < len(prompt) <= CHOICES_MAX:
         raise BadRequest(f"prompt must hold 1 to {CHOICES_MAX} prompts, not {len(prompt)}", "prompt")
-    if len({isinstance(each, str) for each in prompt}) > 1:
-        raise BadRequest("prompt must be a text, a list of token ids, or a list of either", "prompt")
-    for each in prompt:
-        if isinstance(each, str):
-            _check_bytes(service, _utf8_bytes(each), "prompt")
-    return [_tokens(service.vocabulary, each) for each in prompt]
+    return cast("list[GivenPrompt]", prompt)
+
+
+def completion_prompts(service: ModelService, prompts: Sequence[GivenPrompt]) -> list[tuple[int, ...]]:
+    """The token ids of prompts.
+
+    Raises:
+        BadRequest: one has none of the accepted forms, or is empty.
+        ContextExceeded: one is too long, whatever tokens it becomes.
+    """
+    return [_tokens(service, each) for each in prompts]
 
 
 def text_prompt(service: ModelService, text: str) -> tuple[int, ...]:
@@ -89,8 +121,7 @@ def text_prompt(service: ModelService, text: str) -> tuple[int, ...]:
         BadRequest: it is empty, and the model needs a token to begin with.
         ContextExceeded: it is too long, whatever tokens it becomes.
     """
-    _check_bytes(service, _utf8_bytes(text), "prompt")
-    return _tokens(service.vocabulary, text)
+    return _tokens(service, text)
 
 
 def check_length(service: ModelService, prompt: Sequence[int], param: str) -> None:
@@ -107,8 +138,12 @@ def check_length(service: ModelService, prompt: Sequence[int], param: str) -> No
         )
 
 
-def _check_bytes(service: ModelService, nbytes: int, param: str) -> None:
-    """Refuse a text before it is tokenized: 16 MB take seconds, and a context holds a small part of them."""
+def check_bytes(service: ModelService, nbytes: int, param: str) -> None:
+    """Refuse a text before it is tokenized: 16 MB take seconds, and a context holds a small part of them.
+
+    Raises:
+        ContextExceeded: it does not fit the context, whatever tokens it becomes.
+    """
     least = service.vocabulary.least_tokens(nbytes)
     if least >= service.context:
         raise ContextExceeded(
@@ -119,7 +154,8 @@ def _check_bytes(service: ModelService, nbytes: int, param: str) -> None:
         )
 
 
-def _utf8_bytes(text: str) -> int:
+def utf8_bytes(text: str) -> int:
+    """The length of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
@@ -128,19 +164,36 @@ def _turn_bytes(turn: ChatTurn) -> int:
     texts = [each.content for each in turn.messages] + [each.thinking for each in turn.messages]
     texts += [call.arguments for each in turn.messages for call in each.tool_calls]
     texts += [tool.description for tool in turn.tools]
-    return sum(map(_utf8_bytes, texts))
+    return sum(map(utf8_bytes, texts))
 
 
-def _tokens(vocabulary: Vocabulary, prompt: str | Sequence[int | str | list[int]] | int) -> tuple[int, ...]:
-    if isinstance(prompt, str):
-        tokens = vocabulary.tokenize(prompt, special=True, add_bos=True)
-    elif isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
-        tokens = cast("list[int]", prompt)
-    else:
-        raise BadRequest("prompt must be a text, a list of token ids, or a list of either", "prompt")
-    for token in tokens:
-        if not 0 <= token < vocabulary.size:
-            raise BadRequest(f"prompt holds token {token}; the model has {vocabulary.size} tokens", "prompt")
+def _tokens(service: ModelService, prompt: GivenPrompt) -> tuple[int, ...]:
+    pieces = [prompt] if isinstance(prompt, str) else prompt
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    if any(isinstance(piece, list) for piece in pieces):
+        raise BadRequest("a prompt must be a text, or a list of token ids and texts", "prompt")
+    if len(texts) > CONTROL_TEXTS_MAX:
+        raise BadRequest(f"a prompt may be made of {CONTROL_TEXTS_MAX} texts at most", "prompt")
+    check_bytes(service, sum(map(utf8_bytes, texts)), "prompt")
+    vocabulary = service.vocabulary
+    tokens: list[int] = []
+    for place, piece in enumerate(pieces):
+        if isinstance(piece, str):
+            tokens += vocabulary.tokenize(piece, special=True, add_bos=place == 0)
+        else:
+            tokens.append(piece)
+    check_ids(vocabulary, tokens, "prompt")
     if not tokens:
         raise BadRequest("the prompt is empty: this model needs a token to begin with", "prompt")
     return tuple(tokens)
+
+
+def check_ids(vocabulary: Vocabulary, tokens: Sequence[int], param: str) -> None:
+    """Refuse token ids that the model does not have.
+
+    Raises:
+        BadRequest: names the first of them.
+    """
+    for token in tokens:
+        if not 0 <= token < vocabulary.size:
+            raise BadRequest(f"{param} holds token {token}; the model has {vocabulary.size} tokens", param)

@@ -1,14 +1,14 @@
 """OpenAI's replies: chat completions and completions, whole or as events, from the same chunks."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from cordee.api.answers import AnswerPiece, Job, WholeAnswer
 from cordee.api.failures import error_body
-from cordee.api.logprobs import LegacyLogprobs, chat_logprobs
+from cordee.api.logprobs import Echo, LegacyLogprobs, chat_logprobs
 from cordee.chat.events import ArgumentsDelta, CallBegun, Event, TextDelta, ThinkingDelta
 from cordee.chat.turn import ToolCall
 from cordee.generation.request import Choice
@@ -42,7 +42,7 @@ class Reply(ABC):
         for choice in self._pieces(index, piece):
             yield self._event([choice])
         if piece.finish_reason is not None:
-            yield self._event([self._finish(index, piece.finish_reason)])
+            yield self._event([self._finish(index, piece.finish_reason)], extra=self._timings(piece))
 
     def end(self) -> Iterable[bytes]:
         """The usage, where it was asked for, and the end mark."""
@@ -58,17 +58,33 @@ class Reply(ABC):
         """The reply that is not streamed."""
         choices = [self._choice(index, answer) for index, answer in enumerate(answers)]
         used = self._usage({index: answer.last for index, answer in enumerate(answers)})
-        return self._frame(self.object) | {"choices": choices, "usage": used}
+        extra = self._timings(answers[0].last)
+        return self._frame(self.object) | {"choices": choices, "usage": used} | extra
 
     def _frame(self, kind: str) -> dict[str, Any]:
         job = self.job
-        return {"id": self.prefix + job.id, "object": kind, "created": job.created, "model": job.model}
+        return {
+            "id": self.prefix + job.id,
+            "object": kind,
+            "created": job.created,
+            "model": job.model,
+            "system_fingerprint": job.fingerprint,
+        }
 
-    def _event(self, choices: list[dict[str, Any]], used: dict[str, Any] | None = None) -> bytes:
+    def _timings(self, piece: AnswerPiece) -> dict[str, Any]:
+        """How long the answer took that ends with this piece, if it is the only one."""
+        return {"timings": piece.timings} if piece.timings and len(self.job.requests) == 1 else {}
+
+    def _event(
+        self,
+        choices: list[dict[str, Any]],
+        used: dict[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> bytes:
         """An event; where usage is asked for it stands in each, and is null but in the last, unless it is
         always wanted."""
         used = self._usage(self._last) if used is None and self._usage_always else used
-        frame = self._frame(self.event_object) | {"choices": choices}
+        frame = self._frame(self.event_object) | {"choices": choices, **(extra or {})}
         return _data(frame | {"usage": used} if self._usage_event else frame)
 
     def _usage(self, last: dict[int, AnswerPiece]) -> dict[str, Any]:
@@ -161,14 +177,29 @@ class ChatReply(Reply):
 
 
 class CompletionReply(Reply):
-    """`/v1/completions`: text alone."""
+    """`/v1/completions`: text alone. `echoes` are the prompts, where the text begins with them."""
 
     prefix = "cmpl-"
     object = event_object = "text_completion"
 
-    def __init__(self, job: Job, *, logprobs: bool, usage_event: bool, usage_always: bool = False) -> None:
+    def __init__(
+        self,
+        job: Job,
+        *,
+        logprobs: bool,
+        usage_event: bool,
+        usage_always: bool = False,
+        echoes: Sequence[Echo] | None = None,
+    ) -> None:
         super().__init__(job, logprobs=logprobs, usage_event=usage_event, usage_always=usage_always)
         self._logprobs = [LegacyLogprobs(job.vocabulary) for _ in job.requests] if logprobs else None
+        self._echoes = echoes
+
+    def push(self, index: int, piece: AnswerPiece) -> Iterable[bytes]:
+        """As the other replies, after the prompt where it is repeated."""
+        if self._echoes and index not in self._last:
+            yield self._event([self._echoed(index, piece.prompt_choices)])
+        yield from super().push(index, piece)
 
     def _pieces(self, index: int, piece: AnswerPiece) -> Iterable[dict[str, Any]]:
         if piece.text or piece.choices:
@@ -178,7 +209,22 @@ class CompletionReply(Reply):
         return self._text(index, "", (), reason)
 
     def _choice(self, index: int, answer: WholeAnswer) -> dict[str, Any]:
-        return self._text(index, answer.said.text, answer.choices, answer.last.finish_reason)
+        echoed = self._echoed(index, answer.prompt_choices) if self._echoes else None
+        choice = self._text(index, answer.said.text, answer.choices, answer.last.finish_reason)
+        if echoed is None:
+            return choice
+        lists: dict[str, list[Any]] | None = choice["logprobs"]
+        logprobs: dict[str, list[Any]] | None = echoed["logprobs"]
+        if logprobs is not None and lists is not None:
+            logprobs = {name: values + lists[name] for name, values in logprobs.items()}
+        return choice | {"text": echoed["text"] + choice["text"], "logprobs": logprobs}
+
+    def _echoed(self, index: int, choices: Sequence[Choice]) -> dict[str, Any]:
+        """The choice that repeats the prompt."""
+        assert self._echoes is not None, "the prompt is to be repeated"
+        echo = self._echoes[index // self.job.n]
+        logprobs = self._logprobs[index].echoed(echo, choices) if self._logprobs else None
+        return {"index": index, "text": echo.text, "logprobs": logprobs, "finish_reason": None}
 
     def _text(
         self, index: int, text: str, choices: Sequence[Choice], reason: str | None = None

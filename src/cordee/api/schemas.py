@@ -18,6 +18,7 @@ from cordee.generation.text import STOPS_MAX
 MESSAGES_MAX = 4096  # turns of a conversation
 PARTS_MAX = 1024  # content parts of a message
 TOOLS_MAX = 512  # of a request; agents with many servers of tools send two hundred
+EXTRA_FILES_MAX = 1024  # beside the one that is filled in
 CHOICES_MAX = 32  # answers that one request may ask for: prompts times `n`
 TOKENS_MAX = 1 << 30  # no context is longer
 LEGACY_MAX_TOKENS = 16  # OpenAI's default for completions
@@ -422,22 +423,100 @@ class ChatRequest(Common, kw_only=True, frozen=True):
 class CompletionRequest(Common, kw_only=True, frozen=True):
     """`POST /v1/completions`"""
 
+    max_tokens: Annotated[
+        Integral | None,
+        honoured(
+            "the answer ends after this many tokens; 0 reads the prompt, and no more; less than 0: with the "
+            "context; default 16"
+        ),
+    ] = None
     prompt: Annotated[
-        str | list[str | int | list[int]],
-        honoured("a text, token ids, or a list of either; control tokens in a text are read as tokens"),
+        str | list[str | int | list[str | int]],
+        honoured(
+            "a text, token ids, texts and token ids that make one prompt (llama.cpp), or a list of any of "
+            "these; control tokens in a text are read as tokens"
+        ),
     ]
     logprobs: Annotated[
         Annotated[int, msgspec.Meta(ge=0, le=RANGES["top_logprobs"][1])] | None,
         honoured(
-            "log-probabilities of the answer's tokens, and of this many of the likeliest at each position"
+            "log-probabilities of the answer's tokens, and of this many of the likeliest at each position; "
+            "with `echo` of the prompt's, too"
         ),
     ] = None
     best_of: Annotated[msgspec.Raw, refused("answers are not ranked; use `n`", 1)] = ABSENT
-    echo: Annotated[msgspec.Raw, refused("the prompt is not repeated", False)] = ABSENT
+    echo: Annotated[bool | None, honoured("the text begins with the prompt")] = None
     suffix: Annotated[
-        msgspec.Raw,
-        refused("insertion is not implemented; write the model's own infill tokens in the prompt", ""),
-    ] = ABSENT
+        str | None, honoured("what follows the answer, for models with fill-in-the-middle tokens")
+    ] = None
+
+
+class ExtraFile(Shape, frozen=True):
+    """A file, or a piece of one, beside the one that is written."""
+
+    text: Annotated[str, honoured("its text")]
+    filename: Annotated[str | None, honoured("its name, for models that know of files")] = None
+    time: Annotated[msgspec.Raw, ignored("llama.vim sends it; models do not see it")] = ABSENT
+
+
+LOOP = "this server has its own way with slots, caches and samplers"
+
+
+class InfillRequest(Common, kw_only=True, frozen=True):
+    """`POST /infill`"""
+
+    input_prefix: Annotated[str, honoured("what stands before the cursor")]
+    input_suffix: Annotated[str, honoured("what stands behind it")]
+    input_extra: Annotated[
+        Annotated[list[ExtraFile], msgspec.Meta(max_length=EXTRA_FILES_MAX)] | None,
+        honoured("other files, the most telling last"),
+    ] = None
+    prompt: Annotated[str | None, honoured("goes on from `input_prefix`: what is being typed")] = None
+    id_slot: Annotated[msgspec.Raw, ignored(LOOP)] = ABSENT
+    cache_prompt: Annotated[msgspec.Raw, ignored(LOOP)] = ABSENT
+    n_indent: Annotated[msgspec.Raw, ignored(LOOP)] = ABSENT
+    t_max_prompt_ms: Annotated[msgspec.Raw, ignored("a prompt is read to its end")] = ABSENT
+    t_max_predict_ms: Annotated[msgspec.Raw, ignored("bound the answer by `n_predict`")] = ABSENT
+    response_fields: Annotated[msgspec.Raw, ignored("all fields are sent")] = ABSENT
+
+
+class FimRequest(Common, kw_only=True, frozen=True):
+    """`POST /v1/fim/completions`"""
+
+    prompt: Annotated[str, honoured("what stands before the answer")]
+    suffix: Annotated[str | None, honoured("what stands behind it")] = None
+    random_seed: Annotated[int | None, honoured("as `seed`")] = None
+
+
+class TokenizeRequest(Shape, frozen=True):
+    """`POST /tokenize`: llama.cpp's `content`, or vLLM's `prompt` or `messages`."""
+
+    model: Annotated[str | None, honoured("an id that `GET /v1/models` lists; default: the only one")] = None
+    content: Annotated[str | None, honoured("a text (llama.cpp)")] = None
+    prompt: Annotated[str | None, honoured("a text (vLLM)")] = None
+    messages: Annotated[
+        Annotated[list[ChatMessage], msgspec.Meta(max_length=MESSAGES_MAX)] | None,
+        honoured("a conversation, through the model's chat template (vLLM)"),
+    ] = None
+    add_special: Annotated[
+        bool | None, honoured("with `content`: put the begin-of-text token in front; default false")
+    ] = None
+    add_special_tokens: Annotated[bool | None, honoured("the same with `prompt`; default true")] = None
+    parse_special: Annotated[
+        bool | None, honoured("read the names of control tokens as tokens; default true")
+    ] = None
+    with_pieces: Annotated[bool | None, honoured("each token as `{id, piece}`")] = None
+    return_token_strs: Annotated[bool | None, honoured("the texts of the tokens in `token_strs`")] = None
+    add_generation_prompt: Annotated[
+        bool | None, honoured("with `messages`: end where an answer begins; default true")
+    ] = None
+
+
+class DetokenizeRequest(Shape, frozen=True):
+    """`POST /detokenize`"""
+
+    tokens: Annotated[list[int], honoured("token ids", max_length=TOKENS_MAX)]
+    model: Annotated[str | None, honoured("an id that `GET /v1/models` lists; default: the only one")] = None
 
 
 @cache

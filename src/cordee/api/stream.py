@@ -221,11 +221,18 @@ class EventStream(Response):
         due = clock() + patience
         while streams.open:
             item = await streams.next(max(0.0, due - clock()))
-            if item is not None and await _write(send, self._adapter.push(*item)):
+            if item is not None and await _write(send, self._events(*item)):
                 due = clock() + patience
             elif clock() >= due:
                 await _write(send, [self._adapter.keep_alive])
                 due = clock() + patience
+
+    def _events(self, index: int, piece: AnswerPiece) -> Iterable[bytes]:
+        """What to write for a piece: also where its stream stands while it waits, if the format has room."""
+        if piece.place is None:
+            return self._adapter.push(index, piece)
+        is_sse = self._adapter.media_type == "text/event-stream"
+        return [f": queue {piece.place}\n\n".encode()] if is_sse else []
 
 
 async def _write(send: Send, events: Iterable[bytes], more: bool = True) -> bool:

@@ -69,8 +69,8 @@ class Family:
     """How a family writes calls, and how its template takes those of the past.
 
     `text_arguments`: as JSON text, not as objects. `null_content`: a message is one of calls if it has no
-    content. `single_calls`: a message has one call. `id_chars`: how long the id of a call is. `text_calls`: its
-    template knows no calls of the past; they are sent as the text that they were.
+    content. `single_calls`: a message has one call. `id_chars`: how long the id of a call is. `text_calls`:
+    its template knows no calls of the past; they are sent as the text that they were.
     """
 
     name: str

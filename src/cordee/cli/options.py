@@ -24,13 +24,14 @@ context = click.option(
     "--context",
     metavar="N",
     type=click.IntRange(16),
-    help="Context length: tokens of a prompt and its answer together; default: as long as is usual and fits.",
+    help="Context length: tokens of a prompt and its answer together; default: 8192, more where there is "
+    "much memory, less where it is short.",
 )
 sequences = click.option(
     "--sequences",
     metavar="N",
     type=click.IntRange(1, 256),
-    help="Answers at a time; default: 8, or fewer where memory is short.",
+    help="Answers at a time; default: 4, more where there is much memory, fewer where it is short.",
 )
 threads = click.option(
     "--threads", metavar="N", type=click.IntRange(1, 1024), help="Threads of each stage; default: all cores."
@@ -113,6 +114,26 @@ local_key = click.option(
     help="Have the API want a key, which only this account can read (file local-key of the state folder).",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+log_file = click.option(
+    "--log-file",
+    metavar="PATH",
+    type=click.Path(dir_okay=False),
+    help="Write what the program does to this file, too; never a prompt or an answer.",
+)
+log_format = click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Lines of text, or an object of JSON for each.",
+)
+
+
+def logged(command: Callable[P, None]) -> Callable[P, None]:
+    """Options of verbs that run for long, for their log."""
+    return log_file(log_format(command))
 
 
 def serving(command: Callable[P, None]) -> Callable[P, None]:

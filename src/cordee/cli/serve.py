@@ -7,6 +7,7 @@ import signal
 import socket
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -17,6 +18,7 @@ from cordee.cli.models import STARTER
 from cordee.errors import BadRequest
 
 if TYPE_CHECKING:
+    from cordee.agent.logs import Form
     from cordee.api.keys import LocalKey
     from cordee.models.store import Store, StoredModel
     from cordee.serving.local_service import ServiceConfig
@@ -38,6 +40,7 @@ PORT = 8321
 @options.local_key
 @options.sequences
 @options.serving
+@options.logged
 def serve(
     models: tuple[str, ...],
     port: int,
@@ -45,6 +48,8 @@ def serve(
     wants_key: bool,
     stages: int,
     sequences: int | None,
+    log_file: str | None,
+    log_format: "Form",
     **loading: Any,
 ) -> None:
     """Serve models to programs on this machine, with OpenAI's API.
@@ -53,10 +58,12 @@ def serve(
     Other accounts of this machine may ask, too, unless --local-key has the API want a key.
     """
     address = _loopback(host)
+    from cordee.agent import logs
     from cordee.api.keys import LocalKey
     from cordee.models.store import Store
     from cordee.serving.local_service import ServiceConfig
 
+    logs.begin(Path(log_file) if log_file else None, log_format)
     store = Store()
     stored = [find(store, name) for name in dict.fromkeys(models or (STARTER,))]
     listener = listen(address, port)
@@ -116,7 +123,7 @@ async def _serve(
     from cordee.api.server import serve as answer
     from cordee.models.architectures import is_encoder
     from cordee.serving.embedders import Embedders
-    from cordee.serving.local_service import LocalService
+    from cordee.serving.local_service import LocalService, samples
 
     task = asyncio.current_task()
     assert task is not None, "asyncio.run() runs this in a task"
@@ -126,7 +133,13 @@ async def _serve(
     # It answers from now on: a client that asks while a model loads is told so.
     writing = [model for model in models if not is_encoder(model.architecture)]
     embedders = Embedders(store, [model.name for model in models])
-    app = create_app(services, embedders=embedders, expected=[model.name for model in writing], key=key)
+    app = create_app(
+        services,
+        embedders=embedders,
+        expected=[model.name for model in writing],
+        key=key,
+        samples=samples(services),
+    )
     serving = asyncio.create_task(answer(app, listener))
     try:
         with output.loading() as report:
@@ -136,6 +149,7 @@ async def _serve(
                     model, store, stages=stages, config=own, report=report
                 )
         for name, service in services.items():
+            output.note(f"cordee: {name}: {output.asked(service.sequences, service.context)}")
             output.note_shortened(name, service.shortened)
         address, port = listener.getsockname()[:2]
         _greet(services, embedders.models(), address, port, key)

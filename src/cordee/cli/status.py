@@ -81,6 +81,8 @@ def deploy(model: str, context: int | None, sequences: int | None, replicas: int
         output.note(f"{deployed.name} is deployed, but cannot run for now. {deployed.why}")
         return
     output.note(f"The cluster serves {deployed.name} from now on; `cordee status` shows where.")
+    if deployed.demand is not None:
+        output.note(f"It gives {output.asked(deployed.demand.sequences, deployed.demand.context)}.")
     output.note_shortened(deployed.name, deployed.lacks)
 
 

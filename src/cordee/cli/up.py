@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +24,7 @@ from cordee.errors import CordeeError, JoinFailed
 if TYPE_CHECKING:
     from cordee.agent.agent import Agent, AgentOptions
     from cordee.agent.control import AgentSocket
+    from cordee.agent.logs import Form
     from cordee.agent.settings import Settings
     from cordee.api.keys import LocalKey
     from cordee.net.identity import Identity
@@ -82,6 +84,7 @@ READ_BYTES = 4096  # at a time, of a standard input that nobody needs
     help="Have this share of the work of other nodes computed again, for the models that this node hosts, to "
     "find stages that compute wrongly; off: none.",
 )
+@options.logged
 @click.option("--until-eof", is_flag=True, hidden=True, help="End when standard input ends, too.")
 def up(
     name: str | None,
@@ -92,6 +95,8 @@ def up(
     lent_bytes: int | None,
     wants_key: bool,
     spot_check: float,
+    log_file: str | None,
+    log_format: "Form",
     until_eof: bool,
 ) -> None:
     """Run this machine as a node of its cluster, until Ctrl-C.
@@ -101,12 +106,14 @@ def up(
     http://127.0.0.1:PORT/v1, with OpenAI's API; so do other accounts, unless --local-key has it want a key.
     A member whose certificate ran out while it was off waits until an admin runs that renews it.
     """
+    from cordee.agent import logs
     from cordee.agent.agent import AgentOptions
     from cordee.agent.control import AgentSocket
     from cordee.api.keys import LocalKey
     from cordee.net import identity
     from cordee.net.bus import BusOptions
 
+    logs.begin(Path(log_file) if log_file else None, log_format)
     interface = "" if scouting == "off" else scouting
     BusOptions(address or "", peers, interface).check()  # before anything is made, or kept
     listener = listen("127.0.0.1", port)
@@ -184,12 +191,11 @@ class _Running:
         Raises:
             JoinFailed: it was removed, or another machine runs as this node.
         """
-        from cordee.agent import logs, settings
+        from cordee.agent import settings
         from cordee.agent.agent import Agent
         from cordee.models.store import Store
         from cordee.net import renewal
 
-        logs.begin()
         task = asyncio.current_task()
         assert task is not None, "asyncio.run() runs this in a task"
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -216,6 +222,7 @@ class _Running:
 
     async def _serve(self, agent: "Agent", cancel: Callable[[], object]) -> None:
         from cordee.agent.control_server import Control
+        from cordee.agent.samples import cluster_samples
         from cordee.api.app import create_app
         from cordee.api.server import serve
         from cordee.models.store import Store
@@ -234,6 +241,7 @@ class _Running:
                     expected=_Names(agent),
                     key=self._key,
                     refusal=agent.services.refusal,
+                    samples=lambda: cluster_samples(agent),
                 ),
                 self._listener,
             ),

@@ -1,7 +1,13 @@
 """How much is asked of a model, and what gives way where memory is short.
 
 People seldom say how many answers at a time and how much context they want. What they leave open is chosen:
-the usual; where that does not fit, fewer answers, down to one; and then less context, down to CONTEXT_USEFUL.
+
+- the usual, which a first request of a coding agent fits: SEQUENCES answers of 8,192 tokens;
+- where there is much room, up to SEQUENCES_MOST answers of CONTEXT_LONG tokens: first the answers give way,
+  then the context, until COMFORT times as many answers would fit, too. So the cache leaves most of the memory
+  to other models, and to what else runs on the machine;
+- where the usual does not fit, fewer answers, down to one; then less context, down to CONTEXT_USEFUL.
+
 What they do say is never changed: if it does not fit, they are told what would.
 """
 
@@ -12,9 +18,12 @@ from typing import NamedTuple
 
 from cordee.cluster.memory import CELLS_STEP, Demand
 
-SEQUENCES = 8  # answers at a time, unless somebody says otherwise
+SEQUENCES, SEQUENCES_MOST = 4, 8  # answers at a time, unless somebody says otherwise
 # By default the KV cache has room for this many tokens in all: 0.75 GB for the starter model.
 CELLS_DEFAULT = 32768
+# What coding agents send first has 31 to 78 kB, which are 8,000 to 20,000 tokens; then it grows.
+CONTEXT_LONG = 32768
+COMFORT = 4
 # Nobody gets less context without asking for it: a question, and an answer of a page.
 CONTEXT_USEFUL = 1024
 
@@ -26,16 +35,23 @@ def usual_context(own: int | None, sequences: int | None = None) -> int:
     return min(own or CELLS_DEFAULT, max(1, CELLS_DEFAULT // (sequences or SEQUENCES)))
 
 
+def long_context(own: int | None) -> int:
+    """Tokens for each answer where there is much room; `own` is what the model was made for."""
+    return min(own or CONTEXT_LONG, CONTEXT_LONG)
+
+
 class SizeRequest(NamedTuple):
     """What is asked of a model; None was not said.
 
-    `usual` and `usual_sequences` are the context in tokens and the answers at a time that it then gets.
+    `usual` and `usual_sequences` are the context in tokens and the answers at a time that it then gets;
+    `longest` is the context where there is much room, and 0 asks for no more than the usual.
     """
 
     context: int | None
     sequences: int | None
     usual: int
     usual_sequences: int = SEQUENCES
+    longest: int = 0
 
     @property
     def full(self) -> Demand:
@@ -49,8 +65,22 @@ class SizeRequest(NamedTuple):
         return Demand(context, self.sequences or 1)
 
     def largest(self, fits: Fits) -> Demand | None:
-        """The most that fits; None if not even the least does. What fits must fit with less of anything."""
-        return _Descent(self.full, self.least).first(fits)
+        """The most that fits, as the module's docstring has it; None if not even the least does.
+
+        What fits must fit with less of anything.
+        """
+
+        def comfortable(demand: Demand) -> bool:
+            return fits(Demand(demand.context, COMFORT * demand.sequences))
+
+        found = _Descent(self._most, self.full).first(comfortable) if self.longest else None
+        return found or _Descent(self.full, self.least).first(fits)
+
+    @property
+    def _most(self) -> Demand:
+        """What it gets where there is much room."""
+        context = self.context or max(self.longest, self.usual)
+        return Demand(context, self.sequences or max(SEQUENCES_MOST, self.usual_sequences))
 
     def shortened(self, given: Demand) -> str:
         """What `given` lacks, for people: `1 answer at a time instead of 8`; empty if nothing."""

@@ -37,6 +37,10 @@ LAYER_BYTES = 70_000
 TOKEN_BYTES = 220
 # Rows of a micro-batch: enough to use the processor fully, little enough not to block it.
 BATCH_ROWS = 512
+# Rows whose logits a last stage gives at a time, if not one for each sequence: a prompt that is scored wants
+# those of all its rows, and so many at a time use the processor nearly as well as hundreds. Until then
+# libllama keeps room for one row of each sequence; no estimate counts the rest (16 MB for 256,000 tokens).
+OUTPUT_ROWS = 16
 # Tables that are kept, one for each model and size: far more than a cluster serves. Each has at most 0.5 MB.
 TABLES_KEPT = 32
 STAGES_KEPT = 4096  # whose memory is: each look at everything asks for that of all that runs
@@ -56,6 +60,11 @@ class Sizes(Protocol):
 
     @property
     def batch_rows(self) -> int: ...
+
+
+def output_rows(sizes: Sizes) -> int:
+    """The most rows whose logits a last stage gives in one call."""
+    return min(max(sizes.sequences, OUTPUT_ROWS), sizes.batch_rows)
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ class StageShape:
         rows = min(sizes.batch_rows, sizes.context * sizes.sequences)
         outputs = min(sizes.sequences, rows) * self.vocabulary * FLOAT_BYTES
         mask_bytes = self.masks * cells * MASK_NUMBER_BYTES
-        peak_bytes = max(self.row_floats * FLOAT_BYTES * rows, outputs)
+        computed = min(output_rows(sizes), rows) * self.vocabulary * FLOAT_BYTES
+        peak_bytes = max(self.row_floats * FLOAT_BYTES * rows, computed)
         return Fit(
             weights_bytes=self.weights_bytes,
             kv_bytes=self.cell_bytes * cells * sizes.sequences,

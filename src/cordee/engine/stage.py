@@ -11,6 +11,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from cordee.cluster.memory import output_rows
+
 EngineName = Literal["llama", "ternary"]
 CacheName = Literal["f16", "int8"]
 
@@ -51,6 +53,11 @@ class StageConfig:
     batch_invariant: bool = True
     kv_cache: CacheName = "f16"
 
+    @property
+    def output_rows(self) -> int:
+        """The most rows of a decode call that may be outputs of the last stage."""
+        return output_rows(self)
+
 
 @dataclass(frozen=True)
 class StageDescription:
@@ -82,7 +89,7 @@ class Stage(Protocol):
     def decode(self, batch: Batch) -> np.ndarray:
         """Run the rows; give (n, n_embd) float32 rows, or on the last stage (outputs, n_vocab) logits.
 
-        At most as many rows may be outputs as the stage has sequences.
+        At most `StageConfig.output_rows` rows may be outputs.
 
         Raises:
             StageFailed: the engine refused the batch; the KV cache is as before the call.

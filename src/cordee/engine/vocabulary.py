@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import sub
 from pathlib import Path
 
@@ -45,6 +46,21 @@ CRASHES_MAX, CRASH_SECONDS = 5, 60.0
 
 MODULE = "cordee.engine.vocabulary_child"
 ANOTHER = "fetch the model again, or choose another edition of it"
+
+
+@dataclass(frozen=True)
+class Infill:
+    """The tokens by which a model is asked for what stands between two texts.
+
+    `repository` and `separator` stand before the name of a repository, and of a file of it, where the model
+    knows files beside the one that is written.
+    """
+
+    prefix: int
+    suffix: int
+    middle: int
+    repository: int | None = None
+    separator: int | None = None
 
 
 class Vocabulary:
@@ -83,6 +99,8 @@ class Vocabulary:
         self.wants_bos = table.wants_bos
         self.end_of_generation = frozenset(table.end_of_generation)
         self.chat_template = table.chat_template
+        can_fill_in = {"prefix", "suffix", "middle"} <= table.infill.keys()
+        self.infill = Infill(**table.infill) if can_fill_in else None
         starts = "".join(map(re.escape, table.control_starts))
         self._control_starts = re.compile(f"[{starts}]" if starts else r"(?!)")
 

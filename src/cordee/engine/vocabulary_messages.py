@@ -14,7 +14,7 @@ class Table(msgspec.Struct, frozen=True, tag=True):
 
     `pieces` are the bytes of all tokens, one after the other, special ones by their names; `ends` says where
     each ends, as uint32; `flags` has CONTROL and HIDDEN for each. `control_starts` are the characters with
-    which names of control tokens begin.
+    which names of control tokens begin. `infill` are those of Infill that there are, by field.
     """
 
     bos: int | None
@@ -28,6 +28,7 @@ class Table(msgspec.Struct, frozen=True, tag=True):
     ends: bytes
     flags: bytes
     control_starts: str
+    infill: dict[str, int] = {}
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):

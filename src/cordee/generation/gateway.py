@@ -49,19 +49,27 @@ SILENCE_SECONDS = 30.0
 # How long a stream waits for a host: loading 60 GB at 100 MB/s takes this long, and clients that get
 # keep-alive events wait longer.
 WAIT_SECONDS = 600.0
+# Between two news of a stream's place in the queue, so that a long queue costs little as it moves.
+PLACE_SECONDS = 1.0
 # Between two attempts that failed; doubled each time, from the time of a token to what a person notices.
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 4.0
 
 
 @dataclass(frozen=True)
 class News:
-    """News for the client of a stream, in order. The last has a finish reason or an error."""
+    """News for the client of a stream, in order. The last has a finish reason or an error.
+
+    `prompt_choices` come with the first token where the prompt is scored. With a `place` there is nothing
+    else: the stream waits for a slot, and the next one to get one has place 1.
+    """
 
     stream: str
     choices: tuple[Choice, ...] = ()
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     error: CordeeError | None = None
+    prompt_choices: tuple[Choice, ...] = ()
+    place: int | None = None
 
 
 @dataclass(eq=False)
@@ -103,6 +111,8 @@ class _Stream:
     ask_at: float = 0.0  # when it may be asked
     pause: float = PAUSE_SECONDS_MIN
     refusal: CordeeError | None = None  # the last one
+    place: int = 0  # in the host's queue, as the client was told
+    place_at: float = 0.0  # when the client may be told of another
 
     def paused(self) -> float:
         """The pause before the next attempt, which makes the one after it longer."""
@@ -299,6 +309,10 @@ class Gateway:
             self._hurry(stream.ask.peer)
             return
         choices = piece.choices[have - piece.first :]
+        prompt_choices = _prompt_choices(stream.request, piece) if choices and not have else ()
+        if prompt_choices is None:
+            self._fail(stream, StageFailed("the stages gave no log-probabilities of the prompt"))
+            return
         if choices:
             if stream.cached_tokens is None:
                 stream.cached_tokens = piece.cached_tokens
@@ -308,7 +322,15 @@ class Gateway:
             stream.pause = PAUSE_SECONDS_MIN
         if choices or piece.finish_reason is not None:
             cached = stream.cached_tokens or 0
-            self._news.append(News(stream.request.id, choices, cached, piece.finish_reason))
+            self._news.append(
+                News(
+                    stream.request.id,
+                    choices,
+                    cached,
+                    piece.finish_reason,
+                    prompt_choices=prompt_choices,
+                )
+            )
         if piece.finish_reason is not None:
             self.cancel(stream.request.id)
         elif piece.failure is not None:
@@ -331,7 +353,7 @@ class Gateway:
     def _answered(self, peer: _Peer, said: Said) -> None:
         """The answer to an Assert: the asks it named are held by the host, or unknown there."""
         peer.heard = self._clock.seconds
-        unknown = set(said.unknown)
+        unknown, places = set(said.unknown), dict(said.places)
         for number, stream in list(peer.asks.items()):
             ask = stream.ask
             assert ask is not None
@@ -341,6 +363,7 @@ class Gateway:
                 if self._confirmed(stream, said.session):
                     stream.accepted = True
                     stream.waiting = self._clock.seconds if said.ready else stream.waiting
+                    self._tell_place(stream, places.get(number, 0))
             elif ask.session is not None:
                 self._leave(stream)
                 self._ask(stream)
@@ -349,6 +372,21 @@ class Gateway:
                 ask.sent = self._next()
                 ask.again = self._clock.seconds + stream.paused()
                 self._send(stream, ask)
+
+    def _tell_place(self, stream: _Stream, place: int) -> None:
+        """Tell the client where its stream stands in the host's queue, if that is news."""
+        clock = self._clock.seconds
+        if place and place != stream.place and clock >= stream.place_at:
+            stream.place, stream.place_at = place, clock + PLACE_SECONDS
+            self._news.append(News(stream.request.id, place=place))
+
+
+def _prompt_choices(request: Request, piece: Piece) -> tuple[Choice, ...] | None:
+    """The tokens of a scored prompt but the first; None if they are not there, or not all."""
+    tokens = request.prompt[1:] if request.scores_prompt else ()
+    if not request.scores_prompt or len(piece.scores) == len(tokens):
+        return tuple(Choice(token, *said) for token, said in zip(tokens, piece.scores, strict=False))
+    return None
 
 
 def _nobody() -> StageFailed:

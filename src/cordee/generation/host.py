@@ -60,6 +60,7 @@ class _Entry:
     sent: int  # the first index that was not sent yet
     heard: float  # when it was asked for, or an Assert last named it, in awake seconds
     choices: list[Choice] = field(default_factory=list[Choice])
+    prompt_choices: tuple[Choice, ...] = ()  # until the gateway has the first token
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     failure: Failure | None = None
@@ -74,13 +75,16 @@ class _Entry:
         kept = self.base <= have <= self.base + len(self.choices)
         self.choices = self.choices[have - self.base :] if kept else []
         self.base = self.sent = have
+        if have:
+            self.prompt_choices = ()
         return kept
 
     def take_news(self) -> Piece:
         """What is to be sent now; it counts as sent."""
         first, self.sent = self.sent, self.base + len(self.choices)
         choices = tuple(self.choices[first - self.base :])
-        return piece(self.ask, first, choices, self.cached_tokens, self.finish_reason, self.failure)
+        scores = self.prompt_choices if first == 0 else ()
+        return piece(self.ask, first, choices, self.cached_tokens, self.finish_reason, self.failure, scores)
 
 
 @dataclass(eq=False)
@@ -98,15 +102,20 @@ class _Session:
     news: dict[int, _Entry] = field(default_factory=dict[int, _Entry])  # those with something to send
     answers: int = 0  # the Assert to answer
     unknown: tuple[int, ...] = ()  # to it
+    places: tuple[tuple[int, int], ...] = ()  # of asks that wait
 
-    def said(self, ready: bool) -> Said | None:
-        """All that is to be sent now; None if there is nothing."""
+    def said(self, ready: bool) -> list[Said]:
+        """All that is to be sent now. Scores of a prompt are long: they go in a message of their own."""
         if not self.news and not self.answers:
-            return None
-        pieces = tuple(entry.take_news() for entry in self.news.values())
-        said = Said(self.gateway, self.peer, self.id, ready, pieces, self.answers, self.unknown)
+            return []
+        pieces = [entry.take_news() for entry in self.news.values()]
+        usual = tuple(each for each in pieces if not each.scores)
+        said = [
+            Said(self.gateway, self.peer, self.id, ready, usual, self.answers, self.unknown, self.places),
+            *(Said(self.gateway, self.peer, self.id, ready, (each,)) for each in pieces if each.scores),
+        ]
         self.news.clear()
-        self.answers, self.unknown = 0, ()
+        self.answers, self.unknown, self.places = 0, (), ()
         return said
 
 
@@ -137,6 +146,11 @@ class Host:
     def active(self) -> int:
         """Streams that hold a slot."""
         return self._scheduler.active
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens in the KV cache."""
+        return self._scheduler.held_tokens
 
     def receive(self, node: str, message: Ask | Assert, refusal: CordeeError | None = None) -> None:
         """Handle a message of the gateway on a node, which must be about this model.
@@ -179,11 +193,12 @@ class Host:
         batch_id: int,
         choices: Mapping[int, Choice],
         failures: Mapping[int, str],
+        scores: Mapping[int, Sequence[Choice]] | None = None,
         *,
         last: bool = True,
     ) -> None:
         """Handle a micro-batch's result, as `Scheduler.complete` does."""
-        events = self._scheduler.complete(batch_id, choices, failures, last=last)
+        events = self._scheduler.complete(batch_id, choices, failures, scores, last=last)
         self._suspects.result(batch_id, [event.stream for event in events], last=last)
         for event in events:
             self._tell(event)
@@ -212,9 +227,10 @@ class Host:
         self._scheduler.forget_restored()
 
     def drain(self) -> list[tuple[str, Said]]:
-        """The messages to send now, each with the node it goes to: one for each gateway with news."""
-        said = ((session.node, session.said(self.ready)) for session in self._sessions.values())
-        return [(node, message) for node, message in said if message is not None]
+        """The messages to send now, each with the node it goes to."""
+        return [
+            (session.node, said) for session in self._sessions.values() for said in session.said(self.ready)
+        ]
 
     def _session(self, node: str, message: Ask | Assert) -> _Session | None:
         """The session that a message belongs to; None where it is over, or there is no room for another."""
@@ -280,10 +296,21 @@ class Host:
             elif entry.has_news:
                 session.news[ask] = entry
         session.answers, session.unknown = message.number, tuple(unknown)
+        session.places = self._places(session)
+
+    def _places(self, session: _Session) -> tuple[tuple[int, int], ...]:
+        """Which of a session's asks wait for a slot, and where they stand."""
+        if not self._scheduler.waiting:
+            return ()
+        places = self._scheduler.places()
+        return tuple(
+            (entry.ask, places[entry.name]) for entry in session.entries.values() if entry.name in places
+        )
 
     def _tell(self, event: Event) -> None:
         session, entry = self._named[event.stream]
         entry.cached_tokens = event.cached_tokens
+        entry.prompt_choices = entry.prompt_choices or event.prompt_choices
         if event.choice is not None:
             entry.choices.append(event.choice)
             session.news[entry.ask] = entry

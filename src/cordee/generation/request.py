@@ -54,6 +54,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One stream to generate. `max_tokens` None: up to the end of the context.
 
     `shown_tokens` are control tokens whose names are part of the text; that of the last one never is.
+    `scores_prompt`: the prompt's own tokens get log-probabilities, too, and so does the token that ends the
+    answer; it needs `sampling.top_logprobs`.
     """
 
     id: str
@@ -62,6 +64,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     shown_tokens: tuple[int, ...] = ()
+    scores_prompt: bool = False
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -76,10 +79,15 @@ class TextChunk(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of an answer as the client may see it: whole characters only, and nothing of a stop string.
 
     The last chunk of a stream, and only that one, has a `finish_reason`; `text` may be empty.
+    `prompt_choices` come with the first chunk that has tokens: the prompt's tokens but the first, where their
+    log-probabilities were asked for. A chunk with a `place` has nothing else: the stream waits, and the next
+    one to be answered has place 1.
     """
 
     text: str
     choices: tuple[Choice, ...] = ()  # the tokens behind `text`, where log-probabilities were asked for
+    prompt_choices: tuple[Choice, ...] = ()
+    place: int | None = None
     finish_reason: FinishReason | None = None
     stop: str | None = None  # the stop string that ended the text, if one did
     prompt_tokens: int = 0

@@ -152,7 +152,7 @@ class Sampler:
         self._index += 1
         if self.params.top_logprobs is None:
             return Choice(token)
-        return _with_logprobs(token, logits, self.params.top_logprobs)
+        return scored(token, logits, self.params.top_logprobs)
 
     def _without_ends(self, row: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """The row without the tokens that would end the answer too early, if others are possible."""
@@ -326,8 +326,9 @@ def _every_id(n_vocab: int) -> np.ndarray:
     return np.arange(n_vocab, dtype=np.int32)
 
 
-def _with_logprobs(token: int, logits: np.ndarray, top: int) -> Choice:
-    """The choice with the log-softmax of the raw row; equal logits are ranked by id."""
+def scored(token: int, logits: np.ndarray, top: int) -> Choice:
+    """A token with the log-softmax of the raw (n_vocab,) row, and of its `top` likeliest tokens; equal logits
+    are ranked by id."""
     shifted = logits - logits.max()
     log_sum = np.log(np.exp(shifted).sum(dtype=np.float64))
     best = ()

@@ -31,6 +31,8 @@ A stream's life:
   worker/kv_transfer.py).
 - **Resumed streams** begin with tokens that another host generated, or this one before the gateway missed
   something. The next token depends on log, index and parameters alone, so they go on undisturbed.
+- **Scored prompts**: a stream may want the log-probabilities of its prompt's tokens. Then all of its rows are
+  computed, whatever a slot holds, and the scores are given with the first token; the log has no need of them.
 - **Suspects**: a stream that is set apart travels alone, which shows whether it is what breaks the pipeline.
 """
 
@@ -83,7 +85,8 @@ class Segment:
     """Consecutive rows of one stream in a micro-batch. `sample`: the last one's logits give a token.
 
     `tenure` is the number of the stream among all that had a slot. `inherit`: the positions before the first
-    one are to be taken over from the placement before.
+    one are to be taken over from the placement before. `score`: each row but the prompt's last one gives the
+    log-probability of the prompt's next token.
     """
 
     stream: str
@@ -93,6 +96,7 @@ class Segment:
     sample: bool
     tenure: int = 0
     inherit: bool = False
+    score: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,9 @@ class Event:
     """A stream got a token, or ended, or both. `choice` None: it ended without another token.
 
     `cached_tokens` of its prompt were in the KV cache when it got its slot. `failure` says why its token
-    could not be chosen; the stream has ended then, without a finish reason.
+    could not be chosen; the stream has ended then, without a finish reason. `prompt_choices` come with the
+    first token where the prompt is scored: its tokens but the first. Such a stream has a choice for the token
+    that ends it, too: clients that want scores count tokens.
     """
 
     stream: str
@@ -124,13 +130,16 @@ class Event:
     finish_reason: FinishReason | None
     cached_tokens: int
     failure: str | None = None
+    prompt_choices: tuple[Choice, ...] = ()
 
 
 @dataclass(eq=False)
 class _Flight:
-    """A micro-batch under way: the streams that get a token from it, and whether it goes round."""
+    """A micro-batch under way: the streams that get a token from it, those that get scores of so many rows,
+    and whether it goes round."""
 
     streams: list["_Stream"]
+    scored: list[tuple["_Stream", int]]
     repeats: bool
     halted: bool = False
 
@@ -154,6 +163,12 @@ class _Stream:
     cached: int
     opened: bool = False  # its sampler was made
     apart: bool = False  # nothing else may be under way with it
+    scores: list[Choice] = field(default_factory=list[Choice])  # of the prompt, until they are given
+
+    @property
+    def is_scored(self) -> bool:
+        """Its prompt's log-probabilities are still to be given."""
+        return self.request.scores_prompt and not self.log.generated
 
     @property
     def rows_left(self) -> int:
@@ -204,6 +219,15 @@ class Scheduler:
     def active(self) -> int:
         """Streams that hold a slot."""
         return len(self._active)
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens in all slots: of streams, and of those that may follow them."""
+        return sum(len(slot.tokens) for slot in self._slots)
+
+    def places(self) -> dict[str, int]:
+        """The place of each stream that waits for a slot, by its id; the next one has place 1."""
+        return {name: place for place, name in enumerate(self._waiting, 1)}
 
     def submit(self, request: Request, generated: Sequence[int] = ()) -> None:
         """Queue a stream. It goes on after the tokens `generated`, which count for all limits.
@@ -266,11 +290,17 @@ class Scheduler:
             return None
         self._batches += 1
         sampled = [self._active[segment.stream] for segment in segments if segment.sample]
-        opens = {stream.slot.sequence: stream.log for stream in sampled if not stream.opened}
-        for stream in sampled:
+        scored = [
+            (self._active[segment.stream], len(segment.tokens) - segment.sample)
+            for segment in segments
+            if segment.score
+        ]
+        opening = [*sampled, *(stream for stream, _ in scored if stream not in sampled)]
+        opens = {stream.slot.sequence: stream.log for stream in opening if not stream.opened}
+        for stream in opening:
             stream.opened = True
         steps = self._steps(segments)
-        self._in_flight[self._batches] = _Flight(sampled, repeats=steps > 1)
+        self._in_flight[self._batches] = _Flight(sampled, scored, repeats=steps > 1)
         return MicroBatch(self._batches, tuple(segments), opens, steps)
 
     def complete(
@@ -278,10 +308,12 @@ class Scheduler:
         batch_id: int,
         choices: Mapping[int, Choice],
         failures: Mapping[int, str],
+        scores: Mapping[int, Sequence[Choice]] | None = None,
         *,
         last: bool = True,
     ) -> list[Event]:
-        """Handle a micro-batch's result: the token chosen for each sampled sequence, or why there is none.
+        """Handle a micro-batch's result: the token chosen for each sampled sequence, or why there is none,
+        and the prompt's tokens of each scored one.
 
         Not `last`: it is on its way again with these tokens. Results of batches that were lost, and tokens of
         streams that ended meanwhile, are dropped.
@@ -291,7 +323,7 @@ class Scheduler:
             return []
         if last:
             del self._in_flight[batch_id]
-        events: list[Event] = []
+        events = self._score(flight, failures, scores or {})
         for stream in flight.streams:
             sequence = stream.slot.sequence
             if self._active.get(stream.request.id) is not stream:
@@ -331,15 +363,18 @@ class Scheduler:
             slot.restored = False
         for stream in self._active.values():
             stream.opened = False
+            stream.scores.clear()
 
     def restore(self, held: Mapping[int, Sequence[int]]) -> None:
         """The placement before has these tokens, by sequence; to be called after `lost`, before any batch."""
-        logs = {stream.slot.sequence: stream.log for stream in self._active.values()}
+        streams = {stream.slot.sequence: stream for stream in self._active.values()}
         for slot in self._slots:
             tokens = list(held.get(slot.sequence, ()))[: self._limits.context]
-            if slot.sequence in logs:  # the last token is computed in any case, for its logits
-                log = logs[slot.sequence].tokens(0, len(logs[slot.sequence]) - 1)
-                del tokens[self._usable(tokens, log) :]
+            if slot.sequence in streams:
+                stream = streams[slot.sequence]
+                # The last token is computed in any case, for its logits; of a scored prompt all are.
+                usable = 0 if stream.is_scored else len(stream.log) - 1
+                del tokens[self._usable(tokens, stream.log.tokens(0, usable)) :]
             slot.tokens, slot.restored = tokens, bool(tokens)
 
     def forget_restored(self) -> None:
@@ -382,19 +417,38 @@ class Scheduler:
             return True
         return any(stream.rows_left for stream in self._active.values())
 
+    def _score(
+        self, flight: _Flight, failures: Mapping[int, str], scores: Mapping[int, Sequence[Choice]]
+    ) -> list[Event]:
+        """Keep what came for scored prompts; the events of those whose sampler could not be made."""
+        events: list[Event] = []
+        for stream, rows in flight.scored:
+            sequence = stream.slot.sequence
+            if self._active.get(stream.request.id) is not stream:
+                continue
+            if sequence not in failures:
+                stream.scores += scores.get(sequence, ())[:rows]
+            elif stream not in flight.streams:
+                self._release(stream)
+                events.append(Event(stream.request.id, None, None, stream.cached, failures[sequence]))
+        return events
+
     def _advance(self, stream: _Stream, choice: Choice) -> Event:
         stream.apart = False
-        name = stream.request.id
+        name, scores = stream.request.id, tuple(stream.scores)
+        stream.scores.clear()
         if choice.token in self._end_of_generation:
             self._release(stream)
-            return Event(name, None, "stop", stream.cached)
+            shown = choice if stream.request.scores_prompt else None
+            return Event(name, shown, "stop", stream.cached, prompt_choices=scores)
         stream.log.append(choice.token)
         limit = stream.request.max_tokens
         full = len(stream.log) >= self._limits.context
+        reason = None
         if full or (limit is not None and len(stream.log.generated) >= limit):
             self._release(stream)
-            return Event(name, choice, "length", stream.cached)
-        return Event(name, choice, None, stream.cached)
+            reason = "length"
+        return Event(name, choice, reason, stream.cached, prompt_choices=scores)
 
     def _release(self, stream: _Stream) -> None:
         del self._active[stream.request.id]
@@ -404,7 +458,8 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and (free := self._free_slots()):
             name, (request, log) = self._waiting.popitem(last=False)
-            slot, held = self._choose_slot(log.tokens(0, len(log)), free)
+            scored = request.scores_prompt and not log.generated
+            slot, held = self._choose_slot(() if scored else log.tokens(0, len(log)), free)
             del slot.tokens[held:]
             self._tenures += 1
             slot.tenure = self._tenures
@@ -481,7 +536,8 @@ class Scheduler:
         slot.tokens += tokens
         inherit, slot.restored = slot.restored and first > 0, False
         sample = stream.rows_left == 0
-        return Segment(stream.request.id, slot.sequence, first, tokens, sample, slot.tenure, inherit)
+        score = stream.is_scored and first < len(stream.request.prompt) - 1
+        return Segment(stream.request.id, slot.sequence, first, tokens, sample, slot.tenure, inherit, score)
 
 
 def _ceil_div(dividend: int, divisor: int) -> int:

@@ -73,19 +73,25 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     refused: bool
 
 
+# A token's log-probability, and tokens that were likelier or as likely, with theirs.
+Logprobs = tuple[float | None, tuple[tuple[int, float], ...]]
+
+
 class Piece(msgspec.Struct, frozen=True, array_like=True):
     """Tokens of an answer, from index `first` on, and the end of the answer where it follows them.
 
-    `logprobs`, where they were asked for, are those of each token's `Choice`.
+    `logprobs`, where they were asked for, are those of each token's `Choice`. `scores` are the same for each
+    token of the prompt but the first; they come with the answer's first token, where they were asked for.
     """
 
     ask: int
     first: int
     tokens: tuple[int, ...]
-    logprobs: tuple[tuple[float | None, tuple[tuple[int, float], ...]], ...] = ()
+    logprobs: tuple[Logprobs, ...] = ()
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
     failure: Failure | None = None
+    scores: tuple[Logprobs, ...] = ()
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -99,7 +105,8 @@ class Said(msgspec.Struct, frozen=True, array_like=True, tag="said"):
     """News of one host's streams for one gateway.
 
     `answers` is the number of the Assert that this answers, or 0; then `unknown` are the asks of that Assert
-    which the host does not hold, and it holds the others. `ready`: the pipeline works on them now.
+    which the host does not hold, and it holds the others. `places` are (ask, place) of those that wait for
+    a slot; the next one has place 1. `ready`: the pipeline works on them now.
     """
 
     gateway: int
@@ -109,6 +116,7 @@ class Said(msgspec.Struct, frozen=True, array_like=True, tag="said"):
     pieces: tuple[Piece, ...]
     answers: int = 0
     unknown: tuple[int, ...] = ()
+    places: tuple[tuple[int, int], ...] = ()
 
 
 Message = Ask | Assert | Said
@@ -158,10 +166,15 @@ def piece(
     cached_tokens: int,
     finish_reason: FinishReason | None,
     failed: Failure | None,
+    prompt_choices: tuple[Choice, ...] = (),
 ) -> Piece:
     """A piece made of choices; it has log-probabilities only where they do."""
-    logprobs = ()
-    if any(choice.logprob is not None for choice in choices):
-        logprobs = tuple((choice.logprob, choice.top_logprobs) for choice in choices)
     tokens = tuple(choice.token for choice in choices)
-    return Piece(ask, first, tokens, logprobs, cached_tokens, finish_reason, failed)
+    scores = _logprobs(prompt_choices)
+    return Piece(ask, first, tokens, _logprobs(choices), cached_tokens, finish_reason, failed, scores)
+
+
+def _logprobs(choices: tuple[Choice, ...]) -> tuple[Logprobs, ...]:
+    if all(choice.logprob is None for choice in choices):
+        return ()
+    return tuple((choice.logprob, choice.top_logprobs) for choice in choices)

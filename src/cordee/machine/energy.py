@@ -15,6 +15,7 @@ class Meter:
         self._domains = _readable_domains(rapl)
         self._nvml = _nvml()
         self._counted = self._count()
+        self.joules: float | None = None  # since the start, as far as `watts` was asked; None: not measured
 
     def watts(self) -> float | None:
         """Mean power since the last call; None where nothing reports it."""
@@ -28,7 +29,10 @@ class Meter:
             if now > then:
                 found.append(spent / 1e6 / (now - then))
         found += self._cards()
-        return sum(found) if found else None
+        if not found:
+            return None
+        self.joules = (self.joules or 0.0) + sum(found) * (now - then)
+        return sum(found)
 
     def _count(self) -> tuple[float, dict[Path, int]]:
         counted = {domain: _number(domain / "energy_uj") for domain in self._domains}

@@ -1,6 +1,6 @@
 """The size of a service's stages: the answers at a time and the context that fit on the devices there are."""
 
-from cordee.cluster.demand import SizeRequest, usual_context
+from cordee.cluster.demand import SizeRequest, long_context, usual_context
 from cordee.cluster.memory import BATCH_ROWS
 from cordee.engine.llama import libllama
 from cordee.engine.stage import StageConfig
@@ -20,7 +20,8 @@ def size_request(own: int | None, context: int | None, sequences: int | None, na
     """
     if context is not None and own is not None and context > own:
         raise BadRequest(f"{name} was made for at most {own} tokens, not {context}.", "context")
-    return SizeRequest(context, sequences, usual_context(own, sequences))
+    usual = usual_context(own, sequences)
+    return SizeRequest(context, sequences, usual, longest=long_context(own))
 
 
 def stage_config(

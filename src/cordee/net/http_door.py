@@ -31,6 +31,13 @@ class HttpProtocol(H11Protocol):
         if connection.address and hasattr(socket, "TCP_USER_TIMEOUT"):  # not by a Unix socket; Linux
             connection.link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
 
+    def _should_upgrade(self) -> bool:
+        """Never: an offer of another protocol is declined by an answer in this one (RFC 9110, section 7.8).
+
+        uvicorn would log each of them, and Java's client makes one with each first request.
+        """
+        return False
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._connection.leave()

@@ -13,6 +13,7 @@ from cordee.worker.grammar_trials import GrammarTrials
 
 RATE_TOKENS = 256  # how many tokens the reported rate covers at most ...
 RATE_SECONDS = 10.0  # ... and how many seconds
+SCORES_MAX = 1 << 20  # log-probabilities of a prompt: about 15 MB in the message that brings them
 
 
 def template_of(vocabulary: Vocabulary) -> ChatTemplate | None:
@@ -46,6 +47,8 @@ class Checks:
         if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < size:
             raise BadRequest(f"the prompt's token ids must be 0 to {size - 1}", "prompt")
         sampling.check(request.sampling, size)
+        if request.scores_prompt:
+            _check_scores(request)
         if request.sampling.grammar is not None:
             await self._grammars.check(request.sampling.grammar)
 
@@ -54,10 +57,23 @@ class Checks:
         await asyncio.to_thread(self._vocabulary.close)
 
 
+def _check_scores(request: Request) -> None:
+    """Refuse to score more of a prompt than fits a message."""
+    assert request.sampling.top_logprobs is not None, "it says how much is reported of each token"
+    scores = len(request.prompt) * (1 + request.sampling.top_logprobs)
+    if scores > SCORES_MAX:
+        raise BadRequest(
+            f"{len(request.prompt)} tokens of the prompt with {request.sampling.top_logprobs} alternatives "
+            f"each are {scores} log-probabilities; at most {SCORES_MAX} are given: ask for fewer",
+            "logprobs",
+        )
+
+
 class Answer:
     """A stream on its way to its client: its tokens become text here, which waits here.
 
-    The queue needs no bound of its own: a stream never has more chunks than its context has tokens.
+    The queue needs no bound of its own: a stream never has more chunks than its context has tokens, and its
+    place in a queue is told at most as often as that changes.
     """
 
     def __init__(self, request: Request, vocabulary: Vocabulary) -> None:
@@ -69,12 +85,21 @@ class Answer:
         self._completion_tokens = 0
         self._wants_choices = request.sampling.top_logprobs is not None
         self._choices: list[Choice] = []
+        self._prompt_choices: tuple[Choice, ...] = ()
         self._chunks: asyncio.Queue[TextChunk | CordeeError] = asyncio.Queue()
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string ended the text."""
         return self._text.stopped is not None
+
+    def add_prompt(self, choices: tuple[Choice, ...]) -> None:
+        """Add the prompt's scores, before the first token."""
+        self._prompt_choices = choices
+
+    def tell_place(self, place: int) -> None:
+        """Queue a chunk that says where the stream stands while it waits."""
+        self._chunks.put_nowait(TextChunk(text="", place=place, completion_tokens=self._completion_tokens))
 
     def add(self, choice: Choice | None, finish_reason: FinishReason | None) -> None:
         """Add a token, or the end, or both; queue a chunk if there is something to show."""
@@ -94,6 +119,7 @@ class Answer:
             TextChunk(
                 text=shown,
                 choices=tuple(self._choices),
+                prompt_choices=self._prompt_choices,
                 finish_reason=finish_reason,
                 stop=self._text.stopped,
                 prompt_tokens=self._prompt_tokens,
@@ -102,10 +128,12 @@ class Answer:
             )
         )
         self._choices.clear()
+        self._prompt_choices = ()
 
     def _piece(self, token: int) -> bytes:
-        is_end = token in self._vocabulary.end_of_generation
-        return self._vocabulary.piece(token, special=token in self._shown_tokens and not is_end)
+        if token in self._vocabulary.end_of_generation:
+            return b""
+        return self._vocabulary.piece(token, special=token in self._shown_tokens)
 
     def fail(self, error: CordeeError) -> None:
         """End the stream with an error."""

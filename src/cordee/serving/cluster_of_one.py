@@ -235,6 +235,7 @@ class ClusterOfOne:
 
     def report(self, line: str) -> None:
         """Stages' owner: a line for people."""
+        log.info("%s: %s", self._model.name, line)
         self._call(self._report, line)
 
     # What it does.

@@ -140,7 +140,12 @@ class ClusterGateway:
         if news.error is not None:
             self._fail(news.stream, news.error)
             return
+        if news.place is not None:
+            answer.tell_place(news.place)
+            return
         answer.cached_tokens = news.cached_tokens
+        if news.prompt_choices:
+            answer.add_prompt(news.prompt_choices)
         count(len(news.choices))
         for choice in news.choices[:-1]:
             answer.add(choice, None)

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from cordee.generation import streams
 from cordee.generation.results import RESULT_SECONDS_MAX
 from cordee.generation.streams import Said
 from cordee.machine import sizing
+from cordee.machine.energy import Meter
 from cordee.models.fit import own_context
 from cordee.models.gguf import Header, engine_of, read_header
 from cordee.models.slices import SliceFile, even_cuts
@@ -32,6 +33,7 @@ from cordee.serving import batch_invariance, registry
 from cordee.serving.cluster_of_one import NODE, ClusterOfOne, SlicedModel
 from cordee.serving.cluster_service import ClusterGateway, ClusterService
 from cordee.serving.interface import Health
+from cordee.serving.samples import Sample, host_samples, machine_samples
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +129,11 @@ class LocalService(ClusterService):
         return service
 
     @property
+    def sequences(self) -> int:
+        """Answers at a time."""
+        return self._config.sequences
+
+    @property
     def ready(self) -> bool:
         """Whether a request would be worked on now; False while a stage is being replaced."""
         return self._cluster is not None and self._cluster.ready
@@ -165,6 +172,18 @@ class LocalService(ClusterService):
                 for index, stage in enumerate([] if cluster is None else cluster.stages_now())
             ],
         }
+
+    def samples(self) -> Iterable[Sample]:
+        """Its numbers for the metrics."""
+        cluster = self._cluster
+        if cluster is not None and cluster.state != "loading":
+            yield from host_samples(self.name, cluster.host)
+
+    @property
+    def restarts(self) -> int:
+        """Worker processes that ended and were replaced."""
+        cluster = self._cluster
+        return 0 if cluster is None or cluster.state == "loading" else cluster.stages.losses
 
     async def close(self) -> None:
         """End the stages and every stream; closing twice is harmless."""
@@ -229,6 +248,19 @@ class LocalService(ClusterService):
             self._entry = registry.publish(self.name, self.status())
         except (OSError, StorageFailed):
             log.exception("`cordee ps` will not show this service as it is")
+
+
+def samples(services: Mapping[str, LocalService]) -> Callable[[], Iterable[Sample]]:
+    """The numbers of all services of this process, each time they are asked for."""
+    meter = Meter()
+
+    def now() -> Iterable[Sample]:
+        meter.watts()
+        running = list(services.values())
+        yield from (each for service in running for each in service.samples())
+        yield from machine_samples(sum(service.restarts for service in running), meter)
+
+    return now
 
 
 def _stage_config(

@@ -152,6 +152,16 @@ class SchedulerHost:
         """Streams that wait for one of them to end."""
         return self._host.waiting
 
+    @property
+    def held_tokens(self) -> int:
+        """Tokens in the KV cache."""
+        return self._host.held_tokens
+
+    @property
+    def held_tokens_max(self) -> int:
+        """Tokens that the KV cache has room for."""
+        return self._limits.sequences * self._limits.context
+
     def follow(self, goal: HostGoal) -> None:
         """Join the goal's wiring, or wait for one."""
         self._last = goal.placement.stages[-1].node
@@ -287,7 +297,9 @@ class SchedulerHost:
         self._results.came(message.batch, message.last, time.monotonic())
         for choices in message.earlier:
             self._host.complete(message.batch, choices, {}, last=False)
-        self._host.complete(message.batch, message.choices, message.failures, last=message.last)
+        self._host.complete(
+            message.batch, message.choices, message.failures, message.scores, last=message.last
+        )
         self.rate.count(sum(map(len, message.earlier)) + len(message.choices))
         self.rows += sum(map(len, message.earlier)) + (0 if message.last else len(message.choices))
         self.pump()

@@ -1,7 +1,7 @@
 """What a worker computes: micro-batches in, hidden rows or tokens out; its stage and its samplers."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,7 @@ from cordee.engine.llama.kv_state import join_layers, pick_layers
 from cordee.engine.llama.stage import LlamaStage
 from cordee.engine.stage import Batch, Stage, StageDescription, batch_of_one
 from cordee.errors import CordeeError, StageFailed
-from cordee.generation.request import Choice
-from cordee.generation.sampling import Sampler
+from cordee.generation.sampling import Sampler, scored
 from cordee.worker.frames import PAYLOAD_BYTES_MAX
 from cordee.worker.grammars import WorkerGrammars
 from cordee.worker.messages import (
@@ -49,6 +48,8 @@ class Compute:
         self._embedding = None if load.embedding is None else _embedding(Path(load.embedding), self._name)
         self._ends = frozenset(load.ends)
         self._samplers: dict[int, Sampler] = {}
+        self._scored: dict[int, Opening] = {}  # streams whose prompt is scored, by sequence
+        self._output_rows = load.config.output_rows
         self._held: dict[int, HeldSequence] = {}
         self._position_bytes = max(
             self.description.kv_bytes // (load.config.context * load.config.sequences), 1
@@ -66,6 +67,7 @@ class Compute:
         """Forget every sequence."""
         self._stage.clear()
         self._samplers.clear()
+        self._scored.clear()
         self._held.clear()
         self.records.clear()
 
@@ -116,12 +118,12 @@ class Compute:
         received = batch.inputs
         self._hold(message, received)
         batch = Batch(self._embedded(received), batch.positions, batch.sequences, batch.outputs)
-        result = self._stage.decode(batch)
         if self.description.is_last:
-            tokens = self._sample(message, result)
+            tokens = self._tokens(message, batch)
             chosen = {sequence: choice.token for sequence, choice in tokens.choices.items()}
             self.records.note(message, received, None, chosen)
             return tokens, memoryview(b"")
+        result = self._stage.decode(batch)
         self.records.note(message, received, result, {})
         forwarded = Rows(
             wiring=message.wiring,
@@ -186,24 +188,69 @@ class Compute:
             self._held[run.sequence] = HeldSequence(run.tenure, first + run.rows, tokens)
             start = end
 
-    def _sample(self, message: Rows, logits: np.ndarray) -> Tokens:
-        sequences = [run.sequence for run in message.runs if run.output]
+    def _tokens(self, message: Rows, batch: Batch) -> Tokens:
         if message.measure:
-            digests = {
-                sequence: hashlib.sha256(row.tobytes()).hexdigest()
-                for sequence, row in zip(sequences, logits, strict=True)
-            }
-            return Tokens(message.wiring, message.batch, digests=digests)
-        choices: dict[int, Choice] = {}
-        failures: dict[int, str] = {}
-        for sequence, row in zip(sequences, logits, strict=True):
+            return self._measured(message, self._stage.decode(batch))
+        tokens = Tokens(message.wiring, message.batch, {}, {}, scores={})
+        self._open(message, tokens.failures)
+        if any(run.score for run in message.runs):
+            self._score(message, batch, tokens)
+            return tokens
+        sequences = [run.sequence for run in message.runs if run.output]
+        for sequence, row in zip(sequences, self._stage.decode(batch), strict=True):
+            self._choose(sequence, row, tokens)
+        return tokens
+
+    def _measured(self, message: Rows, logits: np.ndarray) -> Tokens:
+        sequences = [run.sequence for run in message.runs if run.output]
+        digests = {
+            sequence: hashlib.sha256(row.tobytes()).hexdigest()
+            for sequence, row in zip(sequences, logits, strict=True)
+        }
+        return Tokens(message.wiring, message.batch, digests=digests)
+
+    def _open(self, message: Rows, failures: dict[int, str]) -> None:
+        """Make the samplers of streams that begin."""
+        for sequence, opening in message.opens.items():
+            self._scored.pop(sequence, None)
             try:
-                if sequence in message.opens:
-                    self._samplers[sequence] = self._sampler(message.opens[sequence])
-                choices[sequence] = self._samplers[sequence].sample(row)
+                self._samplers[sequence] = self._sampler(opening)
             except CordeeError as error:
                 failures[sequence] = error.message
-        return Tokens(message.wiring, message.batch, choices, failures)
+        for run in message.runs:
+            if run.score and run.sequence in message.opens:
+                self._scored[run.sequence] = message.opens[run.sequence]
+
+    def _choose(self, sequence: int, row: np.ndarray, tokens: Tokens) -> None:
+        if sequence in tokens.failures:
+            return
+        try:
+            tokens.choices[sequence] = self._samplers[sequence].sample(row)
+        except CordeeError as error:
+            tokens.failures[sequence] = error.message
+
+    def _score(self, message: Rows, batch: Batch, tokens: Tokens) -> None:
+        """A micro-batch with scored runs. Each row of logits becomes a few numbers as soon as it is there:
+        all of a micro-batch may have 400 MB."""
+        wanted = iter(self._wanted(message))
+        for piece in by_outputs(batch, self._output_rows):
+            for row in self._stage.decode(piece):
+                sequence, token = next(wanted)
+                if token is None:
+                    self._choose(sequence, row, tokens)
+                else:
+                    top = self._scored[sequence].sampling.top_logprobs or 0
+                    tokens.scores.setdefault(sequence, []).append(scored(token, row, top))
+
+    def _wanted(self, message: Rows) -> Iterator[tuple[int, int | None]]:
+        """What each row of logits is for, in order: the sequence, and the token to score; None: to choose."""
+        for run in message.runs:
+            if run.score:
+                first = run.first_position + 1
+                for token in self._scored[run.sequence].prompt[first : first + run.rows - run.output]:
+                    yield run.sequence, token
+            if run.output:
+                yield run.sequence, None
 
     def _sampler(self, opening: Opening) -> Sampler:
         grammar = opening.sampling.grammar
@@ -224,7 +271,7 @@ def as_batch(message: Rows, payload: memoryview) -> Batch:
     runs = message.runs
     positions = np.array([run.first_position for run in runs], dtype=np.int32)
     sequences = np.array([run.sequence for run in runs], dtype=np.int32)
-    outputs = np.array([run.output for run in runs], dtype=bool)
+    outputs = np.array([run.output or run.score for run in runs], dtype=bool)
     counts = [run.rows for run in runs]
     if max(counts) > 1:  # else nothing is prefilled, and each run is one row
         ends = np.cumsum(counts)
@@ -236,11 +283,23 @@ def as_batch(message: Rows, payload: memoryview) -> Batch:
         last = outputs
         outputs = np.zeros(total, dtype=bool)
         outputs[ends - 1] = last
+        for run, end in zip(runs, ends, strict=True):
+            if run.score:
+                outputs[end - run.rows : end] = True
     if message.n_embd:
         inputs = np.frombuffer(payload, dtype=np.float32).reshape(len(positions), message.n_embd)
     else:
         inputs = np.frombuffer(payload, dtype=np.int32)
     return Batch(inputs, positions, sequences, outputs)
+
+
+def by_outputs(batch: Batch, most: int) -> Iterator[Batch]:
+    """The batch in pieces with at most so many outputs each."""
+    before = np.cumsum(batch.outputs) - batch.outputs  # outputs before each row
+    pieces = before // most
+    for number in range(int(pieces[-1]) + 1):
+        rows = pieces == number
+        yield Batch(batch.inputs[rows], batch.positions[rows], batch.sequences[rows], batch.outputs[rows])
 
 
 def _ternary_engine() -> "type[TernaryStage]":

@@ -227,7 +227,8 @@ class KvState(msgspec.Struct, frozen=True, tag=True):
 
 
 class Run(msgspec.Struct, frozen=True, array_like=True):
-    """Consecutive rows of a sequence in a micro-batch. `output`: the last row's logits are wanted.
+    """Consecutive rows of a sequence in a micro-batch. `output`: the last row's logits are wanted. `score`:
+    those of the others are, too, as scores of the tokens of the prompt that follow them.
 
     `tenure` is the scheduler's number of the stream that has the sequence now. `inherit`: all positions
     before the first are to be taken over from the placement before.
@@ -239,6 +240,7 @@ class Run(msgspec.Struct, frozen=True, array_like=True):
     output: bool
     tenure: int = 0
     inherit: bool = False
+    score: bool = False
 
 
 class Opening(msgspec.Struct, frozen=True):
@@ -268,7 +270,8 @@ class Rows(msgspec.Struct, frozen=True, tag=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
-    """A micro-batch's result, by sequence: choices, or why none could be made, or digests of logits.
+    """A micro-batch's result, by sequence: choices, or why none could be made, or digests of logits; `scores`
+    are the prompt's tokens that followed the rows of runs with `score`.
 
     Not the `last`: the micro-batch is on its way again with these tokens. `earlier` are the choices of its
     rounds before that were not sent yet.
@@ -281,6 +284,7 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     digests: dict[int, str] = {}
     last: bool = True
     earlier: tuple[dict[int, Choice], ...] = ()
+    scores: dict[int, list[Choice]] = {}
 
 
 class RecordQuery(msgspec.Struct, frozen=True, tag=True):
@@ -357,7 +361,15 @@ class SpotFinding(msgspec.Struct, frozen=True, tag=True):
 def rows_of(wiring: str, batch: MicroBatch) -> tuple[Rows, memoryview]:
     """A scheduler's micro-batch as the first stage takes it, and its payload."""
     runs = tuple(
-        Run(each.sequence, each.first_position, len(each.tokens), each.sample, each.tenure, each.inherit)
+        Run(
+            each.sequence,
+            each.first_position,
+            len(each.tokens),
+            each.sample,
+            each.tenure,
+            each.inherit,
+            each.score,
+        )
         for each in batch.segments
     )
     opens = {

@@ -141,6 +141,7 @@ class Stages:
         self._processes: dict[str, _Process] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = False
+        self.losses = 0  # workers that ended by themselves, or hung
 
     @classmethod
     async def open(cls, owner: StagesOwner, identity: Path | None = None, listen: str = "") -> Stages:
@@ -301,6 +302,7 @@ class Stages:
         for name, process in list(self._processes.items()):
             if process.worker is worker:
                 spec = process.spec
+                self.losses += 1
                 self.stop(name)
                 ended = f"process {worker.pid} ended with status {worker.status}"
                 self._owner.report(f"layers {spec.first} to {spec.last - 1}: {ended}")

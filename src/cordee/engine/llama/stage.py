@@ -175,9 +175,7 @@ class LlamaStage:
         params.n_ctx = config.context * config.sequences
         params.n_seq_max = config.sequences
         params.n_batch = params.n_ubatch = config.batch_rows
-        params.n_outputs_max = (
-            config.batch_rows if not self._is_last else min(config.sequences, config.batch_rows)
-        )
+        params.n_outputs_max = config.batch_rows if not self._is_last else config.output_rows
         params.n_threads = params.n_threads_batch = config.threads or libllama.usable_cores()
         params.kv_unified = False
         params.swa_full = True

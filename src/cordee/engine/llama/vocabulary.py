@@ -95,6 +95,7 @@ class LlamaVocabulary:
             ends=ends.tobytes(),
             flags=bytes(map(self._flags, range(self.size), self._attributes)),
             control_starts="".join(sorted({name[0] for name in self._control_names})),
+            infill={field: token for field, token in self._infill().items() if token is not None},
         )
 
     def close(self) -> None:
@@ -198,6 +199,17 @@ class LlamaVocabulary:
         if not attributes & (ATTRIBUTE_CONTROL | ATTRIBUTE_UNKNOWN):
             return 0
         return (CONTROL if attributes & ATTRIBUTE_CONTROL else 0) | (HIDDEN if not self.piece(token) else 0)
+
+    def _infill(self) -> dict[str, int | None]:
+        """The tokens for filling in, as the file names them or as libllama knows them by their texts."""
+        library = self._library
+        return {
+            "prefix": self._special(library.llama_vocab_fim_pre),
+            "suffix": self._special(library.llama_vocab_fim_suf),
+            "middle": self._special(library.llama_vocab_fim_mid),
+            "repository": self._special(library.llama_vocab_fim_rep),
+            "separator": self._special(library.llama_vocab_fim_sep),
+        }
 
     def _special(self, getter: Callable[[int | None], int]) -> int | None:
         token = getter(self.handle)

@@ -1,9 +1,10 @@
-"""What happened to the placements of models, as one node saw it, and why: for people to read. Pure.
+"""What happened to the placements of models, as one node saw it, and why: for people to read.
 
 The reasons are read from what is known when a change is seen. Each node has its own history; nothing is
 decided by it.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Mapping
 
@@ -12,6 +13,8 @@ import msgspec
 from cordee.cluster.choose import Chosen, Reports
 from cordee.cluster.facts import Facts, Placement, placement_id
 from cordee.cluster.membership import Liveness
+
+log = logging.getLogger(__name__)
 
 CHANGES_KEPT = 64  # a page or two
 
@@ -31,6 +34,7 @@ class History:
 
     def __init__(self) -> None:
         self.changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
+        self.count = 0  # of all changes
         self._before: Mapping[str, tuple[Chosen, ...]] = {}
 
     def note(self, chosen: Mapping[str, tuple[Chosen, ...]], nodes: Nodes, clock: float) -> None:
@@ -39,11 +43,16 @@ class History:
             return
         for model in sorted(chosen.keys() | self._before.keys()):
             if model not in chosen:
-                self.changes.append(Change(clock, model, "no longer deployed"))
+                self._add(Change(clock, model, "no longer deployed"))
                 continue
             for text in _changes(_by_id(self._before.get(model, ())), _by_id(chosen[model]), nodes):
-                self.changes.append(Change(clock, model, text))
+                self._add(Change(clock, model, text))
         self._before = chosen
+
+    def _add(self, change: Change) -> None:
+        self.changes.append(change)
+        self.count += 1
+        log.info("%s: %s", change.model, change.text)
 
 
 def where(placement: Placement, nodes: Nodes) -> str:

@@ -4,9 +4,9 @@ import msgspec
 import pytest
 
 from clusters import chosen, facts_of, placed, running, view_of
+from cordee.agent.history import CHANGES_KEPT, History, Nodes
 from cordee.cluster.choose import Chosen
 from cordee.cluster.facts import Facts, StageReport
-from cordee.cluster.history import CHANGES_KEPT, History, Nodes
 
 BOTH = placed(("a", 0, 2), ("b", 2, 4))
 ALONE = placed(("b", 0, 4))
