@@ -1,5 +1,6 @@
 """The official clients of Responses and of Anthropic's messages: what their users rely on."""
 
+import asyncio
 import inspect
 import json
 from collections.abc import Iterator
@@ -160,6 +161,37 @@ def test_errors_of_responses_are_the_clients_own(talk: tuple[Running, ScriptedSe
         stream = client.responses.create(model="scripted", input="x", stream=True)
         last = list(stream)[-1]
     assert (last.type, last.response.error.message) == ("response.failed", "the stage is gone")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_openais_agents_run_a_tool(talk: tuple[Running, ScriptedService], streamed: bool) -> None:
+    agents = pytest.importorskip("agents", reason="the Python package `openai-agents` is not installed")
+    server, service = talk
+    service.script = [CALL, "Il fait froid."]
+    asked: list[str] = []
+
+    @agents.function_tool
+    def weather(place: str) -> str:
+        """The weather of a place."""
+        asked.append(place)
+        return "-4 °C"
+
+    async def run() -> str:
+        agents.set_tracing_disabled(True)  # traces would go to OpenAI
+        async with openai.AsyncOpenAI(base_url=server.base, api_key="none", max_retries=0) as client:
+            model = agents.OpenAIResponsesModel("scripted", client)
+            agent = agents.Agent("Guide", tools=[weather], model=model)
+            if not streamed:
+                return (await agents.Runner.run(agent, "What is the weather?")).final_output
+            running = agents.Runner.run_streamed(agent, "What is the weather?")
+            async for _ in running.stream_events():
+                pass
+            return running.final_output
+
+    assert asyncio.run(run()) == "Il fait froid."
+    assert asked == ["Chamonix"]
+    _, called, result = service.turns[1].messages
+    assert (called.thinking, result.content) == ("Où ? 🧗", "-4 °C")
 
 
 # Anthropic's
