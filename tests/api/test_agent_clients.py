@@ -12,8 +12,10 @@ import httpx2
 import openai
 import pytest
 from anthropic.resources import Messages
+from anthropic.types import Message, RawMessageStreamEvent
 from openai.resources.responses import Responses
-from pydantic import BaseModel
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel, TypeAdapter
 
 from cordee.api.anthropic_schemas import MessagesRequest
 from cordee.api.responses_schemas import ResponsesRequest
@@ -76,6 +78,30 @@ def test_every_parameter_of_the_clients_is_known(resource: type, shape: type) ->
     """A parameter that a newer client has must be honoured, ignored with a reason, or refused by name."""
     own = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
     assert set(inspect.signature(resource.create).parameters) - own <= set(policies(shape))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "event", "reply"),
+    [
+        ("/v1/responses", {"input": "x", "tools": [FUNCTION]}, ResponseStreamEvent, Response),
+        ("/v1/messages", TALK | {"thinking": {"type": "adaptive"}}, RawMessageStreamEvent, Message),
+    ],
+)
+def test_replies_and_events_have_all_that_the_clients_types_require(
+    talk: tuple[Running, ScriptedService], path: str, body: dict[str, Any], event: Any, reply: Any
+) -> None:
+    """The clients themselves do not look, so what is missing would be found by their users."""
+    server, service = talk
+    service.script = [CALL, CALL]
+    TypeAdapter(reply).validate_python(server.request("POST", path, {"model": "scripted"} | body).json)
+    streamed = server.request("POST", path, {"model": "scripted", "stream": True} | body)
+    data = [
+        line.removeprefix("data: ") for line in streamed.body.decode().splitlines() if line[:5] == "data:"
+    ]
+    events = [each for each in data if json.loads(each)["type"] != "ping"]  # which the type does not have
+    assert len(events) > 10
+    for each in events:
+        TypeAdapter(event).validate_json(each)
 
 
 # OpenAI's, Responses
