@@ -1,5 +1,6 @@
 """The official clients of Responses and of Anthropic's messages: what their users rely on."""
 
+import asyncio
 import inspect
 import json
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ import httpx2
 import openai
 import pytest
 from anthropic.resources import Messages
+from anthropic.types import Message, RawMessageStreamEvent
 from openai.resources.responses import Responses
-from pydantic import BaseModel
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel, TypeAdapter
 
 from cordee.api.anthropic_schemas import MessagesRequest
 from cordee.api.responses_schemas import ResponsesRequest
@@ -75,6 +78,30 @@ def test_every_parameter_of_the_clients_is_known(resource: type, shape: type) ->
     """A parameter that a newer client has must be honoured, ignored with a reason, or refused by name."""
     own = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
     assert set(inspect.signature(resource.create).parameters) - own <= set(policies(shape))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "event", "reply"),
+    [
+        ("/v1/responses", {"input": "x", "tools": [FUNCTION]}, ResponseStreamEvent, Response),
+        ("/v1/messages", TALK | {"thinking": {"type": "adaptive"}}, RawMessageStreamEvent, Message),
+    ],
+)
+def test_replies_and_events_have_all_that_the_clients_types_require(
+    talk: tuple[Running, ScriptedService], path: str, body: dict[str, Any], event: Any, reply: Any
+) -> None:
+    """The clients themselves do not look, so what is missing would be found by their users."""
+    server, service = talk
+    service.script = [CALL, CALL]
+    TypeAdapter(reply).validate_python(server.request("POST", path, {"model": "scripted"} | body).json)
+    streamed = server.request("POST", path, {"model": "scripted", "stream": True} | body)
+    data = [
+        line.removeprefix("data: ") for line in streamed.body.decode().splitlines() if line[:5] == "data:"
+    ]
+    events = [each for each in data if json.loads(each)["type"] != "ping"]  # which the type does not have
+    assert len(events) > 10
+    for each in events:
+        TypeAdapter(event).validate_json(each)
 
 
 # OpenAI's, Responses
@@ -160,6 +187,37 @@ def test_errors_of_responses_are_the_clients_own(talk: tuple[Running, ScriptedSe
         stream = client.responses.create(model="scripted", input="x", stream=True)
         last = list(stream)[-1]
     assert (last.type, last.response.error.message) == ("response.failed", "the stage is gone")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_openais_agents_run_a_tool(talk: tuple[Running, ScriptedService], streamed: bool) -> None:
+    agents = pytest.importorskip("agents", reason="the Python package `openai-agents` is not installed")
+    server, service = talk
+    service.script = [CALL, "Il fait froid."]
+    asked: list[str] = []
+
+    @agents.function_tool
+    def weather(place: str) -> str:
+        """The weather of a place."""
+        asked.append(place)
+        return "-4 °C"
+
+    async def run() -> str:
+        agents.set_tracing_disabled(True)  # traces would go to OpenAI
+        async with openai.AsyncOpenAI(base_url=server.base, api_key="none", max_retries=0) as client:
+            model = agents.OpenAIResponsesModel("scripted", client)
+            agent = agents.Agent("Guide", tools=[weather], model=model)
+            if not streamed:
+                return (await agents.Runner.run(agent, "What is the weather?")).final_output
+            running = agents.Runner.run_streamed(agent, "What is the weather?")
+            async for _ in running.stream_events():
+                pass
+            return running.final_output
+
+    assert asyncio.run(run()) == "Il fait froid."
+    assert asked == ["Chamonix"]
+    _, called, result = service.turns[1].messages
+    assert (called.thinking, result.content) == ("Où ? 🧗", "-4 °C")
 
 
 # Anthropic's

@@ -209,7 +209,7 @@ def test_whole_and_streamed_are_the_same(server: Running) -> None:
 
 
 def test_the_stop_sequence_that_ended_an_answer_is_named(server: Running) -> None:
-    counting = HELLO | {"messages": user("Count: 1, 2, 3, 4"), "max_tokens": 40}
+    counting = HELLO | {"messages": user("Count: 1, 2, 3, 4"), "max_tokens": 16}
     text = server.request("POST", MESSAGES, counting).json["content"][0]["text"]
     stop = text[5:8]
     reply = server.request("POST", MESSAGES, counting | {"stop_sequences": ["nowhere", stop]}).json
@@ -357,7 +357,7 @@ def test_text_follows_a_schema(server: Running) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     form = {"type": "json_schema", "schema": schema | {"additionalProperties": False}}
     for place in ({"output_config": {"format": form}}, {"output_format": form}):
-        reply = server.request("POST", MESSAGES, HELLO | {"max_tokens": 30} | place).json
+        reply = server.request("POST", MESSAGES, HELLO | {"max_tokens": 16} | place).json
         assert reply["content"][0]["text"].lstrip().startswith("{")
         if reply["stop_reason"] == "end_turn":
             assert set(json.loads(reply["content"][0]["text"])) == {"n"}

@@ -29,7 +29,7 @@ from cordee.serving.answers import template_of
 from serving import Running, running
 
 CONTEXT = 131_072  # as much as the longest conversation of an agent
-MARK = re.compile(r"\[(think|call \w+|args|say)\]")
+MARK = re.compile(r"\[(think|call \w+|say)\]")
 SIZE = 7  # characters of a chunk: marks and words are cut
 
 

@@ -51,6 +51,7 @@ class ContentBlock(Shape, frozen=True):
     source: Annotated[msgspec.Raw, honoured('of a `document`: `{"type": "text", "data": …}`')] = ABSENT
     tool_name: Annotated[str | None, honoured("of a `tool_reference`")] = None
     title: Annotated[str | None, honoured("of a `document`")] = None
+    data: Annotated[msgspec.Raw, ignored("of a `redacted_thinking`: encrypted for Anthropic")] = ABSENT
     signature: Annotated[msgspec.Raw, ignored("nothing is signed here")] = ABSENT
     cache_control: Annotated[msgspec.Raw, ignored(CACHED)] = ABSENT
     citations: Annotated[msgspec.Raw, ignored("there are none")] = ABSENT
