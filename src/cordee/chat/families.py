@@ -53,7 +53,7 @@ class MarkedCalls:
     parameter_middle: str
     parameter_close: str
     close: str
-    again: str | None = "\n"
+    again: str = "\n"
 
 
 @dataclass(frozen=True)
