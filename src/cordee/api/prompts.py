@@ -47,7 +47,7 @@ def rendered(
     """
     chat_template = service.template
     assert chat_template is not None, "`ApiCore.chat` has looked"
-    hidden = Hidden(service.vocabulary, param)
+    hidden = Hidden(service.vocabulary, param, chat_format.role_marks)
     _check_bytes(service, _turn_bytes(turn), param)
     turn = hidden.turn(turn, knows_developer="developer" in chat_template.source)
     variables = chat_format.variables(turn)

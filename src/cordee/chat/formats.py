@@ -83,6 +83,12 @@ class ChatFormat:
         """The family's."""
         return self.family.name
 
+    @property
+    def role_marks(self) -> Sequence[str]:
+        """Marks by which roles are told apart, beside the vocabulary's control tokens: libllama does not take
+        those of gpt-oss for such."""
+        return harmony.MARKS if self._is_harmony else ()
+
     def messages(self, turn: ChatTurn) -> list[dict[str, Any]]:
         """The turn's messages as the family's templates take them."""
         if self.family is BY_PROMPT:
@@ -154,7 +160,7 @@ class ChatFormat:
 
     def _harmony(self, turn: ChatTurn, prompt: str, constraint: Grammar | None, marks: Marks) -> AnswerFormat:
         """A message that the prompt has begun is read before the answer."""
-        begun = prompt[prompt.rfind(harmony.START) :].removeprefix(harmony.START)
+        begun = prompt.rpartition(harmony.START)[2] if harmony.START in prompt else ""
         bound = binding.Bound(constraint)
         if harmony.MESSAGE not in begun:
             bound = binding.bound(turn, HarmonyCalls(), None, constraint, marks, opened=False)

@@ -10,6 +10,7 @@ from typing import Any, cast
 from cordee.chat.families import TAGGED, Family, JsonCalls
 from cordee.chat.turn import ChatTurn, Message, Tool, ToolCall
 
+UNKNOWN_TOOL = "tool"  # of a result whose call is not in the conversation any more
 _ID_CHARACTERS = string.ascii_letters + string.digits
 
 TOOLS_PROMPT = """\
@@ -135,7 +136,7 @@ def _named(messages: Sequence[Message]) -> list[Message]:
     """The messages, where each result has the name of the tool that was called."""
     names = {call.id: call.name for message in messages for call in message.tool_calls}
     return [
-        replace(message, name=names.get(message.tool_call_id or ""))
+        replace(message, name=names.get(message.tool_call_id or "", UNKNOWN_TOOL))
         if message.role == "tool" and message.name is None
         else message
         for message in messages
