@@ -349,6 +349,38 @@ def test_a_format_of_the_answer_leaves_room_for_thinking(
     assert follows(answer, vocabulary, case.thought + final + "A: 1") == (False, False)
 
 
+@pytest.mark.parametrize("case", [CASES[0], *(case for case in CASES if "Coder" in case.name)])
+def test_a_schema_may_be_anything(case: Case, vocabularies: dict[str, Vocabulary], folder: Path) -> None:
+    """Whatever a client takes for a schema, there is an answer."""
+    vocabulary = vocabulary_of(case, vocabularies, folder)
+    for schema in (
+        {"properties": ["a"]},
+        {"properties": {"a": 5, "b": None}, "required": True},
+        {"type": "string"},
+        {"type": ["object", "null"], "properties": {"a": {"enum": []}}},
+        {"properties": {"a": {"type": "string", "enum": 7}}},
+        {"properties": {"a": {"type": "string", "enum": ["x", 7]}, "b": {"enum": ["y"], "type": "string"}}},
+    ):
+        turn = ChatTurn(messages=ASKED.messages, tools=[Tool("f", "", schema)])
+        assert follows(answer_format(case, vocabulary, turn), vocabulary, "Hello") == (True, True)
+
+
+def test_one_of_some_texts_is_bound_where_arguments_are_bare(
+    vocabularies: dict[str, Vocabulary], folder: Path
+) -> None:
+    [case] = [case for case in CASES if "Coder" in case.name]
+    vocabulary = vocabulary_of(case, vocabularies, folder)
+    schema = {"properties": {"unit": {"type": "string", "enum": ["K", "°C"]}}, "required": ["unit"]}
+    turn = ChatTurn(messages=ASKED.messages, tools=[Tool("f", "", schema)])
+    answer = answer_format(case, vocabulary, turn)
+    for unit, is_one in (("K", True), ("°C", True), ("F", False)):
+        text = f"<tool_call>\n<function=f>\n<parameter=unit>\n{unit}\n</parameter>\n</function>\n</tool_call>"
+        assert follows(answer, vocabulary, text) == (is_one, is_one)
+        if is_one:
+            [call] = read(answer.parser(str), [text]).calls
+            assert json.loads(call.arguments) == {"unit": unit}
+
+
 def test_a_tool_may_be_called_anything(vocabularies: dict[str, Vocabulary], folder: Path) -> None:
     """Names come from clients: in a grammar they are text, not syntax and not control tokens."""
     vocabulary = vocabulary_of(CASES[0], vocabularies, folder)

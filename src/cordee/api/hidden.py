@@ -7,6 +7,7 @@ messages, in what was thought, in calls and their arguments, in tools, in variab
 import json
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -24,13 +25,16 @@ VALUES_MAX = 100_000  # in the tools and variables of one request
 
 
 class Hidden:
-    """The control tokens' names that stand in one conversation, hidden behind placeholders."""
+    """The control tokens' names that stand in one conversation, hidden behind placeholders. `marks` are to be
+    treated as such names."""
 
-    def __init__(self, vocabulary: Vocabulary, param: str) -> None:
+    def __init__(self, vocabulary: Vocabulary, param: str, marks: Sequence[str] = ()) -> None:
         self._vocabulary = vocabulary
         self._param = param
+        self._marks = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
         self._key = secrets.token_hex(8)
-        self._names: list[str] = []
+        self._names: dict[str, int] = {}  # to their numbers
+        self._uses = 0
         self._values = 0
 
     def turn(self, turn: ChatTurn, *, knows_developer: bool) -> ChatTurn:
@@ -52,13 +56,14 @@ class Hidden:
 
     def text(self, text: str) -> str:
         """A text with placeholders."""
-        spans = self._vocabulary.control_spans(text)
-        if len(self._names) + len(spans) > CONTROL_TEXTS_MAX:
+        spans = self._spans(text)
+        self._uses += len(spans)
+        if self._uses > CONTROL_TEXTS_MAX:
             raise BadRequest(f"more than {CONTROL_TEXTS_MAX} names of control tokens are used", self._param)
         shown, at = "", 0
         for start, end in spans:
-            shown += f"{text[at:start]}{PRIVATE}{self._key}{len(self._names)}{PRIVATE}"
-            self._names.append(text[start:end])
+            number = self._names.setdefault(text[start:end], len(self._names))
+            shown += f"{text[at:start]}{PRIVATE}{self._key}{number}{PRIVATE}"
             at = end
         return shown + text[at:]
 
@@ -92,17 +97,32 @@ class Hidden:
 
     def shown(self, text: str) -> str:
         """A rendered text with the names where they stood."""
-        pattern = f"{_WRITTEN}{self._key}([0-9]+){_WRITTEN}"
-        return re.sub(pattern, lambda match: self._names[int(match[1])], text)
+        pattern, names = f"{_WRITTEN}{self._key}([0-9]+){_WRITTEN}", list(self._names)
+        return re.sub(pattern, lambda match: names[int(match[1])], text)
 
     def tokens(self, text: str) -> list[int]:
         """The token ids of a rendered text, where placeholders become the names as plain text."""
         pieces = re.split(f"{_WRITTEN}{self._key}([0-9]+){_WRITTEN}", text)
+        names = list(self._names)
         tokens = self._vocabulary.tokenize(pieces[0], special=True, add_bos=True)
         for name, literal in zip(pieces[1::2], pieces[2::2], strict=True):
-            tokens += self._vocabulary.tokenize(self._names[int(name)], special=False, add_bos=False)
+            tokens += self._plain(names[int(name)])
             tokens += self._vocabulary.tokenize(literal, special=True, add_bos=False)
         return tokens
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        spans = self._vocabulary.control_spans(text)
+        marks = [found.span() for found in self._marks.finditer(text)]
+        free = [mark for mark in marks if all(mark[1] <= start or end <= mark[0] for start, end in spans)]
+        return sorted(spans + free)
+
+    def _plain(self, name: str) -> list[int]:
+        """A name as text; one that is a token in text, too, is cut."""
+        parts = [name] if len(self._tokens(name)) > 1 else [name[:1], name[1:]]
+        return [token for part in parts for token in self._tokens(part)]
+
+    def _tokens(self, text: str) -> list[int]:
+        return self._vocabulary.tokenize(text, special=False, add_bos=False)
 
     @property
     def _end(self) -> str:

@@ -77,7 +77,7 @@ def _rendered(
 ) -> tuple[Hidden, str]:
     chat_template = service.template
     assert chat_template is not None, "`ApiCore` has looked"
-    hidden = Hidden(service.vocabulary, param)
+    hidden = Hidden(service.vocabulary, param, chat_format.role_marks)
     check_bytes(service, _turn_bytes(turn), param)
     turn = hidden.turn(turn, knows_developer="developer" in chat_template.source)
     variables, begins = chat_format.variables(turn), for_answer and not turn.continues

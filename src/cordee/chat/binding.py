@@ -12,12 +12,12 @@ from typing import Any, Literal, Protocol, cast
 
 from cordee.chat import harmony
 from cordee.chat.families import Calls, HarmonyCalls, JsonCalls, MarkedCalls, ThinkingMarks
-from cordee.chat.parsers import is_text, trigger
+from cordee.chat.parsers import is_text, properties_of, trigger
 from cordee.chat.turn import ChatTurn, Tool
 from cordee.generation.json_schema import loosened
 from cordee.generation.request import Grammar
 
-CALLS_MAX = 64  # of one answer; agents make a handful at once
+CALLS_MAX = 16  # of one answer; agents make a handful at once, and small models repeat themselves
 OBJECT: Mapping[str, Any] = {"type": "object"}
 TERMINALS = """\
 ANY: /(?s:.*)/
@@ -232,9 +232,10 @@ def _section(rules: _Rules, turn: ChatTurn, calls: JsonCalls | MarkedCalls) -> s
     rules.rule("call", *[write(rules, number, tool, calls) for number, tool in enumerate(tools)])
     lark, opening = rules.marks.lark, calls.open[len(trigger(calls.open)) :]
     if isinstance(calls, MarkedCalls):
-        first = again = f"{lark(opening)} call"
-        repeated = f"{lark(calls.again or '', trigger(calls.open))} {again}"
-        return first if calls.again is None or not turn.parallel_tool_calls else f"{first} {_more(repeated)}"
+        first = f"{lark(opening)} call"
+        if not turn.parallel_tool_calls:
+            return first
+        return f"{first} {_more(f'{lark(calls.again, trigger(calls.open))} {first}')}"
     calls_of_section = f"{lark(opening, calls.head)} call"
     if calls.between is not None and turn.parallel_tool_calls:
         calls_of_section += " " + _more(f"{lark(calls.between, calls.head)} call")
@@ -255,8 +256,7 @@ def _callable(turn: ChatTurn) -> list[Tool]:
 
 def _arguments(tool: Tool) -> Mapping[str, Any]:
     """The schema of a tool's arguments; they are an object, whatever it says."""
-    schema = dict(tool.parameters)
-    return {**schema, "type": "object"} if "type" not in schema else schema
+    return {**tool.parameters, "type": "object"}
 
 
 def _name(tool: Tool) -> str:
@@ -273,20 +273,22 @@ def _json_call(rules: _Rules, number: int, tool: Tool, calls: Calls) -> str:
 def _marked_call(rules: _Rules, number: int, tool: Tool, calls: Calls) -> str:
     calls = cast("MarkedCalls", calls)
     schema = _arguments(tool)
-    properties: dict[str, Any] = schema.get("properties") or {}
-    required: list[str] = schema.get("required") or []
+    required = schema.get("required")
+    needed = cast("list[object]", required) if isinstance(required, list) else []
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     parts = [_name(tool), rules.marks.lark(calls.middle)]
-    for place, (key, value) in enumerate(properties.items()):
-        name = f"value_{number}_{place}"
-        if is_text(value):
-            written = rules.free_until(calls.parameter_close, name)
-        else:
-            of = {**shared, **cast("dict[str, Any]", value)} if isinstance(value, dict) else {}
-            written = f"{rules.schema(of, strict=tool.strict)} {rules.marks.lark(calls.parameter_close)}"
+    for place, (key, value) in enumerate(properties_of(schema).items()):
         lark = rules.marks.lark
+        of = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+        if is_text(value) and "enum" in of:
+            written = f"({' | '.join(map(_lark, of['enum']))}) {lark(calls.parameter_close)}"
+        elif is_text(value):
+            written = rules.free_until(calls.parameter_close, f"value_{number}_{place}")
+        else:
+            bound_value = rules.schema({**shared, **of}, strict=tool.strict)
+            written = f"{bound_value} {lark(calls.parameter_close)}"
         opening = f"{lark(calls.parameter_open)} {_lark(key)} {lark(calls.parameter_middle)}"
-        parts.append(f"({opening} {written})" + ("" if key in required else "?"))
+        parts.append(f"({opening} {written})" + ("" if key in needed else "?"))
     return " ".join([*parts, rules.marks.lark(calls.close)])
 
 

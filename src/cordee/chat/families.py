@@ -53,7 +53,7 @@ class MarkedCalls:
     parameter_middle: str
     parameter_close: str
     close: str
-    again: str | None = "\n"
+    again: str = "\n"
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class Family:
     """How a family writes calls, and how its template takes those of the past.
 
     `text_arguments`: as JSON text, not as objects. `null_content`: a message is one of calls if it has no
-    content. `single_calls`: a message has one call. `id_chars`: how long the id of a call is. `text_calls`:
-    its template knows no calls of the past; they are sent as the text that they were.
+    content. `single_calls`: a message has one call. `id_chars`: how long the id of a call is.
     """
 
     name: str
@@ -80,7 +79,6 @@ class Family:
     null_content: bool = False
     single_calls: bool = False
     id_chars: int | None = None
-    text_calls: bool = False
 
 
 # Qwen 2.5 and 3, Hermes, and whoever trained on their form; a template without tools is told to use it, too.
@@ -155,7 +153,6 @@ FAMILIES = (
         "Phi 4 and Granite",
         ("<|tool_call|>",),
         JsonCalls("<|tool_call|>[", '{"name": "', '", "arguments": ', "}", close="]", between=", "),
-        text_calls=True,
     ),
     Family("Llama 3", ("<|start_header_id|>", '"parameters"'), _LLAMA, single_calls=True),
     Family("Llama 3", ("<|python_tag|>",), _LLAMA, single_calls=True),

@@ -6,20 +6,25 @@ what binds the answer (binding.py) and how it is read (parsers.py, harmony.py).
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import lru_cache
 from typing import Any, Protocol
 
 from cordee.chat import binding, families, harmony, history
 from cordee.chat.binding import ControlTokens, Marks
 from cordee.chat.events import Event, TextDelta
-from cordee.chat.families import BY_PROMPT, Calls, HarmonyCalls, JsonCalls, MarkedCalls
+from cordee.chat.families import BY_PROMPT, TAGGED, Calls, HarmonyCalls, JsonCalls, MarkedCalls
 from cordee.chat.harmony import HarmonyParser
 from cordee.chat.parsers import MarkedParser, NewId, text_parameters
-from cordee.chat.turn import ChatTurn, Tool
+from cordee.chat.turn import ChatTurn, Message, Tool, ToolCall
+from cordee.errors import CordeeError
 from cordee.generation.request import Grammar
 from cordee.generation.template import ChatTemplate
 
 # Variables by which templates switch thinking: Qwen, GLM and Gemma; DeepSeek, Granite and Kimi.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
+
+PROBE_TIME = datetime(2026, 1, 1)  # for templates that show the date
 
 
 class Parser(Protocol):
@@ -70,6 +75,7 @@ class ChatFormat:
         self.family = families.family_of(source)
         self.thinking = families.thinking_of(source)
         self._is_harmony = families.is_harmony(source)
+        self._shows_rounds = self.family is not BY_PROMPT and shows_rounds(source)
         self._knows_system = "system" in source and "System role not supported" not in source
 
     @property
@@ -77,10 +83,19 @@ class ChatFormat:
         """The family's."""
         return self.family.name
 
+    @property
+    def role_marks(self) -> Sequence[str]:
+        """Marks by which roles are told apart, beside the vocabulary's control tokens: libllama does not take
+        those of gpt-oss for such."""
+        return harmony.MARKS if self._is_harmony else ()
+
     def messages(self, turn: ChatTurn) -> list[dict[str, Any]]:
         """The turn's messages as the family's templates take them."""
         if self.family is BY_PROMPT:
             return history.by_prompt(turn, offered(turn), knows_system=self._knows_system)
+        if not self._shows_rounds:
+            form = self.family.calls if isinstance(self.family.calls, JsonCalls) else TAGGED
+            return history.by_prompt(turn, (), form, knows_system=True)
         return history.native(turn, self.family)
 
     def variables(self, turn: ChatTurn) -> Mapping[str, Any]:
@@ -145,7 +160,7 @@ class ChatFormat:
 
     def _harmony(self, turn: ChatTurn, prompt: str, constraint: Grammar | None, marks: Marks) -> AnswerFormat:
         """A message that the prompt has begun is read before the answer."""
-        begun = prompt[prompt.rfind(harmony.START) :].removeprefix(harmony.START)
+        begun = prompt.rpartition(harmony.START)[2] if harmony.START in prompt else ""
         bound = binding.Bound(constraint)
         if harmony.MESSAGE not in begun:
             bound = binding.bound(turn, HarmonyCalls(), None, constraint, marks, opened=False)
@@ -158,6 +173,26 @@ class ChatFormat:
             return made
 
         return AnswerFormat(bound.grammar, parser, tuple(sorted(marks.tokens)), bound.ignored)
+
+
+@lru_cache(maxsize=32)  # of models that a machine serves
+def shows_rounds(source: str) -> bool:
+    """Whether a template shows calls of the past and what they returned. Some take tools, and would leave
+    these out silently."""
+    probe = ChatTurn(
+        messages=[
+            Message("user", "probe"),
+            Message("assistant", tool_calls=(ToolCall("probe12345", "probe", '{"key": "probe-called"}'),)),
+            Message("tool", "probe-returned", tool_call_id="probe12345"),
+        ],
+        tools=[Tool("probe")],
+    )
+    messages, tools = history.native(probe, families.family_of(source)), [history.described(Tool("probe"))]
+    try:
+        shown = ChatTemplate(source).render(messages, tools=tools, now=PROBE_TIME)
+    except CordeeError:
+        return False
+    return "probe-called" in shown and "probe-returned" in shown
 
 
 def offered(turn: ChatTurn) -> Sequence[Tool]:

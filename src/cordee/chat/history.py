@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from cordee.chat.families import Family, JsonCalls
+from cordee.chat.families import TAGGED, Family, JsonCalls
 from cordee.chat.turn import ChatTurn, Message, Tool, ToolCall
 
+UNKNOWN_TOOL = "tool"  # of a result whose call is not in the conversation any more
 _ID_CHARACTERS = string.ascii_letters + string.digits
 
 TOOLS_PROMPT = """\
@@ -54,7 +55,9 @@ def native(turn: ChatTurn, family: Family) -> list[dict[str, Any]]:
     return [_native(message, family) for message in messages]
 
 
-def by_prompt(turn: ChatTurn, tools: Sequence[Tool], *, knows_system: bool) -> list[dict[str, Any]]:
+def by_prompt(
+    turn: ChatTurn, tools: Sequence[Tool], form: JsonCalls = TAGGED, *, knows_system: bool
+) -> list[dict[str, Any]]:
     """The messages for a template that knows none: tools are described in the system prompt, calls are text
     of the assistant, and results are text of the user. Neighbours of one role are joined, as most of these
     templates want roles to alternate."""
@@ -64,7 +67,7 @@ def by_prompt(turn: ChatTurn, tools: Sequence[Tool], *, knows_system: bool) -> l
         messages.append({"role": "system", "content": text})
     uses_tools = bool(tools) or any(each.tool_calls or each.role == "tool" for each in turn.messages)
     for message in turn.messages:
-        plain = _without_calls(message)
+        plain = _without_calls(message, form)
         if uses_tools and messages and messages[-1]["role"] == plain["role"] and "name" not in plain:
             messages[-1] = plain | {"content": messages[-1]["content"] + "\n\n" + plain["content"]}
         else:
@@ -80,14 +83,11 @@ def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [system | {"role": "user"}, *others]
 
 
-def _without_calls(message: Message) -> dict[str, Any]:
+def _without_calls(message: Message, form: JsonCalls) -> dict[str, Any]:
     if message.role == "tool":
         return {"role": "user", "content": f"<tool_response>\n{message.content}\n</tool_response>"}
     parts = [message.content] if message.content else []
-    parts += [
-        f"<tool_call>\n{_json({'name': call.name, 'arguments': arguments_of(call)})}\n</tool_call>"
-        for call in message.tool_calls
-    ]
+    parts += [_written(message.tool_calls, form)] if message.tool_calls else []
     return _plain(message, "\n".join(parts))
 
 
@@ -102,9 +102,7 @@ def _plain(message: Message, content: str | None) -> dict[str, Any]:
 
 def _native(message: Message, family: Family) -> dict[str, Any]:
     plain = _plain(message, None if message.tool_calls and family.null_content else message.content)
-    if message.tool_calls and family.text_calls and isinstance(family.calls, JsonCalls):
-        plain["content"] = message.content + _written(message.tool_calls, family.calls)
-    elif message.tool_calls:
+    if message.tool_calls:
         plain["tool_calls"] = [_call(call, family) for call in message.tool_calls]
     if message.tool_call_id is not None:
         plain["tool_call_id"] = _id(message.tool_call_id, family)
@@ -112,9 +110,10 @@ def _native(message: Message, family: Family) -> dict[str, Any]:
 
 
 def _written(made: Sequence[ToolCall], form: JsonCalls) -> str:
-    """Calls as the model wrote them."""
+    """Calls as a model writes them."""
     calls = [f"{form.head}{each.name}{form.middle}{_json(arguments_of(each))}{form.tail}" for each in made]
-    return form.open + (form.between or "").join(calls) + form.close
+    sections = calls if form.between is None else [form.between.join(calls)]
+    return (form.again or "").join(f"{form.open}{section}{form.close}" for section in sections)
 
 
 def _call(call: ToolCall, family: Family) -> dict[str, Any]:
@@ -137,7 +136,7 @@ def _named(messages: Sequence[Message]) -> list[Message]:
     """The messages, where each result has the name of the tool that was called."""
     names = {call.id: call.name for message in messages for call in message.tool_calls}
     return [
-        replace(message, name=names.get(message.tool_call_id or ""))
+        replace(message, name=names.get(message.tool_call_id or "", UNKNOWN_TOOL))
         if message.role == "tool" and message.name is None
         else message
         for message in messages

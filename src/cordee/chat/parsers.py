@@ -10,6 +10,11 @@ from cordee.chat.reading import Reading, ReadingParser, Trimmed, nothing
 
 NewId = Callable[[], str]
 
+# Of a string's schema; what has one of these is written as JSON, which can be bound to it.
+_BINDING = frozenset(
+    ("const", "pattern", "format", "minLength", "maxLength", "$ref", "anyOf", "oneOf", "allOf")
+)
+
 
 class MarkedParser(ReadingParser):
     """Reads answers of families with marks around thinking and calls.
@@ -174,17 +179,22 @@ def trigger(mark: str) -> str:
     return mark[: mark.index(">") + 1]
 
 
-def text_parameters(schema: Mapping[str, Any]) -> frozenset[str]:
-    """The properties of a schema that can be nothing but a string."""
+def properties_of(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The properties of a schema, which a client wrote."""
     properties = schema.get("properties")
-    if not isinstance(properties, dict):
-        return frozenset()
-    return frozenset(key for key, value in cast("dict[str, Any]", properties).items() if is_text(value))
+    return cast("dict[str, Any]", properties) if isinstance(properties, dict) else {}
+
+
+def text_parameters(schema: Mapping[str, Any]) -> frozenset[str]:
+    """The properties of a schema that are written as bare text."""
+    return frozenset(key for key, value in properties_of(schema).items() if is_text(value))
 
 
 def is_text(schema: Any) -> bool:
-    """Whether a property is written as bare text, not as JSON."""
+    """Whether a property is written as bare text, not as JSON: a string, any or one of some."""
     if not isinstance(schema, dict):
         return False
     read = cast("dict[str, Any]", schema)
-    return read.get("type") == "string" and not {"enum", "const", "pattern", "format"} & read.keys()
+    choices = read.get("enum", [""])
+    texts = isinstance(choices, list) and all(isinstance(each, str) for each in cast("list[Any]", choices))
+    return read.get("type") == "string" and texts and choices != [] and not _BINDING & read.keys()
