@@ -10,8 +10,9 @@ import msgspec
 
 from cordee import errors
 from cordee.api import app as application
-from cordee.api import bodies, failures, ignored, ollama_schemas, prompts, schemas, server, stream
+from cordee.api import bodies, embeddings, failures, ignored, ollama_schemas, prompts, schemas, server, stream
 from cordee.cli.main import subclasses
+from cordee.engine.llama import encoder
 from cordee.generation import grammar, sampling, text
 from cordee.net import doors
 from cordee.worker import grammar_child, grammar_trials
@@ -38,6 +39,9 @@ LIMITS = (
     (ignored, "NAME_CHARS_MAX", "characters of such a name"),
     (ignored, "OBJECTS_MAX", "objects of a body that are looked at for it"),
     (schemas, "CHOICES_MAX", "answers to one request: prompts times `n`"),
+    (embeddings, "INPUTS_MAX", "texts of an embeddings request"),
+    (embeddings, "DOCUMENTS_MAX", "documents of a rerank request"),
+    (encoder, "TOKENS_MAX", "tokens of one text that becomes a vector, if its model reads so many"),
     (text, "STOPS_MAX", "stop strings"),
     (text, "STOP_CHARS_MAX", "characters of a stop string"),
     (sampling, "LOGIT_BIAS_MAX", "entries of `logit_bias`"),
@@ -55,7 +59,8 @@ LIMITS = (
 
 def fields(name: str) -> str:
     """The table of an object's fields."""
-    shape = next(getattr(each, name) for each in (schemas, ollama_schemas) if hasattr(each, name))
+    files = (schemas, embeddings, ollama_schemas)
+    shape = next(getattr(file, name) for file in files if hasattr(file, name))
     hints = get_type_hints(shape, include_extras=True)
     required = {field.name for field in msgspec.structs.fields(shape) if field.required}
     rows: list[tuple[str, ...]] = []

@@ -200,8 +200,8 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
         create(model="starter", messages=ROPE, tools=[{"type": "function", "function": {"name": "f"}}])
     assert caught.value.param == "tools"
     with pytest.raises(openai.NotFoundError) as caught:
-        client.embeddings.create(model="starter", input="x")
-    assert caught.value.code == "not_found"
+        client.embeddings.create(model="nosuch", input="x")
+    assert caught.value.code == "model_not_found"
 
 
 def test_a_misspelt_field_is_named(client: openai.OpenAI) -> None:

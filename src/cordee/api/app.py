@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cordee.api.core import ApiCore
+from cordee.api.embeddings import Embeddings
 from cordee.api.failures import (
     ClientGone,
     ForbiddenOrigin,
@@ -31,9 +32,11 @@ from cordee.api.ollama import Ollama
 from cordee.api.openai import OpenAI
 from cordee.api.stream import Timing
 from cordee.errors import CordeeError, Overloaded
+from cordee.serving.embedders import Embedders
 from cordee.serving.interface import ModelService
 
 REQUESTS_MAX = 2048  # at once; each costs a task, a connection and its body, beside its place in a queue
+RERANK_PATHS = ("/v1/rerank", "/v1/reranking", "/rerank")  # Jina and vLLM, llama.cpp, Cohere's oldest
 HEADER_CHARS_MAX = 100  # of a header that a message quotes
 
 
@@ -45,6 +48,7 @@ def local_now() -> datetime:
 def create_app(
     services: Mapping[str, ModelService],
     *,
+    embedders: Embedders,
     expected: Collection[str] = (),
     key: LocalKey | None = None,
     refusal: Callable[[str], CordeeError | None] = lambda _: None,
@@ -54,16 +58,18 @@ def create_app(
     """The application over running services, by the model's name.
 
     `services` may be filled after the server has started: a model of `expected` that is not in it yet is
-    loading, and its requests are told to try again. `refusal` says why a model cannot be used here, if that
-    is so. Only this machine may send requests; with a `key`, only who knows it.
+    loading, and its requests are told to try again. `embedders` are closed with the application. `refusal`
+    says why a model cannot be used here, if that is so. Only this machine may send requests; with a `key`,
+    only who knows it.
     """
-    core = ApiCore(services, expected, refusal, clock, timing)
-    openai, ollama = OpenAI(core), Ollama(core)
+    core = ApiCore(services, embedders, expected, refusal, clock, timing)
+    openai, embeddings, ollama = OpenAI(core), Embeddings(core), Ollama(core)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         yield
         core.close()
+        await embedders.close()
 
     async def health(_: Request) -> Response:
         return health_response(services, expected)
@@ -75,6 +81,8 @@ def create_app(
             Route("/v1/models/{name:path}", openai.model),
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
             Route("/v1/completions", openai.completions, methods=["POST"]),
+            Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
+            *(Route(path, embeddings.rerank, methods=["POST"]) for path in RERANK_PATHS),
             *ollama.routes(),
         ],
         lifespan=lifespan,

@@ -1,5 +1,6 @@
 """OpenAI's endpoints over model services: HTTP requests in, `replies` out."""
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -38,14 +39,20 @@ class OpenAI:
 
     async def models(self, _: HttpRequest) -> Response:
         """`GET /v1/models`"""
-        services = self._core.services
-        listed = [_model(name, service) for name, service in sorted(services.items())]
-        return json_response({"object": "list", "data": listed})
+        return json_response({"object": "list", "data": [_model(*each) for each in sorted(self._models())]})
 
     async def model(self, request: HttpRequest) -> Response:
         """`GET /v1/models/{id}`"""
         name = request.path_params["name"]
-        return json_response(_model(name, self._core.service(name)))
+        added = dict(self._models()).get(name) or self._core.service(name).model.added
+        return json_response(_model(name, added))
+
+    def _models(self) -> Iterator[tuple[str, str]]:
+        """Names of models, and when each was added."""
+        for model in self._core.embedders.models():
+            yield model.name, model.added
+        for name, service in self._core.services.items():
+            yield name, service.model.added
 
     async def chat_completions(self, request: HttpRequest) -> Response:
         """`POST /v1/chat/completions`"""
@@ -154,6 +161,6 @@ def _response_format(request: HttpRequest, body: ChatRequest) -> dict[str, Gramm
     return {name: Grammar("json_object")}
 
 
-def _model(name: str, service: ModelService) -> dict[str, Any]:
-    added = datetime.fromisoformat(service.model.added)
-    return {"id": name, "object": "model", "created": int(added.timestamp()), "owned_by": "cordee"}
+def _model(name: str, added: str) -> dict[str, Any]:
+    created = int(datetime.fromisoformat(added).timestamp())
+    return {"id": name, "object": "model", "created": created, "owned_by": "cordee"}

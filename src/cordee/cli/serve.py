@@ -5,7 +5,7 @@ import json
 import shlex
 import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +114,8 @@ async def _serve(
     """Load the models, answer until SIGINT or SIGTERM, close everything."""
     from cordee.api.app import create_app
     from cordee.api.server import serve as answer
+    from cordee.models.architectures import is_encoder
+    from cordee.serving.embedders import Embedders
     from cordee.serving.local_service import LocalService
 
     task = asyncio.current_task()
@@ -122,11 +124,13 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     services: dict[str, LocalService] = {}
     # It answers from now on: a client that asks while a model loads is told so.
-    app = create_app(services, expected=[model.name for model in models], key=key)
+    writing = [model for model in models if not is_encoder(model.architecture)]
+    embedders = Embedders(store, [model.name for model in models])
+    app = create_app(services, embedders=embedders, expected=[model.name for model in writing], key=key)
     serving = asyncio.create_task(answer(app, listener))
     try:
         with output.loading() as report:
-            for model in models:
+            for model in writing:
                 own = replace(config, command=f"cordee serve {model.name}")
                 services[model.name] = await LocalService.start(
                     model, store, stages=stages, config=own, report=report
@@ -134,7 +138,7 @@ async def _serve(
         for name, service in services.items():
             output.note_shortened(name, service.shortened)
         address, port = listener.getsockname()[:2]
-        _greet(services, address, port, key)
+        _greet(services, embedders.models(), address, port, key)
         await serving
     except asyncio.CancelledError:
         output.note("closing")
@@ -150,12 +154,22 @@ def key_note(key: "LocalKey | None") -> str:
     return "no API key needed" if key is None else f"its key is in {key.path}"
 
 
-def _greet(names: Iterable[str], address: str, port: int, key: "LocalKey | None") -> None:
+def _greet(
+    services: Collection[str],
+    embedding: "Collection[StoredModel]",
+    address: str,
+    port: int,
+    key: "LocalKey | None",
+) -> None:
     """Where the models are, and a line to try them with."""
     base = f"http://{f'[{address}]' if ':' in address else address}:{port}/v1"
-    question = {"model": next(iter(names)), "messages": [{"role": "user", "content": "Hello"}]}
+    names = [*services, *(model.name for model in embedding)]
+    question: dict[str, Any] = {"model": names[0], "messages": [{"role": "user", "content": "Hello"}]}
+    path = "chat/completions"
+    if not services:
+        question, path = {"model": names[0], "input": "Hello"}, "embeddings"
     output.note(f"Serving {', '.join(names)} at {base} ({key_note(key)}). Ctrl-C ends it. Try:")
     headers = "-H 'Content-Type: application/json'"
     if key is not None:  # not among curl's arguments, which every account may see
         headers += f' -H @<(echo "Authorization: Bearer $(cat {shlex.quote(str(key.path))})")'
-    output.note(f"curl {base}/chat/completions {headers} -d '{json.dumps(question)}'")
+    output.note(f"curl {base}/{path} {headers} -d '{json.dumps(question)}'")

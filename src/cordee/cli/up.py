@@ -218,7 +218,9 @@ class _Running:
         from cordee.agent.control_server import Control
         from cordee.api.app import create_app
         from cordee.api.server import serve
+        from cordee.models.store import Store
         from cordee.net.enrolment import REFUSALS
+        from cordee.serving.embedders import Embedders
 
         def leave() -> None:
             self._left = True
@@ -228,6 +230,7 @@ class _Running:
             serve(
                 create_app(
                     agent.services,
+                    embedders=Embedders(Store()),
                     expected=_Names(agent),
                     key=self._key,
                     refusal=agent.services.refusal,
