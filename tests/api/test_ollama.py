@@ -253,8 +253,8 @@ REFUSALS = [
     ("POST", "/api/copy", {"source": "starter", "destination": "x"}, 501, "cordee pull"),
     ("POST", "/api/create", {"model": "x", "from": "starter"}, 501, "cordee pull"),
     ("POST", "/api/push", {"model": "starter"}, 501, "hub"),
-    ("POST", "/api/embed", {"model": "starter", "input": "x"}, 501, "embeddings"),
-    ("POST", "/api/embeddings", {"model": "starter", "prompt": "x"}, 501, "embeddings"),
+    ("POST", "/api/embed", {"model": "nosuch", "input": "x"}, 404, "nosuch"),
+    ("POST", "/api/embed", {"model": "starter"}, 400, "input is missing"),
     ("GET", "/api/nothing", None, 404, "/api/nothing"),
     ("GET", CHAT, None, 405, "GET"),
 ]

@@ -113,7 +113,7 @@ def test_errors_are_the_client_s_own(client: ollama.Client) -> None:
 
     assert refused(client.show, "nosuch").status_code == 404
     assert refused(client.chat, "starter", ROPE, options={"temperature": 9}).status_code == 400
-    assert refused(client.embed, "starter", "x").status_code == 501
+    assert refused(client.embed, "nosuch", "x").status_code == 404
     assert "cordee pull" in refused(client.pull, "llama3.2").error
     assert "cordee rm" in refused(client.delete, "starter").error
     assert "cordee pull" in refused(client.copy, "starter", "other").error

@@ -63,7 +63,7 @@ def short_count(count: int) -> str:
 
 
 def _quantization(header: Header) -> str:
-    number = header.count("general.file_type", LlamaFileType.GUESSED)
+    number = header.count("general.file_type", LlamaFileType.GUESSED.value)
     known = {kind.value: kind.name for kind in LlamaFileType if kind is not LlamaFileType.GUESSED}
     return known.get(number, "unknown").removeprefix("MOSTLY_").removeprefix("ALL_")
 

@@ -78,7 +78,11 @@ class Embeddings:
         vectors, tokens = await while_connected(request.receive, embedded(service, texts))
         is_base64 = body.encoding_format == "base64"
         data = [
-            {"object": "embedding", "index": place, "embedding": _written(_cut(vector, body), is_base64)}
+            {
+                "object": "embedding",
+                "index": place,
+                "embedding": _written(shortened(vector, body.dimensions, body.model), is_base64),
+            }
             for place, vector in enumerate(vectors)
         ]
         used = {"prompt_tokens": tokens, "total_tokens": tokens}
@@ -159,12 +163,16 @@ def _placed(error: CordeeError, param: str) -> CordeeError:
     return type(error)(error.message, param) if is_about_text else error
 
 
-def _cut(vector: np.ndarray, body: EmbeddingRequest) -> np.ndarray:
-    wanted = body.dimensions
+def shortened(vector: np.ndarray, wanted: int | None, model: str) -> np.ndarray:
+    """The first `wanted` numbers of a model's vector, of length 1 again; None: all.
+
+    Raises:
+        BadRequest: there are not so many.
+    """
     if wanted is None or wanted == len(vector):
         return vector
     if wanted > len(vector):
-        raise BadRequest(f"{body.model} gives vectors of {len(vector)} numbers, not {wanted}", "dimensions")
+        raise BadRequest(f"{model} gives vectors of {len(vector)} numbers, not {wanted}", "dimensions")
     part = vector[:wanted]
     length = np.sqrt(np.sum(part.astype(np.float64) ** 2))
     return (part / length).astype(np.float32) if length > 0 else part

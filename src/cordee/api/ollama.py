@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -18,10 +19,13 @@ from cordee.api import ignored
 from cordee.api.answers import Job
 from cordee.api.core import AnswerOptions, ApiCore
 from cordee.api.described import capabilities, file_facts, short_count
+from cordee.api.embeddings import embedded, inputs, shortened
 from cordee.api.failures import NotOffered, json_response
 from cordee.api.ollama_replies import OllamaChatReply, OllamaGenerateReply, OllamaReply, stamp
 from cordee.api.ollama_schemas import (
     OllamaChatRequest,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedRequest,
     OllamaGenerateRequest,
     OllamaModelRequest,
     OllamaOptions,
@@ -30,8 +34,10 @@ from cordee.api.ollama_schemas import (
 from cordee.api.ollama_turns import chat_turn, prompt_turn, raw_prompt
 from cordee.api.options import answer_options, is_given, limit, schema_grammar, whole
 from cordee.api.schemas import refuse
+from cordee.api.stream import while_connected
 from cordee.errors import BadRequest
 from cordee.generation.request import Grammar
+from cordee.models.store import StoredModel
 from cordee.serving.interface import ModelService
 
 # The release of Ollama whose API this is. Clients compare it with the oldest that they work with.
@@ -39,6 +45,7 @@ VERSION = "0.20.0"
 # Ollama's defaults where they differ from OpenAI's (its DefaultOptions).
 DEFAULTS = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "penalty_window": 64}
 NEVER = "9999-12-31T23:59:59Z"  # when a model is unloaded
+EMBEDDING = ["embedding"]  # what a model for vectors can do
 NDJSON = "application/x-ndjson"
 
 KEPT = (
@@ -50,8 +57,6 @@ REFUSED = {
     ("POST", "/api/copy"): KEPT.format("renamed or copied", "pull SOURCE --name NAME"),
     ("POST", "/api/create"): KEPT.format("made", "pull FILE --name NAME"),
     ("POST", "/api/push"): "nothing is sent from here to a hub",
-    ("POST", "/api/embed"): "models here do not give embeddings yet",
-    ("POST", "/api/embeddings"): "models here do not give embeddings yet",
 }
 
 
@@ -62,6 +67,8 @@ class Ollama:
         self._core = core
         self._chat = msgspec.json.Decoder(OllamaChatRequest)
         self._generate = msgspec.json.Decoder(OllamaGenerateRequest)
+        self._embed = msgspec.json.Decoder(OllamaEmbedRequest)
+        self._embeddings = msgspec.json.Decoder(OllamaEmbeddingsRequest)
         self._model = msgspec.json.Decoder(OllamaModelRequest)
 
     def routes(self) -> list[Route]:
@@ -74,6 +81,8 @@ class Ollama:
             Route("/api/show", self.show, methods=["POST"]),
             Route("/api/chat", self.chat, methods=["POST"]),
             Route("/api/generate", self.generate, methods=["POST"]),
+            Route("/api/embed", self.embed, methods=["POST"]),
+            Route("/api/embeddings", self.embeddings, methods=["POST"]),
             Route("/api/pull", self.pull, methods=["POST"]),
             *(Route(path, self.refused, methods=[method]) for method, path in REFUSED),
         ]
@@ -88,13 +97,15 @@ class Ollama:
 
     async def tags(self, _: HttpRequest) -> Response:
         """`GET /api/tags`"""
-        services = sorted(self._core.services.items())
-        return json_response({"models": [await self._listed(*each) for each in services]})
+        found = {model.name: (model, EMBEDDING) for model in self._core.embedders.models()}
+        for name, service in self._core.services.items():
+            found[name] = service.model, capabilities(service)
+        return json_response({"models": [await self._listed(name, *found[name]) for name in sorted(found)]})
 
     async def running(self, _: HttpRequest) -> Response:
         """`GET /api/ps`: the models that answer at once. Where their memory is, is not told."""
         found = [
-            await self._listed(name, service)
+            await self._listed(name, service.model, capabilities(service))
             | {"expires_at": NEVER, "size_vram": 0, "context_length": service.context}
             for name, service in sorted(self._core.services.items())
             if service.health != "idle"
@@ -104,25 +115,32 @@ class Ollama:
     async def show(self, request: HttpRequest) -> Response:
         """`POST /api/show`"""
         name = await self._named(request)
-        service = self._core.service(name)
-        model = service.model
+        untagged = name.removesuffix(":latest")
+        vectors = next(
+            (each for each in self._core.embedders.models() if each.name in (name, untagged)), None
+        )
+        service = None if vectors is not None else self._core.service(name)
+        model, able = (vectors, EMBEDDING) if service is None else (service.model, capabilities(service))
+        assert model is not None, "it is one or the other"
         facts = await self._core.in_thread(file_facts, model.path, model.digest)
-        # What clients fill is the context that answers have here, not the one that the model was made for.
         info = dict(facts.metadata) | {
             "general.architecture": model.architecture,
             "general.parameter_count": facts.parameters,
-            f"{model.architecture}.context_length": service.context,
         }
-        listed = await self._listed(service.name, service)
+        if service is not None:
+            # What clients fill is the context that answers have here, not the one the model was made for.
+            info[f"{model.architecture}.context_length"] = service.context
+        listed = await self._listed(model.name, model, able)
+        template = service.template if service is not None else None
         return json_response(
             {
                 "license": facts.license,
-                "modelfile": f"FROM {service.name}\n",
-                "parameters": f"num_ctx {service.context}",
-                "template": service.template.source if service.template is not None else "",
+                "modelfile": f"FROM {model.name}\n",
+                "parameters": f"num_ctx {service.context}" if service is not None else "",
+                "template": template.source if template is not None else "",
                 "details": listed["details"],
                 "model_info": info,
-                "capabilities": capabilities(service),
+                "capabilities": able,
                 "modified_at": listed["modified_at"],
             }
         )
@@ -151,6 +169,24 @@ class Ollama:
         return await self._answer(
             request, body, OllamaGenerateReply(job, begun, logprobs=bool(body.logprobs))
         )
+
+    async def embed(self, request: HttpRequest) -> Response:
+        """`POST /api/embed`"""
+        begun = time.monotonic_ns()
+        body = await self._core.bodies.read(request, self._embed, declared=False)
+        given = body.input
+        texts = inputs(given if isinstance(given, str) else [*given]) if given else []
+        vectors, tokens = await self._vectors(request, body.model, texts, body.truncate is not False)
+        cut = [shortened(vector, body.dimensions, body.model).tolist() for vector in vectors]
+        took = time.monotonic_ns() - begun
+        counts = {"total_duration": took, "load_duration": 0, "prompt_eval_count": tokens}
+        return json_response({"model": body.model, "embeddings": cut, **counts})
+
+    async def embeddings(self, request: HttpRequest) -> Response:
+        """`POST /api/embeddings`"""
+        body = await self._core.bodies.read(request, self._embeddings, declared=False)
+        vectors, _ = await self._vectors(request, body.model, inputs(body.prompt), True)
+        return json_response({"embedding": vectors[0].tolist()})
 
     async def pull(self, request: HttpRequest) -> Response:
         """`POST /api/pull`: what is served here is there already, and nothing else is fetched."""
@@ -189,6 +225,15 @@ class Ollama:
         [answer] = await self._core.whole(request, reply.job)
         return json_response(reply.whole(answer))
 
+    async def _vectors(
+        self, request: HttpRequest, model: str, texts: list[str | tuple[int, ...]], truncate: bool
+    ) -> tuple[list[np.ndarray], int]:
+        """The vectors of texts, as long as the client is there, and how many tokens they had."""
+        embedders, untagged = self._core.embedders, model.removesuffix(":latest")
+        name = untagged if any(each.name == untagged for each in embedders.models()) else model
+        service = await embedders.service(name)
+        return await while_connected(request.receive, embedded(service, texts, truncate))
+
     async def _named(self, request: HttpRequest) -> str:
         body = await self._core.bodies.read(request, self._model, declared=False)
         name = body.model or body.name
@@ -196,9 +241,8 @@ class Ollama:
             raise BadRequest("model is missing", "model")
         return name
 
-    async def _listed(self, name: str, service: ModelService) -> dict[str, Any]:
+    async def _listed(self, name: str, model: StoredModel, able: list[str]) -> dict[str, Any]:
         """A model in a list."""
-        model = service.model
         facts = await self._core.in_thread(file_facts, model.path, model.digest)
         return {
             "name": name,
@@ -214,7 +258,7 @@ class Ollama:
                 "parameter_size": short_count(facts.parameters) if facts.parameters else "",
                 "quantization_level": facts.quantization,
             },
-            "capabilities": capabilities(service),
+            "capabilities": able,
         }
 
 

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from cordee.api.embeddings import DIMENSION_MAX
 from cordee.api.schemas import (
     ABSENT,
     MESSAGES_MAX,
@@ -168,6 +169,31 @@ class OllamaGenerateRequest(OllamaRequest, frozen=True):
         msgspec.Raw, unoffered("no reply from here has one; `/api/chat` takes a conversation", [])
     ] = ABSENT
     images: Annotated[msgspec.Raw, refused(NO_MEDIA, [])] = ABSENT
+
+
+class OllamaEmbedRequest(Shape, frozen=True):
+    """`POST /api/embed`"""
+
+    model: Annotated[str, honoured("a model whose file is on the machine that is asked")]
+    input: Annotated[str | list[str], honoured("a text, or a list of texts")]
+    truncate: Annotated[
+        bool | None, honoured("a text that is too long is cut at its end; else it is refused; default true")
+    ] = None
+    dimensions: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=DIMENSION_MAX)] | None,
+        honoured("the vectors' first so many numbers, of unit length again: for models trained for that"),
+    ] = None
+    options: Annotated[msgspec.Raw, ignored("nothing about a vector is chosen")] = ABSENT
+    keep_alive: Annotated[msgspec.Raw, ignored("it stays in memory for five minutes")] = ABSENT
+
+
+class OllamaEmbeddingsRequest(Shape, frozen=True):
+    """`POST /api/embeddings`, the older form"""
+
+    model: Annotated[str, honoured("a model whose file is on the machine that is asked")]
+    prompt: Annotated[str, honoured("a text; one that is too long is cut at its end")]
+    options: Annotated[msgspec.Raw, ignored("nothing about a vector is chosen")] = ABSENT
+    keep_alive: Annotated[msgspec.Raw, ignored("it stays in memory for five minutes")] = ABSENT
 
 
 class OllamaModelRequest(Shape, frozen=True):
