@@ -97,7 +97,8 @@ def test_a_model_that_is_loading_is_reported_as_such(session_home: Path, tmp_pat
         reply = server.request("POST", CHAT, HELLO)
         assert (reply.status, reply.error["code"], reply.error["param"]) == (503, "model_loading", "model")
         assert int(reply.headers["retry-after"]) > 0
-        assert server.request("GET", "/v1/models").json["data"] == []
+        [model] = server.request("GET", "/v1/models").json["data"]
+        assert (model["id"], model["state"]) == ("starter", "loading")
         other = server.request("POST", CHAT, {**HELLO, "model": "other"})
         assert (other.status, other.error["code"]) == (503, "model_loading"), "it is the only one"
         assert server.request("GET", "/v1/models/other").status == 404

@@ -36,9 +36,12 @@ def test_packages_are_added_up_and_their_subdomains_are_not(tmp_path: Path, cloc
     first.write_text("65000000")
     core.write_text("65000000")
     second.write_text("20000000")
+    assert meter.joules is None, "nothing was measured yet"
     assert meter.watts() == pytest.approx(30 + 10)
+    assert meter.joules == pytest.approx(60 + 20)
     clock[0] += 1.0
     assert meter.watts() == pytest.approx(0)
+    assert meter.joules == pytest.approx(60 + 20)
 
 
 def test_a_counter_that_wraps_around(tmp_path: Path, clock: list[float]) -> None:
@@ -53,7 +56,7 @@ def test_a_machine_that_reports_nothing(tmp_path: Path, clock: list[float]) -> N
     (tmp_path / "intel-rapl:0").mkdir()  # a counter that only root may read
     meter = Meter(tmp_path)
     clock[0] += 1.0
-    assert meter.watts() is None
+    assert meter.watts() is None and meter.joules is None
 
 
 def test_cards_are_read_where_their_module_is_installed(
