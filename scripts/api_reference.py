@@ -9,8 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import msgspec
 
 from cordee import errors
-from cordee.api import app as application
-from cordee.api import bodies, failures, prompts, schemas, server, stream
+from cordee.api import bodies, failures, guard, prompts, schemas, server, stream
 from cordee.cli.main import subclasses
 from cordee.generation import grammar, sampling, text
 from cordee.net import doors
@@ -27,7 +26,7 @@ LIMITS = (
     (bodies, "BODY_BYTES_MAX", "bytes of a request's body"),
     (bodies, "BODIES_BYTES_MAX", "bytes of all bodies that are being read"),
     (bodies, "BODY_SECONDS", "seconds that a body may take to arrive"),
-    (application, "REQUESTS_MAX", "requests at work at once"),
+    (guard, "REQUESTS_MAX", "requests at work at once"),
     (doors, "ARRIVAL_SECONDS", "seconds until the headers of a request have come"),
     (server, "ARRIVING_MAX", "requests that are on their way at once; the oldest are dropped"),
     (server, "IDLE_MAX", "connections between two requests; the oldest are closed"),

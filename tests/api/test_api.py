@@ -431,7 +431,7 @@ def test_bodies_share_a_bounded_memory(server: Running, monkeypatch: pytest.Monk
 
 
 def test_open_requests_are_bounded(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "REQUESTS_MAX", 1)
+    monkeypatch.setattr(guard, "REQUESTS_MAX", 1)
     client = Client(server, CHAT, endless(server))
     until_text(client)
     reply = server.request("GET", "/v1/models")

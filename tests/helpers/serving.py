@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee.api.app import create_app
+from cordee.api.authenticator import Authenticator
 from cordee.api.keys import LocalKey
 from cordee.api.server import serve
 from cordee.api.stream import Timing
@@ -120,6 +121,7 @@ def running(
     config: ServiceConfig | None = None,
     stages: int = 1,
     key: LocalKey | None = None,
+    authenticator: Authenticator | None = None,
     expected: Collection[str] = (),
     timing: Timing | None = None,
 ) -> Generator[Running]:
@@ -138,7 +140,12 @@ def running(
             server.services["starter"] = server.run(
                 LocalService.start(model, store, stages=stages, config=config, report=lambda _: None)
             )
-        app = create_app(server.services, expected=expected, key=key, timing=timing or Timing())
+        app = create_app(
+            server.services,
+            expected=expected,
+            authenticator=authenticator or Authenticator(local_key=key),
+            timing=timing or Timing(),
+        )
         serving = asyncio.run_coroutine_threadsafe(serve(app, listener), server.loop)
         yield server
     finally:

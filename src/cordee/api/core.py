@@ -13,6 +13,7 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from cordee.api import callers
 from cordee.api.answers import Job, ParsedAnswers, WholeAnswer
 from cordee.api.bodies import Bodies
 from cordee.api.failures import ModelLoading
@@ -175,6 +176,7 @@ class ApiCore:
                 sampling=msgspec.structs.replace(sampling, seed=_seed(sampling.seed, choice)),
                 max_tokens=options.max_tokens,
                 stop=options.stop,
+                share=callers.current().name,
                 shows_control_tokens=shows_control_tokens,
             )
             for place, prompt in enumerate(prompts)

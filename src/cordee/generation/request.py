@@ -38,6 +38,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One stream to generate. `max_tokens` None: up to the end of the context.
 
+    `share` names who asks: streams of different shares take turns (scheduler.py).
     `shows_control_tokens`: their names are part of the text, but for the one that ends it.
     """
 
@@ -47,6 +48,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     shows_control_tokens: bool = False
+    share: str = ""
 
 
 class Choice(msgspec.Struct, frozen=True):
