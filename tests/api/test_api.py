@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.api import app, bodies, stream
+from cordee.api import bodies, guard, stream
 from cordee.api.bodies import decode
 from cordee.api.prompts import chat_prompt, chat_turn
 from cordee.api.replies import ChatReply

@@ -75,7 +75,9 @@ def revoked(name: str, known: Iterable[ApiKey]) -> ApiKey:
     """
     names = [key.name for key in known if key.id]
     if name not in names:
-        raise BadRequest(f"There is no key {name!r}{nearest(name, names)}: `cordee key ls` lists them.", "name")
+        raise BadRequest(
+            f"There is no key {name!r}{nearest(name, names)}: `cordee key ls` lists them.", "name"
+        )
     return ApiKey(name)
 
 

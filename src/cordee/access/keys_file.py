@@ -12,10 +12,30 @@ import msgspec
 from cordee import files
 from cordee.cluster.api_keys import HELD_MAX, ApiKey, is_sound
 from cordee.errors import StorageFailed
+from cordee.net import identity
 
 NAME = "api-keys"
 FILE_BYTES_MAX = 1 << 20  # HELD_MAX keys take 150 kB
 LOOK_SECONDS = 0.2  # between two looks at the file
+
+
+def folder() -> Path:
+    """Where this machine's keys are: in its cluster's folder, else in the state folder itself."""
+    return identity.place() if identity.exists() else files.home()
+
+
+class NoCluster:
+    """The authority of a machine that is in no cluster: whoever may write its folder makes its keys."""
+
+    is_admin = True
+
+    def sign_as_authority(self, statement: bytes) -> bytes:
+        """Nothing: nobody else reads it."""
+        return b""
+
+    def is_of_authority(self, statement: bytes, signature: bytes) -> bool:
+        """Whatever is in the folder counts."""
+        return True
 
 
 class KeysFile:

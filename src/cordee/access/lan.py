@@ -14,7 +14,7 @@ from cryptography import x509
 from cordee import files
 from cordee.errors import BadRequest, CordeeError
 from cordee.net import address, identity
-from cordee.net.server_certificates import NAMES_MAX, is_of_house, names_of
+from cordee.net.server_certificates import NAMES_MAX, names_of
 
 PORT = 8322  # beside that of loopback, so that it can be on all interfaces
 LOOK_SECONDS = 60.0  # between looks whether addresses changed, or the certificate is due
@@ -70,15 +70,15 @@ def own_context(certificate: Path, key: Path | None) -> ssl.SSLContext:
     except (OSError, ValueError) as error:  # of which ssl.SSLError is one
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise BadRequest(
-            f"{certificate} and {key or 'its key'} cannot be used ({reason}): --cert wants a PEM file with the "
-            "certificate and its chain, --key-file one with its private key, not encrypted.",
+            f"{certificate} and {key or 'its key'} cannot be used ({reason}): --cert wants a PEM file with "
+            "the certificate and its chain, --key-file one with its private key, not encrypted.",
             "cert",
         ) from error
     return context
 
 
 class LanCertificate:
-    """A certificate that an authority of ours signs, renewed in time and when this machine's addresses change.
+    """A certificate of an authority of ours, renewed in time and when this machine's addresses change.
 
     `sign` gives one (PEM) for names and addresses, for the key in `key`. It is kept in `folder`.
     """
@@ -91,6 +91,7 @@ class LanCertificate:
         names: Callable[[], list[str]],
     ) -> None:
         self.context = _context()
+        self.authority_path = folder / "ca.pem"
         self._path = folder / "api.pem"
         self._key = key
         self._sign = sign
@@ -139,11 +140,6 @@ class LanCertificate:
         now = time.time()
         due = end - identity.CERTIFICATE_SECONDS + identity.RENEW_SECONDS
         return start <= now < due and names_of(certificate) >= set(names)
-
-
-def houses_names(names: Collection[str]) -> list[str]:
-    """Those that an admin signs for other nodes."""
-    return [name for name in names if is_of_house(name)]
 
 
 def _context() -> ssl.SSLContext:

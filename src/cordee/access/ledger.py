@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import fcntl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -153,7 +153,7 @@ def _read(path: Path) -> dict[str, Used]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     with files.disk_faults(path), path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

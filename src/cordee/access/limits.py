@@ -76,7 +76,7 @@ class Allowance:
         self.level -= tokens
 
     def _refill(self, tokens: int, now: float) -> None:
-        """Let the budget grow since it was last seen, up to what a minute has; a bound that changed counts."""
+        """Let the budget grow since it was last seen, up to what a minute has."""
         if tokens and math.isfinite(self.level):
             self.level = min(tokens, self.level + max(0.0, now - self.seen) * tokens / MINUTE_SECONDS)
         else:

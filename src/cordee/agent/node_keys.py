@@ -1,4 +1,4 @@
-"""The API's keys at a node: what the cluster knows of them, on this disk, too; and how an admin changes them."""
+"""The API's keys at a node: what the cluster knows of them, also on this disk; how an admin changes them."""
 
 import time
 from collections.abc import Callable, Mapping

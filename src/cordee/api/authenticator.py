@@ -1,8 +1,8 @@
-"""Keys at the API: who may come in, within which bounds; and the end of what is under way for a revoked key."""
+"""Keys at the API: who may come in, within which bounds; the end of what is under way for a revoked key."""
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from starlette.datastructures import Headers
@@ -67,7 +67,9 @@ class Authenticator:
             return key
         try:
             if wants_key or self._local_key is None:
-                raise KeyNeeded(f"{'this key is not valid here' if shown else 'the API wants a key'}: {MISSING}")
+                raise KeyNeeded(
+                    f"{'this key is not valid here' if shown else 'the API wants a key'}: {MISSING}"
+                )
             self._local_key.check(f"{SCHEME} {shown[0]}" if shown else None)
         except KeyNeeded:
             if shown:
@@ -76,7 +78,7 @@ class Authenticator:
         return None
 
     @contextmanager
-    def admitted(self, key: ApiKey | None, *, is_work: bool) -> Iterator[Caller]:
+    def admitted(self, key: ApiKey | None, *, is_work: bool) -> Generator[Caller]:
         """A request is answered; `is_work`: it may cost tokens, and counts for the key's bounds.
 
         Raises:

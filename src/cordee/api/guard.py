@@ -89,7 +89,11 @@ class Guard:
             if not (is_loopback(name) or name in access.names or (access.is_lan and _is_address(name))):
                 raise ForbiddenOrigin(
                     f"the host {host[:HEADER_CHARS_MAX]!r} is not this machine: "
-                    + ("start it with --allow-host" if access.is_lan else "use http://127.0.0.1 or http://localhost")
+                    + (
+                        "start it with --allow-host"
+                        if access.is_lan
+                        else "use http://127.0.0.1 or http://localhost"
+                    )
                 )
         for origin in headers.getlist("origin"):
             is_own = urlsplit(origin).netloc in hosts if origin.startswith(("http://", "https://")) else False

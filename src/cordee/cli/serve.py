@@ -1,25 +1,29 @@
-"""`cordee serve`: models behind the OpenAI endpoints, for programs on this machine."""
+"""`cordee serve`: models behind the API, for programs on this machine, and with --lan on others."""
 
 import asyncio
 import json
 import shlex
 import signal
 import socket
+import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cordee.cli import options, output
+from cordee.cli.keys import refuse_without_key
 from cordee.cli.known import find
+from cordee.cli.lan import LanChoice, LanServer, lan_options
 from cordee.cli.models import STARTER
 from cordee.errors import BadRequest
 
 if TYPE_CHECKING:
+    from cordee.api.authenticator import Authenticator
     from cordee.api.keys import LocalKey
     from cordee.models.store import Store, StoredModel
-    from cordee.serving.local_service import ServiceConfig
+    from cordee.serving.local_service import LocalService, ServiceConfig
 
 PORT = 8321
 
@@ -36,6 +40,7 @@ PORT = 8321
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="The loopback address to listen on.")
 @options.local_key
+@lan_options
 @options.sequences
 @options.serving
 def serve(
@@ -45,25 +50,36 @@ def serve(
     wants_key: bool,
     stages: int,
     sequences: int | None,
-    **loading: Any,
+    **more: Any,
 ) -> None:
-    """Serve models to programs on this machine, with OpenAI's API.
+    """Serve models to programs on this machine, with OpenAI's API; with --lan to other machines, too.
 
     Without a MODEL it serves the starter model. Ctrl-C ends it, and cuts off answers that are under way.
-    Other accounts of this machine may ask, too, unless --local-key has the API want a key.
+    Other accounts of this machine may ask, too, unless --local-key has the API want a key. Other machines
+    always need one, which `cordee key add` makes.
     """
     address = _loopback(host)
+    chosen = LanChoice.of(more)
+    from cordee.access.keyring import Keyring
+    from cordee.access.keys_file import KeysFile, folder
+    from cordee.access.ledger import Ledger
+    from cordee.api.authenticator import Authenticator
     from cordee.api.keys import LocalKey
     from cordee.models.store import Store
     from cordee.serving.local_service import ServiceConfig
 
     store = Store()
     stored = [find(store, name) for name in dict.fromkeys(models or (STARTER,))]
+    keyring = Keyring(KeysFile(folder()).read)
+    if chosen.needs_keys and keyring.is_empty:
+        raise refuse_without_key()
     listener = listen(address, port)
+    lan = None if chosen.lan is None else LanServer(chosen, socket.gethostname())
     opened = listener.getsockname()[1]
-    config = ServiceConfig(sequences=sequences, port=opened, **options.configuration(loading))
+    config = ServiceConfig(sequences=sequences, port=opened, **options.configuration(more))
     key = LocalKey.made() if wants_key else None
-    asyncio.run(_serve(stored, store, stages, config, listener, key))
+    server = _Server(Authenticator(keyring, Ledger(), key), chosen, lan, listener)
+    asyncio.run(_serve(stored, store, stages, config, server, key))
 
 
 def _loopback(host: str) -> str:
@@ -76,9 +92,8 @@ def _loopback(host: str) -> str:
         found = []
     if not found or not all(each.is_loopback for each in found):
         raise BadRequest(
-            f"--host {host} is not a loopback address. There are no API keys for other machines yet: on "
-            "another address, anybody could use the models. Use 127.0.0.1, and a tunnel (ssh -L) from other "
-            "machines.",
+            f"--host {host} is not a loopback address, and there nobody needs a key: `--lan {host}` serves "
+            "other machines, with keys and TLS.",
             "host",
         )
     return str(min(found, key=lambda each: each.version))
@@ -103,17 +118,65 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Server:
+    """The API's listeners, and who may ask."""
+
+    authenticator: "Authenticator"
+    chosen: LanChoice
+    lan: LanServer | None
+    listener: socket.socket
+
+    async def certify(self) -> None:
+        """Get a certificate for other machines, of an authority for this machine alone."""
+        from cordee.files import home
+        from cordee.net.server_certificates import OwnAuthority
+
+        if self.lan is None or not self.lan.wants_certificate:
+            return
+        own = OwnAuthority(home() / "authority")
+
+        async def sign(names: list[str]) -> bytes:
+            return own.sign(names, time.time())
+
+        await self.lan.certify(own.authority, own.folder, own.folder / "api.key", sign, is_admin=True)
+
+    async def run(self, services: "dict[str, LocalService]", expected: list[str]) -> None:
+        """Answer until the task is cancelled; from the beginning on, also while models load."""
+        from cordee.api.app import create_app
+        from cordee.api.guard import Access, Through
+        from cordee.api.server import serve as answer
+        from cordee.machine.energy import Meter
+        from cordee.net import identity
+
+        authority = (
+            b"" if self.lan is None or self.lan.authority is None else identity.pem(self.lan.authority)
+        )
+        app = create_app(
+            services,
+            expected=expected,
+            authenticator=self.authenticator,
+            origins=self.chosen.allow_origins,
+            authority=authority,
+        )
+        ledger = self.authenticator.ledger
+        assert ledger is not None, "serve keeps one"
+        async with asyncio.TaskGroup() as group:
+            group.create_task(ledger.keep(Meter().watts, lambda text: output.note(f"cordee: {text}")))
+            group.create_task(answer(Through(app, Access(self.chosen.hosts)), self.listener))
+            if self.lan is not None:
+                group.create_task(self.lan.serve(app))
+
+
 async def _serve(
     models: "list[StoredModel]",
     store: "Store",
     stages: int,
     config: "ServiceConfig",
-    listener: socket.socket,
+    server: _Server,
     key: "LocalKey | None",
 ) -> None:
     """Load the models, answer until SIGINT or SIGTERM, close everything."""
-    from cordee.api.app import create_app
-    from cordee.api.server import serve as answer
     from cordee.serving.local_service import LocalService
 
     task = asyncio.current_task()
@@ -121,9 +184,9 @@ async def _serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     services: dict[str, LocalService] = {}
+    await server.certify()
     # It answers from now on: a client that asks while a model loads is told so.
-    app = create_app(services, expected=[model.name for model in models], key=key)
-    serving = asyncio.create_task(answer(app, listener))
+    serving = asyncio.create_task(server.run(services, [model.name for model in models]))
     try:
         with output.loading() as report:
             for model in models:
@@ -133,8 +196,10 @@ async def _serve(
                 )
         for name, service in services.items():
             output.note_shortened(name, service.shortened)
-        address, port = listener.getsockname()[:2]
+        address, port = server.listener.getsockname()[:2]
         _greet(services, address, port, key)
+        if server.lan is not None:
+            server.lan.greet()
         await serving
     except asyncio.CancelledError:
         output.note("closing")

@@ -8,13 +8,16 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cordee.cli import options, output
+from cordee.cli.keys import refuse_without_key
 from cordee.cli.known import find
+from cordee.cli.lan import LanChoice, LanServer, lan_options
 from cordee.cli.models import STARTER
 from cordee.cli.options import Share, Size
 from cordee.cli.serve import PORT, key_note, listen
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 NAME_CHARS_MAX = 64
 READY_SECONDS = 5.0  # to read the vocabularies of the models on this disk; seldom more than one takes
+KEYS_SECONDS = 10.0  # for a member to hear of the keys that there are
 POLL_SECONDS = 0.05
 READ_BYTES = 4096  # at a time, of a standard input that nobody needs
 
@@ -72,6 +76,7 @@ READ_BYTES = 4096  # at a time, of a standard input that nobody needs
     help="Memory of each device that models may use, such as 16GB; default: what is free now.",
 )
 @options.local_key
+@lan_options
 @click.option(
     "--spot-check",
     "spot_check",
@@ -93,12 +98,14 @@ def up(
     wants_key: bool,
     spot_check: float,
     until_eof: bool,
+    **more: Any,
 ) -> None:
     """Run this machine as a node of its cluster, until Ctrl-C.
 
     The first time it creates a new cluster, unless `cordee join` made this machine a member of one. --name
     and --listen are remembered. Programs on this machine reach all models of the cluster at
     http://127.0.0.1:PORT/v1, with OpenAI's API; so do other accounts, unless --local-key has it want a key.
+    Programs on other machines do with --lan, by the name or address of this one and a key (`cordee key add`).
     A member whose certificate ran out while it was off waits until an admin runs that renews it.
     """
     from cordee.agent.agent import AgentOptions
@@ -109,8 +116,11 @@ def up(
 
     interface = "" if scouting == "off" else scouting
     BusOptions(address or "", peers, interface).check()  # before anything is made, or kept
-    listener = listen("127.0.0.1", port)
+    choice = LanChoice.of(more)
     is_new = not identity.exists()
+    _check_keys(choice, is_new=is_new)
+    listener = listen("127.0.0.1", port)
+    lan = None if choice.lan is None else LanServer(choice, name or platform.node())
     member = identity.found(time.time()) if is_new else identity.load()
     running = None
     try:
@@ -122,7 +132,10 @@ def up(
             key = LocalKey.made() if wants_key else None
             if is_new:
                 _offer_starter()
-            running = _Running(member, agent_options, listener, agent_socket, key, is_new=is_new)
+            api_server = _ApiServer(listener, key, choice, lan)
+            if lan is not None:
+                lan.name = chosen.name
+            running = _Running(member, agent_options, api_server, agent_socket, is_new=is_new)
             left = asyncio.run(running.run(until_eof=until_eof))
     finally:
         if is_new and not (running and running.has_run):
@@ -130,6 +143,21 @@ def up(
     if left:
         identity.forget()
         output.note("cordee: this machine no longer belongs to a cluster")
+
+
+def _check_keys(choice: LanChoice, *, is_new: bool) -> None:
+    """Refuse to open the API to other machines where nobody could have a key; a member may yet hear of some.
+
+    Raises:
+        BadRequest: that is so.
+    """
+    from cordee.access.keyring import Keyring
+    from cordee.access.keys_file import KeysFile, folder
+    from cordee.net import identity
+
+    knows_all = is_new or (identity.place() / "ca.key").exists()
+    if choice.needs_keys and knows_all and Keyring(KeysFile(folder()).read).is_empty:
+        raise refuse_without_key()
 
 
 def _settings(member: "Identity", name: str | None, address: str | None) -> "Settings":
@@ -153,16 +181,80 @@ def _offer_starter() -> None:
             find(store, STARTER)
 
 
+@dataclass(frozen=True)
+class _ApiServer:
+    """How the API is served."""
+
+    listener: socket.socket
+    key: "LocalKey | None"
+    choice: LanChoice
+    lan: LanServer | None
+
+    async def prepare(self, agent: "Agent", *, is_new: bool) -> None:
+        """What other machines need: keys, of which a member may have to hear first, and a certificate.
+
+        Raises:
+            CordeeError: it cannot be had.
+        """
+        from cordee.access.keyring import Keyring
+        from cordee.access.keys_file import KeysFile
+        from cordee.files import home
+        from cordee.net import enrolment
+
+        if is_new:
+            agent.api_keys.adopt(KeysFile(home()).read())
+        member, keyring = agent.identity, Keyring(agent.api_keys.all)
+        if self.choice.needs_keys:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(KEYS_SECONDS):
+                    while keyring.is_empty:
+                        await asyncio.sleep(POLL_SECONDS)
+        if self.choice.needs_keys and keyring.is_empty:
+            raise refuse_without_key()
+        if self.lan is None or not self.lan.wants_certificate:
+            return
+
+        async def sign(names: list[str]) -> bytes:
+            return await enrolment.server_certificate(agent.bus, member, names, time.time())
+
+        key = member.folder / "node.key"
+        await self.lan.certify(member.authority, member.folder, key, sign, member.is_admin)
+
+    def servers(self, agent: "Agent") -> list[Coroutine[Any, Any, None]]:
+        """What serves it until it is cancelled."""
+        from cordee.access.keyring import Keyring
+        from cordee.api.app import create_app
+        from cordee.api.authenticator import Authenticator
+        from cordee.api.guard import Access, Through
+        from cordee.api.server import serve
+        from cordee.net import identity
+
+        authority = None if self.lan is None else self.lan.authority
+        app = create_app(
+            agent.services,
+            expected=_Names(agent),
+            authenticator=Authenticator(Keyring(agent.api_keys.all), agent.ledger, self.key),
+            origins=self.choice.allow_origins,
+            authority=b"" if authority is None else identity.pem(authority),
+            refusal=agent.services.refusal,
+        )
+        servers: list[Coroutine[Any, Any, None]] = [
+            serve(Through(app, Access(self.choice.hosts)), self.listener)
+        ]
+        if self.lan is not None:
+            servers.append(self.lan.serve(app, announce=bool(agent.options.bus.scouting)))
+        return servers
+
+
 class _Running:
-    """The agent and its two servers."""
+    """The agent and its servers."""
 
     def __init__(
         self,
         member: "Identity",
         options: "AgentOptions",
-        listener: socket.socket,
+        api_server: _ApiServer,
         agent_socket: "AgentSocket",
-        key: "LocalKey | None",
         *,
         is_new: bool,
     ) -> None:
@@ -170,9 +262,8 @@ class _Running:
         self._is_new = is_new
         self._member = member
         self._options = options
-        self._listener = listener
+        self._api_server = api_server
         self._agent_socket = agent_socket
-        self._key = key
         self._left = False
 
     async def run(self, *, until_eof: bool) -> bool:
@@ -204,8 +295,11 @@ class _Running:
             self.has_run = True
             works = settings.Settings(agent.options.name, agent.options.bus.listen)
             settings.save(self._member.folder, works)
+            await self._api_server.prepare(agent, is_new=self._is_new)
             await _ready(agent)
-            _greet(agent, self._key, is_new=self._is_new)
+            _greet(agent, self._api_server.key, is_new=self._is_new)
+            if self._api_server.lan is not None:
+                self._api_server.lan.greet()
             await self._serve(agent, task.cancel)
         except asyncio.CancelledError:
             output.note("cordee: closing")
@@ -216,7 +310,6 @@ class _Running:
 
     async def _serve(self, agent: "Agent", cancel: Callable[[], object]) -> None:
         from cordee.agent.control_server import Control
-        from cordee.api.app import create_app
         from cordee.api.server import serve
         from cordee.net.enrolment import REFUSALS
 
@@ -224,18 +317,8 @@ class _Running:
             self._left = True
             asyncio.get_running_loop().call_soon(cancel)
 
-        servers = [
-            serve(
-                create_app(
-                    agent.services,
-                    expected=_Names(agent),
-                    key=self._key,
-                    refusal=agent.services.refusal,
-                ),
-                self._listener,
-            ),
-            serve(Control(agent, leave).app(), self._agent_socket.socket),
-        ]
+        control = serve(Control(agent, leave).app(), self._agent_socket.socket)
+        servers = [*self._api_server.servers(agent), control]
         ends = [asyncio.create_task(event.wait()) for event in (agent.removed, agent.cloned)]
         tasks: list[asyncio.Task[Any]] = [
             *ends,

@@ -216,7 +216,7 @@ class Door:
         try:
             tls = self._tls
             if tls is not None and self._refusal and not _begins_tls(connection.link):
-                tls, make = None, lambda _: _Refusal(connection, self._refusal)
+                tls, make = None, self._refuse
             else:
                 make = self._make
             connection.transport, _ = await self._loop.connect_accepted_socket(
@@ -230,6 +230,9 @@ class Door:
             connection.leave()
             if not isinstance(error, OSError | asyncio.CancelledError):  # no TLS, or gone; it is one too many
                 raise
+
+    def _refuse(self, connection: Connection) -> asyncio.Protocol:
+        return _Refusal(connection, self._refusal)
 
     def at_step(self, step: str) -> Crowd[Connection]:
         """The connections at a step."""

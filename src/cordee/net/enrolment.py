@@ -280,8 +280,8 @@ async def server_certificate(bus: Bus, member: Identity, names: Collection[str],
                 member.check_member(found, member.key.public_key())
                 return answer
     raise SetupNeeded(
-        "No admin answered that could sign the certificate of the API: start `cordee up` on an admin, of this "
-        "version, then try again; or give a certificate of your own (--cert, --key-file)."
+        "No admin answered that could sign the certificate of the API: start `cordee up` on an admin, of "
+        "this version, then try again; or give a certificate of your own (--cert, --key-file)."
     )
 
 

@@ -27,7 +27,18 @@ NAME_CHARS_MAX = 253  # of a host (RFC 1035)
 COMMON_NAME = "cordee API"
 # Endings of names that no public registry hands out (RFC 6762 and its appendix G, RFC 8375, RFC 6761, and
 # `internal`, which ICANN has set aside).
-HOUSE_ENDINGS = ("local", "lan", "internal", "home.arpa", "home", "corp", "private", "intranet", "localhost", "test")
+HOUSE_ENDINGS = (
+    "local",
+    "lan",
+    "internal",
+    "home.arpa",
+    "home",
+    "corp",
+    "private",
+    "intranet",
+    "localhost",
+    "test",
+)
 
 
 def is_of_house(name: str) -> bool:
@@ -106,8 +117,8 @@ class OwnAuthority:
             self._key = identity.private_key((folder / "api.key").read_bytes())
         except (OSError, ValueError, TypeError) as error:
             raise IdentityDamaged(
-                f"{folder} is damaged ({error}): delete it, and the next start makes another authority, which "
-                "clients have to trust anew."
+                f"{folder} is damaged ({error}): delete it, and the next start makes another authority, "
+                "which clients have to trust anew."
             ) from error
 
     def sign(self, names: Iterable[str], now: float) -> bytes:
