@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from starlette.types import ASGIApp
+
 from cordee.api.app import create_app
 from cordee.api.authenticator import Authenticator
 from cordee.api.keys import LocalKey
@@ -40,6 +42,7 @@ class Running:
         self.port: int = listener.getsockname()[1]
         self.base = f"http://127.0.0.1:{self.port}/v1"
         self.loop = asyncio.new_event_loop()
+        self.app: ASGIApp | None = None
 
     @property
     def service(self) -> LocalService:
@@ -122,6 +125,7 @@ def running(
     stages: int = 1,
     key: LocalKey | None = None,
     authenticator: Authenticator | None = None,
+    origins: Collection[str] = (),
     expected: Collection[str] = (),
     timing: Timing | None = None,
 ) -> Generator[Running]:
@@ -140,10 +144,11 @@ def running(
             server.services["starter"] = server.run(
                 LocalService.start(model, store, stages=stages, config=config, report=lambda _: None)
             )
-        app = create_app(
+        server.app = app = create_app(
             server.services,
             expected=expected,
             authenticator=authenticator or Authenticator(local_key=key),
+            origins=origins,
             timing=timing or Timing(),
         )
         serving = asyncio.run_coroutine_threadsafe(serve(app, listener), server.loop)
