@@ -122,6 +122,14 @@ def test_what_no_admin_could_have_written_is_dropped(change: dict) -> None:
     assert node.all == ()
 
 
+def test_a_signature_holds_for_what_came_over_the_wire() -> None:
+    admin = ApiKeys(ADMIN)
+    admin.write(msgspec.structs.replace(key("marie"), created=5, expires=10**10), 7)  # integers
+    came = msgspec.msgpack.decode(msgspec.msgpack.encode(admin.all), type=tuple[ApiKey, ...])
+    node = ApiKeys(MEMBER)
+    assert node.merge(came) == "" and node.all == admin.all
+
+
 def test_who_founds_a_cluster_takes_its_keys_along() -> None:
     admin = ApiKeys(ADMIN)
     admin.write(ApiKey("paul"), 1.0)

@@ -120,6 +120,8 @@ def signed(key: ApiKey, authority: Authority, old: ApiKey | None, now: float) ->
     """An entry as an admin writes it in the place of the `old` one."""
     stamp = now if old is None else max(now, old.stamp + TICK_SECONDS)
     stamped = msgspec.structs.replace(key, stamp=stamp, signature=b"")
+    # As the others read it, and encode it to check the signature: an integer becomes a number with a point.
+    stamped = msgspec.convert(msgspec.to_builtins(stamped), ApiKey)
     return msgspec.structs.replace(stamped, signature=authority.sign_as_authority(statement(stamped)))
 
 
