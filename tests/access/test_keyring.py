@@ -8,9 +8,9 @@ import msgspec
 import pytest
 
 from cordee.access import keyring as keyring_module
+from cordee.access.api_keys import KEYS_MAX, ApiKey
 from cordee.access.keyring import SHOWN, Keyring, digest_of, new_key, revoked
 from cordee.access.keys_file import KeysFile
-from cordee.cluster.api_keys import KEYS_MAX, ApiKey
 from cordee.errors import BadRequest, StorageFailed
 
 

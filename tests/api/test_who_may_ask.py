@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
+from cordee.access.api_keys import ApiKey
 from cordee.access.failed_keys import FREE
 from cordee.access.keyring import Keyring, new_key, revoked
 from cordee.access.ledger import LOCAL, Ledger
 from cordee.api.authenticator import Authenticator
 from cordee.api.guard import Access, Through
 from cordee.api.server import serve
-from cordee.cluster.api_keys import ApiKey
 from cordee.net.server_certificates import OwnAuthority
 from cordee.serving.local_service import ServiceConfig
 from serving import CHAT, COMPLETIONS, FRANCE, HELLO, SECONDS, Reply, Running, running

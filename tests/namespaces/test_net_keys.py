@@ -1,4 +1,4 @@
-"""The API to a colleague's machine, which is in no cluster: keys, certificates, and what passes on the wire."""
+"""The API to a colleague's machine, which is in no cluster: keys, certificates, what passes on the wire."""
 
 import contextlib
 import http.client

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterable
 import msgspec
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from cordee.cluster.api_keys import KEYS_MAX, NAME_CHARS_MAX, ApiKey
+from cordee.access.api_keys import KEYS_MAX, NAME_CHARS_MAX, ApiKey
 from cordee.errors import BadRequest, nearest
 
 ID_BYTES = 8

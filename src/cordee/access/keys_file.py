@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from cordee import files
-from cordee.cluster.api_keys import HELD_MAX, ApiKey, is_sound
+from cordee.access.api_keys import HELD_MAX, ApiKey, is_sound
 from cordee.errors import StorageFailed
 from cordee.net import identity
 

@@ -23,8 +23,8 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from cordee import __version__
+from cordee.access.api_keys import ApiKeys
 from cordee.agent.reach import is_there
-from cordee.cluster.api_keys import ApiKeys
 from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Gauges
 from cordee.cluster.membership import (
@@ -121,7 +121,7 @@ class Gossip:
     def speak(self, gauges: Gauges, farewell: Farewell = "") -> None:
         """Send a heartbeat now. The controller's first `step` comes before."""
         heartbeat = self._controller.heartbeat(time.monotonic(), gauges, farewell)
-        heartbeat = msgspec.structs.replace(heartbeat, api_keys=self.api_keys.all)
+        heartbeat = msgspec.structs.replace(heartbeat, api_keys=self.api_keys.packed)
         self._said_keys = self.api_keys.all
         self._bus.publish(f"heartbeat/{self._identity.node}", msgspec.msgpack.encode(heartbeat))
         self._has_spoken = True
@@ -172,8 +172,8 @@ class Gossip:
     def _believe(self, heartbeat: Heartbeat, now: float) -> None:
         """A member said that."""
         node = heartbeat.facts.node
-        if heartbeat.api_keys != self.api_keys.all:
-            if wrong := self.api_keys.merge(heartbeat.api_keys):
+        if heartbeat.api_keys != self.api_keys.packed:
+            if wrong := self.api_keys.hear(heartbeat.api_keys):
                 self._controller.count_unsound(node, wrong)
             if self.has_news:
                 self._changed()

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cordee.access import keyring
+from cordee.access.api_keys import ApiKey, ApiKeys, Authority
 from cordee.access.keys_file import KeysFile
-from cordee.cluster.api_keys import ApiKey, ApiKeys, Authority
 
 
 class NodeKeys:

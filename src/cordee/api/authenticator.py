@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 from starlette.datastructures import Headers
 
+from cordee.access.api_keys import HELD_MAX, ApiKey
 from cordee.access.failed_keys import FailedKeys
 from cordee.access.keyring import Keyring
 from cordee.access.ledger import LOCAL, Ledger
 from cordee.access.limits import Allowance
-from cordee.api.callers import Caller
+from cordee.api.callers import ApiCaller
 from cordee.api.keys import SCHEME, LocalKey
-from cordee.cluster.api_keys import HELD_MAX, ApiKey
 from cordee.errors import KeyNeeded, RateLimited
 
 LOOK_SECONDS = 0.25  # how often it is looked whether the keys of what is under way still stand
@@ -44,7 +44,7 @@ class Authenticator:
         self._clock = clock
         self._failed = FailedKeys()
         self._allowances: dict[str, Allowance] = {}  # by the key's id
-        self._open: dict[Caller, ApiKey] = {}
+        self._open: dict[ApiCaller, ApiKey] = {}
         self._watching: asyncio.Task[None] | None = None
 
     async def identify(self, headers: Headers, address: str, *, wants_key: bool) -> ApiKey | None:
@@ -78,7 +78,7 @@ class Authenticator:
         return None
 
     @contextmanager
-    def admitted(self, key: ApiKey | None, *, is_work: bool) -> Generator[Caller]:
+    def admitted(self, key: ApiKey | None, *, is_work: bool) -> Generator[ApiCaller]:
         """A request is answered; `is_work`: it may cost tokens, and counts for the key's bounds.
 
         Raises:
@@ -98,7 +98,7 @@ class Authenticator:
             if self.ledger is not None:
                 self.ledger.count(name, tokens_in=tokens_in, tokens_out=tokens_out)
 
-        caller = Caller() if key is None else Caller(key.name, is_admin=key.admin)
+        caller = ApiCaller() if key is None else ApiCaller(key.name, is_admin=key.admin)
         caller.spend = spend
         try:
             if key is not None:

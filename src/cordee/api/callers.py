@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from cordee.errors import KeyNeeded
 
 
-class Caller:
+class ApiCaller:
     """Who sent a request. `name` is the key's; empty: a program of this machine, which needs none.
 
     `spend` is told of tokens of prompts and of answers, as they are computed.
@@ -58,15 +58,15 @@ class Caller:
             self._under_way.discard(timeout)
 
 
-_current: ContextVar[Caller] = ContextVar("caller")
-_LOCAL = Caller()
+_current: ContextVar[ApiCaller] = ContextVar("caller")
+_LOCAL = ApiCaller()
 
 
-def current() -> Caller:
+def current() -> ApiCaller:
     """The caller of the request that is being answered."""
     return _current.get(_LOCAL)
 
 
-def enter(caller: Caller) -> None:
+def enter(caller: ApiCaller) -> None:
     """From here on, in this task and those it starts, all is for this caller."""
     _current.set(caller)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware import cors
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cordee.api import callers
@@ -101,7 +101,7 @@ class Guard:
                 raise ForbiddenOrigin(f"pages of {origin[:HEADER_CHARS_MAX]} may not use this server")
 
 
-class Cors(CORSMiddleware):
+class Cors(cors.CORSMiddleware):
     """Tells browsers what pages of other origins may do: what `may_ask` says, and nothing else."""
 
     def __init__(self, app: ASGIApp, origins: Collection[str] = ()) -> None:

@@ -13,8 +13,8 @@ from cordee.cli import options, output
 from cordee.errors import BadRequest, NotRunning
 
 if TYPE_CHECKING:
+    from cordee.access.api_keys import ApiKey
     from cordee.agent.node_keys import NodeKeys
-    from cordee.cluster.api_keys import ApiKey
 
 HOUR_SECONDS = 3600
 SPANS = {"h": HOUR_SECONDS, "d": 24 * HOUR_SECONDS, "w": 7 * 24 * HOUR_SECONDS, "y": 365 * 24 * HOUR_SECONDS}

@@ -15,13 +15,14 @@ import click
 from cordee.cli import options, output
 from cordee.cli.keys import refuse_without_key
 from cordee.cli.known import find
-from cordee.cli.lan import LanChoice, LanServer, lan_options
+from cordee.cli.lan import lan_options
 from cordee.cli.models import STARTER
 from cordee.errors import BadRequest
 
 if TYPE_CHECKING:
     from cordee.api.authenticator import Authenticator
     from cordee.api.keys import LocalKey
+    from cordee.api.lan_server import LanChoice, LanServer
     from cordee.models.store import Store, StoredModel
     from cordee.serving.local_service import LocalService, ServiceConfig
 
@@ -58,6 +59,8 @@ def serve(
     Other accounts of this machine may ask, too, unless --local-key has the API want a key. Other machines
     always need one, which `cordee key add` makes.
     """
+    from cordee.api.lan_server import LanChoice, LanServer
+
     address = _loopback(host)
     chosen = LanChoice.of(more)
     from cordee.access.keyring import Keyring
@@ -65,16 +68,17 @@ def serve(
     from cordee.access.ledger import Ledger
     from cordee.api.authenticator import Authenticator
     from cordee.api.keys import LocalKey
+    from cordee.api.lan_server import LanChoice
     from cordee.models.store import Store
     from cordee.serving.local_service import ServiceConfig
 
     store = Store()
-    stored = [find(store, name) for name in dict.fromkeys(models or (STARTER,))]
     keyring = Keyring(KeysFile(folder()).read)
     if chosen.needs_keys and keyring.is_empty:
         raise refuse_without_key()
+    stored = [find(store, name) for name in dict.fromkeys(models or (STARTER,))]
     listener = listen(address, port)
-    lan = None if chosen.lan is None else LanServer(chosen, socket.gethostname())
+    lan = None if chosen.lan is None else LanServer(chosen, socket.gethostname(), _say)
     opened = listener.getsockname()[1]
     config = ServiceConfig(sequences=sequences, port=opened, **options.configuration(more))
     key = LocalKey.made() if wants_key else None
@@ -123,8 +127,8 @@ class _Server:
     """The API's listeners, and who may ask."""
 
     authenticator: "Authenticator"
-    chosen: LanChoice
-    lan: LanServer | None
+    chosen: "LanChoice"
+    lan: "LanServer | None"
     listener: socket.socket
 
     async def certify(self) -> None:
@@ -147,22 +151,18 @@ class _Server:
         from cordee.api.guard import Access, Through
         from cordee.api.server import serve as answer
         from cordee.machine.energy import Meter
-        from cordee.net import identity
 
-        authority = (
-            b"" if self.lan is None or self.lan.authority is None else identity.pem(self.lan.authority)
-        )
         app = create_app(
             services,
             expected=expected,
             authenticator=self.authenticator,
             origins=self.chosen.allow_origins,
-            authority=authority,
+            authority=b"" if self.lan is None else self.lan.authority_pem(),
         )
         ledger = self.authenticator.ledger
         assert ledger is not None, "serve keeps one"
         async with asyncio.TaskGroup() as group:
-            group.create_task(ledger.keep(Meter().watts, lambda text: output.note(f"cordee: {text}")))
+            group.create_task(ledger.keep(Meter().watts, _say))
             group.create_task(answer(Through(app, Access(self.chosen.hosts)), self.listener))
             if self.lan is not None:
                 group.create_task(self.lan.serve(app))
@@ -198,8 +198,8 @@ async def _serve(
             output.note_shortened(name, service.shortened)
         address, port = server.listener.getsockname()[:2]
         _greet(services, address, port, key)
-        if server.lan is not None:
-            server.lan.greet()
+        for line in [] if server.lan is None else server.lan.greeting():
+            _say(line)
         await serving
     except asyncio.CancelledError:
         output.note("closing")
@@ -208,6 +208,10 @@ async def _serve(
         await asyncio.gather(serving, return_exceptions=True)
         for service in services.values():
             await service.close()
+
+
+def _say(text: str) -> None:
+    output.note(f"cordee: {text}")
 
 
 def key_note(key: "LocalKey | None") -> str:

@@ -17,7 +17,7 @@ import click
 from cordee.cli import options, output
 from cordee.cli.keys import refuse_without_key
 from cordee.cli.known import find
-from cordee.cli.lan import LanChoice, LanServer, lan_options
+from cordee.cli.lan import lan_options
 from cordee.cli.models import STARTER
 from cordee.cli.options import Share, Size
 from cordee.cli.serve import PORT, key_note, listen
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from cordee.agent.control import AgentSocket
     from cordee.agent.settings import Settings
     from cordee.api.keys import LocalKey
+    from cordee.api.lan_server import LanChoice, LanServer
     from cordee.net.identity import Identity
 
 NAME_CHARS_MAX = 64
@@ -111,6 +112,7 @@ def up(
     from cordee.agent.agent import AgentOptions
     from cordee.agent.control import AgentSocket
     from cordee.api.keys import LocalKey
+    from cordee.api.lan_server import LanChoice, LanServer
     from cordee.net import identity
     from cordee.net.bus import BusOptions
 
@@ -120,7 +122,7 @@ def up(
     is_new = not identity.exists()
     _check_keys(choice, is_new=is_new)
     listener = listen("127.0.0.1", port)
-    lan = None if choice.lan is None else LanServer(choice, name or platform.node())
+    lan = None if choice.lan is None else LanServer(choice, name or platform.node(), _say)
     member = identity.found(time.time()) if is_new else identity.load()
     running = None
     try:
@@ -145,7 +147,7 @@ def up(
         output.note("cordee: this machine no longer belongs to a cluster")
 
 
-def _check_keys(choice: LanChoice, *, is_new: bool) -> None:
+def _check_keys(choice: "LanChoice", *, is_new: bool) -> None:
     """Refuse to open the API to other machines where nobody could have a key; a member may yet hear of some.
 
     Raises:
@@ -187,8 +189,8 @@ class _ApiServer:
 
     listener: socket.socket
     key: "LocalKey | None"
-    choice: LanChoice
-    lan: LanServer | None
+    choice: "LanChoice"
+    lan: "LanServer | None"
 
     async def prepare(self, agent: "Agent", *, is_new: bool) -> None:
         """What other machines need: keys, of which a member may have to hear first, and a certificate.
@@ -227,15 +229,13 @@ class _ApiServer:
         from cordee.api.authenticator import Authenticator
         from cordee.api.guard import Access, Through
         from cordee.api.server import serve
-        from cordee.net import identity
 
-        authority = None if self.lan is None else self.lan.authority
         app = create_app(
             agent.services,
             expected=_Names(agent),
             authenticator=Authenticator(Keyring(agent.api_keys.all), agent.ledger, self.key),
             origins=self.choice.allow_origins,
-            authority=b"" if authority is None else identity.pem(authority),
+            authority=b"" if self.lan is None else self.lan.authority_pem(),
             refusal=agent.services.refusal,
         )
         servers: list[Coroutine[Any, Any, None]] = [
@@ -298,8 +298,9 @@ class _Running:
             await self._api_server.prepare(agent, is_new=self._is_new)
             await _ready(agent)
             _greet(agent, self._api_server.key, is_new=self._is_new)
-            if self._api_server.lan is not None:
-                self._api_server.lan.greet()
+            lan = self._api_server.lan
+            for line in [] if lan is None else lan.greeting():
+                _say(line)
             await self._serve(agent, task.cancel)
         except asyncio.CancelledError:
             output.note("cordee: closing")
@@ -354,6 +355,10 @@ class _Names(Collection[str]):
     def _names(self) -> list[str]:
         agent = self._agent
         return [name for name in agent.models() if agent.services.refusal(name) is None]
+
+
+def _say(text: str) -> None:
+    output.note(f"cordee: {text}")
 
 
 def _at_eof(act: Callable[[], object]) -> None:

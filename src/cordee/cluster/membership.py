@@ -34,7 +34,6 @@ from typing import Literal
 
 import msgspec
 
-from cordee.cluster.api_keys import ApiKey
 from cordee.cluster.deployments import Deployment
 from cordee.cluster.facts import NODES_MAX, Facts, Gauges
 
@@ -61,8 +60,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     `sent` is in seconds of the session's own clock, `clock` in seconds since 1970 as the sender believes.
     `revocations` are signed records; the shell checks them and hands those that are valid to
     `Controller.observe`. The last heartbeat of a session that ends as it should carries a `farewell`. The
-    session lasts for `age_seconds`. `certificate` shows that the node is a member (trust.py). The shell also
-    adds the `api_keys`, and takes in those of others.
+    session lasts for `age_seconds`. `certificate` shows that the node is a member (trust.py). `api_keys` are
+    signed, too (access/api_keys.py): the shell adds them, and takes in those of others.
     """
 
     session: str
@@ -76,7 +75,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
     wire: int = WIRE
     age_seconds: float = 0.0
     certificate: bytes = b""
-    api_keys: tuple[ApiKey, ...] = ()
+    api_keys: tuple[bytes, ...] = ()
 
 
 class Caller(msgspec.Struct, frozen=True):

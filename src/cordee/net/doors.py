@@ -202,8 +202,8 @@ class Door:
     def _begin(self, link: socket.socket, host: str) -> None:
         link.setblocking(False)
         if link.family != socket.AF_UNIX:
-            # asyncio does so only for sockets that name their protocol, as accepted ones do not. Without it the
-            # second of two small writes waits 40 ms for the other side's acknowledgement of the first.
+            # asyncio does so only for sockets that name their protocol, as accepted ones do not. Without it
+            # the second of two small writes waits 40 ms for the other side to acknowledge the first.
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(self, link, str(address.number(host) or ""))
         connection.due(ARRIVAL_SECONDS)

@@ -70,6 +70,9 @@ class Authority(Protocol):
         ...
 
 
+_decoder = msgspec.msgpack.Decoder(ApiKey)
+
+
 class ApiKeys:
     """See the module's theory of operation. `keys` are those of the last run, from disk."""
 
@@ -77,7 +80,15 @@ class ApiKeys:
         self._authority = authority
         self._keys: dict[str, ApiKey] = {}
         self.all: tuple[ApiKey, ...] = ()
+        self.packed: tuple[bytes, ...] = ()  # the same, as it travels
         self.merge(keys)
+
+    def hear(self, packed: Iterable[bytes]) -> str:
+        """`merge` what another node sent, as `packed` has it."""
+        try:
+            return self.merge([_decoder.decode(each) for each in itertools.islice(packed, HELD_MAX)])
+        except (msgspec.MsgspecError, ValueError):
+            return "an API key that is none"
 
     def merge(self, keys: Iterable[ApiKey]) -> str:
         """Take in the map of another node, up to the first entry that is wrong; says what is, if any.
@@ -107,6 +118,7 @@ class ApiKeys:
     def _put(self, key: ApiKey) -> None:
         self._keys[key.name] = key
         self.all = tuple(self._keys[name] for name in sorted(self._keys))
+        self.packed = tuple(map(msgspec.msgpack.encode, self.all))
 
     def _fault(self, key: ApiKey) -> str:
         if not is_sound(key):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.cluster.api_keys import HELD_MAX, NAME_CHARS_MAX, STAMP_MAX, ApiKey, ApiKeys, signed
+from cordee.access.api_keys import HELD_MAX, NAME_CHARS_MAX, STAMP_MAX, ApiKey, ApiKeys, signed
 
 
 @dataclass
@@ -125,9 +125,10 @@ def test_what_no_admin_could_have_written_is_dropped(change: dict) -> None:
 def test_a_signature_holds_for_what_came_over_the_wire() -> None:
     admin = ApiKeys(ADMIN)
     admin.write(msgspec.structs.replace(key("marie"), created=5, expires=10**10), 7)  # integers
-    came = msgspec.msgpack.decode(msgspec.msgpack.encode(admin.all), type=tuple[ApiKey, ...])
     node = ApiKeys(MEMBER)
-    assert node.merge(came) == "" and node.all == admin.all
+    assert node.hear(admin.packed) == "" and node.all == admin.all
+    assert node.hear([b"\xc1"]) != "" and node.hear([msgspec.msgpack.encode({"name": 5})]) != ""
+    assert node.packed == admin.packed
 
 
 def test_who_founds_a_cluster_takes_its_keys_along() -> None:
