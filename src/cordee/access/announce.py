@@ -41,7 +41,8 @@ async def announced(
                 properties={"path": "/v1"},
                 server=f"{own}.local.",
             )
-            await (await zeroconf.async_register_service(info))
+            registering = zeroconf.async_register_service(info)  # pyright: ignore[reportUnknownMemberType]
+            await (await registering)
             stack.push_async_callback(zeroconf.async_unregister_all_services)
         except NonUniqueNameException:
             warn(
