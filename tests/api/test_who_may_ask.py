@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.datastructures import Headers
 
 from cordee.access.api_keys import ApiKey
 from cordee.access.failed_keys import FREE
@@ -21,7 +22,9 @@ from cordee.access.keyring import Keyring, new_key, revoked
 from cordee.access.ledger import LOCAL, Ledger
 from cordee.api.authenticator import Authenticator
 from cordee.api.guard import Access, Through
+from cordee.api.keys import LocalKey
 from cordee.api.server import serve
+from cordee.errors import KeyNeeded, RateLimited
 from cordee.net.server_certificates import OwnAuthority
 from cordee.serving.local_service import ServiceConfig
 from serving import CHAT, COMPLETIONS, FRANCE, HELLO, SECONDS, Reply, Running, running
@@ -211,6 +214,23 @@ def test_wrong_keys_are_slowed_down_and_right_ones_are_not(house: House) -> None
     assert found.keys() == {401, 429} and FREE <= found[401] < FREE + 40
     assert house.ask("GET", "/v1/models", key=key).status == 200
     assert house.server.request("GET", "/v1/models").status == 200  # of the same address
+
+
+def test_who_shows_the_local_key_is_not_held_up_by_wrong_ones(home: Path) -> None:
+    home.mkdir()
+    local = LocalKey.made()
+    authenticator = Authenticator(local_key=local, clock=lambda: 0.0)
+
+    def identify(authorization: str) -> Any:
+        headers = Headers({"authorization": authorization})
+        return asyncio.run(authenticator.identify(headers, "127.0.0.1", wants_key=False))
+
+    for _ in range(FREE):
+        with pytest.raises(KeyNeeded, match="local-key"):
+            identify("Bearer none")
+    with pytest.raises(RateLimited):
+        identify("Bearer none")
+    assert identify(local.header) is None
 
 
 # --- bounds and the ledger

@@ -3,6 +3,7 @@
 import contextlib
 import socket
 from collections.abc import AsyncGenerator, Callable
+from typing import Any, cast
 
 from cordee.access import lan
 from cordee.net import address
@@ -41,8 +42,7 @@ async def announced(
                 properties={"path": "/v1"},
                 server=f"{own}.local.",
             )
-            registering = zeroconf.async_register_service(info)  # pyright: ignore[reportUnknownMemberType]
-            await (await registering)
+            await (await cast("Any", zeroconf).async_register_service(info))  # its type says too little
             stack.push_async_callback(zeroconf.async_unregister_all_services)
         except NonUniqueNameException:
             warn(

@@ -27,7 +27,12 @@ def listener(where: str) -> socket.socket:
     Raises:
         BadRequest: that is none of this machine's addresses, or the port is taken.
     """
-    wanted = address.listening(where, PORT)
+    try:
+        wanted = address.listening(where, PORT)
+    except BadRequest as error:
+        raise BadRequest(
+            f"{error.message} What follows --lan is where to listen: write models before it.", "lan"
+        ) from error
     try:
         return address.listener(wanted.host, wanted.port)
     except OSError as error:

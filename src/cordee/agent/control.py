@@ -9,7 +9,7 @@ socket without a lock is what a dead agent left.
     GET  /findings             what the agent finds wrong (agent/checks.py)
     POST /plan                 where a model would run now
     POST /invite, /remove, /admin    what admins do
-    GET  /keys, POST /keys/add, /keys/remove    who may ask at the API, and what admins do about it
+    POST /keys/add, /keys/remove     who may ask at the API: made and revoked by admins
     POST /deploy, /undeploy    what the cluster serves
     POST /drain, /leave        what this node does for the cluster
 

@@ -51,7 +51,6 @@ class Control:
                 _route("POST", "/invite", Invite, self._invite),
                 _route("POST", "/remove", Remove, self._remove),
                 _route("POST", "/admin", AddAdmin, self._add_admin),
-                _route("GET", "/keys", Empty, self._keys),
                 _route("POST", "/keys/add", AddKey, self._add_key),
                 _route("POST", "/keys/remove", RemoveKey, self._remove_key),
                 _route("POST", "/deploy", Deploy, self._deploy),
@@ -107,9 +106,6 @@ class Control:
             raise BadRequest("That is this node itself: use `cordee leave` for it.", "node")
         await self._agent.remove(found["id"])
         return found
-
-    async def _keys(self, _: Empty) -> Any:
-        return self._agent.api_keys.all()
 
     async def _add_key(self, asked: AddKey) -> Any:
         self._check_admin("make keys", "key add")

@@ -1,9 +1,9 @@
 """Keys at the API: who may come in, within which bounds; the end of what is under way for a revoked key."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
 
 from starlette.datastructures import Headers
 
@@ -14,7 +14,7 @@ from cordee.access.ledger import LOCAL, Ledger
 from cordee.access.limits import Allowance
 from cordee.api.callers import ApiCaller
 from cordee.api.keys import SCHEME, LocalKey
-from cordee.errors import KeyNeeded, RateLimited
+from cordee.errors import KeyNeeded, RateLimited, StorageFailed
 
 LOOK_SECONDS = 0.25  # how often it is looked whether the keys of what is under way still stand
 SHOWN_CHARS_MAX = 200  # of what may be a key; longer is none
@@ -60,24 +60,33 @@ class Authenticator:
                 return key
         if not wants_key and self._local_key is None:
             return await self._recognise(shown)  # so that what it uses is counted for it
+        refusal = self._refusal(shown, wants_key=wants_key)
+        if refusal is None:
+            return None
         now = self._clock()
         if shown and (wait_seconds := self._failed.pause_seconds(address, now)) > 0:
             raise RateLimited("too many wrong keys came from this address", wait_seconds)
         if (key := await self._recognise(shown)) is not None:
             return key
-        try:
-            if wants_key or self._local_key is None:
-                raise KeyNeeded(
-                    f"{'this key is not valid here' if shown else 'the API wants a key'}: {MISSING}"
-                )
-            self._local_key.check(f"{SCHEME} {shown[0]}" if shown else None)
-        except KeyNeeded:
-            if shown:
-                self._failed.note(address, now)
-            raise
-        return None
+        if shown:
+            self._failed.note(address, now)
+        raise refusal
 
-    @contextmanager
+    def _refusal(self, shown: list[str], *, wants_key: bool) -> KeyNeeded | None:
+        """What is said to who shows no key of ours; None: it is the local key, where that will do."""
+        if wants_key or self._local_key is None:
+            return KeyNeeded(f"{'this key is not valid here' if shown else 'the API wants a key'}: {MISSING}")
+        refusal = None
+        for each in shown or [""]:
+            try:
+                self._local_key.check(f"{SCHEME} {each}" if each else None)
+            except KeyNeeded as error:
+                refusal = error
+            else:
+                return None
+        return refusal
+
+    @contextlib.contextmanager
     def admitted(self, key: ApiKey | None, *, is_work: bool) -> Generator[ApiCaller]:
         """A request is answered; `is_work`: it may cost tokens, and counts for the key's bounds.
 
@@ -129,10 +138,14 @@ class Authenticator:
         """As long as anything is under way for a key: end what is of a key that is no more."""
         while self._open:
             await asyncio.sleep(LOOK_SECONDS)
-            for key in {key.id: key for key in self._open.values()}.values():
-                if not self._keyring.is_valid(key):
-                    for caller in [each for each, own in self._open.items() if own.id == key.id]:
-                        caller.revoke()
+            with contextlib.suppress(StorageFailed):  # the keys cannot be read now; nobody else comes in
+                self._look()
+
+    def _look(self) -> None:
+        for key in {key.id: key for key in self._open.values()}.values():
+            if not self._keyring.is_valid(key):
+                for caller in [each for each, own in self._open.items() if own.id == key.id]:
+                    caller.revoke()
 
 
 def _shown(headers: Headers) -> list[str]:

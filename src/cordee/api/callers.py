@@ -31,7 +31,9 @@ class ApiCaller:
         self._under_way: set[asyncio.Timeout] = set()
 
     def revoke(self) -> None:
-        """The key is no more: what is under way for it ends."""
+        """The key is no more: what is under way for it ends. Revoking twice is harmless."""
+        if self._is_revoked:
+            return
         self._is_revoked = True
         for each in self._under_way:
             each.reschedule(asyncio.get_running_loop().time())
