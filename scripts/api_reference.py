@@ -9,8 +9,9 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import msgspec
 
 from cordee import errors
-from cordee.api import bodies, failures, guard, prompts, schemas, server, stream
+from cordee.api import bodies, embeddings, failures, guard, prompts, schemas, server, stream
 from cordee.cli.main import subclasses
+from cordee.engine.llama import encoder
 from cordee.generation import grammar, sampling, text
 from cordee.net import doors
 from cordee.worker import grammar_child, grammar_trials
@@ -34,6 +35,9 @@ LIMITS = (
     (schemas, "MESSAGES_MAX", "messages of a conversation"),
     (schemas, "PARTS_MAX", "content parts of a message"),
     (schemas, "CHOICES_MAX", "answers to one request: prompts times `n`"),
+    (embeddings, "INPUTS_MAX", "texts of an embeddings request"),
+    (embeddings, "DOCUMENTS_MAX", "documents of a rerank request"),
+    (encoder, "TOKENS_MAX", "tokens of one text that becomes a vector, if its model reads so many"),
     (text, "STOPS_MAX", "stop strings"),
     (text, "STOP_CHARS_MAX", "characters of a stop string"),
     (sampling, "LOGIT_BIAS_MAX", "entries of `logit_bias`"),
@@ -51,7 +55,7 @@ LIMITS = (
 
 def fields(name: str) -> str:
     """The table of an object's fields."""
-    shape = getattr(schemas, name)
+    shape = next(getattr(file, name) for file in (schemas, embeddings) if hasattr(file, name))
     hints = get_type_hints(shape, include_extras=True)
     required = {field.name for field in msgspec.structs.fields(shape) if field.required}
     rows: list[tuple[str, ...]] = []

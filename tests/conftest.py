@@ -2,6 +2,8 @@
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -29,6 +31,21 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty state folder for one test."""
     monkeypatch.setenv("CORDEE_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """An empty folder whose name leaves room for those of sockets, which a system allows about 100 bytes."""
+    with tempfile.TemporaryDirectory(prefix="cordee-test-", dir=os.path.realpath("/tmp")) as folder:
+        yield Path(folder)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares fixtures runs in one process: the tests of a file, and those of the hosts in namespaces."""
+    for item in items:
+        folder, file = item.path.parent, item.path
+        item.add_marker(pytest.mark.xdist_group(str(folder if folder.name == "namespaces" else file)))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import threading
 from pathlib import Path
 
+import pytest
+
 from cluster_processes import Cluster, Node, until
 
 PROMPT = "Once upon a time, in a village below the mountains, there lived a guide who"
@@ -38,6 +40,7 @@ def drained(leaving: Node, staying: Node) -> list[str]:
     return pieces
 
 
+@pytest.mark.slow
 def test_streams_of_a_drained_node_go_on_where_it_left_them(tmp_path: Path, starter_path: Path) -> None:
     cluster = Cluster(tmp_path, starter_path, "--scouting", "lo")
     try:

@@ -65,6 +65,7 @@ def make(tmp_path: Path, starter_path: Path, request: pytest.FixtureRequest) -> 
     return made
 
 
+@pytest.mark.slow
 def test_a_stage_that_computes_wrongly_is_named_and_left_out(make, starter_path: Path) -> None:
     cluster = make(MEMORY)
     a = cluster.add("a")

@@ -112,6 +112,7 @@ def answer(node: Node) -> str:
     return done.choices[0].text
 
 
+@pytest.mark.slow
 def test_bad_files_end_no_node_and_hide_no_sound_model(cluster: Cluster, original: Original) -> None:
     a, b = cluster.nodes["a"], cluster.nodes["b"]
     for node in (a, b):

@@ -68,6 +68,7 @@ class Later(threading.Thread):
         return self.reply
 
 
+@pytest.mark.slow
 def test_grammars_that_take_minutes_hold_up_no_answer(server: Running) -> None:
     alone = server.request("POST", COMPLETIONS, COUNTING).events
     slow = [Later(server, CHAT, HELLO | bound_to(patterns(2000 + number))) for number in range(3)]
@@ -97,6 +98,7 @@ def test_a_grammar_that_creeps_ends_its_own_answer_alone(server: Running) -> Non
     )
 
 
+@pytest.mark.slow
 def test_a_gateway_that_tries_no_grammars_harms_nobody(
     server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,8 +206,8 @@ def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
         create(model="starter", messages=ROPE, extra_body={"temprature": 1})
     assert caught.value.param == "temprature"
     with pytest.raises(openai.NotFoundError) as caught:
-        client.embeddings.create(model="starter", input="x")
-    assert caught.value.code == "not_found"
+        client.embeddings.create(model="nosuch", input="x")
+    assert caught.value.code == "model_not_found"
 
 
 def test_an_error_in_mid_stream_is_raised(starter_path: Path, session_home: Path, tmp_path: Path) -> None:

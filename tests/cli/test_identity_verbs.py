@@ -184,6 +184,7 @@ def found(node: Node, text: str) -> list[Finding]:
     return [each for each in all_found if text in each.what]
 
 
+@pytest.mark.slow
 def test_a_machine_that_restarts_often_is_no_copy(cluster: Cluster) -> None:
     a, _, c = cluster.nodes.values()
     for _ in range(3):

@@ -192,27 +192,22 @@ def test_the_agent_is_found_however_long_its_folders_name_is(
 
 @pytest.mark.parametrize("name", ["short", "x" * 200])
 def test_the_folder_of_the_workers_sockets_is_ours_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    short_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    runtime = Path(os.path.realpath("/tmp")) / f"cordee-test-{os.getpid()}"
-    monkeypatch.setattr(worker_process.tempfile, "tempdir", str(tmp_path / name))
+    runtime = short_path / "runtime"
+    monkeypatch.setattr(worker_process.tempfile, "tempdir", str(short_path / name))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
-    for place in (tmp_path / name, runtime):
+    for place in (short_path / name, runtime):
         place.mkdir()
-    if len(os.fsencode(tmp_path / "short")) > worker_process.TOP_BYTES_MAX:
-        pytest.skip("the folder for tests has a long name itself")
-    try:
-        made, lock = worker_process._own_folder()
-        assert made.parent == (tmp_path / name if name == "short" else runtime)
-        assert stat.S_IMODE(made.stat().st_mode) == 0o700
-        assert made.stat().st_uid == os.geteuid()
-        lock.close()
-        again, lock = worker_process._own_folder()
-        assert not made.exists(), "nobody holds it any more"
-        lock.close()
-        worker_process.shutil.rmtree(again)
-    finally:
-        runtime.rmdir()
+    made, lock = worker_process._own_folder()
+    assert made.parent == (short_path / name if name == "short" else runtime)
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    assert made.stat().st_uid == os.geteuid()
+    lock.close()
+    again, lock = worker_process._own_folder()
+    assert not made.exists(), "nobody holds it any more"
+    lock.close()
+    worker_process.shutil.rmtree(again)
 
 
 def test_no_place_for_sockets_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

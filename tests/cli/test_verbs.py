@@ -74,6 +74,7 @@ def test_a_model_that_fits_no_node_is_answered_through_each(nodes: list[Node]) -
     assert "serves" in [change["text"] for change in told["changes"]]
 
 
+@pytest.mark.slow
 def test_status_says_whether_an_answer_keeps_its_tokens_when_a_machine_fails(nodes: list[Node]) -> None:
     until(lambda: nodes[1].model("starter")["placements"][0]["batch_invariant"] is not None)
     assert "if a machine fails, an answer goes on with exactly the same tokens" in nodes[1].do("status")
@@ -105,6 +106,7 @@ def test_plan_is_for_the_cluster_as_it_is(nodes: list[Node]) -> None:
     assert "the machines have 0.4 GB" in refused.stderr  # beside what runs
 
 
+@pytest.mark.slow
 def test_a_model_can_be_kept_on_some_nodes(nodes: list[Node]) -> None:
     """It moves there; where it does not fit, people are told; a node that nobody knows is refused."""
     refused = nodes[0].cordee("deploy", "starter", *SERVED, "--only", "a,bb")

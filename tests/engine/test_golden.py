@@ -152,6 +152,7 @@ def test_starter_cut_anywhere_gives_the_bits_of_the_whole(
     assert_equal_bits(run(plain, steps), run(Cut(read_header(starter_path), bounds, tmp_path, CONFIG), steps))
 
 
+@pytest.mark.slow
 def test_starter_is_batch_invariant_beyond_512_tokens(starter_path: Path) -> None:
     """A row's bits do not depend on its batch, also where plain libllama splits the cache by threads."""
     config = StageConfig(context=640, sequences=3, batch_rows=256, threads=2)

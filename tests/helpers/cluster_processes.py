@@ -110,9 +110,10 @@ class Node:
         return {node["name"]: node["state"] for node in self.asked("/nodes")["nodes"]}
 
     def model(self, name: str) -> dict[str, Any]:
-        """What `status` says of a model; a node may not have heard of it yet."""
+        """What `status` says of a model; its state is unknown while the node has not heard of it, or of its
+        deployment."""
         models = self.asked("/status")["models"]
-        return next((model for model in models if model["name"] == name), {"state": "unknown"})
+        return {"state": "unknown"} | next((model for model in models if model["name"] == name), {})
 
     @contextlib.contextmanager
     def client(self) -> Iterator[openai.OpenAI]:

@@ -5,7 +5,7 @@ import http.client
 import json
 import socket
 import threading
-from collections.abc import Callable, Collection, Coroutine, Generator
+from collections.abc import Callable, Collection, Coroutine, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from cordee.api.keys import LocalKey
 from cordee.api.server import serve
 from cordee.api.stream import Timing
 from cordee.models.store import Store
+from cordee.serving.embedders import Embedders
 from cordee.serving.local_service import LocalService, ServiceConfig
 
 SECONDS = 60  # no answer of the starter model takes nearly as long, however busy the machine is
@@ -43,6 +44,7 @@ class Running:
         self.base = f"http://127.0.0.1:{self.port}/v1"
         self.loop = asyncio.new_event_loop()
         self.app: ASGIApp | None = None
+        self.embedders: Embedders
 
     @property
     def service(self) -> LocalService:
@@ -127,9 +129,13 @@ def running(
     authenticator: Authenticator | None = None,
     origins: Collection[str] = (),
     expected: Collection[str] = (),
+    embedding: Sequence[Path] = (),
     timing: Timing | None = None,
 ) -> Generator[Running]:
-    """Serve the model file `path` as `starter` from a store in `folder`; without a path, nothing yet."""
+    """Serve the model file `path` as `starter` from a store in `folder`; without a path, nothing yet.
+
+    `embedding` are files of models for vectors, each called by its file's name.
+    """
     listener = socket.create_server(("127.0.0.1", 0), backlog=BACKLOG)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
     server = Running({}, listener)
@@ -137,15 +143,19 @@ def running(
     thread.start()
     serving = None
     try:
+        store = Store(folder)
+        for each in embedding:
+            store.add_file(each, each.stem, take="link")
         if path is not None:
-            store = Store(folder)
             model = store.add_file(path, "starter", take="link")
             config = config or ServiceConfig(context=2048)
             server.services["starter"] = server.run(
                 LocalService.start(model, store, stages=stages, config=config, report=lambda _: None)
             )
+        server.embedders = Embedders(store)
         server.app = app = create_app(
             server.services,
+            embedders=server.embedders,
             expected=expected,
             authenticator=authenticator or Authenticator(local_key=key),
             origins=origins,

@@ -10,7 +10,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from cordee.cluster.demand import CELLS_DEFAULT, CONTEXT_USEFUL, SEQUENCES
 from cordee.errors import BadRequest, DoesNotFit
 from cordee.machine.devices import own_devices
-from cordee.machine.memory import VOCABULARY_BYTES, Memory, memory
+from cordee.machine.memory import BESIDE_BYTES, Memory, memory
 from cordee.machine.sizing import size_request, stage_config, usable_memory
 from cordee.models.fit import own_context
 from cordee.models.gguf import Header, read_header
@@ -120,8 +120,8 @@ def test_devices_are_taken_by_name(tmp_path: Path) -> None:
 
 def test_a_vocabulary_has_room_beside_the_stages(monkeypatch: pytest.MonkeyPatch) -> None:
     """It starts when the memory was promised; without room the system ends a stage that fits tightly."""
-    for available_bytes in (500_000_000, VOCABULARY_BYTES - 1):
+    for available_bytes in (500_000_000, BESIDE_BYTES - 1):
         room = Memory(1 << 40, available_bytes)
         monkeypatch.setattr("cordee.machine.memory.memory", lambda room=room: room)
         for promised in (usable_memory([]), own_devices()[-1].memory_bytes):
-            assert 0 <= promised <= max(0, available_bytes - VOCABULARY_BYTES)
+            assert 0 <= promised <= max(0, available_bytes - BESIDE_BYTES)

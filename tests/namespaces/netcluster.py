@@ -29,7 +29,7 @@ STREAMS = 8
 TOKENS = 240
 POLL_SECONDS = 0.05
 # No host can hold all of the model, any two can: a fault of one that has a slice is a fault of the answer.
-MACHINE = Machine(memory_bytes=330 * MEGABYTE, cpus=1.0)
+MACHINE = Machine(memory_bytes=400 * MEGABYTE, cpus=1.0)
 ENDS = {"2": -100, "260": -100}  # the model's text is random; it shall not end by chance
 
 

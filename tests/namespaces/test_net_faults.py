@@ -55,6 +55,7 @@ def test_answers_hold_when_a_machine_of_theirs_fails(cluster: Cluster, fault: Fa
     strike(cluster, fault, cluster.stages()[stage], random.Random(SEED))
 
 
+@pytest.mark.slow
 def test_answers_hold_when_a_disk_runs_full(cluster: Cluster) -> None:
     """And the node of the full disk may be needed at once, since another is lost."""
     small = cluster.nodes[3]

@@ -70,6 +70,7 @@ def test_what_is_chosen_for_either_maker_gives_the_same_bits(is_amd: int, tmp_pa
     assert run(check, "dots", 5) == list(kernels())
 
 
+@pytest.mark.slow
 def test_kernels_of_newer_cpus_give_the_same_bits(modelled: Path, tmp_path: Path) -> None:
     expected = ["amx", "avx512vnni", "avxvnni", "avx2", "scalar"]
     assert run(modelled, "dots", 1) == expected

@@ -274,13 +274,13 @@ def test_no_worker_outlives_its_service(
 
 
 def test_sockets_of_a_killed_process_are_removed_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(process.tempfile, "tempdir", str(short_path))
     script = "from cordee.worker.process import Workers; own = Workers(); print(own.folder); input()"
     killed = subprocess.Popen(
         [sys.executable, "-u", "-c", script],
-        env={**os.environ, "TMPDIR": str(tmp_path)},
+        env={**os.environ, "TMPDIR": str(short_path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -288,14 +288,14 @@ def test_sockets_of_a_killed_process_are_removed_by_the_next(
     assert killed.stdout is not None
     left = Path(killed.stdout.readline().strip())
     first = process.Workers()
-    assert left.parent == tmp_path and left.exists()  # its owner still runs
+    assert left.parent == short_path and left.exists()  # its owner still runs
     killed.kill()
     killed.wait()
     second = process.Workers()
     assert not left.exists() and first.folder.exists()
     first.close()
     second.close()
-    assert not list(tmp_path.iterdir())
+    assert not list(short_path.iterdir())
 
 
 def test_a_report_that_raises_does_not_stop_the_replacing(model: Model) -> None:

@@ -272,6 +272,7 @@ def test_an_id_may_be_used_again_once_its_stream_has_ended(model: Model) -> None
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_refusals_name_the_fault_and_leave_nothing(model: Model) -> None:
     refused = [
         (request("a", 4096), ContextExceeded, "4096 tokens; the context holds 4096"),

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import psutil
 
 from cordee.cluster.doubts import DOUBT_SECONDS_MAX
 from cordee.cluster.facts import Facts, Placement
 from cordee.cluster.goals import SliceGoal, StageSpec, holds
 from cordee.errors import CordeeError, StageFailed
+from cordee.machine.memory import memory
 from cordee.worker import comparison, frames, tls_link
 from cordee.worker.comparison import Difference, Resampler, Rounding
 from cordee.worker.frames import LinkClosed
@@ -318,5 +318,5 @@ def _require_memory(files: Files) -> None:
         StageFailed: there is not.
     """
     needed = files.slice.stat().st_size + MEMORY_LEFT_BYTES
-    if psutil.virtual_memory().available < needed:
+    if memory().available_bytes < needed:
         raise StageFailed("there is no memory to spare for a spot check")

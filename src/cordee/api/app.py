@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from cordee.api.authenticator import Authenticator
 from cordee.api.core import ApiCore
+from cordee.api.embeddings import Embeddings
 from cordee.api.failures import (
     ClientGone,
     json_response,
@@ -25,7 +26,10 @@ from cordee.api.openai import OpenAI
 from cordee.api.stream import Timing
 from cordee.api.usage import usage_response
 from cordee.errors import CordeeError
+from cordee.serving.embedders import Embedders
 from cordee.serving.interface import ModelService
+
+RERANK_PATHS = ("/v1/rerank", "/v1/reranking", "/rerank")  # Jina and vLLM, llama.cpp, Cohere's oldest
 
 
 def local_now() -> datetime:
@@ -36,6 +40,7 @@ def local_now() -> datetime:
 def create_app(
     services: Mapping[str, ModelService],
     *,
+    embedders: Embedders,
     expected: Collection[str] = (),
     authenticator: Authenticator | None = None,
     origins: Collection[str] = (),
@@ -47,28 +52,24 @@ def create_app(
     """The application over running services, by the model's name.
 
     `services` may be filled after the server has started: a model of `expected` that is not in it yet is
-    loading, and its requests are told to try again. `refusal` says why a model cannot be used here, if that
-    is so. Who may ask is the `authenticator`'s affair and that of the listener (guard.Access); `origins` are
-    pages that may, beside those of this machine. `authority` is the certificate (PEM) that clients of other
-    machines have to trust, if there is one.
+    loading, and its requests are told to try again. `embedders` are closed with the application. `refusal`
+    says why a model cannot be used here, if that is so. Who may ask is the `authenticator`'s affair and that
+    of the listener (guard.Access); `origins` are pages that may, beside those of this machine. `authority` is
+    the certificate (PEM) that clients of other machines have to trust, if there is one.
     """
     authenticator = authenticator or Authenticator()
-    core = ApiCore(services, expected, refusal, clock, timing)
+    core = ApiCore(services, embedders, expected, refusal, clock, timing)
     openai = OpenAI(core)
+    embeddings = Embeddings(core)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
         yield
         core.close()
+        await embedders.close()
 
     async def health(_: Request) -> Response:
         return health_response(services, expected)
-
-    async def usage(_: Request) -> Response:
-        return usage_response(authenticator.ledger)
-
-    async def show_authority(_: Request) -> Response:
-        return Response(authority, media_type="application/x-pem-file")
 
     return Starlette(
         routes=[
@@ -77,8 +78,9 @@ def create_app(
             Route("/v1/models/{name:path}", openai.model),
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
             Route("/v1/completions", openai.completions, methods=["POST"]),
-            Route("/v1/usage", usage),
-            *([Route(AUTHORITY_PATH, show_authority)] if authority else []),
+            *_access_routes(authenticator, authority),
+            Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
+            *(Route(path, embeddings.rerank, methods=["POST"]) for path in RERANK_PATHS),
         ],
         lifespan=lifespan,
         middleware=[
@@ -93,6 +95,18 @@ def create_app(
             Exception: on_failure,
         },
     )
+
+
+def _access_routes(authenticator: Authenticator, authority: bytes) -> list[Route]:
+    """What is about access itself: who used what, and the certificate that clients have to trust."""
+
+    async def usage(_: Request) -> Response:
+        return usage_response(authenticator.ledger)
+
+    async def show_authority(_: Request) -> Response:
+        return Response(authority, media_type="application/x-pem-file")
+
+    return [Route("/v1/usage", usage), *([Route(AUTHORITY_PATH, show_authority)] if authority else [])]
 
 
 def health_response(services: Mapping[str, ModelService], expected: Collection[str]) -> Response:

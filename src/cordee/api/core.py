@@ -25,6 +25,7 @@ from cordee.chat.turn import ChatTurn
 from cordee.errors import BadRequest, CordeeError, ModelNotFound
 from cordee.generation import template
 from cordee.generation.request import Grammar, Request, SamplingParams
+from cordee.serving.embedders import Embedders
 from cordee.serving.interface import ModelService
 
 P = ParamSpec("P")
@@ -53,12 +54,14 @@ class ApiCore:
     def __init__(
         self,
         services: Mapping[str, ModelService],
+        embedders: Embedders,
         expected: Collection[str],
         refusal: Callable[[str], CordeeError | None],
         clock: Callable[[], datetime],
         timing: Timing,
     ) -> None:
         self.services = services
+        self.embedders = embedders
         self.bodies = Bodies()
         self._expected = expected
         self._refusal = refusal

@@ -1,6 +1,6 @@
 """OpenAI's endpoints over model services: HTTP requests in, `replies` out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -24,7 +24,6 @@ from cordee.api.schemas import (
 )
 from cordee.errors import BadRequest
 from cordee.generation.request import Grammar, SamplingParams
-from cordee.serving.interface import ModelService
 
 SAMPLING = (
     "temperature",
@@ -47,14 +46,20 @@ class OpenAI:
 
     async def models(self, _: HttpRequest) -> Response:
         """`GET /v1/models`"""
-        services = self._core.services
-        listed = [_model(name, service) for name, service in sorted(services.items())]
-        return json_response({"object": "list", "data": listed})
+        return json_response({"object": "list", "data": [_model(*each) for each in sorted(self._models())]})
 
     async def model(self, request: HttpRequest) -> Response:
         """`GET /v1/models/{id}`"""
         name = request.path_params["name"]
-        return json_response(_model(name, self._core.service(name)))
+        added = dict(self._models()).get(name) or self._core.service(name).model.added
+        return json_response(_model(name, added))
+
+    def _models(self) -> Iterator[tuple[str, str]]:
+        """Names of models, and when each was added."""
+        for model in self._core.embedders.models():
+            yield model.name, model.added
+        for name, service in self._core.services.items():
+            yield name, service.model.added
 
     async def chat_completions(self, request: HttpRequest) -> Response:
         """`POST /v1/chat/completions`"""
@@ -141,6 +146,6 @@ def _grammar(body: Common) -> Grammar | None:
     return Grammar("gbnf", body.grammar)
 
 
-def _model(name: str, service: ModelService) -> dict[str, Any]:
-    added = datetime.fromisoformat(service.model.added)
-    return {"id": name, "object": "model", "created": int(added.timestamp()), "owned_by": "cordee"}
+def _model(name: str, added: str) -> dict[str, Any]:
+    created = int(datetime.fromisoformat(added).timestamp())
+    return {"id": name, "object": "model", "created": created, "owned_by": "cordee"}

@@ -6,7 +6,7 @@ import shlex
 import signal
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from cordee.api.keys import LocalKey
     from cordee.api.lan_server import LanChoice, LanServer
     from cordee.models.store import Store, StoredModel
+    from cordee.serving.embedders import Embedders
     from cordee.serving.local_service import LocalService, ServiceConfig
 
 PORT = 8321
@@ -145,7 +146,9 @@ class _Server:
 
         await self.lan.certify(own.authority, own.folder, own.folder / "api.key", sign, is_admin=True)
 
-    async def run(self, services: "dict[str, LocalService]", expected: list[str]) -> None:
+    async def run(
+        self, services: "dict[str, LocalService]", embedders: "Embedders", expected: list[str]
+    ) -> None:
         """Answer until the task is cancelled; from the beginning on, also while models load."""
         from cordee.api.app import create_app
         from cordee.api.guard import Access, Through
@@ -154,6 +157,7 @@ class _Server:
 
         app = create_app(
             services,
+            embedders=embedders,
             expected=expected,
             authenticator=self.authenticator,
             origins=self.chosen.allow_origins,
@@ -177,6 +181,8 @@ async def _serve(
     key: "LocalKey | None",
 ) -> None:
     """Load the models, answer until SIGINT or SIGTERM, close everything."""
+    from cordee.models.architectures import is_encoder
+    from cordee.serving.embedders import Embedders
     from cordee.serving.local_service import LocalService
 
     task = asyncio.current_task()
@@ -186,10 +192,12 @@ async def _serve(
     services: dict[str, LocalService] = {}
     await server.certify()
     # It answers from now on: a client that asks while a model loads is told so.
-    serving = asyncio.create_task(server.run(services, [model.name for model in models]))
+    writing = [model for model in models if not is_encoder(model.architecture)]
+    embedders = Embedders(store, [model.name for model in models])
+    serving = asyncio.create_task(server.run(services, embedders, [model.name for model in writing]))
     try:
         with output.loading() as report:
-            for model in models:
+            for model in writing:
                 own = replace(config, command=f"cordee serve {model.name}")
                 services[model.name] = await LocalService.start(
                     model, store, stages=stages, config=own, report=report
@@ -197,7 +205,7 @@ async def _serve(
         for name, service in services.items():
             output.note_shortened(name, service.shortened)
         address, port = server.listener.getsockname()[:2]
-        _greet(services, address, port, key)
+        _greet(services, embedders.models(), address, port, key)
         for line in [] if server.lan is None else server.lan.greeting():
             _say(line)
         await serving
@@ -219,12 +227,22 @@ def key_note(key: "LocalKey | None") -> str:
     return "no API key needed" if key is None else f"its key is in {key.path}"
 
 
-def _greet(names: Iterable[str], address: str, port: int, key: "LocalKey | None") -> None:
+def _greet(
+    services: Collection[str],
+    embedding: "Collection[StoredModel]",
+    address: str,
+    port: int,
+    key: "LocalKey | None",
+) -> None:
     """Where the models are, and a line to try them with."""
     base = f"http://{f'[{address}]' if ':' in address else address}:{port}/v1"
-    question = {"model": next(iter(names)), "messages": [{"role": "user", "content": "Hello"}]}
+    names = [*services, *(model.name for model in embedding)]
+    question: dict[str, Any] = {"model": names[0], "messages": [{"role": "user", "content": "Hello"}]}
+    path = "chat/completions"
+    if not services:
+        question, path = {"model": names[0], "input": "Hello"}, "embeddings"
     output.note(f"Serving {', '.join(names)} at {base} ({key_note(key)}). Ctrl-C ends it. Try:")
     headers = "-H 'Content-Type: application/json'"
     if key is not None:  # not among curl's arguments, which every account may see
         headers += f' -H @<(echo "Authorization: Bearer $(cat {shlex.quote(str(key.path))})")'
-    output.note(f"curl {base}/chat/completions {headers} -d '{json.dumps(question)}'")
+    output.note(f"curl {base}/{path} {headers} -d '{json.dumps(question)}'")

@@ -229,9 +229,12 @@ class _ApiServer:
         from cordee.api.authenticator import Authenticator
         from cordee.api.guard import Access, Through
         from cordee.api.server import serve
+        from cordee.models.store import Store
+        from cordee.serving.embedders import Embedders
 
         app = create_app(
             agent.services,
+            embedders=Embedders(Store()),
             expected=_Names(agent),
             authenticator=Authenticator(Keyring(agent.api_keys.all), agent.ledger, self.key),
             origins=self.choice.allow_origins,

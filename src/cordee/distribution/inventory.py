@@ -20,6 +20,7 @@ from cordee.cluster.goals import DISK_RESERVE_BYTES, SliceGoal
 from cordee.distribution.pull import is_on_hub
 from cordee.distribution.slice_store import SliceStore
 from cordee.errors import BadModelFile, CordeeError, UnsupportedModel
+from cordee.models.architectures import is_encoder
 from cordee.models.fit import own_context
 from cordee.models.shape import model_shape
 from cordee.models.store import Store, StoredModel
@@ -125,6 +126,8 @@ class Inventory:
         for named in self._store.list(faults.append)[:OFFERS_MAX]:
             try:
                 model = self._store.get(named.name)
+                if is_encoder(model.architecture):  # answered where it is (serving/embedders.py)
+                    continue
                 offer = self._offered.get(model)
                 if offer is None or offer.shape.digest != made.get(model.digest):
                     offer = self._offer(model, made.get(model.digest))

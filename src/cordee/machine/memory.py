@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 
-# What the process of a vocabulary takes (engine/vocabulary.py): measured, 44 MB for the 49,152 tokens of the
-# starter and 66 MB for 200,000, of which 10 MB are libraries that the stages load as well. It starts when
-# the memory for stages has been promised.
-VOCABULARY_BYTES = 60_000_000
+# What the processes take that start when the memory for stages has been promised. That of a vocabulary
+# (engine/vocabulary.py): measured, 44 MB for the 49,152 tokens of the starter and 66 MB for 200,000, of which
+# 10 MB are libraries that the stages load as well. One that plans takes 25 MB, a verb that somebody types 50.
+BESIDE_BYTES = 60_000_000 + 75_000_000
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def memory(root: Path = Path("/")) -> Memory:
 
 
 def memory_for_stages() -> int:
-    """Bytes that stages may take of this machine's memory: not all that is free, since they need a
-    vocabulary beside them."""
-    return max(0, memory().available_bytes - VOCABULARY_BYTES)
+    """Bytes that stages may take of this machine's memory: not all that is free, since other processes of
+    ours start beside them."""
+    return max(0, memory().available_bytes - BESIDE_BYTES)
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int]]:

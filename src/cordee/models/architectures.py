@@ -25,6 +25,7 @@ class Architecture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     must_be_set: tuple[str, ...] = ()
     must_be_zero: tuple[str, ...] = ()
     whole_layer_counts: tuple[int, ...] = ()
+    encoder: bool = False
     refusal: str = ""
 
     def obstacle(self, layers: int) -> str | None:
@@ -39,6 +40,11 @@ def roster() -> dict[str, Architecture]:
     """All known architectures by name."""
     table = tomllib.loads((files("cordee.models") / "architectures.toml").read_text())
     return {name: msgspec.convert({"name": name, **fields}, Architecture) for name, fields in table.items()}
+
+
+def is_encoder(name: str) -> bool:
+    """Whether models of that architecture give vectors and write nothing."""
+    return name in roster() and roster()[name].encoder
 
 
 def architecture(name: str) -> Architecture | None:
