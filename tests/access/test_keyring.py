@@ -21,7 +21,7 @@ def recognised(keyring: Keyring, shown: str) -> ApiKey | None:
 def test_a_key_is_known_by_its_secret_and_nothing_of_that_is_stored() -> None:
     key, shown = new_key("marie", ())
     assert SHOWN.fullmatch(shown) and key.id in shown
-    assert shown.rpartition("-")[2].encode() not in msgspec.msgpack.encode(key)
+    assert shown.split("-", 2)[2].encode() not in msgspec.msgpack.encode(key)
     assert recognised(Keyring(lambda: (key,)), shown) == key
     assert new_key("marie", ())[1] != shown
 
