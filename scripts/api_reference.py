@@ -15,6 +15,7 @@ from cordee.api import (
     bodies,
     embeddings,
     failures,
+    guard,
     hidden,
     ignored,
     ollama_schemas,
@@ -23,7 +24,6 @@ from cordee.api import (
     server,
     stream,
 )
-from cordee.api import app as application
 from cordee.cli.main import subclasses
 from cordee.engine.llama import encoder
 from cordee.generation import grammar, sampling, text
@@ -42,7 +42,7 @@ LIMITS = (
     (bodies, "BODY_BYTES_MAX", "bytes of a request's body"),
     (bodies, "BODIES_BYTES_MAX", "bytes of all bodies that are being read"),
     (bodies, "BODY_SECONDS", "seconds that a body may take to arrive"),
-    (application, "REQUESTS_MAX", "requests at work at once"),
+    (guard, "REQUESTS_MAX", "requests at work at once"),
     (doors, "ARRIVAL_SECONDS", "seconds until the headers of a request have come"),
     (server, "ARRIVING_MAX", "requests that are on their way at once; the oldest are dropped"),
     (server, "IDLE_MAX", "connections between two requests; the oldest are closed"),

@@ -56,7 +56,19 @@ ROOMS = (
         "generation",
         "chat",
     ),
-    *("machine", "net", "worker", "distribution", "serving", "agent", "doctor", "api", "terminal", "cli"),
+    *(
+        "machine",
+        "net",
+        "access",
+        "worker",
+        "distribution",
+        "serving",
+        "agent",
+        "doctor",
+        "api",
+        "terminal",
+        "cli",
+    ),
 )
 LANGUAGE_DECORATORS = {
     "asynccontextmanager",

@@ -147,3 +147,15 @@ class KeyNeeded(CordeeError):
     exit_code = 14
     http_status = 401
     code = "invalid_api_key"
+
+
+class RateLimited(CordeeError):
+    """The key has used what it may for now; `Retry-After` says when to come again."""
+
+    exit_code = 9
+    http_status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, wait_seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.wait_seconds = wait_seconds

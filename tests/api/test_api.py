@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.api import app, bodies, stream
+from cordee.api import bodies, guard, stream
 from cordee.api.bodies import decode
 from cordee.api.prompts import chat_prompt
 from cordee.api.replies import ChatReply
@@ -451,7 +451,7 @@ def test_bodies_share_a_bounded_memory(server: Running, monkeypatch: pytest.Monk
 
 
 def test_open_requests_are_bounded(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app, "REQUESTS_MAX", 1)
+    monkeypatch.setattr(guard, "REQUESTS_MAX", 1)
     client = Client(server, CHAT, endless(server))
     until_text(client)
     reply = server.request("GET", "/v1/models")

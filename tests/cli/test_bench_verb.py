@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from cordee.cli import bench_runs
 from cordee.cli.main import cordee
 from cordee.engine.stage import StageConfig
-from cordee.machine import sizing
+from cordee.machine import bench_runs, sizing
 from cordee.models.fit import USABLE, estimate
 from cordee.models.gguf import read_header
 from ternary_models import make_ternary

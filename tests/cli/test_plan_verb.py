@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from cordee.cli.described import read_nodes
 from cordee.cli.main import cordee
 from cordee.errors import BadRequest
+from cordee.machine.described import read_nodes
 from cordee.machine.devices import memory_speed, own_devices
 from cordee.machine.memory import memory
 from cordee.models.cards import cards

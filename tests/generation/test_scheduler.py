@@ -39,6 +39,8 @@ class Chaos:
         self.clients: list[Client] = []
         self.lost_before: set[Client] = set()
         self.failing = self.rng.random() < 0.2
+        self.shares = self.rng.choice(("", "ab", "abc"))
+        self.share = ""  # of those who ask now: they come in floods
         self.transfers = 0
 
     def submit(self) -> None:
@@ -49,15 +51,19 @@ class Chaos:
         prompt = (start + tokens(rng, fill))[: limits.context - 1]
         name = str(rng.randrange(12))  # so few that ids come again soon
         used = len(self.world.clients)
+        if self.shares and (not self.share or rng.random() < 0.1):
+            self.share = rng.choice(self.shares)
+        share = self.share
+        most = limits.sequences + limits.queue * (2 if share else 1)
         try:
             limit, scored = rng.choice((None, 1, 3, 20)), rng.random() < 0.2
-            client = self.world.submit(name, prompt, limit, rng.randrange(3), scored=scored)
+            client = self.world.submit(name, prompt, limit, rng.randrange(3), share, scored=scored)
         except BadRequest:
             assert name in self.world.clients
         except Overloaded:
-            assert used == limits.sequences + limits.queue
+            assert used == most or share
         else:
-            assert used < limits.sequences + limits.queue
+            assert used < most
             self.clients.append(client)
 
     def answer(self) -> None:
@@ -103,8 +109,9 @@ class Chaos:
         for client in self.clients:
             assert client.ended is not None
             if client.cached is not None:
-                assert client.cached < len(client.request.prompt)
-                assert client in self.lost_before or client.cached == client.first_position
+                assert client.moved or client.cached < len(client.request.prompt)
+                disturbed = client.moved or client in self.lost_before
+                assert disturbed or client.cached == client.first_position
 
 
 @pytest.mark.parametrize("block", range(10))
@@ -129,6 +136,7 @@ def test_the_chaos_has_everything_in_it() -> None:
         seen["lost"] += len(chaos.lost_before)
         seen["transferred"] += chaos.transfers
         seen["scored"] += sum(client.request.scores_prompt and bool(client.got) for client in chaos.clients)
+        seen["moved"] += sum(client.moved for client in chaos.clients)
     wanted = (
         "stop",
         "length",
@@ -140,6 +148,7 @@ def test_the_chaos_has_everything_in_it() -> None:
         "transferred",
         "scored",
     )
+    assert seen["moved"] > 3  # it takes a flood, and tests/generation/test_shares.py has more of them
     assert all(seen[what] > 10 for what in wanted), seen
 
 

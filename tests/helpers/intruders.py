@@ -25,7 +25,7 @@ def intruder_certificate(kind: str, folder: Path, admin: Identity, removed: Iden
     if kind == "expired":
         return newcomer(folder / "expired", admin, past).folder
     issuer = identity._name(name) if kind == "self-made" else admin.authority.subject
-    builder = identity._certificate(key.public_key(), name, issuer, time.time(), DAY_SECONDS)
+    builder = identity.certificate_builder(key.public_key(), name, issuer, time.time(), DAY_SECONDS)
     builder = builder.add_extension(
         x509.SubjectAlternativeName([x509.DNSName("www.example.com")]), critical=False
     )

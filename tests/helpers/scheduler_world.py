@@ -41,6 +41,7 @@ class Client:
     sequence: int | None = None
     first_position: int | None = None  # of the first row that was computed for it
     apart: bool = False
+    moved: bool = False  # it gave its slot to another share's stream
 
 
 class FakePipeline:
@@ -155,6 +156,7 @@ class World:
         prompt: Sequence[int],
         max_tokens: int | None = None,
         seed: int = 0,
+        share: str = "",
         *,
         scored: bool = False,
     ) -> Client:
@@ -164,6 +166,7 @@ class World:
             sampling=SamplingParams(seed=seed),
             max_tokens=max_tokens,
             scores_prompt=scored,
+            share=share,
         )
         client = Client(request)
         self.scheduler.submit(client.request)
@@ -180,20 +183,31 @@ class World:
         while (batch := self.scheduler.next_batch()) is not None:
             self.pipeline.send(batch)
             sent.append(batch)
+            self.note_moves()
             for segment in batch.segments:
                 client = self.clients[segment.stream]
                 if client.sequence is None:
                     taken = [other.sequence for other in self.clients.values()]
                     assert segment.sequence not in taken, "two streams share a slot"
-                    client.sequence, client.first_position = segment.sequence, segment.first_position
+                    client.sequence = segment.sequence
+                    if not client.moved:
+                        client.first_position = segment.first_position
                 assert client.sequence == segment.sequence
                 if any(other.apart for other in self.clients.values()):
                     assert client.apart and len(batch.segments) == len(self.pipeline.under_way) == 1
                     assert batch.steps == 1
+        self.note_moves()
         self.pipeline.halted.update(self.scheduler.halts())
         self.scheduler.check_slots()
         assert self.pipeline.under_way or not self.clients, "deadlock"
         return sent
+
+    def note_moves(self) -> None:
+        """Streams that had a slot and wait again: only where somebody else asks, too."""
+        for name, client in self.clients.items():
+            if client.sequence is not None and name not in self.scheduler._active:
+                assert len({other.request.share for other in self.clients.values()}) > 1
+                client.sequence, client.moved = None, True
 
     def answer(self, failures: Callable[[int], bool] = lambda _: False) -> list[Event]:
         """Let the oldest result come; `failures` says of which sequences the token cannot be chosen."""

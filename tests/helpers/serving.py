@@ -10,7 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from starlette.types import ASGIApp
+
 from cordee.api.app import create_app
+from cordee.api.authenticator import Authenticator
 from cordee.api.keys import LocalKey
 from cordee.api.server import serve
 from cordee.api.stream import Timing
@@ -40,6 +43,7 @@ class Running:
         self.port: int = listener.getsockname()[1]
         self.base = f"http://127.0.0.1:{self.port}/v1"
         self.loop = asyncio.new_event_loop()
+        self.app: ASGIApp | None = None
         self.embedders: Embedders
 
     @property
@@ -122,6 +126,8 @@ def running(
     config: ServiceConfig | None = None,
     stages: int = 1,
     key: LocalKey | None = None,
+    authenticator: Authenticator | None = None,
+    origins: Collection[str] = (),
     expected: Collection[str] = (),
     embedding: Sequence[Path] = (),
     timing: Timing | None = None,
@@ -147,11 +153,12 @@ def running(
                 LocalService.start(model, store, stages=stages, config=config, report=lambda _: None)
             )
         server.embedders = Embedders(store)
-        app = create_app(
+        server.app = app = create_app(
             server.services,
             embedders=server.embedders,
             expected=expected,
-            key=key,
+            authenticator=authenticator or Authenticator(local_key=key),
+            origins=origins,
             timing=timing or Timing(),
             samples=samples(server.services),
         )

@@ -25,12 +25,14 @@ from typing import Any
 import msgspec
 
 from cordee import __version__
+from cordee.access.ledger import Ledger
 from cordee.agent import admins, capacity, gauges
 from cordee.agent.certificates import Certificates
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
 from cordee.agent.history import History
 from cordee.agent.inbox import AgentInbox
+from cordee.agent.node_keys import NodeKeys
 from cordee.agent.planning import PlanningProcess
 from cordee.agent.probes import Probes
 from cordee.agent.reach import Reach
@@ -121,7 +123,10 @@ class Agent:
             self._deployments_file.deployments,
             bus.remembered,
         )
-        self.gossip = Gossip(bus, identity, self.controller, self.changed, self._cut_removed)
+        self.api_keys = NodeKeys(identity, identity.folder, self._speak)
+        shared = self.api_keys.shared
+        self.gossip = Gossip(bus, identity, self.controller, self.changed, self._cut_removed, shared)
+        self.ledger = Ledger()
         self.members = self.gossip.members
         self._certificates = Certificates(identity, bus, self._listen_host, self.changed, self.gossip.removed)
         self.history = History()
@@ -387,6 +392,7 @@ class Agent:
         self._keep(self.probes.watch())
         self._keep(self.local_models.attest())
         self._keep(self._spot_checks.watch())
+        self._keep(self.ledger.keep(Meter().watts, lambda text: log.warning("%s", text)))
         self._keep(self.distances.watch(lambda: list(self._others())))
 
     def _keep(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -458,8 +464,12 @@ class Agent:
         self.stages.admit_readers(controller.goals.readers)
         self.services.follow(self.models(), controller.goals.routes)
         self._deployments_file.keep(controller.deployments)
-        if decision.is_news:
-            self.gossip.speak(self.gauges)
+        self.api_keys.keep()
+        if decision.is_news or self.gossip.has_news:
+            self._speak()
+
+    def _speak(self) -> None:
+        self.gossip.speak(self.gauges)
 
     def _planned(self) -> None:
         self.controller.rethink()

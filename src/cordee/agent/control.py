@@ -9,6 +9,7 @@ socket without a lock is what a dead agent left.
     GET  /findings             what the agent finds wrong (agent/checks.py)
     POST /plan                 where a model would run now
     POST /invite, /remove, /admin    what admins do
+    POST /keys/add, /keys/remove     who may ask at the API: made and revoked by admins
     POST /deploy, /undeploy    what the cluster serves
     POST /drain, /leave        what this node does for the cluster
 
@@ -59,6 +60,22 @@ class AddAdmin(msgspec.Struct, frozen=True):
     """`node` is an id or a name. Answered by the node's id and name."""
 
     node: str
+
+
+class AddKey(msgspec.Struct, frozen=True):
+    """A key of the API; the fields are those of ApiKey. Answered by the key as it is shown, once."""
+
+    name: str
+    admin: bool = False
+    requests: int = 0
+    tokens: int = 0
+    expires: float = 0.0
+
+
+class RemoveKey(msgspec.Struct, frozen=True):
+    """`name` is a key's."""
+
+    name: str
 
 
 class Deploy(msgspec.Struct, frozen=True):

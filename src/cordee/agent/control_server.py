@@ -13,6 +13,7 @@ from cordee.agent import checks
 from cordee.agent.agent import Agent
 from cordee.agent.control import (
     AddAdmin,
+    AddKey,
     Deploy,
     Drain,
     Empty,
@@ -20,6 +21,7 @@ from cordee.agent.control import (
     PlanRequest,
     Refusal,
     Remove,
+    RemoveKey,
     Undeploy,
 )
 from cordee.agent.deploy import Deployer
@@ -49,6 +51,8 @@ class Control:
                 _route("POST", "/invite", Invite, self._invite),
                 _route("POST", "/remove", Remove, self._remove),
                 _route("POST", "/admin", AddAdmin, self._add_admin),
+                _route("POST", "/keys/add", AddKey, self._add_key),
+                _route("POST", "/keys/remove", RemoveKey, self._remove_key),
                 _route("POST", "/deploy", Deploy, self._deploy),
                 _route("POST", "/undeploy", Undeploy, self._undeploy),
                 _route("POST", "/drain", Drain, self._drain),
@@ -102,6 +106,20 @@ class Control:
             raise BadRequest("That is this node itself: use `cordee leave` for it.", "node")
         await self._agent.remove(found["id"])
         return found
+
+    async def _add_key(self, asked: AddKey) -> Any:
+        self._check_admin("make keys", "key add")
+        bounds = msgspec.structs.asdict(asked)
+        return {"key": self._agent.api_keys.add(bounds.pop("name"), bounds)}
+
+    async def _remove_key(self, asked: RemoveKey) -> Any:
+        self._check_admin("revoke keys", "key rm")
+        self._agent.api_keys.remove(asked.name)
+        return Empty()
+
+    def _check_admin(self, what: str, verb: str) -> None:
+        if not self._agent.identity.is_admin:
+            raise BadRequest(f"Only admins can {what}. {ClusterStatus(self._agent).admins(verb)}")
 
     async def _deploy(self, asked: Deploy) -> Any:
         return await Deployer(self._agent).deploy(asked)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from cordee import __version__
+from cordee.access.api_keys import ApiKeys
 from cordee.agent.reach import is_there
 from cordee.cluster.controller import Controller
 from cordee.cluster.facts import Gauges
@@ -55,7 +56,7 @@ class Gossip:
 
     `changed` is called when the controller learnt something, `excluded` when other nodes were removed from
     the cluster; `removed` is set when this node was removed, `cloned` when it is the newer of two machines
-    that run as one node. `members` is kept up to date with what is heard.
+    that run as one node. `members` and `api_keys` are kept up to date with what is heard.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class Gossip:
         controller: Controller,
         changed: Callable[[], None],
         excluded: Callable[[], None],
+        api_keys: ApiKeys | None = None,
     ) -> None:
+        self.api_keys = api_keys or ApiKeys(identity)
         self.removed = asyncio.Event()
         self.cloned = asyncio.Event()
         self.members = Members(identity)
@@ -79,6 +82,7 @@ class Gossip:
         self._changed = changed
         self._excluded = excluded
         self._has_spoken = False
+        self._said_keys = self.api_keys.all
 
     def open(self) -> None:
         """Listen from now on, and be seen by the others."""
@@ -117,6 +121,8 @@ class Gossip:
     def speak(self, gauges: Gauges, farewell: Farewell = "") -> None:
         """Send a heartbeat now. The controller's first `step` comes before."""
         heartbeat = self._controller.heartbeat(time.monotonic(), gauges, farewell)
+        heartbeat = msgspec.structs.replace(heartbeat, api_keys=self.api_keys.packed)
+        self._said_keys = self.api_keys.all
         self._bus.publish(f"heartbeat/{self._identity.node}", msgspec.msgpack.encode(heartbeat))
         self._has_spoken = True
 
@@ -158,9 +164,19 @@ class Gossip:
             self._count_unsound(slot, node, "a removal that no admin signed")
         self._believe(heartbeat, now)
 
+    @property
+    def has_news(self) -> bool:
+        """Whether the others should hear of keys at once: one was made or revoked, here or elsewhere."""
+        return self.api_keys.all is not self._said_keys
+
     def _believe(self, heartbeat: Heartbeat, now: float) -> None:
         """A member said that."""
         node = heartbeat.facts.node
+        if heartbeat.api_keys != self.api_keys.packed:
+            if wrong := self.api_keys.hear(heartbeat.api_keys):
+                self._controller.count_unsound(node, wrong)
+            if self.has_news:
+                self._changed()
         if self._controller.hear(heartbeat, now):
             self._changed()
         if heartbeat.farewell == "leaves":

@@ -1,36 +1,30 @@
-"""The HTTP application: its endpoints, which requests are let in, and how many at once."""
+"""The HTTP application: its endpoints, and what stands before them."""
 
-import ipaddress
-import re
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import datetime
-from urllib.parse import unquote, urlsplit
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cordee.api.anthropic import Anthropic
+from cordee.api.authenticator import Authenticator
 from cordee.api.core import ApiCore
 from cordee.api.embeddings import Embeddings
 from cordee.api.failures import (
     HEADERS,
     ClientGone,
-    ForbiddenOrigin,
-    error_response,
     json_response,
     on_client_gone,
     on_failure,
     on_http_exception,
 )
+from cordee.api.guard import AUTHORITY_PATH, Cors, Guard, KeyGuard
 from cordee.api.ignored import NamesIgnored
-from cordee.api.keys import LocalKey
 from cordee.api.listing import states
 from cordee.api.metrics import CONTENT_TYPE
 from cordee.api.ollama import Ollama
@@ -38,15 +32,13 @@ from cordee.api.openai import OpenAI
 from cordee.api.responses import Responses
 from cordee.api.stream import Timing
 from cordee.api.tokens import TokenEndpoints
-from cordee.errors import CordeeError, Overloaded
+from cordee.api.usage import usage_response
+from cordee.errors import CordeeError
 from cordee.serving.embedders import Embedders
 from cordee.serving.interface import ModelService
 from cordee.serving.samples import Sample
 
-REQUESTS_MAX = 2048  # at once; each costs a task, a connection and its body, beside its place in a queue
 RERANK_PATHS = ("/v1/rerank", "/v1/reranking", "/rerank")  # Jina and vLLM, llama.cpp, Cohere's oldest
-ABSOLUTE = re.compile(rb"https?://(?P<host>[^/?#]*)(?P<path>/.*)?", re.IGNORECASE | re.DOTALL)
-HEADER_CHARS_MAX = 100  # of a header that a message quotes
 
 
 def local_now() -> datetime:
@@ -59,7 +51,9 @@ def create_app(
     *,
     embedders: Embedders,
     expected: Collection[str] = (),
-    key: LocalKey | None = None,
+    authenticator: Authenticator | None = None,
+    origins: Collection[str] = (),
+    authority: bytes = b"",
     refusal: Callable[[str], CordeeError | None] = lambda _: None,
     clock: Callable[[], datetime] = local_now,
     timing: Timing = Timing(),  # noqa: B008  frozen
@@ -69,9 +63,12 @@ def create_app(
 
     `services` may be filled after the server has started: a model of `expected` that is not in it yet is
     loading, and its requests are told to try again. `embedders` are closed with the application. `refusal`
-    says why a model cannot be used here, if that is so. Only this machine may send requests; with a `key`,
-    only who knows it. `samples` are numbers for the metrics, beside those of the requests themselves.
+    says why a model cannot be used here, if that is so. Who may ask is the `authenticator`'s affair and that
+    of the listener (guard.Access); `origins` are pages that may, beside those of this machine. `authority` is
+    the certificate (PEM) that clients of other machines have to trust, if there is one. `samples` are numbers
+    for the metrics, beside those of the requests themselves.
     """
+    authenticator = authenticator or Authenticator()
     core = ApiCore(services, embedders, expected, refusal, clock, timing)
     core.metrics.samples.append(samples)
     openai, tokens, embeddings = OpenAI(core), TokenEndpoints(core), Embeddings(core)
@@ -83,9 +80,6 @@ def create_app(
         core.close()
         await embedders.close()
 
-    async def alive(_: Request) -> Response:
-        return Response()
-
     async def ready(_: Request) -> Response:
         return health_response(services, expected)
 
@@ -94,7 +88,6 @@ def create_app(
 
     return Starlette(
         routes=[
-            Route("/", alive, methods=["HEAD"]),
             Route("/live", _live),
             Route("/ready", ready),
             Route("/health", ready),
@@ -103,6 +96,7 @@ def create_app(
             Route("/v1/models/{name:path}", openai.model),
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
             Route("/v1/completions", openai.completions, methods=["POST"]),
+            *_access_routes(authenticator, authority),
             Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
             *(Route(path, embeddings.rerank, methods=["POST"]) for path in RERANK_PATHS),
             *ollama.routes(),
@@ -117,7 +111,12 @@ def create_app(
             Route("/tokenizer_info", tokens.tokenizer_info),
         ],
         lifespan=lifespan,
-        middleware=[Middleware(Guard, key=key), Middleware(NamesIgnored)],
+        middleware=[
+            Middleware(Guard, origins=origins),
+            Middleware(Cors, origins=origins),
+            Middleware(KeyGuard, authenticator=authenticator),
+            Middleware(NamesIgnored),
+        ],
         exception_handlers={
             HTTPException: on_http_exception,
             CordeeError: on_failure,
@@ -129,6 +128,18 @@ def create_app(
 
 async def _live(_: Request) -> Response:
     return json_response({"status": "ok"})
+
+
+def _access_routes(authenticator: Authenticator, authority: bytes) -> list[Route]:
+    """What is about access itself: who used what, and the certificate that clients have to trust."""
+
+    async def usage(_: Request) -> Response:
+        return usage_response(authenticator.ledger)
+
+    async def show_authority(_: Request) -> Response:
+        return Response(authority, media_type="application/x-pem-file")
+
+    return [Route("/v1/usage", usage), *([Route(AUTHORITY_PATH, show_authority)] if authority else [])]
 
 
 def health_response(services: Mapping[str, ModelService], expected: Collection[str]) -> Response:
@@ -144,68 +155,3 @@ def health_response(services: Mapping[str, ModelService], expected: Collection[s
         status = "ok" if good else "recovering"
     code = 200 if status == "ok" else 503
     return json_response({"status": status, "models": found}, code, HEADERS.get(code))
-
-
-class Guard:
-    """Lets in requests from this machine to a name of this machine, with the key if there is one, and bounds
-    how many there are at once.
-
-    A page of another site can make a browser send requests here: to this server's address, which the Origin
-    header shows, or to a name of its own that it makes point here (DNS rebinding), which the Host header
-    shows.
-    """
-
-    def __init__(self, app: ASGIApp, key: LocalKey | None = None) -> None:
-        self._app = app
-        self._key = key
-        self._open = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        try:
-            scope = _origin_form(scope)
-            headers = Headers(scope=scope)
-            _check_headers(headers)
-            if self._key is not None:
-                self._key.check(headers.get("authorization"))
-            if self._open >= REQUESTS_MAX:
-                raise Overloaded(f"{REQUESTS_MAX} requests are being answered; try again in a moment")
-        except CordeeError as error:
-            await error_response(error, scope["path"])(scope, receive, send)
-            return
-        self._open += 1
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._open -= 1
-
-
-def _origin_form(scope: Scope) -> Scope:
-    """A request for an absolute URL as one for its path at that URL's host (RFC 9112, section 3.2.2)."""
-    match = ABSOLUTE.match(scope["raw_path"])
-    if match is None:
-        return scope
-    path = match["path"] or b"/"
-    headers = [(b"host", match["host"]), *(each for each in scope["headers"] if each[0] != b"host")]
-    return {**scope, "raw_path": path, "path": unquote(path.decode("ascii")), "headers": headers}
-
-
-def _check_headers(headers: Headers) -> None:
-    for host in headers.getlist("host") or [""]:
-        if not _is_loopback(f"//{host}"):
-            raise ForbiddenOrigin(
-                f"the host {host[:HEADER_CHARS_MAX]!r} is not this machine: use http://127.0.0.1 or http://localhost"
-            )
-    for origin in headers.getlist("origin"):
-        if not _is_loopback(origin):
-            raise ForbiddenOrigin(f"pages of {origin[:HEADER_CHARS_MAX]} may not use this server")
-
-
-def _is_loopback(url: str) -> bool:
-    try:
-        name = urlsplit(url).hostname or ""
-        return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False

@@ -15,7 +15,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 import cordee
-from cordee.api import ignored
+from cordee.api import callers, ignored
 from cordee.api.answers import Job, ParsedAnswers, ReadPrompts, WholeAnswer
 from cordee.api.bodies import Bodies
 from cordee.api.failures import ModelLoading
@@ -224,6 +224,7 @@ class ApiCore:
                 stop=options.stop,
                 shown_tokens=shown_tokens,
                 scores_prompt=scores_prompts,
+                share=callers.current().name,
             )
             for place, prompt in enumerate(prompts)
             for choice in range(n)

@@ -8,6 +8,7 @@ import numpy as np
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from cordee.api import callers
 from cordee.api.core import ApiCore
 from cordee.api.failures import json_response
 from cordee.api.schemas import ABSENT, Shape, honoured, ignored
@@ -140,6 +141,7 @@ async def embedded(
         except CordeeError as error:
             raise _placed(error, f"input[{place}]" if len(texts) > 1 else "input") from error
         vectors.append(vector)
+        callers.current().spend(tokens, 0)
         total += tokens
     return vectors, total
 
@@ -153,6 +155,7 @@ async def _ranked(service: EmbeddingService, query: str, texts: list[str]) -> tu
         except CordeeError as error:
             raise _placed(error, f"documents[{place}]") from error
         scores.append(score)
+        callers.current().spend(tokens, 0)
         total += tokens
     return scores, total
 

@@ -1,5 +1,6 @@
 """Errors as HTTP clients see them: OpenAI's error body, a status, and when to try again."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cordee.errors import BadRequest, CordeeError, ModelNotFound, Overloaded
+from cordee.errors import BadRequest, CordeeError, ModelNotFound, Overloaded, RateLimited
 
 # In this time a full queue moves on, a lost stage is replaced, and most models are loaded.
 RETRY_AFTER_SECONDS = 5
@@ -53,6 +54,13 @@ class ForbiddenOrigin(BadRequest):
 
     http_status = 403
     code = "forbidden_origin"
+
+
+class AdminKeyNeeded(BadRequest):
+    """The key may ask, but not change what is served here; one made with `--admin` may."""
+
+    http_status = 403
+    code = "admin_key_needed"
 
 
 class ModelLoading(CordeeError):
@@ -139,7 +147,10 @@ def error_response(error: Exception, path: str) -> Response:
     """The response to a request for `path` that failed before its answer began, as that path's API has it."""
     status = error.http_status if isinstance(error, CordeeError) else 500
     body_of = next((body for prefix, body in BODIES.items() if path.startswith(prefix)), error_body)
-    return json_response(body_of(error), status, HEADERS.get(status))
+    headers = HEADERS.get(status)
+    if isinstance(error, RateLimited):
+        headers = {"Retry-After": str(math.ceil(error.wait_seconds))}
+    return json_response(body_of(error), status, headers)
 
 
 def json_response(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

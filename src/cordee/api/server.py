@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import socket
+import ssl
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -22,18 +23,21 @@ ANSWERED_MAX = 4096
 IDLE_MAX = 2048  # connections that wait for their next request; the oldest go, if there are more
 
 
-async def serve(app: ASGIApp, listener: socket.socket) -> None:
+async def serve(
+    app: ASGIApp, listener: socket.socket, tls: ssl.SSLContext | None = None, *, is_second: bool = False
+) -> None:
     """Answer requests on `listener` until the task is cancelled, which is the way to end it.
 
     Then no connection is accepted any more, answers that are under way get SHUTDOWN_SECONDS, and the
-    listener is closed. Signals are left to the caller; requests are not logged.
+    listener is closed. Signals are left to the caller; requests are not logged. An application that another
+    server begins and ends has this one as its second.
     """
     allow_descriptors()
     config = uvicorn.Config(
         app,
         http="h11",
         ws="none",
-        lifespan="on",
+        lifespan="off" if is_second else "on",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -48,7 +52,7 @@ async def serve(app: ASGIApp, listener: socket.socket) -> None:
         resting=IDLE_MAX,
         resting_seconds=IDLE_SECONDS,
     )
-    server = HttpServer(config, listener, places)
+    server = HttpServer(config, listener, places, tls)
     server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue] - it is a context manager, too
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:

@@ -24,6 +24,7 @@ from typing import Any, Protocol, Self, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from cordee.api import callers
 from cordee.api.answers import AnswerPiece, Job, ParsedAnswers, WholeAnswer
 from cordee.api.failures import ClientGone
 from cordee.errors import CordeeError, StageFailed
@@ -129,10 +130,16 @@ class Streams:
 
     async def _pump(self, index: int, request: Request) -> None:
         """Move a stream's chunks into the queue, and the error that it fails with."""
-        finished = False
+        caller = callers.current()
+        finished, counted = False, AnswerPiece()
         try:
-            async with aclosing(self._service.generate(request)) as pieces:
+            async with caller.while_valid(), aclosing(self._service.generate(request)) as pieces:
                 async for piece in pieces:
+                    caller.spend(
+                        piece.prompt_tokens - counted.prompt_tokens,
+                        piece.completion_tokens - counted.completion_tokens,
+                    )
+                    counted = piece
                     finished = piece.finish_reason is not None
                     await self._queue.put((index, piece))
             if not finished:

@@ -10,7 +10,7 @@ import click
 from cordee.cli import options, output
 
 if TYPE_CHECKING:
-    from cordee.cli.bench_runs import Figure
+    from cordee.machine.bench_runs import Figure
     from cordee.models.gguf import Header
 
 DIGITS = 4  # of a figure; more would be noise
@@ -30,7 +30,7 @@ def bench(model: str, threads: int | None, devices: tuple[str, ...], fast: bool,
     bandwidth that one answer reaches (roof; a model that fits the processor's cache may exceed 100 %), and
     the processors' energy for each token, where the system can tell. With --json each line is an object.
     """
-    from cordee.cli.bench_runs import StageOptions, figures
+    from cordee.machine.bench_runs import StageOptions, figures
     from cordee.worker.process import BATCH_INVARIANT_ENVIRONMENT, ENVIRONMENT
 
     # The same as in workers; libllama reads it when it is loaded.

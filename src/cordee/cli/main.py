@@ -16,6 +16,7 @@ from cordee.cli.demo import demo
 from cordee.cli.doctor import doctor
 from cordee.cli.export import export
 from cordee.cli.identity import identity
+from cordee.cli.keys import key, usage
 from cordee.cli.members import admin, drain, invite, join, leave, remove
 from cordee.cli.models import ls, pull, rm
 from cordee.cli.nodes import nodes
@@ -100,6 +101,7 @@ def cordee() -> None:
 VERBS = (
     *(run, serve, models, pull, ls, show, rm, convert, export, plan),
     *(up, invite, join, nodes, status, deploy, undeploy, drain, leave, remove, admin, identity),
+    *(key, usage),
     *(ps, doctor, bench, demo),
 )
 LOOKED_AT = ("source", "prompt")  # by their verb, which knows more of what they may be

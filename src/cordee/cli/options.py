@@ -59,7 +59,7 @@ class Size(click.ParamType):  # pyright: ignore[reportMissingTypeArgument] - old
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        from cordee.cli.described import SIZES
+        from cordee.machine.described import SIZES
 
         match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", str(value).strip())
         if not match or match[2] not in SIZES:

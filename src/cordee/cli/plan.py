@@ -156,7 +156,7 @@ def _size_request(
 
 
 def _described(file: Path) -> dict[str, "Facts"]:
-    from cordee.cli.described import read_nodes
+    from cordee.machine.described import read_nodes
 
     return read_nodes(file)
 

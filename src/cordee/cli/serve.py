@@ -1,27 +1,33 @@
-"""`cordee serve`: models behind the OpenAI endpoints, for programs on this machine."""
+"""`cordee serve`: models behind the API, for programs on this machine, and with --lan on others."""
 
 import asyncio
 import json
 import shlex
 import signal
 import socket
+import time
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cordee.cli import options, output
+from cordee.cli.keys import refuse_without_key
 from cordee.cli.known import find
+from cordee.cli.lan import lan_options
 from cordee.cli.models import STARTER
 from cordee.errors import BadRequest
 
 if TYPE_CHECKING:
     from cordee.agent.logs import Form
+    from cordee.api.authenticator import Authenticator
     from cordee.api.keys import LocalKey
+    from cordee.api.lan_server import LanChoice, LanServer
     from cordee.models.store import Store, StoredModel
-    from cordee.serving.local_service import ServiceConfig
+    from cordee.serving.embedders import Embedders
+    from cordee.serving.local_service import LocalService, ServiceConfig
 
 PORT = 8321
 
@@ -38,6 +44,7 @@ PORT = 8321
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="The loopback address to listen on.")
 @options.local_key
+@lan_options
 @options.sequences
 @options.serving
 @options.logged
@@ -50,27 +57,41 @@ def serve(
     sequences: int | None,
     log_file: str | None,
     log_format: "Form",
-    **loading: Any,
+    **more: Any,
 ) -> None:
-    """Serve models to programs on this machine, with OpenAI's API.
+    """Serve models to programs on this machine, with OpenAI's API; with --lan to other machines, too.
 
     Without a MODEL it serves the starter model. Ctrl-C ends it, and cuts off answers that are under way.
-    Other accounts of this machine may ask, too, unless --local-key has the API want a key.
+    Other accounts of this machine may ask, too, unless --local-key has the API want a key. Other machines
+    always need one, which `cordee key add` makes.
     """
+    from cordee.api.lan_server import LanChoice, LanServer
+
     address = _loopback(host)
+    chosen = LanChoice.of(more)
+    from cordee.access.keyring import Keyring
+    from cordee.access.keys_file import KeysFile, folder
+    from cordee.access.ledger import Ledger
     from cordee.agent import logs
+    from cordee.api.authenticator import Authenticator
     from cordee.api.keys import LocalKey
+    from cordee.api.lan_server import LanChoice
     from cordee.models.store import Store
     from cordee.serving.local_service import ServiceConfig
 
     logs.begin(Path(log_file) if log_file else None, log_format)
     store = Store()
+    keyring = Keyring(KeysFile(folder()).read)
+    if chosen.needs_keys and keyring.is_empty:
+        raise refuse_without_key()
     stored = [find(store, name) for name in dict.fromkeys(models or (STARTER,))]
     listener = listen(address, port)
+    lan = None if chosen.lan is None else LanServer(chosen, socket.gethostname(), _say)
     opened = listener.getsockname()[1]
-    config = ServiceConfig(sequences=sequences, port=opened, **options.configuration(loading))
+    config = ServiceConfig(sequences=sequences, port=opened, **options.configuration(more))
     key = LocalKey.made() if wants_key else None
-    asyncio.run(_serve(stored, store, stages, config, listener, key))
+    server = _Server(Authenticator(keyring, Ledger(), key), chosen, lan, listener)
+    asyncio.run(_serve(stored, store, stages, config, server, key))
 
 
 def _loopback(host: str) -> str:
@@ -83,9 +104,8 @@ def _loopback(host: str) -> str:
         found = []
     if not found or not all(each.is_loopback for each in found):
         raise BadRequest(
-            f"--host {host} is not a loopback address. There are no API keys for other machines yet: on "
-            "another address, anybody could use the models. Use 127.0.0.1, and a tunnel (ssh -L) from other "
-            "machines.",
+            f"--host {host} is not a loopback address, and there nobody needs a key: `--lan {host}` serves "
+            "other machines, with keys and TLS.",
             "host",
         )
     return str(min(found, key=lambda each: each.version))
@@ -110,37 +130,80 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Server:
+    """The API's listeners, and who may ask."""
+
+    authenticator: "Authenticator"
+    chosen: "LanChoice"
+    lan: "LanServer | None"
+    listener: socket.socket
+
+    async def certify(self) -> None:
+        """Get a certificate for other machines, of an authority for this machine alone."""
+        from cordee.files import home
+        from cordee.net.server_certificates import OwnAuthority
+
+        if self.lan is None or not self.lan.wants_certificate:
+            return
+        own = OwnAuthority(home() / "authority")
+
+        async def sign(names: list[str]) -> bytes:
+            return own.sign(names, time.time())
+
+        await self.lan.certify(own.authority, own.folder, own.folder / "api.key", sign, is_admin=True)
+
+    async def run(
+        self, services: "dict[str, LocalService]", embedders: "Embedders", expected: list[str]
+    ) -> None:
+        """Answer until the task is cancelled; from the beginning on, also while models load."""
+        from cordee.api.app import create_app
+        from cordee.api.guard import Access, Through
+        from cordee.api.server import serve as answer
+        from cordee.machine.energy import Meter
+        from cordee.serving.local_service import samples
+
+        app = create_app(
+            services,
+            embedders=embedders,
+            expected=expected,
+            authenticator=self.authenticator,
+            origins=self.chosen.allow_origins,
+            authority=b"" if self.lan is None else self.lan.authority_pem(),
+            samples=samples(services),
+        )
+        ledger = self.authenticator.ledger
+        assert ledger is not None, "serve keeps one"
+        async with asyncio.TaskGroup() as group:
+            group.create_task(ledger.keep(Meter().watts, _say))
+            group.create_task(answer(Through(app, Access(self.chosen.hosts)), self.listener))
+            if self.lan is not None:
+                group.create_task(self.lan.serve(app))
+
+
 async def _serve(
     models: "list[StoredModel]",
     store: "Store",
     stages: int,
     config: "ServiceConfig",
-    listener: socket.socket,
+    server: _Server,
     key: "LocalKey | None",
 ) -> None:
     """Load the models, answer until SIGINT or SIGTERM, close everything."""
-    from cordee.api.app import create_app
-    from cordee.api.server import serve as answer
     from cordee.models.architectures import is_encoder
     from cordee.serving.embedders import Embedders
-    from cordee.serving.local_service import LocalService, samples
+    from cordee.serving.local_service import LocalService
 
     task = asyncio.current_task()
     assert task is not None, "asyncio.run() runs this in a task"
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     services: dict[str, LocalService] = {}
+    await server.certify()
     # It answers from now on: a client that asks while a model loads is told so.
     writing = [model for model in models if not is_encoder(model.architecture)]
     embedders = Embedders(store, [model.name for model in models])
-    app = create_app(
-        services,
-        embedders=embedders,
-        expected=[model.name for model in writing],
-        key=key,
-        samples=samples(services),
-    )
-    serving = asyncio.create_task(answer(app, listener))
+    serving = asyncio.create_task(server.run(services, embedders, [model.name for model in writing]))
     try:
         with output.loading() as report:
             for model in writing:
@@ -151,8 +214,10 @@ async def _serve(
         for name, service in services.items():
             output.note(f"cordee: {name}: {output.asked(service.sequences, service.context)}")
             output.note_shortened(name, service.shortened)
-        address, port = listener.getsockname()[:2]
+        address, port = server.listener.getsockname()[:2]
         _greet(services, embedders.models(), address, port, key)
+        for line in [] if server.lan is None else server.lan.greeting():
+            _say(line)
         await serving
     except asyncio.CancelledError:
         output.note("closing")
@@ -161,6 +226,10 @@ async def _serve(
         await asyncio.gather(serving, return_exceptions=True)
         for service in services.values():
             await service.close()
+
+
+def _say(text: str) -> None:
+    output.note(f"cordee: {text}")
 
 
 def key_note(key: "LocalKey | None") -> str:

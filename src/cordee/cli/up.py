@@ -8,14 +8,17 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from cordee.cli import options, output
+from cordee.cli.keys import refuse_without_key
 from cordee.cli.known import find
+from cordee.cli.lan import lan_options
 from cordee.cli.models import STARTER
 from cordee.cli.options import Share, Size
 from cordee.cli.serve import PORT, key_note, listen
@@ -27,10 +30,12 @@ if TYPE_CHECKING:
     from cordee.agent.logs import Form
     from cordee.agent.settings import Settings
     from cordee.api.keys import LocalKey
+    from cordee.api.lan_server import LanChoice, LanServer
     from cordee.net.identity import Identity
 
 NAME_CHARS_MAX = 64
 READY_SECONDS = 5.0  # to read the vocabularies of the models on this disk; seldom more than one takes
+KEYS_SECONDS = 10.0  # for a member to hear of the keys that there are
 POLL_SECONDS = 0.05
 READ_BYTES = 4096  # at a time, of a standard input that nobody needs
 
@@ -74,6 +79,7 @@ READ_BYTES = 4096  # at a time, of a standard input that nobody needs
     help="Memory of each device that models may use, such as 16GB; default: what is free now.",
 )
 @options.local_key
+@lan_options
 @click.option(
     "--spot-check",
     "spot_check",
@@ -98,26 +104,32 @@ def up(
     log_file: str | None,
     log_format: "Form",
     until_eof: bool,
+    **more: Any,
 ) -> None:
     """Run this machine as a node of its cluster, until Ctrl-C.
 
     The first time it creates a new cluster, unless `cordee join` made this machine a member of one. --name
     and --listen are remembered. Programs on this machine reach all models of the cluster at
     http://127.0.0.1:PORT/v1, with OpenAI's API; so do other accounts, unless --local-key has it want a key.
+    Programs on other machines do with --lan, by the name or address of this one and a key (`cordee key add`).
     A member whose certificate ran out while it was off waits until an admin runs that renews it.
     """
     from cordee.agent import logs
     from cordee.agent.agent import AgentOptions
     from cordee.agent.control import AgentSocket
     from cordee.api.keys import LocalKey
+    from cordee.api.lan_server import LanChoice, LanServer
     from cordee.net import identity
     from cordee.net.bus import BusOptions
 
     logs.begin(Path(log_file) if log_file else None, log_format)
     interface = "" if scouting == "off" else scouting
     BusOptions(address or "", peers, interface).check()  # before anything is made, or kept
-    listener = listen("127.0.0.1", port)
+    choice = LanChoice.of(more)
     is_new = not identity.exists()
+    _check_keys(choice, is_new=is_new)
+    listener = listen("127.0.0.1", port)
+    lan = None if choice.lan is None else LanServer(choice, name or platform.node(), _say)
     member = identity.found(time.time()) if is_new else identity.load()
     running = None
     try:
@@ -129,7 +141,10 @@ def up(
             key = LocalKey.made() if wants_key else None
             if is_new:
                 _offer_starter()
-            running = _Running(member, agent_options, listener, agent_socket, key, is_new=is_new)
+            api_server = _ApiServer(listener, key, choice, lan)
+            if lan is not None:
+                lan.name = chosen.name
+            running = _Running(member, agent_options, api_server, agent_socket, is_new=is_new)
             left = asyncio.run(running.run(until_eof=until_eof))
     finally:
         if is_new and not (running and running.has_run):
@@ -137,6 +152,21 @@ def up(
     if left:
         identity.forget()
         output.note("cordee: this machine no longer belongs to a cluster")
+
+
+def _check_keys(choice: "LanChoice", *, is_new: bool) -> None:
+    """Refuse to open the API to other machines where nobody could have a key; a member may yet hear of some.
+
+    Raises:
+        BadRequest: that is so.
+    """
+    from cordee.access.keyring import Keyring
+    from cordee.access.keys_file import KeysFile, folder
+    from cordee.net import identity
+
+    knows_all = is_new or (identity.place() / "ca.key").exists()
+    if choice.needs_keys and knows_all and Keyring(KeysFile(folder()).read).is_empty:
+        raise refuse_without_key()
 
 
 def _settings(member: "Identity", name: str | None, address: str | None) -> "Settings":
@@ -160,16 +190,83 @@ def _offer_starter() -> None:
             find(store, STARTER)
 
 
+@dataclass(frozen=True)
+class _ApiServer:
+    """How the API is served."""
+
+    listener: socket.socket
+    key: "LocalKey | None"
+    choice: "LanChoice"
+    lan: "LanServer | None"
+
+    async def prepare(self, agent: "Agent", *, is_new: bool) -> None:
+        """What other machines need: keys, of which a member may have to hear first, and a certificate.
+
+        Raises:
+            CordeeError: it cannot be had.
+        """
+        from cordee.access.keyring import Keyring
+        from cordee.access.keys_file import KeysFile
+        from cordee.files import home
+        from cordee.net import enrolment
+
+        if is_new:
+            agent.api_keys.adopt(KeysFile(home()).read())
+        member, keyring = agent.identity, Keyring(agent.api_keys.all)
+        if self.choice.needs_keys:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(KEYS_SECONDS):
+                    while keyring.is_empty:
+                        await asyncio.sleep(POLL_SECONDS)
+        if self.choice.needs_keys and keyring.is_empty:
+            raise refuse_without_key()
+        if self.lan is None or not self.lan.wants_certificate:
+            return
+
+        async def sign(names: list[str]) -> bytes:
+            return await enrolment.server_certificate(agent.bus, member, names, time.time())
+
+        key = member.folder / "node.key"
+        await self.lan.certify(member.authority, member.folder, key, sign, member.is_admin)
+
+    def servers(self, agent: "Agent") -> list[Coroutine[Any, Any, None]]:
+        """What serves it until it is cancelled."""
+        from cordee.access.keyring import Keyring
+        from cordee.agent.samples import cluster_samples
+        from cordee.api.app import create_app
+        from cordee.api.authenticator import Authenticator
+        from cordee.api.guard import Access, Through
+        from cordee.api.server import serve
+        from cordee.models.store import Store
+        from cordee.serving.embedders import Embedders
+
+        app = create_app(
+            agent.services,
+            embedders=Embedders(Store()),
+            expected=_Names(agent),
+            authenticator=Authenticator(Keyring(agent.api_keys.all), agent.ledger, self.key),
+            origins=self.choice.allow_origins,
+            authority=b"" if self.lan is None else self.lan.authority_pem(),
+            refusal=agent.services.refusal,
+            samples=lambda: cluster_samples(agent),
+        )
+        servers: list[Coroutine[Any, Any, None]] = [
+            serve(Through(app, Access(self.choice.hosts)), self.listener)
+        ]
+        if self.lan is not None:
+            servers.append(self.lan.serve(app, announce=bool(agent.options.bus.scouting)))
+        return servers
+
+
 class _Running:
-    """The agent and its two servers."""
+    """The agent and its servers."""
 
     def __init__(
         self,
         member: "Identity",
         options: "AgentOptions",
-        listener: socket.socket,
+        api_server: _ApiServer,
         agent_socket: "AgentSocket",
-        key: "LocalKey | None",
         *,
         is_new: bool,
     ) -> None:
@@ -177,9 +274,8 @@ class _Running:
         self._is_new = is_new
         self._member = member
         self._options = options
-        self._listener = listener
+        self._api_server = api_server
         self._agent_socket = agent_socket
-        self._key = key
         self._left = False
 
     async def run(self, *, until_eof: bool) -> bool:
@@ -210,8 +306,12 @@ class _Running:
             self.has_run = True
             works = settings.Settings(agent.options.name, agent.options.bus.listen)
             settings.save(self._member.folder, works)
+            await self._api_server.prepare(agent, is_new=self._is_new)
             await _ready(agent)
-            _greet(agent, self._key, is_new=self._is_new)
+            _greet(agent, self._api_server.key, is_new=self._is_new)
+            lan = self._api_server.lan
+            for line in [] if lan is None else lan.greeting():
+                _say(line)
             await self._serve(agent, task.cancel)
         except asyncio.CancelledError:
             output.note("cordee: closing")
@@ -222,31 +322,15 @@ class _Running:
 
     async def _serve(self, agent: "Agent", cancel: Callable[[], object]) -> None:
         from cordee.agent.control_server import Control
-        from cordee.agent.samples import cluster_samples
-        from cordee.api.app import create_app
         from cordee.api.server import serve
-        from cordee.models.store import Store
         from cordee.net.enrolment import REFUSALS
-        from cordee.serving.embedders import Embedders
 
         def leave() -> None:
             self._left = True
             asyncio.get_running_loop().call_soon(cancel)
 
-        servers = [
-            serve(
-                create_app(
-                    agent.services,
-                    embedders=Embedders(Store()),
-                    expected=_Names(agent),
-                    key=self._key,
-                    refusal=agent.services.refusal,
-                    samples=lambda: cluster_samples(agent),
-                ),
-                self._listener,
-            ),
-            serve(Control(agent, leave).app(), self._agent_socket.socket),
-        ]
+        control = serve(Control(agent, leave).app(), self._agent_socket.socket)
+        servers = [*self._api_server.servers(agent), control]
         ends = [asyncio.create_task(event.wait()) for event in (agent.removed, agent.cloned)]
         tasks: list[asyncio.Task[Any]] = [
             *ends,
@@ -282,6 +366,10 @@ class _Names(Collection[str]):
     def _names(self) -> list[str]:
         agent = self._agent
         return [name for name in agent.models() if agent.services.refusal(name) is None]
+
+
+def _say(text: str) -> None:
+    output.note(f"cordee: {text}")
 
 
 def _at_eof(act: Callable[[], object]) -> None:

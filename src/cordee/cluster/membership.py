@@ -60,7 +60,8 @@ class Heartbeat(msgspec.Struct, frozen=True):
     `sent` is in seconds of the session's own clock, `clock` in seconds since 1970 as the sender believes.
     `revocations` are signed records; the shell checks them and hands those that are valid to
     `Controller.observe`. The last heartbeat of a session that ends as it should carries a `farewell`. The
-    session lasts for `age_seconds`. `certificate` shows that the node is a member (trust.py).
+    session lasts for `age_seconds`. `certificate` shows that the node is a member (trust.py). `api_keys` are
+    signed, too (access/api_keys.py): the shell adds them, and takes in those of others.
     """
 
     session: str
@@ -74,6 +75,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
     wire: int = WIRE
     age_seconds: float = 0.0
     certificate: bytes = b""
+    api_keys: tuple[bytes, ...] = ()
 
 
 class Caller(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """A child process that holds one embedding model, whose file may end it at any text.
 
 Run as `python -m cordee.engine.embedding_child SOCKET PATH NAME`: SOCKET is the number of an open socket to
-its parent. It first sends `Loaded`, then it answers, until its parent ends, or asks nothing for IDLE_SECONDS.
+its parent. It first sends `EncoderReady`, then it answers, until its parent ends, or asks nothing for IDLE_SECONDS.
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from cordee.engine.child import receive, send
-from cordee.engine.embedding_messages import Embed, EmbeddingMessage, Loaded, Rank, Vector, decoder
+from cordee.engine.embedding_messages import Embed, EmbeddingMessage, EncoderReady, Rank, Vector, decoder
 from cordee.engine.llama.encoder import LlamaEncoder
 from cordee.engine.vocabulary_messages import Failed
 from cordee.errors import BadRequest, CordeeError
@@ -28,7 +28,7 @@ def main() -> int:
     link = socket.socket(fileno=int(number))
     try:
         encoder = LlamaEncoder(Path(path), name)
-        _answer(link, Loaded(encoder.dimension, encoder.context))
+        _answer(link, EncoderReady(encoder.dimension, encoder.context))
     except CordeeError as error:
         _answer(link, Failed(type(error).__name__, error.message))
         return 0

@@ -5,7 +5,7 @@ import msgspec
 from cordee.engine.vocabulary_messages import Failed
 
 
-class Loaded(msgspec.Struct, frozen=True, tag=True):
+class EncoderReady(msgspec.Struct, frozen=True, tag=True):
     """The model is ready. `dimension` is the length of a vector; 0 for one that ranks documents.
 
     `context` is how many tokens a text may have.
@@ -43,6 +43,6 @@ class Vector(msgspec.Struct, frozen=True, tag=True):
     tokens: int
 
 
-EmbeddingMessage = Loaded | Embed | Rank | Vector | Failed
+EmbeddingMessage = EncoderReady | Embed | Rank | Vector | Failed
 
 decoder = msgspec.msgpack.Decoder(EmbeddingMessage)

@@ -159,12 +159,16 @@ class Gateway:
 
         Raises:
             BadRequest: a stream of that id is open.
-            Overloaded: there are STREAMS_MAX streams already.
+            Overloaded: there are STREAMS_MAX streams already, or half as many of this one's share.
         """
         if request.id in self._streams:
             raise BadRequest(f"a stream {request.id} is already running", "id")
         if len(self._streams) >= STREAMS_MAX:
             raise Overloaded(f"{STREAMS_MAX} requests are being answered or waiting: try again later")
+        share = request.share
+        own = sum(each.request.share == share for each in self._streams.values()) if share else 0
+        if own >= STREAMS_MAX // 2:
+            raise Overloaded(f"{own} requests of {share} are being answered or waiting: try again later")
         stream = _Stream(self._next(), request, model, waiting=self._clock.seconds)
         self._streams[request.id] = stream
         self._ask(stream)

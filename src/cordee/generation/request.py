@@ -55,7 +55,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     `shown_tokens` are control tokens whose names are part of the text; that of the last one never is.
     `scores_prompt`: the prompt's own tokens get log-probabilities, too, and so does the token that ends the
-    answer; it needs `sampling.top_logprobs`.
+    answer; it needs `sampling.top_logprobs`. `share` names who asks: streams of
+    different shares take turns (scheduler.py).
     """
 
     id: str
@@ -65,6 +66,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     stop: tuple[str, ...] = ()
     shown_tokens: tuple[int, ...] = ()
     scores_prompt: bool = False
+    share: str = ""
 
 
 class Choice(msgspec.Struct, frozen=True):

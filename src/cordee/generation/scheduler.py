@@ -10,8 +10,14 @@ A stream's life:
                  ^                             |          |
                  '------ cancel anywhere ------'          '-- `lost`: prefill again, from the token log
 
-- **Continuous batching**: streams join and leave between micro-batches, first come first served. Each has a
-  *slot*, which is a sequence number of the KV cache with a fixed context.
+- **Continuous batching**: streams join and leave between micro-batches. Each has a *slot*, which is a
+  sequence number of the KV cache with a fixed context.
+- **Shares**: a free slot goes to the share (`Request.share`: who asks) that has the fewest, and of several to
+  the one that was served least recently; within a share first come, first served. Where all slots are taken
+  and a share waits that has two fewer than another, the other's newest stream gives its slot: it waits, and
+  goes on from its token log. So whoever floods holds up nobody else for longer than one micro-batch goes
+  round, and of two who ask each gets half. Only where there is one slot, others wait for an answer's end.
+  A share's waiting streams are bounded, too, so that it cannot fill the queue.
 - **Chunked prefill**: a prompt is computed in chunks, so that it never blocks the others for long. The rows
   that a micro-batch has for prefill are shared by water-filling: every prompt gets an equal share, and what
   short ones do not need goes to the long ones. So a short request starts after about its own work, however
@@ -36,7 +42,7 @@ A stream's life:
 - **Suspects**: a stream that is set apart travels alone, which shows whether it is what breaks the pipeline.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -58,9 +64,10 @@ PREFIX_TOKENS_MIN = 8
 class Limits:
     """Bounds of a scheduler.
 
-    `context` is in tokens for each of `sequences` slots; `queue` bounds the streams that wait for a slot;
-    `in_flight` the micro-batches under way. A micro-batch has room for a row of every sequence, so that no
-    stream has to wait for others to end.
+    `context` is in tokens for each of `sequences` slots. `queue` bounds the streams that wait for a slot: one
+    share has half as many places, and all that have a share twice as many. `in_flight` bounds the
+    micro-batches under way. A micro-batch has room for a row of every sequence, so that no stream has to wait
+    for others to end.
 
     Raises:
         BadRequest: `sequences` is more than `batch_rows`.
@@ -203,6 +210,7 @@ class Scheduler:
         self._limits = limits
         self._end_of_generation = frozenset(end_of_generation)
         self._waiting: OrderedDict[str, tuple[Request, TokenLog]] = OrderedDict()
+        self._served: dict[str, int] = {}  # by share, of those that wait or are active: its newest tenure
         self._active: dict[str, _Stream] = {}
         self._slots = [_Slot(sequence) for sequence in range(limits.sequences)]
         self._in_flight: dict[int, _Flight] = {}
@@ -253,9 +261,17 @@ class Scheduler:
             )
         if request.id in self._active or request.id in self._waiting:
             raise BadRequest(f"a stream {request.id} is already running", "id")
-        if self.active + self.waiting >= self._limits.sequences + self._limits.queue:
-            raise Overloaded(f"{self._limits.queue} requests are waiting already: try again later")
+        self._check_queue(request.share)
         self._waiting[request.id] = (request, log)
+
+    def _check_queue(self, share: str) -> None:
+        queue = self._limits.queue
+        most = 2 * queue if share else queue
+        if self.active + self.waiting >= self._limits.sequences + most:
+            raise Overloaded(f"{most} requests are waiting already: try again later")
+        own = sum(request.share == share for request, _ in self._waiting.values()) if share else 0
+        if own and own >= queue // 2:
+            raise Overloaded(f"{own} requests of {share} are waiting already: try again later")
 
     def cancel(self, stream_id: str) -> None:
         """End a stream without an event; unknown ids are ignored, since it may just have finished."""
@@ -343,14 +359,17 @@ class Scheduler:
     def halts(self) -> list[int]:
         """Micro-batches that should not go round again, each named once.
 
-        That is so when other rows wait for their place, or when all of their streams have ended.
+        That is so when other rows wait for their place, when all of their streams have ended, or when one
+        that has ended keeps a slot that another stream could have.
         """
         full = len(self._in_flight) >= self._limits.in_flight
         wanted = full and (self._others_wait() or any(stream.apart for stream in self._active.values()))
+        owed = self._waiting and self.active < self._limits.sequences and not self._free_slots()
         found: list[int] = []
         for number, flight in self._in_flight.items():
-            dead = not any(self._active.get(stream.request.id) is stream for stream in flight.streams)
-            if flight.repeats and not flight.halted and (wanted or dead):
+            lives = [self._active.get(stream.request.id) is stream for stream in flight.streams]
+            unwanted = not any(lives) or (owed and not all(lives))
+            if flight.repeats and not flight.halted and (wanted or unwanted):
                 flight.halted = True
                 found.append(number)
         return found
@@ -413,7 +432,7 @@ class Scheduler:
 
     def _others_wait(self) -> bool:
         """Whether some stream that is in no micro-batch could have rows in the next one."""
-        if self._waiting and self.active < self._limits.sequences:
+        if self._waiting and (self.active < self._limits.sequences or self._surplus() is not None):
             return True
         return any(stream.rows_left for stream in self._active.values())
 
@@ -456,14 +475,60 @@ class Scheduler:
         stream.slot.released = self._releases
 
     def _admit(self) -> None:
-        while self._waiting and (free := self._free_slots()):
-            name, (request, log) = self._waiting.popitem(last=False)
+        while self._waiting:
+            if (surplus := self._surplus()) is not None:
+                self._put_back(surplus)
+            free = self._free_slots()
+            if not free:
+                return
+            name = self._next_waiting()
+            request, log = self._waiting.pop(name)
             scored = request.scores_prompt and not log.generated
             slot, held = self._choose_slot(() if scored else log.tokens(0, len(log)), free)
             del slot.tokens[held:]
             self._tenures += 1
             slot.tenure = self._tenures
+            self._served[request.share] = self._tenures
             self._active[name] = _Stream(request, log, slot, min(held, len(request.prompt)))
+        self._forget_shares()
+
+    def _next_waiting(self) -> str:
+        """Whose turn it is: the first that waits of the share that is served next."""
+        firsts: dict[str, str] = {}
+        for name, (request, _) in self._waiting.items():
+            firsts.setdefault(request.share, name)
+        held = self._held()
+        return firsts[min(firsts, key=lambda share: (held[share], self._served.get(share, 0)))]
+
+    def _held(self) -> Counter[str]:
+        """How many slots each share has."""
+        return Counter(stream.request.share for stream in self._active.values())
+
+    def _surplus(self) -> _Stream | None:
+        """The stream that has to give its slot to one of another share, if so: the newest of those of the
+        share that has most, as least of it has to be computed again."""
+        if self.active < self._limits.sequences:
+            return None
+        held = self._held()
+        least = min((held[request.share] for request, _ in self._waiting.values()), default=self.active)
+        share, most = max(held.items(), key=lambda item: item[1])
+        if most < least + 2:
+            return None
+        own = [stream for stream in self._active.values() if stream.request.share == share]
+        return max(own, key=lambda stream: stream.slot.tenure)
+
+    def _put_back(self, stream: _Stream) -> None:
+        """Let a stream wait, before all others of its share. What is under way for it is dropped."""
+        self._release(stream)
+        request, log = stream.request, stream.log
+        self._waiting[request.id] = request, TokenLog(request.prompt, request.sampling, log.generated)
+        self._waiting.move_to_end(request.id, last=False)
+
+    def _forget_shares(self) -> None:
+        """Keep in `_served` only who is here, so that it stays as small as the queue."""
+        if len(self._served) > 2 * (self.active + self.waiting):
+            here = {*self._held(), *(request.share for request, _ in self._waiting.values())}
+            self._served = {share: tenure for share, tenure in self._served.items() if share in here}
 
     def _free_slots(self) -> list[_Slot]:
         """Slots that no stream holds, and for which no micro-batch brings further rows by itself."""

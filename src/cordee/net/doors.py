@@ -21,6 +21,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import cast
 from weakref import WeakSet
 
 from cordee.net import address
@@ -32,6 +33,7 @@ ARRIVAL_SECONDS = 10.0  # from the first packet until it is admitted; the machin
 GOODBYE_SECONDS = 1.0  # for the other side to agree that a TLS connection ends
 PAUSE_SECONDS = 0.5  # after the system had no descriptor left
 SILENT_MAX = 128  # of other machines: those that want something say so at once
+TLS_HANDSHAKE = b"\x16"  # the type of the first record of TLS (RFC 8446, section 5.1)
 # A thousand clients at once need more than the 1,024 open files that many systems start with.
 DESCRIPTORS = 16_384
 DESCRIPTORS_RESERVED = 256  # workers take five each, the bus two for each node, each file that is read one
@@ -107,7 +109,8 @@ class Door:
     """Accepts connections on a socket until it is closed; see the module's docstring.
 
     `make` gives the protocol of each connection, which has to call `Connection.leave` when the connection is
-    lost, and `Connection.admit` as soon as it can.
+    lost, and `Connection.admit` as soon as it can. With `tls`, whatever begins as something else is sent
+    `refusal`, and closed.
     """
 
     def __init__(
@@ -116,12 +119,14 @@ class Door:
         make: Callable[[Connection], asyncio.Protocol],
         places: Places,
         tls: ssl.SSLContext | None = None,
+        refusal: bytes = b"",
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._listener = listener
         self._make = make
         self._places = places
         self._tls = tls
+        self._refusal = refusal
         self._crowds = {
             "silent": Crowd[Connection](places.silent, places.silent),
             "opening": Crowd[Connection](*places.opening),
@@ -196,6 +201,10 @@ class Door:
 
     def _begin(self, link: socket.socket, host: str) -> None:
         link.setblocking(False)
+        if link.family != socket.AF_UNIX:
+            # asyncio does so only for sockets that name their protocol, as accepted ones do not. Without it
+            # the second of two small writes waits 40 ms for the other side to acknowledge the first.
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(self, link, str(address.number(host) or ""))
         connection.due(ARRIVAL_SECONDS)
         self._put(connection, "silent", connection.address)
@@ -209,17 +218,25 @@ class Door:
 
     async def _serve(self, connection: Connection) -> None:
         try:
+            tls = self._tls
+            if tls is not None and self._refusal and not _begins_tls(connection.link):
+                tls, make = None, self._refuse
+            else:
+                make = self._make
             connection.transport, _ = await self._loop.connect_accepted_socket(
-                lambda: self._make(connection),
+                lambda: make(connection),
                 connection.link,
-                ssl=self._tls,
-                ssl_handshake_timeout=None if self._tls is None else ARRIVAL_SECONDS,
-                ssl_shutdown_timeout=None if self._tls is None else GOODBYE_SECONDS,
+                ssl=tls,
+                ssl_handshake_timeout=None if tls is None else ARRIVAL_SECONDS,
+                ssl_shutdown_timeout=None if tls is None else GOODBYE_SECONDS,
             )
         except BaseException as error:
             connection.leave()
             if not isinstance(error, OSError | asyncio.CancelledError):  # no TLS, or gone; it is one too many
                 raise
+
+    def _refuse(self, connection: Connection) -> asyncio.Protocol:
+        return _Refusal(connection, self._refusal)
 
     def at_step(self, step: str) -> Crowd[Connection]:
         """The connections at a step."""
@@ -237,6 +254,34 @@ def _make_room() -> bool:
             connection.end()
             return True
     return False
+
+
+def _begins_tls(link: socket.socket) -> bool:
+    """Whether what came first may be TLS; a connection that is gone already may be, too."""
+    try:
+        return link.recv(1, socket.MSG_PEEK) in (TLS_HANDSHAKE, b"")
+    except OSError:
+        return True
+
+
+class _Refusal(asyncio.Protocol):
+    """Reads something, so that the answer is not lost with what was not read; answers, and ends."""
+
+    def __init__(self, connection: Connection, text: bytes) -> None:
+        self._connection = connection
+        self._text = text
+        self._transport: asyncio.WriteTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.WriteTransport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(self._text)
+            self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connection.leave()
 
 
 class _Streams(asyncio.StreamReaderProtocol):

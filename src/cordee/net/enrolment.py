@@ -25,7 +25,7 @@ import http.client
 import os
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import msgspec
@@ -38,12 +38,13 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from cordee import __version__
 from cordee.cluster.membership import WIRE
-from cordee.errors import CordeeError, JoinFailed
+from cordee.errors import BadRequest, CordeeError, JoinFailed, SetupNeeded
 from cordee.net import address, identity
 from cordee.net.bus import PORT, Bus
 from cordee.net.identity import Identity
 from cordee.net.members import KnownMember, Members
 from cordee.net.peers import Peers
+from cordee.net.server_certificates import is_of_house, issue, names_of
 
 CODE_PREFIX = "cordee"
 SECRET_BYTES = PIN_BYTES = 16  # 128 bits can neither be guessed nor matched by another authority
@@ -108,10 +109,14 @@ class JoinRefusal(msgspec.Struct, frozen=True, tag=True):
 
 
 class Renewal(msgspec.Struct, frozen=True):
-    """A member's query to the admins on the bus, answered with a certificate (PEM)."""
+    """A member's query to the admins on the bus, answered with a certificate (PEM).
+
+    With `names` it is for the API's listener, which has these names and addresses.
+    """
 
     request: bytes
     certificate: bytes
+    names: tuple[str, ...] = ()
 
 
 _cluster = msgspec.msgpack.Decoder(Cluster)
@@ -227,8 +232,7 @@ def serve_renewals(bus: Bus, member: Identity, clock: Callable[[], float] = time
 
     async def answer(question: bytes) -> bytes | None:
         try:
-            renewal = msgspec.msgpack.decode(question, type=Renewal)
-            return member.sign_again(renewal.request, renewal.certificate, clock())
+            return _signed(member, msgspec.msgpack.decode(question, type=Renewal), clock())
         except (ValueError, msgspec.MsgspecError):
             return None
 
@@ -250,6 +254,51 @@ async def renew(bus: Bus, member: Identity, now: float) -> bool:
             member.renew(answer, now)
             return True
     return False
+
+
+async def server_certificate(bus: Bus, member: Identity, names: Collection[str], now: float) -> bytes:
+    """A certificate (PEM) for the API's listener, by this node or any admin on the bus.
+
+    Raises:
+        SetupNeeded: no admin answers, or none of this version.
+        BadRequest: a name is one that admins do not sign for others.
+    """
+    if member.authority_key is not None:
+        return issue(member.key.public_key(), names, member.authority, member.authority_key, now)
+    for name in names:
+        if not is_of_house(name):
+            raise BadRequest(
+                f"{name} might be a site of the world, for which admins sign no certificate: use a name that "
+                "ends with .local, .lan, .internal or .home.arpa, or a certificate of your own (--cert).",
+                "allow-host",
+            )
+    question = Renewal(member.request(), identity.pem(member.certificate), tuple(names))
+    for answer in await bus.query("renew/*", msgspec.msgpack.encode(question), seconds=RENEW_SECONDS):
+        with contextlib.suppress(ValueError):
+            found = x509.load_pem_x509_certificate(answer)
+            if names_of(found) >= set(names):
+                member.check_member(found, member.key.public_key())
+                return answer
+    raise SetupNeeded(
+        "No admin answered that could sign the certificate of the API: start `cordee up` on an admin, of "
+        "this version, then try again; or give a certificate of your own (--cert, --key-file)."
+    )
+
+
+def _signed(member: Identity, renewal: Renewal, now: float) -> bytes:
+    """What an admin answers.
+
+    Raises:
+        ValueError: the member is none, or asks for what it must not have.
+    """
+    if not renewal.names:
+        return member.sign_again(renewal.request, renewal.certificate, now)
+    if not all(map(is_of_house, renewal.names)):
+        raise ValueError("a name is not one of this house")
+    assert member.authority_key is not None, "only an admin answers"
+    certificate = x509.load_pem_x509_certificate(renewal.certificate)
+    key = member.check_member(certificate, identity.requested_key(renewal.request))
+    return issue(key, renewal.names, member.authority, member.authority_key, now)
 
 
 def _settle(

@@ -16,6 +16,12 @@ from uvicorn.server import ServerState
 from cordee.net.doors import Connection, Door, Places
 
 BODY_SECONDS = 75.0  # from the headers' end; api/bodies.py gives up before, with a status
+# What comes to a port of HTTPS without TLS is answered so, in plain HTTP.
+PLAIN_TEXT = b"This port wants HTTPS: write https:// instead of http:// in the address.\n"
+PLAIN_ANSWER = (
+    b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: %d\r\n"
+    b"Connection: close\r\n\r\n%s" % (len(PLAIN_TEXT), PLAIN_TEXT)
+)
 # Data that a client does not read for so long ends the connection, also while it is being closed.
 UNREAD_SECONDS = 60
 
@@ -71,10 +77,17 @@ class HttpProtocol(H11Protocol):
 class HttpServer(uvicorn.Server):
     """uvicorn's server, with a door for its listener."""
 
-    def __init__(self, config: uvicorn.Config, listener: socket.socket, places: Places) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        listener: socket.socket,
+        places: Places,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         super().__init__(config)
         self._listener = listener
         self._places = places
+        self._tls = tls
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=[])
@@ -82,6 +95,8 @@ class HttpServer(uvicorn.Server):
             self._listener,
             lambda connection: HttpProtocol(self.config, self.server_state, self.lifespan.state, connection),
             self._places,
+            self._tls,
+            PLAIN_ANSWER,
         )
         self.servers = [door]  # pyright: ignore[reportAttributeAccessIssue] - it closes them, and no more
 

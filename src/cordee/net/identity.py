@@ -139,11 +139,21 @@ class Identity:
             ValueError: the certificate is not this cluster's for the key, or the node was removed.
         """
         assert self.authority_key is not None, "only an admin signs"
+        return pem(_issue(self.check_member(certificate, key), self.authority, self.authority_key, now))
+
+    def check_member(
+        self, certificate: x509.Certificate, key: CertificatePublicKeyTypes
+    ) -> ec.EllipticCurvePublicKey:
+        """The key, if a certificate of this cluster is for it, and its node was not removed.
+
+        Raises:
+            ValueError: that is not so.
+        """
         if not isinstance(key, ec.EllipticCurvePublicKey) or not _belongs(certificate, key, self.authority):
             raise ValueError("the certificate is not this cluster's for that key")
         if node_id(key) in self._revoked:
             raise ValueError("the node was removed")
-        return pem(_issue(key, self.authority, self.authority_key, now))
+        return key
 
     @property
     def member_certificate(self) -> bytes:
@@ -173,6 +183,15 @@ class Identity:
         """Whether `proof` is what `prove_admin` gives at that node of this cluster."""
         return _is_signed(self.authority.public_key(), _admin_proof(node, nonce), proof)
 
+    def sign_as_authority(self, statement: bytes) -> bytes:
+        """The authority's signature under what an admin says for the whole cluster."""
+        assert self.authority_key is not None, "only an admin signs"
+        return self.authority_key.sign(statement, ec.ECDSA(hashes.SHA256()))
+
+    def is_of_authority(self, statement: bytes, signature: bytes) -> bool:
+        """Whether the authority signed a statement."""
+        return _is_signed(self.authority.public_key(), statement, signature)
+
     def renew(self, certificate: bytes, now: float | None = None) -> None:
         """Take a new certificate (PEM) for this node's key; with `now`, only one that is valid then.
 
@@ -198,16 +217,16 @@ class Identity:
         Raises:
             ValueError: it is not the key of this cluster's authority.
         """
-        key = _private_key(authority_key)
+        key = private_key(authority_key)
         if _spki(key.public_key()) != _spki(self.authority.public_key()):
             raise ValueError("the key is not that of this cluster's authority")
-        _write(self.folder / "ca.key", _private_pem(key))
+        _write(self.folder / "ca.key", private_pem(key))
         self.authority_key = key
 
     def authority_key_pem(self) -> bytes:
         """The authority's key (PEM), for a node that is invited as an admin."""
         assert self.authority_key is not None, "only an admin has it"
-        return _private_pem(self.authority_key)
+        return private_pem(self.authority_key)
 
     def is_revocation(self, entry: bytes) -> bool:
         """Whether the authority signed a removal."""
@@ -260,7 +279,7 @@ def found(now: float) -> Identity:
         StorageFailed: the folder cannot be written.
     """
     authority_key = new_key()
-    authority = _issue_authority(authority_key)
+    authority = issue_authority(authority_key)
     key = new_key()
     certificate = _issue(key.public_key(), authority, authority_key, now)
     return install(key, certificate, authority, authority_key)
@@ -284,11 +303,11 @@ def install(
     partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder.parent))
     try:
         _write(partial / "ca.pem", pem(authority))
-        _write(partial / "node.key", _private_pem(key))
+        _write(partial / "node.key", private_pem(key))
         _write(partial / "node.pem", pem(certificate))
         _write(partial / "revoked", b"")
         if authority_key is not None:
-            _write(partial / "ca.key", _private_pem(authority_key))
+            _write(partial / "ca.key", private_pem(authority_key))
         partial.rename(folder)
     except OSError as error:
         raise IdentityDamaged(
@@ -310,13 +329,13 @@ def load(folder: Path | None = None) -> Identity:
     with contextlib.suppress(OSError):  # another user's folder shows below, when its files cannot be read
         folder.chmod(0o700)
     authority = _read(folder / "ca.pem", x509.load_pem_x509_certificate)
-    key = _read(folder / "node.key", _private_key)
+    key = _read(folder / "node.key", private_key)
     certificate = _read(folder / "node.pem", x509.load_pem_x509_certificate)
     if not _belongs(certificate, key.public_key(), authority):
         raise _damaged(folder / "node.pem", "it does not belong to node.key and ca.pem")
     authority_key = None
     if (folder / "ca.key").exists():
-        authority_key = _read(folder / "ca.key", _private_key)
+        authority_key = _read(folder / "ca.key", private_key)
         if _spki(authority_key.public_key()) != _spki(authority.public_key()):
             raise _damaged(folder / "ca.key", "it is not the key of ca.pem")
     revoked = _read(folder / "revoked", lambda data: _revoked_of(data, authority))
@@ -410,10 +429,10 @@ def _issue(
     node = node_id(key)
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
     usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-    builder = _certificate(key, slot_of(node), authority.subject, now, CERTIFICATE_SECONDS)
+    builder = certificate_builder(key, slot_of(node), authority.subject, now, CERTIFICATE_SECONDS)
     return (
         builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(signs_certificates=False), critical=True)
+        .add_extension(key_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
         .add_extension(x509.SubjectAlternativeName([x509.DNSName(f"{node}.cordee")]), critical=False)
         .add_extension(issuer, critical=False)
@@ -421,19 +440,21 @@ def _issue(
     )
 
 
-def _issue_authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+def issue_authority(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    """The certificate of a new authority, signed by itself."""
     name = _name("cordee authority")
     return (
-        _certificate(key.public_key(), "cordee authority", name, AUTHORITY_START, AUTHORITY_SECONDS)
+        certificate_builder(key.public_key(), "cordee authority", name, AUTHORITY_START, AUTHORITY_SECONDS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(_key_usage(signs_certificates=True), critical=True)
+        .add_extension(key_usage(signs_certificates=True), critical=True)
         .sign(key, hashes.SHA256())
     )
 
 
-def _certificate(
+def certificate_builder(
     key: ec.EllipticCurvePublicKey, common_name: str, issuer: x509.Name, now: float, life_seconds: int
 ) -> x509.CertificateBuilder:
+    """What all certificates have, to be completed and signed."""
     start = datetime.datetime.fromtimestamp(now - BACKDATED_SECONDS, datetime.UTC)
     end = datetime.datetime.fromtimestamp(now + life_seconds, datetime.UTC)
     return (
@@ -448,7 +469,8 @@ def _certificate(
     )
 
 
-def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+def key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    """What a key is for: to sign certificates, or handshakes."""
     return x509.KeyUsage(
         digital_signature=not signs_certificates,
         key_cert_sign=signs_certificates,
@@ -548,14 +570,20 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _private_key(data: bytes) -> ec.EllipticCurvePrivateKey:
+def private_key(data: bytes) -> ec.EllipticCurvePrivateKey:
+    """The key in a PEM.
+
+    Raises:
+        ValueError: there is none, or none that is EC.
+    """
     key = serialization.load_pem_private_key(data, password=None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ValueError("the key is not an EC key")
     return key
 
 
-def _private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A key in PEM, not encrypted."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 
 from cordee.engine.child import Child, Ended, Rested, rebuilt
-from cordee.engine.embedding_messages import Embed, EmbeddingMessage, Loaded, Rank, Vector, decoder
+from cordee.engine.embedding_messages import Embed, EmbeddingMessage, EncoderReady, Rank, Vector, decoder
 from cordee.engine.vocabulary_messages import Failed
 from cordee.errors import BadModelFile, BadRequest, CordeeError, DoesNotFit, Overloaded, StageFailed
 from cordee.machine.memory import memory
@@ -36,7 +36,7 @@ class EmbeddingService:
     def __init__(self, model: StoredModel) -> None:
         self.model = model
         self._child: Child[EmbeddingMessage] | None = None
-        self._loaded: Loaded | None = None
+        self._loaded: EncoderReady | None = None
         self._thread = ThreadPoolExecutor(1, "embeddings")
         self._waiting = 0
         self._closed = False
@@ -114,7 +114,7 @@ class EmbeddingService:
             raise StageFailed(f"{self.name}: the process of the model gave {type(answer).__name__}")
         return np.frombuffer(answer.values, np.float32), answer.tokens
 
-    def _ready(self) -> tuple[Child[EmbeddingMessage], Loaded]:
+    def _ready(self) -> tuple[Child[EmbeddingMessage], EncoderReady]:
         """The child, with the model loaded. On the thread."""
         if self._closed:
             raise StageFailed(f"{self.name} is no longer answered here")
@@ -122,7 +122,7 @@ class EmbeddingService:
             self._child, self._loaded = self._start()
         return self._child, self._loaded
 
-    def _start(self) -> tuple[Child[EmbeddingMessage], Loaded]:
+    def _start(self) -> tuple[Child[EmbeddingMessage], EncoderReady]:
         needed, free = self.model.nbytes + BESIDE_BYTES, memory().available_bytes
         if needed > free:
             raise DoesNotFit(
@@ -135,7 +135,7 @@ class EmbeddingService:
             answer = child.receive(LOAD_SECONDS)
         except (Ended, Rested) as error:
             raise self._failure(error, "load it") from error
-        if isinstance(answer, Loaded):
+        if isinstance(answer, EncoderReady):
             return child, answer
         child.end()
         if isinstance(answer, Failed):
