@@ -9,22 +9,9 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 import msgspec
 
 from cordee import errors
-from cordee.api import (
-    agents,
-    anthropic_schemas,
-    bodies,
-    embeddings,
-    failures,
-    guard,
-    hidden,
-    ignored,
-    ollama_schemas,
-    responses_schemas,
-    schemas,
-    server,
-    stream,
-)
+from cordee.api import bodies, embeddings, failures, guard, hidden, ignored, schemas, server, stream
 from cordee.cli.main import subclasses
+from cordee.endpoints import agents, anthropic_schemas, ollama_schemas, responses_schemas
 from cordee.engine.llama import encoder
 from cordee.generation import grammar, sampling, text
 from cordee.net import doors

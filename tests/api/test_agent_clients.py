@@ -17,9 +17,9 @@ from openai.resources.responses import Responses
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-from cordee.api.anthropic_schemas import MessagesRequest
-from cordee.api.responses_schemas import ResponsesRequest
 from cordee.api.schemas import policies
+from cordee.endpoints.anthropic_schemas import MessagesRequest
+from cordee.endpoints.responses_schemas import ResponsesRequest
 from cordee.errors import StageFailed
 from cordee.serving.local_service import ServiceConfig
 from drip import Drip

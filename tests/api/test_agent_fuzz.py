@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cordee.api import anthropic_schemas, responses_schemas
 from cordee.api.schemas import Shape
+from cordee.endpoints import anthropic_schemas, responses_schemas
 from scripted_service import ScriptedService, scripted
 from serving import Running
 

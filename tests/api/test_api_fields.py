@@ -10,8 +10,8 @@ import pytest
 
 from cordee.api import ignored
 from cordee.api.ignored import HEADER, NAME_CHARS_MAX, NAMES_MAX, OBJECTS_MAX, unknown_fields
-from cordee.api.ollama_schemas import OllamaChatRequest
 from cordee.api.schemas import ChatRequest
+from cordee.endpoints.ollama_schemas import OllamaChatRequest
 from cordee.serving.local_service import ServiceConfig
 from serving import CHAT, COMPLETIONS, FRANCE, HELLO, Reply, Running, running, user
 

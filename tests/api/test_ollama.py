@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cordee.api import ollama_replies
 from cordee.api.answers import AnswerPiece, Job, ParsedAnswers
 from cordee.api.bodies import decode
-from cordee.api.described import short_count
-from cordee.api.ollama_replies import OllamaChatReply, OllamaGenerateReply
-from cordee.api.ollama_schemas import OllamaChatRequest
-from cordee.api.ollama_turns import chat_turn
 from cordee.api.stream import EventStream, Timing, collect
 from cordee.chat.events import ArgumentsDelta, CallBegun, Event, TextDelta, ThinkingDelta
 from cordee.chat.turn import Message, Thinking, ToolCall
+from cordee.endpoints import ollama_replies
+from cordee.endpoints.described import short_count
+from cordee.endpoints.ollama_replies import OllamaChatReply, OllamaGenerateReply
+from cordee.endpoints.ollama_schemas import OllamaChatRequest
+from cordee.endpoints.ollama_turns import chat_turn
 from cordee.errors import StageFailed
 from cordee.generation.request import Request
 from cordee.serving.local_service import ServiceConfig

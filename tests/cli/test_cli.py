@@ -15,12 +15,12 @@ import pytest
 import cli_reference
 from chat_families import QWEN, THINKER
 from cordee import __version__, errors
-from cordee.cli import output
 from cordee.cli.main import cordee as program
 from cordee.cli.main import exit_codes, subclasses
 from cordee.engine.llama.libllama import usable_cores
 from cordee.machine import hardware
 from cordee.machine.memory import memory
+from cordee.terminal import output
 from terminal import PROGRAM, SECONDS, Terminal
 from tiny import make_tiny
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from clients_page import example
-from cordee.api.app import Guard
+from cordee.endpoints.app import Guard
 from scripted_service import scripted
 
 QUESTION = "What does summit.txt say?"

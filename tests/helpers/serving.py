@@ -12,11 +12,11 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from cordee.api.app import create_app
 from cordee.api.authenticator import Authenticator
 from cordee.api.keys import LocalKey
 from cordee.api.server import serve
 from cordee.api.stream import Timing
+from cordee.endpoints.app import create_app
 from cordee.models.store import Store
 from cordee.serving.embedders import Embedders
 from cordee.serving.local_service import LocalService, ServiceConfig, samples

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cordee.cli import options, output
+from cordee.cli import options
+from cordee.terminal import output
 
 if TYPE_CHECKING:
     from cordee.machine.bench_runs import Figure

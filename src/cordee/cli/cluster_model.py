@@ -10,11 +10,11 @@ from urllib.parse import urlsplit
 
 from cordee.agent import control
 from cordee.api.keys import LocalKey
-from cordee.cli import output
 from cordee.cli.conversation import GenerationOptions
 from cordee.cli.status import state_of
 from cordee.errors import DoesNotFit, NotRunning, StageFailed
 from cordee.generation.request import TextChunk
+from cordee.terminal import output
 
 POLL_SECONDS = 0.3
 # How long a model may fit nowhere before that is an error: nodes may still be starting.

@@ -5,8 +5,9 @@ from typing import Literal
 
 import click
 
-from cordee.cli import options, output
+from cordee.cli import options
 from cordee.errors import UnsupportedModel
+from cordee.terminal import output
 
 
 @click.command()

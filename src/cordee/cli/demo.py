@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cordee.cli import output
 from cordee.cli.conversation import MAX_TOKENS, TEMPERATURE, GenerationOptions
 from cordee.cli.known import find
 from cordee.cli.models import STARTER
 from cordee.errors import ContextExceeded
-from cordee.terminal import keyboard
+from cordee.terminal import keyboard, output
 from cordee.terminal.wrapping import AnswerPrinter
 
 if TYPE_CHECKING:

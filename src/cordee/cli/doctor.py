@@ -5,7 +5,8 @@ from typing import Any
 import click
 import msgspec
 
-from cordee.cli import options, output
+from cordee.cli import options
+from cordee.terminal import output
 
 
 @click.command()

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from cordee.cli import output
 from cordee.cli.known import find
+from cordee.terminal import output
 
 
 @click.command()

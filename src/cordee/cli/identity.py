@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from cordee.cli import output
 from cordee.errors import BadRequest
+from cordee.terminal import output
 
 PHRASE_BYTES_MAX = 4096
 SHORT_CHARS = 12  # so few can be guessed from a stolen file, whatever the encryption

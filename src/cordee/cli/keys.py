@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cordee.cli import options, output
+from cordee.cli import options
 from cordee.errors import BadRequest, NotRunning
+from cordee.terminal import output
 
 if TYPE_CHECKING:
     from cordee.access.api_keys import ApiKey

@@ -43,9 +43,9 @@ def put_if_here(name: str) -> bool:
 
 
 def _put(store: "Store", name: str) -> "StoredModel | None":
-    from cordee.cli import output
     from cordee.distribution.pull import pull as fetch
     from cordee.models.cards import cards
+    from cordee.terminal import output
 
     card = cards().get(name)
     if card is None or card.path is None:

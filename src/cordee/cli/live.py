@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from cordee.cli import output
+from cordee.terminal import output
 
 WATCH_SECONDS = 1.0  # as often as nodes send heartbeats
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from cordee.cli import output
 from cordee.errors import BadRequest, DoesNotFit, IdentityDamaged, NotRunning
+from cordee.terminal import output
 
 POLL_SECONDS = 0.5
 # How long a stage may fit nowhere else before that is an error: other nodes may still be starting.

@@ -5,7 +5,8 @@ from typing import Any
 
 import click
 
-from cordee.cli import live, options, output
+from cordee.cli import live, options
+from cordee.terminal import output
 
 HEADER = ("NAME", "ID", "STATE", "VERSION", "MEMORY", "IN USE", "DEVICES", "ROUND TRIP", "API")
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cordee.cli import options, output
+from cordee.cli import options
 from cordee.errors import DoesNotFit, ModelNotFound, NotRunning
 from cordee.files import printable
+from cordee.terminal import output
 
 if TYPE_CHECKING:
     from cordee.agent.control import Planned

@@ -4,8 +4,9 @@ from typing import Any
 
 import click
 
-from cordee.cli import live, options, output
+from cordee.cli import live, options
 from cordee.errors import NotRunning
+from cordee.terminal import output
 
 
 @click.command()

@@ -10,7 +10,7 @@ import click
 from click.core import ParameterSource
 
 from cordee import privacy
-from cordee.cli import options, output
+from cordee.cli import options
 from cordee.cli.conversation import (
     MAX_TOKENS,
     TEMPERATURE,
@@ -20,7 +20,7 @@ from cordee.cli.conversation import (
     Stats,
 )
 from cordee.errors import BadRequest, ContextExceeded
-from cordee.terminal import keyboard
+from cordee.terminal import keyboard, output
 
 PROMPT_BYTES = 16 << 20  # what a vocabulary tokenizes at most; a prompt from a pipe is held whole
 # A pipe beside a PROMPT that says nothing for so long may be one that nobody meant to be read.

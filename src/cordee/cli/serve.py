@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cordee.cli import options, output
+from cordee.cli import options
 from cordee.cli.keys import refuse_without_key
 from cordee.cli.known import find
 from cordee.cli.lan import lan_options
 from cordee.cli.models import STARTER
 from cordee.errors import BadRequest
+from cordee.terminal import output
 
 if TYPE_CHECKING:
     from cordee.agent.logs import Form
@@ -157,9 +158,9 @@ class _Server:
         self, services: "dict[str, LocalService]", embedders: "Embedders", expected: list[str]
     ) -> None:
         """Answer until the task is cancelled; from the beginning on, also while models load."""
-        from cordee.api.app import create_app
         from cordee.api.guard import Access, Through
         from cordee.api.server import serve as answer
+        from cordee.endpoints.app import create_app
         from cordee.machine.energy import Meter
         from cordee.serving.local_service import samples
 

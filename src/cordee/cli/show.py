@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cordee.cli import known, options, output
+from cordee.cli import known, options
 from cordee.errors import BadRequest, ModelNotFound
+from cordee.terminal import output
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
-from cordee.cli import live, options, output
+from cordee.cli import live, options
 from cordee.cli.known import put_if_here
 from cordee.errors import ModelNotFound
+from cordee.terminal import output
 
 POLL_SECONDS = 0.5
 CHANGES_SHOWN = 8  # the newest; --json has all that the node keeps

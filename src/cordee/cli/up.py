@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cordee.cli import options, output
+from cordee.cli import options
 from cordee.cli.keys import refuse_without_key
 from cordee.cli.known import find
 from cordee.cli.lan import lan_options
@@ -23,6 +23,7 @@ from cordee.cli.models import STARTER
 from cordee.cli.options import Share, Size
 from cordee.cli.serve import PORT, key_note, listen
 from cordee.errors import CordeeError, JoinFailed
+from cordee.terminal import output
 
 if TYPE_CHECKING:
     from cordee.agent.agent import Agent, AgentOptions
@@ -233,10 +234,10 @@ class _ApiServer:
         """What serves it until it is cancelled."""
         from cordee.access.keyring import Keyring
         from cordee.agent.samples import cluster_samples
-        from cordee.api.app import create_app
         from cordee.api.authenticator import Authenticator
         from cordee.api.guard import Access, Through
         from cordee.api.server import serve
+        from cordee.endpoints.app import create_app
         from cordee.models.store import Store
         from cordee.serving.embedders import Embedders
 

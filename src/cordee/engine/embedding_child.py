@@ -1,7 +1,8 @@
 """A child process that holds one embedding model, whose file may end it at any text.
 
 Run as `python -m cordee.engine.embedding_child SOCKET PATH NAME`: SOCKET is the number of an open socket to
-its parent. It first sends `EncoderReady`, then it answers, until its parent ends, or asks nothing for IDLE_SECONDS.
+its parent. It first sends `EncoderReady`. Then it answers, until its parent ends, or asks nothing for
+IDLE_SECONDS.
 """
 
 import os

@@ -5,13 +5,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from cordee.api import ignored
-from cordee.api.anthropic_input import MessagesInput, constraint_of, shows_thinking
-from cordee.api.anthropic_reply import MessageReply
-from cordee.api.anthropic_schemas import CountRequest, MessagesRequest
 from cordee.api.core import AnswerOptions, ApiCore, random_seed
 from cordee.api.failures import json_response
 from cordee.api.prompts import chat_prompt
 from cordee.chat.formats import format_of
+from cordee.endpoints.anthropic_input import MessagesInput, constraint_of, shows_thinking
+from cordee.endpoints.anthropic_reply import MessageReply
+from cordee.endpoints.anthropic_schemas import CountRequest, MessagesRequest
 from cordee.generation import template
 from cordee.generation.request import SamplingParams
 

@@ -18,11 +18,14 @@ import cordee
 from cordee.api import ignored
 from cordee.api.answers import Job
 from cordee.api.core import AnswerOptions, ApiCore
-from cordee.api.described import capabilities, file_facts, short_count
 from cordee.api.embeddings import embedded, inputs, shortened
 from cordee.api.failures import NotOffered, json_response
-from cordee.api.ollama_replies import OllamaChatReply, OllamaGenerateReply, OllamaReply, stamp
-from cordee.api.ollama_schemas import (
+from cordee.api.options import answer_options, is_given, limit, schema_grammar, whole
+from cordee.api.schemas import refuse
+from cordee.api.stream import while_connected
+from cordee.endpoints.described import capabilities, file_facts, short_count
+from cordee.endpoints.ollama_replies import OllamaChatReply, OllamaGenerateReply, OllamaReply, stamp
+from cordee.endpoints.ollama_schemas import (
     OllamaChatRequest,
     OllamaEmbeddingsRequest,
     OllamaEmbedRequest,
@@ -31,10 +34,7 @@ from cordee.api.ollama_schemas import (
     OllamaOptions,
     OllamaRequest,
 )
-from cordee.api.ollama_turns import chat_turn, prompt_turn, raw_prompt
-from cordee.api.options import answer_options, is_given, limit, schema_grammar, whole
-from cordee.api.schemas import refuse
-from cordee.api.stream import while_connected
+from cordee.endpoints.ollama_turns import chat_turn, prompt_turn, raw_prompt
 from cordee.errors import BadRequest
 from cordee.generation.request import Grammar
 from cordee.models.store import StoredModel

@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cordee.api.anthropic import Anthropic
 from cordee.api.authenticator import Authenticator
 from cordee.api.core import ApiCore
 from cordee.api.embeddings import Embeddings
@@ -27,12 +26,13 @@ from cordee.api.guard import AUTHORITY_PATH, Cors, Guard, KeyGuard
 from cordee.api.ignored import NamesIgnored
 from cordee.api.listing import states
 from cordee.api.metrics import CONTENT_TYPE
-from cordee.api.ollama import Ollama
 from cordee.api.openai import OpenAI
-from cordee.api.responses import Responses
 from cordee.api.stream import Timing
 from cordee.api.tokens import TokenEndpoints
 from cordee.api.usage import usage_response
+from cordee.endpoints.anthropic import Anthropic
+from cordee.endpoints.ollama import Ollama
+from cordee.endpoints.responses import Responses
 from cordee.errors import CordeeError
 from cordee.serving.embedders import Embedders
 from cordee.serving.interface import ModelService

@@ -6,12 +6,18 @@ from typing import Literal
 import msgspec
 from starlette.requests import Request as HttpRequest
 
-from cordee.api.agents import check_names, choice_of, thinking_by
-from cordee.api.anthropic_schemas import AnthropicMessage, AnthropicTool, ContentBlock, DocumentSource, Prompt
 from cordee.api.bodies import decode
 from cordee.api.options import is_given, schema_grammar
 from cordee.chat.roles import alternating
 from cordee.chat.turn import ChatTurn, Message, Thinking, Tool, ToolCall, ToolChoice
+from cordee.endpoints.agents import check_names, choice_of, thinking_by
+from cordee.endpoints.anthropic_schemas import (
+    AnthropicMessage,
+    AnthropicTool,
+    ContentBlock,
+    DocumentSource,
+    Prompt,
+)
 from cordee.errors import BadRequest
 from cordee.generation.request import Grammar
 

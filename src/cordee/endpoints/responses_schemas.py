@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import msgspec
 
-from cordee.api.agents import TOOLS_MAX
 from cordee.api.schemas import (
     ABSENT,
     CACHED,
@@ -19,6 +18,7 @@ from cordee.api.schemas import (
     ignored,
     refused,
 )
+from cordee.endpoints.agents import TOOLS_MAX
 
 ITEMS_MAX = 8192  # of an input: an agent's conversation has a few for each step
 

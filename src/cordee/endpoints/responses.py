@@ -9,10 +9,10 @@ from starlette.responses import Response
 from cordee.api import ignored
 from cordee.api.core import AnswerOptions, ApiCore, random_seed
 from cordee.api.failures import json_response
-from cordee.api.responses_input import ItemDecoders, ResponsesInput, constraint_of
-from cordee.api.responses_reply import ResponsesReply
-from cordee.api.responses_schemas import ResponsesRequest, ResponsesToolChoice
 from cordee.chat.turn import Tool
+from cordee.endpoints.responses_input import ItemDecoders, ResponsesInput, constraint_of
+from cordee.endpoints.responses_reply import ResponsesReply
+from cordee.endpoints.responses_schemas import ResponsesRequest, ResponsesToolChoice
 from cordee.generation.request import SamplingParams
 
 

@@ -4,16 +4,16 @@ import re
 
 import msgspec
 
-from cordee.api.ollama_schemas import (
+from cordee.api.prompts import text_prompt
+from cordee.api.schemas import IDENTIFIER, refuse
+from cordee.chat.turn import ChatTurn, Message, Thinking, Tool, ToolCall
+from cordee.endpoints.ollama_schemas import (
     OllamaChatRequest,
     OllamaGenerateRequest,
     OllamaMessage,
     OllamaRequest,
     OllamaToolCall,
 )
-from cordee.api.prompts import text_prompt
-from cordee.api.schemas import IDENTIFIER, refuse
-from cordee.chat.turn import ChatTurn, Message, Thinking, Tool, ToolCall
 from cordee.errors import BadRequest
 from cordee.serving.interface import ModelService
 

@@ -6,10 +6,13 @@ from typing import Literal, TypeVar
 import msgspec
 from starlette.requests import Request as HttpRequest
 
-from cordee.api.agents import check_names, choice_of, thinking_by
 from cordee.api.bodies import decode
 from cordee.api.options import is_given, schema_grammar
-from cordee.api.responses_schemas import (
+from cordee.api.schemas import refuse
+from cordee.chat.roles import alternating
+from cordee.chat.turn import ChatTurn, Message, Tool, ToolCall, ToolChoice
+from cordee.endpoints.agents import check_names, choice_of, thinking_by
+from cordee.endpoints.responses_schemas import (
     FunctionCallItem,
     FunctionCallOutputItem,
     InputPart,
@@ -19,9 +22,6 @@ from cordee.api.responses_schemas import (
     ResponsesRequest,
     ResponsesToolChoice,
 )
-from cordee.api.schemas import refuse
-from cordee.chat.roles import alternating
-from cordee.chat.turn import ChatTurn, Message, Tool, ToolCall, ToolChoice
 from cordee.errors import BadRequest
 from cordee.generation.request import Grammar
 

@@ -1,0 +1,1 @@
+"""The application, and the other APIs over the same core: Responses, Anthropic's messages, Ollama's."""
