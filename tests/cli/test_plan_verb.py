@@ -115,7 +115,7 @@ def test_the_table_is_for_people(home, nodes):
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
     assert lines[0] == "Model: gpt-oss-120b: 36 layers, 63.4 GB"
-    assert lines[1] == "Asked: 8 answers at a time, of 4096 tokens each"
+    assert lines[1] == "Asked: 4 answers at a time, of 8192 tokens each"
     assert lines[2] == "Fit:   It fits in 4 stages: it needs 67.0 GB of memory in all."
     assert lines[3].startswith("Speed: about ")
     assert any(line.split()[:5] == ["0-8", "office-1", "RTX", "4090", "15.5"] for line in lines)
@@ -143,11 +143,11 @@ def test_what_does_not_fit_says_what_would(home, nodes):
 def test_where_memory_is_short_there_are_fewer_answers_and_it_is_said(home, nodes):
     tight = nodes('[[machine]]\nname = "pc"\nram = "17 GB"\n')
     found = planned("gpt-oss-20b", "--nodes", tight)
-    assert found["context"] == 4096
-    assert 1 < found["sequences"] < 8
-    lacks = f"{found['sequences']} answers at a time instead of 8"
+    assert found["context"] == 8192
+    assert 1 < found["sequences"] < 4
+    lacks = f"{found['sequences']} answers at a time instead of 4"
     assert found["lacks"] == lacks
-    asked = f"{found['sequences']} answers at a time, of 4096 tokens each (memory is short: {lacks})"
+    asked = f"{found['sequences']} answers at a time, of 8192 tokens each (memory is short: {lacks})"
     assert f"Asked: {asked}" in run("gpt-oss-20b", "--nodes", tight).stdout.splitlines()
     asked = ("gpt-oss-20b", "--nodes", tight, "--sequences", 8)
     assert run(*asked, "--context", 4096).exit_code == 6

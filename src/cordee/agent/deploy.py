@@ -136,7 +136,7 @@ class Deployer:
         if asked.follow:
             return Deployed(name)
         offer = self._agent.offers()[name]
-        requested = SizeRequest(asked.context, asked.sequences, offer.context, longest=offer.longest)
+        requested = SizeRequest(asked.context, asked.sequences, offer.context)
         only = self._kept_on(name, asked)
         demand, told = await self._sized(name, offer.shape, requested, only)
         self._agent.deploy(offer, demand, asked.replicas, only)

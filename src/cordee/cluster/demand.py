@@ -3,9 +3,9 @@
 People seldom say how many answers at a time and how much context they want. What they leave open is chosen:
 
 - the usual, which a first request of a coding agent fits: SEQUENCES answers of 8,192 tokens;
-- where there is much room, up to SEQUENCES_MOST answers of CONTEXT_LONG tokens: first the answers give way,
-  then the context, until COMFORT times as many answers would fit, too. So the cache leaves most of the memory
-  to other models, and to what else runs on the machine;
+- where there is much room on one machine, up to SEQUENCES_MOST answers of CONTEXT_LONG tokens: first the
+  answers give way, then the context, until COMFORT times as many answers would fit, too. So the cache leaves
+  most of the memory to other models, and to what else runs there;
 - where the usual does not fit, fewer answers, down to one; then less context, down to CONTEXT_USEFUL.
 
 What they do say is never changed: if it does not fit, they are told what would.

@@ -140,8 +140,7 @@ class KvSource(NamedTuple):
 class Offer(msgspec.Struct, frozen=True):
     """A whole model on a node's disk, which any node may deploy under this name.
 
-    `context` is what it is served with unless the deployment says otherwise, in tokens for each stream, and
-    `longest` what `cordee deploy` may give it where there is much room (0: no more);
+    `context` is what it is served with unless the deployment says otherwise, in tokens for each stream;
     `source` where it came from on the hub ('owner/name/file.gguf'), if it did.
     """
 
@@ -149,7 +148,6 @@ class Offer(msgspec.Struct, frozen=True):
     shape: ModelShape
     context: int
     source: str = ""
-    longest: int = 0
 
 
 class SliceHeld(msgspec.Struct, frozen=True):

@@ -129,10 +129,14 @@ def plan(
 def largest(
     shape: ModelShape, nodes: Mapping[str, Facts], requested: SizeRequest, reserved: Reserved | None = None
 ) -> Demand | None:
-    """The most of what is asked of a model that fits, as far as is found in bounded time; None: nothing."""
+    """The most of what is asked of a model that fits, as far as is found in bounded time; None: nothing.
+
+    No more than the usual: for longer contexts a model would need more machines, and its copies room.
+    """
     units = units_of([nodes[node] for node in sorted(nodes)], reserved)
     trials = _Trials(shape)
-    return requested.largest(lambda demand: trials.fits(demand, units))
+    usual = requested._replace(longest=0)
+    return usual.largest(lambda demand: trials.fits(demand, units))
 
 
 def copies(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
-from cordee.cluster.demand import long_context, usual_context
+from cordee.cluster.demand import usual_context
 from cordee.cluster.disk import StoredSlice, removable
 from cordee.cluster.facts import Offer, Reading, SliceHeld
 from cordee.cluster.goals import DISK_RESERVE_BYTES, SliceGoal
@@ -164,8 +164,7 @@ class Inventory:
         except (BadModelFile, UnsupportedModel):
             return None  # the manifest is damaged: make it again
         source = model.source if is_on_hub(model.source) else ""
-        own, shape = own_context(header), model_shape(header, digest)
-        return Offer(model.name, shape, usual_context(own), source, long_context(own))
+        return Offer(model.name, model_shape(header, digest), usual_context(own_context(header)), source)
 
     async def _read(self, model: StoredModel) -> None:
         def progress(done_bytes: int, total_bytes: int) -> None:
