@@ -179,8 +179,6 @@ def test_errors_of_responses_are_the_clients_own(talk: tuple[Running, ScriptedSe
     server, service = talk
     service.script = [("Je [call", StageFailed("the stage is gone"))]
     with openai_client(server) as client:
-        with pytest.raises(openai.NotFoundError, match="no model 'nosuch'"):
-            client.responses.create(model="nosuch", input="x")
         with pytest.raises(openai.BadRequestError, match="nothing is stored here") as refused:
             client.responses.create(model="scripted", input="x", previous_response_id="resp_1")
         assert refused.value.param == "previous_response_id"
@@ -306,9 +304,6 @@ def test_errors_of_messages_are_the_clients_own(talk: tuple[Running, ScriptedSer
     server, service = talk
     service.script = [("Je [call", StageFailed("the stage is gone"))]
     with anthropic_client(server) as client:
-        with pytest.raises(anthropic.NotFoundError, match="no model 'nosuch'") as missing:
-            client.messages.create(**TALK | {"model": "nosuch"})
-        assert missing.value.type == "not_found_error"
         image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "eA=="}}
         with pytest.raises(anthropic.BadRequestError, match="a block of type 'image' cannot be used"):
             client.messages.create(**TALK | {"messages": [{"role": "user", "content": [image]}]})

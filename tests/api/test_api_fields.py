@@ -75,7 +75,7 @@ SENT = [
     ({"samplers": ["top_k", "temperature"]}, ["samplers"]),
     ({"num_ctx": 8192}, ["num_ctx"]),
     ({"keep_alive": "5m"}, ["keep_alive"]),
-    ({"thinking": {"type": "enabled", "budget_tokens": 100}}, ["thinking"]),
+    ({"thinking": {"type": "enabled", "budget_tokens": 100}}, []),
     ({"provider": {"order": ["x"]}, "transforms": [], "route": None}, ["provider", "transforms", "route"]),
     ({"cache_prompt": True, "id_slot": -1}, ["cache_prompt", "id_slot"]),
     ({"timings_per_token": True, "return_progress": True}, ["timings_per_token", "return_progress"]),

@@ -386,6 +386,7 @@ def reply_of(pieces: Sequence[AnswerPiece | Exception], kind: type) -> Any:
         vocabulary=None,
         answers=Scripted(pieces),
         requests=[Request(id="x", prompt=(1,))],
+        fingerprint="fp",
     )
     return kind(job, 0, logprobs=False)
 

@@ -129,4 +129,4 @@ def test_who_has_gone_is_forgotten() -> None:
     for number in range(50):
         world.submit(str(number), prompt_of(number), 1, share=f"key {number}")
         world.finish()
-    assert len(world.scheduler._served) <= 2
+    assert len(world.scheduler._shares._served) <= 2

@@ -17,7 +17,7 @@ GivenPrompt = str | list[int | str]  # a text, token ids, or both by turns
 
 
 @dataclass(frozen=True)
-class Prompt:
+class RenderedPrompt:
     """A rendered prompt: its text, in which placeholders hide the names of control tokens, and its tokens."""
 
     text: str
@@ -33,7 +33,7 @@ def chat_prompt(
 
 def rendered(
     service: ModelService, chat_format: ChatFormat, turn: ChatTurn, now: datetime, param: str
-) -> Prompt:
+) -> RenderedPrompt:
     """The prompt of a turn, up to where the answer begins.
 
     The names of control tokens in a message, such as <|im_end|>, must not become those tokens, or the author
@@ -48,7 +48,7 @@ def rendered(
         UnsupportedModel: the model has a broken chat template.
     """
     hidden, text = _rendered(service, chat_format, turn, now, param)
-    return Prompt(text, tuple(hidden.tokens(text)))
+    return RenderedPrompt(text, tuple(hidden.tokens(text)))
 
 
 def chat_text(
@@ -111,6 +111,8 @@ def completion_prompts(service: ModelService, prompts: Sequence[GivenPrompt]) ->
         BadRequest: one has none of the accepted forms, or is empty.
         ContextExceeded: one is too long, whatever tokens it becomes.
     """
+    for each in prompts:
+        _check_prompt(service, each)
     return [_tokens(service, each) for each in prompts]
 
 
@@ -121,6 +123,7 @@ def text_prompt(service: ModelService, text: str) -> tuple[int, ...]:
         BadRequest: it is empty, and the model needs a token to begin with.
         ContextExceeded: it is too long, whatever tokens it becomes.
     """
+    _check_prompt(service, text)
     return _tokens(service, text)
 
 
@@ -167,7 +170,8 @@ def _turn_bytes(turn: ChatTurn) -> int:
     return sum(map(utf8_bytes, texts))
 
 
-def _tokens(service: ModelService, prompt: GivenPrompt) -> tuple[int, ...]:
+def _check_prompt(service: ModelService, prompt: GivenPrompt) -> None:
+    """Refuse a prompt by what it is made of, before any is tokenized."""
     pieces = [prompt] if isinstance(prompt, str) else prompt
     texts = [piece for piece in pieces if isinstance(piece, str)]
     if any(isinstance(piece, list) for piece in pieces):
@@ -175,6 +179,10 @@ def _tokens(service: ModelService, prompt: GivenPrompt) -> tuple[int, ...]:
     if len(texts) > CONTROL_TEXTS_MAX:
         raise BadRequest(f"a prompt may be made of {CONTROL_TEXTS_MAX} texts at most", "prompt")
     check_bytes(service, sum(map(utf8_bytes, texts)), "prompt")
+
+
+def _tokens(service: ModelService, prompt: GivenPrompt) -> tuple[int, ...]:
+    pieces = [prompt] if isinstance(prompt, str) else prompt
     vocabulary = service.vocabulary
     tokens: list[int] = []
     for place, piece in enumerate(pieces):

@@ -119,8 +119,8 @@ class ChatReply(Reply):
     object = "chat.completion"
     event_object = "chat.completion.chunk"
 
-    def __init__(self, job: Job, *, logprobs: bool, usage_event: bool) -> None:
-        super().__init__(job, logprobs=logprobs, usage_event=usage_event)
+    def __init__(self, job: Job, *, logprobs: bool, usage_event: bool, usage_always: bool = False) -> None:
+        super().__init__(job, logprobs=logprobs, usage_event=usage_event, usage_always=usage_always)
         self._calls: dict[int, int] = {}  # by answer, the number of the call that began last
 
     def begin(self) -> Iterable[bytes]:

@@ -71,8 +71,6 @@ def create_app(
     authenticator = authenticator or Authenticator()
     core = ApiCore(services, embedders, expected, refusal, clock, timing)
     core.metrics.samples.append(samples)
-    openai, tokens, embeddings = OpenAI(core), TokenEndpoints(core), Embeddings(core)
-    responses, anthropic, ollama = Responses(core), Anthropic(core), Ollama(core)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -80,36 +78,8 @@ def create_app(
         core.close()
         await embedders.close()
 
-    async def ready(_: Request) -> Response:
-        return health_response(services, expected)
-
-    async def metrics(_: Request) -> Response:
-        return Response(core.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
-
     return Starlette(
-        routes=[
-            Route("/live", _live),
-            Route("/ready", ready),
-            Route("/health", ready),
-            Route("/metrics", metrics),
-            Route("/v1/models", openai.models),
-            Route("/v1/models/{name:path}", openai.model),
-            Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
-            Route("/v1/completions", openai.completions, methods=["POST"]),
-            *_access_routes(authenticator, authority),
-            Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
-            *(Route(path, embeddings.rerank, methods=["POST"]) for path in RERANK_PATHS),
-            *ollama.routes(),
-            Route("/v1/responses", responses.create, methods=["POST"]),
-            Route("/v1/messages", anthropic.messages, methods=["POST"]),
-            Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
-            Route("/v1/fim/completions", openai.fim_completions, methods=["POST"]),
-            Route("/infill", openai.infill, methods=["POST"]),
-            Route("/tokenize", tokens.tokenize, methods=["POST"]),
-            Route("/detokenize", tokens.detokenize, methods=["POST"]),
-            Route("/apply-template", tokens.apply_template, methods=["POST"]),
-            Route("/tokenizer_info", tokens.tokenizer_info),
-        ],
+        routes=[*_state_routes(core), *_access_routes(authenticator, authority), *_routes(core)],
         lifespan=lifespan,
         middleware=[
             Middleware(Guard, origins=origins),
@@ -124,6 +94,50 @@ def create_app(
             Exception: on_failure,
         },
     )
+
+
+def _state_routes(core: ApiCore) -> list[Route]:
+    """How this server is."""
+
+    async def ready(_: Request) -> Response:
+        return health_response(core.services, core.expected)
+
+    async def metrics(_: Request) -> Response:
+        return Response(core.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    return [
+        Route("/live", _live),
+        Route("/ready", ready),
+        Route("/health", ready),
+        Route("/metrics", metrics),
+    ]
+
+
+def _routes(core: ApiCore) -> list[Route]:
+    """What models are asked by."""
+    openai, tokens, embeddings = OpenAI(core), TokenEndpoints(core), Embeddings(core)
+    responses, anthropic = Responses(core), Anthropic(core)
+    asked = {
+        "/v1/chat/completions": openai.chat_completions,
+        "/v1/completions": openai.completions,
+        "/v1/fim/completions": openai.fim_completions,
+        "/infill": openai.infill,
+        "/v1/responses": responses.create,
+        "/v1/messages": anthropic.messages,
+        "/v1/messages/count_tokens": anthropic.count_tokens,
+        "/v1/embeddings": embeddings.embeddings,
+        **dict.fromkeys(RERANK_PATHS, embeddings.rerank),
+        "/tokenize": tokens.tokenize,
+        "/detokenize": tokens.detokenize,
+        "/apply-template": tokens.apply_template,
+    }
+    return [
+        Route("/v1/models", openai.models),
+        Route("/v1/models/{name:path}", openai.model),
+        Route("/tokenizer_info", tokens.tokenizer_info),
+        *(Route(path, handler, methods=["POST"]) for path, handler in asked.items()),
+        *Ollama(core).routes(),
+    ]
 
 
 async def _live(_: Request) -> Response:

@@ -48,7 +48,8 @@ from dataclasses import dataclass, field
 
 from cordee.errors import BadRequest, ContextExceeded, Overloaded
 from cordee.generation.request import Choice, FinishReason, Request
-from cordee.generation.tokenlog import TokenLog
+from cordee.generation.shares import Shares, surplus
+from cordee.generation.tokenlog import TokenLog, common_prefix
 
 # Prefill rows that may join a micro-batch while others decode: they wait for it, so it is kept to a few
 # decode steps' worth of work.
@@ -210,7 +211,7 @@ class Scheduler:
         self._limits = limits
         self._end_of_generation = frozenset(end_of_generation)
         self._waiting: OrderedDict[str, tuple[Request, TokenLog]] = OrderedDict()
-        self._served: dict[str, int] = {}  # by share, of those that wait or are active: its newest tenure
+        self._shares = Shares()
         self._active: dict[str, _Stream] = {}
         self._slots = [_Slot(sequence) for sequence in range(limits.sequences)]
         self._in_flight: dict[int, _Flight] = {}
@@ -488,34 +489,29 @@ class Scheduler:
             del slot.tokens[held:]
             self._tenures += 1
             slot.tenure = self._tenures
-            self._served[request.share] = self._tenures
+            self._shares.serve(request.share, self._tenures)
             self._active[name] = _Stream(request, log, slot, min(held, len(request.prompt)))
-        self._forget_shares()
+        self._shares.forget({*self._held(), *(request.share for request, _ in self._waiting.values())})
 
     def _next_waiting(self) -> str:
         """Whose turn it is: the first that waits of the share that is served next."""
         firsts: dict[str, str] = {}
         for name, (request, _) in self._waiting.items():
             firsts.setdefault(request.share, name)
-        held = self._held()
-        return firsts[min(firsts, key=lambda share: (held[share], self._served.get(share, 0)))]
+        return firsts[self._shares.next(firsts, self._held())]
 
     def _held(self) -> Counter[str]:
         """How many slots each share has."""
         return Counter(stream.request.share for stream in self._active.values())
 
     def _surplus(self) -> _Stream | None:
-        """The stream that has to give its slot to one of another share, if so: the newest of those of the
-        share that has most, as least of it has to be computed again."""
+        """The stream that has to give its slot to one of another share, if so: the newest of its share, as
+        least of it has to be computed again."""
         if self.active < self._limits.sequences:
             return None
-        held = self._held()
-        least = min((held[request.share] for request, _ in self._waiting.values()), default=self.active)
-        share, most = max(held.items(), key=lambda item: item[1])
-        if most < least + 2:
-            return None
+        share = surplus((request.share for request, _ in self._waiting.values()), self._held())
         own = [stream for stream in self._active.values() if stream.request.share == share]
-        return max(own, key=lambda stream: stream.slot.tenure)
+        return max(own, key=lambda stream: stream.slot.tenure, default=None)
 
     def _put_back(self, stream: _Stream) -> None:
         """Let a stream wait, before all others of its share. What is under way for it is dropped."""
@@ -523,12 +519,6 @@ class Scheduler:
         request, log = stream.request, stream.log
         self._waiting[request.id] = request, TokenLog(request.prompt, request.sampling, log.generated)
         self._waiting.move_to_end(request.id, last=False)
-
-    def _forget_shares(self) -> None:
-        """Keep in `_served` only who is here, so that it stays as small as the queue."""
-        if len(self._served) > 2 * (self.active + self.waiting):
-            here = {*self._held(), *(request.share for request, _ in self._waiting.values())}
-            self._served = {share: tenure for share, tenure in self._served.items() if share in here}
 
     def _free_slots(self) -> list[_Slot]:
         """Slots that no stream holds, and for which no micro-batch brings further rows by itself."""
@@ -566,7 +556,7 @@ class Scheduler:
 
     def _usable(self, held: Sequence[int], wanted: Sequence[int]) -> int:
         """How many of the tokens that a slot holds are the beginning of those that are wanted."""
-        common = _common_prefix(held, wanted)
+        common = common_prefix(held, wanted)
         return common if self.can_trim or common == len(held) else 0
 
     def _decode_segments(self) -> list[Segment]:
@@ -607,10 +597,3 @@ class Scheduler:
 
 def _ceil_div(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))

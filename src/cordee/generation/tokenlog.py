@@ -37,3 +37,11 @@ class TokenLog:
         if stop <= edge:
             return list(self.prompt[start:stop])
         return list(self.prompt[start:edge]) + self.generated[max(0, start - edge) : stop - edge]
+
+
+def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    for index, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return index
+    return min(len(left), len(right))
