@@ -29,7 +29,7 @@ STREAMS = 8
 TOKENS = 240
 POLL_SECONDS = 0.05
 # No host can hold all of the model, any two can: a fault of one that has a slice is a fault of the answer.
-MACHINE = Machine(memory_bytes=400 * MEGABYTE, cpus=1.0)
+MACHINE = Machine(memory_bytes=350 * MEGABYTE, cpus=1.0)
 ENDS = {"2": -100, "260": -100}  # the model's text is random; it shall not end by chance
 
 
@@ -92,7 +92,8 @@ class Node:
         connection.sock = self.host.connect(API_PORT)
         with contextlib.closing(connection):
             connection.request("GET", f"/v1/models/{MODEL}")
-            return connection.getresponse().status == 200
+            response = connection.getresponse()
+            return response.status == 200 and json.loads(response.read())["state"] != "loading"
 
     @property
     def has_ended(self) -> bool:

@@ -373,7 +373,8 @@ def test_the_context_is_the_models_own_where_memory_allows(model: Model) -> None
     async def run() -> None:
         service = await LocalService.start(model.stored, model.store, config=ServiceConfig(sequences=16))
         try:
-            assert service.context == 2048  # of the model's 4096, so that 16 slots fit CELLS_DEFAULT
+            # Of the model's 4096, so that 16 slots fit CELLS_DEFAULT; all of it where there is much memory.
+            assert service.context in (2048, 4096)
         finally:
             await service.close()
 

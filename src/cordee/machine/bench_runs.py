@@ -178,7 +178,7 @@ def _config(header: Header, wanted: StageOptions) -> StageConfig:
     devices = ("CPU",) if engine_of(header) == "ternary" else wanted.devices
     return sizing.stage_config(
         header,
-        SizeRequest(context, None, context),
+        SizeRequest(context, None, context, usual_sequences=max(DECODE_BATCHES)),
         name=wanted.name,
         threads=wanted.threads,
         devices=devices,
