@@ -13,7 +13,7 @@ from netlab import MEGABYTE, Machine
 DOCS = Path(__file__).parents[2] / "docs"
 ENGLISH, FRENCH = DOCS / "office.md", DOCS / "bureau.md"
 # The starter model takes several of them, any three suffice: one can be drained, stolen or lost.
-PC = Machine(memory_bytes=620 * MEGABYTE, cpus=1.0)
+PC = Machine(memory_bytes=760 * MEGABYTE, cpus=1.0)
 
 
 def test_both_languages_have_the_same_steps() -> None:
