@@ -11,7 +11,7 @@ import msgspec
 from cordee import errors
 from cordee.api import bodies, embeddings, failures, guard, hidden, ignored, schemas, server, stream
 from cordee.cli.main import subclasses
-from cordee.endpoints import agents, anthropic_schemas, ollama_schemas, responses_schemas
+from cordee.endpoints import anthropic_schemas, ollama_schemas, responses_schemas
 from cordee.engine.llama import encoder
 from cordee.generation import grammar, sampling, text
 from cordee.net import doors
@@ -40,7 +40,7 @@ LIMITS = (
     (ignored, "NAME_CHARS_MAX", "characters of such a name"),
     (ignored, "OBJECTS_MAX", "objects of a body that are looked at for it"),
     (responses_schemas, "ITEMS_MAX", "items of a response's input"),
-    (agents, "TOOLS_MAX", "tools of a request to Responses or Anthropic's messages"),
+    (schemas, "TOOLS_MAX", "tools of a request"),
     (schemas, "CHOICES_MAX", "answers to one request: prompts times `n`"),
     (embeddings, "INPUTS_MAX", "texts of an embeddings request"),
     (embeddings, "DOCUMENTS_MAX", "documents of a rerank request"),

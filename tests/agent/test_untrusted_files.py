@@ -124,7 +124,8 @@ def test_bad_files_end_no_node_and_hide_no_sound_model(cluster: Cluster, origina
         assert name in deployed.stderr and "sha256" not in deployed.stderr
         with b.client() as client:
             try:
-                client.completions.create(model=name, prompt="é")  # of a name that is unknown the only model
+                answered = client.completions.with_raw_response.create(model=name, prompt="é")
+                assert answered.headers["x-cordee-ignored"] == "model"  # by the only one that is served
             except openai.APIStatusError as refused:
                 assert refused.status_code in (404, 422) and name in str(refused)
     for node in (a, b):

@@ -3,8 +3,6 @@
 import asyncio
 import inspect
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -21,10 +19,9 @@ from cordee.api.schemas import policies
 from cordee.endpoints.anthropic_schemas import MessagesRequest
 from cordee.endpoints.responses_schemas import ResponsesRequest
 from cordee.errors import StageFailed
-from cordee.serving.local_service import ServiceConfig
 from drip import Drip
-from scripted_service import ScriptedService, scripted
-from serving import Running, running
+from scripted_service import ScriptedService
+from serving import Running
 
 ROPE = "Why do climbers rope together?"
 ARGUMENTS = {"place": "Chamonix"}
@@ -35,23 +32,6 @@ FUNCTION = {"type": "function", "name": "weather", "parameters": SCHEMA, "strict
 TOOL = {"name": "weather", "description": "The weather of a place.", "input_schema": SCHEMA}
 QUESTION = {"role": "user", "content": "What is the weather?"}
 TALK = {"model": "scripted", "max_tokens": 100, "messages": [QUESTION], "tools": [TOOL]}
-
-
-@pytest.fixture(scope="module")
-def server(
-    starter_path: Path, session_home: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    config = ServiceConfig(context=512)
-    with running(starter_path, tmp_path_factory.mktemp("store"), config=config) as started:
-        yield started
-
-
-@pytest.fixture
-def talk(
-    starter_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Running, ScriptedService]]:
-    with scripted(starter_path, tmp_path, monkeypatch) as made:
-        yield made
 
 
 def openai_client(server: Running) -> openai.OpenAI:

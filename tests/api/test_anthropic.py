@@ -1,7 +1,6 @@
 """Anthropic's messages: the shape of replies, events and errors, what is taken, what is refused by name."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 from cordee.api.keys import LocalKey
 from cordee.api.stream import Timing
 from cordee.errors import Overloaded, StageFailed
-from cordee.serving.local_service import ServiceConfig
 from scripted_service import ScriptedService, scripted
 from serving import Reply, Running, running, user
 
@@ -26,24 +24,6 @@ ASKED = {"model": "scripted", "max_tokens": 100, "messages": user("Weather?"), "
 HELLO = {"model": "starter", "max_tokens": 8, "messages": user("Say hello."), "temperature": 0}
 ADAPTIVE = {"thinking": {"type": "adaptive"}}
 CACHED = {"cache_control": {"type": "ephemeral"}}
-
-
-@pytest.fixture
-def talk(
-    starter_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Running, ScriptedService]]:
-    with scripted(starter_path, tmp_path, monkeypatch) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def server(
-    starter_path: Path, session_home: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    with running(
-        starter_path, tmp_path_factory.mktemp("store"), config=ServiceConfig(context=512)
-    ) as started:
-        yield started
 
 
 def events_of(reply: Reply) -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ def test_a_list_says_what_a_model_can_do(server: Running) -> None:
     assert model["state"] == "ready"
     assert model["context_length"] == model["max_model_len"] == 512
     assert model["size"] == server.service.model.nbytes
-    assert model["capabilities"] == ["completion"]
+    assert model["capabilities"] == ["completion", "tools"]
 
 
 # HTTP

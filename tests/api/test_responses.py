@@ -1,7 +1,6 @@
 """`POST /v1/responses`: the shape of its replies and events, what it takes, and what it refuses by name."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,8 @@ import pytest
 
 from cordee.api.stream import Timing
 from cordee.errors import StageFailed
-from cordee.serving.local_service import ServiceConfig
 from scripted_service import ScriptedService, scripted
-from serving import Reply, Running, running
+from serving import Reply, Running
 
 RESPONSES = "/v1/responses"
 WEATHER = {
@@ -23,24 +21,6 @@ WEATHER = {
 CALL = '[think]Where?[say]I look.[call weather]{"place": "Chamonix"}'
 ASKED = {"model": "scripted", "input": "Weather?", "tools": [WEATHER]}
 FRANCE = {"model": "starter", "input": "Say hello.", "temperature": 0, "max_output_tokens": 8}
-
-
-@pytest.fixture
-def talk(
-    starter_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[Running, ScriptedService]]:
-    with scripted(starter_path, tmp_path, monkeypatch) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def server(
-    starter_path: Path, session_home: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    with running(
-        starter_path, tmp_path_factory.mktemp("store"), config=ServiceConfig(context=512)
-    ) as started:
-        yield started
 
 
 def events_of(reply: Reply) -> list[dict[str, Any]]:

@@ -225,6 +225,29 @@ def test_a_strict_schema_that_cannot_bind_is_refused_and_another_is_not(qwen: Ru
     assert "uniqueItems" in reply.error["message"]
 
 
+@pytest.mark.parametrize("path", [CHAT, "/api/chat", "/v1/messages", "/v1/responses"])
+def test_what_a_tool_cannot_bind_is_named_by_every_api(qwen: Running, path: str) -> None:
+    schema = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
+    tool: dict[str, Any] = {"type": "function", "function": {"name": "tag", "parameters": schema}}
+    asked: dict[str, Any] = {"model": ASKED["model"], "messages": user("Hi"), "max_tokens": 1}
+    if path == "/v1/messages":
+        tool = {"name": "tag", "input_schema": schema}
+    elif path == "/v1/responses":
+        tool = {"type": "function", "name": "tag", "parameters": schema}
+        asked = {"model": ASKED["model"], "input": "Hi", "max_output_tokens": 1}
+    elif path == "/api/chat":
+        asked = {"model": ASKED["model"], "messages": user("Hi"), "options": {"num_predict": 1}}
+    reply = qwen.request("POST", path, {**asked, "tools": [tool], "stream": False})
+    assert reply.status == 200, reply.body
+    assert reply.headers["x-cordee-ignored"] == "tools.uniqueItems"
+
+
+def test_tools_that_a_call_could_not_tell_apart_are_refused(qwen: Running) -> None:
+    tool = {"type": "function", "function": {"name": "tag"}}
+    reply = qwen.request("POST", CHAT, {**ASKED, "tools": [tool, tool]})
+    assert (reply.status, reply.error["param"]) == (400, "tools")
+
+
 def test_a_format_and_tools_together(client: openai.OpenAI) -> None:
     shape = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     shape["additionalProperties"] = False

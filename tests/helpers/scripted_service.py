@@ -116,10 +116,10 @@ def scripted(
     chat = ApiCore.chat
 
     def remembered(
-        own: ApiCore, of: ScriptedService, turn: ChatTurn, *rest: Any, **named: Any
+        own: ApiCore, request: Any, of: ScriptedService, turn: ChatTurn, *rest: Any, **named: Any
     ) -> Awaitable[Job]:
         service.turns.append(turn)
-        return chat(own, of, turn, *rest, **named)
+        return chat(own, request, of, turn, *rest, **named)
 
     monkeypatch.setattr(ApiCore, "chat", remembered)
     monkeypatch.setattr(core, "ParsedAnswers", lambda of, *_: ParsedAnswers(of, ScriptedParser))

@@ -1,6 +1,6 @@
 """The answers that endpoints translate: a service's text as events (cordee.chat), piece by piece or whole.
 
-Every endpoint is a translation around this: a request's body becomes a `Job` (backend.py), and its reply is
+Every endpoint is a translation around this: a request's body becomes a `Job` (core.py), and its reply is
 made of `AnswerPiece`s.
 """
 
@@ -138,4 +138,3 @@ class Job:
     requests: Sequence[Request]
     fingerprint: str  # of the program and the model
     n: int = 1
-    ignored: tuple[str, ...] = ()  # what the request asks for and the answer is not bound to, by name

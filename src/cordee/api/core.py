@@ -23,11 +23,12 @@ from cordee.api.metrics import Metrics
 from cordee.api.prompts import check_length, rendered
 from cordee.api.schemas import CHOICES_MAX
 from cordee.api.stream import Adapter, EventStream, Timing, collect, while_connected
-from cordee.chat.formats import AnswerFormat, format_of
+from cordee.chat.formats import AnswerFormat, ChatFormat, format_of
 from cordee.chat.turn import ChatTurn
 from cordee.errors import BadRequest, CordeeError, ModelNotFound
 from cordee.generation import template
 from cordee.generation.request import Grammar, Request, SamplingParams
+from cordee.models.store import StoredModel
 from cordee.serving.embedders import Embedders
 from cordee.serving.interface import ModelService
 
@@ -131,6 +132,7 @@ class ApiCore:
 
     async def chat(
         self,
+        request: HttpRequest,
         service: ModelService,
         turn: ChatTurn,
         options: AnswerOptions,
@@ -139,28 +141,35 @@ class ApiCore:
         param: str = "messages",
     ) -> Job:
         """The job of answering a turn. `constraint` is what the client itself binds the text to; errors
-        about the conversation name the body's field `param`.
+        about the conversation name the body's field `param`. What of the tools' schemas cannot be bound is
+        noted as without effect.
 
         Raises:
             BadRequest: the turn cannot be used, or asks for too many answers.
             ContextExceeded: it is too long.
             UnsupportedModel: the model has no chat template, or a broken one.
         """
-        if service.template is None:
-            raise template.missing(service.name)
         prompt, answer = await self.in_thread(self._prepared, service, turn, constraint, param)
         check_length(service, prompt, param)
+        ignored.note(request, *answer.ignored)
         sampling = msgspec.structs.replace(options.sampling, grammar=answer.grammar)
         answers = ParsedAnswers(service, partial(answer.parser, _call_id))
-        job = self._job(service, [prompt], sampling, options, answers, shown_tokens=answer.shown_tokens)
-        return replace(job, ignored=answer.ignored)
+        return self._job(service, [prompt], sampling, options, answers, shown_tokens=answer.shown_tokens)
+
+    async def count_tokens(self, service: ModelService, turn: ChatTurn, param: str = "messages") -> int:
+        """How many tokens the prompt of a turn has. Raises as `chat` does."""
+        prompt = await self.in_thread(rendered, service, chat_format_of(service), turn, self._clock(), param)
+        return len(prompt.tokens)
+
+    async def embedding_models(self) -> list[StoredModel]:
+        """The models of this machine that give vectors, and do nothing else; read from its disk."""
+        return await self.in_thread(self.embedders.models)
 
     def _prepared(
         self, service: ModelService, turn: ChatTurn, constraint: Grammar | None, param: str
     ) -> tuple[tuple[int, ...], AnswerFormat]:
         """The prompt of a turn, and the format of its answer."""
-        assert service.template is not None, "`chat` has looked"
-        chat_format = format_of(service.template)
+        chat_format = chat_format_of(service)
         prompt = rendered(service, chat_format, turn, self._clock(), param)
         return prompt.tokens, chat_format.answer(turn, prompt.text, constraint, service.vocabulary)
 
@@ -239,6 +248,17 @@ class ApiCore:
             fingerprint=fingerprint(service),
             n=n,
         )
+
+
+def chat_format_of(service: ModelService) -> ChatFormat:
+    """The format of a model's conversations.
+
+    Raises:
+        UnsupportedModel: it has no chat template.
+    """
+    if service.template is None:
+        raise template.missing(service.name)
+    return format_of(service.template)
 
 
 def _untagged(name: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
+from cordee.chat.families import thinking_of
 from cordee.models.store import StoredModel
 from cordee.serving.interface import ModelService
 
@@ -56,6 +57,10 @@ def capabilities(service: ModelService) -> list[str]:
     found = ["completion"]
     if service.vocabulary.infill is not None:
         found.append("insert")
+    if service.template is not None:
+        found.append("tools")
+        if thinking_of(service.template.source) is not None:
+            found.append("thinking")
     return found
 
 

@@ -49,7 +49,7 @@ class OpenAI:
     async def models(self, _: HttpRequest) -> Response:
         """`GET /v1/models`"""
         core = self._core
-        data = listed(core.services, core.embedders.models(), core.expected, core.now)
+        data = listed(core.services, await core.embedding_models(), core.expected, core.now)
         return json_response({"object": "list", "data": data})
 
     async def model(self, request: HttpRequest) -> Response:
@@ -57,7 +57,7 @@ class OpenAI:
         name, core = request.path_params["name"], self._core
         if name in core.expected and name not in core.services:
             return json_response(coming_model(name, core.now))
-        for model in core.embedders.models():
+        for model in await core.embedding_models():
             if model.name == name:
                 return json_response(embedding_model(model))
         return json_response(described(name, core.service(name)))
@@ -72,8 +72,8 @@ class OpenAI:
         max_tokens = limit(body.max_completion_tokens, "max_completion_tokens") or _max_tokens(body)
         options = _options(service, body, max_tokens, top_logprobs)
         constraint = _grammar(request, body)
-        job = await core.chat(service, chat_turn(body), options, constraint=constraint)
-        ignored.note(request, *job.ignored, *unknown_tools(body))
+        job = await core.chat(request, service, chat_turn(body), options, constraint=constraint)
+        ignored.note(request, *unknown_tools(body))
         return await self._answer(request, body, job, ChatReply, logprobs=top_logprobs is not None)
 
     async def completions(self, request: HttpRequest) -> Response:

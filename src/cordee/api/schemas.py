@@ -17,7 +17,7 @@ from cordee.generation.text import STOPS_MAX
 
 MESSAGES_MAX = 4096  # turns of a conversation
 PARTS_MAX = 1024  # content parts of a message
-TOOLS_MAX = 512  # of a request; agents with many servers of tools send two hundred
+TOOLS_MAX = 1024  # of a request; OpenAI takes 128, agents with many servers of tools send more
 EXTRA_FILES_MAX = 1024  # beside the one that is filled in
 CHOICES_MAX = 32  # answers that one request may ask for: prompts times `n`
 TOKENS_MAX = 1 << 30  # no context is longer

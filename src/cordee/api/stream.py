@@ -135,11 +135,12 @@ class Streams:
         try:
             async with caller.while_valid(), aclosing(self._service.generate(request)) as pieces:
                 async for piece in pieces:
-                    caller.spend(
-                        piece.prompt_tokens - counted.prompt_tokens,
-                        piece.completion_tokens - counted.completion_tokens,
-                    )
-                    counted = piece
+                    if piece.place is None:
+                        caller.spend(
+                            piece.prompt_tokens - counted.prompt_tokens,
+                            piece.completion_tokens - counted.completion_tokens,
+                        )
+                        counted = piece
                     finished = piece.finish_reason is not None
                     await self._queue.put((index, piece))
             if not finished:

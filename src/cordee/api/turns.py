@@ -1,5 +1,6 @@
 """From the body of a chat completion to a turn: messages, tools, and what is wanted of thinking."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -30,6 +31,7 @@ def chat_turn(request: ChatRequest) -> ChatTurn:
     """
     messages = [_message(message, f"messages[{place}].") for place, message in enumerate(request.messages)]
     tools = [_tool(tool) for tool in request.tools or () if tool.type == "function"]
+    check_names(tools, "tools")
     choice, tools = _choice(request, tools)
     if request.grammar is not None and tools and choice.mode != "none":
         raise BadRequest("grammar and tools cannot both bind the answer: leave one out", "grammar")
@@ -49,6 +51,21 @@ def unknown_tools(request: ChatRequest) -> tuple[str, ...]:
     return tuple(
         sorted({f"tools.{tool.type[:40]}" for tool in request.tools or () if tool.type != "function"})
     )
+
+
+def check_names(tools: Sequence[Tool], param: str) -> None:
+    """Refuse tools that a call could not tell apart.
+
+    Raises:
+        BadRequest: two have one name, or one has none.
+    """
+    names: set[str] = set()
+    for tool in tools:
+        if not tool.name:
+            raise BadRequest(f"a tool of {param} has no name", param)
+        if tool.name in names:
+            raise BadRequest(f"two tools of {param} are called {tool.name}", param)
+        names.add(tool.name)
 
 
 def _tool(tool: ToolDefinition) -> Tool:

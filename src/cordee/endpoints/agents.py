@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from cordee.api.core import random_seed
+from cordee.api.schemas import Shape
 from cordee.chat.turn import Thinking, Tool, ToolChoice
 from cordee.errors import BadRequest
-
-TOOLS_MAX = 1024  # OpenAI takes 128; agents with many servers of tools send more
+from cordee.generation.request import SamplingParams
 
 # What clients ask for, and what templates know.
 EFFORTS: Mapping[str, str] = {
@@ -35,21 +36,6 @@ def thinking_by(effort: str | None, param: str) -> Thinking:
     return Thinking(effort=EFFORTS[effort])
 
 
-def check_names(tools: Sequence[Tool], param: str) -> None:
-    """Refuse tools that a call could not tell apart.
-
-    Raises:
-        BadRequest: two have one name, or one has none.
-    """
-    names: set[str] = set()
-    for tool in tools:
-        if not tool.name:
-            raise BadRequest(f"a tool of {param} has no name", param)
-        if tool.name in names:
-            raise BadRequest(f"two tools of {param} are called {tool.name}", param)
-        names.add(tool.name)
-
-
 def choice_of(
     mode: Literal["none", "auto", "required"], name: str | None, tools: Sequence[Tool]
 ) -> ToolChoice:
@@ -67,3 +53,10 @@ def choice_of(
             f"tool_choice names {name}, which is none of the tools that can be called", "tool_choice"
         )
     return ToolChoice(mode, name)
+
+
+def sampling_of(body: Shape, *names: str) -> SamplingParams:
+    """How tokens are chosen, by these fields of a body. What a client leaves out, or sends as null, keeps its
+    default; the seed is a random one."""
+    given = {name: value for name in names if (value := getattr(body, name)) is not None}
+    return SamplingParams(**given, seed=random_seed())

@@ -8,9 +8,10 @@ from starlette.requests import Request as HttpRequest
 
 from cordee.api.bodies import decode
 from cordee.api.options import is_given, schema_grammar
+from cordee.api.turns import check_names
 from cordee.chat.roles import alternating
 from cordee.chat.turn import ChatTurn, Message, Thinking, Tool, ToolCall, ToolChoice
-from cordee.endpoints.agents import check_names, choice_of, thinking_by
+from cordee.endpoints.agents import choice_of, thinking_by
 from cordee.endpoints.anthropic_schemas import (
     AnthropicMessage,
     AnthropicTool,

@@ -7,8 +7,17 @@ from typing import Annotated, Any
 
 import msgspec
 
-from cordee.api.schemas import ABSENT, CACHED, MESSAGES_MAX, PARTS_MAX, TOKENS_MAX, Shape, honoured, ignored
-from cordee.endpoints.agents import TOOLS_MAX
+from cordee.api.schemas import (
+    ABSENT,
+    CACHED,
+    MESSAGES_MAX,
+    PARTS_MAX,
+    TOKENS_MAX,
+    TOOLS_MAX,
+    Shape,
+    honoured,
+    ignored,
+)
 from cordee.generation.text import STOPS_MAX
 
 BLOCKS_MAX = PARTS_MAX

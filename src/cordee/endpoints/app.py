@@ -28,11 +28,11 @@ from cordee.api.listing import states
 from cordee.api.metrics import CONTENT_TYPE
 from cordee.api.openai import OpenAI
 from cordee.api.stream import Timing
-from cordee.api.tokens import TokenEndpoints
 from cordee.api.usage import usage_response
 from cordee.endpoints.anthropic import Anthropic
 from cordee.endpoints.ollama import Ollama
 from cordee.endpoints.responses import Responses
+from cordee.endpoints.tokens import TokenEndpoints
 from cordee.errors import CordeeError
 from cordee.serving.embedders import Embedders
 from cordee.serving.interface import ModelService

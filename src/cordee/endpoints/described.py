@@ -1,4 +1,4 @@
-"""What a model is, for clients that ask before they use it: its file's header, what it can do."""
+"""What a model is, for clients that ask before they use it: what its file says."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,12 +12,9 @@ from cordee.errors import CordeeError
 from cordee.models.fit import parameter_count
 from cordee.models.gguf import Header, read_header
 from cordee.models.metadata import Array
-from cordee.serving.interface import ModelService
 
 HEADERS_MAX = 64  # that are remembered; a node serves a handful of models
 TEXT_CHARS_MAX = 1000  # of a metadata's text; longer ones are templates and whole tokenizers
-# Names and marks in chat templates of models that think before they answer.
-THINKING_MARKS = ("<think>", "enable_thinking", "reasoning_effort", "<|channel|>analysis", "<|channel>")
 UNITS = ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K"))
 
 
@@ -29,14 +26,6 @@ class FileFacts:
     quantization: str = ""
     license: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-
-def capabilities(service: ModelService) -> list[str]:
-    """What requests may ask of a model, in Ollama's words."""
-    if service.template is None:
-        return ["completion"]
-    thinks = any(mark in service.template.source for mark in THINKING_MARKS)
-    return ["completion", "tools", *(["thinking"] if thinks else [])]
 
 
 @lru_cache(HEADERS_MAX)

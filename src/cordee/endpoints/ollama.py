@@ -5,6 +5,7 @@ this machine, or any holder of a key, and what is served here is served to all o
 """
 
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,10 +21,11 @@ from cordee.api.answers import Job
 from cordee.api.core import AnswerOptions, ApiCore
 from cordee.api.embeddings import embedded, inputs, shortened
 from cordee.api.failures import NotOffered, json_response
+from cordee.api.listing import capabilities
 from cordee.api.options import answer_options, is_given, limit, schema_grammar, whole
 from cordee.api.schemas import refuse
 from cordee.api.stream import while_connected
-from cordee.endpoints.described import capabilities, file_facts, short_count
+from cordee.endpoints.described import file_facts, short_count
 from cordee.endpoints.ollama_replies import OllamaChatReply, OllamaGenerateReply, OllamaReply, stamp
 from cordee.endpoints.ollama_schemas import (
     OllamaChatRequest,
@@ -97,7 +99,7 @@ class Ollama:
 
     async def tags(self, _: HttpRequest) -> Response:
         """`GET /api/tags`"""
-        found = {model.name: (model, EMBEDDING) for model in self._core.embedders.models()}
+        found = {model.name: (model, EMBEDDING) for model in await self._core.embedding_models()}
         for name, service in self._core.services.items():
             found[name] = service.model, capabilities(service)
         return json_response({"models": [await self._listed(name, *found[name]) for name in sorted(found)]})
@@ -117,7 +119,7 @@ class Ollama:
         name = await self._named(request)
         untagged = name.removesuffix(":latest")
         vectors = next(
-            (each for each in self._core.embedders.models() if each.name in (name, untagged)), None
+            (each for each in await self._core.embedding_models() if each.name in (name, untagged)), None
         )
         service = None if vectors is not None else self._core.service(name)
         model, able = (vectors, EMBEDDING) if service is None else (service.model, capabilities(service))
@@ -154,7 +156,7 @@ class Ollama:
             return json_response(_loaded(service, {"message": {"role": "assistant", "content": ""}}))
         options = _options(request, service, body)
         constraint = _constraint(request, body)
-        job = await core.chat(service, chat_turn(body), options, constraint=constraint)
+        job = await core.chat(request, service, chat_turn(body), options, constraint=constraint)
         return await self._answer(request, body, OllamaChatReply(job, begun, logprobs=bool(body.logprobs)))
 
     async def generate(self, request: HttpRequest) -> Response:
@@ -213,11 +215,12 @@ class Ollama:
         core, options = self._core, _options(request, service, body)
         constraint = _constraint(request, body)
         if not body.raw and service.template is not None:
-            return await core.chat(service, prompt_turn(body), options, constraint=constraint, param="prompt")
+            return await core.chat(
+                request, service, prompt_turn(body), options, constraint=constraint, param="prompt"
+            )
         prompt = await core.in_thread(raw_prompt, service, body)
         sampling = msgspec.structs.replace(options.sampling, grammar=constraint)
-        bound = AnswerOptions(sampling=sampling, max_tokens=options.max_tokens, stop=options.stop)
-        return core.completion(service, [prompt], bound)
+        return core.completion(service, [prompt], replace(options, sampling=sampling))
 
     async def _answer(self, request: HttpRequest, body: OllamaRequest, reply: OllamaReply) -> Response:
         if body.stream is not False:
@@ -229,9 +232,9 @@ class Ollama:
         self, request: HttpRequest, model: str, texts: list[str | tuple[int, ...]], truncate: bool
     ) -> tuple[list[np.ndarray], int]:
         """The vectors of texts, as long as the client is there, and how many tokens they had."""
-        embedders, untagged = self._core.embedders, model.removesuffix(":latest")
-        name = untagged if any(each.name == untagged for each in embedders.models()) else model
-        service = await embedders.service(name)
+        core, untagged = self._core, model.removesuffix(":latest")
+        name = untagged if any(each.name == untagged for each in await core.embedding_models()) else model
+        service = await core.embedders.service(name)
         return await while_connected(request.receive, embedded(service, texts, truncate))
 
     async def _named(self, request: HttpRequest) -> str:

@@ -9,6 +9,7 @@ from cordee.api.schemas import (
     ABSENT,
     MESSAGES_MAX,
     NO_MEDIA,
+    TOOLS_MAX,
     Integral,
     Samplers,
     Shape,
@@ -19,7 +20,6 @@ from cordee.api.schemas import (
 )
 from cordee.generation.sampling import RANGES
 
-TOOLS_MAX = 512  # of a request; agents have some dozens
 CALLS_MAX = 128  # of a message
 
 STAYS = "a model that is served stays in memory"

@@ -7,13 +7,13 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from cordee.api import ignored
-from cordee.api.core import AnswerOptions, ApiCore, random_seed
+from cordee.api.core import AnswerOptions, ApiCore
 from cordee.api.failures import json_response
 from cordee.chat.turn import Tool
+from cordee.endpoints.agents import sampling_of
 from cordee.endpoints.responses_input import ItemDecoders, ResponsesInput, constraint_of
 from cordee.endpoints.responses_reply import ResponsesReply
 from cordee.endpoints.responses_schemas import ResponsesRequest, ResponsesToolChoice
-from cordee.generation.request import SamplingParams
 
 
 class Responses:
@@ -31,10 +31,15 @@ class Responses:
         service = core.asked(request, body.model)
         given = ResponsesInput(body, self._items)
         job = await core.chat(
-            service, given.turn, _options(body), constraint=constraint_of(request, body), param="input"
+            request,
+            service,
+            given.turn,
+            _options(body),
+            constraint=constraint_of(request, body),
+            param="input",
         )
         reply = ResponsesReply(job, _echo(body, given.tools))
-        ignored.note(request, *given.ignored, *job.ignored)
+        ignored.note(request, *given.ignored)
         if body.stream:
             return core.stream(job, reply)
         [answer] = await core.whole(request, job)
@@ -42,9 +47,7 @@ class Responses:
 
 
 def _options(body: ResponsesRequest) -> AnswerOptions:
-    given = {name: getattr(body, name) for name in ("temperature", "top_p")}
-    given = {name: value for name, value in given.items() if value is not None}
-    sampling = SamplingParams(**given, seed=random_seed())
+    sampling = sampling_of(body, "temperature", "top_p")
     return AnswerOptions(sampling=sampling, max_tokens=body.max_output_tokens)
 
 

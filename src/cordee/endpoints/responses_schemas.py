@@ -13,12 +13,12 @@ from cordee.api.schemas import (
     NO_MEDIA,
     PARTS_MAX,
     TOKENS_MAX,
+    TOOLS_MAX,
     Shape,
     honoured,
     ignored,
     refused,
 )
-from cordee.endpoints.agents import TOOLS_MAX
 
 ITEMS_MAX = 8192  # of an input: an agent's conversation has a few for each step
 

@@ -45,6 +45,16 @@ def send(link: socket.socket, message: msgspec.Struct) -> None:
     link.sendall(_LENGTH.pack(len(data)) + data)
 
 
+def answer(link: socket.socket, message: msgspec.Struct) -> None:
+    """Send a message to the parent, which takes it whenever it likes, or ends.
+
+    Raises:
+        OSError: it ended.
+    """
+    link.settimeout(None)
+    send(link, message)
+
+
 def receive(link: socket.socket, seconds: float, decoder: msgspec.msgpack.Decoder[M]) -> M:
     """The next message of the kinds that `decoder` knows, whole within so many seconds.
 

@@ -10,7 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-from cordee.engine.child import receive, send
+from cordee.engine.child import answer, receive
 from cordee.engine.embedding_messages import Embed, EmbeddingMessage, EncoderReady, Rank, Vector, decoder
 from cordee.engine.llama.encoder import LlamaEncoder
 from cordee.engine.vocabulary_messages import Failed
@@ -29,16 +29,16 @@ def main() -> int:
     link = socket.socket(fileno=int(number))
     try:
         encoder = LlamaEncoder(Path(path), name)
-        _answer(link, EncoderReady(encoder.dimension, encoder.context))
+        answer(link, EncoderReady(encoder.dimension, encoder.context))
     except CordeeError as error:
-        _answer(link, Failed(type(error).__name__, error.message))
+        answer(link, Failed(type(error).__name__, error.message))
         return 0
     while True:
         try:
             request = receive(link, IDLE_SECONDS, decoder)
         except (EOFError, OSError):  # the parent ended, or has asked nothing for long
             return 0
-        _answer(link, _carried_out(encoder, request))
+        answer(link, _carried_out(encoder, request))
 
 
 def _carried_out(encoder: LlamaEncoder, request: EmbeddingMessage) -> EmbeddingMessage:
@@ -55,8 +55,3 @@ def _carried_out(encoder: LlamaEncoder, request: EmbeddingMessage) -> EmbeddingM
     except CordeeError as error:
         return Failed(type(error).__name__, error.message)
     return Vector(values.tobytes(), count)
-
-
-def _answer(link: socket.socket, message: EmbeddingMessage) -> None:
-    link.settimeout(None)  # the parent takes it, or ends
-    send(link, message)

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 
-from cordee.engine.child import receive, send
+from cordee.engine.child import answer, receive
 from cordee.engine.llama.vocabulary import LlamaVocabulary
 from cordee.engine.vocabulary_messages import (
     Failed,
@@ -49,11 +49,11 @@ def main() -> int:
         if how == "table":
             table = vocabulary.table()
             _prove(vocabulary)
-            _answer(link, table)
+            answer(link, table)
         else:
-            _answer(link, Ready())
+            answer(link, Ready())
     except CordeeError as error:
-        _answer(link, Failed(type(error).__name__, error.message))
+        answer(link, Failed(type(error).__name__, error.message))
         return 0
     seconds = float(fresh_seconds)
     while True:
@@ -61,7 +61,7 @@ def main() -> int:
             request = receive(link, seconds, decoder)
         except (EOFError, OSError):  # the parent ended, or has asked nothing for long
             return 0
-        _answer(link, _carried_out(vocabulary, request))
+        answer(link, _carried_out(vocabulary, request))
         seconds = IDLE_SECONDS
 
 
@@ -84,8 +84,3 @@ def _carried_out(vocabulary: LlamaVocabulary, request: Message) -> Message:
     except CordeeError as error:
         return Failed(type(error).__name__, error.message)
     return Numbers(array.array("i", found).tobytes())
-
-
-def _answer(link: socket.socket, message: Message) -> None:
-    link.settimeout(None)  # the parent takes it, or ends
-    send(link, message)

@@ -20,7 +20,7 @@ from random import Random
 import msgspec
 import psutil
 
-from cordee.engine.child import receive, send
+from cordee.engine.child import answer, receive
 from cordee.engine.llama.vocabulary import LlamaVocabulary
 from cordee.errors import CordeeError
 from cordee.generation.grammar import STEP_SECONDS, GrammarTokenizer, check, refusal
@@ -49,15 +49,15 @@ def main() -> int:
         tokenizer = GrammarTokenizer(LlamaVocabulary(path, name))
         _ = tokenizer.native
     except CordeeError as error:
-        _answer(link, GrammarVerdict.of(error))
+        answer(link, GrammarVerdict.of(error))
         return 0
-    _answer(link, GrammarVerdict())
+    answer(link, GrammarVerdict())
     while True:
         try:
             grammar = receive(link, IDLE_SECONDS, grammar_decoder)
         except (EOFError, OSError):  # the parent ended, or has asked nothing for long
             return 0
-        _answer(link, _tried_apart(grammar, tokenizer))
+        answer(link, _tried_apart(grammar, tokenizer))
 
 
 def _tried_apart(grammar: Grammar, tokenizer: GrammarTokenizer) -> GrammarVerdict:
@@ -122,8 +122,3 @@ def _too_slow(grammar: Grammar, reason: str) -> CordeeError:
     return refusal(
         grammar.kind, f"it is too complex ({reason}): use fewer patterns, alternatives and repetitions"
     )
-
-
-def _answer(link: socket.socket, verdict: GrammarVerdict) -> None:
-    link.settimeout(None)  # the parent takes it, or ends
-    send(link, verdict)

@@ -6,7 +6,6 @@ of its tokens' last rows. Files are untrusted: this is for processes that may en
 """
 
 import ctypes
-import os
 from pathlib import Path
 
 import numpy as np
@@ -106,11 +105,7 @@ class LlamaEncoder:
         params = self._library.llama_model_default_params()
         params.n_gpu_layers = 0
         params.use_extra_bufts = libllama.survives_extra_buffers()
-        libllama.log.clear()
-        model = self._library.llama_model_load_from_file(os.fsencode(path), params)
-        if not model:
-            raise libllama.load_error(self.name)
-        return model
+        return libllama.load_model(path, params, self.name)
 
     def _made(self, threads: int | None, pooling: int) -> int:
         params = self._library.llama_context_default_params()

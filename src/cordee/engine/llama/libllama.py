@@ -155,6 +155,20 @@ def reason() -> str:
     return log.problems()[:REASON_CHARS_MAX] or "libllama gives no reason"
 
 
+def load_model(path: Path, params: "ctypes.Structure", name: str) -> int:
+    """A model's handle, to be freed by `llama_model_free`; `name` is what people call it.
+
+    Raises:
+        BadModelFile: libllama does not load the file.
+        UnsupportedModel: it does not know this kind of model yet.
+    """
+    log.clear()
+    model = load().llama_model_load_from_file(os.fsencode(path), params)
+    if not model:
+        raise load_error(name)
+    return model
+
+
 def load_error(name: str) -> CordeeError:
     """The error for a model of that name that libllama has just refused to load: too new, or damaged."""
     found = LOAD_REASON.search(log.problems())

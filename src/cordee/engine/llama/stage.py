@@ -24,7 +24,6 @@ What makes a row's bits independent of its batch (`StageConfig.batch_invariant`)
 """
 
 import ctypes
-import os
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +72,6 @@ class LlamaStage:
         self._capture: Capture | None = None
         self._context = None
         self._devices = _chosen_devices(config.devices)
-        libllama.log.clear()
         self._model = self._load_model(path, extra_buffers)
         try:
             self._layers = self._library.llama_model_n_layer(self._model)
@@ -164,10 +162,7 @@ class LlamaStage:
         params.use_extra_bufts = extra_buffers
         params.n_gpu_layers = -1 if self._config.devices else 0
         params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
-        model = self._library.llama_model_load_from_file(os.fsencode(path), params)
-        if not model:
-            raise libllama.load_error(self._name)
-        return model
+        return libllama.load_model(path, params, self._name)
 
     def _make_context(self) -> int:
         config = self._config

@@ -8,7 +8,6 @@ So this is only for processes that may end: workers, and the children of `cordee
 import array
 import ctypes
 import itertools
-import os
 import re
 import weakref
 from collections.abc import Callable, Iterator
@@ -145,11 +144,7 @@ class LlamaVocabulary:
         params = self._library.llama_model_default_params()
         params.vocab_only = True
         params.n_gpu_layers = 0
-        libllama.log.clear()
-        model = self._library.llama_model_load_from_file(os.fsencode(path), params)
-        if not model:
-            raise libllama.load_error(self.name)
-        return model
+        return libllama.load_model(path, params, self.name)
 
     def _pieces(self, text: str, special: bool) -> Iterator[str]:
         """Cut a text into pieces that libllama can take; see LONG_RUN and CONTROLS_MAX."""

@@ -6,15 +6,13 @@ import msgspec
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from cordee.api.core import ApiCore
+from cordee.api.core import ApiCore, chat_format_of
 from cordee.api.failures import json_response
 from cordee.api.prompts import chat_text, check_bytes, check_ids, utf8_bytes
 from cordee.api.schemas import ChatRequest, DetokenizeRequest, TokenizeRequest
 from cordee.api.turns import chat_turn
-from cordee.chat.formats import format_of
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest
-from cordee.generation import template
 from cordee.serving.interface import ModelService
 
 
@@ -92,9 +90,7 @@ class TokenEndpoints:
         return service.vocabulary.tokenize(text, special=body.parse_special is not False, add_bos=begins)
 
     def _rendered(self, service: ModelService, body: ChatRequest, for_answer: bool | None) -> str:
-        if service.template is None:
-            raise template.missing(service.name)
-        turn, chat_format = chat_turn(body), format_of(service.template)
+        turn, chat_format = chat_turn(body), chat_format_of(service)
         now = self._core.now
         return chat_text(service, chat_format, turn, now, "messages", for_answer=for_answer is not False)
 
