@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from cordee.api import bodies, guard, stream
 from cordee.api.bodies import decode
-from cordee.api.prompts import chat_prompt
+from cordee.api.prompts import rendered
 from cordee.api.replies import ChatReply
 from cordee.api.schemas import ChatRequest
 from cordee.api.stream import Timing
@@ -312,7 +312,7 @@ def prompt_of(server: Running, messages: list[dict[str, Any]]) -> tuple[int, ...
     asked = {"model": "starter", "messages": messages, "add_generation_prompt": True}
     body = json.dumps(asked).encode()
     turn = chat_turn(decode(body, CHAT_DECODER))
-    return chat_prompt(server.service, format_of(server.service.template), turn, NOW, "messages")
+    return rendered(server.service, format_of(server.service.template), turn, NOW, "messages").tokens
 
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
@@ -357,7 +357,7 @@ def test_names_may_be_anything_but_control_tokens(server: Running, name: str) ->
     )
     messages = [{"role": "user", "content": "x", "name": name}]
     turn = chat_turn(decode(json.dumps({"messages": messages}).encode(), CHAT_DECODER))
-    prompt = chat_prompt(named, format_of(naming), turn, NOW, "messages")
+    prompt = rendered(named, format_of(naming), turn, NOW, "messages").tokens
     pieces = [service.vocabulary.piece(token, special=True) for token in prompt]
     assert b"".join(pieces).decode() == f"<|im_start|>{name}\nx<|im_end|>"
     assert sum(map(service.vocabulary.is_control, prompt)) == 2

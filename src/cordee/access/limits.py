@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from cordee.errors import BadRequest, RateLimited
 
 LIMIT = re.compile(r"(?:requests=(?P<requests>\d{1,6})|tokens=(?P<tokens>\d{1,12})(?:/min)?)")
-# At once, of a key without a bound of its own: so one key alone cannot take all of app.REQUESTS_MAX.
+# At once, of a key without a bound of its own: so one key alone cannot take all of guard.REQUESTS_MAX.
 REQUESTS_AT_ONCE = 256
 BUSY_SECONDS = 1  # until one of somebody's own requests may have ended
 MINUTE_SECONDS = 60.0

@@ -48,15 +48,20 @@ class AnswerPiece:
 class WholeAnswer:
     """An answer as far as it has come."""
 
-    said: Collected = field(default_factory=Collected)
-    events: list[Event] = field(default_factory=list[Event])  # the same, in order
+    events: list[Event] = field(default_factory=list[Event])
     choices: list[Choice] = field(default_factory=list[Choice])
     prompt_choices: tuple[Choice, ...] = ()
     last: AnswerPiece = field(default_factory=AnswerPiece)
 
+    @property
+    def said(self) -> Collected:
+        """The events, put together."""
+        collected = Collected()
+        collected.add(self.events)
+        return collected
+
     def add(self, piece: AnswerPiece) -> None:
         """Add what came."""
-        self.said.add(piece.events)
         self.events += piece.events
         self.choices += piece.choices
         self.prompt_choices = self.prompt_choices or piece.prompt_choices

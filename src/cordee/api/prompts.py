@@ -24,13 +24,6 @@ class RenderedPrompt:
     tokens: tuple[int, ...]
 
 
-def chat_prompt(
-    service: ModelService, chat_format: ChatFormat, turn: ChatTurn, now: datetime, param: str
-) -> tuple[int, ...]:
-    """The tokens of a turn's prompt; see `rendered`."""
-    return rendered(service, chat_format, turn, now, param).tokens
-
-
 def rendered(
     service: ModelService, chat_format: ChatFormat, turn: ChatTurn, now: datetime, param: str
 ) -> RenderedPrompt:
@@ -61,7 +54,7 @@ def chat_text(
     for_answer: bool = True,
 ) -> str:
     """The prompt of a turn as text; not `for_answer`: without the answer's beginning. Raises as
-    `chat_prompt`."""
+    `rendered`."""
     hidden, text = _rendered(service, chat_format, turn, now, param, for_answer=for_answer)
     return hidden.shown(text)
 

@@ -18,7 +18,7 @@ IDLE_SECONDS = 75
 SHUTDOWN_SECONDS = 2
 SILENT_MAX = 2048  # connections before their first request: a thousand clients may begin at once
 ARRIVING_MAX = 1024  # requests of which something is still to come; the oldest go, if there are more
-# Connections with a request at work; those above app.REQUESTS_MAX are told at once to come again.
+# Connections with a request at work; those above guard.REQUESTS_MAX are told at once to come again.
 ANSWERED_MAX = 4096
 IDLE_MAX = 2048  # connections that wait for their next request; the oldest go, if there are more
 
