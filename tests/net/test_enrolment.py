@@ -249,6 +249,20 @@ def test_an_impostor_never_gets_the_secret_nor_a_member(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_an_address_that_means_another_cluster_here_does_not_hide_the_next(tmp_path: Path) -> None:
+    """A container's bridge has the same address on every machine: behind it may be a node of one's own."""
+    admin, stranger = founder(tmp_path / "admin"), founder(tmp_path / "stranger")
+
+    async def story() -> None:
+        async with invitations(stranger) as elsewhere, invitations(admin) as opened:
+            true, bridge = read_code(await opened.invite()), read_code(await elsewhere.invite()).addresses
+            joined = await join(tmp_path / "new", Code(bridge + true.addresses, true.pin, true.secret).text())
+            assert joined.cluster == admin.cluster
+            assert not elsewhere._failed_attempts._attempts
+
+    asyncio.run(story())
+
+
 def test_an_unreachable_admin_is_reported_with_its_addresses(tmp_path: Path) -> None:
     admin = founder(tmp_path / "admin")
 

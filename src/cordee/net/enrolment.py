@@ -332,6 +332,7 @@ def _settle(
 def _find(code: Code, clock: Callable[[], float]) -> tuple[str, x509.Certificate]:
     """The first address of a code behind which its cluster is, and the cluster's authority."""
     unreached: list[str] = []
+    strangers: list[str] = []  # where another cluster answers
     for where in code.addresses[: address.ADDRESSES_MAX]:
         try:
             cluster = _ask(where, "GET", "/cluster", None, _cluster, None)
@@ -339,12 +340,9 @@ def _find(code: Code, clock: Callable[[], float]) -> tuple[str, x509.Certificate
         except (JoinFailed, ValueError) as error:
             unreached.append(f"{where}: {error}")
             continue
-        if pin_of(authority) != code.pin:
-            raise JoinFailed(
-                f"The machine at {where} is in another cluster than this code: the address now belongs to "
-                "another machine, or somebody pretends to be the right one. Ask for a new code with "
-                "`cordee invite`."
-            )
+        if pin_of(authority) != code.pin:  # a bridge's or a loopback address means other machines to others
+            strangers.append(where)
+            continue
         off_seconds = clock() - cluster.now
         if abs(off_seconds) > CLOCK_SECONDS_MAX:
             raise JoinFailed(f"{clock_fault(off_seconds)}: set it, then join again.")
@@ -354,13 +352,25 @@ def _find(code: Code, clock: Callable[[], float]) -> tuple[str, x509.Certificate
                 "not understand each other: update both to the same version, then join again."
             )
         return where, authority
+    raise JoinFailed(_not_found(code, unreached, strangers))
+
+
+def _not_found(code: Code, unreached: list[str], strangers: list[str]) -> str:
+    """Why no address of a code leads to its cluster, and what to do."""
+    unreached = unreached + [f"{where} is in another cluster" for where in strangers]
     if all(map(address.is_loopback, code.addresses)):
-        raise JoinFailed(
+        return (
             f"The inviting machine cannot be reached ({'; '.join(unreached)}): the code is for nodes on that "
             "machine itself. Connect it to the network, or start `cordee up --listen 0.0.0.0` there, and ask "
             "for a new code."
         )
-    raise JoinFailed(
+    if strangers:
+        return (
+            f"The machine at {' and '.join(strangers)} is in another cluster than this code: the address now "
+            "belongs to another machine, or somebody pretends to be the right one. Ask for a new code with "
+            "`cordee invite`."
+        )
+    return (
         f"The inviting machine cannot be reached ({'; '.join(unreached)}): it must be up, on this network, "
         f"and its firewall open for TCP {PORT} to {address.PORTS[-1]} (`cordee doctor` there checks that)."
     )
