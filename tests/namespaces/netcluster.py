@@ -194,9 +194,9 @@ class Cluster:
         node.verb("join", code)
         node.up()
 
-    def build(self) -> None:
+    def build(self, layers: int = LAYERS) -> None:
         """The whole cluster: it serves, and its undisturbed answers are known."""
-        model = make_model(self.lab.folder / "tiny.gguf")
+        model = make_model(self.lab.folder / f"tiny-{layers}.gguf", layers)
         with self._step("first node: pull the model, up"):
             self.found(model)
         for node in self.nodes[1:]:
@@ -287,11 +287,11 @@ class Cluster:
             assert stream.text == wanted, f"stream {stream.number} differs: {stream.text!r}, not {wanted!r}"
 
 
-def make_model(path: Path) -> Path:
-    """A model that is as large as MACHINE says; its text is random letters."""
+def make_model(path: Path, layers: int = LAYERS) -> Path:
+    """With LAYERS a model that is as large as MACHINE says; its text is random letters."""
     # Of a type whose arithmetic does not depend on what else is answered: f32's does.
     kind = GGMLQuantizationType.Q8_0
-    return make_tiny("llama", path, layers=LAYERS, quantization=kind, tokenizer="bytes")
+    return make_tiny("llama", path, layers=layers, quantization=kind, tokenizer="bytes")
 
 
 def finish(stream: Stream) -> None:

@@ -10,7 +10,7 @@ import pytest
 import netfaults
 from netcluster import Cluster, Node
 from netfaults import Fault
-from netlab import PATIENCE_SECONDS
+from netlab import PATIENCE_SECONDS, Lab
 
 FIRST, LAST = 0, -1  # stages: the first one's node is the host, with the scheduler
 FAULTS = [
@@ -27,6 +27,7 @@ LONG_FAULTS = [
     (netfaults.wrong_clock, FIRST),
 ]
 IN_A_ROW = 50
+LAYERS_OF_ONE = 4  # so few that one machine holds them
 SEED = 20
 
 
@@ -73,6 +74,16 @@ def test_answers_hold_when_a_second_cluster_starts_on_the_same_network(
         assert stranger.ask("/nodes")["cluster"] != cluster.first.ask("/nodes")["cluster"]
     assert set(stranger.states()) == {stranger.id}
     assert stranger.id not in cluster.first.states()
+
+
+@pytest.mark.slow
+def test_a_machine_that_answers_alone_gets_another_address(lab: Lab, stranger: Node) -> None:
+    """All links of its answers begin and end in it: no other node is there to notice that one is broken."""
+    alone = Cluster(lab, [stranger.host])
+    alone.build(layers=LAYERS_OF_ONE)
+    assert alone.stages() == alone.nodes
+    with alone.streams(alone.nodes), netfaults.move(alone, alone.first, random.Random(SEED)):
+        pass
 
 
 @pytest.mark.long

@@ -317,6 +317,15 @@ def renewed(endpoint: str, host: str) -> str:
     return ",".join(own(host, port))
 
 
+def from_here(endpoint: str) -> str:
+    """An endpoint of this machine for its own processes: by loopback first.
+
+    A link by an address that the machine loses in the meantime hangs without an error; loopback stays.
+    """
+    _, port = parse(endpoint.partition(",")[0], 0)
+    return f"{text('127.0.0.1', port)},{endpoint}"
+
+
 def listener(host: str, port: int) -> socket.socket:
     """A TCP socket that listens; an empty host means all interfaces, port 0 any free one.
 

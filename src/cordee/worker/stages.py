@@ -401,10 +401,16 @@ class Stages:
         if self._identity is None:
             return wire  # all are on this machine
         nodes, index = [place.node for place in goal.placement.stages], goal.index
-        is_last = index + 1 == len(nodes)
+        me, is_last = nodes[index], index + 1 == len(nodes)
+        downstream_node = nodes[0] if is_last else nodes[index + 1]
         return msgspec.structs.replace(
             wire,
-            downstream_node=nodes[0] if is_last else nodes[index + 1],
+            downstream=_seen_from(me, downstream_node, goal.downstream),
+            first=_seen_from(me, nodes[0], goal.first) or None,
+            sources=tuple(
+                each._replace(endpoint=_seen_from(me, each.node, each.endpoint)) for each in goal.sources
+            ),
+            downstream_node=downstream_node,
             first_node=nodes[0],
             upstream_node=nodes[index - 1] if index else "",  # the first one's is the host, by a Unix socket
             again_node=nodes[-1],
@@ -431,3 +437,8 @@ class Stages:
             for process in self._processes.values():
                 if process.worker is not None and process.worker.stopped:
                     self._kill(process.worker)
+
+
+def _seen_from(me: str, node: str, endpoint: str) -> str:
+    """How a node reaches an endpoint of a node, which may be itself."""
+    return address.from_here(endpoint) if endpoint and node == me else endpoint
