@@ -80,7 +80,8 @@ step() {
     watcher=$!
     status=0
     "$@" >>"$log" 2>&1 || status=$?
-    kill "$watcher" 2>/dev/null || true
+    # KILL: a subshell that has just begun has not put away this shell's traps yet, and would lose a TERM.
+    kill -KILL "$watcher" 2>/dev/null || true
     wait "$watcher" 2>/dev/null || true
     [ ! -t 2 ] || printf '\r\033[K'
     [ "$status" != 0 ] || return 0
