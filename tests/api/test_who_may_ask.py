@@ -367,7 +367,9 @@ def streaming(house: House, key: str) -> Iterator[http.client.HTTPResponse]:
         connection.request("POST", COMPLETIONS, json.dumps(ENDLESS), headers)
         response = connection.getresponse()
         assert response.status == 200
-        assert response.readline().startswith(b"data: ")
+        while (line := response.readline()).startswith(b":") or line == b"\n":
+            pass  # its place in the queue
+        assert line.startswith(b"data: ")
         yield response
         connection.sock.close() if connection.sock else None
 
