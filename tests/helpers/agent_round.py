@@ -55,7 +55,9 @@ AGENTS = {
         ["--yolo", QUESTION],
         beside={"is_background": False},
     ),
-    "Continue": Agent("Bash", "command", ["-p", "--allow", "Bash", QUESTION], ".continue/config.yaml"),
+    "Continue": Agent(
+        *("Bash", "command", ["-p", "--allow", "Bash", QUESTION], ".continue/config.yaml"), thinks=False
+    ),
 }
 
 
