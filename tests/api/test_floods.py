@@ -1,6 +1,6 @@
 """Floods from the network on a small server: wrong keys, and a key that asks for far too much.
 
-Both get proper answers, what the server holds stays bounded, and somebody honest is answered all the while."""
+Both get proper answers, what the server holds stays bounded, and somebody honest is answered meanwhile."""
 
 import http.client
 import itertools

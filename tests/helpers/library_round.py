@@ -6,7 +6,7 @@ how the weather is, with a tool that knows it, and prints the answer.
 
 import asyncio
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterable, Callable
 
 QUESTION = "How is the weather in Bern?"
 FACT = "It snows."
@@ -46,11 +46,12 @@ def pydantic_ai(base: str) -> str:
     model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=base, api_key=KEY))
     agent = Agent(model, tools=[weather])
 
-    async def streamed() -> str:
-        async with agent.run_stream(QUESTION) as result:
-            return await result.get_output()
+    async def read(_: object, events: AsyncIterable[object]) -> None:
+        """Somebody reads events, so answers are streamed."""
+        async for _ in events:
+            pass
 
-    return asyncio.run(streamed())
+    return agent.run_sync(QUESTION, event_stream_handler=read).output
 
 
 def instructor(base: str) -> str:
