@@ -9,17 +9,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from starlette.datastructures import Headers
 
-from cordee.access.api_keys import ApiKey
 from cordee.access.failed_keys import FREE
-from cordee.access.keyring import Keyring, new_key, revoked
-from cordee.access.ledger import LOCAL, Ledger
+from cordee.access.keyring import new_key
+from cordee.access.ledger import LOCAL
 from cordee.api.authenticator import Authenticator
 from cordee.api.guard import Access, Through
 from cordee.api.keys import LocalKey
@@ -27,76 +25,22 @@ from cordee.api.server import serve
 from cordee.errors import KeyNeeded, RateLimited
 from cordee.net.server_certificates import OwnAuthority
 from cordee.serving.local_service import ServiceConfig
-from serving import CHAT, COMPLETIONS, FRANCE, HELLO, SECONDS, Reply, Running, running
+from house import ALLOWED, NAME, House, opened
+from serving import CHAT, COMPLETIONS, FRANCE, HELLO, SECONDS, Reply
 
-NAME, ALLOWED = "pc-1.local", "host.docker.internal"
 ENDLESS = FRANCE | {"max_tokens": 1900, "stream": True}
-
-
-@dataclass
-class House:
-    """A server with a listener for other machines, over TLS; `keys` may change while it runs."""
-
-    server: Running
-    port: int
-    authority: OwnAuthority
-    keys: dict[str, ApiKey]
-    ledger: Ledger
-    shown: dict[str, str] = field(default_factory=dict)
-
-    def add(self, name: str, **bounds: Any) -> str:
-        self.keys[name], self.shown[name] = new_key(name, (), **bounds)
-        return self.shown[name]
-
-    def revoke(self, name: str) -> None:
-        self.keys[name] = revoked(name, self.keys.values())
-
-    def trusting(self, authority: Path | None = None) -> ssl.SSLContext:
-        return ssl.create_default_context(cafile=authority or self.authority.folder / "ca.pem")
-
-    def open(self, context: ssl.SSLContext | None = None) -> http.client.HTTPSConnection:
-        return http.client.HTTPSConnection(
-            "127.0.0.1", self.port, timeout=SECONDS, context=context or self.trusting()
-        )
-
-    def ask(self, method: str, path: str, body: Any = None, key: str | None = None, **headers: str) -> Reply:
-        given = {} if body is None else {"Content-Type": "application/json"}
-        if key is not None:
-            given["Authorization"] = f"Bearer {key}"
-        with closing(self.open()) as connection:
-            connection.request(method, path, body if body is None else json.dumps(body), given | headers)
-            response = connection.getresponse()
-            return Reply(response.status, dict(response.getheaders()), response.read())
 
 
 @pytest.fixture(scope="module")
 def house(starter_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    folder = tmp_path_factory.mktemp("house")
-    keys: dict[str, ApiKey] = {}
-    ledger = Ledger(folder)
-    authenticator = Authenticator(Keyring(lambda: tuple(keys.values())), ledger)
-    own = OwnAuthority(folder / "authority")
-    (folder / "api.pem").write_bytes(own.sign(["127.0.0.1", NAME], time.time()))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "api.pem", own.folder / "api.key")
     config = ServiceConfig(context=2048, sequences=4)
-    with running(
-        starter_path,
-        folder / "models",
-        config=config,
-        authenticator=authenticator,
-        origins=["https://chat.example"],
-    ) as server:
-        listener = socket.create_server(("127.0.0.1", 0))
-        app = Through(server.app, Access([NAME, ALLOWED], is_lan=True))
-        serving = asyncio.run_coroutine_threadsafe(serve(app, listener, context, is_second=True), server.loop)
-        yield House(server, listener.getsockname()[1], own, keys, ledger)
-        serving.cancel()
+    with opened(starter_path, tmp_path_factory.mktemp("house"), config) as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)
 def nobody_failed(house: House) -> None:
-    house.server.app.user_middleware[2].kwargs["authenticator"]._failed.__init__()
+    house.failed.__init__()
 
 
 # --- keys

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from chat_families import CALL, CASES, SECOND, WEATHER, Case
 from cordee.chat.events import Collected
-from cordee.chat.families import FAMILIES
+from cordee.chat.families import FAMILIES, thinking_of
 from cordee.chat.formats import AnswerFormat, ChatFormat, Parser, format_of
 from cordee.chat.turn import ChatTurn, Message, Thinking, Tool, ToolChoice
 from cordee.engine.vocabulary import Vocabulary
@@ -284,7 +285,9 @@ def test_thinking_ends_when_its_budget_is_spent(
     turn = ChatTurn(messages=ASKED.messages, thinking=Thinking(tokens_max=8))
     answer = answer_format(case, vocabulary, turn)
     assert answer.grammar is not None
-    opening = case.thought[: case.thought.index(case.thinking)].rstrip()
+    opening = case.thought[: case.thought.index(case.thinking)]
+    marks = thinking_of(case.template)
+    opening = opening if marks is not None and opening.endswith(marks.open) else opening.rstrip()
     state = GrammarState(answer.grammar, GrammarTokenizer(vocabulary))
     closed = case.thought[case.thought.index(case.thinking) + len(case.thinking) :].strip()
     budgeted = vocabulary.tokenize(opening + "a" * 8, special=True, add_bos=False)
@@ -379,6 +382,110 @@ def test_one_of_some_texts_is_bound_where_arguments_are_bare(
         if is_one:
             [call] = read(answer.parser(str), [text]).calls
             assert json.loads(call.arguments) == {"unit": unit}
+
+
+NESTED = {
+    "type": "object",
+    "properties": {
+        "zones": {"type": "array", "items": {"type": "string"}},
+        "at": {
+            "type": "object",
+            "properties": {
+                "note": {"type": "string"},
+                "deep": {"type": "array", "items": {"type": "number"}},
+            },
+            "required": ["note"],
+        },
+        "unit": {"type": "string", "enum": ["K", "C"]},
+        "few": {"type": "array", "items": {"type": "string"}, "maxItems": 1},
+        "any": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "is": {"type": "boolean"},
+    },
+    "required": ["at"],
+}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ('at:{note:<|"|>a"b<|"|>}', {"at": {"note": 'a"b'}}),
+        ('at:{deep:[1,2.5],note:<|"|><|"|>}', {"at": {"deep": [1, 2.5], "note": ""}}),
+        (
+            'at:{deep:[],note:<|"|>x<|"|>},is:true,unit:<|"|>K<|"|>',
+            {"at": {"deep": [], "note": "x"}, "is": True, "unit": "K"},
+        ),
+        (
+            'any:null,at:{note:<|"|>,}<|"|>},few:["a"],zones:[<|"|>a<|"|>,<|"|>b]<|"|>]',
+            {"any": None, "at": {"note": ",}"}, "few": ["a"], "zones": ["a", "b]"]},
+        ),
+        ('any:"x",at:{note:<|"|>é\n<|"|>}', {"any": "x", "at": {"note": "é\n"}}),
+        ("at:{note:1}", None),
+        ("at:{}", None),
+        ("is:true", None),
+        ('at:{note:<|"|>x<|"|>},unit:<|"|>F<|"|>', None),
+        ('at:{note:<|"|>x<|"|>},few:["a","b"]', None),
+        ('zones:[<|"|>a<|"|>],at:{note:<|"|>x<|"|>}', None),
+    ],
+)
+def test_lists_and_objects_in_the_form_of_gemma(
+    vocabularies: dict[str, Vocabulary], folder: Path, written: str, meant: Any
+) -> None:
+    [case] = [case for case in CASES if case.name == "Gemma 4"]
+    vocabulary = vocabulary_of(case, vocabularies, folder)
+    turn = ChatTurn(messages=ASKED.messages, tools=[Tool("f", "", NESTED)])
+    answer = answer_format(case, vocabulary, turn)
+    text = f"<|tool_call>call:f{{{written}}}<tool_call|>"
+    assert follows(answer, vocabulary, text) == (meant is not None, meant is not None)
+    if meant is None:
+        return
+    for pieces in ([text], list(text)):
+        [call] = read(answer.parser(str), pieces).calls
+        assert json.loads(call.arguments) == meant
+
+
+@pytest.mark.parametrize("family", ["LFM 2", "Gemma 4", "DeepSeek V3.2"])
+def test_a_call_may_have_no_arguments_and_schemas_any_depth(
+    vocabularies: dict[str, Vocabulary], folder: Path, family: str
+) -> None:
+    [case] = [case for case in CASES if case.name == family]
+    vocabulary = vocabulary_of(case, vocabularies, folder)
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(40):
+        deep = {"type": "array", "items": deep}
+    schema = {"type": "object", "properties": {"deep": deep}}
+    turn = ChatTurn(messages=ASKED.messages, tools=[Tool("f", "", schema)])
+    answer = answer_format(case, vocabulary, turn)
+    text = case.calls
+    for call in (CALL, SECOND):
+        text = text.replace(call.name, "f")
+    empty = {"LFM 2": "[f()]", "Gemma 4": "call:f{}", "DeepSeek V3.2": ""}[family]
+    if family == "DeepSeek V3.2":
+        text = '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n</｜DSML｜invoke>\n'
+        text += "</｜DSML｜function_calls>"
+    else:
+        text = text[: text.index(">") + 1] + empty + text[text.rindex("<") :]
+    assert follows(answer, vocabulary, text) == (True, True)
+    [call] = read(answer.parser(str), list(text)).calls
+    assert (call.name, call.arguments) == ("f", "{}")
+
+
+def test_what_was_returned_is_part_of_the_call_where_a_family_has_it_so() -> None:
+    [case] = [case for case in CASES if case.name == "Gemma 4"]
+    messages = [
+        *ASKED.messages,
+        Message("assistant", tool_calls=(CALL, SECOND)),
+        Message("tool", "cloudy", tool_call_id="1"),
+        Message("tool", "sunny", tool_call_id="2"),
+        Message("assistant", "Both."),
+        Message("user", "Thanks."),
+    ]
+    prompt = prompt_of(case, ChatTurn(messages=messages, tools=[TOOL]))
+    returned = (
+        '<|tool_response>response:weather{value:<|"|>cloudy<|"|>}<tool_response|>'
+        '<|tool_response>response:weather{value:<|"|>sunny<|"|>}<tool_response|>Both.<turn|>'
+    )
+    assert returned in prompt
+    assert "<|turn>tool" not in prompt
 
 
 def test_a_tool_may_be_called_anything(vocabularies: dict[str, Vocabulary], folder: Path) -> None:

@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,38 @@ THOUGHT = "The file knows."
 ANSWER = "It says that it has 4806 metres."
 SECONDS = 180  # an agent starts in a few, on a busy machine in many
 
-# Its own tool that runs a command, how it calls the command, and its arguments.
+
+@dataclass(frozen=True)
+class Agent:
+    """An agent: its own tool that runs a command, what that calls the command and wants beside, how the
+    agent is started, and where in HOME it reads what the page shows; else that is for the environment."""
+
+    tool: str
+    argument: str
+    arguments: Sequence[str]
+    settings: str = ""
+    beside: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    thinks: bool = True  # sends back what the model thought
+
+
 AGENTS = {
-    "Codex": ("exec_command", "cmd", ["exec", "--skip-git-repo-check", "-s", "danger-full-access", QUESTION]),
-    "Claude Code": ("Bash", "command", ["-p", "--allowedTools", "Bash", "--", QUESTION]),
+    "Codex": Agent(
+        "exec_command",
+        "cmd",
+        ["exec", "--skip-git-repo-check", "-s", "danger-full-access", QUESTION],
+        ".codex/config.toml",
+    ),
+    "Claude Code": Agent("Bash", "command", ["-p", "--allowedTools", "Bash", "--", QUESTION]),
+    "opencode": Agent("bash", "command", ["run", "--title", "x", QUESTION], ".config/opencode/opencode.json"),
+    "Qwen Code": Agent(
+        "run_shell_command",
+        "command",
+        ["--yolo", QUESTION],
+        beside={"is_background": False},
+    ),
+    "Continue": Agent(
+        *("Bash", "command", ["-p", "--allow", "Bash", QUESTION], ".continue/config.yaml"), thinks=False
+    ),
 }
 
 
@@ -35,10 +65,9 @@ def environment(agent: str, port: int, home: Path) -> dict[str, str]:
     """The settings of the page."""
     given = {"PATH": os.environ["PATH"], "HOME": str(home)}
     settings = example(agent, port)
-    if agent == "Codex":
-        folder = home / ".codex"
-        folder.mkdir()
-        (folder / "config.toml").write_text(settings, encoding="utf-8")
+    if name := AGENTS[agent].settings:
+        (home / name).parent.mkdir(parents=True)
+        (home / name).write_text(settings, encoding="utf-8")
         return given
     exports = (line.removeprefix("export ").split("=", 1) for line in settings.splitlines())
     return given | dict(exports)
@@ -61,7 +90,7 @@ def recorded(statuses: list[tuple[str, str, int]], monkeypatch: pytest.MonkeyPat
 
 def main(agent: str, program: str, starter: str, folder: str) -> None:
     """One round."""
-    tool, argument, arguments = AGENTS[agent]
+    of = AGENTS[agent]
     home = Path(folder)
     work = home / "work"
     work.mkdir()
@@ -70,10 +99,10 @@ def main(agent: str, program: str, starter: str, folder: str) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         recorded(statuses, monkeypatch)
         with scripted(Path(starter), home / "store", monkeypatch, "starter") as (server, service):
-            call = json.dumps({argument: "cat summit.txt", "description": "Read the file"})
-            service.script = [f"[think]{THOUGHT}[say]I look.[call {tool}]{call}", ANSWER]
+            said = {of.argument: "cat summit.txt", "description": "Read the file", **of.beside}
+            service.script = [f"[think]{THOUGHT}[say]I look.[call {of.tool}]{json.dumps(said)}", ANSWER]
             done = subprocess.run(
-                [program, *arguments],
+                [program, *of.arguments],
                 env=environment(agent, server.port, home),
                 cwd=work,
                 stdin=subprocess.DEVNULL,

@@ -115,6 +115,13 @@ MISTRAL_ARGUMENTS = MISTRAL.replace(
     + _NINE
     + '{{- "[TOOL_CALLS]" + call.function.name + "[ARGS]" + call.function.arguments | tojson }}{% endfor %}',
 )
+MISTRAL_IDS = MISTRAL.replace(
+    "{{ CALLS }}",
+    "{% for call in message.tool_calls %}"
+    + _NINE
+    + '{{- "[TOOL_CALLS]" + call.function.name + "[CALL_ID]" + call.id '
+    '+ "[ARGS]" + call.function.arguments | tojson }}{% endfor %}',
+)
 MISTRAL_LIST = MISTRAL.replace(
     "{{ CALLS }}",
     '{{- "[TOOL_CALLS][" }}{% for call in message.tool_calls %}'
@@ -195,6 +202,70 @@ HARMONY = """\
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|start|>assistant" }}{% endif %}
+"""
+# DeepSeek publishes a program in the place of a template; this is its form, as the model card shows it.
+DEEPSEEK_V32 = """\
+{%- set dsml = "｜DSML｜" %}
+{{- bos_token }}{{ tools | tojson if tools }}<{{ dsml }}function_calls>
+{%- for message in messages %}
+{%- if message.role == "user" %}{{ "<｜User｜>" + message.content }}
+{%- elif message.role == "tool" %}{{ "<result>" + message.content + "</result>" }}
+{%- else %}{{ "<｜Assistant｜>" + message.content }}
+{%- if message.tool_calls %}{{ "\\n\\n<" + dsml + "function_calls>" }}
+{%- for call in message.tool_calls %}{{ "\\n<" + dsml + 'invoke name="' + call.function.name + '">' }}
+{%- for key, value in call.function.arguments.items() %}
+{%- set kind = "true" if value is string else "false" %}
+{{- "\\n<" + dsml + 'parameter name="' + key + '" string="' + kind + '">' }}
+{{- (value if value is string else value | tojson) + "</" + dsml + "parameter>" }}{% endfor %}
+{{- "\\n</" + dsml + "invoke>" }}{% endfor %}{{ "\\n</" + dsml + "function_calls>" }}{% endif %}
+{{- "<｜end▁of▁sentence｜>" }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<｜Assistant｜>" + ("<think>" if thinking else "</think>") }}{% endif %}
+"""
+_LFM = """\
+{%- if tools %}{{ "<|im_start|>system\\nList of tools: " + tools | tojson + "<|im_end|>\\n" }}{% endif %}
+{%- for message in messages %}{{ "<|im_start|>" + message.role + "\\n" + message.content }}
+{%- if message.tool_calls %}{{ "<|tool_call_start|>[" }}
+{%- for call in message.tool_calls %}{{ CALL }}{{ "" if loop.last else ", " }}{% endfor %}
+{{- "]<|tool_call_end|>" }}{% endif %}{{ "<|im_end|>\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif %}
+"""
+LFM_JSON = _LFM.replace(
+    "{{ CALL }}",
+    """{{- '{"name": "' + call.function.name + '", "arguments": ' }}"""
+    """{{- call.function.arguments | tojson + "}" }}""",
+)
+LFM = _LFM.replace(
+    "{{ CALL }}",
+    '{{- call.function.name + "(" }}{% for key, value in call.function.arguments.items() %}'
+    '{{- key + "=" + value | tojson + ("" if loop.last else ", ") }}{% endfor %}{{ ")" }}',
+)
+# Gemma 4: results are part of the message that called; keys are bare, and texts stand between marks.
+GEMMA_4 = """\
+{%- macro written(value) %}
+{%- if value is string %}{{ '<|"|>' + value + '<|"|>' }}
+{%- elif value is boolean %}{{ "true" if value else "false" }}
+{%- elif value is mapping %}{{ "{" }}
+{%- for key, inner in value | dictsort %}
+{{- key }}:{{ written(inner) }}{{ "" if loop.last else "," }}{% endfor %}
+{{- "}" }}
+{%- elif value is sequence %}{{ "[" }}
+{%- for inner in value %}{{ written(inner) }}{{ "" if loop.last else "," }}{% endfor %}{{ "]" }}
+{%- else %}{{ value }}{% endif %}
+{%- endmacro %}
+{%- if tools %}{{ "<|turn>system\\n" + tools | tojson + "<turn|>\\n" }}{% endif %}
+{%- for message in messages %}
+{{- "<|turn>" + ("model" if message.role == "assistant" else message.role) + "\\n" }}
+{%- for call in message.tool_calls or [] %}
+{{- "<|tool_call>call:" + call.function.name + written(call.function.arguments) + "<tool_call|>" }}
+{%- endfor %}
+{%- for each in message.tool_responses or [] %}
+{{- "<|tool_response>response:" + each.name + "{value:" + written(each.response) + "}<tool_response|>" }}
+{%- endfor %}
+{{- message.content + "<turn|>\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|turn>model\\n" }}{% endif %}{#- <|channel><channel|> -#}
 """
 # Gemma 2 and 3: no tools, no system role, and roles that alternate.
 GEMMA = """\
@@ -335,6 +406,60 @@ CASES = (
         "I look.",
         _json("[TOOL_CALLS]NAME[ARGS]ARGUMENTS"),
         text="I look.",
+    ),
+    Case(
+        "Mistral, ids",
+        MISTRAL_IDS,
+        ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "[INST]", "[/INST]"),
+        "",
+        "I look.",
+        _json("[TOOL_CALLS]NAME[CALL_ID]aB3dE6gH9[ARGS]ARGUMENTS"),
+        text="I look.",
+    ),
+    Case(
+        "DeepSeek V3.2",
+        DEEPSEEK_V32,
+        (),
+        "",
+        "I look.\n\n",
+        f'<｜DSML｜function_calls>\n<｜DSML｜invoke name="weather">\n'
+        f'<｜DSML｜parameter name="city" string="true">{_CITY}</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        '<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="city" string="true">Genève'
+        "</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>",
+        text="I look.",
+    ),
+    Case(
+        "LFM 2, JSON",
+        LFM_JSON,
+        ("<|tool_call_start|>", "<|tool_call_end|>"),
+        "",
+        "I look.",
+        "<|tool_call_start|>["
+        + _json('{"name": "NAME", "arguments": ARGUMENTS}', ", ")
+        + "]<|tool_call_end|>",
+        text="I look.",
+    ),
+    Case(
+        "LFM 2",
+        LFM,
+        ("<|tool_call_start|>", "<|tool_call_end|>"),
+        "",
+        "I look.",
+        '<|tool_call_start|>[weather(city="Bern \\"<Altstadt>\\" }", days=3), weather(city="Genève")]'
+        "<|tool_call_end|>",
+        text="I look.",
+    ),
+    Case(
+        "Gemma 4",
+        GEMMA_4,
+        ("<|turn>", "<turn|>", "<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>"),
+        "<|channel>thought\nHm.<channel|>",
+        "I look.",
+        f'<|tool_call>call:weather{{city:<|"|>{_CITY}<|"|>,days:3}}<tool_call|>'
+        '<|tool_call>call:weather{city:<|"|>Genève<|"|>}<tool_call|>',
+        "Hm.",
+        "I look.",
     ),
     Case(
         "Mistral, lists",

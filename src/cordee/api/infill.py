@@ -113,7 +113,7 @@ def _last(tokens: list[int], count: int) -> list[int]:
 class InfillReply:
     """llama.cpp's own shape of an answer, whole or as events; there is no mark after the last one.
 
-    `stop_type` is `limit`, or `eos` for everything else that ends an answer.
+    `stop_type` says what ended it: `limit`, `word` (a stop string, which is `stopping_word`) or `eos`.
     """
 
     media_type = "text/event-stream"
@@ -151,6 +151,7 @@ class InfillReply:
         return found[0] if len(found) == 1 else found
 
     def _end(self, index: int, text: str, last: AnswerPiece) -> dict[str, Any]:
+        ended = "eos" if last.stop is None else "word"
         return {
             "index": index,
             "content": text,
@@ -159,7 +160,8 @@ class InfillReply:
             "tokens_predicted": last.completion_tokens,
             "tokens_evaluated": last.prompt_tokens,
             "tokens_cached": last.cached_tokens,
-            "stop_type": "limit" if last.finish_reason == "length" else "eos",
+            "stop_type": "limit" if last.finish_reason == "length" else ended,
+            "stopping_word": last.stop or "",
             "timings": last.timings,
         }
 

@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from cordee.api import ignored
 from cordee.api.bodies import decode
 from cordee.api.core import AnswerOptions, random_seed
-from cordee.api.schemas import ABSENT, TOKENS_MAX, Samplers
+from cordee.api.schemas import NULL, TOKENS_MAX, Samplers
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest
 from cordee.generation.grammar import refusal
@@ -128,7 +128,7 @@ def schema_grammar(request: HttpRequest, raw: msgspec.Raw, field: str, *, strict
 
 def is_given(raw: msgspec.Raw) -> bool:
     """Whether a field that is not decoded yet is there, and not null."""
-    return bytes(raw) != bytes(ABSENT)
+    return bytes(raw) != bytes(NULL)
 
 
 def _window(value: float | None, name: str) -> int | None:

@@ -24,7 +24,9 @@ TOKENS_MAX = 1 << 30  # no context is longer
 LEGACY_MAX_TOKENS = 16  # OpenAI's default for completions
 HARMLESS_BYTES_MAX = 64  # a refused field's harmless values are all shorter
 
-ABSENT = msgspec.Raw(b"null")
+NULL = msgspec.Raw(b"null")
+# The default of a field that is not decoded. A factory: no description shows undecoded JSON (openapi.py).
+ABSENT = msgspec.field(default_factory=lambda: NULL)
 IDENTIFIER = r"\A[A-Za-z][A-Za-z0-9_-]{0,63}\Z"  # roles stand between control tokens in a prompt
 NAME = r"\A[^\x00-\x1f\x7f]{0,128}\Z"  # of a speaker; on one line, as templates have it
 

@@ -11,17 +11,23 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
 
 from cordee.chat import harmony
-from cordee.chat.families import Calls, HarmonyCalls, JsonCalls, MarkedCalls, ThinkingMarks
-from cordee.chat.parsers import is_text, properties_of, trigger
+from cordee.chat.families import Calls, HarmonyCalls, JsonCalls, MarkedCalls, NamedCalls, ThinkingMarks
+from cordee.chat.parsers import BoundCalls, is_text, properties_of, trigger
 from cordee.chat.turn import ChatTurn, Tool
 from cordee.generation.json_schema import loosened
 from cordee.generation.request import Grammar
 
 CALLS_MAX = 16  # of one answer; agents make a handful at once, and small models repeat themselves
 OBJECT: Mapping[str, Any] = {"type": "object"}
+# Keywords that bind what rules of a family's own do not.
+_COUNTED = frozenset(
+    ("minItems", "maxItems", "prefixItems", "anyOf", "oneOf", "allOf", "enum", "const", "$ref")
+)
+DEPTH_MAX = 8  # of lists and objects that are written in a family's own way; what is deeper is JSON
 TERMINALS = """\
 ANY: /(?s:.*)/
-GAP: /[ \\n]{1,4}/"""
+GAP: /[ \\n]{1,4}/
+CALL_ID: /[a-zA-Z0-9]{9}/"""
 
 
 class ControlTokens(Protocol):
@@ -194,7 +200,7 @@ def _thought(rules: _Rules, turn: ChatTurn, marks: ThinkingMarks, *, opened: boo
 def _marked(
     rules: _Rules,
     turn: ChatTurn,
-    calls: JsonCalls | MarkedCalls | None,
+    calls: BoundCalls | None,
     json_text: str | None,
     thought: _Thought | None,
 ) -> list[str]:
@@ -225,24 +231,28 @@ def _unbraced(rules: _Rules, calls: JsonCalls, free: str) -> str:
     return rules.rule("UNBRACED", f"{free} & ~BARE")
 
 
-def _section(rules: _Rules, turn: ChatTurn, calls: JsonCalls | MarkedCalls) -> str:
+def _section(rules: _Rules, turn: ChatTurn, calls: BoundCalls) -> str:
     """What follows the mark that opens the first call, up to the end of the answer."""
-    write = _json_call if isinstance(calls, JsonCalls) else _marked_call
     tools = _callable(turn)
-    rules.rule("call", *[write(rules, number, tool, calls) for number, tool in enumerate(tools)])
+    rules.rule("call", *[_call(rules, number, tool, calls) for number, tool in enumerate(tools)])
     lark, opening = rules.marks.lark, calls.open[len(trigger(calls.open)) :]
-    if isinstance(calls, MarkedCalls):
-        first = f"{lark(opening)} call"
-        if not turn.parallel_tool_calls:
-            return first
-        return f"{first} {_more(f'{lark(calls.again, trigger(calls.open))} {first}')}"
-    calls_of_section = f"{lark(opening, calls.head)} call"
+    head = calls.head if isinstance(calls, JsonCalls) else ""
+    close = calls.end if isinstance(calls, MarkedCalls) else calls.close
+    calls_of_section = f"{lark(opening, head)} call"
     if calls.between is not None and turn.parallel_tool_calls:
-        calls_of_section += " " + _more(f"{lark(calls.between, calls.head)} call")
-    section = rules.rule("section", f"{calls_of_section} {lark(calls.close)}")
+        calls_of_section += " " + _more(f"{lark(calls.between, head)} call")
+    section = rules.rule("section", f"{calls_of_section} {lark(close)}")
     if calls.again is None or not turn.parallel_tool_calls:
         return section
     return f"{section} {_more(f'{lark(calls.again, trigger(calls.open))} {section}')}"
+
+
+def _call(rules: _Rules, number: int, tool: Tool, calls: BoundCalls) -> str:
+    if isinstance(calls, JsonCalls):
+        return _json_call(rules, tool, calls)
+    if isinstance(calls, MarkedCalls):
+        return _marked_call(rules, number, tool, calls)
+    return _named_call(rules, number, tool, calls)
 
 
 def _more(again: str) -> str:
@@ -264,32 +274,94 @@ def _name(tool: Tool) -> str:
     return _lark(tool.name)
 
 
-def _json_call(rules: _Rules, number: int, tool: Tool, calls: Calls) -> str:
-    calls = cast("JsonCalls", calls)
+def _json_call(rules: _Rules, tool: Tool, calls: JsonCalls) -> str:
+    lark = rules.marks.lark
     arguments = rules.schema(_arguments(tool), strict=tool.strict)
-    return f"{_name(tool)} {rules.marks.lark(calls.middle)} {arguments} {rules.marks.lark(calls.tail)}"
+    ident = f"{lark(calls.id_mark)} CALL_ID" if calls.id_mark else ""
+    return f"{_name(tool)} {ident} {lark(calls.middle)} {arguments} {lark(calls.tail)}"
 
 
-def _marked_call(rules: _Rules, number: int, tool: Tool, calls: Calls) -> str:
-    calls = cast("MarkedCalls", calls)
-    schema = _arguments(tool)
+def _needed(schema: Mapping[str, Any]) -> list[object]:
+    """The keys that an object must have."""
     required = schema.get("required")
-    needed = cast("list[object]", required) if isinstance(required, list) else []
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    parts = [_name(tool), rules.marks.lark(calls.middle)]
+    return cast("list[object]", required) if isinstance(required, list) else []
+
+
+def _shared(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the schemas of properties may refer to."""
+    return {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+
+
+def _marked_call(rules: _Rules, number: int, tool: Tool, calls: MarkedCalls) -> str:
+    schema, lark = _arguments(tool), rules.marks.lark
+    needed, shared = _needed(schema), _shared(schema)
+    parts = [_name(tool), lark(calls.middle)]
     for place, (key, value) in enumerate(properties_of(schema).items()):
-        lark = rules.marks.lark
         of = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+        middle = calls.parameter_middle
         if is_text(value) and "enum" in of:
             written = f"({' | '.join(map(_lark, of['enum']))}) {lark(calls.parameter_close)}"
         elif is_text(value):
             written = rules.free_until(calls.parameter_close, f"value_{number}_{place}")
         else:
+            middle = calls.json_middle or middle
             bound_value = rules.schema({**shared, **of}, strict=tool.strict)
             written = f"{bound_value} {lark(calls.parameter_close)}"
-        opening = f"{lark(calls.parameter_open)} {_lark(key)} {lark(calls.parameter_middle)}"
+        opening = f"{lark(calls.parameter_open)} {_lark(key)} {lark(middle)}"
         parts.append(f"({opening} {written})" + ("" if key in needed else "?"))
-    return " ".join([*parts, rules.marks.lark(calls.close)])
+    return " ".join([*parts, lark(calls.close)])
+
+
+def _named_call(rules: _Rules, number: int, tool: Tool, calls: NamedCalls) -> str:
+    schema, lark = _arguments(tool), rules.marks.lark
+    writer = _NamedValues(rules, calls, _shared(schema), strict=tool.strict)
+    members = writer.members(schema, f"args_{number}", calls.equals, calls.comma, 0)
+    return f"{_name(tool)} {lark(calls.begin)} {members} {lark(calls.end)}"
+
+
+@dataclass(frozen=True)
+class _NamedValues:
+    """Writes the rules for the arguments of one tool in a family's own way (NamedCalls)."""
+
+    rules: _Rules
+    calls: NamedCalls
+    shared: Mapping[str, Any]
+    strict: bool
+
+    def members(self, schema: Mapping[str, Any], name: str, equals: str, comma: str, depth: int) -> str:
+        """The members of an object in their order, where some may be left out: `begin_N` has those from the
+        Nth on where none came before, `more_N` where one did."""
+        lark, rule, needed = self.rules.marks.lark, self.rules.rule, _needed(schema)
+        properties = list(properties_of(schema).items())
+        if self.calls.quote:
+            properties.sort()
+        last = len(properties)
+        rule(f"{name}_begin_{last}", '""')
+        rule(f"{name}_more_{last}", '""')
+        for place, (key, value) in reversed(list(enumerate(properties))):
+            written = self._value(value, f"{name}_{place}", depth)
+            pair = rule(f"{name}_pair_{place}", f"{_lark(key)} {lark(equals)} {written}")
+            more, begin = f"{name}_more_{place + 1}", f"{name}_begin_{place + 1}"
+            must = key in needed
+            rule(f"{name}_more_{place}", f"({lark(comma)} {pair}){'' if must else '?'} {more}")
+            rule(f"{name}_begin_{place}", f"{pair} {more}", *([] if must else [begin]))
+        return f"{name}_begin_0"
+
+    def _value(self, schema: Any, name: str, depth: int) -> str:
+        """A value; JSON where the family has no way of its own, or none that can be bound."""
+        of = cast("dict[str, Any]", schema) if isinstance(schema, dict) else {}
+        quote = self.calls.quote and self.rules.marks.lark(self.calls.quote)
+        if quote and is_text(of):
+            if "enum" in of:
+                return f"{quote} ({' | '.join(map(_lark, of['enum']))}) {quote}"
+            return f"{quote} {self.rules.free_until(self.calls.quote, name)}"
+        is_plain = quote and depth < DEPTH_MAX and not _COUNTED & of.keys()
+        if is_plain and of.get("type") == "array" and isinstance(of.get("items"), dict):
+            item = self.rules.rule(f"{name}_item", self._value(of["items"], f"{name}_of", depth + 1))
+            return f'"[" ({item} ("," {item})*)? "]"'
+        if is_plain and of.get("type") == "object" and properties_of(of):
+            return f'"{{" {self.members(of, f"{name}_in", ":", ",", depth + 1)} "}}"'
+        return self.rules.schema({**self.shared, **of}, strict=self.strict)
 
 
 def _harmony(rules: _Rules, turn: ChatTurn, json_text: str | None) -> list[str]:

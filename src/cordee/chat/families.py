@@ -29,6 +29,7 @@ class JsonCalls:
 
     `between` None: one call in a section. `again` None: one section in an answer; else what stands before
     `open` in the second one and those that follow. `bare`: a section may also begin an answer without `open`.
+    `id_mark`: behind NAME stand this mark and an id of the call.
     """
 
     open: str
@@ -39,13 +40,15 @@ class JsonCalls:
     between: str | None = None
     again: str | None = None
     bare: bool = False
+    id_mark: str = ""
 
 
 @dataclass(frozen=True)
 class MarkedCalls:
     """Calls whose arguments stand between marks of their own, each a JSON value, or, if the tool's schema
     says that it is a string, bare text: `open NAME middle (parameter_open KEY parameter_middle VALUE
-    parameter_close)* close`. `again` is as in JsonCalls."""
+    parameter_close)* close (between NAME …)* end`. `between` and `again` are as in JsonCalls. `json_middle`
+    stands in the place of `parameter_middle` before JSON, if that is another one."""
 
     open: str
     middle: str
@@ -53,7 +56,30 @@ class MarkedCalls:
     parameter_middle: str
     parameter_close: str
     close: str
-    again: str = "\n"
+    again: str | None = "\n"
+    between: str | None = None
+    end: str = ""
+    json_middle: str = ""
+
+
+@dataclass(frozen=True)
+class NamedCalls:
+    """Calls as programming languages have them: `open (NAME begin (KEY equals VALUE)* end)* close`, with
+    `comma` between the arguments, and with `between` and `again` as in JsonCalls.
+
+    Values are JSON. With `quote`, though, texts stand between two such marks, also within lists and objects,
+    whose keys are bare; and arguments are in the order of the alphabet.
+    """
+
+    open: str
+    begin: str
+    equals: str
+    comma: str
+    end: str
+    close: str
+    between: str | None = None
+    again: str | None = None
+    quote: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,7 +87,7 @@ class HarmonyCalls:
     """gpt-oss: an answer is messages in channels, and a call is one with a recipient (harmony.py)."""
 
 
-Calls = JsonCalls | MarkedCalls | HarmonyCalls
+Calls = JsonCalls | MarkedCalls | NamedCalls | HarmonyCalls
 
 
 @dataclass(frozen=True)
@@ -70,6 +96,7 @@ class Family:
 
     `text_arguments`: as JSON text, not as objects. `null_content`: a message is one of calls if it has no
     content. `single_calls`: a message has one call. `id_chars`: how long the id of a call is.
+    `own_results`: what calls returned is part of the message that made them.
     """
 
     name: str
@@ -79,6 +106,7 @@ class Family:
     null_content: bool = False
     single_calls: bool = False
     id_chars: int | None = None
+    own_results: bool = False
 
 
 # Qwen 2.5 and 3, Hermes, and whoever trained on their form; a template without tools is told to use it, too.
@@ -95,6 +123,7 @@ BY_PROMPT = Family("by prompt", (), TAGGED)
 # Llama 3 says both: <|python_tag|> before the call, and nothing.
 _LLAMA = JsonCalls("<|python_tag|>", '{"name": "', '", "parameters": ', "}", bare=True)
 _MISTRAL_ARGUMENTS = JsonCalls("[TOOL_CALLS]", "", "[ARGS]", again="")
+_MISTRAL_IDS = replace(_MISTRAL_ARGUMENTS, id_mark="[CALL_ID]")
 _MISTRAL_LIST = JsonCalls("[TOOL_CALLS][", '{"name": "', '", "arguments": ', "}", close="]", between=", ")
 _MISTRAL_SPACED = replace(_MISTRAL_LIST, open="[TOOL_CALLS] [")
 
@@ -106,6 +135,17 @@ FAMILIES = (
         ("<|tools_prefix|>", "<|tools_suffix|>"),
         JsonCalls("<|tools_prefix|>[", '{"', '": ', "}", close="]<|tools_suffix|>", between=", "),
     ),
+    Family(
+        "Gemma 4",
+        ("<|tool_call>call:",),
+        NamedCalls(
+            *("<|tool_call>call:", "{", ":", ",", "}", "<tool_call|>"),
+            again="",
+            quote='<|"|>',
+        ),
+        own_results=True,
+    ),
+    Family("Mistral, ids", ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"), _MISTRAL_IDS, id_chars=9),
     Family("Mistral", ("[TOOL_CALLS]", "[ARGS]"), _MISTRAL_ARGUMENTS, id_chars=9),
     Family("Mistral, lists", ("[TOOL_CALLS] [",), _MISTRAL_SPACED, id_chars=9),
     Family("Mistral, lists", ("[TOOL_CALLS]",), _MISTRAL_LIST, id_chars=9),
@@ -122,6 +162,22 @@ FAMILIES = (
         ),
         text_arguments=True,
         null_content=True,
+    ),
+    Family(
+        "DeepSeek V3.2",
+        ("｜DSML｜", "function_calls>"),
+        MarkedCalls(
+            '<｜DSML｜function_calls>\n<｜DSML｜invoke name="',
+            '">\n',
+            '<｜DSML｜parameter name="',
+            '" string="true">',
+            "</｜DSML｜parameter>\n",
+            "</｜DSML｜invoke>\n",
+            again=None,
+            between='<｜DSML｜invoke name="',
+            end="</｜DSML｜function_calls>",
+            json_middle='" string="false">',
+        ),
     ),
     Family(
         "DeepSeek V3.1",
@@ -153,6 +209,26 @@ FAMILIES = (
         "Phi 4 and Granite",
         ("<|tool_call|>",),
         JsonCalls("<|tool_call|>[", '{"name": "', '", "arguments": ', "}", close="]", between=", "),
+    ),
+    Family(
+        "LFM 2, JSON",
+        ("<|tool_call_start|>", '"arguments": '),
+        JsonCalls(
+            "<|tool_call_start|>[",
+            '{"name": "',
+            '", "arguments": ',
+            "}",
+            close="]<|tool_call_end|>",
+            between=", ",
+        ),
+    ),
+    Family(
+        "LFM 2",
+        ("<|tool_call_start|>",),
+        NamedCalls(
+            *("<|tool_call_start|>[", "(", "=", ", ", ")", "]<|tool_call_end|>"),
+            between=", ",
+        ),
     ),
     Family("Llama 3", ("<|start_header_id|>", '"parameters"'), _LLAMA, single_calls=True),
     Family("Llama 3", ("<|python_tag|>",), _LLAMA, single_calls=True),

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from cordee.chat import binding, families, harmony, history
 from cordee.chat.binding import ControlTokens, Marks
 from cordee.chat.events import Event, TextDelta
-from cordee.chat.families import BY_PROMPT, TAGGED, Calls, HarmonyCalls, JsonCalls, MarkedCalls
+from cordee.chat.families import BY_PROMPT, TAGGED, Calls, HarmonyCalls, JsonCalls, MarkedCalls, NamedCalls
 from cordee.chat.harmony import HarmonyParser
 from cordee.chat.parsers import MarkedParser, NewId, text_parameters
 from cordee.chat.turn import ChatTurn, Message, Tool, ToolCall
@@ -144,9 +144,14 @@ class ChatFormat:
         marks = [] if self.thinking is None else [self.thinking.open, self.thinking.close]
         if isinstance(calls, JsonCalls):
             marks += [calls.open, calls.head, calls.middle, calls.tail, calls.between or "", calls.close]
+            marks += [calls.id_mark]
         elif isinstance(calls, MarkedCalls):
             marks += [calls.open, calls.middle, calls.close]
             marks += [calls.parameter_open, calls.parameter_middle, calls.parameter_close]
+            marks += [calls.between or "", calls.end, calls.json_middle]
+        elif isinstance(calls, NamedCalls):
+            marks += [calls.open, calls.begin, calls.equals, calls.comma, calls.end, calls.close]
+            marks += [calls.between or "", calls.quote]
         return marks
 
     def _opened(self, turn: ChatTurn, prompt: str) -> bool:

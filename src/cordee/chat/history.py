@@ -52,7 +52,27 @@ def native(turn: ChatTurn, family: Family) -> list[dict[str, Any]]:
     messages = _named(turn.messages)
     if family.single_calls:
         messages = list(_one_by_one(messages))
-    return [_native(message, family) for message in messages]
+    made = [_native(message, family) for message in messages]
+    return _with_results(made) if family.own_results else made
+
+
+def _with_results(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, where each that calls has what was returned to it (`tool_responses`, Google's form), and
+    what was said next if that made no further call."""
+    made: list[dict[str, Any]] = []
+    for message in messages:
+        last = made[-1] if made else {}
+        results: list[dict[str, Any]] = last.get("tool_responses", [])
+        if message["role"] == "tool" and "tool_calls" in last:
+            result = {"name": message["name"], "response": message["content"]}
+            made[-1] = last | {"tool_responses": [*results, result]}
+        elif (
+            message["role"] == "assistant" and results and "tool_calls" not in message and not last["content"]
+        ):
+            made[-1] = last | {"content": message["content"]}
+        else:
+            made.append(message)
+    return made
 
 
 def by_prompt(

@@ -5,10 +5,11 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 from cordee.chat.events import ArgumentsDelta, CallBegun, TextDelta, ThinkingDelta
-from cordee.chat.families import JsonCalls, MarkedCalls, ThinkingMarks
+from cordee.chat.families import JsonCalls, MarkedCalls, NamedCalls, ThinkingMarks
 from cordee.chat.reading import Reading, ReadingParser, Trimmed, nothing
 
 NewId = Callable[[], str]
+BoundCalls = JsonCalls | MarkedCalls | NamedCalls
 
 # Of a string's schema; what has one of these is written as JSON, which can be bound to it.
 _BINDING = frozenset(
@@ -27,7 +28,7 @@ class MarkedParser(ReadingParser):
     def __init__(
         self,
         thinking: ThinkingMarks | None,
-        calls: JsonCalls | MarkedCalls | None,
+        calls: BoundCalls | None,
         new_id: NewId,
         *,
         opened: bool = False,
@@ -53,10 +54,13 @@ class MarkedParser(ReadingParser):
             yield from self._bare(self._calls)
         while (yield from reader.until((_trigger(self._calls),), self._say_later)) is not None:
             self._space = ""
+            rest_of_open = self._calls.open[len(_trigger(self._calls)) :]
             if isinstance(self._calls, JsonCalls):
-                yield from self._section(self._calls, self._calls.open[len(_trigger(self._calls)) :])
+                yield from self._section(self._calls, rest_of_open)
+            elif isinstance(self._calls, MarkedCalls):
+                yield from self._marked(self._calls, rest_of_open)
             else:
-                yield from self._marked(self._calls)
+                yield from self._named(self._calls, rest_of_open)
         self._say("")
 
     def _think(self, marks: ThinkingMarks) -> Reading[None]:
@@ -101,7 +105,9 @@ class MarkedParser(ReadingParser):
 
     def _call(self, calls: JsonCalls) -> Reading[bool]:
         """A call behind its `head`; whether it is whole."""
-        name, mark = yield from self.reader.collected((calls.middle,))
+        name, mark = yield from self.reader.collected((calls.id_mark or calls.middle,))
+        if mark == calls.id_mark:
+            _, mark = yield from self.reader.collected((calls.middle,))
         if mark is None:
             self._unfinished = calls.head + name
             return False
@@ -109,31 +115,106 @@ class MarkedParser(ReadingParser):
         yield from self.reader.json_object(self._argue)
         return (yield from self._expect(calls.tail)) is not None
 
-    def _marked(self, calls: MarkedCalls) -> Reading[None]:
-        reader = self.reader
-        rest_of_open = calls.open[len(_trigger(calls)) :]
+    def _marked(self, calls: MarkedCalls, rest_of_open: str) -> Reading[None]:
         if (yield from self._expect(rest_of_open)) is None:
             return
+        between = [] if calls.between is None else [calls.between]
+        while (yield from self._marked_call(calls)):
+            if (yield from self._expect(*between, calls.end)) not in between:
+                return
+
+    def _marked_call(self, calls: MarkedCalls) -> Reading[bool]:
+        """A call from its name on; whether it is whole."""
+        reader = self.reader
         name, mark = yield from reader.collected((calls.middle,))
         if mark is None:
-            return
+            return False
         self.give(CallBegun(self._new_id(), name))
         before = "{"
         next_mark = calls.parameter_open, calls.close
+        middles = [calls.parameter_middle, *filter(None, [calls.json_middle])]
         while (mark := (yield from reader.until(next_mark, nothing))) == calls.parameter_open:
-            key, mark = yield from reader.collected((calls.parameter_middle,))
-            if mark is None:
-                return
+            key, middle = yield from reader.collected(middles)
+            if middle is None:
+                return False
             self._argue(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
             before = ", "
-            is_text = key in self._texts.get(name, ())
+            is_text = key in self._texts.get(name, ()) if not calls.json_middle else middle == middles[0]
             self._argue('"' if is_text else "")
             take = self._argue_text if is_text else self._argue
             if (yield from reader.until((calls.parameter_close,), take)) is None:
-                return  # it is cut off: not made to look whole
+                return False  # it is cut off: not made to look whole
             self._argue('"' if is_text else "")
         if mark is not None:
             self._argue("{}" if before == "{" else "}")
+        return mark is not None
+
+    def _named(self, calls: NamedCalls, rest_of_open: str) -> Reading[None]:
+        if (yield from self._expect(rest_of_open)) is None:
+            return
+        between = [] if calls.between is None else [calls.between]
+        while (yield from self._named_call(calls)):
+            if (yield from self._expect(*between, calls.close)) not in between:
+                return
+
+    def _named_call(self, calls: NamedCalls) -> Reading[bool]:
+        """A call from its name on; whether it is whole."""
+        name, mark = yield from self.reader.collected((calls.begin,))
+        if mark is None:
+            return False
+        self.give(CallBegun(self._new_id(), name))
+        return (yield from self._members(calls, calls.equals, calls.comma, calls.end))
+
+    def _members(self, calls: NamedCalls, equals: str, comma: str, end: str) -> Reading[bool]:
+        """The arguments of a call, or the members of an object, up to the end of that; whether it came."""
+        reader = self.reader
+        before = "{"
+        while (yield from reader.begins((end,))) is None:
+            if before != "{":
+                yield from reader.begins((comma,))
+            key, mark = yield from reader.collected((equals,))
+            if mark is None:
+                return False
+            self._argue(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
+            before = ", "
+            if not (yield from self._value(calls, comma[0] + end)):
+                return False
+        self._argue("{}" if before == "{" else "}")
+        return True
+
+    def _value(self, calls: NamedCalls, ends: str) -> Reading[bool]:
+        """A value, which becomes JSON; whether it is whole."""
+        reader, quote = self.reader, calls.quote
+        if not quote:
+            yield from reader.json_value(self._argue, ends)
+        elif (yield from reader.begins((quote,))) is not None:
+            self._argue('"')
+            if (yield from reader.until((quote,), self._argue_text)) is None:
+                return False
+            self._argue('"')
+        elif (yield from reader.begins(("{",))) is not None:
+            if (yield from reader.begins(('"',))) is None:
+                return (yield from self._members(calls, ":", ",", "}"))
+            reader.text = '{"' + reader.text
+            yield from reader.json_object(self._argue)
+        elif (yield from reader.begins(("[",))) is not None:
+            return (yield from self._items(calls))
+        else:
+            yield from reader.json_value(self._argue, ends)
+        return not reader.ended or bool(reader.text)
+
+    def _items(self, calls: NamedCalls) -> Reading[bool]:
+        reader = self.reader
+        before = "["
+        while (yield from reader.begins(("]",))) is None:
+            if before != "[":
+                yield from reader.begins((",",))
+            self._argue(before)
+            before = ", "
+            if not (yield from self._value(calls, ",]")):
+                return False
+        self._argue("[]" if before == "[" else "]")
+        return True
 
     def _expect(self, *expected: str) -> Reading[str | None]:
         """Read what must come now, and give which it was. If it does not, all that follows is text, unless
@@ -167,7 +248,7 @@ class MarkedParser(ReadingParser):
         self._argue(json.dumps(text, ensure_ascii=False)[1:-1])
 
 
-def _trigger(calls: JsonCalls | MarkedCalls) -> str:
+def _trigger(calls: BoundCalls) -> str:
     """What a call is first known by: the mark itself, without what stands behind it in `open`."""
     return trigger(calls.open)
 

@@ -90,6 +90,36 @@ class Reader:
                 return
             yield
 
+    def json_value(self, take: Take, ends: str) -> Reading[None]:
+        """Give a JSON value to `take`. A number, or a word, goes on to one of the characters `ends`."""
+        yield from self.skip_space()
+        if self.text.startswith(("{", "[")):
+            yield from self.json_object(take)
+        elif self.text.startswith('"'):
+            yield from self._json_string(take)
+        else:
+            while True:
+                at = next((at for at, each in enumerate(self.text) if each in ends), None)
+                self._take(len(self.text) if at is None else at, take)
+                if at is not None or self.ended:
+                    return
+                yield
+
+    def _json_string(self, take: Take) -> Reading[None]:
+        at, escaped = 1, False
+        while True:
+            while at < len(self.text):
+                character, at = self.text[at], at + 1
+                if character == '"' and not escaped:
+                    self._take(at, take)
+                    return
+                escaped = not escaped and character == "\\"
+            self._take(at, take)
+            at = 0
+            if self.ended:
+                return
+            yield
+
     def rest(self, take: Take) -> Reading[None]:
         """Give all that follows to `take`."""
         yield from self.until((), take)

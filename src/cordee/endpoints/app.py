@@ -31,6 +31,7 @@ from cordee.api.stream import Timing
 from cordee.api.usage import usage_response
 from cordee.endpoints.anthropic import Anthropic
 from cordee.endpoints.ollama import Ollama
+from cordee.endpoints.openapi import described
 from cordee.endpoints.responses import Responses
 from cordee.endpoints.tokens import TokenEndpoints
 from cordee.errors import CordeeError
@@ -78,8 +79,14 @@ def create_app(
         core.close()
         await embedders.close()
 
+    routes = [*_state_routes(core), *_access_routes(authenticator, authority), *_routes(core)]
+
+    async def openapi(_: Request) -> Response:
+        return Response(described(routes), media_type="application/json")
+
+    routes.append(Route("/openapi.json", openapi))
     return Starlette(
-        routes=[*_state_routes(core), *_access_routes(authenticator, authority), *_routes(core)],
+        routes=routes,
         lifespan=lifespan,
         middleware=[
             Middleware(Guard, origins=origins),

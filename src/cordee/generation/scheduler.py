@@ -257,8 +257,7 @@ class Scheduler:
             what = "the prompt has" if not generated else "the prompt and the answer so far have"
             raise ContextExceeded(
                 f"{what} {len(log)} tokens; the context holds {self._limits.context}, "
-                "the answer included: shorten the prompt, or start with a larger --context",
-                "messages",
+                "the answer included: shorten the prompt, or start with a larger --context"
             )
         if request.id in self._active or request.id in self._waiting:
             raise BadRequest(f"a stream {request.id} is already running", "id")
