@@ -113,9 +113,13 @@ class Undeploy(msgspec.Struct, frozen=True):
 
 
 class Drain(msgspec.Struct, frozen=True):
-    """With `on` false: the node takes stages again. Answered by the stages that it still runs."""
+    """With `on` false: the node takes stages again. Answered by the stages that it still runs.
+
+    `node` is the name or id of another node, which only admins can order to; "" is the one that is asked.
+    """
 
     on: bool = True
+    node: str = ""
 
 
 class PlanRequest(msgspec.Struct, frozen=True):
