@@ -66,6 +66,7 @@ ROOMS = (
         "agent",
         "doctor",
         "api",
+        "console",
         "endpoints",
         "terminal",
         "cli",

@@ -5,8 +5,6 @@ Each method takes a question of control.py and answers values fit for JSON, or a
 
 from typing import Any
 
-import msgspec
-
 from cordee.agent import checks, orders
 from cordee.agent.agent import Agent
 from cordee.agent.control import (
@@ -20,6 +18,7 @@ from cordee.agent.control import (
     Remove,
     RemoveKey,
     Undeploy,
+    bounds_of,
 )
 from cordee.agent.deploy import Deployer
 from cordee.agent.status import ClusterStatus
@@ -95,8 +94,7 @@ class Actions:
     async def add_key(self, asked: AddKey) -> Any:
         """Make a key of the API; how it is shown, once."""
         self._check_admin("make keys", "key add")
-        bounds = msgspec.structs.asdict(asked)
-        return {"key": self._agent.api_keys.add(bounds.pop("name"), bounds)}
+        return {"key": self._agent.api_keys.add(asked.name, bounds_of(asked))}
 
     async def remove_key(self, asked: RemoveKey) -> Any:
         """Revoke a key of the API."""

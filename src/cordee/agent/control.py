@@ -24,7 +24,7 @@ import socket
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import msgspec
 import psutil
@@ -70,6 +70,13 @@ class AddKey(msgspec.Struct, frozen=True):
     requests: int = 0
     tokens: int = 0
     expires: float = 0.0
+
+
+def bounds_of(asked: AddKey) -> dict[str, Any]:
+    """All but the name, as NodeKeys.add takes it."""
+    bounds = msgspec.structs.asdict(asked)
+    del bounds["name"]
+    return bounds
 
 
 class RemoveKey(msgspec.Struct, frozen=True):

@@ -28,7 +28,7 @@ def shape_of(card: Card, path: Path | None) -> ModelShape:
 
 
 def card_facts(card: Card, path: Path | None, nodes: list[str]) -> dict[str, Any]:
-    """What a card says of its model, where it is on this machine (`path`), and which `nodes` have it whole."""
+    """What a card says of its model, its place on this machine (`path`), and which `nodes` have it whole."""
     shape = shape_of(card, path)
     return {
         "name": card.name,

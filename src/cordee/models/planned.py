@@ -1,4 +1,4 @@
-"""A model to plan for, which need not be here: a model in the store, or one that is only known by its card."""
+"""A model to plan for, which need not be here: one in the store, or one that is only known by its card."""
 
 from dataclasses import dataclass
 from pathlib import Path
