@@ -134,6 +134,7 @@ class Console:
             name = who.require_admin(request)
             asked = await self._bodies.read(request, decoder)
             found = await do(asked)
+            self._overview.forget()
             self._journal.note(name, path, getattr(asked, about, "") if about else "")
             return json_response(found)
 

@@ -30,6 +30,10 @@ class SharedValue:
         self._until = float("-inf")
         self._body, self._tag = b"", ""
 
+    def forget(self) -> None:
+        """Something has been done: who asks next sees what came of it."""
+        self._until = float("-inf")
+
     async def response(self, request: Request) -> Response:
         """The value as JSON, or 304 if it is still what the client has (RFC 9110, section 13.1.2)."""
         async with self._making:
