@@ -37,6 +37,8 @@ from cordee.errors import CordeeError
 from cordee.serving.embedders import Embedders
 from cordee.serving.interface import ModelService
 from cordee.serving.samples import Sample
+from cordee.web.pages import Pages
+from cordee.web.session_cookie import is_public, token_of
 
 RERANK_PATHS = ("/v1/rerank", "/v1/reranking", "/rerank")  # Jina and vLLM, llama.cpp, Cohere's oldest
 
@@ -79,12 +81,17 @@ def create_app(
         await embedders.close()
 
     return Starlette(
-        routes=[*_state_routes(core), *_access_routes(authenticator, authority), *_routes(core)],
+        routes=[
+            *Pages(authenticator).routes(),
+            *_state_routes(core),
+            *_access_routes(authenticator, authority),
+            *_routes(core),
+        ],
         lifespan=lifespan,
         middleware=[
             Middleware(Guard, origins=origins),
             Middleware(Cors, origins=origins),
-            Middleware(KeyGuard, authenticator=authenticator),
+            Middleware(KeyGuard, authenticator=authenticator, is_public=is_public, token_of=token_of),
             Middleware(NamesIgnored),
         ],
         exception_handlers={
