@@ -38,6 +38,8 @@ from cordee.errors import CordeeError
 from cordee.serving.embedders import Embedders
 from cordee.serving.interface import ModelService
 from cordee.serving.samples import Sample
+from cordee.web.pages import Pages
+from cordee.web.session_cookie import is_public, token_of
 
 RERANK_PATHS = ("/v1/rerank", "/v1/reranking", "/rerank")  # Jina and vLLM, llama.cpp, Cohere's oldest
 
@@ -84,6 +86,7 @@ def create_app(
 
     return Starlette(
         routes=[
+            *Pages(authenticator).routes(),
             *_state_routes(core),
             *_access_routes(authenticator, authority),
             *(console.routes() if console else []),
@@ -93,7 +96,7 @@ def create_app(
         middleware=[
             Middleware(Guard, origins=origins),
             Middleware(Cors, origins=origins),
-            Middleware(KeyGuard, authenticator=authenticator),
+            Middleware(KeyGuard, authenticator=authenticator, is_public=is_public, token_of=token_of),
             Middleware(NamesIgnored),
         ],
         exception_handlers={
