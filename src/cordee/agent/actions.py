@@ -121,10 +121,11 @@ class Actions:
         found = status.find(asked.node or self._agent.node)
         if found["id"] == self._agent.node:
             self._agent.drain(asked.on)
-            return {"stays": await ClusterStatus(self._agent).stays()}
+            return {"name": found["name"], "stays": await ClusterStatus(self._agent).stays()}
         self._check_admin("drain other nodes", "drain")
         if found["state"] != "alive":
             raise BadRequest(f"{found['name']} is not running: nothing runs there to be moved.", "node")
         await orders.drain(self._agent.identity, self._agent.alive()[found["id"]], asked.on)
         [stages] = [node["stages"] for node in status.nodes()["nodes"] if node["id"] == found["id"]]
-        return {"stays": [{"model": each["model"], "layers": each["layers"], "why": ""} for each in stages]}
+        stays = [{"model": each["model"], "layers": each["layers"], "why": ""} for each in stages]
+        return {"name": found["name"], "stays": stays}

@@ -1,7 +1,6 @@
 """The console of a node: its cluster, by the same functions as the verbs (agent/actions.py)."""
 
 import asyncio
-import time
 from collections.abc import Collection
 from typing import Any
 
@@ -25,6 +24,7 @@ from cordee.models.cards import cards
 from cordee.models.store import Store
 
 EMPTY = control.Empty()
+RTT_DIGITS = 4  # tenths of a millisecond: what lies below changes with every measurement
 LINKS_MAX = 2000  # round-trip times that are sent: those of 64 machines
 
 
@@ -42,7 +42,10 @@ class ClusterHouse:
     async def overview(self) -> dict[str, Any]:
         """See House."""
         nodes, status = await self._actions.nodes(EMPTY), await self._actions.status(EMPTY)
-        return {"kind": "cluster", "clock": time.time(), **status, **nodes, "links": self._links()}
+        for node in nodes["nodes"]:
+            if node["state"] == "alive":
+                node["last_heard"] = None  # now: it would be another value each time
+        return {"kind": "cluster", **status, **nodes, "links": self._links()}
 
     def scenes(self) -> list[Any]:
         """See House."""
@@ -104,7 +107,7 @@ class ClusterHouse:
         """Round-trip times between the nodes that are alive, as those say that measured them."""
         alive = self._agent.alive()
         found = [
-            {"nodes": [node, other], "rtt_seconds": seconds}
+            {"nodes": [node, other], "rtt_seconds": round(seconds, RTT_DIGITS)}
             for node, facts in sorted(alive.items())
             for other, seconds in sorted(facts.rtts.items())
             if other in alive and (node < other or node not in alive[other].rtts)

@@ -135,7 +135,8 @@ class Console:
             asked = await self._bodies.read(request, decoder)
             found = await do(asked)
             self._overview.forget()
-            self._journal.note(name, path, getattr(asked, about, "") if about else "")
+            named = found.get("name") if isinstance(found, dict) else None
+            self._journal.note(name, path, named or (getattr(asked, about) if about else ""))
             return json_response(found)
 
         return handle

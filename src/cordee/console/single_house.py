@@ -2,7 +2,6 @@
 
 import asyncio
 import platform
-import time
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -56,7 +55,6 @@ class SingleHouse:
         }
         return {
             "kind": "single",
-            "clock": time.time(),
             "cluster": "",
             "node": name,
             "warnings": [],

@@ -265,6 +265,13 @@ function roundTrips(now, node) {
   });
 }
 
+/** Why something changed, of what history.py says: `placed: where (why)`, `interrupted: why`. @param {string} text */
+function reasonOf(text) {
+  const [what, ...rest] = text.split(": ");
+  if (what !== "placed") return rest.join(": ");
+  return /\((.*)\)$/.exec(text)?.[1] ?? "";
+}
+
 /** @param {{scenes: any[], changes: any[], choose: (at: number | null) => void}} props */
 function Lately({ scenes, changes, choose }) {
   const found = changesOf(scenes).slice(-CHANGES_SHOWN).reverse();
@@ -276,13 +283,13 @@ function Lately({ scenes, changes, choose }) {
         ${found.map((each) => {
           const { where, ...rest } = each.values;
           const reason = changes.find((/** @type {any} */ one) => one.clock === each.clock && one.model === each.model);
-          const hasReason = reason && /[(:] ?/.test(reason.text) && each.key !== "serves";
+          const why = each.key === "serves" ? "" : reasonOf(reason?.text ?? "");
           return html`<li>
             <button class="plain" onClick=${() => choose(each.clock)} aria-label=${t("cluster.look", { clock: clock(each.clock) })}>
               <time>${clock(each.clock)}</time>
             </button>
             ${t(`cluster.change.${each.key}`, { ...rest, where: where ? listing(where) : "" })}
-            ${hasReason && html` <span class="quiet" lang="en">${reason.text}</span>`}
+            ${why && html` <span class="quiet" lang="en">${why}</span>`}
           </li>`;
         })}
       </ol>
