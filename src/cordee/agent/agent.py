@@ -432,8 +432,9 @@ class Agent:
 
     async def obey(self, order: DrainOrder, writer: asyncio.StreamWriter) -> None:
         """An admin orders this node to be drained, or to work again."""
-        if await orders.accept(self.identity, order, writer):
+        if orders.is_from_admin(self.identity, order):
             self.drain(order.on)
+            await orders.confirm(writer)
 
     def _cut_removed(self) -> None:
         """Other nodes were removed: neither on the bus nor by links from stages are they to reach us."""

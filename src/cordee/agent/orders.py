@@ -46,16 +46,20 @@ async def drain(identity: Identity, member: Facts, on: bool) -> None:
         ) from error
 
 
-async def accept(identity: Identity, order: DrainOrder, writer: asyncio.StreamWriter) -> bool:
-    """Whether an admin ordered that of this node; then it is told that the order is obeyed."""
-    if not identity.is_of_authority(_statement(identity.node, order.on), order.signature):
+def is_from_admin(identity: Identity, order: DrainOrder) -> bool:
+    """Whether an admin ordered that of this node; if not, it is logged."""
+    good = identity.is_of_authority(_statement(identity.node, order.on), order.signature)
+    if not good:
         log.warning("a member that is no admin ordered this node to be drained; it is not obeyed")
-        return False
+    return good
+
+
+async def confirm(writer: asyncio.StreamWriter) -> None:
+    """Tell the admin that its order is obeyed."""
     frames.write(writer, Drained())
     writer.close()
     with contextlib.suppress(OSError):  # the sender went: it asks again
         await writer.wait_closed()
-    return True
 
 
 def _statement(node: str, on: bool) -> bytes:

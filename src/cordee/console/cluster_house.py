@@ -87,12 +87,12 @@ class ClusterHouse:
 
     async def _wanted(self, model: str, *, asks_hub: bool) -> tuple[ModelShape, SizeRequest]:
         """The shape of a model, and what is asked of it."""
+        for each in self._agent.controller.deployments:
+            if each.model == model and each.shape is not None and each.replicas:  # as it is deployed
+                return each.shape, SizeRequest(each.context, each.sequences, each.context)
         if model in self._agent.offers():
             offer = self._agent.offers()[model]
             return offer.shape, SizeRequest(None, None, offer.context)
-        for each in self._agent.controller.deployments:
-            if each.model == model and each.shape is not None:
-                return each.shape, SizeRequest(None, None, each.context)
         found = await asyncio.to_thread(planned.of_name, self.store, model)
         if found is not None:
             return found.shape, fit.requested(found, model)

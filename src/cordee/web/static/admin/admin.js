@@ -7,7 +7,7 @@ import { t } from "../shell/i18n.js";
 import { SignIn } from "../shell/session.js";
 import { useStore } from "../shell/store.js";
 import { html, useEffect, useState } from "../vendor/preact.js";
-import { Keys, Usage } from "./keys.js";
+import { Keys, Of, Usage } from "./keys.js";
 import { Secret } from "./secret.js";
 
 const EVERY_MILLISECONDS = 5000;
@@ -185,10 +185,10 @@ function Machine({ node }) {
         <div class="actions">
           ${node.state === "alive" &&
           (node.draining
-            ? html`<button aria-label=${t("admin.undrain.of", { name })} onClick=${() => drain(false)}>${t("admin.undrain")}</button>`
-            : html`<button aria-label=${t("admin.drain.of", { name })} onClick=${() => drain(true)}>${t("admin.drain")}</button>`)}
+            ? html`<button onClick=${() => drain(false)}>${t("admin.undrain")}<${Of} name=${name} /></button>`
+            : html`<button onClick=${() => drain(true)}>${t("admin.drain")}<${Of} name=${name} /></button>`)}
           ${!node.self &&
-          html`<button class="danger" aria-label=${t("admin.remove.of", { name })} onClick=${remove}>${t("admin.remove")}</button>`}
+          html`<button class="danger" onClick=${remove}>${t("admin.remove")}<${Of} name=${name} /></button>`}
         </div>
       </td>
     </tr>

@@ -25,7 +25,7 @@ export function Verdict({ model }) {
   const { together, machines } = found;
   return html`
     <div class="verdict">
-      <p class=${together.fits ? "good" : "fault"}>${sentence(together, found)}</p>
+      <p class=${together.fits ? "good" : "fault"}>${sentence(together)}</p>
       ${together.fits && together.lacks && html`<p class="quiet" lang="en">${together.lacks}</p>`}
       <table>
         <caption>${t("house.fit.caption", { size: bytes(found.weights_bytes) })}</caption>
@@ -53,11 +53,10 @@ export function Verdict({ model }) {
   `;
 }
 
-/** @param {any} together @param {any} found */
-function sentence(together, found) {
+/** @param {any} together */
+function sentence(together) {
   if (!together.fits) return t("house.fit.no");
-  const one = found.machines.find((/** @type {any} */ each) => each.fits);
-  if (together.stages.length === 1 || one) return t("house.fit.alone", { speed: speed(together.tokens_per_second) });
+  if (together.stages.length === 1) return t("house.fit.alone", { speed: speed(together.tokens_per_second) });
   return t("house.fit.shared", { count: together.stages.length, speed: speed(together.tokens_per_second) });
 }
 

@@ -8,7 +8,9 @@ export function listing(names) {
 
 /** Layers [first, last), counted as the planner counts them. @param {number[] | null} layers */
 export function layersText(layers) {
-  return layers ? t("house.layers", { first: layers[0], last: layers[1] - 1 }) : "";
+  if (!layers) return "";
+  const [first, last] = [layers[0], layers[1] - 1];
+  return t(first === last ? "house.layer" : "house.layers", { first, last });
 }
 
 /** @param {number | null | undefined} value */
