@@ -57,7 +57,12 @@ MODULES = (
     Module("purify.js", ("dompurify@3.5.0",), 'export { default } from "dompurify";'),
     Module("highlight.js", ("highlight.js@11.12.0",), HIGHLIGHT),
     Module("idb.js", ("idb@8.0.4",), 'export { openDB } from "idb";'),
-    Module("fflate.js", ("fflate@0.8.3",), 'export { unzip } from "fflate";'),
+    Module(
+        "eventsource-parser.js",
+        ("eventsource-parser@4.1.3",),
+        'export { createParser } from "eventsource-parser";',
+    ),
+    Module("fflate.js", ("fflate@0.8.3",), 'export { unzipSync } from "fflate";'),
     Module("uqr.js", ("uqr@0.1.3",), 'export { encode } from "uqr";'),
     Module("pdf.mjs", ("pdfjs-dist@5.6.205",), copied="pdfjs-dist/legacy/build/pdf.min.mjs"),
     Module("pdf.worker.mjs", ("pdfjs-dist@5.6.205",), copied="pdfjs-dist/legacy/build/pdf.worker.min.mjs"),

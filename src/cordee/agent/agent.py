@@ -84,7 +84,8 @@ class AgentOptions:
     """`name` is what people call the node, `api` where it serves clients; `bus` where it meets others.
 
     `lent_bytes` is the most that stages may take of each device; None: what is free when the agent starts.
-    `spot_check` is the share of work that a host has computed again; 0: none.
+    `spot_check` is the share of work that a host has computed again; 0: none. `page` is where other machines
+    find the page; empty: nowhere.
     """
 
     name: str
@@ -92,6 +93,7 @@ class AgentOptions:
     bus: BusOptions
     lent_bytes: int | None = None
     spot_check: float = SHARE
+    page: str = ""
 
 
 class Agent:
@@ -374,6 +376,7 @@ class Agent:
             stages=(),
             inbox=inbox,
             version=__version__,
+            page=self.options.page,
         )
         if self.identity.is_admin:
             await self._certificates.serve_as_admin()

@@ -18,6 +18,7 @@ from cordee.cli.keys import refuse_without_key
 from cordee.cli.known import find
 from cordee.cli.lan import lan_options
 from cordee.cli.models import STARTER
+from cordee.cli.open import PORT, page_of
 from cordee.errors import BadRequest
 from cordee.terminal import output
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from cordee.models.store import Store, StoredModel
     from cordee.serving.embedders import Embedders
     from cordee.serving.local_service import LocalService, ServiceConfig
-
-PORT = 8321
 
 
 @click.command()
@@ -256,6 +255,7 @@ def _greet(
     path = "chat/completions"
     if not services:
         question, path = {"model": names[0], "input": "Hello"}, "embeddings"
+    output.note(f"The page, in a browser of this machine: {page_of(base)}")
     output.note(f"Serving {', '.join(names)} at {base} ({key_note(key)}). Ctrl-C ends it. Try:")
     headers = "-H 'Content-Type: application/json'"
     if key is not None:  # not among curl's arguments, which every account may see

@@ -61,6 +61,7 @@ def create_app(
     clock: Callable[[], datetime] = local_now,
     timing: Timing = Timing(),  # noqa: B008  frozen
     samples: Callable[[], Iterable[Sample]] = tuple,
+    others: Callable[[], list[dict[str, str]]] = list,
     console: Console | None = None,
 ) -> Starlette:
     """The application over running services, by the model's name.
@@ -70,7 +71,8 @@ def create_app(
     says why a model cannot be used here, if that is so. Who may ask is the `authenticator`'s affair and that
     of the listener (guard.Access); `origins` are pages that may, beside those of this machine. `authority` is
     the certificate (PEM) that clients of other machines have to trust, if there is one. `samples` are numbers
-    for the metrics, beside those of the requests themselves. `console` is closed with the application.
+    for the metrics, beside those of the requests themselves. `others` tells where else the page is; `console`
+    is closed with the application.
     """
     authenticator = authenticator or Authenticator()
     core = ApiCore(services, embedders, expected, refusal, clock, timing)
@@ -86,7 +88,7 @@ def create_app(
 
     return Starlette(
         routes=[
-            *Pages(authenticator).routes(),
+            *Pages(authenticator, others).routes(),
             *_state_routes(core),
             *_access_routes(authenticator, authority),
             *(console.routes() if console else []),

@@ -1,5 +1,6 @@
 """The page's routes: its documents, its files, and the session of whoever types a key into it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -59,9 +60,10 @@ class PageRoute(Route):
 
 
 class Pages:
-    """The handlers."""
+    """The handlers. `others` gives the `name` and `url` of each other node's page."""
 
-    def __init__(self, authenticator: Authenticator) -> None:
+    def __init__(self, authenticator: Authenticator, others: Callable[[], list[dict[str, str]]]) -> None:
+        self._others = others
         self._authenticator = authenticator
         self._bundle = Bundle()
         self._bodies = Bodies()
@@ -72,6 +74,7 @@ class Pages:
         return [
             *(PageRoute(path, self.document) for path in PAGES),
             Route(STATIC + "{hash}/{path:path}", self.file),
+            Route("/elsewhere", self.elsewhere),
             Route(SESSION, self.show_session),
             Route(SESSION, self.sign_in, methods=["POST"]),
             Route(SESSION, self.sign_out, methods=["DELETE"]),
@@ -95,6 +98,10 @@ class Pages:
             content = found.compressed
             headers["Content-Encoding"] = "gzip"
         return Response(content, 200, headers, found.media_type)
+
+    async def elsewhere(self, _: Request) -> Response:
+        """Where a browser can turn when this node is gone."""
+        return _told({"others": self._others()})
 
     async def show_session(self, request: Request) -> Response:
         """Who is there: what the page shows and offers."""
