@@ -44,10 +44,11 @@ test-pentium2: setup ## boot the emulated PC of 1997 (fetched once) and all that
 	@sh scripts/pentium2_machine.sh
 	@$(bin)/python -m pytest -rP $(if $(LONG),-m '') tests/pentium2
 
-lint: setup ## check style, formatting and types
+lint: setup ## check style, formatting and types, those of the page's JavaScript, too
 	@$(bin)/ruff check $(code)
 	@$(bin)/ruff format --check $(code)
 	@$(bin)/basedpyright --level error
+	@$(bin)/python scripts/check_js.py
 
 format: setup ## rewrite the sources in the house's format
 	@$(bin)/ruff check --fix $(code)

@@ -12,6 +12,7 @@ from cordee.access.failed_keys import FailedKeys
 from cordee.access.keyring import Keyring
 from cordee.access.ledger import LOCAL, Ledger
 from cordee.access.limits import Allowance
+from cordee.access.sessions import Sessions
 from cordee.api.callers import ApiCaller
 from cordee.api.keys import SCHEME, LocalKey
 from cordee.errors import KeyNeeded, RateLimited, StorageFailed
@@ -43,17 +44,26 @@ class Authenticator:
         self._local_key = local_key
         self._clock = clock
         self._failed = FailedKeys()
+        self._sessions = Sessions()
         self._allowances: dict[str, Allowance] = {}  # by the key's id
         self._open: dict[ApiCaller, ApiKey] = {}
         self._watching: asyncio.Task[None] | None = None
 
-    async def identify(self, headers: Headers, address: str, *, wants_key: bool) -> ApiKey | None:
+    async def identify(
+        self, headers: Headers, address: str, *, wants_key: bool, token: str = ""
+    ) -> ApiKey | None:
         """The key of a request that comes from `address`; None: it needs none, as it is of this machine.
+        `token` is that of a session, if the request shows one.
 
         Raises:
             KeyNeeded: it shows no key that is one.
             RateLimited: too many wrong keys came from there.
         """
+        session = self._sessions.find(token, self._clock()) if token else None
+        if session is not None and session.key is not None and self._keyring.is_valid(session.key):
+            return session.key
+        if session is not None and session.key is None and not wants_key:
+            return None
         shown = _shown(headers)
         for each in shown:
             if (key := self._keyring.recall(each)) is not None:
@@ -71,6 +81,17 @@ class Authenticator:
         if shown:
             self._failed.note(address, now)
         raise refusal
+
+    async def sign_in(self, shown: str, address: str, *, wants_key: bool) -> str:
+        """The token of a new session for a key that somebody at `address` typed. Raises as `identify`."""
+        key = None
+        if wants_key or self._local_key is None or self._local_key.header != f"Bearer {shown}":
+            key = await self.identify(Headers({"x-api-key": shown}), address, wants_key=True)
+        return self._sessions.begin(key, self._clock())
+
+    def sign_out(self, token: str) -> None:
+        """A session ends."""
+        self._sessions.end(token)
 
     def _refusal(self, shown: list[str], *, wants_key: bool) -> KeyNeeded | None:
         """What is said to who shows no key of ours; None: it is the local key, where that will do."""

@@ -2,7 +2,7 @@
 
 import ipaddress
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
@@ -123,21 +123,30 @@ class Cors(cors.CORSMiddleware):
 
 
 class KeyGuard:
-    """Lets in who shows a key, where one is wanted, within the key's bounds."""
+    """Lets in who shows a key, where one is wanted, within the key's bounds. `is_public` says which requests
+    are for everybody; `token_of` gives the token of a request's session, if it has one."""
 
-    def __init__(self, app: ASGIApp, authenticator: Authenticator) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        authenticator: Authenticator,
+        is_public: Callable[[Scope], bool],
+        token_of: Callable[[Scope], str],
+    ) -> None:
         self._app = app
         self._authenticator = authenticator
+        self._is_public = is_public
+        self._token_of = token_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == AUTHORITY_PATH:
+        if scope["type"] != "http" or scope["path"] == AUTHORITY_PATH or self._is_public(scope):
             await self._app(scope, receive, send)
             return
-        headers, access, method = Headers(scope=scope), _access(scope), scope["method"]
-        address = (scope.get("client") or ("", 0))[0]
-        wants_key = access.is_lan or not is_loopback(_hostname(f"//{headers.get('host', '')}"))
+        headers, method = Headers(scope=scope), scope["method"]
         try:
-            key = await self._authenticator.identify(headers, address, wants_key=wants_key)
+            key = await self._authenticator.identify(
+                headers, address_of(scope), wants_key=wants_key(scope), token=self._token_of(scope)
+            )
             if key is not None and not key.admin and scope["path"].rstrip("/") in ADMIN_PATHS:
                 raise AdminKeyNeeded(
                     f"the key {key.name} may ask the models, and change nothing here: `cordee key add NAME "
@@ -148,6 +157,16 @@ class KeyGuard:
                 await self._app(scope, receive, send)
         except CordeeError as error:
             await error_response(error, scope["path"])(scope, receive, send)
+
+
+def address_of(scope: Scope) -> str:
+    """The address that a request comes from."""
+    return (scope.get("client") or ("", 0))[0]
+
+
+def wants_key(scope: Scope) -> bool:
+    """Whether a request has to show a key because of the way it came, or the name it is for."""
+    return _access(scope).is_lan or not is_loopback(_hostname(f"//{Headers(scope=scope).get('host', '')}"))
 
 
 def _origin_form(scope: Scope) -> Scope:

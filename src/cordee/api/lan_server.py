@@ -152,13 +152,21 @@ class LanServer:
             access = Access(self.host_names(), is_lan=True)
             await serve(Through(app, access), self._listener, self._tls, is_second=True)
 
+    @property
+    def page(self) -> str:
+        """Where other machines find the page: by an address, which works without multicast."""
+        return f"{self._scheme}://{address.text((lan.addresses(self._host) or [self.name])[0], self._port)}/"
+
+    @property
+    def _scheme(self) -> str:
+        return "http" if self._chosen.plain else "https"
+
     def greeting(self) -> list[str]:
         """Where other machines find the API, and how they come to trust it: lines for people."""
-        scheme = "http" if self._chosen.plain else "https"
         numbers = lan.addresses(self._host)
         names = [*self._chosen.hosts, f"{lan.label(self.name)}.local", *numbers]
-        urls = [f"{scheme}://{address.text(each, self._port)}/v1" for each in names[:SHOWN_MAX]]
-        lines = [f"for other machines, with a key: {', '.join(urls)}"]
+        urls = [f"{self._scheme}://{address.text(each, self._port)}/v1" for each in names[:SHOWN_MAX]]
+        lines = [f"for other machines, with a key: {', '.join(urls)}", f"the page for them: {self.page}"]
         if self._chosen.plain:
             lines.append(
                 "WARNING: --plain: no TLS. Everybody on this network can read keys, questions and answers."

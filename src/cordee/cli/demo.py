@@ -17,6 +17,7 @@ import click
 from cordee.cli.conversation import MAX_TOKENS, TEMPERATURE, GenerationOptions
 from cordee.cli.known import find
 from cordee.cli.models import STARTER
+from cordee.cli.open import page_of
 from cordee.errors import ContextExceeded
 from cordee.terminal import keyboard, output
 from cordee.terminal.wrapping import AnswerPrinter
@@ -153,6 +154,7 @@ class Chat:
         if self._keys:
             keyboard.prepare()
         self._note(f"{self._model.name} over three nodes; /help lists what you can type")
+        self._note(f"the same in a browser: {page_of(self._cluster.api)}")
         self._nodes()
         while True:
             try:

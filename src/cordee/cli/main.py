@@ -20,6 +20,7 @@ from cordee.cli.keys import key, usage
 from cordee.cli.members import admin, drain, invite, join, leave, remove
 from cordee.cli.models import ls, pull, rm
 from cordee.cli.nodes import nodes
+from cordee.cli.open import open_page
 from cordee.cli.plan import plan
 from cordee.cli.ps import ps
 from cordee.cli.run import run
@@ -102,7 +103,7 @@ VERBS = (
     *(run, serve, models, pull, ls, show, rm, convert, export, plan),
     *(up, invite, join, nodes, status, deploy, undeploy, drain, leave, remove, admin, identity),
     *(key, usage),
-    *(ps, doctor, bench, demo),
+    *(open_page, ps, doctor, bench, demo),
 )
 LOOKED_AT = ("source", "prompt")  # by their verb, which knows more of what they may be
 for verb in VERBS:

@@ -18,6 +18,7 @@ from cordee.cli.keys import refuse_without_key
 from cordee.cli.known import find
 from cordee.cli.lan import lan_options
 from cordee.cli.models import STARTER
+from cordee.cli.open import PORT, page_of
 from cordee.errors import BadRequest
 from cordee.terminal import output
 
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from cordee.models.store import Store, StoredModel
     from cordee.serving.embedders import Embedders
     from cordee.serving.local_service import LocalService, ServiceConfig
-
-PORT = 8321
 
 
 @click.command()
@@ -160,8 +159,11 @@ class _Server:
         """Answer until the task is cancelled; from the beginning on, also while models load."""
         from cordee.api.guard import Access, Through
         from cordee.api.server import serve as answer
+        from cordee.console.console import Console
+        from cordee.console.single_house import SingleHouse
         from cordee.endpoints.app import create_app
         from cordee.machine.energy import Meter
+        from cordee.models.store import Store
         from cordee.serving.local_service import samples
 
         app = create_app(
@@ -172,6 +174,7 @@ class _Server:
             origins=self.chosen.allow_origins,
             authority=b"" if self.lan is None else self.lan.authority_pem(),
             samples=samples(services),
+            console=Console(SingleHouse(services, Store()), self.authenticator.ledger),
         )
         ledger = self.authenticator.ledger
         assert ledger is not None, "serve keeps one"
@@ -252,6 +255,7 @@ def _greet(
     path = "chat/completions"
     if not services:
         question, path = {"model": names[0], "input": "Hello"}, "embeddings"
+    output.note(f"The page, in a browser of this machine: {page_of(base)}")
     output.note(f"Serving {', '.join(names)} at {base} ({key_note(key)}). Ctrl-C ends it. Try:")
     headers = "-H 'Content-Type: application/json'"
     if key is not None:  # not among curl's arguments, which every account may see

@@ -20,8 +20,9 @@ from cordee.cli.keys import refuse_without_key
 from cordee.cli.known import find
 from cordee.cli.lan import lan_options
 from cordee.cli.models import STARTER
+from cordee.cli.open import PORT, page_of
 from cordee.cli.options import Share, Size
-from cordee.cli.serve import PORT, key_note, listen
+from cordee.cli.serve import key_note, listen
 from cordee.errors import CordeeError, JoinFailed
 from cordee.terminal import output
 
@@ -138,7 +139,8 @@ def up(
             chosen = _settings(member, name, address)
             api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
             bus = BusOptions(chosen.listen, peers, interface)
-            agent_options = AgentOptions(chosen.name, api, bus, lent_bytes, spot_check)
+            page = "" if lan is None else lan.page
+            agent_options = AgentOptions(chosen.name, api, bus, lent_bytes, spot_check, page)
             key = LocalKey.made() if wants_key else None
             if is_new:
                 _offer_starter()
@@ -233,10 +235,13 @@ class _ApiServer:
     def servers(self, agent: "Agent") -> list[Coroutine[Any, Any, None]]:
         """What serves it until it is cancelled."""
         from cordee.access.keyring import Keyring
+        from cordee.agent.other_pages import other_pages
         from cordee.agent.samples import cluster_samples
         from cordee.api.authenticator import Authenticator
         from cordee.api.guard import Access, Through
         from cordee.api.server import serve
+        from cordee.console.cluster_house import ClusterHouse
+        from cordee.console.console import Console
         from cordee.endpoints.app import create_app
         from cordee.models.store import Store
         from cordee.serving.embedders import Embedders
@@ -250,6 +255,8 @@ class _ApiServer:
             authority=b"" if self.lan is None else self.lan.authority_pem(),
             refusal=agent.services.refusal,
             samples=lambda: cluster_samples(agent),
+            console=Console(ClusterHouse(agent, Store()), agent.ledger),
+            others=lambda: other_pages(agent),
         )
         servers: list[Coroutine[Any, Any, None]] = [
             serve(Through(app, Access(self.choice.hosts)), self.listener)
@@ -405,6 +412,7 @@ def _greet(agent: "Agent", key: "LocalKey | None", *, is_new: bool) -> None:
         )
     output.note(f"cordee: node {agent.options.name} ({agent.node}) of cluster {agent.identity.cluster}")
     output.note(f"cordee: API at {agent.options.api} ({key_note(key)}); Ctrl-C ends the node")
+    output.note(f"cordee: the page, in a browser of this machine: {page_of(agent.options.api)}")
     if agent.identity.is_admin:
         output.note("cordee: `cordee invite` prints a code with which another machine can join")
     else:

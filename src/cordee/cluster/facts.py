@@ -176,7 +176,7 @@ class Facts(msgspec.Struct, frozen=True):
     names the engine's build (streams move token-identically only between equal ones), `version` that of
     Cordée; `draining`: the node wants its stages elsewhere; `admin`: it can invite and remove nodes, and
     renews certificates that ran out at the addresses `renewals`, joined by commas. Its own is valid until
-    `certificate_ends`, in seconds since 1970.
+    `certificate_ends`, in seconds since 1970. `page` is where other machines find its page; empty: nowhere.
     """
 
     node: str
@@ -197,6 +197,7 @@ class Facts(msgspec.Struct, frozen=True):
     renewals: str = ""
     certificate_ends: float = 0.0
     doubts: tuple[Doubt, ...] = ()
+    page: str = ""
 
 
 class Hosted(msgspec.Struct, frozen=True):

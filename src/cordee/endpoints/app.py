@@ -29,6 +29,7 @@ from cordee.api.metrics import CONTENT_TYPE
 from cordee.api.openai import OpenAI
 from cordee.api.stream import Timing
 from cordee.api.usage import usage_response
+from cordee.console.console import Console
 from cordee.endpoints.anthropic import Anthropic
 from cordee.endpoints.ollama import Ollama
 from cordee.endpoints.openapi import described
@@ -38,6 +39,8 @@ from cordee.errors import CordeeError
 from cordee.serving.embedders import Embedders
 from cordee.serving.interface import ModelService
 from cordee.serving.samples import Sample
+from cordee.web.pages import Pages
+from cordee.web.session_cookie import is_public, token_of
 
 RERANK_PATHS = ("/v1/rerank", "/v1/reranking", "/rerank")  # Jina and vLLM, llama.cpp, Cohere's oldest
 
@@ -59,6 +62,8 @@ def create_app(
     clock: Callable[[], datetime] = local_now,
     timing: Timing = Timing(),  # noqa: B008  frozen
     samples: Callable[[], Iterable[Sample]] = tuple,
+    others: Callable[[], list[dict[str, str]]] = list,
+    console: Console | None = None,
 ) -> Starlette:
     """The application over running services, by the model's name.
 
@@ -67,7 +72,8 @@ def create_app(
     says why a model cannot be used here, if that is so. Who may ask is the `authenticator`'s affair and that
     of the listener (guard.Access); `origins` are pages that may, beside those of this machine. `authority` is
     the certificate (PEM) that clients of other machines have to trust, if there is one. `samples` are numbers
-    for the metrics, beside those of the requests themselves.
+    for the metrics, beside those of the requests themselves. `others` tells where else the page is; `console`
+    is closed with the application.
     """
     authenticator = authenticator or Authenticator()
     core = ApiCore(services, embedders, expected, refusal, clock, timing)
@@ -78,6 +84,8 @@ def create_app(
         yield
         core.close()
         await embedders.close()
+        if console is not None:
+            await console.close()
 
     routes = [*_state_routes(core), *_access_routes(authenticator, authority), *_routes(core)]
 
@@ -86,12 +94,16 @@ def create_app(
 
     routes.append(Route("/openapi.json", openapi))
     return Starlette(
-        routes=routes,
+        routes=[
+            *Pages(authenticator, others).routes(),
+            *routes,
+            *(console.routes() if console else []),
+        ],
         lifespan=lifespan,
         middleware=[
             Middleware(Guard, origins=origins),
             Middleware(Cors, origins=origins),
-            Middleware(KeyGuard, authenticator=authenticator),
+            Middleware(KeyGuard, authenticator=authenticator, is_public=is_public, token_of=token_of),
             Middleware(NamesIgnored),
         ],
         exception_handlers={

@@ -1,0 +1,1 @@
+"""The page: what a browser gets, and the session of whoever typed a key into it."""
