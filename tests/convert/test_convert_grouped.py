@@ -257,10 +257,19 @@ def test_what_is_unknown_of_a_rotation_is_refused_by_name(
     assert not (tmp_path / "ours.gguf").exists()
 
 
-def test_libllama_computes_what_a_converted_model_does(tmp_path: Path) -> None:
+YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 16}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [{}, YARN, YARN | {"original_context_length": 4096, "attn_factor": 0.7, "yarn_beta_fast": 20.0}],
+    ids=("plain", "yarn", "yarn-slow"),
+)
+def test_libllama_computes_what_a_converted_model_does(scaling: dict[str, object], tmp_path: Path) -> None:
     """Qwen3 by its own implementation, in Q2_0, which it knows: a reference that shares nothing with ours."""
-    weights = grouped_weights(BlockType.Q2_0, head_dim=128)
-    write_grouped(tmp_path / "source.gguf", weights, BlockType.Q2_0)
+    weights = grouped_weights(BlockType.Q2_0, head_dim=128, rope_base=500.0)
+    keys = {f"qwen3.rope.scaling.{key}": value for key, value in scaling.items()}
+    write_grouped(tmp_path / "source.gguf", weights, BlockType.Q2_0, keys=keys)
     convert(tmp_path / "source.gguf", tmp_path / "ours.gguf")
     config = StageConfig(context=64, sequences=1, batch_rows=64, threads=1)
     batches = [batch_of_one(np.arange(10, 40)), *(batch_of_one([i], i) for i in range(30, 50))]

@@ -95,6 +95,8 @@ def write_grouped(
     for key, value in (keys or {}).items():
         if isinstance(value, list):
             writer.add_array(key, value)
+        elif type(value) is int:
+            writer.add_uint32(key, value)
         else:
             writer.kv_data[0][key] = GGUFValue(value, GGUFValueType.get_type(value))
     number = BlockType.Q2_0 if kind is BlockType.Q2_0_OF_128 else kind

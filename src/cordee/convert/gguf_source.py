@@ -21,7 +21,16 @@ from gguf.quants import dequantize
 from cordee.convert import ends
 from cordee.convert.rotation import rotation_of
 from cordee.convert.scales import columns_that_share, found_scales, shares, span_scales
-from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, exact_type, strips
+from cordee.convert.ternary_file import (
+    DIVISORS,
+    EMBEDDING,
+    HEAD,
+    OUTPUT_NORM,
+    TernaryModel,
+    exact_type,
+    strips,
+)
+from cordee.convert.yarn import Yarn, yarn_of
 from cordee.errors import BadModelFile, UnsupportedModel
 from cordee.models.blocks import decoded
 from cordee.models.fit import own_context, size_of
@@ -63,6 +72,7 @@ class GgufSource:
         self._scales: dict[str, np.ndarray] = {}
         self._columns = 0  # that share a scale; 0: all of a row
         self._signs: dict[str, np.ndarray] = {}
+        self._yarn: Yarn | None = None
         self._tables: tuple[str, ...] = (EMBEDDING, HEAD)  # what is no matrix of codes
 
     def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
@@ -71,7 +81,12 @@ class GgufSource:
             raise UnsupportedModel(f"{self.header.name} is a file for the ternary engine already.")
         model = _model(self.header, self, layout, head)
         _refuse_unknown(self.header, model)
-        _refuse_rotation(self.header, model)
+        self._yarn = yarn_of(self.header, model.head_dim, model.rope_base) if model.head_norms else None
+        if self._yarn is None:
+            _refuse_scaling(self.header)
+        else:
+            model = replace(model, divisors=True)
+        _refuse_parts(self.header, model)
         self._columns = model.scale_columns
         if model.embedding == "codes":
             self._tables = ()
@@ -152,7 +167,13 @@ class GgufSource:
 
     def vector(self, name: str) -> np.ndarray:
         """See `WeightSource.vector`."""
-        return self._signs[name] if name in self._signs else self.floats(name, 0, 1)[0]
+        if name in self._signs:
+            return self._signs[name]
+        if self._yarn is not None and name == DIVISORS:
+            return self._yarn.divisors
+        values = self.floats(name, 0, 1)[0]
+        is_head_norm = name.endswith(("attn_q_norm.weight", "attn_k_norm.weight"))
+        return values * self._yarn.factor if self._yarn is not None and is_head_norm else values
 
     def first_rows(self, name: str) -> np.ndarray:
         """Some rows of a matrix, as float32."""
@@ -269,19 +290,20 @@ def _with_scales_of_spans(model: TernaryModel, source: GgufSource) -> TernaryMod
     return replace(model, embedding="codes", head=model.layout, head_planes=1, tied=source.header.tied)
 
 
-def _refuse_rotation(header: Header, model: TernaryModel) -> None:
-    """Refuse scaled RoPE, and heads of which only a part is rotated or kept."""
+def _refuse_scaling(header: Header) -> None:
+    """Refuse scaled RoPE."""
     kind = header.text(".rope.scaling.type", "linear")
     factors = [header.number(key, 1.0) for key in (".rope.scaling.factor", ".rope.scale_linear")]
-    sizes = [
-        header.number(key, model.head_dim) for key in (".rope.dimension_count", ".attention.value_length")
-    ]
     # As llama.cpp reads them: a factor of 0 is none.
-    stretched = kind != "none" and (kind != "linear" or any(factor not in (0, 1) for factor in factors))
-    if stretched or any(size != model.head_dim for size in sizes):
-        raise UnsupportedModel(
-            f"{header.name} scales RoPE, or applies it to parts of heads: the ternary engine cannot."
-        )
+    if kind != "none" and (kind != "linear" or any(factor not in (0, 1) for factor in factors)):
+        raise UnsupportedModel(f"{header.name} scales RoPE ({kind}): the ternary engine cannot.")
+
+
+def _refuse_parts(header: Header, model: TernaryModel) -> None:
+    """Refuse heads of which only a part is rotated or kept."""
+    for key in (".rope.dimension_count", ".attention.value_length"):
+        if header.number(key, model.head_dim) != model.head_dim:
+            raise UnsupportedModel(f"{header.name} applies RoPE to parts of heads: our engine cannot.")
 
 
 def _refuse_unknown(header: Header, model: TernaryModel) -> None:

@@ -87,7 +87,7 @@ def rotation_of(header: Header) -> Rotation | None:
     block = header.count(f"{prefix}block_size")
     if not BLOCK_LEAST <= block <= BLOCK_LIMIT or block & (block - 1):
         raise UnsupportedModel(
-            f"{header.name} rotates blocks of {block}; {BLOCK_LEAST} to {BLOCK_LIMIT}, powers of 2, are known."
+            f"{header.name} rotates blocks of {block}, not of 2^n, {BLOCK_LEAST} to {BLOCK_LIMIT}: {UPDATE}."
         )
     is_explicit = header.text(f"{prefix}sign_mode") == "explicit"
     signs = _signs(header, prefix) if is_explicit else None

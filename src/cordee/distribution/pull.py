@@ -34,7 +34,8 @@ PREFERENCE = ("Q4_K_M", "MXFP4", "MXFP4_MOE", "Q4_0", "Q4_K_S", "Q5_K_M", "Q8_0"
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _QUANTIZATION = re.compile(
-    r"(?<![a-z0-9])((?:ud-)?(?:i?q\d\w*|tq\d_\d|i2_s|mxfp4(?:_moe)?|bf16|f16|f32))(?![a-z0-9])", re.IGNORECASE
+    r"(?<![a-z0-9])((?:ud-)?(?:[ip]?q\d\w*|p?tq\d_\d|i2_s|mxfp4(?:_moe)?|bf16|f16|f32))(?![a-z0-9])",
+    re.IGNORECASE,
 )
 # A vision encoder, which is no language model.
 _VISION = "mmproj"
