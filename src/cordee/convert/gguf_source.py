@@ -57,6 +57,15 @@ class GgufSource:
         _refuse_rotation(self.header, model)
         return model
 
+    @property
+    def is_tied(self) -> bool:
+        """See `Convertible.is_tied`."""
+        return self.header.tied
+
+    def place(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """See `Convertible.place`."""
+        return name, self.tensor(name).shape[::-1]
+
     def check(self, name: str, rows: int, cols: int) -> None:
         """See `Convertible.check`."""
         if self.tensor(name).shape != (cols, rows):
