@@ -1,6 +1,7 @@
 """Writes a model of random ternary weights in a known shape, for measuring speed and memory.
 
     python bench/make_model.py --shape 2b4t -o FILE [--layout trit5] [--head int6] [--vocab N] [--layers N]
+    python bench/make_model.py --shape bonsai-8b -o FILE [--layout trit5]   # ternary embedding and head, too
 
 The first layer is drawn at random and the others have the same weights, rotated by rows: the engine reads
 every layer's bytes all the same, and a model of two billion weights is made in seconds.
@@ -15,6 +16,33 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType
 
 from cordee.convert.pentium2 import LAYOUT, write_pentium2
 from cordee.convert.ternary_file import TernaryModel, write
+
+
+def bonsai(
+    layers: int, n_embd: int, n_ff: int, heads: int, kv_heads: int, *, context: int, tied: bool
+) -> TernaryModel:
+    """A Ternary-Bonsai: Qwen3 with ternary weights everywhere and a scale for each 128 columns."""
+    return TernaryModel(
+        architecture="qwen3",
+        layers=layers,
+        n_embd=n_embd,
+        n_ff=n_ff,
+        n_vocab=151_936,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=128,
+        context=context,
+        rope_base=1_000_000.0,
+        epsilon=1e-6,
+        rope="neox",
+        head_norms=True,
+        scale_columns=128,
+        embedding="codes",
+        head="trit2",
+        head_planes=1,
+        tied=tied,
+    )
+
 
 SHAPES = {
     "2b4t": TernaryModel(
@@ -34,12 +62,18 @@ SHAPES = {
     ),
     "7b": TernaryModel("llama", 32, 4096, 11_008, 32_000, 32, 32, 128, 4096, 10_000.0),
     "8b": TernaryModel("llama", 32, 4096, 14_336, 128_256, 32, 8, 128, 8192, 500_000.0),
+    "bonsai-8b": bonsai(36, 4096, 12_288, 32, 8, context=65_536, tied=False),
+    "bonsai-4b": bonsai(36, 2560, 9728, 32, 8, context=32_768, tied=True),
+    "bonsai-1.7b": bonsai(28, 2048, 6144, 16, 8, context=32_768, tied=True),
     "falcon-e-1b": TernaryModel("llama", 24, 2048, 8192, 32_768, 16, 4, 128, 32_768, 1_000_042.0),
     "110m": TernaryModel("llama", 12, 768, 2048, 32_000, 12, 12, 64, 1024, 10_000.0),
     "42m": TernaryModel("llama", 8, 512, 1376, 32_000, 8, 8, 64, 1024, 10_000.0),
     "15m": TernaryModel("llama", 6, 288, 768, 32_000, 6, 6, 48, 256, 10_000.0),
     "260k": TernaryModel("llama", 5, 64, 172, 512, 8, 4, 8, 512, 10_000.0),
 }
+
+
+TABLES = ("token_embd.weight", "output.weight")
 
 
 class RandomWeights:
@@ -52,8 +86,10 @@ class RandomWeights:
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """See `WeightSource.rows`."""
-        if name in ("token_embd.weight", "output.weight"):
+        if name in TABLES:
             draw = np.random.default_rng((self._seed, first))  # tied: the same for both
+            if self._model.embedding == "codes":
+                return draw.integers(-1, 2, (last - first, self._model.n_embd), dtype=np.int8)
             if self._model.layout == LAYOUT:
                 return draw.integers(-1, 2, (last - first, self._model.n_embd)).astype(np.float32)
             return draw.standard_normal((last - first, self._model.n_embd), dtype=np.float32)
@@ -63,8 +99,11 @@ class RandomWeights:
 
     def scales(self, name: str) -> np.ndarray:
         """See `WeightSource.scales`: a matrix keeps its input's magnitude."""
-        _, cols = self._model.matrices()[name.split(".")[2]]
-        return np.array([np.sqrt(1.5 / cols)], dtype=np.float32)
+        table = self._model.n_vocab, self._model.n_embd
+        rows, cols = table if name in TABLES else self._model.matrices()[name.split(".")[2]]
+        columns = self._model.scale_columns
+        scale = 1 if name in TABLES else np.sqrt(1.5 / cols)
+        return np.full((rows, -(-cols // columns)) if columns else 1, scale, dtype=np.float32)
 
     def vector(self, name: str) -> np.ndarray:
         """See `WeightSource.vector`."""
@@ -123,15 +162,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     model = SHAPES[options.shape]
-    model = replace(
-        model,
-        layout=options.layout,
-        head=options.head,
-        n_vocab=options.vocab or model.n_vocab,
-        layers=options.layers or model.layers,
-        embedding=GGMLQuantizationType.Q8_0 if model.n_embd % 32 == 0 else GGMLQuantizationType.F16,
-    )
-    make_model(options.path, model, options.seed)
+    if model.embedding == "codes":  # embedding and head are as the layers
+        own = {"head": options.layout}
+    else:
+        rows_of = GGMLQuantizationType.Q8_0 if model.n_embd % 32 == 0 else GGMLQuantizationType.F16
+        own = {"head": options.head, "embedding": rows_of}
+    sizes = {"n_vocab": options.vocab or model.n_vocab, "layers": options.layers or model.layers}
+    make_model(options.path, replace(model, layout=options.layout, **own, **sizes), options.seed)
 
 
 if __name__ == "__main__":

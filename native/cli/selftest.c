@@ -99,7 +99,8 @@ static __attribute__((noinline)) uint32_t hash_of_floats(void)
     static int8_t digits[VALUES];
     int32_t sums[1];
     float scales[1];
-    const struct activations to = {digits, sums, scales, VALUES, 1};
+    const struct activations to = {
+        .digits = digits, .sums = sums, .scales = scales, .stride = VALUES, .planes = 1, .spans = 1};
     uint32_t hash = 2166136261u, state = 7;
     for (int round = 0; round < 50; round++) {
         for (uint32_t i = 0; i < VALUES; i++) {

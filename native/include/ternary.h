@@ -170,6 +170,12 @@ TERNARY_API ternary_status ternary_kernels_dot(const char *kernels, const char *
                                                uint32_t groups, uint32_t quads, const int8_t *x, uint32_t n,
                                                int32_t *out, ternary_error *error);
 
+/* Take `rows` rows of `width` floats into a rotated basis, in place: H (signs * x), with H the Walsh-Hadamard matrix in
+ * Sylvester's order, divided by the root of `block`, for each block of so many floats; or with `back` out of it,
+ * signs * (H x). `block` is a power of two from 16 on that divides the width; `signs` [width] are 1 or -1. */
+TERNARY_API ternary_status ternary_turn(float *x, uint32_t rows, uint32_t width, uint32_t block, const float *signs,
+                                        uint32_t back, ternary_error *error);
+
 /* Read `nbytes` bytes (a multiple of 256) from four places at once and do next to nothing with them: what memory gives
  * at best. The result only keeps the reading from being optimised away. */
 TERNARY_API uint64_t ternary_memory_read(const uint8_t *bytes, size_t nbytes);

@@ -50,6 +50,49 @@ FAMILIES = {
     # TriLM: activations are not quantized, matrices have several scales.
     "trilm": replace(_BASE, planes=3),
 }
+_QWEN3 = replace(
+    _BASE,
+    architecture="qwen3",
+    n_embd=160,
+    n_ff=336,
+    heads=4,
+    kv_heads=2,
+    head_dim=48,
+    rope="neox",
+    rope_base=1_000_000.0,
+    epsilon=1e-6,
+    head_norms=True,
+    scale_columns=128,
+    embedding="codes",
+    head="trit2",
+    head_planes=1,
+)
+# Qwen3 with scales of spans: embedding and head in codes, tied or not, in both layouts.
+GROUPED = {
+    "bonsai": _QWEN3,
+    "bonsai-tied": replace(_QWEN3, layout="trit5", head="trit5", tied=True, scale_columns=64),
+    "bonsai-256": replace(
+        _QWEN3,
+        n_ff=528,
+        layout="trit5",
+        head="int8",
+        embedding=GGMLQuantizationType.F16,
+        planes=2,
+        scale_columns=256,
+    ),
+    # In a rotated basis, as Bonsai 2 is.
+    "bonsai-rotated": replace(
+        _QWEN3,
+        head="trit5",
+        planes=3,
+        head_planes=2,
+        head_dim=64,
+        n_ff=320,
+        rotation_block=32,
+        rotated=("attn", "attn_output", "ffn", "ffn_down", "head", "embedding"),
+    ),
+}
+FAMILIES |= GROUPED
 
 
 class Weights:
@@ -64,17 +107,34 @@ class Weights:
             for name, (rows, cols) in model.matrices().items():
                 full = f"blk.{layer}.{name}.weight"
                 self.arrays[full] = draw.integers(-1, 2, (rows, cols)).astype(np.int8)
-                around = 1 + 0.2 * draw.random(scales)
-                self._scales[full.replace("weight", "scale")] = (around * np.sqrt(1.5 / cols)).astype("f4")
+                spans = -(-cols // model.scale_columns) if model.scale_columns else 0
+                around = 1 + 0.2 * draw.random((rows, spans) if spans else scales)
+                own = (around * np.sqrt(1.5 / cols)).astype("f2" if spans else "f4")
+                self._scales[full.replace("weight", "scale")] = own.astype("f4")
             for name, length in model.norms().items():
                 self.arrays[f"blk.{layer}.{name}.weight"] = (1 + 0.1 * draw.standard_normal(length)).astype(
                     "f4"
                 )
         self.arrays["output_norm.weight"] = (1 + 0.1 * draw.standard_normal(model.n_embd)).astype("f4")
+        for name, length in model.rotations().items():
+            self.arrays[name] = draw.choice(np.array([-1, 1], dtype="f4"), length)
         # Small beside what layers add, so that every layer matters for the token.
-        embedding = 0.3 * draw.standard_normal((model.n_vocab, model.n_embd))
-        self.arrays["token_embd.weight"] = embedding.astype("f4")
-        self.arrays["output.weight"] = draw.standard_normal(embedding.shape).astype("f4")
+        size = 0.05 if model.tied else 0.3  # else a tied head would choose what came in
+        self._draw_table(draw, "token_embd", size, model.embedding == "codes")
+        self._draw_table(draw, "output", 1.0, LAYOUTS[model.head].ternary)
+        if model.tied:
+            self.arrays["output.weight"] = self.arrays["token_embd.weight"]
+            self._scales["output.scale"] = self._scales["token_embd.scale"]
+
+    def _draw_table(self, draw: np.random.Generator, name: str, size: float, codes: bool) -> None:
+        shape = self.model.n_vocab, self.model.n_embd
+        if not codes:
+            self.arrays[f"{name}.weight"] = (size * draw.standard_normal(shape)).astype("f4")
+            return
+        self.arrays[f"{name}.weight"] = draw.integers(-1, 2, shape).astype(np.int8)
+        spans = -(-shape[1] // self.model.scale_columns)
+        around = size * (1 + 0.2 * draw.random((shape[0], spans)))
+        self._scales[f"{name}.scale"] = around.astype("f2").astype("f4")
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         return self.arrays[name][first:last]
@@ -87,8 +147,15 @@ class Weights:
 
     def dense(self, layer: int, name: str) -> np.ndarray:
         """A layer's matrix as floats, scales included."""
-        weights = self.arrays[f"blk.{layer}.{name}.weight"]
-        scales = self._scales[f"blk.{layer}.{name}.scale"]
+        return self.floats(f"blk.{layer}.{name}.weight")
+
+    def floats(self, name: str) -> np.ndarray:
+        """A matrix as floats, scales included."""
+        weights, scales = self.arrays[name], self._scales.get(name.replace("weight", "scale"))
+        if scales is None:
+            return weights
+        if scales.ndim == 2:
+            return weights * np.repeat(scales, self.model.scale_columns, axis=1)[:, : weights.shape[1]]
         return weights * np.repeat(scales, len(weights) // len(scales))[:, None]
 
 
@@ -118,7 +185,10 @@ class Reference:
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """(n,) tokens -> (n, n_embd) rows."""
-        return self.weights.arrays["token_embd.weight"][tokens]
+        rows = self.weights.floats("token_embd.weight")[tokens]
+        if self.weights.model.embedding == GGMLQuantizationType.F16:
+            rows = half(rows)
+        return self._turn(rows, "embedding", back=True)
 
     def layer(self, index: int, hidden: np.ndarray) -> np.ndarray:
         """A whole sequence through one layer."""
@@ -129,12 +199,15 @@ class Reference:
             return x if weight is None else self._norm(x, weight)
 
         def linear(name: str, x: np.ndarray) -> np.ndarray:
-            return self._linear(x, self.weights.dense(index, name))
+            turned = {"attn_output": "attn_output", "ffn_down": "ffn_down"}.get(name, name.partition("_")[0])
+            return self._linear(self._turn(x, turned), self.weights.dense(index, name), model.planes)
 
         x = norm("attn_norm", hidden)
         q, k, v = (
             linear(f"attn_{name}", x).reshape(len(x), -1, model.head_dim).transpose(1, 0, 2) for name in "qkv"
         )
+        if model.head_norms:
+            q, k = norm("attn_q_norm", q), norm("attn_k_norm", k)
         q, k = self._rotate(q), self._rotate(k)
         k, v = (np.repeat(half(t), model.heads // model.kv_heads, axis=0) for t in (k, v))
         scores = q @ k.transpose(0, 2, 1) / np.sqrt(np.float32(model.head_dim))
@@ -150,8 +223,12 @@ class Reference:
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
         """Rows -> logits, with the head's weights as they are stored."""
-        stored, scales = rounded(self.weights.arrays["output.weight"], LAYOUTS[self.weights.model.head])
-        return self._norm(hidden, self.weights.arrays["output_norm.weight"]) @ (stored * scales[:, None]).T
+        model, x = self.weights.model, self._norm(hidden, self.weights.arrays["output_norm.weight"])
+        if LAYOUTS[model.head].ternary:
+            dense = self.weights.floats("output.weight")
+            return self._linear(self._turn(x, "head"), dense, model.head_planes)
+        stored, scales = rounded(self.weights.arrays["output.weight"], LAYOUTS[model.head])
+        return self._turn(x, "head") @ (stored * scales[:, None]).T
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """(n,) tokens -> (n, n_vocab)."""
@@ -162,14 +239,27 @@ class Reference:
 
     def _norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return (
-            x / np.sqrt((x**2).mean(axis=1, keepdims=True) + np.float32(self.weights.model.epsilon)) * weight
+            x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + np.float32(self.weights.model.epsilon)) * weight
         )
 
-    def _linear(self, x: np.ndarray, dense: np.ndarray) -> np.ndarray:
-        if self.weights.model.planes == 1:  # b1.58: int8 with one scale per token
-            scale = 127 / np.maximum(np.abs(x).max(axis=1, keepdims=True), np.float32(1e-5))
-            x = np.clip(np.rint(x * scale), -128, 127) / scale
+    def _linear(self, x: np.ndarray, dense: np.ndarray, planes: int) -> np.ndarray:
+        if planes < 3:  # integers with one scale per token, as b1.58 says, or per span
+            columns = self.weights.model.scale_columns or x.shape[1]
+            parts = np.split(x, range(columns, x.shape[1], columns), axis=1)
+            x = np.concatenate([_rounded_activations(part, planes) for part in parts], axis=1)
         return (x.astype(np.float64) @ dense.T).astype(np.float32)
+
+    def _turn(self, x: np.ndarray, name: str, *, back: bool = False) -> np.ndarray:
+        """Into the rotated basis: y = H (s x), with H from its definition; or back, s (H x)."""
+        model = self.weights.model
+        if name not in model.rotated:
+            return x
+        signs, numbers = self.weights.arrays[f"rotation_{name}.signs"], np.arange(model.rotation_block)
+        ones = np.vectorize(int.bit_count)(np.bitwise_and.outer(numbers, numbers).astype(object))
+        matrix = (1 - 2 * (ones.astype(int) % 2)) / np.sqrt(model.rotation_block)
+        blocks = (x if back else x * signs).reshape(len(x), -1, model.rotation_block).astype(np.float64)
+        turned = (blocks @ matrix).reshape(x.shape)
+        return (turned * signs if back else turned).astype(np.float32)
 
     def _rotate(self, x: np.ndarray) -> np.ndarray:
         model = self.weights.model
@@ -183,6 +273,12 @@ class Reference:
             return np.concatenate([turned.real, turned.imag], axis=2).astype(np.float32)
         turned = (x[..., 0::2] + 1j * x[..., 1::2]) * turn
         return np.stack([turned.real, turned.imag], axis=3).reshape(x.shape).astype(np.float32)
+
+
+def _rounded_activations(x: np.ndarray, planes: int) -> np.ndarray:
+    most = 127 if planes == 1 else 127 * 128 + 63
+    scale = most / np.maximum(np.abs(x).max(axis=1, keepdims=True), np.float32(1e-5))
+    return np.clip(np.rint(x * scale), -most - 1, most) / scale
 
 
 def half(x: np.ndarray) -> np.ndarray:

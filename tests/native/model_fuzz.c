@@ -38,6 +38,9 @@ static uint64_t sum_of_layer(const ternary_model *model, uint32_t layer)
 
 static uint64_t sum_of_scales(const struct matrix *matrix)
 {
+    if (matrix->span_scales != NULL)
+        return sum_of(matrix->span_scales, (size_t)matrix->groups * matrix->spans *
+                                               layout_facts[matrix->layout].group_rows * sizeof(uint16_t));
     return matrix->scales == NULL ? 0 : sum_of(matrix->scales, matrix->rows / matrix->scale_rows * sizeof(float));
 }
 
@@ -48,6 +51,10 @@ static uint64_t sum_of_model(const ternary_model *model)
     const size_t n_embd = shape->n_embd * sizeof(float), q_dim = model->q_dim * sizeof(float);
     uint64_t sum = sum_of(model->rope_divisors, shape->head_dim / 2 * sizeof(float));
     float *row = get(n_embd);
+    for (enum turned turned = 0; turned < TURNED; turned++) {
+        const size_t width = turned == TURNED_DOWN ? shape->n_ff * sizeof(float) : n_embd;
+        sum += sum_of(model->signs[turned], turned == TURNED_OUTPUT ? q_dim : width);
+    }
     for (uint32_t i = 0; i < shape->layers; i++) {
         const struct layer *layer = &model->layers[i];
         const struct matrix *matrices[] = {&layer->q,    &layer->k,  &layer->v,   &layer->o,
@@ -57,6 +64,8 @@ static uint64_t sum_of_model(const ternary_model *model)
         sum += sum_of_layer(model, i);
         sum += sum_of(layer->attn_norm, n_embd) + sum_of(layer->ffn_norm, n_embd);
         sum += sum_of(layer->attn_sub_norm, q_dim) + sum_of(layer->ffn_sub_norm, shape->n_ff * sizeof(float));
+        sum += sum_of(layer->q_norm, shape->head_dim * sizeof(float));
+        sum += sum_of(layer->k_norm, shape->head_dim * sizeof(float));
     }
     if (shape->has_head)
         sum += sum_of_layer(model, shape->layers) + sum_of_scales(&model->head) + sum_of(model->output_norm, n_embd);

@@ -10,7 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from cordee.convert.pentium2 import write_pentium2
-from ternary_models import FAMILIES, Weights, make_ternary
+from ternary_models import FAMILIES, GROUPED, Weights, make_ternary
 
 ROOT = Path(__file__).resolve().parents[2]
 READER = (
@@ -18,6 +18,7 @@ READER = (
     "pentium2/lookup.c",
 )
 FILES = (*FAMILIES, "pentium2")
+ROTATED = {"bonsai-rotated": {"rotation_block": 16}}  # widths are multiples of it
 # Between them they have every type that embeddings come in.
 EMBEDDINGS = {
     "bitnet": GGMLQuantizationType.BF16,
@@ -51,7 +52,8 @@ def throw(fuzzer: Path, folder: Path, kind: str, rounds: int, seed: int) -> None
             weights.arrays[name] = np.sign(weights.arrays[name])
         write_pentium2(folder / "model.gguf", weights.model, weights)
     else:
-        make_ternary(kind, folder / "model.gguf", embedding=EMBEDDINGS[kind], **small)
+        changes = small if kind in GROUPED else small | {"embedding": EMBEDDINGS[kind]}
+        make_ternary(kind, folder / "model.gguf", **changes | ROTATED.get(kind, {}))
     done = subprocess.run(
         [fuzzer, folder / "model.gguf", str(rounds), str(seed)], capture_output=True, text=True, check=False
     )

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cordee.convert.ternary_file import LAYOUTS, Layout, pack, rounded, unpack
+from cordee.convert.ternary_file import LAYOUTS, Layout, pack, pack_scales, rounded, unpack, unpack_scales
 from cordee.engine.stage import StageConfig, batch_of_one
-from cordee.engine.ternary import TernaryStage, kernels, library
+from cordee.engine.ternary import TernaryStage, kernels, library, turn
+from cordee.errors import StageFailed
+from cordee.models.codes import turned_back
+from cordee.models.gguf import read_header
 from ternary_models import FAMILIES, make_ternary
 
 LAYOUT_LIST = list(LAYOUTS.values())
@@ -48,6 +51,45 @@ def test_packing_loses_nothing(layout: Layout) -> None:
         weights = draw.integers(-layout.zero, layout.largest + 1, (rows, cols)).astype(np.int8)
         assert (unpack(pack(weights, layout), layout, rows, cols) == weights).all()
     assert len(np.unique(weights)) == layout.zero + layout.largest + 1, "every weight was tried"
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS["trit2"], LAYOUTS["trit5"]], ids=["trit2", "trit5"])
+def test_scales_of_spans_lie_beside_their_rows(layout: Layout) -> None:
+    rows, spans = 3 * layout.group_rows - 7, 5
+    scales = np.random.default_rng(6).random((rows, spans)).astype(np.float16)
+    packed = pack_scales(scales, layout)
+    assert packed.shape == (3, spans, layout.group_rows)
+    for row, span in ((0, 0), (layout.group_rows + 2, 3), (rows - 1, 4)):
+        assert packed[row // layout.group_rows, span, row % layout.group_rows] == scales[row, span]
+    assert (packed[2, :, -7:] == 0).all()
+    assert (unpack_scales(packed, rows) == scales).all()
+
+
+def test_five_weights_a_byte_with_scales_of_128_are_at_most_1_73_bits_a_weight(tmp_path: Path) -> None:
+    """All of a matrix, as it lies in a file; its rows fill groups."""
+    changes = {"n_embd": 640, "n_ff": 1280, "heads": 5, "kv_heads": 5, "head_dim": 128, "scale_columns": 128}
+    make_ternary("bonsai-tied", tmp_path / "model.gguf", layers=1, n_vocab=640, **changes)
+    header = read_header(tmp_path / "model.gguf")
+    weights = 4 * 640 * 640 + 3 * 640 * 1280 + 640 * 640
+    nbytes = sum(tensor.nbytes for tensor in header.tensors if "norm" not in tensor.name)
+    assert 1.72 < 8 * nbytes / weights <= 1.73
+
+
+@pytest.mark.parametrize("block", (16, 32, 1024))
+def test_rows_are_turned_as_the_definition_says(block: int) -> None:
+    draw = np.random.default_rng(block)
+    rows = draw.standard_normal((3, 2 * block)).astype(np.float32)
+    signs = draw.choice(np.array([-1, 1], dtype=np.float32), 2 * block)
+    matrix = np.ones((1, 1))
+    while len(matrix) < block:  # Sylvester's construction
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    expected = ((rows * signs).reshape(-1, block) @ matrix / np.sqrt(block)).reshape(rows.shape)
+    turned = turn(rows, signs, block)
+    np.testing.assert_allclose(turned, expected, atol=1e-5)
+    np.testing.assert_allclose(turn(turned, signs, block, back=True), rows, atol=1e-5)
+    assert turned_back(turned, signs, block).tobytes() == turn(turned, signs, block, back=True).tobytes()
+    with pytest.raises(StageFailed, match="no blocks of"):
+        turn(rows[:, 1:], signs[1:], block)
 
 
 @pytest.mark.parametrize("layout", LAYOUT_LIST, ids=LAYOUTS)

@@ -10,6 +10,11 @@
 #define HEADS_LIMIT 1024u
 #define HEAD_DIM_LIMIT 512u
 #define PLANES_LIMIT 3u
+/* Columns that share a scale, and floats that the rotation mixes: within these, a power of two. */
+#define SPAN_COLUMNS_LEAST 64u
+#define SPAN_COLUMNS_LIMIT 256u
+#define ROTATION_LEAST 16u
+#define ROTATION_LIMIT 32768u
 
 /* Magnitude of an activation's first digit of base 128, and of the integer that 1 to 3 digits are: the others are at
  * most 63. */

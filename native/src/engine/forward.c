@@ -6,7 +6,8 @@
  *         n = norm(x);  x = x + Wdown (activation(Wgate n) * Wup n)
  *     logits = Whead norm(x)
  *
- * Some models have a norm in front of Wo and of Wdown, too. In front of each matrix the row becomes integers.
+ * Some models have a norm in front of Wo and of Wdown, or of each head's queries and keys, too. Others were made in a
+ * rotated basis: what enters their matrices is turned into it. In front of each matrix the row becomes integers.
  *
  * The caller's thread walks through the layers. What divides into pieces (rows, a row's heads, a few groups of a matrix)
  * goes to the pool; a piece's result does not depend on who does it.
@@ -52,7 +53,7 @@ static void head_block(struct step *step, float *out);
 
 /* The parts of a block. set_inputs makes integers of what its work finds, for each row; multiply takes those times the
  * step's first products. */
-static void set_inputs(struct step *step, work_function *work, uint32_t width, uint32_t planes);
+static void set_inputs(struct step *step, work_function *work, const struct matrix *matrix, uint32_t planes);
 static void multiply(struct step *step, uint32_t count);
 static void add_residual(struct step *step);
 static void keep_marked(struct step *step);
@@ -104,7 +105,7 @@ static void attention_block(struct step *step)
     ternary_session *session = step->session;
     const ternary_model *model = session->model;
     const struct layer *layer = &model->layers[step->layer];
-    set_inputs(step, enter_attention, model->shape.n_embd, model->planes);
+    set_inputs(step, enter_attention, &layer->q, model->planes);
     step->products[0] = (struct product){&layer->q, session->queries, model->q_dim};
     step->products[1] = (struct product){&layer->k, session->keys, model->kv_dim};
     step->products[2] = (struct product){&layer->v, session->values, model->kv_dim};
@@ -113,7 +114,7 @@ static void attention_block(struct step *step)
     pool_run(&session->pool, attend_piece, step, step->runs * model->shape.kv_heads);
     if (session->config.logits && step->layer + 1 == model->shape.layers)
         keep_marked(step);
-    set_inputs(step, enter_output, model->q_dim, model->planes);
+    set_inputs(step, enter_output, &layer->o, model->planes);
     step->products[0] = (struct product){&layer->o, session->added, model->shape.n_embd};
     multiply(step, 1);
 }
@@ -124,11 +125,11 @@ static void feed_forward_block(struct step *step)
     const ternary_model *model = session->model;
     const struct layer *layer = &model->layers[step->layer];
     const uint32_t n_embd = model->shape.n_embd, n_ff = model->shape.n_ff;
-    set_inputs(step, enter_feed_forward, n_embd, model->planes);
+    set_inputs(step, enter_feed_forward, &layer->gate, model->planes);
     step->products[0] = (struct product){&layer->gate, session->gates, n_ff};
     step->products[1] = (struct product){&layer->up, session->ups, n_ff};
     multiply(step, 2);
-    set_inputs(step, enter_down, n_ff, model->planes);
+    set_inputs(step, enter_down, &layer->down, model->planes);
     step->products[0] = (struct product){&layer->down, session->added, n_embd};
     multiply(step, 1);
 }
@@ -142,7 +143,7 @@ static void add_residual(struct step *step)
 static void head_block(struct step *step, float *out)
 {
     const ternary_model *model = step->session->model;
-    set_inputs(step, enter_head, model->shape.n_embd, model->head_planes);
+    set_inputs(step, enter_head, &model->head, model->head_planes);
     step->products[0] = (struct product){&model->head, out, model->shape.n_vocab};
     multiply(step, 1);
 }
@@ -238,14 +239,25 @@ static void enter_row(void *argument, uint32_t row, uint32_t thread)
     const uint32_t n_embd = session->model->shape.n_embd;
     float *hidden = session->hidden + (size_t)row * n_embd;
     (void)thread;
-    if (batch->tokens != NULL)
+    if (batch->tokens != NULL) {
+        const float *signs = session->model->signs[TURNED_EMBEDDING];
         model_embed(session->model, (uint32_t)batch->tokens[row], hidden);
-    else
+        if (signs != NULL)
+            session->kernels.turn_back(hidden, signs, n_embd, session->model->rotation_block);
+    } else {
         memcpy(hidden, batch->embeddings + (size_t)row * n_embd, n_embd * sizeof *hidden);
+    }
     set_angles(session, row, (uint32_t)batch->positions[row]);
 }
 
 /* ---- Attention ---- */
+
+static void normalise_heads(const ternary_session *session, float *heads, uint32_t count, const float *norm)
+{
+    const uint32_t head_dim = session->model->shape.head_dim;
+    for (uint32_t head = 0; norm != NULL && head < count; head++, heads += head_dim)
+        session->kernels.normalise(heads, heads, norm, head_dim, session->model->epsilon);
+}
 
 static void rotate_and_store(void *argument, uint32_t row, uint32_t thread)
 {
@@ -260,6 +272,8 @@ static void rotate_and_store(void *argument, uint32_t row, uint32_t thread)
     void (*rotate)(float *, uint32_t, uint32_t, const float *, const float *) =
         session->model->rope == ROPE_HALVES ? session->kernels.rotate_halves : session->kernels.rotate_pairs;
     (void)thread;
+    normalise_heads(session, query, shape->heads, session->model->layers[step->layer].q_norm);
+    normalise_heads(session, key, shape->kv_heads, session->model->layers[step->layer].k_norm);
     rotate(query, shape->heads, shape->head_dim, cosines, sines);
     rotate(key, shape->kv_heads, shape->head_dim, cosines, sines);
     (session->model->by_lookup ? pentium2_cache_store : cache_store)(
@@ -313,35 +327,43 @@ static void keep_marked(struct step *step)
 
 /* ---- Rows in front of a matrix, and behind a block ---- */
 
-static void set_inputs(struct step *step, work_function *work, uint32_t width, uint32_t planes)
+static void set_inputs(struct step *step, work_function *work, const struct matrix *matrix, uint32_t planes)
 {
-    step->session->inputs.stride = (size_t)quads_of(width) * 4;
-    step->session->inputs.planes = planes;
+    struct activations *inputs = &step->session->inputs;
+    const bool has_spans = matrix->span_scales != NULL;
+    inputs->stride = (size_t)quads_of(matrix->cols) * 4;
+    inputs->planes = planes;
+    inputs->spans = has_spans ? matrix->spans : 1;
+    inputs->span_columns = has_spans ? matrix->span_quads * 4 : matrix->cols;
     pool_run(&step->session->pool, work, step, step->rows);
 }
 
-/* One row becomes integers, normalised before if there is a norm. */
+/* One row becomes integers; normalised before if there is a norm, and turned if its matrix was. */
 static void set_input(const ternary_session *session, uint32_t thread, uint32_t row, const float *x, const float *norm,
-                      uint32_t n)
+                      enum turned turned, uint32_t n)
 {
-    if (norm != NULL) {
-        float *normal = session->normal + thread * session->normal_elements;
+    const float *signs = session->model->signs[turned];
+    float *normal = session->normal + thread * session->normal_elements;
+    if (norm != NULL)
         session->kernels.normalise(normal, x, norm, n, session->model->epsilon);
-        x = normal;
-    }
-    session->kernels.quantise(&session->inputs, row, x, n);
+    else if (signs != NULL)
+        memcpy(normal, x, n * sizeof *x);
+    if (signs != NULL)
+        session->kernels.turn(normal, signs, n, session->model->rotation_block);
+    session->kernels.quantise(&session->inputs, row, norm != NULL || signs != NULL ? normal : x, n);
 }
 
-static void set_input_from_hidden(const struct step *step, uint32_t thread, uint32_t row, const float *norm)
+static void set_input_from_hidden(const struct step *step, uint32_t thread, uint32_t row, const float *norm,
+                                  enum turned turned)
 {
     const uint32_t n_embd = step->session->model->shape.n_embd;
-    set_input(step->session, thread, row, step->session->hidden + (size_t)row * n_embd, norm, n_embd);
+    set_input(step->session, thread, row, step->session->hidden + (size_t)row * n_embd, norm, turned, n_embd);
 }
 
 static void enter_attention(void *argument, uint32_t row, uint32_t thread)
 {
     const struct step *step = argument;
-    set_input_from_hidden(step, thread, row, step->session->model->layers[step->layer].attn_norm);
+    set_input_from_hidden(step, thread, row, step->session->model->layers[step->layer].attn_norm, TURNED_ATTENTION);
 }
 
 static void enter_output(void *argument, uint32_t row, uint32_t thread)
@@ -350,13 +372,13 @@ static void enter_output(void *argument, uint32_t row, uint32_t thread)
     const ternary_session *session = step->session;
     const uint32_t q_dim = session->model->q_dim;
     set_input(session, thread, row, session->queries + (size_t)row * q_dim,
-              session->model->layers[step->layer].attn_sub_norm, q_dim);
+              session->model->layers[step->layer].attn_sub_norm, TURNED_OUTPUT, q_dim);
 }
 
 static void enter_feed_forward(void *argument, uint32_t row, uint32_t thread)
 {
     const struct step *step = argument;
-    set_input_from_hidden(step, thread, row, step->session->model->layers[step->layer].ffn_norm);
+    set_input_from_hidden(step, thread, row, step->session->model->layers[step->layer].ffn_norm, TURNED_FEED_FORWARD);
 }
 
 static void enter_down(void *argument, uint32_t row, uint32_t thread)
@@ -367,13 +389,13 @@ static void enter_down(void *argument, uint32_t row, uint32_t thread)
     float *gate = session->gates + (size_t)row * n_ff, *up = session->ups + (size_t)row * n_ff;
     const bool is_silu = session->model->gate == GATE_SILU;
     (is_silu ? session->kernels.gate_silu : session->kernels.gate_relu2)(gate, up, n_ff);
-    set_input(session, thread, row, gate, session->model->layers[step->layer].ffn_sub_norm, n_ff);
+    set_input(session, thread, row, gate, session->model->layers[step->layer].ffn_sub_norm, TURNED_DOWN, n_ff);
 }
 
 static void enter_head(void *argument, uint32_t row, uint32_t thread)
 {
     const struct step *step = argument;
-    set_input_from_hidden(step, thread, row, step->session->model->output_norm);
+    set_input_from_hidden(step, thread, row, step->session->model->output_norm, TURNED_HEAD);
 }
 
 static void add_row(void *argument, uint32_t row, uint32_t thread)
@@ -410,6 +432,39 @@ static void put_rows(const struct kernels *kernels, const struct product *produc
     }
 }
 
+/* Those groups of a matrix with scales of spans, from `first` on, times `count` rows from `row` on: one span after the
+ * other, in the order of columns. */
+static void multiply_spans(const struct kernels *kernels, const struct product *product,
+                           const struct activations *inputs, uint32_t row, uint32_t count, uint32_t first,
+                           uint32_t groups, int32_t *dots)
+{
+    const struct matrix *matrix = product->matrix;
+    const struct layout_facts *facts = &layout_facts[matrix->layout];
+    const size_t group_bytes = (size_t)matrix->quads * facts->quad_bytes, digit_row = (size_t)row * inputs->planes;
+    const uint32_t start = first * facts->group_rows, left = matrix->rows - start;
+    struct span_dots of = {
+        .stride = (size_t)groups * facts->group_rows,
+        .planes = inputs->planes,
+        .group_rows = facts->group_rows,
+        .scales_stride = (size_t)matrix->spans * facts->group_rows,
+    };
+    of.rows = left < of.stride ? left : (uint32_t)of.stride;
+    for (uint32_t span = 0; span < matrix->spans; span++) {
+        const uint32_t quad = span * matrix->span_quads, rest = matrix->quads - quad;
+        kernels->dot[matrix->layout](
+            kernels, matrix->data + first * group_bytes + (size_t)quad * facts->quad_bytes, groups, group_bytes,
+            rest < matrix->span_quads ? rest : matrix->span_quads, inputs->digits + digit_row * inputs->stride + quad * 4,
+            inputs->stride, inputs->sums + span * inputs->sums_stride + digit_row, count * inputs->planes, dots);
+        of.is_first = span == 0;
+        of.scales = matrix->span_scales + ((size_t)first * matrix->spans + span) * facts->group_rows;
+        for (uint32_t i = 0; i < count; i++) {
+            of.dots = dots + i * inputs->planes * of.stride;
+            of.scale = inputs->scales[(size_t)(row + i) * inputs->spans + span];
+            kernels->add_span(product->out + (row + i) * product->stride + start, &of);
+        }
+    }
+}
+
 /* A few groups of a matrix, from `first` on, times all rows. */
 static void multiply_groups(const struct step *step, const struct product *product, uint32_t first, uint32_t thread)
 {
@@ -419,14 +474,19 @@ static void multiply_groups(const struct step *step, const struct product *produ
     const struct layout_facts *facts = &layout_facts[matrix->layout];
     const struct activations *inputs = &session->inputs;
     const uint32_t groups = matrix->groups - first < DOT_GROUPS ? matrix->groups - first : DOT_GROUPS;
-    const uint8_t *data = matrix->data + (size_t)first * matrix->quads * facts->quad_bytes;
+    const size_t group_bytes = (size_t)matrix->quads * facts->quad_bytes;
     const uint32_t at_once = kernels->rows / inputs->planes;
     int32_t *dots = session->dots + thread * dots_elements(kernels);
     for (uint32_t row = 0; row < step->rows; row += at_once) {
         const uint32_t count = step->rows - row < at_once ? step->rows - row : at_once;
         const size_t digit_row = (size_t)row * inputs->planes;
-        kernels->dot[matrix->layout](kernels, data, groups, matrix->quads, inputs->digits + digit_row * inputs->stride,
-                                     inputs->stride, inputs->sums + digit_row, count * inputs->planes, dots);
+        if (matrix->span_scales != NULL) {
+            multiply_spans(kernels, product, inputs, row, count, first, groups, dots);
+            continue;
+        }
+        kernels->dot[matrix->layout](kernels, matrix->data + first * group_bytes, groups, group_bytes, matrix->quads,
+                                     inputs->digits + digit_row * inputs->stride, inputs->stride,
+                                     inputs->sums + digit_row, count * inputs->planes, dots);
         for (uint32_t i = 0; i < count; i++)
             put_rows(kernels, product, inputs, row + i, first, groups,
                      dots + (size_t)i * inputs->planes * groups * facts->group_rows);

@@ -32,13 +32,21 @@ struct matrix {
     uint32_t rows, cols;
     uint32_t groups, quads;
     const uint8_t *data;    /* [groups][quads][quad_bytes], borrowed from the file */
-    const float *scales;    /* [rows / scale_rows], borrowed */
+    const float *scales;    /* [rows / scale_rows], borrowed; NULL: they are of spans */
     uint32_t scale_rows;    /* rows that share a scale */
+    /* A span is neighbouring columns that share a scale within each row; the last may be shorter. */
+    const uint16_t *span_scales; /* [groups][spans][group_rows], f16, borrowed; NULL: scales are of rows */
+    uint32_t spans, span_quads;
 };
 
 static inline uint32_t quads_of(uint32_t cols)
 {
     return (cols + COLUMN_PADDING - 1) / COLUMN_PADDING * (COLUMN_PADDING / 4);
+}
+
+static inline uint32_t spans_of(uint32_t cols, uint32_t scale_columns)
+{
+    return (cols + scale_columns - 1) / scale_columns;
 }
 
 static inline uint32_t groups_of(enum layout layout, uint32_t rows)

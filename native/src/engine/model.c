@@ -15,8 +15,11 @@ struct loading {
     struct gguf gguf;
     ternary_model *model;
     ternary_error *error;
-    enum layout layout;
+    enum layout layout, head_layout;
 };
+
+/* The newest version of the layout: 2 has scales of spans, tied codes and the rotation. */
+#define VERSION 2u
 
 static bool key_of(char *key, size_t room, const char *architecture, const char *name)
 {
@@ -51,24 +54,48 @@ static uint32_t choice(const struct gguf *gguf, const char *key, const char *con
     return at;
 }
 
+/* The layout that a key names, or LAYOUTS. */
+static enum layout read_layout(const struct gguf *gguf, const char *key)
+{
+    char name[32] = "";
+    gguf_text(gguf, key, name, sizeof name);
+    return strcmp(name, "pentium2") == 0 ? LAYOUT_PENTIUM2 : layout_named(name);
+}
+
+/* Which columns share scales, and whether what enters matrices is turned: neither is needed. */
+static ternary_status read_spans(struct loading *loading)
+{
+    ternary_model *model = loading->model;
+    const struct gguf *gguf = &loading->gguf;
+    gguf_number(gguf, "cordee.ternary.scale_columns", &model->scale_columns);
+    gguf_number(gguf, "cordee.ternary.rotation_block", &model->rotation_block);
+    const uint32_t columns = model->scale_columns, block = model->rotation_block;
+    if (columns != 0 && (model->by_lookup || columns < SPAN_COLUMNS_LEAST || columns > SPAN_COLUMNS_LIMIT ||
+                         (columns & (columns - 1)) != 0))
+        return ternary_fail(loading->error, TERNARY_UNSUPPORTED,
+                            "scales are of %u columns, not of %u, 128 or %u in a layout other than pentium2", columns,
+                            SPAN_COLUMNS_LEAST, SPAN_COLUMNS_LIMIT);
+    if (block != 0 && (model->by_lookup || block < ROTATION_LEAST || block > ROTATION_LIMIT || (block & (block - 1)) != 0))
+        return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "the rotation has blocks of %u, not a power of two", block);
+    return TERNARY_OK;
+}
+
 static ternary_status read_rules(struct loading *loading)
 {
     static const char *const gates[] = {"silu", "relu2"}, *const ropes[] = {"neox", "interleaved"};
     ternary_model *model = loading->model;
     const struct gguf *gguf = &loading->gguf;
     uint32_t version = 0;
-    char layout[32] = "";
     if (!gguf_number(gguf, "cordee.ternary.version", &version))
         return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "the file is not laid out for the ternary engine");
-    if (version != 1)
+    if (version - 1 >= VERSION)
         return ternary_fail(loading->error, TERNARY_UNSUPPORTED,
-                            "the file's ternary layout has version %u, not 1", version);
-    gguf_text(gguf, "cordee.ternary.layout", layout, sizeof layout);
-    loading->layout = layout_named(layout);
-    if (strcmp(layout, "pentium2") == 0) {
-        loading->layout = LAYOUT_PENTIUM2;
-        model->by_lookup = true;
-    }
+                            "the file's ternary layout has version %u, not 1 to %u", version, VERSION);
+    loading->layout = read_layout(gguf, "cordee.ternary.layout");
+    loading->head_layout = read_layout(gguf, "cordee.ternary.head");
+    model->by_lookup = loading->layout == LAYOUT_PENTIUM2;
+    if (loading->head_layout == LAYOUTS || model->by_lookup != (loading->head_layout == LAYOUT_PENTIUM2))
+        return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "the head's layout is unknown, or not that of the layers");
     const uint32_t gate = choice(gguf, "cordee.ternary.activation", gates, 2);
     const uint32_t rope = choice(gguf, "cordee.ternary.rope", ropes, 2);
     model->planes = model->head_planes = 0;
@@ -81,7 +108,7 @@ static ternary_status read_rules(struct loading *loading)
                             "a cordee.ternary key is missing or has an unknown value");
     model->gate = gate == 0 ? GATE_SILU : GATE_RELU2;
     model->rope = rope == 0 ? ROPE_HALVES : ROPE_PAIRS;
-    return TERNARY_OK;
+    return read_spans(loading);
 }
 
 static ternary_status read_shape(struct loading *loading)
@@ -133,11 +160,60 @@ static ternary_status read_vector(struct loading *loading, const char *name, uin
     return TERNARY_OK;
 }
 
+/* The vectors of signs of what is turned. The key is a list of names with a comma behind each. */
+static ternary_status read_rotation(struct loading *loading)
+{
+    static const char *const names[TURNED] = {"attn", "attn_output", "ffn", "ffn_down", "head", "embedding"};
+    ternary_model *model = loading->model;
+    const uint32_t n_embd = model->shape.n_embd;
+    const uint32_t widths[TURNED] = {n_embd, model->q_dim, n_embd, model->shape.n_ff, n_embd, n_embd};
+    char list[128] = "", name[64];
+    if (model->rotation_block == 0)
+        return TERNARY_OK;
+    gguf_text(&loading->gguf, "cordee.ternary.rotated", list, sizeof list);
+    for (const char *at = list, *end; *at != 0; at = end + 1) {
+        uint32_t turned = 0;
+        end = strchr(at, ',');
+        while (turned < TURNED && (end == NULL || strlen(names[turned]) != (size_t)(end - at) ||
+                                   memcmp(names[turned], at, (size_t)(end - at)) != 0))
+            turned++;
+        if (turned == TURNED)
+            return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "the file rotates something unknown: %.64s", at);
+        if (widths[turned] % model->rotation_block != 0)
+            return ternary_fail(loading->error, TERNARY_BAD_FILE, "%u columns are no blocks of %u, which the file rotates",
+                                widths[turned], model->rotation_block);
+        snprintf(name, sizeof name, "rotation_%s.signs", names[turned]);
+        const ternary_status status = read_vector(loading, name, widths[turned], false, &model->signs[turned]);
+        if (status != TERNARY_OK)
+            return status;
+    }
+    return TERNARY_OK;
+}
+
+/* Scales of spans, if the tensor has the form of such. */
+static bool read_span_scales(const struct loading *loading, const struct gguf_tensor *tensor, struct matrix *matrix)
+{
+    const uint32_t columns = loading->model->scale_columns;
+    if (columns == 0 || (matrix->layout != LAYOUT_TRIT2 && matrix->layout != LAYOUT_TRIT5))
+        return false;
+    const uint32_t group_rows = layout_facts[matrix->layout].group_rows, spans = spans_of(matrix->cols, columns);
+    if (tensor->type != GGUF_TENSOR_F16 || tensor->dimensions != 3 || tensor->shape[0] != group_rows ||
+        tensor->shape[1] != spans || tensor->shape[2] != matrix->groups || (uintptr_t)tensor->data % 2 != 0 ||
+        tensor->room / (group_rows * sizeof(uint16_t)) / spans < matrix->groups)
+        return false;
+    matrix->span_scales = (const uint16_t *)(const void *)tensor->data;
+    matrix->spans = spans;
+    matrix->span_quads = columns / 4;
+    return true;
+}
+
 static ternary_status read_scales(struct loading *loading, const char *name, struct matrix *matrix)
 {
     struct gguf_tensor tensor;
     if (!gguf_find_tensor(&loading->gguf, name, &tensor))
         return ternary_fail(loading->error, TERNARY_BAD_FILE, "the file has no tensor %s", name);
+    if (read_span_scales(loading, &tensor, matrix))
+        return TERNARY_OK;
     const uint64_t count = tensor.shape[0];
     if (count == 0 || count > matrix->rows || matrix->rows % count != 0)
         return ternary_fail(loading->error, TERNARY_BAD_FILE, "%s does not divide %u rows", name, matrix->rows);
@@ -161,12 +237,22 @@ static struct matrix empty_matrix(enum layout layout, uint32_t rows, uint32_t co
     return matrix;
 }
 
-/* What a decode step reads of it. */
+static uint64_t span_scale_bytes(const struct matrix *matrix)
+{
+    return (uint64_t)matrix->groups * matrix->spans * layout_facts[matrix->layout].group_rows * sizeof(uint16_t);
+}
+
 static uint64_t payload_bytes(const struct matrix *matrix)
 {
     if (matrix->layout == LAYOUT_PENTIUM2)
         return (uint64_t)lookup_row_bytes(matrix->cols) * matrix->rows;
     return (uint64_t)matrix->groups * matrix->quads * layout_facts[matrix->layout].quad_bytes;
+}
+
+/* What a decode step reads of it. */
+static uint64_t read_bytes(const struct matrix *matrix)
+{
+    return payload_bytes(matrix) + (matrix->span_scales != NULL ? span_scale_bytes(matrix) : 0);
 }
 
 /* Whether a tensor is the packed payload of such a matrix. */
@@ -196,9 +282,13 @@ static ternary_status read_matrix(struct loading *loading, uint32_t layer, const
                             "%s is not %u x %u in layout %s, or lies beyond the file's end",
                     full, rows, cols, layout_name(matrix->layout));
     matrix->data = tensor.data;
-    loading->model->shape.weights_bytes += payload_bytes(matrix);
     snprintf(full, sizeof full, "blk.%u.%s.scale", layer, name);
-    return read_scales(loading, full, matrix);
+    const ternary_status status = read_scales(loading, full, matrix);
+    if (status == TERNARY_OK && (matrix->span_scales != NULL) != (loading->model->scale_columns != 0))
+        return ternary_fail(loading->error, TERNARY_BAD_FILE, "%s are not of %u columns each, as the file says", full,
+                            loading->model->scale_columns);
+    loading->model->shape.weights_bytes += read_bytes(matrix);
+    return status;
 }
 
 static ternary_status read_layer(struct loading *loading, uint32_t index)
@@ -216,6 +306,8 @@ static ternary_status read_layer(struct loading *loading, uint32_t index)
         {"ffn_norm", shape->n_embd, false, &layer->ffn_norm},
         {"attn_sub_norm", q_dim, true, &layer->attn_sub_norm},
         {"ffn_sub_norm", shape->n_ff, true, &layer->ffn_sub_norm},
+        {"attn_q_norm", shape->head_dim, true, &layer->q_norm},
+        {"attn_k_norm", shape->head_dim, true, &layer->k_norm},
     };
     const struct {
         const char *name;
@@ -246,8 +338,9 @@ static ternary_status read_embedding(struct loading *loading)
     struct gguf_tensor tensor;
     if (model->shape.n_vocab == 0 || !gguf_find_tensor(&loading->gguf, "token_embd.weight", &tensor))
         return TERNARY_OK;
-    model->codes = empty_matrix(LAYOUT_PENTIUM2, model->shape.n_vocab, model->shape.n_embd);
-    if (is_payload(&tensor, &model->codes)) {
+    model->codes = empty_matrix(loading->head_layout, model->shape.n_vocab, model->shape.n_embd);
+    if (model->codes.layout != LAYOUT_INT8 && model->codes.layout != LAYOUT_INT6 &&
+        model->codes.layout != LAYOUT_INT4 && is_payload(&tensor, &model->codes)) {
         model->codes.data = tensor.data;
         model->shape.has_embedding = 1;
         return read_scales(loading, "token_embd.scale", &model->codes);
@@ -269,7 +362,7 @@ static ternary_status read_embedding(struct loading *loading)
     return TERNARY_OK;
 }
 
-/* A head of the layout `pentium2` that is not there is the embedding, if that has this layout, too. */
+/* A head that is not there is the embedding, if that is in codes. */
 static ternary_status tie_head(struct loading *loading)
 {
     ternary_model *model = loading->model;
@@ -277,7 +370,7 @@ static ternary_status tie_head(struct loading *loading)
         return TERNARY_OK;
     model->head = model->codes;
     model->shape.has_head = 1;
-    model->shape.weights_bytes += payload_bytes(&model->head);
+    model->shape.weights_bytes += read_bytes(&model->head);
     return read_vector(loading, "output_norm.weight", model->head.cols, false, &model->output_norm);
 }
 
@@ -286,20 +379,15 @@ static ternary_status read_head(struct loading *loading)
     ternary_model *model = loading->model;
     struct matrix *head = &model->head;
     struct gguf_tensor tensor;
-    char layout[32] = "";
-    gguf_text(&loading->gguf, "cordee.ternary.head", layout, sizeof layout);
-    *head = empty_matrix(model->by_lookup ? LAYOUT_PENTIUM2 : layout_named(layout), model->shape.n_vocab,
-                         model->shape.n_embd);
-    if (head->layout == LAYOUTS || (model->by_lookup && strcmp(layout, "pentium2") != 0))
-        return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "the head's layout '%s' is unknown", layout);
-    if (model->by_lookup && !gguf_find_tensor(&loading->gguf, "output.weight", &tensor))
+    *head = empty_matrix(loading->head_layout, model->shape.n_vocab, model->shape.n_embd);
+    if (!gguf_find_tensor(&loading->gguf, "output.weight", &tensor))
         return tie_head(loading);
     if (head->rows == 0 || !gguf_find_tensor(&loading->gguf, "output.weight", &tensor) || !is_payload(&tensor, head))
         return TERNARY_OK;
     head->data = tensor.data;
     model->shape.has_head = 1;
-    model->shape.weights_bytes += payload_bytes(head);
     ternary_status status = read_scales(loading, "output.scale", head);
+    model->shape.weights_bytes += read_bytes(head);
     return status == TERNARY_OK
                ? read_vector(loading, "output_norm.weight", head->cols, false, &model->output_norm)
                : status;
@@ -349,6 +437,8 @@ ternary_status ternary_model_make(void *memory, const ternary_file *file, ternar
         status = read_shape(&loading);
     if (status == TERNARY_OK)
         status = read_vector(&loading, "rope_freqs.weight", model->shape.head_dim / 2, true, &model->rope_divisors);
+    if (status == TERNARY_OK)
+        status = read_rotation(&loading);
     for (uint32_t i = 0; i < layers && status == TERNARY_OK; i++)
         status = read_layer(&loading, i);
     if (status == TERNARY_OK) {

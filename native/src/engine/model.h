@@ -9,10 +9,14 @@
 
 enum gate { GATE_SILU, GATE_RELU2 };
 enum rope { ROPE_HALVES, ROPE_PAIRS };
+/* What may be multiplied by signs and the Walsh-Hadamard matrix: what enters the matrices of a layer and the head, and,
+ * the other way round, a row of the embedding. */
+enum turned { TURNED_ATTENTION, TURNED_OUTPUT, TURNED_FEED_FORWARD, TURNED_DOWN, TURNED_HEAD, TURNED_EMBEDDING, TURNED };
 
 struct layer {
     const float *attn_norm, *ffn_norm;         /* [n_embd] */
     const float *attn_sub_norm, *ffn_sub_norm; /* [q_dim], [n_ff]; NULL: none */
+    const float *q_norm, *k_norm;              /* [head_dim], of each head before its rotation; NULL: none */
     struct matrix q, k, v, o, gate, up, down;
 };
 
@@ -21,13 +25,16 @@ struct ternary_model {
     uint32_t q_dim, kv_dim; /* heads * head_dim, kv_heads * head_dim: the widths of queries, and of keys or values */
     float epsilon, rope_base;
     uint32_t planes, head_planes;
+    uint32_t scale_columns; /* of the layers' matrices: columns that share a scale; 0: scales are of rows */
+    uint32_t rotation_block;
+    const float *signs[TURNED]; /* [width of what is turned]; NULL: it is not */
     bool by_lookup; /* all matrices have the layout `pentium2`, and attention is in integers */
     enum gate gate;
     enum rope rope;
     const float *rope_divisors; /* [head_dim / 2], or NULL */
     const float *output_norm;   /* [n_embd]; NULL without a head */
     struct matrix head;         /* [n_vocab][n_embd] */
-    struct matrix codes;        /* an embedding in the layout `pentium2`; data NULL: none */
+    struct matrix codes;        /* an embedding in a layout of trits; data NULL: none */
     const uint8_t *embedding;   /* [n_vocab] rows of that type, or NULL: none, or in codes */
     uint32_t embedding_type;
     size_t embedding_row_bytes;

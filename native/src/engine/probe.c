@@ -1,7 +1,8 @@
-/* The kernels one by one, for tests and measurements. */
+/* The kernels one by one, for tests, measurements and those who make files. */
 #include <string.h>
 
 #include "base/error.h"
+#include "base/limits.h"
 #include "kernels/kernels.h"
 
 uint64_t ternary_memory_read(const uint8_t *bytes, size_t nbytes)
@@ -22,6 +23,19 @@ uint64_t ternary_memory_read(const uint8_t *bytes, size_t nbytes)
     return sum[0];
 }
 
+ternary_status ternary_turn(float *x, uint32_t rows, uint32_t width, uint32_t block, const float *signs, uint32_t back,
+                            ternary_error *error)
+{
+    struct kernels kernels;
+    if (block < ROTATION_LEAST || block > ROTATION_LIMIT || (block & (block - 1)) != 0 || width % block != 0)
+        return ternary_fail(error, TERNARY_REFUSED, "a width of %u is no blocks of %u, a power of two from %u to %u", width,
+                            block, ROTATION_LEAST, ROTATION_LIMIT);
+    kernels_named(NULL, &kernels);
+    for (uint32_t row = 0; row < rows; row++, x += width)
+        (back ? kernels.turn_back : kernels.turn)(x, signs, width, block);
+    return TERNARY_OK;
+}
+
 const char *ternary_kernels_name(uint32_t index)
 {
     return kernels_name(index);
@@ -35,6 +49,7 @@ ternary_status ternary_kernels_dot(const char *name, const char *layout_name, co
     if (!kernels_named(name, &kernels) || layout == LAYOUTS)
         return ternary_fail(error, TERNARY_REFUSED, "no kernels %.32s or no layout %.32s here", name, layout_name);
     const struct layout_facts *facts = &layout_facts[layout];
+    const size_t group_bytes = (size_t)quads * facts->quad_bytes;
     const size_t stride = (size_t)quads * 4, width = (size_t)groups * facts->group_rows;
     for (uint32_t row = 0; row < n; row += kernels.rows) {
         const uint32_t count = n - row < kernels.rows ? n - row : kernels.rows;
@@ -45,8 +60,8 @@ ternary_status ternary_kernels_dot(const char *name, const char *layout_name, co
         for (uint32_t group = 0; group < groups; group += DOT_GROUPS) {
             const uint32_t some = groups - group < DOT_GROUPS ? groups - group : DOT_GROUPS;
             const uint32_t some_rows = some * facts->group_rows;
-            kernels.dot[layout](&kernels, data + (size_t)group * quads * facts->quad_bytes, some, quads,
-                                x + row * stride, stride, sums, count, dots);
+            kernels.dot[layout](&kernels, data + group * group_bytes, some, group_bytes, quads, x + row * stride,
+                                stride, sums, count, dots);
             for (uint32_t i = 0; i < count; i++)
                 memcpy(out + (row + i) * width + (size_t)group * facts->group_rows, dots + (size_t)i * some_rows,
                        some_rows * sizeof *out);

@@ -59,6 +59,7 @@ static void cut_batch(struct cutter *cutter, ternary_session *session, const ter
     const uint32_t planes = larger(model->planes, model->head_planes);
     const uint32_t widest = larger(shape->n_ff, larger(model->q_dim, shape->n_embd));
     const size_t stride = (size_t)quads_of(widest) * 4;
+    const uint64_t spans = model->scale_columns > 0 ? spans_of(widest, model->scale_columns) : 1;
     session->hidden = cut(cutter, rows * (uint64_t)shape->n_embd, sizeof(float));
     session->queries = cut(cutter, rows * (uint64_t)model->q_dim, sizeof(float));
     session->keys = cut(cutter, rows * (uint64_t)model->kv_dim, sizeof(float));
@@ -71,8 +72,9 @@ static void cut_batch(struct cutter *cutter, ternary_session *session, const ter
     session->marked = cut(cutter, rows, sizeof(uint32_t));
     session->runs = cut(cutter, rows + (uint64_t)1, sizeof(uint32_t));
     session->inputs.digits = cut(cutter, rows * (uint64_t)planes * stride, sizeof(int8_t));
-    session->inputs.sums = cut(cutter, rows * (uint64_t)planes, sizeof(int32_t));
-    session->inputs.scales = cut(cutter, rows, sizeof(float));
+    session->inputs.sums_stride = rows * (size_t)planes;
+    session->inputs.sums = cut(cutter, spans * session->inputs.sums_stride, sizeof(int32_t));
+    session->inputs.scales = cut(cutter, rows * (uint64_t)spans, sizeof(float));
     session->normal_elements = (widest + LANES - 1) / LANES * LANES;
 }
 

@@ -150,8 +150,8 @@ static void take_zero(int32_t *out, size_t count, int32_t zero)
 }
 
 INLINE void multiply(unpack_function *unpack, enum layout layout, const uint32_t fields, const struct kernels *kernels,
-                     const uint8_t *data, uint32_t groups, uint32_t quads, const int8_t *x, size_t stride,
-                     const int32_t *sums, uint32_t n, int32_t *out)
+                     const uint8_t *data, uint32_t groups, size_t group_bytes, uint32_t quads, const int8_t *x,
+                     size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
 {
     const uint32_t rows = n / TILE_ROWS * TILE_ROWS, group_rows = fields * 16;
     const size_t out_stride = (size_t)groups * group_rows;
@@ -159,40 +159,43 @@ INLINE void multiply(unpack_function *unpack, enum layout layout, const uint32_t
     const size_t columns = (size_t)tiles.whole * TILE_ROW_BYTES, rest = (size_t)quads * 4 - columns;
     if (rows > 0) {
         const struct tile_configuration configuration = whole_tiles();
-        for (uint32_t row = 0; row < rows; row++) {
+        for (uint32_t row = 0; rest > 0 && row < rows; row++) {
             memset(tiles.last[row], 0, sizeof tiles.last[row]);
             memcpy(tiles.last[row], x + row * stride + columns, rest);
         }
         tiles_configure(&configuration);
         for (uint32_t g = 0; g < groups; g++)
-            multiply_group(unpack, fields, data + (size_t)g * quads * 64, quads, &tiles, rows,
+            multiply_group(unpack, fields, data + g * group_bytes, quads, &tiles, rows,
                            out + (size_t)g * group_rows, out_stride);
         tiles_release();
         for (uint32_t row = 0; row < rows; row++)
             take_zero(out + row * out_stride, out_stride, sums[row]);
     }
     if (rows < n)
-        kernels_avx512vnni.dot[layout](kernels, data, groups, quads, x + rows * stride, stride, sums + rows, n - rows,
-                                       out + rows * out_stride);
+        kernels_avx512vnni.dot[layout](kernels, data, groups, group_bytes, quads, x + rows * stride, stride,
+                                       sums + rows, n - rows, out + rows * out_stride);
 }
 
-static void dot_trit2(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
-                      const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_trit2(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,
+                      uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,
+                      int32_t *out)
 {
-    multiply(unpack_trit2, LAYOUT_TRIT2, 4, kernels, data, groups, quads, x, stride, sums, n, out);
+    multiply(unpack_trit2, LAYOUT_TRIT2, 4, kernels, data, groups, group_bytes, quads, x, stride, sums, n, out);
 }
 
-static void dot_trit5(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
-                      const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_trit5(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,
+                      uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,
+                      int32_t *out)
 {
-    multiply(unpack_trit5, LAYOUT_TRIT5, 5, kernels, data, groups, quads, x, stride, sums, n, out);
+    multiply(unpack_trit5, LAYOUT_TRIT5, 5, kernels, data, groups, group_bytes, quads, x, stride, sums, n, out);
 }
 
 #define DOT_OF_AVX512VNNI(name, layout)                                                                              \
-    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,      \
-                           const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)            \
+    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,  \
+                           uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,          \
+                           int32_t *out)                                                                             \
     {                                                                                                                \
-        kernels_avx512vnni.dot[layout](kernels, data, groups, quads, x, stride, sums, n, out);                       \
+        kernels_avx512vnni.dot[layout](kernels, data, groups, group_bytes, quads, x, stride, sums, n, out);          \
     }
 DOT_OF_AVX512VNNI(int8, LAYOUT_INT8)
 DOT_OF_AVX512VNNI(int6, LAYOUT_INT6)

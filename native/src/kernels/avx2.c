@@ -144,11 +144,12 @@ INLINE void trit5_group(size_t prefetch_bytes, const uint8_t *data, uint32_t qua
 
 /* Two activation rows at a time share the fields of the weights. */
 #define PAIRS(name, group_rows)                                                                                      \
-    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,      \
-                           const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)            \
+    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,  \
+                           uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,          \
+                           int32_t *out)                                                                             \
     {                                                                                                                \
         const size_t out_stride = (size_t)groups * group_rows, prefetch_bytes = kernels->prefetch_bytes;             \
-        for (uint32_t g = 0; g < groups; g++, data += (size_t)quads * 64, out += group_rows) {                       \
+        for (uint32_t g = 0; g < groups; g++, data += group_bytes, out += group_rows) {                              \
             uint32_t i = 0;                                                                                          \
             for (; i + 2 <= n; i += 2)                                                                               \
                 name##_group(prefetch_bytes, data, quads, x + i * stride, stride, sums + i, 2, out + i * out_stride, \
@@ -169,14 +170,15 @@ INLINE __m256i add_signed(__m256i sum, __m256i w, __m256i x)
     return widened(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)));
 }
 
-static void dot_int8(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
-                     const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_int8(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,
+                     uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,
+                     int32_t *out)
 {
     (void)sums; /* the zero is taken off the codes, not off the sums */
     const __m256i flip = _mm256_set1_epi8((char)128);
     for (uint32_t i = 0; i < n; i++) {
         for (uint32_t g = 0; g < groups; g++, out += 16) {
-            const uint8_t *p = data + (size_t)g * quads * 64;
+            const uint8_t *p = data + g * group_bytes;
             __m256i a = _mm256_setzero_si256(), b = a;
             for (uint32_t q = 0; q < quads; q++) {
                 __m256i four = quad_of(x + i * stride + q * 4);
@@ -196,8 +198,9 @@ INLINE __m256i add_unsigned(__m256i sum, __m256i code, __m256i x)
     return widened(sum, _mm256_maddubs_epi16(code, x));
 }
 
-static void dot_int6(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
-                     const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_int6(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,
+                     uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,
+                     int32_t *out)
 {
     (void)kernels; /* nothing is asked for ahead */
     for (uint32_t i = 0; i < n; i++) {
@@ -205,7 +208,7 @@ static void dot_int6(const struct kernels *kernels, const uint8_t *data, uint32_
             __m256i s[4][2];
             memset(s, 0, sizeof s);
             for (uint32_t q = 0; q < quads; q++) {
-                const uint8_t *p = data + ((size_t)g * quads + q) * 192;
+                const uint8_t *p = data + g * group_bytes + (size_t)q * 192;
                 const __m256i four = quad_of(x + i * stride + q * 4);
                 UNROLLED for (uint32_t half = 0; half < 2; half++) {
                     __m256i low = half_at(p + half * 32), next = half_at(p + 64 + half * 32);
@@ -229,8 +232,9 @@ static void dot_int6(const struct kernels *kernels, const uint8_t *data, uint32_
     }
 }
 
-static void dot_int4(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
-                     const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_int4(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,
+                     uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,
+                     int32_t *out)
 {
     (void)kernels; /* nothing is asked for ahead */
     for (uint32_t i = 0; i < n; i++) {
@@ -238,7 +242,7 @@ static void dot_int4(const struct kernels *kernels, const uint8_t *data, uint32_
             __m256i s[2][2];
             memset(s, 0, sizeof s);
             for (uint32_t q = 0; q < quads; q++) {
-                const uint8_t *p = data + ((size_t)g * quads + q) * 64;
+                const uint8_t *p = data + g * group_bytes + (size_t)q * 64;
                 const __m256i four = quad_of(x + i * stride + q * 4);
                 UNROLLED for (uint32_t half = 0; half < 2; half++) {
                     __m256i v = half_at(p + half * 32);

@@ -65,12 +65,11 @@ INLINE void put_fields(const __m512i nested[4], __m512i zero, int32_t *out)
 }
 
 /* `groups` groups by `n` activation rows; groups * n <= 6 sets of four sums stay in registers. */
-INLINE void trit2_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, uint32_t quads,
-                       const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n, int32_t *out,
-                       size_t out_stride)
+INLINE void trit2_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, size_t group_bytes,
+                       uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n,
+                       int32_t *out, size_t out_stride)
 {
     __m512i s[6][4];
-    const size_t group_bytes = (size_t)quads * 64;
     UNROLLED for (uint32_t i = 0; i < groups * n; i++)
         s[i][0] = s[i][1] = s[i][2] = s[i][3] = _mm512_setzero_si512();
     for (uint32_t q = 0; q < quads; q++) {
@@ -120,12 +119,11 @@ static void trit2_stream(size_t prefetch_bytes, const uint8_t *data, uint32_t qu
     put_fields(s[0], _mm512_set1_epi32(sum), out);
 }
 
-INLINE void trit5_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, uint32_t quads,
-                       const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n, int32_t *out,
-                       size_t out_stride)
+INLINE void trit5_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, size_t group_bytes,
+                       uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n,
+                       int32_t *out, size_t out_stride)
 {
     __m512i s[4][6];
-    const size_t group_bytes = (size_t)quads * 64;
     UNROLLED for (uint32_t i = 0; i < groups * n; i++)
         s[i][0] = s[i][1] = s[i][2] = s[i][3] = s[i][4] = s[i][5] = _mm512_setzero_si512();
     for (uint32_t q = 0; q < quads; q++) {
@@ -147,12 +145,11 @@ INLINE void trit5_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_
             }
 }
 
-INLINE void int8_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, uint32_t quads,
-                      const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n, int32_t *out,
-                      size_t out_stride)
+INLINE void int8_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, size_t group_bytes,
+                      uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n,
+                      int32_t *out, size_t out_stride)
 {
     __m512i s[4][6];
-    const size_t group_bytes = (size_t)quads * 64;
     UNROLLED for (uint32_t g = 0; g < groups; g++)
         UNROLLED for (uint32_t i = 0; i < n; i++)
             s[g][i] = _mm512_setzero_si512();
@@ -170,12 +167,12 @@ INLINE void int8_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t
 }
 
 /* Low nibbles of blocks 0 | 1 and 2 | 3 in two vectors, the high two bits of all four in a third. */
-INLINE void int6_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, uint32_t quads,
-                      const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n, int32_t *out,
-                      size_t out_stride)
+INLINE void int6_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, size_t group_bytes,
+                      uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n,
+                      int32_t *out, size_t out_stride)
 {
     __m512i low[3][4], high[3][4];
-    (void)groups; /* always one: a group is three streams already */
+    (void)groups, (void)group_bytes; /* always one: a group is three streams already */
     UNROLLED for (uint32_t i = 0; i < n; i++)
         UNROLLED for (uint32_t block = 0; block < 4; block++)
             low[i][block] = high[i][block] = _mm512_setzero_si512();
@@ -207,12 +204,11 @@ INLINE void int6_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t
     }
 }
 
-INLINE void int4_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, uint32_t quads,
-                      const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n, int32_t *out,
-                      size_t out_stride)
+INLINE void int4_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t groups, size_t group_bytes,
+                      uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, const uint32_t n,
+                      int32_t *out, size_t out_stride)
 {
     __m512i s[12][2];
-    const size_t group_bytes = (size_t)quads * 64;
     UNROLLED for (uint32_t i = 0; i < groups * n; i++)
         s[i][0] = s[i][1] = _mm512_setzero_si512();
     for (uint32_t q = 0; q < quads; q++) {
@@ -238,18 +234,19 @@ INLINE void int4_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t
 #define TILES(name, group_rows, n, width)                                                                            \
     case n:                                                                                                          \
         for (; !kernels->is_one_stream && g + width <= groups; g += width)                                           \
-            name##_tile(prefetch_bytes, data + g * group_bytes, width, quads, x, stride, sums, n,                    \
+            name##_tile(prefetch_bytes, data + g * group_bytes, width, group_bytes, quads, x, stride, sums, n,       \
                         out + g * group_rows, out_stride);                                                           \
         for (; g < groups; g++)                                                                                      \
-            name##_tile(prefetch_bytes, data + g * group_bytes, 1, quads, x, stride, sums, n, out + g * group_rows,  \
-                        out_stride);                                                                                 \
+            name##_tile(prefetch_bytes, data + g * group_bytes, 1, group_bytes, quads, x, stride, sums, n,           \
+                        out + g * group_rows, out_stride);                                                           \
         break;
 
-#define DOT_FUNCTION(name, group_rows, quad_bytes, most_rows, CASES)                                                 \
-    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,      \
-                           const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)            \
+#define DOT_FUNCTION(name, group_rows, most_rows, CASES)                                                             \
+    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,  \
+                           uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,          \
+                           int32_t *out)                                                                             \
     {                                                                                                                \
-        const size_t group_bytes = (size_t)quads * quad_bytes, out_stride = (size_t)groups * group_rows;             \
+        const size_t out_stride = (size_t)groups * group_rows;                                                       \
         const size_t prefetch_bytes = kernels->prefetch_bytes;                                                       \
         while (n > 0) {                                                                                              \
             const uint32_t rows = n <= most_rows ? n : n < 2 * most_rows ? (n + 1) / 2 : most_rows;                  \
@@ -262,21 +259,21 @@ INLINE void int4_tile(size_t prefetch_bytes, const uint8_t *data, const uint32_t
     }
 
 #define TRIT2(n, width) TILES(trit2, 64, n, width)
-DOT_FUNCTION(trit2_streams, 64, 64, 6, TRIT2(1, 4) TRIT2(2, 2) TRIT2(3, 2) TRIT2(4, 1) TRIT2(5, 1) TRIT2(6, 1))
+DOT_FUNCTION(trit2_streams, 64, 6, TRIT2(1, 4) TRIT2(2, 2) TRIT2(3, 2) TRIT2(4, 1) TRIT2(5, 1) TRIT2(6, 1))
 #define TRIT5(n, width) TILES(trit5, 80, n, width)
-DOT_FUNCTION(trit5_few, 80, 64, 4, TRIT5(1, 4) TRIT5(2, 2) TRIT5(3, 1) TRIT5(4, 1))
+DOT_FUNCTION(trit5_few, 80, 4, TRIT5(1, 4) TRIT5(2, 2) TRIT5(3, 1) TRIT5(4, 1))
 #define INT8(n, width) TILES(int8, 16, n, width)
-DOT_FUNCTION(int8, 16, 64, 6, INT8(1, 4) INT8(2, 4) INT8(3, 4) INT8(4, 4) INT8(5, 4) INT8(6, 4))
+DOT_FUNCTION(int8, 16, 6, INT8(1, 4) INT8(2, 4) INT8(3, 4) INT8(4, 4) INT8(5, 4) INT8(6, 4))
 #define INT6(n, width) TILES(int6, 64, n, width)
-DOT_FUNCTION(int6, 64, 192, 3, INT6(1, 1) INT6(2, 1) INT6(3, 1))
+DOT_FUNCTION(int6, 64, 3, INT6(1, 1) INT6(2, 1) INT6(3, 1))
 #define INT4(n, width) TILES(int4, 32, n, width)
-DOT_FUNCTION(int4, 32, 64, 6, INT4(1, 4) INT4(2, 4) INT4(3, 4) INT4(4, 2) INT4(5, 2) INT4(6, 2))
+DOT_FUNCTION(int4, 32, 6, INT4(1, 4) INT4(2, 4) INT4(3, 4) INT4(4, 2) INT4(5, 2) INT4(6, 2))
 
 /* One group and one activation row; apart, because the compiler then keeps the loop as it stands. */
 static __attribute__((noinline)) void trit5_stream(size_t prefetch_bytes, const uint8_t *data, uint32_t quads,
                                                    const int8_t *x, const int32_t *sum, int32_t *out)
 {
-    trit5_tile(prefetch_bytes, data, 1, quads, x, 0, sum, 1, out, 0);
+    trit5_tile(prefetch_bytes, data, 1, 0, quads, x, 0, sum, 1, out, 0);
 }
 
 /* Sums of a strip's digits with n <= 4 activation rows, added to those of the strips before. */
@@ -299,15 +296,16 @@ INLINE void digits_tile(const uint8_t *strip, uint32_t quads, bool is_first, con
             _mm512_storeu_si512(out + i * out_stride + digit * 16, s[i][digit]);
 }
 
-static void dot_trit2(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
-                      const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_trit2(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,
+                      uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,
+                      int32_t *out)
 {
     if (n > 1 || !kernels->is_one_stream) {
-        dot_trit2_streams(kernels, data, groups, quads, x, stride, sums, n, out);
+        dot_trit2_streams(kernels, data, groups, group_bytes, quads, x, stride, sums, n, out);
         return;
     }
     for (uint32_t g = 0; g < groups; g++)
-        trit2_stream(kernels->prefetch_bytes, data + (size_t)g * quads * 64, quads, x, sums[0], out + g * 64);
+        trit2_stream(kernels->prefetch_bytes, data + g * group_bytes, quads, x, sums[0], out + g * 64);
 }
 
 /* Quads whose digits, unpacked, stay in the first-level cache. */
@@ -315,21 +313,22 @@ static void dot_trit2(const struct kernels *kernels, const uint8_t *data, uint32
 /* Activation rows from which on it pays to unpack digits: then a weight costs one dot and not 6 / 5, nor additions. */
 #define UNPACK_ROWS 16u
 
-static void dot_trit5(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
-                      const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
+static void dot_trit5(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,
+                      uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,
+                      int32_t *out)
 {
     _Alignas(64) uint8_t strip[STRIP_QUADS * DIGITS * 64];
     const size_t out_stride = (size_t)groups * 80;
     if (n == 1 && kernels->is_one_stream) {
         for (uint32_t g = 0; g < groups; g++)
-            trit5_stream(kernels->prefetch_bytes, data + (size_t)g * quads * 64, quads, x, sums, out + g * 80);
+            trit5_stream(kernels->prefetch_bytes, data + g * group_bytes, quads, x, sums, out + g * 80);
         return;
     }
     if (n < UNPACK_ROWS) {
-        dot_trit5_few(kernels, data, groups, quads, x, stride, sums, n, out);
+        dot_trit5_few(kernels, data, groups, group_bytes, quads, x, stride, sums, n, out);
         return;
     }
-    for (uint32_t g = 0; g < groups; g++, data += (size_t)quads * 64)
+    for (uint32_t g = 0; g < groups; g++, data += group_bytes)
         for (uint32_t first = 0; first < quads; first += STRIP_QUADS) {
             const uint32_t some = quads - first < STRIP_QUADS ? quads - first : STRIP_QUADS;
             for (uint32_t q = 0; q < some; q++)

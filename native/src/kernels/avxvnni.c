@@ -137,11 +137,12 @@ INLINE void multiply_halves(codes_function *codes_of, put_function *put_sums, co
                     x + i * stride, stride, zeros, n, out + i * out_stride, out_stride)
 
 #define DOT_FUNCTION(name, group_rows, quad_bytes, count, zero)                                                      \
-    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,      \
-                           const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)            \
+    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,  \
+                           uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,          \
+                           int32_t *out)                                                                             \
     {                                                                                                                \
         const size_t out_stride = (size_t)groups * group_rows;                                                       \
-        for (uint32_t g = 0; g < groups; g++, data += (size_t)quads * quad_bytes, out += group_rows) {               \
+        for (uint32_t g = 0; g < groups; g++, data += group_bytes, out += group_rows) {                              \
             uint32_t i = 0;                                                                                          \
             for (; i + 2 <= n; i += 2) {                                                                             \
                 const int32_t zeros[2] = {zero * sums[i], zero * sums[i + 1]};                                       \

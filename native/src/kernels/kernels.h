@@ -20,13 +20,26 @@
 /* Queries that attend together over one head's keys and values. */
 #define ATTENTION_QUERIES 8u
 
-/* Activations of a batch as integers: `planes` signed digits in base 128, highest first, for each row. */
+/* Activations of a batch as integers: `planes` signed digits in base 128, highest first, for each row. Each span of a row's
+ * columns has a scale of its own; in front of matrices whose scales are of rows, a row is one span. */
 struct activations {
     int8_t *digits; /* [rows * planes][stride]; zero behind the columns */
-    int32_t *sums;  /* [rows * planes] */
-    float *scales;  /* [rows]: what an integer stands for */
+    int32_t *sums;  /* [spans][sums_stride]: of a span, those of [rows * planes] */
+    float *scales;  /* [rows][spans]: what an integer stands for */
+    size_t stride, sums_stride;
+    uint32_t planes, spans;
+    uint32_t span_columns; /* at least the columns of a row that is one span */
+};
+
+/* The dots of one row of activations with some groups of a matrix over one span. */
+struct span_dots {
+    const int32_t *dots; /* [planes][stride] */
     size_t stride;
-    uint32_t planes;
+    uint32_t planes, rows, group_rows;
+    const uint16_t *scales; /* f16: of the first group [group_rows]; those of the next are scales_stride further */
+    size_t scales_stride;
+    float scale;   /* of the activations */
+    bool is_first; /* nothing was summed yet */
 };
 
 /* Queries of `heads` heads that share a key/value head, in `rows` rows that follow one another in a sequence: rows *
@@ -50,10 +63,11 @@ static inline size_t attention_scratch(uint32_t positions, uint32_t head_dim, si
 struct kernels;
 
 /* out[i][row] = sum over columns of weight * x, exact; out is [n][groups * group_rows], x [n][stride] with 4 * quads
- * used, sums [n] those of x's rows, n <= DOT_ROWS_LIMIT, groups <= DOT_GROUPS. x is at most DIGIT_LIMIT in magnitude:
- * then no kernel's narrow sums can wrap. `kernels` are those that the function is one of. */
-typedef void dot_function(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,
-                          const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out);
+ * used, sums [n] those of x's rows, n <= DOT_ROWS_LIMIT, groups <= DOT_GROUPS, which begin group_bytes apart. x is at most
+ * DIGIT_LIMIT in magnitude: then no kernel's narrow sums can wrap. `kernels` are those that the function is one of. */
+typedef void dot_function(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,
+                          uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,
+                          int32_t *out);
 
 struct kernels {
     const char *name;
@@ -77,6 +91,12 @@ struct kernels {
     /* The same with out[i] = integer * (scales[i] * scale). */
     void (*rescale_each)(float *out, const int32_t *dots, size_t stride, uint32_t planes, uint32_t n,
                          const float *scales, float scale);
+    /* out[row] += (integer of the digits' dots) * (the row's scale * the activations'), one span after the other. */
+    void (*add_span)(float *out, const struct span_dots *span);
+    /* Blocks of x, so many floats each (a power of two), times the normalised Walsh-Hadamard matrix: `turn` multiplies x
+     * by the signs [n] before, `turn_back`, which undoes it, behind. n is a multiple of the block. */
+    void (*turn)(float *x, const float *signs, uint32_t n, uint32_t block);
+    void (*turn_back)(float *x, const float *signs, uint32_t n, uint32_t block);
     /* Rotate `heads` heads of x by angles with these cosines and sines [head_dim / 2]. */
     void (*rotate_halves)(float *x, uint32_t heads, uint32_t head_dim, const float *cosines, const float *sines);
     void (*rotate_pairs)(float *x, uint32_t heads, uint32_t head_dim, const float *cosines, const float *sines);

@@ -134,12 +134,13 @@ INLINE void multiply_rows(unpack_function *unpack, const uint32_t fields, const 
 }
 
 #define DOT_FUNCTION(name, fields, quad_bytes, zero)                                                                 \
-    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,      \
-                           const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)            \
+    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,  \
+                           uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,          \
+                           int32_t *out)                                                                             \
     {                                                                                                                \
         (void)kernels;                                                                                               \
         const size_t out_stride = (size_t)groups * fields * 16;                                                      \
-        for (uint32_t g = 0; g < groups; g++, data += (size_t)quads * quad_bytes) {                                  \
+        for (uint32_t g = 0; g < groups; g++, data += group_bytes) {                                                 \
             for (uint32_t i = 0; i < n; i += SHARED_ROWS) {                                                          \
                 const uint32_t some = n - i < SHARED_ROWS ? n - i : SHARED_ROWS;                                     \
                 int32_t zeros[SHARED_ROWS];                                                                          \

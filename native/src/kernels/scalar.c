@@ -42,13 +42,13 @@ static int code_int4(const uint8_t *quad, uint32_t row, uint32_t c)
 
 /* The dot for one layout; `code` is known at compile time and disappears into the loop. */
 static inline void dot(enum layout layout, int (*code)(const uint8_t *, uint32_t, uint32_t), const uint8_t *data,
-                       uint32_t groups, uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums,
-                       uint32_t n, int32_t *out)
+                       uint32_t groups, size_t group_bytes, uint32_t quads, const int8_t *x, size_t stride,
+                       const int32_t *sums, uint32_t n, int32_t *out)
 {
     const struct layout_facts *facts = &layout_facts[layout];
     for (uint32_t i = 0; i < n; i++) {
         for (uint32_t row = 0; row < groups * facts->group_rows; row++) {
-            const uint8_t *group = data + (size_t)(row / facts->group_rows) * quads * facts->quad_bytes;
+            const uint8_t *group = data + row / facts->group_rows * group_bytes;
             int32_t sum = 0;
             for (uint32_t quad = 0; quad < quads; quad++)
                 for (uint32_t c = 0; c < 4; c++)
@@ -60,11 +60,12 @@ static inline void dot(enum layout layout, int (*code)(const uint8_t *, uint32_t
 }
 
 #define DOT(name, layout)                                                                                            \
-    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, uint32_t quads,      \
-                           const int8_t *x, size_t stride, const int32_t *sums, uint32_t n, int32_t *out)            \
+    static void dot_##name(const struct kernels *kernels, const uint8_t *data, uint32_t groups, size_t group_bytes,  \
+                           uint32_t quads, const int8_t *x, size_t stride, const int32_t *sums, uint32_t n,          \
+                           int32_t *out)                                                                             \
     {                                                                                                                \
         (void)kernels;                                                                                               \
-        dot(layout, code_##name, data, groups, quads, x, stride, sums, n, out);                                      \
+        dot(layout, code_##name, data, groups, group_bytes, quads, x, stride, sums, n, out);                         \
     }
 DOT(trit2, LAYOUT_TRIT2)
 DOT(trit5, LAYOUT_TRIT5)

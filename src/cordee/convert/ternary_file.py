@@ -16,12 +16,14 @@ from gguf.gguf_writer import WriterState
 from gguf.quants import quantize
 
 from cordee.files import atomic_file
-from cordee.models.gguf import TERNARY_KEY, TERNARY_VERSION
+from cordee.models.gguf import TERNARY_KEY
 
 ALIGNMENT = 64
 COLUMN_PADDING = 16
 BLOCK_ROWS = 16
 EMBEDDING, HEAD, OUTPUT_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
+# What may be in a rotated basis: what enters these matrices, and the rows of the embedding.
+ROTATED = ("attn", "attn_output", "ffn", "ffn_down", "head", "embedding")
 # How many rows are read, packed and written at a time: whole groups of every layout, some MB.
 STRIP_ROWS = 320
 
@@ -43,6 +45,10 @@ class Layout:
     def shape(self, rows: int, cols: int) -> tuple[int, int, int]:
         """(groups, quads, bytes of a quad) of a matrix."""
         return -(-rows // self.group_rows), -(-cols // COLUMN_PADDING) * COLUMN_PADDING // 4, self.quad_bytes
+
+    @property
+    def ternary(self) -> bool:
+        return self.largest == 1
 
 
 LAYOUTS = {
@@ -105,6 +111,21 @@ def unpack(payload: np.ndarray, layout: Layout, rows: int, cols: int) -> np.ndar
     return weights.astype(np.int8)
 
 
+def pack_scales(scales: np.ndarray, layout: Layout) -> np.ndarray:
+    """(rows, spans) scales of neighbouring columns -> (groups, spans, group_rows) float16; padding is 0."""
+    rows, spans = scales.shape
+    groups = -(-rows // layout.group_rows)
+    padded = np.zeros((groups * layout.group_rows, spans), dtype="<f2")
+    padded[:rows] = scales
+    return np.ascontiguousarray(padded.reshape(groups, layout.group_rows, spans).transpose(0, 2, 1))
+
+
+def unpack_scales(payload: np.ndarray, rows: int) -> np.ndarray:
+    """The inverse of `pack_scales`: (rows, spans) float32."""
+    _, spans, _ = payload.shape
+    return payload.transpose(0, 2, 1).reshape(-1, spans)[:rows].astype(np.float32)
+
+
 def rounded(rows: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """(n, cols) float32 -> int8 weights of the layout and (n,) float32 scales, one a row."""
     absmax = np.abs(rows).max(axis=1)
@@ -130,11 +151,16 @@ class TernaryModel:
     activation: Literal["silu", "relu2"] = "silu"
     rope: Literal["neox", "interleaved"] = "interleaved"
     sub_norms: bool = False
+    head_norms: bool = False  # of each head's queries and keys
     layout: Literal["trit2", "trit5", "pentium2"] = "trit2"
     planes: int = 1
+    scale_columns: int = 0  # neighbouring columns that share a scale: 64, 128 or 256; 0: scales are of rows
     head: str = "int8"
     head_planes: int = 2
-    embedding: GGMLQuantizationType = GGMLQuantizationType.F16
+    embedding: GGMLQuantizationType | Literal["codes"] = GGMLQuantizationType.F16  # codes: as the head
+    tied: bool = False  # the head is the embedding; both are codes
+    rotation_block: int = 0
+    rotated: tuple[str, ...] = ()  # what is rotated, of ROTATED
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """(rows, cols) of each matrix of a layer by name, in the file's order."""
@@ -152,22 +178,44 @@ class TernaryModel:
     def norms(self) -> dict[str, int]:
         """The length of each norm of a layer by name."""
         sub = {"attn_sub_norm": self.heads * self.head_dim, "ffn_sub_norm": self.n_ff}
-        return {"attn_norm": self.n_embd, "ffn_norm": self.n_embd} | (sub if self.sub_norms else {})
+        heads = {"attn_q_norm": self.head_dim, "attn_k_norm": self.head_dim}
+        return (
+            {"attn_norm": self.n_embd, "ffn_norm": self.n_embd}
+            | (sub if self.sub_norms else {})
+            | (heads if self.head_norms else {})
+        )
+
+    def rotations(self) -> dict[str, int]:
+        """The length of each vector of signs by name."""
+        own = {"attn_output": self.heads * self.head_dim, "ffn_down": self.n_ff}
+        return {f"rotation_{name}.signs": own.get(name, self.n_embd) for name in self.rotated}
+
+    @property
+    def version(self) -> int:
+        """The oldest version of the layout that can say all of it."""
+        new = self.scale_columns or self.head_norms or self.rotated or self.embedding == "codes"
+        return 2 if new else 1
 
 
 class WeightSource(Protocol):
     """Where the weights come from. Names are GGUF's: "blk.3.attn_q.weight"."""
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """Rows of a matrix: int8 of -1, 0, 1 for those of layers, float32 for "token_embd" and "output"."""
+        """Rows of a matrix: int8 of -1, 0, 1 for those of layers, float32 for "token_embd" and "output".
+
+        Where those are codes (`embedding`, `head`), they give int8, too.
+        """
         ...
 
     def scales(self, name: str) -> np.ndarray:
-        """The float32 scales of a layer's matrix: n of them, each for the next rows / n rows."""
+        """The float32 scales of a matrix of codes: n of them, each for the next rows / n rows.
+
+        With `scale_columns` they are (rows, spans): one for each row and so many columns.
+        """
         ...
 
     def vector(self, name: str) -> np.ndarray:
-        """A norm, float32."""
+        """A norm, or the signs of a rotation; float32."""
         ...
 
 
@@ -226,7 +274,12 @@ def _add_keys(writer: GGUFWriter, model: TernaryModel) -> None:
         writer.add_uint32(f"cordee.ternary.{key}", getattr(model, key))
     for key in ("layout", "head", "activation", "rope"):
         writer.add_string(f"cordee.ternary.{key}", getattr(model, key))
-    writer.add_uint32(TERNARY_KEY, TERNARY_VERSION)
+    if model.scale_columns:
+        writer.add_uint32("cordee.ternary.scale_columns", model.scale_columns)
+    if model.rotated:
+        writer.add_uint32("cordee.ternary.rotation_block", model.rotation_block)
+        writer.add_string("cordee.ternary.rotated", "".join(f"{name}," for name in model.rotated))
+    writer.add_uint32(TERNARY_KEY, model.version)
 
 
 @dataclass(frozen=True)
@@ -274,28 +327,51 @@ def tensors_in_order(
     `payload(name, rows, cols)` makes a layer's matrix.
     """
     yield from embedding
+    for name, length in model.rotations().items():
+        yield vector_tensor(name, length, lambda name=name: source.vector(name))
     for layer in range(model.layers):
         for name, length in model.norms().items():
             full = f"blk.{layer}.{name}.weight"
             yield vector_tensor(full, length, lambda full=full: source.vector(full))
         for name, (rows, cols) in model.matrices().items():
             full = f"blk.{layer}.{name}.weight"
-            scales = source.scales(full)
-            yield vector_tensor(f"blk.{layer}.{name}.scale", len(scales), lambda scales=scales: scales)
+            yield scale_tensor(model, source, full, (rows, cols))
             yield payload(full, rows, cols)
     yield vector_tensor(OUTPUT_NORM, model.n_embd, lambda: source.vector(OUTPUT_NORM))
     yield from head
 
 
-def _tensors(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
-    layout = LAYOUTS[model.layout]
+def scale_tensor(
+    model: TernaryModel, source: WeightSource, name: str, shape: tuple[int, int], head: bool = False
+) -> OutputTensor:
+    """The scales of a matrix of codes of that shape, (rows, cols); `head`: in the head's layout."""
+    full = name.replace("weight", "scale")
+    if not model.scale_columns:
+        scales = source.scales(name)
+        return vector_tensor(full, len(scales), lambda: scales)
+    layout = LAYOUTS[model.head if head else model.layout]
+    rows, cols = shape
+    groups, spans = layout.shape(rows, cols)[0], -(-cols // model.scale_columns)
+    nbytes = groups * spans * layout.group_rows * 2
+    arrays = (pack_scales(source.scales(name), layout) for _ in range(1))
+    return output_tensor(full, (groups, spans, layout.group_rows), GGMLQuantizationType.F16, nbytes, arrays)
 
-    def payload(name: str, rows: int, cols: int) -> OutputTensor:
+
+def _tensors(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
+    def codes(name: str, rows: int, cols: int, layout: Layout = LAYOUTS[model.layout]) -> OutputTensor:
         packed = (pack(source.rows(name, first, last), layout) for first, last in strips(rows))
         return _payload(name, layout, rows, cols, packed)
 
-    embedding, head = [_embedding(model, source)], _head(model, source)
-    return tensors_in_order(model, source, embedding=embedding, payload=payload, head=head)
+    def table(name: str) -> Iterator[OutputTensor]:
+        shape = (model.n_vocab, model.n_embd)
+        yield scale_tensor(model, source, name, shape, head=True)
+        yield codes(name, *shape, LAYOUTS[model.head])
+
+    embedding = table(EMBEDDING) if model.embedding == "codes" else [_embedding(model, source)]
+    head = table(HEAD) if LAYOUTS[model.head].ternary else _head(model, source)
+    return tensors_in_order(
+        model, source, embedding=embedding, payload=codes, head=() if model.tied else head
+    )
 
 
 def _payload(name: str, layout: Layout, rows: int, cols: int, arrays: Iterator[np.ndarray]) -> OutputTensor:
@@ -320,11 +396,10 @@ def exact_type(source: WeightSource, rows: int) -> GGMLQuantizationType:
 
 
 def _embedding(model: TernaryModel, source: WeightSource) -> OutputTensor:
-    encoded = (quantize(source.rows(EMBEDDING, a, b), model.embedding) for a, b in strips(model.n_vocab))
-    [row] = quantize(np.zeros((1, model.n_embd), dtype=np.float32), model.embedding)
-    return output_tensor(
-        EMBEDDING, (model.n_vocab, len(row)), model.embedding, model.n_vocab * row.nbytes, encoded
-    )
+    kind = GGMLQuantizationType(cast(int, model.embedding))
+    encoded = (quantize(source.rows(EMBEDDING, a, b), kind) for a, b in strips(model.n_vocab))
+    [row] = quantize(np.zeros((1, model.n_embd), dtype=np.float32), kind)
+    return output_tensor(EMBEDDING, (model.n_vocab, len(row)), kind, model.n_vocab * row.nbytes, encoded)
 
 
 def _head(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:

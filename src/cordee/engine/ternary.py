@@ -17,7 +17,7 @@ import numpy as np
 from cordee.engine.stage import Batch, StageConfig, StageDescription
 from cordee.errors import BadModelFile, CordeeError, SetupNeeded, StageFailed, UnsupportedModel
 
-BUILD = "ternary-1"  # the native code's version, on which exported states and equal tokens depend
+BUILD = "ternary-2"  # the native code's version, on which exported states and equal tokens depend
 
 _u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 
@@ -69,6 +69,7 @@ _FUNCTIONS = {
     "ternary_sequence_bytes": (ctypes.c_size_t, _pointer, _u32),
     "ternary_sequence_export": (ctypes.c_int, _pointer, _u32, _pointer, _pointer),
     "ternary_sequence_import": (ctypes.c_int, _pointer, _u32, ctypes.c_char_p, ctypes.c_size_t, _pointer),
+    "ternary_turn": (ctypes.c_int, _pointer, _u32, _u32, _u32, _pointer, _u32, _pointer),
     "ternary_memory_read": (_u64, _pointer, ctypes.c_size_t),
     "ternary_kernels_name": (ctypes.c_char_p, _u32),
     "ternary_kernels_dot": (
@@ -110,6 +111,26 @@ def kernels() -> list[str]:
     for name in names:
         found.append(name.decode())
     return found
+
+
+def turn(rows: np.ndarray, signs: np.ndarray, block: int, *, back: bool = False) -> np.ndarray:
+    """(n, width) float32 rows -> the same in a rotated basis, or out of it; native/FORMAT.md, "The rotation".
+
+    The matrices of such a model, and its embedding, are their own rows in that basis: H is symmetric.
+
+    Raises:
+        StageFailed: `block` is no power of two from 16 on that divides the width.
+    """
+    turned = np.array(rows, dtype=np.float32, order="C")
+    vector = np.ascontiguousarray(signs, dtype=np.float32)
+    if turned.ndim != 2 or vector.shape != turned.shape[1:]:
+        raise StageFailed(f"{vector.shape} signs do not fit rows of {turned.shape}.")
+    error = _Error()
+    count, width = turned.shape
+    addresses = turned.ctypes.data, vector.ctypes.data
+    if library().ternary_turn(addresses[0], count, width, block, addresses[1], back, ctypes.byref(error)):
+        raise StageFailed(f"{error.text.decode()}.")
+    return turned
 
 
 class TernaryStage:

@@ -15,7 +15,9 @@ from gguf.quants import dequantize
 
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.models.architectures import architecture
+from cordee.models.codes import CodedRows, has_codes
 from cordee.models.gguf import Header, TensorType
+from cordee.models.metadata import CONVERT_AGAIN
 from cordee.models.slices import EMBEDDING
 
 # Decoding a single row, which each token of an answer needs, takes 150 µs, nearly all of it the library's own
@@ -28,19 +30,17 @@ class Embedding:
 
     def __init__(self, header: Header) -> None:
         """Raises UnsupportedModel or BadModelFile if the model has no embedding this program can read."""
+        if has_codes(header):
+            coded = CodedRows(header, partial(_mapped, header))
+            self.n_embd, self.n_vocab = coded.n_embd, coded.n_vocab
+            self._decoded = partial(_coded, coded)
+            self._row = lru_cache(CACHED_ROWS)(self._decoded)
+            return
         tensor = header.tensor(EMBEDDING)
         if tensor is None or len(tensor.shape) != 2:
             raise BadModelFile(f"{header.name} has no {EMBEDDING}: it cannot turn tokens into rows.")
         self.n_embd, self.n_vocab = tensor.shape
-        start = tensor.offset - tensor.offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            with tensor.path.open("rb") as file:
-                length = tensor.offset + tensor.nbytes - start
-                mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start)
-        except (OSError, ValueError) as error:
-            raise BadModelFile(f"{tensor.path} cannot be read: {error}.") from error
-        flat = np.frombuffer(mapped, np.uint8, tensor.nbytes, tensor.offset - start)
-        table = flat.reshape(self.n_vocab, -1)
+        table = _mapped(header, EMBEDDING).reshape(self.n_vocab, -1)
         self._decoded = partial(_decoded, table, tensor.type, _scale(header, self.n_embd))
         self._row = lru_cache(CACHED_ROWS)(self._decoded)
         try:
@@ -63,6 +63,29 @@ class Embedding:
         if ids.size and not 0 <= ids.min() <= ids.max() < self.n_vocab:
             raise BadRequest(f"Token ids must be 0 to {self.n_vocab - 1}.", "tokens")
         return self._row(int(ids[0])) if ids.size == 1 else self._decoded(ids)
+
+
+def _mapped(header: Header, name: str) -> np.ndarray:
+    """A tensor's bytes, in the mapped file.
+
+    Raises:
+        BadModelFile: there is no such tensor, or the file cannot be mapped.
+    """
+    tensor = header.tensor(name)
+    if tensor is None:
+        raise BadModelFile(f"{header.name} has no {name}: {CONVERT_AGAIN}.")
+    start = tensor.offset - tensor.offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        with tensor.path.open("rb") as file:
+            length = tensor.offset + tensor.nbytes - start
+            mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start)
+    except (OSError, ValueError) as error:
+        raise BadModelFile(f"{tensor.path} cannot be read: {error}.") from error
+    return np.frombuffer(mapped, np.uint8, tensor.nbytes, tensor.offset - start)
+
+
+def _coded(coded: CodedRows, ids: int | np.ndarray) -> np.ndarray:
+    return coded.rows(np.atleast_1d(np.asarray(ids, dtype=np.int64)))
 
 
 def _decoded(

@@ -148,8 +148,12 @@ def _ternary_row_floats(header: Header, embd: int) -> int:
     """The same in the ternary engine, whose buffers last a batch (native/src/engine/session.c, cut_batch)."""
     width, (heads, groups, head_dim) = size_of(header, ".feed_forward_length"), _ternary_heads(header)
     planes = max(size_of(header, f"cordee.ternary.{key}") for key in ("planes", "head_planes"))
-    digits = planes * _padded(max(width, heads * head_dim, embd))  # of activations, in bytes
-    return 2 * embd + (heads + 2 * groups + 1) * head_dim + 2 * width + digits // 4
+    widest = max(width, heads * head_dim, embd)
+    columns = size_of(header, "cordee.ternary.scale_columns", default=0)
+    spans = -(-widest // columns) if columns else 1
+    digits = planes * _padded(widest)  # of activations, in bytes
+    scales = spans * (planes + 1)
+    return 2 * embd + (heads + 2 * groups + 1) * head_dim + 2 * width + digits // 4 + scales
 
 
 def _ternary_heads(header: Header) -> tuple[int, int, int]:

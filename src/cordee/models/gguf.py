@@ -53,7 +53,7 @@ NEWER_LIMIT = 256
 UPDATE = "update cordee"
 
 # The presence of this key makes a file one for the ternary engine (native/FORMAT.md).
-TERNARY_KEY, TERNARY_VERSION = "cordee.ternary.version", 1
+TERNARY_KEY, TERNARY_VERSION = "cordee.ternary.version", 2
 
 _U32, _U64 = SCALARS[GGUFValueType.UINT32], SCALARS[GGUFValueType.UINT64]
 # Names of tensors of a layer; they have at most 63 bytes, so the number stays small.

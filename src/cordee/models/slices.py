@@ -11,6 +11,7 @@ What the loader requires: llama.cpp, src/llama-model.cpp and src/models/*.cpp.
 
 import hashlib
 import os
+import re
 import struct
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ SHARED = frozenset(
 )
 EMBEDDING = "token_embd.weight"
 HEAD = frozenset({"output.weight", "output.bias", "output.scale"})
+EMBEDDING_SCALE = "token_embd.scale"  # of an embedding in the ternary engine's codes, as the next ones
+ROTATION = re.compile(r"rotation_\w+\.signs")
 
 _WINDOW_PATTERN = ".attention.sliding_window_pattern"
 
@@ -246,6 +249,8 @@ def _model_fault(header: Header, rules: Architecture) -> str | None:
     heads_by_layer = isinstance(header.metadata.get(f"{rules.name}.attention.head_count"), Array)
     if heads_by_layer and not header.count(".attention.key_length", 0):
         return "its head size follows from its first layer"
+    if header.metadata.get("cordee.ternary.layout") == "pentium2":
+        return "it is laid out for machines that compute alone"
     if "general.tensor_extra.name" in header.metadata:
         return "it has settings by tensor name"
     return None
@@ -374,9 +379,9 @@ def _slice_pieces(header: Header, unread: Sequence[str], first: int, last: int) 
                 if keep
                 else _stand_in(tensor, full_size=is_last)
             )
-        elif tensor.name in unread:
+        elif tensor.name in unread or (tensor.name == EMBEDDING_SCALE and not (is_last and header.tied)):
             continue
-        elif tensor.name in SHARED:
+        elif tensor.name in (*SHARED, EMBEDDING_SCALE) or ROTATION.fullmatch(tensor.name):
             pieces.append(SliceTensor(tensor.name, tensor.shape, tensor.type, tensor.nbytes, tensor))
         else:
             raise UnsupportedModel(f"{header.name} cannot be cut: where {tensor.name} belongs is unknown.")
@@ -385,7 +390,9 @@ def _slice_pieces(header: Header, unread: Sequence[str], first: int, last: int) 
 
 def _stand_in(tensor: Tensor, full_size: bool) -> SliceTensor:
     """Zeros in place of a tensor that the loader requires and nobody reads."""
-    if not full_size:
+    if tensor.type is GGMLQuantizationType.I8:  # codes: the ternary engine wants no embedding
+        shape, kind = (1, STAND_IN_ROWS), GGMLQuantizationType.F32
+    elif not full_size:
         shape, kind = (*tensor.shape[:-1], STAND_IN_ROWS), GGMLQuantizationType.F32
     else:
         shape = tensor.shape
