@@ -72,6 +72,13 @@ def evaluate(model: str, against: str | None, text: str | None, threads: int | N
     help="Fit each matrix to the inputs it will have; or to itself, well or plainly (faster, much worse).",
 )
 @click.option(
+    "--group",
+    type=click.Choice(["64", "128", "256", "row"]),
+    default="128",
+    show_default=True,
+    help="Neighbouring inputs that share a scale: fewer are better and take more room.",
+)
+@click.option(
     "--head",
     type=click.Choice(["int8", "int6", "int4"]),
     default="int8",
@@ -96,6 +103,7 @@ def compress(
     model: str,
     out: Path,
     method: Literal["gptq", "fit", "absmean"],
+    group: str,
     head: str,
     calibration: str | None,
     memory_bytes: int,
@@ -114,7 +122,8 @@ def compress(
     from cordee.compress.evaluate import read_text
 
     text = None if calibration is None else read_text(Path(calibration))
-    settings = CompressOptions(method=method, head=head, calibration=text, memory_bytes=memory_bytes)
+    span = 0 if group == "row" else int(group)
+    settings = CompressOptions(method, span, head=head, calibration=text, memory_bytes=memory_bytes)
     with output.progress(model) as progress:
         run(_path(model), out, settings, name=model, pre=pre, progress=progress, report=output.note)
     click.echo(f"{out}  {output.size(out.stat().st_size)}")

@@ -49,7 +49,7 @@ class CompressOptions:
     """
 
     method: Method = "gptq"
-    span: int = 0
+    span: int = 128
     planes: int = 1
     head: str = "int8"
     calibration: str | None = None
@@ -86,7 +86,7 @@ def compress(
     if _passed_through(path, out, options, pre, progress):
         say(f"{called} is ternary already: no weight was changed")
         return
-    source = Source(path, called, options.head, pre)
+    source = Source(path, called, options.head, options.span, pre)
     _Run(source, out, options, progress, say).run()
 
 
@@ -267,7 +267,8 @@ class _Kept:
     def scales(self, name: str) -> np.ndarray:
         """See `WeightSource.scales`."""
         _, layer, matrix, _ = name.split(".")
-        return self._work.tensor(int(layer), f"{matrix}.scales")[0, :, 0]
+        [scales] = self._work.tensor(int(layer), f"{matrix}.scales")
+        return scales if self._source.model.scale_columns else scales[:, 0]
 
 
 def _packed(codes: np.ndarray) -> np.ndarray:
