@@ -58,6 +58,7 @@ ROOMS = (
     ),
     *(
         "machine",
+        "compress",
         "net",
         "access",
         "worker",

@@ -11,6 +11,7 @@ from cordee import __version__, privacy
 from cordee.cli import options
 from cordee.cli.bench import bench
 from cordee.cli.catalog import models
+from cordee.cli.compress import compress, evaluate
 from cordee.cli.convert import convert
 from cordee.cli.demo import demo
 from cordee.cli.doctor import doctor
@@ -100,10 +101,10 @@ def cordee() -> None:
 
 
 VERBS = (
-    *(run, serve, models, pull, ls, show, rm, convert, export, plan),
+    *(run, serve, models, pull, ls, show, rm, convert, compress, export, plan),
     *(up, invite, join, nodes, status, deploy, undeploy, drain, leave, remove, admin, identity),
     *(key, usage),
-    *(open_page, ps, doctor, bench, demo),
+    *(open_page, ps, doctor, bench, evaluate, demo),
 )
 LOOKED_AT = ("source", "prompt")  # by their verb, which knows more of what they may be
 for verb in VERBS:

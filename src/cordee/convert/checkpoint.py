@@ -124,6 +124,16 @@ class Checkpoint:
         """See `Convertible.nbytes`."""
         return self._stored(name).nbytes
 
+    @property
+    def is_tied(self) -> bool:
+        """See `Convertible.is_tied`."""
+        return self._tied
+
+    def place(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """See `Convertible.place`."""
+        stored = self._stored(name)
+        return stored.name, stored.shape
+
     def check(self, name: str, rows: int, cols: int) -> None:
         """See `Convertible.check`."""
         stored = self._stored(name)

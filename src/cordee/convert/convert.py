@@ -40,6 +40,15 @@ class Convertible(WeightSource, Protocol):
         """The model it becomes. Raises UnsupportedModel if the engine would not use all of it."""
         ...
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embedding."""
+        ...
+
+    def place(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """What a tensor is called in its file, and its shape there: (rows, cols) of a matrix."""
+        ...
+
     def nbytes(self, name: str) -> int:
         """Bytes of a layer's matrix, as it is stored."""
         ...

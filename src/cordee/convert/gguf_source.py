@@ -95,6 +95,15 @@ class GgufSource:
             self._signs = {key: self.rotation.vector(name, width) for key, width in rotations.items()}
         return model
 
+    @property
+    def is_tied(self) -> bool:
+        """See `Convertible.is_tied`."""
+        return self.header.tied
+
+    def place(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """See `Convertible.place`."""
+        return name, self.tensor(name).shape[::-1]
+
     def check(self, name: str, rows: int, cols: int) -> None:
         """See `Convertible.check`."""
         if self.tensor(name).shape != (cols, rows):

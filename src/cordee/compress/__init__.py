@@ -1,0 +1,1 @@
+"""From an ordinary model to a ternary one without training, and what that costs."""

@@ -1,0 +1,206 @@
+"""`cordee compress`: the file is the model it should be, runs survive being killed, and bad input is named."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from checkpoint_files import bf16
+from cordee.cli.main import cordee
+from cordee.compress.compress import CompressOptions, compress
+from cordee.compress.evaluate import evaluate, size_of_model
+from cordee.convert.convert import convert
+from cordee.errors import BadModelFile, BadRequest, DoesNotFit, StorageFailed
+from cordee.models.gguf import read_header
+from ordinary_models import make_checkpoint, make_ordinary, prose
+from ternary_models import make_ternary
+from ternary_sources import weights_of, write_source
+
+from gguf import GGMLQuantizationType  # isort: skip
+
+TEXT = prose(600)
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_ordinary(tmp_path_factory.mktemp("compress") / "m.gguf")
+
+
+def options(**changes: object) -> CompressOptions:
+    return replace(CompressOptions(calibration=TEXT), **changes)
+
+
+def divergence(ours: Path, original: Path) -> float:
+    found = evaluate(read_header(ours), prose(300, seed=5), original=read_header(original), threads=1)
+    assert found.kl is not None
+    return found.kl
+
+
+def test_each_method_is_nearer_to_the_original_than_the_one_before(ordinary: Path, tmp_path: Path) -> None:
+    found = list[float]()
+    for method in ("absmean", "fit", "gptq"):
+        out = tmp_path / f"{method}.gguf"
+        compress(ordinary, out, options(method=method))
+        found.append(divergence(out, ordinary))
+    assert found[0] > found[1] > found[2]
+
+
+@pytest.mark.parametrize("span", [0, 64, 128, 256])
+def test_the_size_is_that_of_codes_and_scales(ordinary: Path, tmp_path: Path, span: int) -> None:
+    out = tmp_path / "out.gguf"
+    compress(ordinary, out, options(method="fit", span=span))
+    header = read_header(out)
+    assert header.get("cordee.ternary.scale_columns", 0) == span
+    assert size_of_model(header).bits_per_layer_weight < 3.5  # rows are padded to 80; matrices have 64 to 192
+
+
+def test_a_sharded_checkpoint_gives_what_it_gives_in_one_file(tmp_path: Path) -> None:
+    one, three = (make_checkpoint(tmp_path / f"m{shards}", shards=shards) for shards in (1, 3))
+    outs = tmp_path / "one.gguf", tmp_path / "three.gguf"
+    for folder, out in zip((one, three), outs, strict=True):
+        folder = folder.rename(tmp_path / "m")  # the model is named after its folder
+        compress(folder, out, options(calibration=prose(3000)))
+        folder.rename(tmp_path / f"done-{out.stem}")
+    assert outs[0].read_bytes() == outs[1].read_bytes()
+
+
+class _Interrupted(BaseException):
+    """As a signal would end the run."""
+
+
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(ordinary: Path, tmp_path: Path) -> None:
+    compress(ordinary, tmp_path / "whole.gguf", options())
+    out, said = tmp_path / "out.gguf", list[str]()
+    for most in (1, 6, 9, 13):
+
+        def stop(done: int, total: int, most: int = most) -> None:
+            if done * 14 >= most * total:
+                raise _Interrupted
+
+        with pytest.raises(_Interrupted):
+            compress(ordinary, out, options(), progress=stop, report=said.append)
+        assert not out.exists()
+    compress(ordinary, out, options(), report=said.append)
+    assert "going on with layer 2 of 2" in said
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
+
+
+def test_other_settings_begin_anew(ordinary: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        if done * 4 >= 3 * total:
+            raise _Interrupted
+
+    out = tmp_path / "out.gguf"
+    with pytest.raises(_Interrupted):
+        compress(ordinary, out, options(method="fit"), progress=stop)
+    compress(ordinary, out, options(method="absmean"))
+    compress(ordinary, tmp_path / "plain.gguf", options(method="absmean"))
+    assert out.read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+
+
+def command(model: Path, out: Path, text: Path) -> list[str]:
+    asked = ["compress", str(model), "-o", str(out), "--calibration", str(text)]
+    return [sys.executable, "-m", "cordee.cli.main", *asked]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ten_times_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = make_ordinary(tmp_path / "m.gguf", layers=6)
+    text = tmp_path / "text.txt"
+    text.write_text(prose(3000))
+    compress(model, tmp_path / "whole.gguf", options(calibration=text.read_text()), name=str(model))
+    out, draw, killed = tmp_path / "out.gguf", np.random.default_rng(0), 0
+    while not out.exists():
+        process = subprocess.Popen(command(model, out, text), stderr=subprocess.DEVNULL)
+        if killed < 10:
+            try:
+                process.wait(timeout=draw.uniform(0.5, 4))
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                killed += 1
+        process.wait()
+    assert killed > 0
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_a_ternary_model_keeps_every_weight(tmp_path: Path) -> None:
+    weights = weights_of("bitnet")
+    source, out, converted = tmp_path / "t.gguf", tmp_path / "out.gguf", tmp_path / "converted.gguf"
+    write_source(source, weights, GGMLQuantizationType.TQ2_0)
+    convert(source, converted, layout="trit5")
+    compress(source, out, options())
+    assert out.read_bytes() == converted.read_bytes()
+    ours, again = tmp_path / "ours.gguf", tmp_path / "again.gguf"
+    make_ternary("llama", ours)
+    compress(ours, again, options())
+    assert again.read_bytes() == ours.read_bytes()
+
+
+def spoilt(values: np.ndarray) -> np.ndarray:
+    values = values.copy()
+    values[3, 5] = bf16(np.array([np.nan], "<f4"))[0]
+    return values
+
+
+@pytest.mark.parametrize(
+    ("replaced", "fault"),
+    [
+        ({DOWN: ("BF16", spoilt(np.zeros((128, 208), "<u2")))}, f"{DOWN} holds a value that is not a number"),
+        ({DOWN: None}, f"no tensor {DOWN}"),
+        ({DOWN: ("BF16", np.zeros((128, 200), "<u2"))}, f"{DOWN} is 128 x 200, not 128 x 208"),
+    ],
+)
+def test_a_damaged_model_is_refused_and_nothing_is_left(
+    tmp_path: Path, replaced: dict[str, tuple[str, np.ndarray] | None], fault: str
+) -> None:
+    folder, place = make_checkpoint(tmp_path / "m", **replaced), tmp_path / "place"
+    place.mkdir()
+    with pytest.raises(BadModelFile, match=fault):
+        compress(folder, place / "out.gguf", options(calibration=prose(3000)))
+    assert list(place.iterdir()) == []
+
+
+def test_a_calibration_of_three_words_is_refused_with_the_need(ordinary: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="at least 2048 are needed: give a longer one with --calibration"):
+        compress(ordinary, tmp_path / "out.gguf", options(calibration="three little words"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_memory_is_refused_with_the_need(ordinary: Path, tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match="needs 0.2 GB of memory"):
+        compress(ordinary, tmp_path / "out.gguf", options(memory_bytes=1 << 20))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(
+    ordinary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int, offset: int, length: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageFailed, match=r"out.gguf cannot be written: the disk is full"):
+        compress(ordinary, tmp_path / "out.gguf", options())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_verb_says_where_the_file_is(ordinary: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    asked = ["compress", str(ordinary), "-o", str(out), "--method", "fit", "--group", "64"]
+    result = CliRunner().invoke(cordee, asked, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert str(out) in result.stdout
+    assert read_header(out).get("cordee.ternary.scale_columns") == 64
+
+
+def test_the_output_must_not_be_the_model(ordinary: Path) -> None:
+    with pytest.raises(BadRequest, match="name another file"):
+        compress(ordinary, ordinary, options())
