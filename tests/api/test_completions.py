@@ -249,6 +249,10 @@ def test_filling_in_as_llama_cpp_has_it(server: Running) -> None:
     *parts, last = server.request("POST", "/infill", {**body, "stream": True}).events
     assert "".join(part["content"] for part in parts) == reply["content"]
     assert not any(part["stop"] for part in parts) and last["stop"]
+    word = reply["content"][3:6]
+    ended = server.request("POST", "/infill", {**body, "stop": [word]}).json
+    assert (ended["stop_type"], ended["stopping_word"]) == ("word", word)
+    assert ended["content"] == reply["content"].partition(word)[0]
 
 
 def test_filling_in_as_mistral_has_it(server: Running) -> None:
@@ -325,7 +329,7 @@ def test_text_becomes_tokens_and_back(server: Running) -> None:
 def test_tokens_that_do_not_exist_are_refused(server: Running) -> None:
     reply = server.request("POST", "/detokenize", {"tokens": [1 << 20]})
     assert (reply.status, reply.error["param"]) == (400, "tokens")
-    for body in ({}, {"content": "a", "prompt": "b"}):
+    for body in ({}, {"content": "a", "prompt": "b"}, {"messages": []}):
         assert server.request("POST", "/tokenize", body).status == 400
 
 

@@ -25,7 +25,7 @@ from cordee.serving.local_service import ServiceConfig
 from scripted_service import ScriptedService
 from serving import HELLO, Running, running
 from tiny import make_tiny
-from tiny_encoders import make_bert
+from tiny_encoders import POOLING_RANK, make_bert
 
 REQUESTS = 20_000  # of the long test
 # The folder where `schemathesis` is; it is no dependency of the tests.
@@ -45,11 +45,11 @@ TURNS = [{"role": "user", "content": "How is the weather?"}]
 def tiny(
     session_home: Path, tmp_path_factory: pytest.TempPathFactory, starter_path: Path
 ) -> Iterator[Running]:
-    """A model of random weights, which answers at once, and one for vectors."""
+    """A model of random weights, which answers at once, one for vectors, and one that ranks."""
     folder = tmp_path_factory.mktemp("tiny")
     model = make_tiny("llama", folder / "tiny.gguf", tokenizer="bytes")
-    vectors = make_bert(folder / "vectors.gguf")
-    with running(model, folder / "store", config=ServiceConfig(context=256), embedding=[vectors]) as server:
+    vectors = [make_bert(folder / "vectors.gguf"), make_bert(folder / "ranks.gguf", POOLING_RANK)]
+    with running(model, folder / "store", config=ServiceConfig(context=256), embedding=vectors) as server:
         yield server
 
 
@@ -192,16 +192,31 @@ def test_errors_have_the_shapes_that_are_described(tiny: Running) -> None:
 # What a tool finds that makes requests from it
 
 
+def with_models(told: dict[str, Any]) -> dict[str, Any]:
+    """The description, where the names of models are those that are here: any other is 404, and no more."""
+    for shape, name in (
+        *(("EmbeddingRequest", "vectors"), ("OllamaEmbedRequest", "vectors")),
+        *(("OllamaEmbeddingsRequest", "vectors"), ("RerankRequest", "ranks")),
+    ):
+        told["components"]["schemas"][shape]["properties"]["model"] = {"enum": [name]}
+    return told
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1])
 def test_twenty_thousand_requests_get_what_is_described(tiny: Running, tmp_path: Path, seed: int) -> None:
     program = shutil.which("schemathesis", path=os.environ.get(SCHEMATHESIS))
     if program is None:
         pytest.skip(f"schemathesis is not installed: `pip install schemathesis`, or {SCHEMATHESIS}=FOLDER")
-    url = f"http://127.0.0.1:{tiny.port}/openapi.json"
-    options = ["--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing", "--continue-on-failure"]
-    options += ["--max-examples", str(REQUESTS // len(OPERATIONS)), "--seed", str(seed), "--no-color"]
-    options += ["--suppress-health-check", "all", "--generation-database", "none"]
-    done = subprocess.run([program, "run", url, *options], cwd=tmp_path, capture_output=True, text=True)
+    (tmp_path / "openapi.json").write_text(json.dumps(with_models(document(tiny))))
+    with_body = sum(each.body is not None for each in OPERATIONS.values())
+    options = ["--url", f"http://127.0.0.1:{tiny.port}", "--checks", ",".join(CHECKS)]
+    options += ["--max-examples", str(REQUESTS // with_body), "--seed", str(seed), "--no-color"]
+    options += ["--phases", "coverage,fuzzing", "--continue-on-failure", "--generation-database", "none"]
+    options += ["--suppress-health-check", "all", "--warnings", "off"]
+    command = [program, "run", "openapi.json", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20_000:]
+    counted = re.search(r"(\d+) generated", done.stdout)
+    assert counted is not None and int(counted[1]) >= REQUESTS, done.stdout[-2000:]
     assert tiny.request("POST", "/v1/chat/completions", HELLO | {"max_tokens": 2}).status == 200

@@ -159,8 +159,9 @@ def test_requests_that_cannot_be_answered_are_refused() -> None:
     world = World(Limits(sequences=1, context=10, batch_rows=4, queue=2))
     with pytest.raises(BadRequest, match="prompt is empty"):
         world.submit("a", [])
-    with pytest.raises(ContextExceeded, match="10 tokens; the context holds 10"):
+    with pytest.raises(ContextExceeded, match="10 tokens; the context holds 10") as refused:
         world.submit("a", range(10))
+    assert refused.value.param is None, "where the prompt came from is not known here"
     with pytest.raises(BadRequest, match="at least 1"):
         world.submit("a", [1], max_tokens=0)
     world.submit("a", [1])

@@ -497,7 +497,7 @@ class TokenizeRequest(Shape, frozen=True):
     content: Annotated[str | None, honoured("a text (llama.cpp)")] = None
     prompt: Annotated[str | None, honoured("a text (vLLM)")] = None
     messages: Annotated[
-        Annotated[list[ChatMessage], msgspec.Meta(max_length=MESSAGES_MAX)] | None,
+        Annotated[list[ChatMessage], msgspec.Meta(min_length=1, max_length=MESSAGES_MAX)] | None,
         honoured("a conversation, through the model's chat template (vLLM)"),
     ] = None
     add_special: Annotated[
