@@ -28,7 +28,9 @@ def test_libraries_are_those_of_the_manifest(folder: Path) -> None:
     there = {path.name for path in folder.iterdir() if path.suffix in (".js", ".mjs")}
     assert {each["file"] for each in listed} == there
     for each in listed:
-        assert hashlib.sha256((folder / each["file"]).read_bytes()).hexdigest() == each["sha256"], each["file"]
+        assert hashlib.sha256((folder / each["file"]).read_bytes()).hexdigest() == each["sha256"], each[
+            "file"
+        ]
         for package in each["packages"]:
             assert (folder / package["text"]).stat().st_size > 500, package
 

@@ -150,7 +150,10 @@ def test_conversations_are_kept_found_exported_imported_and_deleted(
             page.get_by_role("button", name=t(action)).click()
         saved[kind] = tmp_path / f"saved.{kind}"
         download.value.save_as(saved[kind])
-    assert json.loads(saved["json"].read_text(encoding="utf-8"))["conversations"][0]["title"] == "One at the École"
+    assert (
+        json.loads(saved["json"].read_text(encoding="utf-8"))["conversations"][0]["title"]
+        == "One at the École"
+    )
     page.get_by_role("searchbox").fill("")
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name=t("chat.delete.all"), exact=True).click()
@@ -177,7 +180,10 @@ def test_what_goes_wrong_is_said_in_words(talk: Talk, visit: Visit) -> None:
 
     t, service = words("fr"), talk[1]
     page = visit(base(talk), language="fr-FR")
-    service.script = [("Il était[say]", StageFailed("stage 2 of starter failed")), ("", Overloaded("256 wait"))]
+    service.script = [
+        ("Il était[say]", StageFailed("stage 2 of starter failed")),
+        ("", Overloaded("256 wait")),
+    ]
     ask(page, "Raconte")
     expect(answers(page).get_by_role("alert")).to_have_text(t("shell.error.stage_failed"))
     expect(answers(page).locator(".text")).to_have_text("Il était")
