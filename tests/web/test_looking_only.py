@@ -1,4 +1,4 @@
-"""The pages of the machines where one works by itself: for who may only look, and for who may change things."""
+"""The pages of the machines, of a machine by itself: who may only look, and who may change things."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,5 +57,3 @@ def test_marie_may_look_and_chef_may_change(house: tuple[str, dict[str, str]], v
     expect(page.get_by_role("region", name="What was used").get_by_text("marie")).to_be_visible()
     navigation.get_by_role("link", name="Models").click()
     expect(page.get_by_role("button", name="Fetch").first).to_be_visible()
-    # Whoever takes the words of a refusal as they come: the browser reports them as errors of the network.
-    visit.faults[:] = [each for each in visit.faults if "status of 40" not in each]
