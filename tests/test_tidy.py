@@ -67,6 +67,7 @@ ROOMS = (
         "doctor",
         "api",
         "web",
+        "console",
         "endpoints",
         "terminal",
         "cli",

@@ -16,6 +16,8 @@ from cordee.api.authenticator import Authenticator
 from cordee.api.keys import LocalKey
 from cordee.api.server import serve
 from cordee.api.stream import Timing
+from cordee.console.console import Console
+from cordee.console.single_house import SingleHouse
 from cordee.endpoints.app import create_app
 from cordee.models.store import Store
 from cordee.serving.embedders import Embedders
@@ -161,6 +163,9 @@ def running(
             origins=origins,
             timing=timing or Timing(),
             samples=samples(server.services),
+            console=Console(
+                SingleHouse(server.services, store), authenticator.ledger if authenticator else None
+            ),
         )
         serving = asyncio.run_coroutine_threadsafe(serve(app, listener), server.loop)
         yield server

@@ -31,6 +31,7 @@ from cordee.net.enrolment import Renewal
 from cordee.net.zenoh_config import MESSAGE_BYTES_MAX
 from cordee.worker import frames
 from cordee.worker.messages import (
+    DrainOrder,
     Halt,
     Hello,
     Join,
@@ -372,6 +373,7 @@ KINDS = [
     Kind("answers for b's gateway", inbox(StreamsJoin(), forged_said, of="b")),
     Kind("nonsense for the host", inbox(StreamsJoin(), (StreamMessage(), b"\xc1" * 999))),
     Kind("a key that is not the authority's", inbox(Promotion(b"-----BEGIN", b"nonce"))),
+    Kind("an order that no admin gave", inbox(DrainOrder(True, b"signature"))),
     Kind("a control message", inbox(Hello("w"))),
     Kind("a message of 4 GB", inbox(lies(0xFFFFFFFF, 0))),
     Kind("a payload of 1 GB", inbox(StreamsJoin(), lies(14, 1 << 30))),

@@ -19,10 +19,12 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import msgspec
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
+from cordee.access import limits
 from cordee.access.api_keys import KEYS_MAX, NAME_CHARS_MAX, ApiKey
 from cordee.errors import BadRequest, nearest
 
@@ -79,6 +81,19 @@ def revoked(name: str, known: Iterable[ApiKey]) -> ApiKey:
             f"There is no key {name!r}{nearest(name, names)}: `cordee key ls` lists them.", "name"
         )
     return ApiKey(name)
+
+
+def described(key: ApiKey, now: float) -> dict[str, Any]:
+    """What people may see of a key, as values for JSON."""
+    return {
+        "name": key.name,
+        "id": key.id,
+        "state": "valid" if key.is_valid(now) else "expired",
+        "admin": key.admin,
+        "limit": limits.written(key.requests, key.tokens) or None,
+        "created": key.created,
+        "expires": key.expires or None,
+    }
 
 
 class Keyring:

@@ -26,7 +26,7 @@ import msgspec
 
 from cordee import __version__
 from cordee.access.ledger import Ledger
-from cordee.agent import admins, capacity, gauges
+from cordee.agent import admins, capacity, gauges, orders
 from cordee.agent.certificates import Certificates
 from cordee.agent.deployments_file import DeploymentsFile
 from cordee.agent.gossip import Gossip
@@ -67,7 +67,7 @@ from cordee.net.zenoh_bus import ZenohBus
 from cordee.serving.cluster_service import ClusterGateway
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker.grammar_trials import GrammarTrials
-from cordee.worker.messages import KvAnswer, Prepared, Promotion, Tokens
+from cordee.worker.messages import DrainOrder, KvAnswer, Prepared, Promotion, Tokens
 from cordee.worker.stages import Files, Stages
 
 TICK_SECONDS = 0.5  # how often everything is looked at, even if nothing was heard
@@ -432,6 +432,12 @@ class Agent:
         if await admins.accept(self.identity, promotion, writer):
             await self._certificates.serve_as_admin()
             log.warning("this node is an admin now: another admin gave it the cluster's key")
+
+    async def obey(self, order: DrainOrder, writer: asyncio.StreamWriter) -> None:
+        """An admin orders this node to be drained, or to work again."""
+        if orders.is_from_admin(self.identity, order):
+            self.drain(order.on)
+            await orders.confirm(writer)
 
     def _cut_removed(self) -> None:
         """Other nodes were removed: neither on the bus nor by links from stages are they to reach us."""

@@ -24,7 +24,7 @@ import socket
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import msgspec
 import psutil
@@ -72,6 +72,13 @@ class AddKey(msgspec.Struct, frozen=True):
     expires: float = 0.0
 
 
+def bounds_of(asked: AddKey) -> dict[str, Any]:
+    """All but the name, as NodeKeys.add takes it."""
+    bounds = msgspec.structs.asdict(asked)
+    del bounds["name"]
+    return bounds
+
+
 class RemoveKey(msgspec.Struct, frozen=True):
     """`name` is a key's."""
 
@@ -113,9 +120,13 @@ class Undeploy(msgspec.Struct, frozen=True):
 
 
 class Drain(msgspec.Struct, frozen=True):
-    """With `on` false: the node takes stages again. Answered by the stages that it still runs."""
+    """With `on` false: the node takes stages again. Answered by the stages that it still runs.
+
+    `node` is the name or id of another node, which only admins can order to; "" is the one that is asked.
+    """
 
     on: bool = True
+    node: str = ""
 
 
 class PlanRequest(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cordee.agent import checks
+from cordee.agent.actions import Actions
 from cordee.agent.agent import Agent
 from cordee.agent.control import (
     AddAdmin,
@@ -24,10 +24,7 @@ from cordee.agent.control import (
     RemoveKey,
     Undeploy,
 )
-from cordee.agent.deploy import Deployer
-from cordee.agent.status import ClusterStatus
-from cordee.errors import BadRequest, CordeeError, JoinFailed
-from cordee.net.members import advice
+from cordee.errors import BadRequest, CordeeError
 
 BODY_BYTES_MAX = 1 << 20  # the shape of a model with hundreds of layers takes a tenth
 
@@ -36,101 +33,30 @@ class Control:
     """The agent's side. `leave` is called when the node is to leave the cluster."""
 
     def __init__(self, agent: Agent, leave: Callable[[], None]) -> None:
-        self._agent = agent
+        self._actions = Actions(agent)
         self._leave = leave
 
     def app(self) -> Starlette:
         """The application, to be served on `AgentSocket.socket`."""
+        actions = self._actions
         return Starlette(
             routes=[
-                _route("GET", "/nodes", Empty, self._nodes),
-                _route("GET", "/status", Empty, self._status),
-                _route("GET", "/services", Empty, self._services),
-                _route("GET", "/findings", Empty, self._findings),
-                _route("POST", "/plan", PlanRequest, self._plan),
-                _route("POST", "/invite", Invite, self._invite),
-                _route("POST", "/remove", Remove, self._remove),
-                _route("POST", "/admin", AddAdmin, self._add_admin),
-                _route("POST", "/keys/add", AddKey, self._add_key),
-                _route("POST", "/keys/remove", RemoveKey, self._remove_key),
-                _route("POST", "/deploy", Deploy, self._deploy),
-                _route("POST", "/undeploy", Undeploy, self._undeploy),
-                _route("POST", "/drain", Drain, self._drain),
+                _route("GET", "/nodes", Empty, actions.nodes),
+                _route("GET", "/status", Empty, actions.status),
+                _route("GET", "/services", Empty, actions.services),
+                _route("GET", "/findings", Empty, actions.findings),
+                _route("POST", "/plan", PlanRequest, actions.plan),
+                _route("POST", "/invite", Invite, actions.invite),
+                _route("POST", "/remove", Remove, actions.remove),
+                _route("POST", "/admin", AddAdmin, actions.add_admin),
+                _route("POST", "/keys/add", AddKey, actions.add_key),
+                _route("POST", "/keys/remove", RemoveKey, actions.remove_key),
+                _route("POST", "/deploy", Deploy, actions.deploy),
+                _route("POST", "/undeploy", Undeploy, actions.undeploy),
+                _route("POST", "/drain", Drain, actions.drain),
                 _route("POST", "/leave", Empty, self._end),
             ]
         )
-
-    async def _nodes(self, _: Empty) -> Any:
-        return ClusterStatus(self._agent).nodes()
-
-    async def _status(self, _: Empty) -> Any:
-        return await ClusterStatus(self._agent).status()
-
-    async def _services(self, _: Empty) -> Any:
-        return ClusterStatus(self._agent).services()
-
-    async def _findings(self, _: Empty) -> Any:
-        return await checks.findings(self._agent)
-
-    async def _plan(self, asked: PlanRequest) -> Any:
-        return await ClusterStatus(self._agent).plan(asked.model, asked.shape, asked.requested)
-
-    async def _invite(self, asked: Invite) -> Any:
-        if not self._agent.identity.is_admin:
-            raise JoinFailed(f"Only admins can invite. {ClusterStatus(self._agent).admins('invite')}")
-        code = await self._agent.invitations.invite(admin=asked.admin)
-        nodes = ClusterStatus(self._agent).nodes()["nodes"]
-        admins = [node["name"] for node in nodes if node["admin"]]
-        return {"code": code, "advice": "" if asked.admin else advice(admins, len(nodes) + 1)}
-
-    async def _add_admin(self, asked: AddAdmin) -> Any:
-        status = ClusterStatus(self._agent)
-        if not self._agent.identity.is_admin:
-            raise BadRequest(f"Only admins can make an admin of a node. {status.admins('admin add')}", "node")
-        found = status.find(asked.node)
-        if found["admin"]:
-            raise BadRequest(f"{found['name']} is an admin already.", "node")
-        if found["state"] != "alive":
-            raise BadRequest(
-                f"{found['name']} is not running: start `cordee up` on it, then try again.", "node"
-            )
-        await self._agent.add_admin(found["id"])
-        return found
-
-    async def _remove(self, asked: Remove) -> Any:
-        status = ClusterStatus(self._agent)
-        if not self._agent.identity.is_admin:
-            raise BadRequest(f"Only admins can remove nodes. {status.admins('remove')}", "node")
-        found = status.find(asked.node)
-        if found["id"] == self._agent.node:
-            raise BadRequest("That is this node itself: use `cordee leave` for it.", "node")
-        await self._agent.remove(found["id"])
-        return found
-
-    async def _add_key(self, asked: AddKey) -> Any:
-        self._check_admin("make keys", "key add")
-        bounds = msgspec.structs.asdict(asked)
-        return {"key": self._agent.api_keys.add(bounds.pop("name"), bounds)}
-
-    async def _remove_key(self, asked: RemoveKey) -> Any:
-        self._check_admin("revoke keys", "key rm")
-        self._agent.api_keys.remove(asked.name)
-        return Empty()
-
-    def _check_admin(self, what: str, verb: str) -> None:
-        if not self._agent.identity.is_admin:
-            raise BadRequest(f"Only admins can {what}. {ClusterStatus(self._agent).admins(verb)}")
-
-    async def _deploy(self, asked: Deploy) -> Any:
-        return await Deployer(self._agent).deploy(asked)
-
-    async def _undeploy(self, asked: Undeploy) -> Any:
-        Deployer(self._agent).undeploy(asked.model)
-        return Empty()
-
-    async def _drain(self, asked: Drain) -> Any:
-        self._agent.drain(asked.on)
-        return {"stays": await ClusterStatus(self._agent).stays()}
 
     async def _end(self, _: Empty) -> Any:
         self._leave()

@@ -1,12 +1,14 @@
 """What happened to the placements of models, as one node saw it, and why: for people to read.
 
 The reasons are read from what is known when a change is seen. Each node has its own history; nothing is
-decided by it.
+decided by it. A history also keeps *scenes*: which nodes there were and what ran where, each time that this
+changed, so that people can look back at it.
 """
 
 import logging
 from collections import deque
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -17,6 +19,7 @@ from cordee.cluster.membership import Liveness
 log = logging.getLogger(__name__)
 
 CHANGES_KEPT = 64  # a page or two
+SCENES_KEPT = 256  # each has some 100 bytes for each node and stage
 
 Nodes = Mapping[str, tuple[Liveness, Facts]]
 
@@ -29,16 +32,43 @@ class Change(msgspec.Struct, frozen=True):
     text: str
 
 
+class NodeSeen(NamedTuple):
+    """A node in a scene."""
+
+    id: str
+    name: str
+    state: Liveness
+    draining: bool
+
+
+class ModelSeen(NamedTuple):
+    """A model in a scene: whether it `serves`, and its stages as (node, first layer, the layer after)."""
+
+    name: str
+    serves: bool
+    stages: tuple[tuple[str, int, int], ...]
+
+
+class Scene(msgspec.Struct, frozen=True):
+    """What there was from `clock` on, which is in seconds since 1970, as the node believes."""
+
+    clock: float
+    nodes: tuple[NodeSeen, ...]
+    models: tuple[ModelSeen, ...]
+
+
 class History:
     """Notes what changed of what should run, since it was last asked to."""
 
     def __init__(self) -> None:
         self.changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
         self.count = 0  # of all changes
+        self.scenes: deque[Scene] = deque(maxlen=SCENES_KEPT)
         self._before: Mapping[str, tuple[Chosen, ...]] = {}
 
     def note(self, chosen: Mapping[str, tuple[Chosen, ...]], nodes: Nodes, clock: float) -> None:
         """Compare what is `chosen` now with the time before; the reasons are read from `nodes`."""
+        self._note_scene(chosen, nodes, clock)
         if chosen == self._before:
             return
         for model in sorted(chosen.keys() | self._before.keys()):
@@ -48,6 +78,23 @@ class History:
             for text in _changes(_by_id(self._before.get(model, ())), _by_id(chosen[model]), nodes):
                 self._add(Change(clock, model, text))
         self._before = chosen
+
+    def _note_scene(self, chosen: Mapping[str, tuple[Chosen, ...]], nodes: Nodes, clock: float) -> None:
+        seen = tuple(
+            NodeSeen(node, facts.name, state, facts.draining)
+            for node, (state, facts) in sorted(nodes.items())
+        )
+        models = tuple(
+            ModelSeen(
+                name,
+                any(pick.wiring for pick in picks),
+                tuple((each.node, each.first, each.last) for pick in picks for each in pick.placement.stages),
+            )
+            for name, picks in sorted(chosen.items())
+        )
+        last = self.scenes[-1] if self.scenes else None
+        if last is None or (last.nodes, last.models) != (seen, models):
+            self.scenes.append(Scene(clock, seen, models))
 
     def _add(self, change: Change) -> None:
         self.changes.append(change)

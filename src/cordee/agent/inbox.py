@@ -6,6 +6,7 @@ Join                      tokens of a model that this node hosts    a last stage
 Probe                     bytes there and back                      any node (probes.py)
 RecordQuery, SpotRequest  one answer                                a host that checks (spot_checks.py)
 Promotion                 the authority's key                       an admin (admins.py)
+DrainOrder                one answer                                an admin (orders.py)
 """
 
 import asyncio
@@ -20,6 +21,7 @@ from cordee.net.identity import Identity
 from cordee.worker import frames, tls_link
 from cordee.worker.frames import FrameLate, LinkClosed
 from cordee.worker.messages import (
+    DrainOrder,
     Join,
     KvAnswer,
     Prepared,
@@ -46,6 +48,9 @@ class AgentInboxOwner(Protocol):
 
     async def become_admin(self, promotion: Promotion, writer: asyncio.StreamWriter) -> None:
         """An admin offers the authority's key."""
+
+    async def obey(self, order: DrainOrder, writer: asyncio.StreamWriter) -> None:
+        """An admin, or somebody who says so, orders that."""
 
 
 class AgentInbox:
@@ -115,6 +120,8 @@ class AgentInbox:
             await self._spot_checks.serve(node, first, reader, writer)
         elif isinstance(first, Promotion):
             await self._owner.become_admin(first, writer)
+        elif isinstance(first, DrainOrder):
+            await self._owner.obey(first, writer)
 
 
 def _abort(writers: Iterable[asyncio.StreamWriter]) -> None:

@@ -5,12 +5,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cordee.cli import known, options
-from cordee.errors import BadRequest, CordeeError, NotRunning
+from cordee.errors import BadRequest, NotRunning
 from cordee.terminal import output
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from cordee.cluster.demand import SizeRequest
     from cordee.cluster.facts import ModelShape
     from cordee.cluster.memory import Demand
@@ -74,40 +72,11 @@ def _speaks(card: "Card", language: str) -> bool:
 
 def _facts(card: "Card", around: _Surroundings) -> dict[str, Any]:
     """A model as values for JSON. `fit` says where it fits, with what, and what that lacks."""
-    stored, cluster = around.stored.get(card.name), around.cluster or {}
-    path = stored.path if stored else card.path
-    shape = _shape(card, path)
-    nbytes = path.stat().st_size if path else sum(shape.layer_bytes) + shape.whole_extra_bytes
-    return {
-        "name": card.name,
-        "title": card.title,
-        "purpose": card.purpose,
-        "languages": card.languages,
-        "language_count": max(card.language_count, len(card.languages)),
-        "bytes": nbytes,
-        "license": card.license,
-        "parameters": card.parameters,
-        "active_parameters": card.active_parameters,
-        "context": card.context,
-        "source": card.source or None,
-        "notes": card.notes,
-        "here": path is not None,
-        "nodes": cluster.get(card.name, {}).get("offered_by", []),
-        "fit": _fit(card, shape, around),
-    }
+    from cordee.models.catalog import card_facts, place_of, shape_of
 
-
-def _shape(card: "Card", path: "Path | None") -> "ModelShape":
-    """From the header, if the file is here, else from the card."""
-    from cordee.models.gguf import read_header
-    from cordee.models.shape import card_shape, model_shape
-
-    try:
-        shape = card_shape(card) if path is None else model_shape(read_header(path), card.name)
-    except CordeeError:  # damaged: the other models are listed all the same
-        shape = card_shape(card)
-    assert shape is not None, "a card has a shape, or its file comes with the program"
-    return shape
+    path = place_of(card, around.stored)
+    nodes = (around.cluster or {}).get(card.name, {}).get("offered_by", [])
+    return card_facts(card, path, nodes) | {"fit": _fit(card, shape_of(card, path), around)}
 
 
 def _fit(card: "Card", shape: "ModelShape", around: _Surroundings) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from cordee.errors import BadRequest, NotRunning
 from cordee.terminal import output
 
 if TYPE_CHECKING:
-    from cordee.access.api_keys import ApiKey
     from cordee.agent.node_keys import NodeKeys
 
 HOUR_SECONDS = 3600
@@ -86,9 +85,10 @@ def add_key(name: str, admin: bool, limit: str | None, expires: float | None, as
 @options.as_json
 def list_keys(as_json: bool) -> None:
     """List the keys: for whom, what they may, until when."""
+    from cordee.access.keyring import described
     from cordee.access.keys_file import KeysFile, folder
 
-    found = [_described(each) for each in KeysFile(folder()).read() if each.id]
+    found = [described(each, time.time()) for each in KeysFile(folder()).read() if each.id]
     if as_json:
         output.print_json(found)
     elif not found:
@@ -178,20 +178,6 @@ def _offline() -> "Generator[NodeKeys]":
         )
     with contextlib.closing(AgentSocket(member.folder)):
         yield NodeKeys(member, member.folder)
-
-
-def _described(each: "ApiKey") -> dict[str, Any]:
-    from cordee.access import limits
-
-    return {
-        "name": each.name,
-        "id": each.id,
-        "state": "valid" if each.is_valid(time.time()) else "expired",
-        "admin": each.admin,
-        "limit": limits.written(each.requests, each.tokens) or None,
-        "created": each.created,
-        "expires": each.expires or None,
-    }
 
 
 def _row(found: dict[str, Any]) -> tuple[str, ...]:

@@ -99,6 +99,7 @@ def _confirm_last(model: "StoredModel", stored: "list[StoredModel]") -> None:
     Raises:
         BadRequest: there is nobody to ask.
     """
+    from cordee.agent.copies import is_elsewhere
     from cordee.net import identity
 
     if not identity.exists() or any(m.digest == model.digest and m.name != model.name for m in stored):
@@ -106,7 +107,7 @@ def _confirm_last(model: "StoredModel", stored: "list[StoredModel]") -> None:
     cluster = known.cluster_models()
     if cluster is None:
         what = f"No node runs here, so it is not known whether another has {model.name}"
-    elif _is_elsewhere(model.name, cluster):
+    elif is_elsewhere(model.name, cluster):
         return
     else:
         what = f"This is the cluster's last whole copy of {model.name} ({output.size(model.nbytes)})"
@@ -115,13 +116,6 @@ def _confirm_last(model: "StoredModel", stored: "list[StoredModel]") -> None:
     if not sys.stdin.isatty():
         raise BadRequest(f"{what}: confirm with `cordee rm {shlex.quote(model.name)} --yes`.")
     click.confirm(f"{what}. Remove it?", abort=True, err=True)
-
-
-def _is_elsewhere(name: str, cluster: dict[str, dict[str, Any]]) -> bool:
-    """Whether another node has the whole model, under any name."""
-    digest = cluster[name]["digest"] if name in cluster else None
-    alike = [model for other, model in cluster.items() if other == name or model["digest"] == digest]
-    return any(len(model["offered_by"]) > model["offered_here"] for model in alike)
 
 
 def _facts_elsewhere(model: dict[str, Any]) -> dict[str, Any]:

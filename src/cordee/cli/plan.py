@@ -1,8 +1,5 @@
 """`cordee plan`: where a model would run, how it fits, how fast it would be, and why."""
 
-import platform
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +15,7 @@ if TYPE_CHECKING:
     from cordee.cluster.demand import SizeRequest
     from cordee.cluster.facts import Facts, ModelShape
     from cordee.cluster.planner import Plan
+    from cordee.models.planned import PlannedModel
 
 # People read about five tokens a second; one that comes every other second is of no use to anybody.
 TOO_SLOW_TOKENS_PER_SECOND = 1.0
@@ -112,44 +110,23 @@ def _by_ourselves(model: str, file: Path | None, context: int | None, sequences:
     return Planned(wanted.shape, demand, lacks, found, copies(wanted.shape, nodes, demand))
 
 
-@dataclass(frozen=True)
-class PlannedModel:
-    """A model to plan for; `context` is the longest it was made for, `stored` whether this machine has it."""
-
-    shape: "ModelShape"
-    context: int | None
-    stored: bool = False
-
-
-def _wanted(model: str) -> PlannedModel:
+def _wanted(model: str) -> "PlannedModel":
     """A file, a model in the store, or a card."""
     from cordee.cli.known import unknown
-    from cordee.models.cards import cards
-    from cordee.models.fit import own_context
-    from cordee.models.gguf import read_header
-    from cordee.models.shape import card_shape, model_shape
+    from cordee.models import planned
     from cordee.models.store import Store
 
     if Path(model).is_file():
-        header = read_header(Path(model), weights=False)
-        return PlannedModel(model_shape(header, printable(model)), own_context(header))
-    store, card = Store(), cards().get(model)
-    try:
-        stored = store.get(model)
-        path, digest = stored.path, stored.digest
-    except ModelNotFound:
-        path, digest = card.path if card else None, model
-    if path is not None:
-        header = read_header(path, name=model)
-        return PlannedModel(model_shape(header, digest), own_context(header), stored=True)
-    shape = card_shape(card) if card else None
-    if card is None or shape is None:
+        return planned.of_file(Path(model), printable(model))
+    store = Store()
+    found = planned.of_name(store, model)
+    if found is None:
         raise unknown(store, model)
-    return PlannedModel(shape, card.context)
+    return found
 
 
 def _size_request(
-    model: str, wanted: PlannedModel, context: int | None, sequences: int | None
+    model: str, wanted: "PlannedModel", context: int | None, sequences: int | None
 ) -> "SizeRequest":
     from cordee.machine.sizing import size_request
 
@@ -162,27 +139,10 @@ def _described(file: Path) -> dict[str, "Facts"]:
     return read_nodes(file)
 
 
-def _this_machine(wanted: PlannedModel) -> dict[str, "Facts"]:
-    """This machine alone, without any cluster."""
-    from cordee.cluster.facts import Facts, SliceHeld
-    from cordee.files import home
-    from cordee.machine.devices import own_devices
+def _this_machine(wanted: "PlannedModel") -> dict[str, "Facts"]:
+    from cordee.machine.alone import this_machine
 
-    name = platform.node() or "localhost"
-    layers = wanted.shape.layers
-    facts = Facts(
-        node=name,
-        name=name,
-        build="",
-        devices=own_devices(),
-        disk_free_bytes=shutil.disk_usage(home()).free,
-        api="",
-        rtts={},
-        bytes_per_second={},
-        slices=(SliceHeld(wanted.shape.digest, 0, layers, whole=True),) if wanted.stored else (),
-        stages=(),
-    )
-    return {name: facts}
+    return this_machine(wanted)
 
 
 def _facts(model: str, planned: "Planned") -> dict[str, Any]:

@@ -159,8 +159,11 @@ class _Server:
         """Answer until the task is cancelled; from the beginning on, also while models load."""
         from cordee.api.guard import Access, Through
         from cordee.api.server import serve as answer
+        from cordee.console.console import Console
+        from cordee.console.single_house import SingleHouse
         from cordee.endpoints.app import create_app
         from cordee.machine.energy import Meter
+        from cordee.models.store import Store
         from cordee.serving.local_service import samples
 
         app = create_app(
@@ -171,6 +174,7 @@ class _Server:
             origins=self.chosen.allow_origins,
             authority=b"" if self.lan is None else self.lan.authority_pem(),
             samples=samples(services),
+            console=Console(SingleHouse(services, Store()), self.authenticator.ledger),
         )
         ledger = self.authenticator.ledger
         assert ledger is not None, "serve keeps one"

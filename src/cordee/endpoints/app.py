@@ -29,6 +29,7 @@ from cordee.api.metrics import CONTENT_TYPE
 from cordee.api.openai import OpenAI
 from cordee.api.stream import Timing
 from cordee.api.usage import usage_response
+from cordee.console.console import Console
 from cordee.endpoints.anthropic import Anthropic
 from cordee.endpoints.ollama import Ollama
 from cordee.endpoints.responses import Responses
@@ -61,6 +62,7 @@ def create_app(
     timing: Timing = Timing(),  # noqa: B008  frozen
     samples: Callable[[], Iterable[Sample]] = tuple,
     others: Callable[[], list[dict[str, str]]] = list,
+    console: Console | None = None,
 ) -> Starlette:
     """The application over running services, by the model's name.
 
@@ -69,7 +71,8 @@ def create_app(
     says why a model cannot be used here, if that is so. Who may ask is the `authenticator`'s affair and that
     of the listener (guard.Access); `origins` are pages that may, beside those of this machine. `authority` is
     the certificate (PEM) that clients of other machines have to trust, if there is one. `samples` are numbers
-    for the metrics, beside those of the requests themselves. `others` tells where else the page is.
+    for the metrics, beside those of the requests themselves. `others` tells where else the page is; `console`
+    is closed with the application.
     """
     authenticator = authenticator or Authenticator()
     core = ApiCore(services, embedders, expected, refusal, clock, timing)
@@ -80,12 +83,15 @@ def create_app(
         yield
         core.close()
         await embedders.close()
+        if console is not None:
+            await console.close()
 
     return Starlette(
         routes=[
             *Pages(authenticator, others).routes(),
             *_state_routes(core),
             *_access_routes(authenticator, authority),
+            *(console.routes() if console else []),
             *_routes(core),
         ],
         lifespan=lifespan,

@@ -13,7 +13,8 @@ its id changes whenever one of the workers does.
 - *spot checks*, between agents, at the same doors: RecordQuery -> Record and SpotRequest -> SpotFinding, see
   agent/spot_checks.py. An agent has RecordQuery -> Record with its workers, too, and Recompute -> Recomputed
   with one that computes nothing else.
-- *admin*, between agents, where a data link could be: Promotion -> Promoted; see agent/admins.py.
+- *admin*, between agents, where a data link could be: Promotion -> Promoted, see agent/admins.py; DrainOrder
+  -> Drained, see agent/orders.py.
 - *KV transfer*, from a worker to one of the placement before: ReaderJoin first, which names the wiring of
   that placement, then KvQuery -> KvAnswer and KvRead -> KvState; see kv_transfer.py.
 - *streams*, from the gateway of a node to the host of a model on another: StreamsJoin first, then
@@ -393,10 +394,24 @@ class Promoted(msgspec.Struct, frozen=True, tag=True):
     proof: bytes
 
 
+class DrainOrder(msgspec.Struct, frozen=True, tag=True):
+    """First from an admin to a member's agent: run no stages any more, or (`on` false) take some again.
+
+    The authority's signature says that the sender may order that, of this node.
+    """
+
+    on: bool
+    signature: bytes
+
+
+class Drained(msgspec.Struct, frozen=True, tag=True):
+    """Answers a DrainOrder: it is obeyed."""
+
+
 Control = (
     Hello | LoadStage | Loaded | LoadFailed | Wire | Wired | WireFailed | Broken | KvReaders | AdmitReaders
 )
 Spot = RecordQuery | Record | Recompute | Recomputed | SpotRequest | SpotFinding
 Data = Join | Rows | Halt | Tokens | KvQuery | KvAnswer | Prepare | Prepared | ReaderJoin | KvRead | KvState
 Streams = StreamsJoin | StreamMessage | Probe
-Message = Control | Data | Spot | Streams | Promotion | Promoted
+Message = Control | Data | Spot | Streams | Promotion | Promoted | DrainOrder | Drained

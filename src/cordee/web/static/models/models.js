@@ -1,7 +1,273 @@
-/** The page `models`. */
-import { t } from "../shell/i18n.js";
-import { html } from "../vendor/preact.js";
+/** The page `models`: what the machines serve and have, and what could be fetched, with the verdict before it is. */
+import { ask, Asking } from "../house/ask.js";
+import { isSilent, me, useOverview } from "../house/live.js";
+import { Verdict } from "../house/verdict.js";
+import { layersText, listing, modelState } from "../house/words.js";
+import { json } from "../shell/api.js";
+import { bytes, number, t } from "../shell/i18n.js";
+import { useStore } from "../shell/store.js";
+import { html, useEffect, useState } from "../vendor/preact.js";
 
 export default function Models() {
-  return html`<div class="page"><h1>${t("models.title")}</h1></div>`;
+  const now = useOverview();
+  const silent = useStore(isSilent);
+  const { admin } = useStore(me);
+  const [known, setKnown] = useState(/** @type {any} */ (null));
+  // The list is read again when a model has come or gone.
+  const seen = now ? JSON.stringify([now.models.map((/** @type {any} */ m) => m.name), now.pulls.map((/** @type {any} */ p) => p.state)]) : "";
+  useEffect(() => {
+    if (seen) json("/console/models").then(setKnown, () => {});
+  }, [seen]);
+  if (now === null || known === null) {
+    return html`<div class="page" aria-busy=${!silent}>
+      <h1>${t("models.title")}</h1>
+      <p>${t(silent ? "house.silent" : "house.waiting")}</p>
+    </div>`;
+  }
+  const served = now.models.filter((/** @type {any} */ each) => each.deployed);
+  const names = new Set(now.models.map((/** @type {any} */ each) => each.name));
+  const idle = [
+    ...now.models.filter((/** @type {any} */ each) => !each.deployed),
+    ...known.stored
+      .filter((/** @type {any} */ each) => !names.has(each.name))
+      .map((/** @type {any} */ each) => ({
+        name: each.name,
+        weights_bytes: each.bytes,
+        offered_by: [],
+        offered_here: true,
+        deployed: false,
+      })),
+  ];
+  const here = new Set([...names, ...known.stored.map((/** @type {any} */ each) => each.name)]);
+  const more = known.cards.filter((/** @type {any} */ card) => !here.has(card.name));
+  return html`
+    <div class="page">
+      <h1>${t("models.title")}</h1>
+      ${silent && html`<p role="alert" class="fault">${t("house.silent")}</p>`}
+      ${!admin && html`<p class="quiet">${t("models.only_look")}</p>`}
+      <${Asking} />
+      <${Pulls} pulls=${now.pulls} admin=${admin} />
+      <${List} id="served" title=${t("models.served")} none=${t("models.served.none")}>
+        ${served.map((/** @type {any} */ each) => html`<${Here} key=${each.name} ...${{ model: each, admin, stored: known.stored, kind: now.kind }} />`)}
+      <//>
+      <${List} id="idle" title=${t("models.idle")} none=${t("models.idle.none")}>
+        ${idle.map((/** @type {any} */ each) => html`<${Here} key=${each.name} ...${{ model: each, admin, stored: known.stored, kind: now.kind }} />`)}
+      <//>
+      <${List} id="more" title=${t("models.more")} none=${t("models.more.none")}>
+        ${more.map((/** @type {any} */ card) => html`<${Known} key=${card.name} card=${card} admin=${admin} />`)}
+      <//>
+      ${admin && html`<${Another} />`}
+    </div>
+  `;
+}
+
+/** @param {{id: string, title: string, none: string, children?: any}} props */
+function List({ id, title, none, children }) {
+  const count = [children].flat(2).filter(Boolean).length;
+  return html`
+    <section aria-labelledby=${id}>
+      <h2 id=${id}>${title}</h2>
+      ${count === 0 ? html`<p class="quiet">${none}</p>` : html`<ul class="models">${children}</ul>`}
+    </section>
+  `;
+}
+
+/** A model that is in the house. @param {{model: any, admin: boolean, stored: any[], kind: string}} props */
+function Here({ model, admin, stored, kind }) {
+  const state = modelState(model);
+  const isStored = stored.some((each) => each.name === model.name);
+  const placements = model.placements ?? [];
+  return html`
+    <li>
+      <div>
+        <h3>${model.name} <span class="chip ${state}">${t(`house.model.${state}`)}</span></h3>
+        <p class="quiet">
+          ${bytes(model.weights_bytes)}
+          ${model.offered_by.length > 0 && ` · ${t("models.whole_on", { names: listing(model.offered_by) })}`}
+          ${model.deployed && ` · ${t("models.sized", { sequences: model.sequences, context: model.context })}`}
+        </p>
+        ${placements.map(
+          (/** @type {any} */ placement) => html`<p>
+            ${placement.stages.map((/** @type {any} */ each) => `${each.name}: ${layersText(each.layers)}`).join(" → ")}
+          </p>`,
+        )}
+        ${model.why && html`<p class="fault" lang="en">${model.why}</p>`}
+      </div>
+      ${admin &&
+      html`<div class="actions">
+        ${model.deployed
+          ? kind === "cluster" && html`<button onClick=${() => stopServing(model.name)}>${t("models.undeploy")}</button>`
+          : html`<button class="primary" onClick=${() => serve(model.name)}>${t("models.deploy")}</button>`}
+        ${isStored && html`<button class="danger" onClick=${() => remove(model, stored)}>${t("models.remove")}</button>`}
+      </div>`}
+    </li>
+  `;
+}
+
+/** A model that could be fetched. @param {{card: any, admin: boolean}} props */
+function Known({ card, admin }) {
+  const [isAsked, setAsked] = useState(false);
+  const languages = card.languages.slice(0, 4).join(", ");
+  const rest = card.language_count - Math.min(4, card.languages.length);
+  return html`
+    <li>
+      <div>
+        <h3>${card.title} <span class="quiet">${card.name}</span></h3>
+        <p lang="en">${card.purpose}</p>
+        <p class="quiet">
+          ${bytes(card.bytes)} · ${t("models.parameters", { count: number(card.parameters, { notation: "compact", maximumFractionDigits: 1 }) })}
+          ${" · "}${t("models.languages", { languages: rest > 0 ? `${languages} +${rest}` : languages })}
+          ${" · "}${t("models.licence", { licence: card.license })}
+        </p>
+      </div>
+      ${admin &&
+      html`<div class="actions">
+        <button class="primary" onClick=${() => fetchModel(card.name, card)}>${t("models.pull")}</button>
+      </div>`}
+      <details class="wide-line" onToggle=${(/** @type {any} */ event) => event.target.open && setAsked(true)}>
+        <summary>${t("models.fits")}</summary>
+        ${isAsked && html`<${Verdict} model=${card.name} />`}
+      </details>
+    </li>
+  `;
+}
+
+/** A model of the hub by its name there. */
+function Another() {
+  const [name, setName] = useState("");
+  /** @param {Event} event */
+  const send = (event) => {
+    event.preventDefault();
+    fetchModel(name.trim(), null);
+  };
+  return html`
+    <section aria-labelledby="another-title">
+      <h2 id="another-title">${t("models.another")}</h2>
+      <p class="quiet">${t("models.another.why")}</p>
+      <form class="another" onSubmit=${send}>
+        <label>
+          ${t("models.another.name")}
+          <input
+            required
+            spellcheck="false"
+            autocomplete="off"
+            pattern="[^\\s\\/]+\\/\\S+"
+            placeholder="owner/name"
+            value=${name}
+            onInput=${(/** @type {any} */ event) => setName(event.target.value)}
+          />
+        </label>
+        <button class="primary">${t("models.pull")}</button>
+      </form>
+    </section>
+  `;
+}
+
+/** @param {{pulls: any[], admin: boolean}} props */
+function Pulls({ pulls, admin }) {
+  if (pulls.length === 0) return null;
+  return html`
+    <section aria-labelledby="pulls">
+      <h2 id="pulls">${t("models.pulls")}</h2>
+      <ul class="models">
+        ${pulls.map((each) => html`<${Pull} key=${each.number} pull=${each} admin=${admin} />`)}
+      </ul>
+    </section>
+  `;
+}
+
+/** @param {{pull: any, admin: boolean}} props */
+function Pull({ pull, admin }) {
+  const isRunning = pull.state === "running";
+  const stop = () =>
+    ask({
+      title: t("models.stop.title", { name: pull.source }),
+      body: html`<p>${t("models.stop.body")}</p>`,
+      action: t("models.stop"),
+      path: "pull/stop",
+      data: { number: pull.number },
+      said: () => t("models.stop.said", { name: pull.source }),
+    });
+  return html`
+    <li>
+      <div>
+        <h3>${pull.source}</h3>
+        <p class=${pull.state === "failed" ? "fault" : "quiet"}>${t(`models.pull.${pull.state}`, { name: pull.model })}</p>
+        ${pull.error && html`<p class="quiet"><q lang="en">${pull.error}</q></p>`}
+      </div>
+      ${admin && isRunning && html`<button onClick=${stop}>${t("models.stop")}</button>`}
+      ${isRunning &&
+      html`<label class="wide-line">
+        ${pull.total_bytes
+          ? t("house.of", { done: bytes(pull.done_bytes), total: bytes(pull.total_bytes) })
+          : t("models.pull.begins")}
+        <progress max=${pull.total_bytes || 1} value=${pull.done_bytes}></progress>
+      </label>`}
+    </li>
+  `;
+}
+
+/** @param {string} name @param {any} card */
+function fetchModel(name, card) {
+  const comes = card?.here ?? false; // with the program
+  ask({
+    title: t("models.pull.title", { name: card?.title ?? name }),
+    body: html`
+      <${Verdict} model=${name} />
+      <p>${comes ? t("models.pull.inside") : t("models.pull.body", { size: card ? bytes(card.bytes) : "" })}</p>
+      ${card && html`<p class="quiet">${t("models.licence", { licence: card.license })}</p>`}
+    `,
+    action: t("models.pull"),
+    path: "pull",
+    data: { source: name },
+    said: () => t("models.pull.said", { name }),
+  });
+}
+
+/** @param {string} name */
+function serve(name) {
+  ask({
+    title: t("models.deploy.title", { name }),
+    body: html`<${Verdict} model=${name} />`,
+    action: t("models.deploy"),
+    path: "deploy",
+    data: { model: name },
+    said: (found) =>
+      found.why
+        ? html`${t("models.deploy.waits", { name })} <q lang="en">${found.why}</q>`
+        : html`${t("models.deploy.said", { name })} ${found.lacks && html`<q lang="en">${found.lacks}</q>`}`,
+  });
+}
+
+/** @param {string} name */
+function stopServing(name) {
+  ask({
+    title: t("models.undeploy.title", { name }),
+    body: html`<p>${t("models.undeploy.body")}</p>`,
+    action: t("models.undeploy"),
+    danger: true,
+    path: "undeploy",
+    data: { model: name },
+    said: () => t("models.undeploy.said", { name }),
+  });
+}
+
+/** @param {any} model @param {any[]} stored */
+function remove(model, stored) {
+  const { name } = model;
+  const found = stored.find((each) => each.name === name);
+  const isLast = model.offered_by.length <= 1;
+  ask({
+    title: t("models.remove.title", { name }),
+    body: html`
+      <p>${t("models.remove.body", { size: bytes(found?.bytes ?? model.weights_bytes) })}</p>
+      ${isLast && html`<p class="fault">${t("models.remove.last")}</p>`}
+      ${model.deployed && html`<p class="fault">${t("models.remove.deployed")}</p>`}
+    `,
+    action: t("models.remove"),
+    danger: true,
+    path: "model/remove",
+    data: { name, last: true },
+    said: () => t("models.remove.said", { name }),
+  });
 }

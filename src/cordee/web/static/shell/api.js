@@ -6,7 +6,7 @@ import { t } from "./i18n.js";
 import { makeStore } from "./store.js";
 
 /** By this header the server knows the page's own requests; see src/cordee/web/session_cookie.py. */
-const PAGE_HEADER = { "X-Cordee-Page": "1" };
+export const PAGE_HEADER = { "X-Cordee-Page": "1" };
 
 /** Counts up when the server no longer knows who is there: the shell then asks for a key. */
 export const signedOut = makeStore(0);
