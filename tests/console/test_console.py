@@ -1,5 +1,6 @@
 """The console of a machine by itself: what it shows, who may change something, what is noted of it."""
 
+import asyncio
 import json
 import logging
 import socket
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
 from cluster_processes import until
 from cordee.access.api_keys import ApiKey
@@ -18,6 +20,7 @@ from cordee.access.ledger import Ledger
 from cordee.api.authenticator import Authenticator
 from cordee.console.journal import ERRORS_KEPT, Journal
 from cordee.console.owner import is_owner
+from cordee.console.shared import REST_SECONDS_MAX, SharedValue
 from serving import Reply, Running, running
 
 PULLED = {"source": "story-small"}
@@ -234,3 +237,30 @@ def test_the_journal_is_bounded_and_holds_no_more_than_the_log() -> None:
     before = len(journal.errors)
     log.warning("later")
     assert len(journal.errors) == before
+
+
+def test_what_takes_long_is_not_made_all_the_time() -> None:
+    """Pages ask each second; a node that takes three to say how it is still has time for other things."""
+    made: list[float] = []
+    now = 0.0
+
+    async def make() -> float:
+        nonlocal now
+        made.append(now)
+        now += 3.0
+        return now
+
+    async def story() -> None:
+        nonlocal now
+        value = SharedValue(make, clock=lambda: now)
+        request = Request({"type": "http", "headers": []})
+        while now < 100:
+            await asyncio.gather(*(value.response(request) for _ in range(5)))
+            now += 1.0
+        value.forget()
+        before = len(made)
+        await value.response(request)
+        assert len(made) == before + 1
+
+    asyncio.run(story())
+    assert len(made) <= 100 / (3 + REST_SECONDS_MAX) + 2

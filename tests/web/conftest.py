@@ -26,9 +26,12 @@ if CHROMIUM is None:
                 item.add_marker(pytest.mark.skip(reason="needs Debian's package chromium"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One browser for all; each page has a profile of its own. As root, Chromium has no sandbox."""
+    """One browser for a file; each page has a profile of its own. As root, Chromium has no sandbox.
+
+    While it is open an event loop runs in this thread, and tests of other files could not have theirs.
+    """
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM)
         yield started

@@ -41,7 +41,11 @@ export default function Admin({ session }) {
     </div>`;
   }
   if (!admin) {
-    return html`<div class="page"><h1>${t("admin.title")}</h1><${SignIn} why=${t("admin.sign_in")} onDone=${refreshMe} /></div>`;
+    return html`<div class="page">
+      <h1>${t("admin.title")}</h1>
+      ${session?.name && html`<p class="fault">${t("admin.not_yours", { name: session.name })}</p>`}
+      <${SignIn} why=${t("admin.sign_in")} onDone=${refreshMe} />
+    </div>`;
   }
   return html`
     <div class="page">
