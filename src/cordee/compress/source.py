@@ -27,15 +27,14 @@ Progress = Callable[[int, int], None]
 
 
 class Source:
-    """An open model. `name` is what messages call it; `head` is the layout of its head in our file,
-    `span` the number of neighbouring columns that share a scale there (0: a row).
+    """An open model. `name` is what messages call it; `head` is the layout of its head in our file.
 
     Raises:
         BadModelFile: it lacks something, or is damaged.
         UnsupportedModel: the ternary engine does not run such models.
     """
 
-    def __init__(self, path: Path, name: str, head: str, span: int, pre: str | None = None) -> None:
+    def __init__(self, path: Path, name: str, head: str, pre: str | None = None) -> None:
         is_checkpoint = path.is_dir() or path.suffix == ".safetensors"
         self.path, self.name = path, name
         self.header: Header | None = None if is_checkpoint else read_header(path, name=name)
@@ -46,7 +45,6 @@ class Source:
         self.model: TernaryModel = replace(
             model,
             planes=ACTIVATION_PLANES,
-            scale_columns=span,
             embedding=GGMLQuantizationType.Q8_0 if is_even else GGMLQuantizationType.F16,
         )
         self._check_shapes()
