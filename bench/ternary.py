@@ -6,7 +6,9 @@
 Models of random weights are made in FOLDER (and kept) or in a temporary one. `decode-weights` is the model
 with a vocabulary of 64: the layers alone, with attention over a short context and all norms. `decode` and
 `prefill-512` are the whole model, both with a head of 6 bits a weight: ours has one scale for each row (6.0
-bits in total), llama.cpp's Q6_K one for 16 weights (6.6). `decode-avx2` compares our AVX2 kernels to the peer
+bits in total), llama.cpp's Q6_K one for 16 weights (6.6). Of the shapes of Ternary-Bonsai embedding and head
+are ternary on both sides, and the peers are Q2_0 and TQ2_0. `batch-N` is N rows of one sequence at once, in
+rows a second: what guessing tokens ahead can build on. `decode-avx2` compares our AVX2 kernels to the peer
 as it is (its ternary dots use no more than AVX2). `roof` compares decoding to plain reading of as many bytes:
 there `ours` and `peer` are GB/s, elsewhere tokens/s. `dot` is the kernels alone beside bitnet.cpp's, in
 billions of weights a second, with LIBRARY (ternary_i2s.py says how to build it). One thread is timed by its
@@ -33,12 +35,18 @@ import ternary_i2s
 from cordee.convert.ternary_file import TernaryModel
 from cordee.engine.stage import Batch, StageConfig
 from cordee.engine.ternary import TernaryStage, library
+from cordee.models.gguf import BlockType, TensorType
 from make_model import SHAPES, make_model
 from ternary_peer import LlamaPeer, write_peer
 
-PEERS = {
+PEERS: dict[str, TensorType] = {
     "llama.cpp-TQ2_0": GGMLQuantizationType.TQ2_0,
     "llama.cpp-TQ1_0": GGMLQuantizationType.TQ1_0,
+}
+# Of shapes with scales of groups: the type that their makers' files have, and the same other one.
+GROUP_PEERS: dict[str, TensorType] = {
+    "llama.cpp-Q2_0": BlockType.Q2_0,
+    "llama.cpp-TQ2_0": GGMLQuantizationType.TQ2_0,
 }
 LAYOUTS = ("trit2", "trit5")
 HEAD = "int6"
@@ -113,12 +121,14 @@ class Models:
     def __init__(self, folder: Path, shape: str) -> None:
         self._folder = folder
         self._shape = shape
+        self.peers = GROUP_PEERS if SHAPES[shape].scale_columns else PEERS
 
     def ours(self, layout: str, weights_only: bool) -> Path:
         """The path of our file."""
         path = self._path(layout, weights_only)
         if not path.exists():
-            make_model(path, replace(self._model(weights_only), layout=layout))
+            model = replace(self._model(weights_only), layout=layout)
+            make_model(path, replace(model, head=layout) if model.embedding == "codes" else model)
             leave_cache(path)
         return path
 
@@ -126,12 +136,14 @@ class Models:
         """The path of llama.cpp's file."""
         path = self._path(name, weights_only)
         if not path.exists():
-            write_peer(path, self._model(weights_only), PEERS[name])
+            write_peer(path, self._model(weights_only), self.peers[name])
             leave_cache(path)
         return path
 
     def _model(self, weights_only: bool) -> TernaryModel:
-        model = replace(SHAPES[self._shape], embedding=GGMLQuantizationType.Q8_0, head=HEAD)
+        model = SHAPES[self._shape]
+        if model.embedding != "codes":
+            model = replace(model, embedding=GGMLQuantizationType.Q8_0, head=HEAD)
         return replace(model, n_vocab=WEIGHTS_VOCABULARY) if weights_only else model
 
     def _path(self, name: str, weights_only: bool) -> Path:
@@ -146,6 +158,8 @@ def cases() -> dict[str, tuple[bool, int, int, str | None]]:
         "decode-1t": (False, 1, 1, None),
         "decode-2t": (False, 1, 2, None),
         "decode-avx2-1t": (True, 1, 1, "avx2"),
+        "batch-4-1t": (True, 4, 1, None),
+        "batch-8-1t": (True, 8, 1, None),
         "prefill-512-1t": (False, PREFILL_ROWS, 1, None),
         "prefill-512-2t": (False, PREFILL_ROWS, 2, None),
     }
@@ -158,7 +172,7 @@ def compare(models: Models, case: str, rounds: int) -> list[Result]:
     runners: dict[str, Runner] = {
         layout: Ours(models.ours(layout, weights_only), threads, most, kernels) for layout in LAYOUTS
     }
-    runners |= {name: LlamaPeer(models.peer(name, weights_only), threads, most) for name in PEERS}
+    runners |= {name: LlamaPeer(models.peer(name, weights_only), threads, most) for name in models.peers}
     found: dict[str, list[float]] = {name: [] for name in runners}
     for number in range(-1, rounds):
         for name, runner in runners.items():
@@ -171,7 +185,7 @@ def compare(models: Models, case: str, rounds: int) -> list[Result]:
     return [
         line(case, layout, found[layout], peer, found[peer], "tokens/s")
         for layout in LAYOUTS
-        for peer in PEERS
+        for peer in models.peers
     ]
 
 

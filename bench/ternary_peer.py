@@ -1,21 +1,27 @@
 """llama.cpp's side of bench/ternary.py: models of random weights in its formats, and how to run them."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
-from cordee.convert.ternary_file import TernaryModel
+from cordee.convert.ternary_file import STRIP_ROWS, TernaryModel
+from cordee.models.gguf import BlockType, TensorType
 from plain import Plain
 
 Q6_K_BLOCK, Q6_K_BYTES = 256, 210  # the last two bytes are the block's f16 scale
 
 
-def write_peer(path: Path, model: TernaryModel, kind: GGMLQuantizationType) -> None:
-    """The same shape as a llama.cpp model: layers in TQ1_0 or TQ2_0, the tied head in Q6_K.
+Q2_0_BLOCK, Q2_0_BYTES = 64, 18  # the first two bytes are the block's f16 scale
 
-    All layers have the same random weights, each stored separately.
+
+def write_peer(path: Path, model: TernaryModel, kind: TensorType) -> None:
+    """The same shape as a llama.cpp model: layers in that type, and a tied head in Q6_K.
+
+    Where our embedding and head are ternary, they are of that type, too. All layers have the same random
+    weights, each stored separately.
     """
     draw = np.random.default_rng(0)
     writer = GGUFWriter(path, model.architecture)
@@ -25,29 +31,56 @@ def write_peer(path: Path, model: TernaryModel, kind: GGMLQuantizationType) -> N
     writer.add_feed_forward_length(model.n_ff)
     writer.add_head_count(model.heads)
     writer.add_head_count_kv(model.kv_heads)
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
     writer.add_layer_norm_rms_eps(model.epsilon)
     writer.add_rope_freq_base(model.rope_base)
     writer.add_rope_dimension_count(model.head_dim)
     writer.add_vocab_size(model.n_vocab)
     writer.add_string("tokenizer.ggml.model", "none")
-    table = draw.integers(0, 256, (model.n_vocab, model.n_embd // Q6_K_BLOCK, Q6_K_BYTES), dtype=np.uint8)
-    table[..., -2:] = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)
-    table = table.reshape(model.n_vocab, -1)
-    writer.add_tensor("token_embd.weight", table, raw_dtype=GGMLQuantizationType.Q6_K)
+    is_ternary = model.embedding == "codes"
+    shape = model.n_vocab, model.n_embd
+    table = _ternary(draw, shape, kind) if is_ternary else _q6_k(draw, shape)
+    _add(writer, "token_embd.weight", table, shape, kind if is_ternary else GGMLQuantizationType.Q6_K)
+    if is_ternary and not model.tied:
+        _add(writer, "output.weight", table, shape, kind)
     writer.add_tensor("output_norm.weight", np.ones(model.n_embd, np.float32))
-    matrices = {
-        name: quantize(draw.integers(-1, 2, shape).astype(np.float32) / np.sqrt(np.float32(shape[1])), kind)
-        for name, shape in model.matrices().items()
-    }
+    matrices = {name: (_ternary(draw, shape, kind), shape) for name, shape in model.matrices().items()}
     for layer in range(model.layers):
         for name, length in model.norms().items():
             writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(length, np.float32))
-        for name, rows in matrices.items():
-            writer.add_tensor(f"blk.{layer}.{name}.weight", rows, raw_dtype=kind)
+        for name, (rows, shape) in matrices.items():
+            _add(writer, f"blk.{layer}.{name}.weight", rows, shape, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _q6_k(draw: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    table = draw.integers(0, 256, (shape[0], shape[1] // Q6_K_BLOCK, Q6_K_BYTES), dtype=np.uint8)
+    table[..., -2:] = np.frombuffer(np.float16(1e-4).tobytes(), np.uint8)
+    return table.reshape(shape[0], -1)
+
+
+def _ternary(draw: np.random.Generator, shape: tuple[int, int], kind: TensorType) -> np.ndarray:
+    """(rows, bytes) of random weights with one scale."""
+    scale = 1 / np.sqrt(np.float32(shape[1]))
+    if kind is not BlockType.Q2_0:
+        strips = np.array_split(np.arange(shape[0]), max(shape[0] // STRIP_ROWS, 1))
+        drawn = (draw.integers(-1, 2, (len(rows), shape[1])).astype(np.float32) for rows in strips)
+        return np.concatenate([quantize(rows * scale, GGMLQuantizationType(kind)) for rows in drawn])
+    # Of the codes 0, 1 and 2, four to a byte.
+    bytes_of = np.array([a | b << 2 | c << 4 | d << 6 for a, b, c, d in np.ndindex(3, 3, 3, 3)], np.uint8)
+    table = np.empty((shape[0], shape[1] // Q2_0_BLOCK, Q2_0_BYTES), dtype=np.uint8)
+    table[..., :2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+    table[..., 2:] = bytes_of[draw.integers(0, len(bytes_of), table[..., 2:].shape)]
+    return table.reshape(shape[0], -1)
+
+
+def _add(writer: GGUFWriter, name: str, stored: np.ndarray, shape: tuple[int, int], kind: TensorType) -> None:
+    raw_dtype = cast(GGMLQuantizationType, kind)  # the writer looks at its number only
+    writer.add_tensor(name, stored.view(np.int8), raw_shape=shape, raw_dtype=raw_dtype)
 
 
 class LlamaPeer:

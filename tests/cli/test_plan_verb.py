@@ -18,7 +18,7 @@ from cordee.machine.memory import memory
 from cordee.models.cards import cards
 from cordee.models.gguf import read_header
 from cordee.models.shape import card_shape, model_shape
-from headers import MODELS, write_header
+from headers import MODELS, TERNARY, write_header
 
 GB = 10**9
 OFFICE = """
@@ -93,7 +93,7 @@ def test_apertus_70b_on_the_same_machines(home, tmp_path, nodes):
     assert idle["why"].startswith("not needed")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *TERNARY])
 def test_a_card_says_what_the_header_says(home, tmp_path, nodes, name):
     header = read_header(write_header(name, tmp_path / "m.gguf"), weights=False)
     card, real = card_shape(cards()[name]), model_shape(header, name)

@@ -129,8 +129,8 @@ def test_what_is_not_ternary_is_refused_by_name(starter_path: Path, tmp_path: Pa
     [
         ({"rope.scaling.type": "yarn"}, UnsupportedModel, "scales RoPE"),
         ({"rope.scaling.factor": 2.0}, UnsupportedModel, "scales RoPE"),
-        ({"rope.dimension_count": 16}, UnsupportedModel, "scales RoPE"),
-        ({"attention.value_length": 16}, UnsupportedModel, "scales RoPE"),
+        ({"rope.dimension_count": 16}, UnsupportedModel, "applies RoPE to parts of heads"),
+        ({"attention.value_length": 16}, UnsupportedModel, "applies RoPE to parts of heads"),
         ({"attention.head_count": 0}, BadModelFile, "that no model has"),
         ({"attention.head_count_kv": 3}, BadModelFile, "that no model has"),
         ({"attention.layer_norm_rms_epsilon": 2.0}, BadModelFile, "that no model has"),

@@ -3,9 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+
+from cordee.convert import ternary_file
+from cordee.convert.ternary_file import TernaryModel
 
 F32, Q8, Q5_0 = GGMLQuantizationType.F32, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q5_0
 Q4_K, Q6_K, MXFP4 = GGMLQuantizationType.Q4_K, GGMLQuantizationType.Q6_K, GGMLQuantizationType.MXFP4
@@ -69,13 +73,49 @@ MODELS = {
         "gemma3", 48, 3840, 15360, 16, 8, 256, 262144, 131072, tied=True, file_bytes=7_300_574_880
     ),
 }
+
+
+def bonsai(
+    layers: int, n_embd: int, n_ff: int, heads: int, context: int, *, tied: bool = True
+) -> TernaryModel:
+    """Ternary-Bonsai as `pull` leaves it: converted, with 2 bits a weight."""
+    return TernaryModel(
+        architecture="qwen3",
+        layers=layers,
+        n_embd=n_embd,
+        n_ff=n_ff,
+        n_vocab=151_936,
+        heads=heads,
+        kv_heads=8,
+        head_dim=128,
+        context=context,
+        rope_base=1e6,
+        rope="neox",
+        head_norms=True,
+        divisors=True,
+        scale_columns=128,
+        embedding="codes",
+        head="trit2",
+        head_planes=1,
+        tied=tied,
+    )
+
+
+TERNARY = {
+    "ternary-bonsai-1.7b": bonsai(28, 2048, 6144, 16, 32_768),
+    "ternary-bonsai-4b": bonsai(36, 2560, 9728, 32, 32_768),
+    "ternary-bonsai-8b": bonsai(36, 4096, 12_288, 32, 65_536, tied=False),
+}
 # The experts that are used for each token.
 EXPERTS_USED = {"gpt-oss": 4, "qwen3moe": 8}
 SLIDING_WINDOWS = {"gpt-oss": 128, "gemma3": 1024}
 
 
 def write_header(name: str, path: Path) -> Path:
-    """Write the header of one of MODELS, and nothing after its list of tensors."""
+    """Write the header of one of MODELS or TERNARY, and nothing after its list of tensors."""
+    if name in TERNARY:
+        write_ternary_header(TERNARY[name], path)
+        return path
     model = MODELS[name]
     writer = GGUFWriter(path, model.architecture)
     writer.add_block_count(model.layers)
@@ -100,6 +140,17 @@ def write_header(name: str, path: Path) -> Path:
     writer.write_ti_data_to_file()
     writer.close()
     return path
+
+
+def write_ternary_header(model: TernaryModel, path: Path) -> None:
+    writer = GGUFWriter(path, model.architecture)
+    ternary_file._add_keys(writer, model)
+    for tensor in ternary_file._tensors(model, cast(ternary_file.WeightSource, None)):
+        writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, raw_dtype=tensor.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
 
 
 def tensors(model: Model) -> Iterator[Tensor]:

@@ -102,10 +102,14 @@ def convert(
         for layer in range(model.layers)
         for name, shape in model.matrices().items()
     }
+    if model.embedding == "codes":
+        shapes |= dict.fromkeys(
+            (EMBEDDING,) if model.tied else (EMBEDDING, HEAD), (model.n_vocab, model.n_embd)
+        )
     done, total = 0, sum(opened.nbytes(name) for name in shapes)
     folded = Folded(opened, model)
     for name, shape in shapes.items():
-        _check(opened, folded, name, shape)
+        _check(opened, folded, model, name, shape)
         done += opened.nbytes(name)
         if progress:
             progress(done, total)
@@ -126,11 +130,15 @@ def _require_possible(source: Path, model: TernaryModel) -> None:
         )
 
 
-def _check(opened: Convertible, folded: Folded, name: str, shape: tuple[int, int]) -> None:
+def _check(
+    opened: Convertible, folded: Folded, model: TernaryModel, name: str, shape: tuple[int, int]
+) -> None:
     """Check that a matrix is ternary by rows, or can be made so."""
     try:
         opened.check(name, *shape)
     except UnsupportedModel as error:
+        if model.scale_columns:
+            raise
         try:
             folded.fold(name, lambda first, last: opened.floats(name, first, last))
         except UnsupportedModel:

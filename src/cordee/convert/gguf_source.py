@@ -11,6 +11,7 @@ bytes. Nothing in a file says which it is. Only the first kind is read here; ins
 model that it was made from.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -18,11 +19,31 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
 from cordee.convert import ends
-from cordee.convert.scales import found_scales
-from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, exact_type, strips
+from cordee.convert.rotation import rotation_of
+from cordee.convert.scales import columns_that_share, found_scales, shares, span_scales
+from cordee.convert.ternary_file import (
+    DIVISORS,
+    EMBEDDING,
+    HEAD,
+    OUTPUT_NORM,
+    TernaryModel,
+    exact_type,
+    strips,
+)
+from cordee.convert.yarn import Yarn, yarn_of
 from cordee.errors import BadModelFile, UnsupportedModel
+from cordee.models.blocks import decoded
 from cordee.models.fit import own_context, size_of
-from cordee.models.gguf import BLOCK, I2_BLOCK, I2_TAIL_BYTES, TERNARY_KEY, BitnetType, Header, Tensor
+from cordee.models.gguf import (
+    BLOCK,
+    I2_BLOCK,
+    I2_TAIL_BYTES,
+    TERNARY_KEY,
+    BitnetType,
+    BlockType,
+    Header,
+    Tensor,
+)
 from cordee.models.metadata import CONVERT_AGAIN, FETCH_AGAIN, Array
 
 # Architectures by their names in GGUF: their names in our files, and how RoPE pairs values.
@@ -31,6 +52,7 @@ ARCHITECTURES: dict[str, tuple[str, Literal["neox", "interleaved"]]] = {
     "bitnet-b1.58": ("bitnet", "neox"),
     "bitnet-25": ("bitnet", "neox"),
     "llama": ("llama", "interleaved"),
+    "qwen3": ("qwen3", "neox"),
 }
 # BitNet b1.58 2B 4T is the only model of that architecture with squared ReLU. It has the vocabulary of
 # Llama 3, and its file does not say how text is split.
@@ -46,7 +68,12 @@ class GgufSource:
 
     def __init__(self, header: Header) -> None:
         self.header = header
+        self.rotation = rotation_of(header)
         self._scales: dict[str, np.ndarray] = {}
+        self._columns = 0  # that share a scale; 0: all of a row
+        self._signs: dict[str, np.ndarray] = {}
+        self._yarn: Yarn | None = None
+        self._tables: tuple[str, ...] = (EMBEDDING, HEAD)  # what is no matrix of codes
 
     def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
         """See `Convertible.model`."""
@@ -54,7 +81,18 @@ class GgufSource:
             raise UnsupportedModel(f"{self.header.name} is a file for the ternary engine already.")
         model = _model(self.header, self, layout, head)
         _refuse_unknown(self.header, model)
-        _refuse_rotation(self.header, model)
+        self._yarn = yarn_of(self.header, model.head_dim, model.rope_base) if model.head_norms else None
+        if self._yarn is None:
+            _refuse_scaling(self.header)
+        else:
+            model = replace(model, divisors=True)
+        _refuse_parts(self.header, model)
+        self._columns = model.scale_columns
+        if model.embedding == "codes":
+            self._tables = ()
+        if self.rotation is not None:
+            name, rotations = self.header.name, model.rotations()
+            self._signs = {key: self.rotation.vector(name, width) for key, width in rotations.items()}
         return model
 
     @property
@@ -95,6 +133,8 @@ class GgufSource:
         rows = tensor.shape[1] if len(tensor.shape) == 2 else 1
         row_bytes = tensor.nbytes // rows
         stored = _read(tensor, first * row_bytes, (last - first) * row_bytes).reshape(-1, row_bytes)
+        if isinstance(tensor.type, BlockType):
+            return decoded(stored, tensor.type)
         try:
             return dequantize(stored, tensor.type).astype(np.float32, copy=False)
         except NotImplementedError as error:
@@ -105,10 +145,10 @@ class GgufSource:
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """See `WeightSource.rows`."""
-        if self.tensor(name).type is BitnetType.I2_S and name not in (EMBEDDING, HEAD):
+        if self.tensor(name).type is BitnetType.I2_S and name not in self._tables:
             return self._i2_weights(name, first, last)
         floats = self.floats(name, first, last)
-        return floats if name in (EMBEDDING, HEAD) else np.sign(floats).astype(np.int8)
+        return floats if name in self._tables else np.sign(floats).astype(np.int8)
 
     def scales(self, name: str) -> np.ndarray:
         """See `WeightSource.scales`.
@@ -121,6 +161,13 @@ class GgufSource:
             tensor = self.tensor(name)
             if tensor.type is BitnetType.I2_S:
                 self._scales[name] = self._i2_scale(name, tensor)
+            elif self._columns:
+                self._scales[name] = np.concatenate(
+                    [
+                        span_scales(name, first, self.floats(name, first, last), self._columns)
+                        for first, last in strips(tensor.shape[1])
+                    ]
+                )
             else:
                 self._scales[name] = found_scales(
                     name, tensor.shape[1], lambda first, last: self.floats(name, first, last)
@@ -129,7 +176,21 @@ class GgufSource:
 
     def vector(self, name: str) -> np.ndarray:
         """See `WeightSource.vector`."""
-        return self.floats(name, 0, 1)[0]
+        if name in self._signs:
+            return self._signs[name]
+        if self._yarn is not None and name == DIVISORS:
+            return self._yarn.divisors
+        values = self.floats(name, 0, 1)[0]
+        is_head_norm = name.endswith(("attn_q_norm.weight", "attn_k_norm.weight"))
+        return values * self._yarn.factor if self._yarn is not None and is_head_norm else values
+
+    def first_rows(self, name: str) -> np.ndarray:
+        """Some rows of a matrix, as float32."""
+        tensor = self.tensor(name)
+        if len(tensor.shape) != 2:
+            raise BadModelFile(f"{self.header.name}: {name} is no matrix: {CONVERT_AGAIN}.")
+        first, last = next(strips(tensor.shape[1]))
+        return self.floats(name, first, last)
 
     def describe(self, writer: GGUFWriter) -> None:
         """See `Convertible.describe`."""
@@ -196,7 +257,7 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
         if source.tensor(table).shape != (n_embd, n_vocab):
             raise BadModelFile(f"{header.name}: {table} is not {n_vocab} x {n_embd}: {CONVERT_AGAIN}.")
     name = header.text("general.name", "").lower()
-    return TernaryModel(
+    model = TernaryModel(
         architecture=architecture,
         layers=header.layers,
         n_embd=n_embd,
@@ -211,28 +272,47 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
         activation="relu2" if architecture == "bitnet" and n_vocab == RELU2_VOCABULARY else "silu",
         rope=rope,
         sub_norms=header.tensor("blk.0.attn_sub_norm.weight") is not None,
+        head_norms=header.tensor("blk.0.attn_q_norm.weight") is not None,
         layout=layout,
         planes=3 if "trilm" in name else 1,  # TriLM does not quantize its activations
         head=head,
-        embedding=exact_type(source, n_vocab)
-        if source.tensor(EMBEDDING).type in WIDE
-        else GGMLQuantizationType.F16,
     )
+    model = _with_scales_of_spans(model, source)
+    if source.rotation is not None:
+        model = replace(model, rotation_block=source.rotation.block, rotated=source.rotation.rotated)
+    if model.embedding == "codes" or source.tensor(EMBEDDING).type not in WIDE:
+        return model
+    return replace(model, embedding=exact_type(source, n_vocab))
 
 
-def _refuse_rotation(header: Header, model: TernaryModel) -> None:
-    """Refuse scaled RoPE, and heads of which only a part is rotated or kept."""
+def _with_scales_of_spans(model: TernaryModel, source: GgufSource) -> TernaryModel:
+    """The model with scales of columns if it has such; then a ternary embedding and head are codes."""
+    own = [f"blk.0.{name}.weight" for name in model.matrices()]
+    if any(isinstance(source.tensor(name).type, BitnetType) for name in own):
+        return model
+    columns = columns_that_share(source.first_rows(name) for name in own)
+    if not columns:
+        return model
+    model = replace(model, scale_columns=columns)
+    if not all(shares(source.first_rows(name), columns) for name in (EMBEDDING, HEAD)):
+        return model
+    return replace(model, embedding="codes", head=model.layout, head_planes=1, tied=source.header.tied)
+
+
+def _refuse_scaling(header: Header) -> None:
+    """Refuse scaled RoPE."""
     kind = header.text(".rope.scaling.type", "linear")
     factors = [header.number(key, 1.0) for key in (".rope.scaling.factor", ".rope.scale_linear")]
-    sizes = [
-        header.number(key, model.head_dim) for key in (".rope.dimension_count", ".attention.value_length")
-    ]
     # As llama.cpp reads them: a factor of 0 is none.
-    stretched = kind != "none" and (kind != "linear" or any(factor not in (0, 1) for factor in factors))
-    if stretched or any(size != model.head_dim for size in sizes):
-        raise UnsupportedModel(
-            f"{header.name} scales RoPE, or applies it to parts of heads: the ternary engine cannot."
-        )
+    if kind != "none" and (kind != "linear" or any(factor not in (0, 1) for factor in factors)):
+        raise UnsupportedModel(f"{header.name} scales RoPE ({kind}): the ternary engine cannot.")
+
+
+def _refuse_parts(header: Header, model: TernaryModel) -> None:
+    """Refuse heads of which only a part is rotated or kept."""
+    for key in (".rope.dimension_count", ".attention.value_length"):
+        if header.number(key, model.head_dim) != model.head_dim:
+            raise UnsupportedModel(f"{header.name} applies RoPE to parts of heads: our engine cannot.")
 
 
 def _refuse_unknown(header: Header, model: TernaryModel) -> None:

@@ -3,7 +3,7 @@
 Matrices are read in strips of rows, so memory depends on their width alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import gcd
 
 import numpy as np
@@ -13,6 +13,9 @@ from cordee.errors import BadModelFile, UnsupportedModel
 
 # b1.58 divides by the mean magnitude, but never by less than this.
 MEAN_MIN = np.float32(1e-5)
+
+# Columns that may share a scale, as the engine has them; the largest that fits is the smallest file.
+SPANS = (256, 128, 64)
 
 # From first and last row (exclusive) to (rows, cols), numbers as they are stored.
 Read = Callable[[int, int], np.ndarray]
@@ -28,6 +31,43 @@ def found_scales(name: str, rows: int, read: Read, remedy: str = "") -> np.ndarr
     return grouped(
         np.concatenate([_row_scales(name, first, read(first, last), remedy) for first, last in strips(rows)])
     )
+
+
+def span_scales(name: str, first: int, values: np.ndarray, columns: int, remedy: str = "") -> np.ndarray:
+    """(n, cols) values from row `first` on -> (n, spans) float32 scales, one for each `columns` columns.
+
+    Raises:
+        UnsupportedModel: a span of a row holds more than one magnitude, or one that float16 cannot hold.
+        BadModelFile: a value is not a number.
+    """
+    rows, cols = values.shape
+    spans = -(-cols // columns)
+    padded = np.zeros((rows, spans * columns), dtype=np.float32)
+    padded[:, :cols] = values
+    scales = _row_scales(name, first, padded.reshape(-1, columns), remedy, spans)
+    if (scales.astype(np.float16) != scales).any():
+        raise UnsupportedModel(f"{name} has a scale that float16 does not hold, near row {first}.{remedy}")
+    return scales.reshape(rows, spans)
+
+
+def shares(values: np.ndarray, columns: int) -> bool:
+    """Whether so many neighbouring columns of each row of (n, cols) values hold one magnitude beside 0."""
+    magnitudes = np.abs(values)
+    parts = np.split(magnitudes, range(columns, values.shape[1], columns), axis=1)
+    most = (part.max(axis=1, keepdims=True) for part in parts)
+    return all(((part == 0) | (part == m)).all() for part, m in zip(parts, most, strict=True))
+
+
+def columns_that_share(matrices: Iterable[np.ndarray]) -> int:
+    """How many neighbouring columns share a scale in all of these values; 0: those of a row, or too few."""
+    found = 0
+    for values in matrices:
+        cols = values.shape[1]
+        own = next(
+            (columns for columns in (cols, *SPANS) if columns <= cols and shares(values, columns)), cols
+        )
+        found = found if own >= cols else min(own, found or own)
+    return found
 
 
 def grouped(scales: np.ndarray) -> np.ndarray:
@@ -61,15 +101,17 @@ def rounded_masters(masters: np.ndarray, mean: np.float32) -> np.ndarray:
     return np.clip(np.rint(masters * (np.float32(1) / mean)), -1, 1).astype(np.int8)
 
 
-def _row_scales(name: str, first: int, values: np.ndarray, remedy: str) -> np.ndarray:
+def _row_scales(name: str, first: int, values: np.ndarray, remedy: str, spans: int = 1) -> np.ndarray:
+    """The magnitude of each row of `values`, of which `spans` make up one of the matrix."""
     magnitudes = np.abs(_finite(name, first, values))
     scales = magnitudes.max(axis=1)
     between = (magnitudes > 0) & (magnitudes != scales[:, None])
     if between.any():
-        row = first + int(np.argmax(between.any(axis=1)))
+        row = first + int(np.argmax(between.any(axis=1))) // spans
+        shared = "" if spans == 1 else f" of {values.shape[1]} columns that share a scale"
         raise UnsupportedModel(
-            f"{name} is not ternary: row {row} holds more than one magnitude. This model needs training or "
-            f"compression to become ternary, not conversion.{remedy}"
+            f"{name} is not ternary: row {row} holds more than one magnitude{shared}. This model needs "
+            f"training or compression to become ternary, not conversion.{remedy}"
         )
     return scales
 

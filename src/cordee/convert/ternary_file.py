@@ -22,6 +22,7 @@ ALIGNMENT = 64
 COLUMN_PADDING = 16
 BLOCK_ROWS = 16
 EMBEDDING, HEAD, OUTPUT_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
+DIVISORS = "rope_freqs.weight"
 # What may be in a rotated basis: what enters these matrices, and the rows of the embedding.
 ROTATED = ("attn", "attn_output", "ffn", "ffn_down", "head", "embedding")
 # How many rows are read, packed and written at a time: whole groups of every layout, some MB.
@@ -152,6 +153,7 @@ class TernaryModel:
     rope: Literal["neox", "interleaved"] = "interleaved"
     sub_norms: bool = False
     head_norms: bool = False  # of each head's queries and keys
+    divisors: bool = False  # of the rotary angles: "rope_freqs.weight"
     layout: Literal["trit2", "trit5", "pentium2"] = "trit2"
     planes: int = 1
     scale_columns: int = 0  # neighbouring columns that share a scale: 64, 128 or 256; 0: scales are of rows
@@ -224,7 +226,7 @@ class WeightSource(Protocol):
         ...
 
     def vector(self, name: str) -> np.ndarray:
-        """A norm, or the signs of a rotation; float32."""
+        """A norm, the divisors of rotary angles, or the signs of a rotation; float32."""
         ...
 
 
@@ -338,7 +340,8 @@ def tensors_in_order(
     `payload(name, rows, cols)` makes a layer's matrix.
     """
     yield from embedding
-    for name, length in model.rotations().items():
+    outside = model.rotations() | ({DIVISORS: model.head_dim // 2} if model.divisors else {})
+    for name, length in outside.items():
         yield vector_tensor(name, length, lambda name=name: source.vector(name))
     for layer in range(model.layers):
         for name, length in model.norms().items():

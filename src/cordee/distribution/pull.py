@@ -25,7 +25,7 @@ from cordee.distribution.source import (
 from cordee.errors import BadRequest, ModelNotFound, UnsupportedModel
 from cordee.files import expanded
 from cordee.models.cards import cards
-from cordee.models.gguf import BLOCK, BitnetType, read_header
+from cordee.models.gguf import BLOCK, BitnetType, BlockType, engine_of, read_header
 from cordee.models.slices import Progress
 from cordee.models.store import QUOTED_NAME_BYTES, Store, StoredModel, check_name
 
@@ -34,7 +34,8 @@ PREFERENCE = ("Q4_K_M", "MXFP4", "MXFP4_MOE", "Q4_0", "Q4_K_S", "Q5_K_M", "Q8_0"
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _QUANTIZATION = re.compile(
-    r"(?<![a-z0-9])((?:ud-)?(?:i?q\d\w*|tq\d_\d|i2_s|mxfp4(?:_moe)?|bf16|f16|f32))(?![a-z0-9])", re.IGNORECASE
+    r"(?<![a-z0-9])((?:ud-)?(?:[ip]?q\d\w*|p?tq\d_\d|i2_s|mxfp4(?:_moe)?|bf16|f16|f32))(?![a-z0-9])",
+    re.IGNORECASE,
 )
 # A vision encoder, which is no language model.
 _VISION = "mmproj"
@@ -47,7 +48,7 @@ CHECKPOINT_FILES = (
     *("config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"),
     *("generation_config.json", "added_tokens.json", "chat_template.jinja", INDEX),
 )
-TERNARY_TYPES = {GGMLQuantizationType.TQ1_0, GGMLQuantizationType.TQ2_0, BitnetType.I2_S}
+TERNARY_TYPES = {GGMLQuantizationType.TQ1_0, GGMLQuantizationType.TQ2_0, *BitnetType, *BlockType}
 
 Report = Callable[[str], None]
 
@@ -202,7 +203,7 @@ class _Puller:
             try:
                 convert(path, ready, pre=self.pre, title=title, progress=self.progress)
             except UnsupportedModel as error:
-                if path.is_dir() or _has_type(path, set(BitnetType)):
+                if path.is_dir() or not _runs_as_it_is(path):
                     raise
                 self.report(f"It stays as it is: {error.message}")
                 return self.store.add_file(path, name, self.progress, source=source)
@@ -227,6 +228,15 @@ class _Puller:
         largest = max(chosen, key=lambda file: file.nbytes)
         size = sum(file.nbytes for file in chosen) / 1e9
         self.report(f"Fetching {largest.path} ({size:.1f} GB) from the hub repository {largest.repository}")
+
+
+def _runs_as_it_is(path: Path) -> bool:
+    """Whether an engine takes a GGUF file that was not converted."""
+    try:
+        engine_of(read_header(path))
+    except UnsupportedModel:
+        return False
+    return True
 
 
 def _has_type(path: Path, types: Container[int]) -> bool:

@@ -15,8 +15,9 @@ from gguf.quants import dequantize
 
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.models.architectures import architecture
+from cordee.models.blocks import decoded
 from cordee.models.codes import CodedRows, has_codes
-from cordee.models.gguf import Header, TensorType
+from cordee.models.gguf import BlockType, Header, TensorType
 from cordee.models.metadata import CONVERT_AGAIN
 from cordee.models.slices import EMBEDDING
 
@@ -91,6 +92,8 @@ def _coded(coded: CodedRows, ids: int | np.ndarray) -> np.ndarray:
 def _decoded(
     table: np.ndarray, kind: TensorType, scale: np.float32 | None, ids: int | np.ndarray
 ) -> np.ndarray:
+    if isinstance(kind, BlockType):
+        return decoded(np.atleast_2d(table[ids]), kind)
     known = cast(GGMLQuantizationType, kind)  # for any other the library raises NotImplementedError
     with np.errstate(invalid="ignore", over="ignore"):  # broken weights give NaN, as in libllama
         rows = dequantize(np.atleast_2d(table[ids]), known).astype(np.float32, copy=False)

@@ -9,7 +9,7 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import pairwise
 from math import prod
@@ -55,6 +55,9 @@ UPDATE = "update cordee"
 # The presence of this key makes a file one for the ternary engine (native/FORMAT.md).
 TERNARY_KEY, TERNARY_VERSION = "cordee.ternary.version", 2
 
+# The keys of a rotated basis begin so; see `convert/rotation.py`.
+PRISM = "prism."
+
 _U32, _U64 = SCALARS[GGUFValueType.UINT32], SCALARS[GGUFValueType.UINT64]
 # Names of tensors of a layer; they have at most 63 bytes, so the number stays small.
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
@@ -67,7 +70,31 @@ class BitnetType(IntEnum):
     I2_S = 36
 
 
-TensorType = GGMLQuantizationType | BitnetType
+class BlockType(IntEnum):
+    """Types of one or two bits with a scale for each block, which the `gguf` package lacks or cannot decode.
+
+    libllama loads the first two. See `blocks.py`.
+    """
+
+    Q1_0 = 41
+    Q2_0 = 42
+    PQ2_0 = 142
+    PTQ1_0 = 143
+    # No number of a file, which says 42: the makers of Ternary-Bonsai used that before llama.cpp did.
+    Q2_0_OF_128 = 1042
+
+    @property
+    def block(self) -> int:
+        """Weights of a block."""
+        return 64 if self is BlockType.Q2_0 else 128
+
+    @property
+    def block_bytes(self) -> int:
+        return {41: 18, 42: 18, 143: 28}.get(self, 34)
+
+
+OF_LIBLLAMA = (BlockType.Q1_0, BlockType.Q2_0)
+TensorType = GGMLQuantizationType | BitnetType | BlockType
 
 # I2_S packs weights in blocks of I2_BLOCK; after the last block come I2_TAIL_BYTES with the scale.
 I2_BLOCK, I2_TAIL_BYTES = 128, 32
@@ -170,9 +197,9 @@ def engine_of(header: Header) -> Literal["llama", "ternary"]:
         UnsupportedModel: the file is in bitnet.cpp's own format, or newer than the ternary engine.
         BadModelFile: the version of its layout is no number.
     """
-    if any(isinstance(tensor.type, BitnetType) for tensor in header.tensors):
+    if alien := _alien(header):
         raise UnsupportedModel(
-            f"{header.name} is in bitnet.cpp's I2_S, which no engine here runs as it is: `cordee pull` "
+            f"{header.name} is in {alien}, which no engine here runs as it is: `cordee pull` "
             "converts it for the ternary engine."
         )
     if TERNARY_KEY not in header.metadata:
@@ -180,6 +207,18 @@ def engine_of(header: Header) -> Literal["llama", "ternary"]:
     if (version := header.count(TERNARY_KEY)) > TERNARY_VERSION:
         raise UnsupportedModel(f"{header.name} has version {version} of the ternary layout: {UPDATE}.")
     return "ternary"
+
+
+def _alien(header: Header) -> str | None:
+    """What of a file's form is known to none of the engines."""
+    if any(key.startswith(PRISM) for key in header.metadata):
+        return f"a rotated basis ({PRISM}hadamard)"
+    for tensor in header.tensors:
+        if isinstance(tensor.type, BitnetType):
+            return f"bitnet.cpp's {tensor.type.name}"
+        if isinstance(tensor.type, BlockType) and tensor.type not in OF_LIBLLAMA:
+            return f"the type {tensor.type.name.replace('_OF_', ' with blocks of ')}"
+    return None
 
 
 def has_header(path: Path, name: str) -> bool:
@@ -265,6 +304,7 @@ def _parse(reader: "_Reader", weights: bool) -> _Shard:
     nbytes = reader.position
     start = -(-nbytes // alignment) * alignment
     end = reader.size if weights else BYTES_LIMIT
+    listed = _with_true_blocks(listed, end - start if weights else None, alignment)
     placed = _placed(reader, listed, start, end, alignment)
     architecture = found.text("general.architecture", "")
     return _Shard(reader.name, architecture, metadata, types, placed, alignment, nbytes)
@@ -319,6 +359,8 @@ def _tensor_info(reader: "_Reader") -> _Listed:
                 f"stores {name!r} as I2_S, but its {prod(shape)} weights do not fill blocks of {I2_BLOCK}"
             )
         return _Listed(name, shape, BitnetType.I2_S, offset, prod(shape) // 4 + I2_TAIL_BYTES)
+    if number in set(BlockType) - {BlockType.Q2_0_OF_128}:
+        return _blocks_info(reader, name, shape, BlockType(number), offset)
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
@@ -332,6 +374,38 @@ def _tensor_info(reader: "_Reader") -> _Listed:
     if shape[0] % block:
         reader.fail(f"stores {name!r} as {kind.name} in rows of {shape[0]}, not a multiple of {block}")
     return _Listed(name, shape, kind, offset, prod(shape) // block * block_bytes)
+
+
+def _blocks_info(
+    reader: "_Reader", name: str, shape: tuple[int, ...], kind: BlockType, offset: int
+) -> _Listed:
+    if shape[0] % kind.block:
+        reader.fail(f"stores {name!r} as {kind.name} in rows of {shape[0]}, not a multiple of {kind.block}")
+    return _Listed(name, shape, kind, offset, prod(shape) // kind.block * kind.block_bytes)
+
+
+def _with_true_blocks(listed: list[_Listed], end: int | None, alignment: int) -> list[_Listed]:
+    """Q2_0 as it is: of blocks of 128, as older files had, if those fill what tensors have and 64 do not fit.
+
+    `end` is where the last tensor must end, as offsets count; None if that is unknown.
+    """
+    old = {tensor.name: _as_old(tensor) for tensor in listed if tensor.type is BlockType.Q2_0}
+    following = dict(pairwise(sorted(tensor.offset for tensor in listed) + ([] if end is None else [end])))
+    gaps = {
+        tensor.name: following[tensor.offset] - tensor.offset
+        for tensor in listed
+        if tensor.name in old and tensor.offset in following
+    }
+    if all(tensor.nbytes <= gaps[tensor.name] for tensor in listed if tensor.name in gaps):
+        return listed
+    if any(not old[name].nbytes <= gap < old[name].nbytes + alignment for name, gap in gaps.items()):
+        return listed
+    return [old.get(tensor.name, tensor) for tensor in listed]
+
+
+def _as_old(tensor: _Listed) -> _Listed:
+    kind = BlockType.Q2_0_OF_128
+    return replace(tensor, type=kind, nbytes=-(-prod(tensor.shape) // kind.block) * kind.block_bytes)
 
 
 def _placed(reader: "_Reader", listed: list[_Listed], start: int, end: int, alignment: int) -> list[Tensor]:

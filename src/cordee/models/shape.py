@@ -10,7 +10,16 @@ from cordee.models.cards import Card
 from cordee.models.fit import cell_bytes, row_floats, size_of, vocabulary_size
 from cordee.models.gguf import BLOCK, Header, Tensor
 from cordee.models.metadata import CONVERT_AGAIN
-from cordee.models.slices import EMBEDDING, HEAD, SlicePlan, cut_step, even_cuts, plan_slice, window_pattern
+from cordee.models.slices import (
+    EMBEDDING,
+    EMBEDDING_SCALE,
+    HEAD,
+    SlicePlan,
+    cut_step,
+    even_cuts,
+    plan_slice,
+    window_pattern,
+)
 
 # In the names of tensors that hold all experts of a layer; the last dimension counts the experts.
 EXPERTS = "_exps."
@@ -32,8 +41,7 @@ def model_shape(header: Header, digest: str) -> ModelShape:
     rules = architecture(header.architecture) or Architecture(header.architecture)
     layers = _layers(header)
     windowed = window_pattern(header, rules) or [False] * header.layers
-    embedding = header.tensor(EMBEDDING)
-    head = embedding if header.tied else header.tensor("output.weight")
+    embedding_bytes = sum(t.nbytes for t in header.tensors if t.name in (EMBEDDING, EMBEDDING_SCALE))
     head_bytes = sum(t.nbytes for t in header.tensors if t.name in HEAD)
     extras = _extras_of_cuts(header)
     shape = ModelShape(
@@ -46,11 +54,11 @@ def model_shape(header: Header, digest: str) -> ModelShape:
         cell_bytes=tuple(cell_bytes(header, i, window) for i, window in enumerate(windowed)),
         row_floats=tuple(row_floats(header, tensors) for tensors in layers),
         windowed=tuple(windowed),
-        embedding_bytes=embedding.nbytes if embedding else 0,
+        embedding_bytes=embedding_bytes,
         extra_bytes=extras[0] if extras else 0,
         last_extra_bytes=extras[1] if extras else 0,
         whole_extra_bytes=sum(t.nbytes for t in header.tensors if not BLOCK.fullmatch(t.name)),
-        active_head_bytes=head_bytes + (head.nbytes if head and header.tied else 0),
+        active_head_bytes=head_bytes + (embedding_bytes if header.tied else 0),
         cuttable=extras is not None,
         cut_step=cut_step(header, rules),
         minimum_layers=rules.minimum_layers,
