@@ -196,15 +196,24 @@ static ternary_status read_rotation(struct loading *loading)
     return TERNARY_OK;
 }
 
+/* Whether activations have so few digits that 32 bits hold a span's dot with weights of 8 bits, too. */
+static bool few_digits(const ternary_model *model)
+{
+    _Static_assert(ACTIVATION_LIMIT(2) * 128ull * SPAN_COLUMNS_LIMIT <= INT32_MAX, "two digits are few");
+    return model->planes <= 2 && model->head_planes <= 2;
+}
+
 /* Scales of spans, if the tensor has the form of such. */
 static bool read_span_scales(const struct loading *loading, const struct gguf_tensor *tensor, struct matrix *matrix)
 {
     const uint32_t columns = loading->model->scale_columns;
-    if (columns == 0 || (matrix->layout != LAYOUT_TRIT2 && matrix->layout != LAYOUT_TRIT5))
+    const bool is_kept = matrix->layout == LAYOUT_INT8 && few_digits(loading->model);
+    if (columns == 0 || (matrix->layout != LAYOUT_TRIT2 && matrix->layout != LAYOUT_TRIT5 && !is_kept))
         return false;
     const uint32_t group_rows = layout_facts[matrix->layout].group_rows, spans = spans_of(matrix->cols, columns);
     if (tensor->type != GGUF_TENSOR_F16 || tensor->dimensions != 3 || tensor->shape[0] != group_rows ||
-        tensor->shape[1] != (uint64_t)matrix->planes * spans || tensor->shape[2] != matrix->groups || (uintptr_t)tensor->data % 2 != 0 ||
+        tensor->shape[1] != (uint64_t)matrix->planes * spans || tensor->shape[2] != matrix->groups ||
+        (uintptr_t)tensor->data % 2 != 0 ||
         tensor->room / (group_rows * sizeof(uint16_t)) / spans / matrix->planes < matrix->groups)
         return false;
     matrix->span_scales = (const uint16_t *)(const void *)tensor->data;
@@ -274,12 +283,11 @@ static bool is_payload(const struct gguf_tensor *tensor, const struct matrix *ma
            tensor->room / quad_bytes / quads >= matrix->groups;
 }
 
-/* Whether a matrix is left at 8 bits in a file of spans; it becomes one of that layout. With three digits in an activation
- * a span's dot would not fit 32 bits. */
+/* Whether a matrix is left at 8 bits in a file of spans; it becomes one of that layout. */
 static bool is_kept(const struct loading *loading, const struct gguf_tensor *tensor, struct matrix *matrix)
 {
     const struct matrix kept = empty_matrix(LAYOUT_INT8, matrix->rows, matrix->cols);
-    if (loading->model->scale_columns == 0 || loading->model->planes > 2 || !is_payload(tensor, &kept))
+    if (loading->model->scale_columns == 0 || !few_digits(loading->model) || !is_payload(tensor, &kept))
         return false;
     *matrix = kept;
     return true;

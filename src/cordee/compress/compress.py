@@ -141,7 +141,7 @@ class _Run:
             self._put_embedded(work, windows, shape)
         inner_shape = (*shape[:3], self._model.heads * self._model.head_dim)
         inner = work.new_rows(INNER_ROWS, inner_shape)
-        decoder = Decoder(self._model, windows.shape[1])
+        decoder = Decoder(self._model, windows.shape[1], self._source.divisors())
         for layer in range(begun, self._model.layers):
             following = work.new_rows(NEXT_ROWS, shape)
             made = LayerCompressor(

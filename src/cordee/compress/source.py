@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from cordee.convert.checkpoint import Checkpoint
 from cordee.convert.gguf_source import GgufSource
-from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, strips
+from cordee.convert.ternary_file import DIVISORS, EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, strips
 from cordee.errors import BadModelFile
 from cordee.models.gguf import Header, read_header
 from cordee.models.metadata import FETCH_AGAIN
@@ -86,6 +86,10 @@ class Source:
     def vectors(self, layer: int) -> dict[str, np.ndarray]:
         """A layer's norms, by name."""
         return {name: self.vector(f"blk.{layer}.{name}.weight") for name in self.model.norms()}
+
+    def divisors(self) -> np.ndarray | None:
+        """(head_dim / 2,) divisors of the rotary frequencies; None if the model has none."""
+        return self.vector(DIVISORS) if self.model.divisors else None
 
     def describe(self, writer: GGUFWriter) -> None:
         """Add the tokenizer and the model's name."""

@@ -37,6 +37,7 @@ ARCHITECTURES = {
     "BitNetForCausalLM": ("bitnet", "relu2"),  # 2B 4T
     "BitnetForCausalLM": ("bitnet", "silu"),  # bitnet_b1_58-large and -3B
     "LlamaForCausalLM": ("llama", "silu"),  # Llama3-8B-1.58, Falcon3, Falcon-E, TriLM
+    "Qwen3ForCausalLM": ("qwen3", "silu"),
 }
 ACTIVATIONS: dict[str, Literal["silu", "relu2"]] = {"silu": "silu", "relu2": "relu2"}
 OUTSIDE_LAYERS = {EMBEDDING: "model.embed_tokens", HEAD: "lm_head", OUTPUT_NORM: "model.norm"}
@@ -51,6 +52,8 @@ IN_LAYERS = {
     "ffn_down": ("mlp.down_proj",),
     "attn_norm": ("input_layernorm",),
     "ffn_norm": ("post_attention_layernorm",),
+    "attn_q_norm": ("self_attn.q_norm",),
+    "attn_k_norm": ("self_attn.k_norm",),
     "attn_sub_norm": ("self_attn.attn_sub_norm", "self_attn.inner_attn_ln"),
     "ffn_sub_norm": ("mlp.ffn_sub_norm", "mlp.ffn_layernorm"),
 }
@@ -113,6 +116,7 @@ class Checkpoint:
             activation=ACTIVATIONS[activation],
             rope="neox",
             sub_norms=self._find("blk.0.attn_sub_norm.weight") is not None,
+            head_norms=self._find("blk.0.attn_q_norm.weight") is not None,
             layout=layout,
             planes=1 if self._quantization.declared else 3,
             head=head,
