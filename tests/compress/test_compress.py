@@ -1,4 +1,4 @@
-"""`cordee compress`: the file is the model it should be, runs survive being killed, and bad input is named."""
+"""`cordee compress`: the file is the model it should be, runs survive kills, and bad input is named."""
 
 import os
 import signal
@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from gguf import GGMLQuantizationType
 
 from checkpoint_files import bf16
 from cordee.cli.main import cordee
-from cordee.compress.compress import CompressOptions, compress
+from cordee.compress.compress import compress
 from cordee.compress.evaluate import evaluate, size_of_model
+from cordee.compress.fitter import CompressOptions
 from cordee.convert.convert import convert
 from cordee.errors import BadModelFile, BadRequest, DoesNotFit, StorageFailed
 from cordee.models.gguf import read_header
 from ordinary_models import make_checkpoint, make_ordinary, prose
 from ternary_models import make_ternary
 from ternary_sources import weights_of, write_source
-
-from gguf import GGMLQuantizationType  # isort: skip
 
 TEXT = prose(600)
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -175,7 +175,7 @@ def test_a_calibration_of_three_words_is_refused_with_the_need(ordinary: Path, t
 
 
 def test_too_little_memory_is_refused_with_the_need(ordinary: Path, tmp_path: Path) -> None:
-    with pytest.raises(DoesNotFit, match="needs 0.2 GB of memory"):
+    with pytest.raises(DoesNotFit, match=r"needs 0\.2 GB of memory"):
         compress(ordinary, tmp_path / "out.gguf", options(memory_bytes=1 << 20))
     assert list(tmp_path.iterdir()) == []
 
@@ -204,3 +204,29 @@ def test_the_verb_says_where_the_file_is(ordinary: Path, tmp_path: Path) -> None
 def test_the_output_must_not_be_the_model(ordinary: Path) -> None:
     with pytest.raises(BadRequest, match="name another file"):
         compress(ordinary, ordinary, options())
+
+
+def test_more_planes_and_kept_matrices_are_nearer_to_the_original(ordinary: Path, tmp_path: Path) -> None:
+    def made(**changes: object) -> Path:
+        out = tmp_path / "-".join(f"{key}{value}" for key, value in changes.items()).replace("*", "all")
+        compress(ordinary, out, options(method="fit", **changes))
+        return out
+
+    one, two, three = (divergence(made(planes=planes), ordinary) for planes in (1, 2, 3))
+    assert one > 2 * two > 4 * three
+    kept = made(keep=("*.ffn_down", "blk.1.*"))
+    assert divergence(kept, ordinary) < one
+    assert divergence(made(keep=("*",)), ordinary) < 0.01
+
+
+def test_a_rotated_model_computes_the_same(ordinary: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    compress(ordinary, out, options(method="fit", keep=("*",), rotate=True))
+    header = read_header(out)
+    assert header.get("cordee.ternary.rotated") == "attn,attn_output,ffn,ffn_down,"
+    assert divergence(out, ordinary) < 0.01
+
+
+def test_a_pattern_that_names_nothing_is_refused(ordinary: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="No matrix matches ffn_down: they are called like"):
+        compress(ordinary, tmp_path / "out.gguf", options(keep=("ffn_down",)))

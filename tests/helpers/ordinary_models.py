@@ -30,7 +30,10 @@ def make_ordinary(path: Path, **changes: object) -> Path:
 def checkpoint_tensors(model: TernaryModel, seed: int = 1) -> dict[str, tuple[str, np.ndarray]]:
     """Random weights by their names on the hub, in bfloat16."""
     draw = np.random.default_rng(seed)
-    shapes = {"token_embd.weight": (model.n_vocab, model.n_embd), "output.weight": (model.n_vocab, model.n_embd)}
+    shapes = {
+        "token_embd.weight": (model.n_vocab, model.n_embd),
+        "output.weight": (model.n_vocab, model.n_embd),
+    }
     for layer in range(model.layers):
         shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in model.matrices().items()}
     tensors = {

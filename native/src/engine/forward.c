@@ -432,31 +432,33 @@ static void put_rows(const struct kernels *kernels, const struct product *produc
     }
 }
 
-/* Those groups of a matrix with scales of spans, from `first` on, times `count` rows from `row` on: one span after the
- * other, in the order of columns. */
+/* Those groups of a matrix with scales of spans, from `first` on, times `count` rows from `row` on: one plane after the
+ * other, and in it one span after the other, in the order of columns. */
 static void multiply_spans(const struct kernels *kernels, const struct product *product,
                            const struct activations *inputs, uint32_t row, uint32_t count, uint32_t first,
                            uint32_t groups, int32_t *dots)
 {
     const struct matrix *matrix = product->matrix;
     const struct layout_facts *facts = &layout_facts[matrix->layout];
-    const size_t group_bytes = (size_t)matrix->quads * facts->quad_bytes, digit_row = (size_t)row * inputs->planes;
-    const uint32_t start = first * facts->group_rows, left = matrix->rows - start;
+    const size_t group_bytes = group_bytes_of(matrix), digit_row = (size_t)row * inputs->planes;
+    const uint32_t all = matrix->planes * matrix->spans, start = first * facts->group_rows, left = matrix->rows - start;
     struct span_dots of = {
         .stride = (size_t)groups * facts->group_rows,
         .planes = inputs->planes,
         .group_rows = facts->group_rows,
-        .scales_stride = (size_t)matrix->spans * facts->group_rows,
+        .scales_stride = (size_t)all * facts->group_rows,
     };
     of.rows = left < of.stride ? left : (uint32_t)of.stride;
-    for (uint32_t span = 0; span < matrix->spans; span++) {
+    for (uint32_t i_span = 0; i_span < all; i_span++) {
+        const uint32_t plane = i_span / matrix->spans, span = i_span % matrix->spans;
         const uint32_t quad = span * matrix->span_quads, rest = matrix->quads - quad;
+        const size_t place = ((size_t)plane * matrix->quads + quad) * facts->quad_bytes;
         kernels->dot[matrix->layout](
-            kernels, matrix->data + first * group_bytes + (size_t)quad * facts->quad_bytes, groups, group_bytes,
+            kernels, matrix->data + first * group_bytes + place, groups, group_bytes,
             rest < matrix->span_quads ? rest : matrix->span_quads, inputs->digits + digit_row * inputs->stride + quad * 4,
             inputs->stride, inputs->sums + span * inputs->sums_stride + digit_row, count * inputs->planes, dots);
-        of.is_first = span == 0;
-        of.scales = matrix->span_scales + ((size_t)first * matrix->spans + span) * facts->group_rows;
+        of.is_first = i_span == 0;
+        of.scales = matrix->span_scales + ((size_t)first * all + i_span) * facts->group_rows;
         for (uint32_t i = 0; i < count; i++) {
             of.dots = dots + i * inputs->planes * of.stride;
             of.scale = inputs->scales[(size_t)(row + i) * inputs->spans + span];
@@ -474,7 +476,7 @@ static void multiply_groups(const struct step *step, const struct product *produ
     const struct layout_facts *facts = &layout_facts[matrix->layout];
     const struct activations *inputs = &session->inputs;
     const uint32_t groups = matrix->groups - first < DOT_GROUPS ? matrix->groups - first : DOT_GROUPS;
-    const size_t group_bytes = (size_t)matrix->quads * facts->quad_bytes;
+    const size_t group_bytes = group_bytes_of(matrix);
     const uint32_t at_once = kernels->rows / inputs->planes;
     int32_t *dots = session->dots + thread * dots_elements(kernels);
     for (uint32_t row = 0; row < step->rows; row += at_once) {

@@ -31,17 +31,25 @@ struct matrix {
     enum layout layout;
     uint32_t rows, cols;
     uint32_t groups, quads;
-    const uint8_t *data;    /* [groups][quads][quad_bytes], borrowed from the file */
+    /* The matrix is the sum of so many planes of codes; each has its own quads, one plane behind the other in a group. */
+    uint32_t planes;
+    const uint8_t *data;    /* [groups][planes][quads][quad_bytes], borrowed from the file */
     const float *scales;    /* [rows / scale_rows], borrowed; NULL: they are of spans */
     uint32_t scale_rows;    /* rows that share a scale */
     /* A span is neighbouring columns that share a scale within each row; the last may be shorter. */
-    const uint16_t *span_scales; /* [groups][spans][group_rows], f16, borrowed; NULL: scales are of rows */
+    const uint16_t *span_scales; /* [groups][planes][spans][group_rows], f16, borrowed; NULL: scales are of rows */
     uint32_t spans, span_quads;
 };
 
 static inline uint32_t quads_of(uint32_t cols)
 {
     return (cols + COLUMN_PADDING - 1) / COLUMN_PADDING * (COLUMN_PADDING / 4);
+}
+
+/* From one group of rows to the next. */
+static inline size_t group_bytes_of(const struct matrix *matrix)
+{
+    return (size_t)matrix->planes * matrix->quads * layout_facts[matrix->layout].quad_bytes;
 }
 
 static inline uint32_t spans_of(uint32_t cols, uint32_t scale_columns)

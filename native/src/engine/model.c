@@ -69,7 +69,13 @@ static ternary_status read_spans(struct loading *loading)
     const struct gguf *gguf = &loading->gguf;
     gguf_number(gguf, "cordee.ternary.scale_columns", &model->scale_columns);
     gguf_number(gguf, "cordee.ternary.rotation_block", &model->rotation_block);
+    model->weight_planes = 1;
+    gguf_number(gguf, "cordee.ternary.weight_planes", &model->weight_planes);
     const uint32_t columns = model->scale_columns, block = model->rotation_block;
+    if (model->weight_planes - 1 >= PLANES_LIMIT || (model->weight_planes > 1 && columns == 0))
+        return ternary_fail(loading->error, TERNARY_UNSUPPORTED,
+                            "matrices are of %u planes, not of 1, or of up to %u with scales of spans",
+                            model->weight_planes, PLANES_LIMIT);
     if (columns != 0 && (model->by_lookup || columns < SPAN_COLUMNS_LEAST || columns > SPAN_COLUMNS_LIMIT ||
                          (columns & (columns - 1)) != 0))
         return ternary_fail(loading->error, TERNARY_UNSUPPORTED,
@@ -190,16 +196,25 @@ static ternary_status read_rotation(struct loading *loading)
     return TERNARY_OK;
 }
 
+/* Whether activations have so few digits that 32 bits hold a span's dot with weights of 8 bits, too. */
+static bool few_digits(const ternary_model *model)
+{
+    _Static_assert(ACTIVATION_LIMIT(2) * 128ull * SPAN_COLUMNS_LIMIT <= INT32_MAX, "two digits are few");
+    return model->planes <= 2 && model->head_planes <= 2;
+}
+
 /* Scales of spans, if the tensor has the form of such. */
 static bool read_span_scales(const struct loading *loading, const struct gguf_tensor *tensor, struct matrix *matrix)
 {
     const uint32_t columns = loading->model->scale_columns;
-    if (columns == 0 || (matrix->layout != LAYOUT_TRIT2 && matrix->layout != LAYOUT_TRIT5))
+    const bool is_kept = matrix->layout == LAYOUT_INT8 && few_digits(loading->model);
+    if (columns == 0 || (matrix->layout != LAYOUT_TRIT2 && matrix->layout != LAYOUT_TRIT5 && !is_kept))
         return false;
     const uint32_t group_rows = layout_facts[matrix->layout].group_rows, spans = spans_of(matrix->cols, columns);
     if (tensor->type != GGUF_TENSOR_F16 || tensor->dimensions != 3 || tensor->shape[0] != group_rows ||
-        tensor->shape[1] != spans || tensor->shape[2] != matrix->groups || (uintptr_t)tensor->data % 2 != 0 ||
-        tensor->room / (group_rows * sizeof(uint16_t)) / spans < matrix->groups)
+        tensor->shape[1] != (uint64_t)matrix->planes * spans || tensor->shape[2] != matrix->groups ||
+        (uintptr_t)tensor->data % 2 != 0 ||
+        tensor->room / (group_rows * sizeof(uint16_t)) / spans / matrix->planes < matrix->groups)
         return false;
     matrix->span_scales = (const uint16_t *)(const void *)tensor->data;
     matrix->spans = spans;
@@ -229,7 +244,7 @@ static const char *layout_name(enum layout layout)
 /* A matrix of that layout and size, without its data. */
 static struct matrix empty_matrix(enum layout layout, uint32_t rows, uint32_t cols)
 {
-    struct matrix matrix = {.layout = layout, .rows = rows, .cols = cols};
+    struct matrix matrix = {.layout = layout, .rows = rows, .cols = cols, .planes = 1};
     if (layout < LAYOUTS) {
         matrix.quads = quads_of(cols);
         matrix.groups = groups_of(layout, rows);
@@ -239,14 +254,14 @@ static struct matrix empty_matrix(enum layout layout, uint32_t rows, uint32_t co
 
 static uint64_t span_scale_bytes(const struct matrix *matrix)
 {
-    return (uint64_t)matrix->groups * matrix->spans * layout_facts[matrix->layout].group_rows * sizeof(uint16_t);
+    return (uint64_t)matrix->groups * matrix->planes * matrix->spans * layout_facts[matrix->layout].group_rows * sizeof(uint16_t);
 }
 
 static uint64_t payload_bytes(const struct matrix *matrix)
 {
     if (matrix->layout == LAYOUT_PENTIUM2)
         return (uint64_t)lookup_row_bytes(matrix->cols) * matrix->rows;
-    return (uint64_t)matrix->groups * matrix->quads * layout_facts[matrix->layout].quad_bytes;
+    return (uint64_t)matrix->groups * group_bytes_of(matrix);
 }
 
 /* What a decode step reads of it. */
@@ -262,10 +277,20 @@ static bool is_payload(const struct gguf_tensor *tensor, const struct matrix *ma
         return tensor->type == GGUF_TENSOR_I8 && tensor->dimensions == 2 &&
                tensor->shape[0] == lookup_row_bytes(matrix->cols) && tensor->shape[1] == matrix->rows &&
                tensor->room >= payload_bytes(matrix);
-    const uint64_t quad_bytes = layout_facts[matrix->layout].quad_bytes;
+    const uint64_t quad_bytes = layout_facts[matrix->layout].quad_bytes, quads = (uint64_t)matrix->planes * matrix->quads;
     return tensor->type == GGUF_TENSOR_I8 && tensor->dimensions == 3 && tensor->shape[0] == quad_bytes &&
-           tensor->shape[1] == matrix->quads && tensor->shape[2] == matrix->groups &&
-           tensor->room / quad_bytes / matrix->quads >= matrix->groups;
+           tensor->shape[1] == quads && tensor->shape[2] == matrix->groups &&
+           tensor->room / quad_bytes / quads >= matrix->groups;
+}
+
+/* Whether a matrix is left at 8 bits in a file of spans; it becomes one of that layout. */
+static bool is_kept(const struct loading *loading, const struct gguf_tensor *tensor, struct matrix *matrix)
+{
+    const struct matrix kept = empty_matrix(LAYOUT_INT8, matrix->rows, matrix->cols);
+    if (loading->model->scale_columns == 0 || !few_digits(loading->model) || !is_payload(tensor, &kept))
+        return false;
+    *matrix = kept;
+    return true;
 }
 
 static ternary_status read_matrix(struct loading *loading, uint32_t layer, const char *name, uint32_t rows,
@@ -274,10 +299,11 @@ static ternary_status read_matrix(struct loading *loading, uint32_t layer, const
     char full[64];
     struct gguf_tensor tensor;
     *matrix = empty_matrix(loading->layout, rows, cols);
+    matrix->planes = loading->model->weight_planes;
     snprintf(full, sizeof full, "blk.%u.%s.weight", layer, name);
     if (!gguf_find_tensor(&loading->gguf, full, &tensor))
         return ternary_fail(loading->error, TERNARY_BAD_FILE, "the file has no tensor %s", full);
-    if (!is_payload(&tensor, matrix))
+    if (!is_payload(&tensor, matrix) && !is_kept(loading, &tensor, matrix))
         return ternary_fail(loading->error, TERNARY_BAD_FILE,
                             "%s is not %u x %u in layout %s, or lies beyond the file's end",
                     full, rows, cols, layout_name(matrix->layout));

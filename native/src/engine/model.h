@@ -24,7 +24,8 @@ struct ternary_model {
     ternary_shape shape;
     uint32_t q_dim, kv_dim; /* heads * head_dim, kv_heads * head_dim: the widths of queries, and of keys or values */
     float epsilon, rope_base;
-    uint32_t planes, head_planes;
+    uint32_t planes, head_planes; /* digits of an activation */
+    uint32_t weight_planes;       /* of each matrix of the layers; more than one only with scales of spans */
     uint32_t scale_columns; /* of the layers' matrices: columns that share a scale; 0: scales are of rows */
     uint32_t rotation_block;
     const float *signs[TURNED]; /* [width of what is turned]; NULL: it is not */

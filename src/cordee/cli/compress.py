@@ -79,6 +79,25 @@ def evaluate(model: str, against: str | None, text: str | None, threads: int | N
     help="Neighbouring inputs that share a scale: fewer are better and take more room.",
 )
 @click.option(
+    "--planes",
+    type=click.IntRange(1, 3),
+    default=1,
+    show_default=True,
+    help="Ternary matrices of which each matrix is the sum: better, and as many times as large.",
+)
+@click.option(
+    "--rotate/--no-rotate",
+    default=False,
+    show_default=True,
+    help="Spread outliers of inputs over many of them.",
+)
+@click.option(
+    "--keep",
+    metavar="PATTERN",
+    multiple=True,
+    help="Leave matrices at 8 bits: *.ffn_down, or blk.0.*; may be repeated.",
+)
+@click.option(
     "--head",
     type=click.Choice(["int8", "int6", "int4"]),
     default="int8",
@@ -104,6 +123,9 @@ def compress(
     out: Path,
     method: Literal["gptq", "fit", "absmean"],
     group: str,
+    planes: int,
+    rotate: bool,
+    keep: tuple[str, ...],
     head: str,
     calibration: str | None,
     memory_bytes: int,
@@ -117,13 +139,13 @@ def compress(
     it stopped. A model that is ternary already is written unchanged. docs/compress.md says what is lost:
     `cordee eval OUT --against MODEL` measures it.
     """
-    from cordee.compress.compress import CompressOptions
     from cordee.compress.compress import compress as run
     from cordee.compress.evaluate import read_text
+    from cordee.compress.fitter import CompressOptions
 
     text = None if calibration is None else read_text(Path(calibration))
     span = 0 if group == "row" else int(group)
-    settings = CompressOptions(method, span, head=head, calibration=text, memory_bytes=memory_bytes)
+    settings = CompressOptions(method, span, planes, rotate, keep, head, text, memory_bytes)
     with output.progress(model) as progress:
         run(_path(model), out, settings, name=model, pre=pre, progress=progress, report=output.note)
     click.echo(f"{out}  {output.size(out.stat().st_size)}")

@@ -13,7 +13,7 @@ from cordee.errors import BadRequest
 
 WINDOW_TOKENS = 512
 # More help less and less: the time of a run grows with them.
-TOKENS_MAX = 16_384
+TOKENS_MAX = 8192
 # With fewer a matrix follows the text by heart: its inputs have hundreds or thousands of dimensions.
 WINDOWS_MIN = 4
 

@@ -9,10 +9,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from gguf import GGUFWriter
@@ -20,40 +19,24 @@ from gguf import GGUFWriter
 from cordee.compress.calibration import calibration_windows, default_calibration
 from cordee.compress.decoder import Decoder
 from cordee.compress.evaluate import WEIGHTS_KEY
-from cordee.compress.gptq import WIDE_COLUMNS, compressed
+from cordee.compress.fitter import CompressOptions, Fitter
 from cordee.compress.layerwise import LayerCompressor, LayerWeights
+from cordee.compress.sizes import disk_bytes, layer_bytes, window_bytes
 from cordee.compress.source import Progress, Source
-from cordee.compress.trits import TernaryMatrix, fitted, mean_magnitudes
+from cordee.compress.stored import StoredWeights, stored
+from cordee.compress.trits import TernaryMatrix
 from cordee.compress.work import Work, folder_of, work_folder
 from cordee.convert.convert import convert
-from cordee.convert.ternary_file import EMBEDDING, TernaryModel, write
+from cordee.convert.ternary_file import EMBEDDING, write
 from cordee.errors import BadRequest, DoesNotFit, StorageFailed, UnsupportedModel
 from cordee.files import atomic_file
 from cordee.models.gguf import TERNARY_KEY, read_header
 
-Method = Literal["absmean", "fit", "gptq"]
 WORK_FORMAT = 1  # of the folder: another one is begun anew
 COPY_BYTES = 4 << 20
-# Python, numpy and the vocabulary's child.
-PROGRAM_BYTES = 150 << 20
 # Most windows that are computed at a time: more gain nothing.
 WINDOWS_AT_ONCE = 8
 NEXT_ROWS, INNER_ROWS = "next.f32", "inner.f32"
-CODES_PER_BYTE = 4
-
-
-@dataclass(frozen=True)
-class CompressOptions:
-    """How to compress. `span` columns of a row share a scale (0: all);
-    without `calibration`, a text, that of the package is read.
-    """
-
-    method: Method = "gptq"
-    span: int = 128
-    planes: int = 1
-    head: str = "int8"
-    calibration: str | None = None
-    memory_bytes: int = 4 << 30
 
 
 def compress(
@@ -86,7 +69,7 @@ def compress(
     if _passed_through(path, out, options, pre, progress):
         say(f"{called} is ternary already: no weight was changed")
         return
-    source = Source(path, called, options.head, options.span, pre)
+    source = Source(path, called, options.head, pre)
     _Run(source, out, options, progress, say).run()
 
 
@@ -121,7 +104,8 @@ class _Run:
         say: Callable[[str], None],
     ) -> None:
         self._source, self._out, self._options, self._say = source, out, options, say
-        self._model = source.model
+        self._fitter = Fitter(source.model, options)
+        self._model = self._fitter.model
         self._progress = progress
         self._done = 0
         self._total = 2 * sum(rows * cols for rows, cols in source.matrices.values())
@@ -143,9 +127,11 @@ class _Run:
                 self._by_gptq(work, begun, at_once)
             else:
                 for layer in range(begun, self._model.layers):
-                    self._keep(work, layer, {n: self._plain(layer, n) for n in self._model.matrices()})
+                    made = {name: self._plain(layer, name) for name in self._model.matrices()}
+                    work.put_layer(layer, stored(made))
             self._say("writing the file")
-            write(self._out, self._model, _Kept(self._source, work), describe=self._describe)
+            weights = StoredWeights(self._source, self._model, work, self._fitter.signs)
+            write(self._out, self._model, weights, describe=self._describe)
 
     def _by_gptq(self, work: Work, begun: int, at_once: int) -> None:
         text = self._options.calibration or default_calibration()
@@ -155,36 +141,31 @@ class _Run:
             self._put_embedded(work, windows, shape)
         inner_shape = (*shape[:3], self._model.heads * self._model.head_dim)
         inner = work.new_rows(INNER_ROWS, inner_shape)
-        decoder = Decoder(self._model, windows.shape[1])
+        decoder = Decoder(self._model, windows.shape[1], self._source.divisors())
         for layer in range(begun, self._model.layers):
             following = work.new_rows(NEXT_ROWS, shape)
             made = LayerCompressor(
                 decoder,
                 LayerWeights(partial(self._source.matrix, layer), self._source.vectors(layer)),
-                self._fit,
+                partial(self._fit, layer),
                 hidden=work.rows(layer, shape),
                 following=following,
                 inner=inner,
                 windows_at_once=at_once,
             ).run()
-            self._keep(work, layer, made)
+            work.put_layer(layer, stored(made))
             work.put_rows(layer + 1, following, NEXT_ROWS)
 
-    def _fit(self, name: str, weights: np.ndarray, hessian: np.ndarray) -> TernaryMatrix:
-        found = compressed(weights, hessian, self._options.planes, self._span(weights))
+    def _fit(self, layer: int, name: str, weights: np.ndarray, hessian: np.ndarray) -> TernaryMatrix:
+        found = self._fitter.by_inputs(layer, name, weights, hessian)
         self._count(weights)
         return found
 
     def _plain(self, layer: int, name: str) -> TernaryMatrix:
-        """A matrix for itself, without regard to its inputs."""
         weights = self._source.matrix(layer, name)
-        scales = mean_magnitudes if self._options.method == "absmean" else None
-        found = fitted(weights, self._options.planes, self._span(weights), scales)
+        found = self._fitter.by_itself(layer, name, weights)
         self._count(weights)
         return found
-
-    def _span(self, weights: np.ndarray) -> int:
-        return self._options.span or weights.shape[1]
 
     def _count(self, weights: np.ndarray) -> None:
         self._done += 2 * weights.size
@@ -197,13 +178,6 @@ class _Run:
             for place, token in enumerate(window.tolist()):
                 rows[:, number, place] = self._source.rows(EMBEDDING, token, token + 1)[0]
         work.put_rows(0, rows, NEXT_ROWS)
-
-    def _keep(self, work: Work, layer: int, matrices: dict[str, TernaryMatrix]) -> None:
-        tensors = dict[str, np.ndarray]()
-        for name, matrix in matrices.items():
-            tensors[f"{name}.codes"] = _packed(matrix.codes)
-            tensors[f"{name}.scales"] = matrix.scales
-        work.put_layer(layer, tensors)
 
     def _describe(self, writer: GGUFWriter) -> None:
         self._source.describe(writer)
@@ -244,71 +218,3 @@ class _Run:
                 f"{self._out} and the work on it need {need / 1e9:.1f} GB, and its disk has "
                 f"{free / 1e9:.1f} GB free: free some space, then try again."
             )
-
-
-class _Kept:
-    """What the folder holds, as a `cordee.convert.ternary_file.WeightSource`."""
-
-    def __init__(self, source: Source, work: Work) -> None:
-        self.vector = source.vector
-        self._source, self._work = source, work
-        self._last: tuple[str, np.ndarray] = ("", np.empty(0))  # strips of one matrix follow one another
-
-    def rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """See `WeightSource.rows`."""
-        _, layer, matrix, *_ = (*name.split("."), "", "")
-        if not layer.isdigit():
-            return self._source.rows(name, first, last)
-        if self._last[0] != name:
-            packed = self._work.tensor(int(layer), f"{matrix}.codes")
-            self._last = (name, _unpacked(packed, self._source.model.matrices()[matrix]))
-        return self._last[1][first:last]
-
-    def scales(self, name: str) -> np.ndarray:
-        """See `WeightSource.scales`."""
-        _, layer, matrix, _ = name.split(".")
-        [scales] = self._work.tensor(int(layer), f"{matrix}.scales")
-        return scales if self._source.model.scale_columns else scales[:, 0]
-
-
-def _packed(codes: np.ndarray) -> np.ndarray:
-    """(planes, rows, cols) codes, flat, four in a byte."""
-    flat = codes.reshape(-1)
-    padded = np.zeros(-(-len(flat) // CODES_PER_BYTE) * CODES_PER_BYTE, dtype=np.uint8)
-    padded[: len(flat)] = (flat + 1).astype(np.uint8)
-    quads = padded.reshape(-1, CODES_PER_BYTE)
-    return quads[:, 0] | quads[:, 1] << 2 | quads[:, 2] << 4 | quads[:, 3] << 6
-
-
-def _unpacked(packed: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """The inverse of `_packed` for one plane of that shape."""
-    fields = np.stack([packed >> 2 * field & 3 for field in range(CODES_PER_BYTE)], axis=1)
-    return (fields.reshape(-1)[: shape[0] * shape[1]].astype(np.int8) - 1).reshape(shape)
-
-
-def layer_bytes(model: TernaryModel) -> int:
-    """The most memory that fitting one matrix takes, without windows of rows.
-
-    Of the widest input: H and the cross products while rows are added, or H with its factor, a copy of it and
-    the work of inverting; beside either the matrices of one input, those of both streams.
-    """
-    most = 0
-    for rows, cols in model.matrices().values():
-        number = 4 if cols > WIDE_COLUMNS else 8
-        most = max(most, cols * cols * (8 + 3 * number) + rows * cols * (4 + 2 * number))
-    gates = 2 * model.n_ff * model.n_embd * 4
-    return PROGRAM_BYTES + max(most, 2 * gates + 8 * model.n_ff**2)
-
-
-def window_bytes(model: TernaryModel) -> int:
-    """Memory for each window that is computed at a time."""
-    width = 4 * model.n_embd + 3 * model.heads * model.head_dim + 4 * model.n_ff
-    length = min(model.context, 512)
-    return 4 * length * (width + 2 * length)
-
-
-def disk_bytes(model: TernaryModel, weights: int, needs_rows: bool) -> int:
-    """What a run writes: the file, the layers in the folder, and rows of both streams three times."""
-    tables = 2 * model.n_embd * model.n_vocab * 9 // 8
-    rows = 2 * 16_384 * (2 * model.n_embd + model.heads * model.head_dim) * 4 if needs_rows else 0
-    return weights // 2 + tables + rows

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from cordee.convert.checkpoint import Checkpoint
 from cordee.convert.gguf_source import GgufSource
-from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, strips
+from cordee.convert.ternary_file import DIVISORS, EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, strips
 from cordee.errors import BadModelFile
 from cordee.models.gguf import Header, read_header
 from cordee.models.metadata import FETCH_AGAIN
@@ -27,15 +27,14 @@ Progress = Callable[[int, int], None]
 
 
 class Source:
-    """An open model. `name` is what messages call it; `head` is the layout of its head in our file,
-    `span` the number of neighbouring columns that share a scale there (0: a row).
+    """An open model. `name` is what messages call it; `head` is the layout of its head in our file.
 
     Raises:
         BadModelFile: it lacks something, or is damaged.
         UnsupportedModel: the ternary engine does not run such models.
     """
 
-    def __init__(self, path: Path, name: str, head: str, span: int, pre: str | None = None) -> None:
+    def __init__(self, path: Path, name: str, head: str, pre: str | None = None) -> None:
         is_checkpoint = path.is_dir() or path.suffix == ".safetensors"
         self.path, self.name = path, name
         self.header: Header | None = None if is_checkpoint else read_header(path, name=name)
@@ -46,7 +45,6 @@ class Source:
         self.model: TernaryModel = replace(
             model,
             planes=ACTIVATION_PLANES,
-            scale_columns=span,
             embedding=GGMLQuantizationType.Q8_0 if is_even else GGMLQuantizationType.F16,
         )
         self._check_shapes()
@@ -88,6 +86,10 @@ class Source:
     def vectors(self, layer: int) -> dict[str, np.ndarray]:
         """A layer's norms, by name."""
         return {name: self.vector(f"blk.{layer}.{name}.weight") for name in self.model.norms()}
+
+    def divisors(self) -> np.ndarray | None:
+        """(head_dim / 2,) divisors of the rotary frequencies; None if the model has none."""
+        return self.vector(DIVISORS) if self.model.divisors else None
 
     def describe(self, writer: GGUFWriter) -> None:
         """Add the tokenizer and the model's name."""

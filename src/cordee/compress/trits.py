@@ -10,10 +10,13 @@ from itertools import product
 
 import numpy as np
 
+from cordee.compress.rotation import Basis
+
 # Rounds of fitting scales to codes and codes to scales. Both steps only lower the error, and it settles soon.
 FIT_ROUNDS = 20
 SCALE_MIN = np.float32(2.0**-14)  # the smallest normal float16
 SCALE_MAX = np.float32(65504)
+KEPT_LARGEST = 127  # of a matrix at 8 bits
 # Weights of the plane in front of this share of the mean magnitude begin as 0.
 FIRST_THRESHOLD = np.float32(0.75)
 
@@ -23,18 +26,23 @@ ScalesOf = Callable[[np.ndarray, int], np.ndarray] | None
 
 @dataclass
 class TernaryMatrix:
-    """`codes` (planes, rows, cols) int8; `scales` (planes, rows, spans) float32, each for `span` columns."""
+    """`codes` (planes, rows, cols) int8; `scales` (planes, rows, spans) float32, each for `span` columns.
+
+    With a `basis` it is a matrix for inputs in that basis. A matrix left at 8 bits has one plane, whose codes
+    go to 127.
+    """
 
     codes: np.ndarray
     scales: np.ndarray
     span: int
+    basis: Basis | None = None
 
     def dense(self) -> np.ndarray:
-        """(rows, cols) float32."""
+        """(rows, cols) float32, for inputs as they come."""
         total = np.zeros(self.codes.shape[1:], dtype=np.float32)
         for codes, scales in zip(self.codes, self.scales, strict=True):
             total += codes * np.repeat(scales, self.span, axis=1)[:, : codes.shape[1]]
-        return total
+        return total if self.basis is None else self.basis.out_of(total)
 
 
 def combinations(planes: int) -> np.ndarray:
@@ -118,6 +126,21 @@ def fitted(weights: np.ndarray, planes: int, span: int, scales_of: ScalesOf = No
         part = slice(first, first + span)
         scales[:, :, number] = (scales_of or fitted_scales)(weights[:, part], planes)
         codes[:, :, part], _ = nearest(weights[:, part], scales[:, :, number])
+    return TernaryMatrix(codes, scales, span)
+
+
+def kept(weights: np.ndarray, span: int) -> TernaryMatrix:
+    """A matrix at 8 bits, each span scaled by its largest weight."""
+    rows, cols = weights.shape
+    codes = np.zeros((1, rows, cols), dtype=np.int8)
+    scales = np.zeros((1, rows, -(-cols // span)), dtype=np.float32)
+    for number, first in enumerate(range(0, cols, span)):
+        part = weights[:, first : first + span]
+        scale = rounded_scales(np.abs(part).max(axis=1) / KEPT_LARGEST)
+        codes[0, :, first : first + span] = np.clip(
+            np.rint(part / scale[:, None]), -KEPT_LARGEST, KEPT_LARGEST
+        )
+        scales[0, :, number] = scale
     return TernaryMatrix(codes, scales, span)
 
 

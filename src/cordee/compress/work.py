@@ -39,8 +39,10 @@ class Work:
     def layers_done(self, needs_rows: bool) -> int:
         """How many layers need not be made again."""
         done = 0
-        while self._layer(done).exists() and (not needs_rows or self._rows(done + 1).exists()):
+        while self._layer(done).exists():
             done += 1
+        while needs_rows and done and not self._rows(done).exists():
+            done -= 1  # rows are kept in front of one layer only
         return done
 
     def put_layer(self, layer: int, tensors: Mapping[str, np.ndarray]) -> None:

@@ -157,6 +157,8 @@ class TernaryModel:
     layout: Literal["trit2", "trit5", "pentium2"] = "trit2"
     planes: int = 1
     scale_columns: int = 0  # neighbouring columns that share a scale: 64, 128 or 256; 0: scales are of rows
+    weight_planes: int = 1  # a layer's matrix is the sum of so many
+    kept: frozenset[str] = frozenset()  # whole names of layers' matrices in int8, with scales of spans
     head: str = "int8"
     head_planes: int = 2
     embedding: GGMLQuantizationType | Literal["codes"] = GGMLQuantizationType.F16  # codes: as the head
@@ -195,7 +197,13 @@ class TernaryModel:
     @property
     def version(self) -> int:
         """The oldest version of the layout that can say all of it."""
-        new = self.scale_columns or self.head_norms or self.rotated or self.embedding == "codes"
+        new = (
+            self.scale_columns
+            or self.weight_planes > 1
+            or self.head_norms
+            or self.rotated
+            or self.embedding == "codes"
+        )
         return 2 if new else 1
 
 
@@ -205,14 +213,15 @@ class WeightSource(Protocol):
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows of a matrix: int8 of -1, 0, 1 for those of layers, float32 for "token_embd" and "output".
 
-        Where those are codes (`embedding`, `head`), they give int8, too.
+        Where those are codes (`embedding`, `head`), they give int8, too; `kept` matrices go to 127.
+        Planes of a matrix stand side by side, each padded with 0 to a multiple of COLUMN_PADDING columns.
         """
         ...
 
     def scales(self, name: str) -> np.ndarray:
         """The float32 scales of a matrix of codes: n of them, each for the next rows / n rows.
 
-        With `scale_columns` they are (rows, spans): one for each row and so many columns.
+        With `scale_columns` they are (rows, spans): one for each row and so many columns, of each plane.
         """
         ...
 
@@ -278,6 +287,8 @@ def _add_keys(writer: GGUFWriter, model: TernaryModel) -> None:
         writer.add_string(f"cordee.ternary.{key}", getattr(model, key))
     if model.scale_columns:
         writer.add_uint32("cordee.ternary.scale_columns", model.scale_columns)
+    if model.weight_planes > 1:
+        writer.add_uint32("cordee.ternary.weight_planes", model.weight_planes)
     if model.rotated:
         writer.add_uint32("cordee.ternary.rotation_block", model.rotation_block)
         writer.add_string("cordee.ternary.rotated", "".join(f"{name}," for name in model.rotated))
@@ -352,16 +363,33 @@ def scale_tensor(
     if not model.scale_columns:
         scales = source.scales(name)
         return vector_tensor(full, len(scales), lambda: scales)
-    layout = LAYOUTS[model.head if head else model.layout]
     rows, cols = shape
-    groups, spans = layout.shape(rows, cols)[0], -(-cols // model.scale_columns)
+    if head:
+        layout, planes = LAYOUTS[model.head], 1
+    else:
+        layout, planes = layout_of(model, name)
+    groups, spans = layout.shape(rows, cols)[0], planes * -(-cols // model.scale_columns)
     nbytes = groups * spans * layout.group_rows * 2
     arrays = (pack_scales(source.scales(name), layout) for _ in range(1))
     return output_tensor(full, (groups, spans, layout.group_rows), GGMLQuantizationType.F16, nbytes, arrays)
 
 
+def layout_of(model: TernaryModel, name: str) -> tuple[Layout, int]:
+    """The layout of a layer's matrix, and the number of its planes."""
+    return (LAYOUTS["int8"], 1) if name in model.kept else (LAYOUTS[model.layout], model.weight_planes)
+
+
+def padded(cols: int) -> int:
+    """The columns of a plane, with padding."""
+    return -(-cols // COLUMN_PADDING) * COLUMN_PADDING
+
+
 def _tensors(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
-    def codes(name: str, rows: int, cols: int, layout: Layout = LAYOUTS[model.layout]) -> OutputTensor:
+    def matrix(name: str, rows: int, cols: int) -> OutputTensor:
+        layout, planes = layout_of(model, name)
+        return codes(name, rows, planes * padded(cols) if planes > 1 else cols, layout)
+
+    def codes(name: str, rows: int, cols: int, layout: Layout) -> OutputTensor:
         packed = (pack(source.rows(name, first, last), layout) for first, last in strips(rows))
         return _payload(name, layout, rows, cols, packed)
 
@@ -373,7 +401,7 @@ def _tensors(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor
     embedding = table(EMBEDDING) if model.embedding == "codes" else [_embedding(model, source)]
     head = table(HEAD) if LAYOUTS[model.head].ternary else _head(model, source)
     return tensors_in_order(
-        model, source, embedding=embedding, payload=codes, head=() if model.tied else head
+        model, source, embedding=embedding, payload=matrix, head=() if model.tied else head
     )
 
 
