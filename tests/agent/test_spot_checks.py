@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,8 @@ def names(node: Node) -> list[str]:
 
 @pytest.fixture
 def make(tmp_path: Path, starter_path: Path, request: pytest.FixtureRequest) -> Cluster:
-    def made(memory: str) -> Cluster:
-        cluster = Cluster(tmp_path, starter_path, "--memory", memory, "--scouting", "lo")
+    def made(memory: str, *options: str) -> Cluster:
+        cluster = Cluster(tmp_path, starter_path, "--memory", memory, "--scouting", "lo", *options)
         request.addfinalizer(cluster.close)
         return cluster
 
@@ -91,19 +92,25 @@ def test_a_stage_that_computes_wrongly_is_named_and_left_out(make, starter_path:
     assert b.runs
 
 
-@pytest.mark.long
-def test_a_worker_that_hides_what_it_sends_is_known_to_its_neighbour(make) -> None:
-    cluster = make(THREE)
+def with_a_liar(cluster: Cluster, how: str, index: int) -> tuple[list[Node], str]:
+    """Three nodes that serve the starter model, in the order of their stages, and the name of the liar, who
+    has the stage of that index."""
     for name in "abc":
         cluster.add(name)
     cluster.nodes["a"].do("deploy", "starter", *SMALL)
     until(lambda: len(names(cluster.nodes["a"])) == 3)
-    before, liar, after = (cluster.nodes[name] for name in names(cluster.nodes["a"]))
-    name = names(before)[1]
+    found = names(cluster.nodes["a"])
+    liar = cluster.nodes[found[index]]
     liar.down()
-    changed = lying("sends")
+    changed = lying(how)
     liar.program, liar.environment = changed["program"], changed["environment"]
-    liar.up("--name", name, "--memory", THREE, "--scouting", "lo")
+    liar.up("--name", found[index], "--memory", THREE, "--scouting", "lo")
+    return [cluster.nodes[name] for name in found], found[index]
+
+
+@pytest.mark.long
+def test_a_worker_that_hides_what_it_sends_is_known_to_its_neighbour(make) -> None:
+    (before, _, after), name = with_a_liar(make(THREE), "sends", 1)
 
     def is_known() -> bool:
         answer(before)
@@ -111,6 +118,32 @@ def test_a_worker_that_hides_what_it_sends_is_known_to_its_neighbour(make) -> No
 
     until(is_known)
     assert "does without" not in before.said
+
+
+@pytest.mark.slow
+def test_a_checker_that_accuses_an_honest_stage_is_left_out_itself(make) -> None:
+    (host, accused, _), name = with_a_liar(make(THREE), "accuses", 2)
+    wanted = re.compile(rf"does without {name} for now: {name} says that \w computes wrongly: .* here")
+
+    def is_found() -> bool:
+        answer(host)
+        return wanted.search(host.said) is not None
+
+    until(is_found)
+    for node in (host, accused):
+        assert set(re.findall(r"does without (\w) for now", node.said)) <= {name}
+
+
+@pytest.mark.long
+def test_a_stage_that_never_shows_what_it_computed_is_left_out(make) -> None:
+    (host, *_), name = with_a_liar(make(THREE, "--spot-check", "1"), "hides", 1)
+
+    def is_found() -> bool:
+        answer(host)
+        time.sleep(5)  # in which nothing takes the place of its rows
+        return f"does without {name} for now: its stage does not show what it computed" in host.said
+
+    until(is_found)
 
 
 @pytest.mark.long

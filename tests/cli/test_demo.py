@@ -106,7 +106,7 @@ def running(demo_home: Path) -> Iterator[subprocess.Popen[bytes]]:
     "how",
     [
         "its parent is killed",
-        "SIGKILL",
+        pytest.param("SIGKILL", marks=pytest.mark.slow),
         pytest.param("SIGTERM", marks=pytest.mark.long),
         pytest.param("SIGHUP", marks=pytest.mark.long),
         pytest.param("SIGINT", marks=pytest.mark.long),

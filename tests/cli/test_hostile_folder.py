@@ -75,6 +75,7 @@ def test_an_answer_imports_nothing_from_the_current_folder(folder: Path, environ
     assert done.stdout
 
 
+@pytest.mark.slow
 def test_doctor_tries_the_same_as_elsewhere(folder: Path, environment: dict[str, str]) -> None:
     """It tries libllama's extra buffers in a child, whose failure would look like one of the machine."""
     found = [
@@ -84,7 +85,7 @@ def test_doctor_tries_the_same_as_elsewhere(folder: Path, environment: dict[str,
     assert found[0]["libllama"]["extra_buffers"] == found[1]["libllama"]["extra_buffers"]
 
 
-@pytest.mark.parametrize("verb", ["serve", "up"])
+@pytest.mark.parametrize("verb", [pytest.param("serve", marks=pytest.mark.slow), "up"])
 def test_servers_import_nothing_from_the_current_folder(
     verb: str, folder: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -45,7 +45,12 @@ CALLS: Mapping[str, tuple[tuple[str, ...], int, bool]] = {
     "bench": (("bench", "nosuch"), 3, False),
     "demo": (("demo", "--max-tokens", "0"), 2, False),
 }
-VERBS = [name for name, command in program.commands.items() if not command.hidden]
+QUICK = ("ls", "run", "up")  # one of each kind: it prints a result, it computes, it stays
+VERBS = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name, command in program.commands.items()
+    if not command.hidden
+]
 
 
 @pytest.fixture
