@@ -70,6 +70,7 @@ ROOMS = (
         "web",
         "console",
         "endpoints",
+        "demo",
         "terminal",
         "cli",
     ),

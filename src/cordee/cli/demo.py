@@ -24,7 +24,7 @@ from cordee.terminal.wrapping import AnswerPrinter
 
 if TYPE_CHECKING:
     from cordee.cli.cluster_model import ClusterModel
-    from cordee.cli.demo_cluster import DemoCluster
+    from cordee.demo.demo_cluster import DemoCluster
     from cordee.generation.request import TextChunk
 
 PAUSE_SECONDS = 0.3  # a pause after a kill that is worth a line; between tokens there is less
@@ -67,7 +67,7 @@ def demo(temperature: float, max_tokens: int) -> None:
     time.
     """
     from cordee.cli.cluster_model import ClusterModel
-    from cordee.cli.demo_cluster import DemoCluster
+    from cordee.demo.demo_cluster import DemoCluster
     from cordee.files import home
     from cordee.models.store import Store
 
@@ -198,7 +198,7 @@ class Chat:
         self._note(f"node {name} is gone, and layers {layers} with it")
 
     def _nodes(self) -> None:
-        from cordee.cli.demo_cluster import layers_of
+        from cordee.demo.demo_cluster import layers_of
 
         rows = [
             (

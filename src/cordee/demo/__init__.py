@@ -1,0 +1,1 @@
+"""The cluster that `cordee demo` shows: three nodes on this machine, which may fall."""
