@@ -11,7 +11,7 @@ import msgspec
 from starlette.routing import Route
 
 import cordee
-from cordee.api.failures import BODIES, HEADERS, anthropic_error, ollama_error
+from cordee.api.failures import BODIES, HEADERS, anthropic_error, error_body, ollama_error
 from cordee.api.schemas import Shape, policies
 from cordee.endpoints.agent_reply_shapes import MessagesErrorReply, OllamaError
 from cordee.endpoints.operations import ALWAYS, JSON, NDJSON, OPERATIONS, WITH_BODY, Operation
@@ -67,7 +67,7 @@ def _document(found: tuple[tuple[str, str], ...]) -> bytes:
         "bearer": {"type": "http", "scheme": "bearer"},
         "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
     }
-    document = {
+    document: Json = {
         "openapi": "3.1.0",
         "info": {"title": "Cordée", "version": cordee.__version__, "description": ABOUT},
         "paths": paths,
@@ -190,5 +190,5 @@ def _content(operation: Operation, schemas: Mapping[Any, Json]) -> Json:
 
 def _error(path: str) -> Any:
     """The shape of a path's errors (failures.py)."""
-    made = next((body for prefix, body in BODIES.items() if path.startswith(prefix)), None)
+    made = next((body for prefix, body in BODIES.items() if path.startswith(prefix)), error_body)
     return {anthropic_error: MessagesErrorReply, ollama_error: OllamaError}.get(made, ErrorReply)

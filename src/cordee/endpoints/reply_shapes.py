@@ -177,7 +177,7 @@ class ChatChunk(Frame, frozen=True, kw_only=True):
     timings: Timings | UnsetType = UNSET
 
 
-class LegacyLogprobs(ReplyShape, frozen=True, kw_only=True):
+class CompletionLogprobs(ReplyShape, frozen=True, kw_only=True):
     """The log-probabilities of a completion's tokens, as parallel lists."""
 
     tokens: list[str]
@@ -191,7 +191,7 @@ class TextChoice(ReplyShape, frozen=True, kw_only=True):
 
     index: int
     text: str
-    logprobs: LegacyLogprobs | None
+    logprobs: CompletionLogprobs | None
     finish_reason: Ended | None
 
 
@@ -256,7 +256,7 @@ class ModelEntries(ReplyShape, frozen=True, kw_only=True):
     data: list[ModelEntry]
 
 
-class Embedding(ReplyShape, frozen=True, kw_only=True):
+class EmbeddingEntry(ReplyShape, frozen=True, kw_only=True):
     """A vector: numbers, or base64 of them as float32."""
 
     object: Literal["embedding"]
@@ -268,7 +268,7 @@ class EmbeddingReply(ReplyShape, frozen=True, kw_only=True):
     """The vectors of texts."""
 
     object: Literal["list"]
-    data: list[Embedding]
+    data: list[EmbeddingEntry]
     model: str
     usage: PromptUsage
 
