@@ -20,7 +20,7 @@ KEPT_MAX = 16  # of those that ended: people come back to see what became of the
 log = logging.getLogger(__name__)
 
 
-class Stopped(Exception):
+class PullStopped(Exception):
     """The model is no longer wanted."""
 
 
@@ -102,7 +102,7 @@ class Pulls:
 
         def progress(done_bytes: int, total_bytes: int) -> None:
             if begun.stopped.is_set():
-                raise Stopped
+                raise PullStopped
             state.done_bytes, state.total_bytes = done_bytes, total_bytes
 
         def report(text: str) -> None:
@@ -110,7 +110,7 @@ class Pulls:
 
         try:
             model = await asyncio.to_thread(pull, state.source, name or None, self._store, progress, report)
-        except Stopped:
+        except PullStopped:
             state.state = "stopped"
         except CordeeError as error:
             state.state, state.error, state.code = "failed", error.message, error.code
