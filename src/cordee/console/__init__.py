@@ -1,1 +1,1 @@
-"""What people ask of a node and have it do: by the verbs, and by the pages of the map, the models, the keys."""
+"""What people ask of a node and have it do: by the verbs, and by the pages for the machines."""
