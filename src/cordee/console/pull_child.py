@@ -1,7 +1,7 @@
 """A child process that fetches one model into the store: neither its size nor its faults trouble the node.
 
-Run as `python -m cordee.console.pull_child ROOT SOURCE NAME`: ROOT is the folder of the store, NAME may be empty.
-It writes a `PullLine` as JSON on each line of its standard output.
+Run as `python -m cordee.console.pull_child ROOT SOURCE NAME`: ROOT is the store, NAME may be empty. It
+writes a `PullLine` as JSON on each line of its standard output.
 """
 
 import sys
