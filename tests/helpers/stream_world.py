@@ -73,7 +73,9 @@ class Client:
     def tell(self, news: News) -> None:
         assert self.ended is None, "news after the end"
         if news.place is not None:
-            assert news.place > 0 and not news.choices and news.finish_reason is None
+            assert not news.choices and news.finish_reason is None
+            # It waits, or so many tokens of its prompt were read.
+            assert news.place > 0 or (not self.got and 0 < -news.place <= len(self.request.prompt))
             return
         is_scored = self.request.scores_prompt and bool(news.choices) and not self.got
         assert news.prompt_choices == (scores_of(self.request.prompt) if is_scored else ())

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from cordee.serving.local_service import ServiceConfig
 from page_words import LOCALES, words
 from scripted_service import ScriptedService
-from serving import Running
+from serving import Running, running
 
 Talk = tuple[Running, ScriptedService]
 Visit = Callable[..., Page]
@@ -90,6 +91,32 @@ def test_a_question_its_answer_and_their_versions(talk: Talk, visit: Visit, lang
     ]
 
 
+def test_what_was_drawn_is_left_alone_while_more_comes(talk: Talk, visit: Visit) -> None:
+    service = talk[1]
+    page = visit(base(talk))
+    service.pause_seconds = 0.002
+    rows = "".join(f"| {number} | {number * number} |[say]\n" for number in range(40))
+    code = "".join(f"print({number})[say]\n" for number in range(60))
+    service.script = [
+        f"# Head[say]\n\nBegin.\n\n[say]| n | n² |\n|---|---|\n{rows}\n```python\n{code}```\n\nEnd."
+    ]
+    ask(page, "Go")
+    text = answers(page).locator(".text")
+    first, cell = text.locator("h1"), text.locator("td").first
+    for each in (first, cell):
+        expect(each).to_be_visible()
+    page.evaluate("document.querySelector('.text h1').seen = 1")
+    code_block = text.locator("pre code")
+    expect(code_block).to_contain_text("print(3)")
+    page.evaluate("document.querySelector('.text table').seen = 1")
+    page.evaluate("document.querySelector('.text pre').seen = 1")
+    expect(text.locator("p").last).to_have_text("End.")
+    expect(code_block.locator(".hljs-number")).to_have_count(60)
+    seen = "['h1', 'table', 'pre'].map(name => document.querySelector('.text ' + name).seen)"
+    assert page.evaluate(seen) == [1, 1, 1]
+    assert text.locator("tr").count() == 41
+
+
 def test_an_answer_is_stopped_and_gone_on_with(talk: Talk, visit: Visit) -> None:
     t, service = words("en"), talk[1]
     page = visit(base(talk))
@@ -104,6 +131,21 @@ def test_an_answer_is_stopped_and_gone_on_with(talk: Talk, visit: Visit) -> None
     page.get_by_role("button", name=t("chat.go_on")).click()
     expect(answers(page).locator(".text")).to_contain_text("and the end.")
     assert service.turns[1].messages[-1].content.strip() == begun.strip()
+
+
+@pytest.mark.slow
+def test_a_long_question_shows_how_far_it_was_read(starter_path: Path, tmp_path: Path, visit: Visit) -> None:
+    config = ServiceConfig(context=8192)
+    with running(starter_path, tmp_path, config=config) as server:
+        page = visit(f"http://127.0.0.1:{server.port}")
+        ask(page, "A long story, which begins here and goes on. " * 600)
+        progress = answers(page).locator("progress")
+        expect(progress).to_be_visible(timeout=30_000)
+        total = int(progress.get_attribute("max") or 0)
+        assert 6000 < total < 8192
+        assert 0 < int(progress.get_attribute("value") or 0) < total
+        page.keyboard.press("Escape")
+        expect(answers(page).locator(".actions")).to_contain_text("starter")
 
 
 def test_settings_reach_the_model(talk: Talk, visit: Visit) -> None:

@@ -91,6 +91,7 @@ def test_a_line_of_a_megabyte_is_shown_and_the_page_goes_on(
     talk[1].script = ["x" * 1_000_000, "Small."]
     answered(page)
     until(page, "document.querySelector('.message.assistant .text').textContent.trim().length === 1000000")
+    page.keyboard.press("Control+Shift+O")
     page.locator(".composer textarea").fill("And?")
     page.keyboard.press("Enter")
     expect(page.locator(".message.assistant .text").last).to_have_text("Small.")

@@ -23,7 +23,8 @@ Ending = Literal["stop", "length", "cancelled", "tool_calls"]
 class AnswerPiece:
     """A chunk of an answer as events. The last one, and no other, has a `finish_reason`; it has `timings`.
 
-    A piece with a `place` has nothing else: the request waits, and the next one to be answered has place 1.
+    A piece with a `place` has nothing else: the request waits, and the next one to be answered has place 1;
+    or so many tokens of its prompt were read, as a number below zero.
     """
 
     events: Sequence[Event] = ()

@@ -88,6 +88,10 @@ class Streams:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def prompt_tokens(self, index: int) -> int:
+        """How many tokens the prompt of a request has."""
+        return len(self._requests[index].prompt)
+
     async def accepted(self, seconds: float) -> None:
         """Wait until every stream has given a chunk, but no longer than `seconds`.
 
@@ -236,11 +240,15 @@ class EventStream(Response):
                 due = clock() + patience
 
     def _events(self, index: int, piece: AnswerPiece) -> Iterable[bytes]:
-        """What to write for a piece: also where its stream stands while it waits, if the format has room."""
+        """What to write for a piece: also how far its stream is before it begins, if the format has room."""
         if piece.place is None:
             return self._adapter.push(index, piece)
-        is_sse = self._adapter.media_type == "text/event-stream"
-        return [f": queue {piece.place}\n\n".encode()] if is_sse else []
+        if self._adapter.media_type != "text/event-stream":
+            return []
+        told = f"queue {piece.place}"
+        if piece.place < 0:
+            told = f"read {-piece.place} of {self._streams.prompt_tokens(index)}"
+        return [f": {told}\n\n".encode()]
 
 
 async def _write(send: Send, events: Iterable[bytes], more: bool = True) -> bool:

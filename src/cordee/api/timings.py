@@ -45,6 +45,9 @@ class Watch:
     def saw(self, chunk: TextChunk) -> None:
         """A chunk came."""
         now = time.monotonic()
+        if chunk.place is not None and chunk.place < 0:
+            self.waits = False
+            return
         if chunk.place is not None:
             self.waits = True
             self.began = self.last = now

@@ -235,7 +235,6 @@ class _ApiServer:
     def servers(self, agent: "Agent") -> list[Coroutine[Any, Any, None]]:
         """What serves it until it is cancelled."""
         from cordee.access.keyring import Keyring
-        from cordee.agent.other_pages import other_pages
         from cordee.agent.samples import cluster_samples
         from cordee.api.authenticator import Authenticator
         from cordee.api.guard import Access, Through
@@ -245,6 +244,7 @@ class _ApiServer:
         from cordee.endpoints.app import create_app
         from cordee.models.store import Store
         from cordee.serving.embedders import Embedders
+        from cordee.web.other_pages import other_pages
 
         app = create_app(
             agent.services,

@@ -60,7 +60,8 @@ class News:
     """News for the client of a stream, in order. The last has a finish reason or an error.
 
     `prompt_choices` come with the first token where the prompt is scored. With a `place` there is nothing
-    else: the stream waits for a slot, and the next one to get one has place 1.
+    else: the stream waits for a slot, and the next one to get one has place 1; or so many tokens of its
+    prompt were read, as a number below zero.
     """
 
     stream: str
@@ -380,7 +381,8 @@ class Gateway:
     def _tell_place(self, stream: _Stream, place: int) -> None:
         """Tell the client where its stream stands in the host's queue, if that is news."""
         clock = self._clock.seconds
-        if place and place != stream.place and clock >= stream.place_at:
+        is_late = place < 0 and bool(stream.generated)
+        if place and not is_late and place != stream.place and clock >= stream.place_at:
             stream.place, stream.place_at = place, clock + PLACE_SECONDS
             self._news.append(News(stream.request.id, place=place))
 

@@ -299,9 +299,7 @@ class Host:
         session.places = self._places(session)
 
     def _places(self, session: _Session) -> tuple[tuple[int, int], ...]:
-        """Which of a session's asks wait for a slot, and where they stand."""
-        if not self._scheduler.waiting:
-            return ()
+        """Which of a session's asks wait for a slot or are read, and where they stand."""
         places = self._scheduler.places()
         return tuple(
             (entry.ask, places[entry.name]) for entry in session.entries.values() if entry.name in places

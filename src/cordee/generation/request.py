@@ -83,7 +83,7 @@ class TextChunk(msgspec.Struct, frozen=True, kw_only=True):
     The last chunk of a stream, and only that one, has a `finish_reason`; `text` may be empty.
     `prompt_choices` come with the first chunk that has tokens: the prompt's tokens but the first, where their
     log-probabilities were asked for. A chunk with a `place` has nothing else: the stream waits, and the next
-    one to be answered has place 1.
+    one to be answered has place 1; or so many tokens of its prompt were read, as a number below zero.
     """
 
     text: str

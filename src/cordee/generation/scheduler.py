@@ -235,8 +235,11 @@ class Scheduler:
         return sum(len(slot.tokens) for slot in self._slots)
 
     def places(self) -> dict[str, int]:
-        """The place of each stream that waits for a slot, by its id; the next one has place 1."""
-        return {name: place for place, name in enumerate(self._waiting, 1)}
+        """The place of each stream that waits for a slot, by its id; the next one has place 1. Of those whose
+        prompt is being read: minus the tokens of it that were."""
+        reading = {name: each for name, each in self._active.items() if not each.log.generated}
+        waiting = {name: place for place, name in enumerate(self._waiting, 1)}
+        return waiting | {name: -len(each.slot.tokens) for name, each in reading.items()}
 
     def submit(self, request: Request, generated: Sequence[int] = ()) -> None:
         """Queue a stream. It goes on after the tokens `generated`, which count for all limits.

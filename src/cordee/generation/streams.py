@@ -106,7 +106,8 @@ class Said(msgspec.Struct, frozen=True, array_like=True, tag="said"):
 
     `answers` is the number of the Assert that this answers, or 0; then `unknown` are the asks of that Assert
     which the host does not hold, and it holds the others. `places` are (ask, place) of those that wait for
-    a slot; the next one has place 1. `ready`: the pipeline works on them now.
+    a slot; the next one has place 1; and of those whose prompt is read: minus the tokens that were. `ready`:
+    the pipeline works on them now.
     """
 
     gateway: int

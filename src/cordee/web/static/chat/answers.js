@@ -143,7 +143,6 @@ function asked(conversation, message) {
     ...(conversation.max_tokens === null ? {} : { max_tokens: conversation.max_tokens }),
     stream: true,
     stream_options: { include_usage: true, continuous_usage_stats: true },
-    return_progress: true,
   };
 }
 
@@ -187,10 +186,6 @@ async function read(response, onEvent, onComment) {
  */
 function take(event, message, state, watch) {
   if (event.error) throw apiError(event);
-  if (event.prompt_progress) {
-    watch.progress(event.prompt_progress);
-    return;
-  }
   const choice = event.choices?.[0];
   const delta = choice?.delta ?? {};
   if (delta.reasoning_content) {
@@ -236,20 +231,11 @@ class Watch {
 
   /** @param {string} comment */
   comment(comment) {
-    const place = /^ ?queue (\d+)$/.exec(comment)?.[1];
-    if (place === undefined) return;
-    this.state.phase = "queue";
-    this.state.place = Number(place);
-    this.heard = performance.now();
-    tell(this.conversation, this.state);
-  }
-
-  /** @param {{processed: number, total: number}} progress */
-  progress({ processed, total }) {
-    if (this.first) return;
-    this.state.phase = "reading";
-    this.state.read = processed;
-    this.state.to_read = total;
+    const [, kind, count, total] = /^ ?(queue|read) (\d+)(?: of (\d+))?$/.exec(comment) ?? [];
+    if (kind === undefined || this.first) return;
+    this.state.phase = kind === "queue" ? "queue" : "reading";
+    if (kind === "queue") this.state.place = Number(count);
+    else Object.assign(this.state, { read: Number(count), to_read: Number(total) });
     this.heard = performance.now();
     tell(this.conversation, this.state);
   }
