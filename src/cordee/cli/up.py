@@ -328,8 +328,8 @@ class _Running:
         return self._left
 
     async def _serve(self, agent: "Agent", cancel: Callable[[], object]) -> None:
-        from cordee.agent.control_server import Control
         from cordee.api.server import serve
+        from cordee.console.control_server import Control
         from cordee.net.enrolment import REFUSALS
 
         def leave() -> None:
