@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +22,7 @@ from cordee.api.authenticator import Authenticator
 from cordee.console.journal import ERRORS_KEPT, Journal
 from cordee.console.owner import is_owner
 from cordee.console.shared import REST_SECONDS_MAX, SharedValue
+from fake_hub import FakeHub
 from serving import Reply, Running, running
 
 PULLED = {"source": "story-small"}
@@ -264,3 +266,44 @@ def test_what_takes_long_is_not_made_all_the_time() -> None:
 
     asyncio.run(story())
     assert len(made) <= 100 / (3 + REST_SECONDS_MAX) + 2
+
+
+@pytest.mark.slow
+def test_what_is_fetched_can_be_stopped_and_goes_on_later(
+    asked: Asked, starter_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a hub that stops in the middle; the second time only the rest is fetched."""
+    hub = FakeHub({"house/model-GGUF": {"model-Q4_K_M.gguf": starter_path.read_bytes()}})
+    hub.stop_after, hub.stall = 40_000_000, threading.Event()
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+    def last() -> dict[str, Any]:
+        return asked.get("overview").json["pulls"][0]
+
+    try:
+        assert asked.post("pull", {"source": "house/model-GGUF"}, key="marie").status == 403
+        number = asked.post("pull", {"source": "house/model-GGUF"}).json["number"]
+        until(lambda: last()["done_bytes"] > 10_000_000)
+        assert last()["total_bytes"] == starter_path.stat().st_size
+        again = asked.post("pull", {"source": "house/model-GGUF"})
+        assert again.status == 400 and "already" in again.error["message"]
+        assert asked.post("pull/stop", {"number": number}).status == 200
+        until(lambda: last()["state"] != "running")
+        assert last()["state"] == "stopped"
+        hub.stop_after = None
+        hub.stall.set()
+        asked.post("pull", {"source": "house/model-GGUF", "name": "resumed"})
+        assert ended(asked)[0] | {"number": 0, "done_bytes": 0, "total_bytes": 0} == {
+            **dict.fromkeys(("number", "done_bytes", "total_bytes"), 0),
+            **dict.fromkeys(("error", "code"), ""),
+            "source": "house/model-GGUF",
+            "state": "done",
+            "model": "resumed",
+        }
+        assert hub.ranges[-1] is not None
+        assert asked.post("model/remove", {"name": "resumed"}).status == 200
+    finally:
+        hub.stall.set()
+        hub.close()

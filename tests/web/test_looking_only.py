@@ -15,7 +15,7 @@ from cordee.api.authenticator import Authenticator
 from cordee.api.keys import LocalKey
 from serving import running
 
-expect.set_options(timeout=60_000)  # on a busy machine; what takes longer hangs
+expect.set_options(timeout=120_000)  # on a busy machine; what takes longer hangs
 
 
 @pytest.fixture

@@ -54,7 +54,8 @@ def test_the_chat(
 ) -> None:
     (question, answer), t = SAID[language], words(language)
     talk[1].script = [f"[think]{question}[say]{answer}"]
-    talk[0].services["mistral-small"] = talk[0].services.pop("scripted")
+    talk[0].services["example"] = talk[0].services.pop("scripted")
+    talk[1].pause_seconds = 0.04
     theme = {"desk": "light", "phone": "dark"}[size]
     page = visit(f"http://127.0.0.1:{talk[0].port}", language=LOCALES[language], size=size, theme=theme)
     page.locator(".composer textarea").fill(question)

@@ -14,7 +14,7 @@ socket without a lock is what a dead agent left.
     POST /drain, /leave        what this node does for the cluster
 
 An expected error is answered as its class's code and its sentence, and raised again at the client. The side
-of the agent is control_server.py; the client's is here, and imports little.
+of the agent is console/control_server.py; the client's is here, and imports little.
 """
 
 import fcntl

@@ -99,7 +99,7 @@ def _confirm_last(model: "StoredModel", stored: "list[StoredModel]") -> None:
     Raises:
         BadRequest: there is nobody to ask.
     """
-    from cordee.agent.copies import is_elsewhere
+    from cordee.console.copies import is_elsewhere
     from cordee.net import identity
 
     if not identity.exists() or any(m.digest == model.digest and m.name != model.name for m in stored):

@@ -139,12 +139,11 @@ def up(
             chosen = _settings(member, name, address)
             api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
             bus = BusOptions(chosen.listen, peers, interface)
-            page = "" if lan is None else lan.page
+            page = lan.page if lan else ""
             agent_options = AgentOptions(chosen.name, api, bus, lent_bytes, spot_check, page)
-            key = LocalKey.made() if wants_key else None
             if is_new:
                 _offer_starter()
-            api_server = _ApiServer(listener, key, choice, lan)
+            api_server = _ApiServer(listener, LocalKey.made() if wants_key else None, choice, lan)
             if lan is not None:
                 lan.name = chosen.name
             running = _Running(member, agent_options, api_server, agent_socket, is_new=is_new)
@@ -329,8 +328,8 @@ class _Running:
         return self._left
 
     async def _serve(self, agent: "Agent", cancel: Callable[[], object]) -> None:
-        from cordee.agent.control_server import Control
         from cordee.api.server import serve
+        from cordee.console.control_server import Control
         from cordee.net.enrolment import REFUSALS
 
         def leave() -> None:

@@ -1,1 +1,1 @@
-"""What the pages for the machines ask: the map, the models, people's keys; and what they may have done."""
+"""What people ask of a node and have it do: by the verbs, and by the pages for the machines."""

@@ -1,4 +1,4 @@
-"""The console of a node: its cluster, by the same functions as the verbs (agent/actions.py)."""
+"""The console of a node: its cluster, by the same functions as the verbs (actions.py)."""
 
 import asyncio
 from collections.abc import Collection
@@ -8,14 +8,14 @@ import msgspec
 
 from cordee.access.api_keys import ApiKey
 from cordee.agent import control
-from cordee.agent.actions import Actions
 from cordee.agent.agent import Agent
 from cordee.agent.capacity import reserved
 from cordee.agent.control import Planned, PlanRequest
-from cordee.agent.copies import is_elsewhere
 from cordee.cluster.demand import SizeRequest
 from cordee.cluster.facts import ModelShape
 from cordee.console import fit
+from cordee.console.actions import NodeActions
+from cordee.console.copies import is_elsewhere
 from cordee.distribution import hub_source
 from cordee.distribution.pull import is_on_hub
 from cordee.errors import BadRequest, ModelNotFound, nearest
@@ -34,7 +34,7 @@ class ClusterHouse:
     def __init__(self, agent: Agent, store: Store) -> None:
         self.store = store
         self._agent = agent
-        self._actions = actions = Actions(agent)
+        self._actions = actions = NodeActions(agent)
         self.deploy, self.undeploy = actions.deploy, actions.undeploy
         self.invite, self.drain, self.remove = actions.invite, actions.drain, actions.remove
         self.add_key, self.remove_key = actions.add_key, actions.remove_key

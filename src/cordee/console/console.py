@@ -17,7 +17,7 @@ of this very server; it is noted, with who did it.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from starlette.requests import Request
@@ -135,8 +135,7 @@ class Console:
             asked = await self._bodies.read(request, decoder)
             found = await do(asked)
             self._overview.forget()
-            named = found.get("name") if isinstance(found, dict) else None
-            self._journal.note(name, path, named or (getattr(asked, about) if about else ""))
+            self._journal.note(name, path, _named(found) or (getattr(asked, about) if about else ""))
             return json_response(found)
 
         return handle
@@ -208,6 +207,11 @@ class Console:
         requests, tokens = limits.parse(asked.limit) if asked.limit.strip() else (0, 0)
         expires = time.time() + asked.days * DAY_SECONDS if asked.days > 0 else 0.0
         return await self._house.add_key(control.AddKey(asked.name, asked.admin, requests, tokens, expires))
+
+
+def _named(found: Any) -> str:
+    """What people call that which was changed, if the answer says so."""
+    return cast("dict[str, str]", found).get("name", "") if isinstance(found, dict) else ""
 
 
 _LOOK = msgspec.json.Decoder(Look)

@@ -1,27 +1,25 @@
 """Models that are being fetched into this machine's store because somebody asked for it in the page."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
-import threading
+from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
 
-from cordee.distribution.pull import pull
-from cordee.errors import BadRequest, CordeeError, Overloaded
+from cordee import children
+from cordee.console.pull_child import PullLine
+from cordee.errors import BadRequest, Overloaded
 from cordee.models.store import Store
 
 UNDER_WAY_MAX = 2  # at once: more only share the line
 KEPT_MAX = 16  # of those that ended: people come back to see what became of them
 
 log = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-    """The model is no longer wanted."""
 
 
 class PullState(msgspec.Struct):
@@ -40,12 +38,19 @@ class PullState(msgspec.Struct):
 @dataclass
 class _Pull:
     state: PullState
-    stopped: threading.Event = field(default_factory=threading.Event)
+    process: Process | None = None
     task: asyncio.Task[None] | None = None
+    is_stopped: bool = False
+
+    def stop(self) -> None:
+        self.is_stopped = True
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                self.process.terminate()
 
 
 class Pulls:
-    """On one event loop; each pull works in a thread. `came` is awaited when a model has come."""
+    """On one event loop; each pull is a child process. `came` is awaited when a model has come."""
 
     def __init__(self, store: Store, came: Callable[[], Awaitable[None]]) -> None:
         self._store = store
@@ -87,37 +92,54 @@ class Pulls:
         found = self._pulls.get(number)
         if found is None or found.state.state != "running":
             raise BadRequest("That model is no longer being fetched.", "number")
-        found.stopped.set()
+        found.stop()
         return found.state.source
 
     async def close(self) -> None:
         """End all of them."""
         for each in self._pulls.values():
-            each.stopped.set()
+            each.stop()
         tasks = [each.task for each in self._pulls.values() if each.task]
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, begun: _Pull, name: str) -> None:
         state = begun.state
-
-        def progress(done_bytes: int, total_bytes: int) -> None:
-            if begun.stopped.is_set():
-                raise Stopped
-            state.done_bytes, state.total_bytes = done_bytes, total_bytes
-
-        def report(text: str) -> None:
-            log.info("%s", text)
-
         try:
-            model = await asyncio.to_thread(pull, state.source, name or None, self._store, progress, report)
-        except Stopped:
-            state.state = "stopped"
-        except CordeeError as error:
-            state.state, state.error, state.code = "failed", error.message, error.code
-            log.warning("%s could not be fetched: %s", state.source, error.message)
-        except Exception:
-            state.state, state.error = "failed", "the server failed at this; its log says why"
-            log.exception("%s could not be fetched", state.source)
-        else:
-            state.state, state.model = "done", model.name
+            command = children.command("cordee.console.pull_child", str(self._store.root), state.source, name)
+            begun.process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=DEVNULL,
+                stdout=PIPE,
+                cwd=self._store.root,  # where no name of a model is that of a file
+            )
+            if begun.is_stopped:
+                begun.stop()
+            await _follow(begun.process, state)
+        except (OSError, ValueError) as error:
+            log.warning("the process that fetches %s failed: %s", state.source, error)
+            begun.stop()
+        if state.state == "done":
             await self._came()
+        elif begun.is_stopped:
+            state.state = "stopped"
+        else:
+            state.state = "failed"
+            state.error = state.error or "The process that fetches it has ended: try again."
+            log.warning("%s could not be fetched: %s", state.source, state.error)
+
+
+async def _follow(process: Process, state: PullState) -> None:
+    """Read what a child says until it ends.
+
+    Raises:
+        ValueError: that is not what it should say.
+    """
+    assert process.stdout is not None, "it is a pipe"
+    decoder = msgspec.json.Decoder(PullLine)
+    async for data in process.stdout:
+        line = decoder.decode(data)
+        state.done_bytes, state.total_bytes = line.done_bytes, line.total_bytes
+        state.model, state.error, state.code = line.model, line.error, line.code
+        if line.model:
+            state.state = "done"
+    await process.wait()

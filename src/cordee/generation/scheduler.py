@@ -235,11 +235,9 @@ class Scheduler:
         return sum(len(slot.tokens) for slot in self._slots)
 
     def places(self) -> dict[str, int]:
-        """The place of each stream that waits for a slot, by its id; the next one has place 1. Of those whose
-        prompt is being read: minus the tokens of it that were."""
-        reading = {name: each for name, each in self._active.items() if not each.log.generated}
-        waiting = {name: place for place, name in enumerate(self._waiting, 1)}
-        return waiting | {name: -len(each.slot.tokens) for name, each in reading.items()}
+        """Where streams stand: 1 is the next to get a slot; minus the tokens that were read of a prompt."""
+        reading = {name: -len(s.slot.tokens) for name, s in self._active.items() if not s.log.generated}
+        return reading | {name: place for place, name in enumerate(self._waiting, 1)}
 
     def submit(self, request: Request, generated: Sequence[int] = ()) -> None:
         """Queue a stream. It goes on after the tokens `generated`, which count for all limits.

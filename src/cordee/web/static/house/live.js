@@ -2,7 +2,7 @@
  * What the node tells of the machines: asked once a second while somebody looks at it. What has not changed is not
  * sent again.
  */
-import { json, PAGE_HEADER } from "../shell/api.js";
+import { json, PAGE_HEADER, signedOut } from "../shell/api.js";
 import { loadWords } from "../shell/i18n.js";
 import { makeStore, useStore } from "../shell/store.js";
 import { useEffect } from "../vendor/preact.js";
@@ -46,6 +46,7 @@ class Watched {
         this.tag = response.headers.get("etag") ?? "";
         this.store.set(await response.json());
       }
+      if (response.status === 401) signedOut.set(signedOut.get() + 1); // the shell asks for a key
       hear(response.status < 500);
     } catch {
       hear(false);

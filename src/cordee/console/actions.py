@@ -1,4 +1,4 @@
-"""What people ask of a node: by the verbs, through control_server.py, and by the page (console/).
+"""What people ask of a node: by the verbs, through control_server.py, and by the page, through console.py.
 
 Each method takes a question of control.py and answers values fit for JSON, or a struct of control.py.
 """
@@ -26,7 +26,7 @@ from cordee.errors import BadRequest, JoinFailed
 from cordee.net.members import advice
 
 
-class Actions:
+class NodeActions:
     """See the module's docstring. All methods on the agent's event loop.
 
     Raises (each of them):

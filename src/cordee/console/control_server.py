@@ -9,7 +9,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cordee.agent.actions import Actions
 from cordee.agent.agent import Agent
 from cordee.agent.control import (
     AddAdmin,
@@ -24,6 +23,7 @@ from cordee.agent.control import (
     RemoveKey,
     Undeploy,
 )
+from cordee.console.actions import NodeActions
 from cordee.errors import BadRequest, CordeeError
 
 BODY_BYTES_MAX = 1 << 20  # the shape of a model with hundreds of layers takes a tenth
@@ -33,7 +33,7 @@ class Control:
     """The agent's side. `leave` is called when the node is to leave the cluster."""
 
     def __init__(self, agent: Agent, leave: Callable[[], None]) -> None:
-        self._actions = Actions(agent)
+        self._actions = NodeActions(agent)
         self._leave = leave
 
     def app(self) -> Starlette:
