@@ -144,7 +144,7 @@ class Checkpoint:
         )
         self._refuse_unknown(model)
         model = self._stretched(model)
-        if not self._quantization.declared:
+        if not self._quantization.declared and self._stored("blk.0.attn_q.weight").dtype != "U8":
             model = with_scales_of_spans(model, self.first_rows, tied=self._tied)
         self._columns = model.scale_columns
         if model.embedding == "codes":
