@@ -234,7 +234,7 @@ class Checkpoint:
             return model
         if not model.head_norms:
             raise UnsupportedModel(
-                f"{self._title} has RoPE of type yarn, which its family does not have here."
+                f"{self._title} has RoPE of type yarn, which the ternary engine does not have."
             )
         self._yarn = yarn_of_config(parameters, model.head_dim, model.rope_base, self._title)
         return replace(model, divisors=True)

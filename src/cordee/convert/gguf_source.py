@@ -272,7 +272,12 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
     if not isinstance(source.tensor("blk.0.attn_q.weight").type, BitnetType):
         model = with_scales_of_spans(model, source.first_rows, tied=header.tied)
     if source.rotation is not None:
-        model = replace(model, rotation_block=source.rotation.block, rotated=source.rotation.rotated)
+        rotated = source.rotation.rotated
+        if "embedding" in rotated and model.embedding != "codes":
+            raise UnsupportedModel(
+                f"{header.name} rotates an embedding that is not ternary: our engine cannot."
+            )
+        model = replace(model, rotation_block=source.rotation.block, rotated=rotated)
     if model.embedding == "codes" or source.tensor(EMBEDDING).type not in WIDE:
         return model
     return replace(model, embedding=exact_type(source, n_vocab))
