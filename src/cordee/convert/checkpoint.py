@@ -170,11 +170,16 @@ class Checkpoint:
         expected = (-(-rows // PACKED_ROWS) if packed else rows, cols)
         if stored.shape != expected:
             raise BadModelFile(f"{stored.name} is {stored.shape}, not {expected}: {FETCH_AGAIN}.")
-        self._scales[name] = self._found_scales(name, stored, rows)
+        found = self._found_scales(name, stored, rows)
+        if not self._columns:  # such are as many as 1 % of all weights: they are found again rather than kept
+            self._scales[name] = found
 
     def scales(self, name: str) -> np.ndarray:
         """See `WeightSource.scales`; the matrix was checked."""
-        return self._scales[name]
+        stored = self._stored(name)
+        return (
+            self._scales[name] if name in self._scales else self._found_scales(name, stored, stored.shape[0])
+        )
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """See `WeightSource.rows`."""

@@ -12,6 +12,7 @@ model that it was made from.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -149,17 +150,12 @@ class GgufSource:
             UnsupportedModel: the tensor is not ternary.
             BadModelFile: it is damaged.
         """
+        tensor = self.tensor(name)
+        if self._columns:  # as many as 1 % of all weights: they are found again rather than kept
+            return found_span_scales(name, tensor.shape[1], partial(self.floats, name), self._columns)
         if name not in self._scales:
-            tensor = self.tensor(name)
             if tensor.type is BitnetType.I2_S:
                 self._scales[name] = self._i2_scale(name, tensor)
-            elif self._columns:
-                self._scales[name] = found_span_scales(
-                    name,
-                    tensor.shape[1],
-                    lambda first, last: self.floats(name, first, last),
-                    self._columns,
-                )
             else:
                 self._scales[name] = found_scales(
                     name, tensor.shape[1], lambda first, last: self.floats(name, first, last)
