@@ -144,7 +144,7 @@ class Checkpoint:
         )
         self._refuse_unknown(model)
         model = self._stretched(model)
-        if not self._quantization.declared:
+        if not self._quantization.declared and self._stored("blk.0.attn_q.weight").dtype != "U8":
             model = with_scales_of_spans(model, self.first_rows, tied=self._tied)
         self._columns = model.scale_columns
         if model.embedding == "codes":
@@ -180,11 +180,16 @@ class Checkpoint:
         expected = (-(-rows // PACKED_ROWS) if packed else rows, cols)
         if stored.shape != expected:
             raise BadModelFile(f"{stored.name} is {stored.shape}, not {expected}: {FETCH_AGAIN}.")
-        self._scales[name] = self._found_scales(name, stored, rows)
+        found = self._found_scales(name, stored, rows)
+        if not self._columns:  # such are as many as 1 % of all weights: they are found again rather than kept
+            self._scales[name] = found
 
     def scales(self, name: str) -> np.ndarray:
         """See `WeightSource.scales`; the matrix was checked."""
-        return self._scales[name]
+        stored = self._stored(name)
+        return (
+            self._scales[name] if name in self._scales else self._found_scales(name, stored, stored.shape[0])
+        )
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """See `WeightSource.rows`."""
@@ -244,7 +249,7 @@ class Checkpoint:
             return model
         if not model.head_norms:
             raise UnsupportedModel(
-                f"{self._title} has RoPE of type yarn, which its family does not have here."
+                f"{self._title} has RoPE of type yarn, which the ternary engine does not have."
             )
         self._yarn = yarn_of_config(parameters, model.head_dim, model.rope_base, self._title)
         return replace(model, divisors=True)

@@ -12,6 +12,7 @@ model that it was made from.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -158,17 +159,12 @@ class GgufSource:
             UnsupportedModel: the tensor is not ternary.
             BadModelFile: it is damaged.
         """
+        tensor = self.tensor(name)
+        if self._columns:  # as many as 1 % of all weights: they are found again rather than kept
+            return found_span_scales(name, tensor.shape[1], partial(self.floats, name), self._columns)
         if name not in self._scales:
-            tensor = self.tensor(name)
             if tensor.type is BitnetType.I2_S:
                 self._scales[name] = self._i2_scale(name, tensor)
-            elif self._columns:
-                self._scales[name] = found_span_scales(
-                    name,
-                    tensor.shape[1],
-                    lambda first, last: self.floats(name, first, last),
-                    self._columns,
-                )
             else:
                 self._scales[name] = found_scales(
                     name, tensor.shape[1], lambda first, last: self.floats(name, first, last)
@@ -281,7 +277,12 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
     if not isinstance(source.tensor("blk.0.attn_q.weight").type, BitnetType):
         model = with_scales_of_spans(model, source.first_rows, tied=header.tied)
     if source.rotation is not None:
-        model = replace(model, rotation_block=source.rotation.block, rotated=source.rotation.rotated)
+        rotated = source.rotation.rotated
+        if "embedding" in rotated and model.embedding != "codes":
+            raise UnsupportedModel(
+                f"{header.name} rotates an embedding that is not ternary: our engine cannot."
+            )
+        model = replace(model, rotation_block=source.rotation.block, rotated=rotated)
     if model.embedding == "codes" or source.tensor(EMBEDDING).type not in WIDE:
         return model
     return replace(model, embedding=exact_type(source, n_vocab))
