@@ -87,16 +87,12 @@ def create_app(
         if console is not None:
             await console.close()
 
-    routes = [*_state_routes(core), *_access_routes(authenticator, authority), *_routes(core)]
-
-    async def openapi(_: Request) -> Response:
-        return Response(described(routes), media_type="application/json")
-
-    routes.append(Route("/openapi.json", openapi))
     return Starlette(
         routes=[
             *Pages(authenticator, others).routes(),
-            *routes,
+            *_with_description(
+                [*_state_routes(core), *_access_routes(authenticator, authority), *_routes(core)]
+            ),
             *(console.routes() if console else []),
         ],
         lifespan=lifespan,
@@ -113,6 +109,16 @@ def create_app(
             Exception: on_failure,
         },
     )
+
+
+def _with_description(routes: list[Route]) -> list[Route]:
+    """These routes, and one that describes them."""
+
+    async def openapi(_: Request) -> Response:
+        return Response(described(routes), media_type="application/json")
+
+    routes.append(Route("/openapi.json", openapi))
+    return routes
 
 
 def _state_routes(core: ApiCore) -> list[Route]:
