@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cordee.engine.stage import StageConfig, batch_of_one
+from cordee.engine.stage import CacheName, StageConfig, batch_of_one
 from cordee.engine.ternary import TernaryStage
 from make_model import SHAPES, laid_out, make_model
 
@@ -28,7 +28,7 @@ PROMPT_ROWS, DECODE_ROWS, BATCH_ROWS = 16, 8, 128
 CHUNK_BYTES = 1 << 24
 
 
-def measure(path: Path, threads: int, context: int, cache: str) -> dict[str, float]:
+def measure(path: Path, threads: int, context: int, cache: CacheName) -> dict[str, float]:
     """Figure by name, measured in this process: seconds, GB, tokens/s."""
     start = time.perf_counter()
     config = StageConfig(context=context, sequences=1, batch_rows=BATCH_ROWS, threads=threads, kv_cache=cache)
@@ -46,14 +46,14 @@ def measure(path: Path, threads: int, context: int, cache: str) -> dict[str, flo
     return {"load": load_seconds, "peak": int(status["VmHWM"].split()[0]) * 1024 / 1e9, "decode": rate}
 
 
-def child(path: Path, threads: int, context: int, cache: str) -> dict[str, float]:
+def child(path: Path, threads: int, context: int, cache: CacheName) -> dict[str, float]:
     """What `measure` gives in a new process."""
     options = ["--threads", str(threads), "--context", str(context), "--cache", cache]
     command = [sys.executable, __file__, "--measure", path, *options]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def results(folder: Path, shape: str, context: int, cache: str) -> list[dict[str, str | float]]:
+def results(folder: Path, shape: str, context: int, cache: CacheName) -> list[dict[str, str | float]]:
     """All figures of a shape."""
     found: list[dict[str, str | float]] = []
     for layout in LAYOUTS:
