@@ -191,4 +191,6 @@ def _content(operation: Operation, schemas: Mapping[Any, Json]) -> Json:
 def _error(path: str) -> Any:
     """The shape of a path's errors (failures.py)."""
     made = next((body for prefix, body in BODIES.items() if path.startswith(prefix)), error_body)
-    return {anthropic_error: MessagesErrorReply, ollama_error: OllamaError}.get(made, ErrorReply)
+    if made is anthropic_error:
+        return MessagesErrorReply
+    return OllamaError if made is ollama_error else ErrorReply
