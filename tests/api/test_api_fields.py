@@ -211,9 +211,9 @@ def test_usage_in_every_chunk_where_it_is_asked_for(server: Running) -> None:
 
 
 def test_the_header_is_bounded_and_plain(server: Running) -> None:
-    strange = {"é\r\nx-evil: 1": 1, "a, b": 2, "z" * 500: 3}
+    strange = {"é\r\nx-evil: 1": 1, "a, b": 2, "z" * 500: 3, "": 4}
     given = names(asked(server, **strange))
-    assert given == ["???x-evil??1", "a??b", "z" * NAME_CHARS_MAX]
+    assert given == ["???x-evil??1", "a??b", "z" * NAME_CHARS_MAX, "?"]
     many = asked(server, **{f"f{number}": 1 for number in range(1000)})
     assert names(many) == [f"f{number}" for number in range(NAMES_MAX)]
 

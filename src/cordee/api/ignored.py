@@ -33,7 +33,7 @@ def note(request: Request, *names: str) -> None:
     """Note that these parts of a request have no effect."""
     held: dict[str, None] = request.scope.setdefault(KEY, {})
     for name in names:
-        name = UNSAFE.sub("?", name[:NAME_CHARS_MAX])
+        name = UNSAFE.sub("?", name[:NAME_CHARS_MAX]) or "?"  # no header may end in an empty name
         if len(held) < NAMES_MAX:
             held[name] = None
         if name not in _logged and len(_logged) < LOGGED_MAX:

@@ -2,7 +2,7 @@
 decoded by, the shapes of replies, and the table of routes."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from http import HTTPStatus
 from typing import Any, cast, get_args
@@ -25,6 +25,8 @@ from cordee.endpoints.responses_schemas import (
 )
 from cordee.generation.sampling import RANGES
 
+Json = dict[str, Any]
+
 PLACES = "#/components/schemas/{name}"
 # Objects that are decoded by a schema of their own, after the body: by the class and field that hold them.
 INNER: Mapping[tuple[type, str], tuple[type, ...]] = {
@@ -34,10 +36,13 @@ ABOUT = (
     "The API of one Cordée server: OpenAI's, Anthropic's and Ollama's, and some of llama.cpp's. Fields that "
     "are not listed are ignored, and named in the header `x-cordee-ignored`."
 )
+# Shapes of errors by what makes them, if it is not OpenAI's.
+ERRORS: Mapping[Callable[[Exception], Json], Any] = {
+    anthropic_error: MessagesErrorReply,
+    ollama_error: OllamaError,
+}
 PATTERN_ENDS = re.compile(r"\\A(.*)\\Z", re.DOTALL)  # Python's marks of the two ends; JSON Schema has ^ and $
 PARAMETER = re.compile(r"\{(\w+)(?::\w+)?\}")
-
-Json = dict[str, Any]
 
 
 def described(routes: Iterable[Route]) -> bytes:
@@ -191,6 +196,4 @@ def _content(operation: Operation, schemas: Mapping[Any, Json]) -> Json:
 def _error(path: str) -> Any:
     """The shape of a path's errors (failures.py)."""
     made = next((body for prefix, body in BODIES.items() if path.startswith(prefix)), error_body)
-    if made is anthropic_error:
-        return MessagesErrorReply
-    return OllamaError if made is ollama_error else ErrorReply
+    return ERRORS.get(made, ErrorReply)
