@@ -226,15 +226,16 @@ def test_machines_and_people_are_let_in(office: Node, visit: Visit) -> None:
 def test_another_machine_is_given_no_work(cluster: Cluster, office: Node, visit: Visit) -> None:
     page = visit(base(office), "/admin")
     used = {stage["name"] for stage in office.model("starter")["placements"][0]["stages"]}
-    free = next(name for name in ("pc-2", "pc-1") if name not in used)
-    row(page, free).get_by_role("button", name="Give it no work").click()
+    busy = next(name for name in ("pc-2", "pc-1") if name in used)
+    row(page, busy).get_by_role("button", name="Give it no work").click()
     confirm(page, "Give it no work")
-    expect(page.get_by_text(f"{free} takes no more work, and nothing runs there")).to_be_visible()
-    expect(row(page, free).get_by_text("takes no work")).to_be_visible()
-    assert cluster.nodes[free].asked("/nodes")["nodes"][0]["draining"]
-    row(page, free).get_by_role("button", name="Give it work again").click()
+    expect(page.get_by_text(f"{busy} takes no more work")).to_be_visible()
+    expect(row(page, busy).get_by_text("takes no work")).to_be_visible()
+    assert cluster.nodes[busy].asked("/nodes")["nodes"][0]["draining"]
+    expect(row(page, busy).get_by_text("starter")).to_have_count(0)  # it moved
+    row(page, busy).get_by_role("button", name="Give it work again").click()
     confirm(page, "Give it work again")
-    expect(row(page, free).get_by_text("works")).to_be_visible()
+    expect(row(page, busy).get_by_text("works")).to_be_visible()
 
 
 def test_a_machine_that_falls_is_seen_and_what_it_ran_is_healed(

@@ -106,7 +106,12 @@ class Pulls:
         state = begun.state
         try:
             command = children.command("cordee.console.pull_child", str(self._store.root), state.source, name)
-            begun.process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE)
+            begun.process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=DEVNULL,
+                stdout=PIPE,
+                cwd=self._store.root,  # where no name of a model is that of a file
+            )
             if begun.is_stopped:
                 begun.stop()
             await _follow(begun.process, state)
