@@ -589,17 +589,3 @@ def test_a_repeated_micro_batch_that_nobody_wants_is_halted() -> None:
     world.cancel("a")
     assert world.scheduler.halts() == [batch.id]
     assert world.scheduler.halts() == []
-
-
-def test_where_streams_stand_until_their_first_token() -> None:
-    world = World(Limits(sequences=1, context=100, batch_rows=10, queue=5))
-    world.submit("first", tokens(Random(1), 25), 3)
-    world.submit("second", tokens(Random(2), 5), 3)
-    told = []
-    while world.clients:
-        told.append(world.scheduler.places())
-        world.step()
-    of = {name: [each[name] for each in told if name in each] for name in ("first", "second")}
-    assert [place for place in of["first"] if place < 0] == [-10, -20]
-    assert set(of["second"]) >= {1}
-    assert told[-1] == {}  # it writes
