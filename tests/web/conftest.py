@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from scripted_service import ScriptedService, scripted
 from serving import Running
 
 SIZES = {"desk": (1280, 800), "phone": (390, 844)}
 CHROMIUM = shutil.which("chromium")
+HANGS_MS = 120_000  # what takes longer hangs, however busy the machine is
+
+expect.set_options(timeout=HANGS_MS)
 
 if CHROMIUM is None:
 
@@ -72,7 +75,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
             context = browser.new_context(
                 locale=language, viewport={"width": width, "height": height}, color_scheme=theme, **more
             )
-            context.set_default_timeout(20_000)
+            context.set_default_timeout(HANGS_MS)
             stack.callback(context.close)
             page = context.new_page()
             page.on("request", lambda request: asked.append(request.url))

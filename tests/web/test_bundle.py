@@ -8,9 +8,13 @@ import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from cordee.api.authenticator import Authenticator
 from cordee.api.keys import LocalKey
+from cordee.cli.main import cordee
+from cordee.cli.open import open_page
+from cordee.errors import NotRunning
 from cordee.web.bundle import ROOT, Bundle
 from serving import Running, running
 
@@ -146,3 +150,10 @@ def test_no_other_origin_is_told_that_it_may_send_a_session(server: Running) -> 
     assert "access-control-allow-credentials" not in reply.headers
     foreign = {"Origin": "http://evil.example", "X-Cordee-Page": "1"}
     assert server.request("POST", "/session", {"key": "cordee-secret"}, headers=foreign).status == 403
+
+
+def test_cordee_open_prints_the_page_of_a_server(server: Running, home: Path) -> None:
+    printed = CliRunner().invoke(cordee, ["open", "--port", str(server.port)])
+    assert (printed.exit_code, printed.output) == (0, f"http://127.0.0.1:{server.port}/\n")
+    with pytest.raises(NotRunning, match="cordee up"):
+        open_page.callback(port=1)

@@ -15,8 +15,6 @@ from cordee.api.authenticator import Authenticator
 from cordee.api.keys import LocalKey
 from serving import running
 
-expect.set_options(timeout=120_000)  # on a busy machine; what takes longer hangs
-
 
 @pytest.fixture
 def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, dict[str, str]]]:

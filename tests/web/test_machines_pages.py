@@ -14,7 +14,6 @@ from axe import violations
 from cluster_processes import MEMORY, SERVED, Cluster, Node, until
 from cordee.net import enrolment
 
-expect.set_options(timeout=120_000)  # on a busy machine; what takes longer hangs
 COUNT = [{"role": "user", "content": "Tell me a very long story about a mountain."}]
 WORDS = {
     "en-GB": {

@@ -85,7 +85,7 @@ class Authenticator:
     async def sign_in(self, shown: str, address: str, *, wants_key: bool) -> str:
         """The token of a new session for a key that somebody at `address` typed. Raises as `identify`."""
         key = None
-        if wants_key or self._local_key is None or self._local_key.header != f"Bearer {shown}":
+        if self._refusal([shown], wants_key=wants_key) is not None:  # it is not the local key
             key = await self.identify(Headers({"x-api-key": shown}), address, wants_key=True)
         return self._sessions.begin(key, self._clock())
 
