@@ -99,11 +99,11 @@ def test_what_only_libllama_runs_stays_as_it_is(home: Path, tmp_path: Path, told
     path = make_tiny("qwen3", tmp_path / "m.gguf", quantization=GGMLQuantizationType.Q8_0)
     assert engine(pull(str(path), report=told.append)) == "llama"
     assert told == []
-    write_source(path, weights_of("llama"), GGMLQuantizationType.TQ1_0, architecture="qwen3")
+    write_source(path, weights_of("llama"), GGMLQuantizationType.TQ1_0, architecture="qwen2")
     assert engine(pull(str(path), report=told.append)) == "llama"
-    assert "m.gguf is of architecture qwen3" in told[1]
-    write_source(path, weights_of("llama"), BitnetType.I2_S, architecture="qwen3")
-    with pytest.raises(UnsupportedModel, match="architecture qwen3"):
+    assert "m.gguf is of architecture qwen2" in told[1]
+    write_source(path, weights_of("llama"), BitnetType.I2_S, architecture="qwen2")
+    with pytest.raises(UnsupportedModel, match="architecture qwen2"):
         pull(str(path))
 
 
