@@ -58,7 +58,6 @@ ROOMS = (
     ),
     *(
         "machine",
-        "compress",
         "net",
         "access",
         "worker",
@@ -69,6 +68,7 @@ ROOMS = (
         "api",
         "endpoints",
         "terminal",
+        "compress",
         "cli",
     ),
 )
