@@ -150,6 +150,15 @@ def make_model(path: Path, model: TernaryModel, seed: int = 0) -> None:
     )
 
 
+def laid_out(model: TernaryModel, layout: str, head: str = "int8") -> TernaryModel:
+    """A shape in that layout. Where embedding and head are ternary, too, they are as the layers."""
+    own = {"layout": layout}
+    if model.embedding == "codes":
+        return replace(model, **own, head=layout)
+    rows_of = GGMLQuantizationType.Q8_0 if model.n_embd % 32 == 0 else GGMLQuantizationType.F16
+    return replace(model, **own, head=head, embedding=rows_of)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -162,13 +171,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     model = SHAPES[options.shape]
-    if model.embedding == "codes":  # embedding and head are as the layers
-        own = {"head": options.layout}
-    else:
-        rows_of = GGMLQuantizationType.Q8_0 if model.n_embd % 32 == 0 else GGMLQuantizationType.F16
-        own = {"head": options.head, "embedding": rows_of}
     sizes = {"n_vocab": options.vocab or model.n_vocab, "layers": options.layers or model.layers}
-    make_model(options.path, replace(model, layout=options.layout, **own, **sizes), options.seed)
+    model = laid_out(replace(model, **sizes), options.layout, options.head)
+    make_model(options.path, model, options.seed)
 
 
 if __name__ == "__main__":

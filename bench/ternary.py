@@ -1,7 +1,7 @@
 """The ternary engine beside llama.cpp's TQ2_0 and TQ1_0, interleaved in one run on this machine.
 
-    python bench/ternary.py [--shape 2b4t] [--models FOLDER] [--rounds N] [--cases PREFIX] [--i2s LIBRARY]
-                            [--json]
+    python bench/ternary.py [--shape 2b4t] [--layers N] [--models FOLDER] [--rounds N] [--cases PREFIX]
+                            [--i2s LIBRARY] [--json]
 
 Models of random weights are made in FOLDER (and kept) or in a temporary one. `decode-weights` is the model
 with a vocabulary of 64: the layers alone, with attention over a short context and all norms. `decode` and
@@ -118,10 +118,11 @@ def leave_cache(path: Path) -> None:
 class Models:
     """The files that the cases need, made at their first use."""
 
-    def __init__(self, folder: Path, shape: str) -> None:
+    def __init__(self, folder: Path, shape: str, layers: int | None) -> None:
         self._folder = folder
-        self._shape = shape
-        self.peers = GROUP_PEERS if SHAPES[shape].scale_columns else PEERS
+        self._shape = replace(SHAPES[shape], layers=layers or SHAPES[shape].layers)
+        self._name = f"{shape}-{layers}-layers" if layers else shape
+        self.peers = GROUP_PEERS if self._shape.scale_columns else PEERS
 
     def ours(self, layout: str, weights_only: bool) -> Path:
         """The path of our file."""
@@ -141,13 +142,13 @@ class Models:
         return path
 
     def _model(self, weights_only: bool) -> TernaryModel:
-        model = SHAPES[self._shape]
+        model = self._shape
         if model.embedding != "codes":
             model = replace(model, embedding=GGMLQuantizationType.Q8_0, head=HEAD)
         return replace(model, n_vocab=WEIGHTS_VOCABULARY) if weights_only else model
 
     def _path(self, name: str, weights_only: bool) -> Path:
-        return self._folder / f"{self._shape}-{'weights-' if weights_only else f'{HEAD}-'}{name}.gguf"
+        return self._folder / f"{self._name}-{'weights-' if weights_only else f'{HEAD}-'}{name}.gguf"
 
 
 def cases() -> dict[str, tuple[bool, int, int, str | None]]:
@@ -228,9 +229,9 @@ def roof(models: Models, threads: int, rounds: int) -> list[Result]:
     return results
 
 
-def measure(folder: Path, shape: str, rounds: int, prefix: str) -> list[Result]:
+def measure(folder: Path, shape: str, layers: int | None, rounds: int, prefix: str) -> list[Result]:
     """All cases whose name begins with `prefix`."""
-    models = Models(folder, shape)
+    models = Models(folder, shape, layers)
     results: list[Result] = []
     for case, (_, rows, _, _) in cases().items():
         if case.startswith(prefix):
@@ -246,13 +247,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="2b4t")
     parser.add_argument("--models", type=Path, help="folder that keeps the models")
+    parser.add_argument("--layers", type=int, help="fewer layers: for prompts beside a slow peer")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cases", default="", help="only the cases whose name begins so")
     parser.add_argument("--i2s", type=Path, metavar="LIBRARY", help="bitnet.cpp's dot: see ternary_i2s.py")
     parser.add_argument("--json", action="store_true", help="one object a line")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cordee-bench-") as temporary:
-        results = measure(options.models or Path(temporary), options.shape, options.rounds, options.cases)
+        folder = options.models or Path(temporary)
+        results = measure(folder, options.shape, options.layers, options.rounds, options.cases)
     if options.i2s:
         results += [line(*found) for found in ternary_i2s.measure(options.i2s, options.rounds, options.cases)]
     if options.json:

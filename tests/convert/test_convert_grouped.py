@@ -1,6 +1,8 @@
 """Models with a scale for each group of inputs, in their makers' formats, become files for our engine."""
 
 import ctypes
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import llama_cpp
@@ -8,8 +10,17 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
+from checkpoint_files import (
+    bf16,
+    config_of,
+    from_bf16,
+    hub_name,
+    vocabulary_size,
+    write_safetensors,
+    write_tokenizer,
+)
 from cordee.convert.convert import convert
-from cordee.convert.ternary_file import LAYOUTS, unpack, unpack_scales
+from cordee.convert.ternary_file import LAYOUTS, unpack, unpack_scales, write
 from cordee.engine.llama.stage import LlamaStage
 from cordee.engine.stage import StageConfig, batch_of_one
 from cordee.engine.ternary import TernaryStage, turn
@@ -20,6 +31,8 @@ from ternary_models import Weights, assert_computes
 from ternary_sources import ENCODERS, grouped_weights, write_grouped, write_source
 
 KINDS = list(BlockType)
+YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 16}
+HUB_YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
 PRISM = {
     "prism.hadamard.version": 1,
     "prism.hadamard.block_size": 64,
@@ -167,6 +180,72 @@ def test_what_no_engine_runs_as_it_is_says_what_to_do(kind: BlockType, tmp_path:
         engine_of(read_header(tmp_path / "source.gguf"))
 
 
+def divergence(expected: np.ndarray, found: np.ndarray) -> float:
+    """The mean Kullback-Leibler divergence of rows of logits."""
+    shares = [np.exp(rows - rows.max(axis=1, keepdims=True)).astype(float) for rows in (expected, found)]
+    left, right = (share / share.sum(axis=1, keepdims=True) for share in shares)
+    return (left * np.log(left / right)).sum(axis=1).mean()
+
+
+def test_one_plane_of_activations_costs_as_little_as_libllamas_rounding(tmp_path: Path) -> None:
+    """Against three planes, which round nothing away; native/FORMAT.md states the figures."""
+    weights = grouped_weights(BlockType.Q2_0, head_dim=128, n_embd=1024, n_ff=3072, heads=8, layers=3)
+    weights.scales("output.weight")[:] *= 0.125  # logits that are spread like a trained model's
+    draw = np.random.default_rng(0)
+    for name, array in weights.arrays.items():  # a few channels are far larger than the rest there
+        if name.endswith(("attn_norm.weight", "ffn_norm.weight")):
+            array[draw.choice(len(array), 8, replace=False)] *= 30
+    config = StageConfig(context=128, sequences=1, batch_rows=64, threads=1)
+    batches = [batch_of_one(np.arange(10, 40)), *(batch_of_one([i], i) for i in range(30, 90))]
+    found = {}
+    for planes in (3, 2, 1):
+        weights.model = replace(weights.model, planes=planes, head_planes=planes)
+        write(tmp_path / "ours.gguf", weights.model, weights)
+        stage = TernaryStage(tmp_path / "ours.gguf", config)
+        found[planes] = np.concatenate([stage.decode(batch) for batch in batches])
+        stage.close()
+    write_grouped(tmp_path / "source.gguf", weights, BlockType.Q2_0)
+    theirs = LlamaStage(tmp_path / "source.gguf", config)
+    rounded = divergence(found[3], np.concatenate([theirs.decode(batch) for batch in batches]))
+    theirs.close()
+    assert 0 < divergence(found[3], found[2]) < 0.01 * rounded
+    assert divergence(found[3], found[1]) < 2.5 * rounded
+
+
+@pytest.mark.parametrize("stretch", [{}, {"rope_scaling": {"rope_type": "yarn"} | HUB_YARN}])
+def test_a_checkpoint_of_the_hub_keeps_its_groups(stretch: dict[str, object], tmp_path: Path) -> None:
+    """In bfloat16, as the unpacked editions are. YaRN becomes what it is in the same model's GGUF."""
+    weights = grouped_weights(BlockType.PQ2_0, n_vocab=vocabulary_size())
+    for name, array in weights.arrays.items():
+        if array.ndim == 2:
+            weights.scales(name)[:] = from_bf16(bf16(weights.scales(name)))
+        else:
+            array[:] = from_bf16(bf16(array))
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    config = config_of(weights.model, "floats") | {"architectures": ["Qwen3ForCausalLM"]} | stretch
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {hub_name(name): ("BF16", bf16(weights.floats(name))) for name in weights.arrays}
+    write_safetensors(folder / "model.safetensors", tensors)
+    write_tokenizer(folder)
+    model = convert(folder, tmp_path / "ours.gguf")
+    assert (model.scale_columns, model.embedding, model.planes) == (128, "codes", 1)
+    ours = read_header(tmp_path / "ours.gguf")
+    for name, array in weights.arrays.items():
+        if array.ndim == 2:
+            assert (dense_of(ours, name, *array.shape) == weights.floats(name)).all(), name
+    if not stretch:
+        assert_computes(tmp_path / "ours.gguf", weights)
+        return
+    keys = {f"qwen3.rope.scaling.{key}": value for key, value in YARN.items()}
+    write_grouped(tmp_path / "source.gguf", weights, BlockType.PQ2_0, keys=keys)
+    convert(tmp_path / "source.gguf", tmp_path / "other.gguf")
+    other = read_header(tmp_path / "other.gguf")
+    for name in ("rope_freqs.weight", "blk.1.attn_q_norm.weight", "blk.0.attn_k_norm.weight"):
+        assert (payload_of(ours, name) == payload_of(other, name)).all()
+    assert np.ptp(payload_of(ours, "rope_freqs.weight").view("<f4")) == 3
+
+
 # ---- The rotation ----
 
 
@@ -255,9 +334,6 @@ def test_what_is_unknown_of_a_rotation_is_refused_by_name(
     with pytest.raises((UnsupportedModel, BadModelFile), match=message):
         convert(tmp_path / "source.gguf", tmp_path / "ours.gguf")
     assert not (tmp_path / "ours.gguf").exists()
-
-
-YARN = {"type": "yarn", "factor": 4.0, "original_context_length": 16}
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from cordee.cli.main import cordee
 from cordee.distribution.pull import hub_files, pull
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadModelFile, ModelNotFound, StorageFailed, UnsupportedModel
-from cordee.models.gguf import BitnetType, engine_of, read_header
+from cordee.models.gguf import BitnetType, BlockType, engine_of, read_header
 from cordee.models.shape import model_shape
 from cordee.models.store import Store, StoredModel
 from fake_hub import FakeHub
-from ternary_sources import weights_of, write_source
+from ternary_sources import grouped_weights, weights_of, write_grouped, write_source
 from tiny import make_tiny
 from tokenizer_references import trained_bytes
 
@@ -49,6 +49,23 @@ def test_a_folder_becomes_a_model_whose_words_are_the_checkpoints(
         assert vocabulary.tokenize(text, add_bos=False) == reference.encode(text).ids
     vocabulary.close()
     assert not list((home / "models" / "incoming").iterdir())
+
+
+@pytest.mark.parametrize("kind", (BlockType.Q2_0, BlockType.PQ2_0), ids=("Q2_0", "PQ2_0"))
+def test_a_bonsai_becomes_ours_or_stays_what_libllama_runs(
+    kind: BlockType, home: Path, tmp_path: Path, told: list[str]
+) -> None:
+    weights = grouped_weights(kind)
+    write_grouped(tmp_path / "model.gguf", weights, kind)
+    assert engine(pull(str(tmp_path / "model.gguf"), report=told.append)) == "ternary"
+    weights.arrays["blk.1.attn_k.weight"][3, 5] = 2  # a fourth value
+    write_grouped(tmp_path / "four.gguf", weights, kind)
+    if kind is BlockType.Q2_0:
+        assert engine(pull(str(tmp_path / "four.gguf"), report=told.append)) == "llama"
+        assert "attn_k.weight is not ternary" in told[-1]
+    else:
+        with pytest.raises(UnsupportedModel, match=r"attn_k\.weight is not ternary"):
+            pull(str(tmp_path / "four.gguf"), report=told.append)
 
 
 @pytest.mark.parametrize("kind", (GGMLQuantizationType.TQ2_0, BitnetType.I2_S))

@@ -25,6 +25,8 @@ HUB_NAMES = {
     "ffn_norm": "post_attention_layernorm",
     "attn_sub_norm": "self_attn.attn_sub_norm",
     "ffn_sub_norm": "mlp.ffn_sub_norm",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
 }
 # What config.json says for each form.
 QUANTIZATIONS: dict[str, dict | None] = {

@@ -381,6 +381,8 @@ static ternary_status read_embedding(struct loading *loading)
     if (row_bytes == 0 || tensor.dimensions != 2 || tensor.shape[0] != n_embd ||
         tensor.shape[1] != model->shape.n_vocab || tensor.room / row_bytes < model->shape.n_vocab)
         return TERNARY_OK;
+    if (model->signs[TURNED_EMBEDDING] != NULL)
+        return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "the file rotates an embedding that is not in codes");
     model->embedding = tensor.data;
     model->embedding_type = tensor.type;
     model->embedding_row_bytes = (size_t)row_bytes;

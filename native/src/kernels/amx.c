@@ -39,21 +39,24 @@ struct activation_tiles {
     _Alignas(64) int8_t last[AMX_ROWS][TILE_ROW_BYTES];
 };
 
-/* One quad's fields, each to its tile's row. */
+/* One quad's weights, each field's to its tile's row. */
 typedef void unpack_function(struct panel *panel, uint32_t tile, uint32_t row, __m512i v);
 
 INLINE void unpack_trit2(struct panel *panel, uint32_t tile, uint32_t row, __m512i v)
 {
-    const __m512i three = _mm512_set1_epi8(3);
-    _mm512_store_si512(panel->tiles[0][tile] + row * 64, _mm512_and_si512(v, three));
-    _mm512_store_si512(panel->tiles[1][tile] + row * 64, _mm512_and_si512(_mm512_srli_epi16(v, 2), three));
-    _mm512_store_si512(panel->tiles[2][tile] + row * 64, _mm512_and_si512(_mm512_srli_epi16(v, 4), three));
-    _mm512_store_si512(panel->tiles[3][tile] + row * 64, _mm512_and_si512(_mm512_srli_epi16(v, 6), three));
+    const __m512i three = _mm512_set1_epi8(3), one = _mm512_set1_epi8(1);
+    for (uint32_t field = 0; field < 4; field++, v = _mm512_srli_epi16(v, 2))
+        _mm512_store_si512(panel->tiles[field][tile] + row * 64, _mm512_sub_epi8(_mm512_and_si512(v, three), one));
 }
 
 INLINE void unpack_trit5(struct panel *panel, uint32_t tile, uint32_t row, __m512i v)
 {
+    const __m512i one = _mm512_set1_epi8(1);
     unpack_digits(panel->tiles[0][tile] + row * 64, sizeof panel->tiles[0], v);
+    for (uint32_t digit = 0; digit < DIGITS; digit++) {
+        uint8_t *at = panel->tiles[digit][tile] + row * 64;
+        _mm512_store_si512(at, _mm512_sub_epi8(_mm512_load_si512(at), one));
+    }
 }
 
 INLINE void unpack_slice(unpack_function *unpack, struct panel *panel, const uint32_t fields, const uint8_t *data,
@@ -114,7 +117,7 @@ INLINE void multiply_slice(const struct activation_tiles *x, const struct panel 
         TILE_STORE(3, out + sixteen + 16, bytes);
 }
 
-/* One group times n activation rows, a multiple of TILE_ROWS: sums of codes. */
+/* One group times n activation rows, a multiple of TILE_ROWS. */
 INLINE void multiply_group(unpack_function *unpack, const uint32_t fields, const uint8_t *data, uint32_t quads,
                            const struct activation_tiles *x, uint32_t n, int32_t *out, size_t out_stride)
 {
@@ -142,13 +145,6 @@ INLINE void multiply_group(unpack_function *unpack, const uint32_t fields, const
     }
 }
 
-/* Takes codes' zero, 1, off the sums of a row. */
-static void take_zero(int32_t *out, size_t count, int32_t zero)
-{
-    for (size_t i = 0; i < count; i++)
-        out[i] -= zero;
-}
-
 INLINE void multiply(unpack_function *unpack, enum layout layout, const uint32_t fields, const struct kernels *kernels,
                      const uint8_t *data, uint32_t groups, size_t group_bytes, uint32_t quads, const int8_t *x,
                      size_t stride, const int32_t *sums, uint32_t n, int32_t *out)
@@ -168,8 +164,6 @@ INLINE void multiply(unpack_function *unpack, enum layout layout, const uint32_t
             multiply_group(unpack, fields, data + g * group_bytes, quads, &tiles, rows,
                            out + (size_t)g * group_rows, out_stride);
         tiles_release();
-        for (uint32_t row = 0; row < rows; row++)
-            take_zero(out + row * out_stride, out_stride, sums[row]);
     }
     if (rows < n)
         kernels_avx512vnni.dot[layout](kernels, data, groups, group_bytes, quads, x + rows * stride, stride,

@@ -51,7 +51,7 @@ static inline void model_dot(int sum, int a, int b)
             uint32_t total;
             memcpy(&total, tile_row(sum, m) + n * 4, 4);
             for (uint32_t k = 0; k < TILE_ROW_BYTES; k++)
-                total += (uint32_t)((int8_t)tile_row(a, m)[k] * (int)tile_row(b, k / 4)[n * 4 + k % 4]);
+                total += (uint32_t)((int8_t)tile_row(a, m)[k] * (int8_t)tile_row(b, k / 4)[n * 4 + k % 4]);
             memcpy(tile_row(sum, m) + n * 4, &total, 4);
         }
 }
@@ -92,8 +92,8 @@ static inline void tiles_release(void)
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((size_t)(stride)) : "memory")
 #define TILE_STORE(tile, to, stride)                                                                                 \
     __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"((size_t)(stride)) : "memory")
-/* Signed bytes of `a` by unsigned ones of `b`. */
-#define TILE_DOT(sum, a, b) __asm__ volatile("tdpbsud %%tmm" #b ", %%tmm" #a ", %%tmm" #sum : :)
+/* Signed bytes of `a` by those of `b`. */
+#define TILE_DOT(sum, a, b) __asm__ volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #sum : :)
 #endif
 
 #endif

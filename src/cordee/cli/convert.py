@@ -27,7 +27,7 @@ from cordee.terminal import output
     type=click.Choice(["int8", "int6", "int4"]),
     default="int8",
     show_default=True,
-    help="Precision of the output head, which is rounded; ternary weights never are.",
+    help="Precision of the output head, which is rounded unless it is ternary, too.",
 )
 @click.option(
     "--target",
@@ -45,10 +45,11 @@ def convert(
 ) -> None:
     """Turn a ternary model into a file for the ternary engine.
 
-    SOURCE is a GGUF file whose layers hold only the values -s, 0 and s (TQ1_0, TQ2_0, I2_S, or F16 and others
-    with such values), or a checkpoint from the hub: a folder with config.json, safetensors and tokenizer,
-    whose matrices are packed, ternary floats, or the master weights of a b1.58 model. No ternary weight and
-    no scale is changed; a model that is not ternary is refused.
+    SOURCE is a GGUF file whose layers hold only the values -s, 0 and s, with one s for each row or for each
+    64, 128 or 256 weights of it (TQ1_0, TQ2_0, Q2_0, PQ2_0, PTQ1_0, Q1_0, I2_S, or F16 and others with such
+    values), or a checkpoint from the hub: a folder with config.json, safetensors and tokenizer, whose
+    matrices are packed, ternary floats, or the master weights of a b1.58 model. No ternary weight and no
+    scale is changed; a model that is not ternary is refused.
     """
     from cordee.convert.convert import convert as run
 

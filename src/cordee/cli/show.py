@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from cordee.models.gguf import Header
 
 
+# What runs a file, and why.
+ENGINES = {
+    "ternary": "the ternary engine, for which the file is laid out",
+    "llama": "libllama; only converted models of -1, 0 and 1 run on the ternary engine",
+}
+
+
 @click.command()
 @click.argument("model")
 @options.stages
@@ -130,11 +137,13 @@ def _shape_in_cluster(model: str) -> "ModelShape":
 def _facts_of_header(header: "Header", card: "Card | None") -> dict[str, Any]:
     """What the file says of the model: shape, size, bytes by quantisation; the card has the licence."""
     from cordee.models.fit import own_context, parameter_count
+    from cordee.models.gguf import engine_of
 
     kinds: Counter[str] = Counter()
     for tensor in header.tensors:
         kinds[tensor.type.name] += tensor.nbytes
     return {
+        "engine": engine_of(header),
         "title": card.title if card else header.text("general.name", "") or None,
         "license": card.license if card else header.text("general.license", "") or None,
         "notes": card.notes if card else None,
@@ -151,6 +160,7 @@ def _facts_of_header(header: "Header", card: "Card | None") -> dict[str, Any]:
 def _facts_of_shape(shape: "ModelShape", card: "Card | None") -> dict[str, Any]:
     """The same of a model whose file is not here."""
     return {
+        "engine": None,
         "title": card.title if card else None,
         "license": card.license if card else None,
         "notes": card.notes if card else None,
@@ -226,6 +236,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         lines.append(("Source", f"not in the store; {facts['source']}"))
     lines.append(("Architecture", f"{facts['architecture']}, {facts['layers']} layers"))
+    if facts["engine"]:
+        lines.append(("Engine", ENGINES[facts["engine"]]))
     if facts["parameters"]:
         lines.append(("Parameters", output.count(facts["parameters"])))
     lines += [

@@ -9,7 +9,8 @@ A layer's matrix comes in one of three ways (transformers, integrations/bitnet.p
 - masters (quantization_mode "online", and the first b1.58 models, BitnetForCausalLM): they are rounded by
   their mean magnitude each time they are used, so the rounded ones are the model.
 - floats that are ternary already, as in TriLM. Where config.json has no quantization, activations are not
-  rounded either, and they get all planes.
+  rounded either, and they get all planes; but one where each group of columns has a scale of its own, as in
+  Ternary-Bonsai, since activations then have such scales, too (native/FORMAT.md).
 
 Rows of queries and keys keep the order of the hub, whose rotary embedding pairs halves; GGUF's `llama` has
 them reordered.
@@ -25,9 +26,26 @@ import numpy as np
 from gguf import GGUFWriter
 
 from cordee.convert.safetensors import StoredTensor, is_array, is_object, read_json, stored_tensors
-from cordee.convert.scales import Read, found_scales, grouped, mean_scale, rounded_masters
-from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM, TernaryModel, exact_type, strips
+from cordee.convert.scales import (
+    Read,
+    found_scales,
+    found_span_scales,
+    grouped,
+    mean_scale,
+    rounded_masters,
+)
+from cordee.convert.spans import with_scales_of_spans
+from cordee.convert.ternary_file import (
+    DIVISORS,
+    EMBEDDING,
+    HEAD,
+    OUTPUT_NORM,
+    TernaryModel,
+    exact_type,
+    strips,
+)
 from cordee.convert.tokenizer import add_tokenizer
+from cordee.convert.yarn import Yarn, yarn_of_config
 from cordee.errors import BadModelFile, UnsupportedModel
 from cordee.models.gguf import LAYERS_LIMIT
 from cordee.models.metadata import FETCH_AGAIN
@@ -37,7 +55,7 @@ ARCHITECTURES = {
     "BitNetForCausalLM": ("bitnet", "relu2"),  # 2B 4T
     "BitnetForCausalLM": ("bitnet", "silu"),  # bitnet_b1_58-large and -3B
     "LlamaForCausalLM": ("llama", "silu"),  # Llama3-8B-1.58, Falcon3, Falcon-E, TriLM
-    "Qwen3ForCausalLM": ("qwen3", "silu"),
+    "Qwen3ForCausalLM": ("qwen3", "silu"),  # Ternary-Bonsai
 }
 ACTIVATIONS: dict[str, Literal["silu", "relu2"]] = {"silu": "silu", "relu2": "relu2"}
 OUTSIDE_LAYERS = {EMBEDDING: "model.embed_tokens", HEAD: "lm_head", OUTPUT_NORM: "model.norm"}
@@ -91,6 +109,9 @@ class Checkpoint:
         self._pre = pre
         self._scales: dict[str, np.ndarray] = {}
         self._means: dict[str, np.float32] = {}
+        self._columns = 0  # that share a scale; 0: all of a row
+        self._tables: tuple[str, ...] = (EMBEDDING, HEAD)  # what is no matrix of codes
+        self._yarn: Yarn | None = None
 
     def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
         """See `Convertible.model`."""
@@ -111,7 +132,7 @@ class Checkpoint:
             kv_heads=self._size("num_key_value_heads", default=heads),
             head_dim=self._size("head_dim", default=n_embd // heads),
             context=self._size("max_position_embeddings", default=2048),
-            rope_base=_rope_base(self._config, self._title),
+            rope_base=_rope_base(self._config, self._title, "yarn"),
             epsilon=self._number("rms_norm_eps"),
             activation=ACTIVATIONS[activation],
             rope="neox",
@@ -122,7 +143,21 @@ class Checkpoint:
             head=head,
         )
         self._refuse_unknown(model)
+        model = self._stretched(model)
+        if not self._quantization.declared and self._stored("blk.0.attn_q.weight").dtype != "U8":
+            model = with_scales_of_spans(model, self.first_rows, tied=self._tied)
+        self._columns = model.scale_columns
+        if model.embedding == "codes":
+            self._tables = ()
+            return model
         return replace(model, embedding=exact_type(self, n_vocab))
+
+    def first_rows(self, name: str) -> np.ndarray:
+        """Some rows of a matrix, as float32."""
+        stored = self._stored(name)
+        if len(stored.shape) != 2:
+            raise BadModelFile(f"{stored.name} is no matrix: {FETCH_AGAIN}.")
+        return self.floats(name, *next(strips(stored.shape[0])))
 
     def nbytes(self, name: str) -> int:
         """See `Convertible.nbytes`."""
@@ -145,19 +180,24 @@ class Checkpoint:
         expected = (-(-rows // PACKED_ROWS) if packed else rows, cols)
         if stored.shape != expected:
             raise BadModelFile(f"{stored.name} is {stored.shape}, not {expected}: {FETCH_AGAIN}.")
-        self._scales[name] = self._found_scales(name, stored, rows)
+        found = self._found_scales(name, stored, rows)
+        if not self._columns:  # such are as many as 1 % of all weights: they are found again rather than kept
+            self._scales[name] = found
 
     def scales(self, name: str) -> np.ndarray:
         """See `WeightSource.scales`; the matrix was checked."""
-        return self._scales[name]
+        stored = self._stored(name)
+        return (
+            self._scales[name] if name in self._scales else self._found_scales(name, stored, stored.shape[0])
+        )
 
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """See `WeightSource.rows`."""
         stored = self._stored(name)
-        if stored.dtype == "U8" and name not in (EMBEDDING, HEAD):
+        if stored.dtype == "U8" and name not in self._tables:
             return unpacked_rows(stored.rows, stored.shape[0], first, last)
         values = self.floats(name, first, last)
-        if name in (EMBEDDING, HEAD):
+        if name in self._tables:
             return values
         if self._quantization.masters:
             return rounded_masters(values, self._means[name])
@@ -172,7 +212,11 @@ class Checkpoint:
 
     def vector(self, name: str) -> np.ndarray:
         """See `WeightSource.vector`."""
-        return self._stored(name).all()
+        if self._yarn is not None and name == DIVISORS:
+            return self._yarn.divisors
+        values = self._stored(name).all()
+        is_head_norm = name.endswith(("attn_q_norm.weight", "attn_k_norm.weight"))
+        return values * self._yarn.factor if self._yarn is not None and is_head_norm else values
 
     def describe(self, writer: GGUFWriter) -> None:
         """See `Convertible.describe`."""
@@ -193,8 +237,22 @@ class Checkpoint:
             self._means[name] = mean
             return np.array([1 / (np.float32(1) / mean)], dtype=np.float32)  # the definition inverts it twice
         remedy = "" if self._quantization.declared else MASTERS
+        if self._columns:
+            return found_span_scales(stored.name, rows, read, self._columns)
         found = found_scales(stored.name, rows, read, remedy)
         return found if stated is None else _product(found, stated)
+
+    def _stretched(self, model: TernaryModel) -> TernaryModel:
+        """The model with YaRN, if it has that."""
+        parameters = self._config.get("rope_parameters") or self._config.get("rope_scaling")
+        if not is_object(parameters) or "yarn" not in (parameters.get("rope_type"), parameters.get("type")):
+            return model
+        if not model.head_norms:
+            raise UnsupportedModel(
+                f"{self._title} has RoPE of type yarn, which the ternary engine does not have."
+            )
+        self._yarn = yarn_of_config(parameters, model.head_dim, model.rope_base, self._title)
+        return replace(model, divisors=True)
 
     def _stated_scale(self, name: str, rows: int) -> np.ndarray | None:
         """The factors by which weight_scale multiplies a matrix; None if there is none."""
@@ -309,13 +367,13 @@ def quantization(config: dict[str, Any], title: str) -> Quantization:
     )
 
 
-def _rope_base(config: dict[str, Any], title: str) -> float:
-    """The base of RoPE. Newer configurations have it among other parameters, none of which is known here."""
+def _rope_base(config: dict[str, Any], title: str, *known: str) -> float:
+    """The base of RoPE, of one of the `known` types or plain. Newer configurations have it among others."""
     parameters: object = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not is_object(parameters):
         raise BadModelFile(f"{title}: config.json has no parameters of RoPE: {FETCH_AGAIN}.")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default" and not (kind == "linear" and parameters.get("factor") == 1):
+    if kind not in ("default", *known) and not (kind == "linear" and parameters.get("factor") == 1):
         raise UnsupportedModel(f"{title} has RoPE of type {kind}, which the ternary engine does not have.")
     base = config.get("rope_theta") or parameters.get("rope_theta") or 10_000.0
     if not _is_positive(base):

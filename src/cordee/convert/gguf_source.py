@@ -12,6 +12,7 @@ model that it was made from.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,8 @@ from gguf.quants import dequantize
 
 from cordee.convert import ends
 from cordee.convert.rotation import rotation_of
-from cordee.convert.scales import columns_that_share, found_scales, shares, span_scales
+from cordee.convert.scales import found_scales, found_span_scales
+from cordee.convert.spans import with_scales_of_spans
 from cordee.convert.ternary_file import (
     DIVISORS,
     EMBEDDING,
@@ -157,17 +159,12 @@ class GgufSource:
             UnsupportedModel: the tensor is not ternary.
             BadModelFile: it is damaged.
         """
+        tensor = self.tensor(name)
+        if self._columns:  # as many as 1 % of all weights: they are found again rather than kept
+            return found_span_scales(name, tensor.shape[1], partial(self.floats, name), self._columns)
         if name not in self._scales:
-            tensor = self.tensor(name)
             if tensor.type is BitnetType.I2_S:
                 self._scales[name] = self._i2_scale(name, tensor)
-            elif self._columns:
-                self._scales[name] = np.concatenate(
-                    [
-                        span_scales(name, first, self.floats(name, first, last), self._columns)
-                        for first, last in strips(tensor.shape[1])
-                    ]
-                )
             else:
                 self._scales[name] = found_scales(
                     name, tensor.shape[1], lambda first, last: self.floats(name, first, last)
@@ -277,26 +274,18 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
         planes=3 if "trilm" in name else 1,  # TriLM does not quantize its activations
         head=head,
     )
-    model = _with_scales_of_spans(model, source)
+    if not isinstance(source.tensor("blk.0.attn_q.weight").type, BitnetType):
+        model = with_scales_of_spans(model, source.first_rows, tied=header.tied)
     if source.rotation is not None:
-        model = replace(model, rotation_block=source.rotation.block, rotated=source.rotation.rotated)
+        rotated = source.rotation.rotated
+        if "embedding" in rotated and model.embedding != "codes":
+            raise UnsupportedModel(
+                f"{header.name} rotates an embedding that is not ternary: our engine cannot."
+            )
+        model = replace(model, rotation_block=source.rotation.block, rotated=rotated)
     if model.embedding == "codes" or source.tensor(EMBEDDING).type not in WIDE:
         return model
     return replace(model, embedding=exact_type(source, n_vocab))
-
-
-def _with_scales_of_spans(model: TernaryModel, source: GgufSource) -> TernaryModel:
-    """The model with scales of columns if it has such; then a ternary embedding and head are codes."""
-    own = [f"blk.0.{name}.weight" for name in model.matrices()]
-    if any(isinstance(source.tensor(name).type, BitnetType) for name in own):
-        return model
-    columns = columns_that_share(source.first_rows(name) for name in own)
-    if not columns:
-        return model
-    model = replace(model, scale_columns=columns)
-    if not all(shares(source.first_rows(name), columns) for name in (EMBEDDING, HEAD)):
-        return model
-    return replace(model, embedding="codes", head=model.layout, head_planes=1, tied=source.header.tied)
 
 
 def _refuse_scaling(header: Header) -> None:

@@ -3,7 +3,7 @@
 Matrices are read in strips of rows, so memory depends on their width alone.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from math import gcd
 
 import numpy as np
@@ -13,9 +13,6 @@ from cordee.errors import BadModelFile, UnsupportedModel
 
 # b1.58 divides by the mean magnitude, but never by less than this.
 MEAN_MIN = np.float32(1e-5)
-
-# Columns that may share a scale, as the engine has them; the largest that fits is the smallest file.
-SPANS = (256, 128, 64)
 
 # From first and last row (exclusive) to (rows, cols), numbers as they are stored.
 Read = Callable[[int, int], np.ndarray]
@@ -50,24 +47,11 @@ def span_scales(name: str, first: int, values: np.ndarray, columns: int, remedy:
     return scales.reshape(rows, spans)
 
 
-def shares(values: np.ndarray, columns: int) -> bool:
-    """Whether so many neighbouring columns of each row of (n, cols) values hold one magnitude beside 0."""
-    magnitudes = np.abs(values)
-    parts = np.split(magnitudes, range(columns, values.shape[1], columns), axis=1)
-    most = (part.max(axis=1, keepdims=True) for part in parts)
-    return all(((part == 0) | (part == m)).all() for part, m in zip(parts, most, strict=True))
-
-
-def columns_that_share(matrices: Iterable[np.ndarray]) -> int:
-    """How many neighbouring columns share a scale in all of these values; 0: those of a row, or too few."""
-    found = 0
-    for values in matrices:
-        cols = values.shape[1]
-        own = next(
-            (columns for columns in (cols, *SPANS) if columns <= cols and shares(values, columns)), cols
-        )
-        found = found if own >= cols else min(own, found or own)
-    return found
+def found_span_scales(name: str, rows: int, read: Read, columns: int) -> np.ndarray:
+    """(rows, spans) scales of a matrix, one for each `columns` columns. Raises as `span_scales`."""
+    return np.concatenate(
+        [span_scales(name, first, read(first, last), columns) for first, last in strips(rows)]
+    )
 
 
 def grouped(scales: np.ndarray) -> np.ndarray:
