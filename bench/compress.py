@@ -1,12 +1,12 @@
-"""What compressing the starter model costs: method, group, planes and rotation beside bits, perplexity and time.
+"""What compressing the starter model costs: method, group, planes and rotation, and what comes of them.
 
     python bench/compress.py [--model FILE] [--cases PREFIX] [--files FOLDER] [--json]
 
 Each case compresses the model and reads the package's English text with the result and with the original
-(`cordee eval`). The calibration text is the package's, too: a later part of the same article. Bits are those of
-the layers' weights with their scales: `nominal` without the padding of rows to whole groups, which takes a tenth
-in a model as small as this one, and `stored` with it. Files are kept in FOLDER, if one is given. All cases take
-half an hour on two idle cores.
+(`cordee eval`). The calibration text is the package's, too: a later part of the same article. Bits are of the
+layers' weights with their scales: `nominal` without the padding of rows to whole groups, which takes a tenth
+of a model as small as this one, and `stored` with it. Files are kept in FOLDER, if one is given. All cases
+take about half an hour on two idle cores.
 """
 
 import argparse

@@ -58,7 +58,6 @@ ROOMS = (
     ),
     *(
         "machine",
-        "compress",
         "net",
         "access",
         "worker",
@@ -72,6 +71,7 @@ ROOMS = (
         "endpoints",
         "demo",
         "terminal",
+        "compress",
         "cli",
     ),
 )

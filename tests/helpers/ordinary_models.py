@@ -21,9 +21,9 @@ def prose(words: int, seed: int = 0) -> str:
     return " ".join(draw.choice(WORDS, words)) + "."
 
 
-def make_ordinary(path: Path, **changes: object) -> Path:
-    """A GGUF of the architecture `llama`."""
-    make_tiny("llama", path, tokenizer="bytes", **{"layers": 2} | changes)
+def make_ordinary(path: Path, architecture: str = "llama", **changes: object) -> Path:
+    """A GGUF of two layers of that architecture."""
+    make_tiny(architecture, path, tokenizer="bytes", **({"layers": 2} | changes))
     return path
 
 

@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """Bytes of all tensors; bits per weight with scales, embedding and head, and of the layers alone."""
 
     nbytes: int
@@ -43,7 +43,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class TextScore:
     """Means over `tokens` scored tokens; None where there is no original to compare with."""
 
     tokens: int
@@ -78,7 +78,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def size_of_model(header: Header) -> Size:
+def size_of_model(header: Header) -> ModelSize:
     """The size of a model, in bytes and in bits for each of its weights.
 
     Raises:
@@ -92,7 +92,7 @@ def size_of_model(header: Header) -> Size:
     else:
         outside = sum(prod(tensor.shape) for tensor in header.tensors if not BLOCK.match(tensor.name))
     layer_bytes = sum(tensor.nbytes for tensor in header.tensors if BLOCK.match(tensor.name))
-    return Size(
+    return ModelSize(
         header.size_bytes, 8 * header.size_bytes / weights, 8 * layer_bytes / max(stored - outside, 1)
     )
 
@@ -104,7 +104,7 @@ def evaluate(
     original: Header | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> Evaluation:
+) -> TextScore:
     """Read `text` with the model of `header`, and with `original` beside it.
 
     `progress(done_bytes, total_bytes)` counts bytes of the text.
@@ -150,12 +150,12 @@ class _Sums:
             self._divergence += float((np.exp(theirs) * (theirs - ours)).sum())
             self._same += int((ours.argmax(axis=1) == theirs.argmax(axis=1)).sum())
 
-    def means(self) -> Evaluation:
+    def means(self) -> TextScore:
         """The figures."""
         ours, theirs = (_exp(loss / self._tokens) for loss in self._losses)
         if not self._compared:
-            return Evaluation(self._tokens, ours, None, None, None)
-        return Evaluation(
+            return TextScore(self._tokens, ours, None, None, None)
+        return TextScore(
             self._tokens, ours, theirs, self._divergence / self._tokens, self._same / self._tokens
         )
 

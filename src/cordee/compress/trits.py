@@ -55,22 +55,19 @@ def nearest(weights: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.nda
 
     `weights` is (rows,) or (rows, cols), `scales` (planes, rows).
     """
-    if weights.ndim == 2:
-        scales = scales[:, :, None]
     if len(scales) == 1:
-        codes = np.clip(np.rint(weights / scales[0]), -1, 1)
-        return codes[None].astype(np.int8), codes * scales[0]
+        scale = scales[0] if weights.ndim == 1 else scales[0][:, None]
+        codes = np.clip(np.rint(weights / scale), -1, 1)
+        return codes[None].astype(np.int8), codes * scale
     found = combinations(len(scales))
-    least = np.full(weights.shape, np.inf, dtype=np.float32)
-    chosen = np.zeros(weights.shape, dtype=np.int8)
-    values = np.zeros(weights.shape, dtype=np.float32)
-    for index, codes in enumerate(found):
-        level = sum(code * scale for code, scale in zip(codes, scales, strict=True))
-        distance = np.abs(weights - level)
-        closer = distance < least
-        least[closer], chosen[closer] = distance[closer], index
-        np.copyto(values, np.broadcast_to(level, values.shape), where=closer)
-    return np.moveaxis(found[chosen].astype(np.int8), -1, 0), values
+    levels = found @ scales  # (3 ** planes, rows)
+    order = np.argsort(levels, axis=0)
+    ascending = np.take_along_axis(levels, order, axis=0)
+    place = np.zeros(weights.shape, dtype=np.intp)
+    for middle in (ascending[1:] + ascending[:-1]) / 2:
+        place += weights > (middle if weights.ndim == 1 else middle[:, None])
+    rows = np.arange(len(weights)) if weights.ndim == 1 else np.arange(len(weights))[:, None]
+    return np.moveaxis(found[order[place, rows]].astype(np.int8), -1, 0), ascending[place, rows]
 
 
 def rounded_scales(scales: np.ndarray) -> np.ndarray:
