@@ -27,7 +27,7 @@ def events_of(reply: Reply) -> list[dict[str, Any]]:
     """The events, whose names stand in them as well; their numbers rise, and are left out."""
     assert reply.status == 200, reply.body
     assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
-    blocks = reply.body.decode().split("\n\n")
+    blocks = [each for each in reply.body.decode().split("\n\n") if not each.startswith(":")]
     assert blocks.pop() == ""
     events = []
     for block in (block for block in blocks if not block.startswith(":")):
