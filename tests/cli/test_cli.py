@@ -333,9 +333,7 @@ def test_serve_answers_is_listed_and_ends_gracefully(starter_home: Path) -> None
     environment = os.environ | {"CORDEE_HOME": str(starter_home)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
-            base = next(
-                word for line in process.stderr for word in line.split() if word.endswith("/v1")
-            )
+            base = next(word for line in process.stderr for word in line.split() if word.endswith("/v1"))
             [listed] = json.loads(cordee("ps", "--json", home=starter_home).stdout)
             assert listed["model"] == "starter"
             assert [stage["index"] for stage in listed["stages"]] == [0, 1]
