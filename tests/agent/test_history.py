@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from clusters import chosen, facts_of, placed, running, view_of
-from cordee.agent.history import CHANGES_KEPT, SCENES_KEPT, History, Nodes
+from cordee.agent.history import CHANGES_KEPT, SNAPSHOTS_KEPT, History, Nodes
 from cordee.cluster.choose import Chosen
 from cordee.cluster.facts import Facts, StageReport
 
@@ -97,15 +97,15 @@ def test_scenes_are_kept_when_something_changed() -> None:
     for clock, state in enumerate(("alive", "alive", "gone", "gone", "alive")):
         picks = {"m": (pick(wiring="" if state == "gone" else "w"),)}
         history.note(picks, nodes(state=state), float(clock))
-    assert [scene.clock for scene in history.scenes] == [0.0, 2.0, 4.0]
-    then = history.scenes[1]
+    assert [snapshot.clock for snapshot in history.snapshots] == [0.0, 2.0, 4.0]
+    then = history.snapshots[1]
     assert [(node.name, node.state) for node in then.nodes] == [("a", "gone"), ("b", "alive")]
     assert then.models == (("m", False, (("a", 0, 2), ("b", 2, 4))),)
 
 
 def test_scenes_are_bounded() -> None:
     history = History()
-    for clock in range(2 * SCENES_KEPT):
+    for clock in range(2 * SNAPSHOTS_KEPT):
         history.note({}, nodes(draining=bool(clock % 2)), float(clock))
-    assert len(history.scenes) == SCENES_KEPT
-    assert history.scenes[-1].clock == 2 * SCENES_KEPT - 1
+    assert len(history.snapshots) == SNAPSHOTS_KEPT
+    assert history.snapshots[-1].clock == 2 * SNAPSHOTS_KEPT - 1

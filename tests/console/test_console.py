@@ -78,16 +78,16 @@ def test_a_machine_by_itself_shows_itself(asked: Asked) -> None:
     assert (reply.status, reply.json["kind"], reply.json["models"]) == (200, "single", [])
     [node] = reply.json["nodes"]
     assert node["self"] and node["state"] == "alive" and node["devices"][0]["memory_bytes"] > 0
-    assert asked.get("scenes").json == []
+    assert asked.get("snapshots").json == []
     known = {card["name"]: card for card in asked.get("models").json["cards"]}
     assert known["starter"]["license"] and known["qwen3-8b"]["bytes"] > 1e9
 
 
 def test_what_has_not_changed_is_not_sent_again(asked: Asked) -> None:
-    first = asked.get("scenes")
-    again = asked.get("scenes", **{"If-None-Match": first.headers["etag"]})
+    first = asked.get("snapshots")
+    again = asked.get("snapshots", **{"If-None-Match": first.headers["etag"]})
     assert (first.body, again.status, again.body) == (b"[]", 304, b"")
-    assert asked.get("scenes", **{"If-None-Match": '"another"'}).status == 200
+    assert asked.get("snapshots", **{"If-None-Match": '"another"'}).status == 200
 
 
 def test_a_model_is_judged_before_it_is_fetched(asked: Asked) -> None:
@@ -112,7 +112,7 @@ def test_a_model_is_fetched_and_removed(asked: Asked) -> None:
     assert asked.get("models").json["stored"] == []
     gone = asked.post("model/remove", {"name": "story-small"})
     assert gone.status == 404
-    done = [(each["who"], each["what"], each["about"]) for each in asked.get("admin").json["deeds"]]
+    done = [(each["who"], each["what"], each["about"]) for each in asked.get("admin").json["actions"]]
     assert ("chef", "model/remove", "story-small") in done and (
         "(this machine)",
         "pull",

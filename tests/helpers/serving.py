@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cordee.console.single_house import SingleHouse
 from starlette.types import ASGIApp
 
 from cordee.api.authenticator import Authenticator
@@ -17,7 +18,6 @@ from cordee.api.keys import LocalKey
 from cordee.api.server import serve
 from cordee.api.stream import Timing
 from cordee.console.console import Console
-from cordee.console.single_house import SingleHouse
 from cordee.endpoints.app import create_app
 from cordee.models.store import Store
 from cordee.serving.embedders import Embedders

@@ -1,8 +1,8 @@
 """What happened to the placements of models, as one node saw it, and why: for people to read.
 
 The reasons are read from what is known when a change is seen. Each node has its own history; nothing is
-decided by it. A history also keeps *scenes*: which nodes there were and what ran where, each time that this
-changed, so that people can look back at it.
+decided by it. A history also keeps *snapshots*: which nodes there were and what ran where, each time that
+this changed, so that people can look back at it.
 """
 
 import logging
@@ -19,7 +19,7 @@ from cordee.cluster.membership import Liveness
 log = logging.getLogger(__name__)
 
 CHANGES_KEPT = 64  # a page or two
-SCENES_KEPT = 256  # each has some 100 bytes for each node and stage
+SNAPSHOTS_KEPT = 256  # each has some 100 bytes for each node and stage
 
 Nodes = Mapping[str, tuple[Liveness, Facts]]
 
@@ -33,7 +33,7 @@ class Change(msgspec.Struct, frozen=True):
 
 
 class NodeSeen(NamedTuple):
-    """A node in a scene."""
+    """A node in a snapshot."""
 
     id: str
     name: str
@@ -42,14 +42,14 @@ class NodeSeen(NamedTuple):
 
 
 class ModelSeen(NamedTuple):
-    """A model in a scene: whether it `serves`, and its stages as (node, first layer, the layer after)."""
+    """A model in a snapshot: whether it `serves`, and its stages as (node, first layer, the layer after)."""
 
     name: str
     serves: bool
     stages: tuple[tuple[str, int, int], ...]
 
 
-class Scene(msgspec.Struct, frozen=True):
+class Snapshot(msgspec.Struct, frozen=True):
     """What there was from `clock` on, which is in seconds since 1970, as the node believes."""
 
     clock: float
@@ -63,12 +63,12 @@ class History:
     def __init__(self) -> None:
         self.changes: deque[Change] = deque(maxlen=CHANGES_KEPT)
         self.count = 0  # of all changes
-        self.scenes: deque[Scene] = deque(maxlen=SCENES_KEPT)
+        self.snapshots: deque[Snapshot] = deque(maxlen=SNAPSHOTS_KEPT)
         self._before: Mapping[str, tuple[Chosen, ...]] = {}
 
     def note(self, chosen: Mapping[str, tuple[Chosen, ...]], nodes: Nodes, clock: float) -> None:
         """Compare what is `chosen` now with the time before; the reasons are read from `nodes`."""
-        self._note_scene(chosen, nodes, clock)
+        self._note_snapshot(chosen, nodes, clock)
         if chosen == self._before:
             return
         for model in sorted(chosen.keys() | self._before.keys()):
@@ -79,7 +79,7 @@ class History:
                 self._add(Change(clock, model, text))
         self._before = chosen
 
-    def _note_scene(self, chosen: Mapping[str, tuple[Chosen, ...]], nodes: Nodes, clock: float) -> None:
+    def _note_snapshot(self, chosen: Mapping[str, tuple[Chosen, ...]], nodes: Nodes, clock: float) -> None:
         seen = tuple(
             NodeSeen(node, facts.name, state, facts.draining)
             for node, (state, facts) in sorted(nodes.items())
@@ -92,9 +92,9 @@ class History:
             )
             for name, picks in sorted(chosen.items())
         )
-        last = self.scenes[-1] if self.scenes else None
+        last = self.snapshots[-1] if self.snapshots else None
         if last is None or (last.nodes, last.models) != (seen, models):
-            self.scenes.append(Scene(clock, seen, models))
+            self.snapshots.append(Snapshot(clock, seen, models))
 
     def _add(self, change: Change) -> None:
         self.changes.append(change)

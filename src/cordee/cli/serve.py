@@ -160,7 +160,7 @@ class _Server:
         from cordee.api.guard import Access, Through
         from cordee.api.server import serve as answer
         from cordee.console.console import Console
-        from cordee.console.single_house import SingleHouse
+        from cordee.console.single_backend import SingleBackend
         from cordee.endpoints.app import create_app
         from cordee.machine.energy import Meter
         from cordee.models.store import Store
@@ -174,7 +174,7 @@ class _Server:
             origins=self.chosen.allow_origins,
             authority=b"" if self.lan is None else self.lan.authority_pem(),
             samples=samples(services),
-            console=Console(SingleHouse(services, Store()), self.authenticator.ledger),
+            console=Console(SingleBackend(services, Store()), self.authenticator.ledger),
         )
         ledger = self.authenticator.ledger
         assert ledger is not None, "serve keeps one"

@@ -238,7 +238,7 @@ class _ApiServer:
         from cordee.api.authenticator import Authenticator
         from cordee.api.guard import Access, Through
         from cordee.api.server import serve
-        from cordee.console.cluster_house import ClusterHouse
+        from cordee.console.cluster_backend import ClusterBackend
         from cordee.console.console import Console
         from cordee.endpoints.app import create_app
         from cordee.models.store import Store
@@ -254,7 +254,7 @@ class _ApiServer:
             authority=b"" if self.lan is None else self.lan.authority_pem(),
             refusal=agent.services.refusal,
             samples=lambda: cluster_samples(agent),
-            console=Console(ClusterHouse(agent, Store()), agent.ledger),
+            console=Console(ClusterBackend(agent, Store()), agent.ledger),
             others=lambda: other_pages(agent),
         )
         servers: list[Coroutine[Any, Any, None]] = [

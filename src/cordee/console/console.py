@@ -2,7 +2,7 @@
 
     GET   /console/me           who asks, and what that one may do
     GET   /console/overview     machines, links, models, what is under way; each second, with an ETag
-    GET   /console/scenes       what there was before, to look back at
+    GET   /console/snapshots       what there was before, to look back at
     GET   /console/models       the models that are known, stored, being fetched
     POST  /console/fit          whether a model fits, before it is fetched
     GET   /console/admin        keys, use, errors: for admins, as all that follows
@@ -33,7 +33,7 @@ from cordee.api.bodies import Bodies
 from cordee.api.failures import json_response
 from cordee.api.usage import rows
 from cordee.console import fit, who
-from cordee.console.house import House
+from cordee.console.backend import ConsoleBackend
 from cordee.console.journal import Journal
 from cordee.console.pulls import Pulls
 from cordee.console.shared import SharedValue
@@ -82,14 +82,14 @@ class NewKey(msgspec.Struct, frozen=True):
 class Console:
     """See the module's docstring. `ledger` is that of the API, if there is one."""
 
-    def __init__(self, house: House, ledger: Ledger | None) -> None:
-        self._house = house
+    def __init__(self, backend: ConsoleBackend, ledger: Ledger | None) -> None:
+        self._backend = backend
         self._ledger = ledger
         self._journal = Journal()
         self._bodies = Bodies()
-        self._pulls = Pulls(house.store, house.look)
+        self._pulls = Pulls(backend.store, backend.look)
         self._overview = SharedValue(self._overview_now)
-        self._scenes = SharedValue(self._scenes_now)
+        self._snapshots = SharedValue(self._snapshots_now)
 
     def routes(self) -> list[Route]:
         """Its endpoints."""
@@ -97,18 +97,18 @@ class Console:
             ("pull", BeginPull, self._pull, "source"),
             ("pull/stop", StopPull, self._stop_pull, ""),
             ("model/remove", RemoveModel, self._remove_model, "name"),
-            ("deploy", control.Deploy, self._house.deploy, "model"),
-            ("undeploy", control.Undeploy, self._house.undeploy, "model"),
-            ("invite", control.Invite, self._house.invite, ""),
-            ("node/drain", control.Drain, self._house.drain, "node"),
-            ("node/remove", control.Remove, self._house.remove, "node"),
+            ("deploy", control.Deploy, self._backend.deploy, "model"),
+            ("undeploy", control.Undeploy, self._backend.undeploy, "model"),
+            ("invite", control.Invite, self._backend.invite, ""),
+            ("node/drain", control.Drain, self._backend.drain, "node"),
+            ("node/remove", control.Remove, self._backend.remove, "node"),
             ("key/add", NewKey, self._add_key, "name"),
-            ("key/remove", control.RemoveKey, self._house.remove_key, "name"),
+            ("key/remove", control.RemoveKey, self._backend.remove_key, "name"),
         ]
         return [
             Route("/console/me", self._me),
             Route("/console/overview", self._overview.response),
-            Route("/console/scenes", self._scenes.response),
+            Route("/console/snapshots", self._snapshots.response),
             Route("/console/models", self._models),
             Route("/console/fit", self._fit, methods=["POST"]),
             Route("/console/admin", self._admin),
@@ -145,17 +145,19 @@ class Console:
         return json_response({"name": caller.name, "admin": who.is_admin(request)})
 
     async def _overview_now(self) -> dict[str, Any]:
-        return await self._house.overview() | {"pulls": self._pulls.states()}
+        return await self._backend.overview() | {"pulls": self._pulls.states()}
 
-    async def _scenes_now(self) -> list[Any]:
-        return self._house.scenes()
+    async def _snapshots_now(self) -> list[Any]:
+        return self._backend.snapshots()
 
     async def _models(self, _: Request) -> Response:
         return json_response(await asyncio.to_thread(self._models_now))
 
     def _models_now(self) -> dict[str, Any]:
         problems: list[str] = []
-        stored = {each.name: each for each in self._house.store.list(problems.append) if each.path.is_file()}
+        stored = {
+            each.name: each for each in self._backend.store.list(problems.append) if each.path.is_file()
+        }
         known = [card_facts(card, place_of(card, stored), []) for card in cards().values()]
         return {
             "cards": sorted(known, key=lambda card: (card["bytes"], card["name"])),
@@ -173,7 +175,7 @@ class Console:
         asks_hub = model not in cards() and is_on_hub(model)
         if asks_hub:
             who.require_admin(request)
-        return json_response(await self._house.fit(model, asks_hub=asks_hub))
+        return json_response(await self._backend.fit(model, asks_hub=asks_hub))
 
     async def _admin(self, request: Request) -> Response:
         who.require_admin(request)
@@ -181,11 +183,11 @@ class Console:
         used = {} if self._ledger is None else self._ledger.read()
         return json_response(
             {
-                "here": self._house.admin_facts(),
-                "keys": [described(each, now) for each in self._house.api_keys() if each.id],
+                "here": self._backend.admin_facts(),
+                "keys": [described(each, now) for each in self._backend.api_keys() if each.id],
                 "usage": rows(used),
                 "errors": list(reversed(self._journal.errors)),
-                "deeds": list(reversed(self._journal.deeds)),
+                "actions": list(reversed(self._journal.actions)),
             }
         )
 
@@ -196,17 +198,17 @@ class Console:
         return {"source": self._pulls.stop(asked.number)}
 
     async def _remove_model(self, asked: RemoveModel) -> Any:
-        await asyncio.to_thread(self._house.store.get, asked.name)
+        await asyncio.to_thread(self._backend.store.get, asked.name)
         if not asked.last:
-            await self._house.check_removal(asked.name)
-        await asyncio.to_thread(self._house.store.remove, asked.name)
-        await self._house.look()
+            await self._backend.check_removal(asked.name)
+        await asyncio.to_thread(self._backend.store.remove, asked.name)
+        await self._backend.look()
         return control.Empty()
 
     async def _add_key(self, asked: NewKey) -> Any:
         requests, tokens = limits.parse(asked.limit) if asked.limit.strip() else (0, 0)
         expires = time.time() + asked.days * DAY_SECONDS if asked.days > 0 else 0.0
-        return await self._house.add_key(control.AddKey(asked.name, asked.admin, requests, tokens, expires))
+        return await self._backend.add_key(control.AddKey(asked.name, asked.admin, requests, tokens, expires))
 
 
 def _named(found: Any) -> str:

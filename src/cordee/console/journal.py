@@ -11,7 +11,7 @@ import msgspec
 
 from cordee.agent.logs import Sparing
 
-ERRORS_KEPT, DEEDS_KEPT = 100, 100  # some pages of each
+ERRORS_KEPT, ACTIONS_KEPT = 100, 100  # some pages of each
 TEXT_CHARS_MAX = 500  # of a line; some quote what another machine said
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class LoggedError(msgspec.Struct, frozen=True):
     text: str
 
 
-class Deed(msgspec.Struct, frozen=True):
+class LoggedAction(msgspec.Struct, frozen=True):
     """What an admin had this node do. `clock` is in seconds since 1970; `what` is a verb of the page's."""
 
     clock: float
@@ -40,7 +40,7 @@ class Journal(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.errors: deque[LoggedError] = deque(maxlen=ERRORS_KEPT)
-        self.deeds: deque[Deed] = deque(maxlen=DEEDS_KEPT)
+        self.actions: deque[LoggedAction] = deque(maxlen=ACTIONS_KEPT)
         self.addFilter(Sparing())
         logging.getLogger().addHandler(self)
 
@@ -51,7 +51,7 @@ class Journal(logging.Handler):
 
     def note(self, who: str, what: str, about: str = "") -> None:
         """An admin had that done; it is logged, too."""
-        self.deeds.append(Deed(time.time(), who, what, about))
+        self.actions.append(LoggedAction(time.time(), who, what, about))
         log.info("%s had it done from the page: %s %s", who, what, about)
 
     def close(self) -> None:

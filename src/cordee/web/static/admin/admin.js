@@ -1,7 +1,7 @@
 /** The page `admin`: letting machines and people in and out, what was used, and what went wrong. */
-import { ask, Asking, faultOf } from "../house/ask.js";
-import { isSilent, me, refreshMe, useOverview } from "../house/live.js";
-import { day, layersText, listing, stateOf } from "../house/words.js";
+import { ask, Asking, faultOf } from "../common/ask.js";
+import { isSilent, me, refreshMe, useOverview } from "../common/live.js";
+import { day, layersText, listing, stateOf } from "../common/words.js";
 import { json } from "../shell/api.js";
 import { t } from "../shell/i18n.js";
 import { SignIn } from "../shell/session.js";
@@ -37,7 +37,7 @@ export default function Admin({ session }) {
   if (now === null) {
     return html`<div class="page" aria-busy=${!silent}>
       <h1>${t("admin.title")}</h1>
-      <p>${t(silent ? "house.silent" : "house.waiting")}</p>
+      <p>${t(silent ? "common.silent" : "common.waiting")}</p>
     </div>`;
   }
   if (!admin) {
@@ -50,16 +50,16 @@ export default function Admin({ session }) {
   return html`
     <div class="page">
       <h1>${t("admin.title")}</h1>
-      ${silent && html`<p role="alert" class="fault">${t("house.silent")}</p>`}
+      ${silent && html`<p role="alert" class="fault">${t("common.silent")}</p>`}
       ${fault && html`<p role="alert" class="fault">${fault}</p>`}
       <${Asking} />
-      ${facts && html`<${House} now=${now} facts=${facts} look=${look} />`}
+      ${facts && html`<${Administration} now=${now} facts=${facts} look=${look} />`}
     </div>
   `;
 }
 
 /** @param {{now: any, facts: any, look: () => void}} props */
-function House({ now, facts, look }) {
+function Administration({ now, facts, look }) {
   const isCluster = now.kind === "cluster";
   const elsewhere = !facts.here.is_admin && isCluster;
   return html`
@@ -81,11 +81,11 @@ function House({ now, facts, look }) {
         </li>`,
       )}
     <//>
-    <${Log} id="deeds" title=${t("admin.deeds")} none=${t("admin.deeds.none")}>
-      ${facts.deeds.map(
+    <${Log} id="actions" title=${t("admin.actions")} none=${t("admin.actions.none")}>
+      ${facts.actions.map(
         (/** @type {any} */ each) => html`<li>
           <time>${day(each.clock)}</time>
-          ${t(`admin.deed.${each.what}`, { who: each.who === "(this machine)" ? t("admin.usage.here") : each.who, about: each.about })}
+          ${t(`admin.action.${each.what}`, { who: each.who === "(this machine)" ? t("admin.usage.here") : each.who, about: each.about })}
         </li>`,
       )}
     <//>
@@ -179,7 +179,7 @@ function Machine({ node }) {
         ${name} ${node.self && html`<span class="quiet">(${t("admin.here")})</span>`}
         ${node.admin && html` <span class="quiet">${t("admin.is_admin")}</span>`}
       </th>
-      <td><span class="chip ${stateOf(node)}">${t(`house.state.${stateOf(node)}`)}</span></td>
+      <td><span class="chip ${stateOf(node)}">${t(`common.state.${stateOf(node)}`)}</span></td>
       <td>
         ${node.stages.length === 0
           ? "–"

@@ -1,6 +1,6 @@
 /** People's keys: made, shown once, bounded, revoked; and what each has used at this machine. */
-import { ask } from "../house/ask.js";
-import { day } from "../house/words.js";
+import { ask } from "../common/ask.js";
+import { day } from "../common/words.js";
 import { number, t } from "../shell/i18n.js";
 import { html, useState } from "../vendor/preact.js";
 import { Secret } from "./secret.js";

@@ -1,7 +1,7 @@
 /** The page `cluster`: the machines as they are connected, what runs where and why, and what changed lately. */
-import { Asking } from "../house/ask.js";
-import { isSilent, useOverview, useScenes } from "../house/live.js";
-import { Verdict } from "../house/verdict.js";
+import { Asking } from "../common/ask.js";
+import { isSilent, useOverview, useSnapshots } from "../common/live.js";
+import { Verdict } from "../common/verdict.js";
 import {
   clock,
   day,
@@ -13,7 +13,7 @@ import {
   power,
   speed,
   stateOf,
-} from "../house/words.js";
+} from "../common/words.js";
 import { bytes, t } from "../shell/i18n.js";
 import { useStore } from "../shell/store.js";
 import { html, useState } from "../vendor/preact.js";
@@ -24,28 +24,28 @@ const CHANGES_SHOWN = 30;
 
 export default function Cluster() {
   const now = useOverview();
-  const scenes = useScenes();
+  const snapshots = useSnapshots();
   const silent = useStore(isSilent);
-  const [at, setAt] = useState(/** @type {number | null} */ (null)); // the clock of the scene that is looked at
+  const [at, setAt] = useState(/** @type {number | null} */ (null)); // the clock of the snapshot that is looked at
   if (now === null) {
     return html`<div class="page" aria-busy=${!silent}>
       <h1>${t("cluster.title")}</h1>
-      <p>${t(silent ? "house.silent" : "house.waiting")}</p>
+      <p>${t(silent ? "common.silent" : "common.waiting")}</p>
     </div>`;
   }
-  const index = at === null ? -1 : scenes.findIndex((scene) => scene.clock === at);
-  const scene = index < 0 ? null : scenes[index];
+  const index = at === null ? -1 : snapshots.findIndex((snapshot) => snapshot.clock === at);
+  const snapshot = index < 0 ? null : snapshots[index];
   return html`
     <div class="page">
       <h1>${t("cluster.title")}</h1>
-      <p role="status" class="health">${silent ? t("house.silent") : health(now)}</p>
+      <p role="status" class="health">${silent ? t("common.silent") : health(now)}</p>
       ${now.warnings.map((/** @type {string} */ each) => html`<p class="fault" lang="en">${each}</p>`)}
-      ${scenes.length > 1 && html`<${Timeline} scenes=${scenes} index=${index} choose=${setAt} />`}
-      ${scene ? html`<${Past} scene=${scene} />` : html`<${Present} now=${now} />`}
+      ${snapshots.length > 1 && html`<${Timeline} snapshots=${snapshots} index=${index} choose=${setAt} />`}
+      ${snapshot ? html`<${Past} snapshot=${snapshot} />` : html`<${Present} now=${now} />`}
       <${Models} now=${now} />
       <${UnderWay} now=${now} />
       <${Machines} now=${now} />
-      <${Lately} scenes=${scenes} changes=${now.changes} choose=${setAt} />
+      <${Lately} snapshots=${snapshots} changes=${now.changes} choose=${setAt} />
       <${Asking} />
     </div>
   `;
@@ -74,37 +74,37 @@ function Present({ now }) {
   return html`<${ClusterMap} machines=${machines} flows=${flowsOf(now.models)} links=${now.links} models=${models} />`;
 }
 
-/** The map as it was. @param {{scene: any}} props */
-function Past({ scene }) {
-  const machines = scene.nodes.map((/** @type {any} */ node) => ({
+/** The map as it was. @param {{snapshot: any}} props */
+function Past({ snapshot }) {
+  const machines = snapshot.nodes.map((/** @type {any} */ node) => ({
     ...node,
     self: false,
     watts: null,
     devices: [],
-    stages: scene.models.flatMap((/** @type {any} */ model) =>
+    stages: snapshot.models.flatMap((/** @type {any} */ model) =>
       model.stages
         .filter((/** @type {any} */ each) => each[0] === node.id)
         .map((/** @type {any} */ each) => ({ model: model.name, layers: [each[1], each[2]] })),
     ),
   }));
-  const models = scene.models.map((/** @type {any} */ model) => ({
+  const models = snapshot.models.map((/** @type {any} */ model) => ({
     name: model.name,
     placements: [{ active: 0, stages: model.stages.map((/** @type {any} */ each) => ({ node: each[0] })) }],
   }));
   const names = models.map((/** @type {any} */ each) => each.name);
   return html`<div class="past">
-    <p>${t("cluster.past", { clock: clock(scene.clock) })}</p>
+    <p>${t("cluster.past", { clock: clock(snapshot.clock) })}</p>
     <${ClusterMap} machines=${machines} flows=${flowsOf(models)} links=${[]} models=${names} />
   </div>`;
 }
 
-/** @param {{scenes: any[], index: number, choose: (at: number | null) => void}} props */
-function Timeline({ scenes, index, choose }) {
-  const last = scenes.length - 1;
+/** @param {{snapshots: any[], index: number, choose: (at: number | null) => void}} props */
+function Timeline({ snapshots, index, choose }) {
+  const last = snapshots.length - 1;
   const shown = index < 0 ? last : index;
-  const said = index < 0 ? t("cluster.now") : clock(scenes[shown].clock);
+  const said = index < 0 ? t("cluster.now") : clock(snapshots[shown].clock);
   /** @param {number} to */
-  const go = (to) => choose(to >= last ? null : scenes[Math.max(0, to)].clock);
+  const go = (to) => choose(to >= last ? null : snapshots[Math.max(0, to)].clock);
   return html`
     <div class="timeline">
       <label for="moment">${t("cluster.moment")} <strong>${said}</strong></label>
@@ -146,7 +146,7 @@ function Model({ model }) {
   const state = modelState(model);
   return html`
     <div class="model">
-      <h3>${model.name}</h3> <span class="chip ${state}">${t(`house.model.${state}`)}</span>
+      <h3>${model.name}</h3> <span class="chip ${state}">${t(`common.model.${state}`)}</span>
       ${model.placements.map(
         (/** @type {any} */ placement) => html`
           <p>
@@ -196,7 +196,7 @@ function UnderWay({ now }) {
       ${all.map(
         (each) => html`
           <label>
-            ${each.text} (${t("house.of", { done: bytes(each.done_bytes), total: bytes(each.total_bytes) })})
+            ${each.text} (${t("common.of", { done: bytes(each.done_bytes), total: bytes(each.total_bytes) })})
             <progress max=${each.total_bytes || 1} value=${each.done_bytes}></progress>
           </label>
         `,
@@ -229,7 +229,7 @@ function Machines({ now }) {
                 <tr key=${node.id}>
                   <th scope="row">${node.name}${node.self && html` <span class="quiet">(${t("cluster.here")})</span>`}</th>
                   <td>
-                    <span class="chip ${stateOf(node)}">${t(`house.state.${stateOf(node)}`)}</span>
+                    <span class="chip ${stateOf(node)}">${t(`common.state.${stateOf(node)}`)}</span>
                     ${node.state !== "alive" &&
                     node.last_heard &&
                     html`<br /><span class="quiet">${t("cluster.heard", { when: day(node.last_heard) })}</span>`}
@@ -272,9 +272,9 @@ function reasonOf(text) {
   return /\((.*)\)$/.exec(text)?.[1] ?? "";
 }
 
-/** @param {{scenes: any[], changes: any[], choose: (at: number | null) => void}} props */
-function Lately({ scenes, changes, choose }) {
-  const found = changesOf(scenes).slice(-CHANGES_SHOWN).reverse();
+/** @param {{snapshots: any[], changes: any[], choose: (at: number | null) => void}} props */
+function Lately({ snapshots, changes, choose }) {
+  const found = changesOf(snapshots).slice(-CHANGES_SHOWN).reverse();
   return html`
     <section aria-labelledby="lately-title">
       <h2 id="lately-title">${t("cluster.lately")}</h2>

@@ -1,14 +1,14 @@
-/** What changed from one scene to the next, for people; pure. */
+/** What changed from one snapshot to the next, for people; pure. */
 
 /** @typedef {{clock: number, key: string, values: Record<string, any>, model: string}} Change */
 
 /**
  * All changes, the oldest first.
- * @param {any[]} scenes the oldest first
+ * @param {any[]} snapshots the oldest first
  * @returns {Change[]}
  */
-export function changesOf(scenes) {
-  return scenes.flatMap((scene, index) => (index === 0 ? [] : between(scenes[index - 1], scene)));
+export function changesOf(snapshots) {
+  return snapshots.flatMap((snapshot, index) => (index === 0 ? [] : between(snapshots[index - 1], snapshot)));
 }
 
 /**

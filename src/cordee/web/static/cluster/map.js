@@ -4,7 +4,7 @@
  */
 import { bytes, t } from "../shell/i18n.js";
 import { html, useEffect, useRef, useState } from "../vendor/preact.js";
-import { lentBytes, milliseconds, power, speed, stateOf, usedBytes } from "../house/words.js";
+import { lentBytes, milliseconds, power, speed, stateOf, usedBytes } from "../common/words.js";
 import { arrange, way } from "./layout.js";
 
 const ROWS_MAX = 4; // stages shown on a card; the table has all
@@ -150,8 +150,8 @@ function Card({ machine, box, models }) {
   const room = box.width - 24;
   const more = machine.stages.length - ROWS_MAX;
   const said = [
-    t(`house.state.${state}`),
-    lent ? t("house.memory", { used: bytes(usedBytes(machine)), lent: bytes(lent) }) : "",
+    t(`common.state.${state}`),
+    lent ? t("common.memory", { used: bytes(usedBytes(machine)), lent: bytes(lent) }) : "",
     power(machine.watts),
   ];
   return html`

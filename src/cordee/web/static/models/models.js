@@ -1,8 +1,8 @@
 /** The page `models`: what the machines serve and have, and what could be fetched, with the verdict before it is. */
-import { ask, Asking } from "../house/ask.js";
-import { isSilent, me, useOverview } from "../house/live.js";
-import { Verdict } from "../house/verdict.js";
-import { layersText, listing, modelState } from "../house/words.js";
+import { ask, Asking } from "../common/ask.js";
+import { isSilent, me, useOverview } from "../common/live.js";
+import { Verdict } from "../common/verdict.js";
+import { layersText, listing, modelState } from "../common/words.js";
 import { json } from "../shell/api.js";
 import { bytes, number, t } from "../shell/i18n.js";
 import { useStore } from "../shell/store.js";
@@ -21,7 +21,7 @@ export default function Models() {
   if (now === null || known === null) {
     return html`<div class="page" aria-busy=${!silent}>
       <h1>${t("models.title")}</h1>
-      <p>${t(silent ? "house.silent" : "house.waiting")}</p>
+      <p>${t(silent ? "common.silent" : "common.waiting")}</p>
     </div>`;
   }
   const served = now.models.filter((/** @type {any} */ each) => each.deployed);
@@ -43,7 +43,7 @@ export default function Models() {
   return html`
     <div class="page">
       <h1>${t("models.title")}</h1>
-      ${silent && html`<p role="alert" class="fault">${t("house.silent")}</p>`}
+      ${silent && html`<p role="alert" class="fault">${t("common.silent")}</p>`}
       ${!admin && html`<p class="quiet">${t("models.only_look")}</p>`}
       <${Asking} />
       <${Pulls} pulls=${now.pulls} admin=${admin} />
@@ -80,7 +80,7 @@ function Here({ model, admin, stored, kind }) {
   return html`
     <li>
       <div>
-        <h3>${model.name} <span class="chip ${state}">${t(`house.model.${state}`)}</span></h3>
+        <h3>${model.name} <span class="chip ${state}">${t(`common.model.${state}`)}</span></h3>
         <p class="quiet">
           ${bytes(model.weights_bytes)}
           ${model.offered_by.length > 0 && ` · ${t("models.whole_on", { names: listing(model.offered_by) })}`}
@@ -199,7 +199,7 @@ function Pull({ pull, admin }) {
       ${isRunning &&
       html`<label class="wide-line">
         ${pull.total_bytes
-          ? t("house.of", { done: bytes(pull.done_bytes), total: bytes(pull.total_bytes) })
+          ? t("common.of", { done: bytes(pull.done_bytes), total: bytes(pull.total_bytes) })
           : t("models.pull.begins")}
         <progress max=${pull.total_bytes || 1} value=${pull.done_bytes}></progress>
       </label>`}

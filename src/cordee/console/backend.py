@@ -8,7 +8,7 @@ from cordee.agent import control
 from cordee.models.store import Store
 
 
-class House(Protocol):
+class ConsoleBackend(Protocol):
     """The machines that this program knows, as the pages see them. All methods on one event loop.
 
     Raises (each that does something):
@@ -21,7 +21,7 @@ class House(Protocol):
         """The machines, how they are connected, what runs where, what is under way."""
         ...
 
-    def scenes(self) -> list[Any]:
+    def snapshots(self) -> list[Any]:
         """What there was before: see agent/history.py."""
         ...
 

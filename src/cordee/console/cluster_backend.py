@@ -28,8 +28,8 @@ RTT_DIGITS = 4  # tenths of a millisecond: what lies below changes with every me
 LINKS_MAX = 2000  # round-trip times that are sent: those of 64 machines
 
 
-class ClusterHouse:
-    """See House and the module's docstring."""
+class ClusterBackend:
+    """See ConsoleBackend and the module's docstring."""
 
     def __init__(self, agent: Agent, store: Store) -> None:
         self.store = store
@@ -40,19 +40,19 @@ class ClusterHouse:
         self.add_key, self.remove_key = actions.add_key, actions.remove_key
 
     async def overview(self) -> dict[str, Any]:
-        """See House."""
+        """See ConsoleBackend."""
         nodes, status = await self._actions.nodes(EMPTY), await self._actions.status(EMPTY)
         for node in nodes["nodes"]:
             if node["state"] == "alive":
                 node["last_heard"] = None  # now: it would be another value each time
         return {"kind": "cluster", **status, **nodes, "links": self._links()}
 
-    def scenes(self) -> list[Any]:
-        """See House."""
-        return [_scene(each) for each in self._agent.history.scenes]
+    def snapshots(self) -> list[Any]:
+        """See ConsoleBackend."""
+        return [_snapshot(each) for each in self._agent.history.snapshots]
 
     async def fit(self, model: str, *, asks_hub: bool) -> dict[str, Any]:
-        """See House."""
+        """See ConsoleBackend."""
         shape, asked = await self._wanted(model, asks_hub=asks_hub)
         known = self._agent.controller.chosen
         others = {
@@ -64,7 +64,7 @@ class ClusterHouse:
         return fit.answer(model, shape, alone, together)
 
     async def check_removal(self, name: str) -> None:
-        """See House."""
+        """See ConsoleBackend."""
         models = {each["name"]: each for each in (await self._actions.status(EMPTY))["models"]}
         if not is_elsewhere(name, models):
             raise BadRequest(
@@ -72,15 +72,15 @@ class ClusterHouse:
             )
 
     async def look(self) -> None:
-        """See House."""
+        """See ConsoleBackend."""
         await self._agent.look()
 
     def api_keys(self) -> Collection[ApiKey]:
-        """See House."""
+        """See ConsoleBackend."""
         return self._agent.api_keys.all()
 
     def admin_facts(self) -> dict[str, Any]:
-        """See House."""
+        """See ConsoleBackend."""
         agent = self._agent
         admins = [each.name for each in agent.members.admins]
         return {"is_admin": agent.identity.is_admin, "admins": admins, "name": agent.options.name}
@@ -115,10 +115,10 @@ class ClusterHouse:
         return found[:LINKS_MAX]
 
 
-def _scene(scene: Any) -> dict[str, Any]:
-    """A scene with names for its fields."""
+def _snapshot(snapshot: Any) -> dict[str, Any]:
+    """A snapshot with names for its fields."""
     return {
-        "clock": scene.clock,
-        "nodes": [each._asdict() for each in scene.nodes],
-        "models": [msgspec.to_builtins(each._asdict()) for each in scene.models],
+        "clock": snapshot.clock,
+        "nodes": [each._asdict() for each in snapshot.nodes],
+        "models": [msgspec.to_builtins(each._asdict()) for each in snapshot.models],
     }

@@ -31,7 +31,7 @@ export function faultOf(error) {
   if (!(error instanceof ApiError)) return String(error);
   const isPlain = error.code === "unreachable" || error.words !== t("shell.error.other");
   if (isPlain || !error.message) return error.words;
-  return html`${t("house.fault")} <q lang="en">${error.message}</q>`;
+  return html`${t("common.fault")} <q lang="en">${error.message}</q>`;
 }
 
 /** The dialog and the line; one of them on each page. */
@@ -73,7 +73,7 @@ function Dialog({ asked }) {
       ${asked.body}
       <p class="fault" role="alert">${fault}</p>
       <div class="answers">
-        <button onClick=${() => dialog.current?.close()}>${t("house.cancel")}</button>
+        <button onClick=${() => dialog.current?.close()}>${t("common.cancel")}</button>
         <button class=${asked.danger ? "danger" : "primary"} disabled=${isBusy} onClick=${act}>${asked.action}</button>
       </div>
     </dialog>

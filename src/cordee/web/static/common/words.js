@@ -10,25 +10,25 @@ export function listing(names) {
 export function layersText(layers) {
   if (!layers) return "";
   const [first, last] = [layers[0], layers[1] - 1];
-  return t(first === last ? "house.layer" : "house.layers", { first, last });
+  return t(first === last ? "common.layer" : "common.layers", { first, last });
 }
 
 /** @param {number | null | undefined} value */
 export function speed(value) {
   if (value === null || value === undefined) return "";
-  return t("house.speed", { speed: number(value, { maximumFractionDigits: value < 10 ? 1 : 0 }) });
+  return t("common.speed", { speed: number(value, { maximumFractionDigits: value < 10 ? 1 : 0 }) });
 }
 
 /** @param {number | null | undefined} seconds */
 export function milliseconds(seconds) {
   if (seconds === null || seconds === undefined) return "";
   const value = seconds * 1000;
-  return t("house.milliseconds", { value: number(value, { maximumFractionDigits: value < 10 ? 1 : 0 }) });
+  return t("common.milliseconds", { value: number(value, { maximumFractionDigits: value < 10 ? 1 : 0 }) });
 }
 
 /** @param {number | null | undefined} watts */
 export function power(watts) {
-  return watts === null || watts === undefined ? "" : t("house.watts", { value: number(watts, { maximumFractionDigits: 0 }) });
+  return watts === null || watts === undefined ? "" : t("common.watts", { value: number(watts, { maximumFractionDigits: 0 }) });
 }
 
 /** Whether a machine answers, or works. @param {any} node */
@@ -49,7 +49,7 @@ export function usedBytes(node) {
 /** @param {any} node */
 export function memoryText(node) {
   const lent = lentBytes(node);
-  return lent ? t("house.memory", { used: bytes(usedBytes(node)), lent: bytes(lent) }) : "";
+  return lent ? t("common.memory", { used: bytes(usedBytes(node)), lent: bytes(lent) }) : "";
 }
 
 /** What is wrong with a model, or how it is. @param {any} model */

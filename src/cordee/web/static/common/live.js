@@ -10,7 +10,7 @@ import { useEffect } from "../vendor/preact.js";
 const EVERY_MILLISECONDS = 1000;
 const ANSWER_MILLISECONDS = 10_000; // a node that has not answered by then is said not to answer
 
-await loadWords("house");
+await loadWords("common");
 
 /** Whether the node does not answer at the moment. */
 export const isSilent = makeStore(false);
@@ -76,7 +76,7 @@ function hear(answers) {
 }
 
 const overview = new Watched("/console/overview");
-const scenes = new Watched("/console/scenes");
+const snapshots = new Watched("/console/snapshots");
 
 /** Ask anew how the machines are: something was done. */
 export function hurry() {
@@ -96,6 +96,6 @@ export function useOverview() {
 }
 
 /** What there was before, the oldest first; see src/cordee/agent/history.py. @returns {any[]} */
-export function useScenes() {
-  return scenes.use() ?? [];
+export function useSnapshots() {
+  return snapshots.use() ?? [];
 }

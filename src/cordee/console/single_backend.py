@@ -28,8 +28,8 @@ CLUSTER_NEEDED = (
 )
 
 
-class SingleHouse:
-    """See House and the module's docstring. `services` are those that are served, by name."""
+class SingleBackend:
+    """See ConsoleBackend and the module's docstring. `services` are those that are served, by name."""
 
     def __init__(self, services: Mapping[str, LocalService], store: Store) -> None:
         self.store = store
@@ -38,7 +38,7 @@ class SingleHouse:
         self._name = platform.node() or "localhost"
 
     async def overview(self) -> dict[str, Any]:
-        """See House."""
+        """See ConsoleBackend."""
         found = [service.status() for service in self._services.values()]
         watts, name = self._meter.watts(), self._name
         node = {
@@ -67,12 +67,12 @@ class SingleHouse:
             "watts": watts,
         }
 
-    def scenes(self) -> list[Any]:
-        """See House."""
+    def snapshots(self) -> list[Any]:
+        """See ConsoleBackend."""
         return []
 
     async def fit(self, model: str, *, asks_hub: bool) -> dict[str, Any]:
-        """See House; the hub is not asked."""
+        """See ConsoleBackend; the hub is not asked."""
         wanted = await asyncio.to_thread(planned.of_name, self.store, model)
         if wanted is None:
             raise ModelNotFound(
@@ -85,48 +85,48 @@ class SingleHouse:
         return fit.answer(model, wanted.shape, alone, found)
 
     async def deploy(self, asked: control.Deploy) -> Any:
-        """See House."""
+        """See ConsoleBackend."""
         raise NotOffered(f"{CLUSTER_NEEDED}; or start `cordee serve {asked.model}`")
 
     async def undeploy(self, asked: control.Undeploy) -> Any:
-        """See House."""
+        """See ConsoleBackend."""
         raise NotOffered(f"{asked.model} is served as long as `cordee serve` runs: {CLUSTER_NEEDED}")
 
     async def check_removal(self, name: str) -> None:
-        """See House."""
+        """See ConsoleBackend."""
         if name in self._services:
             raise BadRequest(f"{name} is being served here: confirm that it is to go all the same.", "last")
 
     async def look(self) -> None:
-        """See House: nobody else looks at the store."""
+        """See ConsoleBackend: nobody else looks at the store."""
 
     async def invite(self, asked: control.Invite) -> Any:
-        """See House."""
+        """See ConsoleBackend."""
         raise NotOffered(CLUSTER_NEEDED)
 
     async def drain(self, asked: control.Drain) -> Any:
-        """See House."""
+        """See ConsoleBackend."""
         raise NotOffered(CLUSTER_NEEDED)
 
     async def remove(self, asked: control.Remove) -> Any:
-        """See House."""
+        """See ConsoleBackend."""
         raise NotOffered(CLUSTER_NEEDED)
 
     def api_keys(self) -> Collection[ApiKey]:
-        """See House."""
+        """See ConsoleBackend."""
         return KeysFile(folder()).read()
 
     async def add_key(self, asked: control.AddKey) -> Any:
-        """See House."""
+        """See ConsoleBackend."""
         return {"key": self._keys().add(asked.name, control.bounds_of(asked))}
 
     async def remove_key(self, asked: control.RemoveKey) -> Any:
-        """See House."""
+        """See ConsoleBackend."""
         self._keys().remove(asked.name)
         return control.Empty()
 
     def admin_facts(self) -> dict[str, Any]:
-        """See House."""
+        """See ConsoleBackend."""
         return {"is_admin": not identity.exists(), "admins": [], "name": self._name}
 
     def _keys(self) -> NodeKeys:

@@ -21,29 +21,29 @@ export function Verdict({ model }) {
     };
   }, [model]);
   if (fault) return html`<p class="fault" role="alert">${fault}</p>`;
-  if (!found) return html`<p class="quiet" aria-busy="true">${t("house.fit.looking")}</p>`;
+  if (!found) return html`<p class="quiet" aria-busy="true">${t("common.fit.looking")}</p>`;
   const { together, machines } = found;
   return html`
     <div class="verdict">
       <p class=${together.fits ? "good" : "fault"}>${sentence(together)}</p>
       ${together.fits && together.lacks && html`<p class="quiet" lang="en">${together.lacks}</p>`}
       <table>
-        <caption>${t("house.fit.caption", { size: bytes(found.weights_bytes) })}</caption>
+        <caption>${t("common.fit.caption", { size: bytes(found.weights_bytes) })}</caption>
         <thead>
           <tr>
-            <th scope="col">${t("house.fit.where")}</th>
-            <th scope="col">${t("house.fit.fits")}</th>
-            <th scope="col">${t("house.fit.speed")}</th>
+            <th scope="col">${t("common.fit.where")}</th>
+            <th scope="col">${t("common.fit.fits")}</th>
+            <th scope="col">${t("common.fit.speed")}</th>
           </tr>
         </thead>
         <tbody>
           ${machines.map((/** @type {any} */ each) => html`<${Row} name=${each.name} found=${each} />`)}
           ${machines.length > 1 &&
-          html`<${Row} name=${t("house.fit.together")} found=${together} />`}
+          html`<${Row} name=${t("common.fit.together")} found=${together} />`}
         </tbody>
       </table>
       <details>
-        <summary>${t("house.fit.why")}</summary>
+        <summary>${t("common.fit.why")}</summary>
         <p lang="en">${together.why}</p>
         <ul lang="en">
           ${together.machines.map((/** @type {any} */ each) => html`<li><strong>${each.name}</strong>: ${each.why}</li>`)}
@@ -55,9 +55,9 @@ export function Verdict({ model }) {
 
 /** @param {any} together */
 function sentence(together) {
-  if (!together.fits) return t("house.fit.no");
-  if (together.stages.length === 1) return t("house.fit.alone", { speed: speed(together.tokens_per_second) });
-  return t("house.fit.shared", { count: together.stages.length, speed: speed(together.tokens_per_second) });
+  if (!together.fits) return t("common.fit.no");
+  if (together.stages.length === 1) return t("common.fit.alone", { speed: speed(together.tokens_per_second) });
+  return t("common.fit.shared", { count: together.stages.length, speed: speed(together.tokens_per_second) });
 }
 
 /** @param {{name: string, found: any}} props */
@@ -67,7 +67,7 @@ function Row({ name, found }) {
     <tr>
       <th scope="row">${name}</th>
       <td>
-        ${t(found.fits ? "house.yes" : "house.no")}
+        ${t(found.fits ? "common.yes" : "common.no")}
         ${parts &&
         html`<br /><span class="quiet">
             ${found.stages.map((/** @type {any} */ each) => `${each.name}: ${layersText(each.layers)}`).join(", ")}
