@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cordee.console.single_house import SingleHouse
+from cordee.console.single_backend import SingleBackend
 from starlette.types import ASGIApp
 
 from cordee.api.authenticator import Authenticator
@@ -164,7 +164,7 @@ def running(
             timing=timing or Timing(),
             samples=samples(server.services),
             console=Console(
-                SingleHouse(server.services, store), authenticator.ledger if authenticator else None
+                SingleBackend(server.services, store), authenticator.ledger if authenticator else None
             ),
         )
         serving = asyncio.run_coroutine_threadsafe(serve(app, listener), server.loop)
