@@ -160,7 +160,7 @@ function Card({ machine, box, models }) {
       <circle class="lamp" cx="18" cy="20" r="5" />
       <text class="title" x="32" y="25">${cut(machine.name, room - 20, 8.6)}</text>
       ${machine.self && html`<text class="self" x=${box.width - 12} y="25" text-anchor="end">${t("cluster.here")}</text>`}
-      <text class="said" x="12" y="46">${cut(said.filter(Boolean).join(" · "), room, 6.6)}</text>
+      <text class="said" x="12" y="46">${cut(said.filter(Boolean).join(" · "), room, 6.3)}</text>
       <rect class="lent" x="12" y="55" width=${room} height="6" rx="3" />
       ${share > 0 && html`<rect class="used" x="12" y="55" width=${Math.max(3, room * share)} height="6" rx="3" />`}
       ${machine.stages.slice(0, ROWS_MAX).map(
