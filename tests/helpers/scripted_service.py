@@ -69,6 +69,7 @@ class ScriptedService:
 
     context = CONTEXT
     health = "ready"
+    ready = True
 
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
@@ -101,6 +102,20 @@ class ScriptedService:
         reason = "length" if limit < len(pieces) else "stop"
         done = min(limit, len(pieces))
         yield TextChunk(text="", finish_reason=reason, stop=stop, **counts, completion_tokens=done)
+
+    def status(self) -> dict[str, Any]:
+        """In the form of LocalService: it has no stages."""
+        return {
+            "model": self.name,
+            "digest": "",
+            "placement": "",
+            "context": CONTEXT,
+            "sequences": 1,
+            "queue": 0,
+            "active": 0,
+            "tokens_per_second": 0.0,
+            "stages": [],
+        }
 
     async def close(self) -> None:
         """Free the vocabulary."""

@@ -23,6 +23,7 @@ export function Composer({ isBusy, canSend, dropped, onTaken, onSend, onStop }) 
   const [files, setFiles] = useState(/** @type {Attached[]} */ ([]));
   const [fault, setFault] = useState("");
   const [reading, setReading] = useState(0);
+  const [waits, setWaits] = useState(false); // to be sent as soon as a model is known and all files are read
   const area = useRef(/** @type {HTMLTextAreaElement | null} */ (null));
   const picker = useRef(/** @type {HTMLInputElement | null} */ (null));
 
@@ -59,12 +60,16 @@ export function Composer({ isBusy, canSend, dropped, onTaken, onSend, onStop }) 
   const isReady = canSend && !isBusy && reading === 0 && (text.trim() !== "" || files.length > 0);
   const send = (/** @type {Event} */ event) => {
     event.preventDefault();
-    if (!isReady) return;
+    if (!isBusy && (area.current?.value.trim() || files.length > 0)) setWaits(true);
+  };
+  useEffect(() => {
+    if (!waits || !isReady) return;
+    setWaits(false);
     onSend(text.trim(), files);
     setText("");
     setFiles([]);
     setFault("");
-  };
+  }, [waits, isReady]);
   /** @param {KeyboardEvent} event */
   const press = (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
@@ -123,7 +128,10 @@ export function Composer({ isBusy, canSend, dropped, onTaken, onSend, onStop }) 
           aria-label=${t("chat.question")}
           placeholder=${t("chat.question.placeholder")}
           value=${text}
-          onInput=${(/** @type {any} */ event) => setText(event.target.value)}
+          onInput=${(/** @type {any} */ event) => {
+            setText(event.target.value);
+            setWaits(false);
+          }}
           onKeyDown=${press}
           onPaste=${paste}
         ></textarea>

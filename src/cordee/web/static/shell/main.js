@@ -29,12 +29,13 @@ function path() {
 async function open() {
   const wanted = path();
   const name = PAGES[wanted];
+  const style = new URL(`../${name}/${name}.css`, import.meta.url).href;
   try {
-    const [module] = await Promise.all([
-      import(`../${name}/${name}.js`),
-      loadWords(name),
-      loadStyle(new URL(`../${name}/${name}.css`, import.meta.url).href),
-    ]);
+    const [module] = await Promise.all([import(`../${name}/${name}.js`), loadWords(name), loadStyle(style)]);
+    if (wanted !== path()) return; // somebody went on meanwhile
+    for (const link of document.querySelectorAll("link.of-page")) {
+      /** @type {HTMLLinkElement} */ (link).disabled = /** @type {HTMLLinkElement} */ (link).href !== style;
+    }
     fault.set("");
     shown.set({ path: wanted, component: module.default });
     document.title = `${t(`shell.page.${name}`)} · Cordée`;
@@ -52,6 +53,7 @@ function loadStyle(url) {
   if (document.querySelector(`link[href="${CSS.escape(url)}"]`)) return Promise.resolve();
   const link = document.createElement("link");
   link.rel = "stylesheet";
+  link.className = "of-page"; // and of no other: pages use the same names for different things
   link.href = url;
   return new Promise((resolve, reject) => {
     link.onload = () => resolve();
