@@ -35,7 +35,7 @@ chat: setup
 	@if [ -t 0 ]; then set -m; fi; $(bin)/cordee demo
 
 test: lint ## all that a change must pass: lint and the short tests; COVERAGE=1 reports what they run (slower)
-	@$(bin)/python -m pytest -n 2 --dist loadgroup $(if $(COVERAGE),--cov)
+	@$(bin)/python -m pytest -n 2 --dist loadfile $(if $(COVERAGE),--cov)
 
 test-long: lint ## the short tests and those that take minutes
 	@$(bin)/python -m pytest -m ''

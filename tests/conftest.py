@@ -43,14 +43,6 @@ def short_path() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares fixtures runs in one process: the tests of a file, and those of the hosts in namespaces."""
-    for item in items:
-        folder, file = item.path.parent, item.path
-        item.add_marker(pytest.mark.xdist_group(str(folder if folder.name == "namespaces" else file)))
-
-
 @pytest.fixture(scope="session")
 def starter_path() -> Path:
     """The starter model's file: CORDEE_TEST_STARTER, or where `make setup` puts it."""

@@ -21,6 +21,15 @@ RARE = (
     "heartbeats sent earlier are old for ever",
     "any gain is worth a move",
 )
+# And those that a change does not wait for.
+SLOW = (
+    "revoked nodes are allowed",
+    "times from the future are believed",
+    "memory is given out twice",
+    "a wiring left is entered again",
+    "the last deployment to arrive wins",
+    "draining nodes keep their stages",
+)
 
 
 def test_clusters_come_to_rest_and_streams_are_whole_whatever_happens() -> None:
@@ -39,7 +48,9 @@ def test_a_seed_is_a_run() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.long if name in RARE else ())
+        pytest.param(
+            name, marks=pytest.mark.long if name in RARE else pytest.mark.slow if name in SLOW else ()
+        )
         for name in MUTATIONS | STALL_MUTATIONS
     ],
 )

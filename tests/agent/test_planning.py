@@ -155,6 +155,7 @@ async def planned_again(one: Looking) -> None:
             await asyncio.sleep(0.02)
 
 
+@pytest.mark.slow
 @in_a_loop
 async def test_a_process_that_is_killed_is_a_reason_and_another_answers(monkeypatch):
     monkeypatch.setattr(planning, "RETRY_SECONDS", 0.2)

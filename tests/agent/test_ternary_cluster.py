@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from checkpoint_files import vocabulary_size, write_checkpoint
 from cluster_processes import Cluster, Node, until
 from cordee.distribution.pull import pull
@@ -37,6 +39,7 @@ def stages(node: Node) -> list[dict]:
     return next((each["stages"] for each in placements if each["state"] == "serving"), [])
 
 
+@pytest.mark.slow
 def test_a_ternary_checkpoint_is_served_by_two_nodes_as_by_one(tmp_path: Path) -> None:
     shape = {"rope": "neox", "kv_heads": 8, "head_dim": 64, "n_vocab": vocabulary_size()}
     weights = Weights(replace(FAMILIES["llama"], **shape), 3)

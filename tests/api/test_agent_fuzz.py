@@ -121,6 +121,7 @@ def answered(server: Running, path: str, body: dict[str, Any]) -> None:
         )
 
 
+@pytest.mark.slow
 @given(BODIES, st.sampled_from(PATHS))
 @settings(max_examples=60, suppress_health_check=list(HealthCheck))
 def test_no_body_makes_the_server_fail(

@@ -101,6 +101,7 @@ def test_a_prompt_is_scored_alike_in_every_company(server: Running) -> None:
     assert many[0]["logprobs"]["token_logprobs"][:9] == alone["logprobs"]["token_logprobs"][:9]
 
 
+@pytest.mark.slow
 def test_three_stages_score_as_one(server: Running, coder: Path, session_home: Path, tmp_path: Path) -> None:
     tokens = tokens_of(server)
     with running(coder, tmp_path, config=ServiceConfig(context=512), stages=3) as cut:

@@ -54,6 +54,7 @@ def test_what_is_not_offered_is_refused(server: Running) -> None:
         assert reply.json["error"]
 
 
+@pytest.mark.slow
 def test_fields_without_effect_are_named_in_the_reply(server: Running) -> None:
     rows = section("Fields without effect")
     found = [match["field"] for row in rows if (match := FIELD.match(row))]

@@ -227,6 +227,7 @@ def test_an_error_in_mid_stream_is_raised(starter_path: Path, session_home: Path
 # Many at once
 
 
+@pytest.mark.slow
 def test_eight_streams_at_once_are_what_each_is_alone(server: Running, client: openai.OpenAI) -> None:
     questions = [f"Tell me about the number {number}. " + "Really. " * number for number in range(8)]
 

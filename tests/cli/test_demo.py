@@ -105,7 +105,7 @@ def running(demo_home: Path) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.mark.parametrize(
     "how",
     [
-        "its parent is killed",
+        pytest.param("its parent is killed", marks=pytest.mark.slow),
         pytest.param("SIGKILL", marks=pytest.mark.slow),
         pytest.param("SIGTERM", marks=pytest.mark.long),
         pytest.param("SIGHUP", marks=pytest.mark.long),

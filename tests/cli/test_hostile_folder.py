@@ -68,6 +68,7 @@ def cordee(*arguments: str, folder: Path, environment: dict[str, str]) -> subpro
     )
 
 
+@pytest.mark.slow
 def test_an_answer_imports_nothing_from_the_current_folder(folder: Path, environment: dict[str, str]) -> None:
     options = ("--max-tokens", "4", "--stages", "2", "--fast")
     done = cordee("run", "starter", "Hello", *options, folder=folder, environment=environment)

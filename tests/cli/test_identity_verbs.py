@@ -196,6 +196,7 @@ def test_a_machine_that_restarts_often_is_no_copy(cluster: Cluster) -> None:
     assert not [said for said in a.asked("/nodes")["warnings"] if "as c" in said]
 
 
+@pytest.mark.slow
 def test_versions_that_do_not_understand_each_other_say_so_on_both_sides(cluster: Cluster) -> None:
     a, b, c = cluster.nodes.values()
     c.down()

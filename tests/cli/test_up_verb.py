@@ -72,6 +72,7 @@ def test_the_first_request_on_a_first_machine_is_answered(node: Node, starter_pa
     assert " INFO cordee.agent.history: starter: " in written and "Hello" not in written
 
 
+@pytest.mark.slow
 def test_with_a_local_key_only_who_can_read_it_is_answered(node: Node, starter_path: Path) -> None:
     node.up("--listen", "127.0.0.1:0", "--local-key", *QUIET)
     kept = node.home / "local-key"

@@ -62,6 +62,7 @@ def test_three_nodes_see_each_other(cluster: Cluster) -> None:
     assert len({node.told("nodes")["cluster"] for node in cluster.nodes.values()}) == 1
 
 
+@pytest.mark.slow
 def test_a_model_that_fits_no_node_is_answered_through_each(nodes: list[Node]) -> None:
     assert {hello(node) for node in nodes} == {hello(nodes[0])}
     placed = stages(nodes[0])
@@ -156,6 +157,7 @@ def test_status_says_why_a_model_runs_nowhere(nodes: list[Node]) -> None:
     assert "(did you mean starter?)" in nodes[0].cordee("deploy", "startr").stderr
 
 
+@pytest.mark.slow
 def test_where_memory_is_short_a_deployed_model_gets_fewer_answers(nodes: list[Node]) -> None:
     """Four answers of 8192 tokens take more than the three nodes lend."""
     told = nodes[1].cordee("deploy", "starter")
@@ -258,6 +260,7 @@ def test_a_code_with_a_slip_joins_nothing(tmp_path: Path) -> None:
     assert (done.returncode, (tmp_path / "cluster").exists()) == (12, False)
 
 
+@pytest.mark.slow
 def test_a_drained_node_gives_its_stages_away(nodes: list[Node]) -> None:
     """What fits on no other node stays, and the verb says so."""
     before = hello(nodes[0])

@@ -4,6 +4,7 @@ import math
 from random import Random
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ def test_two_machines_that_take_turns_are_clones_and_a_restart_is_not() -> None:
     assert clones.nodes(10.0) == {"c"}
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.floats(0.5, 900), st.booleans()), min_size=1, max_size=12),
     st.floats(0, REORDER_SECONDS),

@@ -25,6 +25,8 @@ CONFIG = StageConfig(context=256, sequences=4, batch_rows=128, threads=2)
 ODD_AND_EVEN = ([0, 9], [0, 4, 9], [0, 5, 9], [0, 3, 5, 9], [0, 2, 6, 9])
 # Architectures whose graph counts layers in steps of four.
 BOUNDS = {"smollm3": ([0, 12], [0, 4, 12], [0, 4, 8, 12]), "smallthinker": ([0, 17], [0, 8, 17])}
+# What most people run; the others are tried where there is more time.
+EVERYDAY = {"llama", "qwen2", "qwen3", "qwen3moe", "gemma3", "gpt-oss", "apertus"}
 
 
 class Cut:
@@ -120,10 +122,13 @@ def assert_equal_bits(whole: list[np.ndarray], cut_up: list[np.ndarray]) -> None
 def test_every_certified_architecture_is_tried_here() -> None:
     certified = {name for name, architecture in roster().items() if architecture.certified}
     assert certified == set(ARCHITECTURES)
-    assert {"llama", "qwen2", "qwen3", "qwen3moe", "gemma3", "gpt-oss", "apertus"} <= certified
+    assert certified >= EVERYDAY
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, marks=() if each in EVERYDAY else pytest.mark.slow) for each in ARCHITECTURES],
+)
 def test_cut_anywhere_gives_the_bits_of_the_whole(architecture: str, tmp_path: Path) -> None:
     all_bounds = BOUNDS.get(architecture, ODD_AND_EVEN)
     path = make_tiny(architecture, tmp_path / "whole.gguf", layers=all_bounds[0][-1])
@@ -143,6 +148,7 @@ def test_cut_anywhere_gives_the_bits_of_the_whole(architecture: str, tmp_path: P
     assert tried >= 2, "whole, and cut at least once"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", [[0, 30], [0, 15, 30], [0, 10, 20, 30], [0, 7, 19, 30]])
 def test_starter_cut_anywhere_gives_the_bits_of_the_whole(
     bounds: list[int], starter_path: Path, tmp_path: Path

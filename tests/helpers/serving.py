@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cordee.console.single_backend import SingleBackend
 from starlette.types import ASGIApp
 
 from cordee.api.authenticator import Authenticator
@@ -18,6 +17,7 @@ from cordee.api.keys import LocalKey
 from cordee.api.server import serve
 from cordee.api.stream import Timing
 from cordee.console.console import Console
+from cordee.console.single_backend import SingleBackend
 from cordee.endpoints.app import create_app
 from cordee.models.store import Store
 from cordee.serving.embedders import Embedders

@@ -72,6 +72,7 @@ def test_a_closed_firewall_is_seen_from_other_nodes(cluster: Cluster, closed: No
     assert seen.startswith(f"This machine cannot connect to {name} on TCP ports 7330, ")
 
 
+@pytest.mark.slow
 def test_a_firewall_that_is_open_for_the_bus_alone_is_seen_too(cluster: Cluster, closed: Node) -> None:
     """Then the nodes see each other, and models that are cut never get further than "connecting"."""
     rules(closed, "tcp dport { 22, 7330 } accept")
@@ -84,6 +85,7 @@ def test_a_firewall_that_is_open_as_the_guide_says_is_well(cluster: Cluster, clo
     assert about(closed, "firewall") == about(cluster.first, "firewall") == []
 
 
+@pytest.mark.slow
 def test_a_clock_that_is_off_is_named_on_both_sides(cluster: Cluster) -> None:
     if not fake_clock("+1d"):
         pytest.skip("needs libfaketime (Debian: libfaketime)")

@@ -115,6 +115,7 @@ def kill_worker(cluster: Cluster, node: Node) -> None:
     netfaults.kill_worker(cluster, node, random.Random(0)).__enter__()
 
 
+@pytest.mark.slow
 def test_a_node_that_is_open_for_the_bus_alone_is_left_out(cluster: Cluster) -> None:
     victim, others = last_stage(cluster)
     with rules(victim, BUS_ALONE), cluster.streams(others):

@@ -80,6 +80,7 @@ def test_tokens_are_those_of_the_tokenizers_package(library: ctypes.CDLL, family
     compare(tokenizer, reference, spared(family, documents(SEED + 1, CONTROL_CHARACTERS)), CONTROL_FLAG)
 
 
+@pytest.mark.slow
 def test_tokens_of_the_starter_model(library: ctypes.CDLL, starter_path: Path) -> None:
     source, reference = starter(starter_path)
     compare(Tokenizer(library, source), reference, documents(SEED, CHARACTERS))

@@ -127,7 +127,11 @@ def mnemonics(folder: Path, objdump: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("system", "objdump"), [("pentium2", "objdump"), ("windows", "i686-w64-mingw32-objdump")]
+    ("system", "objdump"),
+    [
+        ("pentium2", "objdump"),
+        pytest.param("windows", "i686-w64-mingw32-objdump", marks=pytest.mark.slow),
+    ],
 )
 def test_the_program_has_no_instruction_that_a_pentium_2_lacks(system: str, objdump: str) -> None:
     """Emulators run some that it lacks (pshufw, prefetch), so this reads the objects."""

@@ -71,6 +71,7 @@ def test_twenty_kills_in_a_row_change_no_stream(starter_path: Path, tmp_path: Pa
     asyncio.run(run())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 def test_any_stage_at_any_moment(model: Model, sampling: SamplingParams) -> None:
     asked = [request(f"s{n}", 20 + 7 * n, 60, sampling) for n in range(4)]
@@ -207,6 +208,7 @@ def test_a_stream_that_breaks_its_stage_each_time_ends_and_the_others_go_on(mode
     asyncio.run(run())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("breaking")
 def test_a_worker_that_does_not_come_back_is_replaced(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cordee.generation.results.RESULT_SECONDS_MAX", 1.0)

@@ -72,7 +72,9 @@ def alone(starter: Model) -> dict[str, Answer]:
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.parametrize(
+    "stages", [pytest.param(1, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_eight_streams_at_once_each_get_what_they_get_alone(
     starter: Model, alone: dict[str, Answer], stages: int
 ) -> None:

@@ -99,6 +99,7 @@ def test_the_api_says_truly_what_was_cached(tmp_path: Path) -> None:
         assert [stage["pid"] for stage in server.status()["stages"]] == pids
 
 
+@pytest.mark.slow
 def test_a_cluster_answers_every_turn_with_the_same_worker(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path, make_recurrent("jamba", tmp_path / "tiny.gguf"), "--scouting", "off")
     try:

@@ -115,6 +115,7 @@ def test_models_and_administration_are_there_for_everybody(
     assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
 
 
+@pytest.mark.slow
 def test_tokens_move_while_somebody_is_answered(office: Node, visit: Visit) -> None:
     page, ended = visit(base(office), "/cluster"), threading.Event()
 
