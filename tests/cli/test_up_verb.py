@@ -18,6 +18,7 @@ from cluster_processes import Node, until
 from cordee.cli.options import Share
 from cordee.cli.up import up
 from cordee.net import address
+from default_port import default_port_taken
 
 QUIET = ("--scouting", "off")
 HELLO = {"model": "starter", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
@@ -159,8 +160,7 @@ def test_a_chosen_port_that_is_taken_is_an_error_that_names_who_has_it(node: Nod
 def test_what_may_be_wrong_is_said_and_looked_at_by_doctor(node: Node) -> None:
     """No other machine reaches it, its port is another, a peer's name is unknown; it runs all the same."""
     taken = contextlib.ExitStack()
-    with contextlib.suppress(OSError):  # a node runs on this machine, then: taken all the same
-        taken.enter_context(socket.create_server(("127.0.0.1", 7330)))
+    taken.enter_context(default_port_taken())
     with socket.create_server(("127.0.0.1", 0)) as probe:
         nobody = f"127.0.0.1:{probe.getsockname()[1]}"
     node.up("--listen", "localhost", "--peer", "nosuchhost.invalid", "--peer", nobody, *QUIET)

@@ -1,6 +1,5 @@
 """`cordee doctor` on machines that were prepared to have something wrong with them."""
 
-import contextlib
 import json
 import os
 import socket
@@ -17,6 +16,7 @@ from cordee.agent import settings
 from cordee.agent.settings import Settings
 from cordee.doctor import computing, examine
 from cordee.machine import hardware
+from default_port import default_port_taken
 from members import DAY_SECONDS, founder, newcomer
 from terminal import PROGRAM, SECONDS
 
@@ -63,9 +63,7 @@ def test_a_port_that_is_taken_and_who_has_it(tmp_path: Path, taken: int, host: s
 
 
 def test_the_default_port_is_only_advice(tmp_path: Path) -> None:
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # a node runs on this machine: taken all the same
-            stack.enter_context(socket.create_server(("127.0.0.1", 7330)))
+    with default_port_taken():
         finding = one(told(tmp_path), "Port 7330, for other nodes")
     assert not finding["problem"] and "7331 to 7360" in finding["remedy"]
 
