@@ -72,10 +72,10 @@ class Client:
 
     def tell(self, news: News) -> None:
         assert self.ended is None, "news after the end"
-        if news.place is not None:
+        if news.progress is not None:
             assert not news.choices and news.finish_reason is None
-            # It waits, or so many tokens of its prompt were read.
-            assert news.place > 0 or (not self.got and 0 < -news.place <= len(self.request.prompt))
+            place, read_tokens = news.progress
+            assert place > 0 or (not self.got and 0 < read_tokens <= len(self.request.prompt))
             return
         is_scored = self.request.scores_prompt and bool(news.choices) and not self.got
         assert news.prompt_choices == (scores_of(self.request.prompt) if is_scored else ())

@@ -13,7 +13,7 @@ from cordee.api.timings import Timings, Watch
 from cordee.chat.events import CallBegun, Collected, Event, TextDelta, ThinkingDelta
 from cordee.chat.formats import Parser, PlainParser
 from cordee.engine.vocabulary import Vocabulary
-from cordee.generation.request import Choice, Request, TextChunk
+from cordee.generation.request import Choice, PromptProgress, Request, TextChunk
 from cordee.serving.interface import Generator
 
 Ending = Literal["stop", "length", "cancelled", "tool_calls"]
@@ -23,14 +23,13 @@ Ending = Literal["stop", "length", "cancelled", "tool_calls"]
 class AnswerPiece:
     """A chunk of an answer as events. The last one, and no other, has a `finish_reason`; it has `timings`.
 
-    A piece with a `place` has nothing else: the request waits, and the next one to be answered has place 1;
-    or so many tokens of its prompt were read, as a number below zero.
+    A piece with `progress` has nothing else.
     """
 
     events: Sequence[Event] = ()
     choices: tuple[Choice, ...] = ()  # the tokens behind them, where log-probabilities were asked for
     prompt_choices: tuple[Choice, ...] = ()  # of a scored prompt, with the first tokens
-    place: int | None = None
+    progress: PromptProgress | None = None
     timings: Timings | None = None
     finish_reason: Ending | None = None
     stop: str | None = None  # the stop string that ended it, if one did
@@ -85,8 +84,8 @@ class ParsedAnswers:
             async with aclosing(self._service.generate(request)) as chunks:
                 async for chunk in chunks:
                     watch.saw(chunk)
-                    if chunk.place is not None:
-                        yield AnswerPiece(place=chunk.place)
+                    if chunk.progress is not None:
+                        yield AnswerPiece(progress=chunk.progress)
                         continue
                     events = [*parser.push(chunk.text), *(parser.finish() if chunk.finish_reason else ())]
                     has_called = has_called or any(isinstance(event, CallBegun) for event in events)
@@ -106,7 +105,7 @@ class ReadPrompts(ParsedAnswers):
             async for piece in pieces:
                 ending = piece.finish_reason and "length"
                 shown = replace(piece, events=(), choices=(), finish_reason=ending, completion_tokens=0)
-                if shown.place is not None or shown.prompt_choices or ending:
+                if shown.progress is not None or shown.prompt_choices or ending:
                     yield shown
 
 

@@ -132,7 +132,7 @@ class _CountedWatch(Watch):
         super().saw(chunk)
         if self.waits != waited:
             self._metrics.moved(self._model, self.waits)
-        if chunk.place is not None:
+        if chunk.progress is not None:
             return
         self._newest = chunk
         if is_first:

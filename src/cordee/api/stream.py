@@ -139,7 +139,7 @@ class Streams:
         try:
             async with caller.while_valid(), aclosing(self._service.generate(request)) as pieces:
                 async for piece in pieces:
-                    if piece.place is None:
+                    if piece.progress is None:
                         caller.spend(
                             piece.prompt_tokens - counted.prompt_tokens,
                             piece.completion_tokens - counted.completion_tokens,
@@ -241,13 +241,12 @@ class EventStream(Response):
 
     def _events(self, index: int, piece: AnswerPiece) -> Iterable[bytes]:
         """What to write for a piece: also how far its stream is before it begins, if the format has room."""
-        if piece.place is None:
+        if piece.progress is None:
             return self._adapter.push(index, piece)
         if self._adapter.media_type != "text/event-stream":
             return []
-        told = f"queue {piece.place}"
-        if piece.place < 0:
-            told = f"read {-piece.place} of {self._streams.prompt_tokens(index)}"
+        place, read_tokens = piece.progress
+        told = f"queue {place}" if place else f"read {read_tokens} of {self._streams.prompt_tokens(index)}"
         return [f": {told}\n\n".encode()]
 
 

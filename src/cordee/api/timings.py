@@ -45,12 +45,10 @@ class Watch:
     def saw(self, chunk: TextChunk) -> None:
         """A chunk came."""
         now = time.monotonic()
-        if chunk.place is not None and chunk.place < 0:
-            self.waits = False
-            return
-        if chunk.place is not None:
-            self.waits = True
-            self.began = self.last = now
+        if chunk.progress is not None:
+            self.waits = chunk.progress.place > 0
+            if self.waits:
+                self.began = self.last = now
             return
         self.waits = False
         self.first = self.first or now

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 from cordee.errors import BadRequest, CordeeError, Overloaded, StageFailed
 from cordee.generation.clock import AwakeClock
-from cordee.generation.request import Choice, FinishReason, Request
+from cordee.generation.request import Choice, FinishReason, PromptProgress, Request
 from cordee.generation.streams import (
     STREAMS_MAX,
     Ask,
@@ -49,8 +49,8 @@ SILENCE_SECONDS = 30.0
 # How long a stream waits for a host: loading 60 GB at 100 MB/s takes this long, and clients that get
 # keep-alive events wait longer.
 WAIT_SECONDS = 600.0
-# Between two news of a stream's place in the queue, so that a long queue costs little as it moves.
-PLACE_SECONDS = 1.0
+# Between two news of a stream's progress, so that a long queue costs little as it moves.
+PROGRESS_SECONDS = 1.0
 # Between two attempts that failed; doubled each time, from the time of a token to what a person notices.
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 4.0
 
@@ -59,9 +59,8 @@ PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 4.0
 class News:
     """News for the client of a stream, in order. The last has a finish reason or an error.
 
-    `prompt_choices` come with the first token where the prompt is scored. With a `place` there is nothing
-    else: the stream waits for a slot, and the next one to get one has place 1; or so many tokens of its
-    prompt were read, as a number below zero.
+    `prompt_choices` come with the first token where the prompt is scored. With `progress` there is nothing
+    else.
     """
 
     stream: str
@@ -70,7 +69,7 @@ class News:
     finish_reason: FinishReason | None = None
     error: CordeeError | None = None
     prompt_choices: tuple[Choice, ...] = ()
-    place: int | None = None
+    progress: PromptProgress | None = None
 
 
 @dataclass(eq=False)
@@ -112,8 +111,8 @@ class _Stream:
     ask_at: float = 0.0  # when it may be asked
     pause: float = PAUSE_SECONDS_MIN
     refusal: CordeeError | None = None  # the last one
-    place: int = 0  # in the host's queue, as the client was told
-    place_at: float = 0.0  # when the client may be told of another
+    progress: PromptProgress | None = None  # as the client was told
+    progress_at: float = 0.0  # when the client may be told of more
 
     def paused(self) -> float:
         """The pause before the next attempt, which makes the one after it longer."""
@@ -358,7 +357,7 @@ class Gateway:
     def _answered(self, peer: _Peer, said: Said) -> None:
         """The answer to an Assert: the asks it named are held by the host, or unknown there."""
         peer.heard = self._clock.seconds
-        unknown, places = set(said.unknown), dict(said.places)
+        unknown, progress = set(said.unknown), dict(said.progress)
         for number, stream in list(peer.asks.items()):
             ask = stream.ask
             assert ask is not None
@@ -368,7 +367,7 @@ class Gateway:
                 if self._confirmed(stream, said.session):
                     stream.accepted = True
                     stream.waiting = self._clock.seconds if said.ready else stream.waiting
-                    self._tell_place(stream, places.get(number, 0))
+                    self._tell_progress(stream, progress.get(number))
             elif ask.session is not None:
                 self._leave(stream)
                 self._ask(stream)
@@ -378,13 +377,15 @@ class Gateway:
                 ask.again = self._clock.seconds + stream.paused()
                 self._send(stream, ask)
 
-    def _tell_place(self, stream: _Stream, place: int) -> None:
-        """Tell the client where its stream stands in the host's queue, if that is news."""
+    def _tell_progress(self, stream: _Stream, progress: PromptProgress | None) -> None:
+        """Tell the client how far its stream is before it begins, if that is news, and can be."""
         clock = self._clock.seconds
-        is_late = place < 0 and bool(stream.generated)
-        if place and not is_late and place != stream.place and clock >= stream.place_at:
-            stream.place, stream.place_at = place, clock + PLACE_SECONDS
-            self._news.append(News(stream.request.id, place=place))
+        if progress is None or progress == stream.progress or clock < stream.progress_at:
+            return
+        reads = not stream.generated and 0 < progress.read_tokens <= len(stream.request.prompt)
+        if progress.place > 0 or reads:
+            stream.progress, stream.progress_at = progress, clock + PROGRESS_SECONDS
+            self._news.append(News(stream.request.id, progress=progress))
 
 
 def _prompt_choices(request: Request, piece: Piece) -> tuple[Choice, ...] | None:

@@ -25,7 +25,7 @@ import msgspec
 
 from cordee.errors import BadRequest, CordeeError, Overloaded, StageFailed
 from cordee.generation.clock import AwakeClock
-from cordee.generation.request import Choice, FinishReason
+from cordee.generation.request import Choice, FinishReason, PromptProgress
 from cordee.generation.scheduler import Event, MicroBatch, Scheduler
 from cordee.generation.streams import (
     STREAMS_MAX,
@@ -102,7 +102,7 @@ class _Session:
     news: dict[int, _Entry] = field(default_factory=dict[int, _Entry])  # those with something to send
     answers: int = 0  # the Assert to answer
     unknown: tuple[int, ...] = ()  # to it
-    places: tuple[tuple[int, int], ...] = ()  # of asks that wait
+    progress: tuple[tuple[int, PromptProgress], ...] = ()  # of asks before their first token
 
     def said(self, ready: bool) -> list[Said]:
         """All that is to be sent now. Scores of a prompt are long: they go in a message of their own."""
@@ -111,11 +111,11 @@ class _Session:
         pieces = [entry.take_news() for entry in self.news.values()]
         usual = tuple(each for each in pieces if not each.scores)
         said = [
-            Said(self.gateway, self.peer, self.id, ready, usual, self.answers, self.unknown, self.places),
+            Said(self.gateway, self.peer, self.id, ready, usual, self.answers, self.unknown, self.progress),
             *(Said(self.gateway, self.peer, self.id, ready, (each,)) for each in pieces if each.scores),
         ]
         self.news.clear()
-        self.answers, self.unknown, self.places = 0, (), ()
+        self.answers, self.unknown, self.progress = 0, (), ()
         return said
 
 
@@ -296,13 +296,13 @@ class Host:
             elif entry.has_news:
                 session.news[ask] = entry
         session.answers, session.unknown = message.number, tuple(unknown)
-        session.places = self._places(session)
+        session.progress = self._progress(session)
 
-    def _places(self, session: _Session) -> tuple[tuple[int, int], ...]:
-        """Which of a session's asks wait for a slot or are read, and where they stand."""
-        places = self._scheduler.places()
+    def _progress(self, session: _Session) -> tuple[tuple[int, PromptProgress], ...]:
+        """How far those of a session's asks are that have no token yet."""
+        progress = self._scheduler.progress()
         return tuple(
-            (entry.ask, places[entry.name]) for entry in session.entries.values() if entry.name in places
+            (entry.ask, progress[entry.name]) for entry in session.entries.values() if entry.name in progress
         )
 
     def _tell(self, event: Event) -> None:

@@ -1,6 +1,6 @@
 """Requests to a model and the pieces of its answers, before any network or wire format."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -77,19 +77,29 @@ class Choice(msgspec.Struct, frozen=True):
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
+class PromptProgress(NamedTuple):
+    """How far a stream is before its first token.
+
+    While it waits for a slot it has a `place` in the queue; the next one to get a slot has 1. Then its place
+    is 0, and `read_tokens` of its prompt were read.
+    """
+
+    place: int = 0
+    read_tokens: int = 0
+
+
 class TextChunk(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of an answer as the client may see it: whole characters only, and nothing of a stop string.
 
     The last chunk of a stream, and only that one, has a `finish_reason`; `text` may be empty.
     `prompt_choices` come with the first chunk that has tokens: the prompt's tokens but the first, where their
-    log-probabilities were asked for. A chunk with a `place` has nothing else: the stream waits, and the next
-    one to be answered has place 1; or so many tokens of its prompt were read, as a number below zero.
+    log-probabilities were asked for. A chunk with `progress` has nothing else.
     """
 
     text: str
     choices: tuple[Choice, ...] = ()  # the tokens behind `text`, where log-probabilities were asked for
     prompt_choices: tuple[Choice, ...] = ()
-    place: int | None = None
+    progress: PromptProgress | None = None
     finish_reason: FinishReason | None = None
     stop: str | None = None  # the stop string that ended the text, if one did
     prompt_tokens: int = 0

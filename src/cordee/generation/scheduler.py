@@ -47,7 +47,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cordee.errors import BadRequest, ContextExceeded, Overloaded
-from cordee.generation.request import Choice, FinishReason, Request
+from cordee.generation.request import Choice, FinishReason, PromptProgress, Request
 from cordee.generation.shares import Shares, surplus
 from cordee.generation.tokenlog import TokenLog, common_prefix
 
@@ -234,10 +234,11 @@ class Scheduler:
         """Tokens in all slots: of streams, and of those that may follow them."""
         return sum(len(slot.tokens) for slot in self._slots)
 
-    def places(self) -> dict[str, int]:
-        """Where streams stand: 1 is the next to get a slot; minus the tokens that were read of a prompt."""
-        reading = {name: -len(s.slot.tokens) for name, s in self._active.items() if not s.log.generated}
-        return reading | {name: place for place, name in enumerate(self._waiting, 1)}
+    def progress(self) -> dict[str, PromptProgress]:
+        """How far the streams are that have no token yet."""
+        active = ((name, stream) for name, stream in self._active.items() if not stream.log.generated)
+        reading = {name: PromptProgress(0, len(stream.slot.tokens)) for name, stream in active}
+        return reading | {name: PromptProgress(place) for place, name in enumerate(self._waiting, 1)}
 
     def submit(self, request: Request, generated: Sequence[int] = ()) -> None:
         """Queue a stream. It goes on after the tokens `generated`, which count for all limits.

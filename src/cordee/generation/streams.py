@@ -24,7 +24,7 @@ import msgspec
 
 from cordee import errors
 from cordee.errors import BadRequest, CordeeError, StageFailed
-from cordee.generation.request import Choice, FinishReason, Request
+from cordee.generation.request import Choice, FinishReason, PromptProgress, Request
 
 # Streams that a gateway has open at a time; a host keeps as many asks of each. A waiting stream costs its
 # prompt, 4 MB at the longest; this is a hundred times what a household's pipeline answers at once.
@@ -105,9 +105,8 @@ class Said(msgspec.Struct, frozen=True, array_like=True, tag="said"):
     """News of one host's streams for one gateway.
 
     `answers` is the number of the Assert that this answers, or 0; then `unknown` are the asks of that Assert
-    which the host does not hold, and it holds the others. `places` are (ask, place) of those that wait for
-    a slot; the next one has place 1; and of those whose prompt is read: minus the tokens that were. `ready`:
-    the pipeline works on them now.
+    which the host does not hold, and it holds the others. `progress` is of those without a token so
+    far. `ready`: the pipeline works on them now.
     """
 
     gateway: int
@@ -117,7 +116,7 @@ class Said(msgspec.Struct, frozen=True, array_like=True, tag="said"):
     pieces: tuple[Piece, ...]
     answers: int = 0
     unknown: tuple[int, ...] = ()
-    places: tuple[tuple[int, int], ...] = ()
+    progress: tuple[tuple[int, PromptProgress], ...] = ()
 
 
 Message = Ask | Assert | Said

@@ -7,7 +7,7 @@ from collections import deque
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, CordeeError
 from cordee.generation import sampling, text
-from cordee.generation.request import Choice, FinishReason, Request, TextChunk
+from cordee.generation.request import Choice, FinishReason, PromptProgress, Request, TextChunk
 from cordee.generation.template import ChatTemplate
 from cordee.worker.grammar_trials import GrammarTrials
 
@@ -73,7 +73,7 @@ class Answer:
     """A stream on its way to its client: its tokens become text here, which waits here.
 
     The queue needs no bound of its own: a stream never has more chunks than its context has tokens, and its
-    place in a queue is told at most as often as that changes.
+    progress before the first is told at most as often as that changes.
     """
 
     def __init__(self, request: Request, vocabulary: Vocabulary) -> None:
@@ -97,9 +97,10 @@ class Answer:
         """Add the prompt's scores, before the first token."""
         self._prompt_choices = choices
 
-    def tell_place(self, place: int) -> None:
-        """Queue a chunk that says where the stream stands while it waits."""
-        self._chunks.put_nowait(TextChunk(text="", place=place, completion_tokens=self._completion_tokens))
+    def tell_progress(self, progress: PromptProgress) -> None:
+        """Queue a chunk that says how far the stream is before its first token."""
+        tokens = self._completion_tokens
+        self._chunks.put_nowait(TextChunk(text="", progress=progress, completion_tokens=tokens))
 
     def add(self, choice: Choice | None, finish_reason: FinishReason | None) -> None:
         """Add a token, or the end, or both; queue a chunk if there is something to show."""

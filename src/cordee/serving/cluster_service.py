@@ -140,8 +140,8 @@ class ClusterGateway:
         if news.error is not None:
             self._fail(news.stream, news.error)
             return
-        if news.place is not None:
-            answer.tell_place(news.place)
+        if news.progress is not None:
+            answer.tell_progress(news.progress)
             return
         answer.cached_tokens = news.cached_tokens
         if news.prompt_choices:

@@ -1,5 +1,6 @@
 """Where a stream stands before its first token: in the queue, or so many tokens of its prompt were read."""
 
+from cordee.generation.request import PromptProgress
 from cordee.generation.scheduler import Limits
 from scheduler_world import VOCABULARY, World
 
@@ -10,9 +11,9 @@ def test_where_streams_stand_until_their_first_token() -> None:
     world.submit("second", [1, 2, 3, 4, 5], 3)
     told = []
     while world.clients:
-        told.append(world.scheduler.places())
+        told.append(world.scheduler.progress())
         world.step()
     of = {name: [each[name] for each in told if name in each] for name in ("first", "second")}
-    assert [place for place in of["first"] if place < 0] == [-10, -20]
-    assert set(of["second"]) >= {1}
+    assert [read for place, read in of["first"] if not place and read] == [10, 20]
+    assert PromptProgress(place=1) in of["second"]
     assert told[-1] == {}  # it writes
