@@ -17,15 +17,16 @@ import contextlib
 import logging
 import secrets
 
+from cordee.agent.exchange import exchange
 from cordee.cluster.facts import Facts
 from cordee.errors import BadRequest
 from cordee.net.identity import Identity
-from cordee.worker import frames, tls_link
+from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import Promoted, Promotion
 
 NONCE_BYTES = 16
-ANSWER_SECONDS = 20.0  # to connect, and for the other side to write a file
+ANSWER_SECONDS = 20.0  # for the other side to write a file
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +39,13 @@ async def hand_over(identity: Identity, member: Facts) -> None:
     """
     nonce = secrets.token_bytes(NONCE_BYTES)
     try:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            reader, writer = await tls_link.open_stream(identity.folder, member.inbox, member.node)
-            try:
-                frames.write(writer, Promotion(identity.authority_key_pem(), nonce))
-                answer, _ = await frames.read(reader)
-            finally:
-                writer.transport.abort()
+        promotion = Promotion(identity.authority_key_pem(), nonce)
+        answer, _ = await exchange(identity.folder, member, promotion, ANSWER_SECONDS)
         if not isinstance(answer, Promoted) or not identity.is_admin_proof(member.node, nonce, answer.proof):
             raise LinkClosed("its answer proves nothing")
-    except (LinkClosed, TimeoutError) as error:
-        reason = str(error) or "it does not answer"
+    except LinkClosed as error:
         raise BadRequest(
-            f"{member.name} did not confirm that it is an admin now ({reason}): look with `cordee nodes` "
+            f"{member.name} did not confirm that it is an admin now ({error}): look with `cordee nodes` "
             "whether it is, and whether it runs the same version; then try again.",
             "node",
         ) from error

@@ -8,14 +8,15 @@ import asyncio
 import contextlib
 import logging
 
+from cordee.agent.exchange import exchange
 from cordee.cluster.facts import Facts
 from cordee.errors import BadRequest
 from cordee.net.identity import Identity
-from cordee.worker import frames, tls_link
+from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import Drained, DrainOrder
 
-ANSWER_SECONDS = 20.0  # to connect; to obey takes the other node a moment
+ANSWER_SECONDS = 20.0  # to obey takes the other node a moment
 
 log = logging.getLogger(__name__)
 
@@ -28,19 +29,12 @@ async def drain(identity: Identity, member: Facts, on: bool) -> None:
     """
     order = DrainOrder(on, identity.sign_as_authority(_statement(member.node, on)))
     try:
-        async with asyncio.timeout(ANSWER_SECONDS):
-            reader, writer = await tls_link.open_stream(identity.folder, member.inbox, member.node)
-            try:
-                frames.write(writer, order)
-                answer, _ = await frames.read(reader)
-            finally:
-                writer.transport.abort()
+        answer, _ = await exchange(identity.folder, member, order, ANSWER_SECONDS)
         if not isinstance(answer, Drained):
             raise LinkClosed("its answer is none")
-    except (LinkClosed, TimeoutError) as error:
-        reason = str(error) or "it does not answer"
+    except LinkClosed as error:
         raise BadRequest(
-            f"{member.name} did not confirm it ({reason}): look whether it runs the same version, or type "
+            f"{member.name} did not confirm it ({error}): look whether it runs the same version, or type "
             "`cordee drain` on it.",
             "node",
         ) from error

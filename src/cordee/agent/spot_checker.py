@@ -15,12 +15,13 @@ from typing import Protocol
 
 import numpy as np
 
+from cordee.agent.exchange import Unreachable, exchange
 from cordee.cluster.doubts import DOUBT_SECONDS_MAX
 from cordee.cluster.facts import Facts, Placement
 from cordee.cluster.goals import SliceGoal, StageSpec, holds
 from cordee.errors import CordeeError, StageFailed
 from cordee.machine.memory import memory
-from cordee.worker import comparison, frames, tls_link
+from cordee.worker import comparison
 from cordee.worker.comparison import Difference, Resampler, Rounding
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import Recompute, Record, RecordQuery, SpotFinding, SpotRequest
@@ -31,6 +32,7 @@ from cordee.worker.stages import Files, Stages
 ANSWER_SECONDS = 660.0
 MEMORY_LEFT_BYTES = 512 << 20  # a check that would leave less is not made: it is the least urgent of all work
 CONTEXT_STEP = 256  # the engine's caches have so many cells, or a multiple
+PAYLOAD_BYTES_MAX = 2 * TRAIL_BYTES_MAX  # of a record: the rows that were received, and those that were sent
 LOGITS_MAX = 16  # rows of logits that are computed again for one check; a row may have 0.8 MB
 SLICES_MEASURED_MAX = 64  # whose rounding is remembered
 
@@ -101,7 +103,7 @@ class SpotChecker:
         facts = self._owner.alive().get(node)
         if facts is None:
             raise Unreachable(f"node {node} is not alive")
-        answer, payload = await ask(self._identity, facts, query, ANSWER_SECONDS)
+        answer, payload = await exchange(self._identity, facts, query, ANSWER_SECONDS, PAYLOAD_BYTES_MAX)
         if not isinstance(answer, Record):
             raise LinkClosed(f"{facts.name} sent no record")
         return answer, payload
@@ -254,33 +256,6 @@ class SpotChecker:
     def _name(self, node: str) -> str:
         facts = self._owner.alive().get(node)
         return node if facts is None else facts.name
-
-
-class Unreachable(LinkClosed):
-    """There is no link to a node: that says nothing of its stages."""
-
-
-async def ask(
-    identity: Path, facts: Facts, message: RecordQuery | SpotRequest, seconds: float
-) -> tuple[object, bytes]:
-    """The answer of another node's agent, and its payload.
-
-    Raises:
-        Unreachable: there is no link to it.
-        LinkClosed: it gives none in time.
-    """
-    try:
-        reader, writer = await tls_link.open_stream(identity, facts.inbox, facts.node)
-    except LinkClosed as error:
-        raise Unreachable(str(error)) from error
-    try:
-        async with asyncio.timeout(seconds):
-            frames.write(writer, message)
-            return await frames.read(reader, 2 * TRAIL_BYTES_MAX)
-    except TimeoutError as error:
-        raise LinkClosed(f"{facts.name} did not answer in {seconds:.0f} s") from error
-    finally:
-        writer.transport.abort()
 
 
 def _sha256(rows: np.ndarray) -> str:

@@ -16,13 +16,12 @@ from pathlib import Path
 
 import msgspec
 
+from cordee.agent.exchange import Unreachable, exchange
 from cordee.agent.spot_checker import (
     ANSWER_SECONDS,
     EVIDENCE_SECONDS,
     SpotChecker,
     SpotCheckerOwner,
-    Unreachable,
-    ask,
 )
 from cordee.cluster.facts import Placement
 from cordee.cluster.goals import SliceGoal, holds
@@ -220,7 +219,7 @@ class SpotChecks:
         try:
             if facts is None:
                 raise LinkClosed("that node is not alive")
-            answer, _ = await ask(self._identity, facts, request, CHECK_SECONDS)
+            answer, _ = await exchange(self._identity, facts, request, CHECK_SECONDS)
         except LinkClosed as error:
             return SpotFinding("unknown", str(error))
         return answer if isinstance(answer, SpotFinding) else SpotFinding("unknown", "that is no finding")
