@@ -57,8 +57,9 @@ format: setup ## rewrite the sources in the house's format
 sim: setup ## play whole clusters that fail: SEED=n one seed, SEEDS=count from there on (100,000 without either)
 	@$(bin)/python -m sim $(if $(SEED)$(SEEDS),--seed $(or $(SEED),0) --seeds $(or $(SEEDS),1),--seeds 100000)
 
-bench: setup ## measure beside plain libllama; JSON=1 prints one object a line
+bench: setup ## measure beside plain libllama; LLAMA_SERVER=FILE beside that, too; JSON=1 prints one object a line
 	@$(bin)/python bench/llama.py $(if $(JSON),--json)
+	@$(bin)/python bench/serve.py $(if $(LLAMA_SERVER),--peer llama-server=$(LLAMA_SERVER)) $(if $(JSON),--json)
 
 native: ## build the ternary engine for this machine into the package (needs a C compiler and nothing else)
 	@$(MAKE) -C native
