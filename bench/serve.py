@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +84,9 @@ class Server:
 
     def gap_ms(self, streams: int, seed: int) -> float:
         """Between two events, while so many answers are given."""
+        seeds = range(seed * streams, (seed + 1) * streams)
         with ThreadPoolExecutor(streams) as pool:
-            found = pool.map(lambda stream: self.events(PROMPTS[0], seed * streams + stream), range(streams))
+            found = pool.map(self.events, itertools.repeat(PROMPTS[0]), seeds)
             gaps = [b - a for times in found for a, b in itertools.pairwise(times[1:])]
         return statistics.median(gaps) * 1000
 
@@ -106,8 +107,11 @@ def healthy(port: int) -> bool:
         return False
 
 
+Case = Callable[[Server, int], float]
+
+
 @contextlib.contextmanager
-def started(name: str, command: list[str], port: int) -> Iterator[Server]:
+def started(name: str, command: list[str], port: int) -> Generator[Server]:
     """A server's process, ready; ended afterwards."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -123,7 +127,7 @@ def started(name: str, command: list[str], port: int) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def contending(model: Path, peer: Path | None) -> Iterator[dict[str, Server]]:
+def contending(model: Path, peer: Path | None) -> Generator[dict[str, Server]]:
     """Both of ours, and the peer if there is one, with a model."""
     threads = str(usable_cores())
     Store().add_file(model, "model")
@@ -142,10 +146,19 @@ def contending(model: Path, peer: Path | None) -> Iterator[dict[str, Server]]:
         yield servers
 
 
-def cases() -> dict[str, Callable[[Server, int], float]]:
+def first_token(prompt_tokens: int) -> Case:
+    """The case of prompts so long."""
+    return lambda server, seed: server.first_token_ms(prompt_tokens, seed)
+
+
+def gap(streams: int) -> Case:
+    """The case of so many answers at once."""
+    return lambda server, seed: server.gap_ms(streams, seed)
+
+
+def cases() -> dict[str, Case]:
     """What is measured of a server, with a seed that no two requests share."""
-    first = {f"first-token-{n}": lambda server, seed, n=n: server.first_token_ms(n, seed) for n in PROMPTS}
-    return first | {f"gap-{n}": lambda server, seed, n=n: server.gap_ms(n, seed) for n in STREAMS}
+    return {f"first-token-{n}": first_token(n) for n in PROMPTS} | {f"gap-{n}": gap(n) for n in STREAMS}
 
 
 def measure(servers: dict[str, Server], rounds: int, prefix: str) -> Iterator[Result]:
