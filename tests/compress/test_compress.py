@@ -14,9 +14,11 @@ from gguf import GGMLQuantizationType
 
 from checkpoint_files import bf16
 from cordee.cli.main import cordee
+from cordee.compress.budget import chosen, measured_losses
 from cordee.compress.compress import compress
 from cordee.compress.evaluate import evaluate, size_of_model
-from cordee.compress.fitter import CompressOptions
+from cordee.compress.fitter import CompressOptions, Fitter
+from cordee.compress.source import Source
 from cordee.convert.convert import convert
 from cordee.errors import BadModelFile, BadRequest, DoesNotFit, StorageFailed
 from cordee.models.gguf import read_header
@@ -76,7 +78,9 @@ class _Interrupted(BaseException):
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(ordinary: Path, tmp_path: Path) -> None:
-    compress(ordinary, tmp_path / "whole.gguf", options())
+    """Also where matrices at 8 bits are chosen by size."""
+    sized = options(size_bytes=320_000)
+    compress(ordinary, tmp_path / "whole.gguf", sized)
     out, said = tmp_path / "out.gguf", list[str]()
     for most in (1, 6, 9, 13):
 
@@ -85,9 +89,10 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(ordinary: Path, tmp
                 raise _Interrupted
 
         with pytest.raises(_Interrupted):
-            compress(ordinary, out, options(), progress=stop, report=said.append)
+            compress(ordinary, out, sized, progress=stop, report=said.append)
         assert not out.exists()
-    compress(ordinary, out, options(), report=said.append)
+    compress(ordinary, out, sized, report=said.append)
+    assert said.count("measuring which matrices matter") == 1
     assert "going on with layer 2 of 2" in said
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "whole.gguf"]
@@ -217,6 +222,49 @@ def test_more_planes_and_kept_matrices_are_nearer_to_the_original(ordinary: Path
     kept = made(keep=("*.ffn_down", "blk.1.*"))
     assert divergence(kept, ordinary) < one
     assert divergence(made(keep=("*",)), ordinary) < 0.01
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_a_size_keeps_what_loses_most(ordinary: Path, tmp_path: Path, planes: int) -> None:
+    def made(name: str, **changes: object) -> Path:
+        compress(ordinary, tmp_path / name, options(method="fit", planes=planes, **changes))
+        return tmp_path / name
+
+    least, most = made("least"), made("most", keep=("*",))
+    before, nbytes = divergence(least, ordinary), least.stat().st_size
+    for share in (0.3, 0.7):
+        size = nbytes + int(share * (most.stat().st_size - nbytes))
+        some = made(f"some{share}", size_bytes=size)
+        assert nbytes < some.stat().st_size <= size
+        found = divergence(some, ordinary)
+        assert found < before
+        before, nbytes = found, some.stat().st_size
+    exact = least.stat().st_size
+    assert made("exact", size_bytes=exact).stat().st_size == exact
+    with pytest.raises(DoesNotFit):
+        made("less", size_bytes=exact - 1)
+
+
+def test_the_matrix_that_loses_most_for_its_bytes_is_kept_first(ordinary: Path) -> None:
+    source = Source(ordinary, "m", "int8")
+    fitter = Fitter(source.model, options())
+    windows = np.arange(4 * 64, dtype=np.int32).reshape(4, 64) % 200
+    losses = measured_losses(source, fitter, windows)
+    assert losses.keys() == {name.removesuffix(".weight") for name in source.matrices}
+    assert all(0 < loss < 10 for loss in losses.values())
+    spoilt = losses | {"blk.1.attn_k": 1e6}
+    assert chosen(spoilt, fitter.model, 1 << 40) == tuple(sorted(losses))
+    assert chosen(spoilt, fitter.model, 0) == ()
+    rows, cols = fitter.model.matrices()["attn_k"]
+    assert "blk.1.attn_k" in chosen(spoilt, fitter.model, 2 * rows * cols)
+
+
+def test_a_size_that_is_too_small_is_refused_with_the_need(ordinary: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DoesNotFit, match=r"m.gguf takes 0\.\d+ GB with all matrices ternary, and --size allows"
+    ):
+        compress(ordinary, tmp_path / "out.gguf", options(method="fit", size_bytes=1000))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rotated_model_computes_the_same(ordinary: Path, tmp_path: Path) -> None:

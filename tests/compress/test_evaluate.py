@@ -8,7 +8,9 @@ import pytest
 from click.testing import CliRunner
 
 from cordee.cli.main import cordee
+from cordee.compress.compress import compress
 from cordee.compress.evaluate import default_text, evaluate, size_of_model, tokens_of
+from cordee.compress.fitter import CompressOptions
 from cordee.errors import BadRequest
 from cordee.models.gguf import read_header
 from ordinary_models import make_ordinary, prose
@@ -97,6 +99,20 @@ def test_the_last_line_is_the_object_that_others_rely_on(ordinary: Path, tmp_pat
     facts = json.loads(result.stdout.splitlines()[-1])
     assert {"perplexity", "perplexity_original", "kl", "same_top1", "bytes", "bits_per_weight"} <= set(facts)
     assert facts["same_top1"] == 1
+
+
+def test_several_models_are_drawn(ordinary: Path, tmp_path: Path) -> None:
+    text, small = tmp_path / "text.txt", tmp_path / "small.gguf"
+    text.write_text(prose(300))
+    compress(ordinary, small, CompressOptions(method="fit"))
+    asked = ["eval", str(small), str(ordinary), "--against", str(ordinary), "--text", str(text)]
+    picture = tmp_path / "picture.svg"
+    result = CliRunner().invoke(cordee, [*asked, "--plot", str(picture)], catch_exceptions=False)
+    assert result.exit_code == 0 and result.stdout.count("KL divergence") == 2
+    drawn = picture.read_text()
+    assert drawn.startswith("<?xml") and "KL divergence from the original" in drawn and "small.gguf" in drawn
+    refused = CliRunner().invoke(cordee, [*asked, "--plot", str(tmp_path / "picture.doc")])
+    assert refused.exit_code == 2 and "ends in .svg or .png" in refused.stderr
 
 
 def test_the_default_text_is_english_and_french() -> None:

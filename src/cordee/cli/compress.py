@@ -10,20 +10,21 @@ from cordee.compress import verbs
 
 
 @click.command(name="eval")
-@click.argument("model")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @verbs.eval_options
 @options.threads
 @options.as_json
-def evaluate(model: str, against: str | None, **given: Any) -> None:
-    """Measure how good MODEL is on a text, and how large it is.
+def evaluate(models: tuple[str, ...], against: str | None, **given: Any) -> None:
+    """Measure how good MODELs are on a text, and how large they are.
 
-    MODEL is a model in the store, or a GGUF file. Perplexity is that of llama.cpp's llama-perplexity: windows
-    of 512 tokens, the second half of each scored. Lower is better, among models with the same vocabulary.
-    With --against: the KL divergence from that model's probabilities, and how often both find the same token
-    most likely. Bits per weight count scales, embedding and head. With --json the last line is an object.
+    A MODEL is a model in the store, or a GGUF file. Perplexity is that of llama.cpp's llama-perplexity:
+    windows of 512 tokens, the second half of each scored. Lower is better, among models with the same
+    vocabulary. With --against: the KL divergence from that model's probabilities, and how often both find the
+    same token most likely. Bits per weight count scales, embedding and head. With --json each model's last line is an
+    object.
     """
     original = (against, _path(against)) if against else None
-    verbs.show_evaluation(model, _path(model), original, given)
+    verbs.show_evaluations([(model, _path(model)) for model in models], original, given)
 
 
 @click.command()
@@ -31,6 +32,13 @@ def evaluate(model: str, against: str | None, **given: Any) -> None:
 @verbs.compress_options
 @click.option(
     "--memory", "memory_bytes", metavar="SIZE", type=options.Size(), default="4GB", help="Default: 4GB."
+)
+@click.option(
+    "--size",
+    "size_bytes",
+    metavar="SIZE",
+    type=options.Size(),
+    help="Leave those matrices at 8 bits that lose most, up to a file of this size, such as 1.75GB.",
 )
 @options.pre
 def compress(model: str, **given: Any) -> None:

@@ -9,13 +9,14 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from gguf import GGUFWriter
 
+from cordee.compress.budget import chosen, measured_losses, memory_bytes, room_in
 from cordee.compress.calibration import calibration_windows, default_calibration
 from cordee.compress.decoder import Decoder
 from cordee.compress.evaluate import WEIGHTS_KEY
@@ -27,7 +28,7 @@ from cordee.compress.stored import StoredWeights, stored
 from cordee.compress.trits import TernaryMatrix
 from cordee.compress.work import Work, folder_of, work_folder
 from cordee.convert.convert import convert
-from cordee.convert.ternary_file import EMBEDDING, write
+from cordee.convert.ternary_file import EMBEDDING, file_bytes, write
 from cordee.errors import BadRequest, DoesNotFit, StorageFailed, UnsupportedModel
 from cordee.files import atomic_file
 from cordee.models.gguf import TERNARY_KEY, read_header
@@ -104,8 +105,7 @@ class _Run:
         say: Callable[[str], None],
     ) -> None:
         self._source, self._out, self._options, self._say = source, out, options, say
-        self._fitter = Fitter(source.model, options)
-        self._model = self._fitter.model
+        self._fit_with(options)
         self._progress = progress
         self._done = 0
         self._total = 2 * sum(rows * cols for rows, cols in source.matrices.values())
@@ -122,6 +122,8 @@ class _Run:
             else:
                 self._say("reading all weights once")
                 self._source.check_numbers()
+            if self._options.size_bytes:
+                self._keep_by_size(work, self._options.size_bytes)
             self._done = self._total * begun // self._model.layers
             if needs_rows:
                 self._by_gptq(work, begun, at_once)
@@ -133,9 +135,37 @@ class _Run:
             weights = StoredWeights(self._source, self._model, work, self._fitter.signs)
             write(self._out, self._model, weights, describe=self._describe)
 
-    def _by_gptq(self, work: Work, begun: int, at_once: int) -> None:
+    def _fit_with(self, options: CompressOptions) -> None:
+        self._fitter = Fitter(self._source.model, options)
+        self._model = self._fitter.model
+
+    def _keep_by_size(self, work: Work, size_bytes: int) -> None:
+        """Leave matrices at 8 bits up to a file of that size."""
+        kept = work.kept()
+        if kept is None:
+            kept = self._chosen(work, size_bytes)
+            work.put_kept(kept)
+        self._say(f"{len(kept)} of {len(self._source.matrices)} matrices stay at 8 bits")
+        self._fit_with(replace(self._options, keep=(*self._options.keep, *kept)))
+
+    def _chosen(self, work: Work, size_bytes: int) -> tuple[str, ...]:
+        weights = StoredWeights(self._source, self._model, work, self._fitter.signs)
+        least = file_bytes(self._model, weights, describe=self._describe)
+        room = room_in(size_bytes, least, self._source.name)
+        need = memory_bytes(self._model, window_bytes(self._model))
+        if need > self._options.memory_bytes:
+            raise self._too_little(need, "to measure which matrices matter")
+        self._say("measuring which matrices matter")
+        losses = measured_losses(self._source, self._fitter, self._windows())
+        free = {name: loss for name, loss in losses.items() if f"{name}.weight" not in self._model.kept}
+        return chosen(free, self._model, room)
+
+    def _windows(self) -> np.ndarray:
         text = self._options.calibration or default_calibration()
-        windows = calibration_windows(self._source, text, folder_of(self._out))
+        return calibration_windows(self._source, text, folder_of(self._out))
+
+    def _by_gptq(self, work: Work, begun: int, at_once: int) -> None:
+        windows = self._windows()
         shape = (2, *windows.shape, self._model.n_embd)
         if not work.has_rows(begun):
             self._put_embedded(work, windows, shape)
@@ -198,12 +228,15 @@ class _Run:
         fixed, window = layer_bytes(self._model), window_bytes(self._model)
         count = (self._options.memory_bytes - fixed) // window
         if count < 1:
-            raise DoesNotFit(
-                f"{self._source.name} needs {(fixed + window) / 1e9:.1f} GB of memory for its widest "
-                f"matrix, and {self._options.memory_bytes / 1e9:.1f} GB may be used: allow more with "
-                "--memory, or take --method fit."
-            )
+            raise self._too_little(fixed + window, "for its widest matrix")
         return int(min(count, WINDOWS_AT_ONCE))
+
+    def _too_little(self, need: int, what: str) -> DoesNotFit:
+        return DoesNotFit(
+            f"{self._source.name} needs {need / 1e9:.1f} GB of memory {what}, and "
+            f"{self._options.memory_bytes / 1e9:.1f} GB may be used: allow more with --memory, or take "
+            f"--method fit{' without --size' if self._options.size_bytes else ''}."
+        )
 
     def _require_disk(self, needs_rows: bool) -> None:
         """Raise StorageFailed if the disk cannot hold what the run will write."""

@@ -20,7 +20,8 @@ class CompressOptions:
     """How to compress. `span` columns of a row share a scale (0: all, with one plane).
 
     Matrices whose whole name matches a pattern in `keep` are left at 8 bits. Without a text for `calibration`
-    that of the package is read.
+    that of the package is read. With `size_bytes` more are left so, chosen by what they lose (budget.py), as
+    long as the file is no larger.
     """
 
     method: Method = "gptq"
@@ -31,6 +32,7 @@ class CompressOptions:
     head: str = "int8"
     calibration: str | None = None
     memory_bytes: int = 4 << 30
+    size_bytes: int | None = None
 
 
 class Fitter:
@@ -48,7 +50,7 @@ class Fitter:
         for pattern in options.keep:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise BadRequest(f"No matrix matches {pattern}: they are called like {names[-1]}.", "keep")
-        if not options.span and (options.planes > 1 or options.keep):
+        if not options.span and (options.planes > 1 or options.keep or options.size_bytes):
             raise BadRequest("Planes and kept matrices want scales of groups: add --group 128.", "group")
         block = block_of(model) if options.rotate else 0
         if options.rotate and not block:

@@ -5,11 +5,14 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cordee.terminal import output
+
+if TYPE_CHECKING:
+    from cordee.compress.evaluate import ModelSize, TextScore
 
 Command = Callable[..., None]
 
@@ -22,7 +25,13 @@ def eval_options(command: Command) -> Command:
     against = click.option(
         "--against", metavar="MODEL", help="The model it was made from: adds how near it is to that."
     )
-    return against(text(command))
+    picture = click.option(
+        "--plot",
+        metavar="FILE",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Draw quality against bits, a point for each MODEL, as .svg or .png.",
+    )
+    return against(text(picture(command)))
 
 
 def compress_options(command: Command) -> Command:
@@ -86,8 +95,29 @@ _INPUTS = (
 )
 
 
-def show_evaluation(model: str, path: Path, against: tuple[str, Path] | None, given: dict[str, Any]) -> None:
-    """Measure the model at `path` and print what was found; `against` is name and path of the original."""
+def show_evaluations(
+    models: list[tuple[str, Path]], against: tuple[str, Path] | None, given: dict[str, Any]
+) -> None:
+    """Measure models, each a name and a path, and print what was found; `against` is the original."""
+    from cordee.compress.plot import Point, plot, require_plotting
+
+    picture: Path | None = given["plot"]
+    if picture is not None:
+        require_plotting(picture)
+    points: list[Point] = []
+    for name, path in models:
+        if len(models) > 1 and not given["as_json"]:
+            click.echo(f"{name}:")
+        found, size = _evaluated(name, path, against, given)
+        points.append(Point(name, size.bits_per_weight, found.perplexity, found.kl))
+    if picture is not None:
+        plot(points, picture)
+
+
+def _evaluated(
+    model: str, path: Path, against: tuple[str, Path] | None, given: dict[str, Any]
+) -> "tuple[TextScore, ModelSize]":
+    """Measure a model and print what was found."""
     from cordee.compress.evaluate import default_text, evaluate, read_text, size_of_model
     from cordee.models.gguf import read_header
     from cordee.worker.process import BATCH_INVARIANT_ENVIRONMENT, ENVIRONMENT
@@ -103,7 +133,12 @@ def show_evaluation(model: str, path: Path, against: tuple[str, Path] | None, gi
         facts = {"model": model, "original": against and against[0]} | asdict(found)
         facts |= {"bytes": size.nbytes, "bits_per_weight": size.bits_per_weight}
         click.echo(json.dumps(facts | {"bits_per_layer_weight": size.bits_per_layer_weight}))
-        return
+    else:
+        output.print_facts(_told(found, size))
+    return found, size
+
+
+def _told(found: "TextScore", size: "ModelSize") -> list[tuple[str, str]]:
     lines = [("perplexity", f"{found.perplexity:.2f}")]
     if found.perplexity_original is not None and found.kl is not None and found.same_top1 is not None:
         lines += [
@@ -116,7 +151,7 @@ def show_evaluation(model: str, path: Path, against: tuple[str, Path] | None, gi
         ("size", output.size(size.nbytes)),
         ("bits per weight", f"{size.bits_per_weight:.2f}, {size.bits_per_layer_weight:.2f} in the layers"),
     ]
-    output.print_facts(lines)
+    return lines
 
 
 def run_compression(model: str, path: Path, given: dict[str, Any]) -> None:
@@ -136,6 +171,7 @@ def run_compression(model: str, path: Path, given: dict[str, Any]) -> None:
         head=given["head"],
         calibration=text,
         memory_bytes=given["memory_bytes"],
+        size_bytes=given["size_bytes"],
     )
     with output.progress(model) as progress:
         compress(path, out, settings, name=model, pre=given["pre"], progress=progress, report=output.note)

@@ -2,6 +2,7 @@
 
     layer-0007.npz     the packed tensors of a layer that is done
     hidden-0008.f32    the rows in front of layer 8, of both streams (layerwise.py)
+    kept.json          the matrices that are left at 8 bits, if they were chosen by size (budget.py)
     settings           a digest of all that the result depends on
     lock               held by the process that works
 
@@ -12,6 +13,7 @@ has the same bytes.
 
 import fcntl
 import io
+import json
 import os
 import shutil
 from collections.abc import Generator, Mapping
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 FOLDER_SUFFIX = ".compress"
+KEPT = "kept.json"
 
 
 class Work:
@@ -56,6 +59,16 @@ class Work:
         """A tensor that was kept."""
         with np.load(self._layer(layer), allow_pickle=False) as tensors:
             return tensors[name]
+
+    def put_kept(self, names: tuple[str, ...]) -> None:
+        """Keep the choice of matrices that are left at 8 bits."""
+        with atomic_file(self._folder / KEPT) as file:
+            file.write(json.dumps(names).encode())
+
+    def kept(self) -> tuple[str, ...] | None:
+        """The choice that was kept; None if none was made."""
+        path = self._folder / KEPT
+        return tuple(json.loads(path.read_bytes())) if path.exists() else None
 
     def rows(self, layer: int, shape: tuple[int, ...]) -> np.ndarray:
         """The rows in front of a layer, to be read."""

@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, BinaryIO, Literal, Protocol, cast
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
@@ -246,25 +246,46 @@ def write(
     Raises:
         StorageFailed: no room on disk.
     """
-    writer = GGUFWriter(None, model.architecture)
-    _add_keys(writer, model)
-    if describe:
-        describe(writer)
+    writer = _described(model, describe)
     tensors = list(_tensors(model, source) if tensors is None else tensors)
-    for tensor in tensors:
-        writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, raw_dtype=tensor.type)
     with atomic_file(path) as raw:
         file: io.BufferedWriter = io.BufferedWriter(cast(io.RawIOBase, raw))
-        writer.fout, writer.state = [file], WriterState.EMPTY  # a file that is open already
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        _write_header(writer, tensors, file)
         for tensor in tensors:
             writer.write_padding(file, file.tell(), ALIGNMENT)
             for array in tensor.arrays:
                 file.write(np.ascontiguousarray(array).data)
         writer.write_padding(file, file.tell(), ALIGNMENT)
         file.detach()
+
+
+def file_bytes(
+    model: TernaryModel, source: WeightSource, *, describe: Callable[[GGUFWriter], None] | None = None
+) -> int:
+    """The size of the file that `write` would make; of `source` it reads only scales of rows."""
+    header, tensors = io.BytesIO(), list(_tensors(model, source))
+    _write_header(_described(model, describe), tensors, header)
+    return sum(
+        -(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes in (header.tell(), *(t.nbytes for t in tensors))
+    )
+
+
+def _described(model: TernaryModel, describe: Callable[[GGUFWriter], None] | None) -> GGUFWriter:
+    writer = GGUFWriter(None, model.architecture)
+    _add_keys(writer, model)
+    if describe:
+        describe(writer)
+    return writer
+
+
+def _write_header(writer: GGUFWriter, tensors: list["OutputTensor"], file: BinaryIO) -> None:
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, raw_dtype=tensor.type)
+    # A file that is open already.
+    writer.fout, writer.state = [cast(io.BufferedWriter, file)], WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
 def _add_keys(writer: GGUFWriter, model: TernaryModel) -> None:
