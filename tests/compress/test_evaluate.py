@@ -1,6 +1,7 @@
 """`cordee eval`: the figures are those of a plain computation, and texts that prove nothing are refused."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,9 @@ def test_the_last_line_is_the_object_that_others_rely_on(ordinary: Path, tmp_pat
     assert facts["same_top1"] == 1
 
 
+@pytest.mark.slow
 def test_several_models_are_drawn(ordinary: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pip install 'cordee[plot]'")
     text, small = tmp_path / "text.txt", tmp_path / "small.gguf"
     text.write_text(prose(300))
     compress(ordinary, small, CompressOptions(method="fit"))
@@ -113,6 +116,15 @@ def test_several_models_are_drawn(ordinary: Path, tmp_path: Path) -> None:
     assert drawn.startswith("<?xml") and "KL divergence from the original" in drawn and "small.gguf" in drawn
     refused = CliRunner().invoke(cordee, [*asked, "--plot", str(tmp_path / "picture.doc")])
     assert refused.exit_code == 2 and "ends in .svg or .png" in refused.stderr
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = ["eval", __file__, "--plot", str(tmp_path / "picture.svg")]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # not installed
+    refused = CliRunner().invoke(cordee, missing)
+    assert refused.exit_code == 2 and "pip install 'cordee[plot]'" in refused.stderr
 
 
 def test_the_default_text_is_english_and_french() -> None:
