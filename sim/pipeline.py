@@ -5,10 +5,11 @@ from typing import Protocol
 
 from cordee.cluster.facts import Placement
 from cordee.cluster.goals import HostGoal
+from cordee.generation.batches import Limits, MicroBatch, Segment
 from cordee.generation.host import Host
 from cordee.generation.request import Choice
 from cordee.generation.results import Expectation, Results
-from cordee.generation.scheduler import Limits, MicroBatch, Scheduler, Segment
+from cordee.generation.scheduler import Scheduler
 from sim import stages
 from sim.world import World
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from cordee.cluster.goals import StageSpec
 from cordee.cluster.reconcile import WorkerState, WorkerStatus
+from cordee.generation.batches import MicroBatch
 from cordee.generation.request import Choice
-from cordee.generation.scheduler import MicroBatch
 
 VOCABULARY = 1000
 END = 0  # ends an answer: tokens below 40 do, so an answer has 25 on average

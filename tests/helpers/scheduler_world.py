@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from cordee.generation.batches import Event, Limits, MicroBatch
 from cordee.generation.request import Choice, Request, SamplingParams
-from cordee.generation.scheduler import Event, Limits, MicroBatch, Scheduler
+from cordee.generation.scheduler import Scheduler
 from cordee.generation.tokenlog import TokenLog
 
 VOCABULARY = 24

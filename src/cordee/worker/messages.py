@@ -29,8 +29,8 @@ import numpy as np
 
 from cordee.cluster.facts import KvSource
 from cordee.engine.stage import EngineName, StageConfig, StageDescription
+from cordee.generation.batches import MicroBatch
 from cordee.generation.request import Choice, Grammar, SamplingParams
-from cordee.generation.scheduler import MicroBatch
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
