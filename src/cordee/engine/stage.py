@@ -106,7 +106,7 @@ class Stage(Protocol):
     def copy(self, source: int, target: int, length: int) -> None:
         """Let a sequence begin as another one: it holds its first `length` positions, and nothing else.
 
-        For stages that can trim. Rows of `target` have to be decoded next.
+        For stages that can trim. It is complete once other rows have been decoded.
 
         Raises:
             StageFailed: `source` is shorter, or the same sequence.

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import msgspec
+
 from cordee.errors import BadRequest
 from cordee.generation.request import Choice, FinishReason
 from cordee.generation.tokenlog import TokenLog
@@ -53,9 +55,21 @@ class Segment:
     score: bool = False
 
 
+class SequenceCopy(msgspec.Struct, frozen=True, array_like=True):
+    """`sequence` is to hold the first `length` positions of `source` and nothing else, for the stream of this
+    `tenure`."""
+
+    source: int
+    sequence: int
+    length: int
+    tenure: int
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """What travels the pipeline as one message; at most one segment of each sequence.
+
+    The `copies` are made first, one after the other.
 
     A segment that starts before the end of what its sequence holds replaces the rest of it. `opens` maps a
     sequence to the token log that its new sampler starts from (as it is when the batch is made). The
@@ -67,6 +81,7 @@ class MicroBatch:
     segments: tuple[Segment, ...]
     opens: dict[int, TokenLog]
     steps: int = 1
+    copies: tuple[SequenceCopy, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,8 @@ A stream's life:
   gave, for a bounded number of steps; so the scheduler is not needed between two tokens. It ends with the
   first stream that ends, or when `halts` names it because other rows wait. Until it has ended, the slots of
   its streams are not given to others.
-- **Prefix reuse**: a slot remembers the tokens of its last stream; the next turn of a chat finds its history
-  there and computes only what is new. Where stages cannot shorten a sequence (`can_trim`), a slot is of use
-  only if the new stream goes on from its very end; else it is computed from the beginning.
+- **Prefix reuse**: what a slot holds of a new stream's tokens is not computed again, whether it is the one that
+  the stream gets or another one, of which it gets a copy (prefixes.py).
 - **Inheritance**: when a placement was followed by another, what its slots held can be restored: those
   positions are taken over instead of computed, when a stream first goes on in such a slot (see
   worker/kv_transfer.py).
@@ -47,10 +46,11 @@ from collections.abc import Collection, Mapping, Sequence
 
 from cordee.errors import BadRequest, ContextExceeded, Overloaded
 from cordee.generation.batches import Event, Limits, MicroBatch, Segment
+from cordee.generation.prefixes import Prefixes
 from cordee.generation.request import Choice, PromptProgress, Request
 from cordee.generation.shares import Shares, surplus
 from cordee.generation.slots import Flight, Slot, SlottedStream
-from cordee.generation.tokenlog import TokenLog, common_prefix
+from cordee.generation.tokenlog import TokenLog
 
 # Prefill rows that may join a micro-batch while others decode: they wait for it, so it is kept to a few
 # decode steps' worth of work.
@@ -58,8 +58,6 @@ PREFILL_ROWS_BESIDE_DECODE = 128
 # How often a micro-batch goes round before it comes back to the scheduler: that is then a small part of the
 # work, and a stream that was cancelled, or could not be halted, costs no more than this.
 STEPS_MAX = 32
-# Fewer cached tokens than this do not decide which slot a stream gets: so few rows are soon computed again.
-PREFIX_TOKENS_MIN = 8
 
 
 class Scheduler:
@@ -69,7 +67,6 @@ class Scheduler:
     """
 
     def __init__(self, limits: Limits, end_of_generation: Collection[int]) -> None:
-        self.can_trim = True
         self._limits = limits
         self._end_of_generation = frozenset(end_of_generation)
         self._waiting: OrderedDict[str, tuple[Request, TokenLog]] = OrderedDict()
@@ -77,9 +74,18 @@ class Scheduler:
         self._active: dict[str, SlottedStream] = {}
         self._slots = [Slot(sequence) for sequence in range(limits.sequences)]
         self._in_flight: dict[int, Flight] = {}
+        self._prefixes = Prefixes(self._slots, limits.context, self._settled)
         self._batches = 0
-        self._releases = 0
         self._tenures = 0
+
+    @property
+    def can_trim(self) -> bool:
+        """Whether the stages can shorten a sequence."""
+        return self._prefixes.can_trim
+
+    @can_trim.setter
+    def can_trim(self, can_trim: bool) -> None:
+        self._prefixes.can_trim = can_trim
 
     @property
     def waiting(self) -> int:
@@ -181,7 +187,7 @@ class Scheduler:
             stream.opened = True
         steps = self._steps(segments)
         self._in_flight[self._batches] = Flight(sampled, scored, repeats=steps > 1)
-        return MicroBatch(self._batches, tuple(segments), opens, steps)
+        return MicroBatch(self._batches, tuple(segments), opens, steps, self._prefixes.take_copies())
 
     def complete(
         self,
@@ -241,12 +247,16 @@ class Scheduler:
     def lost(self) -> None:
         """The pipeline lost its state: every stream starts again from its token log."""
         self._in_flight.clear()
+        self._prefixes.take_copies()
         for slot in self._slots:
             slot.tokens.clear()
             slot.restored = False
+        before: list[SlottedStream] = []
         for stream in self._active.values():
             stream.opened = False
             stream.scores.clear()
+            self._prefixes.find_leader(stream, before)
+            before.append(stream)
 
     def restore(self, held: Mapping[int, Sequence[int]]) -> None:
         """The placement before has these tokens, by sequence; to be called after `lost`, before any batch."""
@@ -255,9 +265,9 @@ class Scheduler:
             tokens = list(held.get(slot.sequence, ()))[: self._limits.context]
             if slot.sequence in streams:
                 stream = streams[slot.sequence]
-                # The last token is computed in any case, for its logits; of a scored prompt all are.
-                usable = 0 if stream.is_scored else len(stream.log) - 1
-                del tokens[self._usable(tokens, stream.log.tokens(0, usable)) :]
+                # Of a scored prompt all rows are computed.
+                log = [] if stream.is_scored else stream.log.tokens(0, len(stream.log))
+                del tokens[self._prefixes.usable(tokens, log) :]
             slot.tokens, slot.restored = tokens, bool(tokens)
 
     def forget_restored(self) -> None:
@@ -335,8 +345,7 @@ class Scheduler:
 
     def _release(self, stream: SlottedStream) -> None:
         del self._active[stream.request.id]
-        self._releases += 1
-        stream.slot.released = self._releases
+        self._prefixes.use(stream.slot)
 
     def _admit(self) -> None:
         while self._waiting:
@@ -348,13 +357,29 @@ class Scheduler:
             name = self._next_waiting()
             request, log = self._waiting.pop(name)
             scored = request.scores_prompt and not log.generated
-            slot, held = self._choose_slot(() if scored else log.tokens(0, len(log)), free)
-            del slot.tokens[held:]
             self._tenures += 1
-            slot.tenure = self._tenures
             self._shares.serve(request.share, self._tenures)
-            self._active[name] = SlottedStream(request, log, slot, min(held, len(request.prompt)))
+            self._active[name] = self._begin(request, log, free)
         self._shares.forget({*self._held(), *(request.share for request, _ in self._waiting.values())})
+
+    def _begin(self, request: Request, log: TokenLog, free: list[Slot]) -> SlottedStream:
+        """Give a stream one of the free slots, and what is there already of its tokens."""
+        scored = request.scores_prompt and not log.generated
+        tokens = [] if scored else log.tokens(0, len(log))
+        slot = self._prefixes.choose(tokens, free)
+        slot.tenure = self._tenures
+        self._prefixes.copy_best(slot, tokens)
+        stream = SlottedStream(request, log, slot, min(len(slot.tokens), len(request.prompt)))
+        self._prefixes.find_leader(stream, (each for each in self._active.values() if each.rows_left > 1))
+        return stream
+
+    def _settled(self, slot: Slot) -> int:
+        """See `Prefixes`. A token's row may be on its way from the last stage to the first one, where nothing
+        keeps it in order with what is sent from here; but only that of the newest token."""
+        for stream in self._active.values():
+            if stream.slot is slot:
+                return max(len(stream.request.prompt), len(stream.log) - 1)
+        return len(slot.tokens) - 1
 
     def _next_waiting(self) -> str:
         """Whose turn it is: the first that waits of the share that is served next."""
@@ -391,37 +416,6 @@ class Scheduler:
                 taken |= {stream.slot.sequence for stream in flight.streams}
         return [slot for slot in self._slots if slot.sequence not in taken]
 
-    def _choose_slot(self, tokens: Sequence[int], free: list[Slot]) -> tuple[Slot, int]:
-        """A free slot for a token log, and how many of its tokens it holds already.
-
-        The longest prefix decides, among slots where it saves at least as much as it throws away: chats that
-        share no more than a system prompt must not take each other's slot. Else the slot with the least to
-        lose: one without tokens worth keeping, or the one that was released first. Else the one with most
-        active neighbours, since the llama engine computes consecutive sequences in one call.
-        """
-        taken = {stream.slot.sequence for stream in self._active.values()}
-        # The last token is computed in any case: its logits give the next token of the answer.
-        found = {slot: self._usable(slot.tokens, tokens[:-1]) for slot in free}
-        useful = [
-            slot for slot in free if found[slot] >= max(PREFIX_TOKENS_MIN, len(slot.tokens) - found[slot])
-        ]
-        if useful:
-            slot = max(useful, key=lambda slot: (found[slot], -len(slot.tokens)))
-            return slot, found[slot]
-
-        def loss(slot: Slot) -> tuple[int, int, int]:
-            worth_keeping = len(slot.tokens) >= PREFIX_TOKENS_MIN
-            neighbours = len(taken & {slot.sequence - 1, slot.sequence + 1})
-            return slot.released if worth_keeping else 0, -neighbours, slot.sequence
-
-        slot = min(free, key=loss)
-        return slot, found[slot]
-
-    def _usable(self, held: Sequence[int], wanted: Sequence[int]) -> int:
-        """How many of the tokens that a slot holds are the beginning of those that are wanted."""
-        common = common_prefix(held, wanted)
-        return common if self.can_trim or common == len(held) else 0
-
     def _decode_segments(self) -> list[Segment]:
         """One row each of an equal share of the streams, leaving some for each micro-batch still unsent.
 
@@ -435,7 +429,9 @@ class Scheduler:
 
     def _prefill_segments(self, budget: int) -> list[Segment]:
         """Water-filling of at most `budget` rows over the prompts, at least one row each."""
-        streams = [stream for stream in self._active.values() if stream.rows_left and not stream.decodes]
+        active = self._active.values()
+        streams = [stream for stream in active if stream.rows_left and not stream.decodes]
+        streams = [stream for stream in streams if not self._prefixes.awaits(stream, active)]
         streams.sort(key=lambda stream: stream.rows_left)
         if any(stream.decodes or not stream.rows_left for stream in self._active.values()):
             budget = min(budget, max(PREFILL_ROWS_BESIDE_DECODE, len(streams)))

@@ -10,7 +10,7 @@ from cordee.generation.tokenlog import TokenLog
 class Slot:
     sequence: int
     tokens: list[int] = field(default_factory=list[int])  # by position, in the KV cache or on their way
-    released: int = 0  # when its last stream ended, counted in ended streams
+    used: int = 0  # when its last stream ended, or it was copied last, counted in such events
     tenure: int = 0  # of the stream that has it, or had it last
     restored: bool = False  # the tokens are in the KV cache of the placement before, not in this one
 
@@ -25,6 +25,8 @@ class SlottedStream:
     cached: int
     opened: bool = False  # its sampler was made
     apart: bool = False  # nothing else may be under way with it
+    leader: "SlottedStream | None" = None  # whose first tokens it waits for, to have them copied ...
+    awaited_tokens: int = 0  # ... and how many
     scores: list[Choice] = field(default_factory=list[Choice])  # of the prompt, until they are given
 
     @property
