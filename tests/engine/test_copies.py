@@ -82,10 +82,7 @@ def check_copied(path: Path, bounds: list[int], engine: type, config: StageConfi
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in FEW else pytest.mark.long)
-        for name in sorted(ARCHITECTURES)
-    ],
+    [pytest.param(name, marks=() if name in FEW else pytest.mark.long) for name in sorted(ARCHITECTURES)],
 )
 def test_a_copied_sequence_gives_the_bits_of_one_that_was_read(name: str, tmp_path: Path) -> None:
     bounds = BOUNDS.get(name, [0, 4, 9])
@@ -94,9 +91,7 @@ def test_a_copied_sequence_gives_the_bits_of_one_that_was_read(name: str, tmp_pa
 
 
 @pytest.mark.parametrize("kv_cache", ["f16", "int8"])
-def test_a_copied_ternary_sequence_gives_the_bits_of_one_that_was_read(
-    kv_cache: str, tmp_path: Path
-) -> None:
+def test_a_copied_ternary_sequence_gives_the_bits_of_one_that_was_read(kv_cache: str, tmp_path: Path) -> None:
     path = tmp_path / "whole.gguf"
     make_ternary("bitnet", path, layers=9)
     config = StageConfig(context=128, sequences=4, batch_rows=64, threads=1, kv_cache=kv_cache)

@@ -1,16 +1,16 @@
 """Which slot a stream gets, and what of its token log is there already.
 
-- **Its own history**: a slot remembers the tokens of its last stream; the next turn of a chat finds its history
-  there and computes only what is new. Where stages cannot shorten a sequence (`can_trim`), a slot is of use only
-  if the new stream goes on from its very end; else it is computed from the beginning.
+- **Its own history**: a slot remembers the tokens of its last stream; the next turn of a chat finds its
+  history there and computes only what is new. Where stages cannot shorten a sequence (`can_trim`), a slot is
+  of use only if the new stream goes on from its very end; else it is computed from the beginning.
 - **Copies**: where another slot begins like the new stream, busy or not (system prompts, documents, lists of
-  examples), the stages copy that beginning. The copy goes with the next micro-batch, before its rows; since all
-  messages travel in order, each stage then holds of the source what is known of it here.
-- **Leaders**: a stream whose beginning is just being read for another one waits for these rows, and gets a copy,
-  too.
+  examples), the stages copy that beginning. The copy goes with the next micro-batch, before its rows; since
+  all messages travel in order, each stage then holds of the source what is known of it here.
+- **Leaders**: a stream whose beginning is just being read for another one waits for these rows, and gets a
+  copy, too.
 
-What is kept is kept by use: of the free slots a new stream gets the one that was of use least recently, where a
-copy is a use of its source. So nothing is held beside the KV caches themselves.
+What is kept is kept by use: of the free slots a new stream gets the one that was of use least recently, where
+a copy is a use of its source. So nothing is held beside the KV caches themselves.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -21,11 +21,11 @@ from cordee.generation.tokenlog import common_prefix
 
 # Fewer cached tokens than this do not decide which slot a stream gets: so few rows are soon computed again.
 PREFIX_TOKENS_MIN = 8
-# A copy has to bring at least this part of a context: libllama copies a sequence's whole cache, which takes as
-# long as computing some hundredth of it.
+# A copy has to bring at least this part of a context: libllama copies a sequence's whole cache, which takes
+# as long as computing some hundredth of it.
 COPIED_SHARE_MIN = 1 / 64
-# To wait for another stream's rows has to save as many as usually travel beside decode rows, and half of one's
-# own: else a short request would wait for the long one that came with it.
+# To wait for another stream's rows has to save as many as usually travel beside decode rows, and half of
+# one's own: else a short request would wait for the long one that came with it.
 AWAITED_TOKENS_MIN = 128
 AWAITED_SHARE_MIN = 1 / 2
 
@@ -33,7 +33,8 @@ AWAITED_SHARE_MIN = 1 / 2
 class Prefixes:
     """See the module's docstring. `slots` are those of a scheduler, of `context` tokens each.
 
-    `settled` says how many of a slot's tokens each stage has, or will have before what is sent next comes there.
+    `settled` says how many of a slot's tokens each stage has, or will have before what is sent next comes
+    there.
     """
 
     def __init__(self, slots: Sequence[Slot], context: int, settled: Callable[[Slot], int]) -> None:

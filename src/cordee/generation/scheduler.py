@@ -29,8 +29,8 @@ A stream's life:
   gave, for a bounded number of steps; so the scheduler is not needed between two tokens. It ends with the
   first stream that ends, or when `halts` names it because other rows wait. Until it has ended, the slots of
   its streams are not given to others.
-- **Prefix reuse**: what a slot holds of a new stream's tokens is not computed again, whether it is the one that
-  the stream gets or another one, of which it gets a copy (prefixes.py).
+- **Prefix reuse**: what a slot holds of a new stream's tokens is not computed again, whether it is the one
+  that the stream gets or another one, of which it gets a copy (prefixes.py).
 - **Inheritance**: when a placement was followed by another, what its slots held can be restored: those
   positions are taken over instead of computed, when a stream first goes on in such a slot (see
   worker/kv_transfer.py).
@@ -356,7 +356,6 @@ class Scheduler:
                 return
             name = self._next_waiting()
             request, log = self._waiting.pop(name)
-            scored = request.scores_prompt and not log.generated
             self._tenures += 1
             self._shares.serve(request.share, self._tenures)
             self._active[name] = self._begin(request, log, free)

@@ -65,7 +65,7 @@ class Records:
         """The sequence begins as another one, for the stream of this tenure."""
         trail = self._trails.get(source)
         self.forget(sequence)
-        if trail is not None and length <= trail.length:
+        if trail is not None:
             copied = replace(
                 trail, tenure=tenure, opening=None, received=[*trail.received], sent=[*trail.sent], tokens={}
             )
