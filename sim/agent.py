@@ -158,7 +158,7 @@ class Agent:
             message = stages.Tokens(rows.wiring, rows.batch, choices)
             self._pass_on(target, rows.wiring, index, "tokens", message)
         else:
-            message = stages.Rows(rows.wiring, index, process.downstream, rows.batch, runs)
+            message = stages.Rows(rows.wiring, index, process.downstream, rows.batch, runs, rows.copies)
             self._pass_on(target, rows.wiring, index, "rows", message)
 
     def _pass_on(self, target: str, wiring: str, hop: int, take: str, message: object) -> None:

@@ -12,6 +12,9 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
+from weakref import WeakKeyDictionary
+
+from msgspec.structs import replace
 
 from cordee.cluster import (
     choose,
@@ -24,7 +27,7 @@ from cordee.cluster import (
     patience,
     reconcile,
 )
-from cordee.generation import gateway, host, results, scheduler, streams
+from cordee.generation import batches, gateway, host, prefixes, results, scheduler, slots, streams
 from sim.run import Broken, play
 from sim.stall import play_stall
 
@@ -120,6 +123,27 @@ def _serving_once_loaded(self: choose.Reports, placement: facts.Placement) -> st
 Workers = Mapping[str, reconcile.WorkerStatus]
 Slices = Sequence[facts.SliceHeld]
 _step = reconcile.Reconciler.step
+_take_copies = prefixes.Prefixes.take_copies
+
+
+def _take_shorter_copies(self: prefixes.Prefixes) -> tuple[batches.SequenceCopy, ...]:
+    return tuple(replace(copy, length=copy.length - 1) for copy in _take_copies(self))
+
+
+_copy_best = prefixes.Prefixes.copy_best
+_once: WeakKeyDictionary[slots.Slot, list[int]] = WeakKeyDictionary()  # the most that a slot ever held
+
+
+def _copy_what_once_was_there(self: prefixes.Prefixes, slot: slots.Slot, tokens: Sequence[int]) -> None:
+    now = {each: each.tokens for each in self._slots}
+    for each, held in now.items():
+        _once[each] = max(_once.get(each, []), [*held], key=len)
+        if each is not slot:
+            each.tokens = _once[each]
+    _copy_best(self, slot, tokens)
+    for each, held in now.items():
+        if each is not slot:
+            each.tokens = held
 
 
 def _never_rename(
@@ -188,6 +212,10 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
     "a wiring left is entered again": _set((reconcile.Reconciler, "step", _never_rename)),
     "workers are never stopped": _set((reconcile.Reconciler, "step", _never_stop)),
     "no replay after a loss": _set((scheduler.Scheduler, "lost", _lost_without_replay)),
+    "copies of a prefix are too short": _set((prefixes.Prefixes, "take_copies", _take_shorter_copies)),
+    "a prefix is copied from a slot that another stream got": _set(
+        (prefixes.Prefixes, "copy_best", _copy_what_once_was_there)
+    ),
     "the host does not hear of a loss": _set((host.Host, "lost", _nothing)),
     "any index is taken": _set((gateway.Gateway, "_advance", _take_any_index)),
     "what was lost is not asked again": _set((gateway.Gateway, "_answered", _only_hear)),

@@ -5,10 +5,11 @@ from typing import Protocol
 
 from cordee.cluster.facts import Placement
 from cordee.cluster.goals import HostGoal
+from cordee.generation.batches import Limits, MicroBatch, Segment
 from cordee.generation.host import Host
 from cordee.generation.request import Choice
 from cordee.generation.results import Expectation, Results
-from cordee.generation.scheduler import Limits, MicroBatch, Scheduler, Segment
+from cordee.generation.scheduler import Scheduler
 from sim import stages
 from sim.world import World
 
@@ -107,7 +108,7 @@ class Pipeline:
         assert self.goal is not None
         self._under_way[batch.id] = batch
         self._results.sent(batch.id, sum(len(s.tokens) for s in batch.segments), self._agent.now)
-        rows = stages.Rows(self.wiring, 0, self.goal.upstream, batch.id, stages.rows_of(batch))
+        rows = stages.Rows(self.wiring, 0, self.goal.upstream, batch.id, stages.rows_of(batch), batch.copies)
         self._agent.world.carry(self._agent.name, self._agent.name, self.wiring, 0, "rows", rows)
 
     def take(self, tokens: stages.Tokens) -> None:

@@ -201,6 +201,10 @@ class Scenario:
         random = self.random
         agent = random.choice(agents)
         prompt = tuple(random.randrange(100, 140) for _ in range(random.randint(1, 30)))
+        if self.clients and random.random() < 0.6:  # as with a system prompt, or another turn
+            other = random.choice(self.clients)
+            known = (*other.request.prompt, *other.got)
+            prompt = (known[: random.randint(1, len(known))] + prompt)[:45]
         seed, limit = random.randrange(1000), random.randint(1, 30)
         request = Request(
             id=f"s{len(self.clients)}",

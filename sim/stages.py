@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from cordee.cluster.goals import StageSpec
 from cordee.cluster.reconcile import WorkerState, WorkerStatus
+from cordee.generation.batches import MicroBatch, SequenceCopy
 from cordee.generation.request import Choice
-from cordee.generation.scheduler import MicroBatch
 
 VOCABULARY = 1000
 END = 0  # ends an answer: tokens below 40 do, so an answer has 25 on average
@@ -71,6 +71,7 @@ class Rows:
     endpoint: str
     batch: int
     runs: list[Run]
+    copies: tuple[SequenceCopy, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class Process:
         """Take rows in; give the rows for the next stage, and tokens where this is the last."""
         runs: list[Run] = []
         choices: dict[int, Choice] = {}
+        for copy in rows.copies:
+            self.cache[copy.sequence] = self.cache.get(copy.source, [])[: copy.length]
         for run in rows.runs:
             held = self.cache.setdefault(run.sequence, [])
             del held[run.first_position :]

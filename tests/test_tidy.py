@@ -18,7 +18,7 @@ FILE_LINES = 600  # longer files hold more than one noun
 FUNCTION_LINES = 60  # what fits a screen
 ROOM_LINES = 4500  # a larger room has more than one subject
 
-PURE_ROOMS = ("generation", "chat", "cluster")
+PURE_ROOMS = ("generation", "speculation", "grammar", "chat", "cluster")
 IMPURE_MODULES = {
     "asyncio",
     "concurrent",
@@ -53,7 +53,9 @@ ROOMS = (
         "models",
         "convert",
         "engine",
+        "speculation",
         "generation",
+        "grammar",
         "chat",
     ),
     *(

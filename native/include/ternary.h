@@ -146,6 +146,10 @@ TERNARY_API uint32_t ternary_sequence_length(const ternary_session *session, uin
 TERNARY_API ternary_status ternary_sequence_trim(ternary_session *session, uint32_t sequence, uint32_t length,
                                                  ternary_error *error);
 
+/* Replace a sequence by the first `length` positions of another one. Refused if that is shorter, or the same one. */
+TERNARY_API ternary_status ternary_sequence_copy(ternary_session *session, uint32_t source, uint32_t target,
+                                                 uint32_t length, ternary_error *error);
+
 /* Bytes of a sequence's state as ternary_sequence_export writes it; 0 for a number that is no sequence. */
 TERNARY_API size_t ternary_sequence_bytes(const ternary_session *session, uint32_t sequence);
 

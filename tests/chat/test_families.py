@@ -18,9 +18,9 @@ from cordee.chat.families import FAMILIES, thinking_of
 from cordee.chat.formats import AnswerFormat, ChatFormat, Parser, format_of
 from cordee.chat.turn import ChatTurn, Message, Thinking, Tool, ToolChoice
 from cordee.engine.vocabulary import Vocabulary
-from cordee.generation.grammar import GrammarState, GrammarTokenizer
 from cordee.generation.request import Grammar
 from cordee.generation.template import ChatTemplate
+from cordee.grammar.grammar import GrammarState, GrammarTokenizer
 from tiny import make_tiny
 
 NOW = datetime(2026, 11, 30)

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from cordee.errors import BadRequest, ContextExceeded, Overloaded, StageFailed
 from cordee.generation import streams
+from cordee.generation.batches import Limits
 from cordee.generation.gateway import WAIT_SECONDS, Gateway
 from cordee.generation.host import LEASE_SECONDS, SESSIONS_MAX, WINDOW_TOKENS, Host
 from cordee.generation.request import Choice, Request, SamplingParams
-from cordee.generation.scheduler import Limits, Scheduler
+from cordee.generation.scheduler import Scheduler
 from cordee.generation.streams import STREAMS_MAX, Ask, Assert, Piece, Said
 from cordee.generation.suspects import LOSSES_MAX
 from scheduler_world import END, NEVER, VOCABULARY, next_token

@@ -1,7 +1,7 @@
 """Where a stream stands before its first token: in the queue, or so many tokens of its prompt were read."""
 
+from cordee.generation.batches import Limits
 from cordee.generation.request import PromptProgress
-from cordee.generation.scheduler import Limits
 from scheduler_world import VOCABULARY, World
 
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from cordee.engine.llama import libllama
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, StageFailed, UnsupportedModel
-from cordee.generation.grammar import GrammarState, GrammarTokenizer
-from cordee.generation.grammar import check as check_grammar
 from cordee.generation.request import Grammar, SamplingParams
 from cordee.generation.sampling import GREEDY_BELOW, LOGIT_BIAS_MAX, RANGES, Sampler, check, draw_seed
+from cordee.grammar.grammar import GrammarState, GrammarTokenizer
+from cordee.grammar.grammar import check as check_grammar
 
 GREEDY = SamplingParams(temperature=0.0)
 SCHEMA = {

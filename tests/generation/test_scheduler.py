@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cordee.errors import BadRequest, ContextExceeded, Overloaded
+from cordee.generation.batches import Limits
 from cordee.generation.request import Choice, SamplingParams
-from cordee.generation.scheduler import PREFILL_ROWS_BESIDE_DECODE, Limits
+from cordee.generation.scheduler import PREFILL_ROWS_BESIDE_DECODE
 from cordee.generation.tokenlog import TokenLog
 from scheduler_world import NEVER, VOCABULARY, Client, World
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cordee.errors import Overloaded
-from cordee.generation.scheduler import Limits
+from cordee.generation.batches import Limits
 from scheduler_world import NEVER, VOCABULARY, Client, World
 
 

@@ -9,8 +9,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from cordee.generation.batches import Event, Limits, MicroBatch
 from cordee.generation.request import Choice, Request, SamplingParams
-from cordee.generation.scheduler import Event, Limits, MicroBatch, Scheduler
+from cordee.generation.scheduler import Scheduler
 from cordee.generation.tokenlog import TokenLog
 
 VOCABULARY = 24
@@ -52,6 +53,7 @@ class FakePipeline:
         self.can_trim = can_trim
         self.under_way: deque[tuple[MicroBatch, dict[int, tuple[int, list[int]]]]] = deque()
         self.rows_sent = 0
+        self.copied_tokens = 0
         self.forget()
 
     def forget(self) -> None:
@@ -103,13 +105,27 @@ class FakePipeline:
                 )
                 for segment in batch.segments
             )
-            again = replace(batch, segments=segments, opens={}, steps=batch.steps - 1)
+            again = replace(batch, segments=segments, opens={}, steps=batch.steps - 1, copies=())
             self.under_way.append((again, {}))
             self.rows_sent += len(segments)
         return batch, choices, failed, last
 
+    def copy(self, batch: MicroBatch) -> None:
+        """Make the copies that go with a micro-batch, once: it may go round."""
+        rows = {segment.sequence: segment for segment in batch.segments}
+        for copy in batch.copies:
+            assert self.can_trim, "a state is copied that cannot be shortened"
+            held = self.cache[copy.source]
+            assert 0 < copy.length <= len(held), "more is copied than is there"
+            assert copy.source != copy.sequence
+            if copy.sequence in rows:
+                assert rows[copy.sequence].tenure == copy.tenure and not rows[copy.sequence].inherit
+            self.cache[copy.sequence] = held[: copy.length]
+            self.copied_tokens += copy.length
+
     def compute(self, batch: MicroBatch, opens: dict[int, tuple[int, list[int]]]) -> dict[int, Choice]:
         choices: dict[int, Choice] = {}
+        self.copy(batch)
         for segment in batch.segments:
             held = self.cache[segment.sequence]
             if segment.inherit:

@@ -14,10 +14,11 @@ from random import Random
 
 from cordee.errors import BadRequest, ContextExceeded, Overloaded
 from cordee.generation import streams
+from cordee.generation.batches import Limits, MicroBatch
 from cordee.generation.gateway import TICK_SECONDS, Gateway, News
 from cordee.generation.host import Host
 from cordee.generation.request import Request, SamplingParams
-from cordee.generation.scheduler import Limits, MicroBatch, Scheduler
+from cordee.generation.scheduler import Scheduler
 from cordee.generation.streams import Message, Said
 from cordee.generation.tokenlog import TokenLog
 from scheduler_world import END, VOCABULARY, FakePipeline, next_token, scores_of

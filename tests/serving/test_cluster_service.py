@@ -11,9 +11,10 @@ import pytest
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, Overloaded, StageFailed
 from cordee.generation import streams
+from cordee.generation.batches import Limits
 from cordee.generation.host import Host
 from cordee.generation.request import Request, SamplingParams
-from cordee.generation.scheduler import Limits, Scheduler
+from cordee.generation.scheduler import Scheduler
 from cordee.generation.streams import Ask, Piece, Said
 from cordee.serving.cluster_service import ClusterGateway, ClusterService
 from scheduler_world import NEVER, FakePipeline, next_token

@@ -160,7 +160,7 @@ def test_what_cannot_be_used_is_refused_and_the_next_is_taken(
 
 def test_a_trial_that_wants_too_much_memory_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from cordee.engine.llama.vocabulary import LlamaVocabulary
-    from cordee.generation.grammar import GrammarTokenizer
+    from cordee.grammar.grammar import GrammarTokenizer
     from cordee.worker import grammar_child
 
     monkeypatch.setattr(grammar_child, "check", lambda *_: bytearray(1 << 40))

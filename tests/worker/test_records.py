@@ -45,6 +45,19 @@ def test_rows_of_several_batches_are_one_trail() -> None:
     assert not asked(records, 7, 5, 1)[0].rows and not asked(records, 0, 5, 0)[0].rows
 
 
+def test_a_copied_sequence_has_the_record_of_what_it_begins_with() -> None:
+    records = Records(WIDTH)
+    note(records, (Run(0, 0, 3, False, 5), 1))
+    note(records, (Run(0, 3, 1, True, 5), 3), opens={0: OPENING})
+    records.copy(0, 2, 2, 6)
+    note(records, (Run(2, 2, 1, False, 6), 4), (Run(0, 4, 1, True, 5), 5))
+    assert asked(records, 2, 6, 3)[1] == [1000, 1001, 4002]
+    assert asked(records, 0, 5, 5)[1] == [1000, 1001, 1002, 3003, 5004]
+    assert asked(records, 2, 6, 1)[0].tokens == {} and asked(records, 2, 6, 1)[0].opening is None
+    records.copy(7, 2, 2, 8)  # of what nothing is known
+    assert not asked(records, 2, 8, 1)[0].rows
+
+
 def test_what_is_settled_was_sampled_from_later() -> None:
     records = Records(WIDTH)
     note(records, (Run(0, 0, 3, True, 5), 1), opens={0: OPENING})

@@ -125,3 +125,24 @@ void cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence, u
         memset(place.value + dims * cell_bytes, 0, (cache->value_stride - dims) * cell_bytes);
     }
 }
+
+void cache_copy(const struct cache *cache, uint32_t source, uint32_t target, uint32_t length)
+{
+    const size_t cell_bytes = cache_facts[cache->kind].cell_bytes, scale_bytes = cache_facts[cache->kind].scale_bytes;
+    const size_t blocks = ((size_t)length + LANES - 1) / LANES * LANES;
+    /* The values of the kind `pentium2` are not laid out by position first. */
+    const size_t value_bytes = cache->kind == CACHE_PENTIUM2 ? head_value_bytes(cache)
+                                                             : (size_t)length * cache->value_stride * cell_bytes;
+    for (uint32_t layer = 0; layer < cache->layers; layer++)
+        for (uint32_t head = 0; head < cache->kv_heads; head++) {
+            const struct cache_head from = cache_head_at(cache, layer, source, head);
+            const struct cache_head to = cache_head_at(cache, layer, target, head);
+            memcpy(to.keys, from.keys, blocks * cache->head_dim * cell_bytes);
+            memcpy(to.values, from.values, value_bytes);
+            if (scale_bytes > 0) {
+                memcpy(to.key_scales, from.key_scales, length * scale_bytes);
+                memcpy(to.value_scales, from.value_scales, length * scale_bytes);
+            }
+        }
+    cache->lengths[target] = length;
+}

@@ -64,4 +64,7 @@ struct cache_place cache_place_at(const struct cache *cache, uint32_t layer, uin
 void cache_store(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t position, const float *key,
                  const float *value);
 
+/* Make `target` hold what the first `length` positions of another sequence hold. */
+void cache_copy(const struct cache *cache, uint32_t source, uint32_t target, uint32_t length);
+
 #endif

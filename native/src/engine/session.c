@@ -203,6 +203,21 @@ ternary_status ternary_sequence_trim(ternary_session *session, uint32_t sequence
     return status;
 }
 
+ternary_status ternary_sequence_copy(ternary_session *session, uint32_t source, uint32_t target, uint32_t length,
+                                     ternary_error *error)
+{
+    ternary_status status = check_sequence(session, source, error);
+    if (status == TERNARY_OK)
+        status = check_sequence(session, target, error);
+    if (status != TERNARY_OK)
+        return status;
+    if (source == target || length > session->cache.lengths[source])
+        return ternary_fail(error, TERNARY_REFUSED, "sequence %u has no %u positions that %u could get",
+                            source, length, target);
+    cache_copy(&session->cache, source, target, length);
+    return TERNARY_OK;
+}
+
 size_t ternary_sequence_bytes(const ternary_session *session, uint32_t sequence)
 {
     return sequence < session->config.sequences ? cache_state_bytes(&session->cache, sequence) : 0;

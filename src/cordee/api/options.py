@@ -13,10 +13,10 @@ from cordee.api.core import AnswerOptions, random_seed
 from cordee.api.schemas import NULL, TOKENS_MAX, Samplers
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest
-from cordee.generation.grammar import refusal
-from cordee.generation.json_schema import loosened
 from cordee.generation.request import Grammar, SamplingParams
 from cordee.generation.sampling import PENALTY_WINDOW_MAX
+from cordee.grammar.grammar import refusal
+from cordee.grammar.json_schema import loosened
 
 DRY_BREAKERS = ("\n", ":", '"', "*")  # llama.cpp's
 TEXTS_MAX = 8  # sets of breakers that are remembered, over all models

@@ -1,6 +1,6 @@
 """What binds an answer while it is generated: a grammar in which calls follow their tools' schemas.
 
-llguidance's Lark, with the JSON schemas beside it (generation/grammar.py, kinds "tools" and "thinking"). Text
+llguidance's Lark, with the JSON schemas beside it (grammar/grammar.py, kinds "tools" and "thinking"). Text
 is free until the mark that opens a call: where that is a control token no text can have it, else a lazy
 lexeme ends when it is written. From there on there is only what the family writes, and JSON by the schema.
 """
@@ -14,8 +14,8 @@ from cordee.chat import harmony
 from cordee.chat.families import Calls, HarmonyCalls, JsonCalls, MarkedCalls, NamedCalls, ThinkingMarks
 from cordee.chat.parsers import BoundCalls, is_text, properties_of, trigger
 from cordee.chat.turn import ChatTurn, Tool
-from cordee.generation.json_schema import loosened
 from cordee.generation.request import Grammar
+from cordee.grammar.json_schema import loosened
 
 CALLS_MAX = 16  # of one answer; agents make a handful at once, and small models repeat themselves
 OBJECT: Mapping[str, Any] = {"type": "object"}

@@ -103,6 +103,15 @@ class Stage(Protocol):
             StageFailed: it is longer, `length` is not 0, and the stage cannot trim: it is forgotten.
         """
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let a sequence begin as another one: it holds its first `length` positions, and nothing else.
+
+        For stages that can trim. It is complete once other rows have been decoded.
+
+        Raises:
+            StageFailed: `source` is shorter, or the same sequence.
+        """
+
     def clear(self) -> None:
         """Forget every sequence."""
 

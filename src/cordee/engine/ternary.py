@@ -66,6 +66,7 @@ _FUNCTIONS = {
     "ternary_decode": (ctypes.c_int, _pointer, _pointer, _pointer, _pointer),
     "ternary_sequence_length": (_u32, _pointer, _u32),
     "ternary_sequence_trim": (ctypes.c_int, _pointer, _u32, _u32, _pointer),
+    "ternary_sequence_copy": (ctypes.c_int, _pointer, _u32, _u32, _u32, _pointer),
     "ternary_sequence_bytes": (ctypes.c_size_t, _pointer, _u32),
     "ternary_sequence_export": (ctypes.c_int, _pointer, _u32, _pointer, _pointer),
     "ternary_sequence_import": (ctypes.c_int, _pointer, _u32, ctypes.c_char_p, ctypes.c_size_t, _pointer),
@@ -204,6 +205,10 @@ class TernaryStage:
     def trim(self, sequence: int, length: int) -> None:
         """See `Stage.trim`."""
         self._call("ternary_sequence_trim", self._session, sequence, length)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See `Stage.copy`."""
+        self._call("ternary_sequence_copy", self._session, source, target, length)
 
     def clear(self) -> None:
         """See `Stage.clear`."""

@@ -24,9 +24,10 @@ from random import Random
 import msgspec
 
 from cordee.errors import BadRequest, CordeeError, Overloaded, StageFailed
+from cordee.generation.batches import Event, MicroBatch
 from cordee.generation.clock import AwakeClock
 from cordee.generation.request import Choice, FinishReason, PromptProgress
-from cordee.generation.scheduler import Event, MicroBatch, Scheduler
+from cordee.generation.scheduler import Scheduler
 from cordee.generation.streams import (
     STREAMS_MAX,
     Ask,

@@ -29,9 +29,8 @@ A stream's life:
   gave, for a bounded number of steps; so the scheduler is not needed between two tokens. It ends with the
   first stream that ends, or when `halts` names it because other rows wait. Until it has ended, the slots of
   its streams are not given to others.
-- **Prefix reuse**: a slot remembers the tokens of its last stream; the next turn of a chat finds its history
-  there and computes only what is new. Where stages cannot shorten a sequence (`can_trim`), a slot is of use
-  only if the new stream goes on from its very end; else it is computed from the beginning.
+- **Prefix reuse**: what a slot holds of a new stream's tokens is not computed again, whether it is the one
+  that the stream gets or another one, of which it gets a copy (prefixes.py).
 - **Inheritance**: when a placement was followed by another, what its slots held can be restored: those
   positions are taken over instead of computed, when a stream first goes on in such a slot (see
   worker/kv_transfer.py).
@@ -44,12 +43,14 @@ A stream's life:
 
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from cordee.errors import BadRequest, ContextExceeded, Overloaded
-from cordee.generation.request import Choice, FinishReason, PromptProgress, Request
+from cordee.generation.batches import Event, Limits, MicroBatch, Segment
+from cordee.generation.prefixes import Prefixes
+from cordee.generation.request import Choice, PromptProgress, Request
 from cordee.generation.shares import Shares, surplus
-from cordee.generation.tokenlog import TokenLog, common_prefix
+from cordee.generation.slots import Flight, Slot, SlottedStream
+from cordee.generation.tokenlog import TokenLog
 
 # Prefill rows that may join a micro-batch while others decode: they wait for it, so it is kept to a few
 # decode steps' worth of work.
@@ -57,147 +58,6 @@ PREFILL_ROWS_BESIDE_DECODE = 128
 # How often a micro-batch goes round before it comes back to the scheduler: that is then a small part of the
 # work, and a stream that was cancelled, or could not be halted, costs no more than this.
 STEPS_MAX = 32
-# Fewer cached tokens than this do not decide which slot a stream gets: so few rows are soon computed again.
-PREFIX_TOKENS_MIN = 8
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of a scheduler.
-
-    `context` is in tokens for each of `sequences` slots. `queue` bounds the streams that wait for a slot: one
-    share has half as many places, and all that have a share twice as many. `in_flight` bounds the
-    micro-batches under way. A micro-batch has room for a row of every sequence, so that no stream has to wait
-    for others to end.
-
-    Raises:
-        BadRequest: `sequences` is more than `batch_rows`.
-    """
-
-    sequences: int
-    context: int
-    batch_rows: int
-    queue: int
-    in_flight: int = 1
-
-    def __post_init__(self) -> None:
-        if self.sequences > self.batch_rows:
-            raise BadRequest(
-                f"{self.sequences} sequences do not fit a micro-batch of {self.batch_rows} rows: take fewer",
-                "sequences",
-            )
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive rows of one stream in a micro-batch. `sample`: the last one's logits give a token.
-
-    `tenure` is the number of the stream among all that had a slot. `inherit`: the positions before the first
-    one are to be taken over from the placement before. `score`: each row but the prompt's last one gives the
-    log-probability of the prompt's next token.
-    """
-
-    stream: str
-    sequence: int
-    first_position: int
-    tokens: list[int]
-    sample: bool
-    tenure: int = 0
-    inherit: bool = False
-    score: bool = False
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What travels the pipeline as one message; at most one segment of each sequence.
-
-    A segment that starts before the end of what its sequence holds replaces the rest of it. `opens` maps a
-    sequence to the token log that its new sampler starts from (as it is when the batch is made). The
-    micro-batch goes round up to `steps` times: after the first time with the tokens of the time before, one
-    position on.
-    """
-
-    id: int
-    segments: tuple[Segment, ...]
-    opens: dict[int, TokenLog]
-    steps: int = 1
-
-
-@dataclass(frozen=True)
-class Event:
-    """A stream got a token, or ended, or both. `choice` None: it ended without another token.
-
-    `cached_tokens` of its prompt were in the KV cache when it got its slot. `failure` says why its token
-    could not be chosen; the stream has ended then, without a finish reason. `prompt_choices` come with the
-    first token where the prompt is scored: its tokens but the first. Such a stream has a choice for the token
-    that ends it, too: clients that want scores count tokens.
-    """
-
-    stream: str
-    choice: Choice | None
-    finish_reason: FinishReason | None
-    cached_tokens: int
-    failure: str | None = None
-    prompt_choices: tuple[Choice, ...] = ()
-
-
-@dataclass(eq=False)
-class _Flight:
-    """A micro-batch under way: the streams that get a token from it, those that get scores of so many rows,
-    and whether it goes round."""
-
-    streams: list["_Stream"]
-    scored: list[tuple["_Stream", int]]
-    repeats: bool
-    halted: bool = False
-
-
-@dataclass(eq=False)
-class _Slot:
-    sequence: int
-    tokens: list[int] = field(default_factory=list[int])  # by position, in the KV cache or on their way
-    released: int = 0  # when its last stream ended, counted in ended streams
-    tenure: int = 0  # of the stream that has it, or had it last
-    restored: bool = False  # the tokens are in the KV cache of the placement before, not in this one
-
-
-@dataclass(eq=False)
-class _Stream:
-    """A stream that has a slot. The slot's tokens are always the beginning of its log."""
-
-    request: Request
-    log: TokenLog
-    slot: _Slot
-    cached: int
-    opened: bool = False  # its sampler was made
-    apart: bool = False  # nothing else may be under way with it
-    scores: list[Choice] = field(default_factory=list[Choice])  # of the prompt, until they are given
-
-    @property
-    def is_scored(self) -> bool:
-        """Its prompt's log-probabilities are still to be given."""
-        return self.request.scores_prompt and not self.log.generated
-
-    @property
-    def rows_left(self) -> int:
-        """Rows that can be sent now; none while its next token is under way."""
-        return len(self.log) - len(self.slot.tokens)
-
-    @property
-    def decodes(self) -> bool:
-        """Only the row of the last generated token is left to send."""
-        return self.rows_left == 1 and bool(self.log.generated)
-
-    def check_end(self) -> None:
-        """Assert that the slot's tokens may be the beginning of the log, from their number and the last one.
-
-        A row at a wrong position, or of a wrong token, would silently change the answer.
-        """
-        held = self.slot.tokens
-        assert len(held) <= len(self.log), f"{self.request.id}: its slot is longer than its log"
-        assert not held or held[-1] == self.log.token(len(held) - 1), (
-            f"{self.request.id}: its slot is not its log"
-        )
 
 
 class Scheduler:
@@ -207,17 +67,25 @@ class Scheduler:
     """
 
     def __init__(self, limits: Limits, end_of_generation: Collection[int]) -> None:
-        self.can_trim = True
         self._limits = limits
         self._end_of_generation = frozenset(end_of_generation)
         self._waiting: OrderedDict[str, tuple[Request, TokenLog]] = OrderedDict()
         self._shares = Shares()
-        self._active: dict[str, _Stream] = {}
-        self._slots = [_Slot(sequence) for sequence in range(limits.sequences)]
-        self._in_flight: dict[int, _Flight] = {}
+        self._active: dict[str, SlottedStream] = {}
+        self._slots = [Slot(sequence) for sequence in range(limits.sequences)]
+        self._in_flight: dict[int, Flight] = {}
+        self._prefixes = Prefixes(self._slots, limits.context, self._settled)
         self._batches = 0
-        self._releases = 0
         self._tenures = 0
+
+    @property
+    def can_trim(self) -> bool:
+        """Whether the stages can shorten a sequence."""
+        return self._prefixes.can_trim
+
+    @can_trim.setter
+    def can_trim(self, can_trim: bool) -> None:
+        self._prefixes.can_trim = can_trim
 
     @property
     def waiting(self) -> int:
@@ -318,8 +186,8 @@ class Scheduler:
         for stream in opening:
             stream.opened = True
         steps = self._steps(segments)
-        self._in_flight[self._batches] = _Flight(sampled, scored, repeats=steps > 1)
-        return MicroBatch(self._batches, tuple(segments), opens, steps)
+        self._in_flight[self._batches] = Flight(sampled, scored, repeats=steps > 1)
+        return MicroBatch(self._batches, tuple(segments), opens, steps, self._prefixes.take_copies())
 
     def complete(
         self,
@@ -379,12 +247,16 @@ class Scheduler:
     def lost(self) -> None:
         """The pipeline lost its state: every stream starts again from its token log."""
         self._in_flight.clear()
+        self._prefixes.take_copies()
         for slot in self._slots:
             slot.tokens.clear()
             slot.restored = False
+        before: list[SlottedStream] = []
         for stream in self._active.values():
             stream.opened = False
             stream.scores.clear()
+            self._prefixes.find_leader(stream, before)
+            before.append(stream)
 
     def restore(self, held: Mapping[int, Sequence[int]]) -> None:
         """The placement before has these tokens, by sequence; to be called after `lost`, before any batch."""
@@ -393,9 +265,9 @@ class Scheduler:
             tokens = list(held.get(slot.sequence, ()))[: self._limits.context]
             if slot.sequence in streams:
                 stream = streams[slot.sequence]
-                # The last token is computed in any case, for its logits; of a scored prompt all are.
-                usable = 0 if stream.is_scored else len(stream.log) - 1
-                del tokens[self._usable(tokens, stream.log.tokens(0, usable)) :]
+                # Of a scored prompt all rows are computed.
+                log = [] if stream.is_scored else stream.log.tokens(0, len(stream.log))
+                del tokens[self._prefixes.usable(tokens, log) :]
             slot.tokens, slot.restored = tokens, bool(tokens)
 
     def forget_restored(self) -> None:
@@ -426,7 +298,7 @@ class Scheduler:
             return 1
         return min(STEPS_MAX, *(self._tokens_left(stream) for stream in streams))
 
-    def _tokens_left(self, stream: _Stream) -> int:
+    def _tokens_left(self, stream: SlottedStream) -> int:
         """Tokens that a stream may still get."""
         room = self._limits.context - len(stream.log)
         limit = stream.request.max_tokens
@@ -439,7 +311,7 @@ class Scheduler:
         return any(stream.rows_left for stream in self._active.values())
 
     def _score(
-        self, flight: _Flight, failures: Mapping[int, str], scores: Mapping[int, Sequence[Choice]]
+        self, flight: Flight, failures: Mapping[int, str], scores: Mapping[int, Sequence[Choice]]
     ) -> list[Event]:
         """Keep what came for scored prompts; the events of those whose sampler could not be made."""
         events: list[Event] = []
@@ -454,7 +326,7 @@ class Scheduler:
                 events.append(Event(stream.request.id, None, None, stream.cached, failures[sequence]))
         return events
 
-    def _advance(self, stream: _Stream, choice: Choice) -> Event:
+    def _advance(self, stream: SlottedStream, choice: Choice) -> Event:
         stream.apart = False
         name, scores = stream.request.id, tuple(stream.scores)
         stream.scores.clear()
@@ -471,10 +343,9 @@ class Scheduler:
             reason = "length"
         return Event(name, choice, reason, stream.cached, prompt_choices=scores)
 
-    def _release(self, stream: _Stream) -> None:
+    def _release(self, stream: SlottedStream) -> None:
         del self._active[stream.request.id]
-        self._releases += 1
-        stream.slot.released = self._releases
+        self._prefixes.use(stream.slot)
 
     def _admit(self) -> None:
         while self._waiting:
@@ -485,14 +356,29 @@ class Scheduler:
                 return
             name = self._next_waiting()
             request, log = self._waiting.pop(name)
-            scored = request.scores_prompt and not log.generated
-            slot, held = self._choose_slot(() if scored else log.tokens(0, len(log)), free)
-            del slot.tokens[held:]
             self._tenures += 1
-            slot.tenure = self._tenures
             self._shares.serve(request.share, self._tenures)
-            self._active[name] = _Stream(request, log, slot, min(held, len(request.prompt)))
+            self._active[name] = self._begin(request, log, free)
         self._shares.forget({*self._held(), *(request.share for request, _ in self._waiting.values())})
+
+    def _begin(self, request: Request, log: TokenLog, free: list[Slot]) -> SlottedStream:
+        """Give a stream one of the free slots, and what is there already of its tokens."""
+        scored = request.scores_prompt and not log.generated
+        tokens = [] if scored else log.tokens(0, len(log))
+        slot = self._prefixes.choose(tokens, free)
+        slot.tenure = self._tenures
+        self._prefixes.copy_best(slot, tokens)
+        stream = SlottedStream(request, log, slot, min(len(slot.tokens), len(request.prompt)))
+        self._prefixes.find_leader(stream, (each for each in self._active.values() if each.rows_left > 1))
+        return stream
+
+    def _settled(self, slot: Slot) -> int:
+        """See `Prefixes`. A token's row may be on its way from the last stage to the first one, where nothing
+        keeps it in order with what is sent from here; but only that of the newest token."""
+        for stream in self._active.values():
+            if stream.slot is slot:
+                return max(len(stream.request.prompt), len(stream.log) - 1)
+        return len(slot.tokens) - 1
 
     def _next_waiting(self) -> str:
         """Whose turn it is: the first that waits of the share that is served next."""
@@ -505,7 +391,7 @@ class Scheduler:
         """How many slots each share has."""
         return Counter(stream.request.share for stream in self._active.values())
 
-    def _surplus(self) -> _Stream | None:
+    def _surplus(self) -> SlottedStream | None:
         """The stream that has to give its slot to one of another share, if so: the newest of its share, as
         least of it has to be computed again."""
         if self.active < self._limits.sequences:
@@ -514,51 +400,20 @@ class Scheduler:
         own = [stream for stream in self._active.values() if stream.request.share == share]
         return max(own, key=lambda stream: stream.slot.tenure, default=None)
 
-    def _put_back(self, stream: _Stream) -> None:
+    def _put_back(self, stream: SlottedStream) -> None:
         """Let a stream wait, before all others of its share. What is under way for it is dropped."""
         self._release(stream)
         request, log = stream.request, stream.log
         self._waiting[request.id] = request, TokenLog(request.prompt, request.sampling, log.generated)
         self._waiting.move_to_end(request.id, last=False)
 
-    def _free_slots(self) -> list[_Slot]:
+    def _free_slots(self) -> list[Slot]:
         """Slots that no stream holds, and for which no micro-batch brings further rows by itself."""
         taken = {stream.slot.sequence for stream in self._active.values()}
         for flight in self._in_flight.values():
             if flight.repeats:
                 taken |= {stream.slot.sequence for stream in flight.streams}
         return [slot for slot in self._slots if slot.sequence not in taken]
-
-    def _choose_slot(self, tokens: Sequence[int], free: list[_Slot]) -> tuple[_Slot, int]:
-        """A free slot for a token log, and how many of its tokens it holds already.
-
-        The longest prefix decides, among slots where it saves at least as much as it throws away: chats that
-        share no more than a system prompt must not take each other's slot. Else the slot with the least to
-        lose: one without tokens worth keeping, or the one that was released first. Else the one with most
-        active neighbours, since the llama engine computes consecutive sequences in one call.
-        """
-        taken = {stream.slot.sequence for stream in self._active.values()}
-        # The last token is computed in any case: its logits give the next token of the answer.
-        found = {slot: self._usable(slot.tokens, tokens[:-1]) for slot in free}
-        useful = [
-            slot for slot in free if found[slot] >= max(PREFIX_TOKENS_MIN, len(slot.tokens) - found[slot])
-        ]
-        if useful:
-            slot = max(useful, key=lambda slot: (found[slot], -len(slot.tokens)))
-            return slot, found[slot]
-
-        def loss(slot: _Slot) -> tuple[int, int, int]:
-            worth_keeping = len(slot.tokens) >= PREFIX_TOKENS_MIN
-            neighbours = len(taken & {slot.sequence - 1, slot.sequence + 1})
-            return slot.released if worth_keeping else 0, -neighbours, slot.sequence
-
-        slot = min(free, key=loss)
-        return slot, found[slot]
-
-    def _usable(self, held: Sequence[int], wanted: Sequence[int]) -> int:
-        """How many of the tokens that a slot holds are the beginning of those that are wanted."""
-        common = common_prefix(held, wanted)
-        return common if self.can_trim or common == len(held) else 0
 
     def _decode_segments(self) -> list[Segment]:
         """One row each of an equal share of the streams, leaving some for each micro-batch still unsent.
@@ -573,7 +428,9 @@ class Scheduler:
 
     def _prefill_segments(self, budget: int) -> list[Segment]:
         """Water-filling of at most `budget` rows over the prompts, at least one row each."""
-        streams = [stream for stream in self._active.values() if stream.rows_left and not stream.decodes]
+        active = self._active.values()
+        streams = [stream for stream in active if stream.rows_left and not stream.decodes]
+        streams = [stream for stream in streams if not self._prefixes.awaits(stream, active)]
         streams.sort(key=lambda stream: stream.rows_left)
         if any(stream.decodes or not stream.rows_left for stream in self._active.values()):
             budget = min(budget, max(PREFILL_ROWS_BESIDE_DECODE, len(streams)))
@@ -584,7 +441,7 @@ class Scheduler:
             segments.append(self._segment(stream, rows))
         return segments
 
-    def _segment(self, stream: _Stream, rows: int) -> Segment:
+    def _segment(self, stream: SlottedStream, rows: int) -> Segment:
         stream.check_end()
         slot = stream.slot
         first = len(slot.tokens)

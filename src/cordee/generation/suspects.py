@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from cordee.generation.scheduler import MicroBatch
+from cordee.generation.batches import MicroBatch
 
 # A stream that was under way at this many losses, without getting a token in between, may be their cause:
 # from then on it travels alone, so that no other stream is suspected with it ...

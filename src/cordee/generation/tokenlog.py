@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from cordee.generation.request import SamplingParams
 
+BLOCK_TOKENS = 64  # that are compared at once
+
 
 class TokenLog:
     """Prompt and generated tokens of one stream, with how they are sampled.
@@ -40,8 +42,16 @@ class TokenLog:
 
 
 def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two lists begin with alike."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
+    """How many tokens two lists begin with alike.
+
+    Blocks are compared as bytes are, and only the first that differs token by token: a document may have a
+    hundred thousand tokens, and is compared with each slot.
+    """
+    left, right = list(left), list(right)
+    start, end = 0, min(len(left), len(right))
+    while start < end and left[start : start + BLOCK_TOKENS] == right[start : start + BLOCK_TOKENS]:
+        start += BLOCK_TOKENS
+    for index in range(start, min(start + BLOCK_TOKENS, end)):
+        if left[index] != right[index]:
             return index
-    return min(len(left), len(right))
+    return end

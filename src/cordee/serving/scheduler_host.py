@@ -27,12 +27,13 @@ from cordee.cluster.memory import BATCH_ROWS
 from cordee.engine.stage import StageConfig
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, CordeeError, StageFailed
-from cordee.generation.grammar import NAMES
+from cordee.generation.batches import Limits
 from cordee.generation.host import Host
 from cordee.generation.request import Grammar
 from cordee.generation.results import RESULT_SECONDS_MAX, Expectation, Results
-from cordee.generation.scheduler import Limits, Scheduler
+from cordee.generation.scheduler import Scheduler
 from cordee.generation.streams import Ask, Assert, Said
+from cordee.grammar.grammar import NAMES
 from cordee.serving import batch_invariance
 from cordee.serving.answers import Rate
 from cordee.worker import frames

@@ -11,6 +11,7 @@ from cordee.engine.llama.kv_state import join_layers, pick_layers
 from cordee.engine.llama.stage import LlamaStage
 from cordee.engine.stage import Batch, Stage, StageDescription, batch_of_one
 from cordee.errors import CordeeError, StageFailed
+from cordee.generation.batches import SequenceCopy
 from cordee.generation.sampling import Sampler, scored
 from cordee.worker.frames import PAYLOAD_BYTES_MAX
 from cordee.worker.grammars import WorkerGrammars
@@ -114,6 +115,8 @@ class Compute:
         Raises:
             StageFailed: the engine refused the micro-batch.
         """
+        for copy in message.copies:
+            self._copy(copy)
         batch = as_batch(message, payload)
         received = batch.inputs
         self._hold(message, received)
@@ -133,6 +136,7 @@ class Compute:
             n_embd=result.shape[1],
             steps=message.steps,
             measure=message.measure,
+            copies=message.copies,
         )
         return forwarded, result.data.cast("B")
 
@@ -172,6 +176,16 @@ class Compute:
     def _embedded(self, inputs: np.ndarray) -> np.ndarray:
         """Rows of the first of several stages, which is given token ids; of others what they are given."""
         return inputs if self._embedding is None else self._embedding.rows(inputs)
+
+    def _copy(self, copy: SequenceCopy) -> None:
+        """Let a sequence begin as another one, for another stream."""
+        held = self._held.get(copy.source)
+        if held is None or held.length < copy.length:
+            raise StageFailed(f"sequence {copy.source} has no {copy.length} positions here")
+        self._stage.copy(copy.source, copy.sequence, copy.length)
+        tokens = None if held.tokens is None else held.tokens[: copy.length]
+        self._held[copy.sequence] = HeldSequence(copy.tenure, copy.length, tokens)
+        self.records.copy(copy.source, copy.sequence, copy.length, copy.tenure)
 
     def _hold(self, message: Rows, inputs: np.ndarray) -> None:
         """Trim each sequence to where its run starts, and note what it will hold."""

@@ -23,8 +23,8 @@ import psutil
 from cordee.engine.child import answer, receive
 from cordee.engine.llama.vocabulary import LlamaVocabulary
 from cordee.errors import CordeeError
-from cordee.generation.grammar import STEP_SECONDS, GrammarTokenizer, check, refusal
 from cordee.generation.request import Grammar
+from cordee.grammar.grammar import STEP_SECONDS, GrammarTokenizer, check, refusal
 from cordee.privacy import no_core_dumps
 from cordee.worker.grammar_messages import GrammarVerdict, grammar_decoder, verdict_decoder
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from cordee.engine.llama.vocabulary import LlamaVocabulary
 from cordee.errors import CordeeError
-from cordee.generation.grammar import STEP_SECONDS, GrammarState, GrammarTokenizer, refusal
 from cordee.generation.request import Grammar
+from cordee.grammar.grammar import STEP_SECONDS, GrammarState, GrammarTokenizer, refusal
 
 if TYPE_CHECKING:  # workers of one machine alone start sooner without it
     from cordee.worker.grammar_trials import GrammarTrials

@@ -29,8 +29,8 @@ import numpy as np
 
 from cordee.cluster.facts import KvSource
 from cordee.engine.stage import EngineName, StageConfig, StageDescription
+from cordee.generation.batches import MicroBatch, SequenceCopy
 from cordee.generation.request import Choice, Grammar, SamplingParams
-from cordee.generation.scheduler import MicroBatch
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -258,7 +258,7 @@ class Rows(msgspec.Struct, frozen=True, tag=True):
     A run that starts before the end of what its sequence holds replaces the rest of it. `opens` are the
     samplers to make first, by sequence. Where `steps` is more than 1, every run is one row, and the
     micro-batch goes round with the tokens that it gave, unless one of them ends its answer. `measure`: answer
-    with digests of the logits, not with tokens.
+    with digests of the logits, not with tokens. The `copies` are made before anything else, in order.
     """
 
     wiring: str
@@ -268,6 +268,7 @@ class Rows(msgspec.Struct, frozen=True, tag=True):
     n_embd: int = 0
     steps: int = 1
     measure: bool = False
+    copies: tuple[SequenceCopy, ...] = ()
 
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
@@ -378,7 +379,8 @@ def rows_of(wiring: str, batch: MicroBatch) -> tuple[Rows, memoryview]:
         for sequence, log in batch.opens.items()
     }
     tokens = np.array([token for each in batch.segments for token in each.tokens], dtype=np.int32)
-    return Rows(wiring, batch.id, runs, opens, steps=batch.steps), tokens.data.cast("B")
+    rows = Rows(wiring, batch.id, runs, opens, steps=batch.steps, copies=batch.copies)
+    return rows, tokens.data.cast("B")
 
 
 class Promotion(msgspec.Struct, frozen=True, tag=True):

@@ -7,7 +7,7 @@ the same bytes in each, whatever is kept there: token ids, rows, or tokens that 
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -60,6 +60,18 @@ class Records:
     def forget(self, sequence: int) -> None:
         """The sequence's cache comes from elsewhere: there is no record of it."""
         self._trails.pop(sequence, None)
+
+    def copy(self, source: int, sequence: int, length: int, tenure: int) -> None:
+        """The sequence begins as another one, for the stream of this tenure."""
+        trail = self._trails.get(source)
+        self.forget(sequence)
+        if trail is not None:
+            copied = replace(
+                trail, tenure=tenure, opening=None, received=[*trail.received], sent=[*trail.sent], tokens={}
+            )
+            copied.trim(length)
+            self._trails[sequence] = copied
+            self._forget_oldest()
 
     def note(
         self, message: Rows, received: np.ndarray, sent: np.ndarray | None, tokens: Mapping[int, int]

@@ -124,6 +124,18 @@ class LlamaStage:
                 f"this model cannot shorten a sequence to {length} tokens; the sequence was forgotten"
             )
 
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See `Stage.copy`.
+
+        libllama copies between caches of two sequences only whole, cell by cell at the same places, and when
+        the next rows are decoded. That is a matter of memory bandwidth: the whole of a cache costs as much as
+        computing a hundredth of it. Where a sequence ends beyond `length` the rest is removed at once.
+        """
+        if source == target or self._length(source) < length:
+            raise StageFailed(f"sequence {source} has no {length} positions that {target} could get")
+        self._library.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self.trim(target, length)
+
     def clear(self) -> None:
         """See `Stage.clear`."""
         self._library.llama_memory_clear(self._memory, False)  # cells without a sequence are never read
@@ -257,6 +269,9 @@ class LlamaStage:
                 address = ctypes.addressof(found.contents)
                 rows.append(np.frombuffer(self._logits_type.from_address(address), np.float32))
         return np.array(rows, dtype=np.float32).reshape(-1, self._n_vocab)
+
+    def _length(self, sequence: int) -> int:
+        return self._library.llama_memory_seq_pos_max(self._memory, sequence) + 1
 
     def _undo(self, batch: Batch) -> None:
         for sequence in np.unique(batch.sequences):

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from cordee.engine.llama import libllama
 from cordee.engine.llama.vocabulary import LlamaVocabulary
 from cordee.errors import BadRequest
-from cordee.generation.gbnf import DEPTH_MAX, NESTING_MAX, REPEATS_MAX
-from cordee.generation.grammar import GBNF_CHARS_MAX, GrammarState, GrammarTokenizer, check
 from cordee.generation.request import Grammar
+from cordee.grammar.gbnf import DEPTH_MAX, NESTING_MAX, REPEATS_MAX
+from cordee.grammar.grammar import GBNF_CHARS_MAX, GrammarState, GrammarTokenizer, check
 from small_stack import outcome
 
 END = 256

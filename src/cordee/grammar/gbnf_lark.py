@@ -16,7 +16,7 @@ byte of their UTF-8 are taken as equal, and x{m,n} as x+.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from cordee.generation.gbnf import (
+from cordee.grammar.gbnf import (
     ROOT,
     Alternation,
     Chars,

@@ -18,11 +18,11 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from cordee.errors import BadRequest, UnsupportedModel
-from cordee.generation import gbnf, gbnf_lark
-from cordee.generation.json_keys import QuotedTokens, WrittenKeys
 from cordee.generation.request import Grammar
-from cordee.generation.schema_depth import depth_bound
-from cordee.generation.thinking_budget import ThinkingBudget
+from cordee.grammar import gbnf, gbnf_lark
+from cordee.grammar.json_keys import QuotedTokens, WrittenKeys
+from cordee.grammar.schema_depth import depth_bound
+from cordee.grammar.thinking_budget import ThinkingBudget
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # pyright: ignore[reportPrivateUsage] - not exported

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_gbnf import BYTES
 
-from cordee.generation.grammar import SCHEMA_DEPTH_MAX, check
 from cordee.generation.request import Grammar
-from cordee.generation.schema_depth import depth_bound
+from cordee.grammar.grammar import SCHEMA_DEPTH_MAX, check
+from cordee.grammar.schema_depth import depth_bound
 from small_stack import outcome
 
 STEPS: dict[str, Callable[[str], dict]] = {

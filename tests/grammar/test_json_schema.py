@@ -11,8 +11,9 @@ from pydantic import BaseModel, Field
 from test_gbnf import BYTES
 
 from cordee.errors import BadRequest
-from cordee.generation.grammar import GrammarState, check
-from cordee.generation.json_schema import (
+from cordee.generation.request import Grammar
+from cordee.grammar.grammar import GrammarState, check
+from cordee.grammar.json_schema import (
     ABOUT_PROPERTIES,
     FORMATS,
     LISTS,
@@ -21,7 +22,6 @@ from cordee.generation.json_schema import (
     UNBOUND,
     loosened,
 )
-from cordee.generation.request import Grammar
 
 
 def grammar(schema: Mapping[str, Any], strict: bool = False) -> Grammar:

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from test_gbnf import BYTES, END, Bytes
 
 from cordee.errors import BadRequest
-from cordee.generation.grammar import GrammarState, GrammarTokenizer
-from cordee.generation.json_keys import QuotedTokens, WrittenKeys
 from cordee.generation.request import Grammar
+from cordee.grammar.grammar import GrammarState, GrammarTokenizer
+from cordee.grammar.json_keys import QuotedTokens, WrittenKeys
 
 PIECES = [bytes([byte]) for byte in range(256)] + [
     b'a"', b'"a":', b'{"', b'","', b'":1,"', b',"a"', b'b":', b'"b"', b'\\"', b'":{"a":', b'}}', b'"],"a":',

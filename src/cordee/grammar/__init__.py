@@ -1,0 +1,1 @@
+"""What constrains text: JSON schemas, GBNF, Lark and regular expressions become masks of tokens."""
