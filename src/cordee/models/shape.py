@@ -113,7 +113,7 @@ def _active_bytes(header: Header, layer: int, tensors: Mapping[str, Tensor]) -> 
     active = 0
     for tensor in tensors.values():
         if EXPERTS in tensor.name:
-            experts = tensor.shape[-1]
+            experts = size_of(header, ".expert_count", default=tensor.shape[-1]) or 1
             chosen = min(size_of(header, ".expert_used_count", layer), experts)
             active += tensor.nbytes * chosen // experts
         else:
