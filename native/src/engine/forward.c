@@ -89,14 +89,14 @@ static void attention_block(struct step *step)
     add_product(step, &layer->q, session->queries);
     add_product(step, &layer->k, session->keys);
     add_product(step, &layer->v, session->values);
-    multiply(step);
+    multiply_products(step);
     pool_run(&session->pool, rotate_and_store, step, step->rows);
     pool_run(&session->pool, attend_piece, step, step->runs * model->shape.kv_heads);
     if (session->config.logits && step->layer + 1 == model->shape.layers)
         keep_marked(step);
     set_inputs(step, enter_output, &layer->o, model->planes);
     add_product(step, &layer->o, session->added);
-    multiply(step);
+    multiply_products(step);
 }
 
 static void feed_forward_block(struct step *step)
@@ -106,10 +106,10 @@ static void feed_forward_block(struct step *step)
     set_inputs(step, enter_feed_forward, &layer->gate, session->model->planes);
     add_product(step, &layer->gate, session->gates);
     add_product(step, &layer->up, session->ups);
-    multiply(step);
+    multiply_products(step);
     set_inputs(step, enter_down, &layer->down, session->model->planes);
     add_product(step, &layer->down, session->added);
-    multiply(step);
+    multiply_products(step);
 }
 
 /* What the last block added to the hidden rows. */
@@ -123,7 +123,7 @@ static void head_block(struct step *step, float *out)
     const ternary_model *model = step->session->model;
     set_inputs(step, enter_head, &model->head, model->head_planes);
     add_product(step, &model->head, out);
-    multiply(step);
+    multiply_products(step);
 }
 
 /* ---- The way in ---- */

@@ -35,11 +35,11 @@ void mixture_block(struct step *step)
     pool_run(&session->pool, gather, step, visits);
     add_products_of_experts(step, &layer->gate, session->gates);
     add_products_of_experts(step, &layer->up, session->ups);
-    multiply(step);
+    multiply_products(step);
     shape_inputs(&mixture->inputs, &layer->down, model->planes);
     pool_run(&session->pool, enter_expert_down, step, visits);
     add_products_of_experts(step, &layer->down, mixture->results);
-    multiply(step);
+    multiply_products(step);
     pool_run(&session->pool, combine, step, step->rows);
 }
 

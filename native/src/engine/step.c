@@ -168,7 +168,7 @@ void add_product(struct step *step, const struct matrix *matrix, float *out)
     step->session->products[step->count++] = (struct product){*matrix, out, &step->session->inputs, 0, step->rows};
 }
 
-void multiply(struct step *step)
+void multiply_products(struct step *step)
 {
     const uint32_t threads = step->session->config.threads;
     uint32_t slabs = 0, share;

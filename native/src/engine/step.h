@@ -34,6 +34,6 @@ void apply_gate(const ternary_session *session, float *gate, float *up);
 void add_product(struct step *step, const struct matrix *matrix, float *out);
 
 /* Multiplies what was added since the last time. */
-void multiply(struct step *step);
+void multiply_products(struct step *step);
 
 #endif

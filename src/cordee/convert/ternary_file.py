@@ -1,6 +1,6 @@
 """Writing model files for the ternary engine: GGUF containers whose payloads are laid out for its kernels.
 
-native/FORMAT.md defines the format; native/src/engine/model.c reads it. Writing streams strips of rows, so
+native/FORMAT.md defines the format; native/src/engine/load.c reads it. Writing streams strips of rows, so
 memory depends on the widest row and not on the model.
 """
 

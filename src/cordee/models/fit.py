@@ -43,8 +43,7 @@ def stage_shape(header: Header, first: int, last: int) -> StageShape:
         if block:
             layers[int(block[1])][block[2].removesuffix(".weight")] = piece
         weights += piece.nbytes
-    rules = architecture(header.architecture) or Architecture(header.architecture)
-    windowed = (window_pattern(header, rules) or [False] * header.layers)[first:last]
+    windowed = windowed_layers(header)[first:last]
     return StageShape(
         weights_bytes=weights,
         cell_bytes=sum(cell_bytes(header, first + i, window) for i, window in enumerate(windowed)),
@@ -54,6 +53,13 @@ def stage_shape(header: Header, first: int, last: int) -> StageShape:
         layers=last - first,
         vocabulary=vocabulary_size(header) if last == header.layers else 0,
     )
+
+
+def windowed_layers(header: Header) -> list[bool]:
+    """Which layers are sized as layers with a sliding window; the ternary engine has no masks for such."""
+    rules = architecture(header.architecture) or Architecture(header.architecture)
+    pattern = window_pattern(header, rules) if engine_of(header) == "llama" else None
+    return pattern or [False] * header.layers
 
 
 def estimate(header: Header, first: int, last: int, sizes: Sizes) -> Fit:
