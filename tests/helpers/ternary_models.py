@@ -92,7 +92,49 @@ GROUPED = {
         rotated=("attn", "attn_output", "ffn", "ffn_down", "head", "embedding"),
     ),
 }
-FAMILIES |= GROUPED
+# A mixture of experts with windows, rotation of half a head in the layers that have one, and a gate with limits.
+_MAPLE = replace(
+    _BASE,
+    architecture="maple",
+    n_ff=48,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    rope="neox",
+    head_norms=True,
+    planes=2,
+    layout="trit5",
+    experts=12,
+    experts_used=3,
+    window=24,
+    windowed=(True, True, True, False),
+    rope_dims=16,
+    rope_layers="windowed",
+    gate_limit=0.9,
+)
+MIXTURES = {
+    "maple": _MAPLE,
+    # With scales of spans, rows that fill no group, and a window in each layer.
+    "maple-grouped": replace(
+        _MAPLE,
+        n_embd=144,
+        n_ff=72,
+        experts=5,
+        experts_used=2,
+        windowed=(True,) * 4,
+        layout="trit2",
+        planes=1,
+        scale_columns=64,
+        embedding="codes",
+        head="trit2",
+        head_planes=1,
+    ),
+}
+FAMILIES |= GROUPED | MIXTURES
+# MiniCPM4: scales of what enters and of what blocks add, divisors of the rotary angles.
+FAMILIES["minicpm"] = replace(
+    _BASE, architecture="minicpm", rope="neox", embedding_scale=12.0, residual_scale=0.7, divisors=True
+)
 
 
 class Weights:
@@ -111,11 +153,16 @@ class Weights:
                 around = 1 + 0.2 * draw.random((rows, spans) if spans else scales)
                 own = (around * np.sqrt(1.5 / cols)).astype("f2" if spans else "f4")
                 self._scales[full.replace("weight", "scale")] = own.astype("f4")
+            for name, shape in model.routers().items():
+                router = draw.standard_normal(shape) * 2 / np.sqrt(shape[1])
+                self.arrays[f"blk.{layer}.{name}.weight"] = router.astype("f4")
             for name, length in model.norms().items():
                 self.arrays[f"blk.{layer}.{name}.weight"] = (1 + 0.1 * draw.standard_normal(length)).astype(
                     "f4"
                 )
         self.arrays["output_norm.weight"] = (1 + 0.1 * draw.standard_normal(model.n_embd)).astype("f4")
+        if model.divisors:
+            self.arrays["rope_freqs.weight"] = (1 + 3 * draw.random(model.head_dim // 2)).astype("f4")
         for name, length in model.rotations().items():
             self.arrays[name] = draw.choice(np.array([-1, 1], dtype="f4"), length)
         # Small beside what layers add, so that every layer matters for the token.
@@ -188,7 +235,8 @@ class Reference:
         rows = self.weights.floats("token_embd.weight")[tokens]
         if self.weights.model.embedding == GGMLQuantizationType.F16:
             rows = half(rows)
-        return self._turn(rows, "embedding", back=True)
+        rows = self._turn(rows, "embedding", back=True)
+        return rows * np.float32(self.weights.model.embedding_scale or 1)
 
     def layer(self, index: int, hidden: np.ndarray) -> np.ndarray:
         """A whole sequence through one layer."""
@@ -208,18 +256,23 @@ class Reference:
         )
         if model.head_norms:
             q, k = norm("attn_q_norm", q), norm("attn_k_norm", k)
-        q, k = self._rotate(q), self._rotate(k)
+        windowed = bool(model.window) and model.windowed[index]
+        if model.rope_layers == "all" or windowed:
+            q, k = self._rotate(q), self._rotate(k)
         k, v = (np.repeat(half(t), model.heads // model.kv_heads, axis=0) for t in (k, v))
         scores = q @ k.transpose(0, 2, 1) / np.sqrt(np.float32(model.head_dim))
-        scores[:, np.triu(np.ones((len(x), len(x)), dtype=bool), 1)] = -np.inf
+        apart = np.subtract.outer(np.arange(len(x)), np.arange(len(x)))
+        scores[:, (apart < 0) | (apart >= (model.window if windowed else len(x)))] = -np.inf
         shares = np.exp(scores - scores.max(axis=2, keepdims=True))
         attended = (shares / shares.sum(axis=2, keepdims=True)) @ v
         attended = attended.transpose(1, 0, 2).reshape(len(x), -1)
-        hidden = hidden + linear("attn_output", norm("attn_sub_norm", attended))
+        residual = np.float32(model.residual_scale or 1)
+        hidden = hidden + residual * linear("attn_output", norm("attn_sub_norm", attended))
         x = norm("ffn_norm", hidden)
-        gate, up = linear("ffn_gate", x), linear("ffn_up", x)
-        gate = np.maximum(gate, 0) ** 2 if model.activation == "relu2" else gate / (1 + np.exp(-gate))
-        return hidden + linear("ffn_down", norm("ffn_sub_norm", gate * up))
+        if model.experts:
+            return hidden + residual * self._mixture(index, x)
+        gated = self._gated(linear("ffn_gate", x), linear("ffn_up", x))
+        return hidden + residual * linear("ffn_down", norm("ffn_sub_norm", gated))
 
     def head(self, hidden: np.ndarray) -> np.ndarray:
         """Rows -> logits, with the head's weights as they are stored."""
@@ -236,6 +289,30 @@ class Reference:
         for index in range(self.weights.model.layers):
             hidden = self.layer(index, hidden)
         return self.head(hidden)
+
+    def _gated(self, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        model = self.weights.model
+        if model.gate_limit:
+            gate, up = np.minimum(gate, model.gate_limit), np.clip(up, -model.gate_limit, model.gate_limit)
+        return (np.maximum(gate, 0) ** 2 if model.activation == "relu2" else gate / (1 + np.exp(-gate))) * up
+
+    def _mixture(self, index: int, x: np.ndarray) -> np.ndarray:
+        """Each row through the experts that score best for it; softmax over all, then over those alone."""
+        model = self.weights.model
+        names = [f"ffn_{name}_exps" for name in ("gate", "up", "down")]
+        gate, up, down = (np.split(self.weights.dense(index, name), model.experts) for name in names)
+        scores = x.astype(np.float64) @ self.weights.arrays[f"blk.{index}.ffn_gate_inp.weight"].T
+        everywhere = np.exp(scores - scores.max(axis=1, keepdims=True))
+        everywhere /= everywhere.sum(axis=1, keepdims=True)
+        out = np.zeros_like(x)
+        for row, shares in enumerate(everywhere):
+            chosen = np.argsort(-shares)[: model.experts_used]
+            for expert in chosen:
+                one = x[row : row + 1]
+                inner = self._gated(*(self._linear(one, m[expert], model.planes) for m in (gate, up)))
+                result = self._linear(inner, down[expert], model.planes)[0]
+                out[row] += result * np.float32(shares[expert] / shares[chosen].sum())
+        return out
 
     def _norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         return (
@@ -263,9 +340,15 @@ class Reference:
 
     def _rotate(self, x: np.ndarray) -> np.ndarray:
         model = self.weights.model
-        angles = np.outer(
-            np.arange(x.shape[1]), model.rope_base ** (-np.arange(0, model.head_dim, 2) / model.head_dim)
-        )
+        if model.rope_dims:
+            turned, kept = x[..., : model.rope_dims], x[..., model.rope_dims :]
+            return np.concatenate([self._rotate_all(turned), kept], axis=2)
+        return self._rotate_all(x)
+
+    def _rotate_all(self, x: np.ndarray) -> np.ndarray:
+        model, dims = self.weights.model, x.shape[2]
+        frequencies = model.rope_base ** (-np.arange(0, dims, 2) / dims)
+        angles = np.outer(np.arange(x.shape[1]), frequencies / self.weights.arrays.get("rope_freqs.weight", 1))
         turn = np.exp(1j * angles)
         if model.rope == "neox":
             a, b = np.split(x, 2, axis=2)

@@ -39,9 +39,10 @@ static uint64_t sum_of_layer(const ternary_model *model, uint32_t layer)
 static uint64_t sum_of_scales(const struct matrix *matrix)
 {
     if (matrix->span_scales != NULL)
-        return sum_of(matrix->span_scales, (size_t)matrix->groups * matrix->spans *
-                                               layout_facts[matrix->layout].group_rows * sizeof(uint16_t));
-    return matrix->scales == NULL ? 0 : sum_of(matrix->scales, matrix->rows / matrix->scale_rows * sizeof(float));
+        return sum_of(matrix->span_scales, matrix->count * span_scales_of(matrix) * sizeof(uint16_t));
+    return matrix->scales == NULL
+               ? 0
+               : sum_of(matrix->scales, (size_t)matrix->count * (matrix->rows / matrix->scale_rows) * sizeof(float));
 }
 
 /* Every byte that a decode step could reach. */
@@ -49,7 +50,7 @@ static uint64_t sum_of_model(const ternary_model *model)
 {
     const ternary_shape *shape = &model->shape;
     const size_t n_embd = shape->n_embd * sizeof(float), q_dim = model->q_dim * sizeof(float);
-    uint64_t sum = sum_of(model->rope_divisors, shape->head_dim / 2 * sizeof(float));
+    uint64_t sum = sum_of(model->rope_divisors, model->rope_dims / 2 * sizeof(float));
     float *row = get(n_embd);
     for (enum turned turned = 0; turned < TURNED; turned++) {
         const size_t width = turned == TURNED_DOWN ? shape->n_ff * sizeof(float) : n_embd;
@@ -61,7 +62,12 @@ static uint64_t sum_of_model(const ternary_model *model)
                                            &layer->gate, &layer->up, &layer->down};
         for (size_t m = 0; m < sizeof matrices / sizeof *matrices; m++)
             sum += sum_of_scales(matrices[m]);
-        sum += sum_of_layer(model, i);
+        sum += sum_of_layer(model, i) + sum_of(layer->router, model->experts * n_embd);
+        sum += layer->is_windowed + 2 * layer->is_rotated;
+        for (uint32_t expert = 0; expert < model->experts; expert++) {
+            const struct matrix down = matrix_at(&layer->down, expert);
+            sum += sum_of_scales(&down) + sum_of(down.data, down.groups * group_bytes_of(&down));
+        }
         sum += sum_of(layer->attn_norm, n_embd) + sum_of(layer->ffn_norm, n_embd);
         sum += sum_of(layer->attn_sub_norm, q_dim) + sum_of(layer->ffn_sub_norm, shape->n_ff * sizeof(float));
         sum += sum_of(layer->q_norm, shape->head_dim * sizeof(float));

@@ -10,21 +10,28 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from cordee.convert.pentium2 import write_pentium2
-from ternary_models import FAMILIES, GROUPED, Weights, make_ternary
+from ternary_models import FAMILIES, Weights, make_ternary
 
 ROOT = Path(__file__).resolve().parents[2]
 READER = (
-    *("base/error.c", "base/gguf.c", "engine/embedding.c", "engine/matrix.c", "engine/model.c"),
-    "pentium2/lookup.c",
+    *("base/error.c", "base/gguf.c", "engine/embedding.c", "engine/load.c", "engine/matrix.c"),
+    *("engine/settings.c", "pentium2/lookup.c"),
 )
 FILES = (*FAMILIES, "pentium2")
-ROTATED = {"bonsai-rotated": {"rotation_block": 16}}  # widths are multiples of it
+# Widths are multiples of the rotation's block; layers as many as say whether they have a window.
+SPECIAL = {
+    "bonsai-rotated": {"rotation_block": 16},
+    "maple": {"windowed": (True,)},
+    "maple-grouped": {"windowed": (True,)},
+}
 # Between them they have every type that embeddings come in.
 EMBEDDINGS = {
     "bitnet": GGMLQuantizationType.BF16,
     "bitnet-silu": GGMLQuantizationType.F16,
     "llama": GGMLQuantizationType.Q8_0,
     "trilm": GGMLQuantizationType.F32,
+    "maple": GGMLQuantizationType.F16,
+    "minicpm": GGMLQuantizationType.F16,
 }
 
 
@@ -52,8 +59,8 @@ def throw(fuzzer: Path, folder: Path, kind: str, rounds: int, seed: int) -> None
             weights.arrays[name] = np.sign(weights.arrays[name])
         write_pentium2(folder / "model.gguf", weights.model, weights)
     else:
-        changes = small if kind in GROUPED else small | {"embedding": EMBEDDINGS[kind]}
-        make_ternary(kind, folder / "model.gguf", **changes | ROTATED.get(kind, {}))
+        changes = small | ({"embedding": EMBEDDINGS[kind]} if kind in EMBEDDINGS else {})
+        make_ternary(kind, folder / "model.gguf", **changes | SPECIAL.get(kind, {}))
     done = subprocess.run(
         [fuzzer, folder / "model.gguf", str(rounds), str(seed)], capture_output=True, text=True, check=False
     )

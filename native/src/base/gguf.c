@@ -208,3 +208,15 @@ bool gguf_text(const struct gguf *gguf, const char *key, char *text, size_t room
     text[value.nbytes] = 0;
     return true;
 }
+
+bool gguf_flags(const struct gguf *gguf, const char *key, uint8_t *flags, uint32_t count)
+{
+    struct gguf_value value;
+    if (!gguf_find_key(gguf, key, &value) || value.type != GGUF_ARRAY)
+        return false;
+    if (little(value.bytes, 4) != GGUF_BOOL || little(value.bytes + 4, 8) != count)
+        return false;
+    for (uint32_t i = 0; i < count; i++)
+        flags[i] = value.bytes[4 + 8 + i] != 0; /* behind type and count */
+    return true;
+}

@@ -56,5 +56,7 @@ bool gguf_number(const struct gguf *gguf, const char *key, uint32_t *number);
 bool gguf_float(const struct gguf *gguf, const char *key, float *number);
 /* Copies at most room - 1 characters and a zero; false where it is longer. */
 bool gguf_text(const struct gguf *gguf, const char *key, char *text, size_t room);
+/* Copies a list of exactly `count` truth values, as 0 and 1; false where it is another list. */
+bool gguf_flags(const struct gguf *gguf, const char *key, uint8_t *flags, uint32_t count);
 
 #endif

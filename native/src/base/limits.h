@@ -10,6 +10,7 @@
 #define HEADS_LIMIT 1024u
 #define HEAD_DIM_LIMIT 512u
 #define PLANES_LIMIT 3u
+#define EXPERTS_LIMIT 1024u /* of a layer, and of those that a row passes */
 /* Columns that share a scale, and floats that the rotation mixes: within these, a power of two. */
 #define SPAN_COLUMNS_LEAST 64u
 #define SPAN_COLUMNS_LIMIT 256u

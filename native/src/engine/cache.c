@@ -66,6 +66,18 @@ struct cache_head cache_head_at(const struct cache *cache, uint32_t layer, uint3
     };
 }
 
+struct cache_head cache_head_from(const struct cache *cache, struct cache_head head, uint32_t skipped)
+{
+    const size_t cell_bytes = cache_facts[cache->kind].cell_bytes;
+    head.keys += (size_t)skipped * cache->head_dim * cell_bytes;
+    head.values += (size_t)skipped * cache->value_stride * cell_bytes;
+    if (head.key_scales != NULL) {
+        head.key_scales += skipped;
+        head.value_scales += skipped;
+    }
+    return head;
+}
+
 struct cache_place cache_place_at(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head,
                                   uint32_t position)
 {

@@ -57,6 +57,8 @@ size_t cache_value_bytes(const struct cache *cache);
 size_t cache_scale_bytes(const struct cache *cache);
 
 struct cache_head cache_head_at(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head);
+/* The same head without its first positions, so many: a multiple of LANES. Not of the kind `pentium2`. */
+struct cache_head cache_head_from(const struct cache *cache, struct cache_head head, uint32_t skipped);
 struct cache_place cache_place_at(const struct cache *cache, uint32_t layer, uint32_t sequence, uint32_t head,
                                   uint32_t position);
 

@@ -18,3 +18,15 @@ enum layout layout_named(const char *name)
         layout++;
     return layout;
 }
+
+struct matrix matrix_at(const struct matrix *all, uint32_t number)
+{
+    struct matrix one = *all;
+    one.count = 1;
+    one.data += (size_t)number * all->groups * group_bytes_of(all);
+    if (all->span_scales != NULL)
+        one.span_scales += number * span_scales_of(all);
+    else
+        one.scales += (size_t)number * (all->rows / all->scale_rows);
+    return one;
+}

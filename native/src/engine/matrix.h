@@ -29,15 +29,16 @@ enum layout layout_named(const char *name);
 
 struct matrix {
     enum layout layout;
+    uint32_t count; /* so many of this size lie one behind the other: those of all experts; else 1 */
     uint32_t rows, cols;
     uint32_t groups, quads;
     /* The matrix is the sum of so many planes of codes; each has its own quads, one plane behind the other in a group. */
     uint32_t planes;
-    const uint8_t *data;    /* [groups][planes][quads][quad_bytes], borrowed from the file */
-    const float *scales;    /* [rows / scale_rows], borrowed; NULL: they are of spans */
+    const uint8_t *data;    /* [count][groups][planes][quads][quad_bytes], borrowed from the file */
+    const float *scales;    /* [count][rows / scale_rows], borrowed; NULL: they are of spans */
     uint32_t scale_rows;    /* rows that share a scale */
     /* A span is neighbouring columns that share a scale within each row; the last may be shorter. */
-    const uint16_t *span_scales; /* [groups][planes][spans][group_rows], f16, borrowed; NULL: scales are of rows */
+    const uint16_t *span_scales; /* [count][groups][planes][spans][group_rows], f16, borrowed; NULL: scales are of rows */
     uint32_t spans, span_quads;
 };
 
@@ -51,6 +52,15 @@ static inline size_t group_bytes_of(const struct matrix *matrix)
 {
     return (size_t)matrix->planes * matrix->quads * layout_facts[matrix->layout].quad_bytes;
 }
+
+/* Scales of spans, in one of the `count`. */
+static inline size_t span_scales_of(const struct matrix *matrix)
+{
+    return (size_t)matrix->groups * matrix->planes * matrix->spans * layout_facts[matrix->layout].group_rows;
+}
+
+/* One of the `count`, by itself. */
+struct matrix matrix_at(const struct matrix *all, uint32_t number);
 
 static inline uint32_t spans_of(uint32_t cols, uint32_t scale_columns)
 {

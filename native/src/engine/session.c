@@ -53,28 +53,53 @@ static bool cache_fits(const struct cache *cache)
     return elements * sizeof(float) < (double)(SIZE_MAX / 2);
 }
 
+/* Digits, sums and scales of so many rows of `widest` columns. */
+static void cut_inputs(struct cutter *cutter, struct activations *inputs, const ternary_model *model, uint64_t rows,
+                       uint32_t widest)
+{
+    const uint64_t planes = larger(model->planes, model->head_planes);
+    const uint64_t spans = model->scale_columns > 0 ? spans_of(widest, model->scale_columns) : 1;
+    inputs->digits = cut(cutter, rows * planes * quads_of(widest) * 4, sizeof(int8_t));
+    inputs->sums_stride = (size_t)(rows * planes);
+    inputs->sums = cut(cutter, spans * rows * planes, sizeof(int32_t));
+    inputs->scales = cut(cutter, rows * spans, sizeof(float));
+}
+
+static void cut_mixture(struct cutter *cutter, struct mixture *mixture, const ternary_model *model, uint64_t rows)
+{
+    const uint64_t visits = rows * model->experts_used;
+    const uint32_t n_embd = model->shape.n_embd;
+    mixture->share_stride = (model->experts_used + LANES - 1) / LANES * LANES;
+    mixture->scores = cut(cutter, rows * model->experts, sizeof(float));
+    mixture->chosen = cut(cutter, visits, sizeof(uint32_t));
+    mixture->shares = cut(cutter, rows * mixture->share_stride, sizeof(float));
+    mixture->places = cut(cutter, visits, sizeof(uint32_t));
+    mixture->begins = cut(cutter, model->experts + (uint64_t)1, sizeof(uint32_t));
+    mixture->sources = cut(cutter, visits, sizeof(uint32_t));
+    cut_inputs(cutter, &mixture->inputs, model, visits, larger(model->shape.n_ff, n_embd));
+    mixture->results = cut(cutter, visits * n_embd, sizeof(float));
+}
+
 static void cut_batch(struct cutter *cutter, ternary_session *session, const ternary_model *model, uint32_t rows)
 {
     const ternary_shape *shape = &model->shape;
-    const uint32_t planes = larger(model->planes, model->head_planes);
     const uint32_t widest = larger(shape->n_ff, larger(model->q_dim, shape->n_embd));
-    const size_t stride = (size_t)quads_of(widest) * 4;
-    const uint64_t spans = model->scale_columns > 0 ? spans_of(widest, model->scale_columns) : 1;
+    const uint64_t gated = rows * (uint64_t)larger(model->experts_used, 1);
     session->hidden = cut(cutter, rows * (uint64_t)shape->n_embd, sizeof(float));
     session->queries = cut(cutter, rows * (uint64_t)model->q_dim, sizeof(float));
     session->keys = cut(cutter, rows * (uint64_t)model->kv_dim, sizeof(float));
     session->values = cut(cutter, rows * (uint64_t)model->kv_dim, sizeof(float));
-    session->gates = cut(cutter, rows * (uint64_t)shape->n_ff, sizeof(float));
-    session->ups = cut(cutter, rows * (uint64_t)shape->n_ff, sizeof(float));
+    session->gates = cut(cutter, gated * shape->n_ff, sizeof(float));
+    session->ups = cut(cutter, gated * shape->n_ff, sizeof(float));
     session->added = cut(cutter, rows * (uint64_t)shape->n_embd, sizeof(float));
-    session->cosines = cut(cutter, rows * (uint64_t)(shape->head_dim / 2), sizeof(float));
-    session->sines = cut(cutter, rows * (uint64_t)(shape->head_dim / 2), sizeof(float));
+    session->cosines = cut(cutter, rows * (uint64_t)(model->rope_dims / 2), sizeof(float));
+    session->sines = cut(cutter, rows * (uint64_t)(model->rope_dims / 2), sizeof(float));
     session->marked = cut(cutter, rows, sizeof(uint32_t));
     session->runs = cut(cutter, rows + (uint64_t)1, sizeof(uint32_t));
-    session->inputs.digits = cut(cutter, rows * (uint64_t)planes * stride, sizeof(int8_t));
-    session->inputs.sums_stride = rows * (size_t)planes;
-    session->inputs.sums = cut(cutter, spans * session->inputs.sums_stride, sizeof(int32_t));
-    session->inputs.scales = cut(cutter, rows * (uint64_t)spans, sizeof(float));
+    cut_inputs(cutter, &session->inputs, model, rows, widest);
+    session->products = cut(cutter, larger(PRODUCTS, 2 * model->experts), sizeof *session->products);
+    if (model->experts > 0)
+        cut_mixture(cutter, &session->mixture, model, rows);
     session->normal_elements = (widest + LANES - 1) / LANES * LANES;
 }
 

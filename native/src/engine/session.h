@@ -13,6 +13,30 @@
 #define BATCH_ROWS_LIMIT 8192u
 #define CONTEXT_LIMIT (1u << 20)
 
+/* Matrices of a layer without experts that are multiplied with the same rows, at most. */
+#define PRODUCTS LOOKUP_MATRICES
+
+/* One matrix, what it is multiplied with and where the results go. */
+struct product {
+    struct matrix matrix;
+    float *out; /* [rows of `inputs`][rows of the matrix] */
+    const struct activations *inputs;
+    uint32_t first, rows; /* of `inputs` */
+};
+
+/* Of layers with experts. A visit is a row with one of its experts; visits are sorted by expert. */
+struct mixture {
+    float *scores;             /* [rows][experts] */
+    uint32_t *chosen;          /* [rows][experts_used], the best first */
+    float *shares;             /* [rows][share_stride]: of those in the row's sum */
+    size_t share_stride;       /* experts_used, padded to LANES */
+    uint32_t *places;          /* [rows][experts_used]: their visits */
+    uint32_t *begins;          /* [experts + 1]: where an expert's visits begin */
+    uint32_t *sources;         /* [visits]: their rows */
+    struct activations inputs; /* of visits */
+    float *results;            /* [visits][n_embd] */
+};
+
 struct ternary_session {
     const ternary_model *model;
     struct kernels kernels;
@@ -28,12 +52,14 @@ struct ternary_session {
     float *hidden;                                      /* [rows][n_embd] */
     float *queries;                                     /* [rows][q_dim]; becomes attention's result */
     float *keys, *values;                               /* [rows][kv_dim] */
-    float *gates, *ups;                                 /* [rows][n_ff] */
+    float *gates, *ups;                                 /* [rows, or visits][n_ff] */
     float *added;                                       /* [rows][n_embd]: what a block adds to the hidden rows */
-    float *cosines, *sines;                             /* [rows][head_dim / 2] */
+    float *cosines, *sines;                             /* [rows][rope_dims / 2] */
     uint32_t *marked;                                   /* rows whose logits are wanted */
     uint32_t *runs;                                     /* [rows + 1]: where rows that attend together begin */
     struct activations inputs;                          /* of the matrix that comes next */
+    struct product *products;                           /* that are multiplied next */
+    struct mixture mixture;
     /* Of each thread. */
     int32_t *dots;                                      /* [threads][dots_elements] */
     float *scratch;                                     /* [threads][scratch_elements]: of attention */

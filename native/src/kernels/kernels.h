@@ -48,7 +48,8 @@ struct attention {
     float *queries; /* row r's begin at r * row_stride: [heads][head_dim] */
     size_t row_stride;
     uint32_t rows, heads, head_dim;
-    uint32_t positions; /* that the first row sees; each further one sees one more */
+    uint32_t positions; /* of the cache that the first row has before it, its own included; each further one has one more */
+    uint32_t window;    /* that a row sees of them, the last so many; 0: all */
     struct cache_head cache;
     size_t value_stride;
     float *scratch; /* attention_scratch() floats */
@@ -81,11 +82,18 @@ struct kernels {
     void (*normalise)(float *out, const float *x, const float *weight, uint32_t n, float epsilon);
     /* Row `row` of activations from x[n]; zeroes the digits behind n. */
     void (*quantise)(const struct activations *to, uint32_t row, const float *x, uint32_t n);
-    /* x[i] += y[i]. */
+    /* x[i] += y[i], and x[i] += y[i] * factor. */
     void (*add)(float *x, const float *y, uint32_t n);
+    void (*add_scaled)(float *x, const float *y, float factor, uint32_t n);
     /* gate[i] = silu(gate[i]) * up[i], or relu(gate[i])^2 * up[i]. */
     void (*gate_silu)(float *gate, const float *up, uint32_t n);
     void (*gate_relu2)(float *gate, const float *up, uint32_t n);
+    /* gate[i] at most `limit`, up[i] from -limit to limit. */
+    void (*limit_gate)(float *gate, float *up, float limit, uint32_t n);
+    /* out[row] = sum of x[i] * weights[row][i], for `count` rows [n]. */
+    void (*multiply_floats)(float *out, const float *x, const float *weights, uint32_t n, uint32_t count);
+    /* x[i] = e^x[i] / sum of all; there is room for the next multiple of LANES. */
+    void (*softmax)(float *x, uint32_t n);
     /* out[i] = (integer of the digits' dots) * scale, for `planes` rows of dots [planes][stride]. */
     void (*rescale)(float *out, const int32_t *dots, size_t stride, uint32_t planes, uint32_t n, float scale);
     /* The same with out[i] = integer * (scales[i] * scale). */

@@ -1,12 +1,13 @@
 """Writing model files for the ternary engine: GGUF containers whose payloads are laid out for its kernels.
 
-native/FORMAT.md defines the format; native/src/engine/model.c reads it. Writing streams strips of rows, so
+native/FORMAT.md defines the format; native/src/engine/load.c reads it. Writing streams strips of rows, so
 memory depends on the widest row and not on the model.
 """
 
 import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, cast
 
@@ -165,19 +166,40 @@ class TernaryModel:
     tied: bool = False  # the head is the embedding; both are codes
     rotation_block: int = 0
     rotated: tuple[str, ...] = ()  # what is rotated, of ROTATED
+    experts: int = 0  # of each layer: n_ff is the width of one; 0: no mixture
+    experts_used: int = 0  # for a row
+    window: int = 0  # positions that a row of a windowed layer sees, its own included
+    windowed: tuple[bool, ...] = ()  # by layer; empty without a window
+    rope_dims: int = 0  # of a head's, the first so many are rotated; 0: all
+    rope_layers: Literal["all", "windowed"] = "all"
+    gate_limit: float = 0  # the gate is at most this, and what it multiplies within ±; 0: no limit
+    embedding_scale: float = 0  # by which rows are multiplied that enter; 0: not
+    residual_scale: float = 0  # by which what a block adds is multiplied; 0: not
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """(rows, cols) of each matrix of a layer by name, in the file's order."""
+        """(rows, cols) of each matrix of a layer by name, in the file's order.
+
+        Those of experts stand one below the other: the rows of all of them.
+        """
         wide, narrow = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        count, suffix = (self.experts, "_exps") if self.experts else (1, "")
         return {
             "attn_q": (wide, self.n_embd),
             "attn_k": (narrow, self.n_embd),
             "attn_v": (narrow, self.n_embd),
             "attn_output": (self.n_embd, wide),
-            "ffn_gate": (self.n_ff, self.n_embd),
-            "ffn_up": (self.n_ff, self.n_embd),
-            "ffn_down": (self.n_embd, self.n_ff),
+            f"ffn_gate{suffix}": (count * self.n_ff, self.n_embd),
+            f"ffn_up{suffix}": (count * self.n_ff, self.n_embd),
+            f"ffn_down{suffix}": (count * self.n_embd, self.n_ff),
         }
+
+    def matrices_in(self, name: str) -> int:
+        """How many matrices stand one below the other in that one, of `matrices` or of a whole name."""
+        return self.experts if name.removesuffix(".weight").endswith("_exps") else 1
+
+    def routers(self) -> dict[str, tuple[int, int]]:
+        """(rows, cols) of what chooses a layer's experts, in float32, by name."""
+        return {"ffn_gate_inp": (self.experts, self.n_embd)} if self.experts else {}
 
     def norms(self) -> dict[str, int]:
         """The length of each norm of a layer by name."""
@@ -197,6 +219,15 @@ class TernaryModel:
     @property
     def version(self) -> int:
         """The oldest version of the layout that can say all of it."""
+        if (
+            self.experts
+            or self.window
+            or self.rope_dims
+            or self.gate_limit
+            or self.embedding_scale
+            or self.residual_scale
+        ):
+            return 3
         new = (
             self.scale_columns
             or self.weight_planes > 1
@@ -226,7 +257,7 @@ class WeightSource(Protocol):
         ...
 
     def vector(self, name: str) -> np.ndarray:
-        """A norm, the divisors of rotary angles, or the signs of a rotation; float32."""
+        """A norm, the divisors of rotary angles, the signs of a rotation, or a router row by row; float32."""
         ...
 
 
@@ -300,7 +331,7 @@ def _add_keys(writer: GGUFWriter, model: TernaryModel) -> None:
     writer.add_value_length(model.head_dim)
     writer.add_layer_norm_rms_eps(model.epsilon)
     writer.add_rope_freq_base(model.rope_base)
-    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_dimension_count(model.rope_dims or model.head_dim)
     writer.add_vocab_size(model.n_vocab)
     for key in ("planes", "head_planes"):
         writer.add_uint32(f"cordee.ternary.{key}", getattr(model, key))
@@ -313,7 +344,27 @@ def _add_keys(writer: GGUFWriter, model: TernaryModel) -> None:
     if model.rotated:
         writer.add_uint32("cordee.ternary.rotation_block", model.rotation_block)
         writer.add_string("cordee.ternary.rotated", "".join(f"{name}," for name in model.rotated))
+    _add_keys_of_version_3(writer, model)
     writer.add_uint32(TERNARY_KEY, model.version)
+
+
+def _add_keys_of_version_3(writer: GGUFWriter, model: TernaryModel) -> None:
+    if model.experts:
+        writer.add_expert_count(model.experts)
+        writer.add_expert_used_count(model.experts_used)
+        writer.add_expert_feed_forward_length(model.n_ff)
+        writer.add_string("cordee.ternary.router", "softmax")
+    if model.window:
+        writer.add_sliding_window(model.window)
+        writer.add_sliding_window_pattern(model.windowed)
+    if model.rope_layers != "all":
+        writer.add_string("cordee.ternary.rope_layers", model.rope_layers)
+    if model.gate_limit:
+        writer.add_float32("cordee.ternary.gate_limit", model.gate_limit)
+    if model.embedding_scale:
+        writer.add_embedding_scale(model.embedding_scale)
+    if model.residual_scale:
+        writer.add_residual_scale(model.residual_scale)
 
 
 @dataclass(frozen=True)
@@ -361,13 +412,16 @@ def tensors_in_order(
     `payload(name, rows, cols)` makes a layer's matrix.
     """
     yield from embedding
-    outside = model.rotations() | ({DIVISORS: model.head_dim // 2} if model.divisors else {})
+    divisors = {DIVISORS: (model.rope_dims or model.head_dim) // 2} if model.divisors else {}
+    outside = model.rotations() | divisors
     for name, length in outside.items():
         yield vector_tensor(name, length, lambda name=name: source.vector(name))
     for layer in range(model.layers):
         for name, length in model.norms().items():
             full = f"blk.{layer}.{name}.weight"
             yield vector_tensor(full, length, lambda full=full: source.vector(full))
+        for name, shape in model.routers().items():
+            yield _router(f"blk.{layer}.{name}.weight", shape, source)
         for name, (rows, cols) in model.matrices().items():
             full = f"blk.{layer}.{name}.weight"
             yield scale_tensor(model, source, full, (rows, cols))
@@ -376,22 +430,30 @@ def tensors_in_order(
     yield from head
 
 
+def _router(name: str, shape: tuple[int, int], source: WeightSource) -> OutputTensor:
+    arrays = (np.asarray(source.vector(name), dtype="<f4") for _ in range(1))
+    return output_tensor(name, shape, GGMLQuantizationType.F32, shape[0] * shape[1] * 4, arrays)
+
+
 def scale_tensor(
     model: TernaryModel, source: WeightSource, name: str, shape: tuple[int, int], head: bool = False
 ) -> OutputTensor:
     """The scales of a matrix of codes of that shape, (rows, cols); `head`: in the head's layout."""
-    full = name.replace("weight", "scale")
+    full, count = name.replace("weight", "scale"), model.matrices_in(name)
     if not model.scale_columns:
         scales = source.scales(name)
+        scales = np.repeat(scales, lcm(len(scales), count) // len(scales))  # each expert has its own
         return vector_tensor(full, len(scales), lambda: scales)
-    rows, cols = shape
+    rows, cols = shape[0] // count, shape[1]
     if head:
         layout, planes = LAYOUTS[model.head], 1
     else:
         layout, planes = layout_of(model, name)
-    groups, spans = layout.shape(rows, cols)[0], planes * -(-cols // model.scale_columns)
+    groups, spans = count * layout.shape(rows, cols)[0], planes * -(-cols // model.scale_columns)
     nbytes = groups * spans * layout.group_rows * 2
-    arrays = (pack_scales(source.scales(name), layout) for _ in range(1))
+    arrays = (
+        pack_scales(scales, layout) for _ in range(1) for scales in np.split(source.scales(name), count)
+    )
     return output_tensor(full, (groups, spans, layout.group_rows), GGMLQuantizationType.F16, nbytes, arrays)
 
 
@@ -411,8 +473,14 @@ def _tensors(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor
         return codes(name, rows, planes * padded(cols) if planes > 1 else cols, layout)
 
     def codes(name: str, rows: int, cols: int, layout: Layout) -> OutputTensor:
-        packed = (pack(source.rows(name, first, last), layout) for first, last in strips(rows))
-        return _payload(name, layout, rows, cols, packed)
+        count = model.matrices_in(name)
+        each = rows // count  # each expert begins a group
+        packed = (
+            pack(source.rows(name, start + first, start + last), layout)
+            for start in range(0, rows, each)
+            for first, last in strips(each)
+        )
+        return _payload(name, layout, (each, cols), packed, count)
 
     def table(name: str) -> Iterator[OutputTensor]:
         shape = (model.n_vocab, model.n_embd)
@@ -426,8 +494,12 @@ def _tensors(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor
     )
 
 
-def _payload(name: str, layout: Layout, rows: int, cols: int, arrays: Iterator[np.ndarray]) -> OutputTensor:
-    shape = layout.shape(rows, cols)
+def _payload(
+    name: str, layout: Layout, each: tuple[int, int], arrays: Iterator[np.ndarray], count: int = 1
+) -> OutputTensor:
+    """`count` matrices of (rows, cols) `each`."""
+    groups, *group = layout.shape(*each)
+    shape = (count * groups, *group)
     return output_tensor(name, shape, GGMLQuantizationType.I8, int(np.prod(shape, dtype=np.int64)), arrays)
 
 
@@ -463,4 +535,4 @@ def _head(model: TernaryModel, source: WeightSource) -> Iterator[OutputTensor]:
 
     yield vector_tensor("output.scale", rows, lambda: np.concatenate([scales for _, scales in codes()]))
     packed = (pack(weights, layout) for weights, _ in codes())
-    yield _payload(HEAD, layout, rows, model.n_embd, packed)
+    yield _payload(HEAD, layout, (rows, model.n_embd), packed)

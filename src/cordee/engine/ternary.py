@@ -17,7 +17,7 @@ import numpy as np
 from cordee.engine.stage import Batch, StageConfig, StageDescription
 from cordee.errors import BadModelFile, CordeeError, SetupNeeded, StageFailed, UnsupportedModel
 
-BUILD = "ternary-2"  # the native code's version, on which exported states and equal tokens depend
+BUILD = "ternary-3"  # the native code's version, on which exported states and equal tokens depend
 
 _u32, _u64, _pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 

@@ -43,8 +43,7 @@ def stage_shape(header: Header, first: int, last: int) -> StageShape:
         if block:
             layers[int(block[1])][block[2].removesuffix(".weight")] = piece
         weights += piece.nbytes
-    rules = architecture(header.architecture) or Architecture(header.architecture)
-    windowed = (window_pattern(header, rules) or [False] * header.layers)[first:last]
+    windowed = windowed_layers(header)[first:last]
     return StageShape(
         weights_bytes=weights,
         cell_bytes=sum(cell_bytes(header, first + i, window) for i, window in enumerate(windowed)),
@@ -54,6 +53,13 @@ def stage_shape(header: Header, first: int, last: int) -> StageShape:
         layers=last - first,
         vocabulary=vocabulary_size(header) if last == header.layers else 0,
     )
+
+
+def windowed_layers(header: Header) -> list[bool]:
+    """Which layers are sized as layers with a sliding window; the ternary engine has no masks for such."""
+    rules = architecture(header.architecture) or Architecture(header.architecture)
+    pattern = window_pattern(header, rules) if engine_of(header) == "llama" else None
+    return pattern or [False] * header.layers
 
 
 def estimate(header: Header, first: int, last: int, sizes: Sizes) -> Fit:
@@ -84,7 +90,8 @@ def parameter_count(header: Header) -> int:
     heads, groups, head_dim = _ternary_heads(header)
     tables = sum(tensor.name in ("token_embd.weight", "output.weight") for tensor in header.tensors)
     vectors = (tensor.shape[0] for tensor in header.tensors if tensor.name.endswith("norm.weight"))
-    layer = 2 * (heads + groups) * head_dim + 3 * width
+    experts = size_of(header, ".expert_count", default=0)
+    layer = 2 * (heads + groups) * head_dim + 3 * width * max(experts, 1) + experts
     return embd * (header.layers * layer + tables * vocabulary_size(header)) + sum(vectors)
 
 
@@ -150,10 +157,16 @@ def _ternary_row_floats(header: Header, embd: int) -> int:
     planes = max(size_of(header, f"cordee.ternary.{key}") for key in ("planes", "head_planes"))
     widest = max(width, heads * head_dim, embd)
     columns = size_of(header, "cordee.ternary.scale_columns", default=0)
-    spans = -(-widest // columns) if columns else 1
-    digits = planes * _padded(widest)  # of activations, in bytes
-    scales = spans * (planes + 1)
-    return 2 * embd + (heads + 2 * groups + 1) * head_dim + 2 * width + digits // 4 + scales
+    experts = size_of(header, ".expert_count", default=0)
+    used = size_of(header, ".expert_used_count") if experts else 0
+
+    def inputs(widest: int) -> int:  # digits of activations in bytes, their sums and scales
+        spans = -(-widest // columns) if columns else 1
+        return planes * _padded(widest) // 4 + spans * (planes + 1)
+
+    mixture = used * (inputs(max(width, embd)) + embd + 3) + _padded(used) + experts
+    gated = 2 * width * max(used, 1)
+    return 2 * embd + (heads + 2 * groups + 1) * head_dim + gated + inputs(widest) + mixture
 
 
 def _ternary_heads(header: Header) -> tuple[int, int, int]:

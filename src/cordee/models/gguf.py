@@ -53,7 +53,7 @@ NEWER_LIMIT = 256
 UPDATE = "update cordee"
 
 # The presence of this key makes a file one for the ternary engine (native/FORMAT.md).
-TERNARY_KEY, TERNARY_VERSION = "cordee.ternary.version", 2
+TERNARY_KEY, TERNARY_VERSION = "cordee.ternary.version", 3
 
 # The keys of a rotated basis begin so; see `convert/rotation.py`.
 PRISM = "prism."

@@ -7,7 +7,7 @@ from cordee.cluster.facts import ModelShape
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.models.architectures import Architecture, architecture
 from cordee.models.cards import Card
-from cordee.models.fit import cell_bytes, row_floats, size_of, vocabulary_size
+from cordee.models.fit import cell_bytes, row_floats, size_of, vocabulary_size, windowed_layers
 from cordee.models.gguf import BLOCK, Header, Tensor
 from cordee.models.metadata import CONVERT_AGAIN
 from cordee.models.slices import (
@@ -18,7 +18,6 @@ from cordee.models.slices import (
     cut_step,
     even_cuts,
     plan_slice,
-    window_pattern,
 )
 
 # In the names of tensors that hold all experts of a layer; the last dimension counts the experts.
@@ -40,7 +39,7 @@ def model_shape(header: Header, digest: str) -> ModelShape:
     """
     rules = architecture(header.architecture) or Architecture(header.architecture)
     layers = _layers(header)
-    windowed = window_pattern(header, rules) or [False] * header.layers
+    windowed = windowed_layers(header)
     embedding_bytes = sum(t.nbytes for t in header.tensors if t.name in (EMBEDDING, EMBEDDING_SCALE))
     head_bytes = sum(t.nbytes for t in header.tensors if t.name in HEAD)
     extras = _extras_of_cuts(header)
@@ -113,7 +112,7 @@ def _active_bytes(header: Header, layer: int, tensors: Mapping[str, Tensor]) -> 
     active = 0
     for tensor in tensors.values():
         if EXPERTS in tensor.name:
-            experts = tensor.shape[-1]
+            experts = size_of(header, ".expert_count", default=tensor.shape[-1]) or 1
             chosen = min(size_of(header, ".expert_used_count", layer), experts)
             active += tensor.nbytes * chosen // experts
         else:

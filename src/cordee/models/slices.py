@@ -24,7 +24,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.files import atomic_file, write_all
 from cordee.models.architectures import Architecture, architecture
-from cordee.models.gguf import BLOCK, LAYERS_LIMIT, MAGIC, Header, Tensor, TensorType
+from cordee.models.gguf import BLOCK, LAYERS_LIMIT, MAGIC, Header, Tensor, TensorType, engine_of
 from cordee.models.metadata import SCALARS, Array, Scalar, Value
 
 # Copying reads this much at a time: large enough for full disk speed, small beside any model.
@@ -268,7 +268,7 @@ def _range_fault(
         return f"a slice of this model needs at least {rules.minimum_layers} layers"
     if last - first in rules.whole_layer_counts:
         return f"libllama takes {last - first} layers for another model"
-    if pattern and not any(pattern[first:last]):
+    if pattern and not any(pattern[first:last]) and engine_of(header) == "llama":
         return "a slice of this model needs a layer with a sliding window"
     return None
 

@@ -1,157 +1,14 @@
-/* Making a model of a file: every name, type and size is checked here, once. */
-#include "model.h"
-
-#include <math.h>
+/* Making a model of a file: the name, type and size of every tensor is checked here, once. */
 #include <stdio.h>
 #include <string.h>
 
 #include "base/error.h"
-#include "base/gguf.h"
 #include "base/limits.h"
-#include "pentium2/attention.h"
+#include "pentium2/lookup.h"
+#include "settings.h"
 
-/* The file being read, and where to complain. */
-struct loading {
-    struct gguf gguf;
-    ternary_model *model;
-    ternary_error *error;
-    enum layout layout, head_layout;
-};
-
-/* The newest version of the layout: 2 has scales of spans, tied codes and the rotation. */
-#define VERSION 2u
-
-static bool key_of(char *key, size_t room, const char *architecture, const char *name)
-{
-    int length = snprintf(key, room, "%s.%s", architecture, name);
-    return length > 0 && (size_t)length < room;
-}
-
-/* A number under the architecture's prefix; *number keeps its value where the key is missing. */
-static void read_number(const struct loading *loading, const char *name, uint32_t *number)
-{
-    char key[128];
-    if (key_of(key, sizeof key, loading->model->shape.architecture, name))
-        gguf_number(&loading->gguf, key, number);
-}
-
-static void read_float(const struct loading *loading, const char *name, float *number)
-{
-    char key[128];
-    if (key_of(key, sizeof key, loading->model->shape.architecture, name))
-        gguf_float(&loading->gguf, key, number);
-}
-
-/* Which of the `count` names a text key has; `count` if none. */
-static uint32_t choice(const struct gguf *gguf, const char *key, const char *const *names, uint32_t count)
-{
-    char text[32];
-    uint32_t at = 0;
-    if (!gguf_text(gguf, key, text, sizeof text))
-        return count;
-    while (at < count && strcmp(text, names[at]) != 0)
-        at++;
-    return at;
-}
-
-/* The layout that a key names, or LAYOUTS. */
-static enum layout read_layout(const struct gguf *gguf, const char *key)
-{
-    char name[32] = "";
-    gguf_text(gguf, key, name, sizeof name);
-    return strcmp(name, "pentium2") == 0 ? LAYOUT_PENTIUM2 : layout_named(name);
-}
-
-/* Which columns share scales, and whether what enters matrices is turned: neither is needed. */
-static ternary_status read_spans(struct loading *loading)
-{
-    ternary_model *model = loading->model;
-    const struct gguf *gguf = &loading->gguf;
-    gguf_number(gguf, "cordee.ternary.scale_columns", &model->scale_columns);
-    gguf_number(gguf, "cordee.ternary.rotation_block", &model->rotation_block);
-    model->weight_planes = 1;
-    gguf_number(gguf, "cordee.ternary.weight_planes", &model->weight_planes);
-    const uint32_t columns = model->scale_columns, block = model->rotation_block;
-    if (model->weight_planes - 1 >= PLANES_LIMIT || (model->weight_planes > 1 && columns == 0))
-        return ternary_fail(loading->error, TERNARY_UNSUPPORTED,
-                            "matrices are of %u planes, not of 1, or of up to %u with scales of spans",
-                            model->weight_planes, PLANES_LIMIT);
-    if (columns != 0 && (model->by_lookup || columns < SPAN_COLUMNS_LEAST || columns > SPAN_COLUMNS_LIMIT ||
-                         (columns & (columns - 1)) != 0))
-        return ternary_fail(loading->error, TERNARY_UNSUPPORTED,
-                            "scales are of %u columns, not of %u, 128 or %u in a layout other than pentium2", columns,
-                            SPAN_COLUMNS_LEAST, SPAN_COLUMNS_LIMIT);
-    if (block != 0 && (model->by_lookup || block < ROTATION_LEAST || block > ROTATION_LIMIT || (block & (block - 1)) != 0))
-        return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "the rotation has blocks of %u, not a power of two", block);
-    return TERNARY_OK;
-}
-
-static ternary_status read_rules(struct loading *loading)
-{
-    static const char *const gates[] = {"silu", "relu2"}, *const ropes[] = {"neox", "interleaved"};
-    ternary_model *model = loading->model;
-    const struct gguf *gguf = &loading->gguf;
-    uint32_t version = 0;
-    if (!gguf_number(gguf, "cordee.ternary.version", &version))
-        return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "the file is not laid out for the ternary engine");
-    if (version - 1 >= VERSION)
-        return ternary_fail(loading->error, TERNARY_UNSUPPORTED,
-                            "the file's ternary layout has version %u, not 1 to %u", version, VERSION);
-    loading->layout = read_layout(gguf, "cordee.ternary.layout");
-    loading->head_layout = read_layout(gguf, "cordee.ternary.head");
-    model->by_lookup = loading->layout == LAYOUT_PENTIUM2;
-    if (loading->head_layout == LAYOUTS || model->by_lookup != (loading->head_layout == LAYOUT_PENTIUM2))
-        return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "the head's layout is unknown, or not that of the layers");
-    const uint32_t gate = choice(gguf, "cordee.ternary.activation", gates, 2);
-    const uint32_t rope = choice(gguf, "cordee.ternary.rope", ropes, 2);
-    model->planes = model->head_planes = 0;
-    gguf_number(gguf, "cordee.ternary.planes", &model->planes);
-    gguf_number(gguf, "cordee.ternary.head_planes", &model->head_planes);
-    if (loading->layout == LAYOUTS || gate == 2 || rope == 2 || model->planes - 1 >= PLANES_LIMIT ||
-        model->head_planes - 1 >= PLANES_LIMIT ||
-        (model->by_lookup && (model->planes != 1 || model->head_planes != 1)))
-        return ternary_fail(loading->error, TERNARY_UNSUPPORTED,
-                            "a cordee.ternary key is missing or has an unknown value");
-    model->gate = gate == 0 ? GATE_SILU : GATE_RELU2;
-    model->rope = rope == 0 ? ROPE_HALVES : ROPE_PAIRS;
-    return read_spans(loading);
-}
-
-static ternary_status read_shape(struct loading *loading)
-{
-    ternary_model *model = loading->model;
-    ternary_shape *shape = &model->shape;
-    model->epsilon = 0;
-    model->rope_base = 10000.0f;
-    read_number(loading, "embedding_length", &shape->n_embd);
-    read_number(loading, "feed_forward_length", &shape->n_ff);
-    read_number(loading, "attention.head_count", &shape->heads);
-    read_number(loading, "context_length", &shape->trained_context);
-    read_number(loading, "vocab_size", &shape->n_vocab);
-    shape->kv_heads = shape->heads;
-    read_number(loading, "attention.head_count_kv", &shape->kv_heads);
-    shape->head_dim = shape->heads > 0 ? shape->n_embd / shape->heads : 0;
-    read_number(loading, "attention.key_length", &shape->head_dim);
-    read_float(loading, "attention.layer_norm_rms_epsilon", &model->epsilon);
-    read_float(loading, "rope.freq_base", &model->rope_base);
-    if (shape->n_embd - 1 >= COLUMNS_LIMIT || shape->n_ff - 1 >= COLUMNS_LIMIT || shape->heads - 1 >= HEADS_LIMIT ||
-        shape->kv_heads - 1 >= HEADS_LIMIT || shape->head_dim - 1 >= HEAD_DIM_LIMIT || shape->head_dim % 2 != 0 ||
-        shape->heads * shape->head_dim > COLUMNS_LIMIT || shape->heads % shape->kv_heads != 0 ||
-        shape->n_vocab > VOCABULARY_LIMIT)
-        return ternary_fail(loading->error, TERNARY_BAD_FILE, "the model's dimensions are missing or impossible");
-    model->q_dim = shape->heads * shape->head_dim;
-    model->kv_dim = shape->kv_heads * shape->head_dim;
-    if (model->by_lookup && shape->head_dim % PENTIUM2_MULTIPLE != 0)
-        return ternary_fail(loading->error, TERNARY_UNSUPPORTED, "heads of %u in layout pentium2: it wants multiples of %u",
-                            shape->head_dim, PENTIUM2_MULTIPLE);
-    if (!(model->epsilon > 0 && model->epsilon < 1) || !(model->rope_base > 1 && model->rope_base < 1e12f))
-        return ternary_fail(loading->error, TERNARY_BAD_FILE,
-                            "the norm's epsilon or the base of the rotary angles is impossible");
-    return TERNARY_OK;
-}
-
-/* A vector of `count` floats. With `optional` a missing one is NULL. */
-static ternary_status read_vector(struct loading *loading, const char *name, uint32_t count, bool optional,
+/* [rows][cols] floats; a vector is one row. With `optional` a missing one is NULL. */
+static ternary_status read_floats(struct loading *loading, const char *name, uint32_t rows, uint32_t cols, bool optional,
                                   const float **vector)
 {
     struct gguf_tensor tensor;
@@ -159,11 +16,17 @@ static ternary_status read_vector(struct loading *loading, const char *name, uin
     if (!gguf_find_tensor(&loading->gguf, name, &tensor))
         return optional ? TERNARY_OK : ternary_fail(loading->error, TERNARY_BAD_FILE,
                                                     "the file has no tensor %s", name);
-    if (tensor.type != GGUF_TENSOR_F32 || tensor.dimensions != 1 || tensor.shape[0] != count ||
-        tensor.room < (size_t)count * sizeof **vector || (uintptr_t)tensor.data % sizeof **vector != 0)
-        return ternary_fail(loading->error, TERNARY_BAD_FILE, "%s is not %u floats", name, count);
+    if (tensor.type != GGUF_TENSOR_F32 || tensor.dimensions > 2 || tensor.shape[0] != cols || tensor.shape[1] != rows ||
+        tensor.room / sizeof **vector / cols < rows || (uintptr_t)tensor.data % sizeof **vector != 0)
+        return ternary_fail(loading->error, TERNARY_BAD_FILE, "%s is not %u x %u floats", name, rows, cols);
     *vector = (const float *)(const void *)tensor.data;
     return TERNARY_OK;
+}
+
+static ternary_status read_vector(struct loading *loading, const char *name, uint32_t count, bool optional,
+                                  const float **vector)
+{
+    return read_floats(loading, name, 1, count, optional, vector);
 }
 
 /* The vectors of signs of what is turned. The key is a list of names with a comma behind each. */
@@ -203,6 +66,11 @@ static bool few_digits(const ternary_model *model)
     return model->planes <= 2 && model->head_planes <= 2;
 }
 
+static uint64_t all_groups(const struct matrix *matrix)
+{
+    return (uint64_t)matrix->count * matrix->groups;
+}
+
 /* Scales of spans, if the tensor has the form of such. */
 static bool read_span_scales(const struct loading *loading, const struct gguf_tensor *tensor, struct matrix *matrix)
 {
@@ -212,9 +80,9 @@ static bool read_span_scales(const struct loading *loading, const struct gguf_te
         return false;
     const uint32_t group_rows = layout_facts[matrix->layout].group_rows, spans = spans_of(matrix->cols, columns);
     if (tensor->type != GGUF_TENSOR_F16 || tensor->dimensions != 3 || tensor->shape[0] != group_rows ||
-        tensor->shape[1] != (uint64_t)matrix->planes * spans || tensor->shape[2] != matrix->groups ||
+        tensor->shape[1] != (uint64_t)matrix->planes * spans || tensor->shape[2] != all_groups(matrix) ||
         (uintptr_t)tensor->data % 2 != 0 ||
-        tensor->room / (group_rows * sizeof(uint16_t)) / spans / matrix->planes < matrix->groups)
+        tensor->room / (group_rows * sizeof(uint16_t)) / spans / matrix->planes < all_groups(matrix))
         return false;
     matrix->span_scales = (const uint16_t *)(const void *)tensor->data;
     matrix->spans = spans;
@@ -229,11 +97,11 @@ static ternary_status read_scales(struct loading *loading, const char *name, str
         return ternary_fail(loading->error, TERNARY_BAD_FILE, "the file has no tensor %s", name);
     if (read_span_scales(loading, &tensor, matrix))
         return TERNARY_OK;
-    const uint64_t count = tensor.shape[0];
-    if (count == 0 || count > matrix->rows || matrix->rows % count != 0)
+    const uint64_t each = tensor.shape[0] / matrix->count; /* of one of the `count` */
+    if (each == 0 || each > matrix->rows || matrix->rows % each != 0)
         return ternary_fail(loading->error, TERNARY_BAD_FILE, "%s does not divide %u rows", name, matrix->rows);
-    matrix->scale_rows = matrix->rows / (uint32_t)count;
-    return read_vector(loading, name, (uint32_t)count, false, &matrix->scales);
+    matrix->scale_rows = matrix->rows / (uint32_t)each;
+    return read_vector(loading, name, matrix->count * (uint32_t)each, false, &matrix->scales);
 }
 
 static const char *layout_name(enum layout layout)
@@ -244,7 +112,7 @@ static const char *layout_name(enum layout layout)
 /* A matrix of that layout and size, without its data. */
 static struct matrix empty_matrix(enum layout layout, uint32_t rows, uint32_t cols)
 {
-    struct matrix matrix = {.layout = layout, .rows = rows, .cols = cols, .planes = 1};
+    struct matrix matrix = {.layout = layout, .count = 1, .rows = rows, .cols = cols, .planes = 1};
     if (layout < LAYOUTS) {
         matrix.quads = quads_of(cols);
         matrix.groups = groups_of(layout, rows);
@@ -252,22 +120,19 @@ static struct matrix empty_matrix(enum layout layout, uint32_t rows, uint32_t co
     return matrix;
 }
 
-static uint64_t span_scale_bytes(const struct matrix *matrix)
-{
-    return (uint64_t)matrix->groups * matrix->planes * matrix->spans * layout_facts[matrix->layout].group_rows * sizeof(uint16_t);
-}
-
 static uint64_t payload_bytes(const struct matrix *matrix)
 {
     if (matrix->layout == LAYOUT_PENTIUM2)
         return (uint64_t)lookup_row_bytes(matrix->cols) * matrix->rows;
-    return (uint64_t)matrix->groups * group_bytes_of(matrix);
+    return all_groups(matrix) * group_bytes_of(matrix);
 }
 
-/* What a decode step reads of it. */
-static uint64_t read_bytes(const struct matrix *matrix)
+/* What a row reads of it: of experts, those that it passes. */
+static uint64_t read_bytes(const ternary_model *model, const struct matrix *matrix)
 {
-    return payload_bytes(matrix) + (matrix->span_scales != NULL ? span_scale_bytes(matrix) : 0);
+    const uint64_t scales = matrix->span_scales != NULL ? span_scales_of(matrix) * sizeof(uint16_t) : 0;
+    const uint64_t all = payload_bytes(matrix) + matrix->count * scales;
+    return matrix->count == 1 ? all : all / matrix->count * model->experts_used;
 }
 
 /* Whether a tensor is the packed payload of such a matrix. */
@@ -279,27 +144,30 @@ static bool is_payload(const struct gguf_tensor *tensor, const struct matrix *ma
                tensor->room >= payload_bytes(matrix);
     const uint64_t quad_bytes = layout_facts[matrix->layout].quad_bytes, quads = (uint64_t)matrix->planes * matrix->quads;
     return tensor->type == GGUF_TENSOR_I8 && tensor->dimensions == 3 && tensor->shape[0] == quad_bytes &&
-           tensor->shape[1] == quads && tensor->shape[2] == matrix->groups &&
-           tensor->room / quad_bytes / quads >= matrix->groups;
+           tensor->shape[1] == quads && tensor->shape[2] == all_groups(matrix) &&
+           tensor->room / quad_bytes / quads >= all_groups(matrix);
 }
 
 /* Whether a matrix is left at 8 bits in a file of spans; it becomes one of that layout. */
 static bool is_kept(const struct loading *loading, const struct gguf_tensor *tensor, struct matrix *matrix)
 {
-    const struct matrix kept = empty_matrix(LAYOUT_INT8, matrix->rows, matrix->cols);
+    struct matrix kept = empty_matrix(LAYOUT_INT8, matrix->rows, matrix->cols);
+    kept.count = matrix->count;
     if (loading->model->scale_columns == 0 || !few_digits(loading->model) || !is_payload(tensor, &kept))
         return false;
     *matrix = kept;
     return true;
 }
 
-static ternary_status read_matrix(struct loading *loading, uint32_t layer, const char *name, uint32_t rows,
-                                  uint32_t cols, struct matrix *matrix)
+/* A matrix of a layer, or that of each of `count` experts. */
+static ternary_status read_matrix(struct loading *loading, uint32_t layer, const char *name, uint32_t count,
+                                  uint32_t rows, uint32_t cols, struct matrix *matrix)
 {
     char full[64];
     struct gguf_tensor tensor;
     *matrix = empty_matrix(loading->layout, rows, cols);
     matrix->planes = loading->model->weight_planes;
+    matrix->count = count;
     snprintf(full, sizeof full, "blk.%u.%s.weight", layer, name);
     if (!gguf_find_tensor(&loading->gguf, full, &tensor))
         return ternary_fail(loading->error, TERNARY_BAD_FILE, "the file has no tensor %s", full);
@@ -313,8 +181,30 @@ static ternary_status read_matrix(struct loading *loading, uint32_t layer, const
     if (status == TERNARY_OK && (matrix->span_scales != NULL) != (loading->model->scale_columns != 0))
         return ternary_fail(loading->error, TERNARY_BAD_FILE, "%s are not of %u columns each, as the file says", full,
                             loading->model->scale_columns);
-    loading->model->shape.weights_bytes += read_bytes(matrix);
+    loading->model->shape.weights_bytes += read_bytes(loading->model, matrix);
     return status;
+}
+
+static ternary_status read_feed_forward(struct loading *loading, uint32_t index)
+{
+    static const char *const names[2][3] = {{"ffn_gate", "ffn_up", "ffn_down"},
+                                            {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}};
+    const uint32_t experts = loading->model->experts, count = experts > 0 ? experts : 1;
+    const uint32_t n_embd = loading->model->shape.n_embd, n_ff = loading->model->shape.n_ff;
+    struct layer *layer = &loading->model->layers[index];
+    const char *const *const own = names[experts > 0];
+    layer->router = NULL;
+    ternary_status status = read_matrix(loading, index, own[0], count, n_ff, n_embd, &layer->gate);
+    if (status == TERNARY_OK)
+        status = read_matrix(loading, index, own[1], count, n_ff, n_embd, &layer->up);
+    if (status == TERNARY_OK)
+        status = read_matrix(loading, index, own[2], count, n_embd, n_ff, &layer->down);
+    if (status != TERNARY_OK || experts == 0)
+        return status;
+    char name[64];
+    snprintf(name, sizeof name, "blk.%u.ffn_gate_inp.weight", index);
+    loading->model->shape.weights_bytes += (uint64_t)experts * n_embd * sizeof(float);
+    return read_floats(loading, name, experts, n_embd, false, &layer->router);
 }
 
 static ternary_status read_layer(struct loading *loading, uint32_t index)
@@ -340,10 +230,10 @@ static ternary_status read_layer(struct loading *loading, uint32_t index)
         uint32_t rows, cols;
         struct matrix *matrix;
     } matrices[] = {
-        {"attn_q", q_dim, shape->n_embd, &layer->q},            {"attn_k", kv_dim, shape->n_embd, &layer->k},
-        {"attn_v", kv_dim, shape->n_embd, &layer->v},           {"attn_output", shape->n_embd, q_dim, &layer->o},
-        {"ffn_gate", shape->n_ff, shape->n_embd, &layer->gate}, {"ffn_up", shape->n_ff, shape->n_embd, &layer->up},
-        {"ffn_down", shape->n_embd, shape->n_ff, &layer->down},
+        {"attn_q", q_dim, shape->n_embd, &layer->q},
+        {"attn_k", kv_dim, shape->n_embd, &layer->k},
+        {"attn_v", kv_dim, shape->n_embd, &layer->v},
+        {"attn_output", shape->n_embd, q_dim, &layer->o},
     };
     ternary_status status = TERNARY_OK;
     for (size_t i = 0; i < sizeof vectors / sizeof *vectors && status == TERNARY_OK; i++) {
@@ -352,8 +242,8 @@ static ternary_status read_layer(struct loading *loading, uint32_t index)
         status = read_vector(loading, name, vectors[i].count, vectors[i].optional, vectors[i].vector);
     }
     for (size_t i = 0; i < sizeof matrices / sizeof *matrices && status == TERNARY_OK; i++)
-        status = read_matrix(loading, index, matrices[i].name, matrices[i].rows, matrices[i].cols, matrices[i].matrix);
-    return status;
+        status = read_matrix(loading, index, matrices[i].name, 1, matrices[i].rows, matrices[i].cols, matrices[i].matrix);
+    return status == TERNARY_OK ? read_feed_forward(loading, index) : status;
 }
 
 /* Slices hold stand-ins under these names: what is no embedding of n_vocab rows is none. */
@@ -398,7 +288,7 @@ static ternary_status tie_head(struct loading *loading)
         return TERNARY_OK;
     model->head = model->codes;
     model->shape.has_head = 1;
-    model->shape.weights_bytes += read_bytes(&model->head);
+    model->shape.weights_bytes += read_bytes(model, &model->head);
     return read_vector(loading, "output_norm.weight", model->head.cols, false, &model->output_norm);
 }
 
@@ -415,7 +305,7 @@ static ternary_status read_head(struct loading *loading)
     head->data = tensor.data;
     model->shape.has_head = 1;
     ternary_status status = read_scales(loading, "output.scale", head);
-    model->shape.weights_bytes += read_bytes(head);
+    model->shape.weights_bytes += read_bytes(model, head);
     return status == TERNARY_OK
                ? read_vector(loading, "output_norm.weight", head->cols, false, &model->output_norm)
                : status;
@@ -432,7 +322,7 @@ static ternary_status open_file(const ternary_file *file, struct gguf *gguf, cha
         return ternary_fail(error, TERNARY_BAD_FILE, "the file %s", fault);
     if (!gguf_text(gguf, "general.architecture", architecture, room))
         return ternary_fail(error, TERNARY_BAD_FILE, "the file does not say its architecture");
-    if (!key_of(key, sizeof key, architecture, "block_count") || !gguf_number(gguf, key, layers) ||
+    if (!settings_key(key, sizeof key, architecture, "block_count") || !gguf_number(gguf, key, layers) ||
         *layers - 1 >= LAYERS_LIMIT)
         return ternary_fail(error, TERNARY_BAD_FILE, "the file does not hold 1 to %u layers", LAYERS_LIMIT);
     return TERNARY_OK;
@@ -460,11 +350,9 @@ ternary_status ternary_model_make(void *memory, const ternary_file *file, ternar
     memset(model, 0, sizeof *model);
     memcpy(model->shape.architecture, architecture, sizeof architecture);
     model->shape.layers = layers;
-    status = read_rules(&loading);
+    status = read_settings(&loading);
     if (status == TERNARY_OK)
-        status = read_shape(&loading);
-    if (status == TERNARY_OK)
-        status = read_vector(&loading, "rope_freqs.weight", model->shape.head_dim / 2, true, &model->rope_divisors);
+        status = read_vector(&loading, "rope_freqs.weight", model->rope_dims / 2, true, &model->rope_divisors);
     if (status == TERNARY_OK)
         status = read_rotation(&loading);
     for (uint32_t i = 0; i < layers && status == TERNARY_OK; i++)
