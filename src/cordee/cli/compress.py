@@ -20,8 +20,8 @@ def evaluate(models: tuple[str, ...], against: str | None, **given: Any) -> None
     A MODEL is a model in the store, or a GGUF file. Perplexity is that of llama.cpp's llama-perplexity:
     windows of 512 tokens, the second half of each scored. Lower is better, among models with the same
     vocabulary. With --against: the KL divergence from that model's probabilities, and how often both find the
-    same token most likely. Bits per weight count scales, embedding and head. With --json each model's last line is an
-    object.
+    same token most likely. Bits per weight count scales, embedding and head. With --json each model's last
+    line is an object.
     """
     original = (against, _path(against)) if against else None
     verbs.show_evaluations([(model, _path(model)) for model in models], original, given)
