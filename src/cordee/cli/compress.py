@@ -1,4 +1,4 @@
-"""`cordee eval` and `cordee compress`: what a model is worth, and a small one out of a large."""
+"""`cordee eval`, `compress` and `distill`: what a model is worth, and a small one out of a large."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import click
 
 from cordee.cli import options
 from cordee.compress import verbs
+from cordee.distill import verbs as distilling
 
 
 @click.command(name="eval")
@@ -51,6 +52,23 @@ def compress(model: str, **given: Any) -> None:
     lost, and `cordee eval OUT --against MODEL` measures it.
     """
     verbs.run_compression(model, _path(model), given)
+
+
+@click.command()
+@click.argument("model", metavar="OUT")
+@distilling.distill_options
+@click.option(
+    "--memory", "memory_bytes", metavar="SIZE", type=options.Size(), default="4GB", help="Default: 4GB."
+)
+@options.pre
+def distill(model: str, original: str, **given: Any) -> None:
+    """Train the ternary file OUT to be nearer to the model that it was compressed from.
+
+    Each layer in turn learns to give what the original's layer gives on a text; one layer is in memory at a
+    time, and no graphics card is used. OUT is replaced when all is done: hours, for a large model. After an
+    interruption the same command goes on where it stopped. docs/compress.md says what it wins back.
+    """
+    distilling.run_distillation(model, (original, _path(original)), given)
 
 
 def _path(model: str) -> Path:

@@ -11,7 +11,7 @@ from cordee import __version__, privacy
 from cordee.cli import options
 from cordee.cli.bench import bench
 from cordee.cli.catalog import models
-from cordee.cli.compress import compress, evaluate
+from cordee.cli.compress import compress, distill, evaluate
 from cordee.cli.convert import convert
 from cordee.cli.demo import demo
 from cordee.cli.doctor import doctor
@@ -101,7 +101,7 @@ def cordee() -> None:
 
 
 VERBS = (
-    *(run, serve, models, pull, ls, show, rm, convert, compress, export, plan),
+    *(run, serve, models, pull, ls, show, rm, convert, compress, distill, export, plan),
     *(up, invite, join, nodes, status, deploy, undeploy, drain, leave, remove, admin, identity),
     *(key, usage),
     *(open_page, ps, doctor, bench, evaluate, demo),

@@ -23,7 +23,7 @@ def default_calibration() -> str:
     return (files("cordee.compress") / "texts" / "calibration.txt").read_text(encoding="utf-8")
 
 
-def calibration_windows(source: Source, text: str, folder: Path) -> np.ndarray:
+def calibration_windows(source: Source, text: str, folder: Path, tokens_max: int = TOKENS_MAX) -> np.ndarray:
     """(windows, length) int32 tokens of a text; `folder` is for the vocabulary of a checkpoint.
 
     Raises:
@@ -34,7 +34,7 @@ def calibration_windows(source: Source, text: str, folder: Path) -> np.ndarray:
     with closing(Vocabulary(_vocabulary_file(source, folder), source.name)) as vocabulary:
         tokens = vocabulary.tokenize(text, special=False, add_bos=True)
         bos = vocabulary.bos if vocabulary.wants_bos else None
-    count = min(len(tokens), TOKENS_MAX) // length
+    count = min(len(tokens), tokens_max) // length
     if count < WINDOWS_MIN:
         raise BadRequest(
             f"The calibration text has {len(tokens)} tokens of {source.name}, and at least "

@@ -60,6 +60,11 @@ class Work:
         with np.load(self._layer(layer), allow_pickle=False) as tensors:
             return tensors[name]
 
+    def tensors(self, layer: int) -> dict[str, np.ndarray]:
+        """All tensors of a layer that were kept."""
+        with np.load(self._layer(layer), allow_pickle=False) as tensors:
+            return dict(tensors)
+
     def put_kept(self, names: tuple[str, ...]) -> None:
         """Keep the choice of matrices that are left at 8 bits."""
         with atomic_file(self._folder / KEPT) as file:
