@@ -74,6 +74,7 @@ ROOMS = (
         "demo",
         "terminal",
         "compress",
+        "distill",
         "cli",
     ),
 )

@@ -21,7 +21,7 @@ RATE, SCALE_RATE, NORM_RATE = 0.05, 0.005, 0.002
 
 
 @dataclass
-class Block:
+class LatentLayer:
     """A layer in training. `latent` matrices change; `fixed` ones do not; all norms change."""
 
     latent: dict[str, LatentMatrix]
@@ -45,7 +45,7 @@ class Trained:
 
 def trained(
     layer: Layer,
-    block: Block,
+    block: LatentLayer,
     before: dict[str, TernaryMatrix],
     rows: tuple[np.ndarray, np.ndarray],
     *,
@@ -95,7 +95,7 @@ def through(layer: Layer, matrices: Arrays, vectors: Arrays, rows: np.ndarray) -
 
 def _step(
     layer: Layer,
-    block: Block,
+    block: LatentLayer,
     norms: dict[str, Adam],
     ours: np.ndarray,
     theirs: np.ndarray,

@@ -17,7 +17,7 @@ from cordee.compress.calibration import calibration_windows, default_calibration
 from cordee.compress.source import Progress, Source
 from cordee.compress.work import Work, folder_of, work_folder
 from cordee.convert.ternary_file import EMBEDDING
-from cordee.distill.blocks import Block, Trained, through, trained
+from cordee.distill.blocks import LatentLayer, Trained, through, trained
 from cordee.distill.gradients import Layer
 from cordee.distill.latent import LatentMatrix
 from cordee.distill.weights_file import TernaryFile
@@ -152,7 +152,7 @@ class _Run:
         vectors = {name: self._file.vector(number, name).copy() for name in self._model.norms()}
         found = trained(
             layer,
-            Block(latent, fixed, vectors),
+            LatentLayer(latent, fixed, vectors),
             before,
             rows,
             steps=self._options.steps,
