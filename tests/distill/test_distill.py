@@ -12,7 +12,9 @@ from cordee.compress.evaluate import evaluate
 from cordee.compress.fitter import CompressOptions
 from cordee.compress.source import Source
 from cordee.convert.ternary_file import TernaryModel
+from cordee.distill import distill as distill_module
 from cordee.distill.distill import DistillOptions, distill
+from cordee.distill.end_to_end import Head
 from cordee.distill.gradients import Arrays, Layer
 from cordee.distill.latent import LatentMatrix
 from cordee.distill.weights_file import TernaryFile
@@ -142,25 +144,57 @@ def test_training_brings_a_model_nearer_to_its_original(
     assert said[0].startswith("layer 1 of 2: ") and "less" in said[1]
 
 
+def test_all_layers_together_come_nearer_still(ordinary: Path, tmp_path: Path) -> None:
+    blocks, out = (made(ordinary, tmp_path / name) for name in ("blocks.gguf", "out.gguf"))
+    said = list[str]()
+    distill(blocks, ordinary, replace(OPTIONS, steps=2))
+    distill(out, ordinary, replace(OPTIONS, steps=2, end_to_end=12), report=said.append)
+    assert said[-2].startswith("end to end: KL divergence")
+    assert divergence(out, ordinary) < 0.97 * divergence(blocks, ordinary)
+
+
+def test_the_gradient_of_the_divergence_is_that_of_small_differences() -> None:
+    draw = np.random.default_rng(6)
+    head = Head(draw.uniform(0.5, 1.5, 8), draw.standard_normal((20, 8)), 1e-5)
+    ours, theirs = draw.standard_normal((2, 5, 8))
+
+    def divergence(rows: np.ndarray) -> float:
+        wanted, found = head.odds(theirs), head.odds(rows)
+        return float((wanted * np.log(wanted / found)).sum())
+
+    gradient = head.back(ours, head.odds(ours) - head.odds(theirs))
+    for at in np.ndindex(3, 8):
+        step = np.zeros_like(ours)
+        step[at] = 1e-5
+        slope = (divergence(ours + step) - divergence(ours - step)) / 2e-5
+        assert gradient[at] == pytest.approx(slope, rel=1e-4, abs=1e-6)
+
+
 class _Interrupted(BaseException):
     """As a signal would end the run."""
 
 
-def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(ordinary: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
+    ordinary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, out = (made(ordinary, tmp_path / name) for name in ("whole.gguf", "out.gguf"))
-    options, said = replace(OPTIONS, steps=3), list[str]()
+    options, said = replace(OPTIONS, steps=3, end_to_end=4), list[str]()
+    monkeypatch.setattr(distill_module, "CHECKPOINT_STEPS", 2)
     distill(whole, ordinary, options)
     untouched = out.read_bytes()
 
-    def stop(done: int, total: int) -> None:
-        assert (done, total) == (3, 6)
-        raise _Interrupted
+    for place in (3, 12):  # a layer, and three steps of both together
 
-    with pytest.raises(_Interrupted):
-        distill(out, ordinary, options, progress=stop)
-    assert out.read_bytes() == untouched
+        def stop(done: int, total: int, place: int = place) -> None:
+            assert total == 14
+            if done == place:
+                raise _Interrupted
+
+        with pytest.raises(_Interrupted):
+            distill(out, ordinary, options, progress=stop)
+        assert out.read_bytes() == untouched
     distill(out, ordinary, options, report=said.append)
-    assert said[0] == "going on with layer 2 of 2"
+    assert said[0] == "going on with step 3 of 4"
     assert out.read_bytes() == whole.read_bytes() != untouched
 
 

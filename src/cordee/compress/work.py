@@ -3,6 +3,7 @@
     layer-0007.npz     the packed tensors of a layer that is done
     hidden-0008.f32    the rows in front of layer 8, of both streams (layerwise.py)
     kept.json          the matrices that are left at 8 bits, if they were chosen by size (budget.py)
+    training.npz       a training of all layers together (distill/end_to_end.py)
     settings           a digest of all that the result depends on
     lock               held by the process that works
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 FOLDER_SUFFIX = ".compress"
-KEPT = "kept.json"
+KEPT, STATE = "kept.json", "training.npz"
 
 
 class Work:
@@ -50,10 +51,7 @@ class Work:
 
     def put_layer(self, layer: int, tensors: Mapping[str, np.ndarray]) -> None:
         """Keep the tensors of a layer that is done."""
-        with atomic_file(self._layer(layer)) as file:
-            buffered = io.BufferedWriter(_Raw(file))
-            np.savez(buffered, allow_pickle=False, **tensors)
-            buffered.flush()
+        self._put(self._layer(layer), tensors)
 
     def tensor(self, layer: int, name: str) -> np.ndarray:
         """A tensor that was kept."""
@@ -64,6 +62,18 @@ class Work:
         """All tensors of a layer that were kept."""
         with np.load(self._layer(layer), allow_pickle=False) as tensors:
             return dict(tensors)
+
+    def put_state(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep the state of a training instead of the one before."""
+        self._put(self._folder / STATE, arrays)
+
+    def state(self) -> dict[str, np.ndarray] | None:
+        """The state that was kept; None if none was."""
+        path = self._folder / STATE
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
 
     def put_kept(self, names: tuple[str, ...]) -> None:
         """Keep the choice of matrices that are left at 8 bits."""
@@ -98,6 +108,12 @@ class Work:
         (self._folder / name).replace(self._rows(layer))
         if layer:
             self._rows(layer - 1).unlink(missing_ok=True)
+
+    def _put(self, path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+        with atomic_file(path) as file:
+            buffered = io.BufferedWriter(_Raw(file))
+            np.savez(buffered, allow_pickle=False, **arrays)
+            buffered.flush()
 
     def _layer(self, layer: int) -> Path:
         return self._folder / f"layer-{layer:04d}.npz"

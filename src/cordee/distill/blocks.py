@@ -32,6 +32,10 @@ class LatentLayer:
         """As they are now, float32."""
         return self.fixed | {name: matrix.value() for name, matrix in self.latent.items()}
 
+    def rounded(self) -> dict[str, TernaryMatrix]:
+        """Those that changed, as a file holds them."""
+        return {name: TernaryMatrix(*matrix.rounded(), matrix.span) for name, matrix in self.latent.items()}
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -59,9 +63,7 @@ def trained(
     `steps` reads so many `windows`, drawn by `seed`.
     """
     ours, theirs = rows
-    held = np.arange(HELD_OUT - 1, len(ours), HELD_OUT)
-    learnt = np.setdiff1d(np.arange(len(ours)), held)
-    held = held if len(held) else learnt
+    learnt, held = held_out(len(ours))
     untrained = {name: vector.copy() for name, vector in block.vectors.items()}
     dense = block.fixed | {name: matrix.dense() for name, matrix in before.items()}
     first = error(layer, dense, untrained, ours[held], theirs[held])
@@ -71,12 +73,19 @@ def trained(
         chosen = np.sort(draw.choice(learnt, min(windows, len(learnt)), replace=False))
         falling = 0.5 + 0.5 * float(np.cos(np.pi * step / steps))
         _step(layer, block, norms, ours[chosen], theirs[chosen], falling)
-    after = {name: _rounded(before[name], matrix) for name, matrix in block.latent.items()}
+    after = block.rounded()
     dense = block.fixed | {name: matrix.dense() for name, matrix in after.items()}
     last = error(layer, dense, block.vectors, ours[held], theirs[held])
     if last < first:
         return Trained(after, block.vectors, first, last)
     return Trained(before, untrained, first, first)
+
+
+def held_out(windows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The windows that are trained on, and those that are not (of very few: all of them)."""
+    held = np.arange(HELD_OUT - 1, windows, HELD_OUT)
+    learnt = np.setdiff1d(np.arange(windows), held)
+    return learnt, held if len(held) else learnt
 
 
 def error(layer: Layer, matrices: Arrays, vectors: Arrays, ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -114,8 +123,3 @@ def _step(
 
 def _power(rows: np.ndarray) -> np.ndarray:
     return np.square(rows).sum(axis=-1)
-
-
-def _rounded(before: TernaryMatrix, matrix: LatentMatrix) -> TernaryMatrix:
-    codes, scales = matrix.rounded()
-    return TernaryMatrix(codes, scales, before.span)

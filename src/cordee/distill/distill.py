@@ -1,13 +1,14 @@
 """`cordee distill`: a ternary model wins back, by training, some of what compressing it lost.
 
-The model it was made from teaches it, on a text, a decoder layer at a time (blocks.py), in numpy and in
-bounded memory. What is done is kept in a folder beside the file (compress/work.py): an interrupted run goes
-on with the layer at which it stopped, and writes the same bytes.
+The model it was made from teaches it, on a text: a decoder layer at a time (blocks.py), in numpy and in
+bounded memory; then, if that is wanted, all layers together (end_to_end.py). What is done is kept in a folder
+beside the file (compress/work.py): an interrupted run goes on with the layer or the steps at which it
+stopped, and writes the same bytes.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import numpy as np
 
 from cordee.compress.calibration import calibration_windows, default_calibration
 from cordee.compress.source import Progress, Source
+from cordee.compress.trits import TernaryMatrix
 from cordee.compress.work import Work, folder_of, work_folder
-from cordee.convert.ternary_file import EMBEDDING
+from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM
 from cordee.distill.blocks import LatentLayer, Trained, through, trained
+from cordee.distill.end_to_end import EndToEnd, Head
 from cordee.distill.gradients import Layer
 from cordee.distill.latent import LatentMatrix
 from cordee.distill.weights_file import TernaryFile
@@ -26,9 +29,10 @@ from cordee.models.gguf import TERNARY_KEY, read_header
 
 WORK_FORMAT = 1
 THEIRS, OURS = 0, 1
-NEXT_ROWS = "next.f32"
+NEXT_ROWS, BLOCKS = "next.f32", "blocks.gguf"
 TOKENS_MAX = 32_768  # of the text, from its beginning
 STEP_WINDOWS = 4
+CHECKPOINT_STEPS = 20  # of end to end: a killed run loses no more
 # A weight in training: its float, value, gradient, the two means of its optimiser, and what passes by.
 WEIGHT_BYTES = 28
 PROGRAM_BYTES = 200 << 20
@@ -36,10 +40,14 @@ PROGRAM_BYTES = 200 << 20
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """How to train: `steps` for each layer, on a text (that of the package if none is given)."""
+    """How to train: `steps` for each layer, then `end_to_end` steps for all together.
+
+    Without a `text` that of the package is read.
+    """
 
     text: str | None = None
     steps: int = 100
+    end_to_end: int = 0
     seed: int = 0
     memory_bytes: int = 4 << 30
 
@@ -102,22 +110,67 @@ class _Run:
         with work_folder(self._path, self._settings()) as work:
             windows = self._windows()
             shape = (2, *windows.shape, self._model.n_embd)
-            begun = work.layers_done(needs_rows=True)
-            if begun:
-                self._say(f"going on with layer {begun + 1} of {self._model.layers}")
-            if not work.has_rows(begun):
-                self._put_embedded(work, windows, shape)
             layer = Layer(self._model, windows.shape[1], self._source.divisors())
-            for number in range(begun, self._model.layers):
-                self._train(work, layer, number, shape)
+            self._by_blocks(work, layer, windows, shape)
+            changed = self._kept(work)
+            if self._options.end_to_end:
+                blocks = folder_of(self._path) / BLOCKS
+                if not blocks.exists():
+                    self._file.write(blocks, changed)
+                changed = self._end_to_end(work, layer, blocks, windows, shape)
             self._say("writing the file")
-            self._file.write(self._path, self._changed(work))
+            self._file.write(self._path, changed)
+
+    def _by_blocks(self, work: Work, layer: Layer, windows: np.ndarray, shape: tuple[int, ...]) -> None:
+        begun = work.layers_done(needs_rows=True)
+        if 0 < begun < self._model.layers:
+            self._say(f"going on with layer {begun + 1} of {self._model.layers}")
+        if not work.has_rows(begun):
+            self._put_embedded(work, windows, shape)
+        for number in range(begun, self._model.layers):
+            self._train(work, layer, number, shape)
+
+    def _end_to_end(
+        self, work: Work, layer: Layer, blocks: Path, windows: np.ndarray, shape: tuple[int, ...]
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Train all layers together; what the file's tensors are then."""
+        file = TernaryFile(read_header(blocks), self._model)
+        layers = [self._latent(file, n, self._originals(n)) for n in range(self._model.layers)]
+        head = Head(
+            self._source.vector(OUTPUT_NORM),
+            self._source.rows(HEAD, 0, self._model.n_vocab),
+            self._model.epsilon,
+        )
+        rows = (self._embedded(windows), work.rows(self._model.layers, shape)[THEIRS])
+        options = self._options
+        run = EndToEnd(layer, layers, head, rows, steps=options.end_to_end, seed=options.seed)
+        before = run.divergence()
+        if (state := work.state()) is not None:
+            run.restore(state)
+            self._say(f"going on with step {run.step + 1} of {options.end_to_end}")
+        while run.step < options.end_to_end:
+            run.train_step()
+            if run.step % CHECKPOINT_STEPS == 0 and run.step < options.end_to_end:
+                work.put_state(run.state())
+            self._count(self._model.layers * options.steps + run.step * self._model.layers)
+        after = run.divergence()
+        self._say(f"end to end: KL divergence {before:.4f} before, {after:.4f} after")
+        if after >= before:
+            return self._kept(work)
+        return (
+            tensor
+            for number, each in enumerate(layers)
+            for tensor in self._tensors(number, each.rounded(), each.vectors).items()
+        )
+
+    def _kept(self, work: Work) -> Iterator[tuple[str, np.ndarray]]:
+        """What the file's tensors are after training block by block."""
+        return (each for number in range(self._model.layers) for each in work.tensors(number).items())
 
     def _train(self, work: Work, layer: Layer, number: int, shape: tuple[int, ...]) -> None:
         """Train a layer, and let both streams through it."""
         hidden, following = work.rows(number, shape), work.new_rows(NEXT_ROWS, shape)
-        original = {name: self._source.matrix(number, name) for name in self._model.matrices()}
-        vectors = self._source.vectors(number)
+        original, vectors = self._originals(number), self._source.vectors(number)
         for place, rows in enumerate(through(layer, original, vectors, hidden[THEIRS])):
             following[THEIRS, place] = rows
         found, fixed = self._trained(layer, number, original, (hidden[OURS], following[THEIRS]))
@@ -129,10 +182,9 @@ class _Run:
         matrices = fixed | {name: matrix.dense() for name, matrix in found.matrices.items()}
         for place, rows in enumerate(through(layer, matrices, found.vectors, hidden[OURS])):
             following[OURS, place] = rows
-        work.put_layer(number, self._tensors(number, found))
+        work.put_layer(number, self._tensors(number, found.matrices, found.vectors))
         work.put_rows(number + 1, following, NEXT_ROWS)
-        if self._progress:
-            self._progress((number + 1) * self._options.steps, self._model.layers * self._options.steps)
+        self._count((number + 1) * self._options.steps)
 
     def _trained(
         self,
@@ -142,35 +194,47 @@ class _Run:
         rows: tuple[np.ndarray, np.ndarray],
     ) -> tuple[Trained, dict[str, np.ndarray]]:
         """What came of a layer, and its matrices at 8 bits, which stay."""
-        all_of = {name: self._file.matrix(number, name) for name in self._model.matrices()}
-        before = {name: matrix for name, matrix in all_of.items() if self._file.is_ternary(number, name)}
-        fixed = {name: matrix.dense() for name, matrix in all_of.items() if name not in before}
-        latent = {
-            name: LatentMatrix(matrix.codes, matrix.scales, matrix.span, original[name])
-            for name, matrix in before.items()
-        }
-        vectors = {name: self._file.vector(number, name).copy() for name in self._model.norms()}
+        latent = self._latent(self._file, number, original)
         found = trained(
             layer,
-            LatentLayer(latent, fixed, vectors),
-            before,
+            latent,
+            {name: self._file.matrix(number, name) for name in latent.latent},
             rows,
             steps=self._options.steps,
             windows=STEP_WINDOWS,
             seed=self._options.seed + number,
         )
-        return found, fixed
+        return found, latent.fixed
 
-    def _tensors(self, number: int, found: Trained) -> dict[str, np.ndarray]:
+    def _latent(self, file: TernaryFile, number: int, original: dict[str, np.ndarray]) -> LatentLayer:
+        """A layer of `file`, to be trained; `original` are the matrices that it was made from."""
+        latent, fixed = dict[str, LatentMatrix](), dict[str, np.ndarray]()
+        for name, weights in original.items():
+            matrix = file.matrix(number, name)
+            if file.is_ternary(number, name):
+                latent[name] = LatentMatrix(matrix.codes, matrix.scales, matrix.span, weights)
+            else:
+                fixed[name] = matrix.dense()
+        vectors = {name: file.vector(number, name).copy() for name in self._model.norms()}
+        return LatentLayer(latent, fixed, vectors)
+
+    def _originals(self, number: int) -> dict[str, np.ndarray]:
+        return {name: self._source.matrix(number, name) for name in self._model.matrices()}
+
+    def _tensors(
+        self, number: int, matrices: Mapping[str, TernaryMatrix], vectors: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
         """A layer as its tensors' bytes."""
         tensors: dict[str, np.ndarray] = {}
-        for name, matrix in found.matrices.items():
+        for name, matrix in matrices.items():
             tensors |= self._file.packed(number, name, matrix.codes, matrix.scales)
-        return tensors | {f"blk.{number}.{name}.weight": each for name, each in found.vectors.items()}
+        return tensors | {f"blk.{number}.{name}.weight": each for name, each in vectors.items()}
 
-    def _changed(self, work: Work) -> Iterator[tuple[str, np.ndarray]]:
-        for number in range(self._model.layers):
-            yield from work.tensors(number).items()
+    def _count(self, done: int) -> None:
+        """Steps of one layer each."""
+        if self._progress:
+            options = self._options
+            self._progress(done, self._model.layers * (options.steps + options.end_to_end))
 
     def _windows(self) -> np.ndarray:
         text = self._options.text or default_calibration()
@@ -178,10 +242,16 @@ class _Run:
 
     def _put_embedded(self, work: Work, windows: np.ndarray, shape: tuple[int, ...]) -> None:
         rows = work.new_rows(NEXT_ROWS, shape)
+        rows[:] = self._embedded(windows)
+        work.put_rows(0, rows, NEXT_ROWS)
+
+    def _embedded(self, windows: np.ndarray) -> np.ndarray:
+        """(windows, length, width): the rows in front of the first layer."""
+        rows = np.empty((*windows.shape, self._model.n_embd), dtype=np.float32)
         for number, window in enumerate(windows):
             for place, token in enumerate(window.tolist()):
-                rows[:, number, place] = self._source.rows(EMBEDDING, token, token + 1)[0]
-        work.put_rows(0, rows, NEXT_ROWS)
+                rows[number, place] = self._source.rows(EMBEDDING, token, token + 1)[0]
+        return rows
 
     def _settings(self) -> str:
         """What the result depends on."""
@@ -192,10 +262,17 @@ class _Run:
         return json.dumps(["distill", WORK_FORMAT, ours, self._source.identity(), options])
 
     def _require_memory(self) -> None:
-        weights = sum(rows * cols for rows, cols in self._model.matrices().values())
+        """Of one layer, or of all of them.
+
+        Raises:
+            DoesNotFit: it is too little.
+        """
+        weights, what = sum(rows * cols for rows, cols in self._model.matrices().values()), "a layer"
+        if self._options.end_to_end:
+            weights, what = weights * self._model.layers, "all layers together"
         need = PROGRAM_BYTES + WEIGHT_BYTES * weights
         if need > self._options.memory_bytes:
             raise DoesNotFit(
-                f"Training a layer of {self._source.name} takes {need / 1e9:.1f} GB of memory, and "
+                f"Training {what} of {self._source.name} takes {need / 1e9:.1f} GB of memory, and "
                 f"{self._options.memory_bytes / 1e9:.1f} GB may be used: allow more with --memory."
             )

@@ -4,6 +4,8 @@ The value of a matrix is the nearest sum of its planes to the floats; its gradie
 nothing were rounded (a straight-through estimator, Bengio et al. 2013), and to the scales as it is.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from cordee.compress.trits import nearest, rounded_scales
@@ -34,6 +36,21 @@ class Adam:
         mean, square = self._mean / (1 - first**self._steps), self._square / (1 - second**self._steps)
         self.array -= np.float32(rate) * self._size * mean / (np.sqrt(square) + np.float32(EPSILON))
 
+    def state(self) -> dict[str, np.ndarray]:
+        """The array and what is known of its gradients."""
+        return {
+            "array": self.array,
+            "mean": self._mean,
+            "square": self._square,
+            "steps": np.array(self._steps),
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a state."""
+        for own, name in ((self.array, "array"), (self._mean, "mean"), (self._square, "square")):
+            own[...] = state[name]
+        self._steps = int(state["steps"])
+
 
 class LatentMatrix:
     """A matrix in training.
@@ -44,7 +61,7 @@ class LatentMatrix:
 
     def __init__(self, codes: np.ndarray, scales: np.ndarray, span: int, original: np.ndarray) -> None:
         self._planes, self._rows, self._cols = codes.shape
-        self._span, self._spans = span, scales.shape[2]
+        self.span, self._spans = span, scales.shape[2]
         self._scales = np.ascontiguousarray(scales.reshape(self._planes, -1), dtype=np.float32)
         floats = self._spread(original)
         values = np.einsum("prc,pr->rc", self._spread_planes(codes), self._scales)
@@ -75,11 +92,21 @@ class LatentMatrix:
         shaped = codes.reshape(self._planes, self._rows, -1)[:, :, : self._cols]
         return np.ascontiguousarray(shaped), scales.reshape(self._planes, self._rows, self._spans)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """All that a run which goes on needs."""
+        parts = zip(("floats", "scales"), self._moved, strict=True)
+        return {f"{name}.{key}": value for name, part in parts for key, value in part.state().items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on from a state."""
+        for name, part in zip(("floats", "scales"), self._moved, strict=True):
+            part.restore({key: state[f"{name}.{key}"] for key in part.state()})
+
     def _spread(self, matrix: np.ndarray) -> np.ndarray:
         """(rows, cols) -> (rows * spans, span), the last span of a row filled up with zeros."""
-        wide = np.zeros((self._rows, self._spans * self._span), dtype=np.float32)
+        wide = np.zeros((self._rows, self._spans * self.span), dtype=np.float32)
         wide[:, : self._cols] = matrix
-        return wide.reshape(-1, self._span)
+        return wide.reshape(-1, self.span)
 
     def _spread_planes(self, codes: np.ndarray) -> np.ndarray:
         return np.stack([self._spread(plane) for plane in codes])

@@ -25,6 +25,13 @@ _TRAINING = (
         help="Training steps of each layer: more are better, and take as much longer.",
     ),
     click.option(
+        "--end-to-end",
+        type=click.IntRange(0, 1_000_000),
+        default=0,
+        metavar="STEPS",
+        help="Then so many steps for all layers together, which takes memory for all of them.",
+    ),
+    click.option(
         "--seed",
         type=click.IntRange(0, 2**31 - 1),
         default=0,
@@ -49,6 +56,7 @@ def run_distillation(model: str, original: tuple[str, Path], given: dict[str, An
     settings = DistillOptions(
         text=None if given["text"] is None else read_text(Path(given["text"])),
         steps=given["steps"],
+        end_to_end=given["end_to_end"],
         seed=given["seed"],
         memory_bytes=given["memory_bytes"],
     )
