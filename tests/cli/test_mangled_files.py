@@ -111,6 +111,10 @@ def test_mangled_files_are_refused_in_a_sentence_or_used(originals: list[Origina
     assert {"not pulled", "used"} <= set(found)
 
 
+def test_libllama_s_reason_names_the_model_and_not_its_file(originals: list[Original], folder: Path) -> None:
+    assert hunt(range(2063, 2064), originals, folder, every=1) == {"not run": 1}
+
+
 @pytest.mark.long
 def test_ten_thousand_mangled_files(originals: list[Original], folder: Path) -> None:
     found = hunt(range(40, 8540), originals, folder, every=1)  # beside the 1,500 of test_vocabulary.py

@@ -32,6 +32,7 @@ LOG_LINES_MAX = 100  # kept: problems, and a few buffer sizes for each device
 PROBE_SECONDS = 30.0  # a healthy child answers within a second, even on a slow machine
 DEVICE_KINDS = ("CPU", "GPU", "IGPU", "ACCEL", "META")  # enum ggml_backend_dev_type
 WARN, ERROR = 3, 4  # enum ggml_log_level
+NO_REASON = "libllama gives no reason"
 REASON_CHARS_MAX = 400  # of libllama's own words in a message
 # What libllama says of a file that is whole, but newer than itself (llama-model.cpp, llama-vocab.cpp).
 LOAD_REASON = re.compile(r"error loading model: (.+?)(?:; |$)")
@@ -152,7 +153,7 @@ def _low_level() -> ModuleType:
 
 def reason() -> str:
     """Why something failed, in libllama's words."""
-    return log.problems()[:REASON_CHARS_MAX] or "libllama gives no reason"
+    return log.problems()[:REASON_CHARS_MAX] or NO_REASON
 
 
 def load_model(path: Path, params: "ctypes.Structure", name: str) -> int:
@@ -165,14 +166,18 @@ def load_model(path: Path, params: "ctypes.Structure", name: str) -> int:
     log.clear()
     model = load().llama_model_load_from_file(os.fsencode(path), params)
     if not model:
-        raise load_error(name)
+        raise load_error(name, path)
     return model
 
 
-def load_error(name: str) -> CordeeError:
-    """The error for a model of that name that libllama has just refused to load: too new, or damaged."""
-    found = LOAD_REASON.search(log.problems())
-    why = found[1][:REASON_CHARS_MAX] if found else reason()
+def load_error(name: str, path: Path) -> CordeeError:
+    """The error for a model that libllama has just refused to load: too new, or damaged.
+
+    It names the model as people call it, where libllama names its file.
+    """
+    problems = log.problems().replace(str(path), name)
+    found = LOAD_REASON.search(problems)
+    why = (found[1] if found else problems)[:REASON_CHARS_MAX] or NO_REASON
     if NEWER.search(why):
         return UnsupportedModel(
             f"{name} is of a kind that this program does not know yet ({why}): update cordee, or choose "
