@@ -9,7 +9,7 @@ import pytest
 
 from cordee.access import keyring as keyring_module
 from cordee.access.api_keys import KEYS_MAX, ApiKey
-from cordee.access.keyring import SHOWN, Keyring, digest_of, new_key, revoked
+from cordee.access.keyring import SHOWN, Keyring, digest_of, limited, new_key, revoked
 from cordee.access.keys_file import KeysFile
 from cordee.errors import BadRequest, StorageFailed
 
@@ -68,15 +68,27 @@ def test_a_key_that_is_revoked_replaced_or_over_is_not_recalled() -> None:
     key, shown = new_key("marie", (), expires=1000.0)
     keys, now = [key], [999.0]
     keyring = Keyring(lambda: keys, lambda: now[0])
-    assert recognised(keyring, shown) == key and keyring.is_valid(key) and not keyring.is_empty
+    assert recognised(keyring, shown) == key and keyring.standing(key) == key and not keyring.is_empty
     now[0] = 1000.0
-    assert keyring.recall(shown) is None and not keyring.is_valid(key) and keyring.is_empty
+    assert keyring.recall(shown) is None and keyring.standing(key) is None and keyring.is_empty
     now[0] = 999.0
     assert keyring.recall(shown) == key
     keys[0] = msgspec.structs.replace(key, digest=b"another")  # of that id, as nobody makes it
     assert keyring.recall(shown) is None
     keys[0] = revoked("marie", keys)
     assert keyring.recall(shown) is None and keyring.is_empty and recognised(keyring, shown) is None
+
+
+def test_new_bounds_hold_for_who_has_the_key_already() -> None:
+    key, shown = new_key("marie", (), requests=2, admin=True)
+    keys = [key]
+    keyring = Keyring(lambda: keys)
+    assert recognised(keyring, shown) == key
+    keys[0] = limited("marie", keys, 0, 900)
+    assert keyring.standing(key) == keyring.recall(shown) == keys[0]
+    assert (keys[0].requests, keys[0].tokens, keys[0].admin) == (0, 900, True)
+    with pytest.raises(BadRequest, match="did you mean marie"):
+        limited("mari", keys, 1, 1)
 
 
 def test_names_that_are_none_or_taken_are_refused() -> None:

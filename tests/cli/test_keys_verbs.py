@@ -39,6 +39,11 @@ def test_keys_are_made_listed_and_revoked(node: Node) -> None:
     kept = b"".join(path.read_bytes() for path in node.home.rglob("*") if path.is_file())
     for text in (shown, shown.split("-", 2)[2]):
         assert text not in listed and text.encode() not in kept
+    node.do("key", "limit", "marie", "requests=3")
+    changed = json.loads(node.do("key", "ls", "--json"))[1]
+    assert changed == marie | {"limit": "requests=3"}
+    node.do("key", "limit", "marie", "none")
+    assert json.loads(node.do("key", "ls", "--json"))[1]["limit"] is None
     node.do("key", "rm", "marie")
     assert [each["name"] for each in json.loads(node.do("key", "ls", "--json"))] == ["chef"]
     assert json.loads(node.do("usage", "--json")) == []
@@ -52,6 +57,8 @@ def test_keys_are_made_listed_and_revoked(node: Node) -> None:
         (("key", "add", "marie", "--expires", "soon"), "2027-06-30"),
         (("key", "add", "marie", "--expires", "2001-01-01"), "over already"),
         (("key", "rm", "marie"), "cordee key ls"),
+        (("key", "limit", "marie", "none"), "cordee key ls"),
+        (("key", "limit", "marie", "much"), "requests=4"),
         (("serve", "--lan"), "cordee key add"),
         (("up", "--lan"), "cordee key add"),
         (("up", "--allow-host", "ai.lan"), "cordee key add"),
@@ -111,6 +118,10 @@ def test_a_key_opens_all_nodes_and_a_revoked_one_none(cluster: Cluster) -> None:
     until(lambda: lan(cluster, "b", "/v1/models", key).status_code == 200)
     for name in "ab":
         until(lambda name=name: lan(cluster, name, "/v1/completions", key, ASK).status_code == 200)
+    first.do("key", "limit", "marie", "tokens=1/min")  # which were used
+    until(lambda: lan(cluster, "b", "/v1/completions", key, ASK).status_code == 429)
+    first.do("key", "limit", "marie", "none")
+    until(lambda: lan(cluster, "b", "/v1/completions", key, ASK).status_code == 200)
     first.do("key", "rm", "marie")
     revoked = time.monotonic()
     until(lambda: lan(cluster, "b", "/v1/models", key).status_code == 401)

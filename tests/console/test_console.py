@@ -137,6 +137,7 @@ ACTS = {
     "node/drain": {"node": "pc-2"},
     "node/remove": {"node": "pc-2"},
     "key/add": {"name": "eve", "admin": True},
+    "key/limit": {"name": "chef", "limit": "tokens=1/min"},
     "key/remove": {"name": "chef"},
 }
 
@@ -178,6 +179,10 @@ def test_keys_are_made_shown_once_and_revoked(asked: Asked) -> None:
     assert asked.get("admin", key="paul").status == 403
     wrong = asked.post("key/add", {"name": "paul"})
     assert wrong.status == 400 and "paul" in wrong.error["message"]
+    assert asked.post("key/limit", {"name": "paul", "limit": "tokens=7/min"}).status == 200
+    changed = [each for each in asked.get("admin").json["keys"] if each["name"] == "paul"]
+    assert changed == [paul | {"limit": "tokens=7/min"}]
+    assert asked.post("key/limit", {"name": "paul", "limit": "7"}).status == 400
     assert asked.post("key/remove", {"name": "paul"}).status == 200
     assert "paul" not in [each["name"] for each in asked.get("admin").json["keys"]]
 

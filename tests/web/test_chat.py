@@ -34,6 +34,30 @@ So $a_1 * b * c$ stays.
 """
 
 
+# Draws a text piece by piece, and another time at once; both as HTML.
+ALIKE = """async () => {
+  const main = document.querySelector("script[type=module]").src;
+  const { GrowingText } = await import(new URL("../chat/growing.js", main).href);
+  const html = (element) => element.innerHTML.replace(/<[/]?p>|\\s+/g, "");
+  const frame = () => new Promise((done) => requestAnimationFrame(done));
+  window.grown = async (text, size) => {
+    const [one, other] = [document.createElement("div"), document.createElement("div")];
+    const growing = new GrowingText(one);
+    for (let at = size; at < text.length; at += size) {
+      growing.text = text.slice(0, at);
+      growing.draw(Infinity);
+    }
+    for (const each of [growing, new GrowingText(other)]) {
+      each.text = text;
+      each.isWhole = true;
+      each.draw(Infinity);
+    }
+    await frame();
+    return [html(one), html(other)];
+  };
+}"""
+
+
 def base(talk: Talk) -> str:
     return f"http://127.0.0.1:{talk[0].port}"
 
@@ -115,6 +139,54 @@ def test_what_was_drawn_is_left_alone_while_more_comes(talk: Talk, visit: Visit)
     seen = "['h1', 'table', 'pre'].map(name => document.querySelector('.text ' + name).seen)"
     assert page.evaluate(seen) == [1, 1, 1]
     assert text.locator("tr").count() == 41
+
+
+LONG = {
+    "table": ("| n | n² |\n|---|---:|\n", lambda n: f"| {n} | {n * n}, which is the square |\n", "tbody tr"),
+    "ordered": ("", lambda n: f"{n + 1}. item {n + 1}, of which there are many\n", ":scope > ol > li"),
+    "loose": ("", lambda n: f"- item {n}\n\n  and more of it\n\n  - below\n\n", ":scope > ul > li"),
+}
+
+
+@pytest.mark.parametrize("kind", ["table", "loose", pytest.param("ordered", marks=pytest.mark.slow)])
+def test_a_long_table_or_list_grows_by_its_rows(talk: Talk, visit: Visit, kind: str) -> None:
+    """Each row is drawn once for good, and the whole is more than the page reads at a time."""
+    head, part, rows = LONG[kind]
+    count = 13_000 // len(part(100)) + 1
+    service = talk[1]
+    page = visit(base(talk))
+    service.pause_seconds = 0.0005
+    text = head + "".join(map(part, range(count))) + "\nEnd."
+    service.script = ["[say]".join(text[at : at + 350] for at in range(0, len(text), 350))]
+    ask(page, "Go")
+    shown = answers(page).locator(".text")
+    found = shown.locator(rows)
+    expect(found.nth(3)).to_be_visible()
+    page.evaluate("document.querySelectorAll('.text tr, .text li').forEach(each => { each.seen = 1 })")
+    expect(shown.locator("p").last).to_have_text("End.")
+    expect(found).to_have_count(count)
+    seen = found.evaluate_all("all => all.map(each => each.seen ?? 0)")
+    assert seen[:3] == [1, 1, 1]
+    assert shown.locator(".long").count() == 0
+    assert shown.locator("> *").count() == 2  # one block, and the end
+    assert "|" not in shown.inner_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "| a | b |\n|---|---|\n| 1 | 2 |\n-5 | 3 |\n- item\n",
+        "1. one\n2. two\n2.5 is between, and belongs to two\n3. three\n- other\n- more\n",
+        "- a\n - b\n  - c\n\n      code\n- d\n***\n- e\n\n1) x\n2) y\n",
+        "| a |\n|---|\n| 1 |\n| 2 |\n# Head\n- a\n\n  ```js\n  x\n  ```\n- b\n> said\n",
+    ],
+)
+def test_what_comes_token_by_token_is_what_is_drawn_at_once(talk: Talk, visit: Visit, text: str) -> None:
+    page = visit(base(talk))
+    page.evaluate(ALIKE)
+    for size in (1, 2, 5):
+        grown, at_once = page.evaluate("([text, size]) => window.grown(text, size)", [text, size])
+        assert grown == at_once
 
 
 def test_an_answer_is_stopped_and_gone_on_with(talk: Talk, visit: Visit) -> None:

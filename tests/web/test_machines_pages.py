@@ -13,6 +13,7 @@ from playwright.sync_api import Locator, Page, expect
 from axe import violations
 from cluster_processes import MEMORY, SERVED, Cluster, Node, until
 from cordee.net import enrolment
+from qr import read_qr
 
 COUNT = [{"role": "user", "content": "Tell me a very long story about a mountain."}]
 WORDS = {
@@ -170,11 +171,25 @@ def test_a_model_is_judged_fetched_used_and_removed(office: Node, visit: Visit) 
     expect(idle.get_by_role("button", name="Use")).to_be_visible()
     assert "story-small" in office.do("ls")
     idle.get_by_role("button", name="Use").click()
+    dialog.get_by_role("checkbox", name="pc-1").check()
+    assert violations(page, visit.faults) == []
     confirm(page, "Use")
     expect(page.get_by_text("story-small is being loaded")).to_be_visible()
     served = page.get_by_role("region", name="In use")
     mine = served.get_by_role("listitem").filter(has_text="story-small")
     expect(mine.get_by_text("serving")).to_be_visible()
+    expect(mine.get_by_text("only on pc-1")).to_be_visible()
+    [placement] = office.model("story-small")["placements"]
+    assert [stage["name"] for stage in placement["stages"]] == ["pc-1"]
+    mine.get_by_role("button", name="Change").click()
+    expect(dialog.get_by_role("checkbox", name="pc-1")).to_be_checked()
+    dialog.get_by_role("checkbox", name="pc-2").check()
+    dialog.get_by_label("Copies, each on other machines").fill("2")
+    confirm(page, "Change")
+    expect(mine.get_by_text("2 copies")).to_be_visible()
+    until(lambda: len(office.model("story-small")["placements"]) == 2)
+    used = {each["stages"][0]["name"] for each in office.model("story-small")["placements"]}
+    assert used == {"pc-1", "pc-2"}
     mine.get_by_role("button", name="Stop using").click()
     confirm(page, "Stop using")
     expect(idle.get_by_text("story-small").first).to_be_visible()
@@ -193,7 +208,7 @@ def test_machines_and_people_are_let_in(office: Node, visit: Visit) -> None:
     confirm(page, "Make an invitation")
     code = page.get_by_role("group", name="Invitation").locator("code").first.inner_text()
     assert enrolment.read_code(code).addresses
-    expect(page.get_by_role("img", name="The invitation as a QR code")).to_be_visible()
+    assert read_qr(page.get_by_role("img", name="The invitation as a QR code")) == code
     page.get_by_label("For whom, or what").fill("marie")
     page.get_by_label("Questions at once").fill("2")
     page.get_by_label("Tokens a minute").fill("9000")
@@ -204,8 +219,22 @@ def test_machines_and_people_are_let_in(office: Node, visit: Visit) -> None:
     shown.get_by_role("button", name="Copy").click()
     expect(shown.get_by_role("button", name="Copied")).to_be_visible()
     assert page.evaluate("navigator.clipboard.readText()") == key
+    assert read_qr(shown.get_by_role("img")) == key
     assert violations(page, visit.faults) == []
-    expect(row(page, "marie").get_by_text("requests=2,tokens=9000/min")).to_be_visible()
+    expect(row(page, "marie").get_by_text("2 questions at once, 9,000 tokens a minute")).to_be_visible()
+    row(page, "marie").get_by_role("button", name="Change the limit").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_label("Tokens a minute")).to_have_value("9000")
+    dialog.get_by_label("Questions at once").fill("")
+    dialog.get_by_label("Tokens a minute").fill("500")
+    assert violations(page, visit.faults) == []
+    confirm(page, "Change the limit")
+    expect(page.get_by_text("The limit of marie is now: 500 tokens a minute.")).to_be_visible()
+    assert json.loads(office.do("key", "ls", "--json"))[0]["limit"] == "tokens=500/min"
+    row(page, "marie").get_by_role("button", name="Change the limit").click()
+    dialog.get_by_label("Tokens a minute").fill("")
+    confirm(page, "Change the limit")
+    expect(page.get_by_text("marie has no limit any more.")).to_be_visible()
     with office.client() as client:
         marie = client.with_options(api_key=key)
         marie.chat.completions.create(model="starter", messages=COUNT, max_tokens=2)

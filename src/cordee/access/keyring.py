@@ -75,12 +75,26 @@ def revoked(name: str, known: Iterable[ApiKey]) -> ApiKey:
     Raises:
         BadRequest: there is none of that name.
     """
-    names = [key.name for key in known if key.id]
-    if name not in names:
+    return ApiKey(_named(name, known).name)
+
+
+def _named(name: str, known: Iterable[ApiKey]) -> ApiKey:
+    found = {key.name: key for key in known if key.id}
+    if name not in found:
         raise BadRequest(
-            f"There is no key {name!r}{nearest(name, names)}: `cordee key ls` lists them.", "name"
+            f"There is no key {name!r}{nearest(name, found)}: `cordee key ls` lists them.", "name"
         )
-    return ApiKey(name)
+    return found[name]
+
+
+def limited(name: str, known: Iterable[ApiKey], requests: int, tokens: int) -> ApiKey:
+    """What takes the place of a key whose bounds change; whoever has it goes on using it.
+
+    Raises:
+        BadRequest: there is none of that name.
+    """
+    found = _named(name, known)
+    return msgspec.structs.replace(found, requests=requests, tokens=tokens)
 
 
 def described(key: ApiKey, now: float) -> dict[str, Any]:
@@ -113,10 +127,10 @@ class Keyring:
         now = self._clock()
         return not any(key.is_valid(now) for key in self._read())
 
-    def is_valid(self, key: ApiKey) -> bool:
-        """Whether a key that was recognised still stands: neither revoked, replaced nor expired."""
+    def standing(self, key: ApiKey) -> ApiKey | None:
+        """A key that was recognised, as it is now; None: it is revoked, replaced or expired."""
         now = self._clock()
-        return any(each.id == key.id and each.is_valid(now) for each in self._read())
+        return next((each for each in self._read() if each.id == key.id and each.is_valid(now)), None)
 
     def recall(self, shown: str) -> ApiKey | None:
         """The key, if it was recognised before; this costs nearly nothing."""
@@ -141,7 +155,7 @@ class Keyring:
         self._remembered[hashlib.sha256(shown.encode()).digest()] = digest
         while len(self._remembered) > REMEMBERED_MAX:
             self._remembered.popitem(last=False)
-        return key if self.is_valid(key) else None
+        return self.standing(key)
 
     def _find(self, shown: str) -> ApiKey | None:
         match = SHOWN.fullmatch(shown)

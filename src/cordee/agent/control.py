@@ -9,7 +9,7 @@ socket without a lock is what a dead agent left.
     GET  /findings             what the agent finds wrong (agent/checks.py)
     POST /plan                 where a model would run now
     POST /invite, /remove, /admin    what admins do
-    POST /keys/add, /keys/remove     who may ask at the API: made and revoked by admins
+    POST /keys/add, /keys/limit, /keys/remove    who may ask at the API: what admins do
     POST /deploy, /undeploy    what the cluster serves
     POST /drain, /leave        what this node does for the cluster
 
@@ -77,6 +77,14 @@ def bounds_of(asked: AddKey) -> dict[str, Any]:
     bounds = msgspec.structs.asdict(asked)
     del bounds["name"]
     return bounds
+
+
+class LimitKey(msgspec.Struct, frozen=True):
+    """The bounds that a key of this `name` has from now on; 0: none."""
+
+    name: str
+    requests: int = 0
+    tokens: int = 0
 
 
 class RemoveKey(msgspec.Struct, frozen=True):

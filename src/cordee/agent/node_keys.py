@@ -43,6 +43,14 @@ class NodeKeys:
         """
         self._write(keyring.revoked(name, self.all()))
 
+    def limit(self, name: str, requests: int, tokens: int) -> None:
+        """Change the bounds of a key, on all nodes. This node is an admin.
+
+        Raises:
+            BadRequest: there is none such.
+        """
+        self._write(keyring.limited(name, self.all(), requests, tokens))
+
     def adopt(self, keys: tuple[ApiKey, ...]) -> None:
         """Take over the keys that this machine had before it founded the cluster."""
         self.shared.adopt(keys, time.time())

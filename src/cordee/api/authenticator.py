@@ -60,10 +60,11 @@ class Authenticator:
             RateLimited: too many wrong keys came from there.
         """
         session = self._sessions.find(token, self._clock()) if token else None
-        if session is not None and session.key is not None and self._keyring.is_valid(session.key):
-            return session.key
         if session is not None and session.key is None and not wants_key:
             return None
+        signed_in = session.key if session is not None else None
+        if signed_in is not None and (key := self._keyring.standing(signed_in)) is not None:
+            return key
         shown = _shown(headers)
         for each in shown:
             if (key := self._keyring.recall(each)) is not None:
@@ -164,7 +165,7 @@ class Authenticator:
 
     def _look(self) -> None:
         for key in {key.id: key for key in self._open.values()}.values():
-            if not self._keyring.is_valid(key):
+            if self._keyring.standing(key) is None:
                 for caller in [each for each, own in self._open.items() if own.id == key.id]:
                     caller.revoke()
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 HOUR_SECONDS = 3600
 SPANS = {"h": HOUR_SECONDS, "d": 24 * HOUR_SECONDS, "w": 7 * 24 * HOUR_SECONDS, "y": 365 * 24 * HOUR_SECONDS}
+NO_LIMIT = "none"
 KEY_HEADER = ("NAME", "STATE", "MAY", "LIMIT", "MADE", "EXPIRES")
 USAGE_HEADER = ("KEY", "REQUESTS", "TOKENS IN", "TOKENS OUT", "LAST")
 
@@ -44,7 +45,7 @@ class Moment(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]
 
 @click.group()
 def key() -> None:
-    """Make, list and revoke the keys with which other people and machines may ask.
+    """Make, list, limit and revoke the keys with which other people and machines may ask.
 
     In a cluster all nodes know them, and admins make them; a machine that is in no cluster has its own.
     """
@@ -95,6 +96,28 @@ def list_keys(as_json: bool) -> None:
         output.note("There is no key yet: cordee key add NAME")
     else:
         output.print_table(KEY_HEADER, [_row(each) for each in found])
+
+
+@key.command("limit")
+@click.argument("name")
+@click.argument("limit")
+def limit_key(name: str, limit: str) -> None:
+    """Change the bounds of the key of NAME.
+
+    LIMIT is requests=4 (at once), tokens=20000/min, both with a comma, or none.
+    The key stays the same, and whoever has it goes on using it. All nodes know of it within a second.
+    """
+    from cordee.access import limits
+    from cordee.agent import control
+
+    requests, tokens = (0, 0) if limit == NO_LIMIT else limits.parse(limit)
+    try:
+        control.ask("POST", "/keys/limit", control.LimitKey(name, requests, tokens))
+    except NotRunning:
+        with _offline() as keys:
+            keys.limit(name, requests, tokens)
+    written = limits.written(requests, tokens)
+    output.note(f"The key of {name} has {f'the limit {written}' if written else 'no limit of its own'}.")
 
 
 @key.command("rm")

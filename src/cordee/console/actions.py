@@ -14,6 +14,7 @@ from cordee.agent.control import (
     Drain,
     Empty,
     Invite,
+    LimitKey,
     PlanRequest,
     Remove,
     RemoveKey,
@@ -95,6 +96,12 @@ class NodeActions:
         """Make a key of the API; how it is shown, once."""
         self._check_admin("make keys", "key add")
         return {"key": self._agent.api_keys.add(asked.name, bounds_of(asked))}
+
+    async def limit_key(self, asked: LimitKey) -> Any:
+        """Change the bounds of a key of the API."""
+        self._check_admin("change keys", "key limit")
+        self._agent.api_keys.limit(asked.name, asked.requests, asked.tokens)
+        return Empty()
 
     async def remove_key(self, asked: RemoveKey) -> Any:
         """Revoke a key of the API."""

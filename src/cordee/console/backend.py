@@ -65,6 +65,10 @@ class ConsoleBackend(Protocol):
         """Make one; how it is shown, once."""
         ...
 
+    async def limit_key(self, asked: control.LimitKey) -> Any:
+        """Change the bounds of one."""
+        ...
+
     async def remove_key(self, asked: control.RemoveKey) -> Any:
         """Revoke one."""
         ...

@@ -37,7 +37,8 @@ class ClusterBackend:
         self._actions = actions = NodeActions(agent)
         self.deploy, self.undeploy = actions.deploy, actions.undeploy
         self.invite, self.drain, self.remove = actions.invite, actions.drain, actions.remove
-        self.add_key, self.remove_key = actions.add_key, actions.remove_key
+        self.add_key, self.limit_key = actions.add_key, actions.limit_key
+        self.remove_key = actions.remove_key
 
     async def overview(self) -> dict[str, Any]:
         """See ConsoleBackend."""

@@ -8,7 +8,7 @@
     GET   /console/admin        keys, use, errors: for admins, as all that follows
     POST  /console/pull, /console/pull/stop, /console/model/remove, /console/deploy, /console/undeploy
     POST  /console/invite, /console/node/drain, /console/node/remove
-    POST  /console/key/add, /console/key/remove
+    POST  /console/key/add, /console/key/limit, /console/key/remove
 
 Reading wants a key where the API does. What changes something wants an admin (who.py) and comes from a page
 of this very server; it is noted, with who did it.
@@ -79,6 +79,13 @@ class NewKey(msgspec.Struct, frozen=True):
     days: float = 0.0
 
 
+class LimitedKey(msgspec.Struct, frozen=True):
+    """`limit` as `cordee key limit` takes it; empty: none."""
+
+    name: str
+    limit: str = ""
+
+
 class Console:
     """See the module's docstring. `ledger` is that of the API, if there is one."""
 
@@ -103,6 +110,7 @@ class Console:
             ("node/drain", control.Drain, self._backend.drain, "node"),
             ("node/remove", control.Remove, self._backend.remove, "node"),
             ("key/add", NewKey, self._add_key, "name"),
+            ("key/limit", LimitedKey, self._limit_key, "name"),
             ("key/remove", control.RemoveKey, self._backend.remove_key, "name"),
         ]
         return [
@@ -206,9 +214,16 @@ class Console:
         return control.Empty()
 
     async def _add_key(self, asked: NewKey) -> Any:
-        requests, tokens = limits.parse(asked.limit) if asked.limit.strip() else (0, 0)
+        requests, tokens = _bounds(asked.limit)
         expires = time.time() + asked.days * DAY_SECONDS if asked.days > 0 else 0.0
         return await self._backend.add_key(control.AddKey(asked.name, asked.admin, requests, tokens, expires))
+
+    async def _limit_key(self, asked: LimitedKey) -> Any:
+        return await self._backend.limit_key(control.LimitKey(asked.name, *_bounds(asked.limit)))
+
+
+def _bounds(limit: str) -> tuple[int, int]:
+    return limits.parse(limit) if limit.strip() else (0, 0)
 
 
 def _named(found: Any) -> str:

@@ -120,6 +120,11 @@ class SingleBackend:
         """See ConsoleBackend."""
         return {"key": self._keys().add(asked.name, control.bounds_of(asked))}
 
+    async def limit_key(self, asked: control.LimitKey) -> Any:
+        """See ConsoleBackend."""
+        self._keys().limit(asked.name, asked.requests, asked.tokens)
+        return control.Empty()
+
     async def remove_key(self, asked: control.RemoveKey) -> Any:
         """See ConsoleBackend."""
         self._keys().remove(asked.name)

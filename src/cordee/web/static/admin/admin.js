@@ -1,6 +1,7 @@
 /** The page `admin`: letting machines and people in and out, what was used, and what went wrong. */
 import { ask, Asking, faultOf } from "../common/ask.js";
 import { isSilent, me, refreshMe, useOverview } from "../common/live.js";
+import { Said } from "../common/said.js";
 import { day, layersText, listing, stateOf } from "../common/words.js";
 import { json } from "../shell/api.js";
 import { t } from "../shell/i18n.js";
@@ -117,7 +118,7 @@ function Invitation() {
           >
             <p>${t("admin.invite.how")}</p>
             <p><code>cordee join ${made.code.slice(0, 12)}…</code><br /><code>cordee up</code></p>
-            ${made.advice && html`<p class="quiet" lang="en">${made.advice}</p>`}
+            ${made.advice && html`<p class="quiet"><${Said} text=${made.advice} /></p>`}
           <//>`
         : html`<button class="primary" onClick=${invite}>${t("admin.invite")}</button>`}
     </section>
@@ -205,7 +206,7 @@ function drained(name, stays) {
   const parts = stays.map((each) => `${each.model} (${layersText(each.layers)})`);
   const stuck = [...new Set(stays.map((each) => each.why).filter(Boolean))];
   return html`${t("admin.drain.said", { name, parts: listing(parts) })}
-  ${stuck.map((why) => html` <q lang="en">${why}</q>`)}`;
+  ${stuck.map((why) => html` <${Said} text=${why} />`)}`;
 }
 
 /** @param {{id: string, title: string, none: string, children?: any}} props */

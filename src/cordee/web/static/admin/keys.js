@@ -27,6 +27,20 @@ export function Keys({ keys, onChange }) {
       said: () => t("admin.revoke.said", { name }),
       done: onChange,
     });
+  /** @param {any} key */
+  const limit = (key) => {
+    const [requests, tokens] = [/requests=(\d+)/, /tokens=(\d+)/].map((each) => each.exec(key.limit ?? "")?.[1] ?? "");
+    const draft = { requests: requests ?? "", tokens: tokens ?? "" };
+    ask({
+      title: t("admin.limit.title", { name: key.name }),
+      body: html`<p>${t("admin.limit.body")}</p><${Bounds} draft=${draft} />`,
+      action: t("admin.limit"),
+      path: "key/limit",
+      data: () => ({ name: key.name, limit: written(draft) }),
+      said: () => t(written(draft) ? "admin.limit.said" : "admin.limit.none", { name: key.name, limit: limitText(written(draft)) }),
+      done: onChange,
+    });
+  };
   return html`
     <section aria-labelledby="keys-title">
       <h2 id="keys-title">${t("admin.keys")}</h2>
@@ -63,16 +77,19 @@ export function Keys({ keys, onChange }) {
                   (each) => html`<tr key=${each.id}>
                     <th scope="row">${each.name}</th>
                     <td>${t(each.admin ? "admin.may.all" : "admin.may.ask")}</td>
-                    <td>${each.limit ? html`<code>${each.limit}</code>` : "–"}</td>
+                    <td>${limitText(each.limit) || "–"}</td>
                     <td>${day(each.created)}</td>
                     <td>
                       ${each.expires ? day(each.expires) : t("admin.never")}
                       ${each.state === "expired" && html` <span class="chip gone">${t("admin.expired")}</span>`}
                     </td>
                     <td>
-                      <button class="danger" onClick=${() => revoke(each.name)}>
-                        ${t("admin.revoke")}<${Of} name=${each.name} />
-                      </button>
+                      <div class="actions">
+                        <button onClick=${() => limit(each)}>${t("admin.limit")}<${Of} name=${each.name} /></button>
+                        <button class="danger" onClick=${() => revoke(each.name)}>
+                          ${t("admin.revoke")}<${Of} name=${each.name} />
+                        </button>
+                      </div>
                     </td>
                   </tr>`,
                 )}
@@ -83,23 +100,60 @@ export function Keys({ keys, onChange }) {
   `;
 }
 
+/** @typedef {{requests: string, tokens: string}} Draft bounds as somebody types them; empty: none */
+
+/** Bounds as the server takes them. @param {Draft} draft */
+function written({ requests, tokens }) {
+  return [requests && `requests=${requests}`, tokens && `tokens=${tokens}/min`].filter(Boolean).join(",");
+}
+
+/** Bounds as the server writes them, in words. @param {string | null} limit */
+function limitText(limit) {
+  const [, requests] = /requests=(\d+)/.exec(limit ?? "") ?? [];
+  const [, tokens] = /tokens=(\d+)/.exec(limit ?? "") ?? [];
+  return [
+    requests && t("admin.limit.requests", { count: Number(requests) }),
+    tokens && t("admin.limit.tokens", { count: Number(tokens) }),
+  ]
+    .filter(Boolean)
+    .join(", ");
+}
+
+/** Fields for the bounds of a key; what is typed is put into `draft`. @param {{draft: Draft}} props */
+function Bounds({ draft }) {
+  const [, redraw] = useState(0);
+  /** @param {keyof Draft} name @param {string} max */
+  const field = (name, max) => ({
+    type: "number",
+    min: "1",
+    max,
+    value: draft[name],
+    onInput: (/** @type {any} */ event) => {
+      draft[name] = event.target.value;
+      redraw((count) => count + 1);
+    },
+  });
+  return html`
+    <label>${t("admin.key.requests")} <input ...${field("requests", "999999")} /></label>
+    <label>${t("admin.key.tokens")} <input ...${field("tokens", "999999999999")} /></label>
+  `;
+}
+
 /** @param {{onMade: (made: {name: string, key: string}) => void}} props */
 function NewKey({ onMade }) {
   const [name, setName] = useState("");
   const [admin, setAdmin] = useState(false);
-  const [requests, setRequests] = useState("");
-  const [tokens, setTokens] = useState("");
+  const [draft] = useState({ requests: "", tokens: "" });
   const [days, setDays] = useState("");
   /** @param {Event} event */
   const send = (event) => {
     event.preventDefault();
-    const limit = [requests && `requests=${requests}`, tokens && `tokens=${tokens}/min`].filter(Boolean).join(",");
     ask({
       title: t("admin.key.title", { name }),
       body: html`<p>${t(admin ? "admin.key.body.admin" : "admin.key.body")}</p>`,
       action: t("admin.key.make"),
       path: "key/add",
-      data: { name, admin, limit, days: Number(days) || 0 },
+      data: { name, admin, limit: written(draft), days: Number(days) || 0 },
       said: () => t("admin.key.said", { name }),
       done: (found) => {
         onMade({ name, key: found.key });
@@ -108,8 +162,6 @@ function NewKey({ onMade }) {
       },
     });
   };
-  /** @param {string} value @param {(next: string) => void} set */
-  const bound = (value, set) => ({ value, type: "number", min: "1", onInput: (/** @type {any} */ event) => set(event.target.value) });
   return html`
     <form class="new-key" onSubmit=${send}>
       <label>
@@ -125,9 +177,11 @@ function NewKey({ onMade }) {
           onInput=${(/** @type {any} */ event) => setName(event.target.value)}
         />
       </label>
-      <label>${t("admin.key.requests")} <input ...${bound(requests, setRequests)} max="999999" /></label>
-      <label>${t("admin.key.tokens")} <input ...${bound(tokens, setTokens)} /></label>
-      <label>${t("admin.key.days")} <input ...${bound(days, setDays)} max="36500" /></label>
+      <${Bounds} draft=${draft} />
+      <label>
+        ${t("admin.key.days")}
+        <input type="number" min="1" max="36500" value=${days} onInput=${(/** @type {any} */ event) => setDays(event.target.value)} />
+      </label>
       <label class="tick">
         <input type="checkbox" checked=${admin} onChange=${(/** @type {any} */ event) => setAdmin(event.target.checked)} />
         ${" "}${t("admin.key.admin")}

@@ -10,6 +10,8 @@ import { look, stateOf } from "./models.js";
 
 /** Without a token for this long, it is looked whether a machine fell. */
 const SILENCE_MS = 1200;
+/** A machine that has said nothing for this long, not even how it is, is gone: its cable is out, or its power. */
+const GONE_MS = 30_000;
 /** How often the rate is told. */
 const RATE_MS = 500;
 
@@ -95,7 +97,7 @@ async function follow(conversation, message) {
   };
   tell(conversation, state);
   changed(conversation);
-  const watch = new Watch(conversation, state);
+  const watch = new Watch(conversation, state, () => controller.abort(new ApiError("unreachable", "")));
   try {
     const response = await request("/v1/chat/completions", {
       body: asked(conversation, message),
@@ -105,9 +107,10 @@ async function follow(conversation, message) {
     message.ending ??= "failed";
     if (message.ending === "failed") message.fault ??= "unreachable";
   } catch (error) {
-    message.ending = controller.signal.aborted ? "stopped" : "failed";
-    if (message.ending === "failed") message.fault = error instanceof ApiError ? error.code : "unreachable";
-    if (message.ending === "failed" && !(error instanceof ApiError)) console.warn(error);
+    const isStopped = controller.signal.aborted && !(error instanceof ApiError);
+    message.ending = isStopped ? "stopped" : "failed";
+    if (!isStopped) message.fault = error instanceof ApiError ? error.code : "unreachable";
+    if (!isStopped && !(error instanceof ApiError)) console.warn(error);
   } finally {
     watch.end();
     tell(conversation, null);
@@ -214,12 +217,15 @@ class Watch {
   /**
    * @param {Conversation} conversation
    * @param {Running} state
+   * @param {() => void} giveUp called when the machine is gone
    */
-  constructor(conversation, state) {
+  constructor(conversation, state, giveUp) {
     this.conversation = conversation;
     this.state = state;
-    this.began = performance.now();
-    this.heard = this.began; // when the last token came
+    this.giveUp = giveUp;
+    this.heard = performance.now(); // when the last token came
+    this.answered = this.heard; // when the machine last said how it is
+    this.isLooking = false;
     this.first = 0;
     this.told = 0;
     this.timer = setInterval(() => void this.look(), SILENCE_MS / 2);
@@ -264,12 +270,18 @@ class Watch {
 
   /** Where nothing comes, ask why. */
   async look() {
-    if (performance.now() - this.heard < SILENCE_MS) return;
+    if (this.isLooking || performance.now() - this.heard < SILENCE_MS) return;
+    this.isLooking = true;
     try {
       await look();
-    } catch {
-      return; // the stream itself will say that nobody is there
+    } catch (error) {
+      const isThere = error instanceof ApiError && error.status > 0;
+      if (!isThere && performance.now() - Math.max(this.heard, this.answered) > GONE_MS) this.giveUp();
+      if (!isThere) return;
+    } finally {
+      this.isLooking = false;
     }
+    this.answered = performance.now();
     const isHealing = stateOf(this.conversation.model) === "recovering";
     if (isHealing !== this.state.isHealing && performance.now() - this.heard >= SILENCE_MS && isHealing) {
       this.state.isHealing = true;

@@ -2,6 +2,9 @@
 import { json } from "../shell/api.js";
 import { makeStore } from "../shell/store.js";
 
+/** A machine that has not answered by then is asked again later. */
+const ANSWER_MS = 10_000;
+
 /** @typedef {{id: string, state: string, context_length?: number, capabilities?: string[]}} Model */
 
 /** null: not known yet. */
@@ -9,7 +12,7 @@ export const models = makeStore(/** @type {Model[] | null} */ (null));
 
 /** Ask which there are; those that only make vectors are left out. */
 export async function look() {
-  const { data } = await json("/v1/models");
+  const { data } = await json("/v1/models", { signal: AbortSignal.timeout(ANSWER_MS) });
   const found = /** @type {Model[]} */ (data);
   models.set(found.filter((each) => !each.capabilities || each.capabilities.includes("completion")));
 }

@@ -1,6 +1,7 @@
 /** The page `cluster`: the machines as they are connected, what runs where and why, and what changed lately. */
 import { Asking } from "../common/ask.js";
 import { isSilent, useOverview, useSnapshots } from "../common/live.js";
+import { Said } from "../common/said.js";
 import { Verdict } from "../common/verdict.js";
 import {
   clock,
@@ -39,7 +40,7 @@ export default function Cluster() {
     <div class="page">
       <h1>${t("cluster.title")}</h1>
       <p role="status" class="health">${silent ? t("common.silent") : health(now)}</p>
-      ${now.warnings.map((/** @type {string} */ each) => html`<p class="fault" lang="en">${each}</p>`)}
+      ${now.warnings.map((/** @type {string} */ each) => html`<p class="fault"><${Said} text=${each} /></p>`)}
       ${snapshots.length > 1 && html`<${Timeline} snapshots=${snapshots} index=${index} choose=${setAt} />`}
       ${snapshot ? html`<${Past} snapshot=${snapshot} />` : html`<${Present} now=${now} />`}
       <${Models} now=${now} />
@@ -167,8 +168,8 @@ function Model({ model }) {
           </p>`}
         `,
       )}
-      ${model.why && html`<p class="fault" lang="en">${model.why}</p>`}
-      ${model.reasons.map((/** @type {string} */ each) => html`<p class="quiet" lang="en">${each}</p>`)}
+      ${model.why && html`<p class="fault"><${Said} text=${model.why} /></p>`}
+      ${model.reasons.map((/** @type {string} */ each) => html`<p class="quiet"><${Said} text=${each} /></p>`)}
       <details onToggle=${(/** @type {any} */ event) => event.target.open && setAsked(true)}>
         <summary>${t("cluster.why")}</summary>
         ${isAsked && html`<${Verdict} model=${model.name} />`}
@@ -289,7 +290,7 @@ function Lately({ snapshots, changes, choose }) {
               <time>${clock(each.clock)}</time>
             </button>
             ${t(`cluster.change.${each.key}`, { ...rest, where: where ? listing(where) : "" })}
-            ${why && html` <span class="quiet" lang="en">${why}</span>`}
+            ${why && html` <span class="quiet"><${Said} text=${why} /></span>`}
           </li>`;
         })}
       </ol>

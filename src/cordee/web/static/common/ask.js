@@ -7,9 +7,11 @@ import { t } from "../shell/i18n.js";
 import { makeStore, useStore } from "../shell/store.js";
 import { html, useEffect, useRef, useState } from "../vendor/preact.js";
 import { hurry } from "./live.js";
+import { Said } from "./said.js";
 
 /**
- * `body` is shown in the dialog; `path` below /console/ and `data` are what is sent. `said` makes of the answer what
+ * `body` is shown in the dialog; `path` below /console/ and `data` are what is sent, or what a function gives then,
+ * where people fill something in. `said` makes of the answer what
  * people are told. `isReady` false: it cannot be done yet. Where the server refuses with a `retry` field, the reader
  * is asked again with that field set.
  * @typedef {{title: string, body: any, action: string, path: string, data: any, said: (found: any) => any,
@@ -31,7 +33,7 @@ export function faultOf(error) {
   if (!(error instanceof ApiError)) return String(error);
   const isPlain = error.code === "unreachable" || error.words !== t("shell.error.other");
   if (isPlain || !error.message) return error.words;
-  return html`${t("common.fault")} <q lang="en">${error.message}</q>`;
+  return html`${t("common.fault")} <${Said} text=${error.message} />`;
 }
 
 /** The dialog and the line; one of them on each page. */
@@ -56,7 +58,7 @@ function Dialog({ asked }) {
     setBusy(true);
     setFault("");
     try {
-      const found = await json(`/console/${asked.path}`, { body: asked.data });
+      const found = await json(`/console/${asked.path}`, { body: typeof asked.data === "function" ? asked.data() : asked.data });
       told.set(asked.said(found));
       asked.done?.(found);
       question.set(null);

@@ -3,6 +3,7 @@ import { json } from "../shell/api.js";
 import { bytes, t } from "../shell/i18n.js";
 import { html, useEffect, useState } from "../vendor/preact.js";
 import { faultOf } from "./ask.js";
+import { Said } from "./said.js";
 import { layersText, speed } from "./words.js";
 
 /** @param {{model: string}} props */
@@ -26,7 +27,7 @@ export function Verdict({ model }) {
   return html`
     <div class="verdict">
       <p class=${together.fits ? "good" : "fault"}>${sentence(together)}</p>
-      ${together.fits && together.lacks && html`<p class="quiet" lang="en">${together.lacks}</p>`}
+      ${together.fits && together.lacks && html`<p class="quiet">${t("common.fit.lacks")} <${Said} text=${together.lacks} />.</p>`}
       <table>
         <caption>${t("common.fit.caption", { size: bytes(found.weights_bytes) })}</caption>
         <thead>
@@ -44,9 +45,9 @@ export function Verdict({ model }) {
       </table>
       <details>
         <summary>${t("common.fit.why")}</summary>
-        <p lang="en">${together.why}</p>
-        <ul lang="en">
-          ${together.machines.map((/** @type {any} */ each) => html`<li><strong>${each.name}</strong>: ${each.why}</li>`)}
+        <p><${Said} text=${together.why} /></p>
+        <ul>
+          ${together.machines.map((/** @type {any} */ each) => html`<li><strong>${each.name}</strong>: <${Said} text=${each.why} /></li>`)}
         </ul>
       </details>
     </div>

@@ -1,12 +1,14 @@
 /** The page `models`: what the machines serve and have, and what could be fetched, with the verdict before it is. */
 import { ask, Asking } from "../common/ask.js";
 import { isSilent, me, useOverview } from "../common/live.js";
+import { Said } from "../common/said.js";
 import { Verdict } from "../common/verdict.js";
 import { layersText, listing, modelState } from "../common/words.js";
 import { json } from "../shell/api.js";
 import { bytes, number, t } from "../shell/i18n.js";
 import { useStore } from "../shell/store.js";
 import { html, useEffect, useState } from "../vendor/preact.js";
+import { use } from "./use.js";
 
 export default function Models() {
   const now = useOverview();
@@ -46,17 +48,17 @@ export default function Models() {
       ${silent && html`<p role="alert" class="fault">${t("common.silent")}</p>`}
       ${!admin && html`<p class="quiet">${t("models.only_look")}</p>`}
       <${Asking} />
-      <${Pulls} pulls=${now.pulls} admin=${admin} />
+      <${Pulls} pulls=${now.pulls} reading=${now.reading} admin=${admin} />
       <${List} id="served" title=${t("models.served")} none=${t("models.served.none")}>
-        ${served.map((/** @type {any} */ each) => html`<${Here} key=${each.name} ...${{ model: each, admin, stored: known.stored, kind: now.kind }} />`)}
+        ${served.map((/** @type {any} */ each) => html`<${Here} key=${each.name} ...${{ model: each, admin, stored: known.stored, now }} />`)}
       <//>
       <${List} id="idle" title=${t("models.idle")} none=${t("models.idle.none")}>
-        ${idle.map((/** @type {any} */ each) => html`<${Here} key=${each.name} ...${{ model: each, admin, stored: known.stored, kind: now.kind }} />`)}
+        ${idle.map((/** @type {any} */ each) => html`<${Here} key=${each.name} ...${{ model: each, admin, stored: known.stored, now }} />`)}
       <//>
       <${List} id="more" title=${t("models.more")} none=${t("models.more.none")}>
         ${more.map((/** @type {any} */ card) => html`<${Known} key=${card.name} card=${card} admin=${admin} />`)}
       <//>
-      ${admin && html`<${Another} />`}
+      ${admin && html`<${Another} now=${now} />`}
     </div>
   `;
 }
@@ -72,11 +74,12 @@ function List({ id, title, none, children }) {
   `;
 }
 
-/** A model that is in the house. @param {{model: any, admin: boolean, stored: any[], kind: string}} props */
-function Here({ model, admin, stored, kind }) {
+/** A model that is in the house. @param {{model: any, admin: boolean, stored: any[], now: any}} props */
+function Here({ model, admin, stored, now }) {
   const state = modelState(model);
   const isStored = stored.some((each) => each.name === model.name);
   const placements = model.placements ?? [];
+  const isCluster = now.kind === "cluster";
   return html`
     <li>
       <div>
@@ -85,19 +88,25 @@ function Here({ model, admin, stored, kind }) {
           ${bytes(model.weights_bytes)}
           ${model.offered_by.length > 0 && ` · ${t("models.whole_on", { names: listing(model.offered_by) })}`}
           ${model.deployed && ` · ${t("models.sized", { sequences: model.sequences, context: model.context })}`}
+          ${model.replicas > 1 && ` · ${t("models.copies", { count: model.replicas })}`}
+          ${model.only?.length > 0 && ` · ${t("models.only", { names: listing(model.only) })}`}
         </p>
         ${placements.map(
           (/** @type {any} */ placement) => html`<p>
             ${placement.stages.map((/** @type {any} */ each) => `${each.name}: ${layersText(each.layers)}`).join(" → ")}
           </p>`,
         )}
-        ${model.why && html`<p class="fault" lang="en">${model.why}</p>`}
+        ${model.why && html`<p class="fault"><${Said} text=${model.why} /></p>`}
       </div>
       ${admin &&
       html`<div class="actions">
         ${model.deployed
-          ? kind === "cluster" && html`<button onClick=${() => stopServing(model.name)}>${t("models.undeploy")}</button>`
-          : html`<button class="primary" onClick=${() => serve(model.name)}>${t("models.deploy")}</button>`}
+          ? isCluster &&
+            html`
+              <button onClick=${() => use({ name: model.name, nodes: now.nodes, model })}>${t("models.change")}</button>
+              <button onClick=${() => stopServing(model.name)}>${t("models.undeploy")}</button>
+            `
+          : html`<button class="primary" onClick=${() => use({ name: model.name, nodes: now.nodes })}>${t("models.deploy")}</button>`}
         ${isStored && html`<button class="danger" onClick=${() => remove(model, stored)}>${t("models.remove")}</button>`}
       </div>`}
     </li>
@@ -113,7 +122,7 @@ function Known({ card, admin }) {
     <li>
       <div>
         <h3>${card.title} <span class="quiet">${card.name}</span></h3>
-        <p lang="en">${card.purpose}</p>
+        <p><${Said} text=${card.purpose} /></p>
         <p class="quiet">
           ${bytes(card.bytes)} · ${t("models.parameters", { count: number(card.parameters, { notation: "compact", maximumFractionDigits: 1 }) })}
           ${" · "}${t("models.languages", { languages: rest > 0 ? `${languages} +${rest}` : languages })}
@@ -132,8 +141,8 @@ function Known({ card, admin }) {
   `;
 }
 
-/** A model of the hub by its name there. */
-function Another() {
+/** A model of the hub by its name there. @param {{now: any}} props */
+function Another({ now }) {
   const [name, setName] = useState("");
   /** @param {Event} event */
   const send = (event) => {
@@ -157,20 +166,29 @@ function Another() {
             onInput=${(/** @type {any} */ event) => setName(event.target.value)}
           />
         </label>
-        <button class="primary">${t("models.pull")}</button>
+        <div class="actions">
+          <button class="primary">${t("models.pull")}</button>
+          ${now.kind === "cluster" &&
+          html`<button type="button" onClick=${(/** @type {any} */ event) => {
+            if (!event.currentTarget.form.reportValidity()) return;
+            use({ name: name.trim(), nodes: now.nodes, isOnHub: true });
+          }}>${t("models.hub")}</button>`}
+        </div>
       </form>
+      ${now.kind === "cluster" && html`<p class="quiet">${t("models.hub.why")}</p>`}
     </section>
   `;
 }
 
-/** @param {{pulls: any[], admin: boolean}} props */
-function Pulls({ pulls, admin }) {
-  if (pulls.length === 0) return null;
+/** @param {{pulls: any[], reading: any[], admin: boolean}} props */
+function Pulls({ pulls, reading, admin }) {
+  if (pulls.length + reading.length === 0) return null;
   return html`
     <section aria-labelledby="pulls">
       <h2 id="pulls">${t("models.pulls")}</h2>
       <ul class="models">
         ${pulls.map((each) => html`<${Pull} key=${each.number} pull=${each} admin=${admin} />`)}
+        ${reading.map((each) => html`<${Reading} key=${each.name} reading=${each} admin=${admin} />`)}
       </ul>
     </section>
   `;
@@ -193,7 +211,7 @@ function Pull({ pull, admin }) {
       <div>
         <h3>${pull.source}</h3>
         <p class=${pull.state === "failed" ? "fault" : "quiet"}>${t(`models.pull.${pull.state}`, { name: pull.model })}</p>
-        ${pull.error && html`<p class="quiet"><q lang="en">${pull.error}</q></p>`}
+        ${pull.error && html`<p class="quiet"><${Said} text=${pull.error} /></p>`}
       </div>
       ${admin && isRunning && html`<button onClick=${stop}>${t("models.stop")}</button>`}
       ${isRunning &&
@@ -203,6 +221,24 @@ function Pull({ pull, admin }) {
           : t("models.pull.begins")}
         <progress max=${pull.total_bytes || 1} value=${pull.done_bytes}></progress>
       </label>`}
+    </li>
+  `;
+}
+
+/** A model that a machine reads from the hub, to be used then. @param {{reading: any, admin: boolean}} props */
+function Reading({ reading, admin }) {
+  const { name, node, done_bytes, total_bytes } = reading;
+  return html`
+    <li>
+      <div>
+        <h3>${name}</h3>
+        <p class="quiet">${t("models.hub.reading", { node })}</p>
+      </div>
+      ${admin && reading.source && html`<button onClick=${() => stopServing(name)}>${t("models.stop")}</button>`}
+      <label class="wide-line">
+        ${t("common.of", { done: bytes(done_bytes), total: bytes(total_bytes) })}
+        <progress max=${total_bytes || 1} value=${done_bytes}></progress>
+      </label>
     </li>
   `;
 }
@@ -221,21 +257,6 @@ function fetchModel(name, card) {
     path: "pull",
     data: { source: name },
     said: () => t("models.pull.said", { name }),
-  });
-}
-
-/** @param {string} name */
-function serve(name) {
-  ask({
-    title: t("models.deploy.title", { name }),
-    body: html`<${Verdict} model=${name} />`,
-    action: t("models.deploy"),
-    path: "deploy",
-    data: { model: name },
-    said: (found) =>
-      found.why
-        ? html`${t("models.deploy.waits", { name })} <q lang="en">${found.why}</q>`
-        : html`${t("models.deploy.said", { name })} ${found.lacks && html`<q lang="en">${found.lacks}</q>`}`,
   });
 }
 
