@@ -11,9 +11,12 @@ from cordee import children
 from cordee.system import locks
 
 # Run by another process; says when it has the lock, and keeps it until it is killed.
-HOLD_FILE = (
-    "with open(sys.argv[1], 'a') as file: locks.take(file); print('held', flush=True); sys.stdin.read()"
-)
+HOLD_FILE = """
+with open(sys.argv[1], 'a') as file:
+    locks.take(file)
+    print('held', flush=True)
+    sys.stdin.read()
+"""
 HOLD_FOLDER = "with locks.held_folder(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
 
