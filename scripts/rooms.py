@@ -13,8 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "ARCHITECTURE.md"
 BEGIN, END = "<!-- rooms: make docs -->\n", "<!-- end -->\n"
-# Single files that every room may import; without them the picture has a shape.
-BASE = ("errors", "files", "findings", "children", "privacy")
+# What every room may import; without it the picture has a shape.
+BASE = ("errors", "system", "files", "findings", "children", "privacy")
 
 Graph = Mapping[str, frozenset[str]]
 

@@ -45,6 +45,7 @@ IMPURE_CALLS = {"now", "utcnow", "today", "urandom", "default_rng"}
 ROOMS = (
     *(
         "errors",
+        "system",
         "files",
         "findings",
         "children",

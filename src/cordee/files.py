@@ -15,6 +15,7 @@ import platformdirs
 import psutil
 
 from cordee.errors import StorageFailed
+from cordee.system import disk
 
 # Why writing failed, and what helps. Every other error is not the storage's, and stays what it is.
 STORAGE_FAULTS = {
@@ -128,8 +129,8 @@ def atomic_file(path: Path) -> Generator[BinaryIO]:
         with os.fdopen(descriptor, "wb", buffering=0) as file:
             yield file
             os.fsync(file.fileno())
-        partial.replace(path)
-        _sync(path.parent)
+        disk.replace(partial, path)
+        disk.sync(path.parent)
     except OSError as error:
         if error.errno not in STORAGE_FAULTS:
             raise
@@ -160,9 +161,9 @@ def atomic_folder(path: Path) -> Generator[Path]:
             yield partial
             partial.chmod(0o755)
             for entry in (*partial.iterdir(), partial):
-                _sync(entry)
-            partial.replace(path)
-            _sync(path.parent)
+                disk.sync(entry)
+            disk.replace(partial, path)
+            disk.sync(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -187,17 +188,9 @@ def disk_faults(root: Path) -> Generator[None]:
 
 def publish(ready: Path, place: Path) -> None:
     """Move a finished file to its final place on the same disk, so that it survives a power cut."""
-    _sync(ready)
-    ready.replace(place)
-    _sync(place.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    disk.sync(ready)
+    disk.replace(ready, place)
+    disk.sync(place.parent)
 
 
 def _sweep(path: Path) -> None:

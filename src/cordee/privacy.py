@@ -24,6 +24,10 @@ def no_core_dumps() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if sys.platform == "linux":  # a collector of crashes is asked regardless of the limit
         ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    if sys.platform == "win32":
+        from cordee.system import windows
+
+        windows.no_error_reports()
 
 
 def show_only(title: str) -> None:

@@ -6,7 +6,6 @@ since, under a lock. What was not written when a process is killed, FLUSH_SECOND
 
 import asyncio
 import contextlib
-import fcntl
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import msgspec
 
 from cordee import files
 from cordee.errors import CordeeError, StorageFailed
+from cordee.system import locks
 
 NAME = "usage"
 FLUSH_SECONDS = 2.0  # between two writes
@@ -155,5 +155,5 @@ def _read(path: Path) -> dict[str, Used]:
 @contextmanager
 def _locked(path: Path) -> Generator[None]:
     with files.disk_faults(path), path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        locks.wait_for(file)
         yield

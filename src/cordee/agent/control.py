@@ -1,8 +1,8 @@
 """The local control API: how the verbs talk to the agent that runs for the same state folder.
 
-HTTP with JSON over the Unix socket `cluster/agent.sock`, which only this user may open. The agent that
-answers there holds the lock on `cluster/agent.lock`; the system takes a lock from a process that ends, so a
-socket without a lock is what a dead agent left.
+HTTP with JSON over the link `cluster/agent.sock` (system/links.py), which only this user may open. The agent
+that answers there holds the lock on `cluster/agent.lock`; the system takes a lock from a process that ends,
+so a socket without a lock is what a dead agent left.
 
     GET  /nodes, /status       what agent/status.py tells about the cluster
     GET  /services             and about this node's stages
@@ -17,12 +17,8 @@ An expected error is answered as its class's code and its sentence, and raised a
 of the agent is console/control_server.py; the client's is here, and imports little.
 """
 
-import fcntl
 import http.client
 import os
-import socket
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -36,9 +32,9 @@ from cordee.cluster.facts import ModelShape, Reading
 from cordee.cluster.memory import Demand
 from cordee.errors import BadRequest, CordeeError, NotRunning
 from cordee.files import disk_faults, home
+from cordee.system import links, locks
 
 ANSWER_SECONDS = 120.0  # planning a large model on many machines takes some
-SOCKET_NAME_BYTES_MAX = 103  # what systems allow, without the null character at the end: macOS the least
 SOCKET = "agent.sock"
 
 T = TypeVar("T")
@@ -182,10 +178,7 @@ class AgentSocket:
             self._lock = _locked(folder / "agent.lock")
             self._path = folder / SOCKET
             self._path.unlink(missing_ok=True)  # a dead agent's
-            self.socket = socket.socket(socket.AF_UNIX)
-            with _short_name(self._path) as name:
-                self.socket.bind(name)
-            self._path.chmod(0o600)  # whoever serves on it listens: until then nobody waits in vain
+            self.socket = links.local_listener(self._path)
 
     def close(self) -> None:
         """Make room for the next agent."""
@@ -197,7 +190,7 @@ class AgentSocket:
 def _locked(path: Path) -> TextIO:
     file = path.open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.take(file)
     except BlockingIOError:
         file.seek(0)
         pid = file.read(20).strip() or "unknown"
@@ -210,23 +203,6 @@ def _locked(path: Path) -> TextIO:
     file.write(str(os.getpid()))
     file.flush()
     return file
-
-
-@contextmanager
-def _short_name(path: Path) -> Generator[str]:
-    """A name for a socket, short enough for the system: if need be through a descriptor of its folder.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
-    if len(os.fsencode(path)) <= SOCKET_NAME_BYTES_MAX:
-        yield str(path)
-        return
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)
 
 
 def ask(method: str, path: str, body: msgspec.Struct | None = None, kind: type[T] = dict) -> T:
@@ -287,14 +263,11 @@ def _error(data: bytes) -> CordeeError:
 
 
 class _Connection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
+    """HTTP over a link of this machine."""
 
     def __init__(self, path: Path) -> None:
         super().__init__("agent", timeout=ANSWER_SECONDS)
         self._path = path
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        with _short_name(self._path) as name:
-            self.sock.connect(name)
+        self.sock = links.connect(self._path, self.timeout)

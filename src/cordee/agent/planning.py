@@ -17,6 +17,7 @@ from cordee import children
 from cordee.agent.planning_child import LENGTH_BYTES, framed
 from cordee.cluster.later_planner import LaterPlanner
 from cordee.cluster.questions import Asked, PlanAnswer
+from cordee.system import processes
 
 # A search takes a second of a desktop's core; more than this not even an old machine that is busy needs.
 PLANNING_SECONDS = 30.0
@@ -94,7 +95,7 @@ async def _started() -> AsyncGenerator[asyncio.subprocess.Process]:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         cwd="/",
-        start_new_session=True,  # the terminal's Ctrl-C is its parent's to handle
+        **processes.APART,
     )
     try:
         yield process

@@ -5,7 +5,6 @@ to its standard output, each in msgpack with its length before it (`agent/planni
 """
 
 import contextlib
-import os
 import sys
 from typing import BinaryIO
 
@@ -13,16 +12,16 @@ import msgspec
 
 from cordee.cluster.questions import Question, answer
 from cordee.privacy import no_core_dumps
+from cordee.system.processes import lower_priority
 
 LENGTH_BYTES = 4  # big-endian, before each message
-NICENESS = 10  # answers that people wait for go first
 
 
 def main() -> int:
     """Answer until the parent has no more questions, or ended."""
     no_core_dumps()
     with contextlib.suppress(OSError):
-        os.nice(NICENESS)
+        lower_priority()
     while (message := _read(sys.stdin.buffer)) is not None:
         found, _ = answer(msgspec.msgpack.decode(message, type=Question))
         assert found is not None, "it has all steps that a search may take"

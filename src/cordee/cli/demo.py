@@ -19,6 +19,7 @@ from cordee.cli.known import find
 from cordee.cli.models import STARTER
 from cordee.cli.open import page_of
 from cordee.errors import ContextExceeded
+from cordee.system import events
 from cordee.terminal import keyboard, output
 from cordee.terminal.wrapping import AnswerPrinter
 
@@ -71,7 +72,7 @@ def demo(temperature: float, max_tokens: int) -> None:
     from cordee.files import home
     from cordee.models.store import Store
 
-    signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # the terminal is gone
+    signal.signal(events.HANGUP, signal.getsignal(signal.SIGTERM))  # the terminal is gone
     folder, model = home() / "demo", find(Store(), STARTER)
     news: queue.SimpleQueue[str] = queue.SimpleQueue()  # short: a line when a node is back
     with contextlib.ExitStack() as stack:

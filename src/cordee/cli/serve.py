@@ -3,7 +3,6 @@
 import asyncio
 import json
 import shlex
-import signal
 import socket
 import time
 from collections.abc import Collection
@@ -20,6 +19,7 @@ from cordee.cli.lan import lan_options
 from cordee.cli.models import STARTER
 from cordee.cli.open import PORT, page_of
 from cordee.errors import BadRequest
+from cordee.system import events
 from cordee.terminal import output
 
 if TYPE_CHECKING:
@@ -200,8 +200,7 @@ async def _serve(
 
     task = asyncio.current_task()
     assert task is not None, "asyncio.run() runs this in a task"
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    events.on_interrupt(task.cancel)
     services: dict[str, LocalService] = {}
     await server.certify()
     # It answers from now on: a client that asks while a model loads is told so.

@@ -23,6 +23,7 @@ from cordee.cli.conversation import GenerationOptions
 from cordee.generation.request import Request, SamplingParams, TextChunk
 from cordee.models.store import Store, StoredModel
 from cordee.serving.local_service import LocalService, ServiceConfig
+from cordee.system import events
 
 Result = TypeVar("Result")
 
@@ -78,7 +79,7 @@ class Session:
         before = signal.signal(signal.SIGINT, interrupt)
         item: TextChunk | Exception | None = None
         try:
-            while (item := chunks.get()) is not None:
+            while (item := events.take(chunks)) is not None:
                 if isinstance(item, Exception):
                     raise item
                 yield item
@@ -87,7 +88,7 @@ class Session:
         finally:
             self._loop.call_soon_threadsafe(task.cancel)
             while item is not None:
-                item = chunks.get()
+                item = events.take(chunks)
             signal.signal(signal.SIGINT, before)
 
     def _run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:

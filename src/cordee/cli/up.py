@@ -2,11 +2,8 @@
 
 import asyncio
 import contextlib
-import os
 import platform
-import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from cordee.cli.open import PORT, page_of
 from cordee.cli.options import Share, Size
 from cordee.cli.serve import key_note, listen
 from cordee.errors import CordeeError, JoinFailed
+from cordee.system import events
 from cordee.terminal import output
 
 if TYPE_CHECKING:
@@ -39,7 +37,6 @@ NAME_CHARS_MAX = 64
 READY_SECONDS = 5.0  # to read the vocabularies of the models on this disk; seldom more than one takes
 KEYS_SECONDS = 10.0  # for a member to hear of the keys that there are
 POLL_SECONDS = 0.05
-READ_BYTES = 4096  # at a time, of a standard input that nobody needs
 
 
 @click.command()
@@ -301,10 +298,9 @@ class _Running:
 
         task = asyncio.current_task()
         assert task is not None, "asyncio.run() runs this in a task"
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        events.on_interrupt(task.cancel)
         if until_eof:
-            _at_eof(task.cancel)
+            events.at_eof(task.cancel)
         agent = None
         try:
             interface = self._options.bus.scouting
@@ -377,21 +373,6 @@ class _Names(Collection[str]):
 
 def _say(text: str) -> None:
     output.note(f"cordee: {text}")
-
-
-def _at_eof(act: Callable[[], object]) -> None:
-    """Call `act` when standard input, a pipe or a terminal, ends."""
-    loop = asyncio.get_running_loop()
-
-    def read() -> None:
-        if not os.read(sys.stdin.fileno(), READ_BYTES):
-            loop.remove_reader(sys.stdin)
-            act()
-
-    try:
-        loop.add_reader(sys.stdin, read)
-    except PermissionError:  # a file, or /dev/null: there is nothing to wait for
-        loop.call_soon(act)
 
 
 async def _ready(agent: "Agent") -> None:

@@ -12,10 +12,8 @@ the method needs rows; what was begun behind the last such layer is made again, 
 has the same bytes.
 """
 
-import fcntl
 import io
 import json
-import os
 import shutil
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ import numpy as np
 
 from cordee.errors import BadRequest, CordeeError
 from cordee.files import atomic_file, disk_faults, partial_name
+from cordee.system import disk, locks
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -98,7 +97,7 @@ class Work:
         path = self._folder / name
         nbytes = int(np.prod(shape, dtype=np.int64)) * 4
         with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+            disk.reserve(file.fileno(), nbytes)
         return np.memmap(path, dtype=np.float32, mode="r+", shape=shape)
 
     def put_rows(self, layer: int, rows: np.ndarray, name: str) -> None:
@@ -171,7 +170,7 @@ def work_folder(path: Path, settings: str) -> Generator[Work]:
 
 def _hold(descriptor: int, path: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.take(descriptor)
     except BlockingIOError as error:
         raise BadRequest(
             f"Another process is writing {path}: wait for it, or name another file.", "path"

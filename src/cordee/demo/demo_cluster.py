@@ -5,7 +5,6 @@ that pipe is this process, so no node outlives it, however it ends. A thread res
 """
 
 import contextlib
-import fcntl
 import os
 import random
 import shutil
@@ -25,6 +24,7 @@ from cordee import children
 from cordee.agent import control
 from cordee.errors import BadRequest, CordeeError, ModelNotFound, NotRunning, StageFailed
 from cordee.net import address
+from cordee.system import locks, processes
 
 if TYPE_CHECKING:
     from cordee.models.store import StoredModel
@@ -215,7 +215,7 @@ class DemoCluster:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # the terminal's Ctrl-C is for the chat
+                **processes.APART,  # the terminal's Ctrl-C is for the chat
             )
         node.ended = None
 
@@ -295,7 +295,7 @@ def _locked(path: Path) -> Generator[None]:
     """Hold a lock on a file; its folder must exist. Raises BadRequest if another process holds it."""
     with path.open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.take(file)
         except BlockingIOError:
             raise BadRequest("The demo is already running, in another terminal.") from None
         yield

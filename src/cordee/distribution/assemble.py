@@ -9,8 +9,6 @@ damaged bytes are never trusted. Chunks are checked before they are written; eve
 placeholders, padding) follows from the manifest and is written again where it differs.
 """
 
-import errno
-import fcntl
 import hashlib
 import os
 import shutil
@@ -24,6 +22,7 @@ from cordee.distribution.manifest import Chunk, Manifest
 from cordee.errors import BadModelFile, StorageFailed
 from cordee.files import disk_faults, publish
 from cordee.models.slices import EMBEDDING, Progress, SliceFile, SlicePlan, plan_outside, plan_slice
+from cordee.system import disk, locks
 
 PARTIAL = ".partial"
 # Zeros are compared and written in blocks of this many bytes.
@@ -66,12 +65,12 @@ class SliceLayout:
     def differences(self, file: int) -> Iterator[tuple[int, bytes]]:
         """(offset, bytes that should be there) wherever a file of this layout differs outside its chunks."""
         header = self.plan.header
-        if os.pread(file, len(header), 0) != header:
+        if disk.pread(file, len(header), 0) != header:
             yield 0, header
         for start, end in self._zeros:
             for at in range(start, end, BLOCK_BYTES):
                 wanted = bytes(min(BLOCK_BYTES, end - at))
-                if _has_data(file, at, len(wanted)) and os.pread(file, len(wanted), at) != wanted:
+                if disk.has_data(file, at, len(wanted)) and disk.pread(file, len(wanted), at) != wanted:
                     yield at, wanted
 
     def file(self, path: Path) -> SliceFile:
@@ -89,9 +88,9 @@ def read_chunk(manifest: Manifest, chunk: Chunk, file: int, tensor_at: int) -> b
         OSError: the file cannot be read there.
     """
     at, nbytes = tensor_at + manifest.offset(chunk), manifest.nbytes(chunk)
-    if not _has_data(file, at, nbytes):  # saves reading and hashing the holes of a sparse file
+    if not disk.has_data(file, at, nbytes):  # saves reading and hashing the holes of a sparse file
         return bytes(nbytes) if manifest.digest_of(chunk) == _digest_of_zeros(nbytes) else None
-    data = os.pread(file, nbytes, at)
+    data = disk.pread(file, nbytes, at)
     return data if manifest.is_sound(chunk, data) else None
 
 
@@ -169,7 +168,7 @@ def assembling(layout: SliceLayout, path: Path, progress: Progress | None = None
     """
     partial = partial_path(path)
     with disk_faults(path):
-        file = os.open(partial, os.O_RDWR | os.O_CREAT, 0o600)
+        file = os.open(partial, os.O_RDWR | os.O_CREAT | disk.BINARY, 0o600)
     try:
         if not _is_mine(file, partial):
             raise StorageFailed(f"Another process fetches {layout.name} here: wait until that is done.")
@@ -234,7 +233,7 @@ def _plan(manifest: Manifest, first: int, last: int) -> SlicePlan:
 def _is_mine(file: int, partial: Path) -> bool:
     """Lock an open file; False if another process holds it, or has just finished it and moved it away."""
     with suppress(BlockingIOError, FileNotFoundError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.take(file)
         return os.path.samestat(os.fstat(file), partial.stat())
     return False
 
@@ -244,26 +243,16 @@ def _digest_of_zeros(nbytes: int) -> bytes:
     return hashlib.sha256(bytes(nbytes)).digest()
 
 
-def _has_data(file: int, at: int, nbytes: int) -> bool:
-    """Whether a file has anything but a hole there; a file system without holes has data everywhere."""
-    try:
-        return os.lseek(file, at, os.SEEK_DATA) < at + nbytes
-    except OSError as error:
-        if error.errno == errno.ENXIO:  # a hole up to the end
-            return False
-        raise
-
-
 def _write_at(file: int, data: bytes, at: int) -> None:
     rest = memoryview(data)
     while rest:
-        count = os.pwrite(file, rest, at)
+        count = disk.pwrite(file, rest, at)
         rest, at = rest[count:], at + count
 
 
 def _require_room(layout: SliceLayout, path: Path, file: int) -> None:
     """Refuse what the disk cannot hold, rather than fail after hours."""
-    needed = layout.nbytes - os.fstat(file).st_blocks * 512
+    needed = layout.nbytes - disk.allocated_bytes(os.fstat(file))
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise StorageFailed(

@@ -5,14 +5,13 @@ No other module connects to anything outside the local network. huggingface_hub 
 the files are fetched with the function underneath it, into partial files that are kept.
 """
 
-import fcntl
 import hashlib
 import io
 import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, cast
@@ -35,6 +34,7 @@ from cordee.distribution.hub_faults import hub_faults
 from cordee.errors import BadModelFile, StorageFailed
 from cordee.files import home, partial_name
 from cordee.models.slices import Progress
+from cordee.system import locks
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -249,18 +249,15 @@ class _Counted(io.BufferedWriter):
 @contextmanager
 def _held(folder: Path, file: HubFile) -> Generator[None]:
     """Keep other processes off a download. Its last use is noted as the folder's modification time."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(locks.held_folder(folder))
         except BlockingIOError:
             raise StorageFailed(
                 f"Another process is fetching {file.repository}/{file.path}: wait until it has finished."
             ) from None
         os.utime(folder)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _sweep(downloads: Path) -> None:

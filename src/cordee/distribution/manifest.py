@@ -10,7 +10,6 @@ input: its header passes the same checks as a file's, and its length must be exa
 """
 
 import hashlib
-import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from cordee.files import atomic_file, write_all
 from cordee.models.gguf import Header, Tensor, read_header
 from cordee.models.metadata import FETCH_AGAIN
 from cordee.models.slices import Progress
+from cordee.system.disk import pread
 
 # A chunk takes 9 ms at 1 Gbit/s and 84 ms at 100 Mbit/s: rows of running streams may have to wait that long
 # behind it. The digests of 120 GB take 3.7 MB, less than the vocabulary in front of them.
@@ -188,7 +188,7 @@ def _manifest_bytes(header: Header, starts: list[int]) -> int:
 def _read(path: Path, offset: int, nbytes: int) -> bytes:
     try:
         with path.open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), nbytes, offset)
+            data = pread(file.fileno(), nbytes, offset)
     except OSError as error:
         raise BadModelFile(f"{path} cannot be read ({error.strerror}).") from error
     if len(data) != nbytes:

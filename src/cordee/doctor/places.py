@@ -16,6 +16,7 @@ from cordee.findings import Finding
 from cordee.net import address
 from cordee.net.bus import BusOptions
 from cordee.serving import registry
+from cordee.system.disk import free_file_count
 
 FREE_DISK_BYTES = 1_000_000_000  # a small model and its slices
 FULL_BYTES = 10_000_000  # less than what a running node writes
@@ -29,9 +30,7 @@ def places_facts() -> dict[str, Any]:
         folder = home()
     except StorageFailed as error:
         return {"disk": {"folder": None, "free_bytes": 0, "free_files": 0, "fault": error.message}}
-    disk = os.statvfs(folder)
-    # Some file systems make room for files as they need it, and say 0 of 0.
-    free_files = disk.f_favail if disk.f_files else None
+    free_files = free_file_count(folder)
     free_bytes = shutil.disk_usage(folder).free
     return {"disk": {"folder": str(folder), "free_bytes": free_bytes, "free_files": free_files, "fault": ""}}
 

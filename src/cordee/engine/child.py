@@ -1,11 +1,10 @@
 """A child process that does what may end it, or take too long: libllama on a vocabulary, a grammar's trial.
 
-It runs a module of this package, isolated (children.py), with the number of an open socket as its first
-argument. A frame on that socket is a little-endian uint32, the length, then a message in msgpack.
+It runs a module of this package, isolated (children.py), and its first argument leads to its end of a link
+(system/processes.py). A frame there is a little-endian uint32, the length, then a message in msgpack.
 """
 
 import os
-import signal
 import socket
 import struct
 import subprocess
@@ -17,6 +16,7 @@ import msgspec
 
 from cordee import children, errors
 from cordee.errors import CordeeError, StageFailed
+from cordee.system import processes
 
 # The longest are a vocabulary's table and the tokens of a text of 16 MB; a table's pieces have 64 MB, its
 # template too.
@@ -119,15 +119,11 @@ class Child(Generic[M]):
         self._decoder = decoder
         self._link, theirs = socket.socketpair()
         try:
-            self._process = subprocess.Popen(
-                children.command(module, str(theirs.fileno()), *arguments),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
-                env=os.environ | ENVIRONMENT,
-                cwd="/",
-                start_new_session=True,  # the terminal's Ctrl-C is its parent's to handle
+            self._process = processes.start_with_link(
+                lambda end: children.command(module, end, *arguments),
+                self._link,
+                theirs,
+                os.environ | ENVIRONMENT,
             )
         except OSError as error:
             self._link.close()
@@ -187,7 +183,7 @@ class Child(Generic[M]):
         except subprocess.TimeoutExpired:
             status = None
         reason = self._reason(status)
-        rested, killed = self.rested or status == 0, status == -signal.SIGKILL
+        rested, killed = self.rested or status == 0, processes.was_killed(status)
         self.end()
         if killed:  # by no fault of its own: the system does that when memory is short
             reason = "its process was killed, for want of memory perhaps"
@@ -197,7 +193,7 @@ class Child(Generic[M]):
         """What it wrote last, or its status."""
         try:
             data = self._errors.read(REASON_BYTES_MAX) or b""
-        except ValueError:  # closed by another thread, which ended the child
+        except (ValueError, OSError):  # closed by another thread, which ended the child
             data = b""
         lines = data.decode("utf-8", "replace").split("\n")
         said = [line.strip() for line in lines if line.strip()]

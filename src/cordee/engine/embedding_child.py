@@ -6,7 +6,6 @@ IDLE_SECONDS.
 """
 
 import os
-import socket
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from cordee.engine.llama.encoder import LlamaEncoder
 from cordee.engine.vocabulary_messages import Failed
 from cordee.errors import BadRequest, CordeeError
 from cordee.privacy import no_core_dumps
+from cordee.system import processes
 
 # An embedding model is read anew within seconds: its memory is for others when nobody has asked this long.
 IDLE_SECONDS = 300.0
@@ -25,8 +25,8 @@ def main() -> int:
     """Load, answer; 0 unless something is wrong with this program."""
     no_core_dumps()
     os.set_blocking(sys.stderr.fileno(), False)  # its parent reads that when it has ended
-    number, path, name = sys.argv[1:]
-    link = socket.socket(fileno=int(number))
+    end, path, name = sys.argv[1:]
+    link = processes.link_to_parent(end)
     try:
         encoder = LlamaEncoder(Path(path), name)
         answer(link, EncoderReady(encoder.dimension, encoder.context))

@@ -16,6 +16,7 @@ import numpy as np
 
 from cordee.engine.stage import Batch, StageConfig, StageDescription
 from cordee.errors import BadModelFile, CordeeError, SetupNeeded, StageFailed, UnsupportedModel
+from cordee.system import processes
 
 BUILD = "ternary-3"  # the native code's version, on which exported states and equal tokens depend
 
@@ -169,7 +170,7 @@ class TernaryStage:
             self._model = self._make_model()
             self._shape = _Shape()
             self._library.ternary_model_shape(self._model, ctypes.byref(self._shape))
-            self._threads = config.threads or len(os.sched_getaffinity(0))
+            self._threads = config.threads or processes.cores()
             self.description = self._make_session(kernels)
         except BaseException:
             self.close()

@@ -9,7 +9,6 @@ parent ends, or asks nothing for a while: for FRESH_SECONDS after the start, or 
 import array
 import itertools
 import os
-import socket
 import sys
 
 from cordee.engine.child import answer, receive
@@ -25,6 +24,7 @@ from cordee.engine.vocabulary_messages import (
 )
 from cordee.errors import BadRequest, CordeeError
 from cordee.privacy import no_core_dumps
+from cordee.system import processes
 
 # A child takes some 60 MB and starts within half a second: people who pause in a chat should not notice.
 IDLE_SECONDS = 600.0
@@ -42,8 +42,8 @@ def main() -> int:
     """Load, prove, answer; 0 unless something is wrong with this program."""
     no_core_dumps()
     os.set_blocking(sys.stderr.fileno(), False)  # its parent reads that when it has ended
-    number, path, name, fresh_seconds, how = sys.argv[1:]
-    link = socket.socket(fileno=int(number))
+    end, path, name, fresh_seconds, how = sys.argv[1:]
+    link = processes.link_to_parent(end)
     try:
         vocabulary = LlamaVocabulary(path, name)
         if how == "table":

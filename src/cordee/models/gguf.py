@@ -21,6 +21,7 @@ from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType,
 
 from cordee.errors import BadModelFile, UnsupportedModel
 from cordee.models.metadata import CONVERT_AGAIN, FETCH_AGAIN, SCALARS, Array, Metadata, Value
+from cordee.system.disk import pread
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -525,7 +526,7 @@ class _Reader:
         if count > self.size - position:
             self.fail("ends in the middle of its header")
         wanted = min(max(count, WINDOW_BYTES), self.size - position)
-        self._window = os.pread(self._file.fileno(), wanted, position)
+        self._window = pread(self._file.fileno(), wanted, position)
         self._window_at, self._at = position, 0
         if len(self._window) < count:
             self.fail("became shorter while it was read")

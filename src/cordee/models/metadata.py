@@ -6,7 +6,6 @@ model, the key and what is there instead.
 """
 
 import math
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from gguf import GGUFValueType
 
 from cordee.errors import BadModelFile
+from cordee.system.disk import pread
 
 FETCH_AGAIN = "fetch the file again"
 CONVERT_AGAIN = "convert the model again with a current program"
@@ -61,7 +61,7 @@ class Array:
         """The bytes of the items, as they are in the file."""
         try:
             with self.path.open("rb") as file:
-                data = os.pread(file.fileno(), self.nbytes, self.offset)
+                data = pread(file.fileno(), self.nbytes, self.offset)
         except OSError as error:
             raise BadModelFile(f"{self.path} cannot be read ({error.strerror}).") from error
         if len(data) != self.nbytes:

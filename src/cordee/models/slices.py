@@ -10,7 +10,6 @@ What the loader requires: llama.cpp, src/llama-model.cpp and src/models/*.cpp.
 """
 
 import hashlib
-import os
 import re
 import struct
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -26,6 +25,7 @@ from cordee.files import atomic_file, write_all
 from cordee.models.architectures import Architecture, architecture
 from cordee.models.gguf import BLOCK, LAYERS_LIMIT, MAGIC, Header, Tensor, TensorType, engine_of
 from cordee.models.metadata import SCALARS, Array, Scalar, Value
+from cordee.system.disk import pread
 
 # Copying reads this much at a time: large enough for full disk speed, small beside any model.
 COPY_BYTES = 4 << 20
@@ -451,7 +451,7 @@ def _tensor_bytes(tensor: Tensor) -> Iterator[bytes]:
         with tensor.path.open("rb", buffering=0) as file:
             for start in range(0, tensor.nbytes, COPY_BYTES):
                 wanted = min(COPY_BYTES, tensor.nbytes - start)
-                chunk = os.pread(file.fileno(), wanted, tensor.offset + start)
+                chunk = pread(file.fileno(), wanted, tensor.offset + start)
                 if len(chunk) != wanted:
                     raise BadModelFile(f"{tensor.path} became shorter while it was cut: fetch it again.")
                 yield chunk

@@ -13,7 +13,6 @@ what a killed process left is in a folder that nobody holds: the next process th
 Content that no name stands for is removed at the same time.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -35,6 +34,7 @@ from cordee.files import atomic_file, disk_faults, home, printable, publish, sto
 from cordee.models.cards import cards
 from cordee.models.gguf import Header, read_header
 from cordee.models.slices import Progress, SliceFile, cut, plan_slice
+from cordee.system import disk, locks
 
 # Reading this much at a time keeps the disk at full speed and is small beside any model.
 COPY_BYTES = 4 << 20
@@ -44,7 +44,6 @@ QUOTED_NAME_BYTES = 200
 LOCK_SECONDS = 30.0
 LOCK_POLL_SECONDS = 0.02
 # From linux/fs.h: make a file share the blocks of another until one of them is written to.
-FICLONE = 0x40049409
 
 T = TypeVar("T")
 
@@ -357,9 +356,7 @@ class Store:
                     if _is_abandoned(other):
                         shutil.rmtree(other, ignore_errors=True)
                 folder.mkdir(mode=0o700)
-                descriptor = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(locks.held_folder(folder))
                 stack.callback(shutil.rmtree, folder)
             yield folder
 
@@ -390,7 +387,7 @@ def _wait_for(file: TextIO, root: Path) -> None:
     end = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locks.take(file)
             return
         except BlockingIOError:
             if time.monotonic() > end:
@@ -401,16 +398,10 @@ def _wait_for(file: TextIO, root: Path) -> None:
 def _is_abandoned(folder: Path) -> bool:
     """Whether no living process holds this folder."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:  # its process has just finished
+        with locks.held_folder(folder):
+            return True
+    except (FileNotFoundError, BlockingIOError):  # its process has just finished, or works
         return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
 
 
 def digest_hex(digest: str) -> str:
@@ -450,11 +441,7 @@ def _take_in(
 def _clone(source: Path, out: BinaryIO) -> bool:
     """Let `out` share the blocks of `source`; False if the file system cannot."""
     with source.open("rb") as file:
-        try:
-            fcntl.ioctl(out.fileno(), FICLONE, file.fileno())
-        except OSError:
-            return False
-    return True
+        return disk.clone(file.fileno(), out.fileno())
 
 
 def _copy(source: Path, out: BinaryIO, nbytes: int, progress: Progress | None) -> str:

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import cast
@@ -26,6 +27,8 @@ from weakref import WeakSet
 
 from cordee.net import address
 from cordee.net.crowd import Crowd
+from cordee.system import events
+from cordee.system.links import LocalListener
 
 BACKLOG = 512  # connections that the system keeps while the event loop is busy
 ACCEPTED_AT_ONCE = 32  # then others have their turn
@@ -55,7 +58,7 @@ class Places:
 
 
 class Connection:
-    """A connection at a door. `address` is where it comes from; empty: from this machine by a Unix socket."""
+    """A connection at a door. `address` is where it comes from; empty: from this machine by a local link."""
 
     def __init__(self, door: "Door", link: socket.socket, where: str) -> None:
         self.address = where
@@ -63,6 +66,7 @@ class Connection:
         self.transport: asyncio.BaseTransport | None = None
         self.task: asyncio.Task[None] | None = None
         self.step = "silent"
+        self.stop_waiting: Callable[[], object] = lambda: None  # for its first bytes
         self.is_gone = False
         self._door = door
         self._deadline: asyncio.TimerHandle | None = None
@@ -95,7 +99,7 @@ class Connection:
         elif self.task is not None:
             self.task.cancel()  # in the handshake, which closes it
         else:
-            asyncio.get_running_loop().remove_reader(self.link)
+            self.stop_waiting()
             self.link.close()
 
     def leave(self) -> None:
@@ -133,11 +137,13 @@ class Door:
             "admitted": Crowd[Connection](*(places.admitted or (0, 0))),
             "resting": Crowd[Connection](places.resting, places.resting),
         }
-        # Only this user comes through a Unix socket: to see what is wrong, and to mend it.
-        is_local, most = listener.family == socket.AF_UNIX, _descriptors()
+        # Only this user comes through a local link: to see what is wrong, and to mend it.
+        self._admits = listener.admits if isinstance(listener, LocalListener) else None
+        is_local, most = self._admits is not None, _descriptors()
         self._highest = most if is_local else most - min(DESCRIPTORS_RESERVED, most // 2)
         _doors.add(self)
         self._pause: asyncio.TimerHandle | None = None
+        self._pause_listening: Callable[[], object] = lambda: None
         listener.setblocking(False)
         listener.listen(BACKLOG)
         self._listen()
@@ -147,7 +153,7 @@ class Door:
         if self._pause is not None:
             self._pause.cancel()
         if self._listener.fileno() >= 0:
-            self._loop.remove_reader(self._listener)
+            self._pause_listening()
             self._listener.close()
         for step in ("silent", "opening", "resting"):
             for connection in self._crowds[step]:
@@ -178,7 +184,7 @@ class Door:
 
     def _listen(self) -> None:
         self._pause = None
-        self._loop.add_reader(self._listener, self._accept)
+        self._pause_listening = events.on_connection(self._loop, self._listener, self._accept)
 
     def _accept(self) -> None:
         for _ in range(ACCEPTED_AT_ONCE):
@@ -188,7 +194,7 @@ class Door:
                 return
             except OSError:  # the system has no descriptor left
                 if not _make_room():
-                    self._loop.remove_reader(self._listener)
+                    self._pause_listening()
                     self._pause = self._loop.call_later(PAUSE_SECONDS, self._listen)
                 return
             is_high = link.fileno() >= self._highest
@@ -197,22 +203,24 @@ class Door:
             else:
                 if is_high:
                     _make_room()  # for one that is there already, so that there are fewer
-                self._begin(link, whence[0] if whence else "")  # a Unix socket comes from nowhere
+                self._begin(link, "" if self._admits else whence[0])
 
     def _begin(self, link: socket.socket, host: str) -> None:
         link.setblocking(False)
-        if link.family != socket.AF_UNIX:
+        if self._admits is None:
             # asyncio does so only for sockets that name their protocol, as accepted ones do not. Without it
             # the second of two small writes waits 40 ms for the other side to acknowledge the first.
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(self, link, str(address.number(host) or ""))
         connection.due(ARRIVAL_SECONDS)
         self._put(connection, "silent", connection.address)
-        self._loop.add_reader(link, self._open, connection)
+        connection.stop_waiting = events.on_data(self._loop, link, lambda: self._open(connection))
 
     def _open(self, connection: Connection) -> None:
         """It sent something, or it is gone."""
-        self._loop.remove_reader(connection.link)
+        if self._admits is not None and not self._admits(connection.link):
+            connection.end()
+            return
         connection.task = self._loop.create_task(self._serve(connection))
         self._put(connection, "opening", connection.address)
 
@@ -329,6 +337,6 @@ def _descriptors() -> int:
     try:
         import resource
     except ImportError:
-        return DESCRIPTORS
+        return sys.maxsize
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return DESCRIPTORS if soft == resource.RLIM_INFINITY else soft

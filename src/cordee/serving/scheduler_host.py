@@ -18,6 +18,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -36,6 +37,7 @@ from cordee.generation.streams import Ask, Assert, Said
 from cordee.grammar.grammar import NAMES
 from cordee.serving import batch_invariance
 from cordee.serving.answers import Rate
+from cordee.system import links
 from cordee.worker import frames
 from cordee.worker.grammar_trials import GrammarTrials
 from cordee.worker.messages import (
@@ -325,7 +327,7 @@ class SchedulerHost:
         try:
             if worker is None:
                 raise OSError("its first stage is gone")
-            _, writer = await asyncio.open_unix_connection(worker.inbox)
+            _, writer = await links.open_streams(Path(worker.inbox))
         except OSError as error:
             log.info("the first stage cannot be reached: %s", error)
             self.leave()

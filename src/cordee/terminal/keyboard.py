@@ -5,12 +5,12 @@ Its history lives in memory only. prompt_toolkit would do the same, also where P
 readline (there, pasted lines are messages of their own), for two more packages.
 """
 
-import os
 import re
 import sys
-import termios
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+
+from cordee.system import keys
 
 QUOTES = '"""'
 MESSAGE_HELP = f"{QUOTES}      begins and ends a message of several lines; what is pasted is one message"
@@ -18,11 +18,7 @@ MESSAGE_HELP = f"{QUOTES}      begins and ends a message of several lines; what 
 
 def prepare() -> None:
     """Line editing for `input` on a terminal. Pasted lines become one line with newlines in it."""
-    import readline
-
-    readline.set_auto_history(True)
-    if os.environ.get("TERM", "dumb") != "dumb":  # which would show what turns it on
-        readline.parse_and_bind("set enable-bracketed-paste on")  # not the default of all versions
+    keys.edit_lines()
 
 
 def read_message(ask: Callable[[str], str] = input) -> str:
@@ -32,13 +28,21 @@ def read_message(ask: Callable[[str], str] = input) -> str:
         EOFError: there are no more.
         KeyboardInterrupt: the person has given up on this one.
     """
-    text = ask("> ").strip()
+    text = _line(ask)
     if not text.startswith(QUOTES):
         return text
     text = text.removeprefix(QUOTES)
     while not text.rstrip().endswith(QUOTES):
         text += "\n" + ask("... ")
     return text.rstrip().removesuffix(QUOTES).strip()
+
+
+def _line(ask: Callable[[str], str]) -> str:
+    """A line, with all that was pasted with it."""
+    text = ask("> ")
+    while keys.is_pasting():
+        text += "\n" + ask("")
+    return text.strip()
 
 
 def is_command(message: str) -> bool:
@@ -55,11 +59,5 @@ def silent() -> Generator[None]:
     if not sys.stdin.isatty():
         yield
         return
-    before = termios.tcgetattr(sys.stdin)
-    quiet = [*before]
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
-    try:
+    with keys.hidden():
         yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

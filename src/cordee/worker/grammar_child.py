@@ -5,20 +5,19 @@ Run as `python -m cordee.worker.grammar_child SOCKET PATH NAME`. It loads the vo
 
 llguidance cannot be interrupted: some grammars of a few kilobytes take it minutes, or gigabytes. So each is
 tried in a fork of this process, which has the vocabulary already, and which the system ends when it has used
-its time or its memory.
+its time or its memory. Where processes cannot fork (Windows), this process itself ends then, and its parent
+starts another.
 """
 
+import faulthandler
 import os
-import resource
 import signal
-import socket
 import sys
 import time
 from contextlib import suppress
 from random import Random
 
 import msgspec
-import psutil
 
 from cordee.engine.child import answer, receive
 from cordee.engine.llama.vocabulary import LlamaVocabulary
@@ -26,6 +25,7 @@ from cordee.errors import CordeeError
 from cordee.generation.request import Grammar
 from cordee.grammar.grammar import STEP_SECONDS, GrammarTokenizer, check, refusal
 from cordee.privacy import no_core_dumps
+from cordee.system import processes
 from cordee.worker.grammar_messages import GrammarVerdict, grammar_decoder, verdict_decoder
 
 IDLE_SECONDS = 600.0  # a child takes some 100 MB and starts within a second
@@ -33,6 +33,7 @@ IDLE_SECONDS = 600.0  # a child takes some 100 MB and starts within a second
 # properties, or 32 kB of GBNF made to be slow, take a second on a machine that does not hurry.
 TRIAL_SECONDS = 2.0
 TRIAL_STEPS = 32
+HERE_SECONDS = 10.0  # by the clock, where a trial cannot be given time of a core
 # What a trial may take beside the vocabulary; the largest grammars that are of use take 40 MB.
 TRIAL_BYTES = 256 << 20
 # Of the stack: as much as threads that compile have at least, wherever that is done later.
@@ -43,8 +44,8 @@ def main() -> int:
     """Load, then answer; 0 unless something is wrong with this program."""
     no_core_dumps()
     os.set_blocking(sys.stderr.fileno(), False)  # its parent reads that when it has ended
-    number, path, name = sys.argv[1:]
-    link = socket.socket(fileno=int(number))
+    end, path, name = sys.argv[1:]
+    link = processes.link_to_parent(end)
     try:
         tokenizer = GrammarTokenizer(LlamaVocabulary(path, name))
         _ = tokenizer.native
@@ -52,12 +53,15 @@ def main() -> int:
         answer(link, GrammarVerdict.of(error))
         return 0
     answer(link, GrammarVerdict())
+    if not processes.CAN_FORK:
+        processes.limit_growth(TRIAL_BYTES)
     while True:
         try:
             grammar = receive(link, IDLE_SECONDS, grammar_decoder)
         except (EOFError, OSError):  # the parent ended, or has asked nothing for long
             return 0
-        answer(link, _tried_apart(grammar, tokenizer))
+        tried = _tried_apart if processes.CAN_FORK else _tried_here
+        answer(link, tried(grammar, tokenizer))
 
 
 def _tried_apart(grammar: Grammar, tokenizer: GrammarTokenizer) -> GrammarVerdict:
@@ -84,12 +88,21 @@ def _tried_apart(grammar: Grammar, tokenizer: GrammarTokenizer) -> GrammarVerdic
     return GrammarVerdict.of(refusal(grammar.kind, reason))
 
 
+def _tried_here(grammar: Grammar, tokenizer: GrammarTokenizer) -> GrammarVerdict:
+    """The verdict of this process, which ends if that takes too much time, whatever its threads do."""
+    faulthandler.dump_traceback_later(HERE_SECONDS, exit=True)
+    try:
+        return _tried(grammar, tokenizer)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def _limit_this_process() -> None:
+    import resource
+
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends it
     signal.setitimer(signal.ITIMER_PROF, TRIAL_SECONDS)
-    with suppress(ValueError, OSError):  # a system that does not limit memory
-        bound = psutil.Process().memory_info().vms + TRIAL_BYTES
-        resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+    processes.limit_growth(TRIAL_BYTES)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, STACK_BYTES))
 

@@ -21,6 +21,7 @@ from cordee.engine.child import Child, Ended, Rested
 from cordee.errors import CordeeError, Overloaded, StageFailed
 from cordee.generation.request import Grammar
 from cordee.grammar import grammar as grammars
+from cordee.system import processes
 from cordee.worker.grammar_messages import GrammarVerdict, verdict_decoder
 
 MODULE = "cordee.worker.grammar_child"
@@ -124,6 +125,14 @@ class GrammarTrials:
             except Rested:  # it was idle, and ended when this request was on its way
                 continue
             except Ended as error:
+                if not processes.CAN_FORK:  # nothing but the trial can have ended it
+                    return GrammarVerdict.of(
+                        grammars.refusal(
+                            grammar.kind,
+                            "it takes too much time or memory to compile: use fewer patterns, alternatives "
+                            "and repetitions",
+                        )
+                    )
                 raise StageFailed(
                     f"{self._name}: the grammar could not be tried ({error}): try again"
                 ) from error

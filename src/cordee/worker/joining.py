@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from cordee.system import links
 from cordee.worker import frames
 from cordee.worker.frames import DoorClosed, LinkClosed
 from cordee.worker.messages import Join, Wire, WireFailed
@@ -63,10 +64,8 @@ def _joined(identity: Path | None, target: str, node: str, join: Join) -> socket
     Raises:
         OSError, LinkClosed: it cannot be reached.
     """
-    if target.startswith("/"):
-        peer = socket.socket(socket.AF_UNIX)
-        peer.settimeout(frames.SOCKET_SECONDS)
-        peer.connect(target)
+    if links.is_path(target):
+        peer = links.connect(Path(target), frames.SOCKET_SECONDS)
     else:
         from cordee.worker import tls_link
 

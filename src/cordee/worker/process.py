@@ -6,7 +6,6 @@ unasked, that it ended or that one of its links broke, goes to the owner it was 
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -22,6 +21,7 @@ from cordee import children, errors
 from cordee.engine.stage import StageDescription
 from cordee.errors import CordeeError, StageFailed, StorageFailed
 from cordee.files import disk_faults
+from cordee.system import disk, links, locks, processes
 from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
 from cordee.worker.messages import (
@@ -87,7 +87,7 @@ class WorkerProcess:
 
     def __init__(self, name: str, process: asyncio.subprocess.Process, inbox: str, streams: Streams) -> None:
         self.id = name
-        self.inbox = inbox  # the Unix socket at which it takes rows
+        self.inbox = inbox  # the local link at which it takes rows
         self.endpoint = ""  # where other machines reach it, if it listens for them
         self.description: StageDescription | None = None
         self.ended = False
@@ -275,9 +275,9 @@ class Workers:
     async def listen(
         self, name: str, accept: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
     ) -> str:
-        """A Unix socket in the folder; its path."""
+        """A local link in the folder; its path."""
         path = self.folder / name
-        self._servers.append(await asyncio.start_unix_server(accept, path))
+        self._servers.append(await links.serve(path, accept))
         return str(path)
 
     async def spawn(
@@ -302,8 +302,9 @@ class Workers:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             env={**os.environ, **ENVIRONMENT, **environment},
-            start_new_session=True,  # the terminal's Ctrl-C is its parent's to handle
+            **processes.APART,
         )
+        processes.ends_with_this(process.pid)
         ended = asyncio.ensure_future(process.wait())
         try:
             await asyncio.wait((connected, ended), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
@@ -327,6 +328,8 @@ class Workers:
             server.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
+        if disk.OPEN_FILES_STAY:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     async def _identify(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         hello = await opening(reader)
@@ -347,12 +350,19 @@ def _own_folder() -> tuple[Path, TextIO]:
     top = _sockets_top()
     with disk_faults(top):
         for left in top.glob(f"{FOLDER_PREFIX}*"):
-            with contextlib.suppress(OSError), (left / LOCK).open("r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left)
-        made = Path(tempfile.mkdtemp(prefix=f".{FOLDER_PREFIX}", dir=top))
+            with contextlib.suppress(OSError):
+                with (left / LOCK).open("r+") as lock:
+                    locks.take(lock)
+                    shutil.rmtree(left, ignore_errors=disk.OPEN_FILES_STAY)
+                if disk.OPEN_FILES_STAY:
+                    shutil.rmtree(left)
+        # Hidden until it is locked; where open files stay, a folder that has one is safe without that.
+        hidden = "" if disk.OPEN_FILES_STAY else "."
+        made = Path(tempfile.mkdtemp(prefix=f"{hidden}{FOLDER_PREFIX}", dir=top))
         lock = (made / LOCK).open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        locks.wait_for(lock)
+        if disk.OPEN_FILES_STAY:
+            return made, lock
         return made.rename(top / made.name.removeprefix(".")), lock  # others see it once it is locked
 
 
@@ -362,6 +372,8 @@ def _sockets_top() -> Path:
     Raises:
         StorageFailed: there is none that can be written to.
     """
+    if not links.NAMES_ARE_SHORT:
+        return Path(tempfile.gettempdir())
     places = [os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp"]
     with contextlib.suppress(FileNotFoundError):
         places.insert(0, tempfile.gettempdir())

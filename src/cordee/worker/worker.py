@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import selectors
 import signal
 import socket
@@ -38,6 +37,7 @@ import msgspec
 from cordee.errors import BadRequest, CordeeError, StageFailed
 from cordee.net.crowd import Crowd
 from cordee.privacy import no_core_dumps
+from cordee.system import links, processes
 from cordee.worker import frames
 from cordee.worker.compute import Compute, again
 from cordee.worker.frames import FrameLate, LinkClosed
@@ -104,7 +104,7 @@ C = TypeVar("C", bound=_Closable)
 class Worker:
     """The state of a worker process."""
 
-    def __init__(self, control: socket.socket, inbox: socket.socket) -> None:
+    def __init__(self, control: socket.socket, inbox: links.LocalListener) -> None:
         self._control = control
         self._inbox = inbox
         self._upstream: dict[bool, socket.socket] = {}  # by whether what comes there goes round
@@ -304,6 +304,9 @@ class Worker:
         self._forget(caller, self._unjoined)
         peer = caller.link
         peer.settimeout(JOIN_SECONDS)
+        if not caller.node and not self._inbox.admits(peer):
+            peer.close()
+            return
         try:
             message, _ = frames.receive(peer, 0, frames.OPENING_BYTES_MAX)
         except LinkClosed:
@@ -539,9 +542,7 @@ def _same(items: Iterable[T], source: object) -> T | None:
 
 def _end_with(control: socket.socket) -> None:
     """End the process once the other side of its control link is gone, even if the main thread computes."""
-    hangup = select.poll()
-    hangup.register(control, 0)  # POLLHUP alone, which cannot be left out
-    hangup.poll()
+    processes.wait_for_hangup(control)
     os._exit(0)
 
 
@@ -550,11 +551,9 @@ def main() -> None:
     no_core_dumps()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for its parent to handle
     worker_id, control_path, inbox_path = sys.argv[1:]
-    inbox = socket.socket(socket.AF_UNIX)
-    inbox.bind(inbox_path)
+    inbox = links.local_listener(Path(inbox_path))
     inbox.listen(BACKLOG)
-    control = socket.socket(socket.AF_UNIX)
-    control.connect(control_path)
+    control = links.connect(Path(control_path), None)
     frames.send(control, Hello(worker_id))
     threading.Thread(target=_end_with, args=(control,), daemon=True).start()
     try:

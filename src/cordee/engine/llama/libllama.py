@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from cordee import children
 from cordee.errors import BadModelFile, CordeeError, SetupNeeded, UnsupportedModel
+from cordee.system import processes
 
 if TYPE_CHECKING:
     from _ctypes import CFuncPtr
@@ -289,8 +290,7 @@ def survives_extra_buffers() -> bool:
 
 def usable_cores() -> int:
     """Cores that this process may use, by its affinity and its cgroups' CPU quotas; at least 1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, round(min(cores, cpu_quota())))
+    return max(1, round(min(processes.cores(), cpu_quota())))
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
