@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 KEY = Path("~/.config/cordee/signing.key").expanduser()
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-PLATFORMS = ("manylinux_2_34", "manylinux_2_28", "manylinux_2_17", "manylinux2014", "linux")
+# What runs with the glibc of our own wheels (PEP 600), and the older name of one of these.
+PLATFORMS = (*(f"manylinux_2_{minor}" for minor in range(34, 16, -1)), "manylinux2014")
 OURS = ("cordee-", "cordee_libllama-", "cordee_starter-", "llama_cpp_python-")
 DOCUMENTS = ("README.md", "README.fr.md", "LICENSE", "CHANGELOG.md", "SECURITY.md")
 

