@@ -13,9 +13,11 @@ run: chat
 endif
 
 bin := .venv/bin
-code := src tests bench scripts sim training
+code := src tests bench scripts sim training packaging
 
-.PHONY: help setup run answer chat test test-long lint format bench sim native tiny docs clean test-pentium2
+packages := build/packaging/bin/python packaging/wheels.py
+
+.PHONY: help setup run answer chat test test-long lint format bench sim native tiny docs clean test-pentium2 wheels libllama bundle deb
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -67,11 +69,21 @@ native: ## build the ternary engine for this machine into the package (needs a C
 tiny: ## cross-build cordee-tiny for machines of 1997: build/pentium2 (Linux) and build/windows
 	@$(MAKE) -C native tiny
 
+libllama: ## build libllama for every CPU into build/libllama (9 minutes of a core; goes on where it was)
+	@sh packaging/tools.sh
+	@sh packaging/libllama.sh
+
+wheels: setup libllama ## make dist/: Cordée, libllama and the starter model as wheels for every Python from 3.11
+	@$(packages)
+
+bundle: wheels ## make dist/cordee-bundle-…: a folder that installs Cordée on any Linux PC, without a network
+	@$(bin)/python packaging/bundle.py
+
 docs: setup ## write docs/cli.md, the tables of docs/api.md and the picture of the rooms from the program itself
 	@$(bin)/python scripts/cli_reference.py
 	@$(bin)/python scripts/rooms.py
 	@$(bin)/python scripts/api_reference.py
 
 clean: ## remove .venv and every cache
-	@rm -rf .venv build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	@find $(code) -name __pycache__ -prune -exec rm -rf {} +

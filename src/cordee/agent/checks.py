@@ -212,5 +212,29 @@ def _at(tries: Mapping[str, Tried]) -> str:
     return f" on TCP port{'s' * (len(ports) > 1)} {', '.join(map(str, ports))}"
 
 
+async def cpu_variants(agent: Agent) -> Sequence[Finding]:
+    """Do the nodes compute with the same CPU variant?"""
+    nodes = agent.controller.nodes(time.monotonic())
+    return variant_findings([facts for state, facts in nodes.values() if state == "alive"])
+
+
+def variant_findings(nodes: Sequence[Facts]) -> list[Finding]:
+    """What follows from the CPU variants of the nodes that are alive."""
+    by_variant: dict[str, list[str]] = {}
+    for facts in sorted(nodes, key=lambda facts: facts.name):
+        by_variant.setdefault(facts.cpu_variant, []).append(facts.name)
+    if len(by_variant) < 2:
+        return []
+    listed = "; ".join(
+        f"{variant} on {', '.join(names[:NAMED_MAX])}" for variant, names in sorted(by_variant.items())
+    )
+    what = (
+        f"The nodes compute with different CPU variants: {listed}. An answer that moves from one to the other "
+        "goes on, but is not the same token for token."
+    )
+    remedy = "cordee up --cpu-variant common    (on each; it needs the prebuilt libllama, and is a bit slower)"
+    return [Finding(what, remedy, False)]
+
+
 AT_START: tuple[AgentCheck, ...] = (port, listens_for_itself, peers)
-CHECKS: tuple[AgentCheck, ...] = (*AT_START, silent_peers, missing, clocks, firewall)
+CHECKS: tuple[AgentCheck, ...] = (*AT_START, silent_peers, missing, clocks, cpu_variants, firewall)

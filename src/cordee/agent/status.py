@@ -263,6 +263,7 @@ class ClusterStatus:
             "api": facts.api,
             "rtt_seconds": self._known[self._agent.node][1].rtts.get(facts.node),
             "build": facts.build,
+            "cpu_variant": facts.cpu_variant,
             "version": facts.version,
             "last_heard": self._last_heard(facts.node, state),
             "cloned": facts.node in self._controller.clones(time.monotonic()),

@@ -49,10 +49,19 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     lines += [("GPU", f"{g['vendor']} {g['name']}, driver {g['driver'] or 'none'}") for g in facts["gpus"]]
     lines += [("Vulkan", name) for name in facts["vulkan_devices"]]
     lines.append(("libllama", library["build"] or "does not load"))
+    if library["build"]:
+        lines.append(("CPU variant", _variant(library)))
     for device in library["devices"]:
         room = f"{output.size(device['free_bytes'])} free of {output.size(device['total_bytes'])}"
         lines.append(("Device", f"{device['name']} ({device['description']}), {room}"))
     return lines
+
+
+def _variant(library: dict[str, Any]) -> str:
+    if not library["prebuilt"]:
+        return f"{library['cpu_variant']} (compiled on this machine)"
+    others = [variant for variant in library["cpu_variants"] if variant != library["cpu_variant"]]
+    return f"{library['cpu_variant']} (this machine can also run {', '.join(others)})"
 
 
 def _node(node: dict[str, Any] | None) -> str:

@@ -8,7 +8,7 @@ import click
 from cordee.cli import live, options
 from cordee.terminal import output
 
-HEADER = ("NAME", "ID", "STATE", "VERSION", "MEMORY", "IN USE", "DEVICES", "ROUND TRIP", "API")
+HEADER = ("NAME", "ID", "STATE", "VERSION", "CPU", "MEMORY", "IN USE", "DEVICES", "ROUND TRIP", "API")
 
 
 @click.command()
@@ -18,7 +18,8 @@ def nodes(as_json: bool, watch: bool) -> None:
     """List the nodes of the cluster: state, version, memory, devices, network delay.
 
     STATE is alive, suspect (not heard from for a few seconds) or gone; members that are off are listed as
-    gone, with the time when they were heard last. VERSION is that of Cordée. MEMORY is what models may use on
+    gone, with the time when they were heard last. VERSION is that of Cordée, CPU the variant of
+    libllama for its processor; between equal ones answers move without changing. MEMORY is what models may use on
     a node, IN USE what they use. ROUND TRIP is the time for a message from this node to that one and back.
     Below are warnings, if there are any: certificates that run out within ten days, copied disks, versions
     that do not understand each other.
@@ -45,6 +46,7 @@ def _row(node: dict[str, Any]) -> tuple[str, ...]:
         node["id"],
         ", ".join([_state(node), *kind]),
         node["version"] or "-",
+        node["cpu_variant"] or "-",
         output.size(sum(device["memory_bytes"] for device in node["devices"])) if node["devices"] else "-",
         output.size(sum(stage["bytes"] or 0 for stage in node["stages"])) if node["devices"] else "-",
         ", ".join(device["name"] for device in node["devices"]) or "-",

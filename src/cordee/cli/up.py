@@ -77,6 +77,14 @@ POLL_SECONDS = 0.05
     type=Size(),
     help="Memory of each device that models may use, such as 16GB; default: what is free now.",
 )
+@click.option(
+    "--cpu-variant",
+    "cpu_variant",
+    metavar="NAME",
+    help="Compute with this CPU variant of libllama (`cordee doctor` lists them) instead of the best for this "
+    "processor. common: the one that nearly all PCs can run, so that answers move between unlike machines "
+    "without changing. Needs the prebuilt libllama.",
+)
 @options.local_key
 @lan_options
 @click.option(
@@ -98,6 +106,7 @@ def up(
     port: int,
     scouting: str,
     lent_bytes: int | None,
+    cpu_variant: str | None,
     wants_key: bool,
     spot_check: float,
     log_file: str | None,
@@ -118,10 +127,14 @@ def up(
     from cordee.agent.control import AgentSocket
     from cordee.api.keys import LocalKey
     from cordee.api.lan_server import LanChoice, LanServer
+    from cordee.engine.llama import backends, libllama
     from cordee.net import identity
     from cordee.net.bus import BusOptions
 
     logs.begin(Path(log_file) if log_file else None, log_format)
+    if cpu_variant:
+        os.environ[backends.VARIABLE] = cpu_variant  # for workers, too
+        libllama.load()  # refuses one that this machine cannot run
     interface = "" if scouting == "off" else scouting
     BusOptions(address or "", peers, interface).check()  # before anything is made, or kept
     choice = LanChoice.of(more)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cordee import __version__
-from cordee.errors import SetupNeeded
+from cordee.errors import BadRequest, SetupNeeded
 from cordee.findings import Finding
 from cordee.machine import hardware
 
@@ -53,14 +53,17 @@ def computing_facts() -> dict[str, Any]:
 
 
 def _library() -> dict[str, Any]:
-    from cordee.engine.llama import libllama
+    from cordee.engine.llama import backends, libllama
 
     facts: dict[str, Any] = {"build": None, "fault": "", "devices": [], "extra_buffers": False}
+    facts |= {"prebuilt": backends.prebuilt() is not None, "cpu_variant": "", "cpu_variants": []}
     try:
         devices = libllama.devices()
         facts["build"] = libllama.build()
-    except SetupNeeded as error:
+        used = libllama.in_use()
+    except (BadRequest, SetupNeeded) as error:
         return facts | {"fault": error.message}
+    facts |= {"cpu_variant": used.cpu_variant, "cpu_variants": list(used.cpu_variants)}
     facts["devices"] = [
         {
             "name": device.name,

@@ -1,7 +1,6 @@
 """The Python side of native/capture.c, which takes hidden rows out of libllama's graph."""
 
 import ctypes
-import sysconfig
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +72,7 @@ def _address(function: "CFuncPtr") -> int:
 
 @cache
 def _library() -> ctypes.CDLL:
-    path = Path(__file__).with_name(f"_capture{sysconfig.get_config_var('EXT_SUFFIX')}")
+    path = Path(__file__).with_name("_capture.so")
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

@@ -21,6 +21,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from cordee import children
+from cordee.engine.llama import backends
+from cordee.engine.llama.backends import Backends
 from cordee.errors import BadModelFile, CordeeError, SetupNeeded, UnsupportedModel
 from cordee.system import processes
 
@@ -122,6 +124,7 @@ def load() -> ModuleType:
 
     Raises:
         SetupNeeded: the library is missing, does not load, or does not match the bindings.
+        BadRequest: this machine cannot run the CPU variant that was asked for.
     """
     try:
         library = _low_level()
@@ -135,8 +138,22 @@ def load() -> ModuleType:
     _callbacks.append(write)
     library.llama_log_set(write, ctypes.c_void_p())
     _check_defaults(library)
+    _loaded(library)
     library.llama_backend_init()
+    log.clear()  # of backends whose cards are not here
     return library
+
+
+@cache
+def _loaded(library: ModuleType) -> Backends:
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    return backends.load(Path(library._base_path), load_shared_library("ggml", library._base_path))
+
+
+def in_use() -> Backends:
+    """What of libllama this process computes with; raises as `load`."""
+    return _loaded(load())
 
 
 def _low_level() -> ModuleType:
@@ -149,6 +166,7 @@ def _low_level() -> ModuleType:
         if spec is None:
             raise ImportError("llama-cpp-python is not installed")
         sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)  # and not executed
+        backends.find_libraries()
     return importlib.import_module(f"{PACKAGE}.llama_cpp")
 
 
@@ -264,11 +282,11 @@ def devices() -> list[LlamaDevice]:
     return found
 
 
+@cache
 def build() -> str:
-    """This build: the bindings' version and instruction sets. Stages of equal builds give equal bits."""
-    features = load().llama_print_system_info().decode()
-    version = importlib.metadata.version("llama-cpp-python")
-    return f"llama-cpp-python {version}: {' '.join(features.replace('|', ' ').split())}"
+    """This build: the digest of its libraries and the CPU variant. Stages of equal builds give equal bits."""
+    used = in_use()
+    return f"libllama {importlib.metadata.version('llama-cpp-python')} {used.digest()} {used.cpu_variant}"
 
 
 @cache

@@ -1,0 +1,1 @@
+"""How this program lives on a machine: its folder, its service, its updates, and its end."""
