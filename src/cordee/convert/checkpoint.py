@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 
 from cordee.convert.minicpm import Minicpm, minicpm_of_config
 from cordee.convert.mixture import with_mixture_of_config
@@ -172,6 +172,8 @@ class Checkpoint:
         if model.embedding == "codes":
             self._tables = ()
             return model
+        if self._stored(EMBEDDING).computed is not None:  # MLX's codes of 4 bits: 8 hold them well
+            return replace(model, embedding=GGMLQuantizationType.Q8_0)
         return replace(model, embedding=exact_type(self, n_vocab))
 
     def first_rows(self, name: str) -> np.ndarray:
@@ -366,6 +368,11 @@ def _hub_names(name: str) -> list[str]:
         return [f"{hub}.weight" for hub in OUTSIDE_LAYERS[name]]
     _, layer, ours, _ = name.split(".")
     return [f"model.layers.{layer}.{hub}.weight" for hub in IN_LAYERS[ours]]
+
+
+def is_ternary(config: dict[str, Any], title: str) -> bool:
+    """Whether a config.json says by itself that a model is ternary. Raises as `quantization`."""
+    return config.get("architectures") == ["MapleForCausalLM"] or quantization(config, title).declared
 
 
 def quantization(config: dict[str, Any], title: str) -> Quantization:
