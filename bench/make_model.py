@@ -65,6 +65,29 @@ SHAPES = {
     "bonsai-8b": bonsai(36, 4096, 12_288, 32, 8, context=65_536, tied=False),
     "bonsai-4b": bonsai(36, 2560, 9728, 32, 8, context=32_768, tied=True),
     "bonsai-1.7b": bonsai(28, 2048, 6144, 16, 8, context=32_768, tied=True),
+    "maple": TernaryModel(
+        architecture="maple",
+        layers=24,
+        n_embd=2048,
+        n_ff=512,
+        n_vocab=151_936,
+        heads=16,
+        kv_heads=4,
+        head_dim=128,
+        context=131_072,
+        rope_base=10_000.0,
+        epsilon=1e-6,
+        rope="neox",
+        head_norms=True,
+        planes=2,
+        experts=256,
+        experts_used=8,
+        window=512,
+        windowed=(True, True, True, False) * 6,
+        rope_dims=64,
+        rope_layers="windowed",
+        gate_limit=7.0,
+    ),
     "falcon-e-1b": TernaryModel("llama", 24, 2048, 8192, 32_768, 16, 4, 128, 32_768, 1_000_042.0),
     "110m": TernaryModel("llama", 12, 768, 2048, 32_000, 12, 12, 64, 1024, 10_000.0),
     "42m": TernaryModel("llama", 8, 512, 1376, 32_000, 8, 8, 64, 1024, 10_000.0),
@@ -107,6 +130,10 @@ class RandomWeights:
 
     def vector(self, name: str) -> np.ndarray:
         """See `WeightSource.vector`."""
+        if name.endswith("ffn_gate_inp.weight"):
+            draw = np.random.default_rng((self._seed, int(name.split(".")[1])))
+            shape = self._model.experts, self._model.n_embd
+            return draw.standard_normal(shape, dtype=np.float32) / np.sqrt(np.float32(shape[1]))
         length = (
             self._model.n_embd if name == "output_norm.weight" else self._model.norms()[name.split(".")[2]]
         )
@@ -150,6 +177,12 @@ def make_model(path: Path, model: TernaryModel, seed: int = 0) -> None:
     )
 
 
+def with_layers(model: TernaryModel, layers: int | None) -> TernaryModel:
+    """A shape with another number of layers."""
+    layers = layers or model.layers
+    return replace(model, layers=layers, windowed=model.windowed[:layers])
+
+
 def laid_out(model: TernaryModel, layout: str, head: str = "int8") -> TernaryModel:
     """A shape in that layout. Where embedding and head are ternary, too, they are as the layers."""
     own = {"layout": layout}
@@ -170,9 +203,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="another number of layers")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    model = SHAPES[options.shape]
-    sizes = {"n_vocab": options.vocab or model.n_vocab, "layers": options.layers or model.layers}
-    model = laid_out(replace(model, **sizes), options.layout, options.head)
+    model = with_layers(SHAPES[options.shape], options.layers)
+    model = replace(model, n_vocab=options.vocab or model.n_vocab)
+    model = laid_out(model, options.layout, options.head)
     make_model(options.path, model, options.seed)
 
 

@@ -36,7 +36,7 @@ from cordee.convert.ternary_file import TernaryModel
 from cordee.engine.stage import Batch, StageConfig
 from cordee.engine.ternary import TernaryStage, library
 from cordee.models.gguf import BlockType, TensorType
-from make_model import SHAPES, make_model
+from make_model import SHAPES, make_model, with_layers
 from ternary_peer import LlamaPeer, write_peer
 
 PEERS: dict[str, TensorType] = {
@@ -120,7 +120,7 @@ class Models:
 
     def __init__(self, folder: Path, shape: str, layers: int | None) -> None:
         self._folder = folder
-        self._shape = replace(SHAPES[shape], layers=layers or SHAPES[shape].layers)
+        self._shape = with_layers(SHAPES[shape], layers)
         self._name = f"{shape}-{layers}-layers" if layers else shape
         self.peers = GROUP_PEERS if self._shape.scale_columns else PEERS
 

@@ -35,26 +35,46 @@ def write_peer(path: Path, model: TernaryModel, kind: TensorType) -> None:
     writer.add_value_length(model.head_dim)
     writer.add_layer_norm_rms_eps(model.epsilon)
     writer.add_rope_freq_base(model.rope_base)
-    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_dimension_count(model.rope_dims or model.head_dim)
+    if model.experts:
+        _add_mixture(writer, model)
     writer.add_vocab_size(model.n_vocab)
     writer.add_string("tokenizer.ggml.model", "none")
     is_ternary = model.embedding == "codes"
     shape = model.n_vocab, model.n_embd
     table = _ternary(draw, shape, kind) if is_ternary else _q6_k(draw, shape)
-    _add(writer, "token_embd.weight", table, shape, kind if is_ternary else GGMLQuantizationType.Q6_K)
-    if is_ternary and not model.tied:
-        _add(writer, "output.weight", table, shape, kind)
+    own = kind if is_ternary else GGMLQuantizationType.Q6_K
+    _add(writer, "token_embd.weight", table, shape, own)
+    if model.experts or (is_ternary and not model.tied):  # libllama wants a head of its own for the first
+        _add(writer, "output.weight", table, shape, own)
     writer.add_tensor("output_norm.weight", np.ones(model.n_embd, np.float32))
     matrices = {name: (_ternary(draw, shape, kind), shape) for name, shape in model.matrices().items()}
+    routers = {
+        name: draw.standard_normal(shape, dtype=np.float32) / np.sqrt(np.float32(shape[1]))
+        for name, shape in model.routers().items()
+    }
     for layer in range(model.layers):
+        for name, router in routers.items():
+            writer.add_tensor(f"blk.{layer}.{name}.weight", router)
         for name, length in model.norms().items():
             writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(length, np.float32))
         for name, (rows, shape) in matrices.items():
-            _add(writer, f"blk.{layer}.{name}.weight", rows, shape, kind)
+            count = model.matrices_in(name)
+            experts = (count, shape[0] // count, shape[1]) if count > 1 else shape
+            _add(writer, f"blk.{layer}.{name}.weight", rows, experts, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add_mixture(writer: GGUFWriter, model: TernaryModel) -> None:
+    writer.add_expert_count(model.experts)
+    writer.add_expert_used_count(model.experts_used)
+    writer.add_expert_feed_forward_length(model.n_ff)
+    writer.add_sliding_window(model.window)
+    writer.add_sliding_window_pattern(model.windowed)
+    writer.add_swiglu_clamp_exp([model.gate_limit] * model.layers)
 
 
 def _q6_k(draw: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
@@ -78,7 +98,9 @@ def _ternary(draw: np.random.Generator, shape: tuple[int, int], kind: TensorType
     return table.reshape(shape[0], -1)
 
 
-def _add(writer: GGUFWriter, name: str, stored: np.ndarray, shape: tuple[int, int], kind: TensorType) -> None:
+def _add(
+    writer: GGUFWriter, name: str, stored: np.ndarray, shape: tuple[int, ...], kind: TensorType
+) -> None:
     raw_dtype = cast(GGMLQuantizationType, kind)  # the writer looks at its number only
     writer.add_tensor(name, stored.view(np.int8), raw_shape=shape, raw_dtype=raw_dtype)
 

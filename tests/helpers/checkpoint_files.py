@@ -35,7 +35,7 @@ QUANTIZATIONS: dict[str, dict | None] = {
     "masters": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"},
     "floats": None,
 }
-DTYPES = {"F32": "<f4", "F16": "<f2", "U8": "u1", "BF16": "<u2"}
+DTYPES = {"F32": "<f4", "F16": "<f2", "U8": "u1", "BF16": "<u2", "U32": "<u4"}
 
 Tensors = dict[str, tuple[str, np.ndarray]]
 

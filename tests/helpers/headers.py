@@ -101,7 +101,32 @@ def bonsai(
     )
 
 
+# Maple as `pull` leaves it: a scale for each row, an embedding of 8 bits.
+MAPLE = TernaryModel(
+    architecture="maple",
+    layers=24,
+    n_embd=2048,
+    n_ff=512,
+    n_vocab=151_936,
+    heads=16,
+    kv_heads=4,
+    head_dim=128,
+    context=131_072,
+    rope_base=10_000.0,
+    rope="neox",
+    head_norms=True,
+    planes=2,
+    embedding=Q8,
+    experts=256,
+    experts_used=8,
+    window=512,
+    windowed=(True, True, True, False) * 6,
+    rope_dims=64,
+    rope_layers="windowed",
+    gate_limit=7.0,
+)
 TERNARY = {
+    "maple": MAPLE,
     "ternary-bonsai-1.7b": bonsai(28, 2048, 6144, 16, 32_768),
     "ternary-bonsai-4b": bonsai(36, 2560, 9728, 32, 32_768),
     "ternary-bonsai-8b": bonsai(36, 4096, 12_288, 32, 65_536, tied=False),
@@ -142,10 +167,20 @@ def write_header(name: str, path: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class ScalesOfRows:
+    """All of a model's weights that its header needs: how many scales there are."""
+
+    model: TernaryModel
+
+    def scales(self, name: str) -> np.ndarray:
+        return np.ones(self.model.matrices()[name.split(".")[2]][0], dtype=np.float32)
+
+
 def write_ternary_header(model: TernaryModel, path: Path) -> None:
     writer = GGUFWriter(path, model.architecture)
     ternary_file._add_keys(writer, model)
-    for tensor in ternary_file._tensors(model, cast(ternary_file.WeightSource, None)):
+    for tensor in ternary_file._tensors(model, cast(ternary_file.WeightSource, ScalesOfRows(model))):
         writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.nbytes, raw_dtype=tensor.type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

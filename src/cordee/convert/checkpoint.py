@@ -23,8 +23,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 
+from cordee.convert.minicpm import Minicpm, minicpm_of_config
+from cordee.convert.mixture import with_mixture_of_config
+from cordee.convert.mlx import plain_tensors
 from cordee.convert.safetensors import StoredTensor, is_array, is_object, read_json, stored_tensors
 from cordee.convert.scales import (
     Read,
@@ -56,10 +59,20 @@ ARCHITECTURES = {
     "BitnetForCausalLM": ("bitnet", "silu"),  # bitnet_b1_58-large and -3B
     "LlamaForCausalLM": ("llama", "silu"),  # Llama3-8B-1.58, Falcon3, Falcon-E, TriLM
     "Qwen3ForCausalLM": ("qwen3", "silu"),  # Ternary-Bonsai
+    "MapleForCausalLM": ("maple", "silu"),
+    "MiniCPMForCausalLM": ("minicpm", "silu"),  # BitCPM
 }
+# In which ways that have a file of their own here RoPE may be stretched, beside YaRN.
+STRETCHED = {"minicpm": ("longrope",)}
+# Whose activations get so many planes, not all, where their scales are of rows: two round next to nothing away.
+PLANES = {"maple": 2, "minicpm": 2}
 ACTIVATIONS: dict[str, Literal["silu", "relu2"]] = {"silu": "silu", "relu2": "relu2"}
-OUTSIDE_LAYERS = {EMBEDDING: "model.embed_tokens", HEAD: "lm_head", OUTPUT_NORM: "model.norm"}
-# The names of each tensor of a layer on the hub; some have had two.
+# The names of each tensor on the hub; some have had two.
+OUTSIDE_LAYERS = {
+    EMBEDDING: ("model.embed_tokens", "model.word_embeddings"),
+    HEAD: ("lm_head",),
+    OUTPUT_NORM: ("model.norm",),
+}
 IN_LAYERS = {
     "attn_q": ("self_attn.q_proj",),
     "attn_k": ("self_attn.k_proj",),
@@ -68,6 +81,10 @@ IN_LAYERS = {
     "ffn_gate": ("mlp.gate_proj",),
     "ffn_up": ("mlp.up_proj",),
     "ffn_down": ("mlp.down_proj",),
+    "ffn_gate_inp": ("mlp.gate",),
+    "ffn_gate_exps": ("mlp.experts.gate_proj", "mlp.switch_mlp.gate_proj"),
+    "ffn_up_exps": ("mlp.experts.up_proj", "mlp.switch_mlp.up_proj"),
+    "ffn_down_exps": ("mlp.experts.down_proj", "mlp.switch_mlp.down_proj"),
     "attn_norm": ("input_layernorm",),
     "ffn_norm": ("post_attention_layernorm",),
     "attn_q_norm": ("self_attn.q_norm",),
@@ -103,7 +120,7 @@ class Checkpoint:
         self._folder = source if source.is_dir() else source.parent
         self._title = title or self._folder.resolve().name
         self._config = read_json(self._folder / "config.json")
-        self._tensors = stored_tensors(source)
+        self._tensors = plain_tensors(stored_tensors(source), self._config)
         self._quantization = quantization(self._config, self._title)
         self._tied = self._is_tied()
         self._pre = pre
@@ -112,6 +129,7 @@ class Checkpoint:
         self._columns = 0  # that share a scale; 0: all of a row
         self._tables: tuple[str, ...] = (EMBEDDING, HEAD)  # what is no matrix of codes
         self._yarn: Yarn | None = None
+        self._minicpm: Minicpm | None = None
 
     def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
         """See `Convertible.model`."""
@@ -132,16 +150,20 @@ class Checkpoint:
             kv_heads=self._size("num_key_value_heads", default=heads),
             head_dim=self._size("head_dim", default=n_embd // heads),
             context=self._size("max_position_embeddings", default=2048),
-            rope_base=_rope_base(self._config, self._title, "yarn"),
+            rope_base=_rope_base(self._config, self._title, "yarn", *STRETCHED.get(architecture, ())),
             epsilon=self._number("rms_norm_eps"),
             activation=ACTIVATIONS[activation],
             rope="neox",
             sub_norms=self._find("blk.0.attn_sub_norm.weight") is not None,
             head_norms=self._find("blk.0.attn_q_norm.weight") is not None,
             layout=layout,
-            planes=1 if self._quantization.declared else 3,
+            planes=1 if self._quantization.declared else PLANES.get(architecture, 3),
             head=head,
         )
+        if architecture == "maple":
+            model = with_mixture_of_config(model, self._config, self._title)
+        if architecture == "minicpm":
+            self._minicpm, model = minicpm_of_config(model, self._config, self._title)
         self._refuse_unknown(model)
         model = self._stretched(model)
         if not self._quantization.declared and self._stored("blk.0.attn_q.weight").dtype != "U8":
@@ -150,6 +172,8 @@ class Checkpoint:
         if model.embedding == "codes":
             self._tables = ()
             return model
+        if self._stored(EMBEDDING).computed is not None:  # MLX's codes of 4 bits: 8 hold them well
+            return replace(model, embedding=GGMLQuantizationType.Q8_0)
         return replace(model, embedding=exact_type(self, n_vocab))
 
     def first_rows(self, name: str) -> np.ndarray:
@@ -214,7 +238,11 @@ class Checkpoint:
         """See `WeightSource.vector`."""
         if self._yarn is not None and name == DIVISORS:
             return self._yarn.divisors
+        if self._minicpm is not None and name == DIVISORS:
+            return np.asarray(self._minicpm.divisors)
         values = self._stored(name).all()
+        if self._minicpm is not None and name == OUTPUT_NORM:
+            return values / self._minicpm.head_scale
         is_head_norm = name.endswith(("attn_q_norm.weight", "attn_k_norm.weight"))
         return values * self._yarn.factor if self._yarn is not None and is_head_norm else values
 
@@ -283,7 +311,7 @@ class Checkpoint:
         return ARCHITECTURES[name]
 
     def _is_tied(self) -> bool:
-        has_head = f"{OUTSIDE_LAYERS[HEAD]}.weight" in self._tensors
+        has_head = any(name in self._tensors for name in _hub_names(HEAD))
         return bool(self._config.get("tie_word_embeddings", not has_head))
 
     def _vocabulary_size(self, n_embd: int) -> int:
@@ -311,7 +339,7 @@ class Checkpoint:
         """Refuse a tensor that the engine would not use: the model needs it."""
         known = {name for ours in OUTSIDE_LAYERS for name in _hub_names(ours)}
         for layer in range(model.layers):
-            for ours in (*model.matrices(), *model.norms()):
+            for ours in (*model.matrices(), *model.norms(), *model.routers()):
                 names = _hub_names(f"blk.{layer}.{ours}.weight")
                 known.update(names)
                 if ours in model.matrices():
@@ -337,9 +365,14 @@ class Checkpoint:
 def _hub_names(name: str) -> list[str]:
     """The names that a tensor of our file may have on the hub."""
     if name in OUTSIDE_LAYERS:
-        return [f"{OUTSIDE_LAYERS[name]}.weight"]
+        return [f"{hub}.weight" for hub in OUTSIDE_LAYERS[name]]
     _, layer, ours, _ = name.split(".")
     return [f"model.layers.{layer}.{hub}.weight" for hub in IN_LAYERS[ours]]
+
+
+def is_ternary(config: dict[str, Any], title: str) -> bool:
+    """Whether a config.json says by itself that a model is ternary. Raises as `quantization`."""
+    return config.get("architectures") == ["MapleForCausalLM"] or quantization(config, title).declared
 
 
 def quantization(config: dict[str, Any], title: str) -> Quantization:
@@ -349,7 +382,7 @@ def quantization(config: dict[str, Any], title: str) -> Quantization:
         UnsupportedModel: they are of a kind that the ternary engine does not have.
     """
     found = config.get("quantization_config")
-    if not found:
+    if not found or found == config.get("quantization"):  # the latter is MLX's, read in mlx.py
         first = config.get("architectures") == ["BitnetForCausalLM"]
         return Quantization(declared=first, masters=first, divides=True)
     if not is_object(found) or found.get("quant_method") != "bitnet":

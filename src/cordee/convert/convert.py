@@ -18,6 +18,7 @@ from cordee.convert.folds import Folded
 from cordee.convert.gguf_source import GgufSource
 from cordee.convert.pentium2 import write_pentium2
 from cordee.convert.ternary_file import (
+    DIVISORS,
     EMBEDDING,
     HEAD,
     OUTPUT_NORM,
@@ -147,12 +148,15 @@ def _check(
 
 def _check_floats(source: WeightSource, model: TernaryModel) -> None:
     """Check all but the layers' matrices: the right shape, and nothing but finite numbers."""
+    routers = model.routers()
     vectors = {
         f"blk.{layer}.{name}.weight": length
         for layer in range(model.layers)
-        for name, length in model.norms().items()
-    }
-    for name, length in (vectors | {OUTPUT_NORM: model.n_embd}).items():
+        for name, length in (model.norms() | {n: rows * cols for n, (rows, cols) in routers.items()}).items()
+    } | {OUTPUT_NORM: model.n_embd}
+    if model.divisors:
+        vectors[DIVISORS] = (model.rope_dims or model.head_dim) // 2
+    for name, length in vectors.items():
         _require(source.vector(name), (length,), name)
     for name in (EMBEDDING, HEAD):
         for first, last in strips(model.n_vocab):

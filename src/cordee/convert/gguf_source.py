@@ -13,6 +13,7 @@ model that it was made from.
 
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,8 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
 from cordee.convert import ends
+from cordee.convert.minicpm import SHORT_FACTORS, LONG_FACTORS, Minicpm, minicpm_of
+from cordee.convert.mixture import with_mixture
 from cordee.convert.rotation import rotation_of
 from cordee.convert.scales import found_scales, found_span_scales
 from cordee.convert.spans import with_scales_of_spans
@@ -55,7 +58,11 @@ ARCHITECTURES: dict[str, tuple[str, Literal["neox", "interleaved"]]] = {
     "bitnet-25": ("bitnet", "neox"),
     "llama": ("llama", "interleaved"),
     "qwen3": ("qwen3", "neox"),
+    "maple": ("maple", "neox"),
+    "minicpm": ("minicpm", "interleaved"),
 }
+# Whose activations get so many planes where their scales are of rows; those of others were trained with one.
+PLANES = {"maple": 2, "minicpm": 2}
 # BitNet b1.58 2B 4T is the only model of that architecture with squared ReLU. It has the vocabulary of
 # Llama 3, and its file does not say how text is split.
 RELU2_VOCABULARY = 128_256
@@ -76,16 +83,19 @@ class GgufSource:
         self._signs: dict[str, np.ndarray] = {}
         self._yarn: Yarn | None = None
         self._tables: tuple[str, ...] = (EMBEDDING, HEAD)  # what is no matrix of codes
+        self._minicpm: Minicpm | None = None
 
     def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
         """See `Convertible.model`."""
         if TERNARY_KEY in self.header.metadata:
             raise UnsupportedModel(f"{self.header.name} is a file for the ternary engine already.")
         model = _model(self.header, self, layout, head)
+        if model.architecture == "minicpm":
+            self._minicpm, model = minicpm_of(model, self.header)
         _refuse_unknown(self.header, model)
         self._yarn = yarn_of(self.header, model.head_dim, model.rope_base) if model.head_norms else None
         if self._yarn is None:
-            _refuse_scaling(self.header)
+            _refuse_scaling(self.header, model)
         else:
             model = replace(model, divisors=True)
         _refuse_parts(self.header, model)
@@ -104,11 +114,12 @@ class GgufSource:
 
     def place(self, name: str) -> tuple[str, tuple[int, ...]]:
         """See `Convertible.place`."""
-        return name, self.tensor(name).shape[::-1]
+        tensor = self.tensor(name)
+        return name, _flat(tensor) if len(tensor.shape) > 1 else tensor.shape
 
     def check(self, name: str, rows: int, cols: int) -> None:
         """See `Convertible.check`."""
-        if self.tensor(name).shape != (cols, rows):
+        if _flat(self.tensor(name)) != (rows, cols):
             raise BadModelFile(f"{self.header.name}: {name} is not {rows} x {cols}: {CONVERT_AGAIN}.")
         self.scales(name)
 
@@ -132,7 +143,7 @@ class GgufSource:
         tensor = self.tensor(name)
         if tensor.type is BitnetType.I2_S:
             return self._i2_weights(name, first, last).astype(np.float32) * self.scales(name)[0]
-        rows = tensor.shape[1] if len(tensor.shape) == 2 else 1
+        rows = _flat(tensor)[0]
         row_bytes = tensor.nbytes // rows
         stored = _read(tensor, first * row_bytes, (last - first) * row_bytes).reshape(-1, row_bytes)
         if isinstance(tensor.type, BlockType):
@@ -161,14 +172,12 @@ class GgufSource:
         """
         tensor = self.tensor(name)
         if self._columns:  # as many as 1 % of all weights: they are found again rather than kept
-            return found_span_scales(name, tensor.shape[1], partial(self.floats, name), self._columns)
+            return found_span_scales(name, _flat(tensor)[0], partial(self.floats, name), self._columns)
         if name not in self._scales:
             if tensor.type is BitnetType.I2_S:
                 self._scales[name] = self._i2_scale(name, tensor)
             else:
-                self._scales[name] = found_scales(
-                    name, tensor.shape[1], lambda first, last: self.floats(name, first, last)
-                )
+                self._scales[name] = found_scales(name, _flat(tensor)[0], partial(self.floats, name))
         return self._scales[name]
 
     def vector(self, name: str) -> np.ndarray:
@@ -177,16 +186,20 @@ class GgufSource:
             return self._signs[name]
         if self._yarn is not None and name == DIVISORS:
             return self._yarn.divisors
-        values = self.floats(name, 0, 1)[0]
+        if self._minicpm is not None and name == DIVISORS:
+            return self.floats(SHORT_FACTORS, 0, 1)[0]
+        values = self.floats(name, 0, _flat(self.tensor(name))[0]).reshape(-1)
+        if self._minicpm is not None and name == OUTPUT_NORM:
+            return values / self._minicpm.head_scale
         is_head_norm = name.endswith(("attn_q_norm.weight", "attn_k_norm.weight"))
         return values * self._yarn.factor if self._yarn is not None and is_head_norm else values
 
     def first_rows(self, name: str) -> np.ndarray:
         """Some rows of a matrix, as float32."""
         tensor = self.tensor(name)
-        if len(tensor.shape) != 2:
+        if len(tensor.shape) < 2:
             raise BadModelFile(f"{self.header.name}: {name} is no matrix: {CONVERT_AGAIN}.")
-        first, last = next(strips(tensor.shape[1]))
+        first, last = next(strips(_flat(tensor)[0]))
         return self.floats(name, first, last)
 
     def describe(self, writer: GGUFWriter) -> None:
@@ -234,6 +247,11 @@ class GgufSource:
         return np.array([scale if used else 1], dtype=np.float32)
 
 
+def _flat(tensor: Tensor) -> tuple[int, int]:
+    """(rows, cols), the matrices of experts one below the other; a vector is one row."""
+    return prod(tensor.shape[1:]), tensor.shape[0]
+
+
 def _read(tensor: Tensor, offset: int, nbytes: int) -> np.ndarray:
     stored = np.fromfile(tensor.path, np.uint8, nbytes, offset=tensor.offset + offset)
     if len(stored) != nbytes:
@@ -253,12 +271,12 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
     for table in (EMBEDDING, HEAD):
         if source.tensor(table).shape != (n_embd, n_vocab):
             raise BadModelFile(f"{header.name}: {table} is not {n_vocab} x {n_embd}: {CONVERT_AGAIN}.")
-    name = header.text("general.name", "").lower()
+    name, is_mixture = header.text("general.name", "").lower(), architecture == "maple"
     model = TernaryModel(
         architecture=architecture,
         layers=header.layers,
         n_embd=n_embd,
-        n_ff=size_of(header, ".feed_forward_length"),
+        n_ff=size_of(header, ".feed_forward_length", default=1 if is_mixture else None),
         n_vocab=n_vocab,
         heads=heads,
         kv_heads=size_of(header, ".attention.head_count_kv", default=heads),
@@ -271,9 +289,11 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
         sub_norms=header.tensor("blk.0.attn_sub_norm.weight") is not None,
         head_norms=header.tensor("blk.0.attn_q_norm.weight") is not None,
         layout=layout,
-        planes=3 if "trilm" in name else 1,  # TriLM does not quantize its activations
+        planes=3 if "trilm" in name else PLANES.get(architecture, 1),  # TriLM does not quantize them
         head=head,
     )
+    if is_mixture:
+        model = with_mixture(model, header)
     if not isinstance(source.tensor("blk.0.attn_q.weight").type, BitnetType):
         model = with_scales_of_spans(model, source.first_rows, tied=header.tied)
     if source.rotation is not None:
@@ -288,8 +308,10 @@ def _model(header: Header, source: GgufSource, layout: Literal["trit2", "trit5"]
     return replace(model, embedding=exact_type(source, n_vocab))
 
 
-def _refuse_scaling(header: Header) -> None:
-    """Refuse scaled RoPE."""
+def _refuse_scaling(header: Header, model: TernaryModel) -> None:
+    """Refuse scaled RoPE, unless its divisors were found."""
+    if model.divisors:
+        return
     kind = header.text(".rope.scaling.type", "linear")
     factors = [header.number(key, 1.0) for key in (".rope.scaling.factor", ".rope.scale_linear")]
     # As llama.cpp reads them: a factor of 0 is none.
@@ -298,7 +320,9 @@ def _refuse_scaling(header: Header) -> None:
 
 
 def _refuse_parts(header: Header, model: TernaryModel) -> None:
-    """Refuse heads of which only a part is rotated or kept."""
+    """Refuse heads of which only a part is rotated, where that is no part of the architecture, or kept."""
+    if model.rope_dims:
+        return
     for key in (".rope.dimension_count", ".attention.value_length"):
         if header.number(key, model.head_dim) != model.head_dim:
             raise UnsupportedModel(f"{header.name} applies RoPE to parts of heads: our engine cannot.")
@@ -306,9 +330,10 @@ def _refuse_parts(header: Header, model: TernaryModel) -> None:
 
 def _refuse_unknown(header: Header, model: TernaryModel) -> None:
     """Refuse a tensor that the engine would not use: the model needs it."""
-    of_layers = {f"{name}.weight" for name in (*model.matrices(), *model.norms())}
+    of_layers = {f"{name}.weight" for name in (*model.matrices(), *model.norms(), *model.routers())}
+    outside = (EMBEDDING, HEAD, OUTPUT_NORM, *((SHORT_FACTORS, LONG_FACTORS) if model.divisors else ()))
     for tensor in header.tensors:
         block = BLOCK.fullmatch(tensor.name)
-        known = block[2] in of_layers if block else tensor.name in (EMBEDDING, HEAD, OUTPUT_NORM)
+        known = block[2] in of_layers if block else tensor.name in outside
         if not known:
             raise UnsupportedModel(f"{header.name} has {tensor.name}, which the ternary engine does not use.")

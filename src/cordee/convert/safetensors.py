@@ -5,6 +5,7 @@ bfloat16 for numpy. The format: https://github.com/huggingface/safetensors#forma
 """
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 # the largest tokenizers met have 33 MB.
 JSON_BYTES_LIMIT = 64 << 20
 
-_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "U32": "<u4"}
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,18 @@ class StoredTensor:
     path: Path
     offset: int
     nbytes: int
+    # From first and last row (exclusive) to (rows, cols) float32, where they are computed from what is stored.
+    computed: Callable[[int, int], np.ndarray] | None = None
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """Rows `first` to `last` (exclusive): uint8 of a packed tensor, float32 of any other.
+        """Rows `first` to `last` (exclusive): uint8 or uint32 of a packed tensor, float32 of any other.
 
         Raises:
             UnsupportedModel: it is stored in another type.
             BadModelFile: the file changed.
         """
+        if self.computed is not None:
+            return self.computed(first, last)
         if self.dtype not in _DTYPES:
             raise UnsupportedModel(f"{self.name} is stored as {self.dtype}, which cannot be read here.")
         row_bytes = self.nbytes // max(self.shape[0], 1)
@@ -52,7 +57,7 @@ class StoredTensor:
             raise BadModelFile(f"{self.path} became shorter while it was read: {FETCH_AGAIN}.")
         if self.dtype == "BF16":  # the upper half of a float32
             values = (values.astype(np.uint32) << 16).view(np.float32)
-        elif self.dtype != "U8":
+        elif self.dtype not in ("U8", "U32"):
             values = values.astype(np.float32)
         return values.reshape(last - first, *self.shape[1:])
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from gguf import GGMLQuantizationType
 
-from cordee.convert.checkpoint import quantization
+from cordee.convert.checkpoint import is_ternary
 from cordee.convert.convert import convert
 from cordee.convert.safetensors import INDEX, read_json
 from cordee.distribution.hub import HubFile, downloaded, repository_files
@@ -219,7 +219,7 @@ class _Puller:
         config = found[CHECKPOINT_FILES[0]]
         self._tell([config])
         with downloaded([config]) as [path]:
-            if not quantization(read_json(path), config.repository).declared:
+            if not is_ternary(read_json(path), config.repository):
                 return []
         return [*found.values(), *(whole or weights)]
 
