@@ -17,7 +17,7 @@ from cordee.distill.latent import Adam, LatentMatrix
 
 HELD_OUT = 8  # one window of so many
 # Steps of floats, of scales and of norms, in parts of their size; they fall to nothing over the training.
-RATE, SCALE_RATE, NORM_RATE = 0.05, 0.005, 0.002
+RATE, SCALE_RATE, NORM_RATE = 0.03, 0.003, 0.005
 
 
 @dataclass

@@ -62,7 +62,7 @@ class LatentMatrix:
     def __init__(self, codes: np.ndarray, scales: np.ndarray, span: int, original: np.ndarray) -> None:
         self._planes, self._rows, self._cols = codes.shape
         self.span, self._spans = span, scales.shape[2]
-        self._scales = np.ascontiguousarray(scales.reshape(self._planes, -1), dtype=np.float32)
+        self._scales = scales.reshape(self._planes, -1).astype(np.float32)  # a copy
         floats = self._spread(original)
         values = np.einsum("prc,pr->rc", self._spread_planes(codes), self._scales)
         half = self._scales.min(axis=0)[:, None] / 2 * BORDER
