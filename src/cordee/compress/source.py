@@ -120,6 +120,11 @@ class Source:
         for name, (rows, cols) in self.matrices.items():
             self._require(name, (rows, cols))
         vectors = {OUTPUT_NORM: self.model.n_embd}
+        divisors = self.divisors()
+        if divisors is not None and not (len(divisors) == self.model.head_dim // 2 and (divisors > 0).all()):
+            raise BadModelFile(
+                f"{self.name}: {DIVISORS} are no divisors of its heads' angles: {FETCH_AGAIN}."
+            )
         for layer in range(self.model.layers):
             vectors |= {f"blk.{layer}.{name}.weight": n for name, n in self.model.norms().items()}
         for name, length in vectors.items():

@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from cordee.convert.llama3_rope import llama3_divisors
 from cordee.convert.minicpm import Minicpm, minicpm_of_config
 from cordee.convert.mixture import with_mixture_of_config
 from cordee.convert.mlx import plain_tensors
@@ -62,8 +63,8 @@ ARCHITECTURES = {
     "MapleForCausalLM": ("maple", "silu"),
     "MiniCPMForCausalLM": ("minicpm", "silu"),  # BitCPM
 }
-# In which ways that have a file of their own here RoPE may be stretched, beside YaRN.
-STRETCHED = {"minicpm": ("longrope",)}
+# In which ways that have a file of their own here RoPE may be stretched.
+STRETCHED = {"llama": ("yarn", "llama3"), "qwen3": ("yarn",), "maple": ("yarn",), "minicpm": ("longrope",)}
 # Whose activations get so many planes, not all, where their scales are of rows: two round next to nothing away.
 PLANES = {"maple": 2, "minicpm": 2}
 ACTIVATIONS: dict[str, Literal["silu", "relu2"]] = {"silu": "silu", "relu2": "relu2"}
@@ -129,6 +130,7 @@ class Checkpoint:
         self._columns = 0  # that share a scale; 0: all of a row
         self._tables: tuple[str, ...] = (EMBEDDING, HEAD)  # what is no matrix of codes
         self._yarn: Yarn | None = None
+        self._divisors: np.ndarray | None = None
         self._minicpm: Minicpm | None = None
 
     def model(self, layout: Literal["trit2", "trit5"], head: str) -> TernaryModel:
@@ -150,7 +152,7 @@ class Checkpoint:
             kv_heads=self._size("num_key_value_heads", default=heads),
             head_dim=self._size("head_dim", default=n_embd // heads),
             context=self._size("max_position_embeddings", default=2048),
-            rope_base=_rope_base(self._config, self._title, "yarn", *STRETCHED.get(architecture, ())),
+            rope_base=_rope_base(self._config, self._title, *STRETCHED.get(architecture, ())),
             epsilon=self._number("rms_norm_eps"),
             activation=ACTIVATIONS[activation],
             rope="neox",
@@ -236,6 +238,8 @@ class Checkpoint:
 
     def vector(self, name: str) -> np.ndarray:
         """See `WeightSource.vector`."""
+        if self._divisors is not None and name == DIVISORS:
+            return self._divisors
         if self._yarn is not None and name == DIVISORS:
             return self._yarn.divisors
         if self._minicpm is not None and name == DIVISORS:
@@ -271,9 +275,13 @@ class Checkpoint:
         return found if stated is None else _product(found, stated)
 
     def _stretched(self, model: TernaryModel) -> TernaryModel:
-        """The model with YaRN, if it has that."""
+        """The model with Llama 3's divisors or YaRN, if it has that."""
         parameters = self._config.get("rope_parameters") or self._config.get("rope_scaling")
-        if not is_object(parameters) or "yarn" not in (parameters.get("rope_type"), parameters.get("type")):
+        kinds = (parameters.get("rope_type"), parameters.get("type")) if is_object(parameters) else ()
+        if is_object(parameters) and "llama3" in kinds:
+            self._divisors = llama3_divisors(parameters, model.head_dim, model.rope_base, self._title)
+            return replace(model, divisors=True)
+        if not is_object(parameters) or "yarn" not in kinds:
             return model
         if not model.head_norms:
             raise UnsupportedModel(

@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
 from cordee.convert import ends
-from cordee.convert.minicpm import SHORT_FACTORS, LONG_FACTORS, Minicpm, minicpm_of
+from cordee.convert.minicpm import LONG_FACTORS, SHORT_FACTORS, Minicpm, minicpm_of
 from cordee.convert.mixture import with_mixture
 from cordee.convert.rotation import rotation_of
 from cordee.convert.scales import found_scales, found_span_scales
@@ -92,11 +92,12 @@ class GgufSource:
         model = _model(self.header, self, layout, head)
         if model.architecture == "minicpm":
             self._minicpm, model = minicpm_of(model, self.header)
+        has_divisors = self.header.tensor(DIVISORS) is not None  # as models have since Llama 3.1
         _refuse_unknown(self.header, model)
         self._yarn = yarn_of(self.header, model.head_dim, model.rope_base) if model.head_norms else None
         if self._yarn is None:
             _refuse_scaling(self.header, model)
-        else:
+        if self._yarn is not None or has_divisors:
             model = replace(model, divisors=True)
         _refuse_parts(self.header, model)
         self._columns = model.scale_columns
@@ -331,7 +332,13 @@ def _refuse_parts(header: Header, model: TernaryModel) -> None:
 def _refuse_unknown(header: Header, model: TernaryModel) -> None:
     """Refuse a tensor that the engine would not use: the model needs it."""
     of_layers = {f"{name}.weight" for name in (*model.matrices(), *model.norms(), *model.routers())}
-    outside = (EMBEDDING, HEAD, OUTPUT_NORM, *((SHORT_FACTORS, LONG_FACTORS) if model.divisors else ()))
+    outside = (
+        EMBEDDING,
+        HEAD,
+        OUTPUT_NORM,
+        DIVISORS,
+        *((SHORT_FACTORS, LONG_FACTORS) if model.divisors else ()),
+    )
     for tensor in header.tensors:
         block = BLOCK.fullmatch(tensor.name)
         known = block[2] in of_layers if block else tensor.name in outside
