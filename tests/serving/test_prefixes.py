@@ -1,4 +1,4 @@
-"""Prompts are read once: what any slot holds of a new prompt is copied, and the answer is as if it were not."""
+"""Prompts are read once: what any slot holds of a new one is copied, and the answer is as if it were not."""
 
 import asyncio
 

@@ -16,7 +16,8 @@ class Limits:
     `context` is in tokens for each of `sequences` slots. `queue` bounds the streams that wait for a slot: one
     share has half as many places, and all that have a share twice as many. `in_flight` bounds the
     micro-batches under way. A micro-batch has room for a row of every sequence, so that no stream has to wait
-    for others to end.
+    for others to end. Of prompts it has at most `piece_rows` rows (0: as many as there is room for), so that
+    several stages work on one prompt.
 
     Raises:
         BadRequest: `sequences` is more than `batch_rows`.
@@ -27,6 +28,7 @@ class Limits:
     batch_rows: int
     queue: int
     in_flight: int = 1
+    piece_rows: int = 0
 
     def __post_init__(self) -> None:
         if self.sequences > self.batch_rows:

@@ -24,7 +24,8 @@ A stream's life:
   long its neighbours are.
 - **Several micro-batches in flight**: with `in_flight` n the decoding streams go in n groups, so that n
   stages work at once. A stream has at most one decode row under way, since the next needs its token; the
-  chunks of one prompt may follow each other closely.
+  chunks of one prompt follow each other closely, and are cut into pieces (`Limits.piece_rows`) so small that
+  each stage soon has one.
 - **Repeats**: a micro-batch of decode rows alone may go round by itself, each time with the tokens that it
   gave, for a bounded number of steps; so the scheduler is not needed between two tokens. It ends with the
   first stream that ends, or when `halts` names it because other rows wait. Until it has ended, the slots of
@@ -432,6 +433,8 @@ class Scheduler:
         streams = [stream for stream in active if stream.rows_left and not stream.decodes]
         streams = [stream for stream in streams if not self._prefixes.awaits(stream, active)]
         streams.sort(key=lambda stream: stream.rows_left)
+        if self._limits.piece_rows:
+            budget = min(budget, max(self._limits.piece_rows, len(streams)))
         if any(stream.decodes or not stream.rows_left for stream in self._active.values()):
             budget = min(budget, max(PREFILL_ROWS_BESIDE_DECODE, len(streams)))
         segments: list[Segment] = []

@@ -57,6 +57,9 @@ from cordee.worker.stages import Stages
 QUEUE = 256  # streams that wait while others are answered
 # Asks whose grammar is being tried or compiled. As many streams as may wait, of this node and a few others.
 ADMITTING_MAX = 1024
+# Of a prompt's pieces, where several machines work on them at once: as few as cost no more a row than 512 do
+# (docs/performance.md), on CPUs and on graphics cards.
+CPU_PIECE_ROWS, GPU_PIECE_ROWS = 64, 256
 IN_FLIGHT_MAX = 8  # micro-batches that travel at once: one for each machine keeps all of them busy
 ANSWER_SECONDS = 3.0  # for the stages to answer a KV query; their predecessors may be computing
 # For how long streams may take over what the placement before has of them: gateways ask a new host at once.
@@ -95,6 +98,7 @@ class SchedulerHost:
             batch_rows=max(BATCH_ROWS, placement.sequences),
             queue=queue,
             in_flight=in_flight or _in_flight(goal),
+            piece_rows=_piece_rows(goal),
         )
         scheduler = Scheduler(limits, vocabulary.end_of_generation)
         self._host = Host(scheduler, vocabulary.size, Random(secrets.randbits(64)))
@@ -405,6 +409,14 @@ class SchedulerHost:
         payload = np.asarray(tokens, dtype=np.int32).data.cast("B")
         frames.write(self._first, Rows(self._wiring, 0, tuple(runs), {}, measure=True), payload)
         return await self._digests
+
+
+def _piece_rows(goal: HostGoal) -> int:
+    """See `Limits.piece_rows`; 0 for one machine alone, whose stages share its cores."""
+    stages = goal.placement.stages
+    if len({stage.node for stage in stages}) == 1:
+        return 0
+    return CPU_PIECE_ROWS if all(stage.device == "CPU" for stage in stages) else GPU_PIECE_ROWS
 
 
 def _in_flight(goal: HostGoal) -> int:
