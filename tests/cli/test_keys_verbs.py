@@ -118,10 +118,6 @@ def test_a_key_opens_all_nodes_and_a_revoked_one_none(cluster: Cluster) -> None:
     until(lambda: lan(cluster, "b", "/v1/models", key).status_code == 200)
     for name in "ab":
         until(lambda name=name: lan(cluster, name, "/v1/completions", key, ASK).status_code == 200)
-    first.do("key", "limit", "marie", "tokens=1/min")  # which were used
-    until(lambda: lan(cluster, "b", "/v1/completions", key, ASK).status_code == 429)
-    first.do("key", "limit", "marie", "none")
-    until(lambda: lan(cluster, "b", "/v1/completions", key, ASK).status_code == 200)
     first.do("key", "rm", "marie")
     revoked = time.monotonic()
     until(lambda: lan(cluster, "b", "/v1/models", key).status_code == 401)
@@ -133,6 +129,16 @@ def test_a_key_opens_all_nodes_and_a_revoked_one_none(cluster: Cluster) -> None:
         return sum(row["tokens_out"] for row in used if row["key"] == "marie")
 
     until(lambda: tokens_out() == 3)
+
+
+def test_new_limits_of_a_key_hold_on_all_nodes(cluster: Cluster) -> None:
+    first = cluster.nodes["a"]
+    key = first.do("key", "add", "paul").strip()
+    until(lambda: lan(cluster, "b", "/v1/completions", key, ASK).status_code == 200)
+    first.do("key", "limit", "paul", "tokens=1/min")
+    until(lambda: lan(cluster, "b", "/v1/completions", key, ASK).status_code == 429)
+    first.do("key", "limit", "paul", "none")
+    until(lambda: lan(cluster, "b", "/v1/completions", key, ASK).status_code == 200)
 
 
 def test_the_key_of_a_machine_that_founds_a_cluster_goes_along(cluster: Cluster, tmp_path: Path) -> None:
