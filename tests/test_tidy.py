@@ -72,6 +72,7 @@ ROOMS = (
         "demo",
         "terminal",
         "compress",
+        "install",
         "cli",
     ),
 )

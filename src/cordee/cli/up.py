@@ -42,6 +42,19 @@ POLL_SECONDS = 0.05
 READ_BYTES = 4096  # at a time, of a standard input that nobody needs
 
 
+def _choose_cpu_variant(_: click.Context, __: click.Parameter, name: str | None) -> None:
+    """Have this process and its workers compute with it.
+
+    Raises:
+        BadRequest: this machine cannot.
+    """
+    from cordee.engine.llama import backends, libllama
+
+    if name:
+        os.environ[backends.VARIABLE] = name
+        libllama.load()
+
+
 @click.command()
 @click.option("--name", metavar="NAME", help="Name of this node; default: the machine's.")
 @click.option(
@@ -82,10 +95,11 @@ READ_BYTES = 4096  # at a time, of a standard input that nobody needs
 )
 @click.option(
     "--cpu-variant",
-    "cpu_variant",
     metavar="NAME",
-    help="Compute with this CPU variant of libllama (`cordee doctor` lists them) instead of the best for this "
-    "processor. common: the one that nearly all PCs can run, so that answers move between unlike machines "
+    expose_value=False,
+    callback=_choose_cpu_variant,
+    help="Compute with this CPU variant of libllama (`cordee doctor` lists them) instead of this processor's "
+    "best. common: the one that nearly all PCs can run, so that answers move between unlike machines "
     "without changing. Needs the prebuilt libllama.",
 )
 @options.local_key
@@ -109,7 +123,6 @@ def up(
     port: int,
     scouting: str,
     lent_bytes: int | None,
-    cpu_variant: str | None,
     wants_key: bool,
     spot_check: float,
     log_file: str | None,
@@ -130,14 +143,10 @@ def up(
     from cordee.agent.control import AgentSocket
     from cordee.api.keys import LocalKey
     from cordee.api.lan_server import LanChoice, LanServer
-    from cordee.engine.llama import backends, libllama
     from cordee.net import identity
     from cordee.net.bus import BusOptions
 
     logs.begin(Path(log_file) if log_file else None, log_format)
-    if cpu_variant:
-        os.environ[backends.VARIABLE] = cpu_variant  # for workers, too
-        libllama.load()  # refuses one that this machine cannot run
     interface = "" if scouting == "off" else scouting
     BusOptions(address or "", peers, interface).check()  # before anything is made, or kept
     choice = LanChoice.of(more)
