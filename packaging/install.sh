@@ -74,6 +74,7 @@ free_kb=$(df -Pk "$existing" | awk 'END { print $4 }')
     fail "This folder is damaged or incomplete (above)." "Copy it anew."
 
 umask 022
+[ "$switch" = yes ] || bin=$prefix
 version=$(cat "$here/VERSION")
 target=$prefix/$version
 mkdir -p "$prefix" "$bin"
@@ -91,6 +92,8 @@ else
     touch "$target/whole"
 fi
 
+[ "$switch" = yes ] || exit 0
+
 # The folder stays, so that this machine can give it to the next: cordee invite --with-installer.
 if [ "$here" != "$prefix/bundle" ]; then
     rm -rf "$prefix/bundle.partial"
@@ -98,7 +101,6 @@ if [ "$here" != "$prefix/bundle" ]; then
     rm -rf "$prefix/bundle"
     mv "$prefix/bundle.partial" "$prefix/bundle"
 fi
-[ "$switch" = yes ] || exit 0
 ln -sfn "$version" "$prefix/current.new"
 mv -T "$prefix/current.new" "$prefix/current"
 ln -sfn "$prefix/current/bin/cordee" "$bin/cordee"

@@ -76,6 +76,7 @@ ROOMS = (
         "terminal",
         "compress",
         "distill",
+        "install",
         "cli",
     ),
 )

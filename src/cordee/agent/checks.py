@@ -229,10 +229,10 @@ def variant_findings(nodes: Sequence[Facts]) -> list[Finding]:
         f"{variant} on {', '.join(names[:NAMED_MAX])}" for variant, names in sorted(by_variant.items())
     )
     what = (
-        f"The nodes compute with different CPU variants: {listed}. An answer that moves from one to the other "
+        f"The nodes compute with different CPU variants: {listed}. An answer that moves between them "
         "goes on, but is not the same token for token."
     )
-    remedy = "cordee up --cpu-variant common    (on each; it needs the prebuilt libllama, and is a bit slower)"
+    remedy = "cordee up --cpu-variant common    (on each; needs the prebuilt libllama, a bit slower)"
     return [Finding(what, remedy, False)]
 
 

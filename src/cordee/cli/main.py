@@ -17,6 +17,7 @@ from cordee.cli.demo import demo
 from cordee.cli.doctor import doctor
 from cordee.cli.export import export
 from cordee.cli.identity import identity
+from cordee.cli.installed import uninstall, update
 from cordee.cli.keys import key, usage
 from cordee.cli.members import admin, drain, invite, join, leave, remove
 from cordee.cli.models import ls, pull, rm
@@ -26,6 +27,7 @@ from cordee.cli.plan import plan
 from cordee.cli.ps import ps
 from cordee.cli.run import run
 from cordee.cli.serve import serve
+from cordee.cli.service import service
 from cordee.cli.show import show
 from cordee.cli.status import deploy, status, undeploy
 from cordee.cli.up import up
@@ -105,6 +107,7 @@ VERBS = (
     *(up, invite, join, nodes, status, deploy, undeploy, drain, leave, remove, admin, identity),
     *(key, usage),
     *(open_page, ps, doctor, bench, evaluate, demo),
+    *(service, update, uninstall),
 )
 LOOKED_AT = ("source", "prompt")  # by their verb, which knows more of what they may be
 for verb in VERBS:

@@ -18,11 +18,11 @@ def nodes(as_json: bool, watch: bool) -> None:
     """List the nodes of the cluster: state, version, memory, devices, network delay.
 
     STATE is alive, suspect (not heard from for a few seconds) or gone; members that are off are listed as
-    gone, with the time when they were heard last. VERSION is that of Cordée, CPU the variant of
-    libllama for its processor; between equal ones answers move without changing. MEMORY is what models may use on
-    a node, IN USE what they use. ROUND TRIP is the time for a message from this node to that one and back.
-    Below are warnings, if there are any: certificates that run out within ten days, copied disks, versions
-    that do not understand each other.
+    gone, with the time when they were heard last. VERSION is that of Cordée, CPU the variant of libllama for
+    its processor: between equal ones answers move without changing. MEMORY is what models may use on a node,
+    IN USE what they use. ROUND TRIP is the time for a message from this node to that one and back. Below are
+    warnings, if there are any: certificates that run out within ten days, copied disks, versions that do not
+    understand each other.
     """
     from cordee.agent import control
 

@@ -39,6 +39,19 @@ KEYS_SECONDS = 10.0  # for a member to hear of the keys that there are
 POLL_SECONDS = 0.05
 
 
+def _choose_cpu_variant(_: click.Context, __: click.Parameter, name: str | None) -> None:
+    """Have this process and its workers compute with it.
+
+    Raises:
+        BadRequest: this machine cannot.
+    """
+    from cordee.engine.llama import backends, libllama
+
+    if name:
+        os.environ[backends.VARIABLE] = name
+        libllama.load()
+
+
 @click.command()
 @click.option("--name", metavar="NAME", help="Name of this node; default: the machine's.")
 @click.option(
@@ -79,10 +92,11 @@ POLL_SECONDS = 0.05
 )
 @click.option(
     "--cpu-variant",
-    "cpu_variant",
     metavar="NAME",
-    help="Compute with this CPU variant of libllama (`cordee doctor` lists them) instead of the best for this "
-    "processor. common: the one that nearly all PCs can run, so that answers move between unlike machines "
+    expose_value=False,
+    callback=_choose_cpu_variant,
+    help="Compute with this CPU variant of libllama (`cordee doctor` lists them) instead of this processor's "
+    "best. common: the one that nearly all PCs can run, so that answers move between unlike machines "
     "without changing. Needs the prebuilt libllama.",
 )
 @options.local_key
@@ -106,7 +120,6 @@ def up(
     port: int,
     scouting: str,
     lent_bytes: int | None,
-    cpu_variant: str | None,
     wants_key: bool,
     spot_check: float,
     log_file: str | None,
@@ -127,14 +140,10 @@ def up(
     from cordee.agent.control import AgentSocket
     from cordee.api.keys import LocalKey
     from cordee.api.lan_server import LanChoice, LanServer
-    from cordee.engine.llama import backends, libllama
     from cordee.net import identity
     from cordee.net.bus import BusOptions
 
     logs.begin(Path(log_file) if log_file else None, log_format)
-    if cpu_variant:
-        os.environ[backends.VARIABLE] = cpu_variant  # for workers, too
-        libllama.load()  # refuses one that this machine cannot run
     interface = "" if scouting == "off" else scouting
     BusOptions(address or "", peers, interface).check()  # before anything is made, or kept
     choice = LanChoice.of(more)

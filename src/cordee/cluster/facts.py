@@ -173,10 +173,11 @@ class Facts(msgspec.Struct, frozen=True):
     `api` is where it serves clients, `inbox` where the last stages of the models it hosts send their tokens.
     What it *has* (devices' memory, disk) counts as if nothing of this cluster ran or was half fetched, so
     that a decision does not undo itself. `rtts` are seconds to other nodes and back, as measured; `build`
-    names the engine's build, its CPU variant last (streams move token-identically only between equal
-    ones), `version` that of Cordée; `draining`: the node wants its stages elsewhere; `admin`: it can invite and remove nodes, and
-    renews certificates that ran out at the addresses `renewals`, joined by commas. Its own is valid until
-    `certificate_ends`, in seconds since 1970. `page` is where other machines find its page; empty: nowhere.
+    names the engine's build, its CPU variant last (streams move token-identically only between equal ones),
+    `version` that of Cordée; `draining`: the node wants its stages elsewhere; `admin`: it can invite and
+    remove nodes, and renews certificates that ran out at the addresses `renewals`, joined by commas. Its own
+    is valid until `certificate_ends`, in seconds since 1970. `page` is where other machines find its page;
+    empty: nowhere.
     """
 
     node: str

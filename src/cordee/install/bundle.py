@@ -26,7 +26,7 @@ LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9._+/-]{1,200})")  # no name leads
 VERSION_TEXT = re.compile(r"([0-9][0-9A-Za-z.+]{0,40})-([0-9a-f]{8})")
 
 
-class Bundle:
+class InstallBundle:
     """A folder that installs Cordée.
 
     Raises:
@@ -100,7 +100,7 @@ class Bundle:
                 raise BadRequest(f"{self.folder / name} is damaged: copy the folder anew.")
 
 
-def write(folder: Path, version: str, key: Ed25519PrivateKey) -> Bundle:
+def write(folder: Path, version: str, key: Ed25519PrivateKey) -> InstallBundle:
     """Make a bundle of a folder whose other files are all there: digests, signature, version."""
     listed = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     own = {SUMS, SIGNATURE, MAKER, VERSION}
@@ -111,7 +111,7 @@ def write(folder: Path, version: str, key: Ed25519PrivateKey) -> Bundle:
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     (folder / MAKER).write_bytes(public)
     (folder / VERSION).write_text(f"{version}-{hashlib.sha256(sums).hexdigest()[:8]}\n", encoding="ascii")
-    return Bundle(folder)
+    return InstallBundle(folder)
 
 
 def _digest(path: Path) -> str:

@@ -1,9 +1,9 @@
 """The backends of a libllama that keeps them in libraries of their own (GGML_BACKEND_DL), as ours does.
 
 Its folder has a CPU backend for each generation of processors, `libggml-cpu-VARIANT.so`, one of which this
-process takes: the best that the machine can run, or the one that was asked for. Backends of graphics cards may
-lie beside them, and count where their drivers are. A libllama that was compiled on the machine has what it
-needs inside, and one variant only.
+process takes: the best that the machine can run, or the one that was asked for. Backends of graphics cards
+may lie beside them, and count where their drivers are. A libllama that was compiled on the machine has what
+it needs inside, and one variant only.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ BINDINGS = "llama_cpp"
 LIBRARY_PATH = "LLAMA_CPP_LIB_PATH"  # where the bindings look for libllama
 VARIABLE = "CORDEE_CPU_VARIANT"  # what workers are told by who starts them
 NATIVE = "native"  # the variant of a libllama that was compiled on this machine
-# What `common` stands for: AVX2 and FMA. PCs have had them since 2013 (Intel) and 2015 (AMD), and what AVX-512
+# What `common` stands for: AVX2 and FMA. PCs have had them since 2013 (Intel) and 2015 (AMD); what AVX-512
 # adds changes the bits of most weight types.
 COMMON = "haswell"
 SUFFIX = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
@@ -83,7 +83,7 @@ def load(folder: Path, registry: ctypes.CDLL) -> Backends:
     if registry.ggml_backend_reg_count():
         if name not in ("", NATIVE):
             raise BadRequest(
-                f"There is no CPU variant {wanted!r} here: this libllama was compiled for this machine alone. "
+                f"There is no CPU variant {wanted!r} here: this libllama was compiled for this machine. "
                 f"Install Cordée from its wheels, or leave the choice out (--cpu-variant, {VARIABLE})."
             )
         return Backends(NATIVE, (NATIVE,), tuple(_libraries(folder, "")))
