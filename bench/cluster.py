@@ -1,6 +1,7 @@
 """What a cluster costs: seconds until a fault is noticed and over, what hops add, the first half hour.
 
-    python bench/cluster.py [--faults N] [--cases PREFIX] [--machine NAME] [--csv FILE]      as root, on Linux
+    python bench/cluster.py [--faults N] [--cases PREFIX,…] [--machine NAME] [--csv FILE] [--json]
+                            [--peer llama.cpp-rpc=FOLDER]                              as root, on Linux
 
 Takes six minutes on two quiet cores. Says what it does, prints the table of docs/performance.md, and writes
 all figures to bench/results/cluster-MACHINE.csv, and each fault to cluster-MACHINE-faults.csv beside it.
@@ -15,8 +16,10 @@ Cases:
     hops      one stream's milliseconds a token, with the same model in 1 to 4 stages.
     promise   seconds of each step from nothing to a first token, slices at 1 Gbit/s (tc tbf); and the same
               for gpt-oss-120b on four machines, by arithmetic that is shown.
+    peer      one model over four hosts, beside llama.cpp's RPC if --peer says where that is: see
+              bench/cluster_peer.py. Only if it is asked for by name, since it takes half an hour.
 
-Only hops have a peer, the one stage; in the other cases `peer` is null.
+The peer of hops is the one stage; where there is none, `peer` is null.
 """
 
 import argparse
@@ -41,6 +44,7 @@ from gguf import GGMLQuantizationType
 TESTS = Path(__file__).parents[1] / "tests"
 sys.path[:0] = [str(TESTS / "namespaces"), str(TESTS / "helpers")]
 
+import cluster_peer  # noqa: E402
 import netfaults  # noqa: E402
 import tiny  # noqa: E402
 from cordee.cluster.facts import Placement, StagePlace  # noqa: E402
@@ -66,6 +70,7 @@ LARGE_BYTES, LARGE_MACHINES = 63.4e9, 4
 DISK_BYTES_PER_SECOND = 1e9  # a plain NVMe disk; a SATA disk reads half
 INTERNET_BYTES_PER_SECOND = 1e9 / 8  # of a home with fibre
 INSTALL_SECONDS = 160.0
+STARTER = Path(sys.prefix) / "share" / "cordee" / "starter.gguf"
 RESULTS = Path(__file__).parent / "results"
 STARTED = time.monotonic()
 
@@ -362,12 +367,16 @@ def readme(figures: Sequence[Figure]) -> str:
             losses.append(f"| {title} | {middle.ours:.1f} | {worst.ours:.1f} | {middle.note} |")
     steps = [each for each in figures if each.case.startswith(("promise", "gpt"))]
     hops = [each for each in figures if each.case.startswith("hops")]
+    peers = [each for each in figures if each.case.startswith("cluster4")]
     tables = {
         "| seconds from a fault | median | p99 | |\n|---|---|---|---|": losses,
         "| step | seconds | |\n|---|---|---|": [
             f"| {each.case} | {each.ours:.1f} | {each.note} |" for each in steps
         ],
         "| stages | ms a token |\n|---|---|": [f"| {each.case} | {each.ours:.2f} |" for each in hops],
+        "| four hosts | ours | llama.cpp RPC | |\n|---|---|---|---|": [
+            f"| {each.case} | {each.ours:.1f} | {each.peer or 0:.1f} | {each.unit} |" for each in peers
+        ],
     }
     return "\n\n".join("\n".join((head, *lines)) for head, lines in tables.items() if lines)
 
@@ -387,8 +396,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument(
-        "--cases", default="", help="only the cases whose name begins so: faults, hops or promise"
+        "--cases", default="faults,hops,promise", help="the cases, separated by commas; peer is one, too"
     )
+    parser.add_argument("--peer", type=cluster_peer.peer_folder, help="llama.cpp-rpc=FOLDER")
+    parser.add_argument("--json", action="store_true", help="one object a line in place of the tables")
     parser.add_argument("--machine", default=this_machine(), help="name of this machine in the files")
     parser.add_argument("--csv", type=Path, help="where to write the figures")
     options = parser.parse_args()
@@ -398,11 +409,12 @@ def main() -> None:
         "faults": lambda: faults(options.faults, each_fault),
         "hops": hops,
         "promise": promise,
+        "peer": lambda: (Figure(**row) for row in cluster_peer.peer(STARTER, options.peer, tell)),
     }
     figures: list[Figure] = []
     try:
         for name, measure in cases.items():
-            if name.startswith(options.cases):
+            if name in options.cases.split(","):
                 tell(name)
                 figures += list(measure())
     except Unable as error:
@@ -411,7 +423,10 @@ def main() -> None:
     path = options.csv or RESULTS / f"cluster-{slug}.csv"
     write(path, options.machine, [{**each.line(), "note": each.note} for each in figures])
     write(path.with_name(f"{path.stem}-faults.csv"), options.machine, each_fault)
-    print(readme(figures))
+    if options.json:
+        print("\n".join(json.dumps(each.line()) for each in figures))
+    else:
+        print(readme(figures))
 
 
 if __name__ == "__main__":

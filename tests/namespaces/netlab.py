@@ -43,10 +43,15 @@ class Unable(Exception):
 
 @dataclass
 class Machine:
-    """What a host is like. `disk_bytes`: its state folder is a disk of that size."""
+    """What a host is like. `disk_bytes`: its state folder is a disk of that size.
+
+    Its share of the processors is given anew every `cpu_period_us`: with long periods, who waits for another
+    host waits for the next period, too.
+    """
 
     memory_bytes: int = 1000 * MEGABYTE
     cpus: float = 2.0
+    cpu_period_us: int = CPU_PERIOD_US
     disk_bytes: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -91,7 +96,7 @@ class Host:
 
     def popen(
         self, arguments: Sequence[str], environment: dict[str, str] | None = None, **streams: object
-    ) -> subprocess.Popen:
+    ) -> "subprocess.Popen[bytes]":
         """Start a program of this Python."""
         entries = [str(group / "cgroup.procs") for group in self._groups]
         # The shell enters the control groups before the program begins.
@@ -310,15 +315,16 @@ def _groups(name: str) -> list[Path]:
 
 
 def _limit(groups: Sequence[Path], machine: Machine) -> None:
-    quota = round(machine.cpus * CPU_PERIOD_US)
+    period = machine.cpu_period_us
+    quota = round(machine.cpus * period)
     if len(groups) == 1:
         (CGROUPS / "cgroup.subtree_control").write_text("+memory +cpu")
         (groups[0] / "memory.max").write_text(str(machine.memory_bytes))
-        (groups[0] / "cpu.max").write_text(f"{quota} {CPU_PERIOD_US}")
+        (groups[0] / "cpu.max").write_text(f"{quota} {period}")
     else:
         memory, cpu = groups
         (memory / "memory.limit_in_bytes").write_text(str(machine.memory_bytes))
-        (cpu / "cpu.cfs_period_us").write_text(str(CPU_PERIOD_US))
+        (cpu / "cpu.cfs_period_us").write_text(str(period))
         (cpu / "cpu.cfs_quota_us").write_text(str(quota))
 
 
