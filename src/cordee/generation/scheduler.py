@@ -23,9 +23,10 @@ A stream's life:
   short ones do not need goes to the long ones. So a short request starts after about its own work, however
   long its neighbours are.
 - **Several micro-batches in flight**: with `in_flight` n the decoding streams go in n groups, so that n
-  stages work at once. A stream has at most one decode row under way, since the next needs its token; the
-  chunks of one prompt follow each other closely, and are cut into pieces (`Limits.piece_rows`) so small that
-  each stage soon has one.
+  stages work at once. Each group has one micro-batch under way, which a stream that joins waits for: streams
+  that went as they came would soon be so mixed that each row takes a call of the llama engine. A stream has
+  at most one decode row under way, since the next needs its token; the chunks of one prompt follow each other
+  closely, and are cut into pieces (`Limits.piece_rows`) so small that each stage soon has one.
 - **Repeats**: a micro-batch of decode rows alone may go round by itself, each time with the tokens that it
   gave, for a bounded number of steps; so the scheduler is not needed between two tokens. It ends with the
   first stream that ends, or when `halts` names it because other rows wait. Until it has ended, the slots of
@@ -433,7 +434,7 @@ class Scheduler:
         for stream, group in groups.items():
             if stream.decodes and group not in under_way:
                 ready.setdefault(group, []).append(stream)
-        chosen = max(ready.values(), key=len, default=[])
+        chosen = max(ready.values(), key=len) if ready else []
         return [self._segment(stream, 1) for stream in chosen]
 
     def _groups(self) -> dict[SlottedStream, int]:
@@ -471,7 +472,3 @@ class Scheduler:
         sample = stream.rows_left == 0
         score = stream.is_scored and first < len(stream.request.prompt) - 1
         return Segment(stream.request.id, slot.sequence, first, tokens, sample, slot.tenure, inherit, score)
-
-
-def _ceil_div(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
