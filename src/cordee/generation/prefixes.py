@@ -21,8 +21,8 @@ from cordee.generation.tokenlog import common_prefix
 
 # Fewer cached tokens than this do not decide which slot a stream gets: so few rows are soon computed again.
 PREFIX_TOKENS_MIN = 8
-# A copy has to bring at least this part of a context: libllama copies the whole cache of a sequence, which took
-# as long as computing a seven-hundredth of its tokens (the starter model on a CPU of 2023).
+# A copy has to bring at least this part of a context: libllama copies the whole cache of a sequence, which
+# took as long as computing a seven-hundredth of its tokens (the starter model on one core).
 COPIED_SHARE_MIN = 1 / 256
 # To wait for another stream's rows has to save as many as usually travel beside decode rows, and half of
 # one's own: else a short request would wait for the long one that came with it.

@@ -23,9 +23,10 @@ A stream's life:
   short ones do not need goes to the long ones. So a short request starts after about its own work, however
   long its neighbours are.
 - **Several micro-batches in flight**: with `in_flight` n the decoding streams go in n groups, so that n
-  stages work at once. A stream has at most one decode row under way, since the next needs its token; the
-  chunks of one prompt follow each other closely, and are cut into pieces (`Limits.piece_rows`) so small that
-  each stage soon has one.
+  stages work at once. Each group has one micro-batch under way, which a stream that joins waits for: streams
+  that went as they came would soon be so mixed that each row takes a call of the llama engine. A stream has
+  at most one decode row under way, since the next needs its token; the chunks of one prompt follow each other
+  closely, and are cut into pieces (`Limits.piece_rows`) so small that each stage soon has one.
 - **Repeats**: a micro-batch of decode rows alone may go round by itself, each time with the tokens that it
   gave, for a bounded number of steps; so the scheduler is not needed between two tokens. It ends with the
   first stream that ends, or when `halts` names it because other rows wait. Until it has ended, the slots of
@@ -187,7 +188,8 @@ class Scheduler:
         for stream in opening:
             stream.opened = True
         steps = self._steps(segments)
-        self._in_flight[self._batches] = Flight(sampled, scored, repeats=steps > 1)
+        decoding = {self._active[each.stream] for each in segments if each.sample and len(each.tokens) == 1}
+        self._in_flight[self._batches] = Flight(sampled, scored, decoding, repeats=steps > 1)
         return MicroBatch(self._batches, tuple(segments), opens, steps, self._prefixes.take_copies())
 
     def complete(
@@ -235,12 +237,15 @@ class Scheduler:
         """
         full = len(self._in_flight) >= self._limits.in_flight
         wanted = full and (self._others_wait() or any(stream.apart for stream in self._active.values()))
+        groups = self._groups()
+        joined = {group for stream, group in groups.items() if stream.decodes}
         owed = self._waiting and self.active < self._limits.sequences and not self._free_slots()
         found: list[int] = []
         for number, flight in self._in_flight.items():
             lives = [self._active.get(stream.request.id) is stream for stream in flight.streams]
             unwanted = not any(lives) or (owed and not all(lives))
-            if flight.repeats and not flight.halted and (wanted or unwanted):
+            awaited = any(groups.get(stream) in joined for stream in flight.decoding)
+            if flight.repeats and not flight.halted and (wanted or unwanted or awaited):
                 flight.halted = True
                 found.append(number)
         return found
@@ -417,15 +422,27 @@ class Scheduler:
         return [slot for slot in self._slots if slot.sequence not in taken]
 
     def _decode_segments(self) -> list[Segment]:
-        """One row each of an equal share of the streams, leaving some for each micro-batch still unsent.
+        """One row each of the streams of a group that can all go, of that with most."""
+        groups = self._groups()
+        under_way = {
+            groups[stream]
+            for flight in self._in_flight.values()
+            for stream in flight.decoding
+            if stream in groups
+        }
+        ready: dict[int, list[SlottedStream]] = {}
+        for stream, group in groups.items():
+            if stream.decodes and group not in under_way:
+                ready.setdefault(group, []).append(stream)
+        chosen = max(ready.values(), key=len) if ready else []
+        return [self._segment(stream, 1) for stream in chosen]
 
-        `in_flight` shares make the whole, so a stream that is left over goes with one of the next few.
-        """
-        ready = [stream for stream in self._active.values() if stream.decodes]
-        ready.sort(key=lambda stream: stream.slot.sequence)
-        unsent = self._limits.in_flight - len(self._in_flight)
-        rows = min(_ceil_div(self.active, self._limits.in_flight), _ceil_div(len(ready), unsent))
-        return [self._segment(stream, 1) for stream in ready[:rows]]
+    def _groups(self) -> dict[SlottedStream, int]:
+        """The groups in which streams decode: `in_flight` of them, as even as can be, of neighbouring slots,
+        since the llama engine computes consecutive sequences in one call."""
+        streams = sorted(self._active.values(), key=lambda stream: stream.slot.sequence)
+        count = self._limits.in_flight
+        return {stream: place * count // len(streams) for place, stream in enumerate(streams)}
 
     def _prefill_segments(self, budget: int) -> list[Segment]:
         """Water-filling of at most `budget` rows over the prompts, at least one row each."""
@@ -436,7 +453,8 @@ class Scheduler:
         if self._limits.piece_rows:
             budget = min(budget, max(self._limits.piece_rows, len(streams)))
         if any(stream.decodes or not stream.rows_left for stream in self._active.values()):
-            budget = min(budget, max(PREFILL_ROWS_BESIDE_DECODE, len(streams)))
+            beside = self._limits.piece_rows // 2 or PREFILL_ROWS_BESIDE_DECODE
+            budget = min(budget, max(beside, len(streams)))
         segments: list[Segment] = []
         for index, stream in enumerate(streams):
             rows = min(stream.rows_left, budget // (len(streams) - index))
@@ -454,7 +472,3 @@ class Scheduler:
         sample = stream.rows_left == 0
         score = stream.is_scored and first < len(stream.request.prompt) - 1
         return Segment(stream.request.id, slot.sequence, first, tokens, sample, slot.tenure, inherit, score)
-
-
-def _ceil_div(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)

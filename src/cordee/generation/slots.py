@@ -59,9 +59,10 @@ class SlottedStream:
 @dataclass(eq=False)
 class Flight:
     """A micro-batch under way: the streams that get a token from it, those that get scores of so many rows,
-    and whether it goes round."""
+    those that have no other row in it, and whether it goes round."""
 
     streams: list[SlottedStream]
     scored: list[tuple[SlottedStream, int]]
+    decoding: set[SlottedStream]
     repeats: bool
     halted: bool = False

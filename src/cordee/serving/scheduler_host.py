@@ -60,7 +60,8 @@ ADMITTING_MAX = 1024
 # Of a prompt's pieces, where several machines work on them at once: as few as cost no more a row than 512 do
 # (docs/performance.md), on CPUs and on graphics cards.
 CPU_PIECE_ROWS, GPU_PIECE_ROWS = 64, 256
-IN_FLIGHT_MAX = 8  # micro-batches that travel at once: one for each machine keeps all of them busy
+# Micro-batches that travel at once: one for each machine keeps all of them busy, and one is on its way.
+IN_FLIGHT_MAX = 9
 ANSWER_SECONDS = 3.0  # for the stages to answer a KV query; their predecessors may be computing
 # For how long streams may take over what the placement before has of them: gateways ask a new host at once.
 KV_QUERY_SECONDS = 5.0
@@ -73,8 +74,8 @@ log = logging.getLogger(__name__)
 class SchedulerHost:
     """The scheduler of a placement's model. `send` takes the node of a gateway and the message to it.
 
-    `queue` streams may wait. `in_flight` micro-batches travel at once; None: as many as there are machines.
-    `joined` is called when it has joined a wiring, `late` with the other nodes of the placement and the
+    `queue` streams may wait. `in_flight` micro-batches travel at once; None: as many as keep all machines
+    busy. `joined` is called when it has joined a wiring, `late` with the other nodes of the placement and the
     seconds when a result of theirs is too long in coming.
     """
 
@@ -141,8 +142,9 @@ class SchedulerHost:
         """Whether this scheduler suits a goal: it has as many slots, of the same length."""
         if goal is None:
             return False
-        wanted = (goal.placement.sequences, goal.placement.context, _in_flight(goal))
-        return wanted == (self._limits.sequences, self._limits.context, self._limits.in_flight)
+        wanted = (goal.placement.sequences, goal.placement.context, _in_flight(goal), _piece_rows(goal))
+        limits = self._limits
+        return wanted == (limits.sequences, limits.context, limits.in_flight, limits.piece_rows)
 
     @property
     def is_joined(self) -> bool:
@@ -420,4 +422,5 @@ def _piece_rows(goal: HostGoal) -> int:
 
 
 def _in_flight(goal: HostGoal) -> int:
-    return min(len({stage.node for stage in goal.placement.stages}), IN_FLIGHT_MAX)
+    machines = len({stage.node for stage in goal.placement.stages})
+    return 1 if machines == 1 else min(machines + 1, IN_FLIGHT_MAX)
