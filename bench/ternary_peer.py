@@ -98,9 +98,7 @@ def _ternary(draw: np.random.Generator, shape: tuple[int, int], kind: TensorType
     return table.reshape(shape[0], -1)
 
 
-def _add(
-    writer: GGUFWriter, name: str, stored: np.ndarray, shape: tuple[int, ...], kind: TensorType
-) -> None:
+def _add(writer: GGUFWriter, name: str, stored: np.ndarray, shape: tuple[int, ...], kind: TensorType) -> None:
     raw_dtype = cast(GGMLQuantizationType, kind)  # the writer looks at its number only
     writer.add_tensor(name, stored.view(np.int8), raw_shape=shape, raw_dtype=raw_dtype)
 

@@ -32,6 +32,8 @@ def answer(path: Path, count: int = TOKENS) -> str:
     for position in range(len(tokens), len(tokens) + count - 1):
         found.append(int(stage.decode(batch_of_one(found[-1:], position)).argmax()))
     stage.close()
+    ends = (number for number, token in enumerate(found) if token in vocabulary.end_of_generation)
+    found = found[: next(ends, count)]
     assert len(set(found)) > min(count // 2, 20)
     return vocabulary.detokenize(found).decode(errors="replace")
 

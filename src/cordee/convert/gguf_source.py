@@ -21,7 +21,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize
 
 from cordee.convert import ends
-from cordee.convert.minicpm import SHORT_FACTORS, LONG_FACTORS, Minicpm, minicpm_of
+from cordee.convert.minicpm import LONG_FACTORS, SHORT_FACTORS, Minicpm, minicpm_of
 from cordee.convert.mixture import with_mixture
 from cordee.convert.rotation import rotation_of
 from cordee.convert.scales import found_scales, found_span_scales
