@@ -65,7 +65,7 @@ def of_experts(weights: Weights, name: str, array: np.ndarray) -> np.ndarray:
 def write_gguf(
     path: Path, weights: Weights, kind: GGMLQuantizationType, changes: dict[str, object] | None = None
 ) -> None:
-    """As llama.cpp stores it; its scales are f16, so weights' become such. A key changed to None is left out."""
+    """As llama.cpp stores it: scales become f16, those of `weights`, too. Keys of None are left out."""
     model = weights.model
     writer = GGUFWriter(path, "maple")
     keys = {
@@ -100,7 +100,9 @@ def write_gguf(
             continue
         scales = weights.scales(name)
         scales[:] = scales.astype(np.float16)
-        writer.add_tensor(name, quantize(of_experts(weights, name, weights.floats(name)), kind), raw_dtype=kind)
+        writer.add_tensor(
+            name, quantize(of_experts(weights, name, weights.floats(name)), kind), raw_dtype=kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -139,13 +141,18 @@ def write_hub(folder: Path, weights: Weights, form: str, **changes: object) -> N
                 tensors[f"{own}.weight"] = ("BF16", bf16(one))
         elif name in ("token_embd.weight", "output.weight") and form == "mlx":
             codes = np.random.default_rng(len(name)).integers(0, 16, array.shape).astype(np.uint8)
-            scales = from_bf16(bf16(0.02 + 0.01 * np.ptp(array, axis=1)[:, None].repeat(array.shape[1] // 64, 1)))
+            scales = from_bf16(
+                bf16(0.02 + 0.01 * np.ptp(array, axis=1)[:, None].repeat(array.shape[1] // 64, 1))
+            )
             biases = from_bf16(bf16(-7.5 * scales))
             array[:] = codes * scales.repeat(64, axis=1) + biases.repeat(64, axis=1)
             tensors[f"{hub}.weight"] = ("U32", words(codes, 4))
             tensors |= {f"{hub}.scales": ("BF16", bf16(scales)), f"{hub}.biases": ("BF16", bf16(biases))}
         else:
-            tensors[f"{hub}.weight"] = ("F32" if "mlp.gate" in hub else "BF16", array if "mlp.gate" in hub else bf16(array))
+            tensors[f"{hub}.weight"] = (
+                "F32" if "mlp.gate" in hub else "BF16",
+                array if "mlp.gate" in hub else bf16(array),
+            )
     if form == "mlx":
         tensors["lm_head_flash.weight"] = ("U32", np.zeros((4, 4), "<u4"))  # no part of the model
     config = {
@@ -211,7 +218,9 @@ def assert_exact(path: Path, weights: Weights) -> None:
 
 
 @pytest.mark.parametrize("layout", ("trit2", "trit5"))
-@pytest.mark.parametrize("kind", (GGMLQuantizationType.TQ1_0, GGMLQuantizationType.TQ2_0), ids=("TQ1_0", "TQ2_0"))
+@pytest.mark.parametrize(
+    "kind", (GGMLQuantizationType.TQ1_0, GGMLQuantizationType.TQ2_0), ids=("TQ1_0", "TQ2_0")
+)
 def test_a_gguf_of_experts_loses_nothing(kind: GGMLQuantizationType, layout: str, tmp_path: Path) -> None:
     weights = maple(**WIDE)
     write_gguf(tmp_path / "source.gguf", weights, kind)

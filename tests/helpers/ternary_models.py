@@ -92,7 +92,8 @@ GROUPED = {
         rotated=("attn", "attn_output", "ffn", "ffn_down", "head", "embedding"),
     ),
 }
-# A mixture of experts with windows, rotation of half a head in the layers that have one, and a gate with limits.
+# Maple: a mixture of experts with windows, rotation of half a head in the layers that have one, limits of the
+# gate.
 _MAPLE = replace(
     _BASE,
     architecture="maple",
@@ -348,7 +349,9 @@ class Reference:
     def _rotate_all(self, x: np.ndarray) -> np.ndarray:
         model, dims = self.weights.model, x.shape[2]
         frequencies = model.rope_base ** (-np.arange(0, dims, 2) / dims)
-        angles = np.outer(np.arange(x.shape[1]), frequencies / self.weights.arrays.get("rope_freqs.weight", 1))
+        angles = np.outer(
+            np.arange(x.shape[1]), frequencies / self.weights.arrays.get("rope_freqs.weight", 1)
+        )
         turn = np.exp(1j * angles)
         if model.rope == "neox":
             a, b = np.split(x, 2, axis=2)

@@ -8,6 +8,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from cordee.errors import BadModelFile, BadRequest, UnsupportedModel
 from cordee.models.embedding import Embedding
 from cordee.models.gguf import read_header
+from cordee.models.slices import _chunks, plan_embedding
+from ternary_models import make_ternary
 from tiny import make_tiny
 
 TOKENS = [0, 319, 7, 7, 128]
@@ -34,6 +36,17 @@ def test_rows_are_scaled_where_the_architecture_says_so(tmp_path, name, scale):
     path = make_tiny(name, tmp_path / "tiny.gguf")
     rows = Embedding(read_header(path)).rows(np.array(TOKENS, np.int32))
     np.testing.assert_array_equal(rows, weights(path)[TOKENS] * np.float32(scale))
+
+
+@pytest.mark.parametrize("family", ["bonsai", "bonsai-rotated", "maple", "minicpm"])
+def test_the_embedding_by_itself_gives_the_rows_of_the_whole_model(tmp_path, family):
+    """It is what a node has that runs the first of several stages: codes need their scales, too."""
+    make_ternary(family, tmp_path / "model.gguf")
+    header = read_header(tmp_path / "model.gguf")
+    (tmp_path / "alone.gguf").write_bytes(b"".join(_chunks(plan_embedding(header))))
+    alone = Embedding(read_header(tmp_path / "alone.gguf")).rows(TOKENS)
+    assert alone.tobytes() == Embedding(header).rows(TOKENS).tobytes()
+    assert np.ptp(alone) > 0
 
 
 def test_no_tokens_give_no_rows(tmp_path):

@@ -65,7 +65,7 @@ ARCHITECTURES = {
 }
 # In which ways that have a file of their own here RoPE may be stretched.
 STRETCHED = {"llama": ("yarn", "llama3"), "qwen3": ("yarn",), "maple": ("yarn",), "minicpm": ("longrope",)}
-# Whose activations get so many planes, not all, where their scales are of rows: two round next to nothing away.
+# Whose activations get so many planes, not all, with scales of rows: two round next to nothing away.
 PLANES = {"maple": 2, "minicpm": 2}
 ACTIVATIONS: dict[str, Literal["silu", "relu2"]] = {"silu": "silu", "relu2": "relu2"}
 # The names of each tensor on the hub; some have had two.

@@ -1,14 +1,14 @@
 """What MiniCPM has beside a llama block: scales of embedding, residual and head, and LongRoPE's factors.
 
-Hu et al., "MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training Strategies", 2024,
-section 3.1. The keys of GGUF are llama.cpp's (src/models/minicpm.cpp and granite.cpp). The scale of the head
-is put into the norm before it: the logits are proportional to that.
+Hu et al., "MiniCPM: Unveiling the Potential of Small Language Models with Scalable Training Strategies",
+2024, section 3.1. The keys of GGUF are llama.cpp's (src/models/minicpm.cpp and granite.cpp). The scale of the
+head is put into the norm before it: the logits are proportional to that.
 
 LongRoPE (Ding et al., 2024) has two lists of divisors of the rotary angles, for texts up to the original
 context and for longer ones. Our files have the first list, and that context.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,13 +70,15 @@ def minicpm_of_config(
         raise BadModelFile(f"{title}: config.json has no factors of LongRoPE: {FETCH_AGAIN}.")
     divisors = np.array(short, dtype=np.float32)
     if divisors.shape != (model.head_dim // 2,) or not (divisors > 0).all():
-        raise BadModelFile(f"{title}: config.json has other factors of LongRoPE than its heads: {FETCH_AGAIN}.")
+        raise BadModelFile(
+            f"{title}: config.json has other factors of LongRoPE than its heads: {FETCH_AGAIN}."
+        )
     model = replace(model, context=min(model.context, original), divisors=True)
     return _scaled(model, scales, title, FETCH_AGAIN, divisors)
 
 
 def _scaled(
-    model: TernaryModel, scales: list[float], title: str, remedy: str, divisors: np.ndarray | None = None
+    model: TernaryModel, scales: Sequence[float], title: str, remedy: str, divisors: np.ndarray | None = None
 ) -> tuple[Minicpm, TernaryModel]:
     if not all(0 < scale < SCALE_LIMIT for scale in scales):
         raise BadModelFile(f"{title} has scales that no model has ({scales}): {remedy}.")

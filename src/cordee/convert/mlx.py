@@ -19,7 +19,7 @@ from cordee.models.metadata import FETCH_AGAIN
 
 WORD_BITS = 32
 TERNARY_BITS = 2
-GROUP_USUAL, BITS_USUAL = 64, 4  # of MLX, where config.json says nothing
+BITS_USUAL = 4  # of an affine matrix, where config.json says nothing
 # A head that some runtimes guess with; it is not the model's.
 UNUSED = "lm_head_flash."
 _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(\w+\.weight)")
@@ -29,7 +29,9 @@ _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(\w+\.weight)")
 Make = Callable[[int, int], np.ndarray]
 
 
-def plain_tensors(stored: Mapping[str, StoredTensor], config: Mapping[str, object]) -> dict[str, StoredTensor]:
+def plain_tensors(
+    stored: Mapping[str, StoredTensor], config: Mapping[str, object]
+) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint, those packed by MLX as floats and experts put together.
 
     Raises:
@@ -47,15 +49,19 @@ def plain_tensors(stored: Mapping[str, StoredTensor], config: Mapping[str, objec
             beside = found.pop(f"{base}.scales"), found.pop(f"{base}.biases")
             found[name] = _affine(used[name], *beside, _bits_of(config, base))
         else:
-            raise UnsupportedModel(f"{name} is packed in words of 32 bits without scales that are known here.")
+            raise UnsupportedModel(
+                f"{name} is packed in words of 32 bits without scales that are known here."
+            )
     return _together(found)
 
 
 def _bits_of(config: Mapping[str, object], base: str) -> int:
     """How many bits a code of an affine matrix has: MLX states it for all, or for one by its name."""
-    settings = config.get("quantization") or config.get("quantization_config") or {}
-    own = settings.get(base) if is_object(settings) else None
-    bits = own.get("bits") if is_object(own) else settings.get("bits") if is_object(settings) else None
+    settings = config.get("quantization")
+    if not is_object(settings):
+        return BITS_USUAL
+    own = settings.get(base)
+    bits = (own if is_object(own) else settings).get("bits")
     return bits if bits in (4, 8) else BITS_USUAL
 
 
@@ -68,8 +74,8 @@ def _flat(tensor: StoredTensor) -> StoredTensor:
 def _codes(words: StoredTensor, bits: int) -> Make:
     shifts = np.arange(0, WORD_BITS, bits, dtype=np.uint32)
     return lambda first, last: (
-        (words.rows(first, last)[..., None] >> shifts & np.uint32((1 << bits) - 1)).reshape(last - first, -1)
-    )
+        words.rows(first, last)[..., None] >> shifts & np.uint32((1 << bits) - 1)
+    ).reshape(last - first, -1)
 
 
 def _ternary(words: StoredTensor, alpha: StoredTensor) -> StoredTensor:
@@ -110,7 +116,11 @@ def _together(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     for name, experts in single.items():
         parts = [experts[number] for number in sorted(experts)]
         shape = parts[0].shape
-        if sorted(experts) != list(range(len(parts))) or len(shape) != 2 or {p.shape for p in parts} != {shape}:
+        if (
+            sorted(experts) != list(range(len(parts)))
+            or len(shape) != 2
+            or {p.shape for p in parts} != {shape}
+        ):
             raise BadModelFile(f"{name}: an expert is missing or has another size: {FETCH_AGAIN}.")
         tensors[name] = _stacked(name, parts, shape)
     return tensors

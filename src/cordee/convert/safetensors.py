@@ -36,7 +36,7 @@ class StoredTensor:
     path: Path
     offset: int
     nbytes: int
-    # From first and last row (exclusive) to (rows, cols) float32, where they are computed from what is stored.
+    # From first and last row (exclusive) to (rows, cols) float32, if they are computed from what is stored.
     computed: Callable[[int, int], np.ndarray] | None = None
 
     def rows(self, first: int, last: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from pathlib import Path
 from cordee.distribution.manifest import Chunk, Manifest
 from cordee.errors import BadModelFile, StorageFailed
 from cordee.files import disk_faults, publish
-from cordee.models.slices import EMBEDDING, Progress, SliceFile, SlicePlan, plan_outside, plan_slice
+from cordee.models.slices import Progress, SliceFile, SlicePlan, plan_embedding, plan_slice
 from cordee.system import disk, locks
 
 PARTIAL = ".partial"
@@ -226,7 +226,7 @@ def bad_chunks(
 
 def _plan(manifest: Manifest, first: int, last: int) -> SlicePlan:
     if first == last == 0:
-        return plan_outside(manifest.header, {EMBEDDING})
+        return plan_embedding(manifest.header)
     return plan_slice(manifest.header, first, last)
 
 

@@ -11,13 +11,12 @@ import numpy as np
 from cordee.errors import BadModelFile
 from cordee.models.gguf import Header
 from cordee.models.metadata import CONVERT_AGAIN
-from cordee.models.slices import EMBEDDING, EMBEDDING_SCALE
+from cordee.models.slices import EMBEDDING, EMBEDDING_SCALE, EMBEDDING_SIGNS
 
 # By the head's layout, which an embedding in codes shares: how many blocks of 16 rows are in a group.
 BLOCKS = {"trit2": 4, "trit5": 5}
 BLOCK_ROWS, QUAD_BYTES = 16, 64
 _LIFTS = np.array([1, 3, 9, 27, 81], dtype=np.uint8)  # a digit of base 3 over the byte's top
-SIGNS = "rotation_embedding.signs"
 
 # From the name of a tensor to its bytes.
 Bytes = Callable[[str], np.ndarray]
@@ -59,7 +58,7 @@ class CodedRows:
         self._signs: np.ndarray | None = None
         self._block = header.count("cordee.ternary.rotation_block", 0)
         if "embedding," in header.text("cordee.ternary.rotated", ""):
-            self._signs = read(SIGNS).view("<f4")
+            self._signs = read(EMBEDDING_SIGNS).view("<f4")
             block = self._block
             if block < 2 or block & (block - 1) or self.n_embd % block or len(self._signs) != self.n_embd:
                 raise BadModelFile(f"{header.name}: its rotation is impossible: {CONVERT_AGAIN}.")

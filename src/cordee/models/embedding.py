@@ -34,7 +34,7 @@ class Embedding:
         if has_codes(header):
             coded = CodedRows(header, partial(_mapped, header))
             self.n_embd, self.n_vocab = coded.n_embd, coded.n_vocab
-            self._decoded = partial(_coded, coded)
+            self._decoded = partial(_coded, coded, _scale(header, coded.n_embd))
             self._row = lru_cache(CACHED_ROWS)(self._decoded)
             return
         tensor = header.tensor(EMBEDDING)
@@ -85,8 +85,9 @@ def _mapped(header: Header, name: str) -> np.ndarray:
     return np.frombuffer(mapped, np.uint8, tensor.nbytes, tensor.offset - start)
 
 
-def _coded(coded: CodedRows, ids: int | np.ndarray) -> np.ndarray:
-    return coded.rows(np.atleast_1d(np.asarray(ids, dtype=np.int64)))
+def _coded(coded: CodedRows, scale: np.float32 | None, ids: int | np.ndarray) -> np.ndarray:
+    rows = coded.rows(np.atleast_1d(np.asarray(ids, dtype=np.int64)))
+    return rows if scale is None else rows * scale
 
 
 def _decoded(

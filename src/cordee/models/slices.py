@@ -65,6 +65,7 @@ SHARED = frozenset(
 EMBEDDING = "token_embd.weight"
 HEAD = frozenset({"output.weight", "output.bias", "output.scale"})
 EMBEDDING_SCALE = "token_embd.scale"  # of an embedding in the ternary engine's codes, as the next ones
+EMBEDDING_SIGNS = "rotation_embedding.signs"
 ROTATION = re.compile(r"rotation_\w+\.signs")
 
 _WINDOW_PATTERN = ".attention.sliding_window_pattern"
@@ -209,6 +210,16 @@ def plan_slice(header: Header, first: int, last: int, *, force: bool = False) ->
         unread = rules.dense_tensors if window and all(window) else ()
         pieces = _slice_pieces(header, unread, first, last)
     return SlicePlan(_header_bytes(fields, pieces, header.alignment), pieces, header.alignment)
+
+
+def plan_embedding(header: Header) -> SlicePlan:
+    """A slice without layers in which tokens can be looked up: the embedding, and what its codes need.
+
+    Raises:
+        BadModelFile: the model has no embedding.
+    """
+    beside = (EMBEDDING_SCALE, EMBEDDING_SIGNS)
+    return plan_outside(header, {EMBEDDING, *(name for name in beside if header.tensor(name))})
 
 
 def plan_outside(header: Header, names: Collection[str]) -> SlicePlan:
