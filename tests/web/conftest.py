@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from page_words import Reader
 from scripted_service import ScriptedService, scripted
 from serving import Running
 
 SIZES = {"desk": (1280, 800), "phone": (390, 844)}
 CHROMIUM = shutil.which("chromium")
-HANGS_MS = 120_000  # what takes longer hangs, however busy the machine is
+HANGS_MS = 20_000  # what takes longer hangs, however busy the machine is
 
 expect.set_options(timeout=HANGS_MS)
 
@@ -27,6 +28,18 @@ if CHROMIUM is None:
         for item in items:
             if item.path.parent == here and "browser" in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.skip(reason="needs Debian's package chromium"))
+
+
+@pytest.fixture(
+    params=[
+        Reader("en", "desk"),
+        pytest.param(Reader("fr", "phone"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def reader(request: pytest.FixtureRequest) -> Reader:
+    """Each of the languages and screens; a test that takes it shows what it shows to both."""
+    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from cordee.serving.local_service import ServiceConfig
-from page_words import LOCALES, words
+from page_words import LOCALES, Reader, words
 from scripted_service import ScriptedService
 from serving import Running, running
 
@@ -67,6 +67,15 @@ def ask(page: Page, question: str) -> None:
     page.keyboard.press("Enter")
 
 
+def beside(page: Page) -> Locator:
+    """The list of conversations, which a phone shows when it is asked to."""
+    opener = page.locator(".to-side")
+    expect(opener).to_be_attached()
+    if opener.is_visible() and opener.get_attribute("aria-expanded") == "false":
+        opener.click()
+    return page.locator(".sidebar")
+
+
 def answers(page: Page) -> Locator:
     return page.locator(".message.assistant")
 
@@ -107,6 +116,7 @@ def test_a_question_its_answer_and_their_versions(talk: Talk, visit: Visit, lang
     expect(text).to_have_text("An edited one.")
     page.locator(".message.user").get_by_role("button", name=t("chat.version.before")).click()
     expect(page.locator(".asked")).to_have_text("What are the marks?")
+    assert page.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0
     # What the model was asked: each time the branch that was shown.
     assert [[turn.content for turn in asked.messages] for asked in service.turns] == [
         ["What are the marks?"],
@@ -189,9 +199,9 @@ def test_what_comes_token_by_token_is_what_is_drawn_at_once(talk: Talk, visit: V
         assert grown == at_once
 
 
-def test_an_answer_is_stopped_and_gone_on_with(talk: Talk, visit: Visit) -> None:
-    t, service = words("en"), talk[1]
-    page = visit(base(talk))
+def test_an_answer_is_stopped_and_gone_on_with(talk: Talk, visit: Visit, reader: Reader) -> None:
+    t, service = reader.t, talk[1]
+    page = visit(base(talk), **reader.view)
     service.pause_seconds = 0.02
     service.script = ["word [say]" * 2000, "and the end."]
     ask(page, "Go")
@@ -220,13 +230,14 @@ def test_a_long_question_shows_how_far_it_was_read(starter_path: Path, tmp_path:
         expect(answers(page).locator(".actions")).to_contain_text("starter")
 
 
-def test_settings_reach_the_model(talk: Talk, visit: Visit) -> None:
-    t, service = words("en"), talk[1]
-    page = visit(base(talk))
+def test_settings_reach_the_model(talk: Talk, visit: Visit, reader: Reader) -> None:
+    t, service = reader.t, talk[1]
+    page = visit(base(talk), **reader.view)
     page.get_by_role("button", name=t("chat.settings")).click()
     page.get_by_label(t("chat.system")).fill("You are brief.")
     page.get_by_label(re.compile(f"^{t('chat.temperature')}")).fill("1.2")
     page.get_by_label(t("chat.length")).select_option("150")
+    page.locator(".drawer").get_by_role("button", name=t("chat.close")).click()
     ask(page, "Hello")
     expect(answers(page).locator(".text")).to_have_text("So it is.")
     [turn], [request] = service.turns, service.requests
@@ -239,61 +250,69 @@ def test_settings_reach_the_model(talk: Talk, visit: Visit) -> None:
 
 
 def test_conversations_are_kept_found_exported_imported_and_deleted(
-    talk: Talk, visit: Visit, tmp_path: Path
+    talk: Talk, visit: Visit, reader: Reader, tmp_path: Path
 ) -> None:
-    t, service = words("en"), talk[1]
-    page = visit(base(talk))
-    service.script = ["About an elephant.", "About a mouse."]
+    t, service = reader.t, talk[1]
+    page = visit(base(talk), **reader.view)
+    service.script = ["About an elephant.", "About a giraffe.", "About a mouse."]
     for question in ("One at the École", "Two"):
-        page.get_by_role("button", name=t("chat.new")).click()
+        beside(page).get_by_role("button", name=t("chat.new")).click()
         ask(page, question)
         expect(answers(page).locator(".actions")).to_be_visible()
+        if question != "Two":
+            page.get_by_role("button", name=t("chat.again")).click()
+            expect(answers(page).locator(".text")).to_have_text("About a giraffe.")
+            expect(answers(page).locator(".actions")).to_be_visible()
     page.reload()
     titles = page.locator(".conversations bdi")
     expect(titles).to_have_text(["Two", "One at the École"])
     for search in ("elephant", "ecole"):
-        page.get_by_role("searchbox").fill(search)
+        beside(page).get_by_role("searchbox").fill(search)
         expect(titles).to_have_text(["One at the École"])
     titles.click()
-    expect(answers(page).locator(".text")).to_have_text("About an elephant.")
+    expect(answers(page).locator(".text")).to_have_text("About a giraffe.")
 
     saved: dict[str, Path] = {}
     for kind, action in (("md", "chat.export.markdown"), ("json", "chat.export.json")):
-        page.locator(".menu summary").click()
+        beside(page).locator(".menu summary").click()
         with page.expect_download() as download:
             page.get_by_role("button", name=t(action)).click()
         saved[kind] = tmp_path / f"saved.{kind}"
         download.value.save_as(saved[kind])
-    assert (
-        json.loads(saved["json"].read_text(encoding="utf-8"))["conversations"][0]["title"]
-        == "One at the École"
-    )
-    page.get_by_role("searchbox").fill("")
+    [kept] = json.loads(saved["json"].read_text(encoding="utf-8"))["conversations"]
+    assert kept["title"] == "One at the École"
+    beside(page).get_by_role("searchbox").fill("")
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name=t("chat.delete.all"), exact=True).click()
     expect(titles).to_have_count(0)
     for kind, file in saved.items():
-        page.locator(".sidebar input[type=file]").set_input_files(file)
+        beside(page).locator("input[type=file]").set_input_files(file)
         expect(titles, kind).to_have_text(["One at the École"])
         titles.click()
         expect(page.locator(".asked")).to_have_text("One at the École")
-        expect(answers(page).locator(".text")).to_have_text("About an elephant.")
-        page.locator(".menu summary").click()
+        expect(answers(page).locator(".text")).to_have_text("About a giraffe.")
+        before = page.get_by_role("button", name=t("chat.version.before"))
+        if kind == "json":  # with all branches
+            before.click()
+            expect(answers(page).locator(".text")).to_have_text("About an elephant.")
+        else:
+            expect(before).to_have_count(0)
+        beside(page).locator(".menu summary").click()
         page.get_by_role("button", name=t("chat.delete"), exact=True).click()
         expect(titles).to_have_count(0)
-    page.locator(".sidebar input[type=file]").set_input_files(
+    beside(page).locator("input[type=file]").set_input_files(
         {"name": "other.json", "mimeType": "application/json", "buffer": b'{"format": "other"}'}
     )
     expect(page.locator(".sidebar")).to_contain_text(t("chat.import.fault", name="other.json"))
     page.reload()
-    expect(page.locator(".sidebar")).to_contain_text(t("chat.none"))
+    expect(beside(page)).to_contain_text(t("chat.none"))
 
 
-def test_what_goes_wrong_is_said_in_words(talk: Talk, visit: Visit) -> None:
+def test_what_goes_wrong_is_said_in_words(talk: Talk, visit: Visit, reader: Reader) -> None:
     from cordee.errors import Overloaded, StageFailed
 
-    t, service = words("fr"), talk[1]
-    page = visit(base(talk), language="fr-FR")
+    t, service = reader.t, talk[1]
+    page = visit(base(talk), **reader.view)
     service.script = [
         ("Il était[say]", StageFailed("stage 2 of starter failed")),
         ("", Overloaded("256 wait")),
@@ -306,9 +325,9 @@ def test_what_goes_wrong_is_said_in_words(talk: Talk, visit: Visit) -> None:
     visit.faults.clear()  # the browser notes a status of 503 as an error of its own
 
 
-def test_a_call_of_a_tool_is_shown_as_what_it_is(talk: Talk, visit: Visit) -> None:
-    t, service = words("en"), talk[1]
-    page = visit(base(talk))
+def test_a_call_of_a_tool_is_shown_as_what_it_is(talk: Talk, visit: Visit, reader: Reader) -> None:
+    t, service = reader.t, talk[1]
+    page = visit(base(talk), **reader.view)
     service.script = ['I look.[call weather]{"city": "Lyon"}']
     ask(page, "Weather?")
     call = answers(page).locator("details.call")
@@ -317,9 +336,60 @@ def test_a_call_of_a_tool_is_shown_as_what_it_is(talk: Talk, visit: Visit) -> No
     expect(call.locator("pre")).to_have_text('{"city": "Lyon"}')
 
 
-def test_an_answer_goes_on_while_its_reader_is_elsewhere(talk: Talk, visit: Visit) -> None:
-    t, service = words("en"), talk[1]
-    page = visit(base(talk))
+def test_code_and_answers_are_copied(talk: Talk, visit: Visit, reader: Reader) -> None:
+    t, service = reader.t, talk[1]
+    page = visit(base(talk), **reader.view, permissions=["clipboard-read", "clipboard-write"])
+    code = "def f():\n    return 1\n"
+    service.script = [f"So:\n\n```python\n{code}```\n\n**Done.**"]
+    ask(page, "Go")
+    expect(answers(page).locator(".actions")).to_be_visible()
+    pressed = page.locator(".code").get_by_role("button")
+    pressed.click()
+    expect(pressed).to_have_text(t("chat.copied"))
+    assert page.evaluate("navigator.clipboard.readText()") == code
+    answers(page).locator(".actions").get_by_role("button", name=t("chat.copy"), exact=True).click()
+    expect(answers(page).locator(".actions")).to_contain_text(t("chat.copied"))
+    assert page.evaluate("navigator.clipboard.readText()") == f"So:\n\n```python\n{code}```\n\n**Done.**"
+
+
+def test_a_model_is_picked_by_how_it_is(talk: Talk, visit: Visit, reader: Reader, starter_path: Path) -> None:
+    t, (server, service) = reader.t, talk
+    other = ScriptedService(starter_path, "another")
+    other.health = "recovering"
+    server.services["another"] = other
+    page = visit(base(talk), **reader.view)
+    picker = page.get_by_label(t("chat.model"))
+    expect(picker.locator("option")).to_have_text(
+        [f"another · {t('chat.state.recovering')}", f"scripted · {t('chat.state.ready')}"]
+    )
+    other.script = ["I am the other."]
+    picker.select_option("another")
+    ask(page, "Who are you?")
+    expect(answers(page).locator(".text")).to_have_text("I am the other.")
+    assert service.requests == []
+    expect(answers(page).locator(".actions")).to_contain_text("another")
+    page.reload()  # what was chosen last stays
+    expect(picker).to_have_value("another")
+
+
+def test_text_runs_in_the_direction_of_its_own_words(talk: Talk, visit: Visit, reader: Reader) -> None:
+    service = talk[1]
+    page = visit(base(talk), **reader.view)
+    service.script = ["مرحبا بالعالم\n\nHello, world.\n\n- שלום\n- عالم\n\n`code`"]
+    ask(page, "كيف حالك؟")
+    text = answers(page).locator(".text")
+    expect(answers(page).locator(".actions")).to_be_visible()
+    direction = "each => getComputedStyle(each).direction"
+    found = [
+        text.locator(name).first.evaluate(direction) for name in ("p:nth-child(1)", "p:nth-child(2)", "ul")
+    ]
+    assert found == ["rtl", "ltr", "rtl"]
+    assert page.locator(".asked").evaluate(direction) == "rtl"
+
+
+def test_an_answer_goes_on_while_its_reader_is_elsewhere(talk: Talk, visit: Visit, reader: Reader) -> None:
+    t, service = reader.t, talk[1]
+    page = visit(base(talk), **reader.view)
     service.pause_seconds = 0.01
     service.script = ["word [say]" * 100]
     ask(page, "Go")

@@ -3,7 +3,6 @@
 import io
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -110,13 +109,17 @@ def test_a_file_that_cannot_be_read_is_named(
     expect(page.locator(".files")).to_have_count(0)
 
 
-def test_a_file_is_dropped_on_the_page(
-    talk: tuple[Running, ScriptedService], visit: Callable[..., Page], tmp_path: Path
+@pytest.mark.parametrize(
+    ("event", "where", "holder"),
+    [("drop", ".messages", "dataTransfer"), ("paste", ".composer textarea", "clipboardData")],
+)
+def test_a_file_is_dropped_on_the_page_or_pasted(
+    talk: tuple[Running, ScriptedService], visit: Callable[..., Page], event: str, where: str, holder: str
 ) -> None:
     page = visit(f"http://127.0.0.1:{talk[0].port}")
     dropped = page.evaluate_handle(
         "() => { const data = new DataTransfer();"
         " data.items.add(new File(['hello'], 'a.txt')); return data; }"
     )
-    page.dispatch_event(".messages", "drop", {"dataTransfer": dropped})
+    page.dispatch_event(where, event, {holder: dropped})
     expect(page.locator(".files bdi")).to_have_text(["a.txt"])
