@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import platform
 import socket
 import time
