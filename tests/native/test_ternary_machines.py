@@ -74,7 +74,7 @@ def test_what_is_chosen_for_either_maker_gives_the_same_bits(is_amd: int, tmp_pa
 def test_kernels_of_newer_cpus_give_the_same_bits(modelled: Path, tmp_path: Path) -> None:
     expected = ["amx", "avx512vnni", "avxvnni", "avx2", "scalar"]
     assert run(modelled, "dots", 1) == expected
-    for family in ("llama", "bonsai-rotated"):
+    for family in ("llama", "bonsai-rotated", "maple"):
         make_ternary(family, tmp_path / "model.gguf")
         assert run(modelled, "logits", tmp_path / "model.gguf", "f16")[1:] == expected
 
