@@ -79,6 +79,9 @@ wheels: setup libllama ## make dist/: Cordée, libllama and the starter model as
 bundle: wheels ## make dist/cordee-bundle-…: a folder that installs Cordée on any Linux PC, without a network
 	@$(bin)/python packaging/bundle.py
 
+deb: bundle ## make dist/cordee_…_amd64.deb: the same as a Debian package, with a service that starts at boot
+	@sh packaging/deb.sh
+
 docs: setup ## write docs/cli.md, the tables of docs/api.md and the picture of the rooms from the program itself
 	@$(bin)/python scripts/cli_reference.py
 	@$(bin)/python scripts/rooms.py

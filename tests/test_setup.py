@@ -115,3 +115,25 @@ def test_set_up_shows_why_a_step_failed(bare: Path) -> None:
     assert (done.returncode, done.stdout) == (28, "")
     assert "no room" in done.stderr
     assert "exit status 28" in done.stderr
+
+
+def test_set_up_says_that_the_disk_is_too_small_before_it_begins(bare: Path) -> None:
+    for name in ("g++", "make", "python3"):
+        add_program(bare, name)
+    (bare.parent / "bin" / "df").unlink()
+    add_program(bare, "df", "echo Filesystem; echo /dev/sda 1000000 900000 100000 90% /")
+    done = set_up(bare)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "100 MB are free" in done.stderr
+    assert not (bare / ".venv").exists()
+
+
+def test_set_up_says_what_helps_without_a_network(bare: Path) -> None:
+    for name in ("g++", "make", "sleep"):
+        add_program(bare, name)
+    add_program(
+        bare,
+        "python3",
+        'case "$*" in *venv*.venv) echo "Temporary failure in name resolution"; exit 1 ;; esac',
+    )
+    assert "HTTPS_PROXY=" in set_up(bare).stderr

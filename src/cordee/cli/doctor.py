@@ -61,7 +61,8 @@ def _variant(library: dict[str, Any]) -> str:
     if not library["prebuilt"]:
         return f"{library['cpu_variant']} (compiled on this machine)"
     others = [variant for variant in library["cpu_variants"] if variant != library["cpu_variant"]]
-    return f"{library['cpu_variant']} (this machine can also run {', '.join(others)})"
+    also = f" (this machine can also run {', '.join(others)})" if others else ""
+    return library["cpu_variant"] + also
 
 
 def _node(node: dict[str, Any] | None) -> str:

@@ -122,7 +122,8 @@ def apply(new: InstallBundle, top: Path, report: Report) -> None:
             )
     keep_bundle(new, top)
     for old in top.iterdir():
-        if (old / "whole").is_file() and old.name not in (new.version, str(before)):
+        is_version = (old / "whole").is_file() and not old.is_symlink()
+        if is_version and old.name not in (new.version, str(before)):
             shutil.rmtree(old)
 
 
