@@ -41,6 +41,10 @@ class Segment:
     `tenure` is the number of the stream among all that had a slot. `inherit`: the positions before the first
     one are to be taken over from the placement before. `score`: each row but the prompt's last one gives the
     log-probability of the prompt's next token.
+
+    The last `guesses` tokens are guesses: each gives a token as well, if it and all before it are what the
+    last stage drew; else it is stale, and gives nothing. Of the sequence's positions `sure` are of the
+    stream's log, as far as it is known.
     """
 
     stream: str
@@ -51,6 +55,8 @@ class Segment:
     tenure: int = 0
     inherit: bool = False
     score: bool = False
+    guesses: int = 0
+    sure: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ class Event:
     `cached_tokens` of its prompt were in the KV cache when it got its slot. `failure` says why its token
     could not be chosen; the stream has ended then, without a finish reason. `prompt_choices` come with the
     first token where the prompt is scored: its tokens but the first. Such a stream has a choice for the token
-    that ends it, too: clients that want scores count tokens.
+    that ends it, too: clients that want scores count tokens. `accepted` and `rejected` are the stream's
+    guesses so far.
     """
 
     stream: str
@@ -85,3 +92,5 @@ class Event:
     cached_tokens: int
     failure: str | None = None
     prompt_choices: tuple[Choice, ...] = ()
+    accepted: int = 0
+    rejected: int = 0

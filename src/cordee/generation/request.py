@@ -56,7 +56,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     `shown_tokens` are control tokens whose names are part of the text; that of the last one never is.
     `scores_prompt`: the prompt's own tokens get log-probabilities, too, and so does the token that ends the
     answer; it needs `sampling.top_logprobs`. `share` names who asks: streams of
-    different shares take turns (scheduler.py).
+    different shares take turns (scheduler.py). `prediction` is what the answer may be: guesses, which change
+    no token of it.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     shown_tokens: tuple[int, ...] = ()
     scores_prompt: bool = False
     share: str = ""
+    prediction: tuple[int, ...] = ()
 
 
 class Choice(msgspec.Struct, frozen=True):

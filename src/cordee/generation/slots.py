@@ -4,10 +4,13 @@ from dataclasses import dataclass, field
 
 from cordee.generation.request import Choice, Request
 from cordee.generation.tokenlog import TokenLog
+from cordee.speculation.guesser import Guesser
 
 
 @dataclass(eq=False)
 class Slot:
+    """A sequence of the KV cache, and what it holds."""
+
     sequence: int
     tokens: list[int] = field(default_factory=list[int])  # by position, in the KV cache or on their way
     released: int = 0  # when its last stream ended, counted in ended streams
@@ -17,7 +20,11 @@ class Slot:
 
 @dataclass(eq=False)
 class SlottedStream:
-    """A stream that has a slot. The slot's tokens are always the beginning of its log."""
+    """A stream that has a slot. The slot's tokens are always the beginning of its log.
+
+    `guesses` are tokens that follow the log, if they are right; their rows travel already, behind those of
+    the slot's tokens.
+    """
 
     request: Request
     log: TokenLog
@@ -26,6 +33,10 @@ class SlottedStream:
     opened: bool = False  # its sampler was made
     apart: bool = False  # nothing else may be under way with it
     scores: list[Choice] = field(default_factory=list[Choice])  # of the prompt, until they are given
+    guesser: Guesser | None = None  # made when it is first asked
+    guesses: list[int] = field(default_factory=list[int])
+    accepted: int = 0  # guesses that were right ...
+    rejected: int = 0  # ... and that were not, or stale
 
     @property
     def is_scored(self) -> bool:
@@ -57,9 +68,13 @@ class SlottedStream:
 @dataclass(eq=False)
 class Flight:
     """A micro-batch under way: the streams that get a token from it, those that get scores of so many rows,
-    and whether it goes round."""
+    and whether it goes round. `sent` is when, in seconds; `decode_rows` are its rows, 0 if it has others than
+    decode rows and guesses; `rounds` are those that came back."""
 
     streams: list[SlottedStream]
     scored: list[tuple[SlottedStream, int]]
     repeats: bool
+    sent: float = 0.0
+    decode_rows: int = 0
+    rounds: int = 0
     halted: bool = False
