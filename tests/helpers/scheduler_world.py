@@ -44,12 +44,9 @@ class Oracle(Guesser):
 
     def propose(self, pending: Sequence[int], most: int) -> list[Guess]:
         text = list(self.log)
-        for place in range(len(pending) + most):
+        for _ in range(len(pending) + most):
             token = next_token(self.seed, text)
-            if (
-                zlib.crc32(bytes([self.seed, len(text), len(self.log) - place & 1])) % 100
-                < self.wrong_percent
-            ):
+            if zlib.crc32(bytes([self.seed, len(text) & 255])) % 100 < self.wrong_percent:
                 token = (token + 1) % VOCABULARY
             text.append(token)
         found = text[len(self.log) :]

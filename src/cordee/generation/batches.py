@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cordee.errors import BadRequest
-from cordee.generation.request import Choice, FinishReason
+from cordee.generation.request import NO_GUESSES, Choice, FinishReason, GuessCounts
 from cordee.generation.tokenlog import TokenLog
 
 
@@ -82,8 +82,7 @@ class Event:
     `cached_tokens` of its prompt were in the KV cache when it got its slot. `failure` says why its token
     could not be chosen; the stream has ended then, without a finish reason. `prompt_choices` come with the
     first token where the prompt is scored: its tokens but the first. Such a stream has a choice for the token
-    that ends it, too: clients that want scores count tokens. `accepted` and `rejected` are the stream's
-    guesses so far.
+    that ends it, too: clients that want scores count tokens. `guesses` are the stream's so far.
     """
 
     stream: str
@@ -92,5 +91,4 @@ class Event:
     cached_tokens: int
     failure: str | None = None
     prompt_choices: tuple[Choice, ...] = ()
-    accepted: int = 0
-    rejected: int = 0
+    guesses: GuessCounts = NO_GUESSES

@@ -80,6 +80,11 @@ class Guessing:
         self.accepted += 1
         return True
 
+    def force(self, stream: SlottedStream, tokens: Sequence[int]) -> None:
+        """A grammar leaves these tokens to come next."""
+        if self.is_on:
+            self._guesser(stream).force(tokens)
+
     def forget(self, stream: SlottedStream) -> None:
         """What a stream guessed is stale."""
         stream.rejected += len(stream.guesses)
@@ -100,9 +105,12 @@ class Guessing:
     def _proposed(self, stream: SlottedStream, most: int) -> list[Guess]:
         if most <= 0 or not stream.opened or stream.apart or stream.is_scored:
             return []
+        return self._guesser(stream).propose(stream.guesses, most)
+
+    def _guesser(self, stream: SlottedStream) -> Guesser:
         if stream.guesser is None:
             stream.guesser = self.make(stream, self._ends)
-        return stream.guesser.propose(stream.guesses, most)
+        return stream.guesser
 
 
 def guesser_of(stream: SlottedStream, ends: Collection[int]) -> Guesser:

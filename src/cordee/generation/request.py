@@ -90,6 +90,16 @@ class PromptProgress(NamedTuple):
     read_tokens: int = 0
 
 
+class GuessCounts(NamedTuple):
+    """What became of the guesses of an answer's tokens, on the host that answers now."""
+
+    accepted: int = 0
+    rejected: int = 0  # they were wrong, or behind one that was
+
+
+NO_GUESSES = GuessCounts()
+
+
 class TextChunk(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of an answer as the client may see it: whole characters only, and nothing of a stop string.
 
@@ -107,3 +117,4 @@ class TextChunk(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the KV cache
     completion_tokens: int = 0  # so far
+    guesses: GuessCounts = NO_GUESSES

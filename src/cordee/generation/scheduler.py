@@ -52,7 +52,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from cordee.errors import BadRequest, ContextExceeded, Overloaded
 from cordee.generation.batches import Event, Limits, MicroBatch, Segment
 from cordee.generation.guessing import Guessing, Left
-from cordee.generation.request import Choice, FinishReason, PromptProgress, Request
+from cordee.generation.request import Choice, FinishReason, GuessCounts, PromptProgress, Request
 from cordee.generation.shares import Shares, surplus
 from cordee.generation.slots import Flight, Slot, SlottedStream
 from cordee.generation.tokenlog import TokenLog, common_prefix
@@ -203,11 +203,12 @@ class Scheduler:
         *,
         last: bool = True,
         guessed: Mapping[int, Sequence[Choice]] | None = None,
+        forced: Mapping[int, Sequence[int]] | None = None,
         now: float = 0.0,
     ) -> list[Event]:
         """Handle a micro-batch's result: the token chosen for each sampled sequence, or why there is none,
         and the prompt's tokens of each scored one; `guessed` are those that followed because guesses were
-        right.
+        right, `forced` those that a grammar leaves to come after them.
 
         Not `last`: it is on its way again with these tokens. Results of batches that were lost, and tokens of
         streams that ended meanwhile, are dropped.
@@ -235,6 +236,8 @@ class Scheduler:
                 if sequence in failures:
                     self._release(stream)
                     events.append(self._event(stream, failure=failures[sequence]))
+                elif forced and sequence in forced:
+                    self.guessing.force(stream, forced[sequence])
         return events
 
     def halts(self) -> list[int]:
@@ -369,7 +372,8 @@ class Scheduler:
         scores: tuple[Choice, ...] = (),
     ) -> Event:
         name, cached = stream.request.id, stream.cached
-        return Event(name, choice, finish_reason, cached, failure, scores, stream.accepted, stream.rejected)
+        guesses = GuessCounts(stream.accepted, stream.rejected)
+        return Event(name, choice, finish_reason, cached, failure, scores, guesses)
 
     def _release(self, stream: SlottedStream) -> None:
         self.guessing.forget(stream)

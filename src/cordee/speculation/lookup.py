@@ -27,12 +27,11 @@ class Lookup:
         self._near: int | None = None  # where the last match ended
         self._near_ends = 0  # the length of the text from which that is too long ago
         self.matched = 0  # tokens before the place that agree, up to MATCHED_MAX
+        self._text += text[-TOKENS_MAX:]
         for end in range(CONTEXT, len(self._text)):
             self._note(end)
-        for token in text[-TOKENS_MAX:]:
-            self._text.append(token)
-            self._note(len(self._text))
         self._find()
+        self._note(len(self._text))
         if prediction and self._place is None:
             self._place = 0
         self._tokens_max = len(self._text) + TOKENS_MAX

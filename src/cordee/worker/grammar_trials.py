@@ -19,8 +19,8 @@ from typing import ClassVar
 
 from cordee.engine.child import Child, Ended, Rested
 from cordee.errors import CordeeError, Overloaded, StageFailed
-from cordee.generation import grammar as grammars
 from cordee.generation.request import Grammar
+from cordee.grammar import grammar as grammars
 from cordee.worker.grammar_messages import GrammarVerdict, verdict_decoder
 
 MODULE = "cordee.worker.grammar_child"
