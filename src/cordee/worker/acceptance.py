@@ -6,12 +6,15 @@ guess, and those that were sent before the host heard of it. They are dropped, a
 takes their place, here and in every stage.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from cordee.engine.stage import Batch
 from cordee.worker.messages import Run
+
+T = TypeVar("T")
 
 
 class Drawn:
@@ -30,12 +33,22 @@ class Drawn:
             return False
         return self._next.get(run.sequence) != (run.tenure, run.first_position, run.guess[0])
 
-    def note(self, run: Run, position: int, token: int) -> None:
-        """This token was drawn for a position of a run's sequence."""
-        self._next[run.sequence] = (run.tenure, position, token)
+    def draw(self, run: Run, rows: Iterable[T], choose: Callable[[T], int | None]) -> None:
+        """Draw a token from each of a run's rows of logits (`outputs_of` it), as long as the guesses between
+        them are right. `choose` gives the token of a row; None if nothing may follow it."""
+        position = run.first_position + run.rows - outputs_of(run)
+        for row, guess in zip(rows, _guesses_behind(run), strict=True):
+            token = choose(row)
+            position += 1
+            if token is None:
+                self.end(run.sequence)
+                return
+            self._next[run.sequence] = (run.tenure, position, token)
+            if token != guess:
+                return
 
     def end(self, sequence: int) -> None:
-        """No token follows: the answer ended, or none could be drawn."""
+        """No token follows in a sequence."""
         self._next.pop(sequence, None)
 
 
@@ -44,7 +57,7 @@ def outputs_of(run: Run) -> int:
     return 0 if not run.output else min(len(run.guess) + 1, run.rows)
 
 
-def guesses_behind(run: Run) -> Iterator[int | None]:
+def _guesses_behind(run: Run) -> Iterator[int | None]:
     """For each row that may give a token, the guess that was made of it; None for the last one."""
     yield from run.guess[len(run.guess) + 1 - outputs_of(run) :]
     yield None

@@ -15,7 +15,7 @@ from cordee.errors import CordeeError, StageFailed
 from cordee.generation.batches import SequenceCopy
 from cordee.generation.request import Choice
 from cordee.generation.sampling import Sampler, scored
-from cordee.worker.acceptance import Drawn, guesses_behind, outputs_of, without
+from cordee.worker.acceptance import Drawn, outputs_of, without
 from cordee.worker.frames import PAYLOAD_BYTES_MAX
 from cordee.worker.grammars import WorkerGrammars
 from cordee.worker.messages import (
@@ -244,19 +244,14 @@ class Compute:
         return tokens
 
     def _draw(self, run: Run, rows: Sequence[np.ndarray], tokens: Tokens) -> None:
-        """Draw a token from each of a run's rows of logits, as long as the guesses between them are right."""
-        position = run.first_position + run.rows - len(rows)
-        for row, guess in zip(rows, guesses_behind(run), strict=True):
+        """Draw the tokens of a run's rows of logits, and what its grammar leaves to come next."""
+
+        def choose(row: np.ndarray) -> int | None:
             choice = self._choose(run.sequence, row, tokens)
-            position += 1
-            if choice is None or choice.token in self._ends:
-                self._drawn.end(run.sequence)
-                break
-            self._drawn.note(run, position, choice.token)
-            if choice.token != guess:
-                break
-        sampler = self._samplers.get(run.sequence)
-        if run.sequence in tokens.choices and sampler is not None and (forced := sampler.forced()):
+            return None if choice is None or choice.token in self._ends else choice.token
+
+        self._drawn.draw(run, rows, choose)
+        if run.sequence in tokens.choices and (forced := self._samplers[run.sequence].forced()):
             tokens.forced[run.sequence] = forced
 
     def _measured(self, message: Rows, logits: np.ndarray) -> Tokens:
