@@ -1,4 +1,4 @@
-"""What a cluster costs: seconds until a fault is noticed and over, what hops add, the first half hour.
+"""What a cluster costs: until a fault is noticed and over, what hops add, prompts, the first half hour.
 
     python bench/cluster.py [--faults N] [--cases PREFIX,…] [--machine NAME] [--csv FILE] [--json]
                             [--peer llama.cpp-rpc=FOLDER]                              as root, on Linux
@@ -14,12 +14,16 @@ Cases:
               sees another placement, or other links between its workers, serve (replace), and until the
               last of the streams goes on (resume).
     hops      one stream's milliseconds a token, with the same model in 1 to 4 stages.
+    prefill   seconds from a prompt of 2,000 tokens to the first token of the answer, with 4 hosts of half a
+              processor each beside one such host.
+    prefix    the same on 4 hosts, of a second prompt that begins like the first.
     promise   seconds of each step from nothing to a first token, slices at 1 Gbit/s (tc tbf); and the same
               for gpt-oss-120b on four machines, by arithmetic that is shown.
     peer      one model over four hosts, beside llama.cpp's RPC if --peer says where that is: see
               bench/cluster_peer.py. Only if it is asked for by name, since it takes half an hour.
 
-The peer of hops is the one stage; where there is none, `peer` is null.
+The peer of hops and of prefill is the one stage, that of prefix the first prompt; where there is none, `peer`
+is null.
 """
 
 import argparse
@@ -64,6 +68,9 @@ ROUNDS = 3
 SEQUENCES = 8
 RATE = "1gbit"
 WIDE, FEED_FORWARD, WIDE_LAYERS = 2048, 8192, 8  # of the model whose slices travel: 0.45 GB
+READER, READER_FEED_FORWARD, READER_LAYERS = 256, 1024, 16  # of the one that reads prompts: 20 MB
+PROMPT_TOKENS, QUESTION_TOKENS = 2000, 40
+HALF_A_CORE = 0.5
 MEMORY_SLACK = 1.1
 # gpt-oss-120b as ggml-org publishes it (GGUF, MXFP4): bytes of the files, and layers.
 LARGE_BYTES, LARGE_MACHINES = 63.4e9, 4
@@ -249,13 +256,62 @@ def milliseconds_a_token(cluster: Cluster) -> float:
     return 1000 * (stream.pieces[-1][0] - stream.pieces[0][0]) / (TOKENS - 1)
 
 
+def prefill() -> Iterator[Figure]:
+    """A prompt whose pieces overlap over the stages, and one that a host reads alone."""
+    alone, together = ([first for first, _ in reading(stages)] for stages in (1, HOSTS))
+    took = statistics.median(together)
+    yield Figure(f"prefill-{HOSTS}-stages", took, "s", statistics.median(alone), "1-stage")
+
+
+def prefix() -> Iterator[Figure]:
+    """A second prompt that begins like the one before."""
+    pairs = reading(HOSTS)
+    ratio = statistics.median(second / first for first, second in pairs)
+    first = statistics.median(first for first, _ in pairs)
+    note = f"{PROMPT_TOKENS} tokens in common, {QUESTION_TOKENS} of its own; median of {len(pairs)} ratios"
+    yield Figure("prefix-second-prompt", ratio * first, "s", first, "first-prompt", note)
+
+
+def reading(stages: int) -> list[tuple[float, float]]:
+    """Seconds to the first token of prompts that are new, and of some that begin alike."""
+    with Lab([Machine(cpus=HALF_A_CORE)] * stages) as lab:
+        model = sized_model(lab.folder / "tiny.gguf", READER, READER_FEED_FORWARD, READER_LAYERS)
+        cluster = Cluster(lab, lab.hosts)
+        for node in cluster.nodes:
+            node.options = ("--memory", lent(model, stages))
+        cluster.build()
+        assert len(cluster.stages()) == stages, f"{len(cluster.stages())} stages instead of {stages}"
+        host, draw = cluster.stages()[0], random.Random(SEED)
+        pairs: list[tuple[float, float]] = []
+        for _ in range(ROUNDS):
+            system = letters(draw, PROMPT_TOKENS)
+            first, second = (until_first(host, system + letters(draw, QUESTION_TOKENS)) for _ in range(2))
+            tell(f"{stages} stages: {first:.2f} s, then {second:.2f} s to a first token")
+            pairs.append((first, second))
+    return pairs
+
+
+def letters(draw: random.Random, count: int) -> str:
+    """A text of so many tokens of the bench's models."""
+    return "".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=count))
+
+
+def until_first(node: Node, prompt: str) -> float:
+    """Seconds from a prompt to the first token of its answer."""
+    stream = Stream(node, 0, tokens=1, prompt=prompt)
+    began = time.monotonic()
+    stream.start()
+    finish(stream)
+    return stream.pieces[0][0] - began
+
+
 def promise() -> Iterator[Figure]:
     """From nothing to a first token; slices travel at RATE."""
     yield Figure(
         "promise-install", INSTALL_SECONDS, "s", note="make setup on two cores, as docs/performance.md has it"
     )
     with Lab([Machine(memory_bytes=4_000_000_000)] * HOSTS) as lab:
-        model = wide_model(lab.folder / "wide.gguf")
+        model = sized_model(lab.folder / "wide.gguf", WIDE, FEED_FORWARD, WIDE_LAYERS)
         cluster = Cluster(lab, lab.hosts)
         for host in lab.hosts:
             host.shape(RATE)
@@ -317,13 +373,13 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
-def wide_model(path: Path) -> Path:
-    """A model of few, large tensors, whose slices take a while to travel."""
+def sized_model(path: Path, width: int, feed_forward: int, layers: int) -> Path:
+    """A model with random weights and tensors of that size, whose tokens are bytes."""
     was = tiny.EMBD, tiny.FF
-    tiny.EMBD, tiny.FF = WIDE, FEED_FORWARD
+    tiny.EMBD, tiny.FF = width, feed_forward
     try:
         kind = GGMLQuantizationType.Q8_0
-        return tiny.make_tiny("llama", path, layers=WIDE_LAYERS, quantization=kind, tokenizer="bytes")
+        return tiny.make_tiny("llama", path, layers=layers, quantization=kind, tokenizer="bytes")
     finally:
         tiny.EMBD, tiny.FF = was
 
@@ -377,6 +433,11 @@ def readme(figures: Sequence[Figure]) -> str:
         "| four hosts | ours | llama.cpp RPC | |\n|---|---|---|---|": [
             f"| {each.case} | {each.ours:.1f} | {each.peer or 0:.1f} | {each.unit} |" for each in peers
         ],
+        "| prompt | seconds to the first token | ratio |\n|---|---|---|": [
+            f"| {each.case} | {each.ours:.2f} | {each.line()['ratio']} of {each.peer_name} |"
+            for each in figures
+            if each.case.startswith("pref")
+        ],
     }
     return "\n\n".join("\n".join((head, *lines)) for head, lines in tables.items() if lines)
 
@@ -396,7 +457,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument(
-        "--cases", default="faults,hops,promise", help="the cases, separated by commas; peer is one, too"
+        "--cases",
+        default="faults,hops,prefill,prefix,promise",
+        help="the cases, separated by commas; peer is one, too",
     )
     parser.add_argument("--peer", type=cluster_peer.peer_folder, help="llama.cpp-rpc=FOLDER")
     parser.add_argument("--json", action="store_true", help="one object a line in place of the tables")
@@ -408,6 +471,8 @@ def main() -> None:
     cases: dict[str, Callable[[], Iterator[Figure]]] = {
         "faults": lambda: faults(options.faults, each_fault),
         "hops": hops,
+        "prefill": prefill,
+        "prefix": prefix,
         "promise": promise,
         "peer": lambda: (Figure(**row) for row in cluster_peer.peer(STARTER, options.peer, tell)),
     }

@@ -9,7 +9,7 @@ planted in private members of what is tested, so these are used here on purpose.
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 from weakref import WeakKeyDictionary
@@ -27,7 +27,19 @@ from cordee.cluster import (
     patience,
     reconcile,
 )
-from cordee.generation import batches, gateway, host, prefixes, results, scheduler, slots, streams
+from cordee.generation import (
+    batches,
+    gateway,
+    guessing,
+    host,
+    prefixes,
+    results,
+    scheduler,
+    slots,
+    streams,
+)
+from cordee.worker import acceptance, messages
+from sim import stages
 from sim.run import Broken, play
 from sim.stall import play_stall
 
@@ -118,6 +130,38 @@ def _deployments_by_arrival(self: deployments.Deployments, deployment: deploymen
 
 def _serving_once_loaded(self: choose.Reports, placement: facts.Placement) -> str:
     return self.wiring(placement)
+
+
+_guesses_behind = acceptance._guesses_behind
+
+
+def _guesses_late(run: messages.Run) -> Iterator[int | None]:
+    """A guess is compared with the token after the one that it was made of."""
+    *before, last = _guesses_behind(run)
+    yield from (None, *before) if last is None and before else (last,)
+
+
+def _believe_guess(self: guessing.Guessing, stream: slots.SlottedStream, token: int) -> bool:
+    if stream.guesser is not None:
+        stream.guesser.append(token)
+    if not stream.guesses:
+        return False
+    del stream.guesses[0]
+    return True
+
+
+def _forget_guessed(history: int, token: int, guessed: bool) -> int:
+    return history if guessed else stages.step(history, token)
+
+
+_lost = scheduler.Scheduler.lost
+
+
+def _lost_with_guesses(self: scheduler.Scheduler) -> None:
+    kept = {name: list(stream.guesses) for name, stream in self._active.items()}
+    _lost(self)
+    for name, stream in self._active.items():
+        stream.guesses[:] = kept[name]
 
 
 Workers = Mapping[str, reconcile.WorkerStatus]
@@ -217,6 +261,11 @@ MUTATIONS: dict[str, Callable[[ExitStack], None]] = {
         (prefixes.Prefixes, "copy_best", _copy_what_once_was_there)
     ),
     "the host does not hear of a loss": _set((host.Host, "lost", _nothing)),
+    "a token is accepted one place too late": _set((acceptance, "_guesses_behind", _guesses_late)),
+    "a stale row is computed": _set((acceptance.Drawn, "is_stale", _never)),
+    "a guess is believed": _set((guessing.Guessing, "append", _believe_guess)),
+    "a penalty forgets what was guessed": _set((stages.Process, "remember", staticmethod(_forget_guessed))),
+    "guesses outlive a loss": _set((scheduler.Scheduler, "lost", _lost_with_guesses)),
     "any index is taken": _set((gateway.Gateway, "_advance", _take_any_index)),
     "what was lost is not asked again": _set((gateway.Gateway, "_answered", _only_hear)),
 }

@@ -10,10 +10,12 @@ from cordee.generation.host import Host
 from cordee.generation.request import Choice
 from cordee.generation.results import Expectation, Results
 from cordee.generation.scheduler import Scheduler
-from sim import stages
+from sim import guesses, stages
 from sim.world import World
 
 BATCH_ROWS, QUEUE = 16, 100
+IN_FLIGHT = (1, 2, 2, 4)
+GUESSING = 0.7  # of the schedulers
 
 
 class Shell(Protocol):
@@ -48,9 +50,13 @@ class Pipeline:
 
     def __init__(self, agent: Shell, placement: Placement) -> None:
         self._sequences = sequences = placement.sequences
-        limits = Limits(sequences, placement.context, max(BATCH_ROWS, sequences), QUEUE, in_flight=2)
         random = Random(agent.world.random.getrandbits(32))
+        limits = Limits(
+            sequences, placement.context, max(BATCH_ROWS, sequences), QUEUE, random.choice(IN_FLIGHT)
+        )
         self._scheduler = Scheduler(limits, stages.ENDS)
+        self._scheduler.guessing.is_on = random.random() < GUESSING
+        self._scheduler.guessing.make = guesses.guesser_of
         self.host = Host(self._scheduler, stages.VOCABULARY, random)
         self._agent = agent
         self.goal: HostGoal | None = None
@@ -116,14 +122,16 @@ class Pipeline:
         batch = self._under_way.get(tokens.batch)
         if tokens.wiring != self.wiring or batch is None:
             return
-        ended = any(choice.token in stages.ENDS for choice in tokens.choices.values())
+        choices = {sequence: own[0] for sequence, own in tokens.choices.items()}
+        guessed = {sequence: own[1:] for sequence, own in tokens.choices.items()}
+        ended = any(choice.token in stages.ENDS for choice in choices.values())
         last = batch.steps == 1 or ended or batch.id in self._halted
         del self._under_way[batch.id]
         self._results.came(batch.id, True, self._agent.now)
-        self.host.complete(batch.id, tokens.choices, {}, last=last)
+        self.host.complete(batch.id, choices, {}, last=last, guessed=guessed)
         self._scheduler.check_slots()
         if not last:
-            self._send(_again(batch, tokens.choices))
+            self._send(_again(batch, choices))
         self.pump()
 
 

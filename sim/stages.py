@@ -6,6 +6,7 @@ the token from the digest and from its sampler's own history. In an undisturbed 
 and the token is `next_token` of the stream's log.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from cordee.cluster.goals import StageSpec
 from cordee.cluster.reconcile import WorkerState, WorkerStatus
 from cordee.generation.batches import MicroBatch, SequenceCopy
 from cordee.generation.request import Choice
+from cordee.worker import messages
+from cordee.worker.acceptance import Drawn, outputs_of
 
 VOCABULARY = 1000
 END = 0  # ends an answer: tokens below 40 do, so an answer has 25 on average
@@ -60,6 +63,14 @@ class Run:
     rows: list[tuple[int, int]]
     sample: bool
     opens: tuple[int, int] | None  # (digest of the log, seed)
+    tenure: int = 0
+    guess: tuple[int, ...] = ()
+
+    @property
+    def head(self) -> messages.Run:
+        """As real stages take it."""
+        first, rows = self.first_position, len(self.rows)
+        return messages.Run(self.sequence, first, rows, self.sample, self.tenure, guess=self.guess)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class Tokens:
 
     wiring: str
     batch: int
-    choices: dict[int, Choice]
+    choices: dict[int, list[Choice]]  # more than one where guesses were right
 
 
 def rows_of(batch: MicroBatch) -> list[Run]:
@@ -90,7 +101,9 @@ def rows_of(batch: MicroBatch) -> list[Run]:
         log = batch.opens.get(segment.sequence)
         opens = (digest_of([*log.prompt, *log.generated]), log.sampling.seed) if log is not None else None
         rows = [(token, -1) for token in segment.tokens]
-        runs.append(Run(segment.sequence, segment.first_position, rows, segment.sample, opens))
+        guess = tuple(segment.tokens[len(segment.tokens) - segment.guesses :])
+        first = segment.first_position
+        runs.append(Run(segment.sequence, first, rows, segment.sample, opens, segment.tenure, guess))
     return runs
 
 
@@ -111,6 +124,7 @@ class Process:
         default_factory=dict[int, list[int]]
     )  # digests by sequence and position
     samplers: dict[int, tuple[int, int]] = field(default_factory=dict[int, tuple[int, int]])
+    drawn: Drawn = field(default_factory=Drawn)
 
     def worker(self) -> WorkerStatus:
         """As the controller sees it."""
@@ -123,19 +137,23 @@ class Process:
         self.index, self.stages = index, stages
         self.cache.clear()
         self.samplers.clear()
+        self.drawn.clear()
 
     def unwire(self) -> None:
         """A link broke."""
         if self.state == "wired":
             self.state, self.wiring = "loaded", ""
 
-    def compute(self, rows: Rows) -> tuple[list[Run], dict[int, Choice]]:
+    def compute(self, rows: Rows) -> tuple[list[Run], dict[int, list[Choice]]]:
         """Take rows in; give the rows for the next stage, and tokens where this is the last."""
         runs: list[Run] = []
-        choices: dict[int, Choice] = {}
+        choices: dict[int, list[Choice]] = {}
+        is_last = self.index == self.stages - 1
         for copy in rows.copies:
             self.cache[copy.sequence] = self.cache.get(copy.source, [])[: copy.length]
         for run in rows.runs:
+            if is_last and self.drawn.is_stale(run.head):
+                continue
             held = self.cache.setdefault(run.sequence, [])
             del held[run.first_position :]
             while len(held) < run.first_position:
@@ -146,15 +164,27 @@ class Process:
                 held.append(digest)
                 spoilt = upstream not in (-1, digest)
                 out.append((token, step(digest, upstream & 0xFFFFFFFF) if spoilt else digest))
-            runs.append(Run(run.sequence, run.first_position, out, run.sample, run.opens))
-            if run.sample and self.index == self.stages - 1:
-                choices[run.sequence] = self._draw(run, out[-1][1])
+            runs.append(dataclasses.replace(run, rows=out))
+            if run.sample and is_last:
+                choices[run.sequence] = self._draw(run, [digest for _, digest in out])
         return runs, choices
 
-    def _draw(self, run: Run, digest: int) -> Choice:
+    def _draw(self, run: Run, digests: list[int]) -> list[Choice]:
         if run.opens is not None:
             self.samplers[run.sequence] = run.opens
-        history, seed = self.samplers.get(run.sequence, (1, 1))
-        token = draw(digest, history, seed)
-        self.samplers[run.sequence] = (step(history, token), seed)
-        return Choice(token)
+        found: list[Choice] = []
+
+        def choose(digest: int) -> int | None:
+            history, seed = self.samplers.get(run.sequence, (1, 1))
+            token = draw(digest, history, seed)
+            self.samplers[run.sequence] = (self.remember(history, token, bool(found)), seed)
+            found.append(Choice(token))
+            return None if token in ENDS else token
+
+        self.drawn.draw(run.head, digests[len(digests) - outputs_of(run.head) :], choose)
+        return found
+
+    @staticmethod
+    def remember(history: int, token: int, guessed: bool) -> int:
+        """The sampler's history with a token more; `guessed`: drawn behind a guess."""
+        return step(history, token)

@@ -43,6 +43,8 @@ class Chaos:
         self.shares = self.rng.choice(("", "ab", "abc"))
         self.share = ""  # of those who ask now: they come in floods
         self.transfers = 0
+        if self.rng.random() < 0.6:
+            self.world.guess(self.rng.choice((0, 10, 50, 100)))
 
     def submit(self) -> None:
         rng, limits = self.rng, self.world.limits
@@ -138,6 +140,8 @@ def test_the_chaos_has_everything_in_it() -> None:
         seen["transferred"] += chaos.transfers
         seen["scored"] += sum(client.request.scores_prompt and bool(client.got) for client in chaos.clients)
         seen["moved"] += sum(client.moved for client in chaos.clients)
+        seen["guessed"] += chaos.world.scheduler.guessing.accepted
+        seen["rejected"] += chaos.world.scheduler.guessing.offered - chaos.world.scheduler.guessing.accepted
     wanted = (
         "stop",
         "length",
@@ -148,6 +152,8 @@ def test_the_chaos_has_everything_in_it() -> None:
         "lost",
         "transferred",
         "scored",
+        "guessed",
+        "rejected",
     )
     assert seen["moved"] > 1  # it takes a flood, and tests/generation/test_shares.py has more of them
     assert all(seen[what] > 5 for what in wanted), seen

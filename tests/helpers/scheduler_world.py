@@ -9,10 +9,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from cordee.generation.batches import Event, Limits, MicroBatch
+from cordee.generation.batches import Event, Limits, MicroBatch, Segment
 from cordee.generation.request import Choice, Request, SamplingParams
 from cordee.generation.scheduler import Scheduler
 from cordee.generation.tokenlog import TokenLog
+from cordee.speculation.guesser import Guess, Guesser
 
 VOCABULARY = 24
 END = 0  # the token that ends an answer: one in 24
@@ -29,6 +30,31 @@ def scores_of(prompt: Sequence[int]) -> tuple[Choice, ...]:
         Choice(prompt[place], -float(zlib.crc32(bytes(prompt[: place + 1]))))
         for place in range(1, len(prompt))
     )
+
+
+class Oracle(Guesser):
+    """Guesses that are right, wrong now and then, or wrong where it hurts: right up to the last one."""
+
+    def __init__(self, log: Sequence[int], seed: int, wrong_percent: int) -> None:
+        super().__init__((), (), ())
+        self.log, self.seed, self.wrong_percent = list(log), seed, wrong_percent
+
+    def append(self, token: int) -> None:
+        self.log.append(token)
+
+    def propose(self, pending: Sequence[int], most: int) -> list[Guess]:
+        text = list(self.log)
+        for _ in range(len(pending) + most):
+            token = next_token(self.seed, text)
+            if zlib.crc32(bytes([self.seed, len(text) & 255])) % 100 < self.wrong_percent:
+                token = (token + 1) % VOCABULARY
+            text.append(token)
+        found = text[len(self.log) :]
+        return (
+            [Guess(token, 0.95) for token in found[len(pending) :]]
+            if found[: len(pending)] == [*pending]
+            else []
+        )
 
 
 @dataclass(eq=False)
@@ -51,6 +77,7 @@ class FakePipeline:
     def __init__(self, limits: Limits, can_trim: bool = True) -> None:
         self.limits = limits
         self.can_trim = can_trim
+        self.end = END
         self.under_way: deque[tuple[MicroBatch, dict[int, tuple[int, list[int]]]]] = deque()
         self.rows_sent = 0
         self.copied_tokens = 0
@@ -63,6 +90,7 @@ class FakePipeline:
         self.under_way.clear()
         self.halted: set[int] = set()
         self.scores: dict[int, list[Choice]] = {}  # of the micro-batch that was answered last
+        self.guessed: dict[int, list[Choice]] = {}  # likewise
         self.before: dict[int, list[int]] = {}  # what the placement before had
         self.may_inherit = True  # whether batches that are sent now may still take it over
 
@@ -73,6 +101,7 @@ class FakePipeline:
         assert 0 < rows <= self.limits.batch_rows
         assert all(segment.tokens for segment in batch.segments)
         assert batch.steps == 1 or rows == len(batch.segments), "only decode rows may go round"
+        assert batch.steps == 1 or not any(segment.guesses for segment in batch.segments)
         assert len(set(sequences)) == len(sequences) and set(sequences) <= set(self.cache)
         assert set(batch.opens) <= {
             segment.sequence for segment in batch.segments if segment.sample or segment.score
@@ -90,7 +119,7 @@ class FakePipeline:
     ) -> tuple[MicroBatch, dict[int, Choice], dict[int, str], bool]:
         """Compute the oldest micro-batch, and let it go round again if it may; its scores are in `scores`."""
         batch, opens = self.under_way.popleft()
-        self.scores = {}
+        self.scores, self.guessed = {}, {}
         choices = self.compute(batch, opens)
         failed = {sequence: "no token fits" for sequence in choices if failures(sequence)}
         ended = any(choice.token == end for choice in choices.values())
@@ -148,11 +177,30 @@ class FakePipeline:
             if not segment.sample:
                 continue
             seed, history = self.samplers[segment.sequence]
-            assert held == history, "the cache is not the token log"
-            token = next_token(seed, held)
-            history.append(token)
-            choices[segment.sequence] = Choice(token)
+            drawn = self.draw(segment, seed, held, history)
+            if drawn:
+                choices[segment.sequence] = drawn[0]
+                self.guessed[segment.sequence] = drawn[1:]
         return choices
+
+    def draw(self, segment: Segment, seed: int, held: list[int], history: list[int]) -> list[Choice]:
+        """The tokens of a segment's rows: of guesses only as long as they are what was drawn before."""
+        drawn: list[Choice] = []
+        for row in range(len(segment.tokens) - segment.guesses - 1, len(segment.tokens)):
+            end = segment.first_position + row + 1
+            is_guess = row >= len(segment.tokens) - segment.guesses
+            if row < 0 or (drawn and held[:end] != history):
+                continue
+            if held[:end] != history:
+                assert is_guess, "the cache is not the token log"
+                break
+            if history[-1] == self.end and is_guess:
+                break
+            token = next_token(seed, held[:end])
+            history.append(token)
+            drawn.append(Choice(token))
+        assert segment.guesses == 0 or segment.sure <= len(history)
+        return drawn
 
 
 class World:
@@ -164,7 +212,16 @@ class World:
         self.scheduler = Scheduler(limits, {end})
         self.scheduler.can_trim = can_trim
         self.pipeline = FakePipeline(limits, can_trim)
+        self.pipeline.end = end
         self.clients: dict[str, Client] = {}  # the running ones
+
+    def guess(self, wrong_percent: int) -> None:
+        """Let streams guess from now on."""
+        guessing = self.scheduler.guessing
+        guessing.is_on = self.pipeline.can_trim
+        guessing.make = lambda stream, ends: Oracle(
+            stream.log.tokens(0, len(stream.log)), stream.request.sampling.seed, wrong_percent
+        )
 
     def submit(
         self,
@@ -229,7 +286,10 @@ class World:
         """Let the oldest result come; `failures` says of which sequences the token cannot be chosen."""
         batch, choices, failed, last = self.pipeline.answer(self.end, failures)
         chosen = {sequence: choice for sequence, choice in choices.items() if sequence not in failed}
-        events = self.scheduler.complete(batch.id, chosen, failed, self.pipeline.scores, last=last)
+        guessed = {key: own for key, own in self.pipeline.guessed.items() if key not in failed}
+        events = self.scheduler.complete(
+            batch.id, chosen, failed, self.pipeline.scores, last=last, guessed=guessed
+        )
         self.scheduler.check_slots()
         for event in events:
             self.check_event(event)

@@ -13,7 +13,7 @@ from cordee.api.timings import Timings, Watch
 from cordee.chat.events import CallBegun, Collected, Event, TextDelta, ThinkingDelta
 from cordee.chat.formats import Parser, PlainParser
 from cordee.engine.vocabulary import Vocabulary
-from cordee.generation.request import Choice, PromptProgress, Request, TextChunk
+from cordee.generation.request import NO_GUESSES, Choice, GuessCounts, PromptProgress, Request, TextChunk
 from cordee.serving.interface import Generator
 
 Ending = Literal["stop", "length", "cancelled", "tool_calls"]
@@ -37,6 +37,7 @@ class AnswerPiece:
     cached_tokens: int = 0  # of the prompt, found in the KV cache
     completion_tokens: int = 0  # so far
     thinking_tokens: int = 0  # of those, until the last thought
+    guesses: GuessCounts = NO_GUESSES
 
     @property
     def text(self) -> str:
@@ -128,6 +129,7 @@ def _piece(
         cached_tokens=chunk.cached_tokens,
         completion_tokens=chunk.completion_tokens,
         thinking_tokens=thinking_tokens,
+        guesses=chunk.guesses,
     )
 
 

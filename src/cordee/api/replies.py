@@ -97,6 +97,10 @@ class Reply(ABC):
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(piece.cached_tokens for piece in prompts)},
+            "completion_tokens_details": {
+                "accepted_prediction_tokens": sum(piece.guesses.accepted for piece in last.values()),
+                "rejected_prediction_tokens": sum(piece.guesses.rejected for piece in last.values()),
+            },
         }
 
     @abstractmethod

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import msgspec
 
 from cordee.errors import BadRequest
-from cordee.generation.request import Choice, FinishReason
+from cordee.generation.request import NO_GUESSES, Choice, FinishReason, GuessCounts
 from cordee.generation.tokenlog import TokenLog
 
 
@@ -45,6 +45,10 @@ class Segment:
     `tenure` is the number of the stream among all that had a slot. `inherit`: the positions before the first
     one are to be taken over from the placement before. `score`: each row but the prompt's last one gives the
     log-probability of the prompt's next token.
+
+    The last `guesses` tokens are guesses: each gives a token as well, if it and all before it are what the
+    last stage drew; else it is stale, and gives nothing. Of the sequence's positions `sure` are of the
+    stream's log, as far as it is known.
     """
 
     stream: str
@@ -55,6 +59,8 @@ class Segment:
     tenure: int = 0
     inherit: bool = False
     score: bool = False
+    guesses: int = 0
+    sure: int = 0
 
 
 class SequenceCopy(msgspec.Struct, frozen=True, array_like=True):
@@ -93,7 +99,7 @@ class Event:
     `cached_tokens` of its prompt were in the KV cache when it got its slot. `failure` says why its token
     could not be chosen; the stream has ended then, without a finish reason. `prompt_choices` come with the
     first token where the prompt is scored: its tokens but the first. Such a stream has a choice for the token
-    that ends it, too: clients that want scores count tokens.
+    that ends it, too: clients that want scores count tokens. `guesses` are the stream's so far.
     """
 
     stream: str
@@ -102,3 +108,4 @@ class Event:
     cached_tokens: int
     failure: str | None = None
     prompt_choices: tuple[Choice, ...] = ()
+    guesses: GuessCounts = NO_GUESSES

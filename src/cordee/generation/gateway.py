@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 
 from cordee.errors import BadRequest, CordeeError, Overloaded, StageFailed
 from cordee.generation.clock import AwakeClock
-from cordee.generation.request import Choice, FinishReason, PromptProgress, Request
+from cordee.generation.request import NO_GUESSES, Choice, FinishReason, GuessCounts, PromptProgress, Request
 from cordee.generation.streams import (
     STREAMS_MAX,
     Ask,
@@ -67,6 +67,7 @@ class News:
     choices: tuple[Choice, ...] = ()
     cached_tokens: int = 0
     finish_reason: FinishReason | None = None
+    guesses: GuessCounts = NO_GUESSES
     error: CordeeError | None = None
     prompt_choices: tuple[Choice, ...] = ()
     progress: PromptProgress | None = None
@@ -332,6 +333,7 @@ class Gateway:
                     choices,
                     cached,
                     piece.finish_reason,
+                    piece.guesses,
                     prompt_choices=prompt_choices,
                 )
             )

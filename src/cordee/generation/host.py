@@ -26,7 +26,8 @@ import msgspec
 from cordee.errors import BadRequest, CordeeError, Overloaded, StageFailed
 from cordee.generation.batches import Event, MicroBatch
 from cordee.generation.clock import AwakeClock
-from cordee.generation.request import Choice, FinishReason, PromptProgress
+from cordee.generation.guessing import Guessing
+from cordee.generation.request import NO_GUESSES, Choice, FinishReason, GuessCounts, PromptProgress
 from cordee.generation.scheduler import Scheduler
 from cordee.generation.streams import (
     STREAMS_MAX,
@@ -63,6 +64,7 @@ class _Entry:
     choices: list[Choice] = field(default_factory=list[Choice])
     prompt_choices: tuple[Choice, ...] = ()  # until the gateway has the first token
     cached_tokens: int = 0
+    guesses: GuessCounts = NO_GUESSES
     finish_reason: FinishReason | None = None
     failure: Failure | None = None
 
@@ -85,7 +87,16 @@ class _Entry:
         first, self.sent = self.sent, self.base + len(self.choices)
         choices = tuple(self.choices[first - self.base :])
         scores = self.prompt_choices if first == 0 else ()
-        return piece(self.ask, first, choices, self.cached_tokens, self.finish_reason, self.failure, scores)
+        return piece(
+            self.ask,
+            first,
+            choices,
+            self.cached_tokens,
+            self.finish_reason,
+            self.failure,
+            scores,
+            self.guesses,
+        )
 
 
 @dataclass(eq=False)
@@ -153,6 +164,11 @@ class Host:
         """Tokens in the KV cache."""
         return self._scheduler.held_tokens
 
+    @property
+    def guessing(self) -> Guessing:
+        """Which guesses travel, and what became of them."""
+        return self._scheduler.guessing
+
     def receive(self, node: str, message: Ask | Assert, refusal: CordeeError | None = None) -> None:
         """Handle a message of the gateway on a node, which must be about this model.
 
@@ -178,9 +194,9 @@ class Host:
             if session.heard < oldest:
                 del self._sessions[key]
 
-    def next_batch(self) -> MicroBatch | None:
-        """The next micro-batch to send; None if nothing can be sent now."""
-        batch = self._scheduler.next_batch() if self.ready else None
+    def next_batch(self, now: float = 0.0) -> MicroBatch | None:
+        """The next micro-batch to send, at the time `now`; None if nothing can be sent now."""
+        batch = self._scheduler.next_batch(now) if self.ready else None
         if batch is not None:
             self._suspects.sent(batch)
         return batch
@@ -197,9 +213,14 @@ class Host:
         scores: Mapping[int, Sequence[Choice]] | None = None,
         *,
         last: bool = True,
+        guessed: Mapping[int, Sequence[Choice]] | None = None,
+        forced: Mapping[int, Sequence[int]] | None = None,
+        now: float = 0.0,
     ) -> None:
         """Handle a micro-batch's result, as `Scheduler.complete` does."""
-        events = self._scheduler.complete(batch_id, choices, failures, scores, last=last)
+        events = self._scheduler.complete(
+            batch_id, choices, failures, scores, last=last, guessed=guessed, forced=forced, now=now
+        )
         self._suspects.result(batch_id, [event.stream for event in events], last=last)
         for event in events:
             self._tell(event)
@@ -308,7 +329,7 @@ class Host:
 
     def _tell(self, event: Event) -> None:
         session, entry = self._named[event.stream]
-        entry.cached_tokens = event.cached_tokens
+        entry.cached_tokens, entry.guesses = event.cached_tokens, event.guesses
         entry.prompt_choices = entry.prompt_choices or event.prompt_choices
         if event.choice is not None:
             entry.choices.append(event.choice)

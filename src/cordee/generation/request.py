@@ -56,7 +56,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     `shown_tokens` are control tokens whose names are part of the text; that of the last one never is.
     `scores_prompt`: the prompt's own tokens get log-probabilities, too, and so does the token that ends the
     answer; it needs `sampling.top_logprobs`. `share` names who asks: streams of
-    different shares take turns (scheduler.py).
+    different shares take turns (scheduler.py). `prediction` is what the answer may be: guesses, which change
+    no token of it.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     shown_tokens: tuple[int, ...] = ()
     scores_prompt: bool = False
     share: str = ""
+    prediction: tuple[int, ...] = ()
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -88,6 +90,16 @@ class PromptProgress(NamedTuple):
     read_tokens: int = 0
 
 
+class GuessCounts(NamedTuple):
+    """What became of the guesses of an answer's tokens, on the host that answers now."""
+
+    accepted: int = 0
+    rejected: int = 0  # they were wrong, or behind one that was
+
+
+NO_GUESSES = GuessCounts()
+
+
 class TextChunk(msgspec.Struct, frozen=True, kw_only=True):
     """A piece of an answer as the client may see it: whole characters only, and nothing of a stop string.
 
@@ -105,3 +117,4 @@ class TextChunk(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the KV cache
     completion_tokens: int = 0  # so far
+    guesses: GuessCounts = NO_GUESSES

@@ -99,6 +99,7 @@ class Constraint(Protocol):
 
     def allowed(self) -> np.ndarray: ...
     def accept(self, token: int) -> None: ...
+    def forced(self) -> list[int]: ...
 
 
 class Sampler:
@@ -153,6 +154,10 @@ class Sampler:
         if self.params.top_logprobs is None:
             return Choice(token)
         return scored(token, logits, self.params.top_logprobs)
+
+    def forced(self) -> list[int]:
+        """Tokens of the bytes that a grammar leaves to come next, as they would usually be cut."""
+        return [] if self._grammar is None else self._grammar.forced()
 
     def _without_ends(self, row: np.ndarray, logits: np.ndarray) -> np.ndarray:
         """The row without the tokens that would end the answer too early, if others are possible."""

@@ -40,16 +40,21 @@ A stream's life:
   something. The next token depends on log, index and parameters alone, so they go on undisturbed.
 - **Scored prompts**: a stream may want the log-probabilities of its prompt's tokens. Then all of its rows are
   computed, whatever a slot holds, and the scores are given with the first token; the log has no need of them.
+- **Guesses** (docs/speculation.md): tokens that may come next travel before it is known that they do: beside
+  the row before them, or as a micro-batch of their own behind it. The last stage draws each token as ever,
+  and gives one for a guess only if that is what it drew. A wrong guess leaves rows in the stages behind the
+  end of the log; the right row replaces them. Guesses take no place that another row could have.
 - **Suspects**: a stream that is set apart travels alone, which shows whether it is what breaks the pipeline.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from cordee.errors import BadRequest, ContextExceeded, Overloaded
 from cordee.generation.batches import Event, Limits, MicroBatch, Segment
+from cordee.generation.guessing import Guessing, Left
 from cordee.generation.prefixes import Prefixes
-from cordee.generation.request import Choice, PromptProgress, Request
+from cordee.generation.request import Choice, FinishReason, GuessCounts, PromptProgress, Request
 from cordee.generation.shares import Shares, surplus
 from cordee.generation.slots import Flight, Slot, SlottedStream
 from cordee.generation.tokenlog import TokenLog
@@ -79,6 +84,7 @@ class Scheduler:
         self._prefixes = Prefixes(self._slots, limits.context, self._settled)
         self._batches = 0
         self._tenures = 0
+        self.guessing = Guessing(limits.in_flight, self._end_of_generation)
 
     @property
     def can_trim(self) -> bool:
@@ -161,8 +167,8 @@ class Scheduler:
         if stream_id in self._active:
             self._active[stream_id].apart = True
 
-    def next_batch(self) -> MicroBatch | None:
-        """The next micro-batch to send; None if nothing can be sent now."""
+    def next_batch(self, now: float = 0.0) -> MicroBatch | None:
+        """The next micro-batch to send, at the time `now` in seconds; None if nothing can be sent now."""
         if len(self._in_flight) >= self._limits.in_flight:
             return None
         apart = next((stream for stream in self._active.values() if stream.apart), None)
@@ -174,6 +180,7 @@ class Scheduler:
             self._admit()
             segments = self._decode_segments()
             segments += self._prefill_segments(self._limits.batch_rows - len(segments))
+            segments = segments or self._guess_segments()
         if not segments:
             return None
         self._batches += 1
@@ -188,8 +195,12 @@ class Scheduler:
         for stream in opening:
             stream.opened = True
         steps = self._steps(segments)
-        decoding = {self._active[each.stream] for each in segments if each.sample and len(each.tokens) == 1}
-        self._in_flight[self._batches] = Flight(sampled, scored, decoding, repeats=steps > 1)
+        rows = sum(len(segment.tokens) for segment in segments)
+        decodes = all(segment.sample and len(segment.tokens) == 1 + segment.guesses for segment in segments)
+        decoding = {self._active[each.stream] for each in segments if len(each.tokens) == 1 + each.guesses}
+        self._in_flight[self._batches] = Flight(
+            sampled, scored, decoding, repeats=steps > 1, sent=now, decode_rows=rows if decodes else 0
+        )
         return MicroBatch(self._batches, tuple(segments), opens, steps, self._prefixes.take_copies())
 
     def complete(
@@ -200,9 +211,13 @@ class Scheduler:
         scores: Mapping[int, Sequence[Choice]] | None = None,
         *,
         last: bool = True,
+        guessed: Mapping[int, Sequence[Choice]] | None = None,
+        forced: Mapping[int, Sequence[int]] | None = None,
+        now: float = 0.0,
     ) -> list[Event]:
         """Handle a micro-batch's result: the token chosen for each sampled sequence, or why there is none,
-        and the prompt's tokens of each scored one.
+        and the prompt's tokens of each scored one; `guessed` are those that followed because guesses were
+        right, `forced` those that a grammar leaves to come after them.
 
         Not `last`: it is on its way again with these tokens. Results of batches that were lost, and tokens of
         streams that ended meanwhile, are dropped.
@@ -210,8 +225,10 @@ class Scheduler:
         flight = self._in_flight.get(batch_id)
         if flight is None:
             return []
+        flight.rounds += 1
         if last:
             del self._in_flight[batch_id]
+            self.guessing.came(flight, now)
         events = self._score(flight, failures, scores or {})
         for stream in flight.streams:
             sequence = stream.slot.sequence
@@ -219,14 +236,17 @@ class Scheduler:
                 if not last:  # it was cancelled, and goes round until it is halted
                     stream.slot.tokens.append(choices[sequence].token)
                 continue
-            if sequence in failures:
-                self._release(stream)
-                events.append(Event(stream.request.id, None, None, stream.cached, failures[sequence]))
+            first = [choices[sequence]] if sequence in choices else []
+            for choice in (*first, *(guessed or {}).get(sequence, ())):
+                events.append(self._advance(stream, choice, goes_on=not last))
+                if events[-1].finish_reason is not None:
+                    break
             else:
-                if not last:
-                    stream.slot.tokens.append(choices[sequence].token)
-                events.append(self._advance(stream, choices[sequence]))
-                stream.check_end()
+                if sequence in failures:
+                    self._release(stream)
+                    events.append(self._event(stream, failure=failures[sequence]))
+                elif forced and sequence in forced:
+                    self.guessing.force(stream, forced[sequence])
         return events
 
     def halts(self) -> list[int]:
@@ -244,8 +264,10 @@ class Scheduler:
         for number, flight in self._in_flight.items():
             lives = [self._active.get(stream.request.id) is stream for stream in flight.streams]
             unwanted = not any(lives) or (owed and not all(lives))
+            if not flight.repeats or flight.halted:
+                continue
             awaited = any(groups.get(stream) in joined for stream in flight.decoding)
-            if flight.repeats and not flight.halted and (wanted or unwanted or awaited):
+            if wanted or unwanted or awaited or self._guesses_pay(flight.streams):
                 flight.halted = True
                 found.append(number)
         return found
@@ -261,6 +283,7 @@ class Scheduler:
         for stream in self._active.values():
             stream.opened = False
             stream.scores.clear()
+            stream.guesses.clear()
             self._prefixes.find_leader(stream, before)
             before.append(stream)
 
@@ -299,8 +322,10 @@ class Scheduler:
         """How often a micro-batch may go round: as often as each of its streams wants a token."""
         streams = [self._active[segment.stream] for segment in segments]
         if any(stream.apart for stream in streams) or not all(
-            segment.sample and len(segment.tokens) == 1 for segment in segments
+            segment.sample and len(segment.tokens) == 1 and not segment.guesses for segment in segments
         ):
+            return 1
+        if any(self.guessing.begins(*each, active=self.active) for each in self._left(streams)):
             return 1
         return min(STEPS_MAX, *(self._tokens_left(stream) for stream in streams))
 
@@ -329,27 +354,45 @@ class Scheduler:
                 stream.scores += scores.get(sequence, ())[:rows]
             elif stream not in flight.streams:
                 self._release(stream)
-                events.append(Event(stream.request.id, None, None, stream.cached, failures[sequence]))
+                events.append(self._event(stream, failure=failures[sequence]))
         return events
 
-    def _advance(self, stream: SlottedStream, choice: Choice) -> Event:
+    def _advance(self, stream: SlottedStream, choice: Choice, *, goes_on: bool) -> Event:
+        """A stream gets a token, whose row travels already if its micro-batch `goes_on` or it was guessed."""
         stream.apart = False
-        name, scores = stream.request.id, tuple(stream.scores)
+        scores = tuple(stream.scores)
         stream.scores.clear()
         if choice.token in self._end_of_generation:
             self._release(stream)
             shown = choice if stream.request.scores_prompt else None
-            return Event(name, shown, "stop", stream.cached, prompt_choices=scores)
+            return self._event(stream, shown, "stop", scores=scores)
         stream.log.append(choice.token)
+        if self.guessing.append(stream, choice.token) or goes_on:
+            stream.slot.tokens.append(choice.token)
+        stream.check_end()
         limit = stream.request.max_tokens
         full = len(stream.log) >= self._limits.context
         reason = None
         if full or (limit is not None and len(stream.log.generated) >= limit):
             self._release(stream)
             reason = "length"
-        return Event(name, choice, reason, stream.cached, prompt_choices=scores)
+        return self._event(stream, choice, reason, scores=scores)
+
+    def _event(
+        self,
+        stream: SlottedStream,
+        choice: Choice | None = None,
+        finish_reason: FinishReason | None = None,
+        *,
+        failure: str | None = None,
+        scores: tuple[Choice, ...] = (),
+    ) -> Event:
+        name, cached = stream.request.id, stream.cached
+        guesses = GuessCounts(stream.accepted, stream.rejected)
+        return Event(name, choice, finish_reason, cached, failure, scores, guesses)
 
     def _release(self, stream: SlottedStream) -> None:
+        self.guessing.forget(stream)
         del self._active[stream.request.id]
         self._prefixes.use(stream.slot)
 
@@ -435,7 +478,10 @@ class Scheduler:
             if stream.decodes and group not in under_way:
                 ready.setdefault(group, []).append(stream)
         chosen = max(ready.values(), key=len) if ready else []
-        return [self._segment(stream, 1) for stream in chosen]
+        guesses = [list[int]() for _ in chosen]
+        if all(stream.decodes or not stream.rows_left for stream in self._active.values()):
+            guesses = self.guessing.beside(self._left(chosen), self._limits.batch_rows)
+        return [self._segment(stream, 1, own) for stream, own in zip(chosen, guesses, strict=True)]
 
     def _groups(self) -> dict[SlottedStream, int]:
         """The groups in which streams decode: `in_flight` of them, as even as can be, of neighbouring slots,
@@ -443,6 +489,23 @@ class Scheduler:
         streams = sorted(self._active.values(), key=lambda stream: stream.slot.sequence)
         count = self._limits.in_flight
         return {stream: place * count // len(streams) for place, stream in enumerate(streams)}
+
+    def _guess_segments(self) -> list[Segment]:
+        """A guess as a micro-batch of its own, where no other row could go instead."""
+        flights = self._in_flight.values()
+        rounds = {stream for flight in flights if flight.repeats for stream in flight.streams}
+        waiting = [each for each in self._active.values() if not each.rows_left and each not in rounds]
+        found = self.guessing.alone(self._left(waiting), self.active)
+        return [] if found is None else [self._segment(found[0], 0, [found[1]])]
+
+    def _guesses_pay(self, streams: Sequence[SlottedStream]) -> bool:
+        """Whether streams whose micro-batch goes round should rather guess."""
+        if not self.guessing.is_on or any(stream.rows_left for stream in streams):
+            return False
+        return self.guessing.pays(self._left(streams), self.active)
+
+    def _left(self, streams: Iterable[SlottedStream]) -> list[Left]:
+        return [(stream, self._tokens_left(stream)) for stream in streams]
 
     def _prefill_segments(self, budget: int) -> list[Segment]:
         """Water-filling of at most `budget` rows over the prompts, at least one row each."""
@@ -462,13 +525,23 @@ class Scheduler:
             segments.append(self._segment(stream, rows))
         return segments
 
-    def _segment(self, stream: SlottedStream, rows: int) -> Segment:
+    def _segment(self, stream: SlottedStream, rows: int, guesses: Sequence[int] = ()) -> Segment:
         stream.check_end()
         slot = stream.slot
-        first = len(slot.tokens)
+        first = len(slot.tokens) + len(stream.guesses)
         tokens = stream.log.tokens(first, first + rows)
         slot.tokens += tokens
+        self.guessing.sent(stream, guesses)
         inherit, slot.restored = slot.restored and first > 0, False
-        sample = stream.rows_left == 0
-        score = stream.is_scored and first < len(stream.request.prompt) - 1
-        return Segment(stream.request.id, slot.sequence, first, tokens, sample, slot.tenure, inherit, score)
+        return Segment(
+            stream.request.id,
+            slot.sequence,
+            first,
+            [*tokens, *guesses],
+            sample=stream.rows_left == 0,
+            tenure=slot.tenure,
+            inherit=inherit,
+            score=stream.is_scored and first < len(stream.request.prompt) - 1,
+            guesses=len(guesses),
+            sure=min(len(stream.log), first + rows) if rows else len(stream.log),
+        )

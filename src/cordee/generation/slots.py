@@ -4,10 +4,13 @@ from dataclasses import dataclass, field
 
 from cordee.generation.request import Choice, Request
 from cordee.generation.tokenlog import TokenLog
+from cordee.speculation.guesser import Guesser
 
 
 @dataclass(eq=False)
 class Slot:
+    """A sequence of the KV cache, and what it holds."""
+
     sequence: int
     tokens: list[int] = field(default_factory=list[int])  # by position, in the KV cache or on their way
     used: int = 0  # when its last stream ended, or it was copied last, counted in such events
@@ -17,7 +20,11 @@ class Slot:
 
 @dataclass(eq=False)
 class SlottedStream:
-    """A stream that has a slot. The slot's tokens are always the beginning of its log."""
+    """A stream that has a slot. The slot's tokens are always the beginning of its log.
+
+    `guesses` are tokens that follow the log, if they are right; their rows travel already, behind those of
+    the slot's tokens.
+    """
 
     request: Request
     log: TokenLog
@@ -28,6 +35,10 @@ class SlottedStream:
     leader: "SlottedStream | None" = None  # whose first tokens it waits for, to have them copied ...
     awaited_tokens: int = 0  # ... and how many
     scores: list[Choice] = field(default_factory=list[Choice])  # of the prompt, until they are given
+    guesser: Guesser | None = None  # made when it is first asked
+    guesses: list[int] = field(default_factory=list[int])
+    accepted: int = 0  # guesses that were right ...
+    rejected: int = 0  # ... and that were not, or stale
 
     @property
     def is_scored(self) -> bool:
@@ -59,10 +70,14 @@ class SlottedStream:
 @dataclass(eq=False)
 class Flight:
     """A micro-batch under way: the streams that get a token from it, those that get scores of so many rows,
-    those that have no other row in it, and whether it goes round."""
+    those of which a decode row is in it, and whether it goes round. `sent` is when, in seconds; `decode_rows`
+    are its rows, 0 if it has others than decode rows and guesses; `rounds` are those that came back."""
 
     streams: list[SlottedStream]
     scored: list[tuple[SlottedStream, int]]
     decoding: set[SlottedStream]
     repeats: bool
+    sent: float = 0.0
+    decode_rows: int = 0
+    rounds: int = 0
     halted: bool = False

@@ -24,7 +24,7 @@ import msgspec
 
 from cordee import errors
 from cordee.errors import BadRequest, CordeeError, StageFailed
-from cordee.generation.request import Choice, FinishReason, PromptProgress, Request
+from cordee.generation.request import NO_GUESSES, Choice, FinishReason, GuessCounts, PromptProgress, Request
 
 # Streams that a gateway has open at a time; a host keeps as many asks of each. A waiting stream costs its
 # prompt, 4 MB at the longest; this is a hundred times what a household's pipeline answers at once.
@@ -92,6 +92,7 @@ class Piece(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     failure: Failure | None = None
     scores: tuple[Logprobs, ...] = ()
+    guesses: GuessCounts = NO_GUESSES
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -167,11 +168,14 @@ def piece(
     finish_reason: FinishReason | None,
     failed: Failure | None,
     prompt_choices: tuple[Choice, ...] = (),
+    guesses: GuessCounts = NO_GUESSES,
 ) -> Piece:
     """A piece made of choices; it has log-probabilities only where they do."""
     tokens = tuple(choice.token for choice in choices)
     scores = _logprobs(prompt_choices)
-    return Piece(ask, first, tokens, _logprobs(choices), cached_tokens, finish_reason, failed, scores)
+    return Piece(
+        ask, first, tokens, _logprobs(choices), cached_tokens, finish_reason, failed, scores, guesses
+    )
 
 
 def _logprobs(choices: tuple[Choice, ...]) -> tuple[Logprobs, ...]:

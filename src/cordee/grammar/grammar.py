@@ -241,6 +241,11 @@ class GrammarState:
         if self._keys is not None:
             self._keys.push(self._tokenizer.piece(token))
 
+    def forced(self) -> list[int]:
+        """Tokens of the bytes that must come next, as the tokenizer would cut them; the model may cut them
+        in another way. None where nothing is sure."""
+        return self._matcher.compute_ff_tokens()
+
     def _fail_if_broken(self) -> None:
         if not self._matcher.is_error():
             return

@@ -7,7 +7,14 @@ from collections import deque
 from cordee.engine.vocabulary import Vocabulary
 from cordee.errors import BadRequest, CordeeError
 from cordee.generation import sampling, text
-from cordee.generation.request import Choice, FinishReason, PromptProgress, Request, TextChunk
+from cordee.generation.request import (
+    Choice,
+    FinishReason,
+    GuessCounts,
+    PromptProgress,
+    Request,
+    TextChunk,
+)
 from cordee.generation.template import ChatTemplate
 from cordee.worker.grammar_trials import GrammarTrials
 
@@ -46,6 +53,8 @@ class Checks:
         size = self._vocabulary.size
         if request.prompt and not 0 <= min(request.prompt) <= max(request.prompt) < size:
             raise BadRequest(f"the prompt's token ids must be 0 to {size - 1}", "prompt")
+        if request.prediction and not 0 <= min(request.prediction) <= max(request.prediction) < size:
+            raise BadRequest(f"the prediction's token ids must be 0 to {size - 1}", "prediction")
         sampling.check(request.sampling, size)
         if request.scores_prompt:
             _check_scores(request)
@@ -78,6 +87,7 @@ class Answer:
 
     def __init__(self, request: Request, vocabulary: Vocabulary) -> None:
         self.cached_tokens = 0
+        self.guesses = GuessCounts()
         self._vocabulary = vocabulary
         self._text = text.TextStream(request.stop)
         self._shown_tokens = frozenset(request.shown_tokens)
@@ -126,6 +136,7 @@ class Answer:
                 prompt_tokens=self._prompt_tokens,
                 cached_tokens=self.cached_tokens,
                 completion_tokens=self._completion_tokens,
+                guesses=self.guesses,
             )
         )
         self._choices.clear()

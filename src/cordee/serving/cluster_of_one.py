@@ -120,7 +120,13 @@ class ClusterOfOne:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(
-        self, vocabulary: Vocabulary, say: Callable[[str, Said], None], *, queue: int, in_flight: int
+        self,
+        vocabulary: Vocabulary,
+        say: Callable[[str, Said], None],
+        *,
+        queue: int,
+        in_flight: int,
+        speculates: bool,
     ) -> None:
         """Load the stages and join them; then streams are worked on.
 
@@ -140,6 +146,7 @@ class ClusterOfOne:
             say,
             queue=queue,
             in_flight=in_flight,
+            speculates=speculates,
             joined=self.changed,
         )
         self._keep(self._act_always())

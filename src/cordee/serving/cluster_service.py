@@ -143,7 +143,7 @@ class ClusterGateway:
         if news.progress is not None:
             answer.tell_progress(news.progress)
             return
-        answer.cached_tokens = news.cached_tokens
+        answer.cached_tokens, answer.guesses = news.cached_tokens, news.guesses
         if news.prompt_choices:
             answer.add_prompt(news.prompt_choices)
         count(len(news.choices))

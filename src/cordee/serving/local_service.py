@@ -34,6 +34,7 @@ from cordee.serving.cluster_of_one import NODE, ClusterOfOne, SlicedModel
 from cordee.serving.cluster_service import ClusterGateway, ClusterService
 from cordee.serving.interface import Health
 from cordee.serving.samples import Sample, host_samples, machine_samples
+from cordee.serving.scheduler_host import speculation
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,9 @@ class ServiceConfig:
     `queue` bounds the streams that wait while `sequences` are answered.
     `in_flight` micro-batches travel the pipeline at once: on one machine more than one only makes batches
     smaller, since the stages share its cores. `batch_invariant` asks for the same bits alone, batched and
-    replayed. `force_cut` cuts architectures that no test has certified. `devices` are as
-    `sizing.stage_config` takes them. `port` is only shown by `ps`.
+    replayed. `speculates`: tokens to come are guessed (docs/speculation.md). `force_cut`
+    cuts architectures that no test has certified. `devices` are as `sizing.stage_config` takes them. `port`
+    is only shown by `ps`.
     """
 
     context: int | None = None
@@ -57,6 +59,7 @@ class ServiceConfig:
     threads: int | None = None
     queue: int = 256
     in_flight: int = 1
+    speculates: bool = True
     batch_invariant: bool = True
     force_cut: bool = False
     devices: tuple[str, ...] = ()
@@ -118,9 +121,14 @@ class LocalService(ClusterService):
             )
             service._cluster = cluster = ClusterOfOne(sliced, stage_config, service, report)
             await cluster.open(
-                service.vocabulary, service._say, queue=config.queue, in_flight=config.in_flight
+                service.vocabulary,
+                service._say,
+                queue=config.queue,
+                in_flight=config.in_flight,
+                speculates=config.speculates,
             )
             service.batch_invariant = await service._measure(store, report)
+            cluster.host.batch_invariant = service.batch_invariant
             service.port = config.port
             service._publish()
         except BaseException:
@@ -159,6 +167,7 @@ class LocalService(ClusterService):
             "active": 0 if host is None else host.active,
             "tokens_per_second": self._rate.per_second(),
             "batch_invariant": self.batch_invariant,
+            "speculation": None if host is None else speculation(host),
             "uptime": time.monotonic() - self._started,
             "stages": [
                 {

@@ -20,12 +20,17 @@ class Sample:
 
 
 def host_samples(model: str, host: SchedulerHost) -> Iterable[Sample]:
-    """How full the KV cache of a model is whose scheduler runs here."""
+    """How full the KV cache of a model is whose scheduler runs here, and how well its tokens are guessed."""
     labels = {"model": model}
     text = "Tokens that the KV cache holds, for streams and for those that may follow."
     yield Sample("gauge", "kv_cache_tokens", text, host.held_tokens, labels)
     text = "Tokens that the KV cache has room for."
     yield Sample("gauge", "kv_cache_tokens_max", text, host.held_tokens_max, labels)
+    offered, accepted = host.guesses
+    text = "Guesses of tokens to come that the stages computed."
+    yield Sample("counter", "guessed_tokens", text, offered, labels)
+    text = "Guesses that were right: tokens that came sooner."
+    yield Sample("counter", "accepted_tokens", text, accepted, labels)
 
 
 def machine_samples(restarts: int, meter: Meter) -> Iterable[Sample]:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,8 @@ class SchedulerHost:
     """The scheduler of a placement's model. `send` takes the node of a gateway and the message to it.
 
     `queue` streams may wait. `in_flight` micro-batches travel at once; None: as many as keep all machines
-    busy. `joined` is called when it has joined a wiring, `late` with the other nodes of the placement and the
+    busy. `speculates`: guesses may travel, where that changes no token.
+    `joined` is called when it has joined a wiring, `late` with the other nodes of the placement and the
     seconds when a result of theirs is too long in coming.
     """
 
@@ -89,6 +91,7 @@ class SchedulerHost:
         *,
         queue: int = QUEUE,
         in_flight: int | None = None,
+        speculates: bool = True,
         joined: Callable[[], None] = lambda: None,
         late: Callable[[Collection[str], float], None] = lambda nodes, seconds: None,
     ) -> None:
@@ -115,6 +118,7 @@ class SchedulerHost:
         self._kv_answer: asyncio.Future[KvAnswer] | None = None
         self._kv_query_ends = 0.0  # on the event loop's clock; 0: nothing may be taken over
         self._n_vocab = vocabulary.size
+        self._speculates, self._can_trim = speculates, True
         self._measuring: asyncio.Task[None] | None = None
         self._digests: asyncio.Future[dict[int, str]] | None = None
         self._idle_since: float | None = None
@@ -160,6 +164,18 @@ class SchedulerHost:
     def waiting(self) -> int:
         """Streams that wait for one of them to end."""
         return self._host.waiting
+
+    @property
+    def speculates(self) -> bool:
+        """Whether guesses travel: a wrong one is cut off again, and rows that share a micro-batch with one
+        have the same bits as without it. On several machines each guess travels by itself."""
+        alike = self._limits.in_flight > 1 or self.batch_invariant is True
+        return self._speculates and self._can_trim and alike
+
+    @property
+    def guesses(self) -> tuple[int, int]:
+        """How many guesses travelled so far, and how many of them were right."""
+        return self._host.guessing.offered, self._host.guessing.accepted
 
     @property
     def held_tokens(self) -> int:
@@ -303,20 +319,30 @@ class SchedulerHost:
             if self._digests is not None and not self._digests.done():
                 self._digests.set_result(message.digests)
             return
-        self._results.came(message.batch, message.last, time.monotonic())
+        now = time.monotonic()
+        self._results.came(message.batch, message.last, now)
         for choices in message.earlier:
             self._host.complete(message.batch, choices, {}, last=False)
         self._host.complete(
-            message.batch, message.choices, message.failures, message.scores, last=message.last
+            message.batch,
+            message.choices,
+            message.failures,
+            message.scores,
+            last=message.last,
+            guessed=message.guessed,
+            forced=message.forced,
+            now=now,
         )
-        self.rate.count(sum(map(len, message.earlier)) + len(message.choices))
+        guessed = sum(map(len, message.guessed.values()))
+        self.rate.count(sum(map(len, message.earlier)) + len(message.choices) + guessed)
         self.rows += sum(map(len, message.earlier)) + (0 if message.last else len(message.choices))
         self.pump()
 
     def pump(self) -> None:
         """Send what can be sent: micro-batches to the first stage, news to gateways."""
         if self._host.ready and self._first is not None:
-            while (batch := self._host.next_batch()) is not None:
+            self._host.guessing.is_on = self.speculates
+            while (batch := self._host.next_batch(time.monotonic())) is not None:
                 inherited = (each.first_position for each in batch.segments if each.inherit)
                 self.inherited_tokens += sum(inherited)
                 rows = sum(len(each.tokens) for each in batch.segments)
@@ -341,7 +367,8 @@ class SchedulerHost:
         frames.write(writer, Join(wiring))
         self._first = writer
         if worker.description is not None:
-            self._host.set_can_trim(worker.description.can_trim)
+            self._can_trim = worker.description.can_trim
+            self._host.set_can_trim(self._can_trim)
         if self._stages.inherits(wiring):
             await self._query_kv(wiring, writer)
         self._host.ready = self._is_joined = True
@@ -424,3 +451,9 @@ def _piece_rows(goal: HostGoal) -> int:
 def _in_flight(goal: HostGoal) -> int:
     machines = len({stage.node for stage in goal.placement.stages})
     return 1 if machines == 1 else min(machines + 1, IN_FLIGHT_MAX)
+
+
+def speculation(host: SchedulerHost) -> dict[str, Any]:
+    """What `status` says of guesses, as values for JSON."""
+    offered, accepted = host.guesses
+    return {"on": host.speculates, "offered": offered, "accepted": accepted}

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
 from cordee.engine.llama.kv_state import join_layers, pick_layers
@@ -12,7 +13,9 @@ from cordee.engine.llama.stage import LlamaStage
 from cordee.engine.stage import Batch, Stage, StageDescription, batch_of_one
 from cordee.errors import CordeeError, StageFailed
 from cordee.generation.batches import SequenceCopy
+from cordee.generation.request import Choice
 from cordee.generation.sampling import Sampler, scored
+from cordee.worker.acceptance import Drawn, outputs_of, without
 from cordee.worker.frames import PAYLOAD_BYTES_MAX
 from cordee.worker.grammars import WorkerGrammars
 from cordee.worker.messages import (
@@ -52,6 +55,8 @@ class Compute:
         self._scored: dict[int, Opening] = {}  # streams whose prompt is scored, by sequence
         self._output_rows = load.config.output_rows
         self._held: dict[int, HeldSequence] = {}
+        self._sure: dict[int, int] = {}  # positions that are of their stream's log, by sequence
+        self._drawn = Drawn()
         self._position_bytes = max(
             self.description.kv_bytes // (load.config.context * load.config.sequences), 1
         )
@@ -70,17 +75,23 @@ class Compute:
         self._samplers.clear()
         self._scored.clear()
         self._held.clear()
+        self._sure.clear()
+        self._drawn.clear()
         self.records.clear()
 
     def held(self) -> dict[int, HeldSequence]:
-        """What could be transferred to another worker, by sequence.
+        """What could be transferred to another worker, by sequence: no guesses.
 
         Nothing of a stage that cannot trim: its state is taken neither apart by layers nor at a length.
         """
         if not self.description.can_trim:
             return {}
         longest = PAYLOAD_BYTES_MAX // self._position_bytes
-        return {sequence: held for sequence, held in self._held.items() if 0 < held.length <= longest}
+        sure = {
+            sequence: _first_positions(held, min(held.length, self._sure.get(sequence, held.length)))
+            for sequence, held in self._held.items()
+        }
+        return {sequence: held for sequence, held in sure.items() if 0 < held.length <= longest}
 
     def export(self, sequence: int, length: int, first: int, last: int) -> bytes:
         """The state of a sequence's first `length` positions, of some of the slice's layers.
@@ -95,8 +106,7 @@ class Compute:
             raise StageFailed(f"sequence {sequence} has no {length} positions here")
         if length < held.length:
             self._stage.trim(sequence, length)
-            tokens = None if held.tokens is None else held.tokens[:length]
-            self._held[sequence] = HeldSequence(held.tenure, length, tokens)
+            self._held[sequence] = _first_positions(held, length)
         return pick_layers(self._stage.export_sequence(sequence), _windowed(self._path), first, last)
 
     def restore(self, sequence: int, held: HeldSequence, states: Sequence[bytes]) -> None:
@@ -107,6 +117,7 @@ class Compute:
         """
         self._stage.import_sequence(sequence, join_layers(states))
         self._held[sequence] = held
+        self._sure.pop(sequence, None)
         self.records.forget(sequence)
 
     def run(self, message: Rows, payload: memoryview) -> Result:
@@ -118,13 +129,23 @@ class Compute:
         for copy in message.copies:
             self._copy(copy)
         batch = as_batch(message, payload)
+        if self.description.is_last:
+            stale = [self._drawn.is_stale(run) for run in message.runs]
+            if all(stale):
+                return Tokens(message.wiring, message.batch), memoryview(b"")
+            if any(stale):
+                runs, batch = without(message.runs, stale, batch)
+                message = msgspec.structs.replace(message, runs=runs)
         received = batch.inputs
         self._hold(message, received)
         batch = Batch(self._embedded(received), batch.positions, batch.sequences, batch.outputs)
         if self.description.is_last:
             tokens = self._tokens(message, batch)
-            chosen = {sequence: choice.token for sequence, choice in tokens.choices.items()}
-            self.records.note(message, received, None, chosen)
+            drawn = {
+                sequence: [choice.token, *(each.token for each in tokens.guessed.get(sequence, ()))]
+                for sequence, choice in tokens.choices.items()
+            }
+            self.records.note(message, received, None, drawn)
             return tokens, memoryview(b"")
         result = self._stage.decode(batch)
         self.records.note(message, received, result, {})
@@ -200,20 +221,38 @@ class Compute:
                 del tokens[first:]
                 tokens += inputs[start:end].tolist()
             self._held[run.sequence] = HeldSequence(run.tenure, first + run.rows, tokens)
+            self._sure[run.sequence] = run.sure or first + run.rows
             start = end
 
     def _tokens(self, message: Rows, batch: Batch) -> Tokens:
         if message.measure:
             return self._measured(message, self._stage.decode(batch))
-        tokens = Tokens(message.wiring, message.batch, {}, {}, scores={})
+        tokens = Tokens(message.wiring, message.batch, {}, {}, scores={}, guessed={}, forced={})
         self._open(message, tokens.failures)
         if any(run.score for run in message.runs):
             self._score(message, batch, tokens)
             return tokens
-        sequences = [run.sequence for run in message.runs if run.output]
-        for sequence, row in zip(sequences, self._stage.decode(batch), strict=True):
-            self._choose(sequence, row, tokens)
+        fits = np.count_nonzero(batch.outputs) <= self._output_rows
+        pieces = [batch] if fits else by_outputs(batch, self._output_rows)
+        rows = (row for piece in pieces for row in self._stage.decode(piece))
+        for run in message.runs:
+            own = [next(rows) for _ in range(outputs_of(run))]
+            if own:
+                self._draw(run, own, tokens)
+        for _ in rows:  # where no row is an output, this computes them
+            pass
         return tokens
+
+    def _draw(self, run: Run, rows: Sequence[np.ndarray], tokens: Tokens) -> None:
+        """Draw the tokens of a run's rows of logits, and what its grammar leaves to come next."""
+
+        def choose(row: np.ndarray) -> int | None:
+            choice = self._choose(run.sequence, row, tokens)
+            return None if choice is None or choice.token in self._ends else choice.token
+
+        self._drawn.draw(run, rows, choose)
+        if run.sequence in tokens.choices and (forced := self._samplers[run.sequence].forced()):
+            tokens.forced[run.sequence] = forced
 
     def _measured(self, message: Rows, logits: np.ndarray) -> Tokens:
         sequences = [run.sequence for run in message.runs if run.output]
@@ -235,13 +274,19 @@ class Compute:
             if run.score and run.sequence in message.opens:
                 self._scored[run.sequence] = message.opens[run.sequence]
 
-    def _choose(self, sequence: int, row: np.ndarray, tokens: Tokens) -> None:
+    def _choose(self, sequence: int, row: np.ndarray, tokens: Tokens) -> Choice | None:
         if sequence in tokens.failures:
-            return
+            return None
         try:
-            tokens.choices[sequence] = self._samplers[sequence].sample(row)
+            choice = self._samplers[sequence].sample(row)
         except CordeeError as error:
             tokens.failures[sequence] = error.message
+            return None
+        if sequence in tokens.choices:
+            tokens.guessed.setdefault(sequence, []).append(choice)
+        else:
+            tokens.choices[sequence] = choice
+        return choice
 
     def _score(self, message: Rows, batch: Batch, tokens: Tokens) -> None:
         """A micro-batch with scored runs. Each row of logits becomes a few numbers as soon as it is there:
@@ -252,6 +297,7 @@ class Compute:
                 sequence, token = next(wanted)
                 if token is None:
                     self._choose(sequence, row, tokens)
+                    self._drawn.end(sequence)
                 else:
                     top = self._scored[sequence].sampling.top_logprobs or 0
                     tokens.scores.setdefault(sequence, []).append(scored(token, row, top))
@@ -270,6 +316,10 @@ class Compute:
         grammar = opening.sampling.grammar
         constraint = None if grammar is None else self.grammars.open(grammar, opening.generated)
         return Sampler(opening.sampling, constraint, opening.prompt, opening.generated)
+
+
+def _first_positions(held: HeldSequence, length: int) -> HeldSequence:
+    return HeldSequence(held.tenure, length, None if held.tokens is None else held.tokens[:length])
 
 
 def again(message: Rows, tokens: Tokens) -> tuple[Rows, memoryview]:
@@ -300,6 +350,8 @@ def as_batch(message: Rows, payload: memoryview) -> Batch:
         for run, end in zip(runs, ends, strict=True):
             if run.score:
                 outputs[end - run.rows : end] = True
+            elif run.guess:
+                outputs[end - outputs_of(run) : end] = True
     if message.n_embd:
         inputs = np.frombuffer(payload, dtype=np.float32).reshape(len(positions), message.n_embd)
     else:

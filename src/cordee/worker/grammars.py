@@ -138,6 +138,13 @@ class Followed:
         self._state.accept(token)
         self._spend(time.thread_time() - started)
 
+    def forced(self) -> list[int]:
+        """See GrammarState.forced."""
+        started = time.thread_time()
+        found = self._state.forced()
+        self._left_seconds -= time.thread_time() - started
+        return found
+
     def _spend(self, seconds: float) -> None:
         self._left_seconds = min(self._left_seconds - seconds, SPARE_SECONDS)
         if self._left_seconds < 0 or seconds > STEP_SECONDS:

@@ -233,6 +233,9 @@ class Run(msgspec.Struct, frozen=True, array_like=True):
 
     `tenure` is the scheduler's number of the stream that has the sequence now. `inherit`: all positions
     before the first are to be taken over from the placement before.
+
+    `guess` are the tokens of the last rows that are guesses: their logits are wanted, too, if they are right.
+    `sure` positions of the sequence, at least, are of the stream's log; 0: all of them.
     """
 
     sequence: int
@@ -242,6 +245,8 @@ class Run(msgspec.Struct, frozen=True, array_like=True):
     tenure: int = 0
     inherit: bool = False
     score: bool = False
+    guess: tuple[int, ...] = ()
+    sure: int = 0
 
 
 class Opening(msgspec.Struct, frozen=True):
@@ -273,7 +278,8 @@ class Rows(msgspec.Struct, frozen=True, tag=True):
 
 class Tokens(msgspec.Struct, frozen=True, tag=True):
     """A micro-batch's result, by sequence: choices, or why none could be made, or digests of logits; `scores`
-    are the prompt's tokens that followed the rows of runs with `score`.
+    are the prompt's tokens that followed the rows of runs with `score`. `guessed` are the choices after
+    that of `choices`: of guesses that were right. `forced` are tokens that a grammar leaves to come next.
 
     Not the `last`: the micro-batch is on its way again with these tokens. `earlier` are the choices of its
     rounds before that were not sent yet.
@@ -287,6 +293,8 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     last: bool = True
     earlier: tuple[dict[int, Choice], ...] = ()
     scores: dict[int, list[Choice]] = {}
+    guessed: dict[int, list[Choice]] = {}
+    forced: dict[int, list[int]] = {}
 
 
 class RecordQuery(msgspec.Struct, frozen=True, tag=True):
@@ -371,6 +379,8 @@ def rows_of(wiring: str, batch: MicroBatch) -> tuple[Rows, memoryview]:
             each.tenure,
             each.inherit,
             each.score,
+            tuple(each.tokens[len(each.tokens) - each.guesses :]),
+            each.sure if each.guesses else 0,
         )
         for each in batch.segments
     )

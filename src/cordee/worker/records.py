@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from cordee.worker.acceptance import outputs_of
 from cordee.worker.messages import Opening, Record, RecordQuery, Rows, Run
 
 # 512 positions of a model of width 4,096, of two streams.
@@ -25,6 +26,7 @@ class _Trail:
     tenure: int
     opening: Opening | None = None
     length: int = 0
+    sure: int = 0  # positions that are no guesses
     nbytes: int = 0  # counted, not measured: equal on all stages
     received: list[np.ndarray] = field(default_factory=list[np.ndarray])
     sent: list[np.ndarray] = field(default_factory=list[np.ndarray])  # of the last stage: nothing
@@ -74,9 +76,14 @@ class Records:
             self._forget_oldest()
 
     def note(
-        self, message: Rows, received: np.ndarray, sent: np.ndarray | None, tokens: Mapping[int, int]
+        self,
+        message: Rows,
+        received: np.ndarray,
+        sent: np.ndarray | None,
+        tokens: Mapping[int, Sequence[int]],
     ) -> None:
-        """Note a micro-batch: rows (or token ids) received, rows sent, tokens chosen by sequence."""
+        """Note a micro-batch: rows (or token ids) received, rows sent, tokens chosen by sequence: one, and
+        one for each guess that was right."""
         start = 0
         for run in message.runs:
             end = start + run.rows
@@ -93,8 +100,11 @@ class Records:
                         trail.sent.append(sent[kept])
                     trail.length += kept.stop - start
                     trail.nbytes += (kept.stop - start) * self._position_bytes
-                if run.output and run.sequence in tokens and trail.length == run.first_position + run.rows:
-                    trail.tokens[trail.length - 1] = tokens[run.sequence]
+                trail.sure = run.sure or run.first_position + run.rows
+                first = run.first_position + run.rows - outputs_of(run)
+                for position, token in enumerate(tokens.get(run.sequence, ()), first):
+                    if position < trail.length:
+                        trail.tokens[position] = token
             start = end
         self._forget_oldest()
 
@@ -104,10 +114,10 @@ class Records:
         They have where a token was chosen for a later position, and that is known where it was received.
         """
         return {
-            sequence: (trail.tenure, trail.length - 1)
+            sequence: (trail.tenure, min(trail.length, trail.sure) - 1)
             for sequence, trail in self._trails.items()
             if trail.opening is not None
-            and trail.length > len(trail.opening.prompt) + len(trail.opening.generated)
+            and min(trail.length, trail.sure) > len(trail.opening.prompt) + len(trail.opening.generated)
         }
 
     def answer(self, query: RecordQuery) -> tuple[Record, bytes]:
