@@ -155,7 +155,15 @@ def write_hub(folder: Path, weights: Weights, form: str, **changes: object) -> N
             )
     if form == "mlx":
         tensors["lm_head_flash.weight"] = ("U32", np.zeros((4, 4), "<u4"))  # no part of the model
-    config = {
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(hub_config(model, form) | changes))
+    write_safetensors(folder / "model.safetensors", tensors)
+    write_tokenizer(folder)
+
+
+def hub_config(model: TernaryModel, form: str) -> dict[str, object]:
+    """What config.json says of it."""
+    config: dict[str, object] = {
         "architectures": ["MapleForCausalLM"],
         "hidden_act": "silu",
         "hidden_size": model.n_embd,
@@ -183,10 +191,7 @@ def write_hub(folder: Path, weights: Weights, form: str, **changes: object) -> N
     if form == "mlx":
         packing = {"group_size": 64, "bits": 4, "mode": "affine"}
         config |= {"quantization": packing, "quantization_config": packing}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    write_safetensors(folder / "model.safetensors", tensors)
-    write_tokenizer(folder)
+    return config
 
 
 def assert_same_model(model: TernaryModel, weights: Weights) -> None:

@@ -158,7 +158,7 @@ def up(
     running = None
     try:
         with contextlib.closing(AgentSocket(member.folder)) as agent_socket:
-            chosen = _settings(member, name, address)
+            chosen = _settings(member, name, address, lan)
             api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
             bus = BusOptions(chosen.listen, peers, interface)
             page = lan.page if lan else ""
@@ -168,16 +168,20 @@ def up(
             if is_new:
                 _offer_starter()
             api_server = _ApiServer(listener, LocalKey.made() if wants_key else None, choice, lan)
-            if lan is not None:
-                lan.name = chosen.name
             running = _Running(member, agent_options, api_server, agent_socket, is_new=is_new)
             left = asyncio.run(running.run(until_eof=until_eof))
     finally:
         if is_new and not (running and running.has_run):
             identity.forget()  # the next attempt may be `cordee join`
     if left:
-        identity.forget()
-        output.note("cordee: this machine no longer belongs to a cluster")
+        _forget_cluster()
+
+
+def _forget_cluster() -> None:
+    from cordee.net import identity
+
+    identity.forget()
+    output.note("cordee: this machine no longer belongs to a cluster")
 
 
 def _check_keys(choice: "LanChoice", *, is_new: bool) -> None:
@@ -195,15 +199,17 @@ def _check_keys(choice: "LanChoice", *, is_new: bool) -> None:
         raise refuse_without_key()
 
 
-def _settings(member: "Identity", name: str | None, address: str | None) -> "Settings":
-    """What the options say, else what they said last time."""
+def _settings(
+    member: "Identity", name: str | None, address: str | None, lan: "LanServer | None"
+) -> "Settings":
+    """What the options say, else what they said last time; the server for other machines gets the name."""
     from cordee.agent import settings
 
     old = settings.load(member.folder)
-    return settings.Settings(
-        (name or old.name or platform.node() or member.node)[:NAME_CHARS_MAX],
-        old.listen if address is None else address,
-    )
+    chosen = (name or old.name or platform.node() or member.node)[:NAME_CHARS_MAX]
+    if lan is not None:
+        lan.name = chosen
+    return settings.Settings(chosen, old.listen if address is None else address)
 
 
 def _offer_starter() -> None:
