@@ -1,4 +1,4 @@
-"""Which CPU backend of a libllama with several is taken; the libraries here are small ones of its interface."""
+"""Which CPU backend of a libllama with several is taken; these libraries are small ones of its interface."""
 
 import ctypes
 import shutil
