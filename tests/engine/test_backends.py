@@ -1,4 +1,4 @@
-"""Which CPU backend of a libllama with several is taken; those here are small ones of that interface."""
+"""Which CPU backend of a libllama with several is taken; these libraries are small ones of its interface."""
 
 import ctypes
 import shutil

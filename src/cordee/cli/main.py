@@ -28,6 +28,7 @@ from cordee.cli.ps import ps
 from cordee.cli.run import run
 from cordee.cli.serve import serve
 from cordee.cli.service import service
+from cordee.cli.setup import setup
 from cordee.cli.show import show
 from cordee.cli.status import deploy, status, undeploy
 from cordee.cli.up import up
@@ -107,7 +108,7 @@ VERBS = (
     *(up, invite, join, nodes, status, deploy, undeploy, drain, leave, remove, admin, identity),
     *(key, usage),
     *(open_page, ps, doctor, bench, evaluate, demo),
-    *(service, update, uninstall),
+    *(setup, service, update, uninstall),
 )
 LOOKED_AT = ("source", "prompt")  # by their verb, which knows more of what they may be
 for verb in VERBS:
