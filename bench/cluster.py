@@ -273,7 +273,12 @@ def reading(stages: int) -> list[tuple[float, float]]:
         cluster = Cluster(lab, lab.hosts)
         for node in cluster.nodes:
             node.options = ("--memory", lent(model, stages))
-        cluster.build()
+        cluster.found(model)
+        for node in cluster.nodes[1:]:
+            cluster.join(node)
+        until(cluster.nodes[-1].offers, "the last node offers the model")
+        finish(cluster.started(Stream(cluster.nodes[-1], 0, tokens=1)))
+        cluster.settle()
         assert len(cluster.stages()) == stages, f"{len(cluster.stages())} stages instead of {stages}"
         host, draw = cluster.stages()[0], random.Random(SEED)
         pairs: list[tuple[float, float]] = []
