@@ -13,7 +13,8 @@ from cordee.api import bodies, embeddings, failures, guard, hidden, ignored, sch
 from cordee.cli.main import subclasses
 from cordee.endpoints import anthropic_schemas, ollama_schemas, responses_schemas
 from cordee.engine.llama import encoder
-from cordee.generation import grammar, sampling, text
+from cordee.generation import sampling, text
+from cordee.grammar import grammar
 from cordee.net import doors
 from cordee.worker import grammar_child, grammar_trials
 
