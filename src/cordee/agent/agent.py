@@ -66,7 +66,6 @@ from cordee.net.members import KnownMember
 from cordee.net.zenoh_bus import ZenohBus
 from cordee.serving.cluster_service import ClusterGateway
 from cordee.serving.scheduler_host import SchedulerHost
-from cordee.worker.grammar_trials import GrammarTrials
 from cordee.worker.messages import DrainOrder, KvAnswer, Prepared, Promotion, Tokens
 from cordee.worker.stages import Files, Stages
 
@@ -85,7 +84,7 @@ class AgentOptions:
 
     `lent_bytes` is the most that stages may take of each device; None: what is free when the agent starts.
     `spot_check` is the share of work that a host has computed again; 0: none. `page` is where other machines
-    find the page; empty: nowhere.
+    find the page; empty: nowhere. `speculates`: the models that this node hosts guess.
     """
 
     name: str
@@ -94,6 +93,7 @@ class AgentOptions:
     lent_bytes: int | None = None
     spot_check: float = SHARE
     page: str = ""
+    speculates: bool = True
 
 
 class Agent:
@@ -530,11 +530,8 @@ class Agent:
         for key, goal in wanted.items():
             service = self.services.of_digest(goal.placement.model)
             if key not in hosts and service is not None:
-                vocabulary = service.vocabulary
-                grammars = GrammarTrials.of(vocabulary.path, vocabulary.name)
-                hosts[key] = SchedulerHost(
-                    goal, vocabulary, grammars, self.stages, self._say, late=self._doubt_late
-                )
+                vocabulary, on, late = service.vocabulary, self.options.speculates, self._doubt_late
+                hosts[key] = SchedulerHost(goal, vocabulary, self.stages, self._say, speculates=on, late=late)
             if key in hosts:
                 hosts[key].follow(goal)
 

@@ -19,6 +19,8 @@ def measured(hosts: Mapping[str, SchedulerHost], local_models: LocalModels, mete
             host.inherited_tokens,
             host.batch_invariant,
             host.spot_checks,
+            host.speculates,
+            *host.guesses,
         )
         for key, host in hosts.items()
     ]

@@ -360,6 +360,7 @@ class ClusterStatus:
             "inherited_tokens": busy.inherited_tokens,
             "batch_invariant": busy.batch_invariant,
             "spot_checks": busy.spot_checks,
+            "speculation": {"on": busy.speculates, "offered": busy.guessed, "accepted": busy.accepted},
             "stages": self._stages(placement),
             "successor": self._stages(pick.successor) if pick.successor is not None else None,
         }

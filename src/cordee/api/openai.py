@@ -27,6 +27,7 @@ from cordee.api.schemas import (
     InfillRequest,
     JsonObjectFormat,
     JsonSchemaFormat,
+    Prediction,
     StreamOptions,
     refuse,
 )
@@ -73,6 +74,8 @@ class OpenAI:
         options = _options(service, body, max_tokens, top_logprobs)
         constraint = _grammar(request, body)
         job = await core.chat(request, service, chat_turn(body), options, constraint=constraint)
+        if body.prediction is not None:
+            job = await core.in_thread(predicted, service, job, body.prediction)
         ignored.note(request, *unknown_tools(body))
         return await self._answer(request, body, job, ChatReply, logprobs=top_logprobs is not None)
 
@@ -223,3 +226,11 @@ def _response_format(request: HttpRequest, body: ChatRequest) -> dict[str, Gramm
     if is_given(wanted.schema):
         return {name: schema_grammar(request, wanted.schema, name)}
     return {name: Grammar("json_object")}
+
+
+def predicted(service: ModelService, job: Job, prediction: Prediction) -> Job:
+    """The job with what its answers may be."""
+    given = prediction.content
+    text = given if isinstance(given, str) else "".join(part.text or "" for part in given)
+    tokens = service.vocabulary.tokenize(text, special=False, add_bos=False)[: service.context]
+    return replace(job, requests=[structs.replace(each, prediction=tuple(tokens)) for each in job.requests])

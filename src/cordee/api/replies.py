@@ -173,8 +173,11 @@ class ChatReply(Reply):
         }
 
     def _usage(self, last: dict[int, AnswerPiece]) -> dict[str, Any]:
-        thinking = sum(piece.thinking_tokens for piece in last.values())
-        return super()._usage(last) | {"completion_tokens_details": {"reasoning_tokens": thinking}}
+        used = super()._usage(last)
+        used["completion_tokens_details"]["reasoning_tokens"] = sum(
+            piece.thinking_tokens for piece in last.values()
+        )
+        return used
 
     def _logprobs(self, choices: Sequence[Choice]) -> dict[str, Any] | None:
         return chat_logprobs(self.job.vocabulary, choices) if self._logprobs_wanted else None

@@ -354,6 +354,13 @@ class Common(Samplers, frozen=True):
     service_tier: Annotated[msgspec.Raw, ignored("there is one tier")] = ABSENT
 
 
+class Prediction(Shape, frozen=True):
+    """What an answer may be."""
+
+    content: Annotated[str | list[ContentPart], honoured("a text, or parts of one")]
+    type: Annotated[str, honoured("`content`")] = "content"
+
+
 class ChatRequest(Common, kw_only=True, frozen=True):
     """`POST /v1/chat/completions`"""
 
@@ -415,7 +422,9 @@ class ChatRequest(Common, kw_only=True, frozen=True):
     modalities: Annotated[msgspec.Raw, refused(NO_MEDIA, ["text"])] = ABSENT
     audio: Annotated[msgspec.Raw, refused(NO_MEDIA)] = ABSENT
     moderation: Annotated[msgspec.Raw, refused("nothing is sent anywhere to be judged")] = ABSENT
-    prediction: Annotated[msgspec.Raw, ignored("it would make an answer faster, and no other")] = ABSENT
+    prediction: Annotated[
+        Prediction | None, honoured("what the answer may be: it comes sooner where that is right")
+    ] = None
     verbosity: Annotated[
         msgspec.Raw, unoffered("no model here has such a setting; ask for it in the prompt", "medium")
     ] = ABSENT

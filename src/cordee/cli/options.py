@@ -41,6 +41,13 @@ fast = click.option(
     is_flag=True,
     help="Faster, but an answer may change when others run at the same time or a stage is replaced.",
 )
+speculate = click.option(
+    "--speculate",
+    type=click.Choice(["auto", "off"]),
+    default="auto",
+    show_default=True,
+    help="Guess tokens to come from the text so far, where that makes answers faster; it changes none.",
+)
 force_cut = click.option(
     "--force-cut", is_flag=True, help="Cut the model even if no test has certified cuts of its architecture."
 )
@@ -138,7 +145,7 @@ def logged(command: Callable[P, None]) -> Callable[P, None]:
 
 def serving(command: Callable[P, None]) -> Callable[P, None]:
     """Options of every verb that loads a model to answer with it."""
-    for option in (force_cut, fast, device, threads, context, stages):
+    for option in (speculate, force_cut, fast, device, threads, context, stages):
         command = option(command)
     return command
 
@@ -151,4 +158,5 @@ def configuration(given: Mapping[str, Any]) -> dict[str, Any]:
         "devices": given["devices"],
         "batch_invariant": not given["fast"],
         "force_cut": given["force_cut"],
+        "speculates": given["speculate"] == "auto",
     }

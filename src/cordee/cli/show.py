@@ -136,7 +136,7 @@ def _shape_in_cluster(model: str) -> "ModelShape":
 
 def _facts_of_header(header: "Header", card: "Card | None") -> dict[str, Any]:
     """What the file says of the model: shape, size, bytes by quantisation; the card has the licence."""
-    from cordee.models.fit import own_context, parameter_count
+    from cordee.models.fit import keeps_positions, own_context, parameter_count
     from cordee.models.gguf import engine_of
 
     kinds: Counter[str] = Counter()
@@ -154,6 +154,7 @@ def _facts_of_header(header: "Header", card: "Card | None") -> dict[str, Any]:
         "weights_bytes": header.size_bytes,
         "quantization_bytes": dict(kinds.most_common()),
         "cuts": _cuts(header.architecture, header.layers),
+        "speculation": keeps_positions(header),
     }
 
 
@@ -171,6 +172,7 @@ def _facts_of_shape(shape: "ModelShape", card: "Card | None") -> dict[str, Any]:
         "weights_bytes": sum(shape.layer_bytes) + shape.whole_extra_bytes,
         "quantization_bytes": {},
         "cuts": _cuts(shape.architecture, shape.layers),
+        "speculation": None,
     }
 
 
@@ -250,6 +252,8 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
             lines.append(
                 ("Batch-invariant", f"{key.replace(build(), 'this build')}: {'yes' if same else 'no'}")
             )
+    if facts["speculation"] is False:
+        lines.append(("Speculation", "off: what this model remembers of a text cannot be cut off at a token"))
     fit = facts["fit"]
     lines.append(("Fit", f"{output.asked(fit['sequences'], fit['context'])}. {fit['advice']}"))
     if facts["notes"]:

@@ -92,6 +92,7 @@ READ_BYTES = 4096  # at a time, of a standard input that nobody needs
     help="Have this share of the work of other nodes computed again, for the models that this node hosts, to "
     "find stages that compute wrongly; off: none.",
 )
+@options.speculate
 @options.logged
 @click.option("--until-eof", is_flag=True, hidden=True, help="End when standard input ends, too.")
 def up(
@@ -103,6 +104,7 @@ def up(
     lent_bytes: int | None,
     wants_key: bool,
     spot_check: float,
+    speculate: str,
     log_file: str | None,
     log_format: "Form",
     until_eof: bool,
@@ -140,7 +142,9 @@ def up(
             api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
             bus = BusOptions(chosen.listen, peers, interface)
             page = lan.page if lan else ""
-            agent_options = AgentOptions(chosen.name, api, bus, lent_bytes, spot_check, page)
+            agent_options = AgentOptions(
+                chosen.name, api, bus, lent_bytes, spot_check, page, speculates=speculate == "auto"
+            )
             if is_new:
                 _offer_starter()
             api_server = _ApiServer(listener, LocalKey.made() if wants_key else None, choice, lan)

@@ -205,7 +205,9 @@ class Hosted(msgspec.Struct, frozen=True):
 
     `inherited_tokens` were taken over from the placement before instead of being computed again.
     `batch_invariant`: a row gives the same bits alone, batched and replayed; None: not known (yet).
-    `spot_checks`: how often stages were checked by computing again, and were right.
+    `spot_checks`: how often stages were checked by computing again, and were right. Of the tokens to come
+    `guessed` were computed before it was known that they come, and `accepted` of these came; `speculates`:
+    that is done now.
     """
 
     key: str
@@ -215,6 +217,9 @@ class Hosted(msgspec.Struct, frozen=True):
     inherited_tokens: int = 0
     batch_invariant: bool | None = None
     spot_checks: int = 0
+    speculates: bool = False
+    guessed: int = 0
+    accepted: int = 0
 
 
 class Fetching(msgspec.Struct, frozen=True):

@@ -38,10 +38,12 @@ class CachedTokens(ReplyShape, frozen=True, kw_only=True):
     cached_tokens: int
 
 
-class ThinkingTokens(ReplyShape, frozen=True, kw_only=True):
-    """Tokens of the answer that were thinking."""
+class CompletionDetails(ReplyShape, frozen=True, kw_only=True):
+    """Tokens of the answer that were thinking (of a chat), and guesses that were right or not."""
 
-    reasoning_tokens: int
+    reasoning_tokens: int | UnsetType = UNSET
+    accepted_prediction_tokens: int | UnsetType = UNSET
+    rejected_prediction_tokens: int | UnsetType = UNSET
 
 
 class TokenUsage(ReplyShape, frozen=True, kw_only=True):
@@ -51,7 +53,7 @@ class TokenUsage(ReplyShape, frozen=True, kw_only=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-    completion_tokens_details: ThinkingTokens | UnsetType = UNSET
+    completion_tokens_details: CompletionDetails | UnsetType = UNSET
 
 
 class PromptUsage(ReplyShape, frozen=True, kw_only=True):

@@ -69,6 +69,13 @@ def vocabulary_size(header: Header) -> int:
     return head.shape[-1] if head else 0
 
 
+def keeps_positions(header: Header) -> bool:
+    """Whether the state of a sequence is kept by position, so that it can be shortened: not in models that
+    have a recurrent state (mamba, rwkv, hybrids with attention)."""
+    recurrent = (".ssm.", ".wkv.", ".shortconv.", ".token_shift_count", ".kda.")
+    return not any(mark in key for key in header.metadata for mark in recurrent)
+
+
 def parameter_count(header: Header) -> int:
     """The number of weights in a model file; a head equal to the embedding counts if the file holds it.
 

@@ -33,7 +33,6 @@ from cordee.models.slices import SliceFile
 from cordee.serving.scheduler_host import SchedulerHost
 from cordee.worker import frames
 from cordee.worker.frames import LinkClosed
-from cordee.worker.grammar_trials import GrammarTrials
 from cordee.worker.messages import Join, KvAnswer, Prepared, Tokens
 from cordee.worker.process import opening
 from cordee.worker.stages import Files, Stages, stage_name
@@ -141,7 +140,6 @@ class ClusterOfOne:
         self._host = SchedulerHost(
             HostGoal(self.placement),
             vocabulary,
-            GrammarTrials.of(vocabulary.path, vocabulary.name),
             self._stages,
             say,
             queue=queue,

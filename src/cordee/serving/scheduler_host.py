@@ -83,7 +83,6 @@ class SchedulerHost:
         self,
         goal: HostGoal,
         vocabulary: Vocabulary,
-        grammars: GrammarTrials,
         stages: Stages,
         send: Callable[[str, Said], None],
         *,
@@ -130,7 +129,7 @@ class SchedulerHost:
         self.is_being_checked = False  # what the slots hold is needed for that: nothing is measured meanwhile
         self.rows = 0  # that were sent to the first stage, or went round
         self.inherited_tokens = 0
-        self._grammars = grammars
+        self._grammars = GrammarTrials.of(vocabulary.path, vocabulary.name)
         self._admitting: dict[tuple[str, int, int], asyncio.Task[None]] = {}  # by node, gateway and ask
         self._preparing: dict[int, asyncio.Future[str]] = {}  # grammars, by number
         self._prepares = 0
