@@ -55,7 +55,7 @@ from cordee.cluster.facts import Placement, StagePlace  # noqa: E402
 from cordee.cluster.planner import Planner  # noqa: E402
 from cordee.models.gguf import read_header  # noqa: E402
 from cordee.models.shape import model_shape  # noqa: E402
-from netcluster import MACHINE, Cluster, Node, Stream, finish, make_model, until  # noqa: E402
+from netcluster import MACHINE, MODEL, Cluster, Node, Stream, finish, make_model, until  # noqa: E402
 from netlab import MEGABYTE, PATIENCE_SECONDS, Lab, Machine, Unable, run  # noqa: E402
 
 HOSTS = 4
@@ -65,7 +65,7 @@ SILENCE_SECONDS = 0.5  # in a stream of 50 tokens a second: it was interrupted
 FAULTS_SECONDS = 1500.0  # no fault begins later
 TOKENS = 400  # of the stream that hops are measured on
 ROUNDS = 3
-SEQUENCES = 8
+CONTEXT, SEQUENCES = 4096, 8
 RATE = "1gbit"
 WIDE, FEED_FORWARD, WIDE_LAYERS = 2048, 8192, 8  # of the model whose slices travel: 0.45 GB
 READER, READER_FEED_FORWARD, READER_LAYERS = 256, 1024, 16  # of the one that reads prompts: 20 MB
@@ -243,7 +243,7 @@ def lent(path: Path, stages: int) -> str:
     share = -(-shape.layers // stages)
     bounds = [*range(0, shape.layers, share), shape.layers]
     places = tuple(StagePlace("a", "CPU", *each) for each in pairwise(bounds))
-    placement = Placement("bench", 4096, SEQUENCES, places)
+    placement = Placement("bench", CONTEXT, SEQUENCES, places)
     needed = (Planner().stage_bytes(shape, placement, index) for index in range(len(places)))
     return f"{max(needed) * MEMORY_SLACK / MEGABYTE:.0f}MB"
 
@@ -279,7 +279,14 @@ def reading(stages: int) -> list[tuple[float, float]]:
         cluster = Cluster(lab, lab.hosts)
         for node in cluster.nodes:
             node.options = ("--memory", lent(model, stages))
-        cluster.build()
+        cluster.found(model)
+        for node in cluster.nodes[1:]:
+            cluster.join(node)
+        until(cluster.nodes[-1].offers, "the last node offers the model")
+        sizes = ("--context", str(CONTEXT), "--sequences", str(SEQUENCES))
+        cluster.nodes[-1].verb("deploy", MODEL, *sizes)
+        finish(cluster.started(Stream(cluster.nodes[-1], 0, tokens=1)))
+        cluster.settle()
         assert len(cluster.stages()) == stages, f"{len(cluster.stages())} stages instead of {stages}"
         host, draw = cluster.stages()[0], random.Random(SEED)
         pairs: list[tuple[float, float]] = []

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from cordee.generation.request import Grammar, Request, SamplingParams
+from cordee.speculation.costs import Costs
 from serving import CHAT, running
 from streams import GREEDY, Answer, Model, ask, ask_all, kill_at, request, tiny_model
 from tiny_recurrent import make_recurrent
@@ -23,6 +24,16 @@ SAMPLINGS = {
     "a grammar": msgspec.structs.replace(SEEDED, grammar=Grammar("regex", "(abcd|abce|[xyz]{3}){1,30}")),
     "no early end": msgspec.structs.replace(SEEDED, min_tokens=30, ends=(2,), seed=5),
 }
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guess whether or not it pays: how long a row takes here depends on what else runs."""
+
+    def depth(costs: Costs, rows: int, chances: Sequence[Sequence[float]]) -> list[int]:
+        return [min(len(own), 4) for own in chances]
+
+    monkeypatch.setattr(Costs, "depth", depth)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +119,10 @@ def test_a_model_whose_state_cannot_be_shortened_guesses_nothing(tmp_path: Path)
     asyncio.run(run())
 
 
-def test_a_client_that_predicts_the_answer_is_told_how_much_of_it_was_right(starter_path: Path) -> None:
-    with running(starter_path) as server:
+def test_a_client_that_predicts_the_answer_is_told_how_much_of_it_was_right(
+    starter_path: Path, tmp_path: Path
+) -> None:
+    with running(starter_path, tmp_path) as server:
         asked = {
             "model": server.service.name,
             "messages": [{"role": "user", "content": "Count from one to twenty in words."}],
