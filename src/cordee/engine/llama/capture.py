@@ -1,6 +1,7 @@
 """The Python side of native/capture.c, which takes hidden rows out of libllama's graph."""
 
 import ctypes
+import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from cordee.engine.llama import libllama
 from cordee.errors import SetupNeeded
+from cordee.system import libraries
 
 if TYPE_CHECKING:
     from _ctypes import CFuncPtr
@@ -73,7 +75,8 @@ def _address(function: "CFuncPtr") -> int:
 
 @cache
 def _library() -> ctypes.CDLL:
-    path = Path(__file__).with_name(f"_capture{sysconfig.get_config_var('EXT_SUFFIX')}")
+    suffix = libraries.SUFFIX if sys.platform == "win32" else sysconfig.get_config_var("EXT_SUFFIX")
+    path = Path(__file__).with_name(f"_capture{suffix}")
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:

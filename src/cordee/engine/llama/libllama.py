@@ -134,8 +134,18 @@ def load() -> ModuleType:
     _callbacks.append(write)
     library.llama_log_set(write, ctypes.c_void_p())
     _check_defaults(library)
+    _load_backends(library)
     library.llama_backend_init()
     return library
+
+
+def _load_backends(library: ModuleType) -> None:
+    """Where ggml was built with backends of their own (GGML_BACKEND_DL): the best for this CPU, and GPUs."""
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    registry = load_shared_library("ggml", library._base_path)
+    if not registry.ggml_backend_reg_count():
+        registry.ggml_backend_load_all_from_path(os.fsencode(library._base_path))
 
 
 def _low_level() -> ModuleType:
