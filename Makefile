@@ -15,7 +15,7 @@ endif
 bin := .venv/bin
 code := src tests bench scripts sim training
 
-.PHONY: help setup run answer chat test test-long lint format bench sim native tiny docs clean test-pentium2
+.PHONY: help setup run answer chat test test-long lint format bench sim native tiny windows docs clean test-pentium2
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -65,6 +65,9 @@ native: ## build the ternary engine for this machine into the package (needs a C
 
 tiny: ## cross-build cordee-tiny for machines of 1997: build/pentium2 (Linux) and build/windows
 	@$(MAKE) -C native tiny
+
+windows: setup ## make dist/cordee-VERSION-setup.exe for Windows (as root, on Debian: docs/windows.md)
+	@sh packaging/windows/make.sh
 
 docs: setup ## write docs/cli.md, the tables of docs/api.md and the picture of the rooms from the program itself
 	@$(bin)/python scripts/cli_reference.py
