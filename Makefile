@@ -17,7 +17,8 @@ code := src tests bench scripts sim training packaging
 
 packages := build/packaging/bin/python packaging/wheels.py
 
-.PHONY: help setup run answer chat test test-long lint format bench sim native tiny docs clean test-pentium2 wheels libllama bundle deb
+.PHONY: help setup run answer chat test test-long lint format bench sim native tiny docs clean test-pentium2 \
+	wheels libllama bundle deb windows
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /\1\t/p' Makefile | expand -t 14
@@ -81,6 +82,9 @@ bundle: wheels ## make dist/cordee-bundle-…: a folder that installs Cordée on
 
 deb: bundle ## make dist/cordee_…_amd64.deb: the same as a Debian package, with a service that starts at boot
 	@sh packaging/deb.sh
+
+windows: setup ## make dist/cordee-VERSION-setup.exe for Windows (as root, on Debian: docs/windows.md)
+	@sh packaging/windows/make.sh
 
 docs: setup ## write docs/cli.md, the tables of docs/api.md and the picture of the rooms from the program itself
 	@$(bin)/python scripts/cli_reference.py

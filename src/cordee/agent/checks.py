@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import ipaddress
 import statistics
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
@@ -29,7 +30,12 @@ CLOCK_OFF_SECONDS = 60.0  # less disturbs nobody; a clock that is set from the n
 CLOCK_WRONG_SECONDS = BACKDATED_SECONDS / 2
 NAMED_MAX = 8  # nodes in one sentence
 PORTS_TEXT = f"{PORT}:{address.PORTS[-1]}"
-OPEN_FIREWALL = f"sudo ufw allow proto tcp from {{}} to any port {PORTS_TEXT}"
+OPEN_FIREWALL = (
+    "netsh advfirewall firewall add rule name=Cordee dir=in action=allow protocol=TCP remoteip={} "
+    f"localport={PORT}-{address.PORTS[-1]}    (in a terminal of an administrator)"
+    if sys.platform == "win32"
+    else f"sudo ufw allow proto tcp from {{}} to any port {PORTS_TEXT}"
+)
 
 
 async def findings(agent: Agent) -> list[Finding]:

@@ -31,7 +31,7 @@ def open_page(port: int | None) -> None:
     page = _running(port)
     click.echo(page)
     # Without a screen, webbrowser might start a browser for terminals, in the place of what runs there.
-    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform == "darwin":
+    if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("darwin", "win32"):
         webbrowser.open(page)
 
 

@@ -39,12 +39,11 @@ def computing_facts() -> dict[str, Any]:
     from cordee.engine.llama.libllama import usable_cores
     from cordee.machine.memory import memory
 
-    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     return {
         "version": __version__,
         "system": hardware.distribution(),
         "python": ".".join(map(str, sys.version_info[:3])),
-        "processor": asdict(hardware.processor(cpuinfo)) | {"cores": usable_cores()},
+        "processor": asdict(hardware.processor(hardware.cpuinfo())) | {"cores": usable_cores()},
         "memory": asdict(memory()),
         "gpus": [asdict(gpu) for gpu in hardware.gpus()],
         "vulkan_devices": hardware.vulkan_devices(),

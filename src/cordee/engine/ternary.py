@@ -16,7 +16,7 @@ import numpy as np
 
 from cordee.engine.stage import Batch, StageConfig, StageDescription
 from cordee.errors import BadModelFile, CordeeError, SetupNeeded, StageFailed, UnsupportedModel
-from cordee.system import processes
+from cordee.system import libraries, processes
 
 BUILD = "ternary-3"  # the native code's version, on which exported states and equal tokens depend
 
@@ -95,9 +95,9 @@ def library() -> ctypes.CDLL:
     Raises:
         SetupNeeded: it was not built, or does not load.
     """
-    path = Path(__file__).with_name("_ternary.so")
+    path = Path(__file__).with_name("_ternary")
     try:
-        loaded = ctypes.CDLL(str(path))
+        loaded = libraries.load(path)
     except OSError as error:
         raise SetupNeeded(f"The ternary engine does not load ({error}): run `make native`") from error
     for name, (result, *arguments) in _FUNCTIONS.items():

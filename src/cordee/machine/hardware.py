@@ -1,8 +1,10 @@
 """This machine's processor, GPUs and system; from /proc, /sys and a few programs."""
 
+import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,12 +58,19 @@ class Gpu:
     driver: str | None
 
 
+def cpuinfo() -> str:
+    """What /proc/cpuinfo says; empty where there is none."""
+    return _read(Path("/proc/cpuinfo"))
+
+
 def processor(cpuinfo: str) -> Processor:
-    """The processor that the text of /proc/cpuinfo describes."""
+    """The processor that the text of /proc/cpuinfo describes; without one, the system's name for it."""
     name = re.search(r"^(?:model name|Model|Hardware)\s*: (.+)$", cpuinfo, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*: (.+)$", cpuinfo, re.MULTILINE)
     has = set(flags[1].split()) if flags else set[str]()
-    return Processor(name[1] if name else "unknown", tuple(s for s in INSTRUCTION_SETS if s in has))
+    return Processor(
+        name[1] if name else platform.processor() or "unknown", tuple(s for s in INSTRUCTION_SETS if s in has)
+    )
 
 
 def gpus(sys_folder: Path = Path("/sys")) -> list[Gpu]:
@@ -99,6 +108,8 @@ def vulkan_devices() -> list[str]:
 
 def distribution() -> str:
     """The system's name, such as 'Debian GNU/Linux 12 (bookworm)'."""
+    if sys.platform == "win32":
+        return platform.platform()
     match = re.search(r'^PRETTY_NAME="?([^"\n]*)', _read(Path("/etc/os-release")), re.MULTILINE)
     return match[1] if match else "unknown"
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from cordee.engine.llama import libllama
 from cordee.errors import SetupNeeded
+from cordee.system import libraries
 
 if TYPE_CHECKING:
     from _ctypes import CFuncPtr
@@ -72,7 +73,7 @@ def _address(function: "CFuncPtr") -> int:
 
 @cache
 def _library() -> ctypes.CDLL:
-    path = Path(__file__).with_name("_capture.so")
+    path = Path(__file__).with_name(f"_capture{libraries.SUFFIX}")
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
