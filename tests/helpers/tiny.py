@@ -278,6 +278,12 @@ def _odd_window(maker: Maker) -> None:
     maker.per_layer(f"{maker.name}.attention.sliding_window_pattern", pattern, GGUFValueType.BOOL)
 
 
+def _maple(maker: Maker) -> None:
+    _odd_window(maker)
+    limits = [0.5] * maker.layers
+    maker.per_layer(f"{maker.name}.swiglu_clamp_exp", limits, GGUFValueType.FLOAT32)
+
+
 def _gemma4(maker: Maker) -> None:
     _odd_window(maker)
     around_one = 1 + 0.1 * maker.random.standard_normal(HEAD // 2)
@@ -438,6 +444,7 @@ RECIPES = {
     ),
     "internlm2": PLAIN,
     "llama": replace(PLAIN, tied=True),
+    "maple": replace(EXPERTISE, qk_norm="head", numbers=EXPERT_NUMBERS | SLIDING, extra=_maple),
     "mellum": replace(EXPERTISE, qk_norm="head", numbers=EXPERT_NUMBERS | SLIDING),
     "mimo2": replace(
         EXPERTISE,
