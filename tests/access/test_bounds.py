@@ -10,9 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cordee.access import failed_keys, ledger, limits
+from cordee.access.elsewhere import REMEMBERED_SECONDS, Elsewhere
 from cordee.access.failed_keys import ADDRESSES_MAX, FREE, PAUSE_SECONDS_MAX, FailedKeys
 from cordee.access.ledger import REST, Ledger, Used
 from cordee.access.limits import REQUESTS_AT_ONCE, Allowance
+from cordee.cluster.facts import Gauges, KeyUse
+from cordee.cluster.soundness import fault
 from cordee.errors import BadRequest, RateLimited, StorageFailed
 
 # --- limits
@@ -176,3 +179,72 @@ def test_the_ledger_is_written_at_the_end(tmp_path: Path) -> None:
     asyncio.run(served())
     assert msgspec.msgpack.decode((tmp_path / "usage").read_bytes())["marie"]["tokens_out"] == 1
     assert book.read()["marie"].last <= time.time()
+
+
+# --- what other gateways tell
+
+
+def told(node: Ledger) -> tuple[KeyUse, ...]:
+    """As it comes with a heartbeat."""
+    return msgspec.msgpack.decode(msgspec.msgpack.encode(node.uses()), type=tuple[KeyUse, ...])
+
+
+def test_what_a_key_uses_elsewhere_counts_here_once(tmp_path: Path) -> None:
+    other, now = Ledger(tmp_path), 0.0
+    other.count("marie", requests=1, tokens_in=5000)  # long ago: before this node heard anything
+    elsewhere = Elsewhere(lambda: {"b": told(other)})
+    elsewhere.look(now)
+    allowance = Allowance()
+    allowance.enter(0, 900, now, elsewhere.at_once("marie"), elsewhere.spent("marie", now))
+    other.count("marie", requests=1, tokens_in=600, tokens_out=100)
+    elsewhere.look(now)
+    other.count("marie", tokens_out=250)
+    other.count("paul", tokens_out=10**6)
+    for _ in range(2):
+        with pytest.raises(RateLimited, match="900 tokens a minute"):
+            allowance.enter(0, 900, now, 0, elsewhere.spent("marie", now))
+        assert allowance.level == -50  # each token counts once
+    allowance.enter(0, 900, 30.0, 0, elsewhere.spent("marie", 30.0))
+    # What was used a minute ago has grown back, also where nobody asked here meanwhile.
+    other.count("marie", tokens_out=800)
+    elsewhere.look(40.0)
+    assert elsewhere.spent("marie", 40.0 + REMEMBERED_SECONDS) == 0
+
+
+def test_requests_at_once_are_those_of_all_gateways(tmp_path: Path) -> None:
+    others = {name: Ledger(tmp_path / name) for name in "bc"}
+    elsewhere = Elsewhere(lambda: {name: told(each) for name, each in others.items()})
+    for each in others.values():
+        each.count("marie", requests=1)
+        each.at_once["marie"] += 1
+    with pytest.raises(RateLimited, match="2 requests at once"):
+        Allowance().enter(2, 0, 0.0, elsewhere.at_once("marie"))
+    Allowance().enter(0, 0, 0.0, elsewhere.at_once("marie"))  # without a bound of its own
+    del others["c"]  # it is gone
+    Allowance().enter(2, 0, 0.0, elsewhere.at_once("marie"))
+
+
+def test_a_ledger_tells_what_all_nodes_counted_and_the_latest_keys_to_others(tmp_path: Path) -> None:
+    clock = iter(range(1, 10_000)).__next__
+    here, there = Ledger(tmp_path / "a", clock), Ledger(tmp_path / "b", clock)
+    (tmp_path / "b").mkdir()
+    there.count("marie", requests=1, tokens_in=7, tokens_out=3)
+    there.share_out(50.0)
+    asyncio.run(there.flush())
+    assert there.uses()[0].tokens_out == 3  # no less while and after it was written
+    there.count("marie", requests=1, tokens_in=1)
+    here.count("marie", requests=2, tokens_out=10)
+    here.elsewhere = Elsewhere(lambda: {"b": told(there)})
+    marie = here.read_all()["marie"]
+    assert (marie.requests, marie.tokens_in, marie.tokens_out, marie.joules) == (4, 8, 13, 50.0)
+    assert here.read()["marie"].requests == 2  # its own are written alone
+    for number in range(2 * ledger.USES_MAX):
+        there.count(f"key-{number}", requests=1)
+    there.at_once["marie"] += 1
+    names = [use.name for use in there.uses()]
+    assert len(names) == ledger.USES_MAX and names[0] == "marie" and "key-0" not in names
+    assert Ledger(tmp_path / "b").uses()[0].tokens_in == 7  # after a restart
+    gauges = Gauges(used=there.uses())
+    assert not fault(gauges)
+    too_many = msgspec.structs.replace(gauges, used=(*gauges.used, KeyUse("one more")))
+    assert "used" in fault(too_many)

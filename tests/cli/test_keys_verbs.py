@@ -141,6 +141,21 @@ def test_new_limits_of_a_key_hold_on_all_nodes(cluster: Cluster) -> None:
     until(lambda: lan(cluster, "b", "/v1/completions", key, ASK).status_code == 200)
 
 
+def test_what_a_key_uses_at_one_node_counts_at_all(cluster: Cluster) -> None:
+    first = cluster.nodes["a"]
+    key = first.do("key", "add", "zoe", "--limit", "tokens=1/min").strip()
+    until(lambda: lan(cluster, "b", "/v1/models", key).status_code == 200)
+    assert lan(cluster, "b", "/v1/completions", key, ASK).status_code == 200
+
+    def used() -> dict[str, Any]:
+        rows = {row["key"]: row for row in json.loads(first.do("usage", "--json"))}
+        return rows.get("zoe", {"requests": 0, "tokens_out": 0})
+
+    until(lambda: used()["tokens_out"] == 3)  # node a has heard of it
+    refused = lan(cluster, "a", "/v1/completions", key, ASK)
+    assert (refused.status_code, used()["requests"]) == (429, 1)
+
+
 def test_the_key_of_a_machine_that_founds_a_cluster_goes_along(cluster: Cluster, tmp_path: Path) -> None:
     key = (cluster.nodes["a"].home.parent / "early").read_text()
     for name in "ab":

@@ -199,6 +199,15 @@ def test_what_comes_token_by_token_is_what_is_drawn_at_once(talk: Talk, visit: V
         assert grown == at_once
 
 
+def test_a_block_as_long_as_is_read_at_a_time_stays_what_it_is(talk: Talk, visit: Visit) -> None:
+    text = f"{'**bold** ' * 1332}.......\n\n- a\n- b\n"
+    assert text.index("- a") == 11_997  # so that its line is cut
+    page = visit(base(talk))
+    page.evaluate(ALIKE)
+    _, drawn = page.evaluate("([text, size]) => window.grown(text, size)", [text, len(text)])
+    assert drawn.count("<strong>") == 1332 and "<ul" in drawn and 'class="long"' not in drawn
+
+
 def test_an_answer_is_stopped_and_gone_on_with(talk: Talk, visit: Visit, reader: Reader) -> None:
     t, service = reader.t, talk[1]
     page = visit(base(talk), **reader.view)

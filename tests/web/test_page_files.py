@@ -121,5 +121,9 @@ def test_a_file_is_dropped_on_the_page_or_pasted(
         "() => { const data = new DataTransfer();"
         " data.items.add(new File(['hello'], 'a.txt')); return data; }"
     )
-    page.dispatch_event(where, event, {holder: dropped})
+    page.locator(where).evaluate(
+        "(element, [kind, holder, data]) => element.dispatchEvent("
+        "new (kind === 'paste' ? ClipboardEvent : DragEvent)(kind, { bubbles: true, [holder]: data }))",
+        [event, holder, dropped],
+    )
     expect(page.locator(".files bdi")).to_have_text(["a.txt"])

@@ -1,12 +1,16 @@
 """The ledger: how much each key used. Counts only; never a word of what was asked or answered.
 
+Each node of a cluster counts what comes in at it, and tells the others with its heartbeats (elsewhere.py).
+
 It lies in `usage` of the state folder. Several processes may serve from one folder: each adds what it counted
 since, under a lock. What was not written when a process is killed, FLUSH_SECONDS at most, is lost.
 """
 
 import asyncio
 import contextlib
+import heapq
 import time
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +18,15 @@ from pathlib import Path
 import msgspec
 
 from cordee import files
+from cordee.access.elsewhere import NOWHERE, Elsewhere
+from cordee.cluster.facts import KeyUse
 from cordee.errors import CordeeError, StorageFailed
 from cordee.system import locks
 
 NAME = "usage"
 FLUSH_SECONDS = 2.0  # between two writes
 KEYS_MAX = 1024  # names, those of keys that are long gone included; then the least recent are put together
+USES_MAX = 64  # keys that others are told of, the most recent ones: some kilobytes of each heartbeat
 REST = "(others)"
 LOCAL = "(this machine)"  # requests from this machine without a key
 FILE_BYTES_MAX = 1 << 20
@@ -35,7 +42,7 @@ class Used(msgspec.Struct):
     first: float = 0.0
     last: float = 0.0
 
-    def add(self, other: "Used") -> None:
+    def add(self, other: "Used | KeyUse") -> None:
         """Add what was counted elsewhere, or later."""
         self.requests += other.requests
         self.tokens_in += other.tokens_in
@@ -52,6 +59,9 @@ class Ledger:
     def __init__(self, folder: Path | None = None, clock: Callable[[], float] = time.time) -> None:
         self._folder = folder or files.home()
         self._clock = clock
+        self.elsewhere: Elsewhere = NOWHERE
+        self.at_once: Counter[str] = Counter()  # requests that are under way
+        self._total: dict[str, Used] | None = None  # as far as this process knows; None: not read yet
         self._since: dict[str, Used] = {}  # the last write
         self._tokens: dict[str, int] = {}  # since energy was last shared out
 
@@ -78,6 +88,32 @@ class Ledger:
         found = _read(self._folder / NAME)
         _merge(found, self._since)
         return found
+
+    def read_all(self) -> dict[str, Used]:
+        """The same, with what the other nodes of the cluster that are there counted lately.
+
+        Raises:
+            StorageFailed: the file cannot be read.
+        """
+        found = self.read()
+        for use in self.elsewhere.all():
+            found.setdefault(use.name, Used()).add(use)
+        return found
+
+    def uses(self) -> tuple[KeyUse, ...]:
+        """What the other nodes are told with each heartbeat, while it is noted what they told; without a file
+        that can be read, what this process counted."""
+        self.elsewhere.look(time.monotonic())
+        if self._total is None:
+            self._total = {}
+            with contextlib.suppress(StorageFailed):
+                self._total = _read(self._folder / NAME)
+            _merge(self._total, self._since)
+        total = self._total
+        latest = heapq.nlargest(USES_MAX, total, key=lambda name: (self.at_once[name], total[name].last))
+        return tuple(
+            KeyUse(name, self.at_once[name], **msgspec.structs.asdict(total[name])) for name in latest
+        )
 
     async def flush(self) -> None:
         """Write what was counted.
@@ -120,6 +156,8 @@ class Ledger:
 
     def _add(self, name: str, used: Used) -> None:
         _merge(self._since, {name: used})
+        if self._total is not None:
+            _merge(self._total, {name: used})
 
 
 def _merge(found: dict[str, Used], more: dict[str, Used]) -> None:

@@ -52,15 +52,19 @@ class Allowance:
     level: float = math.inf  # tokens; below zero, they were overdrawn
     seen: float = field(default=-math.inf)
 
-    def enter(self, requests: int, tokens: int, now: float) -> None:
-        """A request begins, under these bounds (0: none); `leave` ends it.
+    def enter(
+        self, requests: int, tokens: int, now: float, at_once_elsewhere: int = 0, spent_elsewhere: int = 0
+    ) -> None:
+        """A request begins, under these bounds (0: none); `leave` ends it. Of other gateways it counts what
+        is under way there, and the tokens that were spent there since the last request here.
 
         Raises:
             RateLimited: it has to come again later.
         """
         self._refill(tokens, now)
+        self.level -= spent_elsewhere
         most = requests or REQUESTS_AT_ONCE
-        if self.at_once >= most:
+        if self.at_once + (at_once_elsewhere if requests else 0) >= most:
             raise RateLimited(f"this key has {most} requests at once already", BUSY_SECONDS)
         if tokens and self.level <= 0:
             wait_seconds = math.floor(-self.level / tokens * MINUTE_SECONDS) + 1

@@ -566,7 +566,7 @@ class Agent:
         return self._scheduler_hosts
 
     def _measure(self) -> Gauges:
-        self.gauges = gauges.measured(self._scheduler_hosts, self.local_models, self.meter)
+        self.gauges = gauges.measured(self._scheduler_hosts, self.local_models, self.meter, self.ledger)
         return self.gauges
 
     def _say(self, node: str, said: Said) -> None:

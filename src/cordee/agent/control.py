@@ -6,6 +6,7 @@ so a socket without a lock is what a dead agent left.
 
     GET  /nodes, /status       what agent/status.py tells about the cluster
     GET  /services             and about this node's stages
+    GET  /usage                what each key used at the API, on all nodes
     GET  /findings             what the agent finds wrong (agent/checks.py)
     POST /plan                 where a model would run now
     POST /invite, /remove, /admin    what admins do

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator
 from starlette.datastructures import Headers
 
 from cordee.access.api_keys import HELD_MAX, ApiKey
+from cordee.access.elsewhere import NOWHERE
 from cordee.access.failed_keys import FailedKeys
 from cordee.access.keyring import Keyring
 from cordee.access.ledger import LOCAL, Ledger
@@ -118,10 +119,14 @@ class Authenticator:
         allowance = self._allowance(key) if key is not None and is_work else None
         if allowance is not None:
             assert key is not None
-            allowance.enter(key.requests, key.tokens, self._clock())
+            elsewhere = NOWHERE if self.ledger is None else self.ledger.elsewhere
+            now = self._clock()
+            others = elsewhere.at_once(key.name), elsewhere.spent(key.name, now)
+            allowance.enter(key.requests, key.tokens, now, *others)
         name = LOCAL if key is None else key.name
         if is_work and self.ledger is not None:
             self.ledger.count(name, requests=1)
+            self.ledger.at_once[name] += 1
 
         def spend(tokens_in: int, tokens_out: int) -> None:
             if allowance is not None:
@@ -140,6 +145,8 @@ class Authenticator:
             self._open.pop(caller, None)
             if allowance is not None:
                 allowance.leave()
+            if is_work and self.ledger is not None:
+                self.ledger.at_once[name] -= 1
 
     async def _recognise(self, shown: list[str]) -> ApiKey | None:
         for each in shown:

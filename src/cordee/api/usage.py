@@ -14,7 +14,7 @@ from cordee.api.failures import json_response
 def usage_response(ledger: Ledger | None) -> Response:
     """All rows for an admin's key, and for programs of this machine; for any other key its own."""
     caller = callers.current()
-    used = {} if ledger is None else ledger.read()
+    used = {} if ledger is None else ledger.read_all()
     if not caller.is_admin:
         used = {name: each for name, each in used.items() if name == caller.name}
     return json_response({"object": "list", "data": rows(used)})

@@ -57,8 +57,8 @@ def key() -> None:
 @click.option(
     "--limit",
     metavar="LIMIT",
-    help="Its bounds on each node: requests=4 at once, tokens=20000/min of prompts and answers, or both "
-    "with a comma.",
+    help="Its bounds, in the whole cluster: requests=4 at once, tokens=20000/min of prompts and answers, or "
+    "both with a comma.",
 )
 @click.option(
     "--expires", metavar="WHEN", type=Moment(), help="A date (2027-06-30), or a time from now (12h, 90d)."
@@ -140,15 +140,20 @@ def remove_key(name: str) -> None:
 @click.command()
 @options.as_json
 def usage(as_json: bool) -> None:
-    """Show what each key used at this machine: requests and tokens, never what was asked.
+    """Show what each key used: requests and tokens, never what was asked.
 
-    What needed no key, as it came from this machine, is one line. Energy is that of this machine while it
-    answered, shared by tokens; it is shown where something measures it.
+    While `cordee up` runs here, it is what was counted at all machines of the cluster that are there; else
+    what was counted at this one. What needed no key, as it came from a machine itself, is one line. Energy is
+    that of the machines that were asked, while they answered, shared by tokens; where something measures it.
     """
     from cordee.access.ledger import Ledger
+    from cordee.agent import control
     from cordee.api.usage import rows
 
-    found = rows(Ledger().read())
+    try:
+        found = control.ask("GET", "/usage", kind=list[dict[str, Any]])
+    except NotRunning:
+        found = rows(Ledger().read())
     if as_json:
         output.print_json(found)
         return

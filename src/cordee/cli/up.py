@@ -263,6 +263,7 @@ class _ApiServer:
 
     def servers(self, agent: "Agent") -> list[Coroutine[Any, Any, None]]:
         """What serves it until it is cancelled."""
+        from cordee.access.elsewhere import Elsewhere
         from cordee.access.keyring import Keyring
         from cordee.agent.samples import cluster_samples
         from cordee.api.authenticator import Authenticator
@@ -275,6 +276,9 @@ class _ApiServer:
         from cordee.serving.embedders import Embedders
         from cordee.web.other_pages import other_pages
 
+        agent.ledger.elsewhere = Elsewhere(
+            lambda: {node: each.used for node, each in agent.controller.gauges(time.monotonic()).items()}
+        )
         app = create_app(
             agent.services,
             embedders=Embedders(Store()),

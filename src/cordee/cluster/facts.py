@@ -250,16 +250,31 @@ class Reading(msgspec.Struct, frozen=True):
     total_bytes: int
 
 
-class Gauges(msgspec.Struct, frozen=True):
-    """What changes all the time at a node. Nothing is decided by it: it travels beside the facts.
+class KeyUse(msgspec.Struct, frozen=True):
+    """What one key of the API used at a gateway: counts only. `at_once` are its requests under way; the
+    others are those of its ledger (access/ledger.py), and only grow."""
 
-    `watts` is what its processors take, where the machine tells.
+    name: str
+    at_once: int = 0
+    requests: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    joules: float | None = None
+    first: float = 0.0
+    last: float = 0.0
+
+
+class Gauges(msgspec.Struct, frozen=True):
+    """What changes all the time at a node. Nothing is placed by it: it travels beside the facts.
+
+    `watts` is what its processors take, where the machine tells; `used` by which keys, lately.
     """
 
     hosted: tuple[Hosted, ...] = ()
     fetching: tuple[Fetching, ...] = ()
     watts: float | None = None
     reading: tuple[Reading, ...] = ()
+    used: tuple[KeyUse, ...] = ()
 
 
 @lru_cache(maxsize=4096)

@@ -36,6 +36,7 @@ COUNTS: Mapping[tuple[type, str], int] = {
     (Gauges, "hosted"): 256,
     (Gauges, "fetching"): 256,
     (Gauges, "reading"): 256,
+    (Gauges, "used"): 64,
 }
 
 

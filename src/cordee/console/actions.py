@@ -23,6 +23,7 @@ from cordee.agent.control import (
 )
 from cordee.agent.deploy import Deployer
 from cordee.agent.status import ClusterStatus
+from cordee.api.usage import rows
 from cordee.errors import BadRequest, JoinFailed
 from cordee.net.members import advice
 
@@ -112,6 +113,10 @@ class NodeActions:
     def _check_admin(self, what: str, verb: str) -> None:
         if not self._agent.identity.is_admin:
             raise BadRequest(f"Only admins can {what}. {ClusterStatus(self._agent).admins(verb)}")
+
+    async def usage(self, _: Empty) -> Any:
+        """What each key used, at all nodes that are there."""
+        return rows(self._agent.ledger.read_all())
 
     async def deploy(self, asked: Deploy) -> Any:
         """Have the cluster serve a model (Deployer.deploy)."""

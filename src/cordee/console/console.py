@@ -188,7 +188,7 @@ class Console:
     async def _admin(self, request: Request) -> Response:
         who.require_admin(request)
         now = time.time()
-        used = {} if self._ledger is None else self._ledger.read()
+        used = {} if self._ledger is None else self._ledger.read_all()
         return json_response(
             {
                 "here": self._backend.admin_facts(),

@@ -46,6 +46,7 @@ class Control:
                 _route("GET", "/status", Empty, actions.status),
                 _route("GET", "/services", Empty, actions.services),
                 _route("GET", "/findings", Empty, actions.findings),
+                _route("GET", "/usage", Empty, actions.usage),
                 _route("POST", "/plan", PlanRequest, actions.plan),
                 _route("POST", "/invite", Invite, actions.invite),
                 _route("POST", "/remove", Remove, actions.remove),

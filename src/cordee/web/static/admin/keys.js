@@ -1,4 +1,4 @@
-/** People's keys: made, shown once, bounded, revoked; and what each has used at this machine. */
+/** People's keys: made, shown once, bounded, revoked; and what each has used. */
 import { ask } from "../common/ask.js";
 import { day } from "../common/words.js";
 import { number, t } from "../shell/i18n.js";
@@ -194,7 +194,7 @@ function NewKey({ onMade }) {
 /** @param {{usage: any[], machine: string}} props */
 export function Usage({ usage, machine }) {
   const hasEnergy = usage.some((each) => each.joules !== null);
-  const names = { "(this machine)": t("admin.usage.here"), "(others)": t("admin.usage.others") };
+  const names = { "(this machine)": t("admin.usage.local"), "(others)": t("admin.usage.others") };
   return html`
     <section aria-labelledby="usage-title">
       <h2 id="usage-title">${t("admin.usage")}</h2>

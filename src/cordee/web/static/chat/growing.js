@@ -184,7 +184,12 @@ export class GrowingText {
     }
     const part = this.drawParts(last, read);
     if (part) this.done = place(part.first);
-    if (!isAll && this.done === base) this.drawLong(rest);
+    if (!isAll && this.done === base && unsure[0]) {
+      this.drawForGood(last);
+      this.done = place(unsure[0].first);
+    } else if (!isAll && this.done === base) {
+      this.drawLong(rest);
+    }
     if (!isAll) return true;
     this.drawForNow(part ?? last);
     for (const block of unsure) this.append(drawn(block));
@@ -286,4 +291,3 @@ export class GrowingText {
     this.done += text.length;
   }
 }
-

@@ -10,10 +10,8 @@ import { hurry } from "./live.js";
 import { Said } from "./said.js";
 
 /**
- * `body` is shown in the dialog; `path` below /console/ and `data` are what is sent, or what a function gives then,
- * where people fill something in. `said` makes of the answer what
- * people are told. `isReady` false: it cannot be done yet. Where the server refuses with a `retry` field, the reader
- * is asked again with that field set.
+ * `body` is shown in the dialog; `path` below /console/ and `data` are what is sent; where people fill something in,
+ * `data` is a function. `said` makes of the answer what people are told.
  * @typedef {{title: string, body: any, action: string, path: string, data: any, said: (found: any) => any,
  *   danger?: boolean, done?: (found: any) => void}} Question
  */

@@ -3,7 +3,8 @@
  * `{kind:name}` or `{kind}` stands for what differs. Pure.
  *
  * Kinds: `said` is a sentence or a part of one that is translated, too; `size` an amount such as `1.5 GB`; `number`;
- * `list` names such as `a, b or c`; `nearest` what is asked behind a name that does not exist, if anything; any other word stands for itself, as it is.
+ * `list` names such as `a, b or c`; `nearest` what is asked behind a name that does not exist, if anything; what has
+ * another kind, or none, stands as it is.
  */
 
 /** What a machine says is shorter; a longer text is shown as it is. */
