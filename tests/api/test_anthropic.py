@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cordee.api.keys import LocalKey
+from cordee.access.local_key import LocalKey
 from cordee.api.stream import Timing
 from cordee.errors import Overloaded, StageFailed
 from scripted_service import ScriptedService, scripted

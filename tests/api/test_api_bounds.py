@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from cordee.api.keys import KEY_CHARS_MAX, LocalKey
+from cordee.access.local_key import KEY_CHARS_MAX, LocalKey
 from cordee.errors import KeyNeeded, StorageFailed
 from cordee.generation.request import Grammar, Request, SamplingParams
 from cordee.generation.streams import Ask, Assert

@@ -18,9 +18,9 @@ from starlette.datastructures import Headers
 from cordee.access.failed_keys import FREE
 from cordee.access.keyring import new_key
 from cordee.access.ledger import LOCAL
+from cordee.access.local_key import LocalKey
 from cordee.api.authenticator import Authenticator
 from cordee.api.guard import Access, Through
-from cordee.api.keys import LocalKey
 from cordee.api.server import serve
 from cordee.errors import KeyNeeded, RateLimited
 from cordee.net.server_certificates import OwnAuthority

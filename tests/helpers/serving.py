@@ -12,8 +12,8 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
+from cordee.access.local_key import LocalKey
 from cordee.api.authenticator import Authenticator
-from cordee.api.keys import LocalKey
 from cordee.api.server import serve
 from cordee.api.stream import Timing
 from cordee.console.console import Console

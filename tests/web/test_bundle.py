@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from cordee.access.local_key import LocalKey
 from cordee.api.authenticator import Authenticator
-from cordee.api.keys import LocalKey
 from cordee.cli.main import cordee
 from cordee.cli.open import open_page
 from cordee.errors import NotRunning

@@ -11,8 +11,8 @@ from axe import violations
 from cordee.access.api_keys import ApiKey
 from cordee.access.keyring import Keyring, new_key
 from cordee.access.ledger import Ledger
+from cordee.access.local_key import LocalKey
 from cordee.api.authenticator import Authenticator
-from cordee.api.keys import LocalKey
 from serving import running
 
 

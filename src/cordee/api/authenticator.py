@@ -13,9 +13,9 @@ from cordee.access.failed_keys import FailedKeys
 from cordee.access.keyring import Keyring
 from cordee.access.ledger import LOCAL, Ledger
 from cordee.access.limits import Allowance
+from cordee.access.local_key import SCHEME, LocalKey
 from cordee.access.sessions import Sessions
 from cordee.api.callers import ApiCaller
-from cordee.api.keys import SCHEME, LocalKey
 from cordee.errors import KeyNeeded, RateLimited, StorageFailed
 
 LOOK_SECONDS = 0.25  # how often it is looked whether the keys of what is under way still stand

@@ -8,8 +8,8 @@ from contextlib import closing
 from typing import Any, Self
 from urllib.parse import urlsplit
 
+from cordee.access.local_key import LocalKey
 from cordee.agent import control
-from cordee.api.keys import LocalKey
 from cordee.cli.conversation import GenerationOptions
 from cordee.cli.status import state_of
 from cordee.errors import DoesNotFit, NotRunning, StageFailed

@@ -23,9 +23,9 @@ from cordee.system import events
 from cordee.terminal import output
 
 if TYPE_CHECKING:
+    from cordee.access.local_key import LocalKey
     from cordee.agent.logs import Form
     from cordee.api.authenticator import Authenticator
-    from cordee.api.keys import LocalKey
     from cordee.api.lan_server import LanChoice, LanServer
     from cordee.models.store import Store, StoredModel
     from cordee.serving.embedders import Embedders
@@ -72,9 +72,9 @@ def serve(
     from cordee.access.keyring import Keyring
     from cordee.access.keys_file import KeysFile, folder
     from cordee.access.ledger import Ledger
+    from cordee.access.local_key import LocalKey
     from cordee.agent import logs
     from cordee.api.authenticator import Authenticator
-    from cordee.api.keys import LocalKey
     from cordee.api.lan_server import LanChoice
     from cordee.models.store import Store
     from cordee.serving.local_service import ServiceConfig

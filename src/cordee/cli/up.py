@@ -26,11 +26,11 @@ from cordee.system import events
 from cordee.terminal import output
 
 if TYPE_CHECKING:
+    from cordee.access.local_key import LocalKey
     from cordee.agent.agent import Agent, AgentOptions
     from cordee.agent.control import AgentSocket
     from cordee.agent.logs import Form
     from cordee.agent.settings import Settings
-    from cordee.api.keys import LocalKey
     from cordee.api.lan_server import LanChoice, LanServer
     from cordee.net.identity import Identity
 
@@ -138,10 +138,10 @@ def up(
     Programs on other machines do with --lan, by the name or address of this one and a key (`cordee key add`).
     A member whose certificate ran out while it was off waits until an admin runs that renews it.
     """
+    from cordee.access.local_key import LocalKey
     from cordee.agent import logs
     from cordee.agent.agent import AgentOptions
     from cordee.agent.control import AgentSocket
-    from cordee.api.keys import LocalKey
     from cordee.api.lan_server import LanChoice, LanServer
     from cordee.net import identity
     from cordee.net.bus import BusOptions
