@@ -124,6 +124,39 @@ def hub_name(name: str, form: str) -> str:
     return f"model.layers.{parts[1]}.{own}" if len(parts) == 4 else own
 
 
+def config_of(model: TernaryModel, form: str) -> dict[str, object]:
+    """config.json."""
+    config = {
+        "architectures": ["MapleForCausalLM"],
+        "hidden_act": "silu",
+        "hidden_size": model.n_embd,
+        "intermediate_size": 4 * model.n_ff,
+        "moe_intermediate_size": model.n_ff,
+        "num_experts": model.experts,
+        "num_experts_per_tok": model.experts_used,
+        "norm_topk_prob": True,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": model.context,
+        "rms_norm_eps": model.epsilon,
+        "rope_theta": model.rope_base,
+        "partial_rotary_factor": model.rope_dims / model.head_dim,
+        "nope_on_global_attention": True,
+        "sliding_window": model.window,
+        "layer_types": [("full", "sliding")[windowed] + "_attention" for windowed in model.windowed],
+        "tie_word_embeddings": False,
+        "vocab_size": model.n_vocab,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if form == "mlx":
+        packing = {"group_size": 64, "bits": 4, "mode": "affine"}
+        config |= {"quantization": packing, "quantization_config": packing}
+    return config
+
+
 def write_hub(folder: Path, weights: Weights, form: str, **changes: object) -> None:
     """A checkpoint: `mlx` with words of two bits and affine tables, or `masters` with experts one by one."""
     model, tensors = weights.model, {}
@@ -155,43 +188,11 @@ def write_hub(folder: Path, weights: Weights, form: str, **changes: object) -> N
             )
     if form == "mlx":
         tensors["lm_head_flash.weight"] = ("U32", np.zeros((4, 4), "<u4"))  # no part of the model
+    config = config_of(model, form)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(hub_config(model, form) | changes))
+    (folder / "config.json").write_text(json.dumps(config | changes))
     write_safetensors(folder / "model.safetensors", tensors)
     write_tokenizer(folder)
-
-
-def hub_config(model: TernaryModel, form: str) -> dict[str, object]:
-    """What config.json says of it."""
-    config: dict[str, object] = {
-        "architectures": ["MapleForCausalLM"],
-        "hidden_act": "silu",
-        "hidden_size": model.n_embd,
-        "intermediate_size": 4 * model.n_ff,
-        "moe_intermediate_size": model.n_ff,
-        "num_experts": model.experts,
-        "num_experts_per_tok": model.experts_used,
-        "norm_topk_prob": True,
-        "num_hidden_layers": model.layers,
-        "num_attention_heads": model.heads,
-        "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "max_position_embeddings": model.context,
-        "rms_norm_eps": model.epsilon,
-        "rope_theta": model.rope_base,
-        "partial_rotary_factor": model.rope_dims / model.head_dim,
-        "nope_on_global_attention": True,
-        "sliding_window": model.window,
-        "layer_types": [("full", "sliding")[windowed] + "_attention" for windowed in model.windowed],
-        "tie_word_embeddings": False,
-        "vocab_size": model.n_vocab,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    if form == "mlx":
-        packing = {"group_size": 64, "bits": 4, "mode": "affine"}
-        config |= {"quantization": packing, "quantization_config": packing}
-    return config
 
 
 def assert_same_model(model: TernaryModel, weights: Weights) -> None:
