@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from cordee.generation.request import Grammar, Request, SamplingParams
+from cordee.serving.local_service import ServiceConfig
 from cordee.speculation.costs import Costs
 from serving import CHAT, running
 from streams import GREEDY, Answer, Model, ask, ask_all, kill_at, request, tiny_model
@@ -105,6 +106,20 @@ def test_answers_are_the_same_after_a_stage_was_lost_among_guesses(
     asyncio.run(run())
 
 
+def test_what_a_grammar_forces_comes_sooner(model: Model) -> None:
+    grammar = Grammar("regex", "([ab]cdefghijkl[mn]opqrstuvw[xy]z[0-9]){7}")
+    asked = request("a", TEXT, 180, msgspec.structs.replace(SEEDED, grammar=grammar))
+
+    async def run(**settings: bool) -> tuple[Answer, int]:
+        async with model.serve(**settings) as service:
+            answer = await ask(service, asked)
+            return answer, service.status()["speculation"]["accepted"]
+
+    (expected, _), (answer, accepted) = asyncio.run(run(speculates=False)), asyncio.run(run())
+    assert answer == expected
+    assert accepted > 20
+
+
 def test_a_model_whose_state_cannot_be_shortened_guesses_nothing(tmp_path: Path) -> None:
     store_model = tiny_model(tmp_path)
     recurrent = store_model.store.add_file(make_recurrent("mamba", tmp_path / "mamba.gguf"), "mamba")
@@ -122,7 +137,7 @@ def test_a_model_whose_state_cannot_be_shortened_guesses_nothing(tmp_path: Path)
 def test_a_client_that_predicts_the_answer_is_told_how_much_of_it_was_right(
     starter_path: Path, tmp_path: Path
 ) -> None:
-    with running(starter_path, tmp_path) as server:
+    with running(starter_path, tmp_path, config=ServiceConfig(context=256)) as server:
         asked = {
             "model": server.service.name,
             "messages": [{"role": "user", "content": "Count from one to twenty in words."}],

@@ -104,7 +104,6 @@ def up(
     lent_bytes: int | None,
     wants_key: bool,
     spot_check: float,
-    speculate: str,
     log_file: str | None,
     log_format: "Form",
     until_eof: bool,
@@ -141,10 +140,8 @@ def up(
             chosen = _settings(member, name, address)
             api = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
             bus = BusOptions(chosen.listen, peers, interface)
-            page = lan.page if lan else ""
-            agent_options = AgentOptions(
-                chosen.name, api, bus, lent_bytes, spot_check, page, speculates=speculate == "auto"
-            )
+            page, guesses = lan.page if lan else "", more["speculate"] == "auto"
+            agent_options = AgentOptions(chosen.name, api, bus, lent_bytes, spot_check, page, guesses)
             if is_new:
                 _offer_starter()
             api_server = _ApiServer(listener, LocalKey.made() if wants_key else None, choice, lan)
