@@ -3,8 +3,9 @@
     python bench/cluster.py [--faults N] [--cases PREFIX,…] [--machine NAME] [--csv FILE] [--json]
                             [--peer llama.cpp-rpc=FOLDER]                              as root, on Linux
 
-Takes six minutes on two quiet cores. Says what it does, prints the table of docs/performance.md, and writes
-all figures to bench/results/cluster-MACHINE.csv, and each fault to cluster-MACHINE-faults.csv beside it.
+Takes fifteen minutes on two quiet cores. Says what it does, prints the tables of docs/performance.md, and
+writes all figures to bench/results/cluster-MACHINE.csv, and each fault to cluster-MACHINE-faults.csv beside
+it.
 
 Hosts are network namespaces on this machine (tests/namespaces/netlab.py) with at most one processor each.
 Cases:

@@ -20,6 +20,7 @@ RARE = (
     "a node plans before it has listened",
     "heartbeats sent earlier are old for ever",
     "any gain is worth a move",
+    "a prefix is copied from a slot that another stream got",
 )
 # And those that a change does not wait for.
 SLOW = (
@@ -29,7 +30,6 @@ SLOW = (
     "a wiring left is entered again",
     "the last deployment to arrive wins",
     "draining nodes keep their stages",
-    "a prefix is copied from a slot that another stream got",
 )
 
 
