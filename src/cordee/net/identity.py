@@ -455,8 +455,10 @@ def certificate_builder(
     key: ec.EllipticCurvePublicKey, common_name: str, issuer: x509.Name, now: float, life_seconds: int
 ) -> x509.CertificateBuilder:
     """What all certificates have, to be completed and signed."""
-    start = datetime.datetime.fromtimestamp(now - BACKDATED_SECONDS, datetime.UTC)
-    end = datetime.datetime.fromtimestamp(now + life_seconds, datetime.UTC)
+    # By adding, because Windows converts no time after the year 3000.
+    epoch = datetime.datetime.fromtimestamp(0, datetime.UTC)
+    start = epoch + datetime.timedelta(seconds=now - BACKDATED_SECONDS)
+    end = epoch + datetime.timedelta(seconds=now + life_seconds)
     return (
         x509.CertificateBuilder()
         .subject_name(_name(common_name))
