@@ -22,7 +22,7 @@ def note(records: Records, *runs: tuple[Run, int], opens: dict[int, Opening] | N
     """A micro-batch of runs, each with a number that its rows show."""
     values = [1000 * number + run.first_position + row for run, number in runs for row in range(run.rows)]
     message = Rows("w", 1, tuple(run for run, _ in runs), opens or {}, n_embd=WIDTH)
-    chosen = {run.sequence: number for run, number in runs if run.output}
+    chosen = {run.sequence: [number] for run, number in runs if run.output}
     records.note(message, rows_of(values), -rows_of(values), chosen)
 
 
@@ -128,7 +128,7 @@ def test_the_first_stage_and_the_others_keep_the_same(runs: list[tuple[int, int,
         note(middle, (run, number))
         message = Rows("w", 1, (run,), {})
         first.note(message, np.array(values, np.int32), rows_of(values), {})
-        last.note(message, rows_of(values), None, {sequence: number})
+        last.note(message, rows_of(values), None, {sequence: [number]})
         held = model.get(sequence, [])
         if at > len(held):
             model.pop(sequence, None) if not held else None
