@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds libllama for machines that are not this one, into build/libllama/cpu/bin: a CPU backend for each
 # generation of processors, of which a machine loads the best that it can run. Interrupted, it goes on where it was.
+# With GCC's OpenMP: the threads of ggml's own barrier spin for ever, and on a busy machine a token took 25 times the CPU.
 # On Debian 12 the result runs with glibc 2.34 and newer. It needs g++, and build/packaging (packaging/tools.sh).
 #
 #   packaging/libllama.sh            the libraries for every CPU: about 9 minutes of one core

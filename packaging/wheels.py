@@ -194,7 +194,7 @@ def check_symbols(name: str, library: bytes) -> None:
     for kind, newest in (("GLIBC", GLIBC), ("GLIBCXX", GLIBCXX)):
         for digits in set(re.findall(rb"\0%s_([0-9.]+)(?=\0)" % kind.encode(), library)):
             if tuple(map(int, digits.split(b"."))) > newest:
-                sys.exit(f"{name} needs {kind} {digits.decode()}: build on Debian 12 (packaging/README.md)")
+                sys.exit(f"{name} needs {kind} {digits.decode()}: build on Debian 12")
 
 
 if __name__ == "__main__":
