@@ -58,6 +58,14 @@ def test_a_folder_is_what_its_maker_signed(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stderr
 
 
+def test_nobody_else_calls_an_old_version_new(tmp_path: Path) -> None:
+    old = made(tmp_path / "old", "0.1.0")
+    named = old.version.replace("0.1.0", "9.0.0")
+    (old.folder / bundle.VERSION).write_text(named)
+    with pytest.raises(BadRequest, match=f"does not belong to {named}"):
+        InstallBundle(old.folder)
+
+
 def test_a_changed_file_is_named(tmp_path: Path) -> None:
     new = made(tmp_path / "new", "0.3.0")
     (new.folder / "wheels" / "cordee.whl").write_bytes(b"something else")

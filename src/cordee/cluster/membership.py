@@ -51,7 +51,7 @@ REORDER_SECONDS = 2.0  # TCP keeps order, so only messages of a link that was ju
 FORGET_SECONDS = 3600.0  # how long a node that went is still shown
 # One more with each change after which nodes no longer understand those of the version before. A node whose
 # WIRE differs is not believed, but named: see `Greeting`.
-WIRE = 2
+WIRE = 3
 
 
 class Heartbeat(msgspec.Struct, frozen=True):

@@ -1,7 +1,8 @@
 """The folder that installs Cordée without a network (`make bundle`): its digests, and who vouches for them.
 
     VERSION          version and the beginning of the digest of SHA256SUMS: `0.2.0-1f0c2ab9`
-    SHA256SUMS       the SHA-256 of every file but VERSION and those of this list, as sha256sum(1) writes it
+    SHA256SUMS       the version in a comment, so that it is signed, too, and the SHA-256 of every file but
+                     VERSION and those of this list, as sha256sum(1) writes it
     SHA256SUMS.sig   an Ed25519 signature of SHA256SUMS (RFC 8032)
     maker.pem        the public key of who made the folder
     install.sh       the installer; wheels/ and docs/ are what it installs
@@ -39,7 +40,9 @@ class InstallBundle:
         if not VERSION_TEXT.fullmatch(text):
             raise BadRequest(f"{folder / VERSION} does not name a version: the folder is damaged.")
         self.version = text
-        if not text.endswith(hashlib.sha256(self.small(SUMS)).hexdigest()[:8]):
+        sums = self.small(SUMS)
+        signed = sums.startswith(_title(text.partition("-")[0]).encode())
+        if not signed or not text.endswith(hashlib.sha256(sums).hexdigest()[:8]):
             raise BadRequest(f"{folder / SUMS} does not belong to {text}: the folder is damaged.")
 
     def small(self, name: str) -> bytes:
@@ -57,6 +60,8 @@ class InstallBundle:
         """The SHA-256 of each file, by its path in the folder."""
         found: dict[str, str] = {}
         for line in self.small(SUMS).decode("utf-8", "replace").splitlines():
+            if line.startswith("#"):
+                continue
             match = LINE.fullmatch(line)
             if match is None or ".." in match[2].split("/") or match[2].startswith("/"):
                 raise BadRequest(f"{self.folder / SUMS} has a line that is none of ours: {line[:80]!r}")
@@ -105,13 +110,18 @@ def write(folder: Path, version: str, key: Ed25519PrivateKey) -> InstallBundle:
     listed = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     own = {SUMS, SIGNATURE, MAKER, VERSION}
     lines = [f"{_digest(folder / name)}  {name}\n" for name in listed if name not in own]
-    sums = "".join(lines).encode()
+    sums = "".join([_title(version), *lines]).encode()
     (folder / SUMS).write_bytes(sums)
     (folder / SIGNATURE).write_bytes(key.sign(sums))
     public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     (folder / MAKER).write_bytes(public)
     (folder / VERSION).write_text(f"{version}-{hashlib.sha256(sums).hexdigest()[:8]}\n", encoding="ascii")
     return InstallBundle(folder)
+
+
+def _title(version: str) -> str:
+    """The first line of SHA256SUMS, a comment for sha256sum(1)."""
+    return f"# Cordée {version}\n"
 
 
 def _digest(path: Path) -> str:

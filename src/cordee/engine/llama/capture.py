@@ -73,8 +73,7 @@ def _address(function: "CFuncPtr") -> int:
 
 @cache
 def _library() -> ctypes.CDLL:
-    path = Path(__file__).with_name(f"_capture{libraries.SUFFIX}")
     try:
-        return ctypes.CDLL(str(path))
+        return libraries.load(Path(__file__).with_name("_capture"))
     except OSError as error:
         raise SetupNeeded(f"Cordée's own library does not load ({error}): run `make setup`") from error
