@@ -94,7 +94,7 @@ fi
 
 [ "$switch" = yes ] || exit 0
 
-# The folder stays, so that this machine can give it to the next: cordee invite --with-installer.
+# The folder stays: `cordee update` knows its maker by it, and it can be copied to the next machine.
 if [ "$here" != "$prefix/bundle" ]; then
     rm -rf "$prefix/bundle.partial"
     cp -R "$here" "$prefix/bundle.partial"

@@ -1,13 +1,18 @@
 """How the program is installed, updated and made a service."""
 
+import functools
+import http.server
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from cordee.errors import BadRequest
 from cordee.install import bundle, update
@@ -100,6 +105,34 @@ def test_an_update_takes_the_place_and_keeps_the_version_before(tmp_path: Path, 
     assert not (installed / before).exists()  # two versions ago
     assert InstallBundle(installed / "bundle").version == new.version
     assert sum((folder / "whole").is_file() for folder in installed.iterdir() if not folder.is_symlink()) == 2
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """The address of an HTTP server for the test's folder."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_a_folder_that_the_house_serves(tmp_path: Path, served: str) -> None:
+    new = made(tmp_path / "new", "0.3.0")
+    for name, maker in (("ours", MAKER), ("foreign", STRANGER)):
+        copy = tmp_path / name
+        copy.mkdir()
+        public = maker.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        if maker is MAKER:
+            fetched = update.fetched(f"{served}/new", copy, public, print)
+            fetched.check_files()
+            assert fetched.version == new.version
+        else:
+            with pytest.raises(BadRequest, match="not signed by the maker"):
+                update.fetched(f"{served}/new", copy, public, print)
+            assert not (copy / "wheels").exists()  # not even fetched
+    with pytest.raises(BadRequest, match="cannot be fetched"):
+        update.fetched(f"{served}/elsewhere", tmp_path / "ours", b"", print)
 
 
 def test_an_update_of_another_maker_or_an_older_one_is_refused(tmp_path: Path, installed: Path) -> None:

@@ -15,11 +15,10 @@ from cordee.terminal import output
 def update(source: str) -> None:
     """Replace this version by the one in SOURCE.
 
-    SOURCE is a folder (`make bundle`), or the address of a machine that offers one (`cordee invite
-    --with-installer`). Only what the maker of the installed version has signed is taken. A node that runs as
-    a service first hands its work to others, then starts as the new version; if it does not come up, the
-    version before runs again. With several machines, update one after the other. For what install.sh
-    installed.
+    SOURCE is a folder (`make bundle`), or the address at which the house serves one (http://...). Only what
+    the maker of the installed version has signed is taken. A node that runs as a service first hands its work
+    to others, then starts as the new version; if it does not come up, the version before runs again. With
+    several machines, update one after the other. For what install.sh installed.
     """
     from cordee.install import layout, update
     from cordee.install.bundle import MAKER, InstallBundle

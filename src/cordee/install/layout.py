@@ -2,7 +2,7 @@
 
     PREFIX/VERSION/      a virtual environment; the empty file `whole` says that it is complete
     PREFIX/current       a link to the version in use: to change it is one rename
-    PREFIX/bundle/       the folder that it was installed from (bundle.py), for the next machine
+    PREFIX/bundle/       the folder that it was installed from (bundle.py): whose updates it takes
     BIN/cordee           a link to PREFIX/current/bin/cordee
 
 That is what `install.sh` makes, for one account (~/.local/lib/cordee), for the machine (/opt/cordee), or for

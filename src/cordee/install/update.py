@@ -31,7 +31,7 @@ Report = Callable[[str], None]
 
 
 def fetched(address: str, folder: Path, maker: bytes, report: Report) -> InstallBundle:
-    """The folder at an HTTP address (`cordee invite --with-installer` serves one), copied into `folder`.
+    """The folder that some HTTP server of the house offers at this address, copied into `folder`.
 
     What is not signed by `maker` is not even fetched, and the address cannot change a byte of the rest.
 
