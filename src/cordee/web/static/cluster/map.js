@@ -151,8 +151,9 @@ function Card({ machine, box, models }) {
   const more = machine.stages.length - ROWS_MAX;
   const said = [
     t(`common.state.${state}`),
-    lent ? t("common.memory", { used: bytes(usedBytes(machine)), lent: bytes(lent) }) : "",
     power(machine.watts),
+    // Last, since the bar below tells it, too, where there is no room for all.
+    lent ? t("common.memory", { used: bytes(usedBytes(machine)), lent: bytes(lent) }) : "",
   ];
   return html`
     <g class="machine ${state}" transform="translate(${box.x} ${box.y})">
