@@ -211,6 +211,15 @@ def test_what_a_key_uses_elsewhere_counts_here_once(tmp_path: Path) -> None:
     assert elsewhere.spent("marie", 40.0 + REMEMBERED_SECONDS) == 0
 
 
+def test_a_key_that_is_new_at_a_known_node_counts_from_its_first_token(tmp_path: Path) -> None:
+    other = Ledger(tmp_path)
+    elsewhere = Elsewhere(lambda: {"b": told(other)})
+    elsewhere.look(0.0)  # b is there, and tells nothing yet
+    other.count("zoe", requests=1, tokens_in=5, tokens_out=3)
+    assert elsewhere.spent("zoe", 1.0) == 8
+    assert elsewhere.spent("zoe", 2.0) == 0
+
+
 def test_requests_at_once_are_those_of_all_gateways(tmp_path: Path) -> None:
     others = {name: Ledger(tmp_path / name) for name in "bc"}
     elsewhere = Elsewhere(lambda: {name: told(each) for name, each in others.items()})

@@ -11,6 +11,8 @@ from cordee.cluster.facts import KeyUse
 
 # Tokens that were counted longer ago are forgotten: the budget of a minute has grown back since.
 REMEMBERED_SECONDS = 60.0
+# Counts that are remembered, the latest: each node tells 64 at most, which need not be the same keys.
+SEEN_MAX = 4096
 
 
 class Elsewhere:
@@ -18,6 +20,7 @@ class Elsewhere:
 
     def __init__(self, read: Callable[[], Mapping[str, Sequence[KeyUse]]]) -> None:
         self._read = read
+        self._heard: frozenset[str] = frozenset()  # nodes
         self._seen: dict[tuple[str, str], int] = {}  # all tokens, by node and key
         self._news: dict[str, list[tuple[float, int]]] = {}  # by key: tokens that are new, and since when
 
@@ -32,13 +35,19 @@ class Elsewhere:
     def look(self, now: float) -> None:
         """Note what is new; to be called with each heartbeat. What a node counted before it was heard for the
         first time is not held against anybody."""
-        seen: dict[tuple[str, str], int] = {}
-        for node, uses in self._read().items():
+        told = self._read()
+        for node, uses in told.items():
             for use in uses:
-                tokens = seen[node, use.name] = use.tokens_in + use.tokens_out
-                if (more := tokens - self._seen.get((node, use.name), tokens)) > 0:
-                    self._news.setdefault(use.name, []).append((now, more))
-        self._seen = seen
+                tokens = use.tokens_in + use.tokens_out
+                # A key that a known node tells for the first time was not used there before.
+                before = self._seen.pop((node, use.name), 0 if node in self._heard else tokens)
+                self._seen[node, use.name] = tokens
+                if tokens > before:
+                    self._news.setdefault(use.name, []).append((now, tokens - before))
+        self._heard = frozenset(told)
+        gone = [key for key in self._seen if key[0] not in told]
+        for key in gone + list(self._seen)[: max(0, len(self._seen) - len(gone) - SEEN_MAX)]:
+            self._seen.pop(key, None)
         recent = {
             name: [each for each in news if now - each[0] < REMEMBERED_SECONDS]
             for name, news in self._news.items()
