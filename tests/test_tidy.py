@@ -3,6 +3,7 @@
 import ast
 import re
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -352,6 +353,12 @@ def test_dependencies_are_explained_once_each() -> None:
     wanted = sorted(re.match(r"[\w-]+", line).group() for line in wanted)
     text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)) == wanted
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """Pytest imports them by name: of two with the same one, the second is an error where both are collected."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_pages_fetch_nothing_from_outside() -> None:
