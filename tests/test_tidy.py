@@ -356,7 +356,7 @@ def test_dependencies_are_explained_once_each() -> None:
 
 
 def test_test_files_have_names_of_their_own() -> None:
-    """Pytest imports them by name: of two with the same one, the second is an error where both are collected."""
+    """Pytest imports them by name: of two with the same one the second cannot be collected."""
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name, count in names.items() if count > 1] == []
 
