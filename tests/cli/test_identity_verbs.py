@@ -28,9 +28,9 @@ import importlib.util, pathlib, sys
 import cordee
 spec = importlib.util.find_spec("cordee.cluster.membership")
 source = pathlib.Path(spec.origin).read_text()
-assert "WIRE = 2\\n" in source
+assert "WIRE = 3\\n" in source
 module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-exec(compile(source.replace("WIRE = 2\\n", "WIRE = 99\\n"), spec.origin, "exec"), module.__dict__)
+exec(compile(source.replace("WIRE = 3\\n", "WIRE = 99\\n"), spec.origin, "exec"), module.__dict__)
 cordee.__version__ = "9.9.9"
 from cordee.cli.main import main
 main()

@@ -99,7 +99,7 @@ def ask(page: Page, question: str) -> str:
     page.locator(".composer textarea").fill(question)
     page.keyboard.press("Enter")
     text = page.locator(".message.assistant .text").last
-    expect(text).to_have_text(re.compile(r"\w+ \w+ \w+"))
+    expect(text).to_have_text(re.compile(r"\w"))  # some answers are short
     page.keyboard.press("Escape")
     expect(page.locator(".message.assistant .actions").last).to_be_visible(timeout=MINUTE_MS)
     return text.inner_text()
