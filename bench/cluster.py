@@ -1,6 +1,6 @@
 """What a cluster costs: until a fault is noticed and over, what hops add, prompts, the first half hour.
 
-    python bench/cluster.py [--faults N] [--cases PREFIX,…] [--machine NAME] [--csv FILE] [--json]
+    python bench/cluster.py [--faults N] [--cases NAME,…] [--machine NAME] [--csv FILE] [--json]
                             [--peer llama.cpp-rpc=FOLDER]                              as root, on Linux
 
 Takes fifteen minutes on two quiet cores. Says what it does, prints the tables of docs/performance.md, and
@@ -21,7 +21,7 @@ Cases:
     promise   seconds of each step from nothing to a first token, slices at 1 Gbit/s (tc tbf); and the same
               for gpt-oss-120b on four machines, by arithmetic that is shown.
     peer      one model over four hosts, beside llama.cpp's RPC if --peer says where that is: see
-              bench/cluster_peer.py. Only if it is asked for by name, since it takes half an hour.
+              bench/cluster_peer.py. Only if it is asked for by name: it takes long.
 
 The peer of hops and of prefill is the one stage, that of prefix the first prompt; where there is none, `peer`
 is null.
@@ -485,9 +485,12 @@ def main() -> None:
         "peer": lambda: (Figure(**row) for row in cluster_peer.peer(STARTER, options.peer, tell)),
     }
     figures: list[Figure] = []
+    wanted = options.cases.split(",")
+    if unknown := set(wanted) - cases.keys():
+        parser.error(f"there is no case {', '.join(sorted(unknown))}: choose among {', '.join(cases)}")
     try:
         for name, measure in cases.items():
-            if name in options.cases.split(","):
+            if name in wanted:
                 tell(name)
                 figures += list(measure())
     except Unable as error:

@@ -9,6 +9,10 @@ from cordee.cli import options
 from cordee.compress import verbs
 from cordee.distill import verbs as distilling
 
+memory = click.option(
+    "--memory", "memory_bytes", metavar="SIZE", type=options.Size(), default="4GB", help="Default: 4GB."
+)
+
 
 @click.command(name="eval")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
@@ -31,9 +35,7 @@ def evaluate(models: tuple[str, ...], against: str | None, **given: Any) -> None
 @click.command()
 @click.argument("model")
 @verbs.compress_options
-@click.option(
-    "--memory", "memory_bytes", metavar="SIZE", type=options.Size(), default="4GB", help="Default: 4GB."
-)
+@memory
 @click.option(
     "--size",
     "size_bytes",
@@ -57,9 +59,7 @@ def compress(model: str, **given: Any) -> None:
 @click.command()
 @click.argument("model", metavar="OUT")
 @distilling.distill_options
-@click.option(
-    "--memory", "memory_bytes", metavar="SIZE", type=options.Size(), default="4GB", help="Default: 4GB."
-)
+@memory
 @options.pre
 def distill(model: str, original: str, **given: Any) -> None:
     """Train the ternary file OUT to be nearer to the model that it was compressed from.

@@ -13,7 +13,7 @@ import numpy as np
 from cordee.compress.decoder import Decoder, DecoderLayer
 from cordee.compress.fitter import Fitter
 from cordee.compress.source import Source
-from cordee.convert.ternary_file import EMBEDDING, LAYOUTS, TernaryModel
+from cordee.convert.ternary_file import LAYOUTS, TernaryModel
 from cordee.errors import DoesNotFit
 
 # More tell the same: each matrix is measured by a few thousand rows.
@@ -26,7 +26,7 @@ def measured_losses(source: Source, fitter: Fitter, windows: np.ndarray) -> dict
     `windows` is (windows, length) tokens, of which WINDOWS are read.
     """
     model, read = source.model, windows[:WINDOWS]
-    hidden = np.stack([[source.rows(EMBEDDING, t, t + 1)[0] for t in window.tolist()] for window in read])
+    hidden = np.stack(list(source.embedded(read)))
     decoder = Decoder(model, windows.shape[1], source.divisors())
     found: dict[str, float] = {}
     for layer in range(model.layers):

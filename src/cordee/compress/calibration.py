@@ -23,8 +23,11 @@ def default_calibration() -> str:
     return (files("cordee.compress") / "texts" / "calibration.txt").read_text(encoding="utf-8")
 
 
-def calibration_windows(source: Source, text: str, folder: Path, tokens_max: int = TOKENS_MAX) -> np.ndarray:
-    """(windows, length) int32 tokens of a text; `folder` is for the vocabulary of a checkpoint.
+def calibration_windows(
+    source: Source, text: str, folder: Path, tokens_max: int = TOKENS_MAX, option: str = "calibration"
+) -> np.ndarray:
+    """(windows, length) int32 tokens of a text; `folder` is for the vocabulary of a checkpoint, `option` what
+    the text was given by.
 
     Raises:
         BadRequest: the text is too short.
@@ -37,9 +40,9 @@ def calibration_windows(source: Source, text: str, folder: Path, tokens_max: int
     count = min(len(tokens), tokens_max) // length
     if count < WINDOWS_MIN:
         raise BadRequest(
-            f"The calibration text has {len(tokens)} tokens of {source.name}, and at least "
-            f"{WINDOWS_MIN * length} are needed: give a longer one with --calibration.",
-            "calibration",
+            f"The text has {len(tokens)} tokens of {source.name}, and at least "
+            f"{WINDOWS_MIN * length} are needed: give a longer one with --{option}.",
+            option,
         )
     windows = np.array(tokens[: count * length], dtype=np.int32).reshape(count, length)
     if bos is not None:

@@ -28,7 +28,7 @@ from cordee.compress.stored import StoredWeights, stored
 from cordee.compress.trits import TernaryMatrix
 from cordee.compress.work import Work, folder_of, work_folder
 from cordee.convert.convert import convert
-from cordee.convert.ternary_file import EMBEDDING, file_bytes, write
+from cordee.convert.ternary_file import file_bytes, write
 from cordee.errors import BadRequest, DoesNotFit, StorageFailed, UnsupportedModel
 from cordee.files import atomic_file
 from cordee.models.gguf import TERNARY_KEY, read_header
@@ -204,9 +204,8 @@ class _Run:
 
     def _put_embedded(self, work: Work, windows: np.ndarray, shape: tuple[int, ...]) -> None:
         rows = work.new_rows(NEXT_ROWS, shape)
-        for number, window in enumerate(windows):
-            for place, token in enumerate(window.tolist()):
-                rows[:, number, place] = self._source.rows(EMBEDDING, token, token + 1)[0]
+        for number, embedded in enumerate(self._source.embedded(windows)):
+            rows[:, number] = embedded
         work.put_rows(0, rows, NEXT_ROWS)
 
     def _describe(self, writer: GGUFWriter) -> None:

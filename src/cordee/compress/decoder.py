@@ -22,15 +22,22 @@ class DecoderLayer:
     vectors: dict[str, np.ndarray]
 
 
+def rotary_tables(
+    model: TernaryModel, length: int, divisors: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(length, head_dim / 2) cosines and sines of the rotary embedding; `divisors` as for `Decoder`."""
+    frequencies = model.rope_base ** (-np.arange(0, model.head_dim, 2) / model.head_dim)
+    angles = np.outer(np.arange(length), frequencies if divisors is None else frequencies / divisors)
+    return np.cos(angles).astype("f4"), np.sin(angles).astype("f4")
+
+
 class Decoder:
     """The layers of one model. Rows are (windows, length, width) float32; each begins at position 0."""
 
     def __init__(self, model: TernaryModel, length: int, divisors: np.ndarray | None = None) -> None:
         """`length` is the longest window's; `divisors` (head_dim / 2,) divide the rotary frequencies."""
         self._model = model
-        frequencies = model.rope_base ** (-np.arange(0, model.head_dim, 2) / model.head_dim)
-        angles = np.outer(np.arange(length), frequencies if divisors is None else frequencies / divisors)
-        self._cos, self._sin = np.cos(angles).astype("f4"), np.sin(angles).astype("f4")
+        self._cos, self._sin = rotary_tables(model, length, divisors)
 
     def attention_input(self, layer: DecoderLayer, hidden: np.ndarray) -> np.ndarray:
         """What enters queries, keys and values."""

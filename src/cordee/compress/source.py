@@ -5,7 +5,7 @@ which refuse what the ternary engine would not use.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +78,11 @@ class Source:
     def rows(self, name: str, first: int, last: int) -> np.ndarray:
         """Rows of the embedding or the head, float32."""
         return self._finite(name, first, last)
+
+    def embedded(self, windows: np.ndarray) -> Iterator[np.ndarray]:
+        """(length, width) float32 rows in front of the first layer, for each window of tokens."""
+        for window in windows:
+            yield np.stack([self.rows(EMBEDDING, token, token + 1)[0] for token in window.tolist()])
 
     def vector(self, name: str) -> np.ndarray:
         """A norm, float32."""

@@ -18,7 +18,7 @@ from cordee.compress.calibration import calibration_windows, default_calibration
 from cordee.compress.source import Progress, Source
 from cordee.compress.trits import TernaryMatrix
 from cordee.compress.work import Work, folder_of, work_folder
-from cordee.convert.ternary_file import EMBEDDING, HEAD, OUTPUT_NORM
+from cordee.convert.ternary_file import HEAD, OUTPUT_NORM
 from cordee.distill.blocks import LatentLayer, Trained, through, trained
 from cordee.distill.end_to_end import EndToEnd, Head
 from cordee.distill.gradients import Layer
@@ -141,7 +141,7 @@ class _Run:
             self._source.rows(HEAD, 0, self._model.n_vocab),
             self._model.epsilon,
         )
-        rows = (self._embedded(windows), work.rows(self._model.layers, shape)[THEIRS])
+        rows = (np.stack(list(self._source.embedded(windows))), work.rows(self._model.layers, shape)[THEIRS])
         options = self._options
         run = EndToEnd(layer, layers, head, rows, steps=options.end_to_end, seed=options.seed)
         before = run.divergence()
@@ -238,20 +238,13 @@ class _Run:
 
     def _windows(self) -> np.ndarray:
         text = self._options.text or default_calibration()
-        return calibration_windows(self._source, text, folder_of(self._path), TOKENS_MAX)
+        return calibration_windows(self._source, text, folder_of(self._path), TOKENS_MAX, "text")
 
     def _put_embedded(self, work: Work, windows: np.ndarray, shape: tuple[int, ...]) -> None:
         rows = work.new_rows(NEXT_ROWS, shape)
-        rows[:] = self._embedded(windows)
+        for number, embedded in enumerate(self._source.embedded(windows)):
+            rows[:, number] = embedded
         work.put_rows(0, rows, NEXT_ROWS)
-
-    def _embedded(self, windows: np.ndarray) -> np.ndarray:
-        """(windows, length, width): the rows in front of the first layer."""
-        rows = np.empty((*windows.shape, self._model.n_embd), dtype=np.float32)
-        for number, window in enumerate(windows):
-            for place, token in enumerate(window.tolist()):
-                rows[number, place] = self._source.rows(EMBEDDING, token, token + 1)[0]
-        return rows
 
     def _settings(self) -> str:
         """What the result depends on."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cordee.compress.decoder import rotary_tables
 from cordee.convert.ternary_file import TernaryModel
 
 Arrays = dict[str, np.ndarray]
@@ -48,9 +49,7 @@ class Layer:
     def __init__(self, model: TernaryModel, length: int, divisors: np.ndarray | None = None) -> None:
         """As `cordee.compress.decoder.Decoder`."""
         self._model = model
-        frequencies = model.rope_base ** (-np.arange(0, model.head_dim, 2) / model.head_dim)
-        angles = np.outer(np.arange(length), frequencies if divisors is None else frequencies / divisors)
-        self._cos, self._sin = (f(angles).astype("f4")[None, :, None] for f in (np.cos, np.sin))
+        self._cos, self._sin = (table[None, :, None] for table in rotary_tables(model, length, divisors))
 
     def forward(self, matrices: Arrays, vectors: Arrays, x: np.ndarray) -> tuple[np.ndarray, Trace]:
         """The rows behind the layer."""
